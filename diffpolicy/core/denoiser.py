@@ -1,0 +1,232 @@
+"""Denoisers: whatever the network predicts, the answer is the clean sample ``x0_hat``.
+
+No solver knows a parameterisation: noise, velocity, clean-sample and EDM predictions are all linear
+in the network's output, ``x0_hat = c_x(t) x_t + c_out(t) F(c_in(t) x_t, time(t), cond)``, and that
+line is the whole difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffpolicy.core.noise import GaussianProcess
+
+PREDICTIONS = ("eps", "v", "x0", "edm", "velocity")
+
+
+class Denoised(NamedTuple):
+    """A denoiser's answer: the clean estimate ``x0_hat`` ``[B, H, D]`` and optional heads.
+
+    (confidences, values).
+    """
+
+    x0_hat: Tensor
+    aux: Mapping[str, Tensor] = {}
+
+
+GridDenoise = Callable[[int, Tensor, Tensor | None], Denoised]
+
+
+class DenoiserNetwork(Protocol):
+    """What a denoiser asks of a network (see :mod:`diffpolicy.networks`)."""
+
+    t_kinds: frozenset[str]
+
+    def embed_time(self, t: Tensor) -> Tensor: ...
+
+    def __call__(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, *, time_emb: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class BaseDenoiser(nn.Module):
+    """Maps ``(x_t [B, H, D], t, cond)`` to :class:`Denoised`.
+
+    Guidance and constraints wrap it with the same face.
+    """
+
+    process: GaussianProcess
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
+        raise TypeError(f"{type(self).__name__} must define forward")
+
+    def on_grid(self, t: Tensor) -> GridDenoise:
+        """A function ``(row, x, cond) -> Denoised`` for host levels ``t [R, ...]``.
+
+        Everything constant precomputed.
+        """
+        rows = t.unbind(0)
+        return lambda row, x, cond: self.forward(x, rows[row].to(x.device, non_blocking=True), cond)
+
+    def check_t(self, t: Tensor) -> None:
+        """Raise if levels of this shape cannot be taken (per row is always possible)."""
+
+
+class AnalyticDenoiser(BaseDenoiser):
+    """A denoiser given as a function ``(x_t, t, cond) -> x0_hat``: exact solutions, tests.
+
+    Planners.
+    """
+
+    def __init__(
+        self, process: GaussianProcess, x0_hat: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    ) -> None:
+        super().__init__()
+        self.process = process
+        self._x0_hat = x0_hat
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
+        return Denoised(self._x0_hat(x_t, t.to(x_t.dtype), cond))
+
+
+class Denoiser(BaseDenoiser):
+    """A network with a parameterisation.
+
+    Args:
+        network: ``F(x, t, cond)``.
+        process: noise process it is trained under.
+        prediction: what ``F`` outputs: ``eps`` noise, ``v = (alpha eps - sigma x0)`` (Salimans & Ho
+            2022), ``x0`` the clean sample, ``edm`` Karras et al. 2022 eq. 7, ``velocity = noise -
+            x0`` of flow matching.
+        clip: clamp ``x0_hat`` to [-1, 1]; only right when the data are normalised to that range.
+        data_std: standard deviation of the normalised data, used by ``edm``.
+
+    Raises:
+        ValueError: unknown prediction, or one that the process cannot support.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: GaussianProcess,
+        prediction: str = "eps",
+        *,
+        clip: bool = False,
+        data_std: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"unknown prediction {prediction!r}; expected one of {PREDICTIONS}")
+        if prediction == "velocity" and process.type != "flow":
+            raise ValueError(
+                f"prediction 'velocity' needs process 'flow', got {process.type!r}; use 'v'"
+            )
+        if prediction in ("eps", "edm") and process.alpha(torch.ones(1)).item() <= 0:
+            raise ValueError(
+                f"prediction {prediction!r} cannot recover x0 at t = 1, where {process.type!r} has "
+                "alpha = 0; use 'velocity', 'v' or 'x0'"
+            )
+        self.network = network
+        self.process = process
+        self.prediction = prediction
+        self.clip = clip
+        self.data_std = data_std
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(c_x, c_out, c_in, network time)`` at levels ``t``, in the dtype of ``t``."""
+        process = self.process
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        time, c_in = process.network_time(t), process.input_scale(t)
+        if self.prediction == "eps":
+            return 1 / alpha, -sigma / alpha, c_in, time
+        if self.prediction == "v":
+            norm = alpha.square() + sigma.square()
+            return alpha / norm, -sigma / norm, c_in, time
+        if self.prediction == "x0":
+            return torch.zeros_like(t), torch.ones_like(t), c_in, time
+        if self.prediction == "velocity":
+            return torch.ones_like(t), -sigma, c_in, time
+        ratio, sd = sigma / alpha, self.data_std
+        total = ratio.square() + sd**2
+        return (
+            sd**2 / total / alpha,
+            ratio * sd * total.rsqrt(),
+            total.rsqrt() / alpha,
+            ratio.clamp_min(1e-5).log() / 4,
+        )
+
+    def target(self, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """What the network should output at ``x_t``: the regression target of training, ``[B, H.
+
+        D]``.
+        """
+        if self.prediction == "eps":
+            return noise
+        if self.prediction == "x0":
+            return x0
+        if self.prediction == "velocity":
+            return noise - x0
+        if self.prediction == "v":
+            return self.process.alpha(t) * noise - self.process.sigma(t) * x0
+        c_x, c_out, _, _ = self.coefficients(t)
+        return (x0 - c_x * x_t) / c_out
+
+    def raw(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The network's own output at ``x_t`` (what the denoising loss regresses on), ``[B, H.
+
+        D]``.
+        """
+        _, _, c_in, time = self.coefficients(t)
+        output: Tensor = self.network(c_in * x_t, time, cond)
+        return output
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
+        c_x, c_out, c_in, time = (c.to(x_t.dtype) for c in self.coefficients(t))
+        return self._finish(x_t, c_x, c_out, self.network(c_in * x_t, time, cond))
+
+    def _finish(self, x_t: Tensor, c_x: Tensor, c_out: Tensor, output: Tensor) -> Denoised:
+        x0_hat = torch.addcmul(c_x * x_t, c_out, output)
+        return Denoised(x0_hat.clamp(-1, 1) if self.clip else x0_hat)
+
+    def on_grid(self, t: Tensor) -> GridDenoise:
+        network: DenoiserNetwork = self.network  # type: ignore[assignment]
+        like = next(self.network.parameters())
+        constants = torch.stack(self.coefficients(t)).to(like.device, like.dtype, non_blocking=True)
+        c_x, c_out, c_in, time = constants.unbind(0)
+        embedded = network.embed_time(time.flatten(0, 1)).chunk(len(t))
+        rows = list(
+            zip(
+                c_x.unbind(0),
+                c_out.unbind(0),
+                c_in.unbind(0),
+                time.unbind(0),
+                embedded,
+                strict=True,
+            )
+        )
+        scaled = self.process.type == "edm" or self.prediction == "edm"
+
+        def denoise(row: int, x: Tensor, cond: Tensor | None) -> Denoised:
+            c_x, c_out, c_in, time, time_emb = rows[row]
+            return self._finish(
+                x, c_x, c_out, network(c_in * x if scaled else x, time, cond, time_emb=time_emb)
+            )
+
+        return denoise
+
+    def check_t(self, t: Tensor) -> None:
+        kind = t_kind(t)
+        kinds: frozenset[str] = self.network.t_kinds  # type: ignore[assignment]
+        if kind not in kinds:
+            raise ValueError(
+                f"{type(self.network).__name__} takes levels per {sorted(kinds)}, not per {kind} "
+                f"(t {tuple(t.shape)}); choose a network that does"
+            )
+
+
+def t_kind(t: Tensor) -> str:
+    """``"row"``, ``"position"`` or ``"dim"``: how finely a level tensor ``[B, H or 1.
+
+    D or 1]`` varies.
+    """
+    if t.dim() != 3 or (t.shape[1] > 1 and t.shape[2] > 1):
+        raise ValueError(
+            f"a level tensor must be [B, 1, 1], [B, H, 1] or [B, 1, D], got {tuple(t.shape)}"
+        )
+    if t.shape[1] > 1:
+        return "position"
+    return "dim" if t.shape[2] > 1 else "row"

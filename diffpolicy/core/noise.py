@@ -1,0 +1,347 @@
+"""Gaussian noise processes: how a clean action plan becomes noise as `t` goes from 0 to 1.
+
+Every process is ``x_t = alpha(t) x0 + sigma(t) noise`` on one clock: ``t = 0`` is clean data, ``t =
+1`` is the prior. Nothing else in the library knows a schedule; solvers and losses ask the process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+TIME_SCALE = 1000.0  # sinusoidal embeddings were designed for integer steps 0..999
+
+
+class GaussianProcess:
+    """A schedule ``(alpha, sigma)`` on the clock ``t`` in [0, 1].
+
+    All methods take and return tensors of any shape, elementwise, in the dtype given. They are
+    exact in float64, which is what :mod:`diffpolicy.core.solvers` computes its coefficients in.
+    """
+
+    type: ClassVar[str]
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Signal scale, 1 at ``t = 0``."""
+        raise TypeError(f"{type(self).__name__} must define alpha")
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise scale, 0 at ``t = 0``."""
+        raise TypeError(f"{type(self).__name__} must define sigma")
+
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
+        """Inverse of :meth:`log_snr`, analytic for every process."""
+        raise TypeError(f"{type(self).__name__} must define t_from_log_snr")
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """``log(alpha^2 / sigma^2)``; ``+inf`` at ``t = 0``."""
+        return 2.0 * (self.alpha(t).log() - self.sigma(t).log())
+
+    def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """``x_t`` for given clean ``x0`` and standard normal ``noise`` of the same shape."""
+        return self.alpha(t) * x0 + self.sigma(t) * noise
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """The number a network embeds for level ``t``."""
+        return t * TIME_SCALE
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        """Factor that brings ``x_t`` to about unit variance before it enters a network."""
+        return torch.ones_like(t)
+
+    def ode_scale(self, t: Tensor) -> Tensor:
+        """Scale ``c`` of the coordinates ``(x / c, sigma / c)`` in which Heun's rule is applied."""
+        return self.alpha(t)
+
+    def sample_t(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+        """Levels to train on: stratified uniform in (0, 1].
+
+        So that a batch always covers the clock.
+        """
+        count, device = shape[0], _device(generator)
+        strata = torch.arange(count, device=device).view(-1, *[1] * (len(shape) - 1))
+        rows = (strata + torch.rand(*shape, generator=generator, device=device)) / count
+        return 1.0 - rows[torch.randperm(count, generator=generator, device=device)]
+
+    def snap(self, t: Tensor) -> Tensor:
+        """Nearest level that the process was trained on.
+
+        (the identity unless the process is discrete).
+        """
+        return t
+
+    def config(self) -> dict[str, Any]:
+        """Plain values from which :func:`make_process` rebuilds the process."""
+        return {"type": self.type, **vars(self)}
+
+
+@dataclass(frozen=True)
+class VPCosine(GaussianProcess):
+    """Variance-preserving cosine schedule (Nichol & Dhariwal 2021, eq. 17), continuous in ``t``.
+
+    ``t = 1`` is placed where ``alpha = alpha_min`` instead of 0, so that noise-prediction networks
+    are defined there.
+    """
+
+    s: float = 0.008
+    alpha_min: float = 1e-2
+    type: ClassVar[str] = "vp_cosine"
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.s < 1, f"s must be in [0, 1), got {self.s}")
+        _require(0 < self.alpha_min < 1, f"alpha_min must be in (0, 1), got {self.alpha_min}")
+
+    @property
+    def _start(self) -> float:
+        return self.s / (1 + self.s) * math.pi / 2
+
+    @property
+    def _stop(self) -> float:
+        return math.acos(self.alpha_min * math.cos(self._start))
+
+    def _angle(self, t: Tensor) -> Tensor:
+        return self._start + t * (self._stop - self._start)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._angle(t).cos() / math.cos(self._start)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        # sin(a-b) sin(a+b) = sin^2 a - sin^2 b: no cancellation near t = 0.
+        angle = self._angle(t)
+        square = (t * (self._stop - self._start)).sin() * (angle + self._start).sin()
+        return square.clamp_min(0).sqrt() / math.cos(self._start)
+
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
+        ratio = (-log_snr).exp()
+        angle = torch.atan2(
+            (ratio + math.sin(self._start) ** 2).sqrt(),
+            torch.full_like(ratio, math.cos(self._start)),
+        )
+        return (angle - self._start) / (self._stop - self._start)
+
+
+@dataclass(frozen=True)
+class VPLinear(GaussianProcess):
+    """Variance-preserving schedule with ``beta(t)`` linear (Song et al. 2021, eq. 32)."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    type: ClassVar[str] = "vp_linear"
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.beta_min < self.beta_max,
+            f"need 0 < beta_min < beta_max, got {self.beta_min}, {self.beta_max}",
+        )
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        return -0.25 * t.square() * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._log_alpha(t).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
+
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
+        loss = 0.5 * torch.nn.functional.softplus(-log_snr)  # -log alpha
+        slope = self.beta_max - self.beta_min
+        return 2 * loss / (0.5 * self.beta_min + (0.25 * self.beta_min**2 + slope * loss).sqrt())
+
+
+@dataclass(frozen=True)
+class DiscreteVP(GaussianProcess):
+    """The variance-preserving process of given discrete ``betas`` (DDPM).
+
+    Exact at its knots ``t = k / T``.
+
+    Between knots ``beta`` is constant, so the process is continuous and foreign ``T``-step
+    checkpoints load exactly: knot ``k`` is their step index ``k - 1``.
+    """
+
+    betas: tuple[float, ...]
+    type: ClassVar[str] = "discrete_vp"
+    _log_alphas: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
+        _require(len(self.betas) > 0, "betas must not be empty")
+        _require(all(0 < b < 1 for b in self.betas), "every beta must be in (0, 1)")
+        steps = torch.log1p(-torch.tensor(self.betas, dtype=torch.float64))
+        object.__setattr__(
+            self, "_log_alphas", torch.cat([steps.new_zeros(1), 0.5 * steps.cumsum(0)])
+        )
+
+    @classmethod
+    def cosine(cls, num_steps: int, *, s: float = 0.008, beta_max: float = 0.999) -> DiscreteVP:
+        """The ``squaredcos_cap_v2`` betas of the field's published policies."""
+        bar = [
+            math.cos((k / num_steps + s) / (1 + s) * math.pi / 2) ** 2 for k in range(num_steps + 1)
+        ]
+        return cls(tuple(min(1 - bar[k + 1] / bar[k], beta_max) for k in range(num_steps)))
+
+    @classmethod
+    def linear(
+        cls, num_steps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> DiscreteVP:
+        """Betas spaced evenly between two ends (Ho et al. 2020)."""
+        return cls(
+            tuple(torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64).tolist())
+        )
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        table = self._log_alphas.to(t.device, t.dtype)
+        position = t * len(self.betas)
+        low = position.floor().clamp(0, len(self.betas) - 1).long()
+        return torch.lerp(table[low], table[low + 1], position - low)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._log_alpha(t).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(2 * self._log_alpha(t))).clamp_min(0).sqrt()
+
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
+        target = -0.5 * torch.nn.functional.softplus(-log_snr)
+        table = self._log_alphas.to(log_snr.device, log_snr.dtype)
+        low = (torch.searchsorted(-table, -target.contiguous()) - 1).clamp(0, len(self.betas) - 1)
+        return (low + (target - table[low]) / (table[low + 1] - table[low])) / len(self.betas)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return (t * len(self.betas) - 1).clamp_min(0)
+
+    def sample_t(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+        steps = torch.randint(
+            len(self.betas), tuple(shape), generator=generator, device=_device(generator)
+        )
+        return (1 + steps) / len(self.betas)
+
+    def snap(self, t: Tensor) -> Tensor:
+        return (t * len(self.betas)).round() / len(self.betas)
+
+    def config(self) -> dict[str, Any]:
+        return {"type": self.type, "betas": list(self.betas)}
+
+
+@dataclass(frozen=True)
+class EDM(GaussianProcess):
+    """Variance-exploding process of Karras et al. 2022 (eq. 5).
+
+    ``alpha = 1`` and ``sigma^(1/rho)`` linear in ``t``.
+
+    Below ``t = ramp`` sigma falls linearly to 0, so that ``t = 0`` is clean and the clock stays
+    invertible.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    data_std: float = 0.5
+    ramp: float = 1e-3
+    log_sigma_mean: float = -1.2
+    log_sigma_std: float = 1.2
+    type: ClassVar[str] = "edm"
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.sigma_min < self.sigma_max,
+            f"need 0 < sigma_min < sigma_max, got {self.sigma_min}, {self.sigma_max}",
+        )
+        _require(self.rho > 0 and self.data_std > 0, "rho and data_std must be positive")
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        fraction = ((t - self.ramp) / (1 - self.ramp)).clamp_min(0)
+        return torch.where(
+            t < self.ramp,
+            self.sigma_min / self.ramp * t,
+            (low + fraction * (high - low)) ** self.rho,
+        )
+
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
+        sigma = (-0.5 * log_snr).exp()
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        fraction = (sigma.clamp_min(self.sigma_min) ** (1 / self.rho) - low) / (high - low)
+        return torch.where(
+            sigma < self.sigma_min,
+            sigma * self.ramp / self.sigma_min,
+            self.ramp + fraction * (1 - self.ramp),
+        )
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return self.sigma(t).clamp_min(1e-2 * self.sigma_min).log() / 4
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        return (self.sigma(t).square() + self.data_std**2).rsqrt()
+
+    def sample_t(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+        normal = torch.randn(*shape, generator=generator, device=_device(generator))
+        log_sigma = self.log_sigma_mean + self.log_sigma_std * normal
+        return self.t_from_log_snr(-2 * log_sigma).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class FlowMatching(GaussianProcess):
+    """Straight path ``alpha = 1 - t``, ``sigma = t`` (Lipman et al. 2023; rectified flow)."""
+
+    type: ClassVar[str] = "flow"
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.clone()
+
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-0.5 * log_snr)
+
+    def ode_scale(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)  # alpha + sigma: keeps t = 1, where alpha = 0, regular
+
+
+PROCESSES: dict[str, type[GaussianProcess]] = {
+    p.type: p for p in (VPCosine, VPLinear, DiscreteVP, EDM, FlowMatching)
+}
+_DISCRETE_NAMES: dict[str, Callable[..., DiscreteVP]] = {
+    "ddpm_cosine": DiscreteVP.cosine,
+    "ddpm_linear": DiscreteVP.linear,
+}
+
+
+def make_process(config: Mapping[str, Any] | str) -> GaussianProcess:
+    """Build a process from ``{"type": name, **parameters}`` or from its name alone.
+
+    ``ddpm_cosine`` and ``ddpm_linear`` are :class:`DiscreteVP` with ``num_steps`` (100 unless
+    given) standard betas.
+
+    Raises:
+        ValueError: unknown name or parameter, with the valid ones.
+    """
+    values: dict[str, Any] = {"type": config} if isinstance(config, str) else dict(config)
+    name = values.pop("type", None)
+    if name in _DISCRETE_NAMES:
+        return _DISCRETE_NAMES[name](values.pop("num_steps", 100), **values)
+    if name not in PROCESSES:
+        known = sorted([*PROCESSES, *_DISCRETE_NAMES])
+        raise ValueError(f"unknown noise process {name!r}; expected one of {known}")
+    try:
+        return PROCESSES[name](**values)
+    except TypeError as error:
+        raise ValueError(f"noise process {name!r}: {error}") from None
+
+
+def _device(generator: torch.Generator | None) -> torch.device:
+    return torch.device("cpu") if generator is None else generator.device
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,180 @@
+"""The one sampling loop. Full, truncated, warm-started and streaming diffusion all run here.
+
+``sample()`` has no gradient policy of its own, reads nothing from the device and draws its
+randomness before the loop; what must decide from data decides outside and calls it again on a
+sub-grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from diffpolicy.core.denoiser import BaseDenoiser, Denoised
+from diffpolicy.core.solvers import Row, Solver
+from diffpolicy.core.starts import Start
+
+T = TypeVar("T")
+
+
+class Transition(NamedTuple):
+    """One row of the loop: the state the network saw, its answer, and the law of the next state.
+
+    ``x_next ~ N(mean, std^2)`` with ``std`` broadcastable to ``[B, H, D]`` (``None`` for
+    deterministic solvers).
+    """
+
+    x: Tensor
+    t: Tensor
+    denoised: Denoised
+    mean: Tensor
+    std: Tensor | None
+    x_next: Tensor
+
+
+class Trajectory(NamedTuple):
+    """Result of ``sample(record=True)``: the final sample and every transition, oldest first."""
+
+    x0: Tensor
+    transitions: tuple[Transition, ...]
+
+
+class Grid:
+    """A grid of levels made ready for a denoiser and solver.
+
+    Constants and time embeddings on the device.
+
+    Build one with :func:`prepare` when many samples share the same levels (every policy does), and
+    pass it to :func:`sample` in place of the levels.
+    """
+
+    def __init__(self, denoise: BaseDenoiser, solver: Solver, levels: Tensor, like: Tensor) -> None:
+        denoise.check_t(levels[0])
+        rows = solver.rows(denoise.process, levels)
+        flat = torch.stack(
+            [v.broadcast_to(levels.shape[1:]) for row in rows for v in row.constants()]
+        )
+        values = iter(flat.to(like.device, like.dtype, non_blocking=True).unbind(0))
+        self.rows = [row.with_constants([next(values) for _ in row.constants()]) for row in rows]
+        self.denoise = denoise.on_grid(torch.stack([row.t for row in rows]))
+        self.levels = levels
+        self.stochastic = any(row.g is not None for row in rows)
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations."""
+        return len(self.rows)
+
+
+def prepare(denoise: BaseDenoiser, solver: Solver, levels: Tensor, like: Tensor) -> Grid:
+    """Precompute everything that does not depend on the state, for states like ``like``.
+
+    (dtype and device).
+    """
+    return Grid(denoise, solver, levels, like)
+
+
+def sample(
+    denoise: BaseDenoiser,
+    solver: Solver,
+    start: Start,
+    levels: Tensor | Grid,
+    *,
+    cond: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    grad_steps: int | None = None,
+    checkpoint: bool = False,
+    record: bool = False,
+) -> Tensor | Trajectory:
+    """Run ``solver`` with ``denoise`` from ``start`` down ``levels``.
+
+    Args:
+        denoise: ``(x_t, t, cond) -> Denoised``.
+        solver: see :mod:`diffpolicy.core.solvers`.
+        start: a state ``[B, H, D]`` and its level.
+        levels: host grid ``[K + 1, ...]`` derived from ``start`` by
+            :func:`diffpolicy.core.starts.levels`, or the :class:`Grid` made from it.
+        cond: condition ``[B, C]`` handed to the denoiser.
+        noise: ``[R, B, H, D]`` standard normal, one slice per network evaluation, for stochastic
+            solvers; drawn from ``generator`` when absent.
+        generator: source of that noise (the global one when absent).
+        grad_steps: build a graph for the last ``grad_steps`` evaluations only (0: none); ``None``
+            leaves the caller's gradient mode alone.
+        checkpoint: recompute each evaluation with a graph in the backward pass instead of storing
+            its activations.
+        record: return a :class:`Trajectory`.
+
+    Returns:
+        The final state ``[B, H, D]``, or the trajectory.
+
+    Raises:
+        ValueError: a grid that does not begin at the start's level, or noise of the wrong shape.
+    """
+    grid = levels if isinstance(levels, Grid) else prepare(denoise, solver, levels, start.x)
+    if grid.levels[0].shape != start.t.shape or not torch.equal(grid.levels[0], start.t):
+        raise ValueError(
+            "levels[0] differs from start.t: derive the grid with levels(start, num_steps)"
+        )
+    noise = _loop_noise(grid, start.x, noise, generator)
+    ambient = torch.is_grad_enabled()
+    first_grad = 0 if grad_steps is None else len(grid.rows) - grad_steps
+    x = y = start.x
+    history: list[Tensor] = []
+    transitions: list[Transition] = []
+    for i, row in enumerate(grid.rows):
+        with torch.set_grad_enabled(ambient and i >= first_grad):
+            out = _evaluate(grid, i, x, cond, checkpoint=checkpoint and torch.is_grad_enabled())
+            m = (
+                out.x0_hat
+                if row.to_eps is None
+                else torch.addcmul(row.to_eps[0] * x, row.to_eps[1], out.x0_hat)
+            )
+            history = [m, *history[:3]]
+            y = x if row.c is None else _combine(row.c, y, row.d, history)
+            mean = _combine(row.a, y, row.b, history)
+            x_next = (
+                mean if row.g is None or noise is None else torch.addcmul(mean, row.g, noise[i])
+            )
+        if record:
+            transitions.append(Transition(x, row.t, out, mean, row.g, x_next))
+        x = x_next
+    return Trajectory(x, tuple(transitions)) if record else x
+
+
+def _evaluate(grid: Grid, i: int, x: Tensor, cond: Tensor | None, *, checkpoint: bool) -> Denoised:
+    if not checkpoint:
+        return grid.denoise(i, x, cond)
+    run: Callable[..., Denoised] = checkpointed
+    return run(grid.denoise, i, x, cond, use_reentrant=False)
+
+
+def _combine(
+    scale: Tensor, state: Tensor, weights: tuple[Tensor, ...], history: list[Tensor]
+) -> Tensor:
+    total = scale * state
+    for weight, m in zip(weights, history, strict=False):
+        total = torch.addcmul(total, weight, m)
+    return total
+
+
+def _loop_noise(
+    grid: Grid, x: Tensor, noise: Tensor | None, generator: torch.Generator | None
+) -> Tensor | None:
+    if not grid.stochastic:
+        return None
+    shape = (grid.nfe, *x.shape)
+    if noise is None:
+        return torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
+    if tuple(noise.shape) != shape:
+        raise ValueError(
+            f"noise must be {shape} (one slice per network evaluation), got {tuple(noise.shape)}"
+        )
+    return noise
+
+
+__all__ = ["Grid", "Row", "Trajectory", "Transition", "prepare", "sample"]

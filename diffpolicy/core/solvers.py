@@ -1,0 +1,510 @@
+"""Solvers as tables: every sampler here is the same linear update with other constants.
+
+One row of a table is one network evaluation. With ``m_0`` the newest model value, ``m_1`` the one
+before, and so on:
+
+    y  <-  corrector  c y + sum_j d_j m_j          (UniPC and Heun; otherwise y = x)
+    x  <-  predictor  a y + sum_j b_j m_j + g z    (z standard normal, stochastic solvers only)
+
+``m`` is the clean estimate ``x0_hat`` (data form) or the noise estimate (noise form, DEIS and
+iPNDM). The constants depend on the process and on *both* ends ``(t, s)`` of each step; they are
+computed once per grid in float64, so the loop in :mod:`diffpolicy.core.sampling` does two or three
+fused operations per step and never reads the device.
+
+Notation: ``lambda = log(alpha / sigma)``, ``h = lambda_s - lambda_t > 0``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffpolicy.core.noise import GaussianProcess
+
+
+@dataclass(frozen=True)
+class Row:
+    """Constants of one network evaluation at level ``t``; each broadcasts to the state."""
+
+    t: Tensor
+    a: Tensor
+    b: tuple[Tensor, ...]
+    g: Tensor | None = None
+    c: Tensor | None = None
+    d: tuple[Tensor, ...] = ()
+    to_eps: tuple[Tensor, Tensor] | None = None  # m = p x + q x0_hat
+
+    def constants(self) -> list[Tensor]:
+        """Every constant but ``t``, in a fixed order."""
+        optional = [v for v in (self.g, self.c) if v is not None]
+        return [self.a, *self.b, *optional, *self.d, *(self.to_eps or ())]
+
+    def with_constants(self, values: Sequence[Tensor]) -> Row:
+        """The same row holding ``values`` (as :meth:`constants` orders them)."""
+        it = iter(values)
+        return replace(
+            self,
+            a=next(it),
+            b=tuple(next(it) for _ in self.b),
+            g=None if self.g is None else next(it),
+            c=None if self.c is None else next(it),
+            d=tuple(next(it) for _ in self.d),
+            to_eps=None if self.to_eps is None else (next(it), next(it)),
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """Both ends of one step, and what is derived from them; float64.
+
+    ``h`` may be infinite at either end.
+    """
+
+    t: Tensor
+    s: Tensor
+    alpha_t: Tensor
+    sigma_t: Tensor
+    alpha_s: Tensor
+    sigma_s: Tensor
+    h: Tensor
+
+    @classmethod
+    def between(cls, process: GaussianProcess, t: Tensor, s: Tensor) -> Step:
+        alpha_t, sigma_t, alpha_s, sigma_s = (
+            process.alpha(t),
+            process.sigma(t),
+            process.alpha(s),
+            process.sigma(s),
+        )
+        h = (alpha_s.log() - sigma_s.log()) - (alpha_t.log() - sigma_t.log())
+        return cls(
+            t, s, alpha_t, sigma_t, alpha_s, sigma_s, torch.where(t == s, torch.zeros_like(h), h)
+        )
+
+    @property
+    def still(self) -> Tensor:
+        """Entries that do not move (a position that is already at its last level)."""
+        return self.t == self.s
+
+    def freeze(self, a: Tensor, b: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Identity update where the step is empty; there the general formulas divide by zero."""
+        still = self.still
+        return torch.where(still, 1.0, a), tuple(torch.where(still, 0.0, v) for v in b)
+
+
+class Solver:
+    """Turns a grid of levels ``[K + 1, ...]`` into rows. Stateless.
+
+    The same grid gives the same rows.
+    """
+
+    name: ClassVar[str]
+    stochastic: bool = False
+
+    def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
+        """One :class:`Row` per network evaluation."""
+        raise TypeError(f"{type(self).__name__} must define rows")
+
+    def nfe(self, num_steps: int) -> int:
+        """Network evaluations for ``num_steps`` steps."""
+        return num_steps
+
+
+def _steps(process: GaussianProcess, levels: Tensor) -> list[Step]:
+    return [Step.between(process, t, s) for t, s in pairwise(levels)]
+
+
+def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
+    """``top / bottom``, 0 where that is not finite.
+
+    An infinite neighbouring step carries no slope.
+    """
+    value = top / bottom
+    return torch.where(value.isfinite() & (bottom != 0), value, torch.zeros_like(value))
+
+
+def _orders(num_steps: int, order: int, lower_order_final: bool) -> list[int]:
+    """Order of each step: history is short at first.
+
+    And high orders are unstable on the step to clean.
+    """
+    ends = [num_steps - i if lower_order_final else order for i in range(num_steps)]
+    return [min(order, i + 1, ends[i]) for i in range(num_steps)]
+
+
+@dataclass(frozen=True)
+class DDIM(Solver):
+    """First-order exponential integrator with noise ``eta`` (Song et al. 2021, eq. 12).
+
+    For any process.
+
+    ``eta = 0`` is the deterministic DDIM, which is also Euler's rule on the probability-flow ODE in
+    ``(x / alpha, sigma / alpha)``, DPM-Solver++ 1 and, for flow matching, Euler in ``t``. ``eta =
+    1`` is ancestral DDPM sampling between the levels actually visited; ``variance = "large"`` uses
+    the forward variance for its noise (Ho et al. 2020, section 3.2). No noise is added on the step
+    to ``t = 0``.
+    """
+
+    eta: float = 0.0
+    variance: str = "small"
+    name: ClassVar[str] = "ddim"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be in [0, 1], got {self.eta}")
+        if self.variance not in ("small", "large"):
+            raise ValueError(f"variance must be 'small' or 'large', got {self.variance!r}")
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        return self.eta > 0
+
+    def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
+        return [self._row(step) for step in _steps(process, levels)]
+
+    def _row(self, step: Step) -> Row:
+        small = self.eta**2 * step.sigma_s.square() * -torch.expm1(-2 * step.h)
+        a = (step.sigma_s.square() - small).clamp_min(0).sqrt() / step.sigma_t
+        a, b = step.freeze(a, [step.alpha_s - step.alpha_t * a])
+        g = None
+        if self.stochastic:
+            forward = step.sigma_t.square() - (step.alpha_t / step.alpha_s * step.sigma_s).square()
+            large = self.eta**2 * torch.where(step.sigma_s > 0, forward, 0.0)
+            g = (small if self.variance == "small" else large).clamp_min(0).sqrt()
+        return Row(step.t, a, b, g)
+
+
+@dataclass(frozen=True)
+class Heun(Solver):
+    """Second-order Heun (Karras et al. 2022, algorithm 1, without churn).
+
+    Two evaluations a step, one on a step to 0.
+
+    With ``c`` the process's ODE scale (alpha; 1 for flow matching), ``z = x / c`` and ``rho = sigma
+    / c`` obey ``dz/drho = (z - x0_hat) / rho``.
+    """
+
+    name: ClassVar[str] = "heun"
+
+    def nfe(self, num_steps: int) -> int:
+        return 2 * num_steps - 1
+
+    def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
+        return [row for step in _steps(process, levels) for row in self._pair(process, step)]
+
+    def _pair(self, process: GaussianProcess, step: Step) -> list[Row]:
+        scale_t, scale_s = process.ode_scale(step.t), process.ode_scale(step.s)
+        rho_t, rho_s = step.sigma_t / scale_t, step.sigma_s / scale_s
+        ratio = rho_s / rho_t
+        euler = scale_s / scale_t * ratio
+        a, b = step.freeze(euler, [scale_s * (1 - ratio)])
+        predict = Row(step.t, a, b)
+        if bool((step.sigma_s == 0).all()):
+            return [predict]  # the slope is singular at sigma = 0
+        half = 0.5 * (rho_s - rho_t)
+        c, d = step.freeze(
+            euler, [-scale_s * half / rho_s, scale_s * half * ((1 - ratio) / rho_s - 1 / rho_t)]
+        )
+        clean = step.sigma_s == 0  # single entries that arrive: keep their Euler step
+        c = torch.where(clean, a, c)
+        d = (torch.where(clean, 0.0, d[0]), torch.where(clean, b[0], d[1]))
+        return [predict, Row(step.s, torch.ones_like(a), (), c=c, d=d)]
+
+
+@dataclass(frozen=True)
+class DPMSolverPP(Solver):
+    """DPM-Solver++ multistep in data form (Lu et al. 2022), orders 1 to 3, as ODE or as SDE.
+
+    Args:
+        order: 2 or 3 (1 is DDIM).
+        eta: 0 solves the ODE; above 0 the SDE with that noise scale (1: the reverse SDE), orders 1
+            and 2.
+        midpoint: order 2 by the midpoint form (usually better at few steps), else by Taylor
+            expansion.
+        damped: order 3 with half its second-difference term, as the public implementations have it.
+            That form converges with order 2 only; it is sometimes better at ten steps or fewer.
+        lower_order_final: lower the order on the last steps; turn off only when sampling ends above
+            ``t = 0``.
+    """
+
+    order: int = 2
+    eta: float = 0.0
+    midpoint: bool = True
+    damped: bool = False
+    lower_order_final: bool = True
+    name: ClassVar[str] = "dpmpp"
+
+    def __post_init__(self) -> None:
+        _check_order("dpmpp", self.order, (1, 2, 3))
+        if self.eta < 0:
+            raise ValueError(f"eta must be at least 0, got {self.eta}")
+        if self.eta > 0 and self.order == 3:
+            raise ValueError("the SDE form has orders 1 and 2; use order=2 or eta=0")
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        return self.eta > 0
+
+    def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
+        steps = _steps(process, levels)
+        orders = _orders(len(steps), self.order, self.lower_order_final)
+        return [self._row(steps[max(0, i - 2) : i + 1][::-1], orders[i]) for i in range(len(steps))]
+
+    def _row(self, recent: Sequence[Step], order: int) -> Row:
+        """``recent``: this step, then the ones before it."""
+        step = recent[0]
+        weight = -torch.expm1(-(1 + self.eta) * step.h)
+        a, first = step.sigma_s / step.sigma_t, step.alpha_s * weight
+        if self.eta > 0:
+            a = a * torch.exp(-self.eta * step.h)
+        if order == 1:
+            b = [first]
+        elif order == 2:
+            slope = 0.5 * first if self.midpoint else step.alpha_s * self._taylor(step.h, weight)
+            slope = slope * _ratio(
+                step.h, recent[1].h
+            )  # times (m0 - m1), per unit of the previous step
+            b = [first + slope, -slope]
+        else:
+            b = self._third(step, recent[1], recent[2])
+        a, rows = step.freeze(a, b)
+        g = step.sigma_s * (-torch.expm1(-2 * self.eta * step.h)).sqrt() if self.eta > 0 else None
+        return Row(step.t, a, rows, g)
+
+    def _taylor(self, h: Tensor, weight: Tensor) -> Tensor:
+        """``int_0^h e^{-(1+eta)(h-u)} (1+eta) u du / h``: weight of the first difference."""
+        return 1 - _ratio(weight, (1 + self.eta) * h)
+
+    def _third(self, step: Step, before: Step, before2: Step) -> list[Tensor]:
+        r0, r1 = _ratio(before.h, step.h), _ratio(before2.h, step.h)
+        p1, p2, p3 = _phi(step.h)
+        w1, w2 = step.alpha_s * p2, step.alpha_s * p3 * (0.5 if self.damped else 1.0)
+        # Divided differences: A over the last interval, B over the one before; D1, D2 are h m' and
+        # h^2 m''.
+        a_gain, b_gain = _ratio(torch.ones_like(r0), r0), _ratio(torch.ones_like(r1), r1)
+        mix, curve = _ratio(r0, r0 + r1), 2 * _ratio(torch.ones_like(r0), r0 + r1)
+        on_a, on_b = w1 * (1 + mix) + w2 * curve, -w1 * mix - w2 * curve
+        return [step.alpha_s * p1 + on_a * a_gain, -on_a * a_gain + on_b * b_gain, -on_b * b_gain]
+
+
+@dataclass(frozen=True)
+class UniPC(Solver):
+    """UniPC in data form (Zhao et al. 2023, algorithms 5 to 8): a predictor.
+
+    Corrected for free by the next evaluation.
+
+    Args:
+        order: 1 to 3 (2 for guided or few steps).
+        variant: ``"bh1"`` or ``"bh2"``, the scale B(h) of equation 11.
+        corrector: off gives UniP.
+        lower_order_final: lower the order on the last steps.
+    """
+
+    order: int = 2
+    variant: str = "bh2"
+    corrector: bool = True
+    lower_order_final: bool = True
+    name: ClassVar[str] = "unipc"
+
+    def __post_init__(self) -> None:
+        _check_order("unipc", self.order, (1, 2, 3))
+        if self.variant not in ("bh1", "bh2"):
+            raise ValueError(f"variant must be 'bh1' or 'bh2', got {self.variant!r}")
+
+    def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
+        steps = _steps(process, levels)
+        orders = _orders(len(steps), self.order, self.lower_order_final)
+        out = []
+        for i, step in enumerate(steps):
+            a, b = step.freeze(*self._update(steps, i, orders[i], corrector=False))
+            row = Row(step.t, a, b)
+            if i > 0 and self.corrector:
+                c, d = steps[i - 1].freeze(
+                    *self._update(steps, i - 1, orders[i - 1], corrector=True)
+                )
+                row = replace(row, c=c, d=d)
+            out.append(row)
+        return out
+
+    def _update(
+        self, steps: Sequence[Step], i: int, order: int, *, corrector: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """``(a, weights)`` of step ``i``: on ``m_0, m_1, ...``.
+
+        Preceded by the new value for the corrector.
+        """
+        step = steps[i]
+        nodes = [
+            -_ratio(
+                sum((steps[i - k].h for k in range(1, j + 1)), torch.zeros_like(step.h)), step.h
+            )
+            for j in range(1, order)
+        ]  # r_j < 0, positions of the history in units of h
+        gain = step.alpha_s * -torch.expm1(-step.h)
+        scale = step.alpha_s * (step.h if self.variant == "bh1" else -torch.expm1(-step.h))
+        rho = self._weights(step.h, nodes + ([torch.ones_like(step.h)] if corrector else []))
+        finite = step.h.isfinite()
+        per_node = [
+            torch.where(finite, scale * _ratio(w, r), 0.0) for w, r in zip(rho, nodes, strict=False)
+        ]
+        newest = torch.where(finite, scale * rho[-1], 0.0) if corrector else None
+        total = sum(per_node, torch.zeros_like(gain)) + (newest if newest is not None else 0.0)
+        weights = [gain - total, *per_node]
+        return step.sigma_s / step.sigma_t, weights if newest is None else [newest, *weights]
+
+    def _weights(self, h: Tensor, nodes: Sequence[Tensor]) -> list[Tensor]:
+        """Solve ``sum_j r_j^(k-1) rho_j = b_k``: exact for polynomials.
+
+        With the paper's shortcuts at low order.
+        """
+        count = len(nodes)
+        if count == 0:
+            return []
+        safe = torch.where(h.isfinite() & (h > 0), h, torch.ones_like(h))
+        if count == 1:  # UniP-2, UniC-1: 1/2 keeps the order and is steadier
+            return [torch.full_like(h, 0.5)]
+        hh, psi, target = -safe, torch.expm1(-safe) / -safe - 1, []
+        scale = hh if self.variant == "bh1" else torch.expm1(hh)
+        for k in range(1, count + 1):
+            target.append(psi * math.factorial(k) / scale)
+            psi = psi / hh - 1 / math.factorial(k + 1)
+        powers = torch.stack([torch.stack(list(nodes)) ** k for k in range(count)])  # [k, j, ...]
+        matrix, right = powers.movedim((0, 1), (-2, -1)), torch.stack(target).movedim(0, -1)
+        # Two nodes coincide where history is missing or a step is infinite; least squares drops one
+        # of them.
+        solution = torch.linalg.lstsq(matrix, right.unsqueeze(-1), driver="gelsd").solution.squeeze(
+            -1
+        )
+        return list(solution.movedim(-1, 0).unbind(0))
+
+
+@dataclass(frozen=True)
+class DEIS(Solver):
+    """Exponential Adams-Bashforth in noise form.
+
+    ``x / alpha`` is integrated exactly against ``rho = sigma / alpha``.
+
+    Args:
+        order: 1 to 4 noise estimates in the extrapolation.
+        mode: ``"tab"`` weights by quadrature of the Lagrange basis in t (DEIS, Zhang & Chen 2023,
+            eq. 15); ``"ipndm"`` fixed Adams-Bashforth weights that ignore unequal steps (formally
+            of order 2 on uneven grids, often excellent at few steps).
+    """
+
+    order: int = 3
+    mode: str = "tab"
+    name: ClassVar[str] = "deis"
+    _AB: ClassVar[tuple[tuple[float, ...], ...]] = (
+        (1.0,),
+        (1.5, -0.5),
+        (23 / 12, -16 / 12, 5 / 12),
+        (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+    )
+
+    def __post_init__(self) -> None:
+        _check_order("deis", self.order, (1, 2, 3, 4))
+        if self.mode not in ("tab", "ipndm"):
+            raise ValueError(f"mode must be 'tab' or 'ipndm', got {self.mode!r}")
+
+    def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
+        steps = _steps(process, levels)
+        if bool((steps[0].alpha_t <= 0).any()):
+            raise ValueError(
+                f"deis integrates x / alpha, and {process.type!r} has alpha = 0 at the start;"
+                " use dpmpp, unipc or heun, or start below t = 1"
+            )
+        return [self._row(process, steps, i) for i in range(len(steps))]
+
+    def _row(self, process: GaussianProcess, steps: Sequence[Step], i: int) -> Row:
+        step, count = steps[i], min(self.order, i + 1)
+        rho_t, rho_s = step.sigma_t / step.alpha_t, step.sigma_s / step.alpha_s
+        if self.mode == "ipndm":
+            weights = [(rho_s - rho_t) * w for w in self._AB[count - 1]]
+        else:
+            weights = _lagrange_integrals(
+                process, [steps[i - j].t for j in range(count)], rho_t, rho_s
+            )
+        a, b = step.freeze(step.alpha_s / step.alpha_t, [step.alpha_s * w for w in weights])
+        inverse = torch.where(step.sigma_t > 0, 1 / step.sigma_t, 0.0)
+        return Row(step.t, a, b, to_eps=(inverse, -step.alpha_t * inverse))
+
+
+def _phi(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``p1 = int e^{-(h-u)} du``, ``p2 = int .. u du / h``, ``p3 = int ..
+
+    U^2/2 du / h^2`` over [0, h].
+    """
+    p1 = -torch.expm1(-h)
+    small = h < 1e-2
+    safe = torch.where(small | ~h.isfinite(), torch.ones_like(h), h)
+    p2 = 1 - -torch.expm1(-safe) / safe
+    p3 = 0.5 - p2 / safe
+    series2 = h * (1 / 2 - h * (1 / 6 - h * (1 / 24 - h * (1 / 120 - h * (1 / 720)))))
+    series3 = h * (1 / 6 - h * (1 / 24 - h * (1 / 120 - h * (1 / 720 - h * (1 / 5040)))))
+    finite = h.isfinite()
+    p2 = torch.where(small, series2, torch.where(finite, p2, 1.0))
+    return p1, p2, torch.where(small, series3, torch.where(finite, p3, 0.5))
+
+
+def _lagrange_integrals(
+    process: GaussianProcess, nodes: Sequence[Tensor], low: Tensor, high: Tensor
+) -> list[Tensor]:
+    """``int_low^high l_j(t(rho)) d rho`` for the Lagrange basis on ``nodes`` (levels).
+
+    By Gauss-Legendre quadrature.
+    """
+    points, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(24))
+    shape = (-1, *[1] * low.dim())
+    half, middle = 0.5 * (high - low), 0.5 * (high + low)
+    t = process.t_from_log_snr(-2 * (middle + half * points.view(shape)).log())
+    out = []
+    for j, node in enumerate(nodes):
+        basis = torch.ones_like(t)
+        for k, other in enumerate(nodes):
+            if k != j:
+                basis = basis * torch.where(
+                    node == other, torch.zeros_like(t), (t - other) / (node - other)
+                )
+        out.append(half * (weights.view(shape) * basis).sum(0))
+    return out
+
+
+def _check_order(name: str, order: int, allowed: Sequence[int]) -> None:
+    if order not in allowed:
+        raise ValueError(f"{name}: order must be one of {tuple(allowed)}, got {order}")
+
+
+SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
+    "ddpm": (DDIM, {"eta": 1.0}),
+    "ddim": (DDIM, {}),
+    "euler": (DDIM, {}),
+    "heun": (Heun, {}),
+    "dpmpp_2m": (DPMSolverPP, {"order": 2}),
+    "dpmpp_2m_sde": (DPMSolverPP, {"order": 2, "eta": 1.0}),
+    "dpmpp_3m": (DPMSolverPP, {"order": 3}),
+    "deis": (DEIS, {}),
+    "ipndm": (DEIS, {"mode": "ipndm"}),
+    "unipc": (UniPC, {}),
+}
+
+
+def make_solver(name: str, **options: Any) -> Solver:
+    """A solver by its field name, e.g. ``make_solver("ddim", eta=0.5)``.
+
+    Raises:
+        ValueError: unknown name or option, with the valid ones.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"unknown solver {name!r}; expected one of {sorted(SOLVERS)}")
+    kind, defaults = SOLVERS[name]
+    try:
+        return kind(**{**defaults, **options})
+    except TypeError as error:
+        raise ValueError(f"solver {name!r}: {error}") from None

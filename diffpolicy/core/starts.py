@@ -1,0 +1,216 @@
+"""Where sampling starts: a state together with the noise level it is at.
+
+Full diffusion, truncated diffusion, real-time iteration and streaming differ only in their
+:class:`Start`. The start and the grid of levels that is sampled from it are one object:
+:func:`levels` derives the grid from the start, because noising to one level and denoising from
+another is silent and wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.noise import GaussianProcess
+
+SPACINGS = ("t", "log_snr", "karras")
+
+
+class Start(NamedTuple):
+    """A noisy state and its level.
+
+    Attributes:
+        x: ``[B, H, D]``.
+        t: level(s) of ``x`` in [0, 1], float64 on the *host*, broadcastable to ``x``: ``[1, 1, 1]``
+            or ``[B, 1, 1]`` (per row), ``[B, H, 1]`` (per position), ``[B, 1, D]`` (per dimension).
+            Levels are decided before the loop; only the constants computed from them travel to the
+            device.
+    """
+
+    x: Tensor
+    t: Tensor
+
+
+def level(value: float | Tensor, like: Tensor) -> Tensor:
+    """``value`` as a float64 level on the host that broadcasts to ``like``; numbers become ``[1.
+
+    1, 1]``.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() != like.dim():
+            raise ValueError(
+                f"a level must broadcast to x {tuple(like.shape)}; got shape {tuple(value.shape)}"
+            )
+        return value.to("cpu", torch.float64)
+    if not 0 <= value <= 1:
+        raise ValueError(f"a noise level must be in [0, 1] (0 clean, 1 prior), got {value}")
+    return torch.full((1,) * like.dim(), float(value), dtype=torch.float64)
+
+
+def _scales(process: GaussianProcess, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """``alpha, sigma`` at host levels ``t``, in the dtype and on the device of ``like``.
+
+    Without a synchronisation.
+    """
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    return tuple(v.to(like.device, like.dtype, non_blocking=True) for v in (alpha, sigma))  # type: ignore[return-value]
+
+
+def prior_start(process: GaussianProcess, noise: Tensor) -> Start:
+    """Pure noise at ``t = 1``: the start of a full diffusion. ``noise`` is standard normal ``[B.
+
+    H, D]``.
+    """
+    t = level(1.0, noise)
+    return Start(_scales(process, t, noise)[1] * noise, t)
+
+
+def truncated_start(
+    process: GaussianProcess, x0: Tensor, t_start: float | Tensor, noise: Tensor
+) -> Start:
+    """A guess ``x0`` (anchor, draft, last plan) noised to ``t_start``.
+
+    Sampling runs from there only.
+
+    Args:
+        process: the noise process of the denoiser.
+        x0: clean guess ``[B, H, D]``, normalised.
+        t_start: level in (0, 1], a number or a tensor as in :class:`Start`.
+        noise: standard normal, the shape of ``x0``.
+    """
+    t = level(t_start, x0)
+    alpha, sigma = _scales(process, t, x0)
+    return Start(alpha * x0 + sigma * noise, t)
+
+
+def shift_plan(plan: Tensor, steps: int) -> Tensor:
+    """``plan`` ``[B, H, D]`` moved ``steps`` positions to the present.
+
+    Its last action held at the tail.
+    """
+    if not 0 <= steps <= plan.shape[1]:
+        raise ValueError(f"cannot shift a plan of {plan.shape[1]} actions by {steps}")
+    if steps == 0:
+        return plan
+    return torch.cat([plan[:, steps:], plan[:, -1:].expand(-1, steps, -1)], dim=1)
+
+
+def warm_start(
+    process: GaussianProcess,
+    plan: Tensor,
+    t_start: float | Tensor,
+    noise: Tensor,
+    *,
+    shift: int = 1,
+    renoise: bool = True,
+) -> Start:
+    """Real-time iteration (Duan et al. 2025): the last plan, shifted by the steps executed.
+
+    At level ``t_start``.
+
+    ``renoise=False`` takes the shifted plan as if it already were at ``t_start`` (the published
+    variant); it is off the true marginal by ``(1 - alpha) x`` and under-dispersed, so it is safe
+    for small ``t_start`` only.
+    """
+    shifted = shift_plan(plan, shift)
+    return (
+        truncated_start(process, shifted, t_start, noise)
+        if renoise
+        else Start(shifted, level(t_start, plan))
+    )
+
+
+def ramp_start(
+    process: GaussianProcess, x0: Tensor, t_first: float, t_last: float, noise: Tensor
+) -> Start:
+    """Levels rising along the plan from ``t_first`` to ``t_last`` (streaming diffusion).
+
+    Near actions are cleaner.
+    """
+    ramp = torch.linspace(t_first, t_last, x0.shape[1], dtype=torch.float64)
+    return truncated_start(process, x0, ramp.view(1, -1, 1), noise)
+
+
+def levels(
+    start: Start,
+    num_steps: int,
+    *,
+    end: float = 0.0,
+    spacing: str = "t",
+    process: GaussianProcess | None = None,
+    t_min: float = 1e-3,
+) -> Tensor:
+    """The grid of levels from ``start`` down to ``end``.
+
+    Args:
+        start: where sampling begins; every entry of ``start.t`` gets its own grid.
+        num_steps: steps K >= 1.
+        end: last level, 0 = clean.
+        spacing: ``"t"`` even in t (snapped to the knots of a discrete ``process``), ``"log_snr"``
+            even in log SNR, ``"karras"`` even in ``(sigma / alpha)^(1/7)`` (Karras et al. 2022).
+        process: needed by ``log_snr`` and ``karras``.
+        t_min: with these two and ``end = 0``, the last level before the step to clean.
+
+    Returns:
+        float64 ``[K + 1, *start.t.shape]``; the first entry equals ``start.t``.
+
+    Raises:
+        ValueError: ``num_steps`` < 1, an unknown spacing, or no process where one is needed.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}; expected one of {SPACINGS}")
+    first = start.t.double()
+    fraction = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    fraction = fraction.view(-1, *[1] * first.dim())
+    if spacing == "t":
+        grid = first + fraction * (end - first)
+        inner = grid[1:-1] if process is None else process.snap(grid[1:-1])
+        return torch.cat([first[None], inner, torch.full_like(first, end)[None]])
+    if process is None:
+        raise ValueError(f"spacing {spacing!r} needs process=...")
+    return _ratio_grid(process, first, num_steps, end, t_min, 7.0 if spacing == "karras" else None)
+
+
+def _ratio_grid(
+    process: GaussianProcess,
+    first: Tensor,
+    num_steps: int,
+    end: float,
+    t_min: float,
+    rho: float | None,
+) -> Tensor:
+    """Even in ``log(sigma/alpha)`` or in its power ``1/rho``.
+
+    A step to exactly 0 is appended when ``end`` is 0.
+    """
+    intervals = num_steps - 1 if end == 0 else num_steps
+    last = torch.full_like(first, end if end > 0 else t_min).minimum(first)
+    finite = torch.where(
+        process.alpha(first) > 0, first, 1 - 1e-3
+    )  # flow matching: the ratio is infinite at t = 1
+    ends = torch.stack([finite, last])
+    ratio = (-0.5 * process.log_snr(ends)).exp()
+    warped = ratio.log() if rho is None else ratio ** (1 / rho)
+    fraction = torch.linspace(0, 1, intervals + 1, dtype=torch.float64)
+    grid = warped[0] + fraction.view(-1, *[1] * first.dim()) * (warped[1] - warped[0])
+    log_ratio = grid if rho is None else rho * grid.log()
+    inner = process.t_from_log_snr(-2 * log_ratio)[1 : intervals + (end == 0)]
+    return torch.cat([first[None], inner, torch.full_like(first, end)[None]])
+
+
+def explicit_levels(start: Start, following: Sequence[float]) -> Tensor:
+    """A grid by hand: ``start.t``, then the levels of ``following`` (strictly descending.
+
+    The last one the end).
+    """
+    values = [float(v) for v in following]
+    if not values or any(a <= b for a, b in pairwise(values)) or values[-1] < 0:
+        raise ValueError(f"levels must be strictly descending and end at 0 or above, got {values}")
+    rest = [torch.full_like(start.t, v) for v in values]
+    return torch.stack([start.t, *rest])
