@@ -1,0 +1,153 @@
+"""What may be put into a store: fields, rows and attributes, checked on the way in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+# Attribute names that the store uses itself.
+RESERVED_ATTRS = ("format", "version", "fields", "statistics")
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One field of a store.
+
+    Args:
+        shape: Shape of one row, `()` for a number.
+        dtype: A numpy name of a number type, such as `"float32"`, `"uint8"`, `"bool"`.
+
+    Raises:
+        ValueError: A shape with a size below 1, or a dtype that is not a plain number.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        object.__setattr__(self, "dtype", np.dtype(self.dtype).name)
+        if any(n < 1 for n in self.shape):
+            raise ValueError(f"every size in a field's shape must be at least 1; got {self.shape}")
+        if np.dtype(self.dtype).kind not in "fiub":
+            raise ValueError(
+                f"a field holds plain numbers (float, int, uint, bool); got dtype {self.dtype!r}"
+            )
+
+
+def checked_rows(
+    fields: Mapping[str, FieldSpec], columns: Mapping[str, NDArray[Any]], ends: NDArray[Any]
+) -> dict[str, NDArray[Any]]:
+    """The columns in the store's types.
+
+    Args:
+        fields: The store's fields.
+        columns: `[T, *shape]` each.
+        ends: `[E]` cumulative ends of the episodes in these columns.
+
+    Raises:
+        ValueError: Anything that does not fit, with the field, the row and the fix.
+    """
+    if set(columns) != set(fields):
+        raise ValueError(
+            f"the store has the fields {sorted(fields)}; got {sorted(columns)}. Give each of them, "
+            "and no other"
+        )
+    lengths = {name: len(c) if c.ndim else None for name, c in columns.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"every field must have one row a step; got the lengths {lengths}")
+    length = next(iter(lengths.values()))
+    _check_ends(ends, length)
+    return {name: _checked_column(name, fields[name], column) for name, column in columns.items()}
+
+
+def _check_ends(ends: NDArray[Any], length: int | None) -> None:
+    if ends.ndim != 1 or len(ends) == 0 or ends.dtype.kind not in "iu":
+        raise ValueError(
+            f"episode_ends must be a non-empty vector of integers; got shape {list(ends.shape)}, "
+            f"dtype {ends.dtype}"
+        )
+    steps = np.diff(ends.astype(np.int64), prepend=0)
+    if (steps <= 0).any():
+        index = int(np.argmax(steps <= 0))
+        raise ValueError(
+            f"episode {index} has {steps[index]} steps; episode_ends must increase strictly and "
+            "every episode needs at least one step"
+        )
+    if ends[-1] != length:
+        raise ValueError(f"episode_ends says {ends[-1]} steps, but the arrays have {length}")
+
+
+def _checked_column(name: str, spec: FieldSpec, column: NDArray[Any]) -> NDArray[Any]:
+    if column.shape[1:] != spec.shape:
+        raise ValueError(
+            f"field {name!r} has rows of shape {list(spec.shape)}; got {list(column.shape[1:])} "
+            f"(the whole array is {list(column.shape)})"
+        )
+    if not np.can_cast(column.dtype, spec.dtype, "same_kind"):
+        raise ValueError(
+            f"field {name!r} is stored as {spec.dtype}; got {column.dtype}, which does not convert "
+            "without loss of meaning. Convert it yourself with .astype"
+        )
+    with np.errstate(over="ignore"):  # too large for float32 is reported below, as infinite
+        values = column.astype(spec.dtype, copy=False)
+    if values.dtype.kind == "f":
+        finite = np.isfinite(values).reshape(len(values), -1)
+        if not finite.all():
+            row, dim = (int(i) for i in np.argwhere(~finite)[0])
+            raise ValueError(
+                f"field {name!r} is not finite at row {row}, value {dim}: "
+                f"{column[row].flat[dim]}. Drop or repair the episode before storing it"
+            )
+    return values
+
+
+def field_specs(fields: Mapping[str, tuple[int, ...] | FieldSpec]) -> dict[str, FieldSpec]:
+    """Fields as specs.
+
+    Raises:
+        ValueError: No field, or a name that is no plain word.
+    """
+    if not fields:
+        raise ValueError('a store needs fields, such as {"obs": (17,), "action": (6,)}')
+    for name in fields:
+        if not name.replace("_", "").replace(".", "").isalnum() or name.startswith("."):
+            raise ValueError(f"field names are letters, digits, '_' and '.'; got {name!r}")
+    return {k: v if isinstance(v, FieldSpec) else FieldSpec(tuple(v)) for k, v in fields.items()}
+
+
+def user_attrs(attrs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Attributes as JSON values.
+
+    Raises:
+        ValueError: One is not JSON, or has a name the store uses itself.
+    """
+    values = {str(k): jsonable(v, f"attrs.{k}") for k, v in (attrs or {}).items()}
+    clash = sorted(set(values) & set(RESERVED_ATTRS))
+    if clash:
+        raise ValueError(f"the attributes {clash} are the store's own; choose other names")
+    return values
+
+
+def jsonable(value: Any, where: str) -> Any:
+    """`value` with numpy's numbers and arrays as plain ones.
+
+    Raises:
+        ValueError: Something in it is not JSON; `where` names it in the message.
+    """
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(k): jsonable(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v, where) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"{where} must be JSON (numbers, text, lists); got {type(value).__name__}")

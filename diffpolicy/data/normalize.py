@@ -1,0 +1,265 @@
+"""Normalisers: an affine map per field, fitted once and frozen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+Mode = Literal["minmax", "gaussian", "quantile", "identity"]
+MODES: tuple[Mode, ...] = ("minmax", "gaussian", "quantile", "identity")
+# Dimensions whose values span less than this are constant: dividing by the span would only blow up
+# sensor noise (the same threshold as Diffusion Policy's).
+CONSTANT_RANGE = 1e-4
+
+
+class Normalizer:
+    """A frozen affine map per field: `normalised = x * scale + offset`.
+
+    Modes:
+
+    - `minmax`: the data's minimum and maximum become -1 and 1.
+    - `quantile`: the 1 % and 99 % quantiles become -1 and 1; the tails lie outside. A dimension
+      whose quantiles coincide although its range does not (a rare flag) is mapped as by `minmax`.
+    - `gaussian`: mean 0, standard deviation 1.
+    - `identity`: unchanged.
+
+    A dimension whose range is below 1e-4 is constant: its scale is 1 and its constant becomes 0.
+
+    Build one with `fit` or `from_parts`; nothing about it changes afterwards.
+
+    Args:
+        modes: The mode of each field.
+        scale: Per field, float32, of the shape of one row; nowhere zero.
+        offset: Per field, the same shapes.
+
+    Raises:
+        ValueError: Unknown mode, fields that differ, shapes that differ, or a scale or offset that
+            is not finite or a scale that is zero.
+    """
+
+    def __init__(
+        self, modes: Mapping[str, Mode], scale: Mapping[str, Tensor], offset: Mapping[str, Tensor]
+    ) -> None:
+        if not set(modes) == set(scale) == set(offset):
+            raise ValueError(
+                f"a normaliser needs a mode, a scale and an offset for the same fields; got "
+                f"{sorted(modes)}, {sorted(scale)} and {sorted(offset)}"
+            )
+        for field, mode in modes.items():
+            _check_mode(field, mode)
+            _check_affine(field, scale[field], offset[field])
+        self._modes = dict(modes)
+        self._scale = {k: scale[k].detach().to(torch.float32).contiguous() for k in modes}
+        self._offset = {k: offset[k].detach().to(torch.float32).contiguous() for k in modes}
+        # Environments speak numpy: keep the host copies, so that no call converts.
+        self._numpy = {
+            k: (self._scale[k].cpu().numpy(), self._offset[k].cpu().numpy()) for k in modes
+        }
+
+    @classmethod
+    def fit(
+        cls, statistics: Mapping[str, Mapping[str, Any]], modes: Mapping[str, Mode]
+    ) -> Normalizer:
+        """Fit to a store's statistics.
+
+        Args:
+            statistics: Per field `min`, `max`, `mean`, `std`, `q01`, `q99`, as `EpisodeStore`
+                keeps them.
+            modes: The fields to normalise, and how.
+
+        Returns:
+            The normaliser.
+
+        Raises:
+            ValueError: A field without statistics, an unknown mode, or statistics that are not
+                finite.
+        """
+        scale, offset = {}, {}
+        for field, mode in modes.items():
+            _check_mode(field, mode)
+            if field not in statistics:
+                raise ValueError(
+                    f"no statistics for field {field!r}; there are some for {sorted(statistics)}. "
+                    "Fields with thousands of numbers a row (images) have none."
+                )
+            a, b = _fit_field(field, statistics[field], mode)
+            scale[field], offset[field] = torch.from_numpy(a), torch.from_numpy(b)
+        return cls(modes, scale, offset)
+
+    @classmethod
+    def from_parts(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Normalizer:
+        """Rebuild from what `to_config` and `to_tensors` returned.
+
+        Args:
+            config: `{"fields": {name: {"mode": ..., "shape": [...]}}}`.
+            tensors: `{"name.scale": ..., "name.offset": ...}`.
+
+        Returns:
+            The normaliser, on the tensors' device.
+
+        Raises:
+            ValueError: A tensor is missing, or its shape is not the config's.
+        """
+        modes: dict[str, Mode] = {}
+        scale: dict[str, Tensor] = {}
+        offset: dict[str, Tensor] = {}
+        for field, part in config["fields"].items():
+            for kind, target in (("scale", scale), ("offset", offset)):
+                key = f"{field}.{kind}"
+                if key not in tensors:
+                    raise ValueError(
+                        f"the normaliser's tensors lack {key!r} (there are {sorted(tensors)}); "
+                        "the file belongs to another policy or was cut short"
+                    )
+                if list(tensors[key].shape) != list(part["shape"]):
+                    raise ValueError(
+                        f"normaliser tensor {key!r} has shape {list(tensors[key].shape)}, its "
+                        f"config says {list(part['shape'])}; the two files do not belong together"
+                    )
+                target[field] = tensors[key]
+            modes[field] = part["mode"]
+        return cls(modes, scale, offset)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields it knows."""
+        return tuple(self._modes)
+
+    @property
+    def modes(self) -> dict[str, Mode]:
+        """The mode of each field (a copy)."""
+        return dict(self._modes)
+
+    def shape(self, field: str) -> tuple[int, ...]:
+        """The shape of one row of `field`."""
+        return tuple(self._scale[self._known(field)].shape)
+
+    def is_unit_range(self, field: str) -> bool:
+        """Whether the fitted data lie in [-1, 1] after `normalize`: true of `minmax` alone."""
+        return self._modes[self._known(field)] == "minmax"
+
+    @overload
+    def normalize(self, field: str, x: Tensor) -> Tensor: ...
+    @overload
+    def normalize(self, field: str, x: NDArray[Any]) -> NDArray[Any]: ...
+    def normalize(self, field: str, x: Tensor | NDArray[Any]) -> Tensor | NDArray[Any]:
+        """Map from data units.
+
+        Args:
+            field: The field.
+            x: `[..., *shape]`, tensor or array, on the normaliser's device.
+
+        Returns:
+            `x * scale + offset`, of x's kind.
+
+        Raises:
+            ValueError: An unknown field, or a shape that does not end in the field's.
+        """
+        scale, offset = self._parts(field, x)
+        y: Tensor | NDArray[Any] = x * scale + offset
+        return y
+
+    @overload
+    def unnormalize(self, field: str, x: Tensor) -> Tensor: ...
+    @overload
+    def unnormalize(self, field: str, x: NDArray[Any]) -> NDArray[Any]: ...
+    def unnormalize(self, field: str, x: Tensor | NDArray[Any]) -> Tensor | NDArray[Any]:
+        """Map back to data units: the inverse of `normalize`, with the same arguments."""
+        scale, offset = self._parts(field, x)
+        y: Tensor | NDArray[Any] = (x - offset) / scale
+        return y
+
+    def to(self, device: torch.device | str) -> Normalizer:
+        """The same normaliser with its tensors on `device`."""
+        return Normalizer(
+            self._modes,
+            {k: v.to(device) for k, v in self._scale.items()},
+            {k: v.to(device) for k, v in self._offset.items()},
+        )
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """`{"obs.scale": ..., "obs.offset": ..., ...}`, for a safetensors file."""
+        scales = {f"{k}.scale": v for k, v in self._scale.items()}
+        return scales | {f"{k}.offset": v for k, v in self._offset.items()}
+
+    def to_config(self) -> dict[str, Any]:
+        """The JSON half: mode and shape of each field."""
+        return {
+            "fields": {
+                k: {"mode": m, "shape": list(self._scale[k].shape)} for k, m in self._modes.items()
+            }
+        }
+
+    def __repr__(self) -> str:
+        inner = ", ".join(f"{k}: {m} {list(self._scale[k].shape)}" for k, m in self._modes.items())
+        return f"Normalizer({inner})"
+
+    def _known(self, field: str) -> str:
+        if field not in self._modes:
+            raise ValueError(
+                f"the normaliser has no field {field!r}; it was fitted to {sorted(self._modes)}"
+            )
+        return field
+
+    def _parts(self, field: str, x: Tensor | NDArray[Any]) -> tuple[Any, Any]:
+        shape = self._scale[self._known(field)].shape
+        if tuple(x.shape[x.ndim - len(shape) :]) != tuple(shape) or x.ndim < len(shape):
+            raise ValueError(
+                f"field {field!r} was fitted to rows of shape {list(shape)}; got an array of shape "
+                f"{list(x.shape)}, whose last dimensions must be those"
+            )
+        if isinstance(x, np.ndarray):
+            return self._numpy[field]
+        return self._scale[field], self._offset[field]
+
+
+def _check_mode(field: str, mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r} for field {field!r}; choose one of {list(MODES)}")
+
+
+def _check_affine(field: str, scale: Tensor, offset: Tensor) -> None:
+    if scale.shape != offset.shape:
+        raise ValueError(
+            f"scale {list(scale.shape)} and offset {list(offset.shape)} of field {field!r} differ"
+        )
+    usable = torch.isfinite(scale) & torch.isfinite(offset) & (scale != 0)
+    if not bool(usable.all()):
+        raise ValueError(
+            f"scale and offset of field {field!r} must be finite and the scale not zero; dimension "
+            f"{int(usable.flatten().logical_not().nonzero()[0])} is not"
+        )
+
+
+def _fit_field(
+    field: str, statistics: Mapping[str, Any], mode: Mode
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    low, high, mean, std, q01, q99 = (
+        np.asarray(statistics[k], dtype=np.float64)
+        for k in ("min", "max", "mean", "std", "q01", "q99")
+    )
+    if not all(np.isfinite(v).all() for v in (low, high, mean, std, q01, q99)):
+        raise ValueError(
+            f"the statistics of field {field!r} are not finite; run `diffpolicy data check` on the "
+            "store, repair it, then `diffpolicy data info --update-statistics`"
+        )
+    if mode == "identity":
+        return np.ones(low.shape, np.float32), np.zeros(low.shape, np.float32)
+    constant = high - low < CONSTANT_RANGE
+    if mode == "gaussian":
+        center, half = mean, std
+    else:
+        if mode == "quantile":
+            usable = q99 - q01 >= CONSTANT_RANGE
+            low, high = np.where(usable, q01, low), np.where(usable, q99, high)
+        center, half = (low + high) / 2, (high - low) / 2
+    scale = np.where(constant, 1.0, 1.0 / np.where(constant, 1.0, half))
+    return np.asarray(scale, np.float32), np.asarray(-center * scale, np.float32)

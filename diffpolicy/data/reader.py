@@ -1,0 +1,192 @@
+"""The read-only half of an episode store."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from diffpolicy.data import layout
+from diffpolicy.data.fields import RESERVED_ATTRS, FieldSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    import zarr
+    from numpy.typing import NDArray
+
+
+class EpisodeReader:
+    """What a store holds, of our own layout or of Diffusion Policy's.
+
+    Use it through [`EpisodeStore`][diffpolicy.data.store.EpisodeStore].
+    """
+
+    def __init__(self, group: zarr.Group, path: Path | None) -> None:
+        self._group = group
+        self._path = path
+        self._native = group.attrs.get("format") == layout.FORMAT
+        arrays = layout.field_arrays(group, self.name)
+        self._arrays = {k: a for k, a in arrays.items() if a.dtype.kind in "fiub"}
+        self._fields = {
+            name: FieldSpec(tuple(a.shape[1:]), str(a.dtype)) for name, a in self._arrays.items()
+        }
+        self._ends_array = layout.child_array(group, "meta/episode_ends", self.name)
+        self._ends = layout.published_ends(self._ends_array, self.name)
+        for name, array in self._arrays.items():
+            if array.shape[0] < self.num_steps:
+                raise layout.StoreDamagedError(
+                    f"{self.name}: field {name!r} has {array.shape[0]} rows but episode_ends says "
+                    f"{self.num_steps}; `diffpolicy data check` lists the damage"
+                )
+        self._episode_attrs: list[dict[str, Any]] | None = None
+        # A zip keeps its file open; close it with the last reference, as a file object does.
+        self._finalizer = weakref.finalize(self, group.store.close)
+
+    @property
+    def path(self) -> Path | None:
+        """Where it is; None in memory."""
+        return self._path
+
+    @property
+    def name(self) -> str:
+        """The path, or a stand-in, for messages."""
+        return str(self._path) if self._path is not None else "<episodes in memory>"
+
+    @property
+    def is_native(self) -> bool:
+        """Whether it is ours, and not a Diffusion Policy replay buffer."""
+        return self._native
+
+    @property
+    def num_episodes(self) -> int:
+        """Published episodes."""
+        return len(self._ends)
+
+    @property
+    def num_steps(self) -> int:
+        """Rows of all published episodes together."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def episode_ends(self) -> NDArray[np.int64]:
+        """`[E]` cumulative ends (a copy)."""
+        return self._ends.copy()
+
+    @property
+    def episode_lengths(self) -> NDArray[np.int64]:
+        """`[E]` numbers of steps."""
+        return np.diff(self._ends, prepend=0)
+
+    @property
+    def fields(self) -> dict[str, FieldSpec]:
+        """Name -> row shape and dtype (a copy)."""
+        return dict(self._fields)
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """The user's attributes (a copy)."""
+        return {k: v for k, v in self._group.attrs.items() if k not in RESERVED_ATTRS}
+
+    @property
+    def statistics(self) -> dict[str, dict[str, Any]]:
+        """Per field `min`, `max`, `mean`, `std`, `q01`, `q99` (lists) and `count`.
+
+        Raises:
+            ValueError: There are none, or episodes were appended since.
+        """
+        stored = cast("dict[str, dict[str, Any]] | None", self._group.attrs.get("statistics"))
+        if not stored:
+            fix = (
+                f"run `diffpolicy data info --update-statistics {self.name}`"
+                if self._native
+                else f"run `diffpolicy data convert {self.name} TARGET.zarr` and use that"
+            )
+            raise ValueError(f"{self.name} has no statistics, which normalisers need; {fix}")
+        for name, values in stored.items():
+            if values["count"] != self.num_steps:
+                raise ValueError(
+                    f"{self.name}: the statistics of {name!r} cover {values['count']} steps of "
+                    f"{self.num_steps}; run `diffpolicy data info --update-statistics {self.name}`"
+                )
+        return stored
+
+    @property
+    def episode_attrs(self) -> list[dict[str, Any]]:
+        """What `append` was told of each episode (seed, success, ...); `{}` where nothing."""
+        if self._episode_attrs is None:
+            lines: list[bytes] = []
+            if self._native:
+                raw = np.asarray(
+                    layout.child_array(self._group, "meta/episode_attrs", self.name)[:]
+                )
+                lines = raw.tobytes().rstrip(b"\0").split(b"\n")[: self.num_episodes]
+            known = [json.loads(line) for line in lines]
+            self._episode_attrs = known + [{}] * (self.num_episodes - len(known))
+        return [dict(a) for a in self._episode_attrs]
+
+    def chunk_rows(self, field: str) -> int:
+        """Rows in one chunk of `field`."""
+        return int(self._array(field).chunks[0])
+
+    def read(self, field: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Rows of one field.
+
+        Args:
+            field: The field.
+            start: First row, counted over all episodes.
+            stop: One past the last row; default all published ones.
+
+        Returns:
+            `[n, *shape]`; the range is cut to what is published, as Python slices are.
+
+        Raises:
+            KeyError: No such field.
+            StoreDamagedError: A chunk is damaged.
+        """
+        array = self._array(field)
+        first, last, _ = slice(start, stop).indices(self.num_steps)
+        try:
+            return np.asarray(array[first : max(first, last)])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise layout.StoreDamagedError(
+                f"{self.name}: field {field!r}, rows {first}..{last - 1} cannot be read ({error}); "
+                f"`diffpolicy data check {self.name}` names the file and the episodes"
+            ) from error
+
+    def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
+        """One episode.
+
+        Args:
+            index: Which, 0..num_episodes-1.
+            fields: Which fields; default all.
+
+        Returns:
+            `[T, *shape]` of each field.
+
+        Raises:
+            IndexError: No such episode.
+            KeyError: No such field.
+        """
+        if not 0 <= index < self.num_episodes:
+            raise IndexError(f"episode {index} of {self.name}, which has {self.num_episodes}")
+        stop = int(self._ends[index])
+        start = int(self._ends[index - 1]) if index else 0
+        names = self._fields if fields is None else fields
+        return {name: self.read(name, start, stop) for name in names}
+
+    def __len__(self) -> int:
+        return self.num_episodes
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{k} {list(s.shape)} {s.dtype}" for k, s in self._fields.items())
+        size = f"{self.num_episodes} episodes, {self.num_steps} steps"
+        return f"EpisodeStore({self.name}: {size}; {fields})"
+
+    def _array(self, field: str) -> layout.ZarrArray:
+        if field not in self._arrays:
+            raise KeyError(f"{self.name} has no field {field!r}; it has {sorted(self._arrays)}")
+        return self._arrays[field]

@@ -1,0 +1,327 @@
+"""The episode store: whole episodes, back to back, in a zarr group.
+
+Layout (that of Diffusion Policy's replay buffers, in zarr format 3):
+
+```
+store.zarr/
+  zarr.json            attributes: format, version, fields, statistics, and the user's own
+  data/<field>         [T, *shape] rows of all episodes, chunked along T, zstd + crc32c
+  meta/episode_ends    [E] int64, cumulative; -1 where nothing is published yet
+  meta/episode_attrs   JSON lines (UTF-8 bytes), one line an episode
+```
+
+An episode is appended by writing its rows, then its line of attributes, and last of all its end:
+one file, replaced atomically. Until then nobody sees the episode, so a writer that is killed
+loses that one and no other. While a store is being written its arrays are longer than what is
+published; `finalize` cuts them to size.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
+
+import numpy as np
+import zarr
+from zarr.storage import LocalStore, MemoryStore
+
+from diffpolicy.data import layout
+from diffpolicy.data.fields import (
+    FieldSpec,
+    checked_rows,
+    field_specs,
+    jsonable,
+    user_attrs,
+)
+from diffpolicy.data.layout import StoreDamagedError
+from diffpolicy.data.reader import EpisodeReader
+from diffpolicy.data.statistics import compute_statistics
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+__all__ = ["EpisodeStore", "FieldSpec", "StoreDamagedError"]
+
+
+class EpisodeStore(EpisodeReader):
+    """Episodes on disk (or in memory): append whole ones, read rows of any field.
+
+    Build one with `create`, `open` or `from_arrays`. Used as a context manager it is finalized on
+    leaving (but not when an exception leaves). `obs[t]` is what the policy saw before `action[t]`.
+    One writer at a time; any number of readers, also while it writes.
+    """
+
+    def __init__(self, group: zarr.Group, path: Path | None, *, writable: bool) -> None:
+        super().__init__(group, path)
+        self._writable = writable
+        self._tails: dict[str, layout.Tail] | None = None
+
+    # -- making one ---------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        fields: Mapping[str, tuple[int, ...] | FieldSpec],
+        *,
+        attrs: Mapping[str, Any] | None = None,
+        chunk_rows: int | None = None,
+        overwrite: bool = False,
+    ) -> EpisodeStore:
+        """Create an empty store to append to.
+
+        Args:
+            path: A directory that does not exist yet, by custom `something.zarr`.
+            fields: Row shape (float32) or `FieldSpec` of each field. To train on it a store needs
+                `obs` and `action`.
+            attrs: JSON values kept with the store, such as `{"env_id": ...}`.
+            chunk_rows: Rows in a chunk; default as many as fit 256 KiB, at most 4096.
+            overwrite: Replace the store that is at `path`. Anything else there is left alone.
+
+        Returns:
+            The store, open for appending.
+
+        Raises:
+            FileExistsError: Something is at `path`.
+            ValueError: No fields, a bad name, shape or attribute.
+        """
+        target = Path(path)
+        specs = field_specs(fields)
+        if target.suffix == ".zip":
+            raise ValueError(f"a zip cannot be appended to: name the directory {target.stem}")
+        layout.clear_target(target, overwrite=overwrite)
+        return cls._create(LocalStore(target), target, specs, attrs, chunk_rows)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], mode: Literal["r", "a"] = "r") -> EpisodeStore:
+        """Open a store, or a Diffusion Policy replay buffer (directory or zip) for reading.
+
+        Args:
+            path: The store.
+            mode: `"r"` to read, `"a"` to append. Opening with `"a"` discards the rows of an episode
+                that a killed writer did not finish.
+
+        Returns:
+            The store.
+
+        Raises:
+            FileNotFoundError: Nothing is there.
+            ValueError: It is not a store, or cannot be appended to.
+            StoreDamagedError: Its metadata contradict each other, or (to append) the last chunk
+                cannot be read.
+        """
+        if mode not in ("r", "a"):
+            raise ValueError(f"mode must be 'r' (read) or 'a' (append); got {mode!r}")
+        target = Path(path)
+        group = layout.open_group(target, writable=mode == "a")
+        try:
+            store = cls(group, target, writable=mode == "a")
+        except ValueError:
+            group.store.close()
+            raise
+        if mode == "a":
+            if not store._native:
+                store.close()
+                raise ValueError(
+                    f"{target} is a Diffusion Policy replay buffer, which is only read; make a "
+                    f"store of it with `diffpolicy data convert {target} TARGET.zarr`"
+                )
+            for leftover in target.rglob("*.partial"):  # half-written files of a killed writer
+                leftover.unlink()
+            store._trim()
+        return store
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, NDArray[Any]],
+        episode_ends: Sequence[int] | NDArray[Any],
+        *,
+        path: str | os.PathLike[str] | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> EpisodeStore:
+        """Make a store, with statistics, of arrays you have.
+
+        Args:
+            arrays: Per field `[T, ...]`; float64 is stored as float32.
+            episode_ends: `[E]` cumulative ends: episode i is rows `ends[i-1]..ends[i]-1`.
+            path: Where to write it; None keeps it in memory.
+            attrs: JSON values kept with the store.
+
+        Returns:
+            The store, open for appending.
+
+        Raises:
+            ValueError: Lengths that differ, ends that do not increase strictly up to T, or values
+                that are not finite.
+            FileExistsError: Something is at `path`.
+        """
+        columns = {name: np.asarray(value) for name, value in arrays.items()}
+        for name, column in columns.items():
+            if column.ndim == 0:
+                raise ValueError(
+                    f"field {name!r} must be an array [T, ...]; got the number {column}"
+                )
+        specs = {
+            name: FieldSpec(c.shape[1:], "float32" if c.dtype == np.float64 else str(c.dtype))
+            for name, c in columns.items()
+        }
+        if path is None:
+            store = cls._create(MemoryStore(), None, field_specs(specs), attrs, None)
+        else:
+            store = cls.create(path, specs, attrs=attrs)
+        store.extend(columns, episode_ends)
+        store.finalize()
+        return store
+
+    @classmethod
+    def _create(
+        cls,
+        backend: LocalStore | MemoryStore,
+        path: Path | None,
+        specs: Mapping[str, FieldSpec],
+        attrs: Mapping[str, Any] | None,
+        chunk_rows: int | None,
+    ) -> EpisodeStore:
+        user = user_attrs(attrs)
+        if chunk_rows is not None and chunk_rows < 1:
+            raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
+        group = zarr.create_group(backend, zarr_format=3)
+        layout.create_arrays(group, specs, chunk_rows)
+        fields: Any = {k: {"shape": list(s.shape), "dtype": s.dtype} for k, s in specs.items()}
+        group.attrs.update(
+            {"format": layout.FORMAT, "version": layout.VERSION, "fields": fields, **user}
+        )
+        return cls(group, path, writable=True)
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def append(self, arrays: Mapping[str, Any], **episode_attrs: Any) -> int:
+        """Add one whole episode. When this returns, killing the process does not lose it.
+
+        Args:
+            arrays: Every field of the store, `[T, *shape]` with one T >= 1, finite.
+            **episode_attrs: JSON values to keep with the episode, such as `seed=3, success=True`.
+
+        Returns:
+            The episode's index.
+
+        Raises:
+            ValueError: Fields, shapes, lengths, types or values that do not fit; nothing was added.
+        """
+        columns = {name: np.asarray(value) for name, value in arrays.items()}
+        length = min((len(c) for c in columns.values() if c.ndim), default=0)
+        self._extend(columns, np.array([length]), [episode_attrs])
+        return self.num_episodes - 1
+
+    def extend(
+        self,
+        arrays: Mapping[str, Any],
+        episode_ends: Sequence[int] | NDArray[Any],
+        episode_attrs: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Add several whole episodes at once, which is faster than one by one.
+
+        Args:
+            arrays: Every field of the store, `[T, *shape]`, the episodes back to back.
+            episode_ends: `[E]` their ends, counted from 0 in these arrays.
+            episode_attrs: E mappings; default `{}` each.
+
+        Raises:
+            ValueError: As for `append`.
+        """
+        ends = np.asarray(episode_ends)
+        attrs = [{}] * len(ends) if episode_attrs is None else episode_attrs
+        if len(attrs) != len(ends):
+            raise ValueError(f"{len(ends)} episodes need as many attributes; got {len(attrs)}")
+        self._extend({name: np.asarray(value) for name, value in arrays.items()}, ends, attrs)
+
+    def update_attrs(self, attrs: Mapping[str, Any]) -> None:
+        """Add to the store's attributes.
+
+        Raises:
+            ValueError: The store is read-only, or a value is not JSON.
+        """
+        self._require_writable()
+        self._group.attrs.update(user_attrs(attrs))
+
+    def finalize(self) -> None:
+        """Cut the arrays to size, compute the statistics and bring everything to the disk.
+
+        More episodes may be appended afterwards; the statistics are then stale until the next call.
+
+        Raises:
+            ValueError: The store is read-only, or holds values that are not finite.
+        """
+        self._require_writable()
+        self._trim()
+        if self.num_steps:
+            self._group.attrs["statistics"] = cast("Any", compute_statistics(self))
+        if self._path is not None:
+            layout.sync_to_disk(self._path)
+
+    def close(self) -> None:
+        """Finalize if episodes were appended since the last time, then let go of the files."""
+        if self._tails is not None:
+            self.finalize()
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:  # leave quickly; what was appended is published already
+            self._finalizer()
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _require_writable(self) -> None:
+        if not self._writable:
+            raise ValueError(f"{self.name} is open for reading; use EpisodeStore.open(path, 'a')")
+
+    def _extend(
+        self,
+        columns: Mapping[str, NDArray[Any]],
+        ends: NDArray[Any],
+        attrs: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Write rows of one or more episodes, then publish them; `ends` count from 0."""
+        self._require_writable()
+        rows = checked_rows(self._fields, columns, ends)
+        lines = "".join(json.dumps(jsonable(a, "episode_attrs")) + "\n" for a in attrs)
+        tails, self._tails = self._tails or self._open_tails(), None
+        for name, values in rows.items():
+            tails[f"data/{name}"].append(values)
+        tails["meta/episode_attrs"].append(np.frombuffer(lines.encode(), np.uint8))
+        new_ends = ends.astype(np.int64) + self.num_steps
+        tails["meta/episode_ends"].append(new_ends)
+        self._ends = np.concatenate([self._ends, new_ends])
+        self._episode_attrs = None
+        # Kept only now: after a failure (a full disk) the next call starts from what is published.
+        self._tails = tails
+
+    def _open_tails(self) -> dict[str, layout.Tail]:
+        attrs = layout.child_array(self._group, "meta/episode_attrs", self.name)
+        tails = {f"data/{k}": layout.Tail(a, self.num_steps) for k, a in self._arrays.items()}
+        tails["meta/episode_attrs"] = layout.Tail(
+            attrs, layout.bytes_of_lines(attrs, self.num_episodes)
+        )
+        tails["meta/episode_ends"] = layout.Tail(self._ends_array, self.num_episodes)
+        return tails
+
+    def _trim(self) -> None:
+        for tail in self._open_tails().values():
+            tail.trim()
+        self._tails = None
