@@ -1,0 +1,194 @@
+"""What an evaluation found: episodes, their summary, and the file they are kept in."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffpolicy.rollout.scores import mean_interval, wilson_interval
+
+
+class EpisodeVideo(NamedTuple):
+    """Frames ``[F, height, width, 3]`` uint8 of the episode of ``seed``."""
+
+    seed: int
+    success: bool | None
+    frames: np.ndarray
+
+
+@dataclass(frozen=True)
+class EpisodeRecord:
+    """One episode.
+
+    Attributes:
+        seed: of the environment's reset (and of the policy's noise).
+        episode_return: sum of the rewards; NaN for an error.
+        max_reward: largest reward of a step; NaN for an error.
+        length: steps; 0 for an error.
+        success: at any step; None if the task has no notion of success; False for an error.
+        final_success: at the last step; likewise.
+        terminated: Gymnasium's, of the last step.
+        truncated: Gymnasium's, of the last step.
+        nfe: network evaluations of the whole episode.
+        plans: plans made in the whole episode.
+        attempts: how often it was tried.
+        error: why the last attempt failed; None if it did not.
+        failed_attempts: why earlier attempts failed.
+    """
+
+    seed: int
+    episode_return: float
+    max_reward: float
+    length: int
+    success: bool | None
+    final_success: bool | None
+    terminated: bool
+    truncated: bool
+    nfe: int
+    plans: int
+    attempts: int = 1
+    error: str | None = None
+    failed_attempts: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; the return is called ``return``, what is not known is None."""
+        values = asdict(self)
+        values = {"seed": values.pop("seed"), "return": values.pop("episode_return"), **values}
+        return {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Episodes in the order of the seeds, their summary, and what they were run on.
+
+    Attributes:
+        episodes: one per seed.
+        summary: see :func:`summarise`.
+        env: labels of the environment: id, kwargs, step limit, package versions.
+        settings: of the evaluation, and the machine.
+        videos: of the first episodes, if asked for.
+        notes: what went wrong without spoiling a score (e.g. why there is no video).
+    """
+
+    episodes: tuple[EpisodeRecord, ...]
+    summary: dict[str, Any]
+    env: dict[str, Any]
+    settings: dict[str, Any]
+    videos: tuple[EpisodeVideo, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def metrics(self) -> dict[str, float]:
+        """The summary as flat numbers for a metrics file; what is not known is left out."""
+        flat: dict[str, float] = {}
+        for name in ("success", "final_success", "max_reward", "return", "length"):
+            part = self.summary[name]
+            if part is not None:
+                flat |= {
+                    name: part["value"],
+                    f"{name}_low": part["low"],
+                    f"{name}_high": part["high"],
+                }
+        flat |= {
+            name: self.summary[name]
+            for name in ("n_episodes", "n_errors", "nfe_per_plan", "wall_s")
+        }
+        if self.summary["ms_per_plan"] is not None:
+            flat["ms_per_plan"] = self.summary["ms_per_plan"]["mean"]
+        return {name: float(value) for name, value in flat.items() if value is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the frames, as JSON values."""
+        return {
+            "summary": self.summary,
+            "env": self.env,
+            "settings": self.settings,
+            "notes": list(self.notes),
+            "episodes": [episode.to_dict() for episode in self.episodes],
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Writes ``eval.json`` (whole or not at all) and returns its path.
+
+        Args:
+            path: a directory, or a file name that ends in ``.json``.
+        """
+        target = Path(path)
+        if target.suffix != ".json":
+            target = target / "eval.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        with partial.open("w") as file:
+            json.dump(self.to_dict(), file, indent=1, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+        return target
+
+
+def summarise(
+    records: Sequence[EpisodeRecord],
+    *,
+    calls: Sequence[tuple[float, int]] = (),
+    wall_s: float = math.nan,
+) -> dict[str, Any]:
+    """The summary of an evaluation, as JSON values.
+
+    Args:
+        records: one per seed.
+        calls: seconds and number of plans of every ``act`` that planned; the first is left out of
+            the times as warm-up, unless it is the only one.
+        wall_s: of the whole evaluation.
+
+    Returns:
+        ``success`` and ``final_success`` (rates over all episodes, Wilson 95 %; None if the task
+        never says), ``max_reward`` (Push-T's protocol: mean over episodes of the largest reward),
+        ``return`` and ``length`` (means over the episodes without error, Student's t 95 %): each
+        with ``value``, ``low``, ``high``, ``n``. ``n_episodes``, ``n_errors``, ``steps``,
+        ``plans``, ``nfe_per_plan``; ``ms_per_call`` (one ``act`` that planned, for all rows that
+        planned in it), ``ms_per_plan`` (the same per planned row): mean, p50, p95; ``wall_s``,
+        ``steps_per_s``.
+    """
+    sound = [record for record in records if record.error is None]
+    steps, plans = sum(r.length for r in sound), sum(r.plans for r in sound)
+    timed = list(calls[1:] if len(calls) > 1 else calls)
+    return {
+        "n_episodes": len(records),
+        "n_errors": len(records) - len(sound),
+        "success": _rate([r.success for r in records], [r.success for r in sound]),
+        "final_success": _rate(
+            [r.final_success for r in records], [r.final_success for r in sound]
+        ),
+        "max_reward": mean_interval([r.max_reward for r in sound]).to_dict(),
+        "return": mean_interval([r.episode_return for r in sound]).to_dict(),
+        "length": mean_interval([float(r.length) for r in sound]).to_dict(),
+        "steps": steps,
+        "plans": plans,
+        "nfe_per_plan": sum(r.nfe for r in sound) / plans if plans else None,
+        "ms_per_call": _times([1e3 * seconds for seconds, _ in timed]),
+        "ms_per_plan": _times([1e3 * seconds / planned for seconds, planned in timed]),
+        "wall_s": wall_s if math.isfinite(wall_s) else None,
+        "steps_per_s": steps / wall_s if wall_s > 0 else None,
+    }
+
+
+def _rate(everyone: list[bool | None], sound: list[bool | None]) -> dict[str, Any] | None:
+    if sound and all(one is None for one in sound):
+        return None
+    return wilson_interval(sum(one is True for one in everyone), len(everyone)).to_dict()
+
+
+def _times(ms: list[float]) -> dict[str, float] | None:
+    if not ms:
+        return None
+    p50, p95 = np.quantile(ms, [0.5, 0.95])
+    return {"mean": float(np.mean(ms)), "p50": float(p50), "p95": float(p95)}

@@ -1,0 +1,234 @@
+"""Scores with their uncertainty: a number without an interval is not a result.
+
+Everything is plain numpy, deterministic (the bootstrap is seeded) and works on per-episode values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Method = Literal["auto", "t", "bootstrap", "newcombe"]
+
+
+class Interval(NamedTuple):
+    """An estimate with its confidence interval.
+
+    Attributes:
+        value: the estimate.
+        low: lower bound; NaN if the sample is too small to say.
+        high: upper bound.
+        n: size of the sample.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """As JSON values, with None for what is not known."""
+        numbers = {"value": self.value, "low": self.low, "high": self.high}
+        return {**{k: v if math.isfinite(v) else None for k, v in numbers.items()}, "n": self.n}
+
+
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a rate (Wilson 1927, eq. for p without continuity correction).
+
+    Unlike mean +- 2 standard errors it is right for rates near 0 and 1, such as 50 of 50.
+
+    Args:
+        successes: 0..n.
+        n: number of trials; 0 gives NaN.
+        confidence: in (0, 1).
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes must lie in 0..n, got {successes} of {n}")
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    z = _normal_quantile(confidence)
+    rate = successes / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    # At the ends the bound is exactly 0 or 1; rounding must not say 0.9999999.
+    low = 0.0 if successes == 0 else max(centre - half, 0.0)
+    high = 1.0 if successes == n else min(centre + half, 1.0)
+    return Interval(rate, low, high, n)
+
+
+def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Student's t interval of a mean; bounds are NaN for fewer than two values."""
+    sample = _sample(values)
+    n = len(sample)
+    if n < 2:
+        return Interval(float(sample.mean()) if n else math.nan, math.nan, math.nan, n)
+    mean = float(sample.mean())
+    half = student_quantile(confidence, n - 1) * float(sample.std(ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def bootstrap_interval(
+    values: ArrayLike,
+    statistic: Callable[[np.ndarray], float] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval of any statistic, with a seed of its own.
+
+    Args:
+        values: ``[n]``.
+        statistic: function of a sample ``[n]``; None: the mean (computed for all resamples at
+            once).
+        confidence: in (0, 1).
+        resamples: number of resamples.
+        seed: of the resampling.
+    """
+    sample = _sample(values)
+    n = len(sample)
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    draws = sample[np.random.default_rng(seed).integers(n, size=(resamples, n))]
+    if statistic is None:
+        value, estimates = float(sample.mean()), draws.mean(axis=1)
+    else:
+        value = float(statistic(sample))
+        estimates = np.array([statistic(draw) for draw in draws])
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(estimates, [tail, 1 - tail])
+    return Interval(value, float(low), float(high), n)
+
+
+def interquartile_mean(values: ArrayLike) -> float:
+    """Mean of the middle half (Agarwal et al. 2021): robust to a few outliers.
+
+    It uses more of the sample than a median. A quarter of the values, rounded down, is cut at each
+    end.
+    """
+    sample = np.sort(_sample(values))
+    if len(sample) == 0:
+        return math.nan
+    cut = len(sample) // 4
+    return float(sample[cut : len(sample) - cut].mean())
+
+
+def paired_difference(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    method: Method = "auto",
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Mean of ``a - b`` over the same episodes, with its interval.
+
+    The project's rule: "not below" means ``low > -0.03``, "better" means ``low > 0``.
+
+    Args:
+        a: ``[n]``, one value per episode.
+        b: ``[n]``, of the same episodes in the same order.
+        method: ``"t"`` (Student), ``"bootstrap"``, ``"newcombe"`` (for values that are 0 or 1:
+            method 10 of Newcombe 1998, which stays honest when no pair differs), or ``"auto"``:
+            Newcombe for 0/1 values, else t.
+        confidence: in (0, 1).
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: the lengths differ, or ``"newcombe"`` is asked for other values than 0 and 1.
+    """
+    first, second = _sample(a), _sample(b)
+    if first.shape != second.shape:
+        raise ValueError(f"paired samples must be equally long, got {len(first)} and {len(second)}")
+    binary = bool(np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all())
+    if method == "newcombe" and not binary:
+        raise ValueError("method 'newcombe' is for values of 0 and 1; use 't' or 'bootstrap'")
+    if len(first) == 0:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    if method == "newcombe" or (method == "auto" and binary):
+        return _newcombe(first, second, confidence)
+    if method == "bootstrap":
+        return bootstrap_interval(first - second, confidence=confidence, seed=seed)
+    if method in ("t", "auto"):
+        return mean_interval(first - second, confidence)
+    raise ValueError(f"unknown method {method!r}; expected auto, t, bootstrap or newcombe")
+
+
+def _newcombe(a: np.ndarray, b: np.ndarray, confidence: float) -> Interval:
+    """Newcombe 1998 (Statistics in Medicine 17:2635), method 10: square and add."""
+    n = len(a)
+    both, only_a = float(np.sum(a * b)), float(np.sum(a * (1 - b)))
+    only_b, none = float(np.sum((1 - a) * b)), float(np.sum((1 - a) * (1 - b)))
+    of_a = wilson_interval(int(both + only_a), n, confidence)
+    of_b = wilson_interval(int(both + only_b), n, confidence)
+    margins = (both + only_a) * (only_b + none) * (both + only_b) * (only_a + none)
+    phi = 0.0
+    if margins > 0:
+        cross = both * none - only_a * only_b
+        if cross > n / 2:
+            cross -= n / 2
+        elif cross >= 0:
+            cross = 0.0
+        phi = cross / math.sqrt(margins)
+    difference = of_a.value - of_b.value
+
+    def square_and_add(d_a: float, d_b: float) -> float:
+        return math.sqrt(max(d_a * d_a - 2 * phi * d_a * d_b + d_b * d_b, 0.0))
+
+    low = difference - square_and_add(of_a.value - of_a.low, of_b.high - of_b.value)
+    high = difference + square_and_add(of_a.high - of_a.value, of_b.value - of_b.low)
+    return Interval(difference, max(low, -1.0), min(high, 1.0), n)
+
+
+def student_quantile(confidence: float, df: int) -> float:
+    """The t with ``P(|T| <= t) = confidence`` for Student's distribution with ``df`` >= 1."""
+    _check_confidence(confidence)
+    low, high = 0.0, 1.0
+    while _student_central(high, df) < confidence:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        if _student_central(middle, df) < confidence:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _student_central(t: float, df: int) -> float:
+    """``P(|T| <= t)``, a finite sum for whole ``df`` (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    theta = math.atan(t / math.sqrt(df))
+    cos2 = math.cos(theta) ** 2
+    term, total = 1.0, 1.0
+    if df % 2 == 0:
+        for k in range(1, df // 2):
+            term *= (2 * k - 1) / (2 * k) * cos2
+            total += term
+        return math.sin(theta) * total
+    for k in range(1, (df - 1) // 2):
+        term *= 2 * k / (2 * k + 1) * cos2
+        total += term
+    tail = math.sin(theta) * math.cos(theta) * total if df > 1 else 0.0
+    return 2 / math.pi * (theta + tail)
+
+
+def _normal_quantile(confidence: float) -> float:
+    _check_confidence(confidence)
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+
+
+def _sample(values: ArrayLike | Sequence[float]) -> np.ndarray:
+    sample = np.asarray(values, np.float64)
+    if sample.ndim != 1:
+        raise ValueError(f"expected one value per episode, got an array of shape {sample.shape}")
+    return sample

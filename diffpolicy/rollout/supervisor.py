@@ -1,0 +1,264 @@
+"""Supervision of worker processes: what they answer, and what it means when they do not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from diffpolicy.rollout import wire
+from diffpolicy.rollout.process import WorkerProcess
+from diffpolicy.rollout.slots import Message
+from diffpolicy.rollout.spec import EnvInfo, EnvSpec, EnvSpecError
+
+_MAX_FAILED_STARTS = 3
+
+
+class WorkerError(RuntimeError):
+    """The pool cannot go on: its worker processes cannot be started any more."""
+
+
+class Failure(NamedTuple):
+    """Why a row has no result.
+
+    Attributes:
+        kind: ``"raised"`` (the environment raised), ``"timed out"``, ``"died"`` (the process ended)
+            or ``"lost"`` (another row of the same process ended it: not this row's fault).
+        text: the worker's traceback or how its process ended.
+    """
+
+    kind: Literal["raised", "timed out", "died", "lost"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many environments run in how many processes, and how patient to be with them.
+
+    Args:
+        num_envs: environments that are stepped together (rows of one policy call).
+        num_workers: processes they are spread over; None: one per available core, at most one per
+            environment; 0: none, everything runs in the calling process, without timeouts.
+        timeout: seconds that one environment may take for one reset or step.
+        start_timeout: seconds that a process may take to start and make its first environment.
+        retries: how often an episode that failed is tried again before it counts as an error.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    num_envs: int = 8
+    num_workers: int | None = None
+    timeout: float = 60.0
+    start_timeout: float = 180.0
+    retries: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {self.num_envs}")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers must be None, 0 or more, got {self.num_workers}")
+        if not (self.timeout > 0 and self.start_timeout > 0):
+            raise ValueError(f"timeouts must be positive, got {self.timeout}, {self.start_timeout}")
+        if self.retries < 0:
+            raise ValueError(f"retries must be 0 or more, got {self.retries}")
+
+    def count(self, num_envs: int) -> int:
+        """The number of processes for ``num_envs`` environments."""
+        if self.num_workers is None:
+            return min(num_envs, _cores())
+        return min(num_envs, self.num_workers)
+
+
+def _cores() -> int:
+    """Cores that this process may use, which in a container can be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Supervisor:
+    """Worker processes that are replaced when they fail.
+
+    Rows are dealt to the processes in turn. Every failure of a process is told for all of its rows,
+    whether they were asked anything or not; whoever asked knows which of them matter.
+
+    Args:
+        spec: the environment.
+        workers: numbers of environments and processes, and timeouts.
+        frame_side: longest side of the frames that may be asked for; 0: none.
+
+    Attributes:
+        processes: the running ones.
+        owner: row -> index of its process.
+        live: rows in which an episode was begun since their process started.
+        info: what the environment is, as the workers made it.
+
+    Raises:
+        EnvSpecError: the environment cannot be made.
+        WorkerError: the processes cannot be started, or this system cannot supervise them.
+    """
+
+    def __init__(self, spec: EnvSpec, workers: Workers, frame_side: int) -> None:
+        if os.name != "posix":
+            raise WorkerError("worker processes need a POSIX system; use Workers(num_workers=0)")
+        self.processes: list[WorkerProcess] = []
+        self.owner: dict[int, int] = {}
+        self.live: set[int] = set()
+        self._spec, self._workers, self._frame_side = spec, workers, frame_side
+        self._failed_starts: dict[int, int] = {}
+        self._selector = selectors.DefaultSelector()
+        self._finalizer = weakref.finalize(self, _end_all, self.processes, self._selector)
+        self._started = False
+        try:
+            self._start(workers.count(workers.num_envs))
+        except BaseException:
+            self.close()
+            raise
+
+    def send(
+        self,
+        process: WorkerProcess,
+        command: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+        rows: Sequence[int],
+    ) -> None:
+        """Sends a command for some rows of a process."""
+        # A process that is gone is noticed when its answer is read, which also tells how it ended.
+        with contextlib.suppress(OSError):
+            process.order(command, arrays, rows=rows, timeout=self._workers.timeout)
+
+    def hurry(self, timeout: float) -> None:
+        """Makes the answers that are due now due within ``timeout`` seconds, if they were not."""
+        for process in self.processes:
+            if process.greeted:
+                process.deadline = min(process.deadline, time.monotonic() + timeout)
+
+    def busy(self) -> bool:
+        """Whether an answer is due."""
+        return any(process.pending for process in self.processes)
+
+    def events(self, timeout: float) -> list[tuple[int, Message | Failure]]:
+        """Waits for the next messages or failures: ``(row, what came)``, maybe none.
+
+        Args:
+            timeout: seconds that the row after an answered one may take.
+        """
+        due = [p.deadline for p in self.processes if p.pending or not p.greeted]
+        patience = max(min(due) - time.monotonic(), 0.0) if due else timeout
+        happened: list[tuple[int, Message | Failure]] = []
+        for key, _ in self._selector.select(patience):
+            happened += self._read(key.data, timeout)
+        now = time.monotonic()
+        for process in list(self.processes):
+            if (process.pending or not process.greeted) and now > process.deadline:
+                what = "answer" if process.greeted else "start"
+                happened += self._fail(process, "timed out", f"did not {what} in time")
+        return happened
+
+    def abandon(self) -> None:
+        """Replaces the processes that are at work, because nobody waits for their answers."""
+        for process in [process for process in self.processes if process.pending]:
+            self._fail(process, "timed out", "was not waited for")
+
+    def close(self) -> None:
+        """Ends all processes; harmless when called twice."""
+        for process in self.processes:
+            with contextlib.suppress(OSError):
+                wire.send(process.sock, {"do": "close"}, {})
+        deadline = time.monotonic() + 5.0
+        for process in self.processes:
+            at_work = bool(process.pending) or not process.greeted
+            process.end(0.0 if at_work else max(deadline - time.monotonic(), 0.01))
+        self._finalizer()
+
+    def _start(self, count: int) -> None:
+        # Neighbouring rows go to different processes, so the last episodes are spread evenly too.
+        for index in range(count):
+            rows = range(index, self._workers.num_envs, count)
+            self.owner |= dict.fromkeys(rows, index)
+            self.processes.append(self._launch(rows))
+        while not all(process.greeted for process in self.processes):
+            self.events(self._workers.timeout)
+
+    def _launch(self, rows: Sequence[int]) -> WorkerProcess:
+        process = WorkerProcess(
+            self._spec, rows, frame_side=self._frame_side, start_timeout=self._workers.start_timeout
+        )
+        self._selector.register(process.sock, selectors.EVENT_READ, process)
+        return process
+
+    def _read(self, process: WorkerProcess, timeout: float) -> list[tuple[int, Message | Failure]]:
+        try:
+            values, arrays = wire.receive(process.sock, timeout)
+        except TimeoutError:
+            return self._fail(process, "timed out", "stopped in the middle of a message")
+        except (EOFError, OSError):
+            return self._fail(process, "died", "")
+        process.deadline = time.monotonic() + timeout
+        if not process.greeted:
+            return self._greet(process, values, arrays)
+        if "beat" in values:
+            return []
+        process.pending.popleft()
+        row: int = values.pop("row")
+        if "error" in values:
+            self.live.discard(row)
+            return [(row, Failure("raised", values["error"]))]
+        return [(row, (values, arrays))]
+
+    def _greet(
+        self, process: WorkerProcess, values: dict[str, Any], arrays: dict[str, np.ndarray]
+    ) -> list[tuple[int, Message | Failure]]:
+        index = self.owner[process.rows[0]]
+        if "fatal" in values:
+            if not self._started:
+                text = values["fatal"] if values["type"] == "EnvSpecError" else values["trace"]
+                raise EnvSpecError(text)
+            return self._fail(process, "raised", values["trace"])
+        process.greeted = self._started = True
+        self._failed_starts[index] = 0
+        self.info = EnvInfo(
+            spec=self._spec,
+            obs_dim=values["obs_dim"],
+            action_dim=len(arrays["action_low"]),
+            action_low=arrays["action_low"],
+            action_high=arrays["action_high"],
+            max_episode_steps=values["max_episode_steps"],
+            has_expert=values["has_expert"],
+            versions=values["versions"],
+        )
+        return []
+
+    def _fail(
+        self, process: WorkerProcess, kind: Literal["raised", "timed out", "died"], text: str
+    ) -> list[tuple[int, Message | Failure]]:
+        """Gives a process up, puts a new one in its place, and says what it means for the rows."""
+        index = self.owner[process.rows[0]]
+        if not process.greeted:
+            self._failed_starts[index] = self._failed_starts.get(index, 0) + 1
+        pending = process.pending
+        # Workers answer in order, so the first row that is owed was the one being worked on.
+        culprit = pending[0] if pending else None
+        self._selector.unregister(process.sock)
+        how = process.end(grace=1.0 if kind == "died" else 0.0)
+        text = f"worker process {process.proc.pid} {text or how}"
+        if self._failed_starts.get(index, 0) >= _MAX_FAILED_STARTS:
+            raise WorkerError(f"{text}; gave up after {_MAX_FAILED_STARTS} failed starts in a row")
+        self.live.difference_update(process.rows)
+        self.processes[index] = self._launch(process.rows)
+        lost = Failure("lost", f"shared its process with row {culprit}, whose {text}")
+        return [(row, Failure(kind, text) if row == culprit else lost) for row in process.rows]
+
+
+def _end_all(processes: list[WorkerProcess], selector: selectors.BaseSelector) -> None:
+    for process in processes:
+        process.end()
+    selector.close()

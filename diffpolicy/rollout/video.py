@@ -1,0 +1,235 @@
+"""Pictures of rollouts: a film, a contact sheet, and a graphics backend that needs no screen.
+
+Nothing here may cost a score: every function says why a picture could not be made instead of ending
+an evaluation.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from diffpolicy.rollout.results import EpisodeVideo
+
+_PIP = 'pip install "diffpolicy[media]"'
+_PACKAGES = {"egl": "libegl1 libegl-mesa0 libgl1-mesa-dri", "osmesa": "libosmesa6"}
+_LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa", "glfw": "GL"}
+# A scene of one sphere: the cheapest proof that a context can be made and drawn into.
+_PROBE = """
+import mujoco
+model = mujoco.MjModel.from_xml_string(
+    '<mujoco><worldbody><light pos="0 0 2"/><geom size=".2"/></worldbody></mujoco>')
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+renderer = mujoco.Renderer(model, 32, 32)
+renderer.update_scene(data)
+assert renderer.render().max() > 0
+"""
+_GREEN, _RED, _GREY = (46, 160, 67), (218, 54, 51), (128, 128, 128)
+
+
+class GlChoice(NamedTuple):
+    """The graphics backend for MuJoCo.
+
+    Attributes:
+        backend: ``"egl"``, ``"osmesa"``, ``"glfw"``, or None: no picture can be drawn.
+        message: one sentence for the user; with None it names the packages to install.
+    """
+
+    backend: str | None
+    message: str
+
+
+def choose_gl_backend(timeout: float = 60.0) -> GlChoice:
+    """Finds a backend that MuJoCo can draw with, and sets ``MUJOCO_GL`` for it.
+
+    Call it before mujoco is imported; workers inherit the choice. Each candidate is tried in a
+    process of its own, because a broken one can crash. A ``MUJOCO_GL`` that is set already is the
+    only candidate. Without a display the candidates are EGL, then OSMesa; with one, GLFW comes
+    last. If none works ``MUJOCO_GL`` is set to ``disable``, with which MuJoCo imports and simulates
+    without drawing.
+
+    Args:
+        timeout: seconds a candidate may take.
+    """
+    wish = os.environ.get("MUJOCO_GL", "").lower()
+    if wish in ("disable", "disabled", "off", "false", "0"):
+        return GlChoice(None, f"no pictures, because MUJOCO_GL={wish}")
+    candidates = [wish] if wish else ["egl", "osmesa"]
+    if not wish and os.environ.get("DISPLAY"):
+        candidates.append("glfw")
+    reasons = []
+    for backend in candidates:
+        reason = _why_not(backend, timeout)
+        if reason is None:
+            os.environ["MUJOCO_GL"] = backend
+            return GlChoice(backend, f"MuJoCo draws with {backend}")
+        reasons.append(f"{backend}: {reason}")
+    os.environ["MUJOCO_GL"] = "disable"
+    packages = " or ".join(f"apt-get install {names}" for names in _PACKAGES.values())
+    return GlChoice(
+        None,
+        f"no pictures: MuJoCo cannot draw here ({'; '.join(reasons)}). On Debian and Ubuntu: "
+        f"{packages}. Everything else works without them.",
+    )
+
+
+def _why_not(backend: str, timeout: float) -> str | None:
+    """None if the backend works, else one line that says why not."""
+    library = _LIBRARIES.get(backend)
+    if library is not None and ctypes.util.find_library(library) is None:
+        return f"the library lib{library} is not installed"
+    if importlib.util.find_spec("mujoco") is None:
+        return None  # nothing to try it with: the library is all that can be asked for
+    environment = {**os.environ, "MUJOCO_GL": backend}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROBE],
+            env=environment,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"drawing took more than {timeout:.0f} s"
+    if done.returncode == 0:
+        return None
+    if done.returncode < 0:
+        return f"drawing crashed with signal {-done.returncode}"
+    # Errors while a half-made context is being freed follow the one that matters.
+    errors = [line for line in done.stderr.splitlines() if "Error" in line]
+    return (errors or [f"exit code {done.returncode}"])[0][:200]
+
+
+def write_mp4(path: str | Path, videos: Sequence[EpisodeVideo], *, fps: int = 20) -> Path:
+    """Writes the episodes one after the other, each in a frame of green (success) or red.
+
+    Args:
+        path: of the film.
+        videos: at least one, of one picture size.
+        fps: pictures per second.
+
+    Raises:
+        ImportError: imageio or its ffmpeg is missing (with the pip command).
+        ValueError: there are no pictures.
+    """
+    imageio = _import("imageio.v2")
+    _import("imageio_ffmpeg")
+    _require_pictures(videos)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.tmp.mp4")
+    try:
+        # H.264 wants even sides; padding below sees to it, so nothing must be rescaled.
+        with imageio.get_writer(
+            partial, fps=fps, codec="libx264", macro_block_size=2, quality=8
+        ) as writer:
+            for video in videos:
+                for frame in video.frames:
+                    writer.append_data(_framed(frame, video.success))
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def contact_sheet(path: str | Path, videos: Sequence[EpisodeVideo], *, columns: int = 6) -> Path:
+    """Writes one picture: a row per episode, key frames from left to right.
+
+    The frames are evenly spaced and include the first and the last; the border is green for a
+    success, red for a failure and grey where the task does not say.
+
+    Args:
+        path: of the PNG.
+        videos: at least one.
+        columns: key frames per episode.
+
+    Raises:
+        ImportError: pillow is missing (with the pip command).
+        ValueError: there are no pictures, or fewer than one column.
+    """
+    image_module, draw_module = _import("PIL.Image"), _import("PIL.ImageDraw")
+    _require_pictures(videos)
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    rows = []
+    for video in videos:
+        picks = np.linspace(0, len(video.frames) - 1, columns).round().astype(int)
+        cells = [_framed(video.frames[pick], video.success, border=4) for pick in picks]
+        strip = image_module.fromarray(np.concatenate(cells, axis=1))
+        label = image_module.new("RGB", (strip.width, 16), (255, 255, 255))
+        ends = {True: "success", False: "failure", None: ""}[video.success]
+        text = f"seed {video.seed}  {ends}  {len(video.frames)} frames"
+        draw_module.Draw(label).text((4, 2), text, fill=(0, 0, 0))
+        rows.append(np.concatenate([np.asarray(label), np.asarray(strip)]))
+    width = max(row.shape[1] for row in rows)
+    padded = [
+        np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255)
+        for row in rows
+    ]
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.tmp.png")
+    image_module.fromarray(np.concatenate(padded)).save(partial)
+    partial.replace(target)
+    return target
+
+
+class Media(NamedTuple):
+    """What was written, and why something was not."""
+
+    paths: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def save_media(directory: str | Path, videos: Sequence[EpisodeVideo], *, fps: int = 20) -> Media:
+    """Writes ``rollouts.mp4`` and ``contact_sheet.png``; what cannot be written becomes a note."""
+    paths: list[Path] = []
+    notes: list[str] = []
+    folder = Path(directory)
+    if not videos:
+        return Media((), ("no pictures: no frame was drawn",))
+    writers: dict[str, Callable[[Path], Path]] = {
+        "rollouts.mp4": lambda target: write_mp4(target, videos, fps=fps),
+        "contact_sheet.png": lambda target: contact_sheet(target, videos),
+    }
+    for name, write in writers.items():
+        try:
+            paths.append(write(folder / name))
+        except Exception as error:
+            # A missing codec or a full disk must not take the scores with it.
+            notes.append(f"no {name}: {error}")
+    return Media(tuple(paths), tuple(notes))
+
+
+def _require_pictures(videos: Sequence[EpisodeVideo]) -> None:
+    if not videos or any(len(video.frames) == 0 for video in videos):
+        raise ValueError("there are no pictures to write")
+
+
+def _framed(frame: np.ndarray, success: bool | None, border: int = 4) -> np.ndarray:
+    colour = {True: _GREEN, False: _RED, None: _GREY}[success]
+    height, width = frame.shape[:2]
+    shape = (height + 2 * border + height % 2, width + 2 * border + width % 2, 3)
+    out = np.empty(shape, np.uint8)
+    out[:] = colour
+    out[border : border + height, border : border + width] = frame
+    return out
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"pictures need {name}, which cannot be imported: {_PIP}") from error

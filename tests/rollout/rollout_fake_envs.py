@@ -1,0 +1,123 @@
+"""Small environments for the rollout tests; worker processes import this module by its name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+
+class FakePoint(gym.Env):
+    """A point that the action moves; it is to come near the origin.
+
+    ``fault`` = {"kind", "seed", "step", "once": path of a marker file}: what goes wrong, and when.
+    """
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+
+    def __init__(self, fault=None, render_mode=None, size=64, render_fault=None, reward_scale=1.0):
+        if render_fault == "make" and render_mode is not None:
+            raise RuntimeError("no graphics library here")
+        self.render_mode = render_mode
+        self.fault, self.size, self.render_fault = fault, size, render_fault
+        self.reward_scale = reward_scale
+        self.observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
+        self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.seed_now, self.t = seed, 0
+        self.x = self.np_random.uniform(-2, 2, size=2)
+        self._fail()
+        return self._obs(), {}
+
+    def step(self, action):
+        self.t += 1
+        self._fail()
+        self.x = self.x + 0.5 * np.asarray(action, np.float64)
+        distance = float(np.linalg.norm(self.x))
+        near = distance < 0.3
+        info = {"is_success": near}
+        return self._obs(), -self.reward_scale * distance, near, False, info
+
+    def _obs(self):
+        return np.array([*self.x, self.t])
+
+    def _fail(self):
+        fault = self.fault
+        if fault is None or (self.seed_now, self.t) != (fault["seed"], fault["step"]):
+            return
+        if "once" in fault:
+            marker = Path(fault["once"])
+            if marker.exists():
+                return
+            marker.touch()
+        if fault["kind"] == "raise":
+            raise RuntimeError("the gripper is on fire")
+        if fault["kind"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault["kind"] == "hang":
+            time.sleep(3600)
+        if fault["kind"] == "nan":
+            self.x = self.x * np.nan
+
+    def render(self):
+        if self.render_fault == "draw":
+            raise RuntimeError("no framebuffer")
+        if self.render_fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.full((self.size, self.size, 3), 10 * self.t % 256, np.uint8)
+
+
+class FakeExpertPoint(FakePoint):
+    """The same, with a scripted expert that is sometimes too weak to arrive."""
+
+    expert_noise_mask = np.array([1.0, 0.0])
+
+    def expert_action(self, rng):
+        gain = 0.05 if self.seed_now % 7 == 3 else 2.0
+        return np.clip(-gain * self.x, -1, 1)
+
+
+class FakeModules(FakePoint):
+    """Shows which heavy modules a worker has loaded."""
+
+    def _obs(self):
+        import sys
+
+        return np.array(["torch" in sys.modules, "zarr" in sys.modules, float(os.getpid())])
+
+
+class FakeDict(FakePoint):
+    """Observes a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Dict({"x": self.observation_space})
+
+
+class FakeDiscrete(FakePoint):
+    """Takes discrete actions."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = spaces.Discrete(3)
+
+
+for _name, _limit in (
+    ("Point", 12),
+    ("ExpertPoint", 12),
+    ("Modules", 12),
+    ("Dict", 12),
+    ("Discrete", 12),
+    ("Endless", None),
+):
+    _id = f"rollout_fakes/{_name}-v0"
+    if _id not in gym.registry:
+        _class = "FakePoint" if _name == "Endless" else f"Fake{_name}"
+        gym.register(_id, entry_point=f"{__name__}:{_class}", max_episode_steps=_limit)

@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from diffpolicy.rollout.slots import Demonstration, Outcome
+from diffpolicy.rollout.spec import EnvSpec, EnvSpecError
+from diffpolicy.rollout.vector import Failure, WorkerPool, Workers
+
+POINT = EnvSpec("rollout_fake_envs:rollout_fakes/Point-v0")
+EXPERT = EnvSpec("rollout_fake_envs:rollout_fakes/ExpertPoint-v0")
+HERE = Path(__file__).parent
+
+
+def _faulty(kind, seed=1, step=1, **more):
+    return EnvSpec(POINT.id, {"fault": {"kind": kind, "seed": seed, "step": step, **more}})
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _pids(pool):
+    return [process.proc.pid for process in pool._supervisor.processes]
+
+
+def _await_gone(pids, patience=5.0):
+    deadline = time.monotonic() + patience
+    while any(map(_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return [pid for pid in pids if _alive(pid)]
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+
+
+def _run_rows(pool, steps=3):
+    """Some resets and steps, as one comparable value."""
+    rows = list(range(pool.num_envs))
+    seen = [pool.reset(rows, [10 + row for row in rows])]
+    rng = np.random.default_rng(0)
+    seen += [
+        pool.step(rng.uniform(-1, 1, (len(rows), 2)).astype(np.float32), rows) for _ in range(steps)
+    ]
+    return [
+        (row, out.obs.tolist(), out.reward, out.terminated, out.truncated, out.success)
+        for results in seen
+        for row, out in results.items()
+    ]
+
+
+def test_serial_and_parallel_agree_exactly():
+    runs = []
+    for num_workers in (0, 1, 2, 5):
+        with WorkerPool(POINT, Workers(num_envs=5, num_workers=num_workers)) as pool:
+            assert pool.num_workers == num_workers
+            assert pool.autoreset_mode is AutoresetMode.DISABLED
+            assert (pool.info.obs_dim, pool.info.action_dim) == (3, 2)
+            runs.append(_run_rows(pool))
+    assert all(run == runs[0] for run in runs)
+
+
+def test_rows_can_be_driven_apart():
+    with WorkerPool(POINT, Workers(num_envs=4, num_workers=2)) as pool:
+        pool.reset([3, 0], [7, 8])
+        first = pool.step(np.zeros((1, 2), np.float32), [3])
+        second = pool.step(np.zeros((2, 2), np.float32), [0, 3])
+        assert list(first) == [3]
+        assert list(second) == [0, 3]
+        assert first[3].obs[2] == 1
+        assert second[3].obs[2] == 2
+        assert second[0].obs[2] == 1
+        untouched = pool.step(np.zeros((1, 2), np.float32), [1])[1]
+        assert isinstance(untouched, Failure)
+        assert "no episode was begun" in untouched.text
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_there_is_no_automatic_reset(num_workers):
+    spec = EnvSpec(POINT.id, max_episode_steps=1)
+    with WorkerPool(spec, Workers(num_envs=2, num_workers=num_workers)) as pool:
+        pool.reset([0, 1], [1, 2])
+        out = pool.step(np.zeros((2, 2), np.float32), [0, 1])
+        assert all(one.truncated for one in out.values())
+        assert all(one.obs[2] == 1 for one in out.values())  # the last observation, not a new one
+        again = pool.step(np.zeros((1, 2), np.float32), [0])[0]
+        assert isinstance(again, Failure)
+        assert "call reset() first" in again.text
+
+
+def test_an_environment_that_raises_costs_its_row_alone():
+    with WorkerPool(_faulty("raise"), Workers(num_envs=4, num_workers=2, timeout=20)) as pool:
+        before = _pids(pool)
+        pool.reset(range(4), [0, 1, 2, 3])
+        out = pool.step(np.zeros((4, 2), np.float32), range(4))
+        assert [isinstance(out[row], Outcome) for row in range(4)] == [True, False, True, True]
+        assert out[1].kind == "raised"
+        assert "the gripper is on fire" in out[1].text
+        assert "Traceback" in out[1].text
+        assert _pids(pool) == before
+        assert isinstance(pool.reset([1], [5])[1], Outcome)
+        on = pool.step(np.zeros((4, 2), np.float32), range(4))
+        assert [on[row].obs[2] for row in range(4)] == [2, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "text"),
+    [("kill", "died", r"killed by signal SIGKILL \(9\)"), ("hang", "timed out", "did not answer")],
+)
+def test_a_worker_that_is_killed_or_hangs_is_replaced_in_time(kind, told, text):
+    timeout = 1.5
+    with WorkerPool(_faulty(kind), Workers(num_envs=4, num_workers=2, timeout=timeout)) as pool:
+        before = _pids(pool)
+        pool.reset(range(4), [0, 1, 2, 3])
+        began = time.monotonic()
+        out = pool.step(np.zeros((4, 2), np.float32), range(4))
+        assert time.monotonic() - began < timeout + 1
+        assert isinstance(out[0], Outcome)
+        assert isinstance(out[2], Outcome)
+        assert out[1].kind == told
+        assert re.search(text, out[1].text)
+        # Row 3 shares the process of row 1: its episode is gone, but not by its own fault.
+        assert out[3].kind == "lost"
+        assert "row 1" in out[3].text
+        assert _pids(pool)[0] == before[0]
+        assert _pids(pool)[1] != before[1]
+        assert _await_gone(before[1:]) == []
+        fresh = pool.reset([1, 3], [5, 6])
+        assert all(isinstance(one, Outcome) for one in fresh.values())
+        on = pool.step(np.zeros((4, 2), np.float32), range(4))
+        assert [on[row].obs[2] for row in range(4)] == [2, 1, 2, 1]
+
+
+def test_the_timeout_of_one_wait_can_be_shorter():
+    with WorkerPool(_faulty("hang"), Workers(num_envs=2, num_workers=2, timeout=60)) as pool:
+        pool.reset([0, 1], [0, 1])
+        pool.step_async(np.zeros((2, 2), np.float32), [0, 1])
+        began = time.monotonic()
+        out = pool.step_wait(timeout=0.3)
+        assert time.monotonic() - began < 2
+        assert isinstance(out[0], Outcome)
+        assert out[1].kind == "timed out"
+
+
+def test_a_worker_that_is_killed_from_outside_between_two_steps():
+    with WorkerPool(POINT, Workers(num_envs=3, num_workers=3)) as pool:
+        pool.reset(range(3), [1, 2, 3])
+        os.kill(_pids(pool)[2], signal.SIGKILL)
+        out = pool.step(np.zeros((3, 2), np.float32), range(3))
+        assert [type(out[row]) for row in range(3)] == [Outcome, Outcome, Failure]
+        assert "SIGKILL" in out[2].text
+        assert isinstance(pool.reset([2], [3])[2], Outcome)
+
+
+def test_a_stopped_worker_is_given_up():
+    with WorkerPool(POINT, Workers(num_envs=2, num_workers=2, timeout=0.5)) as pool:
+        pool.reset(range(2), [1, 2])
+        os.kill(_pids(pool)[1], signal.SIGSTOP)
+        out = pool.step(np.zeros((2, 2), np.float32), range(2))
+        assert out[1].kind == "timed out"
+
+
+def test_an_observation_that_is_not_finite_is_an_error_of_the_row():
+    with WorkerPool(_faulty("nan", step=0), Workers(num_envs=2, num_workers=0)) as pool:
+        # The fault strikes in reset(), where only the observation can show it.
+        assert "observation that is not finite at [0, 1]" in pool.reset([0], [1])[0].text
+
+
+@needs_proc
+def test_no_process_outlives_close_an_exception_or_the_last_reference():
+    pool = WorkerPool(POINT, Workers(num_envs=2, num_workers=2))
+    pids = _pids(pool)
+    assert all(map(_alive, pids))
+    pool.close()
+    assert _await_gone(pids) == []
+    pool.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.reset([0], [0])
+
+    def fail_inside():
+        with WorkerPool(POINT, Workers(num_envs=2, num_workers=2)) as pool:
+            pids.extend(_pids(pool))
+            pool.reset([0], [1])
+            pool.step_async(np.zeros((1, 2), np.float32), [0])
+            raise KeyError("in the middle of a step")
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    pool = WorkerPool(_faulty("hang"), Workers(num_envs=2, num_workers=2))
+    pids.extend(_pids(pool))
+    pool.reset([0, 1], [0, 1])
+    pool.step_async(np.zeros((2, 2), np.float32), [0, 1])
+    del pool
+    gc.collect()
+    assert _await_gone(pids) == []
+
+
+@needs_proc
+def test_no_process_outlives_a_parent_that_is_killed():
+    script = f"""
+import os, signal, sys, time, threading
+sys.path[:0] = {[str(HERE)] + [p for p in sys.path if p]!r}
+import numpy as np
+from diffpolicy.rollout.spec import EnvSpec
+from diffpolicy.rollout.vector import WorkerPool, Workers
+spec = EnvSpec({POINT.id!r}, {{"fault": {{"kind": "hang", "seed": 1, "step": 1}}}})
+pool = WorkerPool(spec, Workers(num_envs=2, num_workers=2))  # no __main__ guard is needed
+pool.reset([0, 1], [0, 1])
+pool.step_async(np.zeros((2, 2), np.float32), [0, 1])
+print([p.proc.pid for p in pool._supervisor.processes], flush=True)
+time.sleep(0.2)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=False, timeout=60
+    )
+    pids = json.loads(done.stdout)
+    assert len(pids) == 2
+    assert _await_gone(pids) == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_id_that_does_not_exist_is_one_error_not_a_restart(num_workers):
+    with pytest.raises(EnvSpecError, match="Close matches: Pendulum-v1"):
+        WorkerPool(EnvSpec("Pendulum-v11"), Workers(num_envs=2, num_workers=num_workers))
+
+
+def test_workers_load_neither_torch_nor_zarr():
+    spec = EnvSpec("rollout_fake_envs:rollout_fakes/Modules-v0")
+    with WorkerPool(spec, Workers(num_envs=1, num_workers=1)) as pool:
+        torch_loaded, zarr_loaded, pid = pool.reset([0], [0])[0].obs
+    assert (torch_loaded, zarr_loaded) == (0, 0)
+    assert pid != os.getpid()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_frames(num_workers):
+    workers = Workers(num_envs=2, num_workers=num_workers)
+    with WorkerPool(POINT, workers, frame_side=32) as pool:  # drawn with 64 x 64
+        start = pool.reset([0, 1], [1, 2], frames=[True, False])
+        assert start[0].frame.shape == (32, 32, 3)
+        assert start[1].frame is None
+        assert pool.render([1])[1].dtype == np.uint8
+        out = pool.step(np.zeros((2, 2), np.float32), [0, 1], frames=[False, True])
+        assert out[0].frame is None
+        assert (out[1].frame == 10).all()
+    with WorkerPool(POINT, workers) as pool:
+        pool.reset([0], [1])
+        assert "without frames" in pool.render([0])[0].text
+
+
+@pytest.mark.parametrize("fault", ["make", "draw"])
+def test_without_graphics_everything_else_works(fault):
+    spec = EnvSpec(POINT.id, {"render_fault": fault})
+    with WorkerPool(spec, Workers(num_envs=1, num_workers=0), frame_side=64) as pool:
+        out = pool.reset([0], [1], frames=[True])[0]
+    assert out.frame is None
+    assert out.note.startswith("RuntimeError: no")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_expert_runs_whole_episodes(num_workers):
+    with WorkerPool(EXPERT, Workers(num_envs=2, num_workers=num_workers)) as pool:
+        demos = dict(pool.run_expert(range(6), noise=0.2))
+    assert sorted(demos) == list(range(6))
+    assert all(isinstance(demo, Demonstration) for demo in demos.values())
+    noise = []
+    for demo in demos.values():
+        length = len(demo.obs)
+        assert demo.action.shape == (length, 2)
+        assert demo.terminated[:-1].sum() + demo.truncated[:-1].sum() == 0
+        clean = np.clip(-2.0 * demo.obs[:, :2], -1, 1)
+        if demo.seed != 3:
+            assert demo.success
+            assert demo.final_success
+            np.testing.assert_allclose(demo.action, clean, atol=1e-6)
+            moved = np.diff(demo.obs[:, :2], axis=0)
+            # Noise goes where the mask says; the stored action is the clean one.
+            np.testing.assert_allclose(moved[:, 1], 0.5 * clean[:-1, 1], atol=1e-6)
+            noise.extend(moved[:, 0] - 0.5 * clean[:-1, 0])
+    assert np.max(np.abs(noise)) > 0.05
+    assert not demos[3].success
+
+
+def test_the_expert_agrees_in_serial_and_parallel():
+    runs = []
+    for num_workers in (0, 2):
+        with WorkerPool(EXPERT, Workers(num_envs=2, num_workers=num_workers)) as pool:
+            runs.append(dict(pool.run_expert(range(4), noise=0.1)))
+    for seed in range(4):
+        for mine, other in zip(runs[0][seed], runs[1][seed], strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+
+def test_leaving_the_expert_early_leaves_the_pool_usable():
+    with WorkerPool(EXPERT, Workers(num_envs=2, num_workers=2)) as pool:
+        for _ in pool.run_expert(range(100)):
+            break
+        assert len(dict(pool.run_expert(range(3)))) == 3
+
+
+def test_an_interrupt_leaves_the_pool_usable(monkeypatch):
+    with WorkerPool(POINT, Workers(num_envs=2, num_workers=1)) as pool:
+        pool.reset([0, 1], [1, 2])
+        pool.step_async(np.zeros((2, 2), np.float32), [0, 1])
+        with monkeypatch.context() as patch:
+
+            def interrupted(timeout):
+                raise KeyboardInterrupt
+
+            patch.setattr(pool._supervisor, "events", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                pool.step_wait()
+        out = pool.reset([0, 1], [3, 4])
+        assert all(isinstance(one, Outcome) for one in out.values())
+        assert all(one.obs[2] == 0 for one in out.values())
+
+
+def test_misuse():
+    with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
+        Workers(num_envs=0)
+    with pytest.raises(ValueError, match="num_workers"):
+        Workers(num_workers=-1)
+    with pytest.raises(ValueError, match="positive"):
+        Workers(timeout=0)
+    with pytest.raises(ValueError, match="retries"):
+        Workers(retries=-1)
+    with WorkerPool(POINT, Workers(num_envs=2, num_workers=0)) as pool:
+        with pytest.raises(ValueError, match=r"0\.\.1, got \[0, 2\]"):
+            pool.reset([0, 2], [1, 2])
+        with pytest.raises(ValueError, match="2 rows but 1 seeds"):
+            pool.reset([0, 1], [1])
+        with pytest.raises(ValueError, match=r"shape \(2, 2\), got \(2, 3\)"):
+            pool.step(np.zeros((2, 3)), [0, 1])
+        with pytest.raises(ValueError, match="frames must have 2 entries"):
+            pool.reset([0, 1], [1, 2], frames=[True])
+        pool.reset([0, 1], [1, 2])
+        pool.step_async(np.zeros((2, 2)), [0, 1])
+        with pytest.raises(RuntimeError, match="step_wait"):
+            pool.step_async(np.zeros((2, 2)), [0, 1])
