@@ -1,0 +1,29 @@
+"""`diffpolicy import-checkpoint`: turn a published checkpoint into one of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffpolicy.commands.options import parse
+
+
+def help_text() -> str:
+    """The text of `diffpolicy import-checkpoint --help`."""
+    return """\
+usage: diffpolicy import-checkpoint SOURCE TARGET [kind=auto]
+
+SOURCE is a LeRobot diffusion policy (directory with config.json and model.safetensors) or a
+Diffusion Policy checkpoint (.ckpt, low-dimensional observations, 1-D U-Net). TARGET becomes a
+policy directory for `diffpolicy eval`. A .ckpt is a pickle: it is read in a process of its own by
+an unpickler that builds tensors and plain containers and runs nothing else.
+kind: auto, lerobot or diffusion_policy."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Import one checkpoint."""
+    from diffpolicy.policies.import_checkpoint import import_checkpoint
+
+    options = parse(arguments, ["source", "target"], {"kind": "auto"})
+    import_checkpoint(options["source"], options["target"], kind=options["kind"])
+    print(f"wrote {options['target']}")
+    return 0

@@ -1,0 +1,374 @@
+"""`diffpolicy train`: demonstrations in, a trained and evaluated policy out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffpolicy.commands.options import groups_help
+from diffpolicy.config import ConfigError, EvaluationConfig, TrainConfig, config_dir, load_train
+
+if TYPE_CHECKING:
+    from diffpolicy.api import DiffusionPolicy
+    from diffpolicy.data.store import EpisodeStore
+    from diffpolicy.rollout.results import EvalResult
+    from diffpolicy.rollout.spec import EnvSpec
+
+GROUPS = (
+    "experiment",
+    "env",
+    "data",
+    "policy",
+    "network",
+    "process",
+    "sampler",
+    "trainer",
+    "evaluation",
+)
+
+
+def help_text() -> str:
+    """The text of `diffpolicy train --help`."""
+    settings = (config_dir() / "train.yaml").read_text().split("experiment: null\n")[1].strip()
+    trainer = (config_dir() / "trainer" / "default.yaml").read_text().strip()
+    return f"""\
+usage: diffpolicy train [group=choice] [key=value] ...
+
+Trains a policy on demonstrations and evaluates it. An experiment is a tested set of choices;
+any of them can be overridden: diffpolicy train experiment=demo trainer.steps=2000
+
+{groups_help(GROUPS)}
+
+settings:
+{_indented(settings)}
+
+trainer.KEY (also policy.KEY, network.KEY, sampler.KEY, evaluation.KEY ...):
+{_indented(trainer)}
+
+--print-config shows the composed configuration and stops.
+Results: RUN/metrics.csv, curve.png, eval.json, checkpoints/ (last, best), and with video
+rollouts.mp4 and contact_sheet.png. The last line printed is `RESULT {{json}}`."""
+
+
+def _indented(text: str) -> str:
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Compose the configuration and train."""
+    overrides = [a for a in arguments if a != "--print-config"]
+    config = load_train(overrides)
+    if len(overrides) < len(arguments):
+        print(_yaml(config))
+        return 0
+    return train(config)
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> int:
+    """Run one training configuration from data to scores."""
+    began = time.perf_counter()
+    run_dir = Path(config.run_dir)
+    _check_run_dir(run_dir, config, resume)
+    device = pick_device(config.device, config.threads)
+    choose_rendering(config.evaluation.video_episodes)
+    store = open_store(config)
+    policy = make_policy(config, store, device)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        validate = _validator(config, stack)
+        trained = time.perf_counter()
+        learn(policy, config, store, validate, resume=resume)
+        train_s = time.perf_counter() - trained
+    result = final_evaluation(config, run_dir, str(device))
+    _curve(config, run_dir)
+    report = {
+        "task": config.name,
+        "train_s": round(train_s, 1),
+        **(summary(result) if result else {}),
+    }
+    report["total_s"] = round(time.perf_counter() - began, 1)
+    print("RESULT " + json.dumps(report))
+    return 0
+
+
+def pick_device(name: str, threads: int | None) -> Any:
+    """The torch device for ``auto``, ``cpu`` or ``cuda``; sets the number of CPU threads."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no GPU here; use device=cpu or device=auto")
+    return torch.device(name)
+
+
+def choose_rendering(video_episodes: int) -> None:
+    """Pick a GL backend before any simulator is imported, and say so if there is none."""
+    if video_episodes > 0:
+        from diffpolicy.rollout.video import choose_gl_backend
+
+        print(choose_gl_backend().message)
+
+
+def open_store(config: TrainConfig) -> EpisodeStore:
+    """The demonstrations, collected first when the config says how and they are not there yet."""
+    from diffpolicy.data.store import EpisodeStore
+
+    path, collect = Path(config.data.path), config.data.collect
+    if collect is None:
+        if not path.exists():
+            raise ConfigError(
+                f"no episode store at {path}. Make one with `diffpolicy data convert SOURCE {path}` "
+                f"or `diffpolicy data collect {path} env={config.env.id}`, or give data.path=..."
+            )
+        return EpisodeStore.open(path)
+    from diffpolicy.rollout.collect import collect as collect_demonstrations
+    from diffpolicy.rollout.vector import Workers
+
+    seeds = range(collect.seed, collect.seed + collect.episodes)
+    if seeds.stop > 100_000:
+        raise ConfigError(f"demonstrations use environment seeds below 100,000, got {seeds}")
+    workers = Workers(
+        num_envs=16, num_workers=config.evaluation.num_workers, timeout=config.evaluation.timeout
+    )
+    return collect_demonstrations(
+        env_spec(config), seeds, path, workers=workers, noise=collect.noise
+    )
+
+
+def env_spec(config: TrainConfig) -> EnvSpec:
+    """The environment of a run."""
+    from diffpolicy.rollout.spec import EnvSpec
+
+    return EnvSpec(config.env.id, config.env.kwargs, config.env.max_episode_steps)
+
+
+def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> DiffusionPolicy:
+    """An untrained policy for the run; everything that can be wrong with it is found here."""
+    from diffpolicy.api import DiffusionPolicy
+
+    if config.policy.type != "diffusion":
+        raise ConfigError(f"unknown policy.type {config.policy.type!r}; expected 'diffusion'")
+    low, high = _action_bounds(config, store)
+    spec = {
+        "horizon": config.policy.horizon,
+        "n_obs_steps": config.policy.n_obs_steps,
+        "n_action_steps": config.policy.n_action_steps,
+        "network": config.network,
+        "process": config.process,
+        "prediction": config.policy.prediction,
+        "clip": config.policy.clip,
+        "sampler": asdict(config.sampler),
+        "action_low": low,
+        "action_high": high,
+        "env_id": config.env.id,
+    }
+    return DiffusionPolicy.from_dataset(
+        store, spec=spec, normalize=config.data.normalize, seed=config.seed, device=device
+    )
+
+
+def _action_bounds(config: TrainConfig, store: EpisodeStore) -> tuple[list[float], list[float]]:
+    """Bounds of the action space; of the data when the run needs no environment."""
+    if config.evaluation.episodes == config.evaluation.val_episodes == 0:
+        stats = store.statistics["action"]
+        return list(stats["min"]), list(stats["max"])
+    from diffpolicy.rollout.spec import describe
+
+    info = describe(env_spec(config))
+    for name, dim in (("obs", info.obs_dim), ("action", info.action_dim)):
+        if name in store.fields and store.fields[name].shape != (dim,):
+            raise ConfigError(
+                f"{config.data.path} stores {name} of shape {store.fields[name].shape}, but "
+                f"{config.env.id} has dimension {dim}; convert or collect the data for this one"
+            )
+    return list(info.action_low), list(info.action_high)
+
+
+def _validator(config: TrainConfig, stack: ExitStack) -> Any:
+    """The callback that scores a checkpoint on the validation seeds.
+
+    Sharing one pool of workers.
+    """
+    if config.evaluation.val_episodes == 0:
+        return None
+    from diffpolicy.api import DiffusionPolicy
+    from diffpolicy.rollout.evaluate import evaluate
+    from diffpolicy.rollout.vector import WorkerPool
+
+    spec, settings = env_spec(config), config.evaluation
+    pool = stack.enter_context(WorkerPool(spec, make_workers(settings, settings.val_episodes)))
+    seeds = range(settings.val_seed, settings.val_seed + settings.val_episodes)
+
+    def validate(path: Path, step: int) -> Mapping[str, float]:
+        policy = DiffusionPolicy.load(
+            path, device=config.device if config.device != "auto" else "cpu"
+        )
+        result = evaluate(
+            policy, spec, seeds, workers=pool, success_threshold=config.env.success_threshold
+        )
+        metrics = result.metrics()
+        if config.env.score not in metrics:
+            raise ConfigError(f"env.score={config.env.score!r} is none of {sorted(metrics)}")
+        return {**metrics, "score": metrics[config.env.score]}
+
+    return validate
+
+
+def make_workers(settings: EvaluationConfig, episodes: int) -> Any:
+    """Processes and timeouts for ``episodes`` rollouts."""
+    from diffpolicy.rollout.vector import Workers
+
+    return Workers(
+        num_envs=min(settings.num_envs, episodes),
+        num_workers=settings.num_workers,
+        timeout=settings.timeout,
+    )
+
+
+def learn(
+    policy: DiffusionPolicy,
+    config: TrainConfig,
+    store: EpisodeStore,
+    validate: Any,
+    *,
+    resume: bool,
+) -> None:
+    """Write the run's configuration and train."""
+    trainer = trainer_config(config)
+    (Path(config.run_dir) / "config.yaml").write_text(_yaml(config))
+    policy.learn(
+        store,
+        trainer,
+        config.run_dir,
+        val_fraction=config.data.val_fraction,
+        max_episodes=config.data.max_episodes,
+        loss={
+            "cond_dropout": config.policy.cond_dropout,
+            "mask_padding": config.policy.mask_padding,
+        },
+        evaluate=validate,
+        resume=resume,
+        overwrite=config.overwrite,
+    )
+
+
+def trainer_config(config: TrainConfig) -> Any:
+    """The trainer's settings, with a clear error for an unknown one."""
+    from diffpolicy.config import build
+    from diffpolicy.training.trainer import TrainerConfig
+
+    return build(TrainerConfig, {**config.trainer, "seed": config.seed}, "trainer.")
+
+
+def final_evaluation(config: TrainConfig, run_dir: Path, device: str) -> EvalResult | None:
+    """Score the best checkpoint on the test seeds and write ``eval.json`` and the pictures."""
+    settings = config.evaluation
+    if settings.episodes == 0:
+        return None
+    from diffpolicy.api import DiffusionPolicy
+
+    policy = DiffusionPolicy.from_pretrained(run_dir, device=device)
+    return evaluate_policy(
+        policy, env_spec(config), settings, run_dir, config.env.success_threshold
+    )
+
+
+def evaluate_policy(
+    policy: DiffusionPolicy,
+    spec: EnvSpec,
+    settings: EvaluationConfig,
+    output: Path,
+    success_threshold: float | None,
+    *,
+    deterministic: bool = False,
+) -> EvalResult:
+    """Roll out on the test seeds; leave ``eval.json`` and, with video.
+
+    The pictures in ``output``.
+    """
+    from diffpolicy.rollout.evaluate import VideoOptions, evaluate
+    from diffpolicy.rollout.video import save_media
+
+    video = (
+        VideoOptions(episodes=settings.video_episodes, stride=2)
+        if settings.video_episodes
+        else None
+    )
+    result = evaluate(
+        policy,
+        spec,
+        range(settings.seed, settings.seed + settings.episodes),
+        workers=make_workers(settings, settings.episodes),
+        deterministic=deterministic,
+        success_threshold=success_threshold,
+        video=video,
+    )
+    result.save(output)
+    notes = list(result.notes)
+    if video is not None:
+        notes += save_media(output, result.videos).notes
+    for note in notes:
+        print(f"note: {note}")
+    return result
+
+
+def summary(result: EvalResult) -> dict[str, Any]:
+    """The scores of an evaluation as the few numbers of a RESULT line."""
+    metrics = result.metrics()
+    keep = {
+        "n_episodes": "episodes",
+        "success": "success",
+        "final_success": "final_success",
+        "max_reward": "max_reward",
+        "return": "return",
+        "n_errors": "errors",
+        "nfe_per_plan": "nfe",
+        "ms_per_plan": "ms_per_plan",
+    }
+    out: dict[str, Any] = {}
+    for source, name in keep.items():
+        if source in metrics:
+            whole = (
+                source in ("n_episodes", "n_errors", "nfe_per_plan")
+                and metrics[source].is_integer()
+            )
+            out[name] = int(metrics[source]) if whole else round(metrics[source], 4)
+    if "success_low" in metrics:
+        out["success_95"] = [round(metrics["success_low"], 3), round(metrics["success_high"], 3)]
+    return out
+
+
+def _curve(config: TrainConfig, run_dir: Path) -> None:
+    from diffpolicy.rollout.plots import plot_curve
+
+    try:
+        plot_curve(
+            run_dir / "metrics.csv",
+            run_dir / "curve.png",
+            score=config.env.score,
+            title=config.name,
+        )
+    except (ImportError, ValueError) as error:
+        print(f"note: no curve.png: {error}")
+
+
+def _check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
+    if (run_dir / "checkpoints").exists() and not resume and not config.overwrite:
+        raise ConfigError(
+            f"{run_dir} already holds a run; continue it with `diffpolicy resume {run_dir}`, "
+            "replace it with overwrite=true, or choose another run_dir"
+        )
+
+
+def _yaml(config: TrainConfig) -> str:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))

@@ -1,0 +1,121 @@
+"""What every network of the library answers to."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+T_KINDS = ("row", "position", "dim")
+
+
+class Network(nn.Module, ABC):
+    """A map ``(x [B, H, D], t, cond [B, C]) -> [B, H, D]``.
+
+    ``t`` is *network time* (whatever scale the denoiser trains with; 0..1000 suits the sinusoidal
+    embedding) and broadcasts to ``x``: ``[B, 1, 1]`` (kind "row"), ``[B, H, 1]`` ("position") or
+    ``[B, 1, D]`` ("dim"). No network reads a tensor's value on the host.
+
+    Args:
+        horizon: Positions H of a plan, at least 1.
+        dim: Size D of one position, at least 1.
+        cond_dim: Size C of the flat observation; 0 makes the network unconditional.
+        t_kinds: The kinds of ``t`` the network takes, a subset of ``T_KINDS``.
+
+    Raises:
+        ValueError: A size is not a positive integer.
+    """
+
+    def __init__(self, horizon: int, dim: int, cond_dim: int, *, t_kinds: Iterable[str]) -> None:
+        super().__init__()
+        check_positive(horizon=horizon, dim=dim)
+        if not isinstance(cond_dim, int) or cond_dim < 0:
+            raise ValueError(
+                f"cond_dim must be an integer >= 0 (0: unconditional), got {cond_dim!r}"
+            )
+        self.horizon = horizon
+        self.dim = dim
+        self.cond_dim = cond_dim
+        self.t_kinds = frozenset(t_kinds)
+
+    @abstractmethod
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Embed times of shape ``[..., 1 or H, 1 or D]``; the leading dimensions are kept.
+
+        Entries are independent, so the times of a whole loop, stacked to ``[K, 1, 1, 1]``, can be
+        embedded at once and the k-th result passed to :meth:`forward` as ``time_emb``.
+        """
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, *, time_emb: Tensor | None = None
+    ) -> Tensor:
+        """Apply the network.
+
+        Args:
+            x: Noisy plans [B, H, D].
+            t: Network time, broadcastable to ``x``; ignored when ``time_emb`` is given.
+            cond: Observations [B, C] (or [1, C]); None exactly when ``cond_dim`` is 0.
+            time_emb: ``embed_time(t)``, computed beforehand.
+
+        Returns:
+            The output [B, H, D].
+
+        Raises:
+            ValueError: A shape does not fit.
+        """
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Plain values from which ``make_network`` builds the same network (untrained)."""
+
+    def num_parameters(self) -> int:
+        """Number of trainable scalars."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
+        """Refuse shapes that do not fit; looks at shapes only.
+
+        Raises:
+            ValueError: ``x`` or ``cond`` has another shape than the network was built for.
+        """
+        if x.dim() != 3 or x.shape[1] != self.horizon or x.shape[2] != self.dim:
+            raise ValueError(
+                f"x must be [B, {self.horizon}, {self.dim}] (horizon, dim), got {list(x.shape)}"
+            )
+        if cond is None:
+            if self.cond_dim:
+                raise ValueError(
+                    f"this network is conditional: pass cond [B, {self.cond_dim}], or build it "
+                    "with cond_dim=0"
+                )
+        elif not self.cond_dim:
+            raise ValueError(
+                "this network is unconditional (cond_dim=0) and cannot use cond; pass None, or "
+                f"build it with cond_dim={cond.shape[-1]}"
+            )
+        elif cond.dim() != 2 or cond.shape[1] != self.cond_dim:
+            raise ValueError(
+                f"cond must be [B, {self.cond_dim}] (cond_dim), got {list(cond.shape)}; flatten "
+                "the observation steps first"
+            )
+
+
+def check_positive(**sizes: int) -> None:
+    """Raise unless every named size is an integer above zero.
+
+    Raises:
+        ValueError: Names the first that is not.
+    """
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def as_time(t: Tensor | float, like: Tensor) -> Tensor:
+    """Give ``t`` two trailing dimensions: a number or 0-dim tensor becomes [1, 1, 1]."""
+    t = torch.as_tensor(t, device=like.device)
+    return t.reshape(1, 1, 1) if t.dim() == 0 else t

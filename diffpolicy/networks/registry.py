@@ -1,0 +1,55 @@
+"""Networks by name: the closed list that configs and checkpoints choose from."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from diffpolicy.networks.base import Network
+from diffpolicy.networks.mlp import MLP
+from diffpolicy.networks.transformer import Transformer
+from diffpolicy.networks.unet1d import UNet1D
+
+NETWORKS: Mapping[str, type[Network]] = {
+    "mlp": MLP,
+    "transformer": Transformer,
+    "unet1d": UNet1D,
+}
+
+
+def make_network(config: Mapping[str, Any]) -> Network:
+    """Build a network from plain values.
+
+    Args:
+        config: "type" (a key of ``NETWORKS``) and the arguments of that class, as
+            ``Network.config`` returns them.
+
+    Returns:
+        The network, freshly initialised.
+
+    Raises:
+        ValueError: Unknown type, unknown or missing key, or a value out of range.
+    """
+    arguments = dict(config)
+    kind = arguments.pop("type", None)
+    if kind not in NETWORKS:
+        raise ValueError(f"network type must be one of {', '.join(NETWORKS)}; got {kind!r}")
+    network = NETWORKS[kind]
+    parameters = inspect.signature(network).parameters
+    for key in arguments:
+        if key not in parameters:
+            close = difflib.get_close_matches(key, parameters, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(
+                f"unknown key {key!r} for network {kind!r}{hint}; it takes {', '.join(parameters)}"
+            )
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty and name not in arguments
+    ]
+    if missing:
+        raise ValueError(f"network {kind!r} needs {', '.join(missing)}; got {sorted(arguments)}")
+    return network(**arguments)

@@ -1,0 +1,244 @@
+"""Policies as values: memory and randomness go in and come out, per environment row.
+
+A policy plans ``horizon`` actions from its last ``n_obs_steps`` observations, executes
+``n_action_steps`` of them and plans again. Everything it remembers is a :class:`PolicyState`; no
+attribute of a policy changes while it acts.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class PolicyState:
+    """Memory of a chunked policy for N environments; every array has N rows.
+
+    Attributes:
+        history: last observations ``[N, To, O]``, oldest first.
+        plan: last plan ``[N, H, A]``, normalised.
+        cursor: position in ``plan`` of the next action ``[N]``.
+        fresh: no observation of this episode was seen yet ``[N]``.
+        warm: ``plan`` belongs to this episode ``[N]``, so a warm start may use it.
+        seed: stream of each row's randomness ``[N]``.
+        counter: plans drawn from that stream ``[N]``.
+        nfe: network evaluations so far ``[N]``.
+        plans: plans so far ``[N]``.
+    """
+
+    history: Array
+    plan: Array
+    cursor: Array
+    fresh: Array
+    warm: Array
+    seed: Array
+    counter: Array
+    nfe: Array
+    plans: Array
+
+    def __len__(self) -> int:
+        return len(self.cursor)
+
+    def take(self, rows: Array | Sequence[int]) -> PolicyState:
+        """The state of some rows (indices or a bool mask)."""
+        return PolicyState(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def put(self, rows: Array | Sequence[int], other: PolicyState) -> PolicyState:
+        """This state with ``rows`` replaced by those of ``other``."""
+        merged = {}
+        for f in fields(self):
+            value = getattr(self, f.name).copy()
+            value[rows] = getattr(other, f.name)
+            merged[f.name] = value
+        return PolicyState(**merged)
+
+
+class ChunkedPolicy(abc.ABC):
+    """History, chunk execution and per-row bookkeeping; subclasses say how a plan is made.
+
+    Args:
+        obs_dim: O.
+        action_dim: A.
+        horizon: plan length H.
+        n_obs_steps: observations a plan sees, To. Position ``To - 1`` of a plan is the current
+            step.
+        n_action_steps: actions executed per plan, Ta.
+
+    Raises:
+        ValueError: a horizon too short for To and Ta.
+    """
+
+    def __init__(
+        self, *, obs_dim: int, action_dim: int, horizon: int, n_obs_steps: int, n_action_steps: int
+    ) -> None:
+        check_horizon(horizon, n_obs_steps, n_action_steps)
+        self.obs_dim, self.action_dim = obs_dim, action_dim
+        self.horizon, self.n_obs_steps, self.n_action_steps = horizon, n_obs_steps, n_action_steps
+
+    @abc.abstractmethod
+    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, int]:
+        """Normalised plans ``[n, H, A]`` for rows that need one.
+
+        And the network evaluations each took.
+        """
+
+    @abc.abstractmethod
+    def to_actions(self, normalised: Array) -> Array:
+        """Environment actions ``[N, A]``, within bounds, for normalised ones."""
+
+    def initial_state(self, seeds: Sequence[int]) -> PolicyState:
+        """Memory for ``len(seeds)`` environments at the start of an episode.
+
+        One random stream per seed.
+        """
+        count = len(seeds)
+        return PolicyState(
+            history=np.zeros((count, self.n_obs_steps, self.obs_dim), np.float32),
+            plan=np.zeros((count, self.horizon, self.action_dim), np.float32),
+            cursor=np.zeros(count, np.int64),
+            fresh=np.ones(count, bool),
+            warm=np.zeros(count, bool),
+            seed=np.asarray(seeds, np.int64),
+            counter=np.zeros(count, np.int64),
+            nfe=np.zeros(count, np.int64),
+            plans=np.zeros(count, np.int64),
+        )
+
+    def forget(
+        self, state: PolicyState, done: Array, seeds: Sequence[int] | None = None
+    ) -> PolicyState:
+        """Make rows cold for a new episode.
+
+        Args:
+            state: memory of N rows.
+            done: bool ``[N]``, the rows to reset.
+            seeds: new random streams for those rows (``done.sum()`` of them), counted from 0 again;
+                without them a row keeps its stream and goes on in it.
+        """
+        rows = np.flatnonzero(done)
+        cleared = self.initial_state(state.seed[rows].tolist() if seeds is None else seeds)
+        totals = state.take(rows)
+        cleared = replace(cleared, nfe=totals.nfe, plans=totals.plans)
+        return state.put(
+            rows, cleared if seeds is not None else replace(cleared, counter=totals.counter)
+        )
+
+    def act(
+        self, obs: Array, state: PolicyState, *, deterministic: bool = False
+    ) -> tuple[Array, PolicyState]:
+        """One action per environment.
+
+        Args:
+            obs: ``[N, O]``.
+            state: memory of N rows.
+            deterministic: fixed noise and no noise in the solver: the same observations give the
+                same actions.
+
+        Returns:
+            Actions ``[N, A]`` in environment units, and the new memory.
+
+        Raises:
+            ValueError: wrong shape or non-finite observations.
+        """
+        obs = self._checked(obs, len(state))
+        history = np.concatenate([state.history[:, 1:], obs[:, None]], axis=1)
+        history[state.fresh] = obs[state.fresh, None]
+        spent = state.cursor >= self.n_obs_steps - 1 + self.n_action_steps
+        state = replace(state, history=history)
+        need = np.flatnonzero(state.fresh | spent)
+        if len(need):
+            rows = state.take(need)
+            plan, nfe = self.make_plans(rows, deterministic=deterministic)
+            planned = replace(
+                rows,
+                plan=plan,
+                cursor=np.full_like(rows.cursor, self.n_obs_steps - 1),
+                fresh=np.zeros_like(rows.fresh),
+                warm=np.ones_like(rows.warm),
+                counter=rows.counter + 1,
+                nfe=rows.nfe + nfe,
+                plans=rows.plans + 1,
+            )
+            state = state.put(need, planned)
+        actions = self.to_actions(state.plan[np.arange(len(state)), state.cursor])
+        return actions, replace(state, cursor=state.cursor + 1)
+
+    def predict(
+        self,
+        observation: Array,
+        state: PolicyState | None = None,
+        episode_start: Array | None = None,
+        deterministic: bool = False,
+    ) -> tuple[Array, PolicyState]:
+        """Stable-Baselines3's signature.
+
+        ``state`` is opaque to the caller and is passed back unchanged.
+
+        Args:
+            observation: ``[O]`` or ``[N, O]``.
+            state: what the last call returned, ``None`` at the start.
+            episode_start: bool ``[N]``, rows whose observation is the first of an episode.
+            deterministic: as in :meth:`act`.
+
+        Returns:
+            Action ``[A]`` or ``[N, A]``, and the new state.
+        """
+        obs = np.asarray(observation, np.float32)
+        batched = obs if obs.ndim == 2 else obs[None]
+        if state is None:
+            state = self.initial_state(range(len(batched)))
+        elif episode_start is not None and np.any(episode_start):
+            state = self.forget(
+                state, np.broadcast_to(np.asarray(episode_start, bool), (len(state),))
+            )
+        actions, state = self.act(batched, state, deterministic=deterministic)
+        return (actions if obs.ndim == 2 else actions[0]), state
+
+    def _checked(self, obs: Array, count: int) -> Array:
+        obs = np.asarray(obs, np.float32)
+        if obs.shape != (count, self.obs_dim):
+            raise ValueError(
+                f"observations must be [{count}, {self.obs_dim}] (environments, obs_dim); "
+                f"got {list(obs.shape)}"
+            )
+        if not np.isfinite(obs).all():
+            row, column = np.argwhere(~np.isfinite(obs))[0]
+            value = obs[row, column]
+            raise ValueError(f"observation of environment {row} is {value} at index {column}")
+        return obs
+
+
+def check_horizon(horizon: int, n_obs_steps: int, n_action_steps: int) -> None:
+    """Raise ``ValueError`` unless ``1 <= Ta <= H - To + 1``."""
+    limit = horizon - n_obs_steps + 1
+    if min(horizon, n_obs_steps, n_action_steps) < 1:
+        raise ValueError(
+            "horizon, n_obs_steps and n_action_steps must be positive, "
+            f"got {horizon}, {n_obs_steps}, {n_action_steps}"
+        )
+    if n_action_steps > limit:
+        raise ValueError(
+            f"n_action_steps={n_action_steps} is too large: a plan of horizon={horizon} with "
+            f"n_obs_steps={n_obs_steps} has {limit} actions from the current step on; "
+            "lower n_action_steps or raise horizon"
+        )
+
+
+def row_noise(seeds: Array, counters: Array, shape: tuple[int, ...]) -> Array:
+    """Standard normal ``[n, *shape]``; row i is a pure function of ``(seeds[i], counters[i])``.
+
+    (Philox counters).
+    """
+    out = np.empty((len(seeds), *shape), np.float32)
+    for i, (seed, counter) in enumerate(zip(seeds.tolist(), counters.tolist(), strict=True)):
+        bits = np.random.Philox(key=[seed % 2**64, 0], counter=[0, 0, 0, counter])
+        np.random.Generator(bits).standard_normal(out=out[i], dtype=np.float32)
+    return out

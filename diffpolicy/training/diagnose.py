@@ -1,0 +1,65 @@
+"""Where a value that is not finite came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class NonFiniteError(ValueError):
+    """Training met a value that is not finite; the message names the step and the culprit."""
+
+
+def explain_non_finite(
+    step: int, batch: Mapping[str, Tensor], indices: Tensor, out: Any, objective: nn.Module
+) -> str:
+    """One sentence: the batch entry, the loss rows or the gradient at fault, in that order.
+
+    Args:
+        step: optimiser step (from 0).
+        batch: what the objective was given.
+        indices: rows of the source that the batch holds.
+        out: the objective's answer.
+        objective: its parameters hold the gradients.
+    """
+    start = f"training stopped at step {step}: "
+    for name, value in batch.items():
+        bad = _rows(value)
+        if bad:
+            return (
+                start
+                + f"batch entry {name!r} is not finite in source rows {indices[bad].tolist()[:10]}; check the data"
+            )
+    for name, parameter in objective.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return start + f"parameter {name!r} is not finite; lower the learning rate"
+    bad = _rows(out.loss)
+    if bad:
+        return (
+            start
+            + f"the loss is not finite for source rows {indices[bad].tolist()[:10]} of a finite batch"
+        )
+    named = [
+        n
+        for n, p in objective.named_parameters()
+        if p.grad is not None and not torch.isfinite(p.grad).all()
+    ]
+    return (
+        start
+        + f"the gradient of {named[:5]} is not finite; lower the learning rate or set trainer.grad_clip"
+    )
+
+
+def _rows(value: Tensor) -> list[int]:
+    if not value.is_floating_point():
+        return []
+    return (
+        torch.nonzero(
+            ~torch.isfinite(value).flatten(1 if value.dim() > 1 else 0).view(len(value), -1).all(1)
+        )
+        .flatten()
+        .tolist()
+    )

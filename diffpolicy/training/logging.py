@@ -1,0 +1,68 @@
+"""The metrics of a run as one CSV file that has neither gaps nor repeats.
+
+Whatever was interrupted.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class MetricsFile:
+    """Rows of numbers by step.
+
+    Args:
+        path: of the CSV file.
+        keep_until: rows after this step are dropped (the steps that a resumed run will do again).
+    """
+
+    def __init__(self, path: Path, *, keep_until: int = 0) -> None:
+        self.path = path
+        self.rows: list[dict[str, str]] = []
+        self.columns: list[str] = ["step"]
+        if path.is_file():
+            with path.open(newline="") as file:
+                self.rows = [
+                    row
+                    for row in csv.DictReader(file)
+                    if row["step"] and int(row["step"]) <= keep_until
+                ]
+            for row in self.rows:
+                self.columns += [name for name in row if name not in self.columns]
+            self._rewrite()
+
+    def append(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one row; a new column rewrites the file in one step."""
+        row = {"step": str(step), **{name: repr(float(value)) for name, value in values.items()}}
+        self.rows.append(row)
+        fresh = [name for name in row if name not in self.columns]
+        self.columns += fresh
+        if fresh or not self.path.exists():
+            self._rewrite()
+            return
+        with self.path.open("a", newline="") as file:
+            file.write(self._text([row]))
+
+    def last(self, name: str, step: int) -> float | None:
+        """The value of column ``name`` in the row of ``step``, if it is the last one."""
+        if not self.rows or self.rows[-1]["step"] != str(step) or not self.rows[-1].get(name):
+            return None
+        return float(self.rows[-1][name])
+
+    def _text(self, rows: list[dict[str, str]], *, header: bool = False) -> str:
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, self.columns, restval="", lineterminator="\n")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return buffer.getvalue()
+
+    def _rewrite(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        partial.write_text(self._text(self.rows, header=True))
+        partial.replace(self.path)

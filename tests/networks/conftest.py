@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffpolicy.networks import make_network
+
+sys.path.insert(0, str(Path(__file__).parent))  # the reference layout is shared with tests/policies
+
+SMALL_NETWORKS = {
+    "mlp": {"type": "mlp", "width": 32, "depth": 2},
+    "mlp-position": {"type": "mlp", "width": 32, "depth": 2, "t_kind": "position"},
+    "mlp-dim": {"type": "mlp", "width": 32, "depth": 2, "t_kind": "dim"},
+    "unet1d": {"type": "unet1d", "down_dims": [16, 32, 64], "diffusion_step_embed_dim": 32},
+    "unet1d-shift": {
+        "type": "unet1d",
+        "down_dims": [16, 32],
+        "diffusion_step_embed_dim": 16,
+        "cond_predict_scale": False,
+        "kernel_size": 3,
+    },
+    "transformer": {"type": "transformer", "width": 32, "depth": 2, "heads": 2},
+}
+
+
+@pytest.fixture(params=list(SMALL_NETWORKS))
+def small_config(request):
+    return {**SMALL_NETWORKS[request.param], "horizon": 8, "dim": 3, "cond_dim": 5}
+
+
+@pytest.fixture
+def small_network(small_config):
+    """A network whose layers that start at zero are random too: every path carries signal."""
+    torch.manual_seed(0)
+    network = make_network(small_config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return network

@@ -1,0 +1,119 @@
+"""Every command and every Python example of the documents runs, with tiny settings."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from diffpolicy import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PUSHT = ROOT.parent / "shared" / "data" / "pusht" / "pusht_lowdim.zarr.zip"
+TINY = [
+    "trainer.steps=4",
+    "trainer.eval_every=4",
+    "trainer.batch_size=16",
+    "trainer.warmup_steps=1",
+    "evaluation.val_episodes=1",
+    "evaluation.episodes=1",
+    "evaluation.video_episodes=0",
+    "env.max_episode_steps=8",
+    "evaluation.num_workers=0",
+]
+SMALL = {
+    "experiment=fetch_push": [*TINY, "data.collect.episodes=3", "network.width=16"],
+    "experiment=demo": [*TINY, "data.collect.episodes=3"],
+    "experiment=pusht_state_small": [
+        *TINY,
+        "network.width=16",
+        "evaluation.seed=100000",
+        "evaluation.val_seed=200000",
+    ],
+    "eval": ["evaluation.episodes=1", "evaluation.num_workers=0"],
+    "bench": ["rounds=1", "only=gather"],
+    "doctor": ["probe=false"],
+    "resume": [],
+    "data": [],
+}
+
+
+def blocks(name: str, language: str) -> list[str]:
+    """Fenced blocks of a document."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / name).read_text(), flags=re.M | re.S)
+
+
+def commands(name: str) -> list[list[str]]:
+    """`diffpolicy ...` lines of a document, without their comments."""
+    lines = [line for block in blocks(name, "") for line in block.splitlines()]
+    return [
+        shlex.split(line, comments=True)[1:] for line in lines if line.startswith("diffpolicy ")
+    ]
+
+
+def tiny(command: list[str]) -> list[str]:
+    for key, extra in SMALL.items():
+        if key in command:
+            return [*command, *extra]
+    raise AssertionError(f"no tiny settings for `diffpolicy {' '.join(command)}`: add them here")
+
+
+@pytest.mark.mujoco
+def test_readme_commands(tmp_path, monkeypatch):
+    pytest.importorskip("gymnasium_robotics", reason="needs the robotics extra")
+    monkeypatch.chdir(tmp_path)
+    found = [
+        c
+        for c in commands("README.md")
+        if c[0] != "import-checkpoint" and "pusht" not in " ".join(c)
+    ]
+    assert len(found) >= 7
+    for command in found:
+        if command[:2] == [
+            "train",
+            "experiment=demo",
+        ]:  # the demonstrations that a later line checks
+            command = [*command, "data.path=data/fetch_pick_place.zarr"]
+        status = cli.main(tiny(command))
+        assert status == 0 or command[0] == "doctor", command
+
+
+def test_readme_pusht_commands(tmp_path, monkeypatch):
+    pytest.importorskip("gym_pusht", reason="needs the pusht extra")
+    if not PUSHT.is_file():
+        pytest.skip(f"the human demonstrations are not at {PUSHT}")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(PUSHT, tmp_path)
+    for command in (c for c in commands("README.md") if "pusht" in " ".join(c)):
+        assert cli.main(tiny(command)) == 0, command
+
+
+@pytest.mark.mujoco
+def test_readme_python(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gymnasium_robotics", reason="needs the robotics extra")
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("README.md", "python")
+    for long, short in (
+        ("range(50)", "range(3)"),
+        ("steps=1500", "steps=60, warmup_steps=5, batch_size=32"),
+        ("300_020", "300_001"),
+    ):
+        assert long in code
+        code = code.replace(long, short)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "value" in capsys.readouterr().out
+
+
+def test_concepts_python():
+    for code in blocks("docs/concepts.md", "python"):
+        exec(compile(code, "concepts.md", "exec"), {})
+
+
+def test_make_targets_named_in_the_documents_exist():
+    text = "".join((ROOT / n).read_text() for n in ("README.md", "CONTRIBUTING.md"))
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.M)):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
