@@ -19,7 +19,8 @@ from diffpolicy.data.windows import Windows, split_episodes
 from diffpolicy.finetune.denoising import DenoisingLoss
 from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
-from diffpolicy.training.trainer import Trainer, TrainerConfig
+from diffpolicy.training.settings import TrainerConfig
+from diffpolicy.training.trainer import Trainer
 
 FORMAT, VERSION = "diffpolicy-policy", 1
 

@@ -124,7 +124,7 @@ def sampling(rounds: int) -> dict[str, Any]:
     solver, cond = make_solver("ddpm"), torch.randn(1, 20)
     start = prior_start(denoiser.process, torch.randn(1, 16, 7))
     grid = prepare(denoiser, solver, levels(start, 100), start.x)
-    scheduler: Any = getattr(diffusers, "DDPMScheduler")(
+    scheduler: Any = diffusers.DDPMScheduler(
         100, beta_schedule="squaredcos_cap_v2", clip_sample=True
     )
     times = torch.arange(100.0).view(100, 1, 1, 1)
@@ -210,7 +210,8 @@ def training(rounds: int) -> dict[str, Any]:
     from diffpolicy.data.windows import Windows
     from diffpolicy.finetune.denoising import DenoisingLoss
     from diffpolicy.policies.diffusion import PolicySpec
-    from diffpolicy.training.trainer import Trainer, TrainerConfig
+    from diffpolicy.training.settings import TrainerConfig
+    from diffpolicy.training.trainer import Trainer
 
     steps = 40
     spec = PolicySpec(17, 6, network={"type": "mlp", "width": 256, "depth": 3})
@@ -256,7 +257,8 @@ def startup(rounds: int) -> dict[str, Any]:
     """Wall time of `import torch`, of `import diffpolicy` after it, and of `diffpolicy --help`."""
     probe = (
         "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); "
-        "import diffpolicy.core, diffpolicy.networks, diffpolicy; c = time.perf_counter(); print(b - a, c - b)"
+        "import diffpolicy.core, diffpolicy.networks, diffpolicy; "
+        "c = time.perf_counter(); print(b - a, c - b)"
     )
     both, helps = [], []
     for _ in range(max(3, rounds // 3)):

@@ -21,9 +21,12 @@ kind: auto, lerobot or diffusion_policy."""
 
 def run(arguments: Sequence[str]) -> int:
     """Import one checkpoint."""
-    from diffpolicy.policies.import_checkpoint import import_checkpoint
+    from diffpolicy.api import policy_files
+    from diffpolicy.policies.import_checkpoint import read_checkpoint
+    from diffpolicy.training.checkpoint import write_bundle
 
     options = parse(arguments, ["source", "target"], {"kind": "auto"})
-    import_checkpoint(options["source"], options["target"], kind=options["kind"])
+    policy = read_checkpoint(options["source"], kind=options["kind"])
+    write_bundle(options["target"], policy_files(*policy))
     print(f"wrote {options['target']}")
     return 0

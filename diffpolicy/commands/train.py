@@ -125,8 +125,8 @@ def open_store(config: TrainConfig) -> EpisodeStore:
     if collect is None:
         if not path.exists():
             raise ConfigError(
-                f"no episode store at {path}. Make one with `diffpolicy data convert SOURCE {path}` "
-                f"or `diffpolicy data collect {path} env={config.env.id}`, or give data.path=..."
+                f"no episode store at {path}. Make one with `diffpolicy data convert SOURCE "
+                f"{path}` or `diffpolicy data collect {path} env={config.env.id}`, or give data.path=..."
             )
         return EpisodeStore.open(path)
     from diffpolicy.rollout.collect import collect as collect_demonstrations
@@ -263,7 +263,7 @@ def learn(
 def trainer_config(config: TrainConfig) -> Any:
     """The trainer's settings, with a clear error for an unknown one."""
     from diffpolicy.config import build
-    from diffpolicy.training.trainer import TrainerConfig
+    from diffpolicy.training.settings import TrainerConfig
 
     return build(TrainerConfig, {**config.trainer, "seed": config.seed}, "trainer.")
 

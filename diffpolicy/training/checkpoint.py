@@ -40,9 +40,10 @@ def write_bundle(path: str | os.PathLike[str], files: Mapping[str, Any]) -> Path
     manifest: dict[str, dict[str, Any]] = {}
     for name, content in files.items():
         data = _encode(name, content)
-        manifest[name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+        manifest[name] = {"sha256": _digest(data), "size": len(data)}
         _write(partial / name, data)
-    _write(partial / MANIFEST, _encode(MANIFEST, manifest))
+    listing = {"sha256": _digest(_encode(MANIFEST, manifest)), "files": manifest}
+    _write(partial / MANIFEST, _encode(MANIFEST, listing))
     for folder in {(partial / name).parent for name in files} | {partial}:
         _sync_directory(folder)
     old = target.with_name(f".{target.name}.old.{os.getpid()}")
@@ -67,19 +68,27 @@ def read_bundle(path: str | os.PathLike[str], prefix: str = "") -> dict[str, Any
     root = Path(path)
     if not (root / MANIFEST).is_file() and (root.parent / MANIFEST).is_file():
         root, prefix = root.parent, f"{root.name}/{prefix}"
-    try:
-        manifest = json.loads((root / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{root} has no {MANIFEST}: not a checkpoint, or only a part of one"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{root / MANIFEST} is damaged: {error}") from None
+    manifest = _manifest(root)
     return {
         name.removeprefix(prefix): _read(root / name, entry)
         for name, entry in manifest.items()
         if name.startswith(prefix)
     }
+
+
+def _manifest(root: Path) -> dict[str, dict[str, Any]]:
+    try:
+        listing = json.loads((root / MANIFEST).read_bytes())
+        files: dict[str, dict[str, Any]] = listing["files"]
+        if listing["sha256"] != _digest(_encode(MANIFEST, files)):
+            raise ValueError("it does not match its own hash")
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{root} has no {MANIFEST}: not a checkpoint, or only a part of one"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{root / MANIFEST} is damaged: {error}") from None
+    return files
 
 
 def _read(path: Path, entry: Mapping[str, Any]) -> Any:
@@ -89,7 +98,7 @@ def _read(path: Path, entry: Mapping[str, Any]) -> Any:
         raise CheckpointError(f"{path} is missing from its checkpoint") from None
     if len(data) != entry["size"]:
         raise CheckpointError(f"{path} is damaged: {len(data)} bytes, expected {entry['size']}")
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+    if _digest(data) != entry["sha256"]:
         raise CheckpointError(
             f"{path} is damaged: its content does not match the hash in {MANIFEST}"
         )
@@ -112,6 +121,10 @@ def read_pointer(path: Path) -> str | None:
     return path.read_text().strip() if path.is_file() else None
 
 
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _encode(name: str, content: Any) -> bytes:
     if name.endswith(".safetensors"):
         return save_tensors({k: v.detach().cpu().contiguous() for k, v in content.items()})
@@ -132,3 +145,66 @@ def _sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class Snapshots:
+    """The checkpoints of a run: ``RUN/checkpoints/0005000/`` with pointers ``last`` and ``best``.
+
+    Args:
+        folder: ``RUN/checkpoints``.
+        keep_last: how many of the newest are kept beside the best.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 1) -> None:
+        self.folder, self.keep_last = folder, keep_last
+
+    @property
+    def exist(self) -> bool:
+        """Whether there is one to resume from."""
+        return read_pointer(self.folder / "last") is not None
+
+    def save(
+        self, step: int, state: Mapping[str, Any], policy: Mapping[str, Any], *, is_best: bool
+    ) -> None:
+        """Write one checkpoint, point to it, and remove what is no longer needed."""
+        name = f"{step:07d}"
+        files = {f"training/{k}": v for k, v in state.items()}
+        files |= {f"policy/{k}": v for k, v in policy.items()}
+        write_bundle(self.folder / name, files)
+        if is_best:
+            write_pointer(self.folder / "best", name)
+        write_pointer(self.folder / "last", name)
+        self._prune()
+
+    def load_last(self) -> dict[str, Any]:
+        """The training state that ``last`` points to.
+
+        Raises:
+            CheckpointError: it is damaged; names an intact one to go back to, if any.
+        """
+        name = read_pointer(self.folder / "last")
+        try:
+            return read_bundle(self.folder / str(name), "training/")
+        except CheckpointError as error:
+            intact = [n for n in self._names() if n != name and self._is_intact(n)]
+            hint = f"; {intact[-1]} is intact: write that name into {self.folder / 'last'}"
+            raise CheckpointError(f"{error}{hint if intact else ''}") from None
+
+    def _is_intact(self, name: str) -> bool:
+        try:
+            read_bundle(self.folder / name)
+        except CheckpointError:
+            return False
+        return True
+
+    def _names(self) -> list[str]:
+        return sorted(p.name for p in self.folder.iterdir() if p.is_dir() and p.name[0] != ".")
+
+    def _prune(self) -> None:
+        keep = {read_pointer(self.folder / "best"), read_pointer(self.folder / "last")}
+        names = self._names()
+        for name in set(names) - keep - set(names[-self.keep_last :]):
+            shutil.rmtree(self.folder / name)
+        for leftover in self.folder.glob(".*"):  # of a writer that was killed
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)

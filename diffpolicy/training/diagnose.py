@@ -31,7 +31,8 @@ def explain_non_finite(
         if bad:
             return (
                 start
-                + f"batch entry {name!r} is not finite in source rows {indices[bad].tolist()[:10]}; check the data"
+                + f"batch entry {name!r} is not finite in source rows {indices[bad].tolist()[:10]}; "
+                "check the data"
             )
     for name, parameter in objective.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -40,7 +41,8 @@ def explain_non_finite(
     if bad:
         return (
             start
-            + f"the loss is not finite for source rows {indices[bad].tolist()[:10]} of a finite batch"
+            + f"the loss is not finite for source rows {indices[bad].tolist()[:10]} "
+            "of a finite batch"
         )
     named = [
         n
@@ -49,7 +51,7 @@ def explain_non_finite(
     ]
     return (
         start
-        + f"the gradient of {named[:5]} is not finite; lower the learning rate or set trainer.grad_clip"
+        + f"the gradient of {named[:5]} is not finite; lower the learning rate"
     )
 
 

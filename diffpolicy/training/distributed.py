@@ -37,6 +37,14 @@ class Group:
             value = value / self.size
         return value
 
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process of the group."""
+        if self.size == 1:
+            return flag
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes)
+        return bool(votes.item())
+
     def barrier(self) -> None:
         """Wait for every process."""
         if self.size > 1:

@@ -1,0 +1,102 @@
+"""Settings of a training run, and the seeds of everything random in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Settings of a training run.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: examples per step, over all processes.
+        lr: peak learning rate.
+        betas: of AdamW.
+        weight_decay: of AdamW.
+        warmup_steps: linear warm-up.
+        lr_schedule: ``cosine`` (to 0 at ``steps``) or ``constant``.
+        grad_clip: largest norm of the gradient; ``None``: no limit.
+        ema_power: of the weight average (see :class:`EMA`); ``None``: no average.
+        ema_max: its largest decay.
+        precision: ``fp32``, or ``bf16`` autocast on a GPU.
+        compile: ``torch.compile`` the objective.
+        seed: of data order, levels and noise.
+        log_every: steps between rows of ``metrics.csv``.
+        eval_every: steps between evaluations, each with a checkpoint; ``None``: at the end only.
+        checkpoint_every: steps between checkpoints; ``None``: with evaluations only.
+        keep_last: checkpoints kept beside the best one.
+        progress: show a bar with the time left.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 256
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.95, 0.999)
+    weight_decay: float = 1e-6
+    warmup_steps: int = 500
+    lr_schedule: str = "cosine"
+    grad_clip: float | None = 1.0
+    ema_power: float | None = 0.75
+    ema_max: float = 0.9999
+    precision: str = "fp32"
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 100
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+    keep_last: int = 1
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("steps", "batch_size", "lr", "log_every", "keep_last"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive or null, got {value}")
+        if self.lr_schedule not in ("cosine", "constant"):
+            raise ValueError(
+                f"lr_schedule must be 'cosine' or 'constant', got {self.lr_schedule!r}"
+            )
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimiser step ``step`` (from 0)."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if self.lr_schedule == "constant":
+            return self.lr * warm
+        span = max(1, self.steps - self.warmup_steps)
+        fraction = min(1.0, max(0.0, (step - self.warmup_steps) / span))
+        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+def mix_seed(*values: int) -> int:
+    """A 63-bit seed that differs whenever any of the values does (splitmix64 steps)."""
+    state = 0
+    for value in values:
+        state = (state + 0x9E3779B97F4A7C15 + value) & (2**64 - 1)
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        state ^= state >> 31
+    return state >> 1
+
+
+def check_same(saved: Mapping[str, Any], now: TrainerConfig, where: object) -> None:
+    """Raise ``ValueError`` if a run cannot be continued exactly with settings ``now``.
+
+    Settings that only change what is printed or kept may differ.
+    """
+    free = {"checkpoint_every", "keep_last", "progress", "compile"}
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(now).items()}
+    changed = [k for k, v in values.items() if k not in free and saved.get(k) != v]
+    if changed:
+        what = ", ".join(f"{k} was {saved.get(k)!r}, is {values[k]!r}" for k in changed)
+        raise ValueError(f"{where} cannot be resumed exactly with other settings: {what}")

@@ -1,0 +1,123 @@
+"""Bundles: round trip, damage, and a kill at every point of a write."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffpolicy.training import checkpoint
+from diffpolicy.training.checkpoint import (
+    CheckpointError,
+    Snapshots,
+    read_bundle,
+    read_pointer,
+    write_bundle,
+)
+
+FILES = {
+    "config.json": {"a": [1, 2.5, None]},
+    "sub/w.safetensors": {"x": torch.arange(6.0).view(2, 3)},
+}
+
+
+def test_round_trip_also_from_inside(tmp_path):
+    write_bundle(tmp_path / "b", FILES)
+    back = read_bundle(tmp_path / "b")
+    assert back["config.json"] == FILES["config.json"]
+    assert torch.equal(back["sub/w.safetensors"]["x"], FILES["sub/w.safetensors"]["x"])
+    assert torch.equal(
+        read_bundle(tmp_path / "b" / "sub")["w.safetensors"]["x"], FILES["sub/w.safetensors"]["x"]
+    )
+    write_bundle(tmp_path / "b", {"other.json": 1})
+    assert read_bundle(tmp_path / "b") == {"other.json": 1}
+
+
+@pytest.mark.parametrize("name", ["config.json", "sub/w.safetensors", "MANIFEST.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_every_kind_of_damage_is_one_clear_error(tmp_path, name, damage):
+    write_bundle(tmp_path / "b", FILES)
+    file = tmp_path / "b" / name
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 0x55
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=Path(name).name):
+        read_bundle(tmp_path / "b")
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_at_every_system_call_last_always_loads(tmp_path, monkeypatch):
+    """Every fsync, rename and replace of a save is a point where the process may die."""
+    calls = {"left": -1}
+
+    def dying(original):
+        def wrapped(*args, **kwargs):
+            calls["left"] -= 1
+            if calls["left"] == 0:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr(os, "fsync", dying(os.fsync))
+    monkeypatch.setattr(checkpoint.Path, "rename", dying(Path.rename))
+    monkeypatch.setattr(checkpoint.Path, "replace", dying(Path.replace))
+    snapshots = Snapshots(tmp_path / "checkpoints")
+    snapshots.save(1, FILES, {}, is_best=True)
+    point, step = 0, 1
+    while True:
+        point, step = point + 1, step + 1
+        calls["left"] = point
+        try:
+            snapshots.save(step, FILES, FILES, is_best=step % 2 == 0)
+        except Killed:
+            calls["left"] = -1
+            assert int(read_pointer(tmp_path / "checkpoints" / "last")) in range(1, step + 1)
+            assert snapshots.load_last()["config.json"] == FILES["config.json"]
+            read_bundle(tmp_path / "checkpoints" / read_pointer(tmp_path / "checkpoints" / "best"))
+            continue
+        break
+    assert point > 10
+    assert not [
+        p for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith(".") and p.is_dir()
+    ]
+
+
+LOOP = """
+import sys, torch
+from pathlib import Path
+from diffpolicy.training.checkpoint import Snapshots
+snapshots, step = Snapshots(Path(sys.argv[1])), 0
+while True:
+    step += 1
+    snapshots.save(step, {"w.safetensors": {"x": torch.full((50_000,), float(step))}, "state.json": step}, {}, is_best=False)
+"""
+
+
+def test_sigkill_while_writing(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for number in range(4):
+        process = subprocess.Popen([sys.executable, "-c", LOOP, str(folder)])
+        old = read_pointer(folder / "last")
+        while read_pointer(folder / "last") in (None, old):
+            time.sleep(0.005)
+        time.sleep(0.05 + 0.013 * number)
+        process.kill()
+        process.wait()
+        files = Snapshots(folder).load_last()
+        assert torch.equal(
+            files["w.safetensors"]["x"], torch.full((50_000,), float(files["state.json"]))
+        )

@@ -1,0 +1,289 @@
+"""The trainer: learning, resuming, metrics, errors."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffpolicy.finetune.denoising import LossOutput
+from diffpolicy.training.checkpoint import CheckpointError, read_bundle
+from diffpolicy.training.diagnose import NonFiniteError
+from diffpolicy.training.ema import EMA
+from diffpolicy.training.settings import TrainerConfig
+from diffpolicy.training.trainer import Trainer
+
+CONFIG = TrainerConfig(
+    steps=40,
+    batch_size=32,
+    lr=1e-2,
+    warmup_steps=5,
+    log_every=7,
+    eval_every=20,
+    checkpoint_every=9,
+    progress=False,
+)
+TIMES = {"samples_per_s"}
+
+
+def rows(path):
+    with (Path(path) / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+def training_files(run):
+    name = (Path(run) / "checkpoints" / "last").read_text().strip()
+    files = read_bundle(Path(run) / "checkpoints" / name, "training/")
+    files["state.json"].pop("train_s")
+    return files
+
+
+def assert_same_run(left, right):
+    a, b = training_files(left), training_files(right)
+    assert a.keys() == b.keys()
+    for name in a:
+        if name.endswith(".json"):
+            assert a[name] == b[name], name
+            continue
+        assert a[name].keys() == b[name].keys(), name
+        for key in a[name]:
+            assert torch.equal(a[name][key], b[name][key]), (name, key)
+    assert rows(left) == rows(right)
+
+
+def test_learns_and_writes_metrics_without_gaps(make_objective, table, tmp_path):
+    config = TrainerConfig(
+        steps=400, batch_size=64, lr=1e-2, warmup_steps=10, log_every=50, progress=False
+    )
+    result = Trainer(make_objective(dropout=0.0), table, config, tmp_path, val_source=table).fit()
+    found = rows(tmp_path)
+    assert result.step == 400
+    assert [int(r["step"]) for r in found] == list(range(50, 401, 50))
+    assert float(found[-1]["val_loss"]) < 0.25 < float(found[0]["loss"])
+    assert (tmp_path / "checkpoints" / "last").read_text().strip() == "0000400"
+
+
+def test_same_seed_same_run_other_seed_other_run(make_objective, table, tmp_path):
+    for name in ("a", "b"):
+        Trainer(make_objective(), table, CONFIG, tmp_path / name).fit()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    other = TrainerConfig(**{**vars(CONFIG), "seed": 1})
+    Trainer(make_objective(), table, other, tmp_path / "c").fit()
+    assert rows(tmp_path / "c") != rows(tmp_path / "a")
+
+
+def test_every_row_is_seen_once_an_epoch(make_objective, table, tmp_path):
+    config = TrainerConfig(steps=12, batch_size=50, progress=False)
+    trainer = Trainer(make_objective(), table, config, tmp_path)
+    epochs = [torch.cat([trainer._indices(4 * e + i) for i in range(4)]) for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(200))
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize("stop_at", [1, 13, 20, 27])
+def test_interrupt_and_resume_is_bit_identical(make_objective, table, tmp_path, stop_at):
+    Trainer(make_objective(), table, CONFIG, tmp_path / "whole").fit()
+    first = Trainer(make_objective(), table, CONFIG, tmp_path / "cut")
+    original = first._train_step
+
+    def step():
+        original()
+        if first.step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first._train_step = step
+    assert first.fit().interrupted
+    torch.manual_seed(99)  # a resumed process does not have the old global state
+    result = Trainer(make_objective(seed=5), table, CONFIG, tmp_path / "cut", resume=True).fit()
+    assert not result.interrupted
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {here!r})
+from conftest import Regression, Table
+from diffpolicy.training.settings import TrainerConfig
+from diffpolicy.training.trainer import Trainer
+torch.manual_seed(0)
+config = TrainerConfig(steps=400, batch_size=32, lr=1e-2, warmup_steps=5, log_every=7, eval_every=60,
+                       checkpoint_every=9, progress=False)
+Trainer(Regression(), Table(), config, sys.argv[1], resume=True).fit()
+"""
+
+
+def launch(run):
+    code = SCRIPT.format(here=str(Path(__file__).parent))
+    return subprocess.Popen([sys.executable, "-c", code, str(run)])
+
+
+def test_sigkill_at_random_moments_then_resume_is_bit_identical(tmp_path):
+    assert launch(tmp_path / "whole").wait() == 0
+    kills = 0
+    delays = torch.Generator().manual_seed(1)
+    for _ in range(30):
+        process = launch(tmp_path / "cut")
+        last = tmp_path / "cut" / "checkpoints" / "last"
+        before = last.read_text() if last.exists() else None
+        while process.poll() is None and (not last.exists() or last.read_text() == before):
+            time.sleep(0.002)  # the run is past its next checkpoint: progress is certain
+        time.sleep(0.15 * float(torch.rand((), generator=delays)))
+        if process.poll() is not None:
+            assert process.returncode == 0
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+        if kills == 4:
+            assert launch(tmp_path / "cut").wait() == 0
+            break
+    assert kills >= 1
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resume_refuses_other_settings(make_objective, table, tmp_path):
+    Trainer(make_objective(), table, CONFIG, tmp_path).fit()
+    other = TrainerConfig(**{**vars(CONFIG), "lr": 2e-2, "checkpoint_every": 5})
+    with pytest.raises(ValueError, match=r"lr was 0.01, is 0.02$"):
+        Trainer(make_objective(), table, other, tmp_path, resume=True)
+
+
+def test_a_run_directory_in_use_is_refused_and_overwritten_on_request(
+    make_objective, table, tmp_path
+):
+    Trainer(make_objective(), table, CONFIG, tmp_path).fit()
+    with pytest.raises(ValueError, match="already holds a run"):
+        Trainer(make_objective(), table, CONFIG, tmp_path)
+    Trainer(make_objective(), table, CONFIG, tmp_path, overwrite=True)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_best_is_kept_and_the_rest_pruned(make_objective, table, tmp_path):
+    scores = iter([0.2, 0.9, 0.4, 0.9])
+    seen = []
+
+    def evaluate(path, step):
+        seen.append((step, read_bundle(path)["weights.safetensors"]["net.0.weight"].shape))
+        return {"success": 0.5, "score": next(scores)}
+
+    config = TrainerConfig(steps=40, batch_size=32, eval_every=10, progress=False)
+    trainer = Trainer(
+        make_objective(),
+        table,
+        config,
+        tmp_path,
+        evaluate=evaluate,
+        export=lambda s: {"weights.safetensors": dict(s)},
+    )
+    assert trainer.fit().best_score == 0.9
+    folder = tmp_path / "checkpoints"
+    assert [s for s, _ in seen] == [10, 20, 30, 40]
+    assert (folder / "best").read_text().strip() == "0000040"  # a tie goes to the newer
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["0000040"]
+    assert not list(tmp_path.glob(".candidate*"))
+
+
+def test_a_damaged_last_names_an_intact_checkpoint(make_objective, table, tmp_path):
+    config = TrainerConfig(**{**vars(CONFIG), "keep_last": 3})
+    Trainer(make_objective(), table, config, tmp_path).fit()
+    file = tmp_path / "checkpoints" / "0000040" / "training" / "ema.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"ema.safetensors is damaged.*0000036 is intact"):
+        Trainer(make_objective(), table, config, tmp_path, resume=True)
+    (tmp_path / "checkpoints" / "last").write_text("0000036")
+    assert Trainer(make_objective(), table, config, tmp_path, resume=True).fit().step == 40
+
+
+class TestNonFinite:
+    def run(self, objective, table, tmp_path, **options):
+        config = TrainerConfig(**{**vars(CONFIG), "checkpoint_every": 1, **options})
+        with pytest.raises(NonFiniteError) as caught:
+            Trainer(objective, table, config, tmp_path).fit()
+        return str(caught.value)
+
+    def test_batch(self, make_objective, table, tmp_path):
+        table.x[17, 1] = float("nan")
+        message = self.run(make_objective(), table, tmp_path)
+        assert "batch entry 'x' is not finite in source rows [17]" in message
+
+    def test_loss(self, make_objective, table, tmp_path):
+        objective = make_objective()
+        forward = objective.forward
+
+        def broken(batch, generator):
+            out = forward(batch, generator)
+            hit = batch["y"] == table.y[33]
+            return LossOutput(out.loss * torch.where(hit, torch.nan, 1.0), out.metrics)
+
+        objective.forward = broken
+        assert "loss is not finite for source rows [33]" in self.run(objective, table, tmp_path)
+
+    def test_gradient_and_nothing_poisoned_is_saved(self, make_objective, table, tmp_path):
+        objective = make_objective()
+        trainer_steps = {"n": 0}
+
+        def poison(grad):
+            trainer_steps["n"] += 1
+            return grad * float("inf") if trainer_steps["n"] == 4 else grad
+
+        objective.net[0].weight.register_hook(poison)
+        message = self.run(objective, table, tmp_path)
+        assert "step 3" in message
+        assert "net.0.weight" in message
+        saved = training_files(tmp_path)
+        assert saved["state.json"]["step"] == 3
+        assert all(v.isfinite().all() for v in saved["params.safetensors"].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be positive"),
+        ({"batch_size": -1}, "batch_size must be positive"),
+        ({"lr_schedule": "linear"}, "lr_schedule must be"),
+        ({"precision": "fp16"}, "precision must be"),
+        ({"eval_every": 0}, "eval_every must be positive or null"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainerConfig(**options)
+
+
+def test_bad_combinations(make_objective, table, tmp_path):
+    with pytest.raises(ValueError, match="batch_size=500 is more than the 200"):
+        Trainer(make_objective(), table, TrainerConfig(batch_size=500), tmp_path)
+    with pytest.raises(ValueError, match="precision=bf16 is for GPUs"):
+        Trainer(make_objective(), table, TrainerConfig(batch_size=50, precision="bf16"), tmp_path)
+
+
+def test_ema_follows_the_power_schedule():
+    module = torch.nn.Linear(1, 1, bias=False)
+    ema = EMA(module)
+    expected = module.weight.item()
+    for n in range(20):
+        with torch.no_grad():
+            module.weight.fill_(float(n))
+        decay = min(0.9999, 1 - (1 + n) ** -0.75)
+        expected = decay * expected + (1 - decay) * n
+        ema.update(module)
+    assert ema.state["weight"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_learning_rate_schedule():
+    config = TrainerConfig(steps=100, lr=1.0, warmup_steps=10)
+    assert config.lr_at(0) == pytest.approx(0.1)
+    assert config.lr_at(9) == pytest.approx(1.0)
+    assert config.lr_at(55) == pytest.approx(0.5)
+    assert config.lr_at(99) == pytest.approx(0.0, abs=1e-3)
+    assert TrainerConfig(lr=1.0, lr_schedule="constant").lr_at(9000) == 1.0
