@@ -42,8 +42,12 @@ SMALL = {
 
 
 def blocks(name: str, language: str) -> list[str]:
-    """Fenced blocks of a document."""
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / name).read_text(), flags=re.M | re.S)
+    """Fenced blocks of a document in one language (an opening fence names it, a closing one does not)."""
+    parts = re.split(r"^```(.*)\n", (ROOT / name).read_text(), flags=re.M)
+    opened = list(
+        zip(parts[1::4], parts[2::4], strict=True)
+    )  # [text, language, block, "", text, ...]
+    return [block for found, block in opened if found == language]
 
 
 def commands(name: str) -> list[list[str]]:
@@ -87,7 +91,9 @@ def test_readme_pusht_commands(tmp_path, monkeypatch):
         pytest.skip(f"the human demonstrations are not at {PUSHT}")
     monkeypatch.chdir(tmp_path)
     shutil.copy(PUSHT, tmp_path)
-    for command in (c for c in commands("README.md") if "pusht" in " ".join(c)):
+    found = [c for c in commands("README.md") if "pusht" in " ".join(c)]
+    assert len(found) == 2
+    for command in found:
         assert cli.main(tiny(command)) == 0, command
 
 
@@ -108,7 +114,9 @@ def test_readme_python(tmp_path, monkeypatch, capsys):
 
 
 def test_concepts_python():
-    for code in blocks("docs/concepts.md", "python"):
+    found = blocks("docs/concepts.md", "python")
+    assert found
+    for code in found:
         exec(compile(code, "concepts.md", "exec"), {})
 
 

@@ -124,9 +124,8 @@ def sampling(rounds: int) -> dict[str, Any]:
     solver, cond = make_solver("ddpm"), torch.randn(1, 20)
     start = prior_start(denoiser.process, torch.randn(1, 16, 7))
     grid = prepare(denoiser, solver, levels(start, 100), start.x)
-    scheduler: Any = diffusers.DDPMScheduler(
-        100, beta_schedule="squaredcos_cap_v2", clip_sample=True
-    )
+    make_scheduler: Any = diffusers.DDPMScheduler
+    scheduler = make_scheduler(100, beta_schedule="squaredcos_cap_v2", clip_sample=True)
     times = torch.arange(100.0).view(100, 1, 1, 1)
 
     def ours() -> None:

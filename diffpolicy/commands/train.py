@@ -126,7 +126,8 @@ def open_store(config: TrainConfig) -> EpisodeStore:
         if not path.exists():
             raise ConfigError(
                 f"no episode store at {path}. Make one with `diffpolicy data convert SOURCE "
-                f"{path}` or `diffpolicy data collect {path} env={config.env.id}`, or give data.path=..."
+                f"{path}` or `diffpolicy data collect {path} env={config.env.id}`, "
+                "or give data.path=..."
             )
         return EpisodeStore.open(path)
     from diffpolicy.rollout.collect import collect as collect_demonstrations

@@ -1,1 +1,1 @@
-"""Filled in below."""
+"""Policies as values: observations and memory in, actions and memory out."""

@@ -1,1 +1,1 @@
-"""Filled in below."""
+"""Real-time execution and export."""

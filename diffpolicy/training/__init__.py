@@ -1,1 +1,1 @@
-"""Filled in below."""
+"""Training: one trainer for every loss, weight averages, checkpoints, metrics."""

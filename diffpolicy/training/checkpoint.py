@@ -42,8 +42,12 @@ def write_bundle(path: str | os.PathLike[str], files: Mapping[str, Any]) -> Path
         data = _encode(name, content)
         manifest[name] = {"sha256": _digest(data), "size": len(data)}
         _write(partial / name, data)
-    listing = {"sha256": _digest(_encode(MANIFEST, manifest)), "files": manifest}
-    _write(partial / MANIFEST, _encode(MANIFEST, listing))
+    _write(partial / MANIFEST, _listing(manifest))
+    for part in {name.split("/")[0] for name in files if "/" in name}:
+        inner = {
+            n.removeprefix(f"{part}/"): e for n, e in manifest.items() if n.startswith(f"{part}/")
+        }
+        _write(partial / part / MANIFEST, _listing(inner))  # a part can be copied and read alone
     for folder in {(partial / name).parent for name in files} | {partial}:
         _sync_directory(folder)
     old = target.with_name(f".{target.name}.old.{os.getpid()}")
@@ -66,9 +70,9 @@ def read_bundle(path: str | os.PathLike[str], prefix: str = "") -> dict[str, Any
         CheckpointError: no bundle, or a file that is missing, cut short or changed.
     """
     root = Path(path)
-    if not (root / MANIFEST).is_file() and (root.parent / MANIFEST).is_file():
-        root, prefix = root.parent, f"{root.name}/{prefix}"
     manifest = _manifest(root)
+    if not any(name.startswith(prefix) for name in manifest):
+        raise CheckpointError(f"{root} holds nothing under {prefix!r}; it has {sorted(manifest)}")
     return {
         name.removeprefix(prefix): _read(root / name, entry)
         for name, entry in manifest.items()
@@ -121,13 +125,17 @@ def read_pointer(path: Path) -> str | None:
     return path.read_text().strip() if path.is_file() else None
 
 
+def _listing(manifest: Mapping[str, Any]) -> bytes:
+    return _encode(MANIFEST, {"sha256": _digest(_encode(MANIFEST, manifest)), "files": manifest})
+
+
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
 def _encode(name: str, content: Any) -> bytes:
     if name.endswith(".safetensors"):
-        return save_tensors({k: v.detach().cpu().contiguous() for k, v in content.items()})
+        return save_tensors({k: v.detach().cpu().clone().contiguous() for k, v in content.items()})
     return json.dumps(content, indent=1).encode() + b"\n"
 
 
@@ -155,7 +163,7 @@ class Snapshots:
         keep_last: how many of the newest are kept beside the best.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 1) -> None:
+    def __init__(self, folder: Path, keep_last: int = 2) -> None:
         self.folder, self.keep_last = folder, keep_last
 
     @property
@@ -168,6 +176,8 @@ class Snapshots:
     ) -> None:
         """Write one checkpoint, point to it, and remove what is no longer needed."""
         name = f"{step:07d}"
+        if read_pointer(self.folder / "last") == name:
+            return  # an interrupt on a checkpoint's own step
         files = {f"training/{k}": v for k, v in state.items()}
         files |= {f"policy/{k}": v for k, v in policy.items()}
         write_bundle(self.folder / name, files)
@@ -187,8 +197,9 @@ class Snapshots:
             return read_bundle(self.folder / str(name), "training/")
         except CheckpointError as error:
             intact = [n for n in self._names() if n != name and self._is_intact(n)]
-            hint = f"; {intact[-1]} is intact: write that name into {self.folder / 'last'}"
-            raise CheckpointError(f"{error}{hint if intact else ''}") from None
+            pointer = self.folder / "last"
+            hint = f"; {intact[-1]} is intact: write that name into {pointer}" if intact else ""
+            raise CheckpointError(f"{error}{hint}") from None
 
     def _is_intact(self, name: str) -> bool:
         try:

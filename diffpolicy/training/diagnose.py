@@ -30,8 +30,8 @@ def explain_non_finite(
         bad = _rows(value)
         if bad:
             return (
-                start
-                + f"batch entry {name!r} is not finite in source rows {indices[bad].tolist()[:10]}; "
+                start + f"batch entry {name!r} is not finite in source rows "
+                f"{indices[bad].tolist()[:10]}; "
                 "check the data"
             )
     for name, parameter in objective.named_parameters():
@@ -40,8 +40,7 @@ def explain_non_finite(
     bad = _rows(out.loss)
     if bad:
         return (
-            start
-            + f"the loss is not finite for source rows {indices[bad].tolist()[:10]} "
+            start + f"the loss is not finite for source rows {indices[bad].tolist()[:10]} "
             "of a finite batch"
         )
     named = [
@@ -49,10 +48,7 @@ def explain_non_finite(
         for n, p in objective.named_parameters()
         if p.grad is not None and not torch.isfinite(p.grad).all()
     ]
-    return (
-        start
-        + f"the gradient of {named[:5]} is not finite; lower the learning rate"
-    )
+    return start + f"the gradient of {named[:5]} is not finite; lower the learning rate"
 
 
 def _rows(value: Tensor) -> list[int]:

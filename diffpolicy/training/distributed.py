@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,14 @@ class Group:
     def __init__(self) -> None:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
+        self.device = torch.device("cpu")
+        if self.size > 1 and torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            # The first process evaluates while the others wait.
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=4))
 
     @property
     def first(self) -> bool:
@@ -41,7 +48,7 @@ class Group:
         """Whether ``flag`` is set in any process of the group."""
         if self.size == 1:
             return flag
-        votes = torch.tensor(int(flag))
+        votes = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(votes)
         return bool(votes.item())
 

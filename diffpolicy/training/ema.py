@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Power schedule of Diffusion Policy: ``decay = min(max_decay, 1 -.
+    """Power schedule of Diffusion Policy: ``decay = min(max_decay, 1 - (1 + n)^-power)``.
 
-    (1 + n)^-power)`` after ``n`` updates.
+    ``n = max(0, updates - 1)``, so the first two updates copy.
 
     Args:
         module: whose parameters (averaged) and buffers (copied) are followed.
@@ -27,13 +27,14 @@ class EMA:
         self.power, self.max_decay, self.updates = power, max_decay, 0
         self.state = {name: value.detach().clone() for name, value in module.state_dict().items()}
         floating = [n for n, v in self.state.items() if v.is_floating_point()]
-        parameters = {name for name, _ in module.named_parameters()}
+        parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         self._averaged = [n for n in floating if n in parameters]
         self._copied = [n for n in self.state if n not in set(self._averaged)]
 
     def decay(self) -> float:
         """The decay of the next update."""
-        return min(self.max_decay, 1 - float((1 + self.updates) ** -self.power))
+        n = max(0, self.updates - 1)
+        return min(self.max_decay, 1 - float((1 + n) ** -self.power))
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:

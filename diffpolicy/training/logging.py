@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class MetricsFile:
@@ -25,7 +26,9 @@ class MetricsFile:
         self.rows: list[dict[str, str]] = []
         self.columns: list[str] = ["step"]
         if path.is_file():
-            with path.open(newline="") as file:
+            text = path.read_text()
+            whole = text[: text.rfind("\n") + 1]  # a killed writer may leave half a line
+            with io.StringIO(whole) as file:
                 self.rows = [
                     row
                     for row in csv.DictReader(file)
@@ -46,6 +49,8 @@ class MetricsFile:
             return
         with self.path.open("a", newline="") as file:
             file.write(self._text([row]))
+            file.flush()
+            os.fsync(file.fileno())
 
     def last(self, name: str, step: int) -> float | None:
         """The value of column ``name`` in the row of ``step``, if it is the last one."""
@@ -66,3 +71,26 @@ class MetricsFile:
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         partial.write_text(self._text(self.rows, header=True))
         partial.replace(self.path)
+
+
+class TensorBoard:
+    """The same rows as TensorBoard scalars.
+
+    Raises:
+        ImportError: the package is missing, with the install command.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                'trainer.tensorboard=true needs: pip install "diffpolicy[tensorboard]"'
+            ) from error
+        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def append(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one row."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()

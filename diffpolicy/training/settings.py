@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -30,6 +30,7 @@ class TrainerConfig:
         eval_every: steps between evaluations, each with a checkpoint; ``None``: at the end only.
         checkpoint_every: steps between checkpoints; ``None``: with evaluations only.
         keep_last: checkpoints kept beside the best one.
+        tensorboard: also write TensorBoard files to ``tb/`` (needs the ``tensorboard`` extra).
         progress: show a bar with the time left.
     """
 
@@ -48,8 +49,9 @@ class TrainerConfig:
     seed: int = 0
     log_every: int = 100
     eval_every: int | None = None
-    checkpoint_every: int | None = None
-    keep_last: int = 1
+    checkpoint_every: int | None = 2000
+    keep_last: int = 2
+    tensorboard: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -89,13 +91,15 @@ def mix_seed(*values: int) -> int:
     return state >> 1
 
 
-def check_same(saved: Mapping[str, Any], now: TrainerConfig, where: object) -> None:
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], where: object) -> None:
     """Raise ``ValueError`` if a run cannot be continued exactly with settings ``now``.
 
     Settings that only change what is printed or kept may differ.
     """
-    free = {"checkpoint_every", "keep_last", "progress", "compile"}
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(now).items()}
+    free = {"checkpoint_every", "keep_last", "progress", "compile", "tensorboard"}
+    if saved.get("lr_schedule") == "constant":
+        free.add("steps")  # no schedule depends on the end
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in now.items()}
     changed = [k for k, v in values.items() if k not in free and saved.get(k) != v]
     if changed:
         what = ", ".join(f"{k} was {saved.get(k)!r}, is {values[k]!r}" for k in changed)

@@ -25,7 +25,7 @@ from diffpolicy.training.checkpoint import Snapshots, write_bundle
 from diffpolicy.training.diagnose import NonFiniteError, explain_non_finite
 from diffpolicy.training.distributed import Group
 from diffpolicy.training.ema import EMA
-from diffpolicy.training.logging import MetricsFile
+from diffpolicy.training.logging import MetricsFile, TensorBoard
 from diffpolicy.training.settings import TrainerConfig, check_same, mix_seed
 
 Evaluate = Callable[[Path, int], Mapping[str, float]]
@@ -105,6 +105,9 @@ class Trainer:
             )
         self.objective = objective
         self.device = next(objective.parameters()).device
+        for module in objective.modules():  # a frozen reference inside keeps its evaluation mode
+            if any(p.requires_grad for p in module.parameters()):
+                module.training = True
         if config.precision == "bf16" and self.device.type != "cuda":
             raise ValueError(
                 "precision=bf16 is for GPUs (on a CPU without bf16 units it is slower); use fp32"
@@ -145,6 +148,9 @@ class Trainer:
         if resume and self.snapshots.exist:
             self._load()
         self.metrics = MetricsFile(csv, keep_until=self.step) if self.group.first else None
+        self.board: TensorBoard | None = None
+        if self.config.tensorboard and self.group.first:
+            self.board = TensorBoard(self.run_dir / "tb", self.step)
 
     # ---------------------------------------------------------------- the loop
 
@@ -184,15 +190,24 @@ class Trainer:
                     row = self._averages(seconds)
                     bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                     self.train_s += seconds
-                    if due:
-                        row |= self._evaluate()
-                    if self.metrics is not None:
-                        self.metrics.append(self.step, row)
+                    try:
+                        row |= self._evaluate() if due else {}
+                    except BaseException:  # a broken simulator must not take the weights with it
+                        self._log(row)
+                        self._save(alone=True)
+                        raise
+                    self._log(row)
                     began = time.perf_counter()
                 if due or self._due(config.checkpoint_every):
                     self._save()
             if self._stop:
                 self._save()
+
+    def _log(self, row: Mapping[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.append(self.step, row)
+        if self.board is not None:
+            self.board.append(self.step, row)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -204,15 +219,26 @@ class Trainer:
             k: v.to(self.device, non_blocking=True) for k, v in self.source.gather(indices).items()
         }
         generator = self._generator(self.step)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        # Dropout draws from the global generator; reseeding makes it, too, a function of the step.
+        torch.manual_seed(mix_seed(config.seed, self.step, self.group.rank, 0xD0))
+        with self._autocast():
             out = self._forward(batch, generator)
+        if out.loss.shape != (len(indices),):
+            raise ValueError(
+                f"an objective returns one loss per example, [{len(indices)}] here; "
+                f"got {list(out.loss.shape)}"
+            )
         loss = out.loss.mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        limit = math.inf if config.grad_clip is None else config.grad_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        if not math.isfinite(norm.item() + loss.item()):
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.parameters if p.grad is not None]
+        )
+        inputs = [v.sum() for v in batch.values() if v.is_floating_point()]
+        if not math.isfinite(torch.stack([loss.detach(), norm, *inputs]).sum().item()):
             raise NonFiniteError(explain_non_finite(self.step, batch, indices, out, self.objective))
+        if config.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step)
         self.optimizer.step()
@@ -223,10 +249,7 @@ class Trainer:
             self._totals[name] = value.detach() if so_far is None else so_far + value.detach()
 
     def _indices(self, step: int) -> Tensor:
-        """Rows of this process at ``step``: a fresh permutation every epoch, drawn from (seed.
-
-        Epoch).
-        """
+        """Rows of this process at ``step``, from a permutation that (seed, epoch) determine."""
         size, count = self.config.batch_size, len(self.source)
         per_epoch = count // size
         epoch, position = divmod(step, per_epoch)
@@ -240,6 +263,10 @@ class Trainer:
         return torch.Generator(self.device).manual_seed(
             mix_seed(self.config.seed, step, self.group.rank)
         )
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _averages(self, seconds: float) -> dict[str, float]:
         """Means since the last row, which starts the next."""
@@ -267,10 +294,8 @@ class Trainer:
 
     @torch.no_grad()
     def _validation_loss(self, source: Source) -> float:
-        """Loss of the averaged weights on all held-out examples.
-
-        With the same levels and noise every time.
-        """
+        """Loss of the averaged weights on the held-out examples, with the same noise every time."""
+        modes = [(m, m.training) for m in self.objective.modules()]
         live = {k: v.clone() for k, v in self.objective.state_dict().items()}
         self.objective.load_state_dict(self.ema.state)
         self.objective.eval()
@@ -282,22 +307,27 @@ class Trainer:
             generator = torch.Generator(self.device).manual_seed(
                 mix_seed(self.config.seed, number, 0x7A1)
             )
-            total += self.objective(batch, generator).loss.sum().item()
+            with self._autocast():
+                total += self.objective(batch, generator).loss.sum().item()
             count += len(rows)
         self.objective.load_state_dict(live)
-        self.objective.train()
+        for module, mode in modes:
+            module.training = mode
         return total / count
 
     # ---------------------------------------------------------------- checkpoints
 
-    def _save(self) -> None:
+    def _save(self, *, alone: bool = False) -> None:
         score = None if self.metrics is None else self.metrics.last("score", self.step)
+        if score is not None and not math.isfinite(score):
+            score = None
         is_best = score is not None and (self.best_score is None or score >= self.best_score)
         self.best_score = score if is_best else self.best_score
         if self.group.first:
             policy = {} if self.export is None else self.export(self.ema.state)
             self.snapshots.save(self.step, self._state(), policy, is_best=is_best)
-        self.group.barrier()
+        if not alone:
+            self.group.barrier()
 
     def _state(self) -> dict[str, Any]:
         """Everything a resumed run needs to be the same run."""
@@ -310,7 +340,6 @@ class Trainer:
             "params.safetensors": self.objective.state_dict(),
             "ema.safetensors": self.ema.state,
             "optimizer.safetensors": moments,
-            "random.safetensors": {"torch": torch.get_rng_state()},
             "totals.safetensors": self._totals,
             "state.json": {
                 "step": self.step,
@@ -318,6 +347,8 @@ class Trainer:
                 "ema_updates": self.ema.updates,
                 "best_score": self.best_score,
                 "train_s": self.train_s,
+                "examples": len(self.source),
+                "processes": self.group.size,
                 "config": asdict(self.config),
             },
         }
@@ -325,14 +356,14 @@ class Trainer:
     def _load(self) -> None:
         files = self.snapshots.load_last()
         state = files["state.json"]
-        check_same(state["config"], self.config, self.run_dir)
+        now = {"examples": len(self.source), "processes": self.group.size, **asdict(self.config)}
+        check_same({**state, **state["config"]}, now, self.run_dir)
         self.objective.load_state_dict(files["params.safetensors"])
         self.ema.load(files["ema.safetensors"], state["ema_updates"])
         for key, value in files["optimizer.safetensors"].items():
             name, _, kind = key.rpartition("/")
             parameter = self.parameters[self.names.index(name)]
             self.optimizer.state[parameter][kind] = value.to(self.device)
-        torch.set_rng_state(files["random.safetensors"]["torch"])
         self._totals = {k: v.to(self.device) for k, v in files["totals.safetensors"].items()}
         self.step, self._since = state["step"], state["since"]
         self.best_score, self.train_s = state["best_score"], state["train_s"]

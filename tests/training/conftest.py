@@ -12,12 +12,13 @@ from diffpolicy.finetune.denoising import LossOutput
 class Regression(nn.Module):
     """Noisy regression with dropout, so that every kind of randomness is in play."""
 
-    def __init__(self, dropout: float = 0.1) -> None:
+    def __init__(self, dropout: float = 0.1, noise: float = 0.1) -> None:
         super().__init__()
+        self.noise = noise
         self.net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 1))
 
     def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> LossOutput:
-        noise = 0.1 * torch.randn(batch["x"].shape, generator=generator)
+        noise = self.noise * torch.randn(batch["x"].shape, generator=generator)
         error = self.net(batch["x"] + noise)[:, 0] - batch["y"]
         return LossOutput(error.square(), {"bias": error.mean().detach()})
 

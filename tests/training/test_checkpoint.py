@@ -103,7 +103,8 @@ from diffpolicy.training.checkpoint import Snapshots
 snapshots, step = Snapshots(Path(sys.argv[1])), 0
 while True:
     step += 1
-    snapshots.save(step, {"w.safetensors": {"x": torch.full((50_000,), float(step))}, "state.json": step}, {}, is_best=False)
+    files = {"w.safetensors": {"x": torch.full((50_000,), float(step))}, "state.json": step}
+    snapshots.save(step, files, {}, is_best=False)
 """
 
 

@@ -19,7 +19,7 @@ from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Trainer
 torch.manual_seed(0)
 config = TrainerConfig(steps=60, batch_size=64, lr=1e-2, warmup_steps=5, progress=False)
-trainer = Trainer(Regression(dropout=0.0), Table(), config, sys.argv[1])
+trainer = Trainer(Regression(dropout=0.0, noise=0.0), Table(), config, sys.argv[1])
 trainer.fit()
 torch.save(trainer.objective.state_dict(), sys.argv[1] + f"/rank{{trainer.group.rank}}.pt")
 """
@@ -54,7 +54,6 @@ def test_two_processes_agree_and_follow_the_single_run(tmp_path):
     single = torch.load(tmp_path / "one" / "rank0.pt", weights_only=True)
     for name in single:
         assert torch.equal(ranks[0][name], ranks[1][name])
-        # The same examples in the same order; only the noise of the second half differs.
-        assert (ranks[0][name] - single[name]).norm() < 0.35 * single[name].norm()
+        torch.testing.assert_close(ranks[0][name], single[name], rtol=1e-4, atol=1e-5)
     saved = read_bundle(tmp_path / "two" / "checkpoints" / "0000060", "training/")
     assert torch.equal(saved["params.safetensors"]["net.0.weight"], ranks[0]["net.0.weight"])

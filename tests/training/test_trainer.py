@@ -156,9 +156,7 @@ def test_resume_refuses_other_settings(make_objective, table, tmp_path):
         Trainer(make_objective(), table, other, tmp_path, resume=True)
 
 
-def test_a_run_directory_in_use_is_refused_and_overwritten_on_request(
-    make_objective, table, tmp_path
-):
+def test_a_used_run_directory_is_refused_or_overwritten(make_objective, table, tmp_path):
     Trainer(make_objective(), table, CONFIG, tmp_path).fit()
     with pytest.raises(ValueError, match="already holds a run"):
         Trainer(make_objective(), table, CONFIG, tmp_path)
@@ -187,7 +185,7 @@ def test_best_is_kept_and_the_rest_pruned(make_objective, table, tmp_path):
     folder = tmp_path / "checkpoints"
     assert [s for s, _ in seen] == [10, 20, 30, 40]
     assert (folder / "best").read_text().strip() == "0000040"  # a tie goes to the newer
-    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["0000040"]
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["0000030", "0000040"]
     assert not list(tmp_path.glob(".candidate*"))
 
 
@@ -274,7 +272,7 @@ def test_ema_follows_the_power_schedule():
     for n in range(20):
         with torch.no_grad():
             module.weight.fill_(float(n))
-        decay = min(0.9999, 1 - (1 + n) ** -0.75)
+        decay = min(0.9999, 1 - (1 + max(0, n - 1)) ** -0.75)
         expected = decay * expected + (1 - decay) * n
         ema.update(module)
     assert ema.state["weight"].item() == pytest.approx(expected, rel=1e-5)
@@ -287,3 +285,54 @@ def test_learning_rate_schedule():
     assert config.lr_at(55) == pytest.approx(0.5)
     assert config.lr_at(99) == pytest.approx(0.0, abs=1e-3)
     assert TrainerConfig(lr=1.0, lr_schedule="constant").lr_at(9000) == 1.0
+
+
+def test_a_failing_evaluation_does_not_lose_the_run(make_objective, table, tmp_path):
+    def broken(path, step):
+        raise RuntimeError("simulator gone")
+
+    config = TrainerConfig(steps=8, batch_size=32, progress=False)
+    trainer = Trainer(
+        make_objective(),
+        table,
+        config,
+        tmp_path,
+        evaluate=broken,
+        export=lambda s: {"weights.safetensors": dict(s)},
+    )
+    with pytest.raises(RuntimeError, match="simulator gone"):
+        trainer.fit()
+    assert training_files(tmp_path)["state.json"]["step"] == 8
+
+
+def test_other_data_is_refused_on_resume(make_objective, table, tmp_path):
+    Trainer(make_objective(), table, CONFIG, tmp_path).fit()
+    table.x, table.y = table.x[:150], table.y[:150]
+    with pytest.raises(ValueError, match="examples was 200, is 150"):
+        Trainer(make_objective(), table, CONFIG, tmp_path, resume=True)
+
+
+def test_half_a_line_of_metrics_is_dropped(tmp_path):
+    from diffpolicy.training.logging import MetricsFile
+
+    file = MetricsFile(tmp_path / "metrics.csv")
+    for step in (10, 20):
+        file.append(step, {"loss": 0.5})
+    with (tmp_path / "metrics.csv").open("a") as handle:
+        handle.write("3")
+    assert [r["step"] for r in MetricsFile(tmp_path / "metrics.csv", keep_until=99).rows] == [
+        "10",
+        "20",
+    ]
+
+
+def test_tensorboard_is_optional(make_objective, table, tmp_path):
+    config = TrainerConfig(**{**vars(CONFIG), "tensorboard": True})
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match=r"diffpolicy\[tensorboard\]"):
+            Trainer(make_objective(), table, config, tmp_path)
+        return
+    Trainer(make_objective(), table, config, tmp_path).fit()
+    assert list((tmp_path / "tb").iterdir())
