@@ -21,7 +21,6 @@ TINY = [
     "evaluation.val_episodes=1",
     "evaluation.episodes=1",
     "evaluation.video_episodes=0",
-    "env.max_episode_steps=8",
     "evaluation.num_workers=0",
 ]
 SMALL = {
@@ -42,7 +41,7 @@ SMALL = {
 
 
 def blocks(name: str, language: str) -> list[str]:
-    """Fenced blocks of a document in one language (an opening fence names it, a closing one does not)."""
+    """Fenced blocks of a document in one language."""
     parts = re.split(r"^```(.*)\n", (ROOT / name).read_text(), flags=re.M)
     opened = list(
         zip(parts[1::4], parts[2::4], strict=True)

@@ -114,8 +114,8 @@ from conftest import Regression, Table
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Trainer
 torch.manual_seed(0)
-config = TrainerConfig(steps=400, batch_size=32, lr=1e-2, warmup_steps=5, log_every=7, eval_every=60,
-                       checkpoint_every=9, progress=False)
+config = TrainerConfig(steps=400, batch_size=32, lr=1e-2, warmup_steps=5, log_every=7,
+                       eval_every=60, checkpoint_every=9, progress=False)
 Trainer(Regression(), Table(), config, sys.argv[1], resume=True).fit()
 """
 
