@@ -7,7 +7,7 @@ line is the whole difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,7 +28,7 @@ class Denoised(NamedTuple):
     aux: Mapping[str, Tensor] = {}
 
 
-GridDenoise = Callable[[int, Tensor, Tensor | None], Denoised]
+GridDenoise = Callable[..., Denoised]  # (row, x, cond)
 
 
 class DenoiserNetwork(Protocol):
@@ -188,25 +188,8 @@ class Denoiser(BaseDenoiser):
         constants = torch.stack(self.coefficients(t)).to(like.device, like.dtype, non_blocking=True)
         c_x, c_out, c_in, time = constants.unbind(0)
         embedded = network.embed_time(time.flatten(0, 1)).chunk(len(t))
-        rows = list(
-            zip(
-                c_x.unbind(0),
-                c_out.unbind(0),
-                c_in.unbind(0),
-                time.unbind(0),
-                embedded,
-                strict=True,
-            )
-        )
-        scaled = self.process.type == "edm" or self.prediction == "edm"
-
-        def denoise(row: int, x: Tensor, cond: Tensor | None) -> Denoised:
-            c_x, c_out, c_in, time, time_emb = rows[row]
-            return self._finish(
-                x, c_x, c_out, network(c_in * x if scaled else x, time, cond, time_emb=time_emb)
-            )
-
-        return denoise
+        columns = (c_x.unbind(0), c_out.unbind(0), c_in.unbind(0), time.unbind(0), embedded)
+        return _NetworkOnGrid(self, list(zip(*columns, strict=True)))
 
     def check_t(self, t: Tensor) -> None:
         kind = t_kind(t)
@@ -216,6 +199,32 @@ class Denoiser(BaseDenoiser):
                 f"{type(self.network).__name__} takes levels per {sorted(kinds)}, not per {kind} "
                 f"(t {tuple(t.shape)}); choose a network that does"
             )
+
+
+class _NetworkOnGrid:
+    """A network at the levels of a grid; what does not depend on the state is computed once."""
+
+    MAX_ROWS = 8192  # modulations kept at a time: levels times batch
+
+    def __init__(self, denoiser: Denoiser, rows: Sequence[tuple[Tensor, ...]]) -> None:
+        self._denoiser, self._network, self._rows = denoiser, denoiser.network, rows
+        self._scaled = denoiser.process.type == "edm" or denoiser.prediction == "edm"
+
+    def modulations(self, x: Tensor, cond: Tensor | None) -> Sequence[Tensor] | None:
+        """The network's modulation by ``cond`` per level; None if it has no such part."""
+        modulate = getattr(self._network, "modulate", None)
+        if modulate is None or len(x) * len(self._rows) > self.MAX_ROWS:
+            return None
+        film: Tensor = modulate(torch.stack([row[-1] for row in self._rows]), cond)
+        return film.unbind(0)
+
+    def __call__(
+        self, row: int, x: Tensor, cond: Tensor | None, film: Tensor | None = None
+    ) -> Denoised:
+        c_x, c_out, c_in, time, time_emb = self._rows[row]
+        given = {"time_emb": time_emb} if film is None else {"film": film}
+        output = self._network(c_in * x if self._scaled else x, time, cond, **given)
+        return self._denoiser._finish(x, c_x, c_out, output)
 
 
 def t_kind(t: Tensor) -> str:

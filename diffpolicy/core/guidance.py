@@ -78,9 +78,9 @@ class ClassifierFreeGuidance(_Wrapper):
 
 
 class Guidance(_Wrapper):
-    """Moves every clean estimate along a user's direction: ``x0_hat + scale * direction(x0_hat.
+    """Moves every clean estimate along a user's direction.
 
-    T, cond)``.
+    That is ``x0_hat + scale * direction(x0_hat, t, cond)``.
 
     ``direction`` is for instance the gradient of a value, cost or classifier at the clean estimate,
     ``[B, H, D]``.

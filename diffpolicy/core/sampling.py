@@ -8,7 +8,7 @@ sub-grid.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from diffpolicy.core.denoiser import BaseDenoiser, Denoised
 from diffpolicy.core.solvers import Row, Solver
 from diffpolicy.core.starts import Start
-
-T = TypeVar("T")
 
 
 class Transition(NamedTuple):
@@ -123,12 +121,15 @@ def sample(
     noise = _loop_noise(grid, start.x, noise, generator)
     ambient = torch.is_grad_enabled()
     first_grad = 0 if grad_steps is None else len(grid.rows) - grad_steps
+    modulations = getattr(grid.denoise, "modulations", None)
+    films = None if modulations is None else modulations(start.x, cond)
     x = y = start.x
     history: list[Tensor] = []
     transitions: list[Transition] = []
     for i, row in enumerate(grid.rows):
         with torch.set_grad_enabled(ambient and i >= first_grad):
-            out = _evaluate(grid, i, x, cond, checkpoint=checkpoint and torch.is_grad_enabled())
+            inputs = (i, x, cond) if films is None else (i, x, cond, films[i])
+            out = _evaluate(grid, inputs, checkpoint=checkpoint and torch.is_grad_enabled())
             m = (
                 out.x0_hat
                 if row.to_eps is None
@@ -146,11 +147,11 @@ def sample(
     return Trajectory(x, tuple(transitions)) if record else x
 
 
-def _evaluate(grid: Grid, i: int, x: Tensor, cond: Tensor | None, *, checkpoint: bool) -> Denoised:
+def _evaluate(grid: Grid, inputs: tuple[Any, ...], *, checkpoint: bool) -> Denoised:
     if not checkpoint:
-        return grid.denoise(i, x, cond)
+        return grid.denoise(*inputs)
     run: Callable[..., Denoised] = checkpointed
-    return run(grid.denoise, i, x, cond, use_reentrant=False)
+    return run(grid.denoise, *inputs, use_reentrant=False)
 
 
 def _combine(

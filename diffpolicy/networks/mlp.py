@@ -99,15 +99,31 @@ class MLP(Network):
         out: Tensor = self.time(t)
         return out
 
+    def modulate(self, time_emb: Tensor, cond: Tensor | None) -> Tensor:
+        """Scales and shifts of all blocks for embedded times [..., B or 1, width] and cond [B, C].
+
+        They do not depend on ``x``, so a sampler computes those of all its levels as one product
+        and hands each to :meth:`forward` as ``film`` [B or 1, 2 * depth * width].
+        """
+        emb = time_emb if self.cond is None else time_emb + self.cond(cond)
+        film: Tensor = self.film(F.silu(emb))
+        return film
+
     def forward(
-        self, x: Tensor, t: Tensor, cond: Tensor | None = None, *, time_emb: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Tensor | None = None,
+        *,
+        time_emb: Tensor | None = None,
+        film: Tensor | None = None,
     ) -> Tensor:
         """Apply the network; see :meth:`Network.forward`. ``time_emb`` is [B or 1, width]."""
         self.check_inputs(x, cond)
-        emb = self.embed_time(as_time(t, x)) if time_emb is None else time_emb
-        if self.cond is not None:
-            emb = emb + self.cond(cond)
-        film = self.film(F.silu(emb)).unflatten(-1, (2, self.depth, self.width))
+        if film is None:
+            emb = self.embed_time(as_time(t, x)) if time_emb is None else time_emb
+            film = self.modulate(emb, cond)
+        film = film.view(len(film), 2, self.depth, self.width)
         scales = (film[:, 0] + 1).unbind(1)
         shifts = film[:, 1].unbind(1)
         h = self.inward(x.flatten(1))
