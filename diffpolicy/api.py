@@ -20,7 +20,7 @@ from diffpolicy.finetune.denoising import DenoisingLoss
 from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.settings import TrainerConfig
-from diffpolicy.training.trainer import Trainer
+from diffpolicy.training.trainer import Trainer, TrainResult
 
 FORMAT, VERSION = "diffpolicy-policy", 1
 
@@ -35,6 +35,8 @@ class DiffusionPolicy(DiffusionPlanner):
         >>> policy.learn("data/demos.zarr", TrainerConfig(steps=5000), run_dir="runs/mine")
         >>> action, state = policy.predict(obs)
     """
+
+    last_training: TrainResult | None = None
 
     @classmethod
     def from_dataset(
@@ -86,7 +88,7 @@ class DiffusionPolicy(DiffusionPlanner):
         *,
         val_fraction: float = 0.02,
         max_episodes: int | None = None,
-        loss: Mapping[str, Any] | None = None,
+        mask_padding: bool = False,
         evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
         resume: bool = False,
         overwrite: bool = False,
@@ -99,14 +101,14 @@ class DiffusionPolicy(DiffusionPlanner):
             run_dir: where metrics and checkpoints go.
             val_fraction: fraction of the episodes held out for the validation loss.
             max_episodes: use the first so many episodes only.
-            loss: ``cond_dropout`` and ``mask_padding`` of the denoising loss.
+            mask_padding: leave edge-padded actions out of the loss.
             evaluate: called with a policy directory and the step; returns metrics, of which
                 ``score`` decides the best checkpoint.
             resume: continue the run in ``run_dir`` exactly where it stopped.
             overwrite: replace an earlier run in ``run_dir``.
 
         Returns:
-            self.
+            self; ``last_training`` tells the steps done, seconds, and whether it was interrupted.
         """
         episodes = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
         count = min(episodes.num_episodes, max_episodes or episodes.num_episodes)
@@ -120,7 +122,9 @@ class DiffusionPolicy(DiffusionPlanner):
             normalizer=self.normalizer.to("cpu"),
         )
         source, val_source = windows(episodes=train), windows(episodes=val) if len(val) else None
-        objective = DenoisingLoss(self.denoiser, **(loss or {}))
+        objective = DenoisingLoss(
+            self.denoiser, cond_dropout=self.spec.cond_dropout, mask_padding=mask_padding
+        )
         trainer = Trainer(
             objective,
             source,
@@ -133,6 +137,7 @@ class DiffusionPolicy(DiffusionPlanner):
             overwrite=overwrite,
         )
         result = trainer.fit()
+        self.last_training = result
         objective.load_state_dict(result.ema)
         self.__init__(self.spec, self.denoiser, self.normalizer)  # type: ignore[misc] # new weights, new tables
         return self

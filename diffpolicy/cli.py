@@ -30,9 +30,9 @@ commands:
 
 `diffpolicy COMMAND --help` explains each. A first run:
 
-  diffpolicy train experiment=demo                 # demonstrations, training, rollouts: minutes on
-  two cores diffpolicy eval checkpoint=runs/demo             # score it again diffpolicy train
-  experiment=demo network=transformer trainer.steps=2000 run_dir=runs/mine
+  diffpolicy train experiment=demo       # demonstrations, training, rollouts: minutes on a CPU
+  diffpolicy eval checkpoint=runs/demo   # score it again
+  diffpolicy train experiment=demo network=transformer trainer.steps=2000 run_dir=runs/mine
 """
 
 

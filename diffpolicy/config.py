@@ -75,6 +75,7 @@ class SamplerConfig:
     num_steps: int = 10
     spacing: str = "t"
     options: dict[str, Any] = field(default_factory=dict)
+    guidance_scale: float = 1.0
 
 
 @dataclass
@@ -91,18 +92,40 @@ class EvaluationConfig:
     video_episodes: int = 0
 
     def __post_init__(self) -> None:
+        for name, least in (
+            ("val_episodes", 0),
+            ("episodes", 0),
+            ("video_episodes", 0),
+            ("num_envs", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"evaluation.{name} must be at least {least}, got {getattr(self, name)}"
+                )
+        if self.timeout <= 0 or (self.num_workers is not None and self.num_workers < 0):
+            raise ConfigError(
+                "evaluation.timeout must be positive and num_workers at least 0 (or null), "
+                f"got {self.timeout} and {self.num_workers}"
+            )
         if self.val_seed < 100_000 or self.seed < 100_000:
             raise ConfigError(
                 "evaluation seeds start at 100,000 (below are the demonstrations'); "
                 f"got val_seed={self.val_seed}, seed={self.seed}"
             )
+
+    def check_protocol(self) -> None:
+        """Raise unless choices and final scores use seeds of their own."""
         val, test = (
-            range(self.val_seed, self.val_seed + self.val_episodes),
-            range(self.seed, self.seed + self.episodes),
+            range(first, first + count)
+            for first, count in ((self.val_seed, self.val_episodes), (self.seed, self.episodes))
         )
-        if val and test and val.start < test.stop and test.start < val.stop:
+        if val and not (val.start >= 200_000 and val.stop <= 300_000):
+            raise ConfigError(f"validation seeds lie in 200,000..299,999, got {val}")
+        published = test.start >= 100_000 and test.stop <= 100_050
+        if test and not published and test.start < 300_000:
             raise ConfigError(
-                f"validation seeds {val} and test seeds {test} overlap; move evaluation.seed"
+                "test seeds start at 300,000 (or are Push-T's published 100,000..100,049), "
+                f"got {test}"
             )
 
 
@@ -259,7 +282,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 def load_train(overrides: Sequence[str]) -> TrainConfig:
     """The training run that ``overrides`` ask for."""
-    return build(TrainConfig, compose("train", overrides))
+    config = build(TrainConfig, compose("train", overrides))
+    config.evaluation.check_protocol()
+    return config
 
 
 def load_eval(overrides: Sequence[str]) -> EvalConfig:

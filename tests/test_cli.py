@@ -83,7 +83,10 @@ def test_dashes_are_accepted():
         ("policy.horizon=long", "policy.horizon must be int, got 'long'"),
         ("data=store", "needs a value for data.path"),
         ("evaluation.seed=5", "evaluation seeds start at 100,000"),
-        ("evaluation.seed=200010", "overlap"),
+        ("evaluation.seed=200010", "test seeds start at 300,000"),
+        ("evaluation.val_seed=300000", "validation seeds lie in"),
+        ("evaluation.episodes=-3", "evaluation.episodes must be at least 0"),
+        ("evaluation.num_envs=0", "evaluation.num_envs must be at least 1"),
     ],
 )
 def test_bad_overrides(override, message):
@@ -182,6 +185,9 @@ def test_data_commands(tiny_run, capsys):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        (["env.score=bogus"], "env.score must be one of"),
+        (["trainer.grad_clip=0"], "grad_clip must be positive"),
+        (["sampler.guidance_scale=2"], "needs a policy trained with cond_dropout > 0"),
         (["policy.n_action_steps=20"], "n_action_steps=20 is too large"),
         (["sampler.solver=dimm"], "unknown solver 'dimm'"),
         (["network.widht=3"], "widht"),

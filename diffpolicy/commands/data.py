@@ -20,9 +20,9 @@ usage: diffpolicy data info STORE [--update-statistics]
        diffpolicy data collect TARGET env=ID [episodes=200] [key=value] ...
 
 info     fields, episodes, lengths and statistics; --update-statistics computes them anew.
-check    looks at every value; names episode, row and fix for what is wrong. Exit status 1 on
-errors. convert  makes a store from a Diffusion Policy replay buffer (zarr, directory or zip) or a
-robomimic
+check    looks at every value; names episode, row and fix for what is wrong. Exit status 1 if
+         there are errors.
+convert  makes a store from a Diffusion Policy replay buffer (zarr, directory or zip) or a robomimic
          HDF5 file. Options: format=auto, max_episodes=null, overwrite=false; obs and action name
          source fields (a list concatenates). With env=ID the observation is passed through that
          environment's own observation_from_state, so that the data hold what the policy will see:

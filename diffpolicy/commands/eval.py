@@ -77,8 +77,10 @@ def _environment(config: EvalConfig, trained_for: str | None) -> EnvConfig:
     from omegaconf import OmegaConf
 
     values: dict[str, Any] = {}
-    file = Path(config.checkpoint) / "config.yaml"
-    if file.is_file():
+    root = Path(config.checkpoint).resolve()
+    candidates = [folder / "config.yaml" for folder in (root, *list(root.parents)[:3])]
+    file = next((c for c in candidates if c.is_file()), None)  # the run a checkpoint lies in
+    if file is not None:
         values = dict(OmegaConf.to_container(OmegaConf.load(file))["env"])  # type: ignore[call-overload,index,arg-type]
     elif trained_for:
         values = {"id": trained_for}

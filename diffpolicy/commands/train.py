@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -76,14 +77,25 @@ def train(config: TrainConfig, *, resume: bool = False) -> int:
     _check_run_dir(run_dir, config, resume)
     device = pick_device(config.device, config.threads)
     choose_rendering(config.evaluation.video_episodes)
+    check_settings(config)
+    group = _group()
+    if not group.first:
+        group.barrier()  # the first process collects
     store = open_store(config)
+    if group.first:
+        group.barrier()
     policy = make_policy(config, store, device)
     run_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        validate = _validator(config, stack)
-        trained = time.perf_counter()
+        validate = _validator(config, stack, device) if group.first else None
         learn(policy, config, store, validate, resume=resume)
-        train_s = time.perf_counter() - trained
+    outcome = policy.last_training
+    if outcome is not None and outcome.interrupted:
+        print(f"stopped at step {outcome.step}; continue with `diffpolicy resume {run_dir}`")
+        return 130
+    if not group.first:
+        return 0
+    train_s = 0.0 if outcome is None else outcome.train_s
     result = final_evaluation(config, run_dir, str(device))
     _curve(config, run_dir)
     report = {
@@ -96,6 +108,49 @@ def train(config: TrainConfig, *, resume: bool = False) -> int:
     return 0
 
 
+def _group() -> Any:
+    """The processes of a torchrun launch; a group of one otherwise."""
+    from diffpolicy.training.distributed import Group
+
+    return Group()
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Find what is wrong with the settings before anything is collected or trained."""
+    import torch
+
+    from diffpolicy.core import levels, prior_start
+    from diffpolicy.policies.diffusion import PolicySpec, Sampler
+
+    trainer_config(config)
+    scores = ("success", "final_success", "max_reward", "return", "length")
+    if config.env.score not in scores:
+        raise ConfigError(f"env.score must be one of {scores}, got {config.env.score!r}")
+    if config.policy.type != "diffusion":
+        raise ConfigError(f"unknown policy.type {config.policy.type!r}; expected 'diffusion'")
+    sampler = Sampler(**asdict(config.sampler))
+    spec = PolicySpec(obs_dim=1, action_dim=1, sampler=sampler, **_shape(config))
+    denoiser = spec.make_denoiser()
+    start = prior_start(denoiser.process, torch.zeros(1, spec.horizon, 1))
+    grid = levels(start, sampler.num_steps, spacing=sampler.spacing, process=denoiser.process)
+    sampler.make().rows(denoiser.process, grid)
+
+
+def _shape(config: TrainConfig) -> dict[str, Any]:
+    """What a policy's spec takes over from the configuration unchanged."""
+    policy = config.policy
+    return {
+        "horizon": policy.horizon,
+        "n_obs_steps": policy.n_obs_steps,
+        "n_action_steps": policy.n_action_steps,
+        "network": config.network,
+        "process": config.process,
+        "prediction": policy.prediction,
+        "clip": policy.clip,
+        "cond_dropout": policy.cond_dropout,
+    }
+
+
 def pick_device(name: str, threads: int | None) -> Any:
     """The torch device for ``auto``, ``cpu`` or ``cuda``; sets the number of CPU threads."""
     import torch
@@ -103,7 +158,9 @@ def pick_device(name: str, threads: int | None) -> Any:
     if threads is not None:
         torch.set_num_threads(threads)
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun: one device a process
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no GPU here; use device=cpu or device=auto")
     return torch.device(name)
@@ -139,9 +196,16 @@ def open_store(config: TrainConfig) -> EpisodeStore:
     workers = Workers(
         num_envs=16, num_workers=config.evaluation.num_workers, timeout=config.evaluation.timeout
     )
-    return collect_demonstrations(
+    store = collect_demonstrations(
         env_spec(config), seeds, path, workers=workers, noise=collect.noise
     )
+    extra = [a.get("seed") for a in store.episode_attrs if a.get("seed") not in seeds]
+    if extra:
+        raise ConfigError(
+            f"{path} holds {len(extra)} demonstrations of other seeds than {seeds} (e.g. "
+            f"{extra[0]}); give another data.path, or data.collect=null to train on all of them"
+        )
+    return store
 
 
 def env_spec(config: TrainConfig) -> EnvSpec:
@@ -155,17 +219,9 @@ def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> Diffus
     """An untrained policy for the run; everything that can be wrong with it is found here."""
     from diffpolicy.api import DiffusionPolicy
 
-    if config.policy.type != "diffusion":
-        raise ConfigError(f"unknown policy.type {config.policy.type!r}; expected 'diffusion'")
     low, high = _action_bounds(config, store)
     spec = {
-        "horizon": config.policy.horizon,
-        "n_obs_steps": config.policy.n_obs_steps,
-        "n_action_steps": config.policy.n_action_steps,
-        "network": config.network,
-        "process": config.process,
-        "prediction": config.policy.prediction,
-        "clip": config.policy.clip,
+        **_shape(config),
         "sampler": asdict(config.sampler),
         "action_low": low,
         "action_high": high,
@@ -176,11 +232,12 @@ def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> Diffus
     )
 
 
-def _action_bounds(config: TrainConfig, store: EpisodeStore) -> tuple[list[float], list[float]]:
-    """Bounds of the action space; of the data when the run needs no environment."""
+def _action_bounds(
+    config: TrainConfig, store: EpisodeStore
+) -> tuple[list[float] | None, list[float] | None]:
+    """Bounds of the action space; unknown when the run needs no environment."""
     if config.evaluation.episodes == config.evaluation.val_episodes == 0:
-        stats = store.statistics["action"]
-        return list(stats["min"]), list(stats["max"])
+        return None, None
     from diffpolicy.rollout.spec import describe
 
     info = describe(env_spec(config))
@@ -193,11 +250,8 @@ def _action_bounds(config: TrainConfig, store: EpisodeStore) -> tuple[list[float
     return list(info.action_low), list(info.action_high)
 
 
-def _validator(config: TrainConfig, stack: ExitStack) -> Any:
-    """The callback that scores a checkpoint on the validation seeds.
-
-    Sharing one pool of workers.
-    """
+def _validator(config: TrainConfig, stack: ExitStack, device: Any) -> Any:
+    """The callback that scores a checkpoint on the validation seeds, with one pool of workers."""
     if config.evaluation.val_episodes == 0:
         return None
     from diffpolicy.api import DiffusionPolicy
@@ -209,15 +263,16 @@ def _validator(config: TrainConfig, stack: ExitStack) -> Any:
     seeds = range(settings.val_seed, settings.val_seed + settings.val_episodes)
 
     def validate(path: Path, step: int) -> Mapping[str, float]:
-        policy = DiffusionPolicy.load(
-            path, device=config.device if config.device != "auto" else "cpu"
-        )
+        policy = DiffusionPolicy.load(path, device=device)
         result = evaluate(
             policy, spec, seeds, workers=pool, success_threshold=config.env.success_threshold
         )
         metrics = result.metrics()
         if config.env.score not in metrics:
-            raise ConfigError(f"env.score={config.env.score!r} is none of {sorted(metrics)}")
+            raise ConfigError(
+                f"{config.env.id} reports no {config.env.score!r}; set env.score to one of "
+                f"{sorted(metrics)} or give env.success_threshold"
+            )
         return {**metrics, "score": metrics[config.env.score]}
 
     return validate
@@ -244,17 +299,15 @@ def learn(
 ) -> None:
     """Write the run's configuration and train."""
     trainer = trainer_config(config)
-    (Path(config.run_dir) / "config.yaml").write_text(_yaml(config))
+    if _group().first:
+        (Path(config.run_dir) / "config.yaml").write_text(_yaml(config))
     policy.learn(
         store,
         trainer,
         config.run_dir,
         val_fraction=config.data.val_fraction,
         max_episodes=config.data.max_episodes,
-        loss={
-            "cond_dropout": config.policy.cond_dropout,
-            "mask_padding": config.policy.mask_padding,
-        },
+        mask_padding=config.policy.mask_padding,
         evaluate=validate,
         resume=resume,
         overwrite=config.overwrite,
@@ -291,10 +344,7 @@ def evaluate_policy(
     *,
     deterministic: bool = False,
 ) -> EvalResult:
-    """Roll out on the test seeds; leave ``eval.json`` and, with video.
-
-    The pictures in ``output``.
-    """
+    """Roll out on the test seeds; leave ``eval.json`` and any pictures in ``output``."""
     from diffpolicy.rollout.evaluate import VideoOptions, evaluate
     from diffpolicy.rollout.video import save_media
 

@@ -185,11 +185,13 @@ class Denoiser(BaseDenoiser):
     def on_grid(self, t: Tensor) -> GridDenoise:
         network: DenoiserNetwork = self.network  # type: ignore[assignment]
         like = next(self.network.parameters())
-        constants = torch.stack(self.coefficients(t)).to(like.device, like.dtype, non_blocking=True)
+        host = torch.stack(self.coefficients(t))
+        scaled = bool((host[2] != 1).any())  # most processes leave the network's input alone
+        constants = host.to(like.device, like.dtype, non_blocking=True)
         c_x, c_out, c_in, time = constants.unbind(0)
         embedded = network.embed_time(time.flatten(0, 1)).chunk(len(t))
         columns = (c_x.unbind(0), c_out.unbind(0), c_in.unbind(0), time.unbind(0), embedded)
-        return _NetworkOnGrid(self, list(zip(*columns, strict=True)))
+        return _NetworkOnGrid(self, list(zip(*columns, strict=True)), scaled=scaled)
 
     def check_t(self, t: Tensor) -> None:
         kind = t_kind(t)
@@ -206,9 +208,11 @@ class _NetworkOnGrid:
 
     MAX_ROWS = 8192  # modulations kept at a time: levels times batch
 
-    def __init__(self, denoiser: Denoiser, rows: Sequence[tuple[Tensor, ...]]) -> None:
+    def __init__(
+        self, denoiser: Denoiser, rows: Sequence[tuple[Tensor, ...]], *, scaled: bool
+    ) -> None:
         self._denoiser, self._network, self._rows = denoiser, denoiser.network, rows
-        self._scaled = denoiser.process.type == "edm" or denoiser.prediction == "edm"
+        self._scaled = scaled
 
     def modulations(self, x: Tensor, cond: Tensor | None) -> Sequence[Tensor] | None:
         """The network's modulation by ``cond`` per level; None if it has no such part."""

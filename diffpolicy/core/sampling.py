@@ -60,6 +60,7 @@ class Grid:
         self.rows = [row.with_constants([next(values) for _ in row.constants()]) for row in rows]
         self.denoise = denoise.on_grid(torch.stack([row.t for row in rows]))
         self.levels = levels
+        self.has_graph = torch.is_grad_enabled()
         self.stochastic = any(row.g is not None for row in rows)
 
     @property
@@ -71,7 +72,8 @@ class Grid:
 def prepare(denoise: BaseDenoiser, solver: Solver, levels: Tensor, like: Tensor) -> Grid:
     """Precompute everything that does not depend on the state, for states like ``like``.
 
-    (dtype and device).
+    The grid holds what the weights were: prepare anew after they change. To back-propagate into the
+    weights, prepare with gradients enabled.
     """
     return Grid(denoise, solver, levels, like)
 
@@ -113,7 +115,17 @@ def sample(
     Raises:
         ValueError: a grid that does not begin at the start's level, or noise of the wrong shape.
     """
-    grid = levels if isinstance(levels, Grid) else prepare(denoise, solver, levels, start.x)
+    wants_graph = torch.is_grad_enabled() and grad_steps != 0
+    if isinstance(levels, Grid):
+        grid = levels
+    else:
+        with torch.set_grad_enabled(wants_graph):
+            grid = prepare(denoise, solver, levels, start.x)
+    if wants_graph and not grid.has_graph:
+        raise ValueError(
+            "this grid was prepared without gradients: prepare it with gradients enabled, "
+            "or sample under torch.no_grad()"
+        )
     if grid.levels[0].shape != start.t.shape or not torch.equal(grid.levels[0], start.t):
         raise ValueError(
             "levels[0] differs from start.t: derive the grid with levels(start, num_steps)"
@@ -122,7 +134,8 @@ def sample(
     ambient = torch.is_grad_enabled()
     first_grad = 0 if grad_steps is None else len(grid.rows) - grad_steps
     modulations = getattr(grid.denoise, "modulations", None)
-    films = None if modulations is None else modulations(start.x, cond)
+    with torch.set_grad_enabled(wants_graph):
+        films = None if modulations is None else modulations(start.x, cond)
     x = y = start.x
     history: list[Tensor] = []
     transitions: list[Transition] = []

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -504,7 +504,8 @@ def make_solver(name: str, **options: Any) -> Solver:
     if name not in SOLVERS:
         raise ValueError(f"unknown solver {name!r}; expected one of {sorted(SOLVERS)}")
     kind, defaults = SOLVERS[name]
-    try:
-        return kind(**{**defaults, **options})
-    except TypeError as error:
-        raise ValueError(f"solver {name!r}: {error}") from None
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"solver {name!r} has no option {unknown[0]!r}; it has {known}")
+    return kind(**{**defaults, **options})

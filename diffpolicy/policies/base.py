@@ -25,6 +25,7 @@ class PolicyState:
     Attributes:
         history: last observations ``[N, To, O]``, oldest first.
         plan: last plan ``[N, H, A]``, normalised.
+        level: noise level that ``plan`` is at, 0 = clean ``[N]``.
         cursor: position in ``plan`` of the next action ``[N]``.
         fresh: no observation of this episode was seen yet ``[N]``.
         warm: ``plan`` belongs to this episode ``[N]``, so a warm start may use it.
@@ -36,6 +37,7 @@ class PolicyState:
 
     history: Array
     plan: Array
+    level: Array
     cursor: Array
     fresh: Array
     warm: Array
@@ -103,6 +105,7 @@ class ChunkedPolicy(abc.ABC):
         return PolicyState(
             history=np.zeros((count, self.n_obs_steps, self.obs_dim), np.float32),
             plan=np.zeros((count, self.horizon, self.action_dim), np.float32),
+            level=np.zeros(count, np.float64),
             cursor=np.zeros(count, np.int64),
             fresh=np.ones(count, bool),
             warm=np.zeros(count, bool),
@@ -191,6 +194,11 @@ class ChunkedPolicy(abc.ABC):
         Returns:
             Action ``[A]`` or ``[N, A]``, and the new state.
         """
+        if isinstance(observation, dict):
+            raise ValueError(
+                "observations are flat arrays [N, O]; flatten a dict space with "
+                "gymnasium.wrappers.FlattenObservation, in the same order as in training"
+            )
         obs = np.asarray(observation, np.float32)
         batched = obs if obs.ndim == 2 else obs[None]
         if state is None:
@@ -207,7 +215,7 @@ class ChunkedPolicy(abc.ABC):
         if obs.shape != (count, self.obs_dim):
             raise ValueError(
                 f"observations must be [{count}, {self.obs_dim}] (environments, obs_dim); "
-                f"got {list(obs.shape)}"
+                f"got {list(obs.shape)}. For another number of environments start with state=None"
             )
         if not np.isfinite(obs).all():
             row, column = np.argwhere(~np.isfinite(obs))[0]

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
+from diffpolicy.core.guidance import ClassifierFreeGuidance
 from diffpolicy.core.noise import make_process
 from diffpolicy.core.sampling import Grid, prepare, sample
 from diffpolicy.core.solvers import Solver, make_solver
@@ -32,12 +33,14 @@ class Sampler:
         num_steps: steps from pure noise to clean.
         spacing: grid of levels, ``"t"``, ``"log_snr"`` or ``"karras"``.
         options: options of the solver, e.g. ``{"eta": 0.5}``.
+        guidance_scale: classifier-free guidance; 1 is the conditional model alone.
     """
 
     solver: str = "ddim"
     num_steps: int = 10
     spacing: str = "t"
     options: Mapping[str, Any] = field(default_factory=dict)
+    guidance_scale: float = 1.0
 
     def make(self, *, deterministic: bool = False) -> Solver:
         """The solver; ``deterministic`` takes its noise-free form."""
@@ -65,6 +68,7 @@ class PolicySpec:
         process: for :func:`diffpolicy.core.make_process`.
         prediction: what the network outputs.
         clip: clamp clean estimates to [-1, 1].
+        cond_dropout: fraction of examples trained without their condition.
         sampler: how plans are drawn.
         action_low: lower bounds of actions in environment units ``[A]``, ``None`` for unbounded.
         action_high: upper bounds.
@@ -80,6 +84,7 @@ class PolicySpec:
     process: Mapping[str, Any] = field(default_factory=lambda: {"type": "vp_cosine"})
     prediction: str = "eps"
     clip: bool = True
+    cond_dropout: float = 0.0
     sampler: Sampler = field(default_factory=Sampler)
     action_low: tuple[float, ...] | None = None
     action_high: tuple[float, ...] | None = None
@@ -87,6 +92,11 @@ class PolicySpec:
 
     def __post_init__(self) -> None:
         check_horizon(self.horizon, self.n_obs_steps, self.n_action_steps)
+        if self.sampler.guidance_scale != 1 and self.cond_dropout == 0:
+            raise ValueError(
+                f"guidance_scale={self.sampler.guidance_scale} needs a policy trained with "
+                "cond_dropout > 0; this one was trained without"
+            )
         for name, bound in (("action_low", self.action_low), ("action_high", self.action_high)):
             if bound is not None and len(bound) != self.action_dim:
                 raise ValueError(
@@ -121,8 +131,9 @@ class PolicySpec:
             "dim": self.action_dim,
             "cond_dim": self.n_obs_steps * self.obs_dim,
         }
-        network = make_network({**self.network, **shape})
-        return Denoiser(network, make_process(self.process), self.prediction, clip=self.clip)
+        network, process = make_network({**self.network, **shape}), make_process(self.process)
+        data_std = getattr(process, "data_std", 0.5)
+        return Denoiser(network, process, self.prediction, clip=self.clip, data_std=data_std)
 
 
 class DiffusionPlanner(ChunkedPolicy):
@@ -168,7 +179,10 @@ class DiffusionPlanner(ChunkedPolicy):
         shape = torch.zeros(1, self.horizon, self.action_dim, dtype=like.dtype, device=like.device)
         start = prior_start(process, shape)
         grid = levels(start, sampler.num_steps, spacing=sampler.spacing, process=process)
-        return solver, prepare(self.denoiser, solver, grid, shape)
+        guided: BaseDenoiser = self.denoiser
+        if sampler.guidance_scale != 1:
+            guided = ClassifierFreeGuidance(guided, sampler.guidance_scale, clip=self.spec.clip)
+        return solver, prepare(guided, solver, grid, shape)
 
     @property
     def nfe(self) -> int:

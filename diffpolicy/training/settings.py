@@ -57,8 +57,22 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         for name in ("steps", "batch_size", "lr", "log_every", "keep_last"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError("warmup_steps and weight_decay must not be negative")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise ValueError(f"grad_clip must be positive or null, got {self.grad_clip}")
+        if not 0 <= self.ema_max < 1 or (self.ema_power is not None and self.ema_power <= 0):
+            raise ValueError(
+                f"need 0 <= ema_max < 1 and ema_power > 0 (or null), got {self.ema_max}, "
+                f"{self.ema_power}"
+            )
+        self._check_choices()
+
+    def _check_choices(self) -> None:
         for name in ("eval_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -53,6 +53,7 @@ class TrainResult:
     ema: Mapping[str, Tensor]
     interrupted: bool
     best_score: float | None
+    train_s: float
 
 
 class Trainer:
@@ -167,7 +168,7 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        return TrainResult(self.step, self.ema.state, self._stop, self.best_score)
+        return TrainResult(self.step, self.ema.state, self._stop, self.best_score, self.train_s)
 
     def _loop(self) -> None:
         config = self.config

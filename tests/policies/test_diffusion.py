@@ -201,3 +201,21 @@ def test_spec_config_round_trip():
     assert PolicySpec.from_config(spec.to_config()) == spec
     with pytest.raises(ValueError, match="horizn"):
         PolicySpec.from_config({"obs_dim": 3, "action_dim": 2, "horizn": 3})
+
+
+def test_guidance_scale_is_used_and_needs_condition_dropout(make_planner):
+    obs = observations(1, 2)[0]
+    free = {"clip": False, "action_low": None, "action_high": None, "cond_dropout": 0.1}
+    plain, guided = (
+        make_planner(sampler=Sampler(num_steps=4, guidance_scale=scale), **free)
+        for scale in (1.0, 3.0)
+    )
+    actions = [p.act(obs, p.initial_state([1, 2]))[0] for p in (plain, guided)]
+    assert not np.allclose(*actions)
+    with pytest.raises(ValueError, match="cond_dropout > 0"):
+        make_planner(sampler=Sampler(guidance_scale=3.0))
+
+
+def test_dict_observations_are_refused(make_planner):
+    with pytest.raises(ValueError, match="flat arrays"):
+        make_planner().predict({"observation": np.zeros(3)})
