@@ -23,6 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install  ## Record demonstrations, train a policy on them, roll it out: runs/demo.
 	$(BIN)/diffpolicy train experiment=demo run_dir=runs/demo overwrite=true
 
+test: export OMP_NUM_THREADS := 1
 test: install  ## The whole default test suite.
 	$(BIN)/python -m pytest
 
