@@ -83,20 +83,52 @@ def truncated_start(
         noise: standard normal, the shape of ``x0``.
     """
     t = level(t_start, x0)
-    alpha, sigma = _scales(process, t, x0)
+    alpha, sigma = noising_scales(process, t, x0)
     return Start(alpha * x0 + sigma * noise, t)
 
 
-def shift_plan(plan: Tensor, steps: int) -> Tensor:
-    """``plan`` ``[B, H, D]`` moved ``steps`` positions to the present.
+def noising_scales(process: GaussianProcess, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of guess and noise in a start at host levels ``t``.
 
-    Its last action held at the tail.
+    At ``t = 1`` the guess has no weight even where the process leaves it a trace (discrete
+    schedules do): a start at 1 is the prior's, bit for bit.
     """
-    if not 0 <= steps <= plan.shape[1]:
-        raise ValueError(f"cannot shift a plan of {plan.shape[1]} actions by {steps}")
-    if steps == 0:
-        return plan
-    return torch.cat([plan[:, steps:], plan[:, -1:].expand(-1, steps, -1)], dim=1)
+    alpha, sigma = _scales(process, t, like)
+    prior = (t >= 1).to(like.device, non_blocking=True)
+    return torch.where(prior, torch.zeros_like(alpha), alpha), sigma
+
+
+TAILS = ("hold", "extrapolate")
+
+
+def shift_plan(plan: Tensor, steps: int | Tensor, *, tail: str = "hold") -> Tensor:
+    """``plan`` ``[B, H, D]`` moved ``steps`` positions to the present, its tail filled in.
+
+    Args:
+        plan: the last plan.
+        steps: positions to drop, 0..H: a number, or an integer tensor ``[B]`` on the plan's device
+            (larger entries count as H).
+        tail: ``"hold"`` repeats the last action (Duan et al. 2025, algorithm 1), ``"extrapolate"``
+            goes on with the last difference.
+
+    Raises:
+        ValueError: a number outside 0..H, or an unknown tail.
+    """
+    horizon = plan.shape[1]
+    if tail not in TAILS:
+        raise ValueError(f"unknown tail {tail!r}; expected one of {TAILS}")
+    if not isinstance(steps, Tensor):
+        if not 0 <= steps <= horizon:
+            raise ValueError(f"cannot shift a plan of {horizon} actions by {steps}")
+        steps = torch.full((1,), steps, dtype=torch.long, device=plan.device)
+    position = torch.arange(horizon, device=plan.device) + steps[:, None]  # [B or 1, H]
+    inside = position.clamp(max=horizon - 1)
+    shifted = plan.gather(1, inside[..., None].expand(*plan.shape))
+    if tail == "hold":
+        return shifted
+    slope = plan[:, -1:] - plan[:, -2:-1]
+    over = (position - inside).clamp(max=horizon).to(plan.dtype)
+    return shifted + over[..., None] * slope
 
 
 def warm_start(
@@ -105,8 +137,9 @@ def warm_start(
     t_start: float | Tensor,
     noise: Tensor,
     *,
-    shift: int = 1,
+    shift: int | Tensor = 1,
     renoise: bool = True,
+    tail: str = "hold",
 ) -> Start:
     """Real-time iteration (Duan et al. 2025): the last plan, shifted by the steps executed.
 
@@ -116,7 +149,7 @@ def warm_start(
     variant); it is off the true marginal by ``(1 - alpha) x`` and under-dispersed, so it is safe
     for small ``t_start`` only.
     """
-    shifted = shift_plan(plan, shift)
+    shifted = shift_plan(plan, shift, tail=tail)
     return (
         truncated_start(process, shifted, t_start, noise)
         if renoise

@@ -8,8 +8,8 @@ attribute of a policy changes while it acts.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,9 @@ class PolicyState:
         counter: plans drawn from that stream ``[N]``.
         nfe: network evaluations so far ``[N]``.
         plans: plans so far ``[N]``.
+        delay: actions that will be consumed from ``plan`` while the next one is computed ``[N]``;
+            0 when control waits for its plans.
+        memory: further per-row arrays ``[N, ...]`` of a kind of policy.
     """
 
     history: Array
@@ -45,22 +48,35 @@ class PolicyState:
     counter: Array
     nfe: Array
     plans: Array
+    delay: Array
+    memory: Mapping[str, Array] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.cursor)
 
     def take(self, rows: Array | Sequence[int]) -> PolicyState:
         """The state of some rows (indices or a bool mask)."""
-        return PolicyState(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        memory = {name: value[rows] for name, value in self.memory.items()}
+        return PolicyState(**{n: getattr(self, n)[rows] for n in _ROWS}, memory=memory)
 
     def put(self, rows: Array | Sequence[int], other: PolicyState) -> PolicyState:
         """This state with ``rows`` replaced by those of ``other``."""
-        merged = {}
-        for f in fields(self):
-            value = getattr(self, f.name).copy()
-            value[rows] = getattr(other, f.name)
-            merged[f.name] = value
-        return PolicyState(**merged)
+
+        def merged(mine: Array, theirs: Array) -> Array:
+            out = mine.copy()
+            out[rows] = theirs
+            return out
+
+        memory = {k: merged(v, other.memory[k]) for k, v in self.memory.items()}
+        values = {n: merged(getattr(self, n), getattr(other, n)) for n in _ROWS}
+        return PolicyState(**values, memory=memory)
+
+    def remember(self, **arrays: Array) -> PolicyState:
+        """This state with some arrays of its memory replaced or added."""
+        return replace(self, memory={**self.memory, **arrays})
+
+
+_ROWS = tuple(f.name for f in fields(PolicyState) if f.name != "memory")
 
 
 class ChunkedPolicy(abc.ABC):
@@ -86,10 +102,11 @@ class ChunkedPolicy(abc.ABC):
         self.horizon, self.n_obs_steps, self.n_action_steps = horizon, n_obs_steps, n_action_steps
 
     @abc.abstractmethod
-    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, int]:
-        """Normalised plans ``[n, H, A]`` for rows that need one.
+    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
+        """Normalised plans ``[n, H, A]``, and the network evaluations ``[n]`` each took.
 
-        And the network evaluations each took.
+        ``state`` holds the rows that need a plan: their observations, and their last plan with the
+        cursor where execution stands.
         """
 
     @abc.abstractmethod
@@ -113,6 +130,7 @@ class ChunkedPolicy(abc.ABC):
             counter=np.zeros(count, np.int64),
             nfe=np.zeros(count, np.int64),
             plans=np.zeros(count, np.int64),
+            delay=np.zeros(count, np.int64),
         )
 
     def forget(
@@ -137,7 +155,7 @@ class ChunkedPolicy(abc.ABC):
     def act(
         self, obs: Array, state: PolicyState, *, deterministic: bool = False
     ) -> tuple[Array, PolicyState]:
-        """One action per environment.
+        """One action per environment: observe, plan where a plan is due, execute.
 
         Args:
             obs: ``[N, O]``.
@@ -151,28 +169,60 @@ class ChunkedPolicy(abc.ABC):
         Raises:
             ValueError: wrong shape or non-finite observations.
         """
+        state = self.observe(obs, state)
+        due = np.flatnonzero(self.needs_plan(state))
+        if len(due):
+            state = self.replan(state, due, deterministic=deterministic)
+        return self.execute(state)
+
+    def observe(self, obs: Array, state: PolicyState) -> PolicyState:
+        """The memory after observing ``obs`` ``[N, O]``; an episode's first one fills the history.
+
+        Raises:
+            ValueError: wrong shape or non-finite observations.
+        """
         obs = self._checked(obs, len(state))
         history = np.concatenate([state.history[:, 1:], obs[:, None]], axis=1)
         history[state.fresh] = obs[state.fresh, None]
+        return replace(state, history=history, fresh=np.zeros_like(state.fresh))
+
+    def needs_plan(self, state: PolicyState) -> Array:
+        """Rows whose next action needs a new plan, bool ``[N]``."""
         spent = state.cursor >= self.n_obs_steps - 1 + self.n_action_steps
-        state = replace(state, history=history)
-        need = np.flatnonzero(state.fresh | spent)
-        if len(need):
-            rows = state.take(need)
-            plan, nfe = self.make_plans(rows, deterministic=deterministic)
-            planned = replace(
-                rows,
-                plan=plan,
-                cursor=np.full_like(rows.cursor, self.n_obs_steps - 1),
-                fresh=np.zeros_like(rows.fresh),
-                warm=np.ones_like(rows.warm),
-                counter=rows.counter + 1,
-                nfe=rows.nfe + nfe,
-                plans=rows.plans + 1,
-            )
-            state = state.put(need, planned)
-        actions = self.to_actions(state.plan[np.arange(len(state)), state.cursor])
+        needed: Array = ~state.warm | spent
+        return needed
+
+    def replan(
+        self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False
+    ) -> PolicyState:
+        """The memory with new plans for ``rows`` (indices), made for their last observation."""
+        chosen = state.take(rows)
+        plan, nfe = self.make_plans(chosen, deterministic=deterministic)
+        planned = replace(
+            chosen,
+            plan=plan,
+            level=np.zeros_like(chosen.level),
+            cursor=np.full_like(chosen.cursor, self.n_obs_steps - 1),
+            warm=np.ones_like(chosen.warm),
+            counter=chosen.counter + 1,
+            nfe=chosen.nfe + nfe,
+            plans=chosen.plans + 1,
+        )
+        return state.put(rows, planned)
+
+    def execute(self, state: PolicyState) -> tuple[Array, PolicyState]:
+        """The actions ``[N, A]`` under the cursors, which move on.
+
+        Past the end of a plan its last action is held.
+        """
+        position = np.minimum(state.cursor, self.horizon - 1)
+        actions = self.to_actions(state.plan[np.arange(len(state)), position])
         return actions, replace(state, cursor=state.cursor + 1)
+
+    def executed(self, state: PolicyState) -> Array:
+        """Steps since each row's plan was made ``[N]``: what a warm start shifts it by."""
+        steps: Array = np.clip(state.cursor - (self.n_obs_steps - 1), 0, self.horizon)
+        return steps
 
     def predict(
         self,

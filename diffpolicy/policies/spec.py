@@ -1,0 +1,233 @@
+"""A diffusion policy as plain values: shapes, parameterisation, and how plans are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.core.noise import GaussianProcess, make_process
+from diffpolicy.core.solvers import Solver, make_solver
+from diffpolicy.core.starts import Start, levels
+from diffpolicy.data.normalize import Normalizer
+from diffpolicy.networks import make_network
+from diffpolicy.policies.base import Array, check_horizon
+from diffpolicy.policies.rti import RTI
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How plans are drawn.
+
+    Args:
+        solver: name from :data:`diffpolicy.core.SOLVERS`.
+        num_steps: steps from pure noise to clean.
+        spacing: grid of levels, ``"t"``, ``"log_snr"`` or ``"karras"``.
+        options: options of the solver, e.g. ``{"eta": 0.5}``.
+        guidance_scale: classifier-free guidance; 1 is the conditional model alone.
+    """
+
+    solver: str = "ddim"
+    num_steps: int = 10
+    spacing: str = "t"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    guidance_scale: float = 1.0
+
+    def make(self, *, deterministic: bool = False) -> Solver:
+        """The solver; ``deterministic`` takes its noise-free form."""
+        solver = make_solver(self.solver, **self.options)
+        return (
+            make_solver(self.solver, **{**self.options, "eta": 0.0})
+            if deterministic and solver.stochastic
+            else solver
+        )
+
+    def grid(self, process: GaussianProcess) -> Tensor:
+        """Host levels ``[K + 1, 1, 1, 1]`` from pure noise to clean."""
+        one = torch.ones(1, 1, 1, dtype=torch.float64)
+        return levels(Start(one, one), self.num_steps, spacing=self.spacing, process=process)
+
+
+GRIPPER_MODES = ("clip", "scale")
+
+
+@dataclass(frozen=True)
+class Gripper:
+    """An action dimension with two values, its lowest and its highest in the demonstrations.
+
+    Such a dimension jumps across the whole normalised range [-1, 1], which a warm start from a low
+    level cannot do (Duan et al. 2025, section III-B). Executed is always one of the two values.
+
+    Args:
+        dim: index of the action dimension.
+        mode: ``"clip"`` works on any trained policy: the guess of a warm start is thresholded at 0
+            and set to ``+-1 / factor``. ``"scale"`` trains on the dimension divided by ``factor``,
+            so that a flip is a small change; the guess is left alone.
+        factor: see ``mode``; at least 1.
+
+    Raises:
+        ValueError: an unknown mode, a negative dimension or a factor below 1.
+    """
+
+    dim: int
+    mode: str = "scale"
+    factor: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in GRIPPER_MODES or self.dim < 0 or self.factor < 1:
+            raise ValueError(
+                f"a gripper needs dim >= 0, mode in {GRIPPER_MODES} and factor >= 1; got {self}"
+            )
+
+    def snap(self, normalised: Array) -> Array:
+        """``normalised`` ``[..., A]`` with this dimension set to the nearer end of its data."""
+        out = normalised.copy()
+        end = 1 / self.factor if self.mode == "scale" else 1.0
+        out[..., self.dim] = np.where(normalised[..., self.dim] > 0, end, -end)
+        return out
+
+    def guess(self, plan: Array) -> Array:
+        """The guess ``[..., A]`` that a warm start takes to its level."""
+        if self.mode == "scale":
+            return plan
+        out = plan.copy()
+        out[..., self.dim] = np.where(plan[..., self.dim] > 0, 1.0, -1.0) / self.factor
+        return out
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """Everything about a diffusion policy but its weights and normaliser: plain values.
+
+    Stored as JSON.
+
+    Args:
+        obs_dim: O.
+        action_dim: A.
+        horizon: plan length H.
+        n_obs_steps: To.
+        n_action_steps: Ta.
+        network: ``{"type": ..., sizes}`` for :func:`diffpolicy.networks.make_network`.
+        process: for :func:`diffpolicy.core.make_process`.
+        prediction: what the network outputs.
+        clip: clamp clean estimates to [-1, 1].
+        cond_dropout: fraction of examples trained without their condition.
+        sampler: how plans are drawn.
+        rti: how rows that have a plan of their episode are planned; ``None``: like the first one.
+        grippers: action dimensions with two values.
+        observation_step: the largest change of each observation entry between two steps that is
+            usual in the demonstrations ``[O]`` (0.999 quantile), for ``rti.innovation``.
+        action_low: lower bounds of actions in environment units ``[A]``, ``None`` for unbounded.
+        action_high: upper bounds.
+        env_id: the environment it was trained for, if known.
+    """
+
+    obs_dim: int
+    action_dim: int
+    horizon: int = 16
+    n_obs_steps: int = 2
+    n_action_steps: int = 8
+    network: Mapping[str, Any] = field(default_factory=lambda: {"type": "mlp"})
+    process: Mapping[str, Any] = field(default_factory=lambda: {"type": "vp_cosine"})
+    prediction: str = "eps"
+    clip: bool = True
+    cond_dropout: float = 0.0
+    sampler: Sampler = field(default_factory=Sampler)
+    rti: RTI | None = None
+    grippers: tuple[Gripper, ...] = ()
+    observation_step: tuple[float, ...] | None = None
+    action_low: tuple[float, ...] | None = None
+    action_high: tuple[float, ...] | None = None
+    env_id: str | None = None
+
+    def __post_init__(self) -> None:
+        check_horizon(self.horizon, self.n_obs_steps, self.n_action_steps)
+        if self.sampler.guidance_scale != 1 and self.cond_dropout == 0:
+            raise ValueError(
+                f"guidance_scale={self.sampler.guidance_scale} needs a policy trained with "
+                "cond_dropout > 0; this one was trained without"
+            )
+        per_action = {"action_low": self.action_low, "action_high": self.action_high}
+        if self.rti is not None and isinstance(self.rti.t_start, tuple):
+            per_action["rti.t_start"] = self.rti.t_start
+        for name, values in per_action.items():
+            if values is not None and len(values) != self.action_dim:
+                raise ValueError(
+                    f"{name} must have action_dim={self.action_dim} entries, got {len(values)}"
+                )
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        for gripper in self.grippers:
+            if gripper.dim >= self.action_dim:
+                raise ValueError(
+                    f"gripper dimension {gripper.dim} is not below action_dim={self.action_dim}"
+                )
+        steps = self.observation_step
+        if steps is not None and len(steps) != self.obs_dim:
+            raise ValueError(
+                f"observation_step must have obs_dim={self.obs_dim} entries, got {len(steps)}"
+            )
+        if steps is None and self.rti is not None and self.rti.innovation is not None:
+            raise ValueError(
+                "rti.innovation compares observations with the demonstrations' steps, which this "
+                "policy does not hold; train it anew, or measure them with "
+                "diffpolicy.policies.levels.observation_step"
+            )
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> PolicySpec:
+        """The inverse of :meth:`to_config`.
+
+        Raises:
+            ValueError: unknown or missing entries.
+        """
+        values = dict(config)
+        try:
+            values["sampler"] = Sampler(**values.get("sampler", {}))
+            if values.get("rti") is not None:
+                values["rti"] = RTI.from_config(values["rti"])
+            values["grippers"] = tuple(Gripper(**g) for g in values.get("grippers", ()))
+            for name in ("action_low", "action_high", "observation_step"):
+                if values.get(name) is not None:
+                    values[name] = tuple(float(v) for v in values[name])
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"policy config: {error}") from None
+
+    def make_denoiser(self) -> Denoiser:
+        """A denoiser with freshly initialised weights."""
+        shape = {
+            "horizon": self.horizon,
+            "dim": self.action_dim,
+            "cond_dim": self.n_obs_steps * self.obs_dim,
+        }
+        network, process = make_network({**self.network, **shape}), make_process(self.process)
+        data_std = getattr(process, "data_std", 0.5)
+        return Denoiser(network, process, self.prediction, clip=self.clip, data_std=data_std)
+
+
+def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
+    """Raise ``ValueError`` unless the normaliser fits the policy's shapes and its clipping."""
+    for name, dim in (("obs", spec.obs_dim), ("action", spec.action_dim)):
+        if name not in normalizer.fields:
+            raise ValueError(
+                f"the normaliser has no field {name!r} (it has {sorted(normalizer.fields)})"
+            )
+        got = tuple(normalizer.normalize(name, torch.zeros(1, dim)).shape)
+        if got != (1, dim):
+            raise ValueError(f"the normaliser's field {name!r} does not have dimension {dim}")
+    if spec.clip and not normalizer.is_unit_range("action"):
+        raise ValueError(
+            "clip=True clamps clean actions to [-1, 1], but the action normaliser does not map the "
+            "data into that range; use the 'minmax' mode for 'action', or clip=False"
+        )
