@@ -5,19 +5,35 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.core.ramp import Ramp
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows, split_episodes
+from diffpolicy.finetune.anchored import AnchoredLoss
 from diffpolicy.finetune.denoising import DenoisingLoss
+from diffpolicy.policies.anchors import Anchors
+from diffpolicy.policies.base import Array
+from diffpolicy.policies.candidates import Truncated
+from diffpolicy.policies.chunking import Chunking, RealTimeChunking
 from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
+from diffpolicy.policies.levels import (
+    LevelReport,
+    choose_level,
+    demonstrations,
+    observation_step,
+)
+from diffpolicy.policies.rti import RTI
+from diffpolicy.policies.spec import Gripper
+from diffpolicy.policies.streaming import Streaming, StreamingPlanner
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Trainer, TrainResult
@@ -45,6 +61,7 @@ class DiffusionPolicy(DiffusionPlanner):
         *,
         spec: Mapping[str, Any] | None = None,
         normalize: Mapping[str, str] | None = None,
+        anchors: Mapping[str, Any] | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
     ) -> Self:
@@ -56,7 +73,10 @@ class DiffusionPolicy(DiffusionPlanner):
                 dimensions.
             normalize: mode per field, ``minmax`` (default), ``gaussian``, ``quantile``,
                 ``identity``.
-            seed: of the initial weights.
+            anchors: settings of :meth:`Anchors.fit <diffpolicy.policies.anchors.Anchors.fit>`
+                (``count``, ``relative_to``, ``top_m``) for a policy with ``truncated``; ``None``:
+                no anchors.
+            seed: of the initial weights, and of the anchors.
             device: where the weights live.
 
         Raises:
@@ -72,13 +92,22 @@ class DiffusionPolicy(DiffusionPlanner):
             "obs_dim": store.fields["obs"].shape[0],
             "action_dim": store.fields["action"].shape[0],
         }
-        full = PolicySpec.from_config({**(spec or {}), **dims})
+        known = {"observation_step": observation_step(store), **(spec or {})}
+        if known.get("level_law") == "position":
+            known["trained_action_steps"] = known.get("n_action_steps", PolicySpec.n_action_steps)
+        full = PolicySpec.from_config({**known, **dims})
         modes: dict[str, Any] = {"obs": "minmax", "action": "minmax", **(normalize or {})}
         normalizer = Normalizer.fit(store.statistics, modes)
+        for gripper in full.grippers:
+            if gripper.mode == "scale":
+                normalizer = normalizer.scaled("action", gripper.dim, 1 / gripper.factor)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             denoiser = full.make_denoiser()
-        return cls(full, denoiser.to(device), normalizer)
+        fitted = None
+        if anchors is not None:
+            fitted = fit_anchors(full, store, normalizer, **{"seed": seed, **anchors})
+        return cls(full, denoiser.to(device), normalizer, fitted)
 
     def learn(
         self,
@@ -122,9 +151,7 @@ class DiffusionPolicy(DiffusionPlanner):
             normalizer=self.normalizer.to("cpu"),
         )
         source, val_source = windows(episodes=train), windows(episodes=val) if len(val) else None
-        objective = DenoisingLoss(
-            self.denoiser, cond_dropout=self.spec.cond_dropout, mask_padding=mask_padding
-        )
+        objective = self._objective(mask_padding=mask_padding)
         trainer = Trainer(
             objective,
             source,
@@ -139,25 +166,175 @@ class DiffusionPolicy(DiffusionPlanner):
         result = trainer.fit()
         self.last_training = result
         objective.load_state_dict(result.ema)
-        self.__init__(self.spec, self.denoiser, self.normalizer)  # type: ignore[misc] # new weights, new tables
+        # new weights, new tables
+        self.__init__(self.spec, self.denoiser, self.normalizer, self.anchors)  # type: ignore[misc]
         return self
+
+    def _objective(self, *, mask_padding: bool) -> nn.Module:
+        """The loss that the spec's network and levels are trained with."""
+        spec = self.spec
+        if spec.network.get("type") == "anchored":
+            assert self.anchors is not None  # checked at construction
+            assert spec.truncated is not None
+            t_start = spec.truncated.t_start
+            return AnchoredLoss(
+                self.denoiser,
+                lambda obs: self._anchors_of(obs),
+                t_max=self.anchors.default_t_start(self.denoiser.process)
+                if t_start is None
+                else t_start,
+            )
+        ramp = None
+        if spec.level_law == "position":
+            ramp = Ramp(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
+        return DenoisingLoss(
+            self.denoiser,
+            cond_dropout=spec.cond_dropout,
+            mask_padding=mask_padding,
+            level_law=spec.level_law,
+            ramp=ramp,
+        )
+
+    def _anchors_of(self, obs: Tensor) -> Tensor:
+        assert self.anchors is not None
+        return self.anchors.guesses_normalised(obs, self.normalizer)[0]
 
     def _bundle(self, objective_state: Mapping[str, Tensor]) -> dict[str, Any]:
         prefix = "denoiser."
         weights = {
             k.removeprefix(prefix): v for k, v in objective_state.items() if k.startswith(prefix)
         }
-        return policy_files(self.spec, weights, self.normalizer)
+        return policy_files(self.spec, weights, self.normalizer, self.anchors)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the policy as a directory: ``config.json``.
-
-        Two safetensors files and a manifest of hashes.
-        """
-        write_bundle(
-            Path(path), policy_files(self.spec, self.denoiser.state_dict(), self.normalizer)
-        )
+        """Write the policy as a directory: ``config.json``, safetensors files, and their hashes."""
+        weights = self.denoiser.state_dict()
+        write_bundle(Path(path), policy_files(self.spec, weights, self.normalizer, self.anchors))
         return Path(path)
+
+    def with_settings(self, **changes: Any) -> Self:
+        """The same weights with other entries of the spec: ``rti``, ``n_action_steps``, ...
+
+        Example:
+            >>> fast = policy.with_settings(rti=RTI(t_start=0.3), n_action_steps=1)
+
+        Raises:
+            ValueError: settings that do not fit, or that would need other weights.
+        """
+        fixed = {"obs_dim", "action_dim", "horizon", "n_obs_steps", "network", "process"}
+        wrong = sorted(set(changes) & (fixed | {"prediction", "cond_dropout"}))
+        if wrong:
+            raise ValueError(f"{wrong[0]} belongs to the weights; train a policy with another one")
+        return type(self)(
+            replace(self.spec, **changes), self.denoiser, self.normalizer, self.anchors
+        )
+
+    def choose_rti(
+        self,
+        store: EpisodeStore | str | os.PathLike[str],
+        *,
+        num_steps: int = 3,
+        n_action_steps: int = 1,
+        episodes: int = 60,
+        seed: int = 0,
+        **settings: Any,
+    ) -> tuple[Self, LevelReport]:
+        """Real-time iteration with the start level chosen from demonstrations.
+
+        Args:
+            store: demonstrations, or their path.
+            num_steps: network evaluations per warm plan.
+            n_action_steps: actions executed per plan.
+            episodes: demonstrations used.
+            seed: of their choice and of the noise.
+            settings: other entries of :class:`~diffpolicy.policies.rti.RTI`.
+
+        Returns:
+            The policy with these settings, and why the level was chosen.
+        """
+        opened = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
+        if settings.get("innovation") is not None and self.spec.observation_step is None:
+            base = self.with_settings(observation_step=observation_step(opened))
+        else:
+            base = self
+        base = base.with_settings(rti=None, truncated=None, n_action_steps=n_action_steps)
+        rti = RTI(t_start=1.0, num_steps=num_steps, **settings)
+        report = choose_level(base, demonstrations(opened, episodes, seed=seed), rti, seed=seed)
+        return base.with_settings(rti=replace(rti, t_start=report.t_start)), report
+
+    def with_anchors(
+        self,
+        store: EpisodeStore | str | os.PathLike[str],
+        *,
+        truncated: Truncated | None = None,
+        count: int = 20,
+        relative_to: tuple[int | None, ...] | None = None,
+        top_m: int | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """A truncated policy on the same weights: anchors by k-means over a store's plans.
+
+        Args:
+            store: demonstrations, or their path.
+            truncated: how plans are drawn from the anchors.
+            count: anchors, see :meth:`diffpolicy.policies.anchors.Anchors.fit`.
+            relative_to: observation that each action dimension is relative to.
+            top_m: anchors offered per state, the most probable ones; ``None``: all.
+            seed: of the clustering.
+        """
+        opened = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
+        options = {"count": count, "relative_to": relative_to, "top_m": top_m, "seed": seed}
+        anchors = fit_anchors(self.spec, opened, self.normalizer, **options)
+        spec = replace(self.spec, rti=None, truncated=truncated or Truncated())
+        return type(self)(spec, self.denoiser, self.normalizer, anchors)
+
+    def compile(
+        self, *, backend: str = "auto", batch_size: int = 1, threads: int | None = None
+    ) -> Self:
+        """The same policy with its sampling loops compiled, each checked against eager.
+
+        Args:
+            backend: see :func:`diffpolicy.runtime.compile.available_backends`; ``"auto"`` measures
+                them and takes the fastest.
+            batch_size: rows solved at once.
+            threads: of CPU backends.
+
+        Raises:
+            ImportError: a backend that is not installed, with the command that does it.
+            ValueError: an unknown backend, or results that differ from eager.
+        """
+        from diffpolicy.runtime.compile import compile_planner
+
+        return compile_planner(self, backend=backend, batch_size=batch_size, threads=threads)
+
+    def streaming(self, settings: Streaming | None = None) -> StreamingPlanner:
+        """Streaming diffusion on these weights, which need training at levels per position.
+
+        (``level_law="position"``).
+        """
+        spec = replace(self.spec, rti=None, truncated=None)
+        return StreamingPlanner(spec, self.denoiser, self.normalizer, streaming=settings)
+
+    def chunked(self, settings: Chunking | None = None) -> RealTimeChunking:
+        """Real-time chunking: new plans agree with what is executed while they are computed."""
+        return RealTimeChunking(self, settings or Chunking())
+
+    def plans(self, history: Array, *, seed: int = 0) -> tuple[Array, Array]:
+        """All candidate plans of a truncated policy, with their scores.
+
+        Args:
+            history: raw observations ``[N, To, O]``, oldest first.
+            seed: of the noise.
+
+        Returns:
+            Actions ``[N, M, H, A]`` in environment units, and scores ``[N, M]``, the higher the
+            better within a row.
+        """
+        state = self.initial_state(range(seed, seed + len(history)))
+        for step in range(self.n_obs_steps):
+            state = self.observe(history[:, step], state)
+        found = self.propose(state)
+        return self.to_actions(found.plans.cpu().numpy()), found.scores.cpu().numpy()
 
     @classmethod
     def load(
@@ -167,6 +344,8 @@ class DiffusionPolicy(DiffusionPlanner):
         device: str | torch.device = "cpu",
         sampler: Mapping[str, Any] | None = None,
         n_action_steps: int | None = None,
+        rti: Mapping[str, Any] | None = None,
+        truncated: Mapping[str, Any] | None = None,
     ) -> Self:
         """Read a policy directory, verifying every hash.
 
@@ -175,6 +354,9 @@ class DiffusionPolicy(DiffusionPlanner):
             device: where the weights go.
             sampler: replacements for entries of the stored sampler.
             n_action_steps: replacement for the actions executed per plan.
+            rti: replacements for entries of the stored warm starts; ``{}`` keeps them, and
+                ``{"t_start": ...}`` is enough for a policy without.
+            truncated: the same for plans from guesses; a policy has one or the other.
 
         Raises:
             ValueError: not a policy, a damaged file, or settings that do not fit.
@@ -196,10 +378,18 @@ class DiffusionPolicy(DiffusionPlanner):
             config["sampler"] = {**kept, **sampler}
         if n_action_steps is not None:
             config["n_action_steps"] = n_action_steps
+        for name, other, changes in (("rti", "truncated", rti), ("truncated", "rti", truncated)):
+            if changes:
+                config[name] = {**(config.get(name) or {}), **changes}
+                config[other] = None
+        anchors = None
+        if config.get("anchors") is not None:
+            anchors = Anchors.from_parts(config["anchors"], files["anchors.safetensors"])
+        config.pop("anchors", None)
         spec = PolicySpec.from_config(config)
         denoiser = spec.make_denoiser()
         denoiser.load_state_dict(files["model.safetensors"])
-        return cls(spec, denoiser.to(device), normalizer)
+        return cls(spec, denoiser.to(device), normalizer, anchors)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
@@ -210,8 +400,25 @@ class DiffusionPolicy(DiffusionPlanner):
         return cls.load(find_policy(path), **options)
 
 
+def fit_anchors(
+    spec: PolicySpec, store: EpisodeStore, normalizer: Normalizer, **options: Any
+) -> Anchors:
+    """Anchors over the windows of a store, for plans of the shape that ``spec`` says."""
+    windows = Windows(
+        store,
+        horizon=spec.horizon,
+        n_obs_steps=spec.n_obs_steps,
+        n_action_steps=spec.n_action_steps,
+        normalizer=normalizer.to("cpu"),
+    )
+    return Anchors.fit(windows, normalizer, **options)
+
+
 def policy_files(
-    spec: PolicySpec, weights: Mapping[str, Tensor], normalizer: Normalizer
+    spec: PolicySpec,
+    weights: Mapping[str, Tensor],
+    normalizer: Normalizer,
+    anchors: Anchors | None = None,
 ) -> dict[str, Any]:
     """The files of a policy directory.
 
@@ -222,11 +429,14 @@ def policy_files(
         "version": VERSION,
         **spec.to_config(),
         "normalizer": normalizer.to_config(),
+        "anchors": None if anchors is None else anchors.to_config(),
     }
+    extra = {} if anchors is None else {"anchors.safetensors": anchors.to_tensors()}
     return {
         "config.json": config,
         "model.safetensors": dict(weights),
         "normalizer.safetensors": normalizer.to_tensors(),
+        **extra,
     }
 
 
@@ -253,11 +463,17 @@ def find_policy(path: str | os.PathLike[str]) -> Path:
 
 
 __all__ = [
+    "RTI",
+    "Anchors",
+    "Chunking",
     "Denoiser",
     "DiffusionPolicy",
+    "Gripper",
     "PolicySpec",
     "Sampler",
+    "Streaming",
     "TrainerConfig",
+    "Truncated",
     "find_policy",
     "policy_files",
 ]

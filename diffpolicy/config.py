@@ -65,6 +65,11 @@ class PolicyConfig:
     clip: bool = True
     cond_dropout: float = 0.0
     mask_padding: bool = False
+    grippers: list[Any] = field(default_factory=list)
+    rti: dict[str, Any] | None = None
+    truncated: dict[str, Any] | None = None
+    anchors: dict[str, Any] | None = None
+    level_law: str = "row"
 
 
 @dataclass
@@ -157,6 +162,18 @@ class EvalConfig:
     evaluation: EvaluationConfig
     env: dict[str, Any] = field(default_factory=dict)
     sampler: dict[str, Any] = field(default_factory=dict)
+    rti: dict[str, Any] = field(default_factory=dict)
+    truncated: dict[str, Any] = field(default_factory=dict)
+    plain: bool = False
+    streaming: dict[str, Any] = field(default_factory=dict)
+    chunking: dict[str, Any] = field(default_factory=dict)
+    ensemble: float | None = None
+    backend: str = "eager"
+    latency_ms: float | None = None
+    latency_ms_per_nfe: float | None = None
+    control_ms: float = 50.0
+    replan: str = "due"
+    arrival: str = "aligned"
     n_action_steps: int | None = None
     output: str | None = None
     deterministic: bool = False

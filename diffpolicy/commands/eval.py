@@ -6,10 +6,13 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.options import groups_help
 from diffpolicy.config import ConfigError, EnvConfig, EvalConfig, build, config_dir, load_eval
+
+if TYPE_CHECKING:
+    from diffpolicy.api import DiffusionPolicy
 
 
 def help_text() -> str:
@@ -34,6 +37,8 @@ evaluation.KEY:
 examples:
     diffpolicy eval checkpoint=runs/demo evaluation.episodes=100
     diffpolicy eval checkpoint=runs/demo sampler.solver=unipc sampler.num_steps=5
+    diffpolicy eval checkpoint=runs/demo rti.t_start=0.4 rti.num_steps=3 n_action_steps=1
+    diffpolicy eval checkpoint=runs/demo latency_ms=140 replan=always
     diffpolicy eval checkpoint=runs/pusht evaluation.seed=100000   # Diffusion Policy's own seeds"""
 
 
@@ -41,6 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     """Compose the configuration, evaluate, report."""
     from diffpolicy.api import DiffusionPolicy
     from diffpolicy.commands.train import choose_rendering, evaluate_policy, pick_device, summary
+    from diffpolicy.rollout.latency import DelayedPolicy
     from diffpolicy.rollout.spec import EnvSpec
 
     began = time.perf_counter()
@@ -52,14 +58,19 @@ def run(arguments: Sequence[str]) -> int:
     policy = DiffusionPolicy.from_pretrained(
         config.checkpoint,
         device=device,
-        sampler={k: v for k, v in config.sampler.items() if v is not None},
+        sampler=given(config.sampler),
         n_action_steps=config.n_action_steps,
+        rti=given(config.rti),
+        truncated=given(config.truncated),
     )
+    if config.plain:
+        policy = policy.with_settings(rti=None, truncated=None)
     env = _environment(config, policy.spec.env_id)
     spec = EnvSpec(env.id, env.kwargs, env.max_episode_steps)
     output = Path(config.output) if config.output else Path(config.checkpoint) / "eval"
+    acting = acting_policy(policy, config)
     result = evaluate_policy(
-        policy,
+        acting,
         spec,
         config.evaluation,
         output,
@@ -67,9 +78,50 @@ def run(arguments: Sequence[str]) -> int:
         deterministic=config.deterministic,
     )
     report: dict[str, Any] = {"task": env.name, **summary(result)}
+    if isinstance(acting, DelayedPolicy):
+        report["latency"] = {"control_ms": config.control_ms, **_latency_settings(config)}
     report["total_s"] = round(time.perf_counter() - began, 1)
     print("RESULT " + json.dumps(report))
     return 0
+
+
+def acting_policy(policy: DiffusionPolicy, config: EvalConfig) -> Any:
+    """The policy as it acts: streaming, chunking, ensembling and latency where asked for."""
+    from diffpolicy.policies.chunking import Chunking
+    from diffpolicy.policies.ensemble import TemporalEnsemble
+    from diffpolicy.policies.streaming import Streaming
+    from diffpolicy.rollout.latency import DelayedPolicy, LinearLatency
+
+    streaming, chunking = given(config.streaming), given(config.chunking)
+    if streaming and chunking:
+        raise ConfigError("streaming and chunking exclude each other; give one of them")
+    acting: Any = policy.streaming(Streaming.from_config(streaming)) if streaming else policy
+    if config.backend != "eager":
+        from diffpolicy.runtime.compile import compile_planner
+
+        rows = config.evaluation.num_envs
+        acting = compile_planner(
+            acting, backend=config.backend, batch_size=rows, threads=config.threads
+        )
+    if chunking:
+        acting = acting.chunked(Chunking.from_config(chunking))
+    if config.ensemble is not None:
+        acting = TemporalEnsemble(acting, config.ensemble)
+    if not _latency_settings(config):
+        return acting
+    latency = LinearLatency(config.latency_ms or 0.0, config.latency_ms_per_nfe or 0.0)
+    options: dict[str, Any] = {"replan": config.replan, "arrival": config.arrival}
+    return DelayedPolicy(acting, latency, config.control_ms, **options)
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """The entries that were given."""
+    return {k: v for k, v in values.items() if v is not None}
+
+
+def _latency_settings(config: EvalConfig) -> dict[str, float]:
+    both = {"ms": config.latency_ms, "ms_per_nfe": config.latency_ms_per_nfe}
+    return {name: value for name, value in both.items() if value is not None}
 
 
 def _environment(config: EvalConfig, trained_for: str | None) -> EnvConfig:
@@ -84,7 +136,7 @@ def _environment(config: EvalConfig, trained_for: str | None) -> EnvConfig:
         values = dict(OmegaConf.to_container(OmegaConf.load(file))["env"])  # type: ignore[call-overload,index,arg-type]
     elif trained_for:
         values = {"id": trained_for}
-    values.update({k: v for k, v in config.env.items() if v is not None})
+    values.update(given(config.env))
     if "id" not in values:
         raise ConfigError("the policy does not say which environment it is for; give env.id=...")
     return build(EnvConfig, values, "env.")

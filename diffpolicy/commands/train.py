@@ -129,7 +129,10 @@ def check_settings(config: TrainConfig) -> None:
     if config.policy.type != "diffusion":
         raise ConfigError(f"unknown policy.type {config.policy.type!r}; expected 'diffusion'")
     sampler = Sampler(**asdict(config.sampler))
-    spec = PolicySpec(obs_dim=1, action_dim=1, sampler=sampler, **_shape(config))
+    shape = {**_shape(config), "rti": None, "grippers": ()}  # these need the action's dimension
+    spec = PolicySpec.from_config(
+        {"obs_dim": 1, "action_dim": 1, "sampler": asdict(sampler), **shape}
+    )
     denoiser = spec.make_denoiser()
     start = prior_start(denoiser.process, torch.zeros(1, spec.horizon, 1))
     grid = levels(start, sampler.num_steps, spacing=sampler.spacing, process=denoiser.process)
@@ -148,6 +151,10 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
         "prediction": policy.prediction,
         "clip": policy.clip,
         "cond_dropout": policy.cond_dropout,
+        "level_law": policy.level_law,
+        "rti": policy.rti,
+        "truncated": policy.truncated,
+        "grippers": policy.grippers,
     }
 
 
@@ -228,7 +235,12 @@ def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> Diffus
         "env_id": config.env.id,
     }
     return DiffusionPolicy.from_dataset(
-        store, spec=spec, normalize=config.data.normalize, seed=config.seed, device=device
+        store,
+        spec=spec,
+        normalize=config.data.normalize,
+        anchors=config.policy.anchors,
+        seed=config.seed,
+        device=device,
     )
 
 

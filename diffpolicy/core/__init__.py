@@ -4,7 +4,13 @@ Needs torch and numpy alone.
 """
 
 from diffpolicy.core.denoiser import AnalyticDenoiser, BaseDenoiser, Denoised, Denoiser
-from diffpolicy.core.guidance import ClassifierFreeGuidance, Guidance, Inpaint
+from diffpolicy.core.guidance import (
+    ClassifierFreeGuidance,
+    Guidance,
+    Inpaint,
+    PrefixCond,
+    PrefixGuidance,
+)
 from diffpolicy.core.noise import (
     EDM,
     DiscreteVP,
@@ -14,6 +20,7 @@ from diffpolicy.core.noise import (
     VPLinear,
     make_process,
 )
+from diffpolicy.core.ramp import Ramp
 from diffpolicy.core.sampling import Grid, Trajectory, Transition, prepare, sample
 from diffpolicy.core.solvers import (
     DDIM,
@@ -54,6 +61,9 @@ __all__ = [
     "Guidance",
     "Heun",
     "Inpaint",
+    "PrefixCond",
+    "PrefixGuidance",
+    "Ramp",
     "Solver",
     "Start",
     "Trajectory",

@@ -176,11 +176,25 @@ class Denoiser(BaseDenoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
         c_x, c_out, c_in, time = (c.to(x_t.dtype) for c in self.coefficients(t))
-        return self._finish(x_t, c_x, c_out, self.network(c_in * x_t, time, cond))
+        return self._finish(x_t, c_x, c_out, self._run(c_in * x_t, time, cond))
 
-    def _finish(self, x_t: Tensor, c_x: Tensor, c_out: Tensor, output: Tensor) -> Denoised:
+    @property
+    def _run(self) -> Callable[..., Tensor | tuple[Tensor, Mapping[str, Tensor]]]:
+        """The network, with its further heads if it has any (confidences)."""
+        run: Callable[..., Tensor | tuple[Tensor, Mapping[str, Tensor]]]
+        run = getattr(self.network, "with_aux", self.network)
+        return run
+
+    def _finish(
+        self,
+        x_t: Tensor,
+        c_x: Tensor,
+        c_out: Tensor,
+        output: Tensor | tuple[Tensor, Mapping[str, Tensor]],
+    ) -> Denoised:
+        output, aux = output if isinstance(output, tuple) else (output, {})
         x0_hat = torch.addcmul(c_x * x_t, c_out, output)
-        return Denoised(x0_hat.clamp(-1, 1) if self.clip else x0_hat)
+        return Denoised(x0_hat.clamp(-1, 1) if self.clip else x0_hat, aux)
 
     def on_grid(self, t: Tensor) -> GridDenoise:
         network: DenoiserNetwork = self.network  # type: ignore[assignment]
@@ -212,7 +226,7 @@ class _NetworkOnGrid:
         self, denoiser: Denoiser, rows: Sequence[tuple[Tensor, ...]], *, scaled: bool
     ) -> None:
         self._denoiser, self._network, self._rows = denoiser, denoiser.network, rows
-        self._scaled = scaled
+        self._scaled, self._run = scaled, denoiser._run
 
     def modulations(self, x: Tensor, cond: Tensor | None) -> Sequence[Tensor] | None:
         """The network's modulation by ``cond`` per level; None if it has no such part."""
@@ -227,7 +241,7 @@ class _NetworkOnGrid:
     ) -> Denoised:
         c_x, c_out, c_in, time, time_emb = self._rows[row]
         given = {"time_emb": time_emb} if film is None else {"film": film}
-        output = self._network(c_in * x if self._scaled else x, time, cond, **given)
+        output = self._run(c_in * x if self._scaled else x, time, cond, **given)
         return self._denoiser._finish(x, c_x, c_out, output)
 
 

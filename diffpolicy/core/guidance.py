@@ -5,12 +5,14 @@ So every start and solver works with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoised, GridDenoise
+from diffpolicy.core.noise import GaussianProcess
 
 
 class _Wrapper(BaseDenoiser):
@@ -140,6 +142,146 @@ class Inpaint(_Wrapper):
 
     def _filled(self, out: Denoised) -> Denoised:
         return Denoised(torch.where(self.known, self.values, out.x0_hat), out.aux)
+
+
+class PrefixCond(NamedTuple):
+    """The condition of a :class:`PrefixGuidance`: that of its denoiser, and what to follow.
+
+    Attributes:
+        cond: ``[B, C]``, for the denoiser inside.
+        prefix: clean plan to follow ``[B, H, D]``; its entries where ``weight`` is 0 do not matter.
+        weight: how closely ``[B, H, 1]``, from 0 (free) to 1 (frozen).
+    """
+
+    cond: Tensor | None
+    prefix: Tensor
+    weight: Tensor
+
+
+PREFIX_MODES = ("soft", "jacobian")
+
+
+class PrefixGuidance(_Wrapper):
+    """Plans that go on from a given one: real-time chunking (Black, Galliker & Levine 2025).
+
+    Its ``cond`` is a :class:`PrefixCond`, so that it stays a pure function and one prepared grid
+    serves every prefix. In both modes, entries of weight 1 are the prefix's in every clean
+    estimate, hence exactly so in the sample, and entries of weight 0 are guided only through the
+    others.
+
+    ``"soft"``: ``x0_hat + W (prefix - x0_hat)``, an inpainting with a soft mask.
+
+    ``"jacobian"``: the paper's guidance (eq. 2 to 4, after PiGDM, Song et al. 2023),
+    ``x0_hat + k J^T W (prefix - x0_hat)`` with ``J = d x0_hat / d x_t`` by back-propagation through
+    the network: one evaluation then costs about three. The paper's flow (``tau``: 0 noise, 1 clean)
+    adds ``min(beta, (1 - tau) / (tau r^2)) J^T W (...)`` to the velocity, with
+    ``r^2 = (1 - tau)^2 / (tau^2 + (1 - tau)^2)``. In any process, after scaling ``x_t`` to
+    ``alpha + sigma = 1``, that is ``k = sigma min(beta, (alpha^2 + sigma^2) / (alpha sigma))`` on
+    the clean estimate: ``min(beta sigma, 1 / alpha)`` if variance-preserving. Published code
+    records the network's output before ``x_t`` requires a gradient, so that its J is the identity;
+    here it is not.
+
+    Args:
+        denoiser: any denoiser.
+        mode: see above.
+        max_weight: the clip ``beta`` of ``"jacobian"`` (5 in the paper).
+
+    Raises:
+        ValueError: an unknown mode or a ``max_weight`` that is not positive.
+    """
+
+    def __init__(
+        self, denoiser: BaseDenoiser, mode: str = "soft", *, max_weight: float = 5.0
+    ) -> None:
+        super().__init__(denoiser)
+        if mode not in PREFIX_MODES:
+            raise ValueError(f"unknown mode {mode!r}; expected one of {PREFIX_MODES}")
+        if not max_weight > 0:
+            raise ValueError(f"max_weight must be positive, got {max_weight}")
+        self.mode, self.max_weight = mode, float(max_weight)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Denoised:
+        given = _prefix_cond(cond)
+        gain = prefix_gain(self.process, t, self.max_weight)
+        return self.guide(lambda x: self.denoiser(x, t, given.cond), x_t, gain, given)
+
+    def on_grid(self, t: Tensor) -> GridDenoise:
+        return _PrefixOnGrid(self, t)
+
+    def guide(
+        self, run: Callable[[Tensor], Denoised], x_t: Tensor, gain: Tensor, given: PrefixCond
+    ) -> Denoised:
+        """The guided answer at ``x_t``, where ``run`` is the denoiser at that level."""
+        if self.mode == "soft":
+            out = run(x_t)
+            moved = torch.lerp(out.x0_hat, given.prefix, given.weight)
+            # Not lerp alone: the prefix may hold anything (even nan) where nothing follows it.
+            return Denoised(torch.where(given.weight > 0, moved, out.x0_hat), out.aux)
+        out, pull = _pulled(run, x_t, given)
+        x0_hat = torch.addcmul(out.x0_hat, gain.to(x_t), pull)
+        return Denoised(torch.where(given.weight >= 1, given.prefix, x0_hat), out.aux)
+
+
+def prefix_gain(process: GaussianProcess, t: Tensor, max_weight: float) -> Tensor:
+    """``sigma min(max_weight, (alpha^2 + sigma^2) / (alpha sigma))`` at levels ``t``."""
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    return torch.minimum(max_weight * sigma, (alpha.square() + sigma.square()) / alpha)
+
+
+def _pulled(
+    run: Callable[[Tensor], Denoised], x_t: Tensor, given: PrefixCond
+) -> tuple[Denoised, Tensor]:
+    """The denoiser's answer, and ``J^T W (prefix - x0_hat)`` ``[B, H, D]``."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "mode='jacobian' differentiates through the network: call it under torch.no_grad(), "
+            "not torch.inference_mode()"
+        )
+    recording = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = x_t if x_t.requires_grad else x_t.detach().requires_grad_()
+        out = run(x)
+        distance = given.prefix - out.x0_hat
+        error = torch.where(given.weight > 0, given.weight * distance, torch.zeros_like(distance))
+        if not recording:
+            error = error.detach()
+        (pull,) = torch.autograd.grad(out.x0_hat, x, error, create_graph=recording)
+    if recording:
+        return out, pull
+    return Denoised(out.x0_hat.detach(), {k: v.detach() for k, v in out.aux.items()}), pull
+
+
+class _PrefixOnGrid:
+    """A guided denoiser at the levels of a grid; precomputed modulations pass through."""
+
+    def __init__(self, guidance: PrefixGuidance, t: Tensor) -> None:
+        self._guidance, self._inner = guidance, guidance.denoiser.on_grid(t)
+        like = next(guidance.parameters(), torch.zeros(()))
+        gain = prefix_gain(guidance.process, t, guidance.max_weight)
+        self._gain = gain.to(like.device, like.dtype, non_blocking=True).unbind(0)
+
+    def modulations(self, x: Tensor, cond: Any) -> Sequence[Tensor] | None:
+        inner = getattr(self._inner, "modulations", None)
+        films: Sequence[Tensor] | None = (
+            None if inner is None else inner(x, _prefix_cond(cond).cond)
+        )
+        return films
+
+    def __call__(self, row: int, x: Tensor, cond: Any, film: Tensor | None = None) -> Denoised:
+        given = _prefix_cond(cond)
+        extra = () if film is None else (film,)
+        return self._guidance.guide(
+            lambda y: self._inner(row, y, given.cond, *extra), x, self._gain[row], given
+        )
+
+
+def _prefix_cond(cond: Any) -> PrefixCond:
+    if not isinstance(cond, PrefixCond):
+        raise ValueError(
+            "prefix guidance needs cond=PrefixCond(cond, prefix [B, H, D], weight [B, H, 1]); got "
+            f"{type(cond).__name__}"
+        )
+    return cond
 
 
 def _match(t: Tensor, x: Tensor) -> Tensor:

@@ -177,6 +177,30 @@ class Normalizer:
         y: Tensor | NDArray[Any] = (x - offset) / scale
         return y
 
+    def scaled(self, field: str, dim: int, factor: float) -> Normalizer:
+        """The same normaliser with one dimension of a field's range multiplied by `factor`.
+
+        Args:
+            field: A field whose rows are vectors.
+            dim: The dimension.
+            factor: In (0, 1], so that data in [-1, 1] stay there.
+
+        Raises:
+            ValueError: An unknown field, a dimension it does not have, or a factor out of range.
+        """
+        size = self.shape(field)
+        if len(size) != 1 or not 0 <= dim < size[0] or not 0 < factor <= 1:
+            raise ValueError(
+                f"cannot scale dimension {dim} of field {field!r} (shape {list(size)}) by "
+                f"{factor}: expected a dimension of a vector and a factor in (0, 1]"
+            )
+        gain = torch.ones_like(self._scale[field])
+        gain[dim] = factor
+        scale, offset = (
+            {**parts, field: parts[field] * gain} for parts in (self._scale, self._offset)
+        )
+        return Normalizer(self._modes, scale, offset)
+
     def to(self, device: torch.device | str) -> Normalizer:
         """The same normaliser with its tensors on `device`."""
         return Normalizer(

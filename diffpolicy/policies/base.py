@@ -198,17 +198,20 @@ class ChunkedPolicy(abc.ABC):
         """The memory with new plans for ``rows`` (indices), made for their last observation."""
         chosen = state.take(rows)
         plan, nfe = self.make_plans(chosen, deterministic=deterministic)
-        planned = replace(
-            chosen,
+        return state.put(rows, self.adopted(chosen, plan, nfe))
+
+    def adopted(self, state: PolicyState, plan: Array, nfe: Array) -> PolicyState:
+        """The memory of rows whose new plan ``[n, H, A]`` took ``nfe`` ``[n]`` evaluations."""
+        return replace(
+            state,
             plan=plan,
-            level=np.zeros_like(chosen.level),
-            cursor=np.full_like(chosen.cursor, self.n_obs_steps - 1),
-            warm=np.ones_like(chosen.warm),
-            counter=chosen.counter + 1,
-            nfe=chosen.nfe + nfe,
-            plans=chosen.plans + 1,
+            level=np.zeros_like(state.level),
+            cursor=np.full_like(state.cursor, self.n_obs_steps - 1),
+            warm=np.ones_like(state.warm),
+            counter=state.counter + 1,
+            nfe=state.nfe + nfe,
+            plans=state.plans + 1,
         )
-        return state.put(rows, planned)
 
     def execute(self, state: PolicyState) -> tuple[Array, PolicyState]:
         """The actions ``[N, A]`` under the cursors, which move on.

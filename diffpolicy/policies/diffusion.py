@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -15,40 +15,43 @@ from torch import Tensor
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.guidance import ClassifierFreeGuidance
-from diffpolicy.core.starts import shift_plan
+from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.solvers import make_solver
+from diffpolicy.core.starts import Start, levels, shift_plan
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState, row_noise
-from diffpolicy.policies.loop import PlanLoop
+from diffpolicy.policies.candidates import Candidates, Truncated
+from diffpolicy.policies.loop import Loop, PlanLoop
 from diffpolicy.policies.spec import Gripper, PolicySpec, Sampler, check_normalizer
-
-
-class Loop(Protocol):
-    """A sampling loop: :class:`~diffpolicy.policies.loop.PlanLoop`, or a compiled form of one."""
-
-    nfe: int
-    draws: int
-
-    def __call__(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
-        """Normalised plans ``[n, H, A]``."""
+from diffpolicy.policies.truncated import ScoredPlans
 
 
 class DiffusionPlanner(ChunkedPolicy):
     """A trained denoiser that acts; where sampling starts is all that its plans differ in.
 
     A row's first plan of an episode (cold) is sampled from pure noise. With ``spec.rti`` its later
-    ones (warm) start from the last plan; cold and warm rows are solved in one batch each.
+    ones (warm) start from the last plan; cold and warm rows are solved in one batch each. With
+    ``spec.truncated`` every plan is the best of several guesses, solved from a low level.
 
     Args:
         spec: shapes, parameterisation and samplers.
         denoiser: ``spec.make_denoiser()`` with trained weights.
         normalizer: the frozen normaliser of the training data, with fields ``obs`` and ``action``.
+        anchors: typical plans of the demonstrations, where ``spec.truncated`` starts from them.
 
     Raises:
         ValueError: clipping with an action normaliser whose range is not [-1, 1], shapes that do
-            not match, or levels that the network cannot take.
+            not match, levels that the network cannot take, or anchors that are missing.
     """
 
-    def __init__(self, spec: PolicySpec, denoiser: Denoiser, normalizer: Normalizer) -> None:
+    def __init__(
+        self,
+        spec: PolicySpec,
+        denoiser: Denoiser,
+        normalizer: Normalizer,
+        anchors: Anchors | None = None,
+    ) -> None:
         super().__init__(
             obs_dim=spec.obs_dim,
             action_dim=spec.action_dim,
@@ -69,34 +72,51 @@ class DiffusionPlanner(ChunkedPolicy):
         if spec.rti is not None and spec.rti.innovation is not None:
             usual = np.asarray(spec.observation_step, np.float32)
             self._unusual = spec.rti.innovation * usual
+        check_anchors(spec, anchors)
+        self.anchors = None if anchors is None else anchors.to(self.device)
         self._loops: dict[tuple[str, bool], Loop] = {}
-        for kind in ("cold",) if spec.rti is None else ("cold", "warm"):
+        for kind in self.kinds:
             for deterministic in (False, True):
                 self._loops[kind, deterministic] = self.loop(kind, deterministic=deterministic)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of sampling loops that this policy runs."""
+        if self.spec.truncated is not None:
+            return self.spec.truncated.loops
+        return ("cold",) if self.spec.rti is None else ("cold", "warm")
+
     def loop(self, kind: str = "cold", *, deterministic: bool = False) -> PlanLoop:
-        """The sampling loop of cold or warm rows, made anew.
+        """One of the policy's sampling loops, made anew.
 
         Args:
-            kind: ``"cold"`` or ``"warm"``.
+            kind: ``"cold"`` or ``"warm"``; of a truncated policy ``"guesses"``, ``"draft"``,
+                ``"rank"``.
             deterministic: with the noise-free form of the solver.
 
         Raises:
-            ValueError: a warm loop of a policy without ``rti``.
+            ValueError: a loop that this policy does not run.
         """
+        if kind not in self.kinds:
+            raise ValueError(f"this policy runs the loops {self.kinds}, not {kind!r}")
         spec, process = self.spec, self.denoiser.process
         guided: BaseDenoiser = self.denoiser
         if spec.sampler.guidance_scale != 1:
             scale = spec.sampler.guidance_scale
             guided = ClassifierFreeGuidance(guided, scale, clip=spec.clip)
+        start, solver = "noised", make_solver("ddim")
         if kind == "cold":
             grid, start = spec.sampler.grid(process), "prior"
             solver = spec.sampler.make(deterministic=deterministic)
-        elif spec.rti is None:
-            raise ValueError("this policy has no rti settings, so all its plans are cold")
-        else:
+        elif kind == "warm":
+            assert spec.rti is not None
             grid, start = spec.rti.grid(process), spec.rti.start
             solver = spec.rti.make_solver(deterministic=deterministic)
+        else:
+            assert spec.truncated is not None
+            grid, start = truncated_grid(kind, spec.truncated, self.anchors, process)
+            if kind == "guesses":
+                solver = make_solver(spec.truncated.solver, **spec.truncated.options)
         shape = (self.n_obs_steps, self.obs_dim, self.horizon, self.action_dim)
         return PlanLoop(guided, self.normalizer, solver, grid, start=start, plan_shape=shape)
 
@@ -104,7 +124,7 @@ class DiffusionPlanner(ChunkedPolicy):
         """This policy with other implementations of its loops (compiled ones).
 
         Args:
-            loops: by kind, ``"cold"`` or ``"warm"``; they take the place of both the stochastic and
+            loops: by kind, see ``kinds``; they take the place of both the stochastic and
                 the deterministic loop where these are the same arithmetic, else of the former.
         """
         other = copy.copy(self)
@@ -117,7 +137,9 @@ class DiffusionPlanner(ChunkedPolicy):
 
     @property
     def nfe(self) -> int:
-        """Network evaluations of a cold plan."""
+        """Network evaluations of an episode's first plan."""
+        if self.spec.truncated is not None:
+            return self._candidates(deterministic=False).nfe
         return self._loops["cold", False].nfe
 
     def initial_state(self, seeds: Sequence[int]) -> PolicyState:
@@ -148,6 +170,9 @@ class DiffusionPlanner(ChunkedPolicy):
 
     @torch.inference_mode()
     def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
+        if self.spec.truncated is not None:
+            found = self.propose(state, deterministic=deterministic)
+            return found.best().cpu().numpy(), np.full(len(state), found.nfe)
         warm = state.warm & (self.spec.rti is not None)
         if self._unusual is not None:
             warm = warm & ~state.memory["jumped"]
@@ -159,15 +184,37 @@ class DiffusionPlanner(ChunkedPolicy):
                 nfe[rows] = loop.nfe
         return plans, nfe
 
+    @torch.inference_mode()
+    def propose(self, state: PolicyState, *, deterministic: bool = False) -> ScoredPlans:
+        """Every candidate plan for the observations in ``state``, with its score.
+
+        Raises:
+            ValueError: a policy without ``truncated`` settings, which has one plan only.
+        """
+        if self.spec.truncated is None:
+            raise ValueError("this policy samples one plan; set truncated for several with scores")
+        candidates = self._candidates(deterministic=deterministic)
+        return candidates.propose(
+            torch.from_numpy(state.history).to(self.device),
+            torch.from_numpy(self.shifted(state)).to(self.device),
+            torch.from_numpy(state.warm).to(self.device),
+            self.draw_noise(state, candidates.draws, deterministic),
+        )
+
+    def _candidates(self, *, deterministic: bool) -> Candidates:
+        assert self.spec.truncated is not None
+        loops = {kind: self._loops[kind, deterministic] for kind in self.kinds}
+        return Candidates(self.spec.truncated, self.anchors, self.normalizer, loops)
+
     def _solve(self, loop: Loop, state: PolicyState, deterministic: bool) -> Array:
-        noise = self._noise(state, loop.draws, deterministic)
+        noise = self.draw_noise(state, loop.draws, deterministic)
         history = torch.from_numpy(state.history).to(self.device)
-        guess = torch.from_numpy(self._guess(state)).to(self.device)
+        guess = torch.from_numpy(self.shifted(state)).to(self.device)
         out: Array = loop(history, guess, noise).cpu().numpy()
         return out
 
-    def _noise(self, state: PolicyState, draws: int, deterministic: bool) -> Tensor:
-        """``[R, n, H, A]``; one stream for all rows when deterministic."""
+    def draw_noise(self, state: PolicyState, draws: int, deterministic: bool) -> Tensor:
+        """Standard normal ``[R, n, H, A]`` of each row's stream; one for all if deterministic."""
         shape = (draws, self.horizon, self.action_dim)
         zero = np.zeros(1, np.int64)
         seeds, counters = (zero, zero) if deterministic else (state.seed, state.counter)
@@ -175,13 +222,11 @@ class DiffusionPlanner(ChunkedPolicy):
         noise = drawn.to(self.device).transpose(0, 1)
         return noise.expand(-1, len(state), -1, -1) if deterministic else noise
 
-    def _guess(self, state: PolicyState) -> Array:
+    def shifted(self, state: PolicyState) -> Array:
         """The last plans shifted by the steps executed ``[n, H, A]``."""
-        rti = self.spec.rti
-        if rti is None:
-            return state.plan
+        tail = "hold" if self.spec.rti is None else self.spec.rti.tail
         steps = torch.from_numpy(self.executed(state))
-        guess: Array = shift_plan(torch.from_numpy(state.plan), steps, tail=rti.tail).numpy()
+        guess: Array = shift_plan(torch.from_numpy(state.plan), steps, tail=tail).numpy()
         for gripper in self.spec.grippers:
             guess = gripper.guess(guess)
         return guess
@@ -198,6 +243,53 @@ class DiffusionPlanner(ChunkedPolicy):
             actions
             if self._low is None and self._high is None
             else np.clip(actions, self._low, self._high)
+        )
+
+
+def truncated_grid(
+    kind: str, settings: Truncated, anchors: Anchors | None, process: GaussianProcess
+) -> tuple[Tensor, str]:
+    """Levels and kind of start of a truncated policy's loops.
+
+    A draft is the clean estimate at ``t = 1`` and a rank the one at ``rank_t``: one DDIM step each.
+    """
+    first, num_steps = {"draft": 1.0, "rank": settings.rank_t}.get(kind), 1
+    if first is None:
+        num_steps = settings.num_steps
+        first = settings.t_start
+        if first is None:
+            assert anchors is not None
+            first = anchors.default_t_start(process)
+    t = process.snap(torch.full((1, 1, 1), first, dtype=torch.float64))
+    grid = levels(Start(t, t), num_steps, spacing=settings.spacing, process=process)
+    return grid, "prior" if kind == "draft" else "noised"
+
+
+def check_anchors(spec: PolicySpec, anchors: Anchors | None) -> None:
+    """Raise ``ValueError`` unless truncated settings have the anchors they need."""
+    settings = spec.truncated
+    trained = spec.network.get("type") == "anchored"
+    if trained and (settings is None or settings.rank != "confidence"):
+        raise ValueError(
+            "a network of type 'anchored' is trained near its anchors alone; set truncated with "
+            "rank 'confidence'"
+        )
+    if settings is None:
+        return
+    if settings.rank == "confidence" and not trained:
+        raise ValueError(
+            "rank 'confidence' needs a network of type 'anchored'; use 'denoising' or 'prior'"
+        )
+    if anchors is None and ("anchors" in settings.sources or settings.t_start is None):
+        raise ValueError(
+            "truncated plans start from anchors; fit them with Anchors.fit(windows, normalizer) or "
+            "`diffpolicy anchors`, or give t_start and other sources"
+        )
+    shape = (spec.horizon, spec.action_dim)
+    if anchors is not None and tuple(anchors.plans.shape[1:]) != shape:
+        raise ValueError(
+            f"the anchors are plans of shape {list(anchors.plans.shape[1:])}, this policy's are "
+            f"{list(shape)}"
         )
 
 

@@ -6,14 +6,27 @@ arithmetic.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
-from diffpolicy.core.sampling import prepare, sample
+from diffpolicy.core.sampling import Trajectory, prepare, sample
 from diffpolicy.core.solvers import Solver
 from diffpolicy.core.starts import Start, noising_scales
 from diffpolicy.data.normalize import Normalizer
+
+
+class Loop(Protocol):
+    """A sampling loop: a :class:`PlanLoop`, or a compiled form of one."""
+
+    nfe: int
+    draws: int
+
+    def __call__(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
+        """Normalised plans ``[n, H, A]``."""
+
 
 STARTS = ("prior", "noised", "given")
 
@@ -82,17 +95,41 @@ class PlanLoop(nn.Module):
         Returns:
             Normalised plans ``[n, H, A]``.
         """
+        x0 = self._sample(history, guess, noise, record=False)
+        assert isinstance(x0, Tensor)
+        return x0
+
+    def with_confidence(
+        self, history: Tensor, guess: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Plans, and the logit ``[n]`` that a network with that head gave each in the last step.
+
+        Raises:
+            ValueError: a network without a confidence head.
+        """
+        result = self._sample(history, guess, noise, record=True)
+        assert isinstance(result, Trajectory)
+        aux = result.transitions[-1].denoised.aux
+        if "confidence" not in aux:
+            raise ValueError(
+                "this network has no confidence head; train one (network type 'anchored') or rank "
+                "by 'denoising'"
+            )
+        return result.x0, aux["confidence"]
+
+    def _sample(
+        self, history: Tensor, guess: Tensor, noise: Tensor, *, record: bool
+    ) -> Tensor | Trajectory:
         cond = self.normalizer.normalize("obs", history).flatten(1)
-        x0 = sample(
+        return sample(
             self.denoiser,
             self.solver,
             self.begin(guess, noise),
             self.grid,
             cond=cond,
             noise=noise[self.draws - self.nfe :] if self.grid.stochastic else None,
+            record=record,
         )
-        assert isinstance(x0, Tensor)
-        return x0
 
     def begin(self, guess: Tensor, noise: Tensor) -> Start:
         """The start made of a guess and the first slice of noise."""

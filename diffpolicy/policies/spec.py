@@ -17,6 +17,7 @@ from diffpolicy.core.starts import Start, levels
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.networks import make_network
 from diffpolicy.policies.base import Array, check_horizon
+from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.rti import RTI
 
 
@@ -117,7 +118,11 @@ class PolicySpec:
         prediction: what the network outputs.
         clip: clamp clean estimates to [-1, 1].
         cond_dropout: fraction of examples trained without their condition.
+        level_law: noise levels of the training, see
+            :class:`diffpolicy.finetune.denoising.DenoisingLoss`.
+        trained_action_steps: Ta of the training where the noise levels depended on it.
         sampler: how plans are drawn.
+        truncated: draw every plan from guesses (anchors, ...) in place of pure noise.
         rti: how rows that have a plan of their episode are planned; ``None``: like the first one.
         grippers: action dimensions with two values.
         observation_step: the largest change of each observation entry between two steps that is
@@ -137,7 +142,10 @@ class PolicySpec:
     prediction: str = "eps"
     clip: bool = True
     cond_dropout: float = 0.0
+    level_law: str = "row"
+    trained_action_steps: int | None = None
     sampler: Sampler = field(default_factory=Sampler)
+    truncated: Truncated | None = None
     rti: RTI | None = None
     grippers: tuple[Gripper, ...] = ()
     observation_step: tuple[float, ...] | None = None
@@ -163,6 +171,11 @@ class PolicySpec:
         self._check_parts()
 
     def _check_parts(self) -> None:
+        if self.rti is not None and self.truncated is not None:
+            raise ValueError(
+                "rti and truncated are two ways to start a plan; to combine them, set truncated "
+                "with sources ('anchors', 'previous')"
+            )
         for gripper in self.grippers:
             if gripper.dim >= self.action_dim:
                 raise ValueError(
@@ -196,6 +209,8 @@ class PolicySpec:
             values["sampler"] = Sampler(**values.get("sampler", {}))
             if values.get("rti") is not None:
                 values["rti"] = RTI.from_config(values["rti"])
+            if values.get("truncated") is not None:
+                values["truncated"] = Truncated.from_config(values["truncated"])
             values["grippers"] = tuple(Gripper(**g) for g in values.get("grippers", ()))
             for name in ("action_low", "action_high", "observation_step"):
                 if values.get(name) is not None:

@@ -1,0 +1,345 @@
+"""Anchors: typical plans of the demonstrations, from which truncated diffusion starts.
+
+An anchor stands for one mode of the plans (DiffusionDrive, Liao et al. 2025). Noised to a level
+that covers its distance to the plans it stands for, it is a start like any other:
+``truncated_start(process, guess, anchors.default_t_start(process), noise)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.noise import DiscreteVP, GaussianProcess
+from diffpolicy.data.normalize import Normalizer
+from diffpolicy.policies.kmeans import ClusterClassifier, assign, kmeans
+
+_MOST_WINDOWS = 20_000  # k-means learns nothing from more
+_HELD_OUT = 0.1
+
+
+class PlanSource(Protocol):
+    """Windows with normalised ``obs [B, To, O]`` and ``action [B, H, A]``, by index."""
+
+    def __len__(self) -> int:
+        """Number of windows."""
+
+    def gather(self, indices: Tensor) -> dict[str, Tensor]:
+        """A batch of windows."""
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The episode of a window, and its step in there."""
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Typical plans, in normalised units, with what is needed to place them in a state.
+
+    Build them with :meth:`fit` or :meth:`from_parts`.
+
+    Attributes:
+        plans: ``[M, H, A]``. Normalised actions or, in the dimensions that ``relative_to`` names,
+            normalised actions minus the normalised current state.
+        frequency: ``[M]`` share of the windows that each anchor is nearest to.
+        error: root mean square distance, per coordinate, of a window to the nearest anchor offered
+            for its state; normalised units, from held-out episodes when there is more than one.
+        position_error: ``[H]``, the same per position of the plan.
+        relative_to: per action dimension the index of the raw last observation that it is relative
+            to, or None where it is absolute; None: all are absolute.
+        top_m: anchors offered per state; None: all of them, whatever the state.
+        classifier: probability of each anchor in a state; with ``top_m`` only.
+    """
+
+    plans: Tensor
+    frequency: Tensor
+    error: float
+    position_error: Tensor
+    relative_to: tuple[int | None, ...] | None = None
+    top_m: int | None = None
+    classifier: ClusterClassifier | None = None
+
+    def __post_init__(self) -> None:
+        count, horizon, action_dim = self.plans.shape
+        if self.frequency.shape != (count,) or self.position_error.shape != (horizon,):
+            raise ValueError(
+                f"{count} anchors of {horizon} positions need frequency [{count}] and "
+                f"position_error [{horizon}], got {list(self.frequency.shape)} and "
+                f"{list(self.position_error.shape)}"
+            )
+        if self.relative_to is not None and len(self.relative_to) != action_dim:
+            raise ValueError(
+                f"relative_to names one observation index per action dimension ({action_dim}, None "
+                f"where the action is absolute), got {list(self.relative_to)}"
+            )
+        if (self.top_m is None) != (self.classifier is None):
+            raise ValueError("top_m and classifier belong together: give both or neither")
+        if self.top_m is not None and not 1 <= self.top_m <= count:
+            raise ValueError(f"top_m must be in 1..{count} (the anchors), got {self.top_m}")
+        if self.classifier is not None and self.classifier.count != count:
+            raise ValueError(
+                f"the classifier knows {self.classifier.count} anchors, but there are {count}"
+            )
+
+    # ---------------------------------------------------------------- making them
+
+    @classmethod
+    def fit(
+        cls,
+        windows: PlanSource,
+        normalizer: Normalizer,
+        *,
+        count: int = 20,
+        relative_to: Sequence[int | None] | None = None,
+        top_m: int | None = None,
+        seed: int = 0,
+    ) -> Anchors:
+        """Cluster the plans of demonstrations.
+
+        Of more than 20,000 windows that many are drawn. A tenth of the episodes is held out to
+        measure the error on (none, if there is only one episode).
+
+        Args:
+            windows: normalised windows, such as :class:`diffpolicy.data.windows.Windows`.
+            normalizer: the one that the windows were normalised with.
+            count: anchors M.
+            relative_to: make anchors relative to the current state: per action dimension the index
+                of the observation in the same unit and frame (a position command and the position),
+                None where there is none. Demonstrated plans that start anywhere then share anchors.
+            top_m: also fit a classifier of the normalised observations, and offer only the
+                ``top_m`` most probable anchors of a state. ``count`` can then be larger.
+            seed: of the windows drawn, the clusters and the classifier.
+
+        Raises:
+            ValueError: fewer windows than anchors, or settings that do not fit the data.
+        """
+        if top_m is not None and not 1 <= top_m <= count:
+            raise ValueError(f"top_m must be in 1..{count} (the anchors), got {top_m}")
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(windows), generator=generator)[:_MOST_WINDOWS].sort().values
+        parts = [windows.gather(rows) for rows in torch.split(chosen, 4096)]
+        obs = torch.cat([part["obs"] for part in parts]).cpu()
+        plans = torch.cat([part["action"] for part in parts]).cpu()
+        indices = None if relative_to is None else _checked_indices(relative_to, obs, plans)
+        normalizer = normalizer.to("cpu")
+        base = _reference(normalizer.unnormalize("obs", obs[:, -1]), normalizer, indices, plans)
+        local = (plans - base).flatten(1)
+        held_out = _held_out(windows, chosen, generator)
+        fitted = local[~held_out]
+        if len(fitted) < count:
+            raise ValueError(
+                f"{count} anchors need at least as many windows to learn from, got {len(fitted)}"
+            )
+        centres = kmeans(fitted, count, seed=seed)
+        label = assign(local, centres)[0]
+        frequency = torch.bincount(label[~held_out], minlength=count).double()
+        frequency = (frequency / frequency.sum()).float()
+        classifier = None
+        if top_m is not None:
+            classifier = ClusterClassifier.fit(
+                obs.flatten(1), label, count, held_out=held_out, seed=seed
+            )
+        anchors = cls(
+            centres.view(count, *plans.shape[1:]),
+            frequency,
+            0.0,
+            torch.zeros(plans.shape[1]),
+            indices,
+            top_m,
+            classifier,
+        )
+        judged = held_out if bool(held_out.any()) else ~held_out
+        square = anchors._residual(obs[judged], local[judged])
+        return replace(
+            anchors,
+            error=float(square.mean().sqrt()),
+            position_error=square.mean(dim=(0, 2)).sqrt(),
+        )
+
+    def _residual(self, obs: Tensor, local: Tensor) -> Tensor:
+        """Squared distance ``[N, H, A]`` of plans to the nearest anchor offered for them."""
+        best = []
+        for cond, plan in zip(
+            torch.split(obs.flatten(1), 1024), torch.split(local, 1024), strict=True
+        ):
+            offered = self.plans.flatten(1)[self.offered(cond)[0]]
+            square = (plan[:, None] - offered).square()
+            nearest = square.sum(-1).argmin(1)
+            best.append(square[torch.arange(len(plan)), nearest])
+        return torch.cat(best).view(-1, *self.plans.shape[1:])
+
+    # ---------------------------------------------------------------- using them
+
+    @property
+    def count(self) -> int:
+        """Anchors offered for a state: m."""
+        return len(self.plans) if self.top_m is None else self.top_m
+
+    def offered(self, cond: Tensor) -> tuple[Tensor, Tensor]:
+        """Which anchors a state gets, the most probable first, and their log-probability.
+
+        Args:
+            cond: ``[n, To * O]`` the normalised, flattened observations.
+
+        Returns:
+            Index ``[n, m]`` and log-probability ``[n, m]`` (over all M anchors, so those of
+            ``top_m`` sum to less than one).
+        """
+        if self.classifier is None or self.top_m is None:
+            frequency = self.frequency.clamp_min(torch.finfo(self.frequency.dtype).tiny).log()
+            index = torch.arange(len(self.plans), device=cond.device)
+            return index.expand(len(cond), -1), frequency.expand(len(cond), -1)
+        if cond.shape[-1] != self.classifier.cond_dim:
+            raise ValueError(
+                f"these anchors were fitted to conditions of {self.classifier.cond_dim} numbers, "
+                f"got {cond.shape[-1]}"
+            )
+        log_prob, index = self.classifier.log_prob(cond).topk(self.top_m, dim=-1)
+        return index, log_prob
+
+    def guesses(self, history: Tensor, normalizer: Normalizer) -> tuple[Tensor, Tensor]:
+        """The anchors of a state as whole plans.
+
+        Args:
+            history: ``[n, To, O]`` raw observations, oldest first.
+            normalizer: the policy's, on the device of ``history``.
+
+        Returns:
+            Plans ``[n, m, H, A]`` normalised and log-probabilities ``[n, m]``.
+        """
+        return self._place(history[:, -1], normalizer.normalize("obs", history), normalizer)
+
+    def guesses_normalised(self, obs: Tensor, normalizer: Normalizer) -> tuple[Tensor, Tensor]:
+        """The same from normalised observations ``[n, To, O]``, as training batches hold them."""
+        return self._place(normalizer.unnormalize("obs", obs[:, -1]), obs, normalizer)
+
+    def _place(self, now: Tensor, obs: Tensor, normalizer: Normalizer) -> tuple[Tensor, Tensor]:
+        index, log_prob = self.offered(obs.flatten(1))
+        local = self.plans[index]
+        base = _reference(now, normalizer, self.relative_to, local[:, 0])
+        return local + base[:, None], log_prob
+
+    def default_t_start(self, process: GaussianProcess) -> float:
+        """The lowest level whose noise covers the distance between an anchor and its plans.
+
+        A noised anchor and the equally noised plan differ by ``alpha(t) error`` under noise
+        ``sigma(t)``; with ``sigma / alpha >= error`` that is at most one standard deviation per
+        coordinate, a Kullback-Leibler divergence of at most 1/2: the denoiser sees states it knows
+        and can move the guess to the plan. More noise only costs steps and forgets the mode. So
+        ``log SNR = -2 log(error)``, rounded up to a knot of a discrete process.
+
+        Returns:
+            A level in (0, 1].
+        """
+        target = torch.tensor(-2 * math.log(max(self.error, 1e-6)), dtype=torch.float64)
+        t = process.t_from_log_snr(target).clamp(1e-3, 1.0)
+        if isinstance(process, DiscreteVP):
+            half = 0.5 / len(process.betas)
+            t = process.snap((t + half - 1e-9).clamp(half + 1e-9, 1.0))
+        return float(t)
+
+    def to(self, device: torch.device | str) -> Anchors:
+        """The same anchors on ``device``."""
+        return replace(
+            self,
+            plans=self.plans.to(device),
+            frequency=self.frequency.to(device),
+            position_error=self.position_error.to(device),
+            classifier=None if self.classifier is None else self.classifier.to(device),
+        )
+
+    # ---------------------------------------------------------------- saving
+
+    def to_config(self) -> dict[str, Any]:
+        """The JSON half."""
+        return {
+            "shape": list(self.plans.shape),
+            "error": self.error,
+            "relative_to": None if self.relative_to is None else list(self.relative_to),
+            "top_m": self.top_m,
+        }
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The tensors, for a safetensors file."""
+        tensors = {
+            "anchors.plans": self.plans,
+            "anchors.frequency": self.frequency,
+            "anchors.position_error": self.position_error,
+        }
+        if self.classifier is not None:
+            parts = self.classifier.to_tensors().items()
+            tensors |= {f"anchors.classifier.{name}": value for name, value in parts}
+        return {name: value.contiguous() for name, value in tensors.items()}
+
+    @classmethod
+    def from_parts(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Anchors:
+        """Rebuild from what :meth:`to_config` and :meth:`to_tensors` returned.
+
+        Raises:
+            ValueError: a tensor is missing, or shapes do not fit.
+        """
+        names = [f"anchors.{part}" for part in ("plans", "frequency", "position_error")]
+        missing = [name for name in names if name not in tensors]
+        if missing:
+            raise ValueError(f"the anchors' tensors lack {missing}; there are {sorted(tensors)}")
+        plans, frequency, position_error = (tensors[name] for name in names)
+        if list(plans.shape) != list(config["shape"]):
+            raise ValueError(
+                f"the anchors have shape {list(plans.shape)}, their config says {config['shape']}; "
+                "the two files do not belong together"
+            )
+        top_m, relative = config["top_m"], config["relative_to"]
+        prefix = "anchors.classifier."
+        parts = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        return cls(
+            plans,
+            frequency,
+            float(config["error"]),
+            position_error,
+            None if relative is None else tuple(relative),
+            top_m,
+            None if top_m is None else ClusterClassifier(parts),
+        )
+
+
+def _checked_indices(
+    relative_to: Sequence[int | None], obs: Tensor, plans: Tensor
+) -> tuple[int | None, ...]:
+    size = obs.shape[-1]
+    if any(i is not None and not 0 <= i < size for i in relative_to):
+        raise ValueError(f"relative_to indexes observations 0..{size - 1}, got {relative_to}")
+    if len(relative_to) != plans.shape[-1]:
+        raise ValueError(
+            f"relative_to names one observation index per action dimension ({plans.shape[-1]}, "
+            f"None where the action is absolute), got {list(relative_to)}"
+        )
+    return tuple(relative_to)
+
+
+def _reference(
+    now: Tensor,
+    normalizer: Normalizer,
+    relative_to: tuple[int | None, ...] | None,
+    like: Tensor,
+) -> Tensor:
+    """The current state as a normalised action, ``[n, 1, A]``; 0 where anchors are absolute."""
+    if relative_to is None:
+        return like.new_zeros(len(now), 1, like.shape[-1])
+    kept = torch.tensor([i is not None for i in relative_to], device=now.device)
+    state = now[:, [i or 0 for i in relative_to]]
+    return (normalizer.normalize("action", state) * kept)[:, None]
+
+
+def _held_out(windows: PlanSource, chosen: Tensor, generator: torch.Generator) -> Tensor:
+    """Bool per chosen window: whether its episode is among the tenth that is held out."""
+    episode = torch.tensor([windows.locate(int(i))[0] for i in chosen])
+    names = torch.unique(episode)
+    if len(names) < 2:
+        return torch.zeros(len(chosen), dtype=torch.bool)
+    size = max(1, round(_HELD_OUT * len(names)))
+    out = names[torch.randperm(len(names), generator=generator)[:size]]
+    return torch.isin(episode, out)

@@ -1,0 +1,190 @@
+"""Truncated diffusion policies: several guesses solved from a low level, the best one executed.
+
+Anchors, the last plan (real-time iteration) and a draft of the policy itself can compete; all start
+from one level in one batch, and are ranked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.solvers import make_solver
+from diffpolicy.data.normalize import Normalizer
+from diffpolicy.policies.anchors import Anchors
+from diffpolicy.policies.loop import Loop, PlanLoop
+from diffpolicy.policies.truncated import ScoredPlans
+
+SOURCES = ("anchors", "previous", "draft")
+RANKS = ("confidence", "denoising", "prior")
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """How plans are drawn from guesses.
+
+    Args:
+        t_start: level the guesses are noised to; ``None``: what the anchors' quantisation error
+            asks for (:meth:`~diffpolicy.policies.anchors.Anchors.default_t_start`).
+        num_steps: solver steps from there.
+        solver: a deterministic one from :data:`diffpolicy.core.SOLVERS`.
+        options: its options.
+        spacing: of the grid, see :func:`diffpolicy.core.starts.levels`.
+        sources: guesses that compete: ``"anchors"``, ``"previous"`` (the shifted last plan, where a
+            row has one) and ``"draft"`` (one evaluation from pure noise).
+        rank: ``"confidence"``, the head of a network trained for it (type ``anchored``);
+            ``"denoising"``, how little the denoiser changes the plan when it is noised to
+            ``rank_t``, one evaluation more; ``"prior"``, the anchors' probability in this state.
+        rank_t: level of that evaluation.
+        continuity: weight of the mean squared distance to the shifted last plan, subtracted from
+            the score: how much a new mode must be better to be taken.
+
+    Raises:
+        ValueError: settings out of range, or sources that ``rank`` cannot compare.
+    """
+
+    t_start: float | None = None
+    num_steps: int = 2
+    solver: str = "ddim"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    spacing: str = "t"
+    sources: tuple[str, ...] = ("anchors",)
+    rank: str = "denoising"
+    rank_t: float = 0.3
+    continuity: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("t_start", self.t_start), ("rank_t", self.rank_t)):
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {value}")
+        if self.num_steps < 1 or self.continuity < 0:
+            raise ValueError(
+                "num_steps must be at least 1 and continuity at least 0, got "
+                f"{self.num_steps} and {self.continuity}"
+            )
+        if not self.sources or set(self.sources) - set(SOURCES):
+            raise ValueError(f"sources must be some of {SOURCES}, got {self.sources}")
+        if self.sources == ("previous",):
+            raise ValueError("the last plan alone cannot begin an episode: use rti, or add anchors")
+        if self.rank not in RANKS:
+            raise ValueError(f"unknown rank {self.rank!r}; expected one of {RANKS}")
+        if self.rank == "prior" and self.sources != ("anchors",):
+            raise ValueError("rank 'prior' knows anchors only; use 'denoising' for other sources")
+        if make_solver(self.solver, **self.options).stochastic:
+            raise ValueError(f"truncated plans take a deterministic solver, not {self.solver!r}")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Truncated:
+        """From JSON values (lists become tuples).
+
+        Raises:
+            ValueError: unknown entries or values out of range.
+        """
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
+        }
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"truncated: {error}") from None
+
+    @property
+    def loops(self) -> tuple[str, ...]:
+        """Kinds of sampling loops that it runs."""
+        draft = ("draft",) if "draft" in self.sources else ()
+        rank = ("rank",) if self.rank == "denoising" else ()
+        return ("guesses", *draft, *rank)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Truncated settings with the anchors and loops they run on.
+
+    Attributes:
+        settings: see :class:`Truncated`.
+        anchors: typical plans; ``None`` without that source.
+        normalizer: the policy's.
+        loops: by kind, as ``settings.loops`` names them.
+    """
+
+    settings: Truncated
+    anchors: Anchors | None
+    normalizer: Normalizer
+    loops: Mapping[str, Loop]
+
+    @property
+    def anchor_count(self) -> int:
+        """Anchors offered per row."""
+        use = self.anchors is not None and "anchors" in self.settings.sources
+        return self.anchors.count if use and self.anchors is not None else 0
+
+    @property
+    def draws(self) -> int:
+        """Slices of noise per row: one per guess, one for the draft, one to rank."""
+        sources = self.settings.sources
+        guesses = self.anchor_count + ("previous" in sources) + 2 * ("draft" in sources)
+        return guesses + (self.settings.rank == "denoising")
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per plan, each of all guesses at once."""
+        return sum(self.loops[kind].nfe for kind in self.settings.loops)
+
+    def propose(
+        self, history: Tensor, previous: Tensor, has_previous: Tensor, noise: Tensor
+    ) -> ScoredPlans:
+        """Solve and rank every guess.
+
+        Args:
+            history: raw observations ``[n, To, O]``.
+            previous: shifted last plans ``[n, H, A]``, normalised.
+            has_previous: bool ``[n]``, rows where ``previous`` means anything.
+            noise: standard normal ``[R, n, H, A]`` with R = ``draws``.
+
+        Returns:
+            Plans in the order anchors, previous, draft. A row without a last plan has score -inf
+            there.
+        """
+        guess, log_prob = self._guesses(history, previous, noise)
+        count, many = guess.shape[:2]
+        slices = noise[:many].transpose(0, 1).flatten(0, 1)[None]
+        repeated = history.repeat_interleave(many, 0)
+        loop = self.loops["guesses"]
+        if self.settings.rank == "confidence":
+            assert isinstance(loop, PlanLoop)
+            solved, logit = loop.with_confidence(repeated, guess.flatten(0, 1), slices)
+            scores = logit.view(count, many)
+        else:
+            solved = loop(repeated, guess.flatten(0, 1), slices)
+            scores = log_prob
+        if self.settings.rank == "denoising":
+            shared = noise[-1].repeat_interleave(many, 0)[None]  # the same noise for every guess
+            again = self.loops["rank"](repeated, solved, shared)
+            scores = -(solved - again).square().mean((1, 2)).view(count, many)
+        plans = solved.view(guess.shape)
+        if self.settings.continuity > 0:
+            distance = (plans - previous[:, None]).square().mean((2, 3))
+            scores = scores - self.settings.continuity * distance * has_previous[:, None]
+        if "previous" in self.settings.sources:
+            scores = scores.clone()
+            column = scores[:, self.anchor_count]
+            scores[:, self.anchor_count] = column.masked_fill(~has_previous, -torch.inf)
+        return ScoredPlans(plans, scores, self.nfe)
+
+    def _guesses(self, history: Tensor, previous: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        parts, log_prob = [], history.new_zeros(len(history), 0)
+        if self.anchor_count:
+            assert self.anchors is not None
+            placed, log_prob = self.anchors.guesses(history, self.normalizer)
+            parts.append(placed)
+        if "previous" in self.settings.sources:
+            parts.append(previous[:, None])
+        if "draft" in self.settings.sources:
+            own = noise[self.anchor_count + ("previous" in self.settings.sources) + 1]
+            parts.append(self.loops["draft"](history, previous, own[None])[:, None])
+        guess = torch.cat(parts, 1)
+        return guess, log_prob if log_prob.shape[1] == guess.shape[1] else guess[..., 0, 0] * 0

@@ -1,0 +1,331 @@
+"""Real-time chunking: a new plan is computed while the last one runs, and goes on from it.
+
+Black, Galliker & Levine 2025 (arXiv 2506.07339), for plain diffusion policies. The actions that
+will be consumed meanwhile (``state.delay``) are frozen to the last plan's, the following ones
+guided towards it with decaying weight, the rest is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffpolicy.core.guidance import PREFIX_MODES, PrefixCond, PrefixGuidance
+from diffpolicy.core.sampling import sample
+from diffpolicy.core.starts import shift_plan
+from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
+from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.loop import PlanLoop
+
+SCHEDULES = ("linear", "exp", "ones", "zeros")
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How a new plan follows the last one.
+
+    Args:
+        schedule: weights of the positions after the frozen ones. With c falling evenly from 1 to 0:
+            ``"linear"`` c, ``"exp"`` ``c (e^c - 1) / (e - 1)`` (the paper's; leaves the last plan
+            sooner), ``"ones"`` all 1 (the whole overlap is frozen), ``"zeros"`` none (a hard
+            prefix).
+        overlap: positions from the current step on that follow the last plan, the frozen ones
+            among them; ``None``: all that is left of it.
+        mode: see :class:`~diffpolicy.core.guidance.PrefixGuidance`. ``"soft"`` bounds the seam of
+            every plan: it is at most ``1 - weight`` of what the two plans differ by there.
+            ``"jacobian"`` lets the whole new plan settle on the mode of the last one, but where it
+            does not succeed the seam may be a whole jump.
+        max_weight: clip of the guidance of ``"jacobian"``.
+
+    Raises:
+        ValueError: settings out of range.
+    """
+
+    schedule: str = "linear"
+    overlap: int | None = None
+    mode: str = "soft"
+    max_weight: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}; expected one of {SCHEDULES}")
+        if self.overlap is not None and self.overlap < 0:
+            raise ValueError(f"overlap must be at least 0 (or null), got {self.overlap}")
+        if self.mode not in PREFIX_MODES:
+            raise ValueError(f"unknown mode {self.mode!r}; expected one of {PREFIX_MODES}")
+        if not self.max_weight > 0:
+            raise ValueError(f"max_weight must be positive, got {self.max_weight}")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Chunking:
+        """From JSON values.
+
+        Raises:
+            ValueError: unknown entries or values out of range.
+        """
+        try:
+            return cls(**config)
+        except TypeError as error:
+            raise ValueError(f"chunking: {error}") from None
+
+
+def frozen_steps(delay: Array, valid: Array, n_obs_steps: int) -> Array:
+    """Actions from the current step on that are frozen ``[n]``: ``min(delay, those left)``.
+
+    The paper demands ``d <= H - s`` (s executed steps): the last plan must last until the next one
+    is there. A row that breaks this has the actions frozen that exist; its robot holds the last one
+    for the remaining steps, which no plan can undo.
+    """
+    left: Array = np.maximum(valid - (n_obs_steps - 1), 0)
+    return np.minimum(delay, left)
+
+
+def chunk_weights(
+    delay: Array, valid: Array, n_obs_steps: int, horizon: int, settings: Chunking
+) -> Array:
+    """How closely each position of a new plan follows the last plan (paper, eq. 5).
+
+    With c_i = (e - i) / (e - d + 1) for the steps d <= i < e from the current one, where d are
+    frozen and e is the end of the overlap. The past positions are frozen too, unless nothing else
+    follows (no delay under ``"zeros"``): then the new plan owes the last one nothing. Weights are 0
+    beyond the end of the last plan: it is never padded.
+
+    Args:
+        delay: d, actions that will be consumed from the last plan before the new one is there,
+            ``[n]``.
+        valid: positions of the last plan left after shifting it to the present, ``[n]``.
+        n_obs_steps: To; position ``To - 1`` is the current step.
+        horizon: H.
+        settings: schedule and overlap.
+
+    Returns:
+        float32 ``[n, H]`` in [0, 1].
+
+    Raises:
+        ValueError: a negative delay, or ``valid`` outside 0..H.
+    """
+    delay, valid = np.asarray(delay), np.asarray(valid)
+    if (delay < 0).any() or (valid < 0).any() or (valid > horizon).any():
+        raise ValueError(
+            f"delay must be at least 0 and valid in 0..{horizon}; got {delay}, {valid}"
+        )
+    now = n_obs_steps - 1
+    left = np.maximum(valid - now, 0)
+    frozen = frozen_steps(delay, valid, n_obs_steps)
+    overlap = left if settings.overlap is None else np.minimum(settings.overlap, left)
+    end = np.maximum(overlap, frozen)[:, None]
+    step = np.arange(horizon) - now
+    c = np.clip((end - step) / (end - frozen[:, None] + 1), 0, 1)
+    curve = {
+        "linear": c,
+        "exp": c * np.expm1(c) / np.expm1(1),
+        "ones": np.ones_like(c),
+        "zeros": np.zeros_like(c),
+    }[settings.schedule]
+    weight = np.where(step < frozen[:, None], 1.0, curve) * (step < end)
+    follows = (weight[:, now:] > 0).any(1)[:, None]
+    weight[:, :now] = follows
+    inside = np.arange(horizon) < valid[:, None]
+    out: Array = (weight * inside).astype(np.float32)
+    return out
+
+
+def seam_jump(old_plan: Array, new_plan: Array, shift: Array, position: Array) -> Array:
+    """Distance between two plans at the step where the new one takes over ``[n]``.
+
+    ``|new[position] - old[position + shift]|`` (Euclidean, normalised units): what the action at
+    that step changes by. Past the end of the old plan its last action would have been held.
+
+    Args:
+        old_plan: ``[n, H, A]``.
+        new_plan: ``[n, H, A]``, made ``shift`` steps later.
+        shift: steps executed between the two ``[n]``.
+        position: in ``new_plan``, of the first action executed from it ``[n]``.
+    """
+    rows, last = np.arange(len(old_plan)), old_plan.shape[1] - 1
+    before = old_plan[rows, np.minimum(position + shift, last)]
+    after = new_plan[rows, np.minimum(position, last)]
+    jump: Array = np.linalg.norm(after - before, axis=-1)
+    return jump
+
+
+class ChunkLoop(nn.Module):
+    """A sampling loop that follows a prefix: ``forward(history, guess, noise, prefix, weight)``.
+
+    Args:
+        loop: the loop of a policy without chunking.
+        settings: mode of the guidance.
+    """
+
+    def __init__(self, loop: PlanLoop, settings: Chunking) -> None:
+        super().__init__()
+        n_obs_steps, obs_dim = loop.obs_shape
+        self.loop = PlanLoop(
+            PrefixGuidance(loop.denoiser, settings.mode, max_weight=settings.max_weight),
+            loop.normalizer,
+            loop.solver,
+            loop.levels,
+            start=loop.start,
+            plan_shape=(n_obs_steps, obs_dim, loop.horizon, loop.action_dim),
+        )
+        self.nfe, self.draws = self.loop.nfe, self.loop.draws
+
+    def forward(
+        self, history: Tensor, guess: Tensor, noise: Tensor, prefix: Tensor, weight: Tensor
+    ) -> Tensor:
+        """One plan per row.
+
+        Args:
+            history: raw observations ``[n, To, O]``.
+            guess: as of :class:`~diffpolicy.policies.loop.PlanLoop`.
+            noise: standard normal ``[R, n, H, A]``.
+            prefix: the last plan, shifted to the present ``[n, H, A]``, normalised.
+            weight: ``[n, H, 1]``.
+
+        Returns:
+            Normalised plans ``[n, H, A]``; exactly ``prefix`` where ``weight`` is 1.
+        """
+        loop = self.loop
+        cond = loop.normalizer.normalize("obs", history).flatten(1)
+        x0 = sample(
+            loop.denoiser,
+            loop.solver,
+            loop.begin(guess, noise),
+            loop.grid,
+            cond=cast(Any, PrefixCond(cond, prefix, weight)),
+            noise=noise[loop.draws - loop.nfe :] if loop.grid.stochastic else None,
+        )
+        assert isinstance(x0, Tensor)
+        return torch.where(weight >= 1, prefix, x0)  # solvers in noise form arrive within rounding
+
+
+class RealTimeChunking(ChunkedPolicy):
+    """A diffusion policy whose warm plans go on from the one that is running.
+
+    Set ``state.delay`` to the actions that will be consumed before a new plan is there (an executor
+    does; 0 when control waits). ``state.memory`` reports, per row: ``seam``, the last
+    :func:`seam_jump`; ``seam_max``, the largest of the episode; ``seams``, how many; ``short``, how
+    many plans came later than the last one lasted (see :func:`frozen_steps`).
+
+    Warm plans are sampled from noise, or with ``spec.rti`` from the planner's warm start. Cold
+    plans are the planner's own.
+
+    Args:
+        planner: the policy to blend the plans of.
+        settings: schedule, overlap and kind of guidance.
+
+    Raises:
+        ValueError: a planner whose plans do not come from its ``loop`` alone.
+    """
+
+    def __init__(self, planner: DiffusionPlanner, settings: Chunking | None = None) -> None:
+        own_way = type(planner).make_plans is not DiffusionPlanner.make_plans
+        if own_way or planner.spec.truncated is not None:
+            kind = type(planner).__name__ if own_way else "a policy with truncated settings"
+            raise ValueError(
+                f"{kind} makes its plans in a way of its own, which chunking cannot guide; it "
+                "works with diffusion policies that sample from noise or with rti"
+            )
+        super().__init__(
+            obs_dim=planner.obs_dim,
+            action_dim=planner.action_dim,
+            horizon=planner.horizon,
+            n_obs_steps=planner.n_obs_steps,
+            n_action_steps=planner.n_action_steps,
+        )
+        self.planner = planner
+        self.settings = Chunking() if settings is None else settings
+        self._loops = {
+            (kind, fixed): ChunkLoop(planner.loop(kind, deterministic=fixed), self.settings)
+            for kind in planner.kinds
+            for fixed in (False, True)
+        }
+
+    @property
+    def max_delay(self) -> int:
+        """The longest delay that the last plan outlasts, if it is replaced after Ta steps."""
+        return self.horizon - (self.n_obs_steps - 1) - self.n_action_steps
+
+    def initial_state(self, seeds: Sequence[int]) -> PolicyState:
+        count, state = len(seeds), self.planner.initial_state(seeds)
+        return state.remember(
+            seam=np.zeros(count, np.float64),
+            seam_max=np.zeros(count, np.float64),
+            seams=np.zeros(count, np.int64),
+            short=np.zeros(count, np.int64),
+        )
+
+    def observe(self, obs: Array, state: PolicyState) -> PolicyState:
+        return self.planner.observe(obs, state)
+
+    def to_actions(self, normalised: Array) -> Array:
+        return self.planner.to_actions(normalised)
+
+    def replan(
+        self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False
+    ) -> PolicyState:
+        before = state.take(rows)
+        planned = super().replan(state, rows, deterministic=deterministic)
+        after = planned.take(rows)
+        memory = self._seams(before, after)
+        if "jumped" in after.memory:  # of the planner's innovation test: answered by this plan
+            memory["jumped"] = np.zeros_like(after.memory["jumped"])
+        return planned.put(rows, after.remember(**memory))
+
+    def _seams(self, before: PolicyState, after: PolicyState) -> dict[str, Array]:
+        """The report of new plans; rows without a last plan have no seam."""
+        shift, warm = self.executed(before), before.warm
+        valid = self.horizon - shift
+        frozen = frozen_steps(before.delay, valid, self.n_obs_steps)
+        jump = seam_jump(before.plan, after.plan, shift, self.n_obs_steps - 1 + before.delay)
+        old = before.memory
+        return {
+            "seam": np.where(warm, jump, old["seam"]),
+            "seam_max": np.where(warm, np.maximum(jump, old["seam_max"]), old["seam_max"]),
+            "seams": old["seams"] + warm,
+            "short": old["short"] + (warm & (frozen < before.delay)),
+        }
+
+    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
+        plans, nfe = np.empty_like(state.plan), np.empty(len(state), np.int64)
+        cold = np.flatnonzero(~state.warm)
+        if len(cold):
+            plans[cold], nfe[cold] = self.planner.make_plans(
+                state.take(cold), deterministic=deterministic
+            )
+        # A row whose observation jumped still follows the plan that runs, but is sampled anew.
+        anew = state.memory.get("jumped", np.zeros(len(state), bool))
+        if self.planner.spec.rti is None:
+            anew = np.ones(len(state), bool)
+        for kind, chosen in (("cold", state.warm & anew), ("warm", state.warm & ~anew)):
+            rows = np.flatnonzero(chosen)
+            if len(rows):
+                loop = self._loops[kind, deterministic]
+                plans[rows] = self._blended(loop, state.take(rows), deterministic)
+                nfe[rows] = loop.nfe
+        return plans, nfe
+
+    @torch.no_grad()  # not inference_mode: the Jacobian needs a graph of its own
+    def _blended(self, loop: ChunkLoop, state: PolicyState, deterministic: bool) -> Array:
+        device, shift = self.planner.device, self.executed(state)
+        weight = chunk_weights(
+            state.delay, self.horizon - shift, self.n_obs_steps, self.horizon, self.settings
+        )
+        prefix = shift_plan(torch.from_numpy(state.plan), torch.from_numpy(shift))
+        out: Array = (
+            loop(
+                torch.from_numpy(state.history).to(device),
+                torch.from_numpy(self.planner.shifted(state)).to(device),
+                self.planner.draw_noise(state, loop.draws, deterministic),
+                prefix.to(device),
+                torch.from_numpy(weight[..., None]).to(device),
+            )
+            .cpu()
+            .numpy()
+        )
+        return out

@@ -1,0 +1,361 @@
+"""The level chooser: at which noise level warm plans start, decided from demonstrations alone.
+
+Too low a level cannot leave the last plan (it stalls when the world has moved on), too high a one
+asks more of one to three steps than they can solve. Three quantities decide, all measured on
+recorded observations with the trained denoiser, never in an environment:
+
+- the *shift error*: how far the shifted last plan is from what a full solve now says;
+- the *contraction* of the warm solve: which part of that error survives. For locally Gaussian plans
+  it is known in closed form (:func:`~diffpolicy.policies.truncated.ddim_contraction`), and it is
+  measured beside it;
+- the *regret* of the warm policy driven along the demonstrations by their own observations: the
+  continuous ranked probability score (Gneiting & Raftery 2007, eq. 21) of its actions, and of their
+  changes from step to step, relative to the best candidate's. The score is proper, so neither lag
+  nor blur nor a lost mode can improve it; changes are scored because plans that switch between
+  modes have the right actions at every single step. The worst action dimension counts: one that
+  must jump (a gripper) is not outvoted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.data.store import EpisodeStore
+from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
+from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.rti import RTI
+from diffpolicy.policies.truncated import ddim_contraction
+
+ALIKE = 0.01
+CANDIDATES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
+
+
+class Demonstrations(NamedTuple):
+    """Whole episodes side by side: ``obs [E, T, O]``, ``action [E, T, A]``, ``valid [E, T]``.
+
+    Raw units; after an episode's end its last step is repeated.
+    """
+
+    obs: Array
+    action: Array
+    valid: Array
+
+
+def demonstrations(
+    store: EpisodeStore, episodes: int = 60, *, length: int = 64, seed: int = 0
+) -> Demonstrations:
+    """A random choice of a store's episodes, of each at most ``length`` steps in a row.
+
+    Raises:
+        ValueError: fewer than two episodes.
+    """
+    if min(store.num_episodes, episodes) < 2:
+        raise ValueError(
+            f"choosing a level needs at least 2 episodes, got {episodes} of {store.num_episodes}"
+        )
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(store.num_episodes)[:episodes]
+    whole = store.episode_lengths[chosen]
+    lengths = np.minimum(whole, length)
+    first = store.episode_ends[chosen] - whole + rng.integers(0, whole - lengths + 1)
+    step = np.arange(lengths.max())
+    rows = first[:, None] + np.minimum(step, lengths[:, None] - 1)
+    obs, action = (np.asarray(store.read(name), np.float32) for name in ("obs", "action"))
+    return Demonstrations(obs[rows], action[rows], step < lengths[:, None])
+
+
+def observation_step(store: EpisodeStore) -> tuple[float, ...]:
+    """The usual largest change of each observation entry between two steps ``[O]``.
+
+    The 0.999 quantile over a store's steps, and at least a thousandth of the entry's range;
+    the largest float32 where an entry never changes. ``rti.innovation`` counts in these units.
+    """
+    obs = np.asarray(store.read("obs"), np.float32)
+    inside = np.ones(len(obs) - 1, bool)
+    inside[store.episode_ends[:-1] - 1] = False
+    steps = np.abs(np.diff(obs, axis=0))[inside]
+    usual = np.maximum(np.quantile(steps, 0.999, axis=0), 1e-3 * np.ptp(obs, axis=0))
+    largest = np.finfo(np.float32).max  # JSON knows no infinity
+    return tuple(float(v) for v in np.where(usual > 0, usual, largest))
+
+
+@dataclass(frozen=True)
+class Level:
+    """What was measured at one candidate level.
+
+    Attributes:
+        t: the level.
+        predicted: closed form of the part of the guess's error that survives.
+        measured: the same, measured on pairs of guesses.
+        retained: shift error times measured contraction, normalised units.
+        actions: per action dimension, CRPS over that of the best candidate, minus 1.
+        changes: the same for the changes of actions.
+    """
+
+    t: float
+    predicted: float
+    measured: float
+    retained: float
+    actions: tuple[float, ...]
+    changes: tuple[float, ...]
+
+    @property
+    def regret(self) -> float:
+        """The worst of them."""
+        return max(*self.actions, *self.changes)
+
+
+@dataclass(frozen=True)
+class LevelReport:
+    """Why a level was chosen.
+
+    Attributes:
+        t_start: the choice, one level or one per action dimension.
+        levels: every candidate.
+        shift_error: root mean square of shifted last plan minus full solve, executed part.
+        episodes: demonstrations used.
+        replicates: independent runs along each.
+    """
+
+    t_start: float | tuple[float, ...]
+    levels: tuple[Level, ...]
+    shift_error: float
+    episodes: int
+    replicates: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """The candidates as text, the chosen one marked."""
+        lines = ["  level  contraction (closed form)  retained error  regret (actions, changes)"]
+        for level in self.levels:
+            mark = "*" if level.t == self.t_start else " "
+            lines.append(
+                f"{mark} {level.t:5.2f}  {level.measured:11.3f} ({level.predicted:11.3f})  "
+                f"{level.retained:14.4f}  {level.regret:.3f} ({max(level.actions):.3f}, "
+                f"{max(level.changes):.3f})"
+            )
+        return "\n".join(lines)
+
+
+def choose_level(
+    planner: DiffusionPlanner,
+    demos: Demonstrations,
+    rti: RTI,
+    *,
+    candidates: Sequence[float] = CANDIDATES,
+    replicates: int = 3,
+    seed: int = 0,
+) -> LevelReport:
+    """The start level for ``rti``'s other settings (steps, solver, tail) on a trained policy.
+
+    Chosen is the smallest candidate whose regret is within one percent of the least. Where the
+    network takes a level per action dimension, each dimension chooses its own in the same way, and
+    they are kept if together they are no worse.
+
+    Args:
+        planner: the trained policy; ``n_action_steps`` counts, its ``rti`` does not.
+        demos: see :func:`demonstrations`; held-out ones are better, training ones will do.
+        rti: settings; its ``t_start`` is replaced.
+        candidates: levels in (0, 1] to choose from.
+        replicates: independent runs, at least 2.
+        seed: of their noise.
+
+    Returns:
+        The report; ``replace(rti, t_start=report.t_start)`` are the settings to use.
+
+    Raises:
+        ValueError: no candidates, fewer than two replicates, or settings with a list of levels.
+    """
+    if not candidates or replicates < 2:
+        raise ValueError("choosing a level needs candidates and at least 2 replicates")
+    if rti.levels is not None:
+        raise ValueError("a list of levels is a choice already; give num_steps instead")
+    ordered = sorted({float(c) for c in candidates})
+    study = _Study(planner, demos, rti, replicates, seed)
+    scores = np.stack([study.crps(_with(planner, replace(rti, t_start=t))) for t in ordered])
+    regret = scores / scores.min(0) - 1  # [levels, 2 A]
+    common = ordered[_smallest(regret.max(1))]
+    chosen: float | tuple[float, ...] = common
+    if "dim" in getattr(planner.denoiser.network, "t_kinds", ()):
+        chosen = _per_dimension(study, ordered, scores, common)
+    probe, table = study.probe(), []
+    for t, row in zip(ordered, regret, strict=True):
+        warm = _with(planner, replace(rti, t_start=t))
+        measured, predicted = study.contraction(warm, probe)
+        retained = measured * probe.shift_error
+        actions, changes = (tuple(map(float, part)) for part in np.split(row, 2))
+        table.append(Level(t, predicted, measured, retained, actions, changes))
+    return LevelReport(chosen, tuple(table), probe.shift_error, len(demos.obs), replicates)
+
+
+def _smallest(regret: Array) -> int:
+    """The first level that is as good as the best, to within :data:`ALIKE`."""
+    return int((regret <= regret.min() + ALIKE).argmax())
+
+
+def _with(planner: DiffusionPlanner, rti: RTI | None) -> DiffusionPlanner:
+    spec = replace(planner.spec, rti=None if rti is None else replace(rti, innovation=None))
+    return DiffusionPlanner(spec, planner.denoiser, planner.normalizer)
+
+
+def _per_dimension(
+    study: _Study, ordered: list[float], scores: Array, common: float
+) -> float | tuple[float, ...]:
+    best = scores.min(0)
+    regret = np.maximum(*np.split(scores / best - 1, 2, axis=1))  # [levels, A]
+    own = tuple(ordered[_smallest(column)] for column in regret.T)
+    if len(set(own)) == 1:
+        return own[0]
+    together = study.crps(_with(study.planner, replace(study.rti, t_start=own)))
+    worst = (together / best).max(), (scores[ordered.index(common)] / best).max()
+    return own if worst[0] <= worst[1] else common
+
+
+class _Probe(NamedTuple):
+    """Decision points of the demonstrations with two independent guesses each."""
+
+    state: PolicyState
+    guesses: tuple[Array, Array]
+    shift_error: float
+
+
+class _Study:
+    """The measurements, all on the same episodes and noise."""
+
+    def __init__(
+        self,
+        planner: DiffusionPlanner,
+        demos: Demonstrations,
+        rti: RTI,
+        replicates: int,
+        seed: int,
+    ) -> None:
+        self.planner, self.demos, self.rti = planner, demos, rti
+        self.replicates, self.seed = replicates, seed
+        self.target = planner.normalizer.to("cpu").normalize("action", demos.action)
+
+    def crps(self, policy: ChunkedPolicy) -> Array:
+        """Continuous ranked probability score of executed actions and of their changes.
+
+        Returns:
+            ``[2 A]``, the mean over steps; lower is better.
+        """
+        count = len(self.demos.obs)
+        first = [self.seed + run * count for run in range(self.replicates)]
+        runs = [replay(policy, self.demos.obs, range(n, n + count)) for n in first]
+        kinds = [
+            (np.stack(runs), self.target, self.demos.valid),
+            (np.diff(runs, axis=2), np.diff(self.target, axis=1), self.demos.valid[:, 1:]),
+        ]
+        return np.concatenate([_crps(*kind) for kind in kinds])
+
+    def probe(self, points: int = 512) -> _Probe:
+        """Two full solves an episode part apart, at random decision points."""
+        planner = _with(self.planner, None)
+        rng = np.random.default_rng(self.seed)
+        before = planner.n_action_steps
+        rows, steps = np.nonzero(self.demos.valid[:, before:])
+        chosen = rng.permutation(len(rows))[:points]
+        rows, steps = rows[chosen], steps[chosen]  # the earlier decision; the later is `before` on
+
+        def planned(at: Array, seed: int) -> PolicyState:
+            state = planner.initial_state(range(seed, seed + len(rows)))
+            for back in range(planner.n_obs_steps - 1, -1, -1):
+                state = planner.observe(self.demos.obs[rows, np.maximum(at - back, 0)], state)
+            return planner.replan(state, np.arange(len(rows)))
+
+        guesses = []
+        for seed in (self.seed, self.seed + len(rows)):
+            last = planned(steps, seed)
+            moved = replace(last, cursor=last.cursor + before)
+            guesses.append(_with(self.planner, replace(self.rti, t_start=1.0)).shifted(moved))
+        now = planned(steps + before, self.seed)
+        ahead = slice(planner.n_obs_steps - 1, planner.n_obs_steps - 1 + before)
+        error = guesses[0][:, ahead] - now.plan[:, ahead]
+        shift_error = float(np.sqrt(np.square(error).mean()))
+        return _Probe(now, (guesses[0], guesses[1]), shift_error)
+
+    def contraction(self, warm: DiffusionPlanner, probe: _Probe) -> tuple[float, float]:
+        """Part of the difference of two guesses that is left after a warm solve.
+
+        Returns:
+            Measured, and in closed form for plans that are locally Gaussian, coordinate by
+            coordinate.
+        """
+        loop = warm.loop("warm")
+        noise = warm.draw_noise(probe.state, loop.draws, False)
+        history = torch.from_numpy(probe.state.history).to(warm.device)
+        with torch.inference_mode():
+            ends = [
+                loop(history, torch.from_numpy(g).to(warm.device), noise).cpu().numpy()
+                for g in probe.guesses
+            ]
+        ahead = slice(warm.n_obs_steps - 1, warm.n_obs_steps - 1 + warm.n_action_steps)
+        gap, left = (np.square((a - b)[:, ahead]) for a, b in (probe.guesses, ends))
+        grid = loop.levels.max(-1, keepdim=True).values
+        spread = self.local_std(probe.state, float(grid[0]))
+        factor = ddim_contraction(warm.denoiser.process, grid, spread).numpy()[:, ahead]
+        total = max(float(gap.mean()), 1e-12)
+        return math.sqrt(float(left.mean()) / total), math.sqrt(
+            float((factor**2 * gap).mean()) / total
+        )
+
+    def local_std(self, now: PolicyState, t: float, draws: int = 8) -> Tensor:
+        """Spread of plans around their mode as the denoiser sees it at level ``t``.
+
+        A Gaussian of standard deviation s has denoising error ``s^2 sigma^2 / (alpha^2 s^2 +
+        sigma^2)``; s is what explains the error measured. The higher the level, the more modes are
+        one to it.
+
+        Returns:
+            ``[n, H, A]`` in [0, 1].
+        """
+        denoiser: Denoiser = self.planner.denoiser
+        plan = torch.from_numpy(now.plan).to(self.planner.device)
+        history = torch.from_numpy(now.history).to(self.planner.device)
+        cond = self.planner.normalizer.normalize("obs", history).flatten(1)
+        generator = torch.Generator().manual_seed(self.seed)
+        at = torch.full((1, 1, 1), t, dtype=plan.dtype, device=plan.device)
+        alpha, sigma = denoiser.process.alpha(at), denoiser.process.sigma(at)
+        error = torch.zeros_like(plan)
+        with torch.inference_mode():
+            for _ in range(draws):
+                noise = torch.randn(plan.shape, generator=generator).to(plan)
+                found = denoiser(alpha * plan + sigma * noise, at, cond).x0_hat
+                error += (found - plan).square() / draws
+        left = (sigma.square() - alpha.square() * error).clamp_min(1e-12)
+        return (error * sigma.square() / left).sqrt().clamp(max=1.0).cpu()
+
+
+def _crps(runs: Array, target: Array, valid: Array) -> Array:
+    """``E|X - y| - E|X - X'| / 2`` per dimension ``[D]``, of runs ``[R, E, T, D]``."""
+    error = np.abs(runs - target).mean(0)
+    pairs = [np.abs(a - b) for i, a in enumerate(runs) for b in runs[:i]]
+    out: Array = (error - 0.5 * np.mean(pairs, 0))[valid].mean(0)
+    return np.maximum(out, 1e-9)  # an estimate; of a perfect policy it may be below 0
+
+
+def replay(policy: ChunkedPolicy, obs: Array, seeds: Sequence[int]) -> Array:
+    """Normalised actions ``[E, T, A]`` of a policy shown recorded observations ``[E, T, O]``."""
+    state = policy.initial_state(seeds)
+    rows = np.arange(len(obs))
+    out = []
+    for step in range(obs.shape[1]):
+        state = policy.observe(obs[:, step], state)
+        due = np.flatnonzero(policy.needs_plan(state))
+        if len(due):
+            state = policy.replan(state, due)
+        out.append(state.plan[rows, np.minimum(state.cursor, policy.horizon - 1)])
+        state = replace(state, cursor=state.cursor + 1)
+    return np.stack(out, 1)

@@ -1,0 +1,302 @@
+"""Streaming diffusion: a buffer of partly denoised actions that rolls along with time.
+
+Hoeg, Du & Egeland 2024 (arXiv 2406.04806). Near actions are nearly clean, far ones nearly noise.
+Each plan denoises the whole buffer a little, which finishes its first chunk; the rest waits in
+``state.memory["buffer"]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
+from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.ramp import Ramp
+from diffpolicy.core.sampling import Trajectory
+from diffpolicy.core.solvers import Solver
+from diffpolicy.core.starts import shift_plan, truncated_start
+from diffpolicy.data.normalize import Normalizer
+from diffpolicy.policies.base import Array, PolicyState
+from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.loop import PlanLoop
+from diffpolicy.policies.spec import PolicySpec
+
+FILLS = ("denoise", "noise", "constant")
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How a streaming policy plans.
+
+    Args:
+        steps_per_chunk: network evaluations K per chunk of ``n_action_steps`` actions. An action is
+            denoised K times for each of the h chunks of the plan; the published code has K = N / h
+            for its N training levels.
+        fill: the buffer of a row without one. ``"denoise"``: a full sample, noised to the levels of
+            the buffer. ``"noise"``: zeros noised to them; ``"constant"``: a given action noised to
+            them (both cost K evaluations only, and their first chunks are worse).
+        constant: that action, in environment units ``[A]``.
+
+    Raises:
+        ValueError: settings out of range or that do not belong together.
+    """
+
+    steps_per_chunk: int = 5
+    fill: str = "denoise"
+    constant: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps_per_chunk < 1:
+            raise ValueError(f"steps_per_chunk must be at least 1, got {self.steps_per_chunk}")
+        if self.fill not in FILLS:
+            raise ValueError(f"unknown fill {self.fill!r}; expected one of {FILLS}")
+        if (self.constant is not None) != (self.fill == "constant"):
+            raise ValueError(
+                "fill='constant' needs constant=(the action to begin with), and no other fill "
+                f"takes one; got fill={self.fill!r}, constant={self.constant}"
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Streaming:
+        """From JSON values (lists become tuples).
+
+        Raises:
+            ValueError: unknown entries or values out of range.
+        """
+        values: dict[str, Any] = {
+            k: tuple(float(x) for x in v) if isinstance(v, list) else v for k, v in config.items()
+        }
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"streaming: {error}") from None
+
+
+class StreamingLoop(PlanLoop):
+    """One tick of a streaming policy; ``forward`` returns the plan and the buffer.
+
+    As :class:`~diffpolicy.policies.loop.PlanLoop` with a given start, except that the result is
+    ``[n, 2 H, A]``: the clean plan, then the buffer at the levels of the tick's end. The plan's
+    first ``To - 1 + Ta`` positions are finished; the others are the network's last clean estimate.
+    """
+
+    def __init__(
+        self,
+        denoiser: BaseDenoiser,
+        normalizer: Normalizer,
+        solver: Solver,
+        levels: Tensor,
+        *,
+        plan_shape: tuple[int, int, int, int],
+    ) -> None:
+        super().__init__(denoiser, normalizer, solver, levels, start="given", plan_shape=plan_shape)
+        self.finished = (levels[-1] == 0).to(self.device)
+
+    def forward(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
+        """One tick per row.
+
+        Args:
+            history: raw observations ``[n, To, O]``.
+            guess: the buffer at the levels of the tick's start ``[n, H, A]``.
+            noise: standard normal ``[R, n, H, A]``.
+
+        Returns:
+            Plans and buffers ``[n, 2 H, A]``, normalised.
+        """
+        result = self._sample(history, guess, noise, record=True)
+        assert isinstance(result, Trajectory)  # what record=True returns
+        estimate = result.transitions[-1].denoised.x0_hat
+        return torch.cat([torch.where(self.finished, result.x0, estimate), result.x0], dim=1)
+
+
+class StreamingPlanner(DiffusionPlanner):
+    """A diffusion policy whose plans roll: K evaluations per chunk, from a buffer per row.
+
+    The denoiser must be trained at such levels: ``spec.level_law="position"``, with the same
+    ``n_action_steps``.
+    A cold row fills its buffer (``streaming.fill``). A row that executed fewer than
+    ``n_action_steps`` actions of its plan, as asynchronous control does, has its buffer noised up
+    to the levels that a tick starts from; one that executed more is filled anew.
+
+    Args:
+        spec: as of :class:`~diffpolicy.policies.diffusion.DiffusionPlanner`, without ``rti``; its
+            solver takes the ticks, and the full sample of ``fill="denoise"``.
+        denoiser: trained, and taking levels per position.
+        normalizer: of the training data.
+        streaming: evaluations per chunk, and how buffers are filled.
+
+    Raises:
+        ValueError: a plan of fewer than two chunks, a network that takes no levels per position,
+            or settings that do not fit.
+    """
+
+    def __init__(
+        self,
+        spec: PolicySpec,
+        denoiser: Denoiser,
+        normalizer: Normalizer,
+        *,
+        streaming: Streaming | None = None,
+    ) -> None:
+        if spec.rti is not None or spec.truncated is not None:
+            raise ValueError(
+                "a streaming policy has neither rti nor truncated: its plans start from its buffer"
+            )
+        if spec.level_law != "position":
+            raise ValueError(
+                "streaming needs a policy trained with level_law='position' (levels that rise "
+                f"along the plan); this one was trained with {spec.level_law!r}"
+            )
+        self.streaming = Streaming() if streaming is None else streaming
+        trained = spec.trained_action_steps
+        if trained is not None and trained != spec.n_action_steps:
+            raise ValueError(
+                f"this policy was trained to stream chunks of {trained} actions; "
+                f"n_action_steps={spec.n_action_steps} would move their boundaries"
+            )
+        self.ramp = Ramp(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
+        super().__init__(spec, denoiser, normalizer)
+        keep, add = renoise_tables(denoiser.process, self.ramp)
+        self._renoise = keep.to(self.device), add.to(self.device)
+        self._constant = self._first_action()
+
+    def _first_action(self) -> Array:
+        """What a buffer that is not sampled begins as, normalised ``[A]``."""
+        constant = self.streaming.constant
+        if constant is None:
+            return np.zeros(self.action_dim, np.float32)
+        if len(constant) != self.action_dim:
+            raise ValueError(
+                f"streaming.constant must have action_dim={self.action_dim} entries, "
+                f"got {len(constant)}"
+            )
+        value = torch.tensor([constant], device=self.device)
+        out: Array = self.normalizer.normalize("action", value)[0].cpu().numpy()
+        return out
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("cold", "warm")
+
+    def loop(self, kind: str = "cold", *, deterministic: bool = False) -> PlanLoop:
+        """The full sample (``"cold"``) or the tick (``"warm"``, a :class:`StreamingLoop`)."""
+        if kind != "warm":
+            return super().loop(kind, deterministic=deterministic)
+        base = super().loop("cold", deterministic=deterministic)
+        return StreamingLoop(
+            base.denoiser,
+            base.normalizer,
+            base.solver,
+            self.ramp.grid(self.streaming.steps_per_chunk),
+            plan_shape=(*base.obs_shape, self.horizon, self.action_dim),
+        )
+
+    @property
+    def nfe_per_chunk(self) -> int:
+        """Network evaluations of a tick."""
+        return self._loops["warm", False].nfe
+
+    def initial_state(self, seeds: Sequence[int]) -> PolicyState:
+        state = super().initial_state(seeds)
+        return state.remember(buffer=np.zeros_like(state.plan))
+
+    def replan(
+        self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False
+    ) -> PolicyState:
+        chosen = state.take(rows)
+        plan, buffer, nfe = self.advance(chosen, deterministic=deterministic)
+        planned = self.adopted(chosen.remember(buffer=buffer), plan, nfe)
+        return state.put(rows, planned)
+
+    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
+        plan, _, nfe = self.advance(state, deterministic=deterministic)
+        return plan, nfe
+
+    @torch.inference_mode()
+    def advance(
+        self, state: PolicyState, *, deterministic: bool = False
+    ) -> tuple[Array, Array, Array]:
+        """One tick of every row.
+
+        Args:
+            state: memory of n rows.
+            deterministic: as in :meth:`act`.
+
+        Returns:
+            Plans and buffers ``[n, H, A]``, normalised, and network evaluations ``[n]``.
+        """
+        stale = state.cursor > self.n_obs_steps - 1 + self.n_action_steps
+        cold = ~state.warm | stale
+        sampled = cold & (self.streaming.fill == "denoise")
+        plans, buffers = np.empty_like(state.plan), np.empty_like(state.plan)
+        nfe = np.empty(len(state), np.int64)
+        for kind, chosen in (("cold", sampled), ("warm", ~sampled)):
+            rows = np.flatnonzero(chosen)
+            if len(rows):
+                tick = self._sampled if kind == "cold" else self._rolled
+                plans[rows], buffers[rows] = tick(state.take(rows), cold[rows], deterministic)
+                nfe[rows] = self._loops[kind, deterministic].nfe
+        return plans, buffers, nfe
+
+    def _sampled(self, state: PolicyState, cold: Array, deterministic: bool) -> tuple[Array, Array]:
+        """A full sample, as a policy without streaming draws it, and a buffer made of it."""
+        loop = self._loops["cold", deterministic]
+        noise = self.draw_noise(state, loop.draws + 1, deterministic)
+        plan = loop(self._history(state), noise[-1], noise[:-1])
+        buffer = self._noised(plan, 0.0, noise[-1])
+        return plan.cpu().numpy(), buffer.cpu().numpy()
+
+    def _rolled(self, state: PolicyState, cold: Array, deterministic: bool) -> tuple[Array, Array]:
+        """One tick of buffers moved up by the steps executed; those of cold rows are filled."""
+        loop = self._loops["warm", deterministic]
+        noise = self.draw_noise(state, loop.draws + 1, deterministic)
+        steps = np.minimum(self.executed(state), self.n_action_steps)
+        moved = torch.from_numpy(steps).to(self.device)
+        buffer = shift_plan(torch.from_numpy(state.memory["buffer"]).to(self.device), moved)
+        keep, add = self._renoise
+        buffer = keep[moved] * buffer + add[moved] * noise[-1]
+        if cold.any():
+            start = torch.from_numpy(self._constant).to(self.device).expand_as(buffer)
+            filled = self._noised(start, 1.0, noise[-1])
+            chosen = torch.from_numpy(cold).to(self.device)[:, None, None]
+            buffer = torch.where(chosen, filled, buffer)
+        both = loop(self._history(state), buffer, noise[:-1]).cpu().numpy()
+        return both[:, : self.horizon], both[:, self.horizon :]
+
+    def _noised(self, x0: Tensor, phase: float, noise: Tensor) -> Tensor:
+        """A clean plan noised to the levels of a tick's start (phase 1) or end (0)."""
+        t = self.ramp.levels(torch.full((1, 1, 1), phase, dtype=torch.float64))
+        return truncated_start(self.denoiser.process, x0, t, noise).x
+
+    def _history(self, state: PolicyState) -> Tensor:
+        return torch.from_numpy(state.history).to(self.device)
+
+
+def renoise_tables(process: GaussianProcess, ramp: Ramp) -> tuple[Tensor, Tensor]:
+    """Weights that bring a shifted buffer to the levels from which a tick starts.
+
+    After a shift by e the state x at position p has level t and goes to level ``t' >= t`` by the
+    forward process: ``r x + sqrt(sigma'^2 - r^2 sigma^2) noise`` with ``r = alpha' / alpha``. After
+    e = Ta that moves the past positions only: the others are where the next tick wants them.
+    Positions from beyond the buffer become pure noise.
+
+    Returns:
+        Weights of the shifted buffer and of standard normal noise, float32 ``[Ta + 1, H, 1]`` by e.
+    """
+    start, end = (ramp.levels(torch.full((1, 1), p, dtype=torch.float64))[:, 0] for p in (1.0, 0.0))
+    position = torch.arange(ramp.horizon) + torch.arange(ramp.n_action_steps + 1)[:, None]
+    inside = position < ramp.horizon
+    source = torch.where(inside, end[position.clamp(max=ramp.horizon - 1)], 1.0)
+    ratio = process.alpha(start) / process.alpha(source)
+    spread = process.sigma(start).square() - (ratio * process.sigma(source)).square()
+    same, prior = inside & (source == start), (start >= 1).expand_as(inside)
+    keep = torch.where(same, 1.0, torch.where(prior, 0.0, ratio))
+    add = torch.where(prior, process.sigma(start), spread.clamp_min(0).sqrt())
+    add = torch.where(same, 0.0, add)
+    return keep[..., None].float(), add[..., None].float()

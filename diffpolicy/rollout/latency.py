@@ -1,0 +1,412 @@
+"""Any chunked policy under simulated inference latency, so that a score can be had per latency.
+
+Control ticks every ``control_ms``. A plan made from the observation of tick ``k`` that takes ``L``
+milliseconds is there at tick ``k + d``, ``d = ceil(L / control_ms)``; until then the robot goes on
+with its old plan. Nothing here waits: the world of a simulator stands still while a plan is
+computed, and the delay is put back by holding the plan from the robot for ``d`` ticks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """The plans whose latency is asked for; every array has a row per plan.
+
+    Attributes:
+        seed: stream of the row's randomness ``[n]``.
+        number: plans drawn from that stream before this one ``[n]``.
+        warm: the row had a plan of its episode to start from ``[n]``.
+        nfe: network evaluations that the plan took ``[n]``.
+    """
+
+    seed: Array
+    number: Array
+    warm: Array
+    nfe: Array
+
+
+Latency = Callable[[PlanRequest], Any]
+
+
+@dataclass(frozen=True)
+class LinearLatency:
+    """Latency that grows with the network evaluations a plan took.
+
+    Args:
+        base_ms: of a plan without any evaluation.
+        per_nfe_ms: of each evaluation.
+    """
+
+    base_ms: float
+    per_nfe_ms: float
+
+    def __call__(self, request: PlanRequest) -> Array:
+        """Milliseconds ``[n]``."""
+        total: Array = self.base_ms + self.per_nfe_ms * np.asarray(request.nfe, np.float64)
+        return total
+
+
+@dataclass(frozen=True)
+class DelayedState:
+    """Memory of a :class:`DelayedPolicy` for N rows.
+
+    Attributes:
+        running: the policy's memory with the plan that is being executed.
+        pending: the same with the plan that is under way, advanced tick by tick as if it were
+            executed already; of no meaning in rows with ``wait`` 0.
+        wait: ticks until the pending plan is there, 0 = none is under way ``[N]``.
+        expected: ticks that the next plan is expected to take, cold and warm ``[N, 2]``.
+        action: action of the last tick in environment units ``[N, A]``.
+        acted: the episode has had an action ``[N]``.
+        totals: sums over all ticks of a row, see :meth:`DelayedPolicy.statistics`.
+    """
+
+    running: PolicyState
+    pending: PolicyState
+    wait: Array
+    expected: Array
+    action: Array
+    acted: Array
+    totals: Mapping[str, Array]
+
+    def __len__(self) -> int:
+        return len(self.wait)
+
+    @property
+    def nfe(self) -> Array:
+        """Network evaluations so far ``[N]``, those of a plan under way included."""
+        return np.where(self.wait > 0, self.pending.nfe, self.running.nfe)
+
+    @property
+    def plans(self) -> Array:
+        """Plans begun so far ``[N]``."""
+        return np.where(self.wait > 0, self.pending.plans, self.running.plans)
+
+    @property
+    def seam_jump(self) -> Array:
+        """Mean action jump where a plan replaced another ``[N]``, environment units; 0: none."""
+        mean: Array = self.totals["seam_sum"] / np.maximum(self.totals["seams"], 1)
+        return mean
+
+    def take(self, rows: Array | Sequence[int]) -> DelayedState:
+        """The state of some rows (indices or a bool mask)."""
+        totals = {name: value[rows] for name, value in self.totals.items()}
+        return DelayedState(
+            self.running.take(rows),
+            self.pending.take(rows),
+            **{name: getattr(self, name)[rows] for name in _ARRAYS},
+            totals=totals,
+        )
+
+    def put(self, rows: Array | Sequence[int], other: DelayedState) -> DelayedState:
+        """This state with ``rows`` replaced by those of ``other``."""
+        return DelayedState(
+            self.running.put(rows, other.running),
+            self.pending.put(rows, other.pending),
+            **{n: _merged(getattr(self, n), rows, getattr(other, n)) for n in _ARRAYS},
+            totals={k: _merged(v, rows, other.totals[k]) for k, v in self.totals.items()},
+        )
+
+
+_ARRAYS = ("wait", "expected", "action", "acted")
+_SUMS = ("ticks", "starved", "adopted", "seams", "inner")
+_JUMPS = ("seam_sum", "seam_max", "inner_sum", "inner_max")
+
+
+class DelayedPolicy:
+    """A chunked policy whose plans come late; it has ``initial_state``, ``act`` and ``forget``.
+
+    - At most one plan of a row is under way. The next is begun when none is and the running one is
+      due (``replan="due"``: ``n_action_steps`` ticks after its observation), or at once
+      (``replan="always"``).
+    - Meanwhile the old plan goes on, past its ``n_action_steps``. Beyond its end the row is starved
+      and gets ``on_starve``; such ticks are counted.
+    - A plan is adopted aligned in time: actions whose tick has passed are skipped
+      (``arrival="aligned"``); or it is executed from its start, late as it is
+      (``arrival="start"``), as control loops do that know nothing of the delay.
+    - Before planning, the memory's ``delay`` is set to the ticks that the plan is expected to take
+      (the last plan of its kind, cold or warm; at first what ``latency_ms`` says of a warm plan
+      with the evaluations of the first plan), for policies that freeze them; to 0 with
+      ``arrival="start"``, where no action is skipped, so none is to be frozen. Its cursor stands
+      where the running plan stood at the observation, so that a warm start shifts by the ticks
+      between two observations.
+    - The first plan of an episode is free: the robot stands still until it has one, and time starts
+      then. That is so for every method, so none is charged for its cold start.
+
+    With a latency of 0 the actions are those of ``policy``, bit for bit.
+
+    Args:
+        policy: the policy to delay.
+        latency_ms: of a plan in milliseconds, <= 0 for none: a number; ``{"cold": x, "warm": y}``,
+            by whether the row had a plan to start from when planning began; or a pure function of
+            a :class:`PlanRequest` to ``[n]`` numbers, e.g. :class:`LinearLatency`.
+        control_ms: milliseconds between two control ticks.
+        on_starve: ``"hold"`` repeats the row's last action; or a safe action ``[A]`` in environment
+            units.
+        replan: when the next plan is begun, ``"due"`` or ``"always"``.
+        arrival: where a late plan is joined, ``"aligned"`` or ``"start"``.
+
+    Raises:
+        ValueError: a latency, period, safe action, ``replan`` or ``arrival`` that is none.
+    """
+
+    def __init__(
+        self,
+        policy: ChunkedPolicy,
+        latency_ms: float | Mapping[str, float] | Latency,
+        control_ms: float,
+        *,
+        on_starve: Literal["hold"] | Sequence[float] | Array = "hold",
+        replan: Literal["due", "always"] = "due",
+        arrival: Literal["aligned", "start"] = "aligned",
+    ) -> None:
+        if not 0 < control_ms < np.inf:
+            raise ValueError(
+                f"control_ms must be a positive number of milliseconds, got {control_ms}"
+            )
+        if replan not in ("due", "always"):
+            raise ValueError(f"replan must be 'due' or 'always', got {replan!r}")
+        if arrival not in ("aligned", "start"):
+            raise ValueError(f"arrival must be 'aligned' or 'start', got {arrival!r}")
+        self.policy, self.control_ms, self.replan = policy, float(control_ms), replan
+        self.aligned = arrival == "aligned"
+        self.latency = _latency(latency_ms)
+        self.safe_action = None if _is_hold(on_starve) else self._safe(on_starve)
+        self.max_delay = policy.horizon - policy.n_obs_steps + 1  # a plan is stale from here on
+
+    def _safe(self, action: Any) -> Array:
+        safe = np.asarray(action, np.float64)
+        if safe.shape != (self.policy.action_dim,) or not np.isfinite(safe).all():
+            raise ValueError(
+                f"on_starve must be 'hold' or {self.policy.action_dim} finite numbers (action_dim, "
+                f"environment units), got {action!r}"
+            )
+        return safe
+
+    def initial_state(self, seeds: Sequence[int]) -> DelayedState:
+        """Memory for ``len(seeds)`` environments at the start of an episode."""
+        count = len(seeds)
+        running = self.policy.initial_state(seeds)
+        totals = {name: np.zeros(count, np.int64) for name in _SUMS}
+        totals |= {name: np.zeros(count, np.float64) for name in _JUMPS}
+        return DelayedState(
+            running=running,
+            pending=running,
+            wait=np.zeros(count, np.int64),
+            expected=np.zeros((count, 2), np.int64),
+            action=np.zeros((count, self.policy.action_dim), np.float64),
+            acted=np.zeros(count, bool),
+            totals={**totals, "delays": np.zeros((count, self.max_delay + 1), np.int64)},
+        )
+
+    def forget(
+        self, state: DelayedState, done: Array, seeds: Sequence[int] | None = None
+    ) -> DelayedState:
+        """Make rows cold for a new episode; a plan under way is dropped, the totals go on.
+
+        Args:
+            state: memory of N rows.
+            done: bool ``[N]``, the rows to reset.
+            seeds: new random streams for those rows, as in ``ChunkedPolicy.forget``.
+        """
+        done = np.asarray(done, bool)
+        busy = np.flatnonzero(state.wait > 0)
+        spent = state.pending.take(busy)  # what was drawn and spent stays drawn and spent
+        current = replace(
+            state.running.take(busy), counter=spent.counter, nfe=spent.nfe, plans=spent.plans
+        )
+        running = self.policy.forget(state.running.put(busy, current), done, seeds=seeds)
+        rows = np.flatnonzero(done)
+        cleared = self.initial_state(running.seed[rows].tolist())
+        old = state.take(rows)
+        fresh = replace(cleared, running=running.take(rows), totals=old.totals)
+        return state.put(rows, fresh)
+
+    def act(
+        self, obs: Array, state: DelayedState, *, deterministic: bool = False
+    ) -> tuple[Array, DelayedState]:
+        """One action per environment.
+
+        Args:
+            obs: ``[N, O]``.
+            state: memory of N rows.
+            deterministic: as in ``ChunkedPolicy.act``.
+
+        Returns:
+            Actions ``[N, A]`` in environment units, and the new memory.
+
+        Raises:
+            ValueError: wrong shape or non-finite observations, or a latency that is no number.
+        """
+        policy = self.policy
+        running, pending = policy.observe(obs, state.running), state.pending
+        busy = np.flatnonzero(state.wait > 0)
+        if len(busy):
+            # The pending plan lives through the same ticks as the running one, so whatever a
+            # policy does in `observe` and `execute` has been done when the plan is adopted.
+            shadow = policy.observe(np.asarray(obs)[busy], pending.take(busy))
+            pending = pending.put(busy, shadow)
+        wait = np.maximum(state.wait - 1, 0)
+        adopted = (state.wait > 0) & (wait == 0)
+        if adopted.any():
+            running = running.put(adopted, pending.take(adopted))
+        state = replace(state, running=running, pending=pending, wait=wait)
+
+        due = wait == 0
+        if self.replan == "due":
+            due = due & policy.needs_plan(running)
+        if due.any():
+            state, at_once = self._begin(state, np.flatnonzero(due), deterministic)
+            adopted[at_once] = True
+        return self._execute(state, adopted)
+
+    def statistics(self, state: DelayedState) -> dict[str, Any]:
+        """Totals over all rows and episodes of a state, ready for JSON.
+
+        Returns:
+            ``ticks``, ``starved_ticks``, ``plans`` begun, ``adopted``, ``nfe``; ``delays``: how
+            many plans took 0, 1, ... ticks (the last entry: so many that nothing of the plan was
+            left), first plans left out; ``seam_jump`` and ``plan_jump``: mean and max Euclidean
+            length (environment units) of ``a(k) - a(k - 1)`` where a plan was adopted at tick
+            ``k``, and within plans.
+        """
+        sums = {name: state.totals[name].sum() for name in (*_SUMS, "seam_sum", "inner_sum")}
+        most = {name: state.totals[name].max(initial=0) for name in ("seam_max", "inner_max")}
+
+        def jump(kind: str, count: str) -> dict[str, float]:
+            mean = float(sums[f"{kind}_sum"] / max(sums[count], 1))
+            return {"mean": mean, "max": float(most[f"{kind}_max"]), "count": int(sums[count])}
+
+        return {
+            "ticks": int(sums["ticks"]),
+            "starved_ticks": int(sums["starved"]),
+            "plans": int(np.sum(state.plans)),
+            "adopted": int(sums["adopted"]),
+            "nfe": int(np.sum(state.nfe)),
+            "delays": state.totals["delays"].sum(axis=0).tolist(),
+            "seam_jump": jump("seam", "seams"),
+            "plan_jump": jump("inner", "inner"),
+        }
+
+    def _begin(
+        self, state: DelayedState, rows: Array, deterministic: bool
+    ) -> tuple[DelayedState, Array]:
+        """Begins plans for ``rows``; also the rows whose plan is there at once."""
+        before = state.running.take(rows)
+        kind = before.warm.astype(np.int64)
+        expected = state.expected[rows, kind]
+        first = ~state.acted[rows]
+        skipped = np.where(first | (not self.aligned), 0, np.minimum(expected, self.max_delay))
+        snapshot = replace(before, delay=skipped)
+        planned = self.policy.replan(snapshot, np.arange(len(rows)), deterministic=deterministic)
+        request = PlanRequest(before.seed, before.counter, before.warm, planned.nfe - before.nfe)
+        measured = self._ticks(self.latency(request), len(rows))
+        expectations = state.expected[rows]
+        expectations[np.arange(len(rows)), kind] = measured
+        warm = self._ticks(self.latency(replace(request, warm=np.ones_like(first))), len(rows))
+        expectations[first, 1] = warm[first]  # until a warm plan was measured
+        histogram = state.totals["delays"].copy()
+        counted = np.flatnonzero(~first)
+        histogram[rows[counted], np.minimum(measured[counted], self.max_delay)] += 1
+        delay = np.where(first, 0, measured)
+        late, at_once = delay > 0, delay == 0
+        new = replace(
+            state,
+            running=state.running.put(rows[at_once], planned.take(at_once)),
+            pending=state.pending.put(rows[late], planned.take(late)),
+            wait=_merged(state.wait, rows, delay),
+            expected=_merged(state.expected, rows, expectations),
+            totals={**state.totals, "delays": histogram},
+        )
+        return new, rows[at_once]
+
+    def _execute(self, state: DelayedState, adopted: Array) -> tuple[Array, DelayedState]:
+        starved = state.running.cursor >= self.policy.horizon
+        actions, running = self.policy.execute(state.running)
+        pending = state.pending
+        busy = np.flatnonzero(state.wait > 0)
+        if len(busy) and self.aligned:
+            _, shadow = self.policy.execute(pending.take(busy))
+            pending = pending.put(busy, shadow)
+        if starved.any():
+            instead = state.action if self.safe_action is None else self.safe_action
+            # A policy's first plan has an action for its first tick, so there is one to hold.
+            actions = np.where(starved[:, None], instead, actions).astype(actions.dtype)
+        new = replace(
+            state,
+            running=running,
+            pending=pending,
+            action=np.asarray(actions, np.float64),
+            acted=np.ones_like(state.acted),
+            totals=self._counted(state, actions, adopted, starved),
+        )
+        return actions, new
+
+    def _counted(
+        self, state: DelayedState, actions: Array, adopted: Array, starved: Array
+    ) -> dict[str, Array]:
+        totals = dict(state.totals)
+        jump = np.linalg.norm(actions - state.action, axis=1)
+        known = state.acted & ~starved  # a held action makes no jump of a plan's
+        seam, inner = known & adopted, known & ~adopted
+        totals["ticks"] = totals["ticks"] + 1
+        totals["starved"] = totals["starved"] + starved
+        totals["adopted"] = totals["adopted"] + adopted
+        for name, count, rows in (("seam", "seams", seam), ("inner", "inner", inner)):
+            totals[count] = totals[count] + rows
+            totals[f"{name}_sum"] = totals[f"{name}_sum"] + np.where(rows, jump, 0)
+            totals[f"{name}_max"] = np.maximum(totals[f"{name}_max"], np.where(rows, jump, 0))
+        return totals
+
+    def _ticks(self, latency_ms: Any, count: int) -> Array:
+        values = np.asarray(latency_ms, np.float64)
+        if values.shape not in ((), (count,)) or np.isnan(values).any():
+            raise ValueError(
+                f"latency_ms must return a number of milliseconds per plan, [{count}]; got "
+                f"{latency_ms!r}"
+            )
+        # A latency of 0.15 s at a period of 0.05 s is 3 ticks, not the 4 that rounding may make.
+        ticks = np.ceil(np.maximum(values, 0) / self.control_ms * (1 - 1e-12))
+        ceiling = np.iinfo(np.int32).max
+        return np.broadcast_to(np.minimum(ticks, ceiling).astype(np.int64), (count,))
+
+
+def _merged(mine: Array, rows: Array | Sequence[int], theirs: Array) -> Array:
+    out = mine.copy()
+    out[rows] = theirs
+    return out
+
+
+def _is_hold(value: Any) -> bool:
+    if isinstance(value, str) and value != "hold":
+        raise ValueError(f"on_starve must be 'hold' or a safe action, got {value!r}")
+    return isinstance(value, str)
+
+
+def _latency(value: float | Mapping[str, float] | Latency) -> Latency:
+    if callable(value):
+        return value
+    if isinstance(value, Mapping):
+        if set(value) != {"cold", "warm"}:
+            raise ValueError(
+                f"latency_ms as a mapping needs exactly 'cold' and 'warm', got {sorted(value)}"
+            )
+        cold, warm = _number(value["cold"]), _number(value["warm"])
+        return lambda request: np.where(request.warm, warm, cold)
+    constant = _number(value)
+    return lambda request: np.full(len(request.seed), constant)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool | str) or not np.isfinite(float(value)):
+        raise ValueError(f"a latency must be a finite number of milliseconds, got {value!r}")
+    return float(value)

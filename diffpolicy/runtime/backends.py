@@ -1,0 +1,210 @@
+"""Ways to run a whole sampling loop: each builder turns a loop module into a plain callable.
+
+A builder takes the module and example inputs of the one batch size that it will be called with, and
+returns a function of the same tensors. Nothing here checks shapes or pads rows; that is
+:mod:`diffpolicy.runtime.compile`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpolicy.runtime.exported import cpu_session
+
+Run = Callable[..., Tensor]  # of the example's tensors, in their order
+Builder = Callable[[nn.Module, Sequence[Tensor], int], Run]
+
+# The packages that a backend cannot do without, and the extra that brings them.
+REQUIRES = {
+    "onnxruntime": (("onnx", "onnxruntime"), "onnx"),
+    "openvino": (("onnx", "openvino"), "openvino"),
+}
+OPSET = 17  # the first with LayerNormalization; old enough for every runtime in use
+
+
+def need(package: str, extra: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+        ImportError: it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ImportError(
+            f"this needs the package {package!r}, which is not installed; "
+            f'run: pip install "diffpolicy[{extra}]"'
+        ) from None
+
+
+def missing(backend: str) -> list[str]:
+    """The packages that ``backend`` lacks here."""
+    packages, _ = REQUIRES.get(backend, ((), ""))
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
+def eager(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
+    """PyTorch as it is, without autograd."""
+    return _inference(module)
+
+
+def inductor(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
+    """``torch.compile`` of the whole loop; builds for minutes, needs a C++ compiler on the CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch deprecates what its own compiler imports
+        run = _inference(torch.compile(module, dynamic=False))  # type: ignore[arg-type]
+        for _ in range(2):
+            run(*example)
+    return run
+
+
+def cuda_graph(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
+    """Every kernel of the whole loop recorded once as one CUDA graph, then replayed.
+
+    Inputs are copied into fixed buffers, so the launches of K steps cost as much as one.
+
+    Raises:
+        ValueError: the loop is not on a CUDA device.
+    """
+    device = example[0].device
+    if device.type != "cuda":
+        raise ValueError(
+            f"backend 'cuda_graph' records CUDA kernels, and this policy is on {device}; load it "
+            "with device='cuda', or use 'onnxruntime' or 'openvino' on a CPU"
+        )
+    buffers = [tensor.clone() for tensor in example]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.no_grad():
+        # Libraries pick kernels and allocate workspaces in their first calls, which must not be
+        # recorded; PyTorch asks for a stream of its own for these warm-up calls.
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                module(*buffers)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            output: Tensor = module(*buffers)
+
+    def run(*inputs: Tensor) -> Tensor:
+        for buffer, tensor in zip(buffers, inputs, strict=True):
+            buffer.copy_(tensor, non_blocking=True)
+        graph.replay()
+        return output.clone()  # the next replay overwrites it
+
+    return run
+
+
+def onnxruntime(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
+    """The whole loop as one ONNX graph on ONNX Runtime's CPU provider."""
+    _on_cpu("onnxruntime", example)
+    names = [f"input_{i}" for i in range(len(example))]
+    session = cpu_session(to_onnx(module, example, names, ["plan"]), threads)
+    wanted = {entry.name for entry in session.get_inputs()}
+
+    def run(*inputs: Tensor) -> Tensor:
+        pairs = zip(names, inputs, strict=True)
+        feed = {name: tensor.contiguous().numpy() for name, tensor in pairs if name in wanted}
+        return torch.from_numpy(session.run(None, feed)[0])
+
+    return run
+
+
+def openvino(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
+    """The whole loop as one ONNX graph, compiled by OpenVINO for this CPU in float32."""
+    _on_cpu("openvino", example)
+    core = need("openvino", "openvino").Core()
+    names = [f"input_{i}" for i in range(len(example))]
+    model = core.read_model(to_onnx(module, example, names, ["plan"]))
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # the default may be bfloat16, which misses 1e-4
+    }
+    request = core.compile_model(model, "CPU", options).create_infer_request()
+    wanted = {name for port in model.inputs for name in port.get_names()}
+
+    def run(*inputs: Tensor) -> Tensor:
+        pairs = zip(names, inputs, strict=True)
+        feed = {name: tensor.contiguous().numpy() for name, tensor in pairs if name in wanted}
+        result = request.infer(feed, share_inputs=True, share_outputs=True)
+        return torch.from_numpy(result[0].copy())  # the next call overwrites the shared output
+
+    return run
+
+
+BUILDERS: Mapping[str, Builder] = {
+    "eager": eager,
+    "torch.compile": inductor,
+    "cuda_graph": cuda_graph,
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
+}
+
+
+def to_onnx(
+    module: nn.Module,
+    example: Sequence[Tensor],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    *,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+) -> bytes:
+    """A module as the bytes of an ONNX file.
+
+    PyTorch's tracing exporter is used: the loop has no control flow that depends on data, and the
+    newer ``torch.export`` route takes ten times as long for the same graph.
+
+    Args:
+        module: to be traced in inference mode.
+        example: its inputs.
+        inputs: their names; the exporter leaves inputs that do not matter out of the file.
+        outputs: names of its outputs.
+        dynamic: free axes by name of input or output, e.g. ``{"plan": {0: "batch"}}``.
+
+    Raises:
+        ImportError: the package ``onnx`` is missing.
+    """
+    need("onnx", "onnx")
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        # Shape checks are Python branches on constants, which the tracer reports one by one, and
+        # the exporter announces its successor.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            tuple(example),
+            buffer,  # type: ignore[arg-type]
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_axes={k: dict(v) for k, v in dynamic.items()} if dynamic else None,
+        )
+    return buffer.getvalue()
+
+
+def _inference(module: nn.Module) -> Run:
+    def run(*inputs: Tensor) -> Tensor:
+        with torch.inference_mode():
+            output: Tensor = module(*inputs)
+            return output
+
+    return run
+
+
+def _on_cpu(backend: str, example: Sequence[Tensor]) -> None:
+    device = example[0].device
+    if device.type != "cpu":
+        raise ValueError(
+            f"backend {backend!r} runs on the CPU, and this policy is on {device}; load it with "
+            "device='cpu', or use 'cuda_graph'"
+        )

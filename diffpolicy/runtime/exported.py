@@ -1,0 +1,307 @@
+"""Run an exported policy with NumPy and ONNX Runtime alone: no PyTorch where the robot is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+FORMAT, VERSION = "diffpolicy-export", 1
+CONTRACT = "contract.json"
+
+
+class ExportedPlan(NamedTuple):
+    """A plan for each row.
+
+    Attributes:
+        plan: ``[n, H, A]`` normalised.
+        actions: ``[n, Ta, A]`` to execute, in environment units within bounds; the first belongs to
+            the step of the newest observation.
+        buffer: ``[n, H, A]`` of a streaming policy, else ``None``.
+    """
+
+    plan: Array
+    actions: Array
+    buffer: Array | None = None
+
+
+class ExportedPolicy:
+    """A policy written by ``diffpolicy export``.
+
+    Rows are cut and padded to the batch size of the file, unless that is free.
+
+    Example:
+        >>> policy = load_exported("exported/pusht")
+        >>> actions = policy.plan(history).actions[0]  # history [1, To, O]
+        >>> later = policy.plan(history, executed=4)  # warm, four actions on
+
+    Args:
+        path: the directory.
+        threads: CPU threads.
+        seed: of the noise that is drawn where the caller gives none.
+
+    Attributes:
+        contract: what ``contract.json`` says.
+
+    Raises:
+        ValueError: not an export, one of another version, or a file that is missing or was changed.
+        ImportError: the package ``onnxruntime`` is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, threads: int = 1, seed: int = 0) -> None:
+        folder = Path(path)
+        self.contract = read_contract(folder)
+        self._sessions = {
+            kind: _session(folder, entry, threads) for kind, entry in self.contract["loops"].items()
+        }
+        self._generator = np.random.default_rng(seed)
+        self._last: Array | None = None
+        self._warm: npt.NDArray[np.bool_] = np.zeros(0, bool)
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Forget the last plan of ``rows`` (of all when absent): their next plan is cold."""
+        self._warm[slice(None) if rows is None else list(rows)] = False
+
+    def plan(
+        self, history: Array, *, executed: int | Array | None = None, noise: Array | None = None
+    ) -> ExportedPlan:
+        """Plan for every row: warm where the row has a plan since :meth:`reset`, else cold.
+
+        Args:
+            history: raw observations ``[n, To, O]``, oldest first; the same rows at every call.
+            executed: steps executed since the last plan, one number or ``[n]`` (Ta when absent).
+                A policy that plans anew when its observation jumps looks for jumps within
+                ``history`` here; call :meth:`reset` for jumps between two calls.
+            noise: standard normal ``[R, n, H, A]`` with R at least what the loops need; drawn from
+                ``seed`` when absent.
+
+        Raises:
+            ValueError: wrong shapes or values that are not finite.
+        """
+        history = self._checked("history", history)
+        count = len(history)
+        if len(self._warm) != count or "warm" not in self._sessions:
+            self._warm, self._last = np.zeros(count, bool), None
+        sizes = self.contract["policy"]
+        shift = np.array(
+            np.broadcast_to(
+                np.asarray(sizes["n_action_steps"] if executed is None else executed), (count,)
+            )
+        )
+        warm = self._usable(history, shift)
+        parts: list[tuple[Array, ExportedPlan]] = []
+        for kind, rows in (("cold", np.flatnonzero(~warm)), ("warm", np.flatnonzero(warm))):
+            if len(rows):
+                last = None if self._last is None else self._last[rows]
+                given = None if noise is None else np.asarray(noise)[: self.draws(kind), rows]
+                parts.append((rows, self.solve(kind, history[rows], last, shift[rows], given)))
+        solved = _joined(parts)
+        carried = solved.buffer if solved.buffer is not None else solved.plan
+        self._last, self._warm = carried.copy(), np.ones(count, bool)
+        return solved
+
+    def _usable(self, history: Array, shift: Array) -> npt.NDArray[np.bool_]:
+        """Rows to be planned warm; limits ``shift`` to what the warm loop takes."""
+        warm = self._warm.copy()
+        if "warm" not in self._sessions:
+            return warm
+        entry, limits = self._entry("warm"), self.contract["cold_if_step_exceeds"]
+        if entry["carries"] == "buffer":
+            warm &= shift <= entry["max_shift"]  # its levels belong to that many steps
+        np.minimum(shift, entry["max_shift"], out=shift)
+        if limits is not None:
+            steps = np.abs(np.diff(history, axis=1))
+            warm &= ~(steps > np.asarray(limits, np.float32)).any((1, 2))
+        return warm
+
+    def draws(self, kind: str) -> int:
+        """Slices of noise R that the loop of this kind needs."""
+        return int(self._entry(kind)["draws"])
+
+    def solve(
+        self,
+        kind: str,
+        history: Array,
+        last: Array | None = None,
+        shift: Array | None = None,
+        noise: Array | None = None,
+    ) -> ExportedPlan:
+        """One call of a loop; remembers nothing.
+
+        Args:
+            kind: ``"cold"`` or ``"warm"``.
+            history: raw observations ``[n, To, O]``.
+            last: the last plan, or buffer, as returned ``[n, H, A]`` (warm only).
+            shift: steps executed since it was made ``[n]`` (warm only).
+            noise: standard normal ``[R, n, H, A]``; drawn when absent.
+
+        Raises:
+            ValueError: an unknown kind, a missing input, wrong shapes or values not finite.
+        """
+        entry = self._entry(kind)
+        history = self._checked("history", history)
+        count = len(history)
+        if noise is None:
+            sizes = self.contract["policy"]
+            shape = (entry["draws"], count, sizes["horizon"], sizes["action_dim"])
+            noise = self._generator.standard_normal(shape, np.float32)
+        given = {
+            "history": history,
+            f"last_{entry['carries']}": last,
+            "shift": shift,
+            "noise": noise,
+        }
+        feed = {}
+        for port in entry["inputs"]:
+            value = given[port["name"]]
+            if value is None:
+                raise ValueError(f"the {kind} loop of this policy needs {port['name']!r}")
+            feed[port["name"]] = _fitted(port, value, count)
+        size = count if self.contract["batch"]["dynamic"] else self.contract["batch"]["size"]
+        session = self._sessions[kind]
+        results = [
+            [out[: min(size, count - first)] for out in session.run(None, _rows(feed, first, size))]
+            for first in range(0, count, max(size, 1))
+        ]
+        return ExportedPlan(*(np.concatenate(parts) for parts in zip(*results, strict=True)))
+
+    def _entry(self, kind: str) -> Mapping[str, Any]:
+        loops: Mapping[str, Mapping[str, Any]] = self.contract["loops"]
+        if kind not in loops:
+            raise ValueError(f"this export has no {kind!r} loop; it has {sorted(loops)}")
+        return loops[kind]
+
+    def _checked(self, name: str, value: Array) -> Array:
+        sizes = self.contract["policy"]
+        shape = (sizes["n_obs_steps"], sizes["obs_dim"])
+        value = np.asarray(value, np.float32)
+        if value.ndim != 3 or value.shape[1:] != shape or len(value) == 0:
+            raise ValueError(
+                f"{name} must be [n, {shape[0]}, {shape[1]}] (rows, observation steps, obs_dim) "
+                f"with n at least 1, got {list(value.shape)}"
+            )
+        if not np.isfinite(value).all():
+            raise ValueError(f"{name} holds values that are not finite")
+        return value
+
+
+def load_exported(
+    path: str | os.PathLike[str], *, threads: int = 1, seed: int = 0
+) -> ExportedPolicy:
+    """Read an exported policy, verifying every hash; see :class:`ExportedPolicy`."""
+    return ExportedPolicy(path, threads=threads, seed=seed)
+
+
+def read_contract(folder: Path) -> dict[str, Any]:
+    """The contract of an export.
+
+    Raises:
+        ValueError: there is none, it is of another version, or it was changed after the export.
+    """
+    file = folder / CONTRACT
+    if not file.is_file():
+        raise ValueError(f"{folder} is not an exported policy: it has no {CONTRACT}")
+    try:
+        contract = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); export the policy anew") from None
+    if not isinstance(contract, dict) or contract.get("format") != FORMAT:
+        raise ValueError(f"{file} is not the contract of an exported policy")
+    if contract.get("version") != VERSION:
+        raise ValueError(
+            f"{file} has version {contract.get('version')!r}; this diffpolicy reads {VERSION}. "
+            "Export the policy anew"
+        )
+    if contract.get("checksum") != checksum(contract):
+        raise ValueError(f"{file} was changed after the export; export the policy anew")
+    return contract
+
+
+def checksum(contract: Mapping[str, Any]) -> str:
+    """SHA-256 of a contract without its own ``checksum``."""
+    rest = {k: v for k, v in contract.items() if k != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _session(folder: Path, entry: Mapping[str, Any], threads: int) -> Any:
+    """A session on a file that is what the contract says.
+
+    Raises:
+        ValueError: the file is missing or was changed.
+    """
+    name = entry["file"]
+    file = folder / name
+    if Path(name).name != name or not file.is_file():
+        raise ValueError(f"the contract names {name!r}, which is not a file in {folder}")
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise ValueError(f"{file} is damaged or was changed (its SHA-256 is not the contract's)")
+    session = cpu_session(content, threads)
+    have = sorted(port.name for port in session.get_inputs())
+    want = sorted(port["name"] for port in entry["inputs"])
+    if have != want:
+        raise ValueError(f"{file} takes {have}, the contract says {want}")
+    return session
+
+
+def cpu_session(model: bytes, threads: int) -> Any:
+    """An ONNX Runtime session on the CPU that leaves cores alone while it waits.
+
+    Raises:
+        ImportError: the package ``onnxruntime`` is missing.
+    """
+    try:
+        import onnxruntime  # type: ignore[import-untyped,unused-ignore]
+    except ImportError:
+        raise ImportError(
+            "an exported policy runs on the package 'onnxruntime', which is not installed; "
+            'run: pip install "diffpolicy[onnx]"'
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3  # errors
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _joined(parts: Sequence[tuple[Array, ExportedPlan]]) -> ExportedPlan:
+    """Plans of several groups of rows in the order of the rows."""
+    order = np.argsort(np.concatenate([rows for rows, _ in parts]))
+    plan, actions, buffer = zip(*(plans for _, plans in parts), strict=True)
+    return ExportedPlan(
+        np.concatenate(plan)[order],
+        np.concatenate(actions)[order],
+        None if buffer[0] is None else np.concatenate(buffer)[order],
+    )
+
+
+def _fitted(port: Mapping[str, Any], value: Array, count: int) -> Array:
+    """``value`` in the port's dtype, refused if its shape is not the port's for ``count`` rows."""
+    value = np.ascontiguousarray(value, port["dtype"])
+    shape = tuple(count if size == "batch" else size for size in port["axes"])
+    if value.shape != shape:
+        raise ValueError(f"{port['name']} must be {list(shape)}, got {list(value.shape)}")
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        raise ValueError(f"{port['name']} holds values that are not finite")
+    if value.dtype.kind == "i" and (value < 0).any():
+        raise ValueError(f"{port['name']} must not be negative, got {int(value.min())}")
+    return value
+
+
+def _rows(feed: Mapping[str, Array], first: int, size: int) -> dict[str, Array]:
+    """``size`` rows of every input from ``first`` on; beyond the end the last one is repeated."""
+    out = {}
+    for name, value in feed.items():
+        axis = 1 if name == "noise" else 0
+        index = np.minimum(np.arange(first, first + size), value.shape[axis] - 1)
+        whole = size == value.shape[axis]
+        out[name] = value if whole else np.ascontiguousarray(value.take(index, axis))
+    return out

@@ -1,0 +1,292 @@
+"""What a control loop did: latencies in bounded memory, counts, JSON and a picture."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+_PIP = 'pip install "diffpolicy[media]"'
+_PER_OCTAVE = 128  # buckets per factor of 2: quantiles are exact to 0.6 %
+_LOWEST_NS, _OCTAVES = 16.0, 44  # 16 ns .. 78 hours
+_SCALE = _PER_OCTAVE / math.log(2)
+
+
+@dataclass(frozen=True)
+class LatencySummary:
+    """Quantiles of a latency in milliseconds; all 0 when ``count`` is 0.
+
+    Attributes:
+        count: how many were measured.
+        mean_ms: their mean.
+        p50_ms: median; like the other quantiles exact to 0.6 %.
+        p99_ms: 99 % are not above it.
+        p999_ms: 99.9 % are not above it.
+        max_ms: the longest, exact.
+    """
+
+    count: int = 0
+    mean_ms: float = 0.0
+    p50_ms: float = 0.0
+    p99_ms: float = 0.0
+    p999_ms: float = 0.0
+    max_ms: float = 0.0
+
+
+class LatencyHistogram:
+    """Counts of latencies in buckets of equal ratio, so that a loop may run for months."""
+
+    def __init__(self) -> None:
+        self._buckets = [0] * (_PER_OCTAVE * _OCTAVES + 1)
+        self.count, self._total, self._longest = 0, 0, 0
+
+    def add(self, latency_ns: int) -> None:
+        """Counts one latency in nanoseconds."""
+        self.count += 1
+        self._total += latency_ns
+        if latency_ns > self._longest:
+            self._longest = latency_ns
+        if latency_ns <= _LOWEST_NS:
+            self._buckets[0] += 1
+        else:
+            bucket = int(math.log(latency_ns / _LOWEST_NS) * _SCALE)
+            self._buckets[min(bucket, _PER_OCTAVE * _OCTAVES)] += 1
+
+    def quantile_ms(self, q: float) -> float:
+        """The latency that a fraction ``q`` in [0, 1] of them does not exceed (nearest rank)."""
+        rank = max(math.ceil(q * self.count), 1)
+        seen = 0
+        for index, number in enumerate(self._buckets):
+            seen += number
+            if number and seen >= rank:
+                # The last one is the longest, which is known exactly.
+                middle = _LOWEST_NS * math.exp((index + 0.5) / _SCALE) if index else 0.0
+                return (self._longest if rank == self.count else min(middle, self._longest)) / 1e6
+        return 0.0
+
+    def summary(self) -> LatencySummary:
+        """Mean, quantiles and maximum."""
+        if not self.count:
+            return LatencySummary()
+        return LatencySummary(
+            count=self.count,
+            mean_ms=self._total / self.count / 1e6,
+            p50_ms=self.quantile_ms(0.5),
+            p99_ms=self.quantile_ms(0.99),
+            p999_ms=self.quantile_ms(0.999),
+            max_ms=self._longest / 1e6,
+        )
+
+    def bars(self) -> Iterator[tuple[float, float, int]]:
+        """Buckets with anything in them: (from, to, count), milliseconds."""
+        for index, number in enumerate(self._buckets):
+            if number:
+                low = _LOWEST_NS * math.exp(index / _SCALE) / 1e6 if index else 0.0
+                yield low, _LOWEST_NS * math.exp((index + 1) / _SCALE) / 1e6, number
+
+
+Bars = tuple[tuple[float, float, int], ...]
+
+
+@dataclass(frozen=True)
+class ExecutorReport:
+    """Counts and latencies of a control loop since its executor was made.
+
+    Attributes:
+        rate_hz: ticks per second that were asked for.
+        budget_ms: time within which a plan should be there.
+        ticks: actions given.
+        plans: plans that came from the worker, good or not.
+        nfe: network evaluations of the good ones and of refinements.
+        missed_deadlines: plans that were not there within the budget.
+        starved_ticks: ticks for which no plan had an action left.
+        late_ticks: ticks that began too late.
+        skipped_ticks: ticks that did not take place because the loop had stalled.
+        rejected_actions: actions of a plan that were not finite or out of bounds, at their tick.
+        rejected_plans: plans that were thrown away because they were not usable.
+        stale_plans: plans that were thrown away because all their ticks had passed.
+        worker_crashes: plans that raised.
+        refinements: one-evaluation plans made within a tick.
+        refine_failures: those that raised or were not usable.
+        bad_observations: observations that were not finite or had the wrong shape.
+        sources: ticks by where their action came from.
+        plan_latency: of plans with a warm start.
+        cold_latency: of plans without one.
+        refine_latency: of refinements.
+        tick_overhead: time within a tick apart from the policy and from waiting for it.
+        lateness: how late ticks began.
+        warm_up_ms: latencies of the plans made before the loop began, in order.
+        errors: the last few messages of what went wrong.
+        plan_bars: histogram of ``plan_latency``: (from, to, count), milliseconds.
+        overhead_bars: histogram of ``tick_overhead``.
+    """
+
+    rate_hz: float
+    budget_ms: float
+    ticks: int
+    plans: int
+    nfe: int
+    missed_deadlines: int
+    starved_ticks: int
+    late_ticks: int
+    skipped_ticks: int
+    rejected_actions: int
+    rejected_plans: int
+    stale_plans: int
+    worker_crashes: int
+    refinements: int
+    refine_failures: int
+    bad_observations: int
+    sources: Mapping[str, int]
+    plan_latency: LatencySummary
+    cold_latency: LatencySummary
+    refine_latency: LatencySummary
+    tick_overhead: LatencySummary
+    lateness: LatencySummary
+    warm_up_ms: tuple[float, ...] = ()
+    errors: tuple[str, ...] = ()
+    plan_bars: Bars = field(default=(), repr=False)
+    overhead_bars: Bars = field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+    def to_json(self, path: str | Path) -> Path:
+        """Writes the report, all or nothing.
+
+        Returns:
+            ``path``.
+        """
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            partial.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return target
+
+    def plot(self, path: str | Path, *, title: str = "") -> Path:
+        """Draws the histograms of plan latency and tick overhead, with p50, p99 and the budget.
+
+        Args:
+            path: of the picture; its ending says the format (``.png``, ``.svg``, ``.pdf``).
+            title: above it.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            ImportError: matplotlib is missing (with the pip command).
+            ValueError: nothing was measured yet.
+        """
+        panels = [
+            (name, bars, summary, limit)
+            for name, bars, summary, limit in (
+                ("plan latency", self.plan_bars, self.plan_latency, self.budget_ms),
+                ("tick overhead", self.overhead_bars, self.tick_overhead, None),
+            )
+            if bars
+        ]
+        if not panels:
+            raise ValueError("there is no latency to draw: the loop has had no tick yet")
+        figure_module, canvas_module = _import_matplotlib()
+        figure = figure_module.Figure(figsize=(7, 2.8 * len(panels) + 0.4), layout="constrained")
+        canvas_module.FigureCanvasAgg(figure)
+        if title:
+            figure.suptitle(title)
+        axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for axis, panel in zip(axes, panels, strict=True):
+            _draw(axis, *panel)
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix or '.png'}")
+        try:
+            figure.savefig(partial, dpi=120)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return target
+
+
+class Meter:
+    """Counts what happens in a loop, in memory that does not grow.
+
+    Attributes:
+        counts: the integers of :class:`ExecutorReport`, by name.
+        sources: ticks by where their action came from.
+        plan: latencies of plans with a warm start.
+        cold: of plans without one.
+        refine: of refinements.
+        overhead: time within ticks apart from the policy.
+        lateness: how late ticks began.
+        warm_up_ms: latencies of the plans made before the loop began.
+    """
+
+    def __init__(self, sources: tuple[str, ...]) -> None:
+        self.counts: Counter[str] = Counter()
+        self.sources = dict.fromkeys(sources, 0)
+        self.plan, self.cold, self.refine = (LatencyHistogram() for _ in range(3))
+        self.overhead, self.lateness = LatencyHistogram(), LatencyHistogram()
+        self.warm_up_ms: list[float] = []
+        self._errors: deque[str] = deque(maxlen=10)
+
+    def failed(self, kind: str, message: str) -> None:
+        """Counts a failure and keeps its message."""
+        self.counts[kind] += 1
+        self._errors.append(message[:500])
+
+    def report(self, rate_hz: float, budget_ms: float) -> ExecutorReport:
+        """Everything so far."""
+        numbers = {f.name: self.counts[f.name] for f in fields(ExecutorReport) if f.type == "int"}
+        return ExecutorReport(
+            rate_hz=rate_hz,
+            budget_ms=budget_ms,
+            **numbers,
+            sources=dict(self.sources),
+            plan_latency=self.plan.summary(),
+            cold_latency=self.cold.summary(),
+            refine_latency=self.refine.summary(),
+            tick_overhead=self.overhead.summary(),
+            lateness=self.lateness.summary(),
+            warm_up_ms=tuple(self.warm_up_ms),
+            errors=tuple(self._errors),
+            plan_bars=tuple(self.plan.bars()),
+            overhead_bars=tuple(self.overhead.bars()),
+        )
+
+
+def _draw(axis: Any, name: str, bars: Bars, summary: LatencySummary, limit: float | None) -> None:
+    lows = [max(low, _LOWEST_NS / 2e6) for low, _, _ in bars]
+    widths = [high - low for low, (_, high, _) in zip(lows, bars, strict=True)]
+    axis.bar(lows, [count for _, _, count in bars], widths, align="edge", color="tab:blue")
+    marks = [("p50", summary.p50_ms, "tab:green"), ("p99", summary.p99_ms, "tab:orange")]
+    marks += [] if limit is None else [("budget", limit, "tab:red")]
+    for label, value, color in marks:
+        if value > 0:
+            axis.axvline(value, color=color, linewidth=1, label=f"{label} {value:.3g} ms")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel(f"{name} (ms), n = {summary.count}")
+    axis.set_ylabel("count")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _import_matplotlib() -> tuple[Any, Any]:
+    try:
+        # Figures without pyplot: no global state, and never a window.
+        return (
+            importlib.import_module("matplotlib.figure"),
+            importlib.import_module("matplotlib.backends.backend_agg"),
+        )
+    except ImportError as error:
+        raise ImportError(f"pictures need matplotlib, which cannot be imported: {_PIP}") from error

@@ -1,0 +1,114 @@
+"""The level chooser on policies whose contraction is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from policies_exact_gaussian import DIM, gaussian_planner
+
+from diffpolicy.data.store import EpisodeStore
+from diffpolicy.policies.levels import (
+    Demonstrations,
+    choose_level,
+    demonstrations,
+    observation_step,
+    replay,
+)
+from diffpolicy.policies.rti import RTI
+from diffpolicy.policies.spec import Sampler
+from diffpolicy.policies.truncated import ddim_contraction
+
+
+def walk(std: float, *, jumps: bool, episodes: int = 12, length: int = 30) -> Demonstrations:
+    """Demonstrations of the exact policy: action = observation + noise of ``std``."""
+    rng = np.random.default_rng(0)
+    obs = np.cumsum(0.02 * rng.normal(size=(episodes, length, DIM)), 1)
+    if jumps:  # the second dimension flips between two values, as a gripper does
+        obs[..., 1] = np.where(np.arange(length) // 10 % 2, 0.8, -0.8)
+    action = obs + std * rng.normal(size=obs.shape)
+    valid = np.ones(obs.shape[:2], bool)
+    return Demonstrations(obs.astype(np.float32), action.astype(np.float32), valid)
+
+
+def test_measured_contraction_is_the_closed_form() -> None:
+    std = 0.1
+    planner = gaussian_planner(std, sampler=Sampler(num_steps=50))
+    report = choose_level(
+        planner, walk(std, jumps=False), RTI(1.0, num_steps=3), candidates=(0.1, 0.3, 0.6)
+    )
+    for level in report.levels:
+        rti = RTI(level.t, num_steps=3)
+        grid = rti.grid(planner.denoiser.process)
+        exact = float(ddim_contraction(planner.denoiser.process, grid, torch.tensor(std)))
+        assert level.measured == pytest.approx(exact, rel=1e-3)
+        assert level.predicted == pytest.approx(exact, rel=0.25)  # the std is estimated
+        assert level.retained == pytest.approx(level.measured * report.shift_error)
+
+
+def test_a_dimension_that_jumps_asks_for_a_higher_level() -> None:
+    planner = gaussian_planner(0.1, sampler=Sampler(num_steps=10))
+    rti = RTI(1.0, num_steps=3)
+    calm, jumping = (
+        choose_level(planner, walk(0.1, jumps=jumps), rti, candidates=(0.05, 0.1, 0.2, 0.4))
+        for jumps in (False, True)
+    )
+    low = jumping.levels[0]
+    assert low.actions[1] > 2 * low.actions[0]  # the jump is what the lowest level misses
+    assert max(low.changes) > max(calm.levels[0].changes)
+    assert np.max(jumping.t_start) >= 0.1
+
+
+def test_dimensions_choose_their_own_level_where_that_is_no_worse() -> None:
+    planner = gaussian_planner(0.1, sampler=Sampler(num_steps=10))
+    report = choose_level(
+        planner, walk(0.1, jumps=True), RTI(1.0, num_steps=3), candidates=(0.05, 0.1, 0.2, 0.4)
+    )
+    if isinstance(report.t_start, tuple):
+        assert len(report.t_start) == DIM
+    else:
+        assert report.t_start in (0.05, 0.1, 0.2, 0.4)
+    assert "level" in report.table()
+    assert report.to_json()["levels"][0]["t"] == 0.05
+
+
+def test_replay_shows_recorded_observations() -> None:
+    planner = gaussian_planner(0.01, sampler=Sampler(num_steps=10))
+    demos = walk(0.0, jumps=False, episodes=3, length=5)
+    actions = replay(planner, demos.obs, range(3))
+    np.testing.assert_allclose(actions, demos.obs, atol=0.06)
+
+
+def store(path: Path) -> EpisodeStore:
+    rng = np.random.default_rng(0)
+    obs = np.cumsum(rng.choice([-1.0, 1.0], size=(300, 3)), 0).astype(np.float32)
+    obs[:, 2] = 5.0
+    obs[100:, :2] += 1000.0  # between episodes: no step
+    arrays = {"obs": obs, "action": obs[:, :2].copy()}
+    return EpisodeStore.from_arrays(arrays, np.array([100, 180, 300]), path=path)
+
+
+def test_observation_step_knows_episodes_and_constants(tmp_path: Path) -> None:
+    usual = observation_step(store(tmp_path / "s.zarr"))
+    assert usual[:2] == pytest.approx((1.05, 1.05), abs=0.06)
+    assert usual[2] > 1e30
+
+
+def test_demonstrations_are_segments_of_episodes(tmp_path: Path) -> None:
+    opened = store(tmp_path / "s.zarr")
+    demos = demonstrations(opened, 3, length=90)
+    assert demos.obs.shape == (3, 90, 3)
+    assert sorted(demos.valid.sum(1).tolist()) == [80, 90, 90]
+    assert (np.abs(np.diff(demos.obs[..., 0], axis=1)) <= 1).all()  # never across an end
+    with pytest.raises(ValueError, match="at least 2 episodes"):
+        demonstrations(opened, 1)
+
+
+def test_choices_that_cannot_be_made_are_refused() -> None:
+    planner, demos = gaussian_planner(0.1), walk(0.1, jumps=False, episodes=2, length=4)
+    with pytest.raises(ValueError, match="at least 2 replicates"):
+        choose_level(planner, demos, RTI(0.5), replicates=1)
+    with pytest.raises(ValueError, match="a choice already"):
+        choose_level(planner, demos, RTI(0.5, levels=(0.2, 0.0)))

@@ -1,0 +1,749 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from diffpolicy.api import DiffusionPolicy
+from diffpolicy.commands import serve as command
+from diffpolicy.data.normalize import Normalizer
+from diffpolicy.policies.diffusion import PolicySpec, Sampler
+from diffpolicy.runtime import wire_format as wire
+from diffpolicy.runtime.batching import answer_rows
+from diffpolicy.runtime.client import PolicyClient, ServerError
+from diffpolicy.runtime.serve import serving
+from diffpolicy.runtime.serve_config import Limits, ServeConfig
+from diffpolicy.runtime.wire_format import Message
+
+O, A, H, TO, TA = 3, 2, 8, 2, 3  # noqa: E741
+TOKEN = "correct horse"
+
+
+def small_policy(**changes) -> DiffusionPolicy:
+    torch.manual_seed(0)
+    statistics = {
+        name: {"min": [-high] * dim, "max": [high] * dim, "mean": [0.0] * dim, "std": [0.5] * dim}
+        | {"q01": [-high] * dim, "q99": [high] * dim, "count": 100}
+        for name, dim, high in (("obs", O, 2.0), ("action", A, 1.0))
+    }
+    values = {
+        "horizon": H,
+        "n_obs_steps": TO,
+        "n_action_steps": TA,
+        "network": {"type": "mlp", "width": 16, "depth": 1},
+        "sampler": Sampler(num_steps=4),
+        "action_low": (-0.5, float("-inf")),
+        "action_high": (0.5, 0.75),
+    }
+    spec = PolicySpec(O, A, **{**values, **changes})
+    denoiser = spec.make_denoiser()
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    normalizer = Normalizer.fit(statistics, {"obs": "minmax", "action": "minmax"})
+    return DiffusionPolicy(spec, denoiser, normalizer)
+
+
+class CountingPolicy(DiffusionPolicy):
+    """Notes the rows of its calls, and can wait, fail or spoil a plan."""
+
+    batches, wait_s = (), 0.0
+
+    def make_plans(self, state, *, deterministic):
+        self.batches = (*self.batches, len(state))
+        time.sleep(self.wait_s)
+        first = state.history[:, -1, 0]
+        if (first == 66).any():
+            raise RuntimeError("secret /home/me/policy.py")
+        plans, nfe = super().make_plans(state, deterministic=deterministic)
+        return np.where((first == 77)[:, None, None], np.nan, plans), nfe
+
+
+class RowByRowPolicy(CountingPolicy):
+    """Plans one row at a time, so that not even rounding depends on who shares a call."""
+
+    def make_plans(self, state, *, deterministic):
+        self.batches = (*self.batches, len(state))
+        rows = (state.take([row]) for row in range(len(state)))
+        made = [DiffusionPolicy.make_plans(self, r, deterministic=deterministic) for r in rows]
+        return np.concatenate([plan for plan, _ in made]), made[0][1]
+
+
+@pytest.fixture
+def policy():
+    # Clean plans as the output: rounding is not amplified as it is by dividing by a small alpha.
+    base = small_policy(prediction="x0")
+    return CountingPolicy(base.spec, base.denoiser, base.normalizer)
+
+
+@pytest.fixture
+def observations():
+    return np.random.default_rng(0).uniform(-1, 1, (20, 8, O)).astype(np.float32)
+
+
+def limited(**limits) -> ServeConfig:
+    return ServeConfig(port=0, limits=Limits(**limits))
+
+
+def client_of(server, **options) -> PolicyClient:
+    return PolicyClient(server.host, server.port, **options)
+
+
+def alone(policy, observations, seed=0, start=None):
+    """The actions of one environment that nothing else shares the policy with."""
+    state, out = policy.initial_state([seed]) if start is None else start, []
+    for obs in observations:
+        action, state = DiffusionPolicy.act(policy, obs[None], state)
+        out.append(action[0])
+    return np.array(out), state
+
+
+# Raw sockets, as a client that we did not write would use them.
+
+
+@contextlib.contextmanager
+def raw(server, *, greet=True):
+    with socket.create_connection((server.host, server.port), 5) as connection:
+        if greet:
+            assert exchange(connection, Message("hello", {"version": 1})).type == "hello"
+        yield connection
+
+
+def read(connection) -> Message:
+    def exactly(count):
+        parts = b""
+        while len(parts) < count:
+            part = connection.recv(count - len(parts))
+            if not part:
+                raise EOFError
+            parts += part
+        return parts
+
+    return wire.decode(exactly(wire.body_length(exactly(4))))
+
+
+def exchange(connection, message) -> Message:
+    connection.sendall(message if isinstance(message, bytes) else wire.encode(message))
+    return read(connection)
+
+
+def hung_up(connection) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def eventually(condition) -> bool:
+    for _ in range(500):
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+# Every message.
+
+
+def test_every_message_round_trip(policy, observations):
+    with serving(policy) as server, client_of(server) as client:
+        assert client.contract == {
+            "version": 1,
+            "obs_dim": O,
+            "action_dim": A,
+            "horizon": H,
+            "n_obs_steps": TO,
+            "n_action_steps": TA,
+            "obs_dtype": "float32",
+            "action_dtype": "float32",
+            "action_low": [-0.5, None],
+            "action_high": [0.5, 0.75],
+            "deterministic": False,
+            "max_frame_bytes": 1 << 20,
+        }
+        obs = observations[:, 0]
+        expected, state = alone(policy, obs)
+        got = [client.act(o) for o in obs]
+        assert got[0].shape == (A,)
+        assert got[0].dtype == np.float32
+        np.testing.assert_array_equal(got, expected)
+
+        client.reset(seed=5)
+        np.testing.assert_array_equal([client.act(o) for o in obs], alone(policy, obs, 5)[0])
+
+        plans = int(state.plans[0])
+        assert client.stats() == {
+            "actions": 40,
+            "plans": 2 * plans,
+            "nfe": 2 * plans * 4,
+            "clients": 1,
+            "requests": 40,
+            "policy_calls": 2 * plans,
+            "largest_batch": 1,
+        }
+        client.close()
+        client.close()
+        with pytest.raises(ConnectionError, match="is closed; make a new client"):
+            client.act(obs[0])
+
+
+def test_reset_without_a_seed_goes_on_in_the_stream(policy, observations):
+    obs = observations[:5, 0]
+    with serving(policy) as server, client_of(server) as client:
+        np.testing.assert_array_equal([client.act(o) for o in obs], alone(policy, obs)[0])
+        client.reset()
+        got = [client.act(o) for o in obs]
+    _, state = alone(policy, obs)
+    expected, _ = alone(policy, obs, start=policy.forget(state, np.array([True])))
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_plans_are_the_actions_that_act_would_give(policy, observations):
+    """A client that sends all its observations gets the same actions in chunks as one by one."""
+    obs = observations[: 3 * TA, 0]
+    expected, _ = alone(policy, obs)
+    with serving(policy) as server, client_of(server) as client:
+        chunks = [client.plan(obs[0])]
+        chunks += [client.plan(obs[at - TO + 1 : at + 1]) for at in (TA, 2 * TA)]
+        np.testing.assert_array_equal(np.concatenate(chunks), expected)
+        assert client.stats()["actions"] == 3 * TA
+        # In the middle of a plan, plan makes a new one at once.
+        client.act(obs[0])
+        before = client.stats()["plans"]
+        client.plan(obs[1])
+        assert client.stats()["plans"] == before + 1
+
+
+def test_plan_and_act_in_one_batch_need_one_round_of_denoising(policy, observations):
+    obs = observations[:, 0]
+    state = policy.initial_state([1, 2, 3])
+    rounds = []
+
+    class Watched(CountingPolicy):
+        def make_plans(self, state, *, deterministic):
+            rounds.append(len(state))
+            return super().make_plans(state, deterministic=deterministic)
+
+    watched = Watched(policy.spec, policy.denoiser, policy.normalizer)
+    asked = [obs[0][None], obs[:TO], obs[2][None]]
+    answers, after = answer_rows(watched, asked, [False, True, True], state, False)
+    assert rounds == [3]
+    assert [a.shape for a in answers] == [(A,), (TA, A), (TA, A)]
+    for row, chunk in enumerate((False, True, True)):
+        one, _ = answer_rows(policy, [asked[row]], [chunk], policy.initial_state([row + 1]), False)
+        np.testing.assert_allclose(answers[row], one[0], atol=1e-6)
+    np.testing.assert_array_equal(after.cursor, [TO, TO - 1 + TA, TO - 1 + TA])
+
+
+def test_deterministic_server(policy, observations):
+    config = ServeConfig(port=0, deterministic=True)
+    with serving(policy, config) as server, client_of(server) as client:
+        assert client.contract["deterministic"] is True
+        first = client.act(observations[0, 0])
+        client.reset(seed=9)
+        np.testing.assert_array_equal(client.act(observations[0, 0]), first)
+
+
+def test_float64_and_lists_are_taken_too(policy):
+    with serving(policy) as server, client_of(server) as client:
+        first = client.act([0.5, 1, 0])
+        for obs in (np.array([0.5, 1, 0]), np.array([0.5, 1, 0], np.float32)):
+            client.reset(seed=0)
+            np.testing.assert_array_equal(client.act(obs), first)
+        client.reset(seed=0)
+        assert client.act([1, 0, 0]).shape == (A,)
+
+
+# Clients beside each other.
+
+
+def test_interleaved_clients_with_resets_do_not_touch_each_other(policy, observations):
+    a, b = observations[:, 0], observations[:, 1]
+    with serving(policy) as server, client_of(server) as one, client_of(server) as two:
+        one.reset(seed=1)
+        two.reset(seed=2)
+        got_one, got_two = [], []
+        for step in range(20):
+            if step == 7:
+                two.reset(seed=3)
+            if step == 12:
+                with client_of(server) as passing:  # comes, acts and goes
+                    passing.act(a[0])
+            got_one.append(one.act(a[step]))
+            got_two.append(two.act(b[step]))
+    np.testing.assert_allclose(got_one, alone(policy, a, 1)[0], atol=1e-6)
+    np.testing.assert_allclose(got_two[:7], alone(policy, b[:7], 2)[0], atol=1e-6)
+    np.testing.assert_allclose(got_two[7:], alone(policy, b[7:], 3)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "prediction", "tolerance"),
+    [(CountingPolicy, "x0", 1e-6), (CountingPolicy, "eps", 1e-4), (RowByRowPolicy, "eps", 0)],
+)
+def test_eight_clients_share_calls_and_get_their_own_actions(
+    kind, prediction, tolerance, observations
+):
+    base = small_policy(prediction=prediction)
+    policy = kind(base.spec, base.denoiser, base.normalizer)
+    config = ServeConfig(port=0, batch_window_ms=500)
+    ticks = len(observations)
+    with serving(policy, config) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(client_of(server)) for _ in range(8)]
+        for seed, client in enumerate(clients):
+            client.reset(seed=seed)
+        policy.calls, policy.batches = 0, ()
+        policy.wait_s = 0.002
+        barrier = threading.Barrier(8)
+
+        def drive(number):
+            out = []
+            for obs in observations[:, number]:
+                barrier.wait()
+                out.append(clients[number].act(obs))
+            return out
+
+        with ThreadPoolExecutor(8) as threads:
+            got = list(threads.map(drive, range(8)))
+        plans = 8 * -(-ticks // TA)
+        assert sum(policy.batches) == plans
+        assert len(policy.batches) <= plans / 4  # eight requests of a tick share one call or two
+        assert clients[0].stats()["largest_batch"] == 8
+    for number in range(8):
+        expected, _ = alone(policy, observations[:, number], number)
+        np.testing.assert_allclose(got[number], expected, rtol=0, atol=tolerance)
+
+
+def test_a_plan_at_hand_does_not_wait_for_another_client_s_plan(policy, observations):
+    obs = observations[:3, 0]
+    with serving(policy) as server, client_of(server) as one, client_of(server) as two:
+        got = [one.act(obs[0])]
+        started, release = threading.Event(), threading.Event()
+        make_plans = policy.make_plans
+
+        def held(state, *, deterministic):
+            started.set()
+            assert release.wait(10)
+            return make_plans(state, deterministic=deterministic)
+
+        policy.make_plans = held
+        with ThreadPoolExecutor(1) as threads:
+            planning = threads.submit(two.act, obs[0])
+            assert started.wait(10)
+            got += [one.act(o) for o in obs[1:]]
+            assert not planning.done()
+            release.set()
+            got_two = planning.result()
+    np.testing.assert_array_equal(got, alone(small_policy(prediction="x0"), obs)[0])
+    np.testing.assert_array_equal(got_two, got[0])
+
+
+def test_max_batch_splits_a_tick(policy, observations):
+    config = ServeConfig(port=0, batch_window_ms=50, limits=Limits(max_batch=3))
+    with serving(policy, config) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(client_of(server)) for _ in range(5)]
+        with ThreadPoolExecutor(5) as threads:
+            for step in range(4):
+                list(threads.map(lambda c, s=step: c.act(observations[s, 0]), clients))
+    assert max(policy.batches) <= 3
+
+
+def test_a_lone_client_never_waits_for_the_window(policy, observations):
+    config = ServeConfig(port=0, batch_window_ms=1000)
+    # The second client only looks on.
+    with serving(policy, config) as server, client_of(server) as client, client_of(server):
+        client.act(observations[0, 0])
+        windows = []
+        complete = server.batcher._complete.wait
+        server.batcher._complete.wait = lambda: windows.append(1) or complete()
+        for obs in observations[:3, 0]:
+            client.act(obs)
+        assert not windows
+
+
+def test_a_killed_client_frees_its_place(policy, observations):
+    with serving(policy, limited(max_clients=2)) as server, client_of(server) as good:
+        with raw(server) as connection:
+            with pytest.raises(ServerError, match="all 2 places") as error:
+                client_of(server)
+            assert error.value.code == "busy"
+            good.act(observations[0, 0])
+            # Killed while the policy works for it: the answer has nobody to go to.
+            policy.wait_s = 0.05
+            frame = wire.encode(Message("act", {}, {"obs": observations[0, 1]}))
+            connection.sendall(frame)
+            linger = struct.pack("ii", 1, 0)  # closing resets, as a killed process's host may
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        assert eventually(lambda: server.batcher.clients == 1)
+        policy.wait_s = 0.0
+        with client_of(server) as late:
+            np.testing.assert_array_equal(
+                [late.act(o) for o in observations[:5, 2]],
+                alone(policy, observations[:5, 2])[0],
+            )
+
+
+# What is refused.
+
+
+def test_tokens(policy):
+    with serving(policy, ServeConfig(port=0, token=TOKEN)) as server:
+        for token in (None, "", "wrong", TOKEN + "x", "\ud800"):
+            with pytest.raises(ServerError, match="missing or wrong") as error:
+                client_of(server, token=token)
+            assert error.value.code == "unauthorized"
+        with client_of(server, token=TOKEN) as client:
+            client.act(np.zeros(O))
+        assert TOKEN not in repr(server.config)
+
+
+def test_addresses_beyond_this_machine_need_a_token():
+    for host in ("0.0.0.0", "", "::", "192.168.1.5", "robot.local"):
+        with pytest.raises(ValueError, match="needs a token: give token_file=FILE"):
+            ServeConfig(host)
+        assert ServeConfig(host, token=TOKEN).host == host
+    for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
+        assert ServeConfig(host).token is None
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: ServeConfig(port=70_000), "port must be from 0"),
+        (lambda: ServeConfig(port="x"), "port must be from 0"),
+        (lambda: ServeConfig(token="short"), "at least 8 characters"),
+        (lambda: ServeConfig(batch_window_ms=-1), "0 to 1000 milliseconds"),
+        (lambda: ServeConfig(batch_window_ms=float("nan")), "0 to 1000 milliseconds"),
+        (lambda: Limits(max_clients=0), "max_clients must be a positive whole number"),
+        (lambda: Limits(frame_timeout_s=0), "frame_timeout_s must be a positive number"),
+    ],
+)
+def test_unusable_settings(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_server_that_cannot_start(policy):
+    def start(config):
+        with serving(policy, config):
+            pass
+
+    with pytest.raises(ValueError, match="max_frame_bytes=100 is too small"):
+        start(limited(max_frame_bytes=100))
+    taken = r"is taken; choose another port="
+    with serving(policy) as server, pytest.raises(OSError, match=taken):
+        start(ServeConfig(port=server.port))
+
+
+def test_greeting_comes_first_once_and_in_this_version(policy):
+    with serving(policy) as server:
+        for message, code in (
+            (Message("act", {}, {"obs": np.zeros(O, np.float32)}), "no_hello"),
+            (Message("hello", {"version": 2}), "wrong_version"),
+            (b"GET / HTTP/1.1\r\n\r\n", "too_large"),
+            (struct.pack("<I", 2**31), "too_large"),
+            (struct.pack("<I", 0), "malformed"),
+            (struct.pack("<I", 10) + b"0123456789", "malformed"),
+        ):
+            with raw(server, greet=False) as connection:
+                reply = exchange(connection, message)
+                assert (reply.type, reply.fields["code"]) == ("error", code)
+                assert hung_up(connection)
+        with raw(server) as connection:
+            reply = exchange(connection, Message("hello", {"version": 1}))
+            assert reply.fields["code"] == "bad_request"
+            assert exchange(connection, Message("stats")).type == "stats"
+
+
+@pytest.mark.parametrize(
+    ("obs", "code"),
+    [
+        (np.zeros(O + 1, np.float32), "bad_shape"),
+        (np.zeros((1, O), np.float32), "bad_shape"),
+        (np.zeros((O, 1), np.float32), "bad_shape"),
+        (np.zeros(O, np.int64), "bad_dtype"),
+        (np.zeros(O, np.uint8), "bad_dtype"),
+        (np.array([0, np.nan, 0], np.float32), "non_finite"),
+        (np.array([0, 0, np.inf]), "non_finite"),
+        (np.array([0, 1e300, 0]), "non_finite"),
+    ],
+)
+def test_bad_observations_are_refused_and_change_nothing(policy, observations, obs, code):
+    good = observations[:4, 0]
+    with serving(policy) as server, raw(server) as connection:
+        got = []
+        for o in good:
+            reply = exchange(connection, Message("act", {}, {"obs": obs}))
+            assert (reply.type, reply.fields["code"]) == ("error", code)
+            reply = exchange(connection, Message("act", {}, {"obs": o}))
+            got.append(reply.tensors["action"])
+    np.testing.assert_array_equal(got, alone(policy, good)[0])
+
+
+def test_plan_takes_at_most_the_policy_s_history(policy):
+    with serving(policy) as server, client_of(server) as client:
+        assert client.plan(np.zeros((TO, O))).shape == (TA, A)
+        with pytest.raises(ServerError, match=r"\[3\] or \[1..2, 3\], got \[3, 3\]") as error:
+            client.plan(np.zeros((TO + 1, O)))
+        assert error.value.code == "bad_shape"
+
+
+def test_slow_and_silent_peers_are_hung_up_on(policy):
+    config = limited(frame_timeout_s=0.1, idle_timeout_s=0.4)
+    with serving(policy, config) as server:
+        with raw(server, greet=False) as connection:
+            assert read(connection).fields["message"] == "no greeting came in time"
+            assert hung_up(connection)
+        frame = wire.encode(Message("stats"))
+        for part in (frame[:1], frame[:3], frame[:9]):
+            with raw(server) as connection:
+                connection.sendall(part)
+                assert "rest of a frame" in read(connection).fields["message"]
+                assert hung_up(connection)
+        with raw(server) as connection:
+            time.sleep(0.2)  # thinking between frames is allowed
+            assert exchange(connection, Message("stats")).type == "stats"
+            assert "no request for 0.4 seconds" in read(connection).fields["message"]
+
+
+def test_connections_that_never_greet_are_limited_too(policy):
+    with serving(policy, limited(max_clients=1)) as server, contextlib.ExitStack() as stack:
+        for _ in range(17):
+            stack.enter_context(raw(server, greet=False))
+        with raw(server, greet=False) as one_more:
+            assert hung_up(one_more)
+
+
+# The policy fails.
+
+
+def test_a_policy_that_raises_tells_nobody_but_the_log(policy, observations, caplog):
+    config = ServeConfig(port=0, batch_window_ms=200)
+    poison = np.array([66, 0, 0], np.float32)
+    with contextlib.ExitStack() as stack:
+        threads = stack.enter_context(ThreadPoolExecutor(2))
+        server = stack.enter_context(serving(policy, config))
+        bad, good = (stack.enter_context(client_of(server)) for _ in range(2))
+        got = []
+        for step in range(TA):  # until both need a plan
+            bad.act(observations[step, 0])
+            got.append(good.act(observations[step, 1]))
+        failing = threads.submit(bad.act, poison)  # both in one batch
+        got.append(good.act(observations[TA, 1]))
+        with pytest.raises(ServerError) as error:
+            failing.result()
+        assert 2 in policy.batches
+        assert error.value.code == "internal"
+        assert "secret" not in str(error.value)
+        expected, _ = alone(policy, observations[: TA + 1, 1])
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+        bad.act(observations[1, 0])
+    assert "secret /home/me/policy.py" in caplog.text
+
+
+def test_actions_that_are_not_finite_never_leave(policy, observations, caplog):
+    with serving(policy) as server, client_of(server) as client:
+        client.act(observations[0, 0])
+        client.reset()
+        with pytest.raises(ServerError, match="not finite; a new episode was begun") as error:
+            client.act([77, 0, 0])
+        assert error.value.code == "policy_failed"
+        plans = client.stats()["plans"]
+        assert np.isfinite(client.act(observations[1, 0])).all()
+        assert client.stats()["plans"] == plans + 1
+    assert "not finite" in caplog.text
+
+
+# The client.
+
+
+def test_client_without_a_server():
+    with socket.socket() as reserved:  # bound, but it does not listen
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+        with pytest.raises(ConnectionError, match="start one with: diffpolicy serve checkpoint="):
+            PolicyClient(port=port)
+
+
+def test_client_gives_up_on_a_slow_policy(policy, observations):
+    with serving(policy) as server, client_of(server, timeout=0.1) as client:
+        policy.wait_s = 0.3
+        with pytest.raises(ConnectionError, match=r"did not answer act within 0.1 seconds"):
+            client.act(observations[0, 0])
+        policy.wait_s = 0.0
+        # The late answer is not taken for the next one's.
+        with pytest.raises(ConnectionError, match="make a new client"):
+            client.act(observations[1, 0])
+
+
+def test_client_notices_that_the_server_stops(policy, observations):
+    with serving(policy) as server:
+        client = client_of(server)
+        client.act(observations[0, 0])
+    with pytest.raises((ServerError, ConnectionError), match=r"shutting_down|lost the connection"):
+        client.act(observations[1, 0])
+    client.close()
+
+
+HELLO = {"version": 1, "action_dim": A, "n_action_steps": TA}
+
+
+@pytest.mark.parametrize(
+    ("hello", "reply", "match"),
+    [
+        (Message("hello", {"version": 1}), None, "sent no contract"),
+        (Message("ok"), None, "something else than hello"),
+        (Message("hello", HELLO), Message("ok"), "something else than act"),
+        (Message("hello", HELLO), Message("act"), "sent no float32 action"),
+        (
+            Message("hello", HELLO),
+            Message("act", {}, {"action": np.array([0, np.nan], np.float32)}),
+            "not finite",
+        ),
+        (Message("hello", HELLO), struct.pack("<I", 2**31), "over the limit"),
+    ],
+)
+def test_client_trusts_no_server(hello, reply, match):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(EOFError, OSError):
+                for frame in (hello, reply):
+                    read(connection)
+                    if frame is not None:
+                        connection.sendall(
+                            frame if isinstance(frame, bytes) else wire.encode(frame)
+                        )
+                read(connection)
+
+        def use(client):
+            with client:
+                client.act(np.zeros(O))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            with pytest.raises(ServerError, match=match) as error:
+                use(PolicyClient(port=listener.getsockname()[1], timeout=2))
+            assert error.value.code == "bad_reply"
+        finally:
+            thread.join()
+
+
+# Garbage over a live socket.
+
+
+def garbage(count, rng):
+    """Conversations: a greeting, mostly good, then a good frame with some bytes changed."""
+    hello = wire.encode(Message("hello", {"version": 1}))
+    obs = {"obs": np.zeros(O, np.float32)}
+    frames = [
+        wire.encode(m)
+        for m in (
+            Message("act", {}, obs),
+            Message("plan", {}, obs),
+            Message("reset", {"seed": 1}),
+            Message("stats"),
+            Message("close"),
+        )
+    ]
+    for number in range(count):
+        parts = [bytearray(hello), bytearray(frames[number % len(frames)])]
+        victim = parts[int(rng.random() < 0.8)]
+        for _ in range(int(rng.integers(1, 5))):
+            victim[rng.integers(len(victim))] = rng.integers(256)
+        if rng.random() < 0.3:
+            del victim[rng.integers(len(victim)) :]
+        if rng.random() < 0.1:
+            parts.append(bytearray(rng.bytes(50)))
+        yield bytes(b"".join(parts))
+
+
+def test_garbage_over_a_live_socket_is_answered_in_one_line_each(policy, observations, caplog):
+    replies = []
+    with serving(policy, limited(max_clients=4, frame_timeout_s=0.5)) as server:
+        for frames in garbage(400, np.random.default_rng(3)):
+            with raw(server, greet=False) as connection:
+                with contextlib.suppress(OSError):
+                    connection.sendall(frames)
+                    connection.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(EOFError, OSError):
+                    while True:
+                        replies.append(read(connection))
+        assert eventually(lambda: server.batcher.clients == 0)
+        with client_of(server) as good:  # and still a good client is served as ever
+            got = [good.act(o) for o in observations[:5, 0]]
+        np.testing.assert_array_equal(got, alone(policy, observations[:5, 0])[0])
+    errors = [r.fields for r in replies if r.type == "error"]
+    assert len(errors) > 100
+    assert len(replies) - len(errors) > 100
+    assert {e["code"] for e in errors} >= {"malformed", "bad_request", "too_large"}
+    text = "\n".join(e["message"] for e in errors)
+    assert text.count("\n") == len(errors) - 1
+    for leak in ("Traceback", "File ", ".py", "site-packages", "Error("):
+        assert leak not in text
+    assert not caplog.records  # nothing of it was unexpected
+
+
+# The command.
+
+
+def test_command_refuses_before_it_loads():
+    with pytest.raises(ValueError, match=r"unknown option 'prot'; .* did you mean 'port'"):
+        command.run(["checkpoint=nowhere", "prot=1"])
+    with pytest.raises(ValueError, match="needs a token: give token_file="):
+        command.run(["checkpoint=nowhere", "host=0.0.0.0"])
+    with pytest.raises(ValueError, match="deterministic must be true or false"):
+        command.run(["checkpoint=nowhere", "deterministic=maybe"])
+    with pytest.raises(ValueError, match="no policy in nowhere"):
+        command.run(["checkpoint=nowhere"])
+
+
+def test_command_wants_one_line_in_the_token_file(tmp_path):
+    file = tmp_path / "token"
+    for text in ("", "\n", "one line too\nmany here"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="must hold one line"):
+            command.run(["checkpoint=nowhere", f"token_file={file}"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command_serves_until_a_signal(tmp_path, observations, number):
+    policy = small_policy()
+    policy.save(tmp_path / "run")
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    arguments = [f"checkpoint={tmp_path / 'run'}", f"token_file={tmp_path / 'token'}", "port=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffpolicy.cli", "serve", *arguments, "device=cpu", "threads=1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("serving "), process.stderr.read()
+        host, port = line.split()[-1].rsplit(":", 1)
+        with PolicyClient(host, int(port), TOKEN) as client:
+            obs = observations[:5, 0]
+            got = [client.act(o) for o in obs]
+            process.send_signal(number)
+            output, errors = process.communicate(timeout=20)
+            with pytest.raises((ServerError, ConnectionError)):
+                client.act(obs[0])
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, output, errors) == (0, "stopped\n", "")
+    np.testing.assert_allclose(got, alone(policy, obs)[0], atol=1e-6)
