@@ -36,11 +36,23 @@ usage: diffpolicy bench [only=NAME] [rounds=15] [threads=1] [output=FILE.json]
 
 Measures, both sides interleaved in one run, and prints one line each with its target:
 {names}
-"sampling" needs the diffusers package (pip install diffusers)."""
+"sampling" needs the diffusers package (pip install diffusers).
+
+{_latency_help()}"""
+
+
+def _latency_help() -> str:
+    from diffpolicy.commands import bench_latency
+
+    return bench_latency.help_text()
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the benchmarks and print (and store) their results."""
+    if arguments and arguments[0] == "latency":
+        from diffpolicy.commands import bench_latency
+
+        return bench_latency.run(arguments[1:])
     options = parse(arguments, [], {"only": None, "rounds": 15, "threads": 1, "output": None})
     benches: dict[str, Callable[[int], dict[str, Any]]] = {
         "sampling": sampling,

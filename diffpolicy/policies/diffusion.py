@@ -176,12 +176,14 @@ class DiffusionPlanner(ChunkedPolicy):
         warm = state.warm & (self.spec.rti is not None)
         if self._unusual is not None:
             warm = warm & ~state.memory["jumped"]
+        if warm.all() or not warm.any():
+            loop = self._loops["warm" if warm.all() else "cold", deterministic]
+            return self._solve(loop, state, deterministic), np.full(len(state), loop.nfe)
         plans, nfe = np.empty_like(state.plan), np.empty(len(state), np.int64)
         for kind, rows in (("cold", np.flatnonzero(~warm)), ("warm", np.flatnonzero(warm))):
-            if len(rows):
-                loop = self._loops[kind, deterministic]
-                plans[rows] = self._solve(loop, state.take(rows), deterministic)
-                nfe[rows] = loop.nfe
+            loop = self._loops[kind, deterministic]
+            plans[rows] = self._solve(loop, state.take(rows), deterministic)
+            nfe[rows] = loop.nfe
         return plans, nfe
 
     @torch.inference_mode()

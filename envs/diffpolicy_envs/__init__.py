@@ -20,8 +20,10 @@ ENV_IDS = (
     "diffpolicy/FetchPickAndPlace-v0",
     "diffpolicy/FetchPush-v0",
     "diffpolicy/FetchReach-v0",
+    "diffpolicy/FetchReachMoving-v0",
     "diffpolicy/PointMazeUMaze-v0",
     "diffpolicy/PushT-v0",
+    "diffpolicy/PushTDisturbed-v0",
 )
 """The ids this package registers."""
 
@@ -34,8 +36,10 @@ def _register() -> None:
         ("FetchPickAndPlace", fetch, 50, {"task": "pick_and_place"}),
         ("FetchPush", fetch, 50, {"task": "push"}),
         ("FetchReach", fetch, 50, {"task": "reach"}),
+        ("FetchReachMoving", "diffpolicy_envs.fetch_moving:FetchReachMovingEnv", 100, {}),
         ("PointMazeUMaze", maze, 300, {"simulator_id": "PointMaze_UMaze-v3"}),
         ("PushT", "diffpolicy_envs.pusht:PushTEnv", 300, {}),
+        ("PushTDisturbed", "diffpolicy_envs.pusht_disturbed:PushTDisturbedEnv", 300, {}),
     )
     for name, entry_point, steps, kwargs in entries:
         env_id = f"diffpolicy/{name}-v0"
