@@ -339,7 +339,9 @@ class _Run:
         return {**shown, "errors": str(errors)} if errors else shown
 
     def _settings(self) -> dict[str, Any]:
+        statistics = getattr(self.policy, "statistics", None)  # of a policy under latency
         return {
+            **({} if statistics is None else {"latency": statistics(self.state)}),
             "deterministic": self.deterministic,
             "success_threshold": self.threshold,
             **asdict(self.pool.workers),
