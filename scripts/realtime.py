@@ -7,7 +7,9 @@
 One run per training seed, all of one task. The levels of the warm starts are chosen by the library
 from the demonstrations that the run names; no environment takes part in it. Every cell (run,
 method) is one evaluation on the same environment seeds; cells that the output holds already are
-skipped. With latency=true methods run under the latency in METHODS_MS, a control tick every 50 ms.
+skipped. A method is NAME + network evaluations, @n executes n actions of each plan. With latency=true
+a network evaluation takes 14 ms (the 5 M U-Net on one thread) and a control tick 50 ms; -always then
+begins the next plan as soon as one is there, -start executes a late plan from its first action.
 """
 
 from __future__ import annotations
@@ -46,15 +48,17 @@ DEFAULTS: dict[str, str] = {
 }
 CONTROL_MS = 50.0
 MS_PER_NFE = 14.0  # the 5 M U-Net on one thread of a CPU: 1.4 s for DDPM-100, 0.14 s for DDIM-10
-FULL = ("ddpm100", "ddim10", "ddpm100-each", "ddim10-each", "ddpm100-start", "ddim10-start")
+FULL = ("ddpm100", "ddim10")
 
 
-def levels_of(run: str, policy: DiffusionPolicy, store: str, num_steps: int) -> dict[str, Any]:
+def levels_of(
+    run: str, policy: DiffusionPolicy, store: str, num_steps: int, executed: int
+) -> dict[str, Any]:
     """The chosen level and the table of the choice, kept beside the run."""
-    file = Path(run) / f"levels_{num_steps}.json"
+    file = Path(run) / f"levels_{num_steps}_{executed}.json"
     if not file.is_file():
         began = time.perf_counter()
-        _, report = policy.choose_rti(store, num_steps=num_steps)
+        _, report = policy.choose_rti(store, num_steps=num_steps, n_action_steps=executed)
         seconds = round(time.perf_counter() - began, 1)
         file.write_text(json.dumps({**report.to_json(), "seconds": seconds}))
     loaded: dict[str, Any] = json.loads(file.read_text())
@@ -62,19 +66,21 @@ def levels_of(run: str, policy: DiffusionPolicy, store: str, num_steps: int) -> 
 
 
 def make(method: str, run: str, policy: DiffusionPolicy, store: str) -> DiffusionPolicy:
-    """The policy of a run under a method: NAME + evaluations, ``-each`` plans at every step."""
-    name = method.removesuffix("-start").removesuffix("-each").removesuffix("-always")
+    """The policy of a run under a method: NAME + evaluations, ``@n`` executes n actions a plan."""
+    name, _, executed = method.split("-")[0].partition("@")
     kind = name.rstrip("0123456789")
     steps = int(name.removeprefix(kind))
-    changes: dict[str, Any] = {"n_action_steps": 1} if "-each" in method else {}
+    changes: dict[str, Any] = {"n_action_steps": int(executed)} if executed else {}
     if kind in ("ddpm", "ddim", "dpmpp_2m"):
         return policy.with_settings(sampler=Sampler(solver=kind, num_steps=steps), **changes)
     if kind == "rti":
-        t_start = levels_of(run, policy, store, steps)["t_start"]
-        return policy.with_settings(rti=RTI(t_start, num_steps=steps), n_action_steps=1)
+        each = int(executed or 1)
+        t_start = levels_of(run, policy, store, steps, each)["t_start"]
+        return policy.with_settings(rti=RTI(t_start, num_steps=steps), n_action_steps=each)
     if kind == "truncated":
         settings = Truncated(num_steps=steps, rank="prior")
-        return policy.with_anchors(store, truncated=settings, count=256, top_m=8)
+        truncated = policy.with_anchors(store, truncated=settings, count=256, top_m=8)
+        return truncated.with_settings(**changes)
     raise ValueError(f"unknown method {method!r}")
 
 
@@ -122,7 +128,7 @@ def table(cells: dict[str, dict[str, Any]], runs: list[str], methods: list[str])
         for m in methods
         if all(f"{r}|{m}" in cells for r in runs)
     }
-    full = [m for m in pooled if m in FULL]
+    full = [m for m in pooled if m.startswith(FULL)]
     best = max(full, key=lambda m: pooled[m].mean(), default=None)
     lines = []
     for method, scores in pooled.items():
