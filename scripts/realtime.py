@@ -7,9 +7,10 @@
 One run per training seed, all of one task. The levels of the warm starts are chosen by the library
 from the demonstrations that the run names; no environment takes part in it. Every cell (run,
 method) is one evaluation on the same environment seeds; cells that the output holds already are
-skipped. A method is NAME + network evaluations, @n executes n actions of each plan. With latency=true
-a network evaluation takes 14 ms (the 5 M U-Net on one thread) and a control tick 50 ms; -always then
-begins the next plan as soon as one is there, -start executes a late plan from its first action.
+skipped. A method is NAME + network evaluations; @n executes n actions of each plan. With
+latency=true a network evaluation takes 14 ms (the 5 M U-Net on one thread) and a control tick
+50 ms; -always then begins the next plan as soon as one is there, -start executes a late plan from
+its first action.
 """
 
 from __future__ import annotations
