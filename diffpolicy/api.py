@@ -262,6 +262,41 @@ class DiffusionPolicy(DiffusionPlanner):
         report = choose_level(base, demonstrations(opened, episodes, seed=seed), rti, seed=seed)
         return base.with_settings(rti=replace(rti, t_start=report.t_start)), report
 
+    def choose_truncated(
+        self,
+        store: EpisodeStore | str | os.PathLike[str],
+        *,
+        episodes: int = 60,
+        seed: int = 0,
+    ) -> tuple[Self, LevelReport]:
+        """A truncated policy with its start level chosen from demonstrations, as for warm starts.
+
+        The default level of :meth:`with_anchors` covers the anchors' quantisation error and no
+        more; where the plan depends much on the state, a higher one is better.
+
+        Args:
+            store: demonstrations, or their path.
+            episodes: demonstrations used.
+            seed: of their choice and of the noise.
+
+        Returns:
+            The policy with that level, and why it was chosen.
+
+        Raises:
+            ValueError: a policy without truncated settings.
+        """
+        settings = self.spec.truncated
+        if settings is None:
+            raise ValueError(
+                "this policy has no truncated settings; begin with with_anchors(store)"
+            )
+        opened = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
+        demos = demonstrations(opened, episodes, seed=seed)
+        report = choose_level(self, demos, settings, seed=seed)
+        assert isinstance(report.t_start, float)  # one for all dimensions
+        chosen = replace(settings, t_start=report.t_start)
+        return self.with_settings(truncated=chosen), report
+
     def with_anchors(
         self,
         store: EpisodeStore | str | os.PathLike[str],

@@ -81,7 +81,7 @@ def make(method: str, run: str, policy: DiffusionPolicy, store: str) -> Diffusio
     if kind == "truncated":
         settings = Truncated(num_steps=steps, rank="prior")
         truncated = policy.with_anchors(store, truncated=settings, count=256, top_m=8)
-        return truncated.with_settings(**changes)
+        return truncated.with_settings(**changes).choose_truncated(store, episodes=30)[0]
     raise ValueError(f"unknown method {method!r}")
 
 
@@ -90,7 +90,8 @@ def delayed(policy: DiffusionPolicy, method: str) -> DelayedPolicy:
     per_plan = {"cold": MS_PER_NFE * policy.nfe, "warm": MS_PER_NFE * policy.nfe}
     if policy.spec.rti is not None:
         per_plan["warm"] = MS_PER_NFE * policy.spec.rti.num_steps
-    always = "always" if "-always" in method or policy.spec.rti is not None else "due"
+    each = policy.n_action_steps == 1 or "-always" in method
+    always = "always" if each else "due"
     arrival = "start" if method.endswith("-start") else "aligned"
     return DelayedPolicy(policy, per_plan, CONTROL_MS, replan=always, arrival=arrival)
 
@@ -117,8 +118,9 @@ def cell(
     names = {"success": "success", "max_reward": "max_reward", "return": "episode_return"}
     scores = [float(getattr(e, names[score])) for e in result.episodes]
     found = {"scores": scores, "score": score, "nfe_per_plan": result.metrics()["nfe_per_plan"]}
-    if made.spec.rti is not None:
-        found["t_start"] = made.spec.rti.t_start
+    for settings in (made.spec.rti, made.spec.truncated):
+        if settings is not None:
+            found["t_start"] = settings.t_start
     return {**found, "wall_s": round(time.perf_counter() - began, 1)}
 
 

@@ -86,6 +86,17 @@ def test_anchors_write_a_truncated_policy(trained, tmp_path, capsys):
     assert scores.shape == (5, 3)
 
 
+def test_anchors_choose_their_level_on_request(trained, tmp_path, capsys):
+    output = tmp_path / "truncated"
+    command = ["anchors", str(trained / "run"), str(output), "count=4", "rank=prior"]
+    assert run(*command, "t_start=chosen", "episodes=3") == 0
+    printed = capsys.readouterr().out
+    assert "regret" in printed
+    policy = DiffusionPolicy.from_pretrained(output)
+    assert policy.spec.truncated is not None
+    assert policy.spec.truncated.t_start == result_of(printed)["t_start"]
+
+
 def test_data_must_be_known(trained, tmp_path, capsys):
     policy = DiffusionPolicy.from_pretrained(trained / "run")
     policy.save(tmp_path / "alone")

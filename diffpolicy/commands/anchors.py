@@ -17,6 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "relative_to": None,
     "num_steps": 2,
     "t_start": None,
+    "episodes": 60,
     "sources": ["anchors"],
     "rank": "denoising",
     "rank_t": 0.3,
@@ -40,7 +41,9 @@ policy and anchors.json.
     top_m=null            offer only the most probable ones of a state (a classifier is fitted)
     relative_to=null      per action dimension the index of the observation it is relative to
     num_steps=2           network evaluations per plan (ranking takes one more)
-    t_start=null          level they start from; null: what their quantisation error asks for
+    t_start=null          level they start from: a number; null: what their quantisation error asks
+                          for; chosen: the best on the demonstrations, as `diffpolicy rti` does
+    episodes=60           demonstrations used for t_start=chosen
     sources=[\"anchors\"]   guesses that compete: anchors, previous (the last plan), draft
     rank=denoising        how they are ranked: denoising or prior
     rank_t=0.3            level of the evaluation that ranks
@@ -63,25 +66,36 @@ def run(arguments: Sequence[str]) -> int:
     output = new_directory(options["output"])
     pick_device("cpu", options["threads"])
     settings = ("t_start", "num_steps", "sources", "rank", "rank_t", "continuity")
-    truncated = Truncated.from_config({name: options[name] for name in settings})
+    choose = options["t_start"] == "chosen"
+    given = {name: options[name] for name in settings}
+    truncated = Truncated.from_config({**given, "t_start": None} if choose else given)
     relative = options["relative_to"]
+    data = demonstrations_of(options)
     policy = DiffusionPolicy.from_pretrained(options["checkpoint"]).with_anchors(
-        demonstrations_of(options),
+        data,
         truncated=truncated,
         count=options["count"],
         relative_to=None if relative is None else tuple(relative),
         top_m=options["top_m"],
         seed=options["seed"],
     )
+    extra: dict[str, Any] = {}
+    if choose:
+        policy, report = policy.choose_truncated(
+            data, episodes=options["episodes"], seed=options["seed"]
+        )
+        extra["levels.json"] = report.to_json()
+        print(report.table())
     assert policy.anchors is not None
     found = {
         "anchors": len(policy.anchors.plans),
         "error": round(policy.anchors.error, 4),
         "position_error": [round(v, 4) for v in policy.anchors.position_error.tolist()],
         "default_t_start": policy.anchors.default_t_start(policy.denoiser.process),
+        "t_start": float(policy.loop("guesses").levels[0]),
         "nfe": policy.nfe,
     }
-    write_policy(policy, output, options["checkpoint"], {"anchors.json": found})
+    write_policy(policy, output, options["checkpoint"], {**extra, "anchors.json": found})
     found["total_s"] = round(time.perf_counter() - began, 1)
     print("RESULT " + json.dumps(found))
     return 0

@@ -70,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     write_policy(chosen, output, options["checkpoint"], {"levels.json": report.to_json()})
     print(report.table())
-    result = {"t_start": report.t_start, "shift_error": round(report.shift_error, 4)}
+    result = {"t_start": report.t_start, "shift_error": report.shift_error}
     print("RESULT " + json.dumps({**result, "total_s": round(time.perf_counter() - began, 1)}))
     return 0
 

@@ -1,4 +1,4 @@
-"""The level chooser: at which noise level warm plans start, decided from demonstrations alone.
+"""The level chooser: at which noise level plans start, decided from demonstrations alone.
 
 Too low a level cannot leave the last plan (it stalls when the world has moved on), too high a one
 asks more of one to three steps than they can solve. Three quantities decide, all measured on
@@ -30,6 +30,7 @@ from torch import Tensor
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
+from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.truncated import ddim_contraction
@@ -93,17 +94,16 @@ class Level:
 
     Attributes:
         t: the level.
-        predicted: closed form of the part of the guess's error that survives.
-        measured: the same, measured on pairs of guesses.
-        retained: shift error times measured contraction, normalised units.
+        measured: part of a guess's error that survives, measured on pairs of guesses; of warm
+            starts only.
+        predicted: the same in closed form.
         actions: per action dimension, CRPS over that of the best candidate, minus 1.
         changes: the same for the changes of actions.
     """
 
     t: float
-    predicted: float
-    measured: float
-    retained: float
+    measured: float | None
+    predicted: float | None
     actions: tuple[float, ...]
     changes: tuple[float, ...]
 
@@ -120,14 +120,15 @@ class LevelReport:
     Attributes:
         t_start: the choice, one level or one per action dimension.
         levels: every candidate.
-        shift_error: root mean square of shifted last plan minus full solve, executed part.
+        shift_error: root mean square of shifted last plan minus full solve, executed part,
+            normalised units; of warm starts only.
         episodes: demonstrations used.
         replicates: independent runs along each.
     """
 
     t_start: float | tuple[float, ...]
     levels: tuple[Level, ...]
-    shift_error: float
+    shift_error: float | None
     episodes: int
     replicates: int
 
@@ -137,66 +138,70 @@ class LevelReport:
 
     def table(self) -> str:
         """The candidates as text, the chosen one marked."""
-        lines = ["  level  contraction (closed form)  retained error  regret (actions, changes)"]
+        lines = ["  level   regret (actions, changes)   contraction (closed form)  retained error"]
         for level in self.levels:
             mark = "*" if level.t == self.t_start else " "
-            lines.append(
-                f"{mark} {level.t:5.2f}  {level.measured:11.3f} ({level.predicted:11.3f})  "
-                f"{level.retained:14.4f}  {level.regret:.3f} ({max(level.actions):.3f}, "
-                f"{max(level.changes):.3f})"
-            )
+            parts = f"{max(level.actions):.3f}, {max(level.changes):.3f}"
+            line = f"{mark} {level.t:5.2f}   {level.regret:6.3f} ({parts})"
+            if level.measured is not None and self.shift_error is not None:
+                retained = level.measured * self.shift_error
+                line += f"   {level.measured:11.3f} ({level.predicted:11.3f})  {retained:14.4f}"
+            lines.append(line)
         return "\n".join(lines)
 
 
 def choose_level(
     planner: DiffusionPlanner,
     demos: Demonstrations,
-    rti: RTI,
+    settings: RTI | Truncated,
     *,
     candidates: Sequence[float] = CANDIDATES,
     replicates: int = 3,
     seed: int = 0,
 ) -> LevelReport:
-    """The start level for ``rti``'s other settings (steps, solver, tail) on a trained policy.
+    """The start level for other settings (steps, solver, tail, ...) on a trained policy.
 
     Chosen is the smallest candidate whose regret is within one percent of the least. Where the
     network takes a level per action dimension, each dimension chooses its own in the same way, and
     they are kept if together they are no worse.
 
     Args:
-        planner: the trained policy; ``n_action_steps`` counts, its ``rti`` does not.
+        planner: the trained policy (with anchors, for truncated settings that use them);
+            ``n_action_steps`` counts, its own ``rti`` or ``truncated`` does not.
         demos: see :func:`demonstrations`; held-out ones are better, training ones will do.
-        rti: settings; its ``t_start`` is replaced.
+        settings: of warm starts or truncated plans; their ``t_start`` is replaced.
         candidates: levels in (0, 1] to choose from.
         replicates: independent runs, at least 2.
         seed: of their noise.
 
     Returns:
-        The report; ``replace(rti, t_start=report.t_start)`` are the settings to use.
+        The report; ``replace(settings, t_start=report.t_start)`` are the settings to use.
 
     Raises:
         ValueError: no candidates, fewer than two replicates, or settings with a list of levels.
     """
     if not candidates or replicates < 2:
         raise ValueError("choosing a level needs candidates and at least 2 replicates")
-    if rti.levels is not None:
+    if isinstance(settings, RTI) and settings.levels is not None:
         raise ValueError("a list of levels is a choice already; give num_steps instead")
     ordered = sorted({float(c) for c in candidates})
-    study = _Study(planner, demos, rti, replicates, seed)
-    scores = np.stack([study.crps(_with(planner, replace(rti, t_start=t))) for t in ordered])
+    study = _Study(planner, demos, settings, replicates, seed)
+    made = [_with(planner, replace(settings, t_start=t)) for t in ordered]
+    scores = np.stack([study.crps(policy) for policy in made])
     regret = scores / scores.min(0) - 1  # [levels, 2 A]
     common = ordered[_smallest(regret.max(1))]
     chosen: float | tuple[float, ...] = common
-    if "dim" in getattr(planner.denoiser.network, "t_kinds", ()):
+    per_dim = "dim" in getattr(planner.denoiser.network, "t_kinds", ())
+    if per_dim and isinstance(settings, RTI):
         chosen = _per_dimension(study, ordered, scores, common)
-    probe, table = study.probe(), []
-    for t, row in zip(ordered, regret, strict=True):
-        warm = _with(planner, replace(rti, t_start=t))
-        measured, predicted = study.contraction(warm, probe)
-        retained = measured * probe.shift_error
+    probe = study.probe() if isinstance(settings, RTI) else None
+    table = []
+    for t, policy, row in zip(ordered, made, regret, strict=True):
+        measured, predicted = (None, None) if probe is None else study.contraction(policy, probe)
         actions, changes = (tuple(map(float, part)) for part in np.split(row, 2))
-        table.append(Level(t, predicted, measured, retained, actions, changes))
-    return LevelReport(chosen, tuple(table), probe.shift_error, len(demos.obs), replicates)
+        table.append(Level(t, measured, predicted, actions, changes))
+    shift_error = None if probe is None else probe.shift_error
+    return LevelReport(chosen, tuple(table), shift_error, len(demos.obs), replicates)
 
 
 def _smallest(regret: Array) -> int:
@@ -204,9 +209,12 @@ def _smallest(regret: Array) -> int:
     return int((regret <= regret.min() + ALIKE).argmax())
 
 
-def _with(planner: DiffusionPlanner, rti: RTI | None) -> DiffusionPlanner:
-    spec = replace(planner.spec, rti=None if rti is None else replace(rti, innovation=None))
-    return DiffusionPlanner(spec, planner.denoiser, planner.normalizer)
+def _with(planner: DiffusionPlanner, settings: RTI | Truncated | None) -> DiffusionPlanner:
+    """The planner with these settings alone, and no innovation test."""
+    rti = replace(settings, innovation=None) if isinstance(settings, RTI) else None
+    truncated = settings if isinstance(settings, Truncated) else None
+    spec = replace(planner.spec, rti=rti, truncated=truncated)
+    return DiffusionPlanner(spec, planner.denoiser, planner.normalizer, planner.anchors)
 
 
 def _per_dimension(
@@ -217,7 +225,8 @@ def _per_dimension(
     own = tuple(ordered[_smallest(column)] for column in regret.T)
     if len(set(own)) == 1:
         return own[0]
-    together = study.crps(_with(study.planner, replace(study.rti, t_start=own)))
+    assert isinstance(study.settings, RTI)
+    together = study.crps(_with(study.planner, replace(study.settings, t_start=own)))
     worst = (together / best).max(), (scores[ordered.index(common)] / best).max()
     return own if worst[0] <= worst[1] else common
 
@@ -237,11 +246,11 @@ class _Study:
         self,
         planner: DiffusionPlanner,
         demos: Demonstrations,
-        rti: RTI,
+        settings: RTI | Truncated,
         replicates: int,
         seed: int,
     ) -> None:
-        self.planner, self.demos, self.rti = planner, demos, rti
+        self.planner, self.demos, self.settings = planner, demos, settings
         self.replicates, self.seed = replicates, seed
         self.target = planner.normalizer.to("cpu").normalize("action", demos.action)
 
@@ -279,7 +288,7 @@ class _Study:
         for seed in (self.seed, self.seed + len(rows)):
             last = planned(steps, seed)
             moved = replace(last, cursor=last.cursor + before)
-            guesses.append(_with(self.planner, replace(self.rti, t_start=1.0)).shifted(moved))
+            guesses.append(_with(self.planner, self.settings).shifted(moved))
         now = planned(steps + before, self.seed)
         ahead = slice(planner.n_obs_steps - 1, planner.n_obs_steps - 1 + before)
         error = guesses[0][:, ahead] - now.plan[:, ahead]

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from policies_exact_gaussian import DIM, gaussian_planner
+from policies_exact_gaussian import DIM, HORIZON, gaussian_planner
 
 from diffpolicy.data.store import EpisodeStore
+from diffpolicy.policies.anchors import Anchors
+from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.levels import (
     Demonstrations,
     choose_level,
@@ -45,7 +47,7 @@ def test_measured_contraction_is_the_closed_form() -> None:
         exact = float(ddim_contraction(planner.denoiser.process, grid, torch.tensor(std)))
         assert level.measured == pytest.approx(exact, rel=1e-3)
         assert level.predicted == pytest.approx(exact, rel=0.25)  # the std is estimated
-        assert level.retained == pytest.approx(level.measured * report.shift_error)
+    assert report.shift_error == pytest.approx(0.1, rel=0.5)
 
 
 def test_a_dimension_that_jumps_asks_for_a_higher_level() -> None:
@@ -72,6 +74,18 @@ def test_dimensions_choose_their_own_level_where_that_is_no_worse() -> None:
         assert report.t_start in (0.05, 0.1, 0.2, 0.4)
     assert "level" in report.table()
     assert report.to_json()["levels"][0]["t"] == 0.05
+
+
+def test_truncated_plans_choose_a_level_too() -> None:
+    far = Anchors(torch.full((1, HORIZON, DIM), 0.5), torch.ones(1), 0.1, torch.zeros(HORIZON))
+    planner = gaussian_planner(
+        0.1, anchors=far, truncated=Truncated(), sampler=Sampler(num_steps=10)
+    )
+    settings = Truncated(num_steps=3, rank="prior")
+    report = choose_level(planner, walk(0.1, jumps=False), settings, candidates=(0.05, 0.3))
+    assert report.t_start == 0.3  # from 0.05 an anchor that is 0.5 away cannot be left
+    assert report.levels[0].measured is None
+    assert report.shift_error is None
 
 
 def test_replay_shows_recorded_observations() -> None:
