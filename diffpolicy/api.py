@@ -183,6 +183,7 @@ class DiffusionPolicy(DiffusionPlanner):
                 t_max=self.anchors.default_t_start(self.denoiser.process)
                 if t_start is None
                 else t_start,
+                mask_padding=mask_padding,
             )
         ramp = None
         if spec.level_law == "position":
@@ -222,7 +223,14 @@ class DiffusionPolicy(DiffusionPlanner):
             ValueError: settings that do not fit, or that would need other weights.
         """
         fixed = {"obs_dim", "action_dim", "horizon", "n_obs_steps", "network", "process"}
-        wrong = sorted(set(changes) & (fixed | {"prediction", "cond_dropout"}))
+        fixed |= {"prediction", "cond_dropout", "level_law", "trained_action_steps"}
+        wrong = sorted(set(changes) & fixed)
+        scaled = [
+            {g for g in s if g.mode == "scale"}
+            for s in (self.spec.grippers, changes.get("grippers", self.spec.grippers))
+        ]
+        if scaled[0] != scaled[1]:
+            wrong.append("a gripper of mode 'scale'")
         if wrong:
             raise ValueError(f"{wrong[0]} belongs to the weights; train a policy with another one")
         return type(self)(
@@ -327,6 +335,9 @@ class DiffusionPolicy(DiffusionPlanner):
         self, *, backend: str = "auto", batch_size: int = 1, threads: int | None = None
     ) -> Self:
         """The same policy with its sampling loops compiled, each checked against eager.
+
+        Compile last: a policy made from this one (``with_settings``, ``chunked``, ...) has eager
+        loops again. So has ``deterministic=True`` with a stochastic sampler.
 
         Args:
             backend: see :func:`diffpolicy.runtime.compile.available_backends`; ``"auto"`` measures

@@ -2,7 +2,7 @@
 
     python scripts/realtime.py runs=RUN_A,RUN_B,... output=FILE.json [episodes=100] [seed=300000]
         [methods=ddpm100,ddim10,ddim3,ddim2,rti3,rti2,truncated2] [env=ID] [score=max_reward]
-        [latency=false] [threads=1] [levels=FILE.json]
+        [latency=false] [plot=FILE.png] [threads=1]
 
 One run per training seed, all of one task. The levels of the warm starts are chosen by the library
 from the demonstrations that the run names; no environment takes part in it. Every cell (run,
@@ -45,6 +45,7 @@ DEFAULTS: dict[str, str] = {
     "env": "",
     "score": "",
     "latency": "false",
+    "plot": "",
     "threads": "1",
 }
 CONTROL_MS = 50.0
@@ -150,15 +151,45 @@ def table(cells: dict[str, dict[str, Any]], runs: list[str], methods: list[str])
     return lines
 
 
+def draw(report: dict[str, Any], runs: list[str], methods: list[str], path: str) -> None:
+    """Score against the latency of a plan, one point per method with its interval."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for method in methods:
+        cells = [report["cells"][f"{run}|{method}"] for run in runs]
+        mean = mean_interval(np.concatenate([c["scores"] for c in cells]))
+        warm = int(method.removeprefix("rti").split("@")[0].split("-")[0]) if "rti" in method else 0
+        nfe = warm or round(float(np.mean([c["nfe_per_plan"] for c in cells])))
+        error = [[mean.value - mean.low], [mean.high - mean.value]]
+        axis.errorbar(MS_PER_NFE * nfe, mean.value, yerr=error, marker="o", capsize=3, label=method)
+    axis.set_xscale("log")
+    axis.set_xlabel(f"milliseconds a plan takes (a control tick every {CONTROL_MS:.0f} ms)")
+    axis.set_ylabel(report["cells"][f"{runs[0]}|{methods[0]}"]["score"])
+    axis.set_title(report["settings"]["env"].split("/")[-1])
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
 def main(arguments: list[str]) -> None:
-    options = {**DEFAULTS, **dict(argument.split("=", 1) for argument in arguments)}
+    given = dict(argument.split("=", 1) for argument in arguments)
+    if set(given) - set(DEFAULTS):
+        raise SystemExit(f"unknown options {sorted(set(given) - set(DEFAULTS))}")
+    options = {**DEFAULTS, **given}
     torch.set_num_threads(int(options["threads"]))
     runs, methods = options["runs"].split(","), options["methods"].split(",")
     config: Any = OmegaConf.load(Path(runs[0]) / "config.yaml")
     kwargs = {} if options["env"] else OmegaConf.to_container(config.env.kwargs)
-    spec = EnvSpec(options["env"] or config.env.id, kwargs)
+    limit = None if options["env"] else config.env.get("max_episode_steps")
+    spec = EnvSpec(options["env"] or config.env.id, kwargs, limit)
     output = Path(options["output"])
     report = json.loads(output.read_text()) if output.is_file() else {}
+    same = ("episodes", "seed", "score", "latency", "env")
+    now = {**options, "env": spec.id}
+    before = report.get("settings", now)
+    if any(before[name] != now[name] for name in same):
+        raise SystemExit(f"{output} holds cells of other settings ({before}); give another output")
     report.setdefault("cells", {})
     report["settings"] = {**options, "env": spec.id, "control_ms": CONTROL_MS}
     report["settings"]["ms_per_nfe"] = MS_PER_NFE if options["latency"] == "true" else None
@@ -176,6 +207,8 @@ def main(arguments: list[str]) -> None:
                 f"{run} {method}: {np.mean(found['scores']):.3f}  {found['wall_s']} s", flush=True
             )
     print("\n".join(table(report["cells"], runs, methods)))
+    if options["plot"]:
+        draw(report, runs, methods, options["plot"])
 
 
 if __name__ == "__main__":

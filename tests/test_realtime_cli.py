@@ -151,6 +151,8 @@ def test_unusable_combinations_are_explained(trained, capsys):
         ("streaming.steps_per_chunk=2",): "level_law",
         ("streaming.steps_per_chunk=2", "chunking.mode=soft"): "exclude each other",
         ("latency_ms=10", "arrival=late"): "arrival",
+        ("replan=always",): "give latency_ms as well",
+        ("chunking.mode=soft", "backend=onnxruntime"): "backend=eager",
         ("rti.num_steps=2",): "t_start",
         ("truncated.num_steps=2",): "start from anchors",
     }
@@ -182,8 +184,20 @@ def test_settings_survive_saving(trained, tmp_path):
 
 def test_weights_cannot_be_changed_by_settings(trained):
     policy = DiffusionPolicy.from_pretrained(trained / "run")
-    with pytest.raises(ValueError, match="belongs to the weights"):
-        policy.with_settings(horizon=4)
+    for changes in (
+        {"horizon": 4},
+        {"level_law": "position"},
+        {"grippers": (Gripper(0, "scale"),)},
+    ):
+        with pytest.raises(ValueError, match="belongs to the weights"):
+            policy.with_settings(**changes)
+    assert policy.with_settings(grippers=(Gripper(0, "clip"),)).spec.grippers
+
+
+def test_switches_are_true_or_false(trained, tmp_path, capsys):
+    command = ["export", str(trained / "run"), str(tmp_path / "out")]
+    assert run(*command, "overwrite=no") == 1
+    assert "overwrite must be true or false" in capsys.readouterr().err
 
 
 def test_anchored_and_streaming_policies_learn_and_act(trained, tmp_path):
@@ -223,8 +237,13 @@ def test_anchored_and_streaming_policies_learn_and_act(trained, tmp_path):
 
 def test_bench_latency_writes_its_rows(tmp_path, capsys):
     file = tmp_path / "latency.json"
-    assert run("bench", "latency", "seconds=0.1", "backend=none", f"json={file}") == 0
-    assert "| rti-3 | eager | 3 |" in capsys.readouterr().out
+    pytest.importorskip("diffusers", reason="needs diffusers")
+    quick = ["seconds=0.1", "backend=none", "peers=true", f"json={file}"]
+    assert run("bench", "latency", *quick) == 0
+    printed = capsys.readouterr().out
+    assert "| rti-3 | eager | 3 |" in printed
+    assert printed.count("| full-ddpm-100 | eager |") == 1
+    assert printed.count("| full-ddpm-100 | diffusers |") == 1
     report = json.loads(file.read_text())
     names = {row["name"] for row in report["rows"]}
     assert {"full-ddpm-100", "full-ddim-10", "ddim-1", "truncated-2", "rti-3"} <= names

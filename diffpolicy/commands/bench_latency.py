@@ -79,13 +79,16 @@ def run(arguments: Sequence[str]) -> int:
         for name, planner in group.items()
     }
     if options["peers"]:
-        calls |= peer_calls(planners["full-ddpm-100"])
+        peers, said = peer_calls(planners["full-ddpm-100"])
+        calls |= peers
+        notes += said
     times = interleave(calls, float(options["seconds"]))
     scores = score_all(planners, options) if options["episodes"] else {}
     rows = []
     for (name, runtime), found in times.items():
-        planner = runtimes.get(runtime, planners).get(name)
-        rows.append(row(name, runtime_name(planner, runtime), planner, found, scores.get(name)))
+        planner = runtimes.get(runtime, {}).get(name)  # a peer's row has none
+        score = None if planner is None else scores.get(name)
+        rows.append(row(name, runtime_name(planner, runtime), planner, found, score))
     report = {"machine": machine(int(options["threads"])), "settings": options, "rows": rows}
     report["executor"] = executor_overhead()
     report["notes"] = notes
@@ -190,12 +193,13 @@ def plan_call(planner: Any) -> Callable[[], Any]:
     return lambda: planner.replan(state, [0])
 
 
-def peer_calls(planner: Any) -> dict[tuple[str, str], Callable[[], Any]]:
+def peer_calls(planner: Any) -> tuple[dict[tuple[str, str], Callable[[], Any]], list[str]]:
     """The same network in diffusers' own loops, normalisation and conversion included."""
+    notes = ["LeRobot's policy is not among the peers: it cannot be given this network"]
     try:
         import diffusers
-    except ImportError as error:
-        raise ImportError("peers=true needs diffusers: pip install diffusers") from error
+    except ImportError:
+        return {}, [*notes, "no rows for diffusers: pip install diffusers"]
 
     process = planner.denoiser.process
     if planner.spec.prediction not in ("eps", "v") or process.type != "discrete_vp":
@@ -225,7 +229,8 @@ def peer_calls(planner: Any) -> dict[tuple[str, str], Callable[[], Any]]:
 
         return plan
 
-    return {(name, "diffusers"): call(kind, steps) for name, (kind, steps) in kinds.items()}
+    calls = {(name, "diffusers"): call(kind, steps) for name, (kind, steps) in kinds.items()}
+    return calls, notes
 
 
 def interleave(
@@ -266,7 +271,8 @@ def score_all(planners: Planners, options: dict[str, Any]) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"scores need {file}, which says the environment; give a run directory")
     config: Any = OmegaConf.load(file)
-    spec = EnvSpec(config.env.id, OmegaConf.to_container(config.env.kwargs))  # type: ignore[arg-type]
+    kwargs: Any = OmegaConf.to_container(config.env.kwargs)
+    spec = EnvSpec(config.env.id, kwargs, config.env.get("max_episode_steps"))
     seeds = range(options["seed"], options["seed"] + options["episodes"])
     field = {"return": "episode_return"}.get(config.env.score, config.env.score)
     out = {}

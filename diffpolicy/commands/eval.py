@@ -95,6 +95,12 @@ def acting_policy(policy: DiffusionPolicy, config: EvalConfig) -> Any:
     streaming, chunking = given(config.streaming), given(config.chunking)
     if streaming and chunking:
         raise ConfigError("streaming and chunking exclude each other; give one of them")
+    if chunking and config.backend != "eager":
+        raise ConfigError("chunking guides the network at every step and runs on backend=eager")
+    if config.deterministic and config.backend != "eager":
+        raise ConfigError("backend=... compiles the stochastic loops; leave deterministic out")
+    if not _latency_settings(config) and (config.replan, config.arrival) != ("due", "aligned"):
+        raise ConfigError("replan and arrival are about late plans; give latency_ms as well")
     acting: Any = policy.streaming(Streaming.from_config(streaming)) if streaming else policy
     if config.backend != "eager":
         from diffpolicy.runtime.compile import compile_planner

@@ -39,12 +39,16 @@ def parse(
         if key in waiting:
             waiting.remove(key)
         values[key] = text if key in positional else _value(text)
+        if isinstance(defaults.get(key), bool) and not isinstance(values[key], bool):
+            raise ConfigError(f"{key} must be true or false, got {text!r}")
     if waiting:
         raise ConfigError(f"missing {waiting[0].upper()}")
     return values
 
 
 def _value(text: str) -> Any:
+    if text in ("True", "False"):
+        return text == "True"
     try:
         return json.loads(text)
     except json.JSONDecodeError:

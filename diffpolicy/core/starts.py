@@ -237,6 +237,21 @@ def _ratio_grid(
     return torch.cat([first[None], inner, torch.full_like(first, end)[None]])
 
 
+def check_distinct(grid: Tensor, t_start: float | Sequence[float]) -> Tensor:
+    """``grid``, unless snapping to training levels made two of its levels one.
+
+    Raises:
+        ValueError: a step of length zero would evaluate the network for nothing.
+    """
+    if bool((grid[1:] >= grid[:-1]).any()):
+        raise ValueError(
+            f"from t_start={t_start} a grid of {len(grid) - 1} steps repeats a training level "
+            f"({[round(float(v), 4) for v in grid.flatten(1)[:, 0]]}); raise t_start or take fewer "
+            "steps"
+        )
+    return grid
+
+
 def explicit_levels(start: Start, following: Sequence[float]) -> Tensor:
     """A grid by hand: ``start.t``, then the levels of ``following`` (strictly descending.
 

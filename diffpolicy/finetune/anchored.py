@@ -26,7 +26,7 @@ class AnchoredLoss(nn.Module):
     for, and sampling stays in this anchored region: start there (``solve_guesses``).
 
     ``forward(batch, generator)`` takes ``obs [B, To, O]``, ``action [B, H, A]`` (both normalised)
-    and optionally ``valid [B, H]``: positions that are False are left out.
+    and optionally ``valid [B, H]``.
 
     Args:
         denoiser: with a network of type ``anchored``.
@@ -40,6 +40,7 @@ class AnchoredLoss(nn.Module):
         reconstruction: ``l1`` (as published) or ``l2``.
         negatives: wrong anchors scored per example, drawn anew each time and weighted so that the
             expected loss stays the same; None: all. Fewer make a step cheaper.
+        mask_padding: leave positions out that ``valid`` says are padding.
 
     Raises:
         ValueError: a setting out of range, or a network without a confidence head.
@@ -56,6 +57,7 @@ class AnchoredLoss(nn.Module):
         classification: str = "focal",
         reconstruction: str = "l1",
         negatives: int | None = None,
+        mask_padding: bool = True,
     ) -> None:
         super().__init__()
         if not hasattr(denoiser.network, "cascade"):
@@ -80,7 +82,7 @@ class AnchoredLoss(nn.Module):
         self.anchors: Tensor | None
         self.register_buffer("anchors", guesses if isinstance(guesses, Tensor) else None)
         self._guesses = None if isinstance(guesses, Tensor) else guesses
-        self.t_max, self.negatives = t_max, negatives
+        self.t_max, self.negatives, self.mask_padding = t_max, negatives, mask_padding
         self.class_weight, self.recon_weight = class_weight, recon_weight
         self.classification, self.reconstruction = classification, reconstruction
 
@@ -88,7 +90,9 @@ class AnchoredLoss(nn.Module):
         plan = batch["action"]
         count, horizon, _ = plan.shape
         weight = (
-            batch["valid"].to(plan.dtype) if "valid" in batch else plan.new_ones(count, horizon)
+            batch["valid"].to(plan.dtype)
+            if self.mask_padding and "valid" in batch
+            else plan.new_ones(count, horizon)
         )
         weight = weight / weight.sum(1, keepdim=True).clamp_min(1)
         guess = self._guess(batch)

@@ -123,7 +123,7 @@ class MLP(Network):
         if film is None:
             emb = self.embed_time(as_time(t, x)) if time_emb is None else time_emb
             film = self.modulate(emb, cond)
-        film = film.view(len(film), 2, self.depth, self.width)
+        film = film.view(film.shape[0], 2, self.depth, self.width)
         scales = (film[:, 0] + 1).unbind(1)
         shifts = film[:, 1].unbind(1)
         h = self.inward(x.flatten(1))

@@ -192,6 +192,10 @@ class ChunkedPolicy(abc.ABC):
         needed: Array = ~state.warm | spent
         return needed
 
+    def starts_warm(self, state: PolicyState) -> Array:
+        """Rows whose next plan starts from their last one, bool ``[N]``."""
+        return state.warm
+
     def replan(
         self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False
     ) -> PolicyState:

@@ -263,6 +263,9 @@ class RealTimeChunking(ChunkedPolicy):
     def observe(self, obs: Array, state: PolicyState) -> PolicyState:
         return self.planner.observe(obs, state)
 
+    def starts_warm(self, state: PolicyState) -> Array:
+        return self.planner.starts_warm(state)
+
     def to_actions(self, normalised: Array) -> Array:
         return self.planner.to_actions(normalised)
 

@@ -17,7 +17,7 @@ from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.guidance import ClassifierFreeGuidance
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.solvers import make_solver
-from diffpolicy.core.starts import Start, levels, shift_plan
+from diffpolicy.core.starts import Start, check_distinct, levels, shift_plan
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState, row_noise
@@ -70,8 +70,9 @@ class DiffusionPlanner(ChunkedPolicy):
         )
         self._unusual: Array | None = None  # changes of the observation that make a row cold
         if spec.rti is not None and spec.rti.innovation is not None:
-            usual = np.asarray(spec.observation_step, np.float32)
-            self._unusual = spec.rti.innovation * usual
+            usual = np.asarray(spec.observation_step, np.float64)
+            largest = np.finfo(np.float32).max  # of entries that never change
+            self._unusual = np.minimum(spec.rti.innovation * usual, largest).astype(np.float32)
         check_anchors(spec, anchors)
         self.anchors = None if anchors is None else anchors.to(self.device)
         self._loops: dict[tuple[str, bool], Loop] = {}
@@ -158,6 +159,14 @@ class DiffusionPlanner(ChunkedPolicy):
         jumped = ~state.fresh & (step > self._unusual).any(1)
         return seen.remember(last=newest, jumped=state.memory["jumped"] | jumped)
 
+    def needs_plan(self, state: PolicyState) -> Array:
+        needed = super().needs_plan(state)
+        return needed if self._unusual is None else needed | state.memory["jumped"]
+
+    def starts_warm(self, state: PolicyState) -> Array:
+        warm: Array = state.warm & (self.spec.rti is not None)
+        return warm if self._unusual is None else warm & ~state.memory["jumped"]
+
     def replan(
         self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False
     ) -> PolicyState:
@@ -173,9 +182,7 @@ class DiffusionPlanner(ChunkedPolicy):
         if self.spec.truncated is not None:
             found = self.propose(state, deterministic=deterministic)
             return found.best().cpu().numpy(), np.full(len(state), found.nfe)
-        warm = state.warm & (self.spec.rti is not None)
-        if self._unusual is not None:
-            warm = warm & ~state.memory["jumped"]
+        warm = self.starts_warm(state)
         if warm.all() or not warm.any():
             loop = self._loops["warm" if warm.all() else "cold", deterministic]
             return self._solve(loop, state, deterministic), np.full(len(state), loop.nfe)
@@ -264,6 +271,7 @@ def truncated_grid(
             first = anchors.default_t_start(process)
     t = process.snap(torch.full((1, 1, 1), first, dtype=torch.float64))
     grid = levels(Start(t, t), num_steps, spacing=settings.spacing, process=process)
+    check_distinct(grid, first)
     return grid, "prior" if kind == "draft" else "noised"
 
 

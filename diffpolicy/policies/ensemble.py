@@ -57,6 +57,9 @@ class TemporalEnsemble(ChunkedPolicy):
     def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
         return self.policy.make_plans(state, deterministic=deterministic)
 
+    def starts_warm(self, state: PolicyState) -> Array:
+        return self.policy.starts_warm(state)
+
     def to_actions(self, normalised: Array) -> Array:
         return self.policy.to_actions(normalised)
 

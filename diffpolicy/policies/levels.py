@@ -1,7 +1,7 @@
 """The level chooser: at which noise level plans start, decided from demonstrations alone.
 
 Too low a level cannot leave the last plan (it stalls when the world has moved on), too high a one
-asks more of one to three steps than they can solve. Three quantities decide, all measured on
+asks more of one to three steps than they can solve. Three quantities tell, all measured on
 recorded observations with the trained denoiser, never in an environment:
 
 - the *shift error*: how far the shifted last plan is from what a full solve now says;
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.core.noise import DiscreteVP, GaussianProcess
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.candidates import Truncated
@@ -138,16 +139,31 @@ class LevelReport:
 
     def table(self) -> str:
         """The candidates as text, the chosen one marked."""
+        chosen = self.t_start if isinstance(self.t_start, tuple) else (self.t_start,)
         lines = ["  level   regret (actions, changes)   contraction (closed form)  retained error"]
         for level in self.levels:
-            mark = "*" if level.t == self.t_start else " "
+            mark = "*" if level.t in chosen else " "
             parts = f"{max(level.actions):.3f}, {max(level.changes):.3f}"
             line = f"{mark} {level.t:5.2f}   {level.regret:6.3f} ({parts})"
             if level.measured is not None and self.shift_error is not None:
                 retained = level.measured * self.shift_error
                 line += f"   {level.measured:11.3f} ({level.predicted:11.3f})  {retained:14.4f}"
             lines.append(line)
-        return "\n".join(lines)
+        return "\n".join([*lines, f"chosen: {self.t_start}", *self.warnings()])
+
+    def warnings(self) -> list[str]:
+        """What a reader should know before trusting the choice."""
+        found = []
+        levels = [level.t for level in self.levels]
+        if self.t_start in (levels[0], levels[-1]) and len(levels) > 1:
+            found.append("warning: the choice is at an end of the candidates; try others beyond it")
+        pairs = [(v.measured, v.predicted) for v in self.levels if v.predicted is not None]
+        if any(m is not None and abs(m - p) > 0.5 for m, p in pairs):
+            found.append(
+                "warning: measured and closed-form contraction differ by over 0.5: plans are far "
+                "from Gaussian around their modes, or the policy is badly trained"
+            )
+        return found
 
 
 def choose_level(
@@ -184,7 +200,10 @@ def choose_level(
         raise ValueError("choosing a level needs candidates and at least 2 replicates")
     if isinstance(settings, RTI) and settings.levels is not None:
         raise ValueError("a list of levels is a choice already; give num_steps instead")
-    ordered = sorted({float(c) for c in candidates})
+    process, steps = planner.denoiser.process, settings.num_steps
+    ordered = sorted({float(c) for c in candidates if _fits(float(c), steps, process)})
+    if not ordered:
+        raise ValueError(f"no candidate of {list(candidates)} leaves {steps} different levels")
     study = _Study(planner, demos, settings, replicates, seed)
     made = [_with(planner, replace(settings, t_start=t)) for t in ordered]
     scores = np.stack([study.crps(policy) for policy in made])
@@ -202,6 +221,12 @@ def choose_level(
         table.append(Level(t, measured, predicted, actions, changes))
     shift_error = None if probe is None else probe.shift_error
     return LevelReport(chosen, tuple(table), shift_error, len(demos.obs), replicates)
+
+
+def _fits(t: float, num_steps: int, process: GaussianProcess) -> bool:
+    """Whether so many steps from ``t`` have levels of their own on a discrete process."""
+    knots = len(process.betas) if isinstance(process, DiscreteVP) else math.inf
+    return num_steps <= round(t * knots) if math.isfinite(knots) else True
 
 
 def _smallest(regret: Array) -> int:
@@ -275,6 +300,10 @@ class _Study:
         rng = np.random.default_rng(self.seed)
         before = planner.n_action_steps
         rows, steps = np.nonzero(self.demos.valid[:, before:])
+        if len(rows) == 0:
+            raise ValueError(
+                f"no demonstration is longer than n_action_steps={before}; use a smaller one"
+            )
         chosen = rng.permutation(len(rows))[:points]
         rows, steps = rows[chosen], steps[chosen]  # the earlier decision; the later is `before` on
 
@@ -295,12 +324,12 @@ class _Study:
         shift_error = float(np.sqrt(np.square(error).mean()))
         return _Probe(now, (guesses[0], guesses[1]), shift_error)
 
-    def contraction(self, warm: DiffusionPlanner, probe: _Probe) -> tuple[float, float]:
+    def contraction(self, warm: DiffusionPlanner, probe: _Probe) -> tuple[float, float | None]:
         """Part of the difference of two guesses that is left after a warm solve.
 
         Returns:
             Measured, and in closed form for plans that are locally Gaussian, coordinate by
-            coordinate.
+            coordinate (of DDIM; None for other solvers).
         """
         loop = warm.loop("warm")
         noise = warm.draw_noise(probe.state, loop.draws, False)
@@ -312,13 +341,17 @@ class _Study:
             ]
         ahead = slice(warm.n_obs_steps - 1, warm.n_obs_steps - 1 + warm.n_action_steps)
         gap, left = (np.square((a - b)[:, ahead]) for a, b in (probe.guesses, ends))
+        total = max(float(gap.mean()), 1e-12)
+        measured = math.sqrt(float(left.mean()) / total)
+        rti = self.settings
+        if not isinstance(rti, RTI) or rti.solver != "ddim" or rti.options:
+            return measured, None
         grid = loop.levels.max(-1, keepdim=True).values
         spread = self.local_std(probe.state, float(grid[0]))
         factor = ddim_contraction(warm.denoiser.process, grid, spread).numpy()[:, ahead]
-        total = max(float(gap.mean()), 1e-12)
-        return math.sqrt(float(left.mean()) / total), math.sqrt(
-            float((factor**2 * gap).mean()) / total
-        )
+        if not rti.renoise:  # the guess is not scaled by alpha then
+            factor = factor / float(warm.denoiser.process.alpha(grid[0]))
+        return measured, math.sqrt(float((factor**2 * gap).mean()) / total)
 
     def local_std(self, now: PolicyState, t: float, draws: int = 8) -> Tensor:
         """Spread of plans around their mode as the denoiser sees it at level ``t``.
@@ -352,19 +385,23 @@ def _crps(runs: Array, target: Array, valid: Array) -> Array:
     error = np.abs(runs - target).mean(0)
     pairs = [np.abs(a - b) for i, a in enumerate(runs) for b in runs[:i]]
     out: Array = (error - 0.5 * np.mean(pairs, 0))[valid].mean(0)
-    return np.maximum(out, 1e-9)  # an estimate; of a perfect policy it may be below 0
+    return np.maximum(out, 1e-3)  # below a two-thousandth of the range differences mean nothing
 
 
 def replay(policy: ChunkedPolicy, obs: Array, seeds: Sequence[int]) -> Array:
     """Normalised actions ``[E, T, A]`` of a policy shown recorded observations ``[E, T, O]``."""
     state = policy.initial_state(seeds)
     rows = np.arange(len(obs))
+    grippers = policy.spec.grippers if isinstance(policy, DiffusionPlanner) else ()
     out = []
     for step in range(obs.shape[1]):
         state = policy.observe(obs[:, step], state)
         due = np.flatnonzero(policy.needs_plan(state))
         if len(due):
             state = policy.replan(state, due)
-        out.append(state.plan[rows, np.minimum(state.cursor, policy.horizon - 1)])
+        action = state.plan[rows, np.minimum(state.cursor, policy.horizon - 1)]
+        for gripper in grippers:
+            action = gripper.snap(action)
+        out.append(action)
         state = replace(state, cursor=state.cursor + 1)
     return np.stack(out, 1)

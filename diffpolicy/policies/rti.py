@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
 from diffpolicy.core.solvers import DDIM, Row, Solver, make_solver
-from diffpolicy.core.starts import TAILS, Start, levels
+from diffpolicy.core.starts import TAILS, Start, check_distinct, levels
 
 SCHEDULES = ("matched", "linear")
 
@@ -38,8 +38,9 @@ class RTI:
         renoise: noise the plan to ``t_start`` (on the marginal of the process); False takes it as
             if it were there already, as published.
         tail: what fills the end of the shifted plan, ``"hold"`` or ``"extrapolate"``.
-        innovation: observations that jump by more than this multiple of what the demonstrations
-            ever did make a row cold (a full solve); ``None``: never.
+        innovation: observations that change by more than this multiple of the usual largest step
+            (the 0.999 quantile of the demonstrations) make a row cold: a full solve, at once;
+            ``None``: never.
         legacy: the published sampler: every evaluation at a level of the list is followed by a
             DDPM step of one training level, whatever the next level is (needs a discrete process,
             ``renoise=False`` and ``levels``).
@@ -79,6 +80,8 @@ class RTI:
                 "legacy=True reproduces the published sampler, which needs renoise=False and the "
                 "list of levels, e.g. t_start=0.03, levels=(0.02, 0.01, 0)"
             )
+        if self.legacy and (self.solver != "ddim" or self.options):
+            raise ValueError("legacy=True has a solver of its own; leave solver and options out")
         if self.legacy_schedule != "matched" and not self.legacy:
             raise ValueError("legacy_schedule is an option of legacy=True")
         if self.levels is not None:
@@ -86,6 +89,11 @@ class RTI:
 
     def _check_levels(self, least: float) -> None:
         assert self.levels is not None
+        if self.num_steps not in (3, len(self.levels)) or self.spacing != "t":
+            raise ValueError(
+                f"levels={self.levels} are {len(self.levels)} steps already; leave num_steps and "
+                "spacing out"
+            )
         whole = (least, *self.levels)
         if not self.levels or any(a <= b for a, b in pairwise(whole)) or self.levels[-1] != 0:
             raise ValueError(
@@ -123,8 +131,10 @@ class RTI:
         t = process.snap(torch.tensor(first, dtype=torch.float64).view(1, 1, -1))
         if self.levels is not None:
             following = torch.tensor(self.levels, dtype=torch.float64).view(-1, 1, 1, 1)
-            return torch.cat([t[None], following.expand(-1, *t.shape)])
-        return levels(Start(t, t), self.num_steps, spacing=self.spacing, process=process)
+            grid = torch.cat([t[None], process.snap(following.expand(-1, *t.shape))])
+            return check_distinct(grid, self.t_start)
+        grid = levels(Start(t, t), self.num_steps, spacing=self.spacing, process=process)
+        return check_distinct(grid, self.t_start)
 
     @property
     def start(self) -> str:

@@ -171,6 +171,12 @@ class PolicySpec:
         self._check_parts()
 
     def _check_parts(self) -> None:
+        anchored = self.network.get("type") == "anchored"
+        if anchored and (self.cond_dropout > 0 or self.level_law != "row"):
+            raise ValueError(
+                "a network of type 'anchored' is trained with its condition and one level per "
+                "plan; cond_dropout must be 0 and level_law 'row'"
+            )
         if self.rti is not None and self.truncated is not None:
             raise ValueError(
                 "rti and truncated are two ways to start a plan; to combine them, set truncated "

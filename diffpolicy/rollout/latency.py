@@ -302,13 +302,14 @@ class DelayedPolicy:
     ) -> tuple[DelayedState, Array]:
         """Begins plans for ``rows``; also the rows whose plan is there at once."""
         before = state.running.take(rows)
-        kind = before.warm.astype(np.int64)
+        starts_warm = self.policy.starts_warm(before)
+        kind = starts_warm.astype(np.int64)
         expected = state.expected[rows, kind]
         first = ~state.acted[rows]
         skipped = np.where(first | (not self.aligned), 0, np.minimum(expected, self.max_delay))
         snapshot = replace(before, delay=skipped)
         planned = self.policy.replan(snapshot, np.arange(len(rows)), deterministic=deterministic)
-        request = PlanRequest(before.seed, before.counter, before.warm, planned.nfe - before.nfe)
+        request = PlanRequest(before.seed, before.counter, starts_warm, planned.nfe - before.nfe)
         measured = self._ticks(self.latency(request), len(rows))
         expectations = state.expected[rows]
         expectations[np.arange(len(rows)), kind] = measured

@@ -227,11 +227,32 @@ def test_guess_at_a_level_is_on_the_marginal() -> None:
         ({"t_start": 0.2, "legacy": True}, "renoise=False"),
         ({"t_start": 0.2, "legacy_schedule": "linear"}, "option of legacy"),
         ({"t_start": 0.2, "innovation": 0.0}, "innovation must be positive"),
+        ({"t_start": 0.2, "num_steps": 7, "levels": (0.1, 0.0)}, "are 2 steps already"),
+        (
+            {"t_start": 0.2, "legacy": True, "renoise": False, "levels": (0.0,), "solver": "heun"},
+            "solver of its own",
+        ),
     ],
 )
 def test_unusable_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RTI(**settings)
+
+
+@pytest.mark.parametrize(("t_start", "num_steps"), [(0.004, 1), (0.02, 3)])
+def test_levels_finer_than_the_training_levels_are_refused(t_start: float, num_steps: int) -> None:
+    with pytest.raises(ValueError, match="repeats a training level"):
+        gaussian_planner(rti=RTI(t_start, num_steps=num_steps))
+
+
+def test_a_jump_is_planned_for_at_once() -> None:
+    planner = gaussian_planner(
+        rti=RTI(0.2, innovation=3.0), observation_step=(0.1, 0.1), n_action_steps=4
+    )
+    _, state = planner.act(np.zeros((2, DIM), np.float32), planner.initial_state([0, 1]))
+    _, state = planner.act(np.array([[0.0, 0.0], [0.5, 0.0]], np.float32), state)
+    assert state.plans.tolist() == [1, 2]
+    assert not planner.starts_warm(planner.initial_state([0])).any()
 
 
 def test_settings_that_do_not_fit_the_policy_are_refused() -> None:
