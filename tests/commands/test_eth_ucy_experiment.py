@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_finished_cells_are_not_trained_again(crowd, finished, monkeypatch):
     )
     assert run(crowd, output, folds=["eth"], seeds=[0], settings=TINY, examples=20) == report
     with pytest.raises(ValueError, match=r"made with other settings \(steps\)"):
-        run(crowd, output, folds=["eth"], settings=Settings(steps=9), examples=20)
+        run(crowd, output, folds=["eth"], settings=replace(TINY, steps=9), examples=20)
     with pytest.raises(ValueError, match="unknown fold"):
         run(crowd, output, folds=["hotel"], settings=TINY)
 

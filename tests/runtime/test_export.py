@@ -79,8 +79,13 @@ def damaged_copy(one_export, tmp_path):
 def eager_episode(policy, observed, seeds):
     """Plans and chunks of the policy itself, with the noise that each plan took."""
     state, steps, drawn = policy.initial_state(seeds), [], []
-    draw = policy._noise
-    policy._noise = lambda *arguments: drawn.append(draw(*arguments).numpy()) or draw(*arguments)
+    draw = policy.draw_noise
+
+    def noted(*arguments):
+        drawn.append(draw(*arguments).numpy())
+        return draw(*arguments)
+
+    policy.draw_noise = noted
     for obs in observed:
         state = policy.observe(obs, state)
         due = np.flatnonzero(policy.needs_plan(state))
