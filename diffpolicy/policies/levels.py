@@ -385,6 +385,7 @@ def _crps(runs: Array, target: Array, valid: Array) -> Array:
     error = np.abs(runs - target).mean(0)
     pairs = [np.abs(a - b) for i, a in enumerate(runs) for b in runs[:i]]
     out: Array = (error - 0.5 * np.mean(pairs, 0))[valid].mean(0)
+    out[np.ptp(target[valid], axis=0) < 1e-3] = 1.0  # no skill to show where nothing ever happens
     return np.maximum(out, 1e-3)  # below a two-thousandth of the range differences mean nothing
 
 

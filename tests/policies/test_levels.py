@@ -63,6 +63,14 @@ def test_a_dimension_that_jumps_asks_for_a_higher_level() -> None:
     assert np.max(jumping.t_start) >= 0.1
 
 
+def test_a_dimension_that_never_moves_does_not_count() -> None:
+    planner = gaussian_planner(0.1, sampler=Sampler(num_steps=10))
+    demos = walk(0.1, jumps=False)
+    demos.action[..., 1] = 0.0
+    report = choose_level(planner, demos, RTI(1.0, num_steps=3), candidates=(0.1, 0.4))
+    assert all(level.actions[1] == level.changes[1] == 0 for level in report.levels)
+
+
 def test_dimensions_choose_their_own_level_where_that_is_no_worse() -> None:
     planner = gaussian_planner(0.1, sampler=Sampler(num_steps=10))
     report = choose_level(
