@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
 }
 NETWORKS: dict[str, dict[str, Any]] = {
     "mlp": {"type": "mlp", "width": 256, "depth": 3},
-    "unet1d_small": {"type": "unet1d", "channels": [64, 128, 256]},
+    "unet1d_small": {"type": "unet1d", "down_dims": [64, 128, 256]},
 }
 SHAPE = {"obs_dim": 26, "action_dim": 2, "horizon": 16, "n_obs_steps": 2, "n_action_steps": 8}
 SLOW_MS = 100.0  # plans slower than this are timed less often
