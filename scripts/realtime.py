@@ -32,7 +32,7 @@ from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.spec import Sampler
 from diffpolicy.rollout.evaluate import evaluate
 from diffpolicy.rollout.latency import DelayedPolicy
-from diffpolicy.rollout.scores import mean_interval, paired_difference
+from diffpolicy.rollout.scores import mean_interval, paired_difference, wilson_interval
 from diffpolicy.rollout.spec import EnvSpec
 from diffpolicy.rollout.vector import Workers
 
@@ -136,7 +136,8 @@ def table(cells: dict[str, dict[str, Any]], runs: list[str], methods: list[str])
     best = max(full, key=lambda m: pooled[m].mean(), default=None)
     lines = []
     for method, scores in pooled.items():
-        mean = mean_interval(scores)
+        rate = bool(np.isin(scores, (0.0, 1.0)).all())
+        mean = wilson_interval(int(scores.sum()), len(scores)) if rate else mean_interval(scores)
         each = [f"{np.mean(cells[f'{r}|{method}']['scores']):.3f}" for r in runs]
         nfe = np.mean([cells[f"{r}|{method}"]["nfe_per_plan"] for r in runs])
         line = f"{method:16s} {nfe:6.1f} NFE  {mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]"

@@ -263,7 +263,7 @@ def score_all(planners: Planners, options: dict[str, Any]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     from diffpolicy.rollout.evaluate import evaluate
-    from diffpolicy.rollout.scores import mean_interval
+    from diffpolicy.rollout.scores import mean_interval, wilson_interval
     from diffpolicy.rollout.spec import EnvSpec
     from diffpolicy.rollout.vector import WorkerPool, Workers
 
@@ -286,7 +286,11 @@ def score_all(planners: Planners, options: dict[str, Any]) -> dict[str, Any]:
                 success_threshold=config.env.success_threshold,
                 progress=False,
             )
-            out[name] = mean_interval([float(getattr(e, field)) for e in result.episodes])
+            values = [float(getattr(e, field)) for e in result.episodes]
+            rate = field in ("success", "final_success")
+            out[name] = (
+                wilson_interval(int(sum(values)), len(values)) if rate else mean_interval(values)
+            )
     return out
 
 
