@@ -25,8 +25,7 @@ demo: install  ## Record demonstrations, train a policy on them, roll it out: ru
 
 test: export OMP_NUM_THREADS := 1
 test: install  ## The whole default test suite.
-	$(BIN)/python -m pytest --ignore=tests/runtime
-	$(BIN)/python -m pytest tests/runtime  # dozens of native sessions: in a process of their own
+	$(BIN)/python -m pytest
 
 check: install  ## Format, lint, types, import layers, tests.
 	$(BIN)/ruff format --check .

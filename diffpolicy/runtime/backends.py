@@ -7,6 +7,7 @@ returns a function of the same tensors. Nothing here checks shapes or pads rows;
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import io
@@ -121,7 +122,7 @@ def onnxruntime(module: nn.Module, example: Sequence[Tensor], threads: int) -> R
 def openvino(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
     """The whole loop as one ONNX graph, compiled by OpenVINO for this CPU in float32."""
     _on_cpu("openvino", example)
-    core = need("openvino", "openvino").Core()
+    core = _openvino_core()
     names = [f"input_{i}" for i in range(len(example))]
     model = core.read_model(to_onnx(module, example, names, ["plan"]))
     options = {
@@ -190,6 +191,17 @@ def to_onnx(
             dynamic_axes={k: dict(v) for k, v in dynamic.items()} if dynamic else None,
         )
     return buffer.getvalue()
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    """One core for the life of the process.
+
+    OpenVINO's CPU plugin gives the thread that first uses it an alternate signal stack, and frees
+    that stack with the last model of its core. With several cores the thread is left with a stack
+    that is gone, and the next signal (a SIGTERM to a server) kills the process.
+    """
+    return need("openvino", "openvino").Core()
 
 
 def _inference(module: nn.Module) -> Run:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -351,3 +353,24 @@ def test_auto_compiles_every_loop():
         assert isinstance(loop, CompiledLoop)
         assert loop.backend in available_backends()
         assert "batch_size=1" in repr(loop)
+
+
+SIGNALLED = """
+import gc, os, signal, sys
+sys.path.insert(0, {here!r})
+from test_compile import compile_loop, compiled_test_planner
+loop = compiled_test_planner().loop("cold")
+made = [compile_loop(loop, backend="openvino", batch_size=n, threads=1) for n in (1, 2, 3)]
+while made:
+    del made[0]  # the oldest first
+    gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.skipif(bool(missing("openvino")), reason="needs openvino")
+def test_signals_are_handled_after_compiled_loops_are_gone():
+    code = SIGNALLED.format(here=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr[-2000:]
