@@ -231,6 +231,10 @@ class DiffusionPolicy(DiffusionPlanner):
         ]
         if scaled[0] != scaled[1]:
             wrong.append("a gripper of mode 'scale'")
+        if self.spec.network.get("type") == "anchored" and self.spec.truncated is not None:
+            other = changes.get("truncated", self.spec.truncated)
+            if other is None or other.t_start != self.spec.truncated.t_start:
+                wrong.append("the level that a network of type 'anchored' starts from")
         if wrong:
             raise ValueError(f"{wrong[0]} belongs to the weights; train a policy with another one")
         return type(self)(

@@ -219,6 +219,8 @@ def test_anchored_and_streaming_policies_learn_and_act(trained, tmp_path):
     anchored.learn(store, quick, tmp_path / "anchored")
     actions, scores = anchored.plans(np.zeros((1, 2, 6), np.float32))
     assert actions.shape[:2] == scores.shape == (1, 5)
+    with pytest.raises(ValueError, match="belongs to the weights"):
+        anchored.choose_truncated(store, episodes=2)  # trained up to its own level only
     rolling = small_policy(
         store,
         network={"type": "mlp", "width": 16, "depth": 1, "t_kind": "position"},

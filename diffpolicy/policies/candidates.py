@@ -16,6 +16,7 @@ from torch import Tensor
 from diffpolicy.core.solvers import make_solver
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
+from diffpolicy.policies.base import settings_from
 from diffpolicy.policies.loop import Loop, PlanLoop
 from diffpolicy.policies.truncated import ScoredPlans
 
@@ -74,6 +75,11 @@ class Truncated:
             raise ValueError(f"unknown rank {self.rank!r}; expected one of {RANKS}")
         if self.rank == "prior" and self.sources != ("anchors",):
             raise ValueError("rank 'prior' knows anchors only; use 'denoising' for other sources")
+        if self.rank == "confidence" and "draft" in self.sources:
+            raise ValueError(
+                "a draft is made at t = 1, where a network of type 'anchored' is not trained; "
+                "leave it out of sources with rank 'confidence'"
+            )
         if make_solver(self.solver, **self.options).stochastic:
             raise ValueError(f"truncated plans take a deterministic solver, not {self.solver!r}")
 
@@ -84,13 +90,7 @@ class Truncated:
         Raises:
             ValueError: unknown entries or values out of range.
         """
-        values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
-        }
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"truncated: {error}") from None
+        return settings_from(cls, config, "truncated")
 
     @property
     def loops(self) -> tuple[str, ...]:

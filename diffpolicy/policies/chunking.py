@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffpolicy.core.guidance import PREFIX_MODES, PrefixCond, PrefixGuidance
 from diffpolicy.core.sampling import sample
 from diffpolicy.core.starts import shift_plan
-from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
+from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState, settings_from
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.loop import PlanLoop
 
@@ -68,10 +68,7 @@ class Chunking:
         Raises:
             ValueError: unknown entries or values out of range.
         """
-        try:
-            return cls(**config)
-        except TypeError as error:
-            raise ValueError(f"chunking: {error}") from None
+        return settings_from(cls, config, "chunking")
 
 
 def frozen_steps(delay: Array, valid: Array, n_obs_steps: int) -> Array:

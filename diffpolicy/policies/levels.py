@@ -147,7 +147,8 @@ class LevelReport:
             line = f"{mark} {level.t:5.2f}   {level.regret:6.3f} ({parts})"
             if level.measured is not None and self.shift_error is not None:
                 retained = level.measured * self.shift_error
-                line += f"   {level.measured:11.3f} ({level.predicted:11.3f})  {retained:14.4f}"
+                closed = "-" if level.predicted is None else f"{level.predicted:.3f}"
+                line += f"   {level.measured:11.3f} ({closed:>11})  {retained:14.4f}"
             lines.append(line)
         return "\n".join([*lines, f"chosen: {self.t_start}", *self.warnings()])
 

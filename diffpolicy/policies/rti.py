@@ -18,6 +18,7 @@ from torch import Tensor
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
 from diffpolicy.core.solvers import DDIM, Row, Solver, make_solver
 from diffpolicy.core.starts import TAILS, Start, check_distinct, levels
+from diffpolicy.policies.base import settings_from
 
 SCHEDULES = ("matched", "linear")
 
@@ -108,13 +109,7 @@ class RTI:
         Raises:
             ValueError: unknown entries or values out of range.
         """
-        values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
-        }
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"rti: {error}") from None
+        return settings_from(cls, config, "rti")
 
     def make_solver(self, *, deterministic: bool = False) -> Solver:
         """The solver of warm rows; ``deterministic`` takes its noise-free form."""

@@ -22,7 +22,7 @@ from diffpolicy.core.sampling import Trajectory
 from diffpolicy.core.solvers import Solver
 from diffpolicy.core.starts import shift_plan, truncated_start
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.policies.base import Array, PolicyState
+from diffpolicy.policies.base import Array, PolicyState, settings_from
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.loop import PlanLoop
 from diffpolicy.policies.spec import PolicySpec
@@ -69,13 +69,7 @@ class Streaming:
         Raises:
             ValueError: unknown entries or values out of range.
         """
-        values: dict[str, Any] = {
-            k: tuple(float(x) for x in v) if isinstance(v, list) else v for k, v in config.items()
-        }
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"streaming: {error}") from None
+        return settings_from(cls, config, "streaming")
 
 
 class StreamingLoop(PlanLoop):

@@ -250,8 +250,9 @@ class Planning:
             return
         meter, latency_ns = self.meter, outcome.latency_ns
         meter.counts["plans"] += 1
-        (meter.plan if request.warm else meter.cold).add(latency_ns)
-        self._expected[int(request.warm)] = self._ticks(latency_ns)
+        warm = request.warm and (outcome.value is None or outcome.value.warm)
+        (meter.plan if warm else meter.cold).add(latency_ns)
+        self._expected[int(warm)] = self._ticks(latency_ns)
         if latency_ns > self._budget_ns and not self._overdue:
             meter.counts["missed_deadlines"] += 1
         if outcome.error is not None:

@@ -94,6 +94,7 @@ class Track:
         finite: the whole plan is finite, so that the next may start from it.
         nfe: network evaluations it took.
         refined: it is a one-evaluation refinement.
+        warm: it was started from the last plan (not so after a jump of the observation).
     """
 
     tick: int
@@ -104,6 +105,7 @@ class Track:
     finite: bool
     nfe: int
     refined: bool = False
+    warm: bool = True
 
 
 class TrackMaker:
@@ -185,7 +187,8 @@ class TrackMaker:
         actions, good = self.limits.check(self._decode(planned))
         finite = bool(np.isfinite(planned.plan).all() and np.isfinite(actions).all())
         nfe = int(planned.nfe[0] - snapshot.nfe[0])
-        return Track(tick, tick, planned, list(actions), good, finite, nfe)
+        warm = bool(self.policy.starts_warm(snapshot)[0])
+        return Track(tick, tick, planned, list(actions), good, finite, nfe, warm=warm)
 
     def _decode(self, state: PolicyState) -> Array:
         policy = self.policy

@@ -96,6 +96,14 @@ def test_truncated_plans_choose_a_level_too() -> None:
     assert report.shift_error is None
 
 
+def test_other_solvers_have_no_closed_form() -> None:
+    planner = gaussian_planner(0.1, sampler=Sampler(num_steps=10))
+    settings = RTI(1.0, num_steps=2, solver="dpmpp_2m")
+    report = choose_level(planner, walk(0.1, jumps=False), settings, candidates=(0.1, 0.4))
+    assert [level.predicted for level in report.levels] == [None, None]
+    assert "(          -)" in report.table()
+
+
 def test_replay_shows_recorded_observations() -> None:
     planner = gaussian_planner(0.01, sampler=Sampler(num_steps=10))
     demos = walk(0.0, jumps=False, episodes=3, length=5)
