@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -223,6 +224,63 @@ def check_numpy_torch(found: Installation) -> Finding | None:
     return Finding("error", "numpy", message, 'pip install "torch>=2.6"')
 
 
+def d4rl_folder() -> Path | None:
+    """Where the package d4rl is installed, found without importing it; None where it is not."""
+    spec = importlib.util.find_spec("d4rl")
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    return Path(places[0]) if places else None
+
+
+def check_d4rl_table(folder: Path | None) -> Finding | None:
+    """Compare our table of D4RL's datasets with an installed d4rl package.
+
+    Only its ``infos.py`` is loaded, by path: importing the package itself would fail.
+
+    Args:
+        folder: of the package, see `d4rl_folder`.
+
+    Returns:
+        ``ok`` if ids, file names and reference scores are equal, ``error`` with the first
+        differences, ``warning`` if it cannot be read; None where d4rl is not installed.
+    """
+    if folder is None:
+        return None
+    from diffpolicy.data.d4rl.catalogue import DATASETS
+
+    ours = {i: (d.file, d.ref_min, d.ref_max) for i, d in DATASETS.items()}
+    try:
+        theirs = _d4rl_infos(folder / "infos.py")
+    except Exception as error:  # whatever a foreign file may raise
+        message = f"{folder / 'infos.py'} cannot be read: {type(error).__name__}: {error}"
+        return Finding("warning", "d4rl table", message, "pip install --force-reinstall d4rl")
+    different = [i for i in (*ours, *(theirs.keys() - ours)) if ours.get(i) != theirs.get(i)]
+    if different:
+        first = different[0]
+        message = (
+            f"{len(different)} datasets differ from {folder}, such as {first}: "
+            f"{ours.get(first)} here, {theirs.get(first)} there"
+        )
+        fix = "do not publish scores of these datasets before it is clear which are right"
+        return Finding("error", "d4rl table", message, fix)
+    scored = sum(d.has_score for d in DATASETS.values())
+    message = f"all {len(ours)} datasets and {scored} reference scores equal those of {folder}"
+    return Finding("ok", "d4rl table", message)
+
+
+def _d4rl_infos(path: Path) -> dict[str, tuple[str, float | None, float | None]]:
+    """File name and reference scores by id, as d4rl's own table has them."""
+    spec = importlib.util.spec_from_file_location("_d4rl_infos", path)
+    assert spec is not None
+    assert spec.loader is not None
+    infos = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(infos)
+    low, high = infos.REF_MIN_SCORE, infos.REF_MAX_SCORE
+    return {
+        name: (url.rpartition("/")[2], low.get(name), high.get(name))
+        for name, url in infos.DATASET_URLS.items()
+    }
+
+
 Check = Callable[[Installation], Finding | None]
 CHECKS: tuple[Check, ...] = (
     check_core,
@@ -401,6 +459,9 @@ def diagnose(*, probe: bool = True) -> list[Finding]:
         findings.append(probe_devices())
     if probe and "mujoco" in versions:
         findings.append(probe_gl())
+    table = check_d4rl_table(d4rl_folder())
+    if table is not None:
+        findings.append(table)
     known = check_installation(Installation(versions, mujoco_libraries()))
     return findings + (
         known or [Finding("ok", "combinations", "none of the known-broken ones is present")]

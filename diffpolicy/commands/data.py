@@ -1,7 +1,9 @@
-"""`diffpolicy data`: info, check, convert or collect episode stores."""
+"""`diffpolicy data`: info, check, convert or collect episode stores; list D4RL's datasets."""
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,17 +19,29 @@ def help_text() -> str:
 usage: diffpolicy data info STORE [--update-statistics]
        diffpolicy data check STORE [action_low=[...]] [action_high=[...]]
        diffpolicy data convert SOURCE TARGET [obs=FIELD] [action=FIELD] [env=ID] [key=value] ...
+       diffpolicy data d4rl [PATTERN] [data_dir=DIR]
        diffpolicy data collect TARGET env=ID [episodes=200] [key=value] ...
 
 info     fields, episodes, lengths and statistics; --update-statistics computes them anew.
 check    looks at every value; names episode, row and fix for what is wrong. Exit status 1 if
          there are errors.
-convert  makes a store from a Diffusion Policy replay buffer (zarr, directory or zip) or a robomimic
-         HDF5 file. Options: format=auto, max_episodes=null, overwrite=false; obs and action name
-         source fields (a list concatenates). With env=ID the observation is passed through that
-         environment's own observation_from_state, so that the data hold what the policy will see:
+convert  makes a store from a Diffusion Policy replay buffer (zarr, directory or zip), a robomimic
+         or D4RL HDF5 file, or the id of a D4RL dataset. Options: format=auto, max_episodes=null,
+         overwrite=false; obs and action name source fields (a list concatenates). With env=ID the
+         observation is passed through that environment's own observation_from_state, so that the
+         data hold what the policy will see:
            diffpolicy data convert pusht_lowdim.zarr.zip data/pusht.zarr obs=state \\
              env=diffpolicy_envs:diffpolicy/PushT-v0
+         With a D4RL id or file the fields are settled, env=ID is only recorded, and there are the
+         options transforms=[...], extras=[infos/qpos,...], keep_partial=true, data_dir=DIR (of the
+         id), dataset=ID (of a file that was renamed):
+           diffpolicy data convert hopper-medium-v2 data/hopper.zarr
+         Transforms: antmaze_reward (r - 1), reward_scale:X, reward_shift:X, normalize_reward
+         (1000 / (max - min) of the returns), split_goals[:RADIUS] (one episode for each
+         infos/goal, which is appended to obs). An interrupted conversion goes on.
+d4rl     the D4RL datasets whose id contains PATTERN (or matches it, with * and ?): file name, step
+         limit, returns that score 0 and 100, and where the file is. Files belong into
+         $D4RL_DATASET_DIR or ~/.d4rl/datasets; the d4rl package is not needed.
 collect  records demonstrations of the environment's scripted expert; continues an interrupted
          collection. Options: seed=0, noise=0.15 (executed; the clean action is stored),
          keep=success (or all), num_workers=null."""
@@ -39,6 +53,7 @@ def run(arguments: Sequence[str]) -> int:
         "info": _info,
         "check": _check,
         "convert": _convert,
+        "d4rl": _d4rl,
         "collect": _collect,
     }
     if not arguments or arguments[0] not in commands:
@@ -83,6 +98,16 @@ def _check(arguments: Sequence[str]) -> int:
     return int(errors > 0)
 
 
+# What only D4RL's files take.
+_D4RL_OPTIONS: dict[str, Any] = {
+    "transforms": [],
+    "extras": [],
+    "keep_partial": True,
+    "data_dir": None,
+    "dataset": None,
+}
+
+
 def _convert(arguments: Sequence[str]) -> int:
     from diffpolicy.data.conversion import convert
 
@@ -93,8 +118,14 @@ def _convert(arguments: Sequence[str]) -> int:
         "env": None,
         "max_episodes": None,
         "overwrite": False,
+        **_D4RL_OPTIONS,
     }
     options = parse(arguments, ["source", "target"], defaults)
+    if _is_d4rl(options["source"], options["format"]):
+        return _convert_d4rl(options)
+    needless = [name for name, value in _D4RL_OPTIONS.items() if options[name] != value]
+    if needless:
+        raise ConfigError(f"{', '.join(needless)}: only for D4RL; {options['source']} is none")
     fields: dict[str, Any] = {n: options[n] for n in ("obs", "action") if options[n] is not None}
     attrs: Mapping[str, Any] = {"env_id": options["env"]} if options["env"] else {}
     store = convert(
@@ -107,8 +138,76 @@ def _convert(arguments: Sequence[str]) -> int:
         attrs=attrs,
         overwrite=bool(options["overwrite"]),
     )
+    _print_store(options["target"], store)
+    return 0
+
+
+def _print_store(target: str, store: Any) -> None:
     shapes = {name: field.shape for name, field in store.fields.items()}
-    print(f"{options['target']}: {store.num_episodes} episodes, {store.num_steps} steps, {shapes}")
+    print(f"{target}: {store.num_episodes} episodes, {store.num_steps} steps, {shapes}")
+
+
+def _is_d4rl(source: str, format: str) -> bool:
+    """Whether to read `source` as a D4RL file, or as the id of one."""
+    from diffpolicy.data.d4rl.catalogue import DATASETS
+    from diffpolicy.data.formats import get_format
+
+    if format != "auto" or not Path(source).exists():
+        # A word that is no file may be meant for an id: the error then names the nearest ones.
+        word = len(Path(source).parts) == 1 and not Path(source).suffix
+        near = difflib.get_close_matches(source, DATASETS, n=1, cutoff=0.75) if word else []
+        return format == "d4rl" or (format == "auto" and bool(near))
+    if Path(source).suffix not in (".hdf5", ".h5"):
+        return False
+    return get_format("auto", Path(source))[0] == "d4rl"
+
+
+def _convert_d4rl(options: Mapping[str, Any]) -> int:
+    from diffpolicy.data.d4rl.file import load_d4rl
+
+    for name in ("obs", "action"):
+        if options[name] is not None:
+            raise ConfigError(f"{name}={options[name]}: D4RL files say what {name!r} is; leave it")
+    for name in ("transforms", "extras"):
+        if not isinstance(options[name], list):
+            raise ConfigError(f'{name} is a list: {name}=["{options[name]}"]')
+    keep = ("data_dir", "dataset", "transforms", "keep_partial")
+    with load_d4rl(options["source"], **{name: options[name] for name in keep}) as file:
+        store = file.to_store(
+            options["target"],
+            max_episodes=options["max_episodes"],
+            extras=options["extras"],
+            attrs={"env_id": options["env"]} if options["env"] else {},
+            overwrite=options["overwrite"],
+        )
+    for text in (*store.attrs["notes"], *store.attrs["warnings"]):
+        print(text)
+    _print_store(options["target"], store)
+    return 0
+
+
+def _d4rl(arguments: Sequence[str]) -> int:
+    from diffpolicy.data.d4rl.catalogue import DATASETS, lookup
+    from diffpolicy.data.d4rl.location import datasets_dir, scan
+
+    named = bool(arguments) and "=" not in arguments[0]
+    options = parse(arguments[named:], [], {"data_dir": None})
+    pattern = arguments[0] if named else "*"
+    pattern = pattern if set("*?[") & set(pattern) else f"*{pattern}*"
+    chosen = [info for name, info in DATASETS.items() if fnmatch.fnmatchcase(name, pattern)]
+    if not chosen:
+        lookup(arguments[0])
+    found = {f.info.id: f.path for f in reversed(scan(options["data_dir"])) if f.info is not None}
+    width = max(len(info.id) for info in chosen)
+    print(f"{'id':<{width}}  steps  {'score 0':>12}  {'score 100':>12}  file")
+    for info in chosen:
+        scores = [
+            f"{r:12.6g}" if r is not None else f"{'-':>12}" for r in (info.ref_min, info.ref_max)
+        ]
+        place = str(found[info.id]) if info.id in found else f"{info.file} (not found)"
+        print(f"{info.id:<{width}}  {info.max_episode_steps:>5}  {'  '.join(scores)}  {place}")
+    here = sum(info.id in found for info in chosen)
+    print(f"{len(chosen)} datasets, {here} of them in {datasets_dir(options['data_dir'])}")
     return 0
 
 

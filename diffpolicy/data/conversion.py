@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 # Episodes are handed to the store in blocks of about so many bytes.
 _BLOCK_BYTES = 2**25
+# What a policy and its critics are given: float32 vectors.
+_OBSERVATIONS = ("obs", "next_obs")
+_VECTORS = (*_OBSERVATIONS, "action")
 
 Columns = dict[str, "NDArray[Any]"]
 
@@ -41,14 +44,15 @@ def convert(
     The store appears at `target` when it is complete, not before.
 
     Args:
-        source: What to read.
+        source: What to read: a path, or with `format` "minari" or "lerobot" a dataset's id.
         target: The store to make, by custom `something.zarr`.
         format: A format's name, or `"auto"` to look.
         fields: The target's fields, each made of one source field or of several, which are
             flattened and concatenated: `{"obs": ["state"], "action": "action"}`. What is not said
             of `obs` and `action` comes from the format. Both become float32 vectors; other fields
             keep their shape and type (float64 becomes float32).
-        transform: Applied to `obs` `[T, O]` of each episode; returns `[T, O']`.
+        transform: Applied to `obs` `[T, O]` of each episode; returns `[T, O']`. Also to `next_obs`,
+            where the format knows the observation after each step.
         max_episodes: Stop after so many.
         attrs: JSON values to keep with the store, such as `{"env_id": ...}`.
         overwrite: Replace the store that is at `target`.
@@ -63,8 +67,11 @@ def convert(
             names it.
     """
     origin, goal = Path(source), Path(target)
-    if not origin.exists():
-        raise FileNotFoundError(f"nothing to convert at {origin}")
+    if format == "auto" and not origin.exists():
+        raise FileNotFoundError(
+            f"nothing to convert at {origin}; to look up a dataset by its id, name the format, "
+            "such as format=minari"
+        )
     if max_episodes is not None and max_episodes < 1:
         raise ValueError(f"max_episodes must be at least 1; got {max_episodes}")
     layout.clear_target(goal, overwrite=overwrite, remove=False)
@@ -89,6 +96,10 @@ def _mapping(
 ) -> dict[str, list[str]]:
     chosen: dict[str, str | Sequence[str]] = {**module.default_fields(reader), **(fields or {})}
     lists = {k: [v] if isinstance(v, str) else list(v) for k, v in chosen.items()}
+    follow = getattr(module, "next_fields", None)
+    if follow is not None and "next_obs" not in (fields or {}):  # it is made of what makes obs
+        lists.pop("next_obs", None)
+        lists |= {"next_obs": names} if (names := follow(lists.get("obs", []))) else {}
     for name in ("obs", "action"):
         if not lists.get(name):
             raise ValueError(
@@ -115,7 +126,8 @@ def _episodes(
         try:
             columns = {k: _column(k, [raw[n] for n in group]) for k, group in mapping.items()}
             if transform is not None:
-                columns["obs"] = _transformed(transform, columns["obs"])
+                for name in (n for n in _OBSERVATIONS if n in columns):
+                    columns[name] = _transformed(transform, columns[name])
             shapes = shapes or {k: c.shape[1:] for k, c in columns.items()}
             _check_columns(columns, shapes)
         except ValueError as error:
@@ -127,9 +139,9 @@ def _column(name: str, parts: list[NDArray[Any]]) -> NDArray[Any]:
     lengths = [len(p) for p in parts]
     if len(set(lengths)) > 1:
         raise ValueError(f"the parts of {name!r} have different lengths: {lengths}")
-    flat = name in ("obs", "action") or len(parts) > 1
+    flat = name in _VECTORS or len(parts) > 1
     column = np.concatenate([p.reshape(len(p), -1) for p in parts], 1) if flat else parts[0]
-    if name in ("obs", "action") or column.dtype == np.float64:
+    if name in _VECTORS or column.dtype == np.float64:
         with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is reported
             column = column.astype(np.float32)
     return column

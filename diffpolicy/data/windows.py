@@ -54,6 +54,7 @@ class Windows:
             maps into memory as needed; None decides by what is free.
         pad_after: How many steps a window may reach over the end of its episode, 0..H-To; default
             H-To.
+        whole: A batch holds H steps of the observation too, for plans that hold observations.
 
     Raises:
         ValueError: Sizes that do not fit each other, unknown fields or episodes, values that are
@@ -73,6 +74,7 @@ class Windows:
         fields: Sequence[str] = ("obs", "action"),
         in_memory: bool | None = None,
         pad_after: int | None = None,
+        whole: bool = False,
     ) -> None:
         _check_sizes(horizon, n_obs_steps, n_action_steps)
         self.horizon = horizon
@@ -81,7 +83,7 @@ class Windows:
         self.pad_after = _checked_pad(pad_after, horizon - n_obs_steps)
         _check_fields(store, fields, normalizer)
         self.fields = tuple(fields)
-        self.episodes = _checked_episodes(store, episodes)
+        self.episodes = checked_episodes(store, episodes)
         ends = store.episode_ends[self.episodes]
         self._first_row = ends - store.episode_lengths[self.episodes]
         self._lengths = store.episode_lengths[self.episodes]
@@ -97,22 +99,23 @@ class Windows:
                 f"{self.pad_after} after. Use a shorter horizon or a larger pad_after"
             )
         offsets = np.cumsum(sizes) - sizes
-        self._starts = torch.from_numpy(np.repeat(offsets, self._counts) + _ranges(self._counts))
-        step = _ranges(sizes) - front
+        self._starts = torch.from_numpy(np.repeat(offsets, self._counts) + ranges(self._counts))
+        step = ranges(sizes) - front
         length = np.repeat(self._lengths, sizes)
         source = np.repeat(self._first_row, sizes) + np.clip(step, 0, length - 1)
         valid = torch.from_numpy((step >= 0) & (step < length))
 
         shapes = {name: store.fields[name].shape for name in fields}
         self._shapes = {
-            k: (n_obs_steps if k == fields[0] else horizon, *s) for k, s in shapes.items()
+            k: (n_obs_steps if k == fields[0] and not whole else horizon, *s)
+            for k, s in shapes.items()
         }
         size = 4 * len(source) * sum(int(np.prod(s)) for s in shapes.values())
         self.in_memory = size <= _MEMORY_SHARE * _free_memory() if in_memory is None else in_memory
         self._device = torch.device("cpu")
         self._runs = {
             name: _runs(
-                _load(store, name, source, normalizer, in_memory=self.in_memory),
+                load_rows(store, name, source, normalizer, in_memory=self.in_memory),
                 self._shapes[name][0],
             )
             for name in fields
@@ -245,9 +248,14 @@ def _check_fields(
             )
 
 
-def _checked_episodes(
+def checked_episodes(
     store: EpisodeStore, episodes: Sequence[int] | NDArray[np.integer] | None
 ) -> NDArray[np.int64]:
+    """Indices of the episodes to use, ascending; all of the store's unless given.
+
+    Raises:
+        ValueError: An index out of range, or one that comes twice.
+    """
     if episodes is None:
         return np.arange(store.num_episodes)
     chosen = np.sort(np.asarray(episodes, dtype=np.int64))
@@ -260,7 +268,7 @@ def _checked_episodes(
     return chosen
 
 
-def _ranges(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def ranges(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """0..n-1 for each n of `counts`, one after the other."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
@@ -281,7 +289,7 @@ def _moved(runs: Tensor, device: torch.device | str) -> Tensor:
     return moved.as_strided((count, size), (width, 1))
 
 
-def _load(
+def load_rows(
     store: EpisodeStore,
     field: str,
     source: NDArray[np.int64],

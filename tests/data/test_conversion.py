@@ -147,7 +147,7 @@ def test_robomimic_bad_files(robomimic_file, tmp_path, monkeypatch):
         convert(path, tmp_path / "o.zarr")
     with h5py.File(tmp_path / "other.hdf5", "w") as file:
         file.create_dataset("observations", data=np.zeros(3))
-    with pytest.raises(ValueError, match="not a robomimic file"):
+    with pytest.raises(ValueError, match="looks like none of the formats"):
         convert(tmp_path / "other.hdf5", tmp_path / "o.zarr")
     (tmp_path / "cut.hdf5").write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="not a whole HDF5 file"):
@@ -186,4 +186,5 @@ def test_bad_input(tmp_path, write_replay, replay_arrays):
 
 
 def test_formats_are_registered():
-    assert sorted(FORMATS) == ["replay_zarr", "robomimic"]
+    known = ["d4rl", "lerobot", "minari", "replay_zarr", "robomimic"]
+    assert sorted(FORMATS) == known

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from diffpolicy.data.fields import FieldSpec
 
 FORMATS: dict[str, str] = {
+    "minari": "diffpolicy.data.formats.minari",
+    "lerobot": "diffpolicy.data.formats.lerobot",
     "replay_zarr": "diffpolicy.data.formats.replay_zarr",
+    "d4rl": "diffpolicy.data.formats.d4rl",
     "robomimic": "diffpolicy.data.formats.robomimic",
 }
 

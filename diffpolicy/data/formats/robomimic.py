@@ -124,8 +124,16 @@ class RobomimicFile:
 
 
 def matches(path: Path) -> bool:
-    """Whether `path` is named as an HDF5 file."""
-    return path.is_file() and path.suffix in (".hdf5", ".h5")
+    """Whether `path` is an HDF5 file with a group `data`, or one that `open_source` refuses."""
+    if not path.is_file() or path.suffix not in (".hdf5", ".h5"):
+        return False
+    try:
+        import h5py
+
+        with h5py.File(path, "r") as file:
+            return isinstance(file.get("data"), h5py.Group)
+    except (ImportError, OSError):
+        return True  # opening it says what is wrong
 
 
 def open_source(path: Path) -> RobomimicFile:

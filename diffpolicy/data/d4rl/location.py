@@ -1,0 +1,128 @@
+"""Where the files of D4RL's datasets are looked for."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from diffpolicy.data.d4rl.catalogue import DatasetInfo, by_file, lookup
+
+_SUFFIXES = (".hdf5", ".h5")
+_MUJOCO = re.compile(r"(halfcheetah|hopper|walker2d|ant)-(medium|expert)-v\d")
+_ADROIT = re.compile(r"(pen|door|hammer|relocate)-(human|cloned|expert)-v\d")
+_MAZE = re.compile(r"maze2d-(open|umaze|medium|large)(-dense)?-v\d")
+_ANTMAZE = re.compile(r"antmaze-(umaze(?:-diverse)?|(?:medium|large)-(?:play|diverse))-v\d")
+_KITCHEN = re.compile(r"kitchen-(complete|partial|mixed)-v\d")
+
+
+class Found(NamedTuple):
+    """A file and the dataset it holds.
+
+    Attributes:
+        path: the HDF5 file.
+        info: the dataset; None where the file's name is none of D4RL's.
+    """
+
+    path: Path
+    info: DatasetInfo | None
+
+
+def datasets_dir(data_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of D4RL's files: `data_dir`, else `$D4RL_DATASET_DIR`, else `~/.d4rl/datasets`."""
+    chosen = data_dir or os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
+    return Path(chosen).expanduser()
+
+
+def scan(data_dir: str | os.PathLike[str] | None = None) -> list[Found]:
+    """The HDF5 files in a folder and in the folders directly below it.
+
+    Args:
+        data_dir: The folder; default as `datasets_dir`.
+
+    Returns:
+        The files, sorted by name, those of the folder itself first; empty if there is no folder.
+    """
+    folder = datasets_dir(data_dir)
+    paths = [*sorted(folder.glob("*")), *sorted(folder.glob("*/*"))]
+    return [Found(p, by_file(p.name)) for p in paths if p.suffix in _SUFFIXES and p.is_file()]
+
+
+def find_dataset(
+    id_or_path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None
+) -> Found:
+    """The file of a dataset.
+
+    Args:
+        id_or_path: An id such as `"hopper-medium-v2"`, or the path of a file. A file whose base
+            name is D4RL's is recognised by it, wherever it lies.
+        data_dir: Where to look for an id; default `$D4RL_DATASET_DIR`, else `~/.d4rl/datasets`.
+
+    Returns:
+        The file, and the dataset where it is known.
+
+    Raises:
+        FileNotFoundError: The file is not there; the message says where it was looked for and under
+            which name.
+        ValueError: D4RL has no such id; the message names the nearest ones.
+    """
+    path = Path(id_or_path).expanduser()
+    if path.is_file():
+        return Found(path, by_file(path.name))
+    if path.suffix in _SUFFIXES or len(path.parts) > 1:
+        raise FileNotFoundError(f"no file at {path}")
+    info = lookup(str(id_or_path))
+    folder = datasets_dir(data_dir)
+    here = folder / info.file
+    if here.is_file():
+        return Found(here, info)
+    below = [found for found in scan(folder) if found.info == info]
+    if below:
+        return below[0]
+    raise FileNotFoundError(_missing(info, folder))
+
+
+def identify(name: str, dataset: str | None) -> DatasetInfo | None:
+    """The dataset of a file, by its base name or as it is said to be.
+
+    Raises:
+        ValueError: No such dataset, or the file's name is that of another one.
+    """
+    by_name = by_file(name)
+    if dataset is None:
+        return by_name
+    info = lookup(dataset)
+    if by_name is not None and by_name != info:
+        raise ValueError(
+            f"{name} is the file of {by_name.id!r}, but dataset={dataset!r}; leave dataset out, or "
+            "rename the file"
+        )
+    return info
+
+
+def _missing(info: DatasetInfo, folder: Path) -> str:
+    home = str(Path.home())
+    shown = f"~{str(folder)[len(home) :]}" if str(folder).startswith(home + os.sep) else str(folder)
+    successor = minari_name(info.id)
+    other = f", or use Minari {successor!r} (different data; no D4RL score)" if successor else ""
+    return (
+        f"{info.id!r} not found in {shown} (expected {info.file}). Put the file there, set "
+        f"D4RL_DATASET_DIR, give the file's path instead of the id{other}. You do not need the "
+        "d4rl package."
+    )
+
+
+def minari_name(dataset: str) -> str | None:
+    """Minari's dataset of the same task, which holds other data, if there is one."""
+    if m := _MUJOCO.fullmatch(dataset):
+        return f"mujoco/{m[1]}/{m[2]}-v0"
+    if m := _ADROIT.fullmatch(dataset):
+        return f"D4RL/{m[1]}/{m[2]}-v2"
+    if m := _MAZE.fullmatch(dataset):
+        return f"D4RL/pointmaze/{m[1]}{m[2] or ''}-v2"
+    if m := _ANTMAZE.fullmatch(dataset):
+        return f"D4RL/antmaze/{m[1]}-v1"
+    if m := _KITCHEN.fullmatch(dataset):
+        return f"D4RL/kitchen/{m[1]}-v2"
+    return None

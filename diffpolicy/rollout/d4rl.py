@@ -1,0 +1,288 @@
+"""Environments that match D4RL's datasets, and scores that say what they are scores of.
+
+D4RL's own environments need a simulator that no longer installs. Gymnasium's version 4 of the
+MuJoCo locomotion tasks keeps the dynamics and rewards of the version 2 in which the data were
+recorded; version 5 does not. Where no maintained simulator does the same, the label says "not
+comparable" and why.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from diffpolicy.data.d4rl.catalogue import SOURCE, DatasetInfo, lookup, normalized_score
+from diffpolicy.rollout.scores import mean_interval
+from diffpolicy.rollout.spec import EnvSpec
+
+_LOCOMOTION = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
+_ADROIT = {
+    "pen": "AdroitHandPen",
+    "door": "AdroitHandDoor",
+    "hammer": "AdroitHandHammer",
+    "relocate": "AdroitHandRelocate",
+}
+_MAZES = {"umaze": "UMaze", "medium": "Medium", "large": "Large"}
+_ANT_FORCES = range(27, 111)
+_GONE = {
+    "bullet": "PyBullet's environments, which are no longer maintained",
+    "carla": "the CARLA driving simulator with D4RL's own server and routes",
+    "flow": "the Flow traffic environments on SUMO, which are no longer maintained",
+    "minigrid": "D4RL's own gridworld; its actions are discrete, diffpolicy's are continuous",
+}
+_ROBOTICS_FIXED = (1, 4, 3)
+_PACKAGES = ("diffpolicy", "numpy", "gymnasium", "mujoco")
+
+
+class NoEnvironmentError(ValueError):
+    """No maintained simulator with a flat observation matches a dataset."""
+
+
+@dataclass(frozen=True)
+class D4RLEnvironment:
+    """An environment to evaluate in.
+
+    Attributes:
+        env: the environment.
+        comparable: whether its scores may stand beside D4RL's published ones.
+        note: what differs, or what makes them alike.
+    """
+
+    env: EnvSpec
+    comparable: bool
+    note: str
+
+
+def evaluation_env(dataset: str, *, constant_columns: Sequence[int] = ()) -> D4RLEnvironment:
+    """The environment that matches a dataset.
+
+    Args:
+        dataset: id of a D4RL dataset.
+        constant_columns: entries of the observation that never change in the data; stores made of
+            D4RL files hold them as ``constant_obs_columns``. The ant's contact forces are all zero
+            in data recorded with some simulator versions; the environment then observes zero too,
+            and pays nothing for contacts, as it was when the data were recorded.
+
+    Returns:
+        The environment, and whether its scores compare.
+
+    Raises:
+        ValueError: D4RL has no such dataset.
+        NoEnvironmentError: nothing matches; the message says why.
+    """
+    info = lookup(dataset)
+    agent = info.id.split("-")[0]
+    if agent in _LOCOMOTION:
+        note = "version 4 keeps the dynamics and rewards of the version 2 that recorded the data"
+        return D4RLEnvironment(EnvSpec(_LOCOMOTION[agent]), True, note)
+    if agent == "ant":
+        return _ant(set(_ANT_FORCES) <= set(constant_columns))
+    if agent in _ADROIT:
+        return _adroit(agent, info)
+    if agent == "maze2d":
+        return _maze2d(info)
+    if agent in _GONE:
+        raise NoEnvironmentError(
+            f"{dataset!r} was recorded in {_GONE[agent]}. Train on its data, but evaluate "
+            "elsewhere: no maintained simulator matches it"
+        )
+    other = "AntMaze_*-v5" if agent == "antmaze" else "FrankaKitchen-v1"
+    raise NoEnvironmentError(
+        f"{dataset!r} has no environment here: gymnasium-robotics' {other} is the nearest, but it "
+        "observes a dictionary and differs from D4RL's. Register an id of your own that "
+        "makes D4RL's flat observation of it, and name that id as the environment; its scores are "
+        "not comparable"
+    )
+
+
+def _ant(silent: bool) -> D4RLEnvironment:
+    kwargs: dict[str, Any] = {"use_contact_forces": True}
+    note = "version 4 with contact forces has the data's 111 entries"
+    if silent:
+        kwargs["contact_force_range"] = [0.0, 0.0]
+        note += "; the forces (entries 27..110) are zero, as in the data"
+    return D4RLEnvironment(EnvSpec("Ant-v4", kwargs), True, note)
+
+
+def _adroit(agent: str, info: DatasetInfo) -> D4RLEnvironment:
+    fixed = _release("gymnasium-robotics") >= _ROBOTICS_FIXED
+    version = "v2" if fixed else "v1"
+    env = EnvSpec(f"gymnasium_robotics:{_ADROIT[agent]}-{version}", {}, info.max_episode_steps)
+    if agent == "pen":
+        note = (
+            "D4RL ends an episode when the pen is dropped, gymnasium-robotics goes on to the limit "
+            "of 100 steps: returns of policies that drop it are lower here"
+        )
+        return D4RLEnvironment(env, False, note)
+    if not fixed:
+        note = (
+            "gymnasium-robotics 1.2.1 to 1.4.2 reward the hand's distance (+0.1 d) where D4RL "
+            "punishes it (-0.1 d); 1.4.3 and its version 2 do as D4RL"
+        )
+        return D4RLEnvironment(env, False, note)
+    return D4RLEnvironment(env, True, "reward and step limit are D4RL's")
+
+
+def _maze2d(info: DatasetInfo) -> D4RLEnvironment:
+    match = re.fullmatch(r"maze2d-(umaze|medium|large)(-dense)?-v\d", info.id)
+    if match is None:
+        raise NoEnvironmentError(
+            f"{info.id!r} has no environment here: its maze is D4RL's own. There are mazes for "
+            "maze2d-umaze, -medium and -large"
+        )
+    name = _MAZES[match[1]]
+    kwargs: dict[str, Any] = {"stop_at_goal": False}
+    if match[2]:
+        kwargs["simulator_id"] = f"PointMaze_{name}Dense-v3"
+    env = EnvSpec(f"diffpolicy_envs:diffpolicy/PointMaze{name}-v0", kwargs, info.max_episode_steps)
+    note = (
+        "other dynamics and goals than D4RL's; it observes [x, y, vx, vy, goal x, goal y], as data "
+        "read with the transform split_goals do"
+    )
+    return D4RLEnvironment(env, False, note)
+
+
+@dataclass(frozen=True)
+class ScoreLabel:
+    """What a normalised score is a score of.
+
+    Attributes:
+        dataset: id of the dataset.
+        transforms: transforms of the training data.
+        env: the environment, as `EnvSpec.to_dict`.
+        versions: versions of the packages that can change a score.
+        ref_min: return that is scored 0.
+        ref_max: return that is scored 100.
+        reference: where the reference returns come from.
+        comparable: whether the score may stand beside D4RL's published ones.
+        note: what differs, or what makes them alike.
+    """
+
+    dataset: str
+    transforms: tuple[str, ...]
+    env: Mapping[str, Any]
+    versions: Mapping[str, str]
+    ref_min: float
+    ref_max: float
+    reference: str = SOURCE
+    comparable: bool = False
+    note: str = field(default="")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "dataset": self.dataset,
+            "transforms": list(self.transforms),
+            "env": dict(self.env),
+            "versions": dict(self.versions),
+            "references": {"min": self.ref_min, "max": self.ref_max, "source": self.reference},
+            "comparable": self.comparable,
+            "note": self.note,
+        }
+
+    def __str__(self) -> str:
+        """One line for a table."""
+        made = f" ({', '.join(self.transforms)})" if self.transforms else ""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        kwargs = f" {dict(self.env['kwargs'])}" if self.env.get("kwargs") else ""
+        verdict = "comparable" if self.comparable else "not comparable"
+        return (
+            f"{self.dataset}{made} in {self.env['id']}{kwargs}, {verdict} with D4RL: {self.note}; "
+            f"references {self.ref_min:g}..{self.ref_max:g} of {self.reference}; {versions}"
+        )
+
+
+def score(
+    dataset: str,
+    returns: ArrayLike,
+    *,
+    environment: D4RLEnvironment | EnvSpec | None = None,
+    transforms: Sequence[str] = (),
+    versions: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Normalised scores of evaluation episodes, with everything they depend on.
+
+    Args:
+        dataset: id of the dataset that was trained on.
+        returns: ``[n]`` undiscounted returns of whole episodes, as the environment rewards.
+        environment: where they were measured; default `evaluation_env(dataset)`. An `EnvSpec`
+            other than that one's is labelled not comparable.
+        transforms: transforms of the training data.
+        versions: of the packages; default those installed that the environment needs.
+
+    Returns:
+        JSON values: ``score`` and ``return``, each a 95 % Student's t interval of the mean over the
+        episodes (`Interval.to_dict`); ``scores`` of every episode; and ``label``.
+
+    Raises:
+        ValueError: no such dataset, no reference returns for it, no episodes, or a return that is
+            not finite.
+        NoEnvironmentError: no ``environment`` was given and none matches.
+    """
+    sample = np.asarray(returns, np.float64)
+    if sample.ndim != 1 or not len(sample) or not np.isfinite(sample).all():
+        raise ValueError(f"returns must be finite numbers [n], one an episode; got {returns!r}")
+    scores = normalized_score(dataset, sample)
+    info = lookup(dataset)
+    assert info.ref_min is not None
+    assert info.ref_max is not None
+    matched = _matched(dataset, environment)
+    label = ScoreLabel(
+        dataset=info.id,
+        transforms=tuple(transforms),
+        env=matched.env.to_dict(),
+        versions=_versions(matched.env) if versions is None else versions,
+        ref_min=info.ref_min,
+        ref_max=info.ref_max,
+        comparable=matched.comparable,
+        note=matched.note,
+    )
+    return {
+        "score": mean_interval(scores).to_dict(),
+        "return": mean_interval(sample).to_dict(),
+        "scores": scores.tolist(),
+        "label": label.to_dict(),
+    }
+
+
+def _matched(dataset: str, environment: D4RLEnvironment | EnvSpec | None) -> D4RLEnvironment:
+    if isinstance(environment, D4RLEnvironment):
+        return environment
+    try:
+        matches = [evaluation_env(dataset), evaluation_env(dataset, constant_columns=_ANT_FORCES)]
+    except NoEnvironmentError:
+        if environment is None:
+            raise
+        matches = []
+    if environment is None:
+        return matches[0]
+    for match in matches:
+        if match.env == environment:
+            return match
+    return D4RLEnvironment(environment, False, "this environment is not the one of the dataset")
+
+
+def _release(package: str) -> tuple[int, ...]:
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+
+
+def _versions(env: EnvSpec) -> dict[str, str]:
+    robotics = "gymnasium_robotics" in env.id or "diffpolicy_envs" in env.id
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in (*_PACKAGES, *(["gymnasium-robotics"] if robotics else [])):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
