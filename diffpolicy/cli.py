@@ -17,6 +17,7 @@ COMMANDS = {
     "rti": "give a policy warm starts (real-time iteration), their level chosen from data",
     "anchors": "give a policy truncated starts from anchors of the demonstrations",
     "data": "info, check, convert or collect episode stores",
+    "generate": "make datasets in the HDF5 layout of D4RL",
     "export": "write a policy as ONNX files with a contract, for deployment",
     "serve": "answer observations with actions over TCP, for many clients at a time",
     "import-checkpoint": "turn a LeRobot or Diffusion Policy checkpoint into one of ours",

@@ -1,4 +1,4 @@
-"""The U-shaped point maze of gymnasium-robotics with a flat observation and a scripted expert."""
+"""The point mazes of gymnasium-robotics with a flat observation and a scripted expert."""
 
 from __future__ import annotations
 
@@ -62,8 +62,14 @@ class PointMazeEnv(FlatEnv):
         width: width of the image in pixels.
         height: height of the image in pixels.
         stop_at_goal: terminate when the goal is reached; otherwise go on until the time limit.
+        new_goals: draw another goal whenever one is reached (with ``stop_at_goal=False``), as in
+            D4RL's maze2d. The observation in which a goal is reached still shows that goal.
+        controller: gains of the expert, any of ``kp`` (10, force per metre), ``kd`` (1, force per
+            m/s) and ``speed`` (None, m/s): with a speed the pull ``kp * distance`` stops growing at
+            ``kd * speed``, at which the ball travels with that speed.
 
     Raises:
+        ValueError: ``new_goals`` without ``stop_at_goal=False``, or gains that are not positive.
         gymnasium.error.DependencyNotInstalled: gymnasium-robotics or MuJoCo is missing.
     """
 
@@ -71,8 +77,10 @@ class PointMazeEnv(FlatEnv):
         **FlatEnv.metadata,
         "render_fps": 100,
     }
-    KP, KD = 10.0, 1.0
-    """Gains of the expert's controller, in force per metre and per m/s."""
+    CONTROLLER: ClassVar[dict[str, float | None]] = {"kp": 10.0, "kd": 1.0, "speed": None}
+    """Gains of the expert, in force per metre and per m/s; the speed it keeps to, in m/s."""
+    GOAL_ENTRIES: ClassVar[tuple[int, int]] = (4, 6)
+    """First entry of the goal in the observation, and the one after its last."""
 
     def __init__(
         self,
@@ -82,7 +90,12 @@ class PointMazeEnv(FlatEnv):
         width: int = 480,
         height: int = 480,
         stop_at_goal: bool = True,
+        new_goals: bool = False,
+        controller: Mapping[str, float | None] | None = None,
     ) -> None:
+        if new_goals and stop_at_goal:
+            raise ValueError("new_goals=True needs stop_at_goal=False: the episode must go on")
+        self.controller = _gains(self.CONTROLLER, controller or {})
         import_robotics(fetch=False)
         simulator: Any = gym.make(
             simulator_id,
@@ -92,6 +105,7 @@ class PointMazeEnv(FlatEnv):
             width=width,
             height=height,
             continuing_task=not stop_at_goal,
+            reset_target=new_goals,
         ).unwrapped
         # The simulator writes its maze into the temporary folder and leaves the file there.
         Path(simulator.tmp_xml_file_path).unlink(missing_ok=True)
@@ -116,8 +130,18 @@ class PointMazeEnv(FlatEnv):
         goal = self._raw["desired_goal"]
         path = shortest_path(self._maze.maze_map, self._cell(position), self._cell(goal))
         target = goal if len(path) <= 2 else self._maze.cell_rowcol_to_xy(np.array(path[1]))
-        force = self.KP * (target - position) - self.KD * velocity
-        return np.clip(force, -1.0, 1.0).astype(np.float32)
+        kp, kd, speed = (self.controller[name] for name in ("kp", "kd", "speed"))
+        assert kp is not None
+        assert kd is not None
+        pull = kp * (target - position)
+        if speed is not None:
+            pull *= min(1.0, kd * speed / max(float(np.linalg.norm(pull)), 1e-9))
+        return np.clip(pull - kd * velocity, -1.0, 1.0).astype(np.float32)
+
+    def simulator_state(self) -> dict[str, NDArray[np.float64]]:
+        """The simulator's state as D4RL stores it: ``qpos`` [2] in m, ``qvel`` [2] in m/s."""
+        data = self.simulator.unwrapped.point_env.data  # type: ignore[attr-defined]
+        return {"qpos": data.qpos.copy(), "qvel": data.qvel.copy()}
 
     def _cell(self, position: NDArray[np.float64]) -> Cell:
         row, column = self._maze.cell_xy_to_rowcol(position)
@@ -129,3 +153,15 @@ class PointMazeEnv(FlatEnv):
 
     def _success(self, info: Mapping[str, Any]) -> bool:
         return bool(info["success"])
+
+
+def _gains(
+    defaults: Mapping[str, float | None], given: Mapping[str, float | None]
+) -> dict[str, float | None]:
+    gains = {**defaults, **given}
+    if set(gains) != set(defaults):
+        raise ValueError(f"controller takes {sorted(defaults)}, got {sorted(given)}")
+    for name, value in gains.items():
+        if (value is None and name != "speed") or (value is not None and not value > 0):
+            raise ValueError(f"controller {name} must be a positive number, got {value!r}")
+    return gains
