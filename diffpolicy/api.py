@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffpolicy.core.denoiser import Denoiser
-from diffpolicy.core.ramp import Ramp
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows, split_episodes
-from diffpolicy.finetune.anchored import AnchoredLoss
-from diffpolicy.finetune.denoising import DenoisingLoss
+from diffpolicy.learning import Learning, examples, fitted_returns, objective
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array
 from diffpolicy.policies.candidates import Truncated
@@ -35,10 +31,9 @@ from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.spec import Gripper
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
+from diffpolicy.training.policy_files import FORMAT, VERSION, find_policy, policy_files
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Trainer, TrainResult
-
-FORMAT, VERSION = "diffpolicy-policy", 1
 
 
 class DiffusionPolicy(DiffusionPlanner):
@@ -96,6 +91,8 @@ class DiffusionPolicy(DiffusionPlanner):
         if known.get("level_law") == "position":
             known["trained_action_steps"] = known.get("n_action_steps", PolicySpec.n_action_steps)
         full = PolicySpec.from_config({**known, **dims})
+        if full.returns is not None:
+            full = replace(full, returns=fitted_returns(full.returns, store))
         modes: dict[str, Any] = {"obs": "minmax", "action": "minmax", **(normalize or {})}
         normalizer = Normalizer.fit(store.statistics, modes)
         for gripper in full.grippers:
@@ -103,11 +100,11 @@ class DiffusionPolicy(DiffusionPlanner):
                 normalizer = normalizer.scaled("action", gripper.dim, 1 / gripper.factor)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            denoiser = full.make_denoiser()
+            denoiser, heads = full.make_denoiser(), full.make_heads()
         fitted = None
         if anchors is not None:
             fitted = fit_anchors(full, store, normalizer, **{"seed": seed, **anchors})
-        return cls(full, denoiser.to(device), normalizer, fitted)
+        return cls(full, denoiser.to(device), normalizer, fitted, heads.to(device))
 
     def learn(
         self,
@@ -117,12 +114,12 @@ class DiffusionPolicy(DiffusionPlanner):
         *,
         val_fraction: float = 0.02,
         max_episodes: int | None = None,
-        mask_padding: bool = False,
+        learning: Learning | None = None,
         evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
         resume: bool = False,
         overwrite: bool = False,
     ) -> Self:
-        """Behaviour cloning on a store of demonstrations; ends with the averaged (EMA) weights.
+        """Train denoiser and heads on stored episodes; ends with the averaged (EMA) weights.
 
         Args:
             store: the demonstrations, or their path.
@@ -130,7 +127,7 @@ class DiffusionPolicy(DiffusionPlanner):
             run_dir: where metrics and checkpoints go.
             val_fraction: fraction of the episodes held out for the validation loss.
             max_episodes: use the first so many episodes only.
-            mask_padding: leave edge-padded actions out of the loss.
+            learning: what is learned beyond behaviour cloning: actor-critics, weights of losses.
             evaluate: called with a policy directory and the step; returns metrics, of which
                 ``score`` decides the best checkpoint.
             resume: continue the run in ``run_dir`` exactly where it stopped.
@@ -142,75 +139,41 @@ class DiffusionPolicy(DiffusionPlanner):
         episodes = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
         count = min(episodes.num_episodes, max_episodes or episodes.num_episodes)
         train, val = split_episodes(count, val_fraction, config.seed)
-        windows = partial(
-            Windows,
-            episodes,
-            horizon=self.horizon,
-            n_obs_steps=self.n_obs_steps,
-            n_action_steps=self.n_action_steps,
-            normalizer=self.normalizer.to("cpu"),
-        )
-        source, val_source = windows(episodes=train), windows(episodes=val) if len(val) else None
-        objective = self._objective(mask_padding=mask_padding)
+        how = Learning() if learning is None else learning
+        normal = self.normalizer.to("cpu")
+        source = examples(self.spec, normal, episodes, how, train.tolist())
+        held_out = examples(self.spec, normal, episodes, how, val.tolist()) if len(val) else None
+        loss = objective(self, how)
         trainer = Trainer(
-            objective,
+            loss,
             source,
             config,
             run_dir,
             export=self._bundle,
-            val_source=val_source,
+            val_source=held_out,
             evaluate=evaluate,
             resume=resume,
             overwrite=overwrite,
         )
         result = trainer.fit()
         self.last_training = result
-        objective.load_state_dict(result.ema)
+        loss.load_state_dict(result.ema)
         # new weights, new tables
-        self.__init__(self.spec, self.denoiser, self.normalizer, self.anchors)  # type: ignore[misc]
+        self.__init__(self.spec, self.denoiser, self.normalizer, self.anchors, self.heads)  # type: ignore[misc]
         return self
 
-    def _objective(self, *, mask_padding: bool) -> nn.Module:
-        """The loss that the spec's network and levels are trained with."""
-        spec = self.spec
-        if spec.network.get("type") == "anchored":
-            assert self.anchors is not None  # checked at construction
-            assert spec.truncated is not None
-            t_start = spec.truncated.t_start
-            return AnchoredLoss(
-                self.denoiser,
-                lambda obs: self._anchors_of(obs),
-                t_max=self.anchors.default_t_start(self.denoiser.process)
-                if t_start is None
-                else t_start,
-                mask_padding=mask_padding,
-            )
-        ramp = None
-        if spec.level_law == "position":
-            ramp = Ramp(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
-        return DenoisingLoss(
-            self.denoiser,
-            cond_dropout=spec.cond_dropout,
-            mask_padding=mask_padding,
-            level_law=spec.level_law,
-            ramp=ramp,
-        )
-
-    def _anchors_of(self, obs: Tensor) -> Tensor:
-        assert self.anchors is not None
-        return self.anchors.guesses_normalised(obs, self.normalizer)[0]
-
     def _bundle(self, objective_state: Mapping[str, Tensor]) -> dict[str, Any]:
-        prefix = "denoiser."
-        weights = {
-            k.removeprefix(prefix): v for k, v in objective_state.items() if k.startswith(prefix)
-        }
-        return policy_files(self.spec, weights, self.normalizer, self.anchors)
+        parts = [
+            {k.removeprefix(p): v for k, v in objective_state.items() if k.startswith(p)}
+            for p in ("denoiser.", "heads.")
+        ]
+        return policy_files(self.spec, parts[0], self.normalizer, self.anchors, parts[1])
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the policy as a directory: ``config.json``, safetensors files, and their hashes."""
-        weights = self.denoiser.state_dict()
-        write_bundle(Path(path), policy_files(self.spec, weights, self.normalizer, self.anchors))
+        weights, heads = self.denoiser.state_dict(), self.heads.state_dict()
+        files = policy_files(self.spec, weights, self.normalizer, self.anchors, heads)
+        write_bundle(Path(path), files)
         return Path(path)
 
     def with_settings(self, **changes: Any) -> Self:
@@ -224,6 +187,7 @@ class DiffusionPolicy(DiffusionPlanner):
         """
         fixed = {"obs_dim", "action_dim", "horizon", "n_obs_steps", "network", "process"}
         fixed |= {"prediction", "cond_dropout", "level_law", "trained_action_steps"}
+        fixed |= {"layout", "goal", "constant", "heads"}
         wrong = sorted(set(changes) & fixed)
         scaled = [
             {g for g in s if g.mode == "scale"}
@@ -237,9 +201,8 @@ class DiffusionPolicy(DiffusionPlanner):
                 wrong.append("the level that a network of type 'anchored' starts from")
         if wrong:
             raise ValueError(f"{wrong[0]} belongs to the weights; train a policy with another one")
-        return type(self)(
-            replace(self.spec, **changes), self.denoiser, self.normalizer, self.anchors
-        )
+        spec = replace(self.spec, **changes)
+        return type(self)(spec, self.denoiser, self.normalizer, self.anchors, self.heads)
 
     def choose_rti(
         self,
@@ -333,7 +296,7 @@ class DiffusionPolicy(DiffusionPlanner):
         options = {"count": count, "relative_to": relative_to, "top_m": top_m, "seed": seed}
         anchors = fit_anchors(self.spec, opened, self.normalizer, **options)
         spec = replace(self.spec, rti=None, truncated=truncated or Truncated())
-        return type(self)(spec, self.denoiser, self.normalizer, anchors)
+        return type(self)(spec, self.denoiser, self.normalizer, anchors, self.heads)
 
     def compile(
         self, *, backend: str = "auto", batch_size: int = 1, threads: int | None = None
@@ -396,6 +359,7 @@ class DiffusionPolicy(DiffusionPlanner):
         n_action_steps: int | None = None,
         rti: Mapping[str, Any] | None = None,
         truncated: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> Self:
         """Read a policy directory, verifying every hash.
 
@@ -407,6 +371,9 @@ class DiffusionPolicy(DiffusionPlanner):
             rti: replacements for entries of the stored warm starts; ``{}`` keeps them, and
                 ``{"t_start": ...}`` is enough for a policy without.
             truncated: the same for plans from guesses; a policy has one or the other.
+            settings: replacements for other entries of the spec that do not touch the weights:
+                ``selection`` and ``returns`` (merged with the stored ones), ``temperature``,
+                ``value_scale``.
 
         Raises:
             ValueError: not a policy, a damaged file, or settings that do not fit.
@@ -432,6 +399,11 @@ class DiffusionPolicy(DiffusionPlanner):
             if changes:
                 config[name] = {**(config.get(name) or {}), **changes}
                 config[other] = None
+        for name, value in (settings or {}).items():
+            if name not in ("selection", "returns", "temperature", "value_scale"):
+                raise ValueError(f"{name!r} cannot be replaced when a policy is loaded")
+            merged = isinstance(value, Mapping)
+            config[name] = {**(config.get(name) or {}), **value} if merged else value
         anchors = None
         if config.get("anchors") is not None:
             anchors = Anchors.from_parts(config["anchors"], files["anchors.safetensors"])
@@ -439,7 +411,10 @@ class DiffusionPolicy(DiffusionPlanner):
         spec = PolicySpec.from_config(config)
         denoiser = spec.make_denoiser()
         denoiser.load_state_dict(files["model.safetensors"])
-        return cls(spec, denoiser.to(device), normalizer, anchors)
+        heads = spec.make_heads()
+        if len(heads):
+            heads.load_state_dict(files["heads.safetensors"])
+        return cls(spec, denoiser.to(device), normalizer, anchors, heads.to(device))
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
@@ -462,54 +437,6 @@ def fit_anchors(
         normalizer=normalizer.to("cpu"),
     )
     return Anchors.fit(windows, normalizer, **options)
-
-
-def policy_files(
-    spec: PolicySpec,
-    weights: Mapping[str, Tensor],
-    normalizer: Normalizer,
-    anchors: Anchors | None = None,
-) -> dict[str, Any]:
-    """The files of a policy directory.
-
-    As values for :func:`diffpolicy.training.checkpoint.write_bundle`.
-    """
-    config = {
-        "format": FORMAT,
-        "version": VERSION,
-        **spec.to_config(),
-        "normalizer": normalizer.to_config(),
-        "anchors": None if anchors is None else anchors.to_config(),
-    }
-    extra = {} if anchors is None else {"anchors.safetensors": anchors.to_tensors()}
-    return {
-        "config.json": config,
-        "model.safetensors": dict(weights),
-        "normalizer.safetensors": normalizer.to_tensors(),
-        **extra,
-    }
-
-
-def find_policy(path: str | os.PathLike[str]) -> Path:
-    """The policy directory that ``path`` (policy, checkpoint or run) stands for.
-
-    Raises:
-        ValueError: nothing there, with what was looked for.
-    """
-    root = Path(path)
-    candidates = [root, root / "policy"]
-    for pointer in ("best", "last"):
-        file = root / "checkpoints" / pointer
-        if file.is_file():
-            candidates.append(root / "checkpoints" / file.read_text().strip() / "policy")
-    for candidate in candidates:
-        config = candidate / "config.json"
-        if config.is_file() and json.loads(config.read_text()).get("format") == FORMAT:
-            return candidate
-    raise ValueError(
-        f"no policy in {root}: expected a policy directory (config.json, model.safetensors), a "
-        "checkpoint directory (policy/) or a run directory (checkpoints/best or checkpoints/last)"
-    )
 
 
 __all__ = [

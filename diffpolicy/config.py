@@ -48,6 +48,8 @@ class DataConfig:
 
     path: str
     collect: CollectConfig | None = None
+    d4rl: str | None = None
+    transforms: list[Any] = field(default_factory=list)
     val_fraction: float = 0.02
     max_episodes: int | None = None
     normalize: dict[str, str] = field(default_factory=dict)
@@ -64,12 +66,19 @@ class PolicyConfig:
     prediction: str = "eps"
     clip: bool = True
     cond_dropout: float = 0.0
-    mask_padding: bool = False
     grippers: list[Any] = field(default_factory=list)
     rti: dict[str, Any] | None = None
     truncated: dict[str, Any] | None = None
     anchors: dict[str, Any] | None = None
     level_law: str = "row"
+    layout: str = "action"
+    goal: list[Any] = field(default_factory=list)
+    constant: list[Any] = field(default_factory=list)
+    returns: dict[str, Any] | None = None
+    value_scale: float = 0.0
+    temperature: float = 1.0
+    heads: dict[str, Any] = field(default_factory=dict)
+    selection: dict[str, Any] | None = None
 
 
 @dataclass
@@ -146,6 +155,7 @@ class TrainConfig:
     sampler: SamplerConfig
     trainer: dict[str, Any]
     evaluation: EvaluationConfig
+    learning: dict[str, Any] = field(default_factory=dict)
     name: str = "run"
     run_dir: str = "runs/run"
     overwrite: bool = False
@@ -164,6 +174,10 @@ class EvalConfig:
     sampler: dict[str, Any] = field(default_factory=dict)
     rti: dict[str, Any] = field(default_factory=dict)
     truncated: dict[str, Any] = field(default_factory=dict)
+    selection: dict[str, Any] = field(default_factory=dict)
+    returns: dict[str, Any] = field(default_factory=dict)
+    temperature: float | None = None
+    value_scale: float | None = None
     plain: bool = False
     streaming: dict[str, Any] = field(default_factory=dict)
     chunking: dict[str, Any] = field(default_factory=dict)

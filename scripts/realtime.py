@@ -2,12 +2,14 @@
 
     python scripts/realtime.py runs=RUN_A,RUN_B,... output=FILE.json [episodes=100] [seed=300000]
         [methods=ddpm100,ddim10,ddim3,ddim2,rti3,rti2,truncated2] [env=ID] [score=max_reward]
-        [latency=false] [plot=FILE.png] [threads=1]
+        [latency=false] [timing=false] [plot=FILE.png] [threads=1]
 
 One run per training seed, all of one task. The levels of the warm starts are chosen by the library
 from the demonstrations that the run names; no environment takes part in it. Every cell (run,
 method) is one evaluation on the same environment seeds; cells that the output holds already are
-skipped. A method is NAME + network evaluations; @n executes n actions of each plan. With
+skipped. A method is NAME + network evaluations; @n executes n actions of each plan. Planners with a
+head of type draft take `draft`, Trajectory Diffuser's start. `timing=true` measures what a decision
+of each method takes for one environment, all methods in turn in one process. With
 latency=true a network evaluation takes 14 ms (the 5 M U-Net on one thread) and a control tick
 50 ms; -always then begins the next plan as soon as one is there, -start executes a late plan from
 its first action.
@@ -45,12 +47,13 @@ DEFAULTS: dict[str, str] = {
     "env": "",
     "score": "",
     "latency": "false",
+    "timing": "false",
     "plot": "",
     "threads": "1",
 }
 CONTROL_MS = 50.0
 MS_PER_NFE = 14.0  # the 5 M U-Net on one thread of a CPU: 1.4 s for DDPM-100, 0.14 s for DDIM-10
-FULL = ("ddpm100", "ddim10")
+FULL = ("ddpm100", "ddim20", "ddim10")
 
 
 def levels_of(
@@ -83,7 +86,28 @@ def make(method: str, run: str, policy: DiffusionPolicy, store: str) -> Diffusio
         settings = Truncated(num_steps=steps, rank="prior")
         truncated = policy.with_anchors(store, truncated=settings, count=256, top_m=8)
         return truncated.with_settings(**changes).choose_truncated(store, episodes=30)[0]
+    if kind == "draft":
+        settings = Truncated(t_start=1.0, num_steps=steps, sources=("autoregressive",))
+        drafted = policy.with_settings(rti=None, truncated=settings, **changes)
+        return drafted.choose_truncated(store, episodes=30)[0]
     raise ValueError(f"unknown method {method!r}")
+
+
+def decision_ms(policies: dict[str, DiffusionPolicy], rounds: int = 30) -> dict[str, float]:
+    """Median milliseconds of a decision for one environment; warm rows where a method has them."""
+    states, times = {}, {name: [] for name in policies}
+    obs = {
+        n: p.normalizer.unnormalize("obs", np.zeros((1, p.obs_dim))) for n, p in policies.items()
+    }
+    for name, policy in policies.items():
+        state = policy.observe(obs[name], policy.initial_state([0]))
+        states[name] = policy.replan(policy.replan(state, [0]), [0])
+    for _ in range(rounds):
+        for name, policy in policies.items():
+            began = time.perf_counter()
+            policy.replan(states[name], [0])
+            times[name].append(1000 * (time.perf_counter() - began))
+    return {name: round(float(np.median(each)), 2) for name, each in times.items()}
 
 
 def delayed(policy: DiffusionPolicy, method: str) -> DelayedPolicy:
@@ -207,6 +231,12 @@ def main(arguments: list[str]) -> None:
             print(
                 f"{run} {method}: {np.mean(found['scores']):.3f}  {found['wall_s']} s", flush=True
             )
+    if options["timing"] == "true":
+        policy = DiffusionPolicy.from_pretrained(runs[0])
+        made = {m: make(m, runs[0], policy, str(config.data.path)) for m in methods}
+        report["decision_ms"] = decision_ms(made)
+        output.write_text(json.dumps(report, indent=1) + "\n")
+        print("ms per decision, one environment:", report["decision_ms"])
     print("\n".join(table(report["cells"], runs, methods)))
     if options["plot"]:
         draw(report, runs, methods, options["plot"])

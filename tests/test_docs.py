@@ -7,6 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from diffpolicy import cli
@@ -32,6 +33,9 @@ SMALL = {
         "evaluation.seed=100000",
         "evaluation.val_seed=200000",
     ],
+    "experiment=maze2d_umaze": [*TINY, "network.width=16"],
+    "experiment=d4rl_hopper_medium_expert": [*TINY, "env.max_episode_steps=20"],
+    "pointmaze": ["steps=700"],
     "eval": ["evaluation.episodes=1", "evaluation.num_workers=0"],
     "bench": ["rounds=1", "only=gather"],
     "doctor": ["probe=false"],
@@ -67,6 +71,18 @@ def tiny(command: list[str]) -> list[str]:
     raise AssertionError(f"no tiny settings for `diffpolicy {' '.join(command)}`: add them here")
 
 
+def write_hopper(path: Path) -> None:
+    """A file of D4RL's layout, with noise in it."""
+    h5py = pytest.importorskip("h5py", reason="needs the hdf5 extra")
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        file["observations"] = rng.standard_normal((60, 11)).astype(np.float32)
+        file["actions"] = rng.uniform(-1, 1, (60, 3)).astype(np.float32)
+        file["rewards"] = rng.uniform(0, 1, 60).astype(np.float32)
+        file["terminals"] = np.arange(60) % 20 == 19
+        file["timeouts"] = np.zeros(60, bool)
+
+
 @pytest.mark.mujoco
 def test_readme_commands(tmp_path, monkeypatch):
     pytest.importorskip("gymnasium_robotics", reason="needs the robotics extra")
@@ -77,6 +93,8 @@ def test_readme_commands(tmp_path, monkeypatch):
         if c[0] not in ("import-checkpoint", "serve") and "pusht" not in " ".join(c)
     ]
     assert len(found) >= 7
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    write_hopper(tmp_path / "hopper_medium_expert-v2.hdf5")
     for command in found:
         if command[:2] == [
             "train",

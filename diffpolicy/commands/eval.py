@@ -62,6 +62,7 @@ def run(arguments: Sequence[str]) -> int:
         n_action_steps=config.n_action_steps,
         rti=given(config.rti),
         truncated=given(config.truncated),
+        settings=_settings(config),
     )
     if config.plain:
         policy = policy.with_settings(rti=None, truncated=None)
@@ -83,6 +84,17 @@ def run(arguments: Sequence[str]) -> int:
     report["total_s"] = round(time.perf_counter() - began, 1)
     print("RESULT " + json.dumps(report))
     return 0
+
+
+def _settings(config: EvalConfig) -> dict[str, Any]:
+    """The other entries of the spec that were given."""
+    values = {
+        "selection": given(config.selection) or None,
+        "returns": given(config.returns) or None,
+        "temperature": config.temperature,
+        "value_scale": config.value_scale,
+    }
+    return given(values)
 
 
 def acting_policy(policy: DiffusionPolicy, config: EvalConfig) -> Any:

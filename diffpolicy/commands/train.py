@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.options import groups_help
+from diffpolicy.commands.stores import env_spec, normalized, open_store
 from diffpolicy.config import ConfigError, EvaluationConfig, TrainConfig, config_dir, load_train
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 GROUPS = (
     "experiment",
+    "algorithm",
     "env",
     "data",
     "policy",
@@ -102,6 +104,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> int:
         "task": config.name,
         "train_s": round(train_s, 1),
         **(summary(result) if result else {}),
+        **(normalized(config, store, result) if result else {}),
     }
     report["total_s"] = round(time.perf_counter() - began, 1)
     print("RESULT " + json.dumps(report))
@@ -120,21 +123,24 @@ def check_settings(config: TrainConfig) -> None:
     import torch
 
     from diffpolicy.core import levels, prior_start
+    from diffpolicy.learning import Learning
     from diffpolicy.policies.diffusion import PolicySpec, Sampler
 
     trainer_config(config)
+    Learning.from_config(config.learning)
     scores = ("success", "final_success", "max_reward", "return", "length")
     if config.env.score not in scores:
         raise ConfigError(f"env.score must be one of {scores}, got {config.env.score!r}")
     if config.policy.type != "diffusion":
         raise ConfigError(f"unknown policy.type {config.policy.type!r}; expected 'diffusion'")
     sampler = Sampler(**asdict(config.sampler))
-    shape = {**_shape(config), "rti": None, "grippers": ()}  # these need the action's dimension
+    # These need the dimensions of the data.
+    shape = {**_shape(config), "rti": None, "grippers": (), "goal": (), "constant": ()}
     spec = PolicySpec.from_config(
         {"obs_dim": 1, "action_dim": 1, "sampler": asdict(sampler), **shape}
     )
     denoiser = spec.make_denoiser()
-    start = prior_start(denoiser.process, torch.zeros(1, spec.horizon, 1))
+    start = prior_start(denoiser.process, torch.zeros(1, spec.horizon, spec.plan_layout.dim))
     grid = levels(start, sampler.num_steps, spacing=sampler.spacing, process=denoiser.process)
     sampler.make().rows(denoiser.process, grid)
 
@@ -155,6 +161,14 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
         "rti": policy.rti,
         "truncated": policy.truncated,
         "grippers": policy.grippers,
+        "layout": policy.layout,
+        "goal": policy.goal,
+        "constant": policy.constant,
+        "returns": policy.returns,
+        "value_scale": policy.value_scale,
+        "temperature": policy.temperature,
+        "heads": policy.heads,
+        "selection": policy.selection,
     }
 
 
@@ -179,47 +193,6 @@ def choose_rendering(video_episodes: int) -> None:
         from diffpolicy.rollout.video import choose_gl_backend
 
         print(choose_gl_backend().message)
-
-
-def open_store(config: TrainConfig) -> EpisodeStore:
-    """The demonstrations, collected first when the config says how and they are not there yet."""
-    from diffpolicy.data.store import EpisodeStore
-
-    path, collect = Path(config.data.path), config.data.collect
-    if collect is None:
-        if not path.exists():
-            raise ConfigError(
-                f"no episode store at {path}. Make one with `diffpolicy data convert SOURCE "
-                f"{path}` or `diffpolicy data collect {path} env={config.env.id}`, "
-                "or give data.path=..."
-            )
-        return EpisodeStore.open(path)
-    from diffpolicy.rollout.collect import collect as collect_demonstrations
-    from diffpolicy.rollout.vector import Workers
-
-    seeds = range(collect.seed, collect.seed + collect.episodes)
-    if seeds.stop > 100_000:
-        raise ConfigError(f"demonstrations use environment seeds below 100,000, got {seeds}")
-    workers = Workers(
-        num_envs=16, num_workers=config.evaluation.num_workers, timeout=config.evaluation.timeout
-    )
-    store = collect_demonstrations(
-        env_spec(config), seeds, path, workers=workers, noise=collect.noise
-    )
-    extra = [a.get("seed") for a in store.episode_attrs if a.get("seed") not in seeds]
-    if extra:
-        raise ConfigError(
-            f"{path} holds {len(extra)} demonstrations of other seeds than {seeds} (e.g. "
-            f"{extra[0]}); give another data.path, or data.collect=null to train on all of them"
-        )
-    return store
-
-
-def env_spec(config: TrainConfig) -> EnvSpec:
-    """The environment of a run."""
-    from diffpolicy.rollout.spec import EnvSpec
-
-    return EnvSpec(config.env.id, config.env.kwargs, config.env.max_episode_steps)
 
 
 def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> DiffusionPolicy:
@@ -310,6 +283,8 @@ def learn(
     resume: bool,
 ) -> None:
     """Write the run's configuration and train."""
+    from diffpolicy.learning import Learning
+
     trainer = trainer_config(config)
     if _group().first:
         (Path(config.run_dir) / "config.yaml").write_text(_yaml(config))
@@ -319,7 +294,7 @@ def learn(
         config.run_dir,
         val_fraction=config.data.val_fraction,
         max_episodes=config.data.max_episodes,
-        mask_padding=config.policy.mask_padding,
+        learning=Learning.from_config(config.learning),
         evaluate=validate,
         resume=resume,
         overwrite=config.overwrite,

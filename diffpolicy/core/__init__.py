@@ -11,6 +11,7 @@ from diffpolicy.core.guidance import (
     PrefixCond,
     PrefixGuidance,
 )
+from diffpolicy.core.layout import Layout
 from diffpolicy.core.noise import (
     EDM,
     DiscreteVP,
@@ -20,6 +21,7 @@ from diffpolicy.core.noise import (
     VPLinear,
     make_process,
 )
+from diffpolicy.core.pinning import PinCond, Pinned
 from diffpolicy.core.ramp import Ramp
 from diffpolicy.core.sampling import Grid, Trajectory, Transition, prepare, sample
 from diffpolicy.core.solvers import (
@@ -42,6 +44,7 @@ from diffpolicy.core.starts import (
     truncated_start,
     warm_start,
 )
+from diffpolicy.core.value_guidance import ValueGuidance, head_value
 
 __all__ = [
     "DDIM",
@@ -61,6 +64,9 @@ __all__ = [
     "Guidance",
     "Heun",
     "Inpaint",
+    "Layout",
+    "PinCond",
+    "Pinned",
     "PrefixCond",
     "PrefixGuidance",
     "Ramp",
@@ -71,7 +77,9 @@ __all__ = [
     "UniPC",
     "VPCosine",
     "VPLinear",
+    "ValueGuidance",
     "explicit_levels",
+    "head_value",
     "levels",
     "make_process",
     "make_solver",

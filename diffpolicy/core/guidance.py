@@ -58,12 +58,10 @@ class ClassifierFreeGuidance(_Wrapper):
     def _guided(
         self, run: Callable[[Tensor, Tensor], Denoised], x: Tensor, cond: Tensor | None
     ) -> Denoised:
-        if cond is None:
-            raise ValueError("classifier-free guidance needs cond [B, C]; got None")
+        branches = self.branches(cond)
         if self.scale == 1.0:
-            return run(x, cond)
-        null = torch.zeros_like(cond) if self.null_cond is None else self.null_cond.expand_as(cond)
-        both = run(torch.cat([x, x]), torch.cat([cond, null]))
+            return run(x, branches)
+        both = run(torch.cat([x, x]), branches)
         conditional, unconditional = both.x0_hat.chunk(2)
         x0_hat = torch.lerp(unconditional, conditional, self.scale)
         aux = {name: value.chunk(2)[0] for name, value in both.aux.items()}
@@ -73,10 +71,41 @@ class ClassifierFreeGuidance(_Wrapper):
         return self._guided(lambda x, c: self.denoiser(x, _match(t, x), c), x_t, cond)
 
     def on_grid(self, t: Tensor) -> GridDenoise:
-        if self.scale != 1.0 and t.shape[1] > 1:
+        return _BranchesOnGrid(self, t)
+
+    def branches(self, cond: Tensor | None) -> Tensor:
+        """The conditions that the denoiser inside is run with, ``[B or 2 B, C]``."""
+        if cond is None:
+            raise ValueError("classifier-free guidance needs cond [B, C]; got None")
+        if self.scale == 1.0:
+            return cond
+        null = torch.zeros_like(cond) if self.null_cond is None else self.null_cond.expand_as(cond)
+        return torch.cat([cond, null])
+
+
+class _BranchesOnGrid:
+    """Both branches at the levels of a grid; precomputed modulations pass through."""
+
+    def __init__(self, guidance: ClassifierFreeGuidance, t: Tensor) -> None:
+        self._guidance = guidance
+        if guidance.scale != 1.0 and t.shape[1] > 1:
             t = torch.cat([t, t], dim=1)
-        inner = self.denoiser.on_grid(t)
-        return lambda row, x, cond: self._guided(lambda both, c: inner(row, both, c), x, cond)
+        self._inner = guidance.denoiser.on_grid(t)
+
+    def modulations(self, x: Tensor, cond: Tensor | None) -> Sequence[Tensor] | None:
+        inner = getattr(self._inner, "modulations", None)
+        if inner is None:
+            return None
+        branches = self._guidance.branches(cond)
+        rows = x if self._guidance.scale == 1.0 else torch.cat([x, x])
+        films: Sequence[Tensor] | None = inner(rows, branches)
+        return films
+
+    def __call__(
+        self, row: int, x: Tensor, cond: Tensor | None, film: Tensor | None = None
+    ) -> Denoised:
+        extra = () if film is None else (film,)
+        return self._guidance._guided(lambda y, c: self._inner(row, y, c, *extra), x, cond)
 
 
 class Guidance(_Wrapper):

@@ -3,21 +3,31 @@
 from diffpolicy.networks.anchored import Anchored
 from diffpolicy.networks.base import Network
 from diffpolicy.networks.convert import from_diffusion_policy_state_dict, from_lerobot_state_dict
+from diffpolicy.networks.critics import QEnsemble, StateValue
+from diffpolicy.networks.draft import Draft
 from diffpolicy.networks.embeddings import sinusoidal
+from diffpolicy.networks.heads import HEADS, InverseDynamics, TrajectoryValue, make_head
 from diffpolicy.networks.mlp import MLP
 from diffpolicy.networks.registry import NETWORKS, make_network
 from diffpolicy.networks.transformer import Transformer
 from diffpolicy.networks.unet1d import UNet1D
 
 __all__ = [
+    "HEADS",
     "MLP",
     "NETWORKS",
     "Anchored",
+    "Draft",
+    "InverseDynamics",
     "Network",
+    "QEnsemble",
+    "StateValue",
+    "TrajectoryValue",
     "Transformer",
     "UNet1D",
     "from_diffusion_policy_state_dict",
     "from_lerobot_state_dict",
+    "make_head",
     "make_network",
     "sinusoidal",
 ]

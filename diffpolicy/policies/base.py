@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ class PolicyState:
 
     Attributes:
         history: last observations ``[N, To, O]``, oldest first.
-        plan: last plan ``[N, H, A]``, normalised.
+        plan: last plan ``[N, H, P]``, normalised; P = A, or O + A where plans hold observations.
         level: noise level that ``plan`` is at, 0 = clean ``[N]``.
         cursor: position in ``plan`` of the next action ``[N]``.
         fresh: no observation of this episode was seen yet ``[N]``.
@@ -80,6 +80,15 @@ class PolicyState:
 _ROWS = tuple(f.name for f in fields(PolicyState) if f.name != "memory")
 
 
+class PlanSelector(Protocol):
+    """Makes several plans and keeps one, see :class:`diffpolicy.policies.selection.Selector`."""
+
+    def choose(
+        self, make_plans: Any, state: PolicyState, *, deterministic: bool
+    ) -> tuple[Array, Array]:
+        """Plans ``[n, H, P]`` and network evaluations ``[n]``."""
+
+
 class ChunkedPolicy(abc.ABC):
     """History, chunk execution and per-row bookkeeping; subclasses say how a plan is made.
 
@@ -91,20 +100,28 @@ class ChunkedPolicy(abc.ABC):
             step.
         n_action_steps: actions executed per plan, Ta.
 
+    Attributes:
+        plan_dim: P, entries of a plan per step: A, unless a subclass says otherwise; the last A
+            are the action.
+        selector: chooses among several plans per decision; ``None``: one plan is made.
+
     Raises:
         ValueError: a horizon too short for To and Ta.
     """
+
+    selector: PlanSelector | None = None
 
     def __init__(
         self, *, obs_dim: int, action_dim: int, horizon: int, n_obs_steps: int, n_action_steps: int
     ) -> None:
         check_horizon(horizon, n_obs_steps, n_action_steps)
         self.obs_dim, self.action_dim = obs_dim, action_dim
+        self.plan_dim = action_dim
         self.horizon, self.n_obs_steps, self.n_action_steps = horizon, n_obs_steps, n_action_steps
 
     @abc.abstractmethod
     def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
-        """Normalised plans ``[n, H, A]``, and the network evaluations ``[n]`` each took.
+        """Normalised plans ``[n, H, P]``, and the network evaluations ``[n]`` each took.
 
         ``state`` holds the rows that need a plan: their observations, and their last plan with the
         cursor where execution stands.
@@ -112,7 +129,7 @@ class ChunkedPolicy(abc.ABC):
 
     @abc.abstractmethod
     def to_actions(self, normalised: Array) -> Array:
-        """Environment actions ``[N, A]``, within bounds, for normalised ones."""
+        """Environment actions ``[N, A]``, within bounds, for normalised plan entries ``[N, P]``."""
 
     def initial_state(self, seeds: Sequence[int]) -> PolicyState:
         """Memory for ``len(seeds)`` environments at the start of an episode.
@@ -122,7 +139,7 @@ class ChunkedPolicy(abc.ABC):
         count = len(seeds)
         return PolicyState(
             history=np.zeros((count, self.n_obs_steps, self.obs_dim), np.float32),
-            plan=np.zeros((count, self.horizon, self.action_dim), np.float32),
+            plan=np.zeros((count, self.horizon, self.plan_dim), np.float32),
             level=np.zeros(count, np.float64),
             cursor=np.zeros(count, np.int64),
             fresh=np.ones(count, bool),
@@ -203,12 +220,15 @@ class ChunkedPolicy(abc.ABC):
         """The memory with new plans for ``rows`` (indices), made for their last observation."""
         whole = len(state) == 1 or np.array_equal(rows, np.arange(len(state)))
         chosen = state if whole else state.take(rows)  # copying a memory costs tens of microseconds
-        plan, nfe = self.make_plans(chosen, deterministic=deterministic)
+        if self.selector is None:
+            plan, nfe = self.make_plans(chosen, deterministic=deterministic)
+        else:
+            plan, nfe = self.selector.choose(self.make_plans, chosen, deterministic=deterministic)
         planned = self.adopted(chosen, plan, nfe)
         return planned if whole else state.put(rows, planned)
 
     def adopted(self, state: PolicyState, plan: Array, nfe: Array) -> PolicyState:
-        """The memory of rows whose new plan ``[n, H, A]`` took ``nfe`` ``[n]`` evaluations."""
+        """The memory of rows whose new plan ``[n, H, P]`` took ``nfe`` ``[n]`` evaluations."""
         return replace(
             state,
             plan=plan,
@@ -313,13 +333,25 @@ def check_horizon(horizon: int, n_obs_steps: int, n_action_steps: int) -> None:
         )
 
 
-def row_noise(seeds: Array, counters: Array, shape: tuple[int, ...]) -> Array:
-    """Standard normal ``[n, *shape]``; row i is a pure function of ``(seeds[i], counters[i])``.
+def row_generator(seed: int, counter: int, stream: int = 0) -> np.random.Generator:
+    """Randomness that is a pure function of three numbers (Philox counters)."""
+    bits = np.random.Philox(key=[seed % 2**64, stream], counter=[0, 0, 0, counter])
+    return np.random.Generator(bits)
 
-    (Philox counters).
+
+def row_noise(
+    seeds: Array, counters: Array, shape: tuple[int, ...], streams: Array | None = None
+) -> Array:
+    """Standard normal ``[n, *shape]``; row i is a pure function of its seed, counter and stream.
+
+    Args:
+        seeds: ``[n]``.
+        counters: ``[n]``.
+        shape: of each row.
+        streams: ``[n]``, told apart for one seed and counter (candidates of a plan); default 0.
     """
     out = np.empty((len(seeds), *shape), np.float32)
-    for i, (seed, counter) in enumerate(zip(seeds.tolist(), counters.tolist(), strict=True)):
-        bits = np.random.Philox(key=[seed % 2**64, 0], counter=[0, 0, 0, counter])
-        np.random.Generator(bits).standard_normal(out=out[i], dtype=np.float32)
+    kinds = [0] * len(seeds) if streams is None else streams.tolist()
+    for i, key in enumerate(zip(seeds.tolist(), counters.tolist(), kinds, strict=True)):
+        row_generator(*key).standard_normal(out=out[i], dtype=np.float32)
     return out

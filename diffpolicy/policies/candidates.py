@@ -6,7 +6,7 @@ from one level in one batch, and are ranked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from diffpolicy.policies.base import settings_from
 from diffpolicy.policies.loop import Loop, PlanLoop
 from diffpolicy.policies.truncated import ScoredPlans
 
-SOURCES = ("anchors", "previous", "draft")
+SOURCES = ("anchors", "previous", "draft", "autoregressive")
 RANKS = ("confidence", "denoising", "prior")
 
 
@@ -36,7 +36,9 @@ class Truncated:
         options: its options.
         spacing: of the grid, see :func:`diffpolicy.core.starts.levels`.
         sources: guesses that compete: ``"anchors"``, ``"previous"`` (the shifted last plan, where a
-            row has one) and ``"draft"`` (one evaluation from pure noise).
+            row has one), ``"draft"`` (one evaluation from pure noise) and ``"autoregressive"`` (the
+            policy's head of type ``draft``, as Trajectory Diffuser has it). A single guess is not
+            ranked.
         rank: ``"confidence"``, the head of a network trained for it (type ``anchored``);
             ``"denoising"``, how little the denoiser changes the plan when it is noised to
             ``rank_t``, one evaluation more; ``"prior"``, the anchors' probability in this state.
@@ -96,8 +98,13 @@ class Truncated:
     def loops(self) -> tuple[str, ...]:
         """Kinds of sampling loops that it runs."""
         draft = ("draft",) if "draft" in self.sources else ()
-        rank = ("rank",) if self.rank == "denoising" else ()
+        rank = ("rank",) if self.ranks else ()
         return ("guesses", *draft, *rank)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether an evaluation is spent on ranking the guesses."""
+        return self.rank == "denoising" and self.sources not in (("draft",), ("autoregressive",))
 
 
 @dataclass(frozen=True)
@@ -109,12 +116,15 @@ class Candidates:
         anchors: typical plans; ``None`` without that source.
         normalizer: the policy's.
         loops: by kind, as ``settings.loops`` names them.
+        write: from raw observations ``[n, To, O]`` to plans ``[n, H, D]``, for the source
+            ``"autoregressive"``.
     """
 
     settings: Truncated
     anchors: Anchors | None
     normalizer: Normalizer
     loops: Mapping[str, Loop]
+    write: Callable[[Tensor], Tensor] | None = None
 
     @property
     def anchor_count(self) -> int:
@@ -127,7 +137,7 @@ class Candidates:
         """Slices of noise per row: one per guess, one for the draft, one to rank."""
         sources = self.settings.sources
         guesses = self.anchor_count + ("previous" in sources) + 2 * ("draft" in sources)
-        return guesses + (self.settings.rank == "denoising")
+        return guesses + ("autoregressive" in sources) + self.settings.ranks
 
     @property
     def nfe(self) -> int:
@@ -146,8 +156,8 @@ class Candidates:
             noise: standard normal ``[R, n, H, A]`` with R = ``draws``.
 
         Returns:
-            Plans in the order anchors, previous, draft. A row without a last plan has score -inf
-            there.
+            Plans in the order anchors, previous, autoregressive, draft. A row without a last plan
+            has score -inf there.
         """
         guess, log_prob = self._guesses(history, previous, noise)
         count, many = guess.shape[:2]
@@ -161,7 +171,7 @@ class Candidates:
         else:
             solved = loop(repeated, guess.flatten(0, 1), slices)
             scores = log_prob
-        if self.settings.rank == "denoising":
+        if self.settings.ranks:
             shared = noise[-1].repeat_interleave(many, 0)[None]  # the same noise for every guess
             again = self.loops["rank"](repeated, solved, shared)
             scores = -(solved - again).square().mean((1, 2)).view(count, many)
@@ -183,8 +193,11 @@ class Candidates:
             parts.append(placed)
         if "previous" in self.settings.sources:
             parts.append(previous[:, None])
+        if "autoregressive" in self.settings.sources:
+            assert self.write is not None
+            parts.append(self.write(history)[:, None])
         if "draft" in self.settings.sources:
-            own = noise[self.anchor_count + ("previous" in self.settings.sources) + 1]
+            own = noise[sum(part.shape[1] for part in parts) + 1]
             parts.append(self.loops["draft"](history, previous, own[None])[:, None])
         guess = torch.cat(parts, 1)
         return guess, log_prob if log_prob.shape[1] == guess.shape[1] else guess[..., 0, 0] * 0

@@ -188,7 +188,7 @@ class ChunkLoop(nn.Module):
             Normalised plans ``[n, H, A]``; exactly ``prefix`` where ``weight`` is 1.
         """
         loop = self.loop
-        cond = loop.normalizer.normalize("obs", history).flatten(1)
+        cond = loop.condition(history)
         x0 = sample(
             loop.denoiser,
             loop.solver,
@@ -228,6 +228,10 @@ class RealTimeChunking(ChunkedPolicy):
                 f"{kind} makes its plans in a way of its own, which chunking cannot guide; it "
                 "works with diffusion policies that sample from noise or with rti"
             )
+        if planner.spec.layout != "action":
+            raise ValueError(
+                f"chunking blends plans of actions; this policy's hold {planner.spec.layout!r}"
+            )
         super().__init__(
             obs_dim=planner.obs_dim,
             action_dim=planner.action_dim,
@@ -235,7 +239,7 @@ class RealTimeChunking(ChunkedPolicy):
             n_obs_steps=planner.n_obs_steps,
             n_action_steps=planner.n_action_steps,
         )
-        self.planner = planner
+        self.planner, self.selector = planner, planner.selector
         self.settings = Chunking() if settings is None else settings
         self._loops = {
             (kind, fixed): ChunkLoop(planner.loop(kind, deterministic=fixed), self.settings)

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.guidance import ClassifierFreeGuidance
-from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.pinning import Pinned
 from diffpolicy.core.solvers import make_solver
-from diffpolicy.core.starts import Start, check_distinct, levels, shift_plan
+from diffpolicy.core.starts import shift_plan
+from diffpolicy.core.value_guidance import ValueGuidance, head_value
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState, row_noise
-from diffpolicy.policies.candidates import Candidates, Truncated
-from diffpolicy.policies.loop import Loop, PlanLoop
+from diffpolicy.policies.candidates import Candidates
+from diffpolicy.policies.guesses import check_anchors, truncated_grid
+from diffpolicy.policies.loop import Condition, Loop, PinnedCondition, PlanLoop
+from diffpolicy.policies.selection import Selector
 from diffpolicy.policies.spec import Gripper, PolicySpec, Sampler, check_normalizer
 from diffpolicy.policies.truncated import ScoredPlans
 
@@ -34,11 +37,16 @@ class DiffusionPlanner(ChunkedPolicy):
     ones (warm) start from the last plan; cold and warm rows are solved in one batch each. With
     ``spec.truncated`` every plan is the best of several guesses, solved from a low level.
 
+    Plans are actions, or with ``spec.layout`` trajectories: a planner in the sense of Diffuser and
+    its successors differs in nothing else. The plans of :class:`PolicyState` always end in the A
+    actions; with layout ``"state"`` these come from the head ``inverse``.
+
     Args:
         spec: shapes, parameterisation and samplers.
         denoiser: ``spec.make_denoiser()`` with trained weights.
         normalizer: the frozen normaliser of the training data, with fields ``obs`` and ``action``.
         anchors: typical plans of the demonstrations, where ``spec.truncated`` starts from them.
+        heads: ``spec.make_heads()`` with trained weights; needed where the spec names any.
 
     Raises:
         ValueError: clipping with an action normaliser whose range is not [-1, 1], shapes that do
@@ -51,6 +59,7 @@ class DiffusionPlanner(ChunkedPolicy):
         denoiser: Denoiser,
         normalizer: Normalizer,
         anchors: Anchors | None = None,
+        heads: nn.ModuleDict | None = None,
     ) -> None:
         super().__init__(
             obs_dim=spec.obs_dim,
@@ -60,7 +69,15 @@ class DiffusionPlanner(ChunkedPolicy):
             n_action_steps=spec.n_action_steps,
         )
         check_normalizer(spec, normalizer)
-        self.spec = spec
+        self.spec, self.layout = spec, spec.plan_layout
+        if spec.layout != "action":
+            self.plan_dim = spec.obs_dim + spec.action_dim
+        self.heads = nn.ModuleDict() if heads is None else heads.eval()
+        if set(self.heads) != set(spec.heads):
+            raise ValueError(
+                f"the spec names the heads {sorted(spec.heads)}, got {sorted(self.heads)}; make "
+                "them with spec.make_heads()"
+            )
         self.denoiser = denoiser.eval()
         self.device = next(denoiser.parameters()).device
         self.normalizer = normalizer.to(self.device)
@@ -75,6 +92,9 @@ class DiffusionPlanner(ChunkedPolicy):
             self._unusual = np.minimum(spec.rti.innovation * usual, largest).astype(np.float32)
         check_anchors(spec, anchors)
         self.anchors = None if anchors is None else anchors.to(self.device)
+        self._known = self.layout.known.to(self.device)
+        if spec.selection is not None:
+            self.selector = Selector(spec.selection, self.score)
         self._loops: dict[tuple[str, bool], Loop] = {}
         for kind in self.kinds:
             for deterministic in (False, True):
@@ -101,10 +121,7 @@ class DiffusionPlanner(ChunkedPolicy):
         if kind not in self.kinds:
             raise ValueError(f"this policy runs the loops {self.kinds}, not {kind!r}")
         spec, process = self.spec, self.denoiser.process
-        guided: BaseDenoiser = self.denoiser
-        if spec.sampler.guidance_scale != 1:
-            scale = spec.sampler.guidance_scale
-            guided = ClassifierFreeGuidance(guided, scale, clip=spec.clip)
+        guided = self._guided()
         start, solver = "noised", make_solver("ddim")
         if kind == "cold":
             grid, start = spec.sampler.grid(process), "prior"
@@ -118,8 +135,37 @@ class DiffusionPlanner(ChunkedPolicy):
             grid, start = truncated_grid(kind, spec.truncated, self.anchors, process)
             if kind == "guesses":
                 solver = make_solver(spec.truncated.solver, **spec.truncated.options)
-        shape = (self.n_obs_steps, self.obs_dim, self.horizon, self.action_dim)
-        return PlanLoop(guided, self.normalizer, solver, grid, start=start, plan_shape=shape)
+        return PlanLoop(
+            guided,
+            self.normalizer,
+            solver,
+            grid,
+            start=start,
+            plan_shape=(self.n_obs_steps, self.obs_dim, self.horizon, self.layout.dim),
+            condition=self._condition(),
+        )
+
+    def _guided(self) -> BaseDenoiser:
+        """The denoiser with guidance, and with the known entries of its plans pinned."""
+        spec, guided = self.spec, self.denoiser
+        inner: BaseDenoiser = guided
+        if spec.sampler.guidance_scale != 1:
+            inner = ClassifierFreeGuidance(inner, spec.sampler.guidance_scale, clip=spec.clip)
+        if spec.value_scale > 0:
+            value = head_value(self.heads["value"], guided.process)
+            inner = ValueGuidance(inner, value, spec.value_scale, clip=spec.clip)
+        return inner if spec.layout == "action" else Pinned(inner, self._known)
+
+    def _condition(self) -> Condition:
+        if self.spec.layout == "action":
+            return Condition(self.normalizer)
+        returns = self.spec.returns
+        wanted = () if returns is None else (1.0, returns.target)
+        return PinnedCondition(self.normalizer, self.layout, wanted).to(self.device)
+
+    def with_spec(self, spec: PolicySpec) -> DiffusionPlanner:
+        """The same weights under other settings, as a plain planner."""
+        return DiffusionPlanner(spec, self.denoiser, self.normalizer, self.anchors, self.heads)
 
     def with_loops(self, loops: Mapping[str, Loop]) -> Self:
         """This policy with other implementations of its loops (compiled ones).
@@ -177,8 +223,16 @@ class DiffusionPlanner(ChunkedPolicy):
         jumped[rows] = False
         return planned.remember(jumped=jumped)
 
-    @torch.inference_mode()
     def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
+        with self._no_graph():
+            plans, nfe = self._make_plans(state, deterministic)
+            return self._complete(plans), nfe
+
+    def _no_graph(self) -> Any:
+        """Inference mode, unless guidance differentiates the value head."""
+        return torch.no_grad() if self.spec.value_scale > 0 else torch.inference_mode()
+
+    def _make_plans(self, state: PolicyState, deterministic: bool) -> tuple[Array, Array]:
         if self.spec.truncated is not None:
             found = self.propose(state, deterministic=deterministic)
             return found.best().cpu().numpy(), np.full(len(state), found.nfe)
@@ -186,14 +240,53 @@ class DiffusionPlanner(ChunkedPolicy):
         if warm.all() or not warm.any():
             loop = self._loops["warm" if warm.all() else "cold", deterministic]
             return self._solve(loop, state, deterministic), np.full(len(state), loop.nfe)
-        plans, nfe = np.empty_like(state.plan), np.empty(len(state), np.int64)
+        shape = (len(state), self.horizon, self.layout.dim)
+        plans, nfe = np.empty(shape, np.float32), np.empty(len(state), np.int64)
         for kind, rows in (("cold", np.flatnonzero(~warm)), ("warm", np.flatnonzero(warm))):
             loop = self._loops[kind, deterministic]
             plans[rows] = self._solve(loop, state.take(rows), deterministic)
             nfe[rows] = loop.nfe
         return plans, nfe
 
+    def _complete(self, plans: Array) -> Array:
+        """Plans ``[n, H, P]`` of sampled ones ``[n, H, D]``: states get the actions between them.
+
+        The last state has no successor; its action is the one before it.
+        """
+        if self.spec.layout != "state":
+            return plans
+        states = torch.from_numpy(plans).to(self.device)
+        flat = states[:, :-1].flatten(0, 1), states[:, 1:].flatten(0, 1)
+        actions = self.heads["inverse"](*flat).view(len(plans), self.horizon - 1, -1)
+        whole = torch.cat([states, torch.cat([actions, actions[:, -1:]], 1)], 2)
+        out: Array = whole.cpu().numpy()
+        return out
+
     @torch.inference_mode()
+    def score(self, history: Array, plans: Array) -> Array:
+        """What the head ``critic``, or else ``value``, says of plans.
+
+        Args:
+            history: raw observations ``[n, To, O]``.
+            plans: normalised ``[n, H, P]``.
+
+        Returns:
+            ``[n]``, higher is better.
+
+        Raises:
+            ValueError: a policy with neither head.
+        """
+        found = [name for name in ("critic", "value") if name in self.heads]
+        if not found:
+            raise ValueError(f"scores need a head critic or value; heads: {sorted(self.heads)}")
+        plan = torch.from_numpy(plans).to(self.device)
+        seen = torch.from_numpy(history).to(self.device)
+        cond = self.normalizer.normalize("obs", seen).flatten(1)
+        critic = found[0] == "critic"
+        judged = plan[..., -self.action_dim :] if critic else plan[..., : self.layout.dim]
+        out: Array = self.heads[found[0]].score(cond if critic else None, judged).cpu().numpy()  # type: ignore[operator]
+        return out
+
     def propose(self, state: PolicyState, *, deterministic: bool = False) -> ScoredPlans:
         """Every candidate plan for the observations in ``state``, with its score.
 
@@ -203,17 +296,31 @@ class DiffusionPlanner(ChunkedPolicy):
         if self.spec.truncated is None:
             raise ValueError("this policy samples one plan; set truncated for several with scores")
         candidates = self._candidates(deterministic=deterministic)
-        return candidates.propose(
-            torch.from_numpy(state.history).to(self.device),
-            torch.from_numpy(self.shifted(state)).to(self.device),
-            torch.from_numpy(state.warm).to(self.device),
-            self.draw_noise(state, candidates.draws, deterministic),
-        )
+        with self._no_graph():
+            return candidates.propose(
+                torch.from_numpy(state.history).to(self.device),
+                torch.from_numpy(self.shifted(state)).to(self.device),
+                torch.from_numpy(state.warm).to(self.device),
+                self.draw_noise(state, candidates.draws, deterministic),
+            )
+
+    def _written(self, history: Tensor) -> Tensor:
+        """Plans ``[n, H, D]`` that the head ``draft`` writes state by state (Huang et al. 2024)."""
+        returns = self.spec.returns
+        seen = self.normalizer.normalize("obs", history)
+        wanted = None if returns is None else seen.new_full((len(seen), 1), returns.target)
+        states: Tensor = self.heads["draft"].rollout(seen, wanted)  # type: ignore[operator]
+        if self.spec.layout == "state":
+            return states
+        between = states[:, :-1].flatten(0, 1), states[:, 1:].flatten(0, 1)
+        actions = self.heads["inverse"](*between).view(len(seen), self.horizon - 1, -1)
+        return torch.cat([states, torch.cat([actions, actions[:, -1:]], 1)], 2)
 
     def _candidates(self, *, deterministic: bool) -> Candidates:
         assert self.spec.truncated is not None
         loops = {kind: self._loops[kind, deterministic] for kind in self.kinds}
-        return Candidates(self.spec.truncated, self.anchors, self.normalizer, loops)
+        write = self._written if "draft" in self.heads else None
+        return Candidates(self.spec.truncated, self.anchors, self.normalizer, loops, write)
 
     def _solve(self, loop: Loop, state: PolicyState, deterministic: bool) -> Array:
         noise = self.draw_noise(state, loop.draws, deterministic)
@@ -223,24 +330,35 @@ class DiffusionPlanner(ChunkedPolicy):
         return out
 
     def draw_noise(self, state: PolicyState, draws: int, deterministic: bool) -> Tensor:
-        """Standard normal ``[R, n, H, A]`` of each row's stream; one for all if deterministic."""
-        shape = (draws, self.horizon, self.action_dim)
-        zero = np.zeros(1, np.int64)
-        seeds, counters = (zero, zero) if deterministic else (state.seed, state.counter)
-        drawn = torch.from_numpy(row_noise(seeds, counters, shape))
+        """Normal noise ``[R, n, H, D]`` of each row's stream; one for all if deterministic.
+
+        Its standard deviation is ``spec.temperature``. Candidates of a plan have streams of their
+        own, also if deterministic.
+        """
+        shape = (draws, self.horizon, self.layout.dim)
+        streams = state.memory.get("candidate")
+        seeds, counters = state.seed, state.counter
+        one = deterministic and streams is None
+        if deterministic:
+            seeds = counters = np.zeros(1 if one else len(state), np.int64)
+        drawn = torch.from_numpy(row_noise(seeds, counters, shape, streams))
         noise = drawn.to(self.device).transpose(0, 1)
-        return noise.expand(-1, len(state), -1, -1) if deterministic else noise
+        if self.spec.temperature != 1:
+            noise = noise * self.spec.temperature
+        return noise.expand(-1, len(state), -1, -1) if one else noise
 
     def shifted(self, state: PolicyState) -> Array:
-        """The last plans shifted by the steps executed ``[n, H, A]``."""
+        """The last plans shifted by the steps executed ``[n, H, D]``, as guesses of new ones."""
         tail = "hold" if self.spec.rti is None else self.spec.rti.tail
         steps = torch.from_numpy(self.executed(state))
-        guess: Array = shift_plan(torch.from_numpy(state.plan), steps, tail=tail).numpy()
+        last = torch.from_numpy(state.plan[..., : self.layout.dim])
+        guess: Array = shift_plan(last, steps, tail=tail).numpy()
         for gripper in self.spec.grippers:
             guess = gripper.guess(guess)
         return guess
 
     def to_actions(self, normalised: Array) -> Array:
+        normalised = normalised[..., -self.action_dim :]
         for gripper in self.spec.grippers:
             normalised = gripper.snap(normalised)
         actions = (
@@ -252,54 +370,6 @@ class DiffusionPlanner(ChunkedPolicy):
             actions
             if self._low is None and self._high is None
             else np.clip(actions, self._low, self._high)
-        )
-
-
-def truncated_grid(
-    kind: str, settings: Truncated, anchors: Anchors | None, process: GaussianProcess
-) -> tuple[Tensor, str]:
-    """Levels and kind of start of a truncated policy's loops.
-
-    A draft is the clean estimate at ``t = 1`` and a rank the one at ``rank_t``: one DDIM step each.
-    """
-    first, num_steps = {"draft": 1.0, "rank": settings.rank_t}.get(kind), 1
-    if first is None:
-        num_steps = settings.num_steps
-        first = settings.t_start
-        if first is None:
-            assert anchors is not None
-            first = anchors.default_t_start(process)
-    t = process.snap(torch.full((1, 1, 1), first, dtype=torch.float64))
-    grid = levels(Start(t, t), num_steps, spacing=settings.spacing, process=process)
-    check_distinct(grid, first)
-    return grid, "prior" if kind == "draft" else "noised"
-
-
-def check_anchors(spec: PolicySpec, anchors: Anchors | None) -> None:
-    """Raise ``ValueError`` unless truncated settings have the anchors they need."""
-    settings = spec.truncated
-    trained = spec.network.get("type") == "anchored"
-    if trained and (settings is None or settings.rank != "confidence"):
-        raise ValueError(
-            "a network of type 'anchored' is trained near its anchors alone; set truncated with "
-            "rank 'confidence'"
-        )
-    if settings is None:
-        return
-    if settings.rank == "confidence" and not trained:
-        raise ValueError(
-            "rank 'confidence' needs a network of type 'anchored'; use 'denoising' or 'prior'"
-        )
-    if anchors is None and ("anchors" in settings.sources or settings.t_start is None):
-        raise ValueError(
-            "truncated plans start from anchors; fit them with Anchors.fit(windows, normalizer) or "
-            "`diffpolicy anchors`, or give t_start and other sources"
-        )
-    shape = (spec.horizon, spec.action_dim)
-    if anchors is not None and tuple(anchors.plans.shape[1:]) != shape:
-        raise ValueError(
-            f"the anchors are plans of shape {list(anchors.plans.shape[1:])}, this policy's are "
-            f"{list(shape)}"
         )
 
 

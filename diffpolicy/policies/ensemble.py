@@ -43,7 +43,7 @@ class TemporalEnsemble(ChunkedPolicy):
             n_obs_steps=policy.n_obs_steps,
             n_action_steps=1,
         )
-        self.policy, self.m = policy, float(m)
+        self.policy, self.m, self.plan_dim = policy, float(m), policy.plan_dim
 
     def initial_state(self, seeds: Sequence[int]) -> PolicyState:
         state = self.policy.initial_state(seeds)

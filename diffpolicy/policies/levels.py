@@ -84,8 +84,10 @@ def observation_step(store: EpisodeStore) -> tuple[float, ...]:
     inside = np.ones(len(obs) - 1, bool)
     inside[store.episode_ends[:-1] - 1] = False
     steps = np.abs(np.diff(obs, axis=0))[inside]
-    usual = np.maximum(np.quantile(steps, 0.999, axis=0), 1e-3 * np.ptp(obs, axis=0))
     largest = np.finfo(np.float32).max  # JSON knows no infinity
+    if len(steps) == 0:  # all episodes have one step
+        return tuple(float(largest) for _ in range(obs.shape[1]))
+    usual = np.maximum(np.quantile(steps, 0.999, axis=0), 1e-3 * np.ptp(obs, axis=0))
     return tuple(float(v) for v in np.where(usual > 0, usual, largest))
 
 
@@ -214,7 +216,8 @@ def choose_level(
     per_dim = "dim" in getattr(planner.denoiser.network, "t_kinds", ())
     if per_dim and isinstance(settings, RTI):
         chosen = _per_dimension(study, ordered, scores, common)
-    probe = study.probe() if isinstance(settings, RTI) else None
+    plain = planner.spec.layout == "action"  # contraction is of plans of actions
+    probe = study.probe() if isinstance(settings, RTI) and plain else None
     table = []
     for t, policy, row in zip(ordered, made, regret, strict=True):
         measured, predicted = (None, None) if probe is None else study.contraction(policy, probe)
@@ -240,7 +243,7 @@ def _with(planner: DiffusionPlanner, settings: RTI | Truncated | None) -> Diffus
     rti = replace(settings, innovation=None) if isinstance(settings, RTI) else None
     truncated = settings if isinstance(settings, Truncated) else None
     spec = replace(planner.spec, rti=rti, truncated=truncated)
-    return DiffusionPlanner(spec, planner.denoiser, planner.normalizer, planner.anchors)
+    return planner.with_spec(spec)
 
 
 def _per_dimension(
@@ -402,6 +405,7 @@ def replay(policy: ChunkedPolicy, obs: Array, seeds: Sequence[int]) -> Array:
         if len(due):
             state = policy.replan(state, due)
         action = state.plan[rows, np.minimum(state.cursor, policy.horizon - 1)]
+        action = action[..., -policy.action_dim :]
         for gripper in grippers:
             action = gripper.snap(action)
         out.append(action)

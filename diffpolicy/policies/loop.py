@@ -6,12 +6,15 @@ arithmetic.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.core.layout import Layout
+from diffpolicy.core.pinning import PinCond
 from diffpolicy.core.sampling import Trajectory, prepare, sample
 from diffpolicy.core.solvers import Solver
 from diffpolicy.core.starts import Start, noising_scales
@@ -31,6 +34,68 @@ class Loop(Protocol):
 STARTS = ("prior", "noised", "given")
 
 
+class Condition(nn.Module):
+    """What the denoiser is told: the normalised observation history as one vector.
+
+    Args:
+        normalizer: the policy's, with a field ``obs``.
+    """
+
+    def __init__(self, normalizer: Normalizer) -> None:
+        super().__init__()
+        self.normalizer = normalizer
+
+    def forward(self, history: Tensor) -> Any:
+        """``cond`` for raw observations ``[n, To, O]``."""
+        return self.normalizer.normalize("obs", history).flatten(1)
+
+    def settled(self, plan: Tensor, given: Any) -> Tensor:
+        """The plan ``[n, H, D]`` with what is known of it set exactly."""
+        del given
+        return plan
+
+
+class PinnedCondition(Condition):
+    """Plans that hold observations: the history is pinned in them, and so is a goal.
+
+    Args:
+        normalizer: the policy's.
+        layout: what a plan holds.
+        returns: the return that is asked for, as ``(1, normalised)``; empty: none.
+    """
+
+    known: Tensor
+    wanted: Tensor | None
+
+    def __init__(self, normalizer: Normalizer, layout: Layout, returns: Sequence[float]) -> None:
+        super().__init__(normalizer)
+        self.layout = layout
+        self.register_buffer("known", layout.known, persistent=False)
+        self.register_buffer("wanted", torch.tensor(returns) if returns else None, persistent=False)
+
+    def forward(self, history: Tensor) -> PinCond:
+        """The pinned values and the condition beside them."""
+        values = self.layout.values(
+            self.normalizer.normalize("obs", history), self.goal(history[:, -1])
+        )
+        wanted = None if self.wanted is None else self.wanted.to(values).expand(len(values), -1)
+        return PinCond(wanted, values)
+
+    def settled(self, plan: Tensor, given: PinCond) -> Tensor:
+        """The plan with its known entries; solvers reach them to within rounding or noise."""
+        return torch.where(self.known, given.values, plan)
+
+    def goal(self, obs: Tensor) -> Tensor | None:
+        """Normalised goal entries ``[n, G]`` for raw observations ``[n, O]``."""
+        if not self.layout.goal:
+            return None
+        moved = obs.clone()  # goal entries in the places whose normalisation they get
+        for target, source in self.layout.goal:
+            moved[:, target] = obs[:, source]
+        normal = self.normalizer.normalize("obs", moved)
+        return normal[:, [target for target, _ in self.layout.goal]]
+
+
 class PlanLoop(nn.Module):
     """K steps of one solver over a fixed grid of levels.
 
@@ -41,7 +106,8 @@ class PlanLoop(nn.Module):
         levels: host grid ``[K + 1, 1, 1 or H, 1 or A]``, the first entry the start's level.
         start: where sampling begins: ``"prior"`` from noise alone, ``"noised"`` from the guess
             noised to the first level (truncated, warm), ``"given"`` from the guess as it is.
-        plan_shape: ``(To, O, H, A)``.
+        plan_shape: ``(To, O, H, D)``; D = A unless ``condition`` says that plans hold more.
+        condition: from raw observations to what the denoiser takes; default :class:`Condition`.
 
     Attributes:
         nfe: network evaluations K.
@@ -61,6 +127,7 @@ class PlanLoop(nn.Module):
         *,
         start: str,
         plan_shape: tuple[int, int, int, int],
+        condition: Condition | None = None,
     ) -> None:
         super().__init__()
         if start not in STARTS:
@@ -69,6 +136,7 @@ class PlanLoop(nn.Module):
         self.obs_shape = (n_obs_steps, obs_dim)
         self.denoiser, self.normalizer, self.solver = denoiser, normalizer, solver
         self.start, self.levels = start, levels
+        self.condition = Condition(normalizer) if condition is None else condition
         parameter = next(denoiser.parameters(), torch.zeros(1))
         shape = (1, self.horizon, self.action_dim)
         like = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
@@ -120,16 +188,19 @@ class PlanLoop(nn.Module):
     def _sample(
         self, history: Tensor, guess: Tensor, noise: Tensor, *, record: bool
     ) -> Tensor | Trajectory:
-        cond = self.normalizer.normalize("obs", history).flatten(1)
-        return sample(
+        given = self.condition(history)
+        result = sample(
             self.denoiser,
             self.solver,
             self.begin(guess, noise),
             self.grid,
-            cond=cond,
+            cond=given,
             noise=noise[self.draws - self.nfe :] if self.grid.stochastic else None,
             record=record,
         )
+        if isinstance(result, Trajectory):
+            return result._replace(x0=self.condition.settled(result.x0, given))
+        return self.condition.settled(result, given)
 
     def begin(self, guess: Tensor, noise: Tensor) -> Start:
         """The start made of a guess and the first slice of noise."""

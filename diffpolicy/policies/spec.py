@@ -8,17 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.core.layout import Layout
 from diffpolicy.core.noise import GaussianProcess, make_process
 from diffpolicy.core.solvers import Solver, make_solver
 from diffpolicy.core.starts import Start, levels
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.networks import make_network
+from diffpolicy.networks.heads import make_head
 from diffpolicy.policies.base import Array, check_horizon
 from diffpolicy.policies.candidates import Truncated
+from diffpolicy.policies.planning import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
+from diffpolicy.policies.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,20 @@ class PolicySpec:
             usual in the demonstrations ``[O]`` (0.999 quantile), for ``rti.innovation``.
         action_low: lower bounds of actions in environment units ``[A]``, ``None`` for unbounded.
         action_high: upper bounds.
+        layout: what a plan holds: ``"action"``; ``"trajectory"``, observations and actions, with
+            the observations up to now pinned (Diffuser); or ``"state"``, observations alone, with a
+            head of type ``inverse`` for the actions (Decision Diffuser, Trajectory Diffuser).
+        goal: pairs (i, j): entry i of the last observation of a plan is pinned to entry j of the
+            current observation.
+        constant: entries of the observation that an episode does not change (a goal): known at
+            every position of a plan.
+        returns: condition plans on a return; not for layout ``"action"``.
+        value_scale: guidance by the gradient of the head ``value``; 0: none.
+        temperature: factor of all noise, the prior's and the solver's; low-temperature sampling of
+            Decision Diffuser.
+        heads: further networks by name, as :func:`diffpolicy.networks.heads.make_head` takes them:
+            ``inverse``, ``value``, ``critic``, ``state_value``, ``draft``.
+        selection: choose among several plans by the head ``critic``, or else ``value``.
         env_id: the environment it was trained for, if known.
     """
 
@@ -151,6 +169,14 @@ class PolicySpec:
     observation_step: tuple[float, ...] | None = None
     action_low: tuple[float, ...] | None = None
     action_high: tuple[float, ...] | None = None
+    layout: str = "action"
+    goal: tuple[tuple[int, int], ...] = ()
+    constant: tuple[int, ...] = ()
+    returns: Returns | None = None
+    value_scale: float = 0.0
+    temperature: float = 1.0
+    heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    selection: Selection | None = None
     env_id: str | None = None
 
     def __post_init__(self) -> None:
@@ -169,6 +195,20 @@ class PolicySpec:
                     f"{name} must have action_dim={self.action_dim} entries, got {len(values)}"
                 )
         self._check_parts()
+        check_planning(self)
+
+    @property
+    def plan_layout(self) -> Layout:
+        """The layout of plans with the sizes of this policy."""
+        return Layout(
+            self.layout,
+            self.obs_dim,
+            self.action_dim,
+            self.horizon,
+            self.n_obs_steps,
+            tuple(self.goal),
+            tuple(self.constant),
+        )
 
     def _check_parts(self) -> None:
         anchored = self.network.get("type") == "anchored"
@@ -217,6 +257,14 @@ class PolicySpec:
                 values["rti"] = RTI.from_config(values["rti"])
             if values.get("truncated") is not None:
                 values["truncated"] = Truncated.from_config(values["truncated"])
+            if values.get("returns") is not None:
+                values["returns"] = Returns(**values["returns"])
+            if values.get("selection") is not None:
+                values["selection"] = Selection.from_config(values["selection"])
+            heads = values.get("heads") or {}
+            values["heads"] = {n: c for n, c in heads.items() if c is not None}
+            values["goal"] = tuple((int(i), int(j)) for i, j in values.get("goal", ()))
+            values["constant"] = tuple(int(i) for i in values.get("constant", ()))
             values["grippers"] = tuple(Gripper(**g) for g in values.get("grippers", ()))
             for name in ("action_low", "action_high", "observation_step"):
                 if values.get(name) is not None:
@@ -227,14 +275,19 @@ class PolicySpec:
 
     def make_denoiser(self) -> Denoiser:
         """A denoiser with freshly initialised weights."""
+        layout = self.plan_layout
         shape = {
             "horizon": self.horizon,
-            "dim": self.action_dim,
-            "cond_dim": self.n_obs_steps * self.obs_dim,
+            "dim": layout.dim,
+            "cond_dim": layout.cond_dim + (2 if self.returns is not None else 0),
         }
         network, process = make_network({**self.network, **shape}), make_process(self.process)
         data_std = getattr(process, "data_std", 0.5)
         return Denoiser(network, process, self.prediction, clip=self.clip, data_std=data_std)
+
+    def make_heads(self) -> nn.ModuleDict:
+        """The heads, freshly initialised; sizes that a config leaves out are this policy's."""
+        return nn.ModuleDict({n: make_head(head_config(self, c)) for n, c in self.heads.items()})
 
 
 def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
@@ -247,8 +300,10 @@ def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
         got = tuple(normalizer.normalize(name, torch.zeros(1, dim)).shape)
         if got != (1, dim):
             raise ValueError(f"the normaliser's field {name!r} does not have dimension {dim}")
-    if spec.clip and not normalizer.is_unit_range("action"):
-        raise ValueError(
-            "clip=True clamps clean actions to [-1, 1], but the action normaliser does not map the "
-            "data into that range; use the 'minmax' mode for 'action', or clip=False"
-        )
+    held = {"action": ("action",), "trajectory": ("obs", "action"), "state": ("obs",)}[spec.layout]
+    for name in held if spec.clip else ():
+        if not normalizer.is_unit_range(name):
+            raise ValueError(
+                f"clip=True clamps clean plans to [-1, 1], but the normaliser of {name!r} does not "
+                f"map the data into that range; use the 'minmax' mode for {name!r}, or clip=False"
+            )

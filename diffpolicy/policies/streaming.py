@@ -142,6 +142,11 @@ class StreamingPlanner(DiffusionPlanner):
             raise ValueError(
                 "a streaming policy has neither rti nor truncated: its plans start from its buffer"
             )
+        if spec.layout != "action" or spec.selection is not None:
+            raise ValueError(
+                "a streaming policy rolls one plan of actions; it takes no other layout and no "
+                "selection among several"
+            )
         if spec.level_law != "position":
             raise ValueError(
                 "streaming needs a policy trained with level_law='position' (levels that rise "

@@ -269,6 +269,13 @@ def compile_planner(
     if truncated is not None and "anchors" in truncated.sources:
         assert planner.anchors is not None
         many += planner.anchors.count
+    if planner.spec.value_scale > 0:
+        raise ValueError(
+            "guidance by a value differentiates its network at every step, which compiled loops "
+            "cannot; set value_scale=0 and choose among plans with selection"
+        )
+    if planner.spec.selection is not None:
+        batch_size *= planner.spec.selection.num_candidates
     loops = {}
     for kind in loop_kinds(planner):
         rows = batch_size if kind == "draft" else batch_size * many

@@ -128,6 +128,11 @@ def _check_request(
         )
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+    if planner.spec.layout != "action" or planner.spec.selection is not None:
+        raise ValueError(
+            "an exported file holds one plan of actions; a policy whose plans hold observations, "
+            "or are chosen by a critic, runs from its directory (`diffpolicy serve`, compile())"
+        )
     if rate_hz is not None and not rate_hz > 0:
         raise ValueError(f"rate_hz must be positive (or absent), got {rate_hz!r}")
     if planner.device.type != "cpu":

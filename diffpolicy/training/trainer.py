@@ -60,7 +60,8 @@ class Trainer:
     """Trains an objective on a source.
 
     Args:
-        objective: ``forward(batch, generator)`` returns ``loss [B]`` and ``metrics``.
+        objective: ``forward(batch, generator)`` returns ``loss [B]`` and ``metrics``; if it has a
+            method ``after_step()``, that is called after every optimiser step.
         source: the examples.
         config: settings.
         run_dir: receives ``metrics.csv`` and ``checkpoints/``.
@@ -243,6 +244,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step)
         self.optimizer.step()
+        after: Callable[[], None] | None = getattr(self.objective, "after_step", None)
+        if after is not None:  # target networks follow; they are part of the objective's state
+            after()
         self.ema.update(self.objective)
         self.step += 1
         for name, value in {"loss": loss, "grad_norm": norm, **out.metrics}.items():

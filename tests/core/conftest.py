@@ -1,4 +1,4 @@
-"""Exact problems: Gaussian mixtures whose denoiser and probability-flow ODE are known."""
+"""Exact problems: Gaussian mixtures and joint Gaussian plans, whose denoisers are known."""
 
 from __future__ import annotations
 
@@ -60,3 +60,48 @@ def gaussian() -> Callable[[float, float], Mixture]:
         return Mixture(one, mean * one[None], std * one[None])
 
     return make
+
+
+@dataclass(frozen=True)
+class JointGaussian:
+    """Plans ``[B, H, D]`` whose flattened entries are ``N(mean [N], cov [N, N])``, N = H D."""
+
+    mean: Tensor
+    cov: Tensor
+
+    def posterior(self, process: GaussianProcess, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean ``[B, N]`` and covariance of the clean entries given noisy ones ``[B, N]``."""
+        alpha, sigma = process.alpha(t).flatten()[0], process.sigma(t).flatten()[0]
+        noisy = alpha**2 * self.cov + sigma**2 * torch.eye(len(self.cov), dtype=self.cov.dtype)
+        gain = torch.linalg.solve(noisy, alpha * self.cov).T
+        return self.mean + (x - alpha * self.mean) @ gain.T, self.cov - alpha * gain @ self.cov
+
+    def given(self, known: Tensor, values: Tensor) -> JointGaussian:
+        """The law of the entries that are not ``known`` (bool ``[N]``), one ``values [N]``."""
+        free = ~known
+        gain = torch.linalg.solve(self.cov[known][:, known], self.cov[known][:, free]).T
+        mean = self.mean[free] + gain @ (values[known] - self.mean[known])
+        return JointGaussian(mean, self.cov[free][:, free] - gain @ self.cov[known][:, free])
+
+    def denoiser(self, process: GaussianProcess, known: Tensor | None = None) -> AnalyticDenoiser:
+        """Exact for plans whose ``known`` entries (bool ``[1, H, D]``) are clean."""
+
+        def x0_hat(x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+            if known is None:
+                return self.posterior(process, x.flatten(1), t)[0].view_as(x)
+            out, mask = x.flatten(1).clone(), known.flatten()
+            for row in out:  # each row has its own values
+                law = self.given(mask, row)
+                row[~mask] = law.posterior(process, row[None, ~mask], t)[0][0]
+            return out.view_as(x)
+
+        return AnalyticDenoiser(process, x0_hat)
+
+
+@pytest.fixture
+def trajectories() -> JointGaussian:
+    """Plans of 4 positions with 2 observations and 1 action, all of them correlated."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(12, 12, dtype=torch.float64, generator=generator) / 12**0.5
+    mean = 0.5 * torch.randn(12, dtype=torch.float64, generator=generator)
+    return JointGaussian(mean, root @ root.T + 0.05 * torch.eye(12, dtype=torch.float64))

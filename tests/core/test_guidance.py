@@ -134,7 +134,8 @@ def test_jacobian_guidance_is_the_vector_jacobian_product(process):
     denoiser, gain = correlated_gaussian(process, 5)
     given = prefix_of([1.0, 0.6, 0.2, 0.0, 0.0])
     guided = PrefixGuidance(denoiser, "jacobian", max_weight=5.0)
-    x = torch.randn(2, 5, 1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 1, dtype=torch.float64, generator=generator)
     for value in (0.9, 0.4, 0.05):
         t = torch.full((1, 1, 1), value, dtype=torch.float64)
         alpha, sigma, G = process.alpha(t), process.sigma(t), gain(t)

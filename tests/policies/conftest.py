@@ -52,11 +52,11 @@ def make_planner() -> Callable[..., DiffusionPlanner]:
             "action_high": (0.5,) * ACTION_DIM,
         }
         spec = PolicySpec(OBS_DIM, ACTION_DIM, **{**values, **changes})
-        denoiser = spec.make_denoiser()
+        denoiser, heads = spec.make_denoiser(), spec.make_heads()
         with torch.no_grad():
-            for parameter in denoiser.parameters():
+            for parameter in [*denoiser.parameters(), *heads.parameters()]:
                 parameter.add_(0.2 * torch.randn_like(parameter))
         normalizer = Normalizer.fit(statistics(), {"obs": "minmax", "action": "minmax"})
-        return DiffusionPlanner(spec, denoiser, normalizer)
+        return DiffusionPlanner(spec, denoiser, normalizer, heads=heads)
 
     return make

@@ -1,0 +1,182 @@
+"""Further networks of a policy: inverse dynamics, values of plans, drafts, critics.
+
+Everything that a head sees is normalised as the policy's network sees it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpolicy.networks.base import as_time, check_positive
+from diffpolicy.networks.critics import QEnsemble, StateValue
+from diffpolicy.networks.draft import Draft
+from diffpolicy.networks.registry import make_network
+
+
+class InverseDynamics(nn.Module):
+    """The action that leads from an observation to the next one.
+
+    Args:
+        obs_dim: O.
+        action_dim: A.
+        width: units of a hidden layer.
+        depth: hidden layers.
+
+    Raises:
+        ValueError: a size is not a positive integer.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, width: int = 256, depth: int = 2) -> None:
+        super().__init__()
+        check_positive(obs_dim=obs_dim, action_dim=action_dim, width=width, depth=depth)
+        self.obs_dim, self.action_dim, self.width, self.depth = obs_dim, action_dim, width, depth
+        layers: list[nn.Module] = []
+        for number in range(depth):
+            layers += [nn.Linear(width if number else 2 * obs_dim, width), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, action_dim))
+
+    def forward(self, obs: Tensor, next_obs: Tensor) -> Tensor:
+        """The action ``[..., A]`` between ``obs`` and ``next_obs``, each ``[..., O]``."""
+        # The change beside the observation: small steps are not lost between large numbers.
+        out: Tensor = self.layers(torch.cat([obs, next_obs - obs], dim=-1))
+        return out
+
+    def config(self) -> dict[str, Any]:
+        """Plain values from which :func:`make_head` builds the same head (untrained)."""
+        return {
+            "type": "inverse",
+            "obs_dim": self.obs_dim,
+            "action_dim": self.action_dim,
+            "width": self.width,
+            "depth": self.depth,
+        }
+
+
+class TrajectoryValue(nn.Module):
+    """The value of a noisy or clean plan; any network of plans can be its base.
+
+    The value is one more channel of the base network, averaged over the plan (the trick of
+    :class:`~diffpolicy.networks.anchored.Anchored`), times a learned gain plus a learned bias.
+
+    Args:
+        horizon: H.
+        dim: D.
+        cond_dim: C; 0: the value of the plan alone, whatever else the policy is conditioned on.
+        base: type and settings of the base network, without the three sizes above.
+        clean_time: network time of a clean plan; ``process.network_time(0)``, 0 but for EDM.
+
+    Raises:
+        ValueError: a size is out of range, or ``base`` is not a network's config.
+    """
+
+    def __init__(
+        self,
+        horizon: int,
+        dim: int,
+        cond_dim: int = 0,
+        base: Mapping[str, Any] | None = None,
+        clean_time: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_positive(horizon=horizon, dim=dim)
+        base = {"type": "mlp"} if base is None else dict(base)
+        given = sorted({"horizon", "dim", "cond_dim"} & set(base))
+        if given:
+            raise ValueError(f"base takes {', '.join(given)} from the value: leave out")
+        self.horizon, self.dim, self.cond_dim = horizon, dim, cond_dim
+        self.base, self.clean_time = base, float(clean_time)
+        self.network = make_network(
+            {**base, "horizon": horizon, "dim": dim + 1, "cond_dim": cond_dim}
+        )
+        self.gain = nn.Parameter(torch.ones(()))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+        """The value of every plan.
+
+        Args:
+            x: noisy plans ``[B, H, D]``.
+            t: network time, one per plan: a number, ``[1, 1, 1]`` or ``[B, 1, 1]``.
+            cond: ``[B, C]``; not looked at if ``cond_dim`` is 0.
+
+        Returns:
+            ``[B]``.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        if x.dim() != 3 or x.shape[1] != self.horizon or x.shape[2] != self.dim:
+            raise ValueError(f"x must be [B, {self.horizon}, {self.dim}], got {list(x.shape)}")
+        time = as_time(t, x)
+        if time.dim() != 3 or time.shape[1:] != (1, 1):
+            raise ValueError(
+                f"a value takes one level per plan, t [B, 1, 1]; got {list(time.shape)}"
+            )
+        padded = torch.cat([x, x.new_zeros(*x.shape[:2], 1)], dim=-1)
+        out: Tensor = self.network(padded, time.to(x.dtype), cond if self.cond_dim else None)
+        return self.gain * out[..., -1].mean(1) + self.bias
+
+    def score(self, cond: Tensor | None, plan: Tensor) -> Tensor:
+        """The value ``[B]`` of clean plans ``[B, H, D]``, for choosing among candidates."""
+        return self.forward(plan, self.clean_time, cond)
+
+    def config(self) -> dict[str, Any]:
+        """Plain values from which :func:`make_head` builds the same head (untrained)."""
+        return {
+            "type": "value",
+            "horizon": self.horizon,
+            "dim": self.dim,
+            "cond_dim": self.cond_dim,
+            "base": dict(self.base),
+            "clean_time": self.clean_time,
+        }
+
+
+HEADS: Mapping[str, type[nn.Module]] = {
+    "draft": Draft,
+    "inverse": InverseDynamics,
+    "q_ensemble": QEnsemble,
+    "state_value": StateValue,
+    "value": TrajectoryValue,
+}
+
+
+def make_head(config: Mapping[str, Any]) -> nn.Module:
+    """Build a head from plain values.
+
+    Args:
+        config: "type" (a key of ``HEADS``) and the arguments of that class, as its ``config``
+            returns them.
+
+    Returns:
+        The head, freshly initialised.
+
+    Raises:
+        ValueError: unknown type, unknown or missing key, or a value out of range.
+    """
+    arguments = dict(config)
+    kind = arguments.pop("type", None)
+    if kind not in HEADS:
+        raise ValueError(f"head type must be one of {', '.join(HEADS)}; got {kind!r}")
+    parameters = inspect.signature(HEADS[kind]).parameters
+    for key in arguments:
+        if key not in parameters:
+            close = difflib.get_close_matches(key, parameters, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(
+                f"unknown key {key!r} for head {kind!r}{hint}; it takes {', '.join(parameters)}"
+            )
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty and name not in arguments
+    ]
+    if missing:
+        raise ValueError(f"head {kind!r} needs {', '.join(missing)}; got {sorted(arguments)}")
+    return HEADS[kind](**arguments)

@@ -1,0 +1,114 @@
+"""Plans that hold observations: conditioning on returns, and the heads that planners need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffpolicy.core.noise import make_process
+from diffpolicy.policies.base import Array
+
+if TYPE_CHECKING:
+    from diffpolicy.policies.spec import PolicySpec
+
+
+@dataclass(frozen=True)
+class Returns:
+    """Conditioning on a return (Ajay et al. 2023, section 3.2).
+
+    The network is told ``(1, r)`` with the discounted return-to-go of the window's current step,
+    ``r = (R - low) / (high - low)``, or ``(0, 0)`` where classifier-free guidance drops it.
+
+    Args:
+        target: the r that is asked for when acting; 1 is the best of the data.
+        discount: per step, in (0, 1]; below 1 the return-to-go does not fade as an episode goes on.
+        low: return that is r = 0; ``None``: the least of the data.
+        high: return that is r = 1; ``None``: the largest of the data.
+
+    Raises:
+        ValueError: a discount out of range, or ``low`` not below ``high``.
+    """
+
+    target: float = 1.0
+    discount: float = 0.99
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.discount <= 1:
+            raise ValueError(f"returns.discount must be in (0, 1], got {self.discount}")
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise ValueError(f"returns.low must be below high, got {self.low} and {self.high}")
+
+    def normalize(self, value: Array) -> Array:
+        """R for discounted returns."""
+        assert self.low is not None
+        assert self.high is not None
+        out: Array = (value - self.low) / (self.high - self.low)
+        return out
+
+
+def check_planning(spec: PolicySpec) -> None:
+    """Raise ``ValueError`` unless layout, heads and what uses them fit together."""
+    layout = spec.plan_layout
+    if layout.kind == "action" and (spec.returns is not None or spec.goal):
+        raise ValueError(
+            "returns and goal are for plans that hold observations; set layout 'trajectory' or "
+            "'state'"
+        )
+    planning = sorted({"inverse", "value", "draft"} & set(spec.heads))
+    if layout.kind == "action" and planning:
+        raise ValueError(
+            f"the heads {planning} are for plans that hold observations, layout 'trajectory' "
+            "or 'state'; plans of actions take 'critic' and 'state_value'"
+        )
+    if layout.kind != "action" and (spec.grippers or spec.level_law != "row"):
+        raise ValueError(
+            f"plans of layout {spec.layout!r} have neither grippers nor levels finer than one "
+            f"per plan; got grippers={spec.grippers}, level_law={spec.level_law!r}"
+        )
+    if spec.temperature < 0 or spec.value_scale < 0:
+        raise ValueError(
+            "temperature and value_scale must not be negative, got "
+            f"{spec.temperature} and {spec.value_scale}"
+        )
+    sources = () if spec.truncated is None else spec.truncated.sources
+    written = "autoregressive" in sources
+    needs = {
+        "inverse": (spec.layout == "state" or written, "actions between states come from"),
+        "value": (spec.value_scale > 0, "value_scale > 0 is the gradient of"),
+        "draft": (written, "the source 'autoregressive' is"),
+        "critic or value": (spec.selection is not None, "selection scores plans with"),
+    }
+    for name, (needed, why) in needs.items():
+        if needed and not set(name.split(" or ")) & set(spec.heads):
+            raise ValueError(f"{why} a head {name}; heads has {sorted(spec.heads)}")
+
+
+def head_config(spec: PolicySpec, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a head; sizes that it leaves out are the policy's."""
+    observed = spec.n_obs_steps * spec.obs_dim
+    sizes: Mapping[str, Mapping[str, Any]] = {
+        "inverse": {"obs_dim": spec.obs_dim, "action_dim": spec.action_dim},
+        "value": {
+            "horizon": spec.horizon,
+            "dim": spec.plan_layout.dim,
+            "clean_time": float(make_process(spec.process).network_time(torch.zeros(()))),
+        },
+        "q_ensemble": {
+            "cond_dim": observed,
+            "horizon": spec.horizon,
+            "action_dim": spec.action_dim,
+        },
+        "state_value": {"cond_dim": observed},
+        "draft": {
+            "obs_dim": spec.obs_dim,
+            "horizon": spec.horizon,
+            "n_obs_steps": spec.n_obs_steps,
+            "returns": spec.returns is not None,
+        },
+    }
+    return {**sizes.get(str(config.get("type")), {}), **config}

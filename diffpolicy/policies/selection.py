@@ -1,0 +1,101 @@
+"""Best of N: several plans per decision, of which a critic chooses one.
+
+An option of every policy that makes plans: Diffusion-QL, IDQL and EDP choose among actions by their
+Q, planners among trajectories by their value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from diffpolicy.policies.base import Array, PolicyState, row_generator, settings_from
+
+RANKS = ("argmax", "softmax")
+
+
+class MakePlans(Protocol):
+    """The method of a policy that makes plans."""
+
+    def __call__(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
+        """Plans ``[n, H, ...]`` and network evaluations ``[n]``."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How one of several candidate plans is chosen.
+
+    Args:
+        num_candidates: N, plans sampled per decision, all in one batch.
+        rank: ``"argmax"`` takes the best; ``"softmax"`` draws one with probability proportional to
+            ``exp(weight * score)`` (Wang et al. 2023, section 4; Hansen-Estruch et al. 2023).
+            ``deterministic=True`` takes the best in either case.
+        weight: inverse temperature of ``"softmax"``, in 1 / units of the score; scores are divided
+            by their standard deviation over the candidates first, so 1 is a sensible value.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    num_candidates: int = 10
+    rank: str = "argmax"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_candidates < 1 or not self.weight > 0:
+            raise ValueError(
+                "num_candidates must be at least 1 and weight positive, got "
+                f"{self.num_candidates} and {self.weight}"
+            )
+        if self.rank not in RANKS:
+            raise ValueError(f"unknown rank {self.rank!r}; expected one of {RANKS}")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Selection:
+        """From JSON values.
+
+        Raises:
+            ValueError: unknown entries or values out of range.
+        """
+        return settings_from(cls, config, "selection")
+
+
+class Selector:
+    """Samples candidates with a policy's own ``make_plans`` and keeps one per row.
+
+    Args:
+        settings: how many, and how one is chosen.
+        score: ``(raw observations [n, To, O], plans [n, H, ...]) -> [n]``, higher is better.
+    """
+
+    def __init__(self, settings: Selection, score: Callable[[Array, Array], Array]) -> None:
+        self.settings, self.score = settings, score
+
+    def choose(
+        self, make_plans: MakePlans, state: PolicyState, *, deterministic: bool
+    ) -> tuple[Array, Array]:
+        """Plans of n rows, and the evaluations each took (of all its candidates at once)."""
+        many, count = self.settings.num_candidates, len(state)
+        if many == 1:
+            return make_plans(state, deterministic=deterministic)
+        rows = np.repeat(np.arange(count), many)
+        expanded = state.take(rows)
+        expanded = expanded.remember(candidate=np.tile(np.arange(many), count))
+        plans, nfe = make_plans(expanded, deterministic=deterministic)
+        scores = self.score(expanded.history, plans).reshape(count, many).astype(np.float64)
+        if not deterministic and self.settings.rank == "softmax":
+            spread = scores.std(1, keepdims=True)
+            scores = scores / np.maximum(spread, 1e-12) * self.settings.weight
+            scores = scores + self._gumbel(state)  # argmax of this is a draw from the softmax
+        best = scores.argmax(1)
+        picked: Array = plans.reshape(count, many, *plans.shape[1:])[np.arange(count), best]
+        return picked, nfe.reshape(count, many)[:, 0]
+
+    def _gumbel(self, state: PolicyState) -> Array:
+        """``[n, N]``, a function of each row's stream; candidates use the streams below N."""
+        many = self.settings.num_candidates
+        streams = zip(state.seed.tolist(), state.counter.tolist(), strict=True)
+        return np.stack([row_generator(s, c, many).gumbel(size=many) for s, c in streams])
