@@ -199,6 +199,8 @@ class DiffusionPolicy(DiffusionPlanner):
             other = changes.get("truncated", self.spec.truncated)
             if other is None or other.t_start != self.spec.truncated.t_start:
                 wrong.append("the level that a network of type 'anchored' starts from")
+        if (changes.get("returns", self.spec.returns) is None) != (self.spec.returns is None):
+            wrong.append("whether plans are conditioned on returns")
         if wrong:
             raise ValueError(f"{wrong[0]} belongs to the weights; train a policy with another one")
         spec = replace(self.spec, **changes)
@@ -325,7 +327,7 @@ class DiffusionPolicy(DiffusionPlanner):
 
         (``level_law="position"``).
         """
-        spec = replace(self.spec, rti=None, truncated=None)
+        spec = replace(self.spec, rti=None, truncated=None, heads={}, selection=None)
         return StreamingPlanner(spec, self.denoiser, self.normalizer, streaming=settings)
 
     def chunked(self, settings: Chunking | None = None) -> RealTimeChunking:
@@ -347,7 +349,10 @@ class DiffusionPolicy(DiffusionPlanner):
         for step in range(self.n_obs_steps):
             state = self.observe(history[:, step], state)
         found = self.propose(state)
-        return self.to_actions(found.plans.cpu().numpy()), found.scores.cpu().numpy()
+        with torch.inference_mode():
+            plans = self._complete(found.plans.flatten(0, 1).cpu().numpy())
+        shaped = plans.reshape(*found.plans.shape[:3], self.plan_dim)
+        return self.to_actions(shaped), found.scores.cpu().numpy()
 
     @classmethod
     def load(
@@ -399,11 +404,7 @@ class DiffusionPolicy(DiffusionPlanner):
             if changes:
                 config[name] = {**(config.get(name) or {}), **changes}
                 config[other] = None
-        for name, value in (settings or {}).items():
-            if name not in ("selection", "returns", "temperature", "value_scale"):
-                raise ValueError(f"{name!r} cannot be replaced when a policy is loaded")
-            merged = isinstance(value, Mapping)
-            config[name] = {**(config.get(name) or {}), **value} if merged else value
+        _replace_settings(config, settings or {})
         anchors = None
         if config.get("anchors") is not None:
             anchors = Anchors.from_parts(config["anchors"], files["anchors.safetensors"])
@@ -423,6 +424,17 @@ class DiffusionPolicy(DiffusionPlanner):
         Else its last).
         """
         return cls.load(find_policy(path), **options)
+
+
+def _replace_settings(config: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Replace entries of a stored spec that do not touch the weights."""
+    for name, value in settings.items():
+        if name not in ("selection", "returns", "temperature", "value_scale"):
+            raise ValueError(f"{name!r} cannot be replaced when a policy is loaded")
+        if name == "returns" and config.get(name) is None:
+            raise ValueError("this policy was trained without returns as a condition")
+        merged = isinstance(value, Mapping)
+        config[name] = {**(config.get(name) or {}), **value} if merged else value
 
 
 def fit_anchors(

@@ -241,9 +241,14 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     return {str(k): v for k, v in values.items()}
 
 
+OPEN = ("learning.", *(f"policy.{n}." for n in ("selection", "returns", "heads", "rti", "anchors")))
+"""Sections whose keys are checked by what they configure, so that any may be given."""
+
+
 def _normal(override: str) -> str:
     """``--policy.horizon=8`` is accepted as ``policy.horizon=8``."""
-    return override.removeprefix("--")
+    plain = override.removeprefix("--")
+    return f"++{plain}" if plain.startswith((*OPEN, "policy.truncated.")) else plain
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:

@@ -73,7 +73,7 @@ class Learning:
         if isinstance(scale, str) and scale != "return_range":
             raise ValueError(f"reward_scale must be a number or 'return_range', got {scale!r}")
         if self.actor_critic is not None and self.mask_padding:
-            raise ValueError("mask_padding is for denoising; transitions are never padded")
+            raise ValueError("with an actor-critic, set learning.actor_critic.mask_padding")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Learning:
@@ -86,6 +86,41 @@ class Learning:
         if values.get("actor_critic") is not None:
             values["actor_critic"] = ActorCritic.from_config(values["actor_critic"])
         return settings_from(cls, values, "learning")
+
+
+def check_learning(spec: PolicySpec, learning: Learning) -> None:
+    """Raise ``ValueError`` for a policy that cannot be learned so, or a setting without effect."""
+    plain, heads = Learning(), set(spec.heads)
+    critics = {"critic", "state_value"} & heads
+    if learning.actor_critic is None and critics:
+        raise ValueError(
+            f"the heads {sorted(critics)} are trained by learning.actor_critic; set it, or leave "
+            "them out"
+        )
+    if learning.actor_critic is not None and (
+        spec.layout != "action" or spec.level_law != "row" or spec.cond_dropout > 0
+    ):
+        raise ValueError(
+            "actor-critics learn plans of actions at one level each, with their condition; got "
+            f"layout={spec.layout!r}, level_law={spec.level_law!r}, cond_dropout="
+            f"{spec.cond_dropout}"
+        )
+    critic, value = learning.actor_critic is not None, "value" in heads
+    planning = spec.layout != "action"
+    used = {
+        "discount": critic or (value and spec.returns is None),
+        "reward_scale": critic,
+        "reward_shift": critic,
+        "first_action_weight": spec.layout == "trajectory",
+        "next_obs_weight": planning,
+        "value_levels": value,
+    }
+    idle = [n for n, use in used.items() if not use and getattr(learning, n) != getattr(plain, n)]
+    if idle:
+        raise ValueError(
+            f"learning.{idle[0]} has no effect on a policy of layout {spec.layout!r} with the "
+            f"heads {sorted(heads)} and returns={spec.returns}; leave it out"
+        )
 
 
 def fitted_returns(returns: Returns, store: EpisodeStore) -> Returns:
@@ -147,14 +182,29 @@ def examples(
     if spec.layout == "action":
         return Windows(store, **shape, normalizer=normalizer, episodes=episodes)
     fields: tuple[str, ...] = ("obs", "action")
-    needs_returns = spec.returns is not None or {"value", "draft"} & set(spec.heads)
-    if needs_returns:
+    check_constant(spec, store)
+    if spec.returns is not None or "value" in spec.heads:
         store = with_fields(store, {"return_to_go": _normalised_returns(spec, store, learning)})
         fields = (*fields, "return_to_go")
     windows = Windows(
         store, **shape, normalizer=normalizer, episodes=episodes, fields=fields, whole=True
     )
     return PlanExamples(windows, conditioned=spec.returns is not None)
+
+
+def check_constant(spec: PolicySpec, store: EpisodeStore) -> None:
+    """Raise ``ValueError`` if an entry that ``spec.constant`` names changes within an episode."""
+    if not spec.constant:
+        return
+    changed = np.abs(np.diff(store.read("obs", 0, store.num_steps), axis=0)) > 1e-6
+    changed[store.episode_ends[:-1] - 1] = False
+    for entry in spec.constant:
+        if changed[:, entry].any():
+            step = int(changed[:, entry].argmax())
+            raise ValueError(
+                f"constant names entry {entry} of the observation, which changes within an "
+                f"episode (row {step} of {store.name}); plans would be told their own future"
+            )
 
 
 def _normalised_returns(spec: PolicySpec, store: EpisodeStore, learning: Learning) -> Any:
@@ -187,15 +237,10 @@ def objective(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
         ValueError: settings and heads that do not fit together.
     """
     spec, denoiser, heads = policy.spec, policy.denoiser, policy.heads
-    critics = {"critic", "state_value"} & set(heads)
+    check_learning(spec, learning)
     actor_critic = learning.actor_critic
     if actor_critic is not None:
         return ActorCriticLoss(denoiser, cast("Mapping[str, nn.Module]", heads), actor_critic)
-    if critics:
-        raise ValueError(
-            f"the heads {sorted(critics)} are trained by learning.actor_critic; set it, or leave "
-            "them out"
-        )
     if spec.network.get("type") == "anchored":
         return _anchored(policy, learning)
     weights = None

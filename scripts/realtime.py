@@ -2,13 +2,14 @@
 
     python scripts/realtime.py runs=RUN_A,RUN_B,... output=FILE.json [episodes=100] [seed=300000]
         [methods=ddpm100,ddim10,ddim3,ddim2,rti3,rti2,truncated2] [env=ID] [score=max_reward]
-        [latency=false] [timing=false] [plot=FILE.png] [threads=1]
+        [latency=false] [timing=false] [draft_t=LEVEL] [plot=FILE.png] [threads=1]
 
 One run per training seed, all of one task. The levels of the warm starts are chosen by the library
 from the demonstrations that the run names; no environment takes part in it. Every cell (run,
 method) is one evaluation on the same environment seeds; cells that the output holds already are
 skipped. A method is NAME + network evaluations; @n executes n actions of each plan. Planners with a
-head of type draft take `draft`, Trajectory Diffuser's start. `timing=true` measures what a decision
+head of type draft take `draft`, Trajectory Diffuser's start, at the level draft_t (chosen like the
+others unless given). `timing=true` measures what a decision
 of each method takes for one environment, all methods in turn in one process. With
 latency=true a network evaluation takes 14 ms (the 5 M U-Net on one thread) and a control tick
 50 ms; -always then begins the next plan as soon as one is there, -start executes a late plan from
@@ -48,6 +49,7 @@ DEFAULTS: dict[str, str] = {
     "score": "",
     "latency": "false",
     "timing": "false",
+    "draft_t": "",
     "plot": "",
     "threads": "1",
 }
@@ -70,7 +72,9 @@ def levels_of(
     return loaded
 
 
-def make(method: str, run: str, policy: DiffusionPolicy, store: str) -> DiffusionPolicy:
+def make(
+    method: str, run: str, policy: DiffusionPolicy, store: str, draft_t: str = ""
+) -> DiffusionPolicy:
     """The policy of a run under a method: NAME + evaluations, ``@n`` executes n actions a plan."""
     name, _, executed = method.split("-")[0].partition("@")
     kind = name.rstrip("0123456789")
@@ -87,8 +91,12 @@ def make(method: str, run: str, policy: DiffusionPolicy, store: str) -> Diffusio
         truncated = policy.with_anchors(store, truncated=settings, count=256, top_m=8)
         return truncated.with_settings(**changes).choose_truncated(store, episodes=30)[0]
     if kind == "draft":
-        settings = Truncated(t_start=1.0, num_steps=steps, sources=("autoregressive",))
+        settings = Truncated(
+            t_start=float(draft_t or 1.0), num_steps=steps, sources=("autoregressive",)
+        )
         drafted = policy.with_settings(rti=None, truncated=settings, **changes)
+        if draft_t:
+            return drafted
         return drafted.choose_truncated(store, episodes=30)[0]
     raise ValueError(f"unknown method {method!r}")
 
@@ -126,7 +134,7 @@ def cell(
 ) -> dict[str, Any]:
     """One evaluation."""
     policy = DiffusionPolicy.from_pretrained(run)
-    made = make(method, run, policy, str(config.data.path))
+    made = make(method, run, policy, str(config.data.path), options["draft_t"])
     acting: Any = delayed(made, method) if options["latency"] == "true" else made
     first = int(options["seed"])
     seeds = range(first, first + int(options["episodes"]))
@@ -210,10 +218,10 @@ def main(arguments: list[str]) -> None:
     spec = EnvSpec(options["env"] or config.env.id, kwargs, limit)
     output = Path(options["output"])
     report = json.loads(output.read_text()) if output.is_file() else {}
-    same = ("episodes", "seed", "score", "latency", "env")
+    same = ("episodes", "seed", "score", "latency", "env", "draft_t")
     now = {**options, "env": spec.id}
     before = report.get("settings", now)
-    if any(before[name] != now[name] for name in same):
+    if any(before.get(name, DEFAULTS[name]) != now[name] for name in same):
         raise SystemExit(f"{output} holds cells of other settings ({before}); give another output")
     report.setdefault("cells", {})
     report["settings"] = {**options, "env": spec.id, "control_ms": CONTROL_MS}
@@ -233,7 +241,8 @@ def main(arguments: list[str]) -> None:
             )
     if options["timing"] == "true":
         policy = DiffusionPolicy.from_pretrained(runs[0])
-        made = {m: make(m, runs[0], policy, str(config.data.path)) for m in methods}
+        store, t = str(config.data.path), options["draft_t"]
+        made = {m: make(m, runs[0], policy, store, t) for m in methods}
         report["decision_ms"] = decision_ms(made)
         output.write_text(json.dumps(report, indent=1) + "\n")
         print("ms per decision, one environment:", report["decision_ms"])

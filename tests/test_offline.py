@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from diffpolicy import DiffusionPolicy, EpisodeStore, TrainerConfig
-from diffpolicy.learning import Learning
+from diffpolicy.config import load_train
+from diffpolicy.finetune.algorithms import ActorCritic
+from diffpolicy.learning import Learning, check_learning
 from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.selection import Selection
+from diffpolicy.policies.spec import PolicySpec
 
 NETWORK = {"type": "mlp", "width": 64, "depth": 2}
 CRITIC = {"type": "q_ensemble", "width": 32, "depth": 2}
@@ -126,7 +129,7 @@ def planner(tmp_path_factory):
     store = walker_store()
     made = DiffusionPolicy.from_dataset(store, spec=spec)
     folder = tmp_path_factory.mktemp("planner")
-    return made.learn(store, quick(400), folder / "run", learning=Learning(discount=0.9)), folder
+    return made.learn(store, quick(400), folder / "run"), folder
 
 
 def test_plans_go_where_the_return_asks(planner):
@@ -214,3 +217,67 @@ def test_heads_and_learning_must_agree(tmp_path):
     policy = DiffusionPolicy.from_dataset(bandit_store(), spec=spec)
     with pytest.raises(ValueError, match=r"are trained by learning\.actor_critic"):
         policy.learn(bandit_store(), quick(2), tmp_path / "run", val_fraction=0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "learning", "message"),
+    [
+        ({}, {"next_obs_weight": 10.0}, "next_obs_weight has no effect"),
+        ({}, {"reward_scale": 2.0}, "reward_scale has no effect"),
+        ({"layout": "trajectory"}, {"value_levels": "clean"}, "value_levels has no effect"),
+        ({"layout": "trajectory"}, {"actor_critic": {}}, "learn plans of actions"),
+        ({"cond_dropout": 0.1}, {"actor_critic": {}}, "learn plans of actions"),
+    ],
+)
+def test_settings_without_effect_are_refused(spec, learning, message):
+    full = PolicySpec(2, 1, horizon=4, n_obs_steps=1, n_action_steps=1, **spec)
+    with pytest.raises(ValueError, match=message):
+        check_learning(full, Learning.from_config(learning))
+
+
+def test_entries_called_constant_must_be(tmp_path):
+    spec = {"layout": "trajectory", "horizon": 4, "n_obs_steps": 1, "n_action_steps": 1}
+    policy = DiffusionPolicy.from_dataset(walker_store(), spec={**spec, "constant": (0,)})
+    with pytest.raises(ValueError, match="names entry 0 of the observation, which changes"):
+        policy.learn(walker_store(), quick(2), tmp_path / "run")
+
+
+def test_the_command_line_reaches_every_setting():
+    overrides = [
+        "experiment=d4rl_hopper_medium",
+        "algorithm=diffusion_ql",
+        "learning.actor_critic.eta=0.5",
+        "learning.discount=0.9",
+        "policy.selection.rank=softmax",
+        "policy.heads.critic.layer_norm=false",
+    ]
+    config = load_train(overrides)
+    assert Learning.from_config(config.learning).actor_critic == ActorCritic(eta=0.5)
+    assert config.learning["discount"] == 0.9
+    assert config.policy.selection["rank"] == "softmax"
+    with pytest.raises(ValueError, match="unknown actor-critic setting 'etta'"):
+        Learning.from_config(load_train([*overrides, "learning.actor_critic.etta=1"]).learning)
+
+
+def test_all_plans_of_a_state_planner_are_actions(planner):
+    policy, _ = planner
+    drafted = policy.with_settings(
+        truncated=Truncated(t_start=0.2, num_steps=2, sources=("autoregressive",))
+    )
+    history = np.zeros((3, 1, 1), np.float32)
+    actions, scores = drafted.plans(history)
+    assert actions.shape == (3, 1, 8, 1)
+    assert scores.shape == (3, 1)
+    state = drafted.observe(history[:, 0], drafted.initial_state(range(3)))
+    expected, _ = drafted.execute(drafted.replan(state, range(3)))
+    np.testing.assert_allclose(actions[:, 0, 0], expected, atol=1e-6)
+
+
+def test_what_belongs_to_the_weights_stays(planner):
+    policy, folder = planner
+    with pytest.raises(ValueError, match="conditioned on returns belongs to the weights"):
+        policy.with_settings(returns=None)
+    target = DiffusionPolicy.from_pretrained(folder / "run", settings={"returns": {"target": 0.5}})
+    assert target.spec.returns.target == 0.5
+    with pytest.raises(ValueError, match="'horizon' cannot be replaced"):
+        DiffusionPolicy.from_pretrained(folder / "run", settings={"horizon": 4})

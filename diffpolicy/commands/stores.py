@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,13 @@ def d4rl_store(source: str, path: Path, transforms: tuple[str, ...]) -> EpisodeS
         with load_d4rl(source, transforms=transforms) as file:
             file.to_store(path)
     store = EpisodeStore.open(path)
+    with load_d4rl(source, transforms=transforms) as file:
+        now = {k: file.attrs.get(k) for k in ("file_bytes",) if k in file.attrs}
+    if any(store.attrs.get(k) != v for k, v in now.items()) or store.attrs.get("max_episodes"):
+        raise ConfigError(
+            f"{path} was made of another version, or a part, of {source}; remove it to have it "
+            "made anew, or give another data.path"
+        )
     made_of = {store.attrs.get("dataset"), store.attrs.get("file")}
     applied = parse_transforms(store.attrs.get("transforms", []))
     if applied != asked or not {source, Path(source).name} & made_of:
@@ -99,11 +107,16 @@ def normalized(config: TrainConfig, store: EpisodeStore, result: EvalResult) -> 
         environment=env_spec(config),
         transforms=store.attrs.get("transforms", ()),
         versions=result.env["versions"],
+        constant_columns=store.attrs.get("constant_obs_columns", ()),
     )
+    (Path(config.run_dir) / "score.json").write_text(json.dumps(found, indent=1) + "\n")
     label = found["label"]
     return {
         "normalized_score": round(found["score"]["value"], 2),
-        "normalized_score_95": [round(found["score"][k] or 0.0, 2) for k in ("low", "high")],
+        "normalized_score_95": [
+            None if found["score"][k] is None else round(found["score"][k], 2)
+            for k in ("low", "high")
+        ],
         "dataset": label["dataset"],
         "env": label["env"]["id"],
         "references": label["references"]["source"],

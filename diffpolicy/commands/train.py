@@ -123,11 +123,11 @@ def check_settings(config: TrainConfig) -> None:
     import torch
 
     from diffpolicy.core import levels, prior_start
-    from diffpolicy.learning import Learning
+    from diffpolicy.learning import Learning, check_learning
     from diffpolicy.policies.diffusion import PolicySpec, Sampler
 
     trainer_config(config)
-    Learning.from_config(config.learning)
+    learning = Learning.from_config(config.learning)
     scores = ("success", "final_success", "max_reward", "return", "length")
     if config.env.score not in scores:
         raise ConfigError(f"env.score must be one of {scores}, got {config.env.score!r}")
@@ -140,6 +140,8 @@ def check_settings(config: TrainConfig) -> None:
         {"obs_dim": 1, "action_dim": 1, "sampler": asdict(sampler), **shape}
     )
     denoiser = spec.make_denoiser()
+    spec.make_heads()
+    check_learning(spec, learning)
     start = prior_start(denoiser.process, torch.zeros(1, spec.horizon, spec.plan_layout.dim))
     grid = levels(start, sampler.num_steps, spacing=sampler.spacing, process=denoiser.process)
     sampler.make().rows(denoiser.process, grid)

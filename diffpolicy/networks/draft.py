@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,10 +32,13 @@ class Draft(nn.Module):
         width: units of a layer.
         depth: layers.
         heads: attention heads of the transformer.
+        constant: entries of the observation that never change; a rollout does not move them.
 
     Raises:
-        ValueError: an unknown base, or a size out of range.
+        ValueError: an unknown base, or a size or entry out of range.
     """
+
+    free: Tensor
 
     def __init__(
         self,
@@ -47,6 +51,7 @@ class Draft(nn.Module):
         width: int = 128,
         depth: int = 1,
         heads: int = 4,
+        constant: Sequence[int] = (),
     ) -> None:
         super().__init__()
         check_positive(
@@ -63,6 +68,14 @@ class Draft(nn.Module):
         self.returns, self.base, self.width, self.depth = bool(returns), base, width, depth
         self.heads = heads
         size = obs_dim + self.returns
+        self.constant = tuple(constant)
+        if not all(0 <= entry < obs_dim for entry in self.constant):
+            raise ValueError(
+                f"constant entries are indices below obs_dim={obs_dim}, got {self.constant}"
+            )
+        free = torch.ones(size)
+        free[list(self.constant)] = 0.0
+        self.register_buffer("free", free, persistent=False)
         self.model: _GRU | _CausalTransformer
         if base == "gru":
             self.model = _GRU(size, width, depth)
@@ -140,11 +153,12 @@ class Draft(nn.Module):
             "width": self.width,
             "depth": self.depth,
             "heads": self.heads,
+            "constant": list(self.constant),
         }
 
     def _change(self, out: Tensor) -> Tensor:
         change: Tensor = self.outward(F.silu(self.hidden(out)))
-        return change
+        return change * self.free
 
     def _tokens(self, states: Tensor, returns: Tensor | None, expected: tuple[int, ...]) -> Tensor:
         if (returns is not None) != self.returns:

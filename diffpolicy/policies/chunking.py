@@ -169,6 +169,7 @@ class ChunkLoop(nn.Module):
             loop.levels,
             start=loop.start,
             plan_shape=(n_obs_steps, obs_dim, loop.horizon, loop.action_dim),
+            temperature=loop.temperature,
         )
         self.nfe, self.draws = self.loop.nfe, self.loop.draws
 
@@ -188,7 +189,7 @@ class ChunkLoop(nn.Module):
             Normalised plans ``[n, H, A]``; exactly ``prefix`` where ``weight`` is 1.
         """
         loop = self.loop
-        cond = loop.condition(history)
+        cond, noise = loop.condition(history), loop.tempered(noise)
         x0 = sample(
             loop.denoiser,
             loop.solver,

@@ -143,6 +143,7 @@ class DiffusionPlanner(ChunkedPolicy):
             start=start,
             plan_shape=(self.n_obs_steps, self.obs_dim, self.horizon, self.layout.dim),
             condition=self._condition(),
+            temperature=1.0 if kind == "rank" else spec.temperature,
         )
 
     def _guided(self) -> BaseDenoiser:
@@ -330,10 +331,9 @@ class DiffusionPlanner(ChunkedPolicy):
         return out
 
     def draw_noise(self, state: PolicyState, draws: int, deterministic: bool) -> Tensor:
-        """Normal noise ``[R, n, H, D]`` of each row's stream; one for all if deterministic.
+        """Standard normal ``[R, n, H, D]`` of each row's stream; one for all if deterministic.
 
-        Its standard deviation is ``spec.temperature``. Candidates of a plan have streams of their
-        own, also if deterministic.
+        Candidates of a plan have streams of their own, also if deterministic.
         """
         shape = (draws, self.horizon, self.layout.dim)
         streams = state.memory.get("candidate")
@@ -343,8 +343,6 @@ class DiffusionPlanner(ChunkedPolicy):
             seeds = counters = np.zeros(1 if one else len(state), np.int64)
         drawn = torch.from_numpy(row_noise(seeds, counters, shape, streams))
         noise = drawn.to(self.device).transpose(0, 1)
-        if self.spec.temperature != 1:
-            noise = noise * self.spec.temperature
         return noise.expand(-1, len(state), -1, -1) if one else noise
 
     def shifted(self, state: PolicyState) -> Array:

@@ -107,6 +107,7 @@ class PlanLoop(nn.Module):
         start: where sampling begins: ``"prior"`` from noise alone, ``"noised"`` from the guess
             noised to the first level (truncated, warm), ``"given"`` from the guess as it is.
         plan_shape: ``(To, O, H, D)``; D = A unless ``condition`` says that plans hold more.
+        temperature: factor of all noise.
         condition: from raw observations to what the denoiser takes; default :class:`Condition`.
 
     Attributes:
@@ -128,6 +129,7 @@ class PlanLoop(nn.Module):
         start: str,
         plan_shape: tuple[int, int, int, int],
         condition: Condition | None = None,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         if start not in STARTS:
@@ -135,7 +137,7 @@ class PlanLoop(nn.Module):
         n_obs_steps, obs_dim, self.horizon, self.action_dim = plan_shape
         self.obs_shape = (n_obs_steps, obs_dim)
         self.denoiser, self.normalizer, self.solver = denoiser, normalizer, solver
-        self.start, self.levels = start, levels
+        self.start, self.levels, self.temperature = start, levels, temperature
         self.condition = Condition(normalizer) if condition is None else condition
         parameter = next(denoiser.parameters(), torch.zeros(1))
         shape = (1, self.horizon, self.action_dim)
@@ -189,6 +191,7 @@ class PlanLoop(nn.Module):
         self, history: Tensor, guess: Tensor, noise: Tensor, *, record: bool
     ) -> Tensor | Trajectory:
         given = self.condition(history)
+        noise = self.tempered(noise)
         result = sample(
             self.denoiser,
             self.solver,
@@ -201,6 +204,10 @@ class PlanLoop(nn.Module):
         if isinstance(result, Trajectory):
             return result._replace(x0=self.condition.settled(result.x0, given))
         return self.condition.settled(result, given)
+
+    def tempered(self, noise: Tensor) -> Tensor:
+        """The noise with the standard deviation that this loop samples with."""
+        return noise if self.temperature == 1 else self.temperature * noise
 
     def begin(self, guess: Tensor, noise: Tensor) -> Start:
         """The start made of a guess and the first slice of noise."""

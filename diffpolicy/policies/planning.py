@@ -75,6 +75,27 @@ def check_planning(spec: PolicySpec) -> None:
             "temperature and value_scale must not be negative, got "
             f"{spec.temperature} and {spec.value_scale}"
         )
+    if layout.kind != "action" and spec.cond_dropout > 0 and spec.returns is None:
+        raise ValueError(
+            "cond_dropout drops the condition of plans that hold observations, which is the "
+            "return: set returns, or cond_dropout=0"
+        )
+    _check_heads(spec)
+
+
+def _check_heads(spec: PolicySpec) -> None:
+    """The heads that settings need, and what the heads' own settings must not say."""
+    for name, config in spec.heads.items():
+        if config.get("type") == "draft" and "returns" in config:
+            raise ValueError("a head draft is told of returns exactly if the policy is: leave out")
+        if config.get("type") == "value" and config.get("cond_dim", 0):
+            raise ValueError(f"the head {name} judges plans alone: leave out cond_dim")
+    many = spec.selection is not None and spec.selection.num_candidates > 1
+    if many and spec.rti is not None and not spec.rti.renoise:
+        raise ValueError(
+            "without renoise all warm candidates are the same plan: set rti.renoise, or selection "
+            "with num_candidates=1"
+        )
     sources = () if spec.truncated is None else spec.truncated.sources
     written = "autoregressive" in sources
     needs = {
@@ -109,6 +130,7 @@ def head_config(spec: PolicySpec, config: Mapping[str, Any]) -> dict[str, Any]:
             "horizon": spec.horizon,
             "n_obs_steps": spec.n_obs_steps,
             "returns": spec.returns is not None,
+            "constant": list(spec.constant),
         },
     }
     return {**sizes.get(str(config.get("type")), {}), **config}

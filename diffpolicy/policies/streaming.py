@@ -142,10 +142,10 @@ class StreamingPlanner(DiffusionPlanner):
             raise ValueError(
                 "a streaming policy has neither rti nor truncated: its plans start from its buffer"
             )
-        if spec.layout != "action" or spec.selection is not None:
+        if spec.layout != "action" or spec.selection is not None or spec.temperature != 1:
             raise ValueError(
-                "a streaming policy rolls one plan of actions; it takes no other layout and no "
-                "selection among several"
+                "a streaming policy rolls one plan of actions; it takes no other layout, no "
+                "selection among several and no temperature"
             )
         if spec.level_law != "position":
             raise ValueError(

@@ -206,6 +206,7 @@ def score(
     environment: D4RLEnvironment | EnvSpec | None = None,
     transforms: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
+    constant_columns: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Normalised scores of evaluation episodes, with everything they depend on.
 
@@ -215,6 +216,7 @@ def score(
         environment: where they were measured; default `evaluation_env(dataset)`. An `EnvSpec`
             other than that one's is labelled not comparable.
         transforms: transforms of the training data.
+        constant_columns: see `evaluation_env`, which is asked for the matching environment.
         versions: of the packages; default those installed that the environment needs.
 
     Returns:
@@ -233,7 +235,7 @@ def score(
     info = lookup(dataset)
     assert info.ref_min is not None
     assert info.ref_max is not None
-    matched = _matched(dataset, environment)
+    matched = _matched(dataset, environment, constant_columns)
     label = ScoreLabel(
         dataset=info.id,
         transforms=tuple(transforms),
@@ -252,11 +254,15 @@ def score(
     }
 
 
-def _matched(dataset: str, environment: D4RLEnvironment | EnvSpec | None) -> D4RLEnvironment:
+def _matched(
+    dataset: str,
+    environment: D4RLEnvironment | EnvSpec | None,
+    constant_columns: Sequence[int],
+) -> D4RLEnvironment:
     if isinstance(environment, D4RLEnvironment):
         return environment
     try:
-        matches = [evaluation_env(dataset), evaluation_env(dataset, constant_columns=_ANT_FORCES)]
+        matches = [evaluation_env(dataset, constant_columns=constant_columns)]
     except NoEnvironmentError:
         if environment is None:
             raise

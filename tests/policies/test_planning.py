@@ -122,6 +122,14 @@ def test_returns_are_a_condition_and_guidance_extrapolates(make_planner):
     assert np.abs(plans[1.0, 1.0] - plans[1.0, 2.0]).max() > 1e-3
 
 
+def test_temperature_is_part_of_the_loop(make_planner):
+    """So that whatever runs the loop, compiled or exported, samples the same."""
+    noise = torch.randn(1, 2, 8, 2)
+    history, guess = torch.zeros(2, 2, 3), torch.zeros(2, 8, 2)
+    cool, plain = (make_planner(temperature=t).loop("cold") for t in (0.5, 1.0))
+    torch.testing.assert_close(cool(history, guess, noise), plain(history, guess, 0.5 * noise))
+
+
 def test_cold_sampling_has_no_spread(make_planner):
     planner = make_planner(layout="trajectory", temperature=0.0, sampler=Sampler("ddpm", 4))
     same = np.repeat(OBS[:1], 4, 0)
@@ -161,6 +169,23 @@ def test_specs_survive_json():
         ({"layout": "trajectory", "value_scale": 1.0}, "the gradient of a head value"),
         ({"layout": "trajectory", "level_law": "position"}, "neither grippers nor levels"),
         ({"temperature": -1.0}, "must not be negative"),
+        ({"layout": "trajectory", "cond_dropout": 0.2}, "set returns, or cond_dropout=0"),
+        (
+            {"layout": "trajectory", "heads": {"draft": {"type": "draft", "returns": True}}},
+            "exactly if the policy is",
+        ),
+        (
+            {"layout": "trajectory", "heads": {"value": {"type": "value", "cond_dim": 2}}},
+            "judges plans alone",
+        ),
+        (
+            {
+                "heads": {"critic": {"type": "q_ensemble"}},
+                "selection": Selection(4),
+                "rti": RTI(0.3, renoise=False),
+            },
+            "all warm candidates are the same plan",
+        ),
         ({"heads": INVERSE}, "are for plans that hold observations"),
         ({"layout": "trajectory", "truncated": Truncated(t_start=0.2)}, "anchors are plans of act"),
         (

@@ -108,7 +108,12 @@ def test_other_environments_do_not_compare():
     assert not other["comparable"]
     assert "not the one of the dataset" in other["note"]
     silent = evaluation_env("ant-medium-v2", constant_columns=range(27, 111))
-    assert score("ant-medium-v2", [1.0], environment=silent.env)["label"]["comparable"]
+    forces = {"constant_columns": range(27, 111)}
+    labels = [
+        score("ant-medium-v2", [1.0], environment=silent.env, **columns)["label"]["comparable"]
+        for columns in ({}, forces)
+    ]
+    assert labels == [False, True]  # the right one for data without forces, and for no others
     assert score("ant-medium-v2", [1.0], environment=silent)["label"]["comparable"]
     kitchen = score("kitchen-mixed-v0", [4.0], environment=EnvSpec("mine:Kitchen-v0"))
     assert kitchen["scores"] == [100.0]

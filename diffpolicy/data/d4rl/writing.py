@@ -36,7 +36,8 @@ def write_store(
         raise ValueError(f"{source.name} holds no whole episode; keep the partial one")
     names = [*source._main_fields, *_extra(source, extras)]
     specs = {stored_name(name): source.fields[name] for name in names}
-    kept = jsonable({**source.attrs, **attrs}, "attrs")
+    part = {} if max_episodes is None else {"max_episodes": max_episodes}
+    kept = jsonable({**source.attrs, **part, **attrs}, "attrs")
     total = min(source.num_episodes, max_episodes or source.num_episodes)
     if path is None:
         store = EpisodeStore._create(MemoryStore(), None, specs, kept, None)
