@@ -26,7 +26,9 @@ info     fields, episodes, lengths and statistics; --update-statistics computes 
 check    looks at every value; names episode, row and fix for what is wrong. Exit status 1 if
          there are errors.
 convert  makes a store from a Diffusion Policy replay buffer (zarr, directory or zip), a robomimic
-         or D4RL HDF5 file, or the id of a D4RL dataset. Options: format=auto, max_episodes=null,
+         or D4RL HDF5 file, a Minari (HDF5) or LeRobot (Parquet) dataset, or an id of D4RL's,
+         Minari's or LeRobot's (the last two with format=minari, format=lerobot). Options:
+         format=auto, max_episodes=null,
          overwrite=false; obs and action name source fields (a list concatenates). With env=ID the
          observation is passed through that environment's own observation_from_state, so that the
          data hold what the policy will see:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,17 +59,24 @@ def d4rl_store(source: str, path: Path, transforms: tuple[str, ...]) -> EpisodeS
     Raises:
         ConfigError: no such dataset, or a store at ``path`` that was made of something else.
     """
-    from diffpolicy.data.d4rl import load_d4rl, parse_transforms
+    from diffpolicy.data.d4rl import find_dataset, load_d4rl, parse_transforms
     from diffpolicy.data.store import EpisodeStore
 
     asked = parse_transforms(transforms)
-    if not path.exists():
-        with load_d4rl(source, transforms=transforms) as file:
-            file.to_store(path)
+    try:
+        if not path.exists():
+            with load_d4rl(source, transforms=transforms) as file:
+                file.to_store(path)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{error}. Data of our own experiments (maze2d_*, sb3_*) are made by `diffpolicy "
+            "generate`; its --help and the comment in the experiment's file say how"
+        ) from None
     store = EpisodeStore.open(path)
-    with load_d4rl(source, transforms=transforms) as file:
-        now = {k: file.attrs.get(k) for k in ("file_bytes",) if k in file.attrs}
-    if any(store.attrs.get(k) != v for k, v in now.items()) or store.attrs.get("max_episodes"):
+    size = store.attrs.get("file_bytes")
+    with contextlib.suppress(FileNotFoundError):  # the store may be all that is left of it
+        size = find_dataset(source).path.stat().st_size
+    if store.attrs.get("file_bytes") != size or store.attrs.get("max_episodes"):
         raise ConfigError(
             f"{path} was made of another version, or a part, of {source}; remove it to have it "
             "made anew, or give another data.path"
