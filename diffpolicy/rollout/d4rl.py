@@ -30,6 +30,15 @@ _ADROIT = {
     "relocate": "AdroitHandRelocate",
 }
 _MAZES = {"umaze": "UMaze", "medium": "Medium", "large": "Large"}
+_ROBOTS = {
+    ("antmaze", "umaze"): ("AntMazeUMaze", 700),
+    ("antmaze", "medium"): ("AntMazeMedium", 1000),
+    ("antmaze", "large"): ("AntMazeLarge", 1000),
+    ("kitchen", "complete"): ("KitchenSlider", 280),
+    ("kitchen", "partial"): ("KitchenSlider", 280),
+    ("kitchen", "mixed"): ("KitchenBurner", 280),
+}
+_ROBOT_NOTE = "gymnasium-robotics' simulator, whose dynamics and noise are not D4RL's"
 _ANT_FORCES = range(27, 111)
 _GONE = {
     "bullet": "PyBullet's environments, which are no longer maintained",
@@ -93,13 +102,10 @@ def evaluation_env(dataset: str, *, constant_columns: Sequence[int] = ()) -> D4R
             f"{dataset!r} was recorded in {_GONE[agent]}. Train on its data, but evaluate "
             "elsewhere: no maintained simulator matches it"
         )
-    other = "AntMaze_*-v5" if agent == "antmaze" else "FrankaKitchen-v1"
-    raise NoEnvironmentError(
-        f"{dataset!r} has no environment here: gymnasium-robotics' {other} is the nearest, but it "
-        "observes a dictionary and differs from D4RL's. Register an id of your own that "
-        "makes D4RL's flat observation of it, and name that id as the environment; its scores are "
-        "not comparable"
-    )
+    name, steps = _ROBOTS[agent, info.id.split("-")[1]]
+    note = f"{_ROBOT_NOTE}; D4RL's flat observation, and its start and goal or tasks"
+    env = EnvSpec(f"diffpolicy_envs:diffpolicy/{name}-v0", {}, steps)
+    return D4RLEnvironment(env, False, note)
 
 
 def _ant(silent: bool) -> D4RLEnvironment:

@@ -17,10 +17,15 @@ from diffpolicy_envs.pusht_features import observation_from_state
 __all__ = ["ENV_IDS", "observation_from_state"]
 
 ENV_IDS = (
+    "diffpolicy/AntMazeLarge-v0",
+    "diffpolicy/AntMazeMedium-v0",
+    "diffpolicy/AntMazeUMaze-v0",
     "diffpolicy/FetchPickAndPlace-v0",
     "diffpolicy/FetchPush-v0",
     "diffpolicy/FetchReach-v0",
     "diffpolicy/FetchReachMoving-v0",
+    "diffpolicy/KitchenBurner-v0",
+    "diffpolicy/KitchenSlider-v0",
     "diffpolicy/PointMazeLarge-v0",
     "diffpolicy/PointMazeMedium-v0",
     "diffpolicy/PointMazeUMaze-v0",
@@ -34,7 +39,15 @@ def _register() -> None:
     """Register every id once; importing the package again in the same process changes nothing."""
     fetch = "diffpolicy_envs.fetch:FetchEnv"
     maze = "diffpolicy_envs.pointmaze:PointMazeEnv"
+    ant, kitchen = (f"diffpolicy_envs.d4rl_tasks:{name}Env" for name in ("AntMaze", "Kitchen"))
+    slider = ["microwave", "kettle", "light switch", "slide cabinet"]  # complete and partial
+    burner = ["microwave", "kettle", "bottom burner", "light switch"]  # mixed
     entries: tuple[tuple[str, str, int, dict[str, object]], ...] = (
+        ("AntMazeLarge", ant, 1000, {"simulator_id": "AntMaze_Large-v4", "goal_cell": [7, 10]}),
+        ("AntMazeMedium", ant, 1000, {"simulator_id": "AntMaze_Medium-v4", "goal_cell": [6, 6]}),
+        ("AntMazeUMaze", ant, 700, {"simulator_id": "AntMaze_UMaze-v4", "goal_cell": [3, 1]}),
+        ("KitchenBurner", kitchen, 280, {"tasks": burner}),
+        ("KitchenSlider", kitchen, 280, {"tasks": slider}),
         ("FetchPickAndPlace", fetch, 50, {"task": "pick_and_place"}),
         ("FetchPush", fetch, 50, {"task": "push"}),
         ("FetchReach", fetch, 50, {"task": "reach"}),

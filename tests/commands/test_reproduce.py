@@ -45,7 +45,7 @@ def test_an_id_is_its_experiment_or_made_of_its_environment():
     assert older.d4rl == "hopper-medium-expert-v0"
     assert 'env.id="Hopper-v4"' in older.overrides
     assert reproduce_data.resolve("sb3_hopper_medium_expert").d4rl is None
-    assert "FrankaKitchen" in reproduce_data.resolve("kitchen-mixed-v0").problem
+    assert "SUMO" in reproduce_data.resolve("flow-ring-random-v0").problem
     with pytest.raises(ConfigError, match=r"did you mean [^?]*hopper-medium-v2"):
         reproduce_data.resolve("hoper-medium-v2")
 
@@ -128,7 +128,7 @@ def test_absolute_paths_are_cut_to_their_last_part():
 
 def test_missing_data_are_reported_and_everything_else_goes_on(tmp_path, monkeypatch, capsys):
     seen = trained(monkeypatch)
-    names = f"datasets=[{HOPPER},antmaze-umaze-v2,sb3_hopper_medium_expert]"
+    names = f"datasets=[{HOPPER},flow-ring-random-v0,sb3_hopper_medium_expert]"
     code = reproduce.main(
         [names, "algorithms=bc", "seeds=1", f"runs={tmp_path}/r", f"output={tmp_path}/o.json"]
     )
@@ -137,7 +137,7 @@ def test_missing_data_are_reported_and_everything_else_goes_on(tmp_path, monkeyp
     assert (code, seen, report["table"]) == (1, [], [])
     assert {cell["status"] for cell in report["cells"].values()} == {"missing"}
     assert "hopper_medium_expert-v2.hdf5" in reasons[0]
-    assert "has no environment here" in reasons[1]
+    assert "no maintained simulator" in reasons[1]
     assert "no file at data/hopper_medium_expert.hdf5" in reasons[2]
     assert "You do not need the d4rl package" in capsys.readouterr().out
     assert str(tmp_path) not in (tmp_path / "o.json").read_text()
