@@ -5,8 +5,6 @@ Everything that a head sees is normalised as the policy's network sees it.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from diffpolicy.networks.base import as_time, check_positive
 from diffpolicy.networks.critics import QEnsemble, StateValue
 from diffpolicy.networks.draft import Draft
-from diffpolicy.networks.registry import make_network
+from diffpolicy.networks.registry import construct, make_network
 
 
 class InverseDynamics(nn.Module):
@@ -160,23 +158,5 @@ def make_head(config: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: unknown type, unknown or missing key, or a value out of range.
     """
-    arguments = dict(config)
-    kind = arguments.pop("type", None)
-    if kind not in HEADS:
-        raise ValueError(f"head type must be one of {', '.join(HEADS)}; got {kind!r}")
-    parameters = inspect.signature(HEADS[kind]).parameters
-    for key in arguments:
-        if key not in parameters:
-            close = difflib.get_close_matches(key, parameters, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(
-                f"unknown key {key!r} for head {kind!r}{hint}; it takes {', '.join(parameters)}"
-            )
-    missing = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is inspect.Parameter.empty and name not in arguments
-    ]
-    if missing:
-        raise ValueError(f"head {kind!r} needs {', '.join(missing)}; got {sorted(arguments)}")
-    return HEADS[kind](**arguments)
+    head: nn.Module = construct(HEADS, config, "head")
+    return head

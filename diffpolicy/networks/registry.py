@@ -34,18 +34,32 @@ def make_network(config: Mapping[str, Any]) -> Network:
     Raises:
         ValueError: Unknown type, unknown or missing key, or a value out of range.
     """
+    network: Network = construct(NETWORKS, config, "network")
+    return network
+
+
+def construct(kinds: Mapping[str, type[Any]], config: Mapping[str, Any], what: str) -> Any:
+    """An object of one of ``kinds``, whose name is "type" in ``config``, from its arguments.
+
+    Args:
+        kinds: classes by name, a closed list.
+        config: "type" and the arguments of that class.
+        what: what is built, for messages.
+
+    Raises:
+        ValueError: Unknown type, unknown or missing key, or a value out of range.
+    """
     arguments = dict(config)
     kind = arguments.pop("type", None)
-    if kind not in NETWORKS:
-        raise ValueError(f"network type must be one of {', '.join(NETWORKS)}; got {kind!r}")
-    network = NETWORKS[kind]
-    parameters = inspect.signature(network).parameters
+    if kind not in kinds:
+        raise ValueError(f"{what} type must be one of {', '.join(kinds)}; got {kind!r}")
+    parameters = inspect.signature(kinds[kind]).parameters
     for key in arguments:
         if key not in parameters:
             close = difflib.get_close_matches(key, parameters, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(
-                f"unknown key {key!r} for network {kind!r}{hint}; it takes {', '.join(parameters)}"
+                f"unknown key {key!r} for {what} {kind!r}{hint}; it takes {', '.join(parameters)}"
             )
     missing = [
         name
@@ -53,5 +67,5 @@ def make_network(config: Mapping[str, Any]) -> Network:
         if parameter.default is inspect.Parameter.empty and name not in arguments
     ]
     if missing:
-        raise ValueError(f"network {kind!r} needs {', '.join(missing)}; got {sorted(arguments)}")
-    return network(**arguments)
+        raise ValueError(f"{what} {kind!r} needs {', '.join(missing)}; got {sorted(arguments)}")
+    return kinds[kind](**arguments)
