@@ -3,6 +3,7 @@
 Needs torch and numpy alone.
 """
 
+from diffpolicy.core.classifier import RewardGuidance
 from diffpolicy.core.denoiser import AnalyticDenoiser, BaseDenoiser, Denoised, Denoiser
 from diffpolicy.core.guidance import (
     ClassifierFreeGuidance,
@@ -12,17 +13,43 @@ from diffpolicy.core.guidance import (
     PrefixGuidance,
 )
 from diffpolicy.core.layout import Layout
+from diffpolicy.core.masked import MaskedDenoiser
+from diffpolicy.core.masking import (
+    Cosine,
+    LogLinear,
+    MaskingProcess,
+    make_masking,
+    one_hot,
+    to_tokens,
+)
 from diffpolicy.core.noise import (
     EDM,
     DiscreteVP,
     FlowMatching,
     GaussianProcess,
+    NoiseProcess,
     VPCosine,
     VPLinear,
     make_process,
 )
+from diffpolicy.core.particles import (
+    PARTICLE_METHODS,
+    SMC,
+    SVDD,
+    TDS,
+    BestOfN,
+    Drawn,
+    make_particle_method,
+)
 from diffpolicy.core.pinning import PinCond, Pinned
 from diffpolicy.core.ramp import Ramp
+from diffpolicy.core.reveal import (
+    Ancestral,
+    Relaxation,
+    Scheduled,
+    one_by_one,
+    reveal_schedule,
+)
 from diffpolicy.core.sampling import Grid, Trajectory, Transition, prepare, sample
 from diffpolicy.core.solvers import (
     DDIM,
@@ -50,14 +77,22 @@ __all__ = [
     "DDIM",
     "DEIS",
     "EDM",
+    "PARTICLE_METHODS",
+    "SMC",
     "SOLVERS",
+    "SVDD",
+    "TDS",
     "AnalyticDenoiser",
+    "Ancestral",
     "BaseDenoiser",
+    "BestOfN",
     "ClassifierFreeGuidance",
+    "Cosine",
     "DPMSolverPP",
     "Denoised",
     "Denoiser",
     "DiscreteVP",
+    "Drawn",
     "FlowMatching",
     "GaussianProcess",
     "Grid",
@@ -65,11 +100,18 @@ __all__ = [
     "Heun",
     "Inpaint",
     "Layout",
+    "LogLinear",
+    "MaskedDenoiser",
+    "MaskingProcess",
+    "NoiseProcess",
     "PinCond",
     "Pinned",
     "PrefixCond",
     "PrefixGuidance",
     "Ramp",
+    "Relaxation",
+    "RewardGuidance",
+    "Scheduled",
     "Solver",
     "Start",
     "Trajectory",
@@ -81,13 +123,19 @@ __all__ = [
     "explicit_levels",
     "head_value",
     "levels",
+    "make_masking",
+    "make_particle_method",
     "make_process",
     "make_solver",
+    "one_by_one",
+    "one_hot",
     "prepare",
     "prior_start",
     "ramp_start",
+    "reveal_schedule",
     "sample",
     "shift_plan",
+    "to_tokens",
     "truncated_start",
     "warm_start",
 ]

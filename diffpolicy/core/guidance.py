@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoised, GridDenoise
+from diffpolicy.core.masked import masked_answer
 from diffpolicy.core.noise import GaussianProcess
 
 
@@ -28,7 +29,7 @@ class _Wrapper(BaseDenoiser):
 class ClassifierFreeGuidance(_Wrapper):
     """``x0 = x0_u + scale (x0_c - x0_u)`` (Ho & Salimans 2022.
 
-    As an extrapolation of clean estimates).
+    As an extrapolation of clean estimates; of masked sequences, of log-probabilities).
 
     Both branches run as one batch. ``scale = 1`` is the conditional model alone and costs one
     branch.
@@ -63,6 +64,9 @@ class ClassifierFreeGuidance(_Wrapper):
             return run(x, branches)
         both = run(torch.cat([x, x]), branches)
         conditional, unconditional = both.x0_hat.chunk(2)
+        if "log_p" in both.aux:  # tokens: the same line on log-probabilities, then renormalised
+            log_p, log_u = both.aux["log_p"].chunk(2)
+            return masked_answer(x, torch.lerp(log_u, log_p, self.scale).log_softmax(-1))
         x0_hat = torch.lerp(unconditional, conditional, self.scale)
         aux = {name: value.chunk(2)[0] for name, value in both.aux.items()}
         return Denoised(x0_hat.clamp(-1, 1) if self.clip else x0_hat, aux)

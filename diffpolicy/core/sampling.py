@@ -8,14 +8,16 @@ sub-grid.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from diffpolicy.core.denoiser import BaseDenoiser, Denoised
-from diffpolicy.core.solvers import Row, Solver
+from diffpolicy.core.denoiser import BaseDenoiser, Denoised, GridDenoise
+from diffpolicy.core.noise import NoiseProcess
+from diffpolicy.core.solvers import Memory, Row, Solver
 from diffpolicy.core.starts import Start
 
 
@@ -23,7 +25,7 @@ class Transition(NamedTuple):
     """One row of the loop: the state the network saw, its answer, and the law of the next state.
 
     ``x_next ~ N(mean, std^2)`` with ``std`` broadcastable to ``[B, H, D]`` (``None`` for
-    deterministic solvers).
+    deterministic solvers). Of masked sequences ``mean`` holds the probabilities of the next tokens.
     """
 
     x: Tensor
@@ -61,12 +63,24 @@ class Grid:
         self.denoise = denoise.on_grid(torch.stack([row.t for row in rows]))
         self.levels = levels
         self.has_graph = torch.is_grad_enabled()
-        self.stochastic = any(row.g is not None for row in rows)
+        self.stochastic = any(row.stochastic for row in rows)
+        self.process: NoiseProcess = denoise.process
 
     @property
     def nfe(self) -> int:
         """Network evaluations."""
         return len(self.rows)
+
+    def part(self, first: int, last: int, denoise: GridDenoise | None = None) -> Grid:
+        """Evaluations ``first`` to ``last`` (not included) as a grid of their own.
+
+        For solvers of one evaluation a step and without a memory. ``denoise(row, x, cond)``, with
+        rows of the whole grid, may take the denoiser's place.
+        """
+        inner, part = denoise or self.denoise, copy(self)
+        part.rows, part.levels = self.rows[first:last], self.levels[first : last + 1]
+        part.denoise = lambda row, x, cond: inner(first + row, x, cond)
+        return part
 
 
 def prepare(denoise: BaseDenoiser, solver: Solver, levels: Tensor, like: Tensor) -> Grid:
@@ -100,8 +114,8 @@ def sample(
         levels: host grid ``[K + 1, ...]`` derived from ``start`` by
             :func:`diffpolicy.core.starts.levels`, or the :class:`Grid` made from it.
         cond: condition ``[B, C]`` handed to the denoiser.
-        noise: ``[R, B, H, D]`` standard normal, one slice per network evaluation, for stochastic
-            solvers; drawn from ``generator`` when absent.
+        noise: ``[R, B, H, D]`` standard normal (of masked sequences: Gumbel), one slice per network
+            evaluation, for stochastic solvers; drawn from ``generator`` when absent.
         generator: source of that noise (the global one when absent).
         grad_steps: build a graph for the last ``grad_steps`` evaluations only (0: none); ``None``
             leaves the caller's gradient mode alone.
@@ -136,28 +150,17 @@ def sample(
     modulations = getattr(grid.denoise, "modulations", None)
     with torch.set_grad_enabled(wants_graph):
         films = None if modulations is None else modulations(start.x, cond)
-    x = y = start.x
-    history: list[Tensor] = []
+    memory = Memory(start.x, start.x, ())
     transitions: list[Transition] = []
     for i, row in enumerate(grid.rows):
+        x = memory.x
         with torch.set_grad_enabled(ambient and i >= first_grad):
             inputs = (i, x, cond) if films is None else (i, x, cond, films[i])
             out = _evaluate(grid, inputs, checkpoint=checkpoint and torch.is_grad_enabled())
-            m = (
-                out.x0_hat
-                if row.to_eps is None
-                else torch.addcmul(row.to_eps[0] * x, row.to_eps[1], out.x0_hat)
-            )
-            history = [m, *history[:3]]
-            y = x if row.c is None else _combine(row.c, y, row.d, history)
-            mean = _combine(row.a, y, row.b, history)
-            x_next = (
-                mean if row.g is None or noise is None else torch.addcmul(mean, row.g, noise[i])
-            )
+            memory, mean, std = row.advance(memory, out, None if noise is None else noise[i])
         if record:
-            transitions.append(Transition(x, row.t, out, mean, row.g, x_next))
-        x = x_next
-    return Trajectory(x, tuple(transitions)) if record else x
+            transitions.append(Transition(x, row.t, out, mean, std, memory.x))
+    return Trajectory(memory.x, tuple(transitions)) if record else memory.x
 
 
 def _evaluate(grid: Grid, inputs: tuple[Any, ...], *, checkpoint: bool) -> Denoised:
@@ -167,15 +170,6 @@ def _evaluate(grid: Grid, inputs: tuple[Any, ...], *, checkpoint: bool) -> Denoi
     return run(grid.denoise, *inputs, use_reentrant=False)
 
 
-def _combine(
-    scale: Tensor, state: Tensor, weights: tuple[Tensor, ...], history: list[Tensor]
-) -> Tensor:
-    total = scale * state
-    for weight, m in zip(weights, history, strict=False):
-        total = torch.addcmul(total, weight, m)
-    return total
-
-
 def _loop_noise(
     grid: Grid, x: Tensor, noise: Tensor | None, generator: torch.Generator | None
 ) -> Tensor | None:
@@ -183,7 +177,7 @@ def _loop_noise(
         return None
     shape = (grid.nfe, *x.shape)
     if noise is None:
-        return torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
+        return grid.process.draw_noise(shape, generator, x)
     if tuple(noise.shape) != shape:
         raise ValueError(
             f"noise must be {shape} (one slice per network evaluation), got {tuple(noise.shape)}"

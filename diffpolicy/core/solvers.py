@@ -20,13 +20,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffpolicy.core.denoiser import Denoised
 from diffpolicy.core.noise import GaussianProcess
+
+
+class Memory(NamedTuple):
+    """What a chain carries from step to step: its state, UniPC's corrected one, old estimates."""
+
+    x: Tensor
+    y: Tensor
+    history: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,34 @@ class Row:
             d=tuple(next(it) for _ in self.d),
             to_eps=None if self.to_eps is None else (next(it), next(it)),
         )
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the step adds noise."""
+        return self.g is not None
+
+    def advance(
+        self, memory: Memory, out: Denoised, noise: Tensor | None
+    ) -> tuple[Memory, Tensor, Tensor | None]:
+        """The next state, with the mean and standard deviation of its law."""
+        x, y, history = memory
+        m = out.x0_hat
+        if self.to_eps is not None:
+            m = torch.addcmul(self.to_eps[0] * x, self.to_eps[1], m)
+        history = (m, *history[:3])
+        y = x if self.c is None else _combine(self.c, y, self.d, history)
+        mean = _combine(self.a, y, self.b, history)
+        moved = mean if self.g is None or noise is None else torch.addcmul(mean, self.g, noise)
+        return Memory(moved, y, history), mean, self.g
+
+
+def _combine(
+    scale: Tensor, state: Tensor, weights: tuple[Tensor, ...], history: tuple[Tensor, ...]
+) -> Tensor:
+    total = scale * state
+    for weight, m in zip(weights, history, strict=False):
+        total = torch.addcmul(total, weight, m)
+    return total
 
 
 @dataclass(frozen=True)

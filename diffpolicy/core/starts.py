@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.noise import GaussianProcess, NoiseProcess
 
 SPACINGS = ("t", "log_snr", "karras")
 
@@ -51,51 +51,31 @@ def level(value: float | Tensor, like: Tensor) -> Tensor:
     return torch.full((1,) * like.dim(), float(value), dtype=torch.float64)
 
 
-def _scales(process: GaussianProcess, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """``alpha, sigma`` at host levels ``t``, in the dtype and on the device of ``like``.
+def prior_start(process: NoiseProcess, noise: Tensor) -> Start:
+    """Pure noise at ``t = 1``: the start of a full diffusion.
 
-    Without a synchronisation.
+    ``noise`` ``[B, H, D]`` is a draw of ``process.draw_noise``: standard normal, or Gumbel of
+    masking, where every start is fully masked.
     """
-    alpha, sigma = process.alpha(t), process.sigma(t)
-    return tuple(v.to(like.device, like.dtype, non_blocking=True) for v in (alpha, sigma))  # type: ignore[return-value]
-
-
-def prior_start(process: GaussianProcess, noise: Tensor) -> Start:
-    """Pure noise at ``t = 1``: the start of a full diffusion. ``noise`` is standard normal ``[B.
-
-    H, D]``.
-    """
-    t = level(1.0, noise)
-    return Start(_scales(process, t, noise)[1] * noise, t)
+    return Start(process.prior(noise), level(1.0, noise))
 
 
 def truncated_start(
-    process: GaussianProcess, x0: Tensor, t_start: float | Tensor, noise: Tensor
+    process: NoiseProcess, x0: Tensor, t_start: float | Tensor, noise: Tensor
 ) -> Start:
-    """A guess ``x0`` (anchor, draft, last plan) noised to ``t_start``.
+    """A guess ``x0`` (anchor, draft, last plan, given sequence) noised to ``t_start``.
 
-    Sampling runs from there only.
+    Sampling runs from there only. Of a sequence, each token is masked with the probability of that
+    level: sampling then edits the sequence.
 
     Args:
         process: the noise process of the denoiser.
-        x0: clean guess ``[B, H, D]``, normalised.
+        x0: clean guess ``[B, H, D]``, normalised; one-hot if the process masks tokens.
         t_start: level in (0, 1], a number or a tensor as in :class:`Start`.
-        noise: standard normal, the shape of ``x0``.
+        noise: a draw of ``process.draw_noise``, the shape of ``x0``.
     """
     t = level(t_start, x0)
-    alpha, sigma = noising_scales(process, t, x0)
-    return Start(alpha * x0 + sigma * noise, t)
-
-
-def noising_scales(process: GaussianProcess, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of guess and noise in a start at host levels ``t``.
-
-    At ``t = 1`` the guess has no weight even where the process leaves it a trace (discrete
-    schedules do): a start at 1 is the prior's, bit for bit.
-    """
-    alpha, sigma = _scales(process, t, like)
-    prior = (t >= 1).to(like.device, non_blocking=True)
-    return torch.where(prior, torch.zeros_like(alpha), alpha), sigma
+    return Start(process.restart(x0, t, noise), t)
 
 
 TAILS = ("hold", "extrapolate")
@@ -132,7 +112,7 @@ def shift_plan(plan: Tensor, steps: int | Tensor, *, tail: str = "hold") -> Tens
 
 
 def warm_start(
-    process: GaussianProcess,
+    process: NoiseProcess,
     plan: Tensor,
     t_start: float | Tensor,
     noise: Tensor,
@@ -158,7 +138,7 @@ def warm_start(
 
 
 def ramp_start(
-    process: GaussianProcess, x0: Tensor, t_first: float, t_last: float, noise: Tensor
+    process: NoiseProcess, x0: Tensor, t_first: float, t_last: float, noise: Tensor
 ) -> Start:
     """Levels rising along the plan from ``t_first`` to ``t_last`` (streaming diffusion).
 
@@ -174,7 +154,7 @@ def levels(
     *,
     end: float = 0.0,
     spacing: str = "t",
-    process: GaussianProcess | None = None,
+    process: NoiseProcess | None = None,
     t_min: float = 1e-3,
 ) -> Tensor:
     """The grid of levels from ``start`` down to ``end``.
@@ -207,6 +187,8 @@ def levels(
         return torch.cat([first[None], inner, torch.full_like(first, end)[None]])
     if process is None:
         raise ValueError(f"spacing {spacing!r} needs process=...")
+    if not isinstance(process, GaussianProcess):
+        raise ValueError(f"spacing {spacing!r} is for Gaussian noise; use spacing='t'")
     return _ratio_grid(process, first, num_steps, end, t_min, 7.0 if spacing == "karras" else None)
 
 

@@ -9,6 +9,7 @@ from diffpolicy.networks.embeddings import sinusoidal
 from diffpolicy.networks.heads import HEADS, InverseDynamics, TrajectoryValue, make_head
 from diffpolicy.networks.mlp import MLP
 from diffpolicy.networks.registry import NETWORKS, make_network
+from diffpolicy.networks.sequence import SequenceCNN, SequenceRegressor
 from diffpolicy.networks.transformer import Transformer
 from diffpolicy.networks.unet1d import UNet1D
 
@@ -21,6 +22,8 @@ __all__ = [
     "InverseDynamics",
     "Network",
     "QEnsemble",
+    "SequenceCNN",
+    "SequenceRegressor",
     "StateValue",
     "TrajectoryValue",
     "Transformer",

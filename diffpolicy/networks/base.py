@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 T_KINDS = ("row", "position", "dim")
@@ -19,6 +20,9 @@ class Network(nn.Module, ABC):
     embedding) and broadcasts to ``x``: ``[B, 1, 1]`` (kind "row"), ``[B, H, 1]`` ("position") or
     ``[B, 1, D]`` ("dim"). No network reads a tensor's value on the host.
 
+    Sequences of tokens are one-hot along D, soft or hard. A network with ``takes_tokens`` also
+    takes them as integers: int64 ``[B, H]`` in 0 .. D - 1, the same output as for their one-hot.
+
     Args:
         horizon: Positions H of a plan, at least 1.
         dim: Size D of one position, at least 1.
@@ -28,6 +32,8 @@ class Network(nn.Module, ABC):
     Raises:
         ValueError: A size is not a positive integer.
     """
+
+    takes_tokens = False
 
     def __init__(self, horizon: int, dim: int, cond_dim: int, *, t_kinds: Iterable[str]) -> None:
         super().__init__()
@@ -56,7 +62,7 @@ class Network(nn.Module, ABC):
         """Apply the network.
 
         Args:
-            x: Noisy plans [B, H, D].
+            x: Noisy plans [B, H, D], or int64 tokens [B, H] if the network ``takes_tokens``.
             t: Network time, broadcastable to ``x``; ignored when ``time_emb`` is given.
             cond: Observations [B, C] (or [1, C]); None exactly when ``cond_dim`` is 0.
             time_emb: ``embed_time(t)``, computed beforehand.
@@ -65,7 +71,7 @@ class Network(nn.Module, ABC):
             The output [B, H, D].
 
         Raises:
-            ValueError: A shape does not fit.
+            ValueError: A shape does not fit, or integers for a network which does not take them.
         """
 
     @abstractmethod
@@ -77,12 +83,15 @@ class Network(nn.Module, ABC):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
-        """Refuse shapes that do not fit; looks at shapes only.
+        """Refuse shapes that do not fit; looks at shapes and types only.
 
         Raises:
-            ValueError: ``x`` or ``cond`` has another shape than the network was built for.
+            ValueError: ``x`` or ``cond`` has another shape than the network was built for, or
+                ``x`` is of integers and the network does not take tokens.
         """
-        if x.dim() != 3 or x.shape[1] != self.horizon or x.shape[2] != self.dim:
+        if not x.is_floating_point():
+            self._check_tokens(x)
+        elif x.dim() != 3 or x.shape[1] != self.horizon or x.shape[2] != self.dim:
             raise ValueError(
                 f"x must be [B, {self.horizon}, {self.dim}] (horizon, dim), got {list(x.shape)}"
             )
@@ -103,6 +112,19 @@ class Network(nn.Module, ABC):
                 "the observation steps first"
             )
 
+    def _check_tokens(self, x: Tensor) -> None:
+        if not self.takes_tokens:
+            raise ValueError(
+                f"{type(self).__name__} takes x [B, {self.horizon}, {self.dim}] of floats, got "
+                f"{list(x.shape)} of {x.dtype}: pass a one-hot of the tokens, or use a network "
+                "which takes integers (mlp, transformer, sequence_cnn)"
+            )
+        if x.dtype != torch.int64 or x.dim() != 2 or x.shape[1] != self.horizon:
+            raise ValueError(
+                f"tokens must be int64 [B, {self.horizon}] (horizon) in 0 .. {self.dim - 1}, got "
+                f"{list(x.shape)} of {x.dtype}"
+            )
+
 
 def check_positive(**sizes: int) -> None:
     """Raise unless every named size is an integer above zero.
@@ -119,3 +141,13 @@ def as_time(t: Tensor | float, like: Tensor) -> Tensor:
     """Give ``t`` two trailing dimensions: a number or 0-dim tensor becomes [1, 1, 1]."""
     t = torch.as_tensor(t, device=like.device)
     return t.reshape(1, 1, 1) if t.dim() == 0 else t
+
+
+def one_hot(tokens: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Tokens [...] in 0 .. size - 1 as floats [..., size], without reading them on the host.
+
+    Raises:
+        IndexError: A token is out of range; on a GPU an assertion of the device.
+    """
+    # A lookup: torch's one_hot reads the smallest and the largest token on the host.
+    return F.embedding(tokens, torch.eye(size, dtype=dtype, device=tokens.device))

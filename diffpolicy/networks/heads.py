@@ -1,6 +1,6 @@
-"""Further networks of a policy: inverse dynamics, values of plans, drafts, critics.
+"""Further networks: inverse dynamics, values of plans, drafts, critics, oracles of sequences.
 
-Everything that a head sees is normalised as the policy's network sees it.
+Everything that the head of a policy sees is normalised as the policy's network sees it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from diffpolicy.networks.base import as_time, check_positive
 from diffpolicy.networks.critics import QEnsemble, StateValue
 from diffpolicy.networks.draft import Draft
 from diffpolicy.networks.registry import construct, make_network
+from diffpolicy.networks.sequence import SequenceRegressor
 
 
 class InverseDynamics(nn.Module):
@@ -140,6 +141,7 @@ HEADS: Mapping[str, type[nn.Module]] = {
     "draft": Draft,
     "inverse": InverseDynamics,
     "q_ensemble": QEnsemble,
+    "sequence_regressor": SequenceRegressor,
     "state_value": StateValue,
     "value": TrajectoryValue,
 }

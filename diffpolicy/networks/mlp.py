@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpolicy.networks.base import T_KINDS, Network, as_time, check_positive
+from diffpolicy.networks.base import T_KINDS, Network, as_time, check_positive, one_hot
 from diffpolicy.networks.embeddings import TimeMLP, check_embedding_dim
 
 
@@ -35,6 +35,7 @@ class MLP(Network):
 
     The plan is flattened to [B, H * D]. One linear layer makes the scales and shifts of all blocks
     from ``SiLU(time + observation embedding)``, so a forward pass of batch 1 stays at few kernels.
+    Integer tokens [B, H] in 0 .. D - 1 are taken in place of their one-hot.
 
     Args:
         horizon: H.
@@ -50,6 +51,8 @@ class MLP(Network):
     Raises:
         ValueError: A size or ``t_kind`` is out of range.
     """
+
+    takes_tokens = True
 
     def __init__(
         self,
@@ -126,6 +129,8 @@ class MLP(Network):
         film = film.view(film.shape[0], 2, self.depth, self.width)
         scales = (film[:, 0] + 1).unbind(1)
         shifts = film[:, 1].unbind(1)
+        if not x.is_floating_point():
+            x = one_hot(x, self.dim, self.inward.weight.dtype)
         h = self.inward(x.flatten(1))
         for block, scale, shift in zip(self.blocks, scales, shifts, strict=True):
             h = block(h, scale, shift)

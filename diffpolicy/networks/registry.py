@@ -10,12 +10,14 @@ from typing import Any
 from diffpolicy.networks.anchored import Anchored
 from diffpolicy.networks.base import Network
 from diffpolicy.networks.mlp import MLP
+from diffpolicy.networks.sequence import SequenceCNN
 from diffpolicy.networks.transformer import Transformer
 from diffpolicy.networks.unet1d import UNet1D
 
 NETWORKS: Mapping[str, type[Network]] = {
     "anchored": Anchored,
     "mlp": MLP,
+    "sequence_cnn": SequenceCNN,
     "transformer": Transformer,
     "unet1d": UNet1D,
 }

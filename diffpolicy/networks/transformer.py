@@ -44,7 +44,7 @@ class Transformer(Network):
     Time and observation enter through adaLN-zero: one linear layer makes the shifts, scales and
     gates of all blocks from ``SiLU(time + observation embedding)``, and starts at zero, so that
     every block begins as the identity. With one level per position, each token is modulated by its
-    own level.
+    own level. Integer tokens [B, H] in 0 .. D - 1 are looked up, in place of their one-hot.
 
     Args:
         horizon: H.
@@ -58,6 +58,8 @@ class Transformer(Network):
     Raises:
         ValueError: A size is out of range.
     """
+
+    takes_tokens = True
 
     def __init__(
         self,
@@ -108,11 +110,17 @@ class Transformer(Network):
         if self.cond is not None:
             emb = emb + self.cond(cond).unsqueeze(1)
         parts = self.modulation(F.silu(emb)).chunk(6 * self.depth + 2, dim=-1)
-        h = self.inward(x) + self.positions
+        h = self._inward(x) + self.positions
         for i, block in enumerate(self.blocks):
             h = block(h, parts[6 * i : 6 * i + 6])
         out: Tensor = self.outward(_modulate(h, parts[-2], parts[-1]))
         return out
+
+    def _inward(self, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            out: Tensor = self.inward(x)
+            return out
+        return F.embedding(x, self.inward.weight.T) + self.inward.bias
 
     def config(self) -> dict[str, Any]:
         """See :meth:`Network.config`."""

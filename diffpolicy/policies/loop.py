@@ -17,7 +17,7 @@ from diffpolicy.core.layout import Layout
 from diffpolicy.core.pinning import PinCond
 from diffpolicy.core.sampling import Trajectory, prepare, sample
 from diffpolicy.core.solvers import Solver
-from diffpolicy.core.starts import Start, noising_scales
+from diffpolicy.core.starts import Start
 from diffpolicy.data.normalize import Normalizer
 
 
@@ -144,7 +144,7 @@ class PlanLoop(nn.Module):
         like = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
         with torch.no_grad():
             self.grid = prepare(denoiser, solver, levels, like)
-            self.alpha, self.sigma = noising_scales(denoiser.process, levels[0], like)
+            self.alpha, self.sigma = denoiser.process.noising_scales(levels[0], like)
         self.nfe = self.grid.nfe
         self.draws = (start != "given") + (self.nfe if self.grid.stochastic else 0)
         self.uses_guess = start != "prior"

@@ -52,6 +52,20 @@ def find_policy(path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: nothing there, with what was looked for.
     """
+    return find_bundle(path, FORMAT, "policy")
+
+
+def find_bundle(path: str | os.PathLike[str], wanted: str, what: str) -> Path:
+    """The directory of format ``wanted`` that ``path`` (it, a checkpoint or a run) stands for.
+
+    Args:
+        path: where to look.
+        wanted: ``format`` in its ``config.json``.
+        what: its name in messages.
+
+    Raises:
+        ValueError: nothing there, with what was looked for.
+    """
     root = Path(path)
     candidates = [root, root / "policy"]
     for pointer in ("best", "last"):
@@ -60,9 +74,9 @@ def find_policy(path: str | os.PathLike[str]) -> Path:
             candidates.append(root / "checkpoints" / file.read_text().strip() / "policy")
     for candidate in candidates:
         config = candidate / "config.json"
-        if config.is_file() and json.loads(config.read_text()).get("format") == FORMAT:
+        if config.is_file() and json.loads(config.read_text()).get("format") == wanted:
             return candidate
     raise ValueError(
-        f"no policy in {root}: expected a policy directory (config.json, model.safetensors), a "
+        f"no {what} in {root}: expected a {what} directory (config.json, model.safetensors), a "
         "checkpoint directory (policy/) or a run directory (checkpoints/best or checkpoints/last)"
     )

@@ -15,6 +15,7 @@ class TrainerConfig:
     Args:
         steps: optimiser steps.
         batch_size: examples per step, over all processes.
+        accumulate: parts that a batch is cut into, one after the other, to save memory.
         lr: peak learning rate.
         betas: of AdamW.
         weight_decay: of AdamW.
@@ -36,6 +37,7 @@ class TrainerConfig:
 
     steps: int = 10_000
     batch_size: int = 256
+    accumulate: int = 1
     lr: float = 3e-4
     betas: tuple[float, float] = (0.95, 0.999)
     weight_decay: float = 1e-6
@@ -56,7 +58,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        for name in ("steps", "batch_size", "lr", "log_every", "keep_last"):
+        for name in ("steps", "batch_size", "accumulate", "lr", "log_every", "keep_last"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):

@@ -101,9 +101,10 @@ class Trainer:
                 f"batch_size={config.batch_size} is more than the {len(source)} training examples; "
                 "lower trainer.batch_size or add data"
             )
-        if config.batch_size % self.group.size:
+        if config.batch_size % (self.group.size * config.accumulate):
             raise ValueError(
-                f"batch_size={config.batch_size} must divide over {self.group.size} processes"
+                f"batch_size={config.batch_size} must divide over {self.group.size} processes and "
+                f"accumulate={config.accumulate} parts"
             )
         self.objective = objective
         self.device = next(objective.parameters()).device
@@ -223,22 +224,18 @@ class Trainer:
         generator = self._generator(self.step)
         # Dropout draws from the global generator; reseeding makes it, too, a function of the step.
         torch.manual_seed(mix_seed(config.seed, self.step, self.group.rank, 0xD0))
-        with self._autocast():
-            out = self._forward(batch, generator)
-        if out.loss.shape != (len(indices),):
-            raise ValueError(
-                f"an objective returns one loss per example, [{len(indices)}] here; "
-                f"got {list(out.loss.shape)}"
-            )
-        loss = out.loss.mean()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        outs = [self._backward(part, generator) for part in _parts(batch, config.accumulate)]
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self.parameters if p.grad is not None]
         )
+        losses = torch.cat([out.loss.detach() for out in outs])
         inputs = [v.sum() for v in batch.values() if v.is_floating_point()]
-        if not math.isfinite(torch.stack([loss.detach(), norm, *inputs]).sum().item()):
-            raise NonFiniteError(explain_non_finite(self.step, batch, indices, out, self.objective))
+        if not math.isfinite(torch.stack([losses.mean(), norm, *inputs]).sum().item()):
+            whole = outs[0]._replace(loss=losses)
+            raise NonFiniteError(
+                explain_non_finite(self.step, batch, indices, whole, self.objective)
+            )
         if config.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
         for group in self.optimizer.param_groups:
@@ -249,7 +246,26 @@ class Trainer:
             after()
         self.ema.update(self.objective)
         self.step += 1
-        for name, value in {"loss": loss, "grad_norm": norm, **out.metrics}.items():
+        self._count({"loss": losses.mean(), "grad_norm": norm})
+        for out in outs:
+            self._count({k: v.detach() / len(outs) for k, v in out.metrics.items()})
+
+    def _backward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Any:
+        """Add the gradient of one part of a batch."""
+        with self._autocast():
+            out = self._forward(batch, generator)
+        count = len(next(iter(batch.values())))
+        if out.loss.shape != (count,):
+            raise ValueError(
+                f"an objective returns one loss per example, [{count}] here; "
+                f"got {list(out.loss.shape)}"
+            )
+        (out.loss.mean() / self.config.accumulate).backward()
+        return out
+
+    def _count(self, values: Mapping[str, Tensor]) -> None:
+        """Add to what the next row of metrics averages."""
+        for name, value in values.items():
             so_far = self._totals.get(name)
             self._totals[name] = value.detach() if so_far is None else so_far + value.detach()
 
@@ -385,3 +401,9 @@ class Trainer:
             return {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:  # not the main thread
             return {}
+
+
+def _parts(batch: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """A batch cut into ``count`` equal ones."""
+    pieces = {name: value.chunk(count) for name, value in batch.items()}
+    return [{name: piece[i] for name, piece in pieces.items()} for i in range(count)]

@@ -1,4 +1,4 @@
-"""Environments for diffpolicy: flat float32 observations, and scripted experts where there are any.
+"""Environments for diffpolicy: flat float32 observations, scripted experts, sequences to design.
 
 Importing this package registers the ids below with Gymnasium; ``module:id`` does both at once::
 
@@ -24,13 +24,18 @@ ENV_IDS = (
     "diffpolicy/FetchPush-v0",
     "diffpolicy/FetchReach-v0",
     "diffpolicy/FetchReachMoving-v0",
+    "diffpolicy/GB1-v0",
     "diffpolicy/KitchenBurner-v0",
     "diffpolicy/KitchenSlider-v0",
+    "diffpolicy/LacPromoter-v0",
     "diffpolicy/PointMazeLarge-v0",
     "diffpolicy/PointMazeMedium-v0",
     "diffpolicy/PointMazeUMaze-v0",
     "diffpolicy/PushT-v0",
     "diffpolicy/PushTDisturbed-v0",
+    "diffpolicy/RNAFolding-v0",
+    "diffpolicy/SpliceSite-v0",
+    "diffpolicy/TFBind8-v0",
 )
 """The ids this package registers."""
 
@@ -42,7 +47,8 @@ def _register() -> None:
     ant, kitchen = (f"diffpolicy_envs.d4rl_tasks:{name}Env" for name in ("AntMaze", "Kitchen"))
     slider = ["microwave", "kettle", "light switch", "slide cabinet"]  # complete and partial
     burner = ["microwave", "kettle", "bottom burner", "light switch"]  # mixed
-    entries: tuple[tuple[str, str, int, dict[str, object]], ...] = (
+    design = "diffpolicy_envs.sequences.env:SequenceDesignEnv"  # ends by itself after one step
+    entries: tuple[tuple[str, str, int | None, dict[str, object]], ...] = (
         ("AntMazeLarge", ant, 1000, {"simulator_id": "AntMaze_Large-v4", "goal_cell": [7, 10]}),
         ("AntMazeMedium", ant, 1000, {"simulator_id": "AntMaze_Medium-v4", "goal_cell": [6, 6]}),
         ("AntMazeUMaze", ant, 700, {"simulator_id": "AntMaze_UMaze-v4", "goal_cell": [3, 1]}),
@@ -57,6 +63,11 @@ def _register() -> None:
         ("PointMazeUMaze", maze, 300, {"simulator_id": "PointMaze_UMaze-v3"}),
         ("PushT", "diffpolicy_envs.pusht:PushTEnv", 300, {}),
         ("PushTDisturbed", "diffpolicy_envs.pusht_disturbed:PushTDisturbedEnv", 300, {}),
+        ("GB1", design, None, {"task": "gb1"}),
+        ("LacPromoter", design, None, {"task": "lac_promoter"}),
+        ("RNAFolding", design, None, {"task": "rna_folding"}),
+        ("SpliceSite", design, None, {"task": "splice_site"}),
+        ("TFBind8", design, None, {"task": "tfbind8"}),
     )
     for name, entry_point, steps, kwargs in entries:
         env_id = f"diffpolicy/{name}-v0"

@@ -10,10 +10,16 @@ from gymnasium.error import DependencyNotInstalled
 import diffpolicy_envs
 from diffpolicy_envs import simulators
 
+DESIGN = {
+    f"diffpolicy/{n}-v0" for n in ("GB1", "LacPromoter", "RNAFolding", "SpliceSite", "TFBind8")
+}
 
-def test_every_id_is_registered_with_a_time_limit() -> None:
+
+def test_every_id_is_registered_with_a_time_limit_or_ends_by_itself() -> None:
     for env_id in diffpolicy_envs.ENV_IDS:
-        assert gym.spec(env_id).max_episode_steps in (50, 100, 280, 300, 600, 700, 800, 1000)
+        limits = (None,) if env_id in DESIGN else (50, 100, 280, 300, 600, 700, 800, 1000)
+        assert gym.spec(env_id).max_episode_steps in limits
+    assert set(diffpolicy_envs.ENV_IDS) >= DESIGN
 
 
 def test_an_unknown_id_is_gymnasiums_error() -> None:
@@ -29,6 +35,7 @@ for name in ("mujoco", "gymnasium_robotics", "gym_pusht", "pymunk", "torch", "za
 import diffpolicy_envs, numpy
 assert diffpolicy_envs.observation_from_state(numpy.zeros((2, 5))).shape == (2, 26)
 import diffpolicy_envs.fetch, diffpolicy_envs.pointmaze, diffpolicy_envs.pusht
+import diffpolicy_envs.sequences
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

@@ -23,6 +23,7 @@ SMALL_NETWORKS = {
         "kernel_size": 3,
     },
     "transformer": {"type": "transformer", "width": 32, "depth": 2, "heads": 2},
+    "sequence_cnn": {"type": "sequence_cnn", "width": 16, "dilations": [1, 4], "stacks": 2},
 }
 
 

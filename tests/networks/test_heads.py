@@ -12,6 +12,7 @@ CONFIGS = {
     "value": {"horizon": 8, "dim": 3, "cond_dim": 5, "base": {"type": "mlp", "width": 16}},
     "draft": {"obs_dim": 4, "horizon": 8, "n_obs_steps": 2, "base": "transformer", "width": 16},
     "q_ensemble": {"cond_dim": 5, "horizon": 2, "action_dim": 3, "width": 8},
+    "sequence_regressor": {"length": 8, "vocab_size": 4, "outputs": 2, "width": 8, "depth": 1},
     "state_value": {"cond_dim": 5, "width": 8},
 }
 

@@ -8,7 +8,7 @@ SHAPE = {"horizon": 8, "dim": 2, "cond_dim": 4}
 
 
 def test_types():
-    assert set(NETWORKS) == {"anchored", "mlp", "transformer", "unet1d"}
+    assert set(NETWORKS) == {"anchored", "mlp", "sequence_cnn", "transformer", "unet1d"}
     assert isinstance(make_network({"type": "mlp", **SHAPE}), MLP)
     assert isinstance(make_network({"type": "unet1d", "down_dims": [16, 32], **SHAPE}), UNet1D)
     assert isinstance(
@@ -25,7 +25,7 @@ def test_config_is_left_alone():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"type": "resnet", **SHAPE}, r"one of anchored, mlp, transformer, unet1d; got 'resnet'"),
+        ({"type": "resnet", **SHAPE}, r"one of anchored, mlp, sequence_cnn.* unet1d; got 'resnet'"),
         (SHAPE, r"one of anchored, mlp.*got None"),
         ({"type": "mlp", "widht": 3, **SHAPE}, r"unknown key 'widht'.*did you mean 'width'"),
         ({"type": "mlp", "down_dims": [3], **SHAPE}, r"unknown key 'down_dims'.*it takes horizon"),

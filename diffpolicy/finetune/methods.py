@@ -1,0 +1,83 @@
+"""Reward tuning of masked sequences by name: the closed list that configs choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from diffpolicy.core.masked import MaskedDenoiser
+from diffpolicy.core.reveal import Relaxation
+from diffpolicy.finetune.advantages import PolicyGradient
+from diffpolicy.finetune.policy_gradient import PolicyGradientLoss
+from diffpolicy.finetune.reward import Reward, RewardLoss
+from diffpolicy.finetune.reward_chains import MaskedChain
+from diffpolicy.finetune.stepwise import Stepwise, StepwiseLoss
+from diffpolicy.finetune.weighted import WeightedDenoising, WeightedDenoisingLoss
+
+METHODS = ("pathwise", "policy_gradient", "weighted", "stepwise")
+
+
+def make_tuning(
+    config: Mapping[str, Any],
+    denoiser: MaskedDenoiser,
+    reward: Reward,
+    *,
+    batch_size: int,
+    reference: MaskedDenoiser | None = None,
+) -> nn.Module:
+    """The objective of a method, from plain values.
+
+    Args:
+        config: ``type`` (one of ``METHODS``), ``kl_weight`` and the settings of
+            :class:`~diffpolicy.finetune.reward_chains.MaskedChain` (and ``kl_warmup``),
+            :class:`~diffpolicy.finetune.advantages.PolicyGradient`,
+            :class:`~diffpolicy.finetune.weighted.WeightedDenoising` or
+            :class:`~diffpolicy.finetune.stepwise.Stepwise`.
+        denoiser: what is tuned.
+        reward: ``[B, L, V] -> [B]``; differentiable for ``pathwise``.
+        batch_size: rows of an update.
+        reference: frozen; ``None``: a copy of ``denoiser`` as it is now.
+
+    Raises:
+        ValueError: an unknown method or setting, with the valid ones.
+    """
+    values = dict(config)
+    kind = values.pop("type", None)
+    if kind == "pathwise":
+        return _pathwise(values, denoiser, reward, reference)
+    if kind == "policy_gradient":
+        settings = _settings(PolicyGradient, values, kind)
+        if settings.epochs > 1 and settings.rows is None:
+            settings = _settings(PolicyGradient, {**values, "rows": batch_size}, kind)
+        return PolicyGradientLoss(denoiser, reference, reward, settings)
+    if kind == "weighted":
+        weighted = _settings(WeightedDenoising, values, kind)
+        return WeightedDenoisingLoss(denoiser, reference, reward, weighted)
+    if kind == "stepwise":
+        return StepwiseLoss(denoiser, reference, reward, _settings(Stepwise, values, kind))
+    raise ValueError(f"unknown finetune type {kind!r}; expected one of {METHODS}")
+
+
+def _pathwise(
+    values: dict[str, Any],
+    denoiser: MaskedDenoiser,
+    reward: Reward,
+    reference: MaskedDenoiser | None,
+) -> RewardLoss:
+    weight, warmup = values.pop("kl_weight", 0.1), values.pop("kl_warmup", 0)
+    relaxation = _settings(Relaxation, values.pop("relaxation", None) or {}, "relaxation")
+    chain = _settings(MaskedChain, {**values, "relaxation": relaxation}, "pathwise")
+    return RewardLoss(
+        denoiser, reward, chain, kl_weight=weight, kl_warmup=warmup, reference=reference
+    )
+
+
+def _settings(kind: type[Any], values: Mapping[str, Any], what: str) -> Any:
+    known = [f.name for f in fields(kind)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{what} has no setting {unknown[0]!r}; it has {', '.join(known)}")
+    return kind(**values)

@@ -1,0 +1,88 @@
+"""Drawing from masked denoisers: a schedule of reveals, then the one sampling loop."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.core.masking import to_tokens
+from diffpolicy.core.reveal import Scheduled, one_by_one, reveal_schedule
+from diffpolicy.core.sampling import Trajectory, Transition, sample
+from diffpolicy.core.starts import Start, levels
+
+
+class Chain(NamedTuple):
+    """A batch of sequences drawn together, and how.
+
+    Attributes:
+        x0: final states ``[B, L, V + 1]``.
+        groups: the evaluation that revealed each position ``[B, L]``; of positions that were not
+            masked, without meaning.
+        transitions: of the loop, if recorded.
+    """
+
+    x0: Tensor
+    groups: Tensor
+    transitions: tuple[Transition, ...]
+
+
+def run_chain(
+    denoiser: BaseDenoiser,
+    start: Start,
+    *,
+    time_free: bool,
+    num_steps: int | None = None,
+    cond: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    record: bool = False,
+) -> Chain:
+    """Reveal every mask of ``start`` with hard draws.
+
+    Args:
+        denoiser: a masked denoiser, or guidance around one.
+        start: hard states ``[B, L, V + 1]`` and their level.
+        time_free: the denoiser does not depend on the level. Rows then advance on their own, in at
+            most ``min(num_steps, L)`` evaluations.
+        num_steps: steps of the grid of levels; ``None``: one position at a time, for denoisers
+            that are ``time_free``.
+        cond: ``[B, C]``.
+        generator: of reveal times and tokens, on the state's device.
+        record: keep the transitions.
+
+    Raises:
+        ValueError: ``num_steps=None`` with a denoiser that depends on the level.
+    """
+    mask_id = start.x.shape[-1] - 1
+    masked = to_tokens(start.x) == mask_id
+    if num_steps is None:
+        if not time_free:
+            raise ValueError(
+                "a denoiser that sees the noise level is drawn from on a grid of levels: give "
+                "num_steps, e.g. num_steps=128 (or train with time_free=True)"
+            )
+        groups = one_by_one(masked, generator)
+        count = max(1, int(masked.sum(1).max()))
+    else:
+        grid = levels(start, num_steps)
+        groups, count = reveal_schedule(
+            denoiser.process,  # type: ignore[arg-type]
+            grid,
+            masked,
+            generator,
+            compact=time_free,
+        )
+    out = sample(
+        denoiser,
+        Scheduled(groups),
+        start,
+        levels(start, count),
+        cond=cond,
+        generator=generator,
+        record=record,
+    )
+    if isinstance(out, Trajectory):
+        return Chain(out.x0, groups, out.transitions)
+    return Chain(out, groups, ())

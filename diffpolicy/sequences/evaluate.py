@@ -1,0 +1,281 @@
+"""One table row about generated sequences: rewards, divergence, diversity, closeness to the data.
+
+A reward alone invites hacking: the training oracle is reported beside a held-out one, and both
+beside how far the model has left its reference (DRAKES, Wang et al. 2025, section 6).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffpolicy.core.masking import one_hot
+from diffpolicy.core.starts import prior_start
+from diffpolicy.finetune.path_kl import categorical_kl
+from diffpolicy.sequences import metrics
+from diffpolicy.sequences.chains import Chain, run_chain
+from diffpolicy.sequences.exact import ExactLaw, StateSpace, divergence
+from diffpolicy.sequences.model import SequenceModel
+from diffpolicy.sequences.oracles import Oracles, score
+from diffpolicy.sequences.task import SequenceTask, check_tokens
+
+EXACT_STATES = 1_000_000
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Settings of :func:`evaluate_sequences`.
+
+    Args:
+        kmer: letters of the k-mers that are counted.
+        top_fraction: of the data, by label, that k-mers and profiles are compared with.
+        chains: sequences drawn to estimate the divergence from the reference.
+        num_steps: of these chains; ``None``: one position at a time.
+        elbo_draws: sets of masks per sequence for the likelihood.
+        exact: compute the divergence exactly where that is possible (seconds per call for 8-mers),
+            in place of estimating it by ``chains``.
+        seed: of both.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    kmer: int = 3
+    top_fraction: float = 0.01
+    chains: int = 512
+    num_steps: int | None = None
+    elbo_draws: int = 16
+    exact: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("kmer", "chains", "elbo_draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.top_fraction <= 1:
+            raise ValueError(f"top_fraction must be in (0, 1], got {self.top_fraction}")
+
+
+def evaluate_sequences(
+    model: SequenceModel | None,
+    task: SequenceTask,
+    tokens: Any,
+    *,
+    oracles: Oracles,
+    reference: SequenceModel,
+    data: tuple[Any, Any] | None = None,
+    settings: Evaluation | None = None,
+) -> dict[str, Any]:
+    """Everything there is to say about sequences drawn from a tuned model, as JSON values.
+
+    Args:
+        model: what they were drawn from, for its divergence from ``reference``; ``None`` for
+            methods that have no model of their own (best of N, particles), whose divergence is
+            then null.
+        task: says which sequences are valid.
+        tokens: ``[N, L]``.
+        oracles: the rewards.
+        reference: the pre-trained model.
+        data: sequences ``[M, L]`` with labels ``[M]``, whose top is compared with; ``None``: the
+            task's measurements.
+        settings: see :class:`Evaluation`.
+
+    Returns:
+        ``reward``, ``held_out`` and ``log_likelihood`` (a bound, under the reference) with
+        ``median``, ``q25``, ``q75`` and ``mean``; ``kl`` of the unconditional model to the
+        reference with ``kl_kind`` (``"exact"`` of sequences, for tables with at most a million
+        partially masked states; else ``"path"``, an upper bound of it) and its
+        ``kl_standard_error``; ``entropy`` per position in nats; ``diversity`` (mean Hamming
+        distance of two sequences); ``unique`` and ``valid`` fractions; ``kmer_correlation`` and
+        ``profile_correlation`` with the top of the data; ``wild_type_distance`` where the task
+        names a wild type. Undefined figures are null.
+
+    Raises:
+        ValueError: sequences of another size.
+    """
+    how = Evaluation() if settings is None else settings
+    check_tokens(tokens, task.alphabet, task.length, "tokens")
+    held = tokens.cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
+    if not len(held):
+        raise ValueError("there are no sequences to evaluate")
+    vocab_size = len(task.alphabet)
+    generator = torch.Generator(reference.device).manual_seed(how.seed)
+    bound = reference.log_likelihood(
+        torch.from_numpy(held), draws=how.elbo_draws, generator=generator
+    )
+    row: dict[str, Any] = {
+        "count": len(held),
+        "reward": metrics.quartiles(score(oracles.reward, held, vocab_size)),
+        "held_out": metrics.quartiles(score(oracles.held_out, held, vocab_size)),
+        "log_likelihood": metrics.quartiles(bound.double().cpu().numpy()),
+        "entropy": float(metrics.position_entropy(held, vocab_size).mean()),
+        "diversity": metrics.mean_pairwise_hamming(held, vocab_size),
+        "unique": metrics.unique_fraction(held),
+        "valid": float(np.asarray(task.valid(held)).mean()),
+        **_closeness(task, held, task.measurements() if data is None else data, how),
+        **_divergence(model, reference, task, how),
+    }
+    plain: dict[str, Any] = _finite(row)
+    return plain
+
+
+def _closeness(
+    task: SequenceTask, held: Any, data: tuple[Any, Any], how: Evaluation
+) -> dict[str, Any]:
+    vocab_size = len(task.alphabet)
+    top = metrics.top_sequences(np.asarray(data[0]), data[1], how.top_fraction)
+    kmer = min(how.kmer, task.length)
+    found: dict[str, Any] = {
+        "kmer_correlation": metrics.kmer_correlation(held, top, kmer, vocab_size),
+        "profile_correlation": metrics.profile_correlation(held, top, vocab_size),
+    }
+    wild_type = getattr(task, "wild_type", None)
+    if wild_type is not None:
+        letters = [task.alphabet.index(letter) for letter in wild_type]
+        found["wild_type_distance"] = float(metrics.hamming(held, letters).mean())
+    return found
+
+
+def _divergence(
+    model: SequenceModel | None, reference: SequenceModel, task: SequenceTask, how: Evaluation
+) -> dict[str, Any]:
+    if model is None:
+        return {"kl": None, "kl_kind": None, "kl_standard_error": None}
+    states = (len(task.alphabet) + 1) ** task.length
+    free = model.spec.time_free and reference.spec.time_free and how.num_steps is None
+    if how.exact and free and task.kind == "table" and states <= EXACT_STATES:
+        return {"kl": exact_kl(model, reference), "kl_kind": "exact", "kl_standard_error": 0.0}
+    generator = torch.Generator(model.device).manual_seed(how.seed)
+    found = path_kl(model, reference, how.chains, num_steps=how.num_steps, generator=generator)
+    error = float(found.std()) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+    return {"kl": float(found.mean()), "kl_kind": "path", "kl_standard_error": error}
+
+
+@torch.no_grad()
+def exact_kl(model: SequenceModel, reference: SequenceModel) -> float:
+    """``KL(p || p_reference)`` of the laws of sequences drawn one position at a time, in nats.
+
+    Models that were trained with a condition are taken unconditionally.
+
+    Raises:
+        ValueError: too many states, or models that depend on the noise level.
+    """
+    space = StateSpace(model.spec.vocab_size, model.spec.length)
+    laws = [ExactLaw.of(m.denoiser, space, cond=m.expand_cond(None, 1)) for m in (model, reference)]
+    return divergence(laws[0].p, laws[1].p)
+
+
+@torch.no_grad()
+def path_kl(
+    model: SequenceModel,
+    reference: SequenceModel,
+    size: int,
+    *,
+    num_steps: int | None = None,
+    cond: Tensor | None = None,
+    guidance: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The divergence of a model's chains from the reference's, one unbiased estimate per chain.
+
+    ``sum_steps g / m sum_{i masked} KL(p(x0_i | x_t) || p_reference(x0_i | x_t))`` where a step
+    reveals g of m masks (which ones is uniform): its mean is the KL of whole paths, an upper bound
+    of that of sequences.
+
+    Args:
+        model: whose chains are drawn, unguided or guided.
+        reference: scored on the same states, unconditionally.
+        size: chains.
+        num_steps: see :meth:`SequenceModel.draw`.
+        cond: of ``model``.
+        guidance: of ``model``.
+        generator: of the chains.
+
+    Returns:
+        ``[size]``, not negative.
+
+    Raises:
+        ValueError: as :meth:`SequenceModel.draw`; models of different sizes.
+    """
+    sizes = [(m.spec.vocab_size, m.spec.length) for m in (model, reference)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the models differ in (vocab_size, length): {sizes[0]} and {sizes[1]}")
+    denoiser = model.guided(guidance)
+    given = model.expand_cond(cond, size, guided=guidance is not None)
+    found = []
+    for rows in torch.split(torch.arange(size, device=model.device), ROWS):
+        blank = torch.full((len(rows), model.spec.length), model.spec.vocab_size)
+        x = one_hot(blank.to(model.device), model.spec.vocab_size)
+        chain = run_chain(
+            denoiser,
+            prior_start(model.denoiser.process, x),
+            time_free=model.spec.time_free,
+            num_steps=num_steps,
+            cond=None if given is None else given[rows],
+            generator=generator,
+            record=True,
+        )
+        found.append(_chain_kl(chain, reference))
+    return torch.cat(found)
+
+
+def _chain_kl(chain: Chain, reference: SequenceModel) -> Tensor:
+    total = torch.zeros(len(chain.x0), device=chain.x0.device)
+    cond = reference.expand_cond(None, len(chain.x0))
+    for step, transition in enumerate(chain.transitions):
+        log_p = transition.denoised.aux["log_p"]
+        t = transition.t.to(log_p.device, log_p.dtype)
+        log_q = reference.denoiser.log_probs(transition.x, t, cond)
+        masked = transition.x[..., -1] == 1
+        revealed = ((chain.groups == step) & masked).sum(1)
+        inner = (categorical_kl(log_p, log_q) * masked).sum(1)
+        total += inner * revealed / masked.sum(1).clamp_min(1)
+    return total
+
+
+def aggregate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows of several seeds as one: every number becomes its distribution over the seeds.
+
+    Args:
+        rows: of :func:`evaluate_sequences`, one per seed.
+
+    Returns:
+        The same nested keys, each with ``median``, ``q25``, ``q75``, ``mean``, ``std`` (of n - 1;
+        null for one seed) and the ``values``; null where a seed has no number; texts that all rows
+        share are kept.
+
+    Raises:
+        ValueError: no rows, or rows with different keys.
+    """
+    if not rows:
+        raise ValueError("there are no rows to aggregate")
+    if any(set(row) != set(rows[0]) for row in rows):
+        raise ValueError("the rows of different seeds must have the same keys")
+    return {key: _aggregate([row[key] for row in rows]) for key in rows[0]}
+
+
+def _aggregate(values: list[Any]) -> Any:
+    if isinstance(values[0], Mapping):
+        return aggregate(values)
+    if all(isinstance(v, (int, float)) for v in values):
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return {**metrics.quartiles(values), "std": std, "values": list(values)}
+    same = all(v == values[0] for v in values)
+    return values[0] if same else None
+
+
+def _finite(value: Any) -> Any:
+    """Nested values with null in place of numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+__all__ = ["Evaluation", "aggregate", "evaluate_sequences", "exact_kl", "path_kl"]

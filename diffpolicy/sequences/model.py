@@ -1,0 +1,465 @@
+"""The facade of masked sequence models: learn, draw, edit, score, save and load."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.core.guidance import ClassifierFreeGuidance
+from diffpolicy.core.masked import MaskedDenoiser
+from diffpolicy.core.masking import one_hot, to_tokens
+from diffpolicy.core.starts import prior_start, truncated_start
+from diffpolicy.finetune.masked import MaskedDenoisingLoss, elbo
+from diffpolicy.sequences.chains import run_chain
+from diffpolicy.sequences.spec import SequenceExamples, SequenceSpec, activity_classes
+from diffpolicy.sequences.task import MASK_LETTER, SequenceTask, check_tokens
+from diffpolicy.training.checkpoint import read_bundle, write_bundle
+from diffpolicy.training.policy_files import find_bundle
+from diffpolicy.training.settings import TrainerConfig
+from diffpolicy.training.trainer import Source, Trainer, TrainResult
+
+FORMAT, VERSION = "diffpolicy-sequences", 1
+ROWS = 512  # sequences drawn or scored at once: bounds the memory of the noise
+
+
+class SequenceModel:
+    """A masked diffusion model of sequences (MDLM, Sahoo et al. 2024).
+
+    Example:
+        >>> task = open_task("diffpolicy_envs:diffpolicy/TFBind8-v0")
+        >>> pretrained = SequenceModel.for_task(task, spec={"network": {"type": "mlp"}})
+        >>> pretrained.learn(task.training_data()[0], TrainerConfig(steps=4000), "runs/tfbind8")
+        >>> pretrained.decode(pretrained.draw(4))
+
+    Args:
+        spec: sizes and settings.
+        denoiser: with weights; ``None``: freshly initialised.
+        device: where the weights go.
+    """
+
+    last_training: TrainResult | None = None
+
+    def __init__(
+        self,
+        spec: SequenceSpec,
+        denoiser: MaskedDenoiser | None = None,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.spec = spec
+        self.denoiser = (spec.make_denoiser() if denoiser is None else denoiser).to(device).eval()
+
+    @classmethod
+    def for_task(
+        cls,
+        task: SequenceTask,
+        *,
+        spec: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> Self:
+        """An untrained model of a task's alphabet and length.
+
+        Args:
+            task: says the two.
+            spec: further entries of :class:`SequenceSpec`.
+            seed: of the initial weights.
+            device: where the weights live.
+
+        Raises:
+            ValueError: settings that do not fit together.
+        """
+        sizes = {"alphabet": task.alphabet, "length": task.length}
+        given = sorted(set(sizes) & set(spec or {}))
+        if given:
+            raise ValueError(f"the task says {', '.join(given)}: leave out of spec")
+        full = SequenceSpec.from_config({**(spec or {}), **sizes})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            denoiser = full.make_denoiser()
+        return cls(full, denoiser, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return next(self.denoiser.parameters(), torch.zeros(())).device
+
+    def copy(self) -> Self:
+        """The same model with weights of its own, e.g. to be tuned beside its reference."""
+        return type(self)(self.spec, copy.deepcopy(self.denoiser), device=self.device)
+
+    # ---------------------------------------------------------------- learning
+
+    def learn(
+        self,
+        tokens: Any,
+        config: TrainerConfig,
+        run_dir: str | os.PathLike[str],
+        *,
+        labels: Any = None,
+        cond: Tensor | None = None,
+        val_fraction: float = 0.02,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> Self:
+        """Train on sequences by masked cross-entropy; ends with the averaged (EMA) weights.
+
+        Args:
+            tokens: integers ``[N, L]``, array or tensor.
+            config: steps, batch size, learning rate, ...
+            run_dir: where metrics and checkpoints go.
+            labels: ``[N]``, from which ``spec.label_quantiles`` make the condition.
+            cond: the condition ``[N, C]`` itself.
+            val_fraction: fraction of the sequences held out for the validation loss.
+            resume: continue the run in ``run_dir`` exactly where it stopped.
+            overwrite: replace an earlier run in ``run_dir``.
+
+        Returns:
+            self; ``last_training`` tells the steps done, seconds, and whether it was interrupted.
+
+        Raises:
+            ValueError: sequences or conditions that do not fit the model.
+        """
+        check_tokens(tokens, self.spec.alphabet, self.spec.length, "tokens")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
+        held = torch.as_tensor(np.asarray(tokens), dtype=torch.int16)
+        given = self._training_cond(len(held), labels, cond)
+        order = torch.randperm(len(held), generator=torch.Generator().manual_seed(config.seed))
+        val_count = int(val_fraction * len(held))
+        parts = [
+            SequenceExamples(held[rows], None if given is None else given[rows])
+            for rows in (order[val_count:], order[:val_count])
+        ]
+        return self.fit(
+            MaskedDenoisingLoss(self.denoiser, cond_dropout=self.spec.cond_dropout),
+            parts[0],
+            config,
+            run_dir,
+            val_source=parts[1] if val_count else None,
+            resume=resume,
+            overwrite=overwrite,
+        )
+
+    def fit(
+        self,
+        objective: nn.Module,
+        source: Source,
+        config: TrainerConfig,
+        run_dir: str | os.PathLike[str],
+        *,
+        val_source: Source | None = None,
+        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> Self:
+        """Train with any objective that holds this model's denoiser as ``objective.denoiser``.
+
+        Reward tuning, for instance; the model ends with the averaged (EMA) weights.
+
+        Args:
+            objective: ``forward(batch, generator) -> LossOutput``.
+            source: examples for it; :class:`Draws` for objectives that draw their own.
+            config: settings of the trainer.
+            run_dir: where metrics and checkpoints go.
+            val_source: held-out examples.
+            evaluate: called with a model directory (for :meth:`load`) and the step; returns
+                metrics, of which ``score`` decides the best checkpoint.
+            resume: continue the run in ``run_dir``.
+            overwrite: replace it.
+
+        Raises:
+            ValueError: an objective that trains another denoiser.
+        """
+        if getattr(objective, "denoiser", None) is not self.denoiser:
+            raise ValueError(
+                f"{type(objective).__name__} must train this model's own denoiser: build it with "
+                "model.denoiser"
+            )
+        trainer = Trainer(
+            objective,
+            source,
+            config,
+            run_dir,
+            export=self._bundle,
+            val_source=val_source,
+            evaluate=evaluate,
+            resume=resume,
+            overwrite=overwrite,
+        )
+        self.last_training = trainer.fit()
+        objective.load_state_dict(self.last_training.ema)
+        self.denoiser.eval()
+        return self
+
+    def _training_cond(self, count: int, labels: Any, cond: Tensor | None) -> Tensor | None:
+        if labels is not None:
+            if cond is not None or not self.spec.label_quantiles:
+                raise ValueError(
+                    "labels become a condition through spec.label_quantiles, e.g. (0.9,) for the "
+                    "top decile; set it, and give either labels or cond"
+                )
+            cond = activity_classes(labels, self.spec.label_quantiles)
+        if cond is None and self.spec.cond_dim:
+            raise ValueError(
+                f"this model has cond_dim={self.spec.cond_dim}: give labels or cond [N, C]"
+            )
+        if cond is not None and tuple(cond.shape) != (count, self.spec.cond_dim):
+            raise ValueError(
+                f"the condition must be [{count}, {self.spec.cond_dim}], got {list(cond.shape)}"
+            )
+        return None if cond is None else cond.float()
+
+    # ---------------------------------------------------------------- drawing
+
+    @torch.no_grad()
+    def draw(
+        self,
+        size: int,
+        *,
+        num_steps: int | None = None,
+        cond: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """Sequences from the model's law.
+
+        Args:
+            size: how many.
+            num_steps: steps from all masks to none; ``None``: one position at a time, the exact
+                law of a ``time_free`` model.
+            cond: ``[C]`` or ``[size, C]``; left out, a model with ``cond_dropout`` is drawn from
+                unconditionally.
+            generator: of the draws, on the model's device; the global one when absent.
+            guidance: strength of classifier-free guidance; needs ``cond_dropout``.
+
+        Returns:
+            Tokens int64 ``[size, L]``.
+
+        Raises:
+            ValueError: a size below 1, or settings that the model was not trained for.
+        """
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        blank = torch.full((size, self.spec.length), self.spec.vocab_size, device=self.device)
+        return self._reveal(blank, None, num_steps, cond, generator, guidance)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        tokens: Tensor,
+        t_start: float,
+        *,
+        num_steps: int | None = None,
+        cond: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """Given sequences with part of their positions drawn anew (a truncated start).
+
+        Args:
+            tokens: ``[N, L]``.
+            t_start: level in (0, 1] that they are noised to: each position is masked with
+                probability ``m(t_start)``.
+            num_steps: steps from there; see :meth:`draw`.
+            cond: ``[C]`` or ``[N, C]``.
+            generator: of masks and draws.
+            guidance: strength of classifier-free guidance.
+
+        Returns:
+            Tokens int64 ``[N, L]``.
+
+        Raises:
+            ValueError: as :meth:`draw`; tokens of another size; a level outside (0, 1].
+        """
+        check_tokens(tokens, self.spec.alphabet, self.spec.length, "tokens")
+        if not len(tokens):
+            raise ValueError("there are no sequences to edit")
+        if not 0 < t_start <= 1:
+            raise ValueError(f"t_start must be in (0, 1], got {t_start}")
+        given = torch.as_tensor(tokens).to(self.device).long()
+        return self._reveal(given, t_start, num_steps, cond, generator, guidance)
+
+    def _reveal(
+        self,
+        tokens: Tensor,
+        t_start: float | None,
+        num_steps: int | None,
+        cond: Tensor | None,
+        generator: torch.Generator | None,
+        guidance: float | None,
+    ) -> Tensor:
+        denoiser = self.guided(guidance)
+        given = self.expand_cond(cond, len(tokens), guided=guidance is not None)
+        process = self.denoiser.process
+        found = []
+        for rows in torch.split(torch.arange(len(tokens), device=self.device), ROWS):
+            x = one_hot(tokens[rows], self.spec.vocab_size)
+            if t_start is None:
+                start = prior_start(process, x)
+            else:
+                noise = process.draw_noise(x.shape, generator, x)
+                start = truncated_start(process, x, t_start, noise)
+            chain = run_chain(
+                denoiser,
+                start,
+                time_free=self.spec.time_free,
+                num_steps=num_steps,
+                cond=None if given is None else given[rows],
+                generator=generator,
+            )
+            found.append(to_tokens(chain.x0))
+        return torch.cat(found)
+
+    def guided(self, guidance: float | None) -> BaseDenoiser:
+        """The denoiser, or classifier-free guidance around it.
+
+        Raises:
+            ValueError: guidance of a model that was not trained for it.
+        """
+        if guidance is None:
+            return self.denoiser
+        if not self.spec.cond_dropout:
+            raise ValueError(
+                f"guidance={guidance} needs a model trained with cond_dropout > 0 and a condition; "
+                "this one was trained without"
+            )
+        return ClassifierFreeGuidance(self.denoiser, guidance)
+
+    def expand_cond(
+        self, cond: Tensor | None, count: int, *, guided: bool = False
+    ) -> Tensor | None:
+        """The condition of ``count`` rows ``[count, C]``; zeros stand for none.
+
+        Raises:
+            ValueError: a condition of another size, or none where one is needed.
+        """
+        size = self.spec.cond_dim
+        if cond is None:
+            if not size:
+                return None
+            if guided or not self.spec.cond_dropout:
+                why = "guidance" if guided else "this model"
+                raise ValueError(f"{why} needs cond [C={size}], e.g. class_cond({size - 1})")
+            return torch.zeros(count, size, device=self.device)
+        if not size or cond.shape[-1] != size or cond.dim() > 2:
+            raise ValueError(f"cond must be [{size}] or [{count}, {size}], got {list(cond.shape)}")
+        return cond.to(self.device, torch.float32).expand(count, size)
+
+    def class_cond(self, index: int) -> Tensor:
+        """The condition ``[C]`` of a class of ``label_quantiles``, 0 the lowest."""
+        if not 0 <= index < self.spec.cond_dim:
+            raise ValueError(f"class must be 0..{self.spec.cond_dim - 1}, got {index}")
+        return torch.eye(self.spec.cond_dim, device=self.device)[index]
+
+    # ---------------------------------------------------------------- scoring
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        tokens: Tensor,
+        *,
+        draws: int = 16,
+        cond: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """An unbiased estimate of a lower bound of the log-likelihood, in nats, ``[N]``.
+
+        Args:
+            tokens: ``[N, L]``.
+            draws: sets of masks per sequence.
+            cond: ``[C]`` or ``[N, C]``.
+            generator: of the masks, on the model's device; ``None``: one seeded with 0, so that
+                two models are scored under the same masks.
+
+        Raises:
+            ValueError: tokens or condition of another size.
+        """
+        check_tokens(tokens, self.spec.alphabet, self.spec.length, "tokens")
+        given = torch.as_tensor(tokens).to(self.device).long()
+        conds = self.expand_cond(cond, len(given))
+        if generator is None:
+            generator = torch.Generator(self.device).manual_seed(0)
+        parts = [
+            elbo(
+                self.denoiser,
+                given[rows],
+                generator,
+                draws=draws,
+                cond=None if conds is None else conds[rows],
+            )
+            for rows in torch.split(torch.arange(len(given), device=self.device), ROWS)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, device=self.device)
+
+    # ---------------------------------------------------------------- letters
+
+    def encode(self, sequences: Sequence[str]) -> Tensor:
+        """Tokens int64 ``[N, L]`` of strings.
+
+        Raises:
+            ValueError: a letter outside the alphabet, or a string of another length.
+        """
+        token = {letter: i for i, letter in enumerate(self.spec.alphabet)}
+        for text in sequences:
+            if len(text) != self.spec.length:
+                raise ValueError(f"{text!r} has {len(text)} letters, expected {self.spec.length}")
+            wrong = sorted(set(text) - set(token))
+            if wrong:
+                raise ValueError(f"{text!r} holds {wrong[0]!r}, not one of {self.spec.alphabet!r}")
+        rows = [[token[letter] for letter in text] for text in sequences]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, self.spec.length)
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Strings of tokens ``[N, L]``; masks become ``_``."""
+        letters = self.spec.alphabet + MASK_LETTER
+        return ["".join(letters[i] for i in row) for row in torch.as_tensor(tokens).tolist()]
+
+    # ---------------------------------------------------------------- files
+
+    def _bundle(self, objective_state: Mapping[str, Tensor]) -> dict[str, Any]:
+        prefix = "denoiser."
+        weights = {
+            k.removeprefix(prefix): v for k, v in objective_state.items() if k.startswith(prefix)
+        }
+        return self._files(weights)
+
+    def _files(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        config = {"format": FORMAT, "version": VERSION, **self.spec.to_config()}
+        return {"config.json": config, "model.safetensors": dict(weights)}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the model as a directory: ``config.json``, weights, and their hashes."""
+        return write_bundle(path, self._files(self.denoiser.state_dict()))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
+        """Read a model directory, verifying every hash.
+
+        Raises:
+            ValueError: not a sequence model, or a damaged file.
+        """
+        files = read_bundle(path)
+        config = dict(files.get("config.json", {}))
+        if config.pop("format", None) != FORMAT or config.pop("version", None) != VERSION:
+            raise ValueError(f"{path} is not a diffpolicy sequence model of version {VERSION}")
+        spec = SequenceSpec.from_config(config)
+        denoiser = spec.make_denoiser()
+        denoiser.load_state_dict(files["model.safetensors"])
+        return cls(spec, denoiser, device=device)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+        """:meth:`load`, from a model, a checkpoint or a run directory.
+
+        Of a run, its best checkpoint, else its last.
+        """
+        return cls.load(find_bundle(path, FORMAT, "sequence model"), **options)

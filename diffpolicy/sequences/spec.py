@@ -1,0 +1,181 @@
+"""A masked sequence model as plain values, and its training examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffpolicy.core.masked import MaskedDenoiser
+from diffpolicy.core.masking import make_masking
+from diffpolicy.networks import make_network
+from diffpolicy.policies.base import settings_from
+from diffpolicy.sequences.task import check_alphabet
+
+
+@dataclass(frozen=True)
+class SequenceSpec:
+    """Everything about a masked sequence model but its weights: plain values, stored as JSON.
+
+    Args:
+        alphabet: one letter per token.
+        length: L.
+        cond_dim: size C of the condition; 0: unconditional. With ``label_quantiles``, their number
+            plus one (filled in if 0).
+        network: ``{"type": ..., sizes}`` for :func:`diffpolicy.networks.make_network`.
+        process: for :func:`diffpolicy.core.make_masking`.
+        time_free: the network does not see the noise level.
+        cond_dropout: fraction of examples trained without their condition.
+        label_quantiles: rising quantiles in (0, 1) of the labels, which divide training sequences
+            into classes; the condition is then the one-hot class.
+        env_id: the task it was trained for, if known.
+
+    Raises:
+        ValueError: values out of range, or that do not fit together.
+    """
+
+    alphabet: str
+    length: int
+    cond_dim: int = 0
+    network: Mapping[str, Any] = field(default_factory=lambda: {"type": "sequence_cnn"})
+    process: Mapping[str, Any] = field(default_factory=lambda: {"type": "masked_loglinear"})
+    time_free: bool = True
+    cond_dropout: float = 0.0
+    label_quantiles: tuple[float, ...] = ()
+    env_id: str | None = None
+
+    def __post_init__(self) -> None:
+        check_alphabet(self.alphabet)
+        if not isinstance(self.length, int) or self.length < 1:
+            raise ValueError(f"length must be a positive integer, got {self.length!r}")
+        object.__setattr__(self, "label_quantiles", tuple(self.label_quantiles))
+        if self.label_quantiles:
+            check_quantiles(self.label_quantiles)
+            classes = len(self.label_quantiles) + 1
+            if self.cond_dim not in (0, classes):
+                raise ValueError(
+                    f"{classes - 1} label_quantiles make {classes} classes, so cond_dim must be "
+                    f"{classes} (or left out), got {self.cond_dim}"
+                )
+            object.__setattr__(self, "cond_dim", classes)
+        if not 0 <= self.cond_dropout < 1:
+            raise ValueError(f"cond_dropout must be in [0, 1), got {self.cond_dropout}")
+        if self.cond_dropout and not self.cond_dim:
+            raise ValueError(
+                f"cond_dropout={self.cond_dropout} has no effect without a condition; set "
+                "label_quantiles or cond_dim, or leave it out"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of letters."""
+        return len(self.alphabet)
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> SequenceSpec:
+        """The inverse of :meth:`to_config`.
+
+        Raises:
+            ValueError: unknown or missing entries.
+        """
+        return settings_from(cls, config, "sequence model")
+
+    def make_denoiser(self) -> MaskedDenoiser:
+        """A denoiser with freshly initialised weights."""
+        sizes = {"horizon": self.length, "dim": self.vocab_size + 1, "cond_dim": self.cond_dim}
+        given = sorted(set(sizes) & set(self.network))
+        if given:
+            raise ValueError(f"the network takes {', '.join(given)} from the task: leave out")
+        network = make_network({**self.network, **sizes})
+        process = make_masking(self.process)
+        return MaskedDenoiser(network, process, self.vocab_size, time_free=self.time_free)
+
+
+class SequenceExamples:
+    """Sequences as a source of the trainer.
+
+    ``gather`` gives ``tokens`` int64 ``[B, L]`` and, if there are conditions, ``cond [B, C]``.
+
+    Args:
+        tokens: integers ``[N, L]``.
+        cond: ``[N, C]`` or None.
+    """
+
+    def __init__(self, tokens: Tensor, cond: Tensor | None = None) -> None:
+        if cond is not None and len(cond) != len(tokens):
+            raise ValueError(f"{len(tokens)} sequences need as many conditions, got {len(cond)}")
+        self.tokens, self.cond = tokens, cond
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def gather(self, indices: Tensor) -> dict[str, Tensor]:
+        """A batch."""
+        batch = {"tokens": self.tokens[indices].long()}
+        return batch if self.cond is None else {**batch, "cond": self.cond[indices]}
+
+
+class Draws:
+    """The source of objectives that draw their own sequences, as reward tuning does.
+
+    ``gather`` gives ``index`` int64 ``[B]`` and, with a condition, ``cond [B, C]``.
+
+    Args:
+        count: rows, at least the trainer's batch size; it only decides how long an epoch is.
+        cond: the condition ``[C]`` that all are drawn under, or None.
+
+    Raises:
+        ValueError: a count below 1, or a condition of another shape.
+    """
+
+    def __init__(self, count: int = 65_536, cond: Tensor | None = None) -> None:
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        if cond is not None and cond.dim() != 1:
+            raise ValueError(f"cond must be [C], got {list(cond.shape)}")
+        self.count, self.cond = count, cond
+
+    def __len__(self) -> int:
+        return self.count
+
+    def gather(self, indices: Tensor) -> dict[str, Tensor]:
+        """A batch."""
+        batch = {"index": indices}
+        if self.cond is not None:
+            batch["cond"] = self.cond.expand(len(indices), -1)
+        return batch
+
+
+def activity_classes(labels: Any, quantiles: Sequence[float]) -> Tensor:
+    """One-hot class ``[N, len(quantiles) + 1]`` of each label, lowest class first.
+
+    Args:
+        labels: ``[N]``.
+        quantiles: rising, in (0, 1); ``(0.9,)``: whether a label is in the top decile.
+
+    Raises:
+        ValueError: quantiles out of order or range, or labels that are not finite numbers.
+    """
+    check_quantiles(quantiles)
+    values = np.asarray(labels, dtype=np.float64)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"labels must be finite numbers [N], got {list(values.shape)}")
+    cuts = np.quantile(values, list(quantiles))
+    index = np.searchsorted(cuts, values, side="left")  # a label equal to a cut is below it
+    return torch.eye(len(quantiles) + 1)[torch.from_numpy(index)]
+
+
+def check_quantiles(quantiles: Sequence[float]) -> None:
+    """Raise ``ValueError`` unless quantiles rise within (0, 1)."""
+    rising = all(a < b for a, b in pairwise(quantiles))
+    if not len(quantiles) or not rising or not 0 < quantiles[0] <= quantiles[-1] < 1:
+        raise ValueError(f"quantiles must rise within (0, 1), got {list(quantiles)}")

@@ -1,0 +1,82 @@
+import gymnasium
+import numpy as np
+import pytest
+
+from diffpolicy.sequences import SequenceTask, check_task, open_task
+
+
+class OneStep(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(0.0, 0.0, (1,), np.float32)
+    action_space = gymnasium.spaces.MultiDiscrete([3] * 4)
+
+    def __init__(self, task) -> None:
+        self.task = task
+
+
+@pytest.fixture
+def register():
+    names = []
+
+    def make(task) -> str:
+        name = f"Sequence{len(names)}-v0"
+        gymnasium.register(name, entry_point=lambda: OneStep(task))
+        names.append(name)
+        return name
+
+    yield make
+    for name in names:
+        gymnasium.registry.pop(name)
+
+
+def test_a_task_by_its_id(register, table_task):
+    assert open_task(register(table_task)) is table_task
+
+
+def test_fake_tasks_are_tasks(table_task, measured_task):
+    for task in (table_task, measured_task):
+        assert isinstance(task, SequenceTask)
+        check_task(task)
+
+
+def test_an_environment_without_a_task():
+    with pytest.raises(ValueError, match="no task on sequences: its environment lacks task"):
+        open_task("CartPole-v1")
+
+
+def test_a_task_that_lacks_something(register):
+    class Half:
+        name, alphabet, length, kind = "half", "AB", 3, "table"
+
+    with pytest.raises(ValueError, match="lacks training_data, measurements, reward, valid"):
+        open_task(register(Half()))
+
+
+def test_unknown_ids_and_modules():
+    with pytest.raises(ValueError, match="module:Name-v0"):
+        open_task("Missing-v0")
+    with pytest.raises(ValueError, match="no_such_module"):
+        open_task("no_such_module:Missing-v0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alphabet": "AA"}, "all different"),
+        ({"alphabet": "A_"}, "none '_'"),
+        ({"length": 0}, "positive integer"),
+        ({"kind": "tabel"}, "kind must be one of"),
+        ({"alphabet": "AB"}, r"tokens 0\.\.1"),
+        ({"length": 5}, r"integers \[N, 5\]"),
+        ({"valid": lambda tokens: np.ones(len(tokens))}, "must give bool"),
+        ({"reward": lambda x: x.sum(2)}, r"reward\(x\) must be a tensor \[4\]"),
+        ({"reward": lambda x: x[..., 1].mean(1) / 0}, "not finite"),
+        ({"reward": lambda x: x.detach()[..., 1].mean(1)}, "black_box"),
+        ({"kind": "measured", "measurements": lambda: (np.zeros((2, 4), int), None)}, "labels"),
+        ({"training_data": lambda: (np.zeros((2, 4), int), np.full(2, np.nan))}, "labels"),
+    ],
+)
+def test_what_is_wrong_is_said(table_task, changes, message):
+    for name, value in changes.items():
+        setattr(table_task, name, value)
+    with pytest.raises(ValueError, match=message):
+        check_task(table_task)
