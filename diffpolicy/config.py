@@ -241,7 +241,11 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     return {str(k): v for k, v in values.items()}
 
 
-OPEN = ("learning.", *(f"policy.{n}." for n in ("selection", "returns", "heads", "rti", "anchors")))
+OPEN = (
+    *("learning.", "finetune.", "guidance.", "task.kwargs."),
+    *("oracles.network.", "oracles.trainer."),
+    *(f"policy.{n}." for n in ("selection", "returns", "heads", "rti", "anchors")),
+)
 """Sections whose keys are checked by what they configure, so that any may be given."""
 
 

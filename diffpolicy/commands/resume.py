@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from diffpolicy.commands.options import parse
 from diffpolicy.config import ConfigError, TrainConfig, build
+from diffpolicy.config_sequences import FinetuneConfig, SequenceTrainConfig
 
 
 def help_text() -> str:
@@ -32,6 +34,14 @@ def run(arguments: Sequence[str]) -> int:
     values = OmegaConf.to_container(OmegaConf.load(file))
     if not isinstance(values, dict):
         raise ConfigError(f"{file} does not hold a run's configuration")
-    config = build(TrainConfig, {str(k): v for k, v in values.items()})
-    config.run_dir = str(run_dir)  # a run may have been moved
-    return train(config, resume=True)
+    plain: dict[str, Any] = {str(k): v for k, v in values.items()}
+    plain["run_dir"] = str(run_dir)  # a run may have been moved
+    if "pretrained" in plain:
+        from diffpolicy.commands.finetune import finetune
+
+        return finetune(build(FinetuneConfig, plain), resume=True)
+    if "task" in plain:
+        from diffpolicy.commands.train_sequences import train_sequences
+
+        return train_sequences(build(SequenceTrainConfig, plain), resume=True)
+    return train(build(TrainConfig, plain), resume=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from diffpolicy.commands.options import groups_help
 from diffpolicy.commands.stores import env_spec, normalized, open_store
 from diffpolicy.config import ConfigError, EvaluationConfig, TrainConfig, config_dir, load_train
+from diffpolicy.config_sequences import SequenceTrainConfig, is_sequences, load_sequence_train
 
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 GROUPS = (
     "experiment",
+    "task",
     "algorithm",
     "env",
     "data",
@@ -45,6 +47,10 @@ usage: diffpolicy train [group=choice] [key=value] ...
 Trains a policy on demonstrations and evaluates it. An experiment is a tested set of choices;
 any of them can be overridden: diffpolicy train experiment=demo trainer.steps=2000
 
+With task=..., or an experiment of one, it trains a masked diffusion model of sequences instead, and
+the oracles of its reward; `diffpolicy finetune` goes on from there. `diffpolicy train task=tfbind8
+--print-config` shows what can be set.
+
 {groups_help(GROUPS)}
 
 settings:
@@ -65,11 +71,23 @@ def _indented(text: str) -> str:
 def run(arguments: Sequence[str]) -> int:
     """Compose the configuration and train."""
     overrides = [a for a in arguments if a != "--print-config"]
+    if is_sequences(overrides):
+        return _run_sequences(overrides, show=len(overrides) < len(arguments))
     config = load_train(overrides)
     if len(overrides) < len(arguments):
         print(_yaml(config))
         return 0
     return train(config)
+
+
+def _run_sequences(overrides: Sequence[str], *, show: bool) -> int:
+    from diffpolicy.commands.train_sequences import train_sequences
+
+    config = load_sequence_train(overrides)
+    if show:
+        print(_yaml(config))
+        return 0
+    return train_sequences(config)
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> int:
@@ -408,7 +426,7 @@ def _check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
         )
 
 
-def _yaml(config: TrainConfig) -> str:
+def _yaml(config: TrainConfig | SequenceTrainConfig) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))

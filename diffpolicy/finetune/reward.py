@@ -36,7 +36,11 @@ class Finished(NamedTuple):
 
 
 class RewardChain(Protocol):
-    """A way to sample with a graph; see :mod:`diffpolicy.finetune.reward_chains`."""
+    """A way to sample with a graph; see :mod:`diffpolicy.finetune.reward_chains`, ``plan_chain``.
+
+    A chain that cannot run with a reference has an attribute ``kl_problem``: why not, and what to
+    do; ``None``: it can.
+    """
 
     def run(
         self,
@@ -100,6 +104,9 @@ class RewardLoss(nn.Module):
                 f"kl_weight and kl_warmup must not be negative, got {kl_weight}, {kl_warmup}"
             )
         chain.check(denoiser)
+        problem = getattr(chain, "kl_problem", None) if kl_weight > 0 else None
+        if problem is not None:
+            raise ValueError(problem)
         self.denoiser = denoiser
         self.reference = frozen_copy(denoiser) if reference is None else reference
         own = {id(p) for p in self.reference.parameters()}

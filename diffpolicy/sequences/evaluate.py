@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, score
 from diffpolicy.sequences.task import SequenceTask, check_tokens
 
-EXACT_STATES = 1_000_000
 ROWS = 256
 
 
@@ -46,6 +45,8 @@ class Evaluation:
     Raises:
         ValueError: values out of range.
     """
+
+    EXACT_STATES: ClassVar[int] = 1_000_000
 
     kmer: int = 3
     top_fraction: float = 0.01
@@ -150,7 +151,7 @@ def _divergence(
         return {"kl": None, "kl_kind": None, "kl_standard_error": None}
     states = (len(task.alphabet) + 1) ** task.length
     free = model.spec.time_free and reference.spec.time_free and how.num_steps is None
-    if how.exact and free and task.kind == "table" and states <= EXACT_STATES:
+    if how.exact and free and task.kind == "table" and states <= how.EXACT_STATES:
         return {"kl": exact_kl(model, reference), "kl_kind": "exact", "kl_standard_error": 0.0}
     generator = torch.Generator(model.device).manual_seed(how.seed)
     found = path_kl(model, reference, how.chains, num_steps=how.num_steps, generator=generator)

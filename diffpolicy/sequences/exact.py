@@ -159,7 +159,8 @@ class ExactLaw:
 class ExactScores(NamedTuple):
     """Exact figures of a tuned law; all are floats.
 
-    ``J = E[r] - kl_weight KL(p || p_ref)``; ``progress = (J - J_ref) / (J_best - J_ref)``.
+    ``J = E[r] - kl_weight KL(p || p_ref)``; ``progress = (J - J_ref) / (J_best - J_ref)``, nan
+    where there is nothing to gain.
     """
 
     reward: float
@@ -193,7 +194,8 @@ def exact_scores(p: Tensor, p_reference: Tensor, reward: Tensor, kl_weight: floa
     mean, kl = float((p * r).sum()), divergence(p, p_reference)
     j = mean - kl_weight * kl
     entropy = -float(torch.special.xlogy(p, p).sum())
-    progress = (j - j_ref) / (j_best - j_ref) if j_best > j_ref else math.nan
+    gain = j_best - j_ref
+    progress = (j - j_ref) / gain if gain > 1e-12 * max(1.0, abs(j_ref)) else math.nan
     return ExactScores(mean, kl, entropy, j, j_ref, j_best, progress, divergence(p, best))
 
 

@@ -6,7 +6,6 @@ All are drawn without a window and without global state; the same input gives th
 from __future__ import annotations
 
 import csv
-import importlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,32 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from diffpolicy.sequences.logos import COLORS, LogoArtist, check_profiles, import_matplotlib
 from diffpolicy.sequences.metrics import hacking_warning
 
-_PIP = 'pip install "diffpolicy[media]"'
 _DPI = 120
-_COLORS = tuple(
-    f"tab:{name}" for name in "blue orange green red purple brown pink gray olive cyan".split()
-)
 _MARKERS = "osD^vPX"
-_NUCLEOTIDES = {"A": "#109648", "C": "#255c99", "G": "#f7a600", "T": "#d62839", "U": "#d62839"}
-# Amino acids by chemistry: polar, amide, basic, acidic, hydrophobic.
-_AMINO_ACIDS = {
-    letter: color
-    for letters, color in (
-        ("GSTYC", "#109648"),
-        ("NQ", "#7b3294"),
-        ("KRH", "#255c99"),
-        ("DE", "#d62839"),
-        ("AVLIPWFM", "#222222"),
-    )
-    for letter in letters
-}
 _CURVES = ("reward", "held_out", "kl")
 
-Floats = npt.NDArray[np.float64]
 Series = tuple[list[float], list[float]]
 
 
@@ -104,8 +85,8 @@ def plot_front(
 
 
 def _draw_method(axis: Any, method: str, rows: list[Mapping[str, Any]], number: int) -> None:
-    color = _COLORS[number % len(_COLORS)]
-    marker = _MARKERS[number // len(_COLORS) % len(_MARKERS)]
+    color = COLORS[number % len(COLORS)]
+    marker = _MARKERS[number // len(COLORS) % len(_MARKERS)]
     placed = [row for row in rows if _finite(row.get("kl"))]
     if not placed:
         level = float(np.median([row["reward"] for row in rows]))
@@ -226,12 +207,12 @@ def plot_curves(metrics: str | Path, path: str | Path, *, title: str = "") -> Pa
         _finish(axis)
     axes[-1].set_xlabel("update")
     if title:
-        figure.suptitle(title)
+        figure.suptitle(title, fontsize=10)
     return _save(figure, path)
 
 
 def _draw_curve(axis: Any, curves: Mapping[str, Series], name: str, label: str | None) -> None:
-    color = _COLORS[_CURVES.index(name)]
+    color = COLORS[_CURVES.index(name)]
     steps, values = curves[name]
     axis.plot(steps, values, marker="o", markersize=3, color=color, label=label)
     low, high = curves.get(f"{name}_q25"), curves.get(f"{name}_q75")
@@ -240,40 +221,6 @@ def _draw_curve(axis: Any, curves: Mapping[str, Series], name: str, label: str |
 
 
 # ------------------------------------------------------------------ sequence logos
-
-
-def information(profile: npt.ArrayLike) -> Floats:
-    """Information content of every position in bits, ``log2 V - entropy``, ``[L]``.
-
-    Without a correction for few sequences (Schneider and Stephens 1990, equation 3).
-
-    Args:
-        profile: frequencies ``[L, V]``.
-    """
-    p = np.asarray(profile, dtype=np.float64)
-    found: Floats = np.log2(p.shape[1]) + (p * np.log2(np.where(p > 0, p, 1.0))).sum(1)
-    return found
-
-
-def check_profiles(profiles: Mapping[str, Any], alphabet: str) -> dict[str, Floats]:
-    """Profiles as float64 arrays.
-
-    Raises:
-        ValueError: none at all, of different sizes, or with rows that do not sum to 1.
-    """
-    found = {name: np.asarray(p, dtype=np.float64) for name, p in profiles.items()}
-    if not found:
-        raise ValueError("a logo needs at least one profile")
-    length = len(next(iter(found.values())))
-    for name, p in found.items():
-        if p.shape != (length, len(alphabet)) or not length:
-            raise ValueError(
-                f"the profile {name!r} must be [{length or 'L'}, {len(alphabet)}] (positions, "
-                f"letters of {alphabet!r}), got {list(p.shape)}"
-            )
-        if not (np.isfinite(p).all() and (p >= 0).all() and np.abs(p.sum(1) - 1).max() < 1e-3):
-            raise ValueError(f"the rows of the profile {name!r} must be frequencies that sum to 1")
-    return found
 
 
 def plot_logo(
@@ -312,63 +259,21 @@ def plot_logo(
     width = math.ceil(length / rows)
     count = rows * len(checked)
     figure, axes = _figure(path, max(4.0, 0.25 * width + 1), 1.3 * count + 0.4, panels=count)
-    glyphs = {letter: _glyph(letter) for letter in alphabet}
-    colors = _letter_colors(alphabet)
+    artist = LogoArtist(alphabet)
     for number, axis in enumerate(axes):
         row, which = divmod(number, len(checked))
         name, p = list(checked.items())[which]
         start, stop = row * width, min((row + 1) * width, length)
-        for letter, outline in _stack(p, start, stop, alphabet, glyphs).items():
-            (patches,) = _modules("patches")
-            axis.add_patch(patches.PathPatch(outline, color=colors[letter], linewidth=0))
+        artist.draw(axis, p, start, stop)
         axis.set_xlim(start + 0.5, start + width + 0.5)
-        axis.set_ylim(0, math.log2(len(alphabet)))
         axis.set_ylabel("bits")
         axis.set_title(name, fontsize=9, loc="left")
         every = 1 if width <= 20 else 5
         axis.set_xticks([i for i in range(start + 1, stop + 1) if i % every == 0 or i == start + 1])
         axis.spines[["top", "right"]].set_visible(False)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(title, fontsize=10)
     return _save(figure, path)
-
-
-def _stack(p: Floats, start: int, stop: int, alphabet: str, glyphs: Mapping[str, Any]) -> Any:
-    """Per letter all its outlines in positions ``start .. stop`` as one path, rarest at the foot."""
-    (paths,) = _modules("path")
-    placed: dict[str, list[Any]] = {}
-    heights = p * information(p)[:, None]
-    for position in range(start, stop):
-        foot = 0.0
-        for token in np.argsort(heights[position], kind="stable"):
-            height, letter = float(heights[position, token]), alphabet[token]
-            if height > 1e-3:
-                shape = glyphs[letter]
-                vertices = shape.vertices * [0.94, height] + [position + 0.53, foot]
-                placed.setdefault(letter, []).append(paths.Path(vertices, shape.codes))
-            foot += height
-    return {letter: paths.Path.make_compound_path(*found) for letter, found in placed.items()}
-
-
-def _glyph(letter: str) -> Any:
-    """The outline of a letter that fills the unit square (a narrow one stays narrow)."""
-    path, fonts, text = _modules("path", "font_manager", "textpath")
-    font = fonts.FontProperties(family="DejaVu Sans", weight="bold")
-    outline = text.TextPath((0, 0), letter, size=1, prop=font)
-    if not len(outline.vertices):  # a letter without ink
-        return path.Path.unit_rectangle()
-    box = outline.get_extents()
-    width = max(box.width, 0.5 * box.height)
-    left = (box.x0 + box.x1 - width) / 2
-    vertices = (outline.vertices - [left, box.y0]) / [width, box.height]
-    return path.Path(vertices, outline.codes)
-
-
-def _letter_colors(alphabet: str) -> dict[str, str]:
-    for known in (_NUCLEOTIDES, _AMINO_ACIDS):
-        if set(alphabet.upper()) <= set(known):
-            return {letter: known[letter.upper()] for letter in alphabet}
-    return {letter: _COLORS[i % len(_COLORS)] for i, letter in enumerate(alphabet)}
 
 
 # ------------------------------------------------------------------ what they share
@@ -378,7 +283,7 @@ def _figure(path: str | Path, width: float, height: float, *, panels: int = 0) -
     """A figure with one axis, or a list of ``panels`` axes below each other."""
     if Path(path).suffix != ".png":
         raise ValueError(f"pictures are PNG files: expected a name that ends in .png, got {path}")
-    figure_module, canvas_module = _modules("figure", "backends.backend_agg")
+    figure_module, canvas_module = import_matplotlib("figure", "backends.backend_agg")
     figure = figure_module.Figure(figsize=(width, height), layout="constrained")
     canvas_module.FigureCanvasAgg(figure)
     axes = figure.subplots(panels or 1, 1, squeeze=False)[:, 0]
@@ -416,19 +321,9 @@ def _number(cell: str | None) -> float:
         return math.nan
 
 
-def _modules(*names: str) -> tuple[Any, ...]:
-    try:
-        # Figures without pyplot: no global state, and never a window.
-        return tuple(importlib.import_module(f"matplotlib.{name}") for name in names)
-    except ImportError as error:
-        raise ImportError(f"pictures need matplotlib, which cannot be imported: {_PIP}") from error
-
-
 __all__ = [
     "Warned",
-    "check_profiles",
     "curve_columns",
-    "information",
     "plot_curves",
     "plot_front",
     "plot_logo",

@@ -40,16 +40,16 @@ def shaken(network, seed=0, scale=0.2):
 
 
 def denoiser_of(kind="mlp", *, process=None, time_free=False, cond_dim=0, **settings):
-    network = make_network(
-        {"type": kind, **settings}, horizon=L, dim=V + 1, cond_dim=cond_dim
-    )
+    sizes = {"horizon": L, "dim": V + 1, "cond_dim": cond_dim}
+    torch.manual_seed(0)
+    network = make_network({"type": kind, **sizes, **settings})
     return MaskedDenoiser(shaken(network), process or LogLinear(), V, time_free=time_free)
 
 
 SMALL = {
     "mlp": {"width": 16, "depth": 1},
     "transformer": {"width": 16, "depth": 1, "heads": 2},
-    "sequence_cnn": {"width": 16, "blocks": 1},
+    "sequence_cnn": {"width": 16, "kernel_size": 3, "dilations": (1, 2)},
 }
 networks = pytest.mark.parametrize("kind", list(SMALL))
 
@@ -104,8 +104,9 @@ def test_on_a_grid_it_answers_the_same(kind, time_free, rows, states):
     for row in range(4):
         direct = denoiser(x, t[row].float().expand(3, 1, 1))
         answer = on_grid(row, x, None)
-        torch.testing.assert_close(answer.x0_hat, direct.x0_hat)
-        torch.testing.assert_close(answer.aux["log_p"], direct.aux["log_p"])
+        close = {"rtol": 1e-4, "atol": 1e-4}  # float32 levels, embedded as t * 1000
+        torch.testing.assert_close(answer.x0_hat, direct.x0_hat, **close)
+        torch.testing.assert_close(answer.aux["log_p"], direct.aux["log_p"], **close)
 
 
 def test_relaxed_states_give_the_expectation_over_independent_draws():
@@ -161,7 +162,7 @@ class TestGuidance:
         t = torch.rand(2, rows, 1, 1, generator=seeded(), dtype=torch.float64)
         answer = guidance.on_grid(t)(1, x, self.cond)
         direct = guidance(x, t[1].float(), self.cond)
-        torch.testing.assert_close(answer.aux["log_p"], direct.aux["log_p"])
+        torch.testing.assert_close(answer.aux["log_p"], direct.aux["log_p"], rtol=1e-4, atol=1e-4)
 
     def test_needs_a_condition(self, states):
         guidance = ClassifierFreeGuidance(denoiser_of(cond_dim=2, **SMALL["mlp"]), 2.0)

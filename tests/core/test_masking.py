@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from diffpolicy.core import Cosine, LogLinear, Start, levels, prior_start, truncated_start, warm_start
+from diffpolicy.core import (
+    Cosine,
+    LogLinear,
+    Start,
+    levels,
+    prior_start,
+    truncated_start,
+    warm_start,
+)
 from diffpolicy.core.masking import MASKING, hard_one_hot, make_masking, one_hot, to_tokens
 
 PROCESSES = [LogLinear(), LogLinear(eps=0.001), Cosine()]

@@ -66,3 +66,33 @@ def all_paths(vocab_size, length, num_steps=None):
 
 def sequences(vocab_size, length):
     return torch.tensor(list(itertools.product(range(vocab_size), repeat=length)))
+
+
+class Multilinear(Table):
+    """A table that relaxed states interpolate: logits are the mean over draws of each position."""
+
+    def forward(self, x, t, cond=None):
+        x = x.to(self.logits.dtype)
+        weights = x[:, 0]
+        for i in range(1, x.shape[1]):
+            weights = (weights.unsqueeze(-1) * x[:, i].unsqueeze(1)).flatten(1)
+        return (weights @ self.logits.flatten(1)).view(len(x), *self.logits.shape[1:])
+
+
+def multilinear_denoiser(vocab_size=2, length=3, *, process=None, time_free=True, **settings):
+    network = Multilinear(vocab_size, length, **{"dtype": torch.float64, **settings})
+    return MaskedDenoiser(network, process or LogLinear(), vocab_size, time_free=time_free)
+
+
+class TableReward:
+    """A reward for every sequence, interpolated in the same way."""
+
+    def __init__(self, vocab_size, length, *, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.values = torch.randn(vocab_size**length, generator=g, dtype=torch.float64)
+
+    def __call__(self, x):
+        weights = x[:, 0]
+        for i in range(1, x.shape[1]):
+            weights = (weights.unsqueeze(-1) * x[:, i].unsqueeze(1)).flatten(1)
+        return weights.double() @ self.values

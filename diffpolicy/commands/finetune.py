@@ -1,0 +1,276 @@
+"""`diffpolicy finetune`: a pre-trained sequence model tuned by a reward, or guided to it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffpolicy.commands.options import groups_help
+from diffpolicy.commands.train import pick_device
+from diffpolicy.commands.train_sequences import (
+    check_new,
+    configured_oracles,
+    open_configured,
+    summary,
+    trainer_settings,
+    write_config,
+)
+from diffpolicy.config import ConfigError, build, config_dir
+from diffpolicy.config_sequences import FinetuneConfig, SequenceTrainConfig, load_finetune
+
+if TYPE_CHECKING:
+    from diffpolicy.sequences.guided import GuidedDraws
+    from diffpolicy.sequences.model import SequenceModel
+    from diffpolicy.sequences.oracles import Oracles
+    from diffpolicy.sequences.report import TuningResult
+    from diffpolicy.sequences.task import SequenceTask
+
+GROUPS = ("finetune", "guidance", "trainer")
+
+
+def help_text() -> str:
+    """The text of `diffpolicy finetune --help`."""
+    settings = (config_dir() / "finetune.yaml").read_text().split("experiment: null\n")[1].strip()
+    indented = "\n".join("    " + line for line in settings.splitlines())
+    return f"""\
+usage: diffpolicy finetune [group=choice] [key=value] ...
+       diffpolicy finetune compare RUN [RUN ...] output=DIR
+
+Tunes a sequence model of `diffpolicy train task=...` so that its sequences have a high reward and
+stay probable under it; or, with finetune=none, only draws under guidance. For instance
+
+    diffpolicy train experiment=tfbind8
+    diffpolicy finetune experiment=tfbind8_drakes
+    diffpolicy finetune experiment=tfbind8_drakes finetune=none guidance=smc run_dir=runs/smc
+
+{groups_help(GROUPS)}
+
+settings (also finetune.KEY, guidance.KEY, trainer.KEY):
+{indented}
+
+--print-config shows the composed configuration and stops.
+Results: RUN/report.md with pictures, report.json, metrics.csv, checkpoints/. The last line printed
+is `RESULT {{json}}`."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Compose the configuration and tune."""
+    if arguments and arguments[0] == "compare":
+        return compare(arguments[1:])
+    overrides = [a for a in arguments if a != "--print-config"]
+    config = load_finetune(overrides)
+    if len(overrides) < len(arguments):
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+        return 0
+    return finetune(config)
+
+
+def finetune(config: FinetuneConfig, *, resume: bool = False) -> int:
+    """Run one tuning, from the pre-trained model to a report."""
+    from diffpolicy.sequences.report import read_report, write_report
+
+    began = time.perf_counter()
+    run_dir = Path(config.run_dir)
+    check_new(run_dir, overwrite=config.overwrite, resume=resume)
+    device = pick_device(config.device, config.threads)
+    base = pretraining(config.pretrained)
+    pretrained = _pretrained(config.pretrained, device)
+    _check(config, pretrained)
+    task = open_configured(base)
+    oracles = configured_oracles(base, task, Path(config.pretrained), device)
+    write_config(run_dir, config)
+    model, train_s = pretrained, 0.0
+    if config.finetune["type"] != "none":
+        from diffpolicy.sequences.tuning import tune
+
+        tuned = tune(
+            pretrained,
+            oracles,
+            {**config.finetune, "kl_weight": config.kl_weight},
+            trainer_settings(config.trainer, config.seed),
+            run_dir,
+            eval_draws=config.eval_draws,
+            num_steps=config.num_steps,
+            resume=resume,
+            overwrite=config.overwrite,
+        )
+        if tuned.interrupted:
+            print(f"stopped; continue with `diffpolicy resume {run_dir}`")
+            return 130
+        model, train_s = tuned.model, tuned.train_s
+    result = evaluated(config, (pretrained, model), task, oracles, train_s)
+    report = read_report(write_report(run_dir, result))
+    if report["warning"]:
+        print(f"warning: since update {report['warning']['step']}: {report['warning']['message']}")
+    exact = result.exact or {}
+    short = {
+        "task": config.name,
+        "train_s": round(train_s, 1),
+        **summary(dict(result.after)),
+        **{k: round(v, 4) for k, v in exact.items() if k in ("progress", "objective")},
+        **{k: result.cost[k] for k in ("nfe", "reward_calls")},
+        "total_s": round(time.perf_counter() - began, 1),
+    }
+    print("RESULT " + json.dumps(short))
+    return 0
+
+
+def pretraining(run_dir: str) -> SequenceTrainConfig:
+    """The configuration that a pre-trained run was made with."""
+    from omegaconf import OmegaConf
+
+    file = Path(run_dir) / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(
+            f"no pre-trained model in {run_dir}: make it with `diffpolicy train "
+            f"experiment={Path(run_dir).name}`, or set pretrained=RUN"
+        )
+    values = OmegaConf.to_container(OmegaConf.load(file))
+    if not isinstance(values, dict) or "task" not in values:
+        raise ConfigError(f"{run_dir} is no run of a sequence task; set pretrained=RUN")
+    return build(SequenceTrainConfig, {str(k): v for k, v in values.items()})
+
+
+def _pretrained(run_dir: str, device: Any) -> SequenceModel:
+    from diffpolicy.sequences.model import SequenceModel
+
+    return SequenceModel.from_pretrained(run_dir, device=device)
+
+
+def _check(config: FinetuneConfig, model: SequenceModel) -> None:
+    """Find what is wrong with the settings before anything runs."""
+    from diffpolicy.finetune.methods import METHODS, make_tuning
+    from diffpolicy.sequences.guided import check_guidance
+
+    trainer = trainer_settings(config.trainer, config.seed)
+    check_guidance(config.guidance, model)
+    if config.finetune.get("type") not in ("none", *METHODS):
+        raise ConfigError(
+            f"unknown finetune.type {config.finetune.get('type')!r}; expected one of "
+            f"{('none', *METHODS)}"
+        )
+    if config.finetune["type"] != "none":
+        make_tuning(
+            {**config.finetune, "kl_weight": config.kl_weight},
+            model.copy().denoiser,
+            lambda x: x.sum((1, 2)),
+            batch_size=trainer.batch_size,
+        )
+    elif config.guidance["type"] == "none":
+        raise ConfigError("finetune=none and guidance=none leave nothing to do; choose one")
+    if config.num_steps is None and not model.spec.time_free:
+        raise ConfigError("this model sees the noise level: set num_steps=K")
+
+
+def evaluated(
+    config: FinetuneConfig,
+    models: tuple[SequenceModel, SequenceModel],
+    task: SequenceTask,
+    oracles: Oracles,
+    train_s: float,
+) -> TuningResult:
+    """Every figure of the pre-trained model's and the tuned model's sequences."""
+    from diffpolicy.sequences.evaluate import Evaluation, evaluate_sequences
+    from diffpolicy.sequences.report import TuningResult, best_sequences
+    from diffpolicy.sequences.tuning import can_be_exact, exactly
+
+    pretrained, model = models
+    plain = config.guidance["type"] == "none"
+    known = plain and can_be_exact(model, task) and config.kl_weight > 0
+    exact = exactly(model, pretrained, task, config.kl_weight) if known else None
+    settings = Evaluation(seed=config.seed, num_steps=config.num_steps, exact=not known)
+    before = _draw(config, pretrained, {"type": "none"}, oracles)
+    began = time.perf_counter()
+    after = _draw(config, model, config.guidance, oracles)
+    draw_s = time.perf_counter() - began
+    rows = [
+        evaluate_sequences(
+            owner,
+            task,
+            drawn.tokens.cpu(),
+            oracles=oracles,
+            reference=pretrained,
+            settings=settings,
+        )
+        for owner, drawn in ((None, before), (model if plain else None, after))
+    ]
+    if exact is not None:
+        rows[1] |= {"kl": exact.scores.kl, "kl_kind": "exact", "kl_standard_error": 0.0}
+    updates = 0 if config.finetune["type"] == "none" else int(config.trainer["steps"])
+    return TuningResult(
+        task=task.name,
+        method=_method(config),
+        seed=config.seed,
+        before=rows[0],
+        after=rows[1],
+        alphabet=task.alphabet,
+        profiles=_profiles(task, before.tokens, after.tokens, settings.top_fraction),
+        setting=f"kl_weight={config.kl_weight}" if updates else "",
+        settings=asdict(config),
+        cost={
+            "nfe": after.nfe,
+            "reward_calls": after.reward_calls,
+            "wall_s": draw_s / config.draws,
+            "updates": updates,
+            "train_s": train_s,
+        },
+        exact=None if exact is None else exact.scores._asdict(),
+        best=best_sequences(after.tokens, oracles, task.alphabet),
+        optimum=() if exact is None else exact.front,
+    )
+
+
+def _method(config: FinetuneConfig) -> str:
+    """The name of the run without its task: what its table calls it."""
+    parts = [config.finetune["type"], config.guidance["type"]]
+    chosen = [part for part in parts if part != "none"]
+    return config.method or "+".join(chosen)
+
+
+def _draw(
+    config: FinetuneConfig, model: SequenceModel, guidance: Mapping[str, Any], oracles: Oracles
+) -> GuidedDraws:
+    import torch
+
+    from diffpolicy.sequences.guided import draw_guided
+
+    generator = torch.Generator(model.device).manual_seed(config.seed)
+    return draw_guided(
+        model,
+        guidance,
+        oracles.reward,
+        config.draws,
+        num_steps=config.num_steps,
+        generator=generator,
+    )
+
+
+def _profiles(task: SequenceTask, before: Any, after: Any, fraction: float) -> dict[str, Any]:
+    from diffpolicy.sequences.metrics import profile, top_sequences
+    from diffpolicy.sequences.report import PRETRAINED, TOP, TUNED
+
+    size = len(task.alphabet)
+    top = top_sequences(*task.measurements(), fraction)
+    return {
+        PRETRAINED: profile(before.cpu().numpy(), size),
+        TUNED: profile(after.cpu().numpy(), size),
+        TOP: profile(top, size),
+    }
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """`diffpolicy finetune compare RUN... output=DIR`."""
+    from diffpolicy.sequences.comparison import compare_report
+
+    runs = [a for a in arguments if "=" not in a]
+    options = dict(a.split("=", 1) for a in arguments if "=" in a)
+    if not runs or set(options) != {"output"}:
+        raise ConfigError("usage: diffpolicy finetune compare RUN [RUN ...] output=DIR")
+    print(compare_report(runs, options["output"]).with_suffix(".md").read_text())
+    return 0

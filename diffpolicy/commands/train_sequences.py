@@ -1,0 +1,154 @@
+"""`diffpolicy train` of sequence tasks: a masked diffusion model, and oracles of its reward."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffpolicy.commands.train import pick_device
+from diffpolicy.config import ConfigError, build
+from diffpolicy.config_sequences import SequenceTrainConfig
+
+if TYPE_CHECKING:
+    from diffpolicy.sequences.model import SequenceModel
+    from diffpolicy.sequences.oracles import Oracles
+    from diffpolicy.sequences.task import SequenceTask
+
+
+def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int:
+    """Run one pre-training, from the task's data to a report."""
+    from diffpolicy.sequences.model import SequenceModel
+
+    began = time.perf_counter()
+    run_dir = Path(config.run_dir)
+    check_new(run_dir, overwrite=config.overwrite, resume=resume)
+    device = pick_device(config.device, config.threads)
+    trainer = trainer_settings(config.trainer, config.seed)
+    trainer_settings(config.oracles.trainer, config.oracles.seed, "oracles.trainer.")
+    task = open_configured(config)
+    model = SequenceModel.for_task(task, spec=_spec(config), seed=config.seed, device=device)
+    tokens, labels = task.training_data()
+    if config.label_quantiles and labels is None:
+        raise ConfigError(f"{config.task.name} has no labels, so label_quantiles has no effect")
+    write_config(run_dir, config)
+    model.learn(
+        tokens,
+        trainer,
+        run_dir,
+        labels=labels if config.label_quantiles else None,
+        val_fraction=config.val_fraction,
+        resume=resume,
+        overwrite=config.overwrite,
+    )
+    training = model.last_training
+    assert training is not None
+    if training.interrupted:
+        print(f"stopped at step {training.step}; continue with `diffpolicy resume {run_dir}`")
+        return 130
+    oracles = configured_oracles(config, task, run_dir, device, overwrite=config.overwrite)
+    row = _report(config, model, task, oracles)
+    (run_dir / "report.json").write_text(json.dumps(row, indent=1) + "\n")
+    short = {
+        "task": config.name,
+        "train_s": round(training.train_s, 1),
+        **summary(row["metrics"]),
+        "total_s": round(time.perf_counter() - began, 1),
+    }
+    print("RESULT " + json.dumps(short))
+    return 0
+
+
+def open_configured(config: SequenceTrainConfig) -> SequenceTask:
+    """The task of a configuration."""
+    from diffpolicy.sequences.task import open_task
+
+    return open_task(config.task.id, **config.task.kwargs)
+
+
+def configured_oracles(
+    config: SequenceTrainConfig,
+    task: SequenceTask,
+    run_dir: Path,
+    device: Any,
+    *,
+    overwrite: bool = False,
+) -> Oracles:
+    """The rewards of a run: those kept in ``RUN/oracles``, trained first if they are not there."""
+    from diffpolicy.sequences.oracles import train_oracles
+
+    settings = config.oracles
+    return train_oracles(
+        task,
+        run_dir / "oracles",
+        trainer_settings(settings.trainer, settings.seed, "oracles.trainer."),
+        seed=settings.seed,
+        network=settings.network,
+        surrogate=settings.surrogate,
+        overwrite=overwrite,
+        device=device,
+    )
+
+
+def trainer_settings(values: dict[str, Any], seed: int, where: str = "trainer.") -> Any:
+    """Settings of a trainer, with a clear error for an unknown one."""
+    from diffpolicy.training.settings import TrainerConfig
+
+    return build(TrainerConfig, {**values, "seed": seed}, where)
+
+
+def check_new(run_dir: Path, *, overwrite: bool, resume: bool) -> None:
+    """Raise unless a run may be written to ``run_dir``."""
+    if (run_dir / "checkpoints").exists() and not resume and not overwrite:
+        raise ConfigError(
+            f"{run_dir} already holds a run; continue it with `diffpolicy resume {run_dir}`, "
+            "replace it with overwrite=true, or choose another run_dir"
+        )
+
+
+def write_config(run_dir: Path, config: Any) -> None:
+    """Keep the configuration beside the run."""
+    from omegaconf import OmegaConf
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+
+
+def summary(row: dict[str, Any]) -> dict[str, Any]:
+    """The figures of an evaluation that a RESULT line shows."""
+    out: dict[str, Any] = {}
+    for name in ("reward", "held_out", "log_likelihood"):
+        out[name] = _rounded(row[name]["median"])
+    for name in ("kl", "kmer_correlation", "profile_correlation", "diversity", "valid"):
+        out[name] = _rounded(row[name])
+    return out
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _spec(config: SequenceTrainConfig) -> dict[str, Any]:
+    return {
+        "network": config.network,
+        "process": config.process,
+        "time_free": config.time_free,
+        "label_quantiles": tuple(config.label_quantiles),
+        "cond_dropout": config.cond_dropout,
+        "env_id": config.task.id,
+    }
+
+
+def _report(
+    config: SequenceTrainConfig, model: SequenceModel, task: SequenceTask, oracles: Oracles
+) -> dict[str, Any]:
+    import torch
+
+    from diffpolicy.sequences.evaluate import evaluate_sequences
+
+    generator = torch.Generator(model.device).manual_seed(config.seed)
+    tokens = model.draw(config.draws, generator=generator).cpu()
+    row = evaluate_sequences(None, task, tokens, oracles=oracles, reference=model)
+    return {"name": config.name, "metrics": row, "oracles": dict(oracles.report)}

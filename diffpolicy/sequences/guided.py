@@ -1,0 +1,145 @@
+"""Sequences under guidance by name: the closed list that configs choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.classifier import RewardGuidance
+from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.core.masking import one_hot, to_tokens
+from diffpolicy.core.particles import PARTICLE_METHODS, make_particle_method
+from diffpolicy.core.starts import prior_start
+from diffpolicy.sequences.chains import run_chain
+from diffpolicy.sequences.model import ROWS, SequenceModel
+from diffpolicy.sequences.oracles import Reward
+
+GUIDANCE = ("none", "cfg", "reward", *PARTICLE_METHODS)
+
+
+class GuidedDraws(NamedTuple):
+    """Sequences, and what each of them cost.
+
+    Attributes:
+        tokens: int64 ``[N, L]``.
+        nfe: network evaluations per sequence.
+        reward_calls: reward evaluations per sequence.
+    """
+
+    tokens: Tensor
+    nfe: int
+    reward_calls: int
+
+
+def check_guidance(config: Mapping[str, Any], model: SequenceModel) -> None:
+    """Raise ``ValueError`` unless sequences of ``model`` can be drawn under this guidance."""
+    values = dict(config)
+    kind = values.pop("type", None)
+    if kind not in GUIDANCE:
+        raise ValueError(f"unknown guidance type {kind!r}; expected one of {GUIDANCE}")
+    known = {"none": (), "cfg": ("scale", "class_index"), "reward": ("scale", "mode")}
+    if kind in known:
+        wrong = sorted(set(values) - set(known[kind]))
+        if wrong:
+            raise ValueError(f"guidance {kind!r} has no setting {wrong[0]!r}; it has {known[kind]}")
+    else:
+        make_particle_method(kind, **values)
+    if kind == "cfg":
+        model.guided(values.get("scale", 1.0))
+        model.class_cond(_class(values, model))
+
+
+def draw_guided(
+    model: SequenceModel,
+    config: Mapping[str, Any],
+    reward: Reward,
+    size: int,
+    *,
+    num_steps: int | None = None,
+    generator: torch.Generator,
+) -> GuidedDraws:
+    """Sequences under guidance.
+
+    Args:
+        model: what is guided; without a class it is taken unconditionally.
+        config: ``type`` (one of ``GUIDANCE``) and its settings.
+        reward: ``[B, L, V] -> [B]``; with a gradient for ``reward`` (but ``mode="exact"``) and
+            ``tds``.
+        size: how many.
+        num_steps: of their chains; ``None``: one position at a time.
+        generator: of everything random.
+
+    Raises:
+        ValueError: as :func:`check_guidance`.
+    """
+    check_guidance(config, model)
+    values = dict(config)
+    kind = values.pop("type")
+    evaluations = _evaluations(model, num_steps)
+    if kind in ("none", "cfg"):
+        scale = values.get("scale") if kind == "cfg" else None
+        cond = model.class_cond(_class(values, model)) if kind == "cfg" else None
+        tokens = model.draw(
+            size, num_steps=num_steps, cond=cond, guidance=scale, generator=generator
+        )
+        return GuidedDraws(tokens, evaluations * (2 if kind == "cfg" else 1), 0)
+    if kind == "reward":
+        guided = RewardGuidance(model.denoiser, reward, **values)
+        calls = guided.reward_calls(model.spec.length, model.spec.vocab_size)
+        drawn = _chains(model, guided, size, num_steps, generator)
+        return GuidedDraws(drawn, evaluations, calls * evaluations)
+    method = make_particle_method(kind, **values)
+    found, nfe, calls = [], 0, 0
+    rows = max(1, ROWS // method.chains)
+    for count in [rows] * (size // rows) + [size % rows] * (size % rows > 0):
+        shape = (count, model.spec.length, model.spec.vocab_size + 1)
+        part = method.draw(
+            model.denoiser,
+            reward,
+            shape,
+            num_steps=num_steps,
+            cond=model.expand_cond(None, count),
+            generator=generator,
+        )
+        found.append(to_tokens(part.x0))
+        nfe, calls = part.nfe, part.reward_calls
+    return GuidedDraws(torch.cat(found), nfe, calls)
+
+
+@torch.no_grad()
+def _chains(
+    model: SequenceModel,
+    denoiser: BaseDenoiser,
+    size: int,
+    num_steps: int | None,
+    generator: torch.Generator,
+) -> Tensor:
+    found = []
+    for rows in torch.split(torch.arange(size), ROWS):
+        blank = torch.full((len(rows), model.spec.length), model.spec.vocab_size)
+        x = one_hot(blank.to(model.device), model.spec.vocab_size)
+        chain = run_chain(
+            denoiser,
+            prior_start(model.denoiser.process, x),
+            time_free=model.spec.time_free,
+            num_steps=num_steps,
+            cond=model.expand_cond(None, len(rows)),
+            generator=generator,
+        )
+        found.append(to_tokens(chain.x0))
+    return torch.cat(found)
+
+
+def _class(values: Mapping[str, Any], model: SequenceModel) -> int:
+    index = int(values.get("class_index", -1))
+    return index + model.spec.cond_dim if index < 0 else index
+
+
+def _evaluations(model: SequenceModel, num_steps: int | None) -> int:
+    length = model.spec.length
+    if num_steps is None:
+        return length
+    return min(num_steps, length) if model.spec.time_free else num_steps

@@ -1,0 +1,158 @@
+"""Tuning a pre-trained sequence model by a reward, with the same trainer as everything else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from diffpolicy.finetune.methods import make_tuning
+from diffpolicy.sequences.evaluate import Evaluation, path_kl
+from diffpolicy.sequences.exact import (
+    ExactLaw,
+    ExactScores,
+    StateSpace,
+    divergence,
+    exact_scores,
+    optimum,
+)
+from diffpolicy.sequences.model import SequenceModel
+from diffpolicy.sequences.oracles import Oracles, score
+from diffpolicy.sequences.spec import Draws
+from diffpolicy.sequences.task import SequenceTask
+from diffpolicy.training.settings import TrainerConfig, mix_seed
+
+
+class Tuned(NamedTuple):
+    """A tuned model and how it went.
+
+    Attributes:
+        model: with the last (averaged) weights.
+        interrupted: whether it was stopped before its last step.
+        train_s: seconds.
+    """
+
+    model: SequenceModel
+    interrupted: bool
+    train_s: float
+
+
+def tune(
+    pretrained: SequenceModel,
+    oracles: Oracles,
+    method: Mapping[str, Any],
+    config: TrainerConfig,
+    run_dir: str | os.PathLike[str],
+    *,
+    eval_draws: int = 256,
+    num_steps: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Tuned:
+    """Tune a copy of ``pretrained``, which is the reference of the divergence.
+
+    At every evaluation of the trainer, rewards of both oracles and the path KL are logged.
+
+    Args:
+        pretrained: left as it is. One with classes is tuned unconditionally.
+        oracles: the reward, and the one that is only watched.
+        method: see :func:`diffpolicy.finetune.methods.make_tuning`.
+        config: of the trainer; ``batch_size`` is how many sequences an update draws.
+        run_dir: metrics and checkpoints.
+        eval_draws: sequences of an evaluation.
+        num_steps: of their chains; ``None``: one position at a time.
+        resume: continue the run in ``run_dir``.
+        overwrite: replace it.
+
+    Raises:
+        ValueError: unknown settings, or ones that do not fit.
+    """
+    model = pretrained.copy()
+    objective = make_tuning(
+        method,
+        model.denoiser,
+        oracles.reward,
+        batch_size=config.batch_size,
+        reference=pretrained.copy().denoiser,
+    ).to(model.device)
+    blank = model.expand_cond(None, 1)
+    source = Draws(max(65_536, config.batch_size), None if blank is None else blank[0].cpu())
+    watch = _Watch(pretrained, oracles, eval_draws, num_steps, config.seed)
+    model.fit(
+        objective,
+        source,
+        config,
+        run_dir,
+        evaluate=watch,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    training = model.last_training
+    assert training is not None
+    return Tuned(model, training.interrupted, training.train_s)
+
+
+class _Watch:
+    """What is measured of every checkpoint, on the same noise each time."""
+
+    def __init__(
+        self,
+        pretrained: SequenceModel,
+        oracles: Oracles,
+        draws: int,
+        num_steps: int | None,
+        seed: int,
+    ) -> None:
+        self.pretrained, self.oracles = pretrained, oracles
+        self.draws, self.num_steps, self.seed = draws, num_steps, seed
+
+    def __call__(self, path: Path, step: int) -> Mapping[str, float]:
+        model = SequenceModel.load(path, device=self.pretrained.device)
+        generator = torch.Generator(model.device).manual_seed(mix_seed(self.seed, 0xE7A1))
+        tokens = model.draw(self.draws, num_steps=self.num_steps, generator=generator).cpu()
+        vocab_size = model.spec.vocab_size
+        kl = path_kl(
+            model, self.pretrained, self.draws, num_steps=self.num_steps, generator=generator
+        )
+        return {
+            "eval/reward": float(score(self.oracles.reward, tokens, vocab_size).mean()),
+            "eval/held_out": float(score(self.oracles.held_out, tokens, vocab_size).mean()),
+            "eval/kl": float(kl.mean()),
+        }
+
+
+def can_be_exact(model: SequenceModel, task: SequenceTask) -> bool:
+    """Whether the law of ``model`` and its reward can be computed for every sequence."""
+    states = (len(task.alphabet) + 1) ** task.length
+    return task.kind == "table" and model.spec.time_free and states <= Evaluation.EXACT_STATES
+
+
+class Exact(NamedTuple):
+    """What is known exactly of a tuned model.
+
+    Attributes:
+        scores: reward, divergence and progress.
+        front: ``(KL, E[r])`` of the best laws for weights from 1 down to 0.01.
+    """
+
+    scores: ExactScores
+    front: list[tuple[float, float]]
+
+
+@torch.no_grad()
+def exactly(
+    model: SequenceModel, reference: SequenceModel, task: SequenceTask, kl_weight: float
+) -> Exact:
+    """Exact figures of a tuned model (see :func:`can_be_exact`)."""
+    space = StateSpace(model.spec.vocab_size, model.spec.length)
+    p, q = (
+        ExactLaw.of(m.denoiser, space, cond=m.expand_cond(None, 1)).p for m in (model, reference)
+    )
+    tokens = space.states[space.sequences]
+    reward = torch.from_numpy(score(task.reward, tokens, space.vocab_size))
+    laws = [optimum(q, reward, float(weight)) for weight in torch.logspace(0, -2, 24)]
+    front = [(divergence(law, q), float((law * reward).sum())) for law in laws]
+    return Exact(exact_scores(p, q, reward, kl_weight), front)
