@@ -2,12 +2,13 @@
 
     python scripts/tfbind8_table.py phase=tune file=path/to/tfbind8.npz
     python scripts/tfbind8_table.py phase=test
+    python scripts/tfbind8_table.py phase=gradients
 
 `phase=tune` tries the candidates of every method on two other transcription factors, CRX and PAX6
 (one seed), and keeps the best mean progress; `phase=test` runs the kept ones on SIX6, which ships,
 with new seeds, at the same number of updates and rewards per update. Both continue where they
-stopped; cells are in `work`. Progress is (J - J_pre) / (J* - J_pre) with J = E[r] - kl_weight KL,
-all exact.
+stopped; cells are in `work`. `phase=gradients` compares gradient estimators with the exact gradient
+of J. Progress is (J - J_pre) / (J* - J_pre) with J = E[r] - kl_weight KL, all exact.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from diffpolicy.commands.options import parse
 from diffpolicy.config_sequences import load_finetune, load_sequence_train
+from diffpolicy.finetune.methods import make_tuning
+from diffpolicy.sequences.exact import ExactLaw, StateSpace
 from diffpolicy.sequences.model import SequenceModel
-from diffpolicy.sequences.oracles import train_oracles
+from diffpolicy.sequences.oracles import score, train_oracles
 from diffpolicy.sequences.task import open_task
 from diffpolicy.sequences.tuning import exactly, tune
 from diffpolicy.training.settings import TrainerConfig
@@ -37,58 +41,60 @@ DEFAULTS: dict[str, Any] = {
     "file": None,
     "methods": None,
     "kl_weights": [0.1, 0.05],
-    "updates": 1000,
-    "tune_updates": 500,
+    "updates": 800,
+    "tune_updates": 300,
     "batch_size": 256,
     "seeds": 3,
     "output": None,
     "threads": 1,
 }
 TASK = "diffpolicy_envs:diffpolicy/TFBind8-v0"
+RELAXED = "finetune.relaxation.relaxed_steps=4"
 TUNING_TABLES = ("CRX_REF_R1", "PAX6_REF_R1")
 TEST_TABLE = "SIX6_REF_R1"
 
 
 class Candidate(NamedTuple):
-    """One way to run a method."""
+    """One way to run a method; ``kl_factor`` times the weight that is scored is trained with."""
 
     method: str
     label: str
     overrides: tuple[str, ...]
+    kl_factor: float = 1.0
 
 
 def candidates() -> list[Candidate]:
-    """What is tried per method: equally many each."""
-    rates = ("2e-3", "5e-3")
-    grid: dict[str, tuple[str, list[tuple[str, ...]]]] = {
-        "drakes_gumbel": (
-            "drakes",
-            [
-                (
-                    "finetune.relaxation.straight_through=false",
-                    "finetune.relaxation.backward=gumbel",
-                    f"finetune.relaxation.gumbel_temperature={t}",
-                )
-                for t in (0.3, 0.6)
-            ],
-        ),
-        "drakes": (
-            "drakes",
-            [(f"finetune.relaxation.backward={b}",) for b in ("probabilities", "reinmax")],
-        ),
-        "policy_gradient": (
-            "policy_gradient",
-            [("finetune.kl=path",), ("finetune.kl=path", "finetune.epochs=2")],
-        ),
-        "wdce": ("wdce", [("finetune.min_ess=0.1",), ("finetune.min_ess=0.3",)]),
-        "vidd": ("vidd", [("finetune.min_ess=null",), ("finetune.min_ess=0.3",)]),
-        "sdpo": ("sdpo", [("finetune.group_size=8",), ("finetune.group_size=32",)]),
-    }
+    """What is tried per method: three ways each."""
+    soft = (
+        "finetune=drakes",
+        "finetune.relaxation.straight_through=false",
+        "finetune.relaxation.backward=gumbel",
+    )
+    reinmax = ("finetune=drakes", "finetune.relaxation.backward=reinmax")
+    probabilities = ("finetune=drakes", "finetune.relaxation.backward=probabilities")
+    gumbel = "finetune.relaxation.gumbel_temperature"
+    ess, group = "finetune.min_ess", "finetune.group_size"
+    fast, slow = "trainer.lr=5e-3", "trainer.lr=2e-3"
+    gradient = ("finetune=policy_gradient",)
     return [
-        Candidate(name, f"{number}-{rate}", (f"finetune={kind}", *extra, f"trainer.lr={rate}"))
-        for name, (kind, settings) in grid.items()
-        for number, extra in enumerate(settings)
-        for rate in rates
+        Candidate("drakes", "probabilities", (*probabilities, fast), 1.15),
+        Candidate("drakes", "reinmax", (*reinmax, fast)),
+        Candidate("drakes", "reinmax-kl1.15", (*reinmax, fast), 1.15),
+        Candidate("wdce", "ess0.1", ("finetune=wdce", f"{ess}=0.1", fast)),
+        Candidate("wdce", "ess0.3", ("finetune=wdce", f"{ess}=0.3", fast)),
+        Candidate("wdce", "ess0.1-slow", ("finetune=wdce", f"{ess}=0.1", slow)),
+        Candidate("drakes_gumbel", "0.3", (*soft, f"{gumbel}=0.3", fast)),
+        Candidate("drakes_gumbel", "0.6", (*soft, f"{gumbel}=0.6", fast)),
+        Candidate("drakes_gumbel", "0.3-last4", (*soft, f"{gumbel}=0.3", RELAXED, fast)),
+        Candidate("policy_gradient", "fast", (*gradient, fast)),
+        Candidate("policy_gradient", "faster", (*gradient, "trainer.lr=1e-2")),
+        Candidate("policy_gradient", "reused", (*gradient, "finetune.epochs=2", fast)),
+        Candidate("vidd", "all", ("finetune=vidd", fast)),
+        Candidate("vidd", "ess0.3", ("finetune=vidd", f"{ess}=0.3", fast)),
+        Candidate("vidd", "all-slow", ("finetune=vidd", slow)),
+        Candidate("sdpo", "8", ("finetune=sdpo", f"{group}=8", fast)),
+        Candidate("sdpo", "32", ("finetune=sdpo", f"{group}=32", fast)),
+        Candidate("sdpo", "32-slow", ("finetune=sdpo", f"{group}=32", slow)),
     ]
 
 
@@ -149,7 +155,7 @@ class Bench:
         tuned = tune(
             start,
             oracles,
-            {**config.finetune, "kl_weight": kl_weight},
+            {**config.finetune, "kl_weight": kl_weight * candidate.kl_factor},
             TrainerConfig(**trainer),
             self.work / "runs" / name,
             eval_draws=16,
@@ -164,6 +170,7 @@ class Bench:
             "method": candidate.method,
             "label": candidate.label,
             "overrides": list(candidate.overrides),
+            "kl_factor": candidate.kl_factor,
             "updates": updates,
             "reward_evaluations": updates * size,
             "wall_s": time.perf_counter() - began,
@@ -205,11 +212,90 @@ def tuning(bench: Bench, options: dict[str, Any]) -> dict[str, Any]:
 def testing(bench: Bench, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The chosen candidates on the test table."""
     choices = json.loads((bench.work / "tuning.json").read_text())["chosen"]
-    for candidate in wanted(options):
-        if choices.get(candidate.method) == candidate.label:
-            for kl_weight in options["kl_weights"]:
-                for seed in range(1, 1 + int(options["seeds"])):
-                    yield bench.cell(TEST_TABLE, seed, kl_weight, candidate, options["updates"])
+    chosen = [c for c in wanted(options) if choices.get(c.method) == c.label]
+    for kl_weight in options["kl_weights"]:
+        for candidate in chosen:
+            for seed in range(1, 1 + int(options["seeds"])):
+                yield bench.cell(TEST_TABLE, seed, kl_weight, candidate, options["updates"])
+
+
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    **{
+        f"gumbel_{t}": {"type": "pathwise", "relaxation": {"gumbel_temperature": t}}
+        for t in (0.2, 0.5, 1.0)
+    },
+    **{
+        f"straight_through_{b}": {
+            "type": "pathwise",
+            "relaxation": {"straight_through": True, "backward": b},
+        }
+        for b in ("gumbel", "probabilities", "reinmax")
+    },
+    "straight_through_probabilities_no_reference_graph": {
+        "type": "pathwise",
+        "relaxation": {"straight_through": True, "backward": "probabilities"},
+        "reference_graph": False,
+    },
+    "policy_gradient_path": {"type": "policy_gradient", "kl": "path"},
+    "policy_gradient_reward": {"type": "policy_gradient", "kl": "reward"},
+}
+
+
+def gradients(bench: Bench, options: dict[str, Any], *, batches: int = 40) -> list[dict[str, Any]]:
+    """Cosine and size of every estimator's mean gradient, and of single batches, to the exact one.
+
+    At a model a little off the reference, where the divergence has a gradient too.
+    """
+    task, start, size = bench.task(TEST_TABLE), bench.pretrained(TEST_TABLE, 1), 256
+    kl_weight = float(options["kl_weights"][0])
+    moved = start.copy()
+    noise = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in moved.denoiser.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=noise))
+    space = StateSpace(4, 8)
+    tokens = space.states[space.sequences]
+    reward = torch.from_numpy(score(task.reward, tokens, 4))
+    with torch.no_grad():
+        reference = ExactLaw.of(start.denoiser, space)
+    law = ExactLaw.of(moved.denoiser, space)
+    objective = (law.p * reward).sum() - kl_weight * law.path_kl(reference)
+    parameters = list(moved.denoiser.parameters())
+    exact = _flat(torch.autograd.grad(objective, parameters, allow_unused=True), parameters)
+    rows = []
+    for name, config in ESTIMATORS.items():
+        loss = make_tuning(
+            {**config, "kl_weight": kl_weight},
+            moved.denoiser,
+            task.reward,
+            batch_size=size,
+            reference=start.denoiser,
+        )
+        generator = torch.Generator().manual_seed(1)
+        found = []
+        for _ in range(batches):
+            mean = -loss({"index": torch.arange(size)}, generator).loss.mean()
+            gradient = torch.autograd.grad(mean, parameters, allow_unused=True)
+            found.append(_flat(gradient, parameters))
+        every = torch.stack(found)
+        average = every.mean(0)
+        row = {
+            "estimator": name,
+            "cosine_of_mean": float(torch.cosine_similarity(average, exact, dim=0)),
+            "size_of_mean": float(average.norm() / exact.norm()),
+            "projection": float(average @ exact / exact.square().sum()),
+            "cosine_of_batch": float(torch.cosine_similarity(every, exact[None]).mean()),
+            "batches": batches,
+            "batch_size": size,
+        }
+        rows.append(row)
+        print(" ".join(f"{k} {v:.3f}" if isinstance(v, float) else str(v) for k, v in row.items()))
+    return rows
+
+
+def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
+    pairs = zip(gradients, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -254,12 +340,14 @@ def main(arguments: list[str]) -> int:
         write_json(old, result)
         print(json.dumps(result, indent=1))
         return 0
-    if options["phase"] != "test":
-        raise SystemExit(f"phase must be tune or test, got {options['phase']!r}")
-    rows = list(testing(bench, options))
-    print(table(rows))
+    if options["phase"] not in ("test", "gradients"):
+        raise SystemExit(f"phase must be tune, test or gradients, got {options['phase']!r}")
+    test = options["phase"] == "test"
+    rows = list(testing(bench, options)) if test else gradients(bench, options)
+    if test:
+        print(table(rows))
     if options["output"]:
-        choices = json.loads((bench.work / "tuning.json").read_text())
+        choices = json.loads((bench.work / "tuning.json").read_text()) if test else None
         command = "python scripts/tfbind8_table.py " + " ".join(arguments)
         record = {
             "command": command,

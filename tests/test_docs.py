@@ -24,6 +24,7 @@ TINY = [
     "evaluation.video_episodes=0",
     "evaluation.num_workers=0",
 ]
+TUNE = ["trainer.batch_size=8", "trainer.warmup_steps=1", "trainer.progress=false", "threads=1"]
 SMALL = {
     "experiment=fetch_push": [*TINY, "data.collect.episodes=3", "network.width=16"],
     "experiment=demo": [*TINY, "data.collect.episodes=3"],
@@ -35,6 +36,11 @@ SMALL = {
     ],
     "experiment=maze2d_umaze": [*TINY, "network.width=16"],
     "experiment=d4rl_hopper_medium_expert": [*TINY, "env.max_episode_steps=20"],
+    "experiment=tfbind8": [*TUNE, "trainer.steps=4", "draws=32"],
+    "experiment=tfbind8_drakes": [*TUNE, "trainer.steps=2", "draws=32", "eval_draws=16"],
+    "compare": [],
+    "experiment=dna": [*TUNE, "trainer.steps=4", "draws=32", "oracles.trainer.steps=4"],
+    "experiment=dna_drakes": [*TUNE, "trainer.steps=1", "draws=16", "eval_draws=16"],
     "pointmaze": ["steps=700"],
     "eval": ["evaluation.episodes=1", "evaluation.num_workers=0"],
     "bench": ["rounds=1", "only=gather"],
@@ -90,7 +96,9 @@ def test_readme_commands(tmp_path, monkeypatch):
     found = [
         c
         for c in commands("README.md")
-        if c[0] not in ("import-checkpoint", "serve") and "pusht" not in " ".join(c)
+        if c[0] not in ("import-checkpoint", "serve")
+        and "pusht" not in " ".join(c)
+        and not of_sequences(c)
     ]
     assert len(found) >= 7
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
@@ -103,6 +111,20 @@ def test_readme_commands(tmp_path, monkeypatch):
             command = [*command, "data.path=data/fetch_pick_place.zarr"]
         status = cli.main(tiny(command))
         assert status == 0 or command[0] == "doctor", command
+
+
+def of_sequences(command: list[str]) -> bool:
+    return (
+        command[0] == "finetune" or {"experiment=tfbind8", "experiment=dna"} & set(command) != set()
+    )
+
+
+def test_readme_sequence_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = [c for c in commands("README.md") if of_sequences(c)]
+    assert len(found) == 7
+    for command in found:
+        assert cli.main(tiny(command)) == 0, command
 
 
 def test_readme_pusht_commands(tmp_path, monkeypatch):

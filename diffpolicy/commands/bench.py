@@ -38,13 +38,13 @@ Measures, both sides interleaved in one run, and prints one line each with its t
 {names}
 "sampling" needs the diffusers package (pip install diffusers).
 
-{_latency_help()}"""
+{_others_help()}"""
 
 
-def _latency_help() -> str:
-    from diffpolicy.commands import bench_latency
+def _others_help() -> str:
+    from diffpolicy.commands import bench_finetune, bench_latency
 
-    return bench_latency.help_text()
+    return f"{bench_latency.help_text()}\n\n{bench_finetune.help_text()}"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -53,6 +53,10 @@ def run(arguments: Sequence[str]) -> int:
         from diffpolicy.commands import bench_latency
 
         return bench_latency.run(arguments[1:])
+    if arguments and arguments[0] == "finetune":
+        from diffpolicy.commands import bench_finetune
+
+        return bench_finetune.run(arguments[1:])
     options = parse(arguments, [], {"only": None, "rounds": 15, "threads": 1, "output": None})
     benches: dict[str, Callable[[int], dict[str, Any]]] = {
         "sampling": sampling,

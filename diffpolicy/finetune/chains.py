@@ -2,23 +2,28 @@
 
 One driver for all: the first steps run without a graph, the last ones with. The divergence's
 gradient in the first steps is taken step by step, so that no two of their graphs exist at a time,
-and the log-probabilities it needs are those that sampling computed anyway.
+and the log-probabilities it needs are those that sampling computed anyway. Where the network does
+not look at the level, equal states are evaluated once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoised
+from diffpolicy.core.masked import MaskedDenoiser
+from diffpolicy.core.reveal import RevealRow
 from diffpolicy.core.sampling import Grid, Trajectory, prepare, sample
-from diffpolicy.core.solvers import Solver
+from diffpolicy.core.solvers import Memory, Solver
 from diffpolicy.core.starts import Start
-from diffpolicy.finetune.path_kl import StepKL
+from diffpolicy.finetune.adjoint import DROPOUT
+from diffpolicy.finetune.path_kl import StepKL, masked_step_kl
 
 
 class ChainResult(NamedTuple):
@@ -103,8 +108,10 @@ def chain_with_kl(
     scale = count / max(1, len(chosen))
     meter = _Meter(denoiser, grid, theirs, step_kl, chosen)
     x = start.x
-    if split:
-        with torch.no_grad():
+    with torch.no_grad():
+        if split and chosen.issuperset(range(split)) and _reusable(meter, split, reference, x):
+            x = _run_rows_alone(meter, x, noise[:split], cond)
+        elif split:
             x = _run(grid.part(0, split, meter), denoiser, solver, x, noise[:split], cond)
     kl = meter.total(x) * scale
     part = grid.part(split, count)
@@ -158,6 +165,7 @@ class _Meter:
         chosen: frozenset[int],
     ) -> None:
         self.grid, self.theirs, self.step_kl, self.chosen = grid, theirs, step_kl, chosen
+        self.denoiser = denoiser
         self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
         self.value: Tensor | None = None
@@ -169,13 +177,17 @@ class _Meter:
         with torch.enable_grad():
             out = self.grid.denoise(row, x, cond)
             kl = self.step_kl(self.grid.rows[row], x, out, answer)
-            # What the steps share (time embeddings) is needed again; the rest goes with `out`.
-            new = torch.autograd.grad(
-                kl.sum(), self.parameters, retain_graph=True, allow_unused=True
-            )
-        self.gradients = [_sum(a, b) for a, b in zip(self.gradients, new, strict=True)]
+        self.charge(kl)
         self.value = _sum(self.value, kl.detach())
         return Denoised(out.x0_hat.detach(), {k: v.detach() for k, v in out.aux.items()})
+
+    def charge(self, kl: Tensor) -> None:
+        """Add the gradient of ``kl [B]`` to those so far."""
+        # What the steps share (time embeddings) is needed again; the rest goes with `kl`.
+        new = torch.autograd.grad(
+            kl, self.parameters, torch.ones_like(kl), retain_graph=True, allow_unused=True
+        )
+        self.gradients = [_sum(a, b) for a, b in zip(self.gradients, new, strict=True)]
 
     def total(self, x: Tensor) -> Tensor:
         """The divergence so far ``[B]``, which hands its gradient on in the backward pass."""
@@ -184,6 +196,82 @@ class _Meter:
         carried: Tensor
         carried = _Carried.apply(self.value, self.gradients, *self.parameters)  # type: ignore[no-untyped-call]
         return carried
+
+
+def _reusable(meter: _Meter, split: int, reference: BaseDenoiser, x: Tensor) -> bool:
+    """Whether answers depend on hard states alone in the first ``split`` steps."""
+    for denoiser in (meter.denoiser, reference):
+        if not (isinstance(denoiser, MaskedDenoiser) and denoiser.time_free):
+            return False
+    rows: list[Any] = meter.grid.rows[:split]
+    hard = all(r.which is None and r.temperature is None for r in rows)
+    if not hard or meter.step_kl is not masked_step_kl or _has_dropout(meter.denoiser):
+        return False
+    return bool((x.amax(-1) == 1).all())
+
+
+def _has_dropout(denoiser: nn.Module) -> bool:
+    """Whether two evaluations of a state differ."""
+    return any(
+        m.training and (getattr(m, "dropout", 0.0) or (isinstance(m, DROPOUT) and m.p > 0))
+        for m in denoiser.modules()
+    )
+
+
+def _run_rows_alone(meter: _Meter, x: Tensor, noise: Tensor, cond: Tensor | None) -> Tensor:
+    """The first steps ``[S, B, L, D]`` of ancestral sampling, without evaluations that repeat.
+
+    Each row advances on its own, as far as nothing is revealed in it: its answer stays what it was.
+    Without a condition, rows in equal states (all masks, at first) share one evaluation. Draws and
+    divergence are those of all rows in step.
+    """
+    x, count, rows = x.clone(), len(noise), cast("list[RevealRow]", meter.grid.rows)
+    reveal = torch.stack([row.reveal.expand(len(x), 1, 1) for row in rows[:count]])
+    step = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    meter.value = x.new_zeros(len(x))
+    while len(active := (step < count).nonzero().squeeze(1)):
+        here = x[active]
+        first, which = _distinct(here, shared=cond is None)
+        given = None if cond is None else cond[active]
+        answer = meter.theirs.denoise(0, here[first], given)
+        with torch.enable_grad():
+            out = meter.grid.denoise(0, here[first], given)
+        known = _taken(out, which, detach=True)
+        weight = x.new_zeros(len(active), 1, 1)
+        waiting = torch.arange(len(active), device=x.device)
+        while len(waiting):
+            index = active[waiting]
+            k = step[index]
+            row = replace(rows[0], reveal=reveal[k, index])
+            memory = Memory(here[waiting], here[waiting], ())
+            (moved, _, _), _, _ = row.advance(memory, _taken(known, waiting), noise[k, index])
+            x[index] = moved
+            weight[waiting] += row.reveal
+            step[index] += 1
+            still = (moved[..., -1] == here[waiting, :, -1]).all(1) & (k + 1 < count)
+            waiting = waiting[still]
+        with torch.enable_grad():
+            summed = replace(rows[0], reveal=weight)
+            kl = meter.step_kl(summed, here, _taken(out, which), _taken(answer, which))
+        meter.charge(kl)
+        meter.value[active] += kl.detach()
+    return x
+
+
+def _distinct(x: Tensor, *, shared: bool) -> tuple[Tensor, Tensor]:
+    """One row of each different state ``x [B, L, D]``, and which of them each row is."""
+    every = torch.arange(len(x), device=x.device)
+    if not shared:
+        return every, every
+    found, which = torch.unique(x.argmax(-1), dim=0, return_inverse=True)
+    return torch.zeros_like(every[: len(found)]).scatter_(0, which, every), which
+
+
+def _taken(out: Denoised, rows: Tensor, *, detach: bool = False) -> Denoised:
+    """The log-probabilities of some rows."""
+    log_p = out.aux["log_p"]
+    chosen = (log_p.detach() if detach else log_p)[rows]
+    return Denoised(chosen, {"log_p": chosen})
 
 
 class _Carried(torch.autograd.Function):

@@ -140,10 +140,9 @@ class TestLoss:
         law = torch.tensor([0.5, 0.1, 0.1, 0.3])
         denoiser = table_denoiser(2, 2, seed=0)
         loss, g = MaskedDenoisingLoss(denoiser), seeded()
-        optimizer = torch.optim.Adam(denoiser.parameters(), lr=0.05)
-        for step in range(250):
-            if step == 150:
-                optimizer.param_groups[0]["lr"] = 0.01
+        optimizer = torch.optim.Adam(denoiser.parameters(), lr=0.1)
+        for step in range(120):
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 120)
             tokens = data[torch.multinomial(law, 256, replacement=True, generator=g)]
             optimizer.zero_grad()
             loss({"tokens": tokens.to(torch.int8)}, g).loss.mean().backward()
