@@ -15,7 +15,10 @@ from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows, split_episodes
+from diffpolicy.finetune.plan_chain import PlanChain
+from diffpolicy.finetune.reward import RewardLoss
 from diffpolicy.learning import Learning, examples, fitted_returns, objective
+from diffpolicy.plan_tuning import Conditions, PlanReward, check_tunable, in_own_units
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array
 from diffpolicy.policies.candidates import Truncated
@@ -161,6 +164,70 @@ class DiffusionPolicy(DiffusionPlanner):
         # new weights, new tables
         self.__init__(self.spec, self.denoiser, self.normalizer, self.anchors, self.heads)  # type: ignore[misc]
         return self
+
+    def tune(
+        self,
+        reward: PlanReward,
+        store: EpisodeStore | str | os.PathLike[str],
+        config: TrainerConfig,
+        run_dir: str | os.PathLike[str],
+        *,
+        chain: PlanChain | None = None,
+        kl_weight: float = 0.0,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> Self:
+        """Back-propagate a reward of sampled plans into the denoiser (DRaFT, AlignProp, adjoint).
+
+        Args:
+            reward: differentiable, ``(action [B, H, A], obs [B, To, O]) -> [B]`` in the data's own
+                units: a critic, a model of the dynamics, or a differentiable simulator.
+            store: whose observations plans are sampled for.
+            config: of the trainer.
+            run_dir: where metrics and checkpoints go.
+            chain: how plans are sampled and how far the gradient goes; the last step of 10 of DDIM
+                unless given.
+            kl_weight: of the path divergence from the policy as it is now; needs a chain that adds
+                noise.
+            resume: continue the run in ``run_dir``.
+            overwrite: replace it.
+
+        Example:
+            >>> near = lambda action, obs: -(action - obs[:, -1:, :2]).square().sum((1, 2))
+            >>> policy.tune(near, store, TrainerConfig(steps=200, lr=1e-4), "runs/tuned")
+
+        Raises:
+            ValueError: a policy whose plans are not of actions given observations, or settings that
+                do not fit.
+        """
+        check_tunable(self.spec)
+        episodes = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
+        every = list(range(episodes.num_episodes))
+        windows = examples(self.spec, self.normalizer.to("cpu"), episodes, Learning(), every)
+        loss = RewardLoss(
+            self.denoiser,
+            in_own_units(reward, self.spec, self.normalizer),
+            PlanChain(grad_steps=1) if chain is None else chain,
+            kl_weight=kl_weight,
+        )
+        trainer = Trainer(
+            loss,
+            Conditions(windows),
+            config,
+            run_dir,
+            export=lambda state: {**self._bundle(state), **self._kept_heads()},
+            resume=resume,
+            overwrite=overwrite,
+        )
+        self.last_training = trainer.fit()
+        loss.load_state_dict(self.last_training.ema)
+        # new weights, new tables
+        self.__init__(self.spec, self.denoiser, self.normalizer, self.anchors, self.heads)  # type: ignore[misc]
+        return self
+
+    def _kept_heads(self) -> dict[str, Any]:
+        weights = self.heads.state_dict()
+        return {"heads.safetensors": weights} if weights else {}
 
     def _bundle(self, objective_state: Mapping[str, Tensor]) -> dict[str, Any]:
         parts = [

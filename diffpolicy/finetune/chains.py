@@ -228,7 +228,6 @@ def _run_rows_alone(meter: _Meter, x: Tensor, noise: Tensor, cond: Tensor | None
     x, count, rows = x.clone(), len(noise), cast("list[RevealRow]", meter.grid.rows)
     reveal = torch.stack([row.reveal.expand(len(x), 1, 1) for row in rows[:count]])
     step = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    meter.value = x.new_zeros(len(x))
     while len(active := (step < count).nonzero().squeeze(1)):
         here = x[active]
         first, which = _distinct(here, shared=cond is None)
@@ -237,6 +236,7 @@ def _run_rows_alone(meter: _Meter, x: Tensor, noise: Tensor, cond: Tensor | None
         with torch.enable_grad():
             out = meter.grid.denoise(0, here[first], given)
         known = _taken(out, which, detach=True)
+        x = x.to(torch.promote_types(x.dtype, known.x0_hat.dtype))
         weight = x.new_zeros(len(active), 1, 1)
         waiting = torch.arange(len(active), device=x.device)
         while len(waiting):
@@ -254,6 +254,7 @@ def _run_rows_alone(meter: _Meter, x: Tensor, noise: Tensor, cond: Tensor | None
             summed = replace(rows[0], reveal=weight)
             kl = meter.step_kl(summed, here, _taken(out, which), _taken(answer, which))
         meter.charge(kl)
+        meter.value = x.new_zeros(len(x)) if meter.value is None else meter.value
         meter.value[active] += kl.detach()
     return x
 
