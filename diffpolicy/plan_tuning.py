@@ -47,5 +47,5 @@ def check_tunable(spec: PolicySpec) -> None:
     if spec.layout != "action" or spec.returns is not None:
         raise ValueError(
             "tune samples plans of actions given observations; this policy has "
-            f"layout={spec.layout!r}, returns={spec.returns}. Use RewardLoss on its denoiser instead"
+            f"layout={spec.layout!r}, returns={spec.returns}. Use RewardLoss on its denoiser"
         )
