@@ -91,7 +91,7 @@ def is_sequences(overrides: Sequence[str]) -> bool:
     from omegaconf import OmegaConf
 
     given = dict(o.removeprefix("--").split("=", 1) for o in overrides if "=" in o)
-    if "task" in given:
+    if any(key == "task" or key.startswith("task.") for key in given):
         return True
     file = config_dir() / "experiment" / f"{given.get('experiment')}.yaml"
     if not file.is_file():

@@ -6,9 +6,9 @@
 
 `phase=tune` tries the candidates of every method on two other transcription factors, CRX and PAX6
 (one seed), and keeps the best mean progress; `phase=test` runs the kept ones on SIX6, which ships,
-with new seeds, at the same number of updates and rewards per update. Both continue where they
-stopped; cells are in `work`. `phase=gradients` compares gradient estimators with the exact gradient
-of J. Progress is (J - J_pre) / (J* - J_pre) with J = E[r] - kl_weight KL, all exact.
+with new seeds, at the same number of updates and (within a tenth) of rewards. Both continue where
+they stopped; cells are in `work`. `phase=gradients` compares gradient estimators with the exact
+gradient of J. Progress is (J - J_pre) / (J* - J_pre) with J = E[r] - kl_weight KL, all exact.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from diffpolicy.commands.options import parse
 from diffpolicy.config_sequences import load_finetune, load_sequence_train
 from diffpolicy.finetune.methods import make_tuning
 from diffpolicy.sequences.exact import ExactLaw, StateSpace
+from diffpolicy.sequences.metrics import quartiles
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import score, train_oracles
 from diffpolicy.sequences.task import open_task
@@ -64,7 +65,7 @@ class Candidate(NamedTuple):
 
 
 def candidates() -> list[Candidate]:
-    """What is tried per method: three ways each."""
+    """What is tried per method: four ways each, one of them at 1.15 times the KL weight."""
     soft = (
         "finetune=drakes",
         "finetune.relaxation.straight_through=false",
@@ -76,25 +77,33 @@ def candidates() -> list[Candidate]:
     ess, group = "finetune.min_ess", "finetune.group_size"
     fast, slow = "trainer.lr=5e-3", "trainer.lr=2e-3"
     gradient = ("finetune=policy_gradient",)
+    # An intermediate value costs a reward each: fewer sequences for as many rewards.
+    vidd = ("finetune=vidd", "finetune.buffer=1008", "finetune.refresh=28")
     return [
-        Candidate("drakes", "probabilities", (*probabilities, fast), 1.15),
+        Candidate("drakes", "probabilities", (*probabilities, fast)),
+        Candidate("drakes", "probabilities-kl1.15", (*probabilities, fast), 1.15),
         Candidate("drakes", "reinmax", (*reinmax, fast)),
         Candidate("drakes", "reinmax-kl1.15", (*reinmax, fast), 1.15),
         Candidate("wdce", "ess0.1", ("finetune=wdce", f"{ess}=0.1", fast)),
+        Candidate("wdce", "ess0.1-kl1.15", ("finetune=wdce", f"{ess}=0.1", fast), 1.15),
         Candidate("wdce", "ess0.3", ("finetune=wdce", f"{ess}=0.3", fast)),
         Candidate("wdce", "ess0.1-slow", ("finetune=wdce", f"{ess}=0.1", slow)),
-        Candidate("drakes_gumbel", "0.3", (*soft, f"{gumbel}=0.3", fast)),
-        Candidate("drakes_gumbel", "0.6", (*soft, f"{gumbel}=0.6", fast)),
-        Candidate("drakes_gumbel", "0.3-last4", (*soft, f"{gumbel}=0.3", RELAXED, fast)),
         Candidate("policy_gradient", "fast", (*gradient, fast)),
+        Candidate("policy_gradient", "fast-kl1.15", (*gradient, fast), 1.15),
         Candidate("policy_gradient", "faster", (*gradient, "trainer.lr=1e-2")),
-        Candidate("policy_gradient", "reused", (*gradient, "finetune.epochs=2", fast)),
-        Candidate("vidd", "all", ("finetune=vidd", fast)),
-        Candidate("vidd", "ess0.3", ("finetune=vidd", f"{ess}=0.3", fast)),
-        Candidate("vidd", "all-slow", ("finetune=vidd", slow)),
+        Candidate("policy_gradient", "slow", (*gradient, slow)),
         Candidate("sdpo", "8", ("finetune=sdpo", f"{group}=8", fast)),
+        Candidate("sdpo", "8-kl1.15", ("finetune=sdpo", f"{group}=8", fast), 1.15),
         Candidate("sdpo", "32", ("finetune=sdpo", f"{group}=32", fast)),
         Candidate("sdpo", "32-slow", ("finetune=sdpo", f"{group}=32", slow)),
+        Candidate("drakes_gumbel", "0.3", (*soft, f"{gumbel}=0.3", fast)),
+        Candidate("drakes_gumbel", "0.3-kl1.15", (*soft, f"{gumbel}=0.3", fast), 1.15),
+        Candidate("drakes_gumbel", "0.6", (*soft, f"{gumbel}=0.6", fast)),
+        Candidate("drakes_gumbel", "0.3-last4", (*soft, f"{gumbel}=0.3", RELAXED, fast)),
+        Candidate("vidd", "all", (*vidd, fast)),
+        Candidate("vidd", "all-kl1.15", (*vidd, fast), 1.15),
+        Candidate("vidd", "ess0.3", (*vidd, f"{ess}=0.3", fast)),
+        Candidate("vidd", "all-slow", (*vidd, slow)),
     ]
 
 
@@ -172,7 +181,7 @@ class Bench:
             "overrides": list(candidate.overrides),
             "kl_factor": candidate.kl_factor,
             "updates": updates,
-            "reward_evaluations": updates * size,
+            "reward_evaluations": tuned.reward_calls,
             "wall_s": time.perf_counter() - began,
             "cpu_s": time.process_time() - cpu,
             **exactly(tuned.model, start, task, kl_weight).scores._asdict(),
@@ -244,7 +253,8 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 def gradients(bench: Bench, options: dict[str, Any], *, batches: int = 40) -> list[dict[str, Any]]:
     """Cosine and size of every estimator's mean gradient, and of single batches, to the exact one.
 
-    At a model a little off the reference, where the divergence has a gradient too.
+    The exact gradient is that of ``E[r] - kl_weight KL`` of whole paths, which is what losses are
+    of, at a model a little off the reference, where the divergence has a gradient too.
     """
     task, start, size = bench.task(TEST_TABLE), bench.pretrained(TEST_TABLE, 1), 256
     kl_weight = float(options["kl_weights"][0])
@@ -299,22 +309,18 @@ def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> T
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one line per method and weight, mean (least to most) over seeds."""
-    lines = [
-        "| method | kl_weight | progress | E[r] | KL | J | CPU s |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Markdown: one line per method and weight, median [quartiles] over seeds."""
+    head = ["method", "kl_weight", "progress", "E[r]", "KL", "J", "rewards", "CPU s"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method, weight in dict.fromkeys((r["method"], r["kl_weight"]) for r in rows):
         group = [r for r in rows if (r["method"], r["kl_weight"]) == (method, weight)]
-
-        def show(key: str, group: list[dict[str, Any]] = group, digits: int = 3) -> str:
-            values = [r[key] for r in group]
-            mean = statistics.fmean(values)
-            return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-        cells = (show("progress"), show("reward"), show("kl"), show("objective"))
-        cpu = statistics.fmean(r["cpu_s"] for r in group)
-        lines.append(f"| {method} | {weight} | {' | '.join(cells)} | {cpu:.0f} |")
+        cells = [method, str(weight)]
+        for key in ("progress", "reward", "kl", "objective"):
+            found = quartiles([r[key] for r in group])
+            cells.append("{median:.3f} [{q25:.3f}, {q75:.3f}]".format(**found))
+        costs = ("reward_evaluations", "cpu_s")
+        cells += [f"{statistics.median(r[key] for r in group):.0f}" for key in costs]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

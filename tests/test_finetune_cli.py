@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from diffpolicy import cli
+from diffpolicy.commands import finetune
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy_envs.sequences.env import SequenceDesignEnv
 from diffpolicy_envs.sequences.multilinear import TableTask
 
 TASK = [
-    "task=tfbind8",
+    "task=custom",
     "task.id=DiffpolicyTinyTable-v0",
     "task.name=tiny",
     "network=mlp",
@@ -91,6 +92,37 @@ def test_every_guidance_runs_and_raises_the_reward(guidance, pretrained, tmp_pat
     assert result["reward_calls"] > 0
 
 
+def test_rollouts_can_be_reused(pretrained, tmp_path):
+    assert tuned(pretrained, tmp_path, "finetune=policy_gradient", "finetune.epochs=2") == 0
+
+
+def test_figures_are_exact_of_the_sampler_that_is_known_alone(pretrained, tmp_path):
+    assert tuned(pretrained, tmp_path, "finetune=drakes", "num_steps=1") == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["exact"] is None
+    assert report["after"]["kl_kind"] == "path"
+
+
+def test_a_black_box_refuses_what_needs_gradients(pretrained, tmp_path, monkeypatch, capsys):
+    known = finetune.open_configured
+
+    def black_box(config: object) -> object:
+        task = known(config)
+        task.kind = "black_box"
+        return task
+
+    monkeypatch.setattr(finetune, "open_configured", black_box)
+    for arguments, message in (
+        (["finetune=drakes"], "without gradient"),
+        (["finetune=none", "guidance=smc"], "guidance.estimate=hard"),
+        (["finetune=vidd"], "finetune.value=mode"),
+    ):
+        assert tuned(pretrained, tmp_path / "run", *arguments) == 1
+        assert message in capsys.readouterr().err
+    hard = ["finetune=none", "guidance=smc", "guidance.estimate=hard"]
+    assert tuned(pretrained, tmp_path / "run", *hard) == 0
+
+
 def test_classes_and_classifier_free_guidance(tmp_path, pretrained, capsys):
     run = tmp_path / "classes"
     classes = ["label_quantiles=[0.75]", "cond_dropout=0.2", "trainer.steps=400", "trainer.lr=1e-2"]
@@ -100,6 +132,8 @@ def test_classes_and_classifier_free_guidance(tmp_path, pretrained, capsys):
     report = json.loads((tmp_path / "guided" / "report.json").read_text())
     assert report["after"]["reward"]["mean"] > report["before"]["reward"]["mean"]
     assert tuned(run, tmp_path / "tuned", "finetune=drakes") == 0
+    buffer = ["finetune.buffer=64", "finetune.refresh=32"]
+    assert tuned(run, tmp_path / "weighted", "finetune=wdce", *buffer) == 0
 
 
 def test_interrupted_tuning_resumes_to_the_same_weights(pretrained, tmp_path, monkeypatch, capsys):
@@ -130,7 +164,7 @@ def test_runs_compare_in_one_table(pretrained, tmp_path, capsys):
         assert tuned(pretrained, tmp_path / f"{seed}", "finetune=drakes", f"seed={seed}") == 0
     runs = [str(tmp_path / "0"), str(tmp_path / "1")]
     assert cli.main(["finetune", "compare", *runs, f"output={tmp_path / 'both'}"]) == 0
-    assert "pathwise" in capsys.readouterr().out
+    assert "drakes" in capsys.readouterr().out
     assert (tmp_path / "both" / "report.json").is_file()
 
 

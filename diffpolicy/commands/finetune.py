@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffpolicy.sequences.oracles import Oracles
     from diffpolicy.sequences.report import TuningResult
     from diffpolicy.sequences.task import SequenceTask
+    from diffpolicy.sequences.tuning import Tuned
 
 GROUPS = ("finetune", "guidance", "trainer")
 
@@ -83,9 +84,10 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> int:
     pretrained = _pretrained(config.pretrained, device)
     _check(config, pretrained)
     task = open_configured(base)
+    check_black_box(config, task)
     oracles = configured_oracles(base, task, Path(config.pretrained), device)
     write_config(run_dir, config)
-    model, train_s = pretrained, 0.0
+    model, tuned = pretrained, None
     if config.finetune["type"] != "none":
         from diffpolicy.sequences.tuning import tune
 
@@ -103,15 +105,15 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> int:
         if tuned.interrupted:
             print(f"stopped; continue with `diffpolicy resume {run_dir}`")
             return 130
-        model, train_s = tuned.model, tuned.train_s
-    result = evaluated(config, (pretrained, model), task, oracles, train_s)
+        model = tuned.model
+    result = evaluated(config, (pretrained, model), task, oracles, tuned)
     report = read_report(write_report(run_dir, result))
     if report["warning"]:
         print(f"warning: since update {report['warning']['step']}: {report['warning']['message']}")
     exact = result.exact or {}
     short = {
         "task": config.name,
-        "train_s": round(train_s, 1),
+        "train_s": round(result.cost["train_s"], 1),
         **summary(dict(result.after)),
         **{k: round(v, 4) for k, v in exact.items() if k in ("progress", "objective")},
         **{k: result.cost[k] for k in ("nfe", "reward_calls")},
@@ -168,12 +170,34 @@ def _check(config: FinetuneConfig, model: SequenceModel) -> None:
         raise ConfigError("this model sees the noise level: set num_steps=K")
 
 
+def check_black_box(config: FinetuneConfig, task: SequenceTask) -> None:
+    """Raise unless a reward that takes hard sequences alone is asked for nothing else."""
+    if task.kind != "black_box":
+        return
+    tuning, guidance = config.finetune, config.guidance
+    wrong = {
+        "finetune of type pathwise": tuning["type"] == "pathwise",
+        "guidance=reward (but mode=exact on hard estimates)": guidance["type"] == "reward",
+        "guidance=tds": guidance["type"] == "tds",
+    }
+    for name, used in wrong.items():
+        if used:
+            raise ConfigError(
+                f"{task.name} has a reward without gradient, which {name} needs; use "
+                "policy_gradient, wdce, vidd or sdpo, or best_of_n, smc or svdd"
+            )
+    if guidance["type"] in ("smc", "svdd") and guidance.get("estimate", "soft") != "hard":
+        raise ConfigError(f"{task.name} rewards hard sequences: set guidance.estimate=hard")
+    if tuning.get("target") == "soft_value" and tuning.get("value", "mean") == "mean":
+        raise ConfigError(f"{task.name} rewards hard sequences: set finetune.value=mode")
+
+
 def evaluated(
     config: FinetuneConfig,
     models: tuple[SequenceModel, SequenceModel],
     task: SequenceTask,
     oracles: Oracles,
-    train_s: float,
+    training: Tuned | None,
 ) -> TuningResult:
     """Every figure of the pre-trained model's and the tuned model's sequences."""
     from diffpolicy.sequences.evaluate import Evaluation, evaluate_sequences
@@ -182,7 +206,8 @@ def evaluated(
 
     pretrained, model = models
     plain = config.guidance["type"] == "none"
-    known = plain and can_be_exact(model, task) and config.kl_weight > 0
+    one_by_one = config.num_steps is None  # the law that is known
+    known = plain and one_by_one and can_be_exact(model, task) and config.kl_weight > 0
     exact = exactly(model, pretrained, task, config.kl_weight) if known else None
     settings = Evaluation(seed=config.seed, num_steps=config.num_steps, exact=not known)
     before = _draw(config, pretrained, {"type": "none"}, oracles)
@@ -218,7 +243,8 @@ def evaluated(
             "reward_calls": after.reward_calls,
             "wall_s": draw_s / config.draws,
             "updates": updates,
-            "train_s": train_s,
+            "train_s": training.train_s if training else 0.0,
+            "train_reward_calls": training.reward_calls if training else 0,
         },
         exact=None if exact is None else exact.scores._asdict(),
         best=best_sequences(after.tokens, oracles, task.alphabet),
@@ -228,9 +254,8 @@ def evaluated(
 
 def _method(config: FinetuneConfig) -> str:
     """The name of the run without its task: what its table calls it."""
-    parts = [config.finetune["type"], config.guidance["type"]]
-    chosen = [part for part in parts if part != "none"]
-    return config.method or "+".join(chosen)
+    parts = [p for p in (config.finetune, config.guidance) if p["type"] != "none"]
+    return config.method or "+".join(str(p.get("name", p["type"])) for p in parts)
 
 
 def _draw(

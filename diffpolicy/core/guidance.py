@@ -27,9 +27,9 @@ class _Wrapper(BaseDenoiser):
 
 
 class ClassifierFreeGuidance(_Wrapper):
-    """``x0 = x0_u + scale (x0_c - x0_u)`` (Ho & Salimans 2022.
+    """``x0 = x0_u + scale (x0_c - x0_u)`` (Ho & Salimans 2022), an extrapolation of estimates.
 
-    As an extrapolation of clean estimates; of masked sequences, of log-probabilities).
+    Of masked sequences it extrapolates log-probabilities.
 
     Both branches run as one batch. ``scale = 1`` is the conditional model alone and costs one
     branch.

@@ -36,8 +36,8 @@ class Relaxation:
         straight_through: the state is the hard draw, and only its gradient a relaxed one.
         backward: with ``straight_through``, whose gradient: ``"gumbel"``, of the Gumbel-softmax
             (Jang et al. 2017); ``"probabilities"``, of the token probabilities at this temperature
-            (Bengio et al. 2013), which is the exact gradient of what is linear in that position
-            with all else fixed; ``"reinmax"``, of second order (Liu et al. 2023, algorithm 2).
+            (Bengio et al. 2013), at temperature 1 the exact gradient of what is linear in that
+            position with all else fixed; ``"reinmax"``, of second order (Liu et al. 2023, alg. 2).
 
     Raises:
         ValueError: values out of range.

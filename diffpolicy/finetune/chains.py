@@ -256,6 +256,7 @@ def _run_rows_alone(meter: _Meter, x: Tensor, noise: Tensor, cond: Tensor | None
         meter.charge(kl)
         meter.value = x.new_zeros(len(x)) if meter.value is None else meter.value
         meter.value[active] += kl.detach()
+        del out, kl  # their graph, before the next one is made
     return x
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from diffpolicy.core.masked import MaskedDenoiser
 from diffpolicy.core.reveal import Relaxation
+from diffpolicy.finetune.adjoint import DROPOUT
 from diffpolicy.finetune.advantages import PolicyGradient
 from diffpolicy.finetune.policy_gradient import PolicyGradientLoss
 from diffpolicy.finetune.reward import Reward, RewardLoss
@@ -31,7 +32,8 @@ def make_tuning(
     """The objective of a method, from plain values.
 
     Args:
-        config: ``type`` (one of ``METHODS``), ``kl_weight`` and the settings of
+        config: ``type`` (one of ``METHODS``), a ``name`` that is not looked at, ``kl_weight`` and
+            the settings of
             :class:`~diffpolicy.finetune.reward_chains.MaskedChain` (and ``kl_warmup``),
             :class:`~diffpolicy.finetune.advantages.PolicyGradient`,
             :class:`~diffpolicy.finetune.weighted.WeightedDenoising` or
@@ -46,12 +48,14 @@ def make_tuning(
     """
     values = dict(config)
     kind = values.pop("type", None)
+    values.pop("name", None)
+    _check_dropout(denoiser)
     if kind == "pathwise":
         return _pathwise(values, denoiser, reward, reference)
     if kind == "policy_gradient":
+        if values.get("epochs", 1) > 1:
+            values = {"rows": batch_size, **values}
         settings = _settings(PolicyGradient, values, kind)
-        if settings.epochs > 1 and settings.rows is None:
-            settings = _settings(PolicyGradient, {**values, "rows": batch_size}, kind)
         return PolicyGradientLoss(denoiser, reference, reward, settings)
     if kind == "weighted":
         weighted = _settings(WeightedDenoising, values, kind)
@@ -73,6 +77,15 @@ def _pathwise(
     return RewardLoss(
         denoiser, reward, chain, kl_weight=weight, kl_warmup=warmup, reference=reference
     )
+
+
+def _check_dropout(denoiser: nn.Module) -> None:
+    """Raise ``ValueError`` if two evaluations of a state may differ."""
+    if any(isinstance(m, DROPOUT) and m.p > 0 for m in denoiser.modules()):
+        raise ValueError(
+            "reward tuning compares probabilities of one state at different times, which dropout "
+            "makes random; pre-train with dropout=0"
+        )
 
 
 def _settings(kind: type[Any], values: Mapping[str, Any], what: str) -> Any:

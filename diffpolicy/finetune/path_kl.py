@@ -42,7 +42,7 @@ def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def released_step_kl(process: MaskingProcess) -> StepKL:
-    """The divergence that DRAKES' released code computes, to reproduce its runs and nothing else.
+    """The divergence that DRAKES' released code computes, for comparison and nothing else.
 
     ``sum_{i, a} c_i x_ia (-p + q + p (log p - log q)) / m_t`` with ``c = 1 - x_mask``, ``p`` and
     ``q`` equal where the state's largest entry is a token. It is 0 on hard states.

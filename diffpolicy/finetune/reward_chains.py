@@ -27,10 +27,13 @@ class MaskedChain:
         num_steps: K; ``None``: one position at a time (time-free denoisers), the exact law of
             infinitely many steps.
         relaxation: temperature, relaxed steps, straight-through.
-        joint: draw whether a position is revealed together with its token, relaxed alike (DRAKES);
-            otherwise reveal times are drawn beforehand, stay hard, and cost no evaluations.
+        joint: draw whether a position is revealed together with its token, relaxed alike, as DRAKES
+            does; otherwise reveal times are drawn beforehand, stay hard, and cost no evaluations.
+            What moves is the mask's share, ``x_tokens + x_mask drawn``. The released code keeps
+            ``(1 - x_mask) x`` instead, which leaves mask in the final state, treats positions as
+            revealed or not by their largest entry, and stops at ``t = 1e-5``.
         straight_through_end: the reward sees the hard sequence (DRAKES); otherwise the relaxed one.
-        kl: ``"path"``, or ``"drakes_released"`` to reproduce the released code.
+        kl: ``"path"``, or ``"drakes_released"``, the formula of the released code.
         kl_steps: how many steps, drawn anew each time, the divergence is estimated from; ``None``:
             all.
         kl_prefix: include the hard steps before the relaxed ones.

@@ -43,8 +43,8 @@ class WeightedDenoising:
         min_ess: least effective sample size, as a fraction of N (of each step's entries): weights
             are raised to the largest power up to 1 that has it. The target is then the point on
             the way to ``p_ref exp(r / alpha)`` that these sequences can support. None: 1.
-        group_size: rows that share a condition, within which weights are relative; needed with
-            conditions. None: all N.
+        group_size: rows that share a condition, within which weights are relative. None: all N,
+            which must then be drawn under one condition.
         num_steps: see :func:`diffpolicy.finetune.rollouts.draw_rollout`.
         value: of ``soft_value``, ``v`` of a state is the reward of what the reference thinks is
             clean: ``"mean"`` its probabilities (for rewards that take soft sequences), ``"mode"``
@@ -114,8 +114,7 @@ class WeightedDenoisingLoss(SequenceTuning):
         settings: which.
 
     Raises:
-        ValueError: as :class:`diffpolicy.finetune.sequence_tuning.SequenceTuning` says, and
-            conditions without ``group_size``.
+        ValueError: as :class:`diffpolicy.finetune.sequence_tuning.SequenceTuning` says.
     """
 
     def __init__(
@@ -129,8 +128,6 @@ class WeightedDenoisingLoss(SequenceTuning):
         self.settings = settings = settings or WeightedDenoising()
         if settings.num_steps is None and not denoiser.time_free:
             raise ValueError("a denoiser that depends on the level needs num_steps=K")
-        if self.cond_dim and settings.group_size is None:
-            raise ValueError("weights compare sequences of one condition: set group_size=N")
         steps = self.evaluations(settings.num_steps) if settings.target == "soft_value" else 1
         columns = {
             "tokens": ((self.length,), torch.long),

@@ -36,7 +36,7 @@ class GuidedDraws(NamedTuple):
 
 def check_guidance(config: Mapping[str, Any], model: SequenceModel) -> None:
     """Raise ``ValueError`` unless sequences of ``model`` can be drawn under this guidance."""
-    values = dict(config)
+    values = _settings(config)
     kind = values.pop("type", None)
     if kind not in GUIDANCE:
         raise ValueError(f"unknown guidance type {kind!r}; expected one of {GUIDANCE}")
@@ -65,7 +65,7 @@ def draw_guided(
 
     Args:
         model: what is guided; without a class it is taken unconditionally.
-        config: ``type`` (one of ``GUIDANCE``) and its settings.
+        config: ``type`` (one of ``GUIDANCE``), a ``name`` that is not looked at, and its settings.
         reward: ``[B, L, V] -> [B]``; with a gradient for ``reward`` (but ``mode="exact"``) and
             ``tds``.
         size: how many.
@@ -76,7 +76,7 @@ def draw_guided(
         ValueError: as :func:`check_guidance`.
     """
     check_guidance(config, model)
-    values = dict(config)
+    values = _settings(config)
     kind = values.pop("type")
     evaluations = _evaluations(model, num_steps)
     if kind in ("none", "cfg"):
@@ -131,6 +131,10 @@ def _chains(
         )
         found.append(to_tokens(chain.x0))
     return torch.cat(found)
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "name"}
 
 
 def _class(values: Mapping[str, Any], model: SequenceModel) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from diffpolicy.finetune.methods import make_tuning
 from diffpolicy.sequences.evaluate import Evaluation, path_kl
@@ -20,7 +21,7 @@ from diffpolicy.sequences.exact import (
     optimum,
 )
 from diffpolicy.sequences.model import SequenceModel
-from diffpolicy.sequences.oracles import Oracles, score
+from diffpolicy.sequences.oracles import Oracles, Reward, score
 from diffpolicy.sequences.spec import Draws
 from diffpolicy.sequences.task import SequenceTask
 from diffpolicy.training.settings import TrainerConfig, mix_seed
@@ -33,11 +34,13 @@ class Tuned(NamedTuple):
         model: with the last (averaged) weights.
         interrupted: whether it was stopped before its last step.
         train_s: seconds.
+        reward_calls: sequences that were given to the reward, in this process.
     """
 
     model: SequenceModel
     interrupted: bool
     train_s: float
+    reward_calls: int
 
 
 def tune(
@@ -70,11 +73,11 @@ def tune(
     Raises:
         ValueError: unknown settings, or ones that do not fit.
     """
-    model = pretrained.copy()
+    model, reward = pretrained.copy(), _Counted(oracles.reward)
     objective = make_tuning(
         method,
         model.denoiser,
-        oracles.reward,
+        reward,
         batch_size=config.batch_size,
         reference=pretrained.copy().denoiser,
     ).to(model.device)
@@ -92,7 +95,18 @@ def tune(
     )
     training = model.last_training
     assert training is not None
-    return Tuned(model, training.interrupted, training.train_s)
+    return Tuned(model, training.interrupted, training.train_s, reward.calls)
+
+
+class _Counted:
+    """A reward, and how many sequences it was asked about."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward, self.calls = reward, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += len(x)
+        return self.reward(x)
 
 
 class _Watch:

@@ -222,8 +222,8 @@ def test_conditions_have_weights_of_their_own():
     batch = {"index": torch.arange(6), "cond": torch.tensor([[0.0], [2.0]] * 3)}
     assert loss(batch, seeded()).loss.shape == (6,)
     assert loss.replay["cond"].flatten().tolist() == [0] * 4 + [2] * 4
-    with pytest.raises(ValueError, match="set group_size=N"):
-        objective_of(cond_dim=1)
+    one = objective_of(cond_dim=1, buffer=8, refresh=8, remasks=2)  # all under one condition
+    assert one({**batch, "cond": torch.ones(6, 1)}, seeded()).loss.shape == (6,)
 
 
 def test_reward_is_asked_for_new_sequences_alone():
