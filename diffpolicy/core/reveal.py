@@ -63,7 +63,7 @@ class Relaxation:
         if self.backward != "gumbel" and not self.straight_through:
             raise ValueError(f"backward={self.backward!r} needs straight_through=True")
 
-    def temperatures(self, num_steps: int) -> list[float | None]:
+    def gumbel_temperatures(self, num_steps: int) -> list[float | None]:
         """The temperature of every step; ``None`` where the draw is hard."""
         count = num_steps if self.relaxed_steps is None else min(self.relaxed_steps, num_steps)
         first = self.gumbel_temperature
@@ -71,20 +71,22 @@ class Relaxation:
         soft = [first * ratio ** (i / max(1, count - 1)) for i in range(count)]
         return [None] * (num_steps - count) + soft
 
-    def draw(self, log_p: Tensor, noise: Tensor, temperature: float | None) -> Tensor:
+    def draw(self, log_p: Tensor, noise: Tensor, gumbel_temperature: float | None) -> Tensor:
         """A hard or relaxed draw from ``log_p [..., V]`` with Gumbel ``noise`` of its shape."""
         scores = log_p + noise
-        if temperature is None:
+        if gumbel_temperature is None:
             return hard_one_hot(scores)
         if not self.straight_through:
-            return (scores / temperature).softmax(-1)
+            return (scores / gumbel_temperature).softmax(-1)
         hard = hard_one_hot(scores)
-        return hard + _value_free(self._surrogate(log_p, scores, hard, temperature))
+        return hard + _value_free(self._surrogate(log_p, scores, hard, gumbel_temperature))
 
-    def _surrogate(self, log_p: Tensor, scores: Tensor, hard: Tensor, temperature: float) -> Tensor:
+    def _surrogate(
+        self, log_p: Tensor, scores: Tensor, hard: Tensor, gumbel_temperature: float
+    ) -> Tensor:
         if self.backward == "gumbel":
-            return (scores / temperature).softmax(-1)
-        soft = (log_p / temperature).softmax(-1)
+            return (scores / gumbel_temperature).softmax(-1)
+        soft = (log_p / gumbel_temperature).softmax(-1)
         if self.backward == "probabilities":
             return soft
         # Impossible tokens (revealing is certain in the last step) stay impossible: -inf + inf.
@@ -110,7 +112,7 @@ class RevealRow:
         t: level of the state, host float64.
         reveal: probability that a masked position is revealed, broadcastable to the state.
         relaxation: how tokens are drawn.
-        temperature: of this step's draw; ``None``: hard.
+        gumbel_temperature: of this step's draw; ``None``: hard.
         which: ``[B, L, 1]``, 1 where a position is revealed in this step; ``None``: drawn with the
             tokens.
     """
@@ -118,7 +120,7 @@ class RevealRow:
     t: Tensor
     reveal: Tensor
     relaxation: Relaxation
-    temperature: float | None
+    gumbel_temperature: float | None
     which: Tensor | None = None
     stochastic: ClassVar[bool] = True
 
@@ -141,10 +143,12 @@ class RevealRow:
             joint = torch.cat(
                 [log_p + self.reveal.log(), torch.log1p(-self.reveal).expand_as(mask)], dim=-1
             )
-            drawn = self.relaxation.draw(joint, noise, self.temperature)
+            drawn = self.relaxation.draw(joint, noise, self.gumbel_temperature)
             law = joint.detach().exp()
         else:
-            drawn = pad(self.relaxation.draw(log_p, noise[..., :-1], self.temperature), (0, 1))
+            drawn = pad(
+                self.relaxation.draw(log_p, noise[..., :-1], self.gumbel_temperature), (0, 1)
+            )
             law = pad(log_p.detach().exp(), (0, 1))
         moved = torch.addcmul(tokens, mask, drawn)
         mean = torch.addcmul(tokens, mask, law)
@@ -206,7 +210,7 @@ def _rows(
             f"this solver reveals masked tokens; for {type(process).__name__} use ddim, ddpm, ..."
         )
     count = len(levels) - 1
-    soft = [None] * count if relaxation is None else relaxation.temperatures(count)
+    soft = [None] * count if relaxation is None else relaxation.gumbel_temperatures(count)
     how = HARD if relaxation is None else relaxation
     which = [None if groups is None else (groups == i).unsqueeze(-1) for i in range(count)]
     return [

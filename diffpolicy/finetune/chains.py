@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoised
@@ -83,6 +84,10 @@ def chain_with_kl(
     reference_graph: bool = True,
 ) -> ChainResult:
     """Run a chain and its divergence to ``reference``, both differentiable.
+
+    The gradient of the divergence is right for losses that weigh all examples equally. In the steps
+    before the graph it is that of each step in the states that were visited, and leaves out that
+    other weights would visit others.
 
     Args:
         denoiser: what is tuned.
@@ -204,7 +209,7 @@ def _reusable(meter: _Meter, split: int, reference: BaseDenoiser, x: Tensor) -> 
         if not (isinstance(denoiser, MaskedDenoiser) and denoiser.time_free):
             return False
     rows: list[Any] = meter.grid.rows[:split]
-    hard = all(r.which is None and r.temperature is None for r in rows)
+    hard = all(r.which is None and r.gumbel_temperature is None for r in rows)
     if not hard or meter.step_kl is not masked_step_kl or _has_dropout(meter.denoiser):
         return False
     return bool((x.amax(-1) == 1).all())
@@ -285,6 +290,7 @@ class _Carried(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, output: Tensor) -> Any:
         scale = output.mean()
         return None, None, *(None if g is None else scale * g for g in ctx.gradients)

@@ -237,11 +237,11 @@ class TestRelaxation:
         torch.testing.assert_close(mine.grad, other.grad)
 
     def test_temperature_changes_geometrically_over_the_last_steps(self):
-        assert Relaxation(0.5).temperatures(3) == [0.5] * 3
-        annealed = Relaxation(2.0, final_temperature=0.5, relaxed_steps=3).temperatures(5)
+        assert Relaxation(0.5).gumbel_temperatures(3) == [0.5] * 3
+        annealed = Relaxation(2.0, final_temperature=0.5, relaxed_steps=3).gumbel_temperatures(5)
         assert annealed == [None, None, *(pytest.approx(v) for v in (2.0, 1.0, 0.5))]
-        assert Relaxation(relaxed_steps=9).temperatures(2) == [1.0, 1.0]
-        assert Relaxation(2.0, final_temperature=0.5).temperatures(1) == [2.0]
+        assert Relaxation(relaxed_steps=9).gumbel_temperatures(2) == [1.0, 1.0]
+        assert Relaxation(2.0, final_temperature=0.5).gumbel_temperatures(1) == [2.0]
 
     @pytest.mark.parametrize(
         ("settings", "message"),
