@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffpolicy.config import ConfigError, build, compose, config_dir
+from diffpolicy.config import ConfigError, build, compose, config_dir, group_choices
 
 
 @dataclass
@@ -83,21 +83,34 @@ class FinetuneConfig:
             )
 
 
+def experiment_kind(name: str | None) -> str:
+    """What an experiment is of: ``"policy"``, ``"sequences"`` or ``"finetune"``."""
+    from omegaconf import OmegaConf
+
+    file = config_dir() / "experiment" / f"{name}.yaml"
+    if not file.is_file():
+        return "policy"
+    defaults = OmegaConf.to_container(OmegaConf.load(file)).get("defaults", [])  # type: ignore[union-attr]
+    keys = [str(key) for entry in defaults if isinstance(entry, dict) for key in entry]
+    if any("finetune" in key for key in keys):
+        return "finetune"
+    return "sequences" if any("task" in key for key in keys) else "policy"
+
+
 def is_sequences(overrides: Sequence[str]) -> bool:
     """Whether these arguments of `diffpolicy train` are about a sequence task.
 
     They name a task, or an experiment that does.
-    """
-    from omegaconf import OmegaConf
 
+    Raises:
+        ConfigError: an experiment of `diffpolicy finetune`.
+    """
     given = dict(o.removeprefix("--").split("=", 1) for o in overrides if "=" in o)
-    if any(key == "task" or key.startswith("task.") for key in given):
-        return True
-    file = config_dir() / "experiment" / f"{given.get('experiment')}.yaml"
-    if not file.is_file():
-        return False
-    defaults = OmegaConf.to_container(OmegaConf.load(file)).get("defaults", [])  # type: ignore[union-attr]
-    return any("task" in str(key) for entry in defaults if isinstance(entry, dict) for key in entry)
+    kind = experiment_kind(given.get("experiment"))
+    if kind == "finetune":
+        name = given["experiment"]
+        raise ConfigError(f"{name} tunes a model: run `diffpolicy finetune experiment={name}`")
+    return kind == "sequences" or any(k == "task" or k.startswith("task.") for k in given)
 
 
 def load_sequence_train(overrides: Sequence[str]) -> SequenceTrainConfig:
@@ -106,5 +119,13 @@ def load_sequence_train(overrides: Sequence[str]) -> SequenceTrainConfig:
 
 
 def load_finetune(overrides: Sequence[str]) -> FinetuneConfig:
-    """The tuning that ``overrides`` ask for."""
+    """The tuning that ``overrides`` ask for.
+
+    Raises:
+        ConfigError: settings that cannot be used, or an experiment of `diffpolicy train`.
+    """
+    given = dict(o.removeprefix("--").split("=", 1) for o in overrides if "=" in o)
+    name = given.get("experiment")
+    if name in group_choices().get("experiment", {}) and experiment_kind(name) != "finetune":
+        raise ConfigError(f"{name} trains a model: run `diffpolicy train experiment={name}`")
     return build(FinetuneConfig, compose("finetune", overrides))

@@ -11,6 +11,7 @@ import pytest
 
 from diffpolicy import cli
 from diffpolicy.config import ConfigError, compose, config_dir, group_choices, load_train
+from diffpolicy.config_sequences import experiment_kind, load_finetune, load_sequence_train
 
 HEAVY = ("torch", "hydra", "mujoco", "gymnasium", "stable_baselines3", "zarr")
 
@@ -41,8 +42,9 @@ def test_every_command_explains_itself(command, capsys):
     assert f"usage: diffpolicy {command}" in text
 
 
-def test_train_help_lists_every_group_choice_with_a_sentence(capsys):
+def test_help_lists_every_group_choice_with_a_sentence(capsys):
     run("train", "--help")
+    run("finetune", "--help")
     text = capsys.readouterr().out
     for group, choices in group_choices().items():
         for choice, sentence in choices.items():
@@ -59,8 +61,18 @@ def test_unknown_command(capsys):
     "path", sorted((config_dir() / "experiment").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_every_experiment_composes(path):
-    config = load_train([f"experiment={path.stem}"])
+    kind = experiment_kind(path.stem)
+    load = {"policy": load_train, "sequences": load_sequence_train, "finetune": load_finetune}[kind]
+    needed = ["task.kwargs.file=gb1.npz"] if path.stem == "gb1" else []
+    config = load([f"experiment={path.stem}", *needed])
     assert config.name == path.stem
+
+
+def test_an_experiment_of_the_other_command_names_it(capsys):
+    assert run("train", "experiment=dna_drakes") == 1
+    assert "diffpolicy finetune experiment=dna_drakes" in capsys.readouterr().err
+    assert run("finetune", "experiment=demo") == 1
+    assert "diffpolicy train experiment=demo" in capsys.readouterr().err
 
 
 def test_demo_is_fetch_pick_place():
