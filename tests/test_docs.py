@@ -37,6 +37,7 @@ SMALL = {
     "experiment=maze2d_umaze": [*TINY, "network.width=16"],
     "experiment=d4rl_hopper_medium_expert": [*TINY, "env.max_episode_steps=20"],
     "experiment=tfbind8": [*TUNE, "trainer.steps=4", "draws=32"],
+    "finetune=none": ["draws=32", "threads=1"],
     "experiment=tfbind8_drakes": [*TUNE, "trainer.steps=2", "draws=32", "eval_draws=16"],
     "compare": [],
     "experiment=dna": [*TUNE, "trainer.steps=4", "draws=32", "oracles.trainer.steps=4"],

@@ -50,9 +50,10 @@ def result_of(text: str) -> dict[str, object]:
 
 
 def tuned(pretrained: Path, run: Path, *extra: str) -> int:
-    steps = ["trainer.steps=4", "trainer.eval_every=2", "draws=64", "eval_draws=16"]
-    where = [f"pretrained={pretrained}", f"run_dir={run}", "threads=1"]
-    return cli.main(["finetune", *QUICK, *steps, *where, *extra])
+    steps = ["trainer.steps=4", "trainer.eval_every=2", "eval_draws=16"]
+    training = [] if "finetune=none" in extra else [*QUICK, *steps]
+    where = [f"pretrained={pretrained}", f"run_dir={run}", "threads=1", "draws=64"]
+    return cli.main(["finetune", *training, *where, *extra])
 
 
 def test_pretraining_leaves_a_model_and_a_report(pretrained):
@@ -172,6 +173,8 @@ def test_runs_compare_in_one_table(pretrained, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["finetune=none"], "nothing to do"),
+        (["finetune=none", "guidance=smc", "trainer.lr=1"], "trainer.lr has no effect"),
+        (["finetune=none", "guidance=svdd", "kl_weight=1"], "kl_weight has no effect"),
         (["finetune.relaxed=3"], "no setting 'relaxed'"),
         (["finetune.type=magic"], "unknown finetune"),
         (["guidance=cfg"], "cond_dropout"),

@@ -64,12 +64,25 @@ def run(arguments: Sequence[str]) -> int:
         return compare(arguments[1:])
     overrides = [a for a in arguments if a != "--print-config"]
     config = load_finetune(overrides)
+    _refuse_idle(config, overrides)
     if len(overrides) < len(arguments):
         from omegaconf import OmegaConf
 
         print(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
         return 0
     return finetune(config)
+
+
+def _refuse_idle(config: FinetuneConfig, overrides: Sequence[str]) -> None:
+    """Raise if a setting was given that would have no effect."""
+    if config.finetune.get("type") != "none":
+        return
+    idle = ["trainer", "eval_draws"]
+    idle += [] if config.guidance.get("type") in ("smc", "tds") else ["kl_weight"]
+    for override in overrides:
+        key = override.removeprefix("--").lstrip("+").split("=", 1)[0]
+        if key.split(".")[0] in idle:
+            raise ConfigError(f"{key} has no effect with finetune=none; leave it out")
 
 
 def finetune(config: FinetuneConfig, *, resume: bool = False) -> int:
@@ -177,14 +190,14 @@ def check_black_box(config: FinetuneConfig, task: SequenceTask) -> None:
     tuning, guidance = config.finetune, config.guidance
     wrong = {
         "finetune of type pathwise": tuning["type"] == "pathwise",
-        "guidance=reward (but mode=exact on hard estimates)": guidance["type"] == "reward",
+        "guidance=reward": guidance["type"] == "reward",
         "guidance=tds": guidance["type"] == "tds",
     }
     for name, used in wrong.items():
         if used:
             raise ConfigError(
-                f"{task.name} has a reward without gradient, which {name} needs; use "
-                "policy_gradient, wdce, vidd or sdpo, or best_of_n, smc or svdd"
+                f"{task.name} has a reward of hard sequences without gradient, which {name} "
+                "cannot use; choose policy_gradient, wdce, vidd or sdpo, or best_of_n, smc or svdd"
             )
     if guidance["type"] in ("smc", "svdd") and guidance.get("estimate", "soft") != "hard":
         raise ConfigError(f"{task.name} rewards hard sequences: set guidance.estimate=hard")

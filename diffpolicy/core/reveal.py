@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from diffpolicy.core.denoiser import Denoised
 from diffpolicy.core.masking import MaskingProcess, hard_one_hot
 from diffpolicy.core.solvers import Memory, Solver
+from diffpolicy.core.starts import Start, levels
 
 BACKWARDS = ("gumbel", "probabilities", "reinmax")
 
@@ -259,6 +260,44 @@ def reveal_schedule(
     total = max(1, int(rank.max().item()))
     groups = (rank + (total - 1 - rank[:, -1:])).gather(1, steps.clamp_max(count - 1))
     return torch.where(steps < count, groups.clamp_min(0), total), total
+
+
+def reveals(
+    process: MaskingProcess,
+    start: Start,
+    num_steps: int | None,
+    *,
+    time_free: bool,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """When each mask of ``start`` is revealed, and the grid that takes: for :class:`Scheduled`.
+
+    Args:
+        process: gives the law of reveal times.
+        start: hard states ``[B, L, V + 1]`` and their level.
+        num_steps: steps of the grid; ``None``: one position at a time, in random order.
+        time_free: the denoiser does not look at the level. Rows then advance on their own, in at
+            most ``min(num_steps, L)`` evaluations.
+        generator: on the state's device, which is read for the number of evaluations.
+
+    Returns:
+        Groups ``[B, L]`` and the host grid ``[K + 1, ...]``.
+
+    Raises:
+        ValueError: ``num_steps=None`` with a denoiser that depends on the level.
+    """
+    masked = start.x[..., -1] > 0.5
+    if num_steps is None:
+        if not time_free:
+            raise ValueError(
+                "one position at a time (num_steps=None) is for time_free denoisers; one that sees "
+                "the noise level needs num_steps=K, e.g. num_steps=128"
+            )
+        count = max(1, int(masked.sum(1).max().item()))
+        return one_by_one(masked, generator), levels(start, count)
+    grid = levels(start, num_steps)
+    groups, count = reveal_schedule(process, grid, masked, generator, compact=time_free)
+    return groups, levels(start, count)
 
 
 def one_by_one(masked: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from diffpolicy.finetune.algorithms import ALGORITHMS, ActorCritic
 from diffpolicy.finetune.denoising import DenoisingLoss, LossOutput, denoising_error
 from diffpolicy.finetune.masked import MaskedDenoisingLoss, elbo, masked_cross_entropy
 from diffpolicy.finetune.methods import METHODS, make_tuning
+from diffpolicy.finetune.plan_chain import PlanChain
 from diffpolicy.finetune.planning import DraftLoss, InverseDynamicsLoss, SumOfLosses, ValueLoss
 from diffpolicy.finetune.policy_gradient import PolicyGradientLoss
 from diffpolicy.finetune.reward import RewardLoss
@@ -30,6 +31,7 @@ __all__ = [
     "MaskedChain",
     "MaskedDenoisingLoss",
     "MaskedRollout",
+    "PlanChain",
     "PolicyGradient",
     "PolicyGradientLoss",
     "RewardLoss",

@@ -121,17 +121,35 @@ def elbo(
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
-    count, length = tokens.shape
-    total = torch.zeros(count, device=tokens.device)
+    total = torch.zeros(len(tokens), device=tokens.device)
     for draw in range(draws):
-        u = torch.rand(count, generator=generator, device=tokens.device)
-        masks = ((draw + u) / draws * length).long().clamp(max=length - 1) + 1
-        order = torch.rand(count, length, generator=generator, device=tokens.device)
-        masked = order.argsort(1).argsort(1) < masks[:, None]
-        t = _level_of(denoiser, masks / length).view(-1, 1, 1)
-        error = masked_cross_entropy(denoiser, tokens, t, masked, cond=cond)
-        total -= error * length / masks
+        u = torch.rand(len(tokens), generator=generator, device=tokens.device)
+        masked, t, weight = random_masks(denoiser, (draw + u) / draws, generator)
+        total -= weight * masked_cross_entropy(denoiser, tokens, t, masked, cond=cond)
     return total / draws
+
+
+def random_masks(
+    denoiser: MaskedDenoiser, u: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks over ``k = 1 + floor(u L)`` positions, drawn uniformly.
+
+    Args:
+        denoiser: tells L and the level with ``m_t = k / L``, which it may look at.
+        u: in [0, 1), ``[N]``: how many, as a fraction.
+        generator: on the device of ``u``.
+
+    Returns:
+        ``masked`` bool ``[N, L]``, levels ``[N, 1, 1]``, and weights ``L / k [N]`` with which the
+        masked log-probability is the likelihood bound without bias, for uniform ``u``.
+    """
+    length = int(denoiser.network.horizon)  # type: ignore[arg-type]
+    masks = (u * length).long().clamp(max=length - 1) + 1
+    order = torch.rand(len(u), length, generator=generator, device=u.device)
+    masked = order.argsort(1).argsort(1) < masks[:, None]
+    fraction = masks / length
+    t = fraction if denoiser.time_free else _level_of(denoiser, fraction)
+    return masked, t.view(-1, 1, 1), 1 / fraction
 
 
 def _level_of(denoiser: MaskedDenoiser, fraction: Tensor) -> Tensor:
@@ -150,4 +168,5 @@ __all__ = [
     "draw_masks",
     "elbo",
     "masked_cross_entropy",
+    "random_masks",
 ]

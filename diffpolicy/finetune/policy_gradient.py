@@ -67,8 +67,6 @@ class PolicyGradientLoss(SequenceTuning):
                 f"grad_states={settings.grad_states} is more than the {most} evaluations of a "
                 "rollout"
             )
-        if settings.num_steps is None and not denoiser.time_free:
-            raise ValueError("a denoiser that depends on the level needs num_steps=K")
         if settings.rows is not None:
             self._check_rows(settings.rows)
             self._keep(settings.rows)

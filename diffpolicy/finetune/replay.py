@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.masked import MaskedDenoiser
-from diffpolicy.finetune.masked import _level_of
+from diffpolicy.finetune.masked import random_masks
 
 
 class Replay(nn.Module):
@@ -93,17 +93,11 @@ def remask(
         ``L / k [rows * draws]`` with which the masked log-probability is the likelihood bound
         without bias (the ``1 / t`` of MDLM with its time integral solved).
     """
-    length: int = denoiser.network.horizon  # type: ignore[assignment]
-    device = generator.device
-    u = torch.rand(rows, draws, generator=generator, device=device)
-    u = (torch.arange(draws, device=device) + u).flatten() / draws
-    masks = (u * length).long().clamp(max=length - 1) + 1
-    order = torch.rand(rows * draws, length, generator=generator, device=device)
-    masked = order.argsort(1).argsort(1) < masks[:, None]
-    fraction = masks / length
-    t = fraction if denoiser.time_free else _level_of(denoiser, fraction)
+    u = torch.rand(rows, draws, generator=generator, device=generator.device)
+    u = (torch.arange(draws, device=u.device) + u).flatten() / draws
     place = next(denoiser.parameters()).device
-    return masked.to(place), t.view(-1, 1, 1).to(place), (1 / fraction).to(place)
+    masked, t, weight = random_masks(denoiser, u, generator)
+    return masked.to(place), t.to(place), weight.to(place)
 
 
 __all__ = ["Replay", "check_replay", "remask"]

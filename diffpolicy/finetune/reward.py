@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.core.masked import MaskedDenoiser
 from diffpolicy.finetune.denoising import LossOutput
 
 Reward = Callable[..., Tensor]
@@ -137,7 +138,8 @@ class RewardLoss(nn.Module):
         reference = self.reference if self.kl_weight > 0 else None
         done = self.chain.run(self.denoiser, reference, size, cond, generator)
         copies = len(done.items) // size
-        given = () if cond is None or done.items.shape[-1] == self._tokens else (cond,)
+        # Rewards of sequences are of the sequence alone.
+        given = () if cond is None or isinstance(self.denoiser, MaskedDenoiser) else (cond,)
         reward = self._reward[0](done.items, *(c.repeat_interleave(copies, 0) for c in given))
         if reward.shape != done.items.shape[:1]:
             raise ValueError(
@@ -149,8 +151,3 @@ class RewardLoss(nn.Module):
         weight = self.kl_weight * warm
         metrics = {"reward": reward.detach().mean(), "kl": done.kl.detach().mean(), **done.metrics}
         return LossOutput(weight * done.kl - reward, metrics)
-
-    @property
-    def _tokens(self) -> int:
-        """Vocabulary of a masked denoiser; rewards of sequences take no condition."""
-        return getattr(self.denoiser, "vocab_size", -1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked import MaskedDenoiser
 from diffpolicy.core.masking import hard_one_hot
-from diffpolicy.core.reveal import Ancestral, Relaxation, Scheduled, one_by_one, reveal_schedule
+from diffpolicy.core.reveal import Ancestral, Relaxation, Scheduled, reveals
 from diffpolicy.core.starts import levels, prior_start
 from diffpolicy.finetune.chains import chain_with_kl, differentiable_chain
 from diffpolicy.finetune.path_kl import masked_step_kl, released_step_kl
@@ -90,8 +90,20 @@ class MaskedChain:
         process, length = denoiser.process, int(denoiser.network.horizon)  # type: ignore[arg-type]
         like = torch.zeros((size, length, denoiser.vocab_size + 1), device=generator.device)
         start = prior_start(process, like)
-        solver, count = self._solver(denoiser, like, generator)
-        grid = levels(start, count)
+        solver: Ancestral | Scheduled
+        if self.joint:
+            assert self.num_steps is not None
+            solver, grid = Ancestral(self.relaxation), levels(start, self.num_steps)
+        else:
+            groups, grid = reveals(
+                process,
+                start,
+                self.num_steps,
+                time_free=denoiser.time_free,
+                generator=generator,
+            )
+            solver = Scheduled(groups, self.relaxation)
+        count = len(grid) - 1
         noise = process.draw_noise((count, *like.shape), generator, like)
         soft = self.relaxation.relaxed_steps
         if reference is None:
@@ -123,21 +135,6 @@ class MaskedChain:
         # The chain's estimate is scaled up to all steps; without a prefix only these are meant.
         share = 1 - self._first(count) / count
         return Finished(self._items(result.x0), share * result.kl, {})
-
-    def _solver(
-        self, denoiser: MaskedDenoiser, like: Tensor, generator: torch.Generator
-    ) -> tuple[Ancestral | Scheduled, int]:
-        if self.joint:
-            assert self.num_steps is not None
-            return Ancestral(self.relaxation), self.num_steps
-        masked = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
-        if self.num_steps is None:
-            return Scheduled(one_by_one(masked, generator), self.relaxation), like.shape[1]
-        grid = levels(prior_start(denoiser.process, like), self.num_steps)
-        groups, count = reveal_schedule(
-            denoiser.process, grid, masked, generator, compact=denoiser.time_free
-        )
-        return Scheduled(groups, self.relaxation), count
 
     def _first(self, count: int) -> int:
         """The first step whose divergence counts."""

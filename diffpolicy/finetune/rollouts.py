@@ -13,9 +13,9 @@ from torch import Tensor
 
 from diffpolicy.core.masked import MaskedDenoiser
 from diffpolicy.core.masking import to_tokens
-from diffpolicy.core.reveal import Scheduled, one_by_one, reveal_schedule
+from diffpolicy.core.reveal import Scheduled, reveals
 from diffpolicy.core.sampling import Trajectory, sample
-from diffpolicy.core.starts import levels, prior_start
+from diffpolicy.core.starts import prior_start
 from diffpolicy.finetune.path_kl import categorical_kl
 
 MAX_STATES = 4096  # evaluated at a time: larger batches leave the cache and gain nothing
@@ -109,24 +109,13 @@ def draw_rollout(
     Raises:
         ValueError: ``num_steps=None`` for a denoiser that depends on the level.
     """
-    if num_steps is None and not denoiser.time_free:
-        raise ValueError(
-            "a denoiser that depends on the level needs num_steps=K; revealing one by one "
-            "(num_steps=None) is for time_free=True"
-        )
     length: int = denoiser.network.horizon  # type: ignore[assignment]
     device = next(denoiser.parameters()).device
-    masked = torch.ones(size, length, dtype=torch.bool, device=device)
     shape = (size, length, denoiser.vocab_size + 1)
     start = prior_start(denoiser.process, torch.zeros(shape, device=device))
-    if num_steps is None:
-        groups, count = one_by_one(masked, generator), length
-    else:
-        grid = levels(start, num_steps)
-        groups, count = reveal_schedule(
-            denoiser.process, grid, masked, generator, compact=denoiser.time_free
-        )
-    grid = levels(start, count)
+    groups, grid = reveals(
+        denoiser.process, start, num_steps, time_free=denoiser.time_free, generator=generator
+    )
     with torch.set_grad_enabled(graph):
         path = sample(
             denoiser, Scheduled(groups), start, grid, cond=cond, generator=generator, record=True
@@ -134,7 +123,7 @@ def draw_rollout(
         assert isinstance(path, Trajectory)
         log_p = torch.stack([row.denoised.aux["log_p"] for row in path.transitions], 1)
         tokens = to_tokens(path.x0)
-        bare = MaskedRollout(tokens, groups, count, grid, denoiser.vocab_size, log_p, cond)
+        bare = MaskedRollout(tokens, groups, len(grid) - 1, grid, denoiser.vocab_size, log_p, cond)
         rollout = bare._replace(log_p=at_reveal(log_p, bare))
         if reference is None:
             return rollout

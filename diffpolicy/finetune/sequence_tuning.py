@@ -73,8 +73,14 @@ class SequenceTuning(nn.Module):
         return int(getattr(self.denoiser.network, "cond_dim", 0))
 
     def evaluations(self, num_steps: int | None) -> int:
-        """The most network evaluations that a rollout of so many steps takes."""
+        """The most network evaluations that a rollout of so many steps takes.
+
+        Raises:
+            ValueError: ``None`` for a denoiser that depends on the level.
+        """
         if num_steps is None:
+            if not self.denoiser.time_free:
+                raise ValueError("a denoiser that depends on the level needs num_steps=K")
             return self.length
         return min(num_steps, self.length) if self.denoiser.time_free else num_steps
 

@@ -106,8 +106,7 @@ class StepwiseLoss(SequenceTuning):
     ) -> None:
         super().__init__(denoiser, reference, reward)
         self.settings = settings = settings or Stepwise()
-        if settings.num_steps is None and not denoiser.time_free:
-            raise ValueError("a denoiser that depends on the level needs num_steps=K")
+        self.evaluations(settings.num_steps)  # refuses what cannot be drawn
         columns = {
             "tokens": ((self.length,), torch.long),
             "reward": ((), torch.float32),

@@ -126,9 +126,8 @@ class WeightedDenoisingLoss(SequenceTuning):
     ) -> None:
         super().__init__(denoiser, reference, reward)
         self.settings = settings = settings or WeightedDenoising()
-        if settings.num_steps is None and not denoiser.time_free:
-            raise ValueError("a denoiser that depends on the level needs num_steps=K")
-        steps = self.evaluations(settings.num_steps) if settings.target == "soft_value" else 1
+        evaluations = self.evaluations(settings.num_steps)
+        steps = evaluations if settings.target == "soft_value" else 1
         columns = {
             "tokens": ((self.length,), torch.long),
             "reward": ((), torch.float32),

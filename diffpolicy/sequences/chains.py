@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.denoiser import BaseDenoiser
-from diffpolicy.core.masking import to_tokens
-from diffpolicy.core.reveal import Scheduled, one_by_one, reveal_schedule
+from diffpolicy.core.masking import MaskingProcess
+from diffpolicy.core.reveal import Scheduled, reveals
 from diffpolicy.core.sampling import Trajectory, Transition, sample
-from diffpolicy.core.starts import Start, levels
+from diffpolicy.core.starts import Start
 
 
 class Chain(NamedTuple):
@@ -55,30 +55,13 @@ def run_chain(
     Raises:
         ValueError: ``num_steps=None`` with a denoiser that depends on the level.
     """
-    mask_id = start.x.shape[-1] - 1
-    masked = to_tokens(start.x) == mask_id
-    if num_steps is None:
-        if not time_free:
-            raise ValueError(
-                "a denoiser that sees the noise level is drawn from on a grid of levels: give "
-                "num_steps, e.g. num_steps=128 (or train with time_free=True)"
-            )
-        groups = one_by_one(masked, generator)
-        count = max(1, int(masked.sum(1).max()))
-    else:
-        grid = levels(start, num_steps)
-        groups, count = reveal_schedule(
-            denoiser.process,  # type: ignore[arg-type]
-            grid,
-            masked,
-            generator,
-            compact=time_free,
-        )
+    process: MaskingProcess = denoiser.process  # type: ignore[assignment]
+    groups, grid = reveals(process, start, num_steps, time_free=time_free, generator=generator)
     out = sample(
         denoiser,
         Scheduled(groups),
         start,
-        levels(start, count),
+        grid,
         cond=cond,
         generator=generator,
         record=record,

@@ -85,7 +85,8 @@ def draw_guided(
         tokens = model.draw(
             size, num_steps=num_steps, cond=cond, guidance=scale, generator=generator
         )
-        return GuidedDraws(tokens, evaluations * (2 if kind == "cfg" else 1), 0)
+        branches = 1 if scale in (None, 1) else 2
+        return GuidedDraws(tokens, evaluations * branches, 0)
     if kind == "reward":
         guided = RewardGuidance(model.denoiser, reward, **values)
         calls = guided.reward_calls(model.spec.length, model.spec.vocab_size)

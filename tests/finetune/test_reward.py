@@ -273,7 +273,9 @@ def test_copies_of_a_row_share_its_condition_and_are_averaged():
         assert torch.equal(cond[:, 0], items[:, 0, 0] * 10)
         return items[:, 0, 1] + cond[:, 0]
 
-    loss = RewardLoss(multilinear_denoiser(3, 3), reward, Copies(), kl_weight=0.0)
+    network = make_network({"type": "mlp", "horizon": 1, "dim": 2, "width": 8, "depth": 1})
+    plans = Denoiser(network, VPCosine())  # rewards of sequences take no condition
+    loss = RewardLoss(plans, reward, Copies(), kl_weight=0.0)
     cond = 10 * torch.arange(3.0).unsqueeze(1)
     out = loss(rows(3, cond=cond), seeded())
     torch.testing.assert_close(out.loss, -(10 * torch.arange(3.0) + 0.5))
