@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows, split_episodes
+from diffpolicy.finetune.adapters import add_adapters, merge_adapters, merged_state
 from diffpolicy.finetune.plan_chain import PlanChain
 from diffpolicy.finetune.reward import RewardLoss
 from diffpolicy.learning import Learning, examples, fitted_returns, objective
@@ -33,10 +34,11 @@ from diffpolicy.policies.levels import (
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.spec import Gripper
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
+from diffpolicy.preference_tuning import PreferenceData, preference_objective
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.policy_files import FORMAT, VERSION, find_policy, policy_files
 from diffpolicy.training.settings import TrainerConfig
-from diffpolicy.training.trainer import Trainer, TrainResult
+from diffpolicy.training.trainer import Source, Trainer, TrainResult
 
 
 class DiffusionPolicy(DiffusionPlanner):
@@ -210,20 +212,88 @@ class DiffusionPolicy(DiffusionPlanner):
             PlanChain(grad_steps=1) if chain is None else chain,
             kl_weight=kl_weight,
         )
+        source = Conditions(windows)
+        self._fit(loss, source, config, run_dir, resume=resume, overwrite=overwrite)
+        # new weights, new tables
+        self.__init__(self.spec, self.denoiser, self.normalizer, self.anchors, self.heads)  # type: ignore[misc]
+        return self
+
+    def prefer(
+        self,
+        data: PreferenceData,
+        method: Mapping[str, Any],
+        config: TrainerConfig,
+        run_dir: str | os.PathLike[str],
+        *,
+        adapters: Mapping[str, Any] | None = None,
+        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> Self:
+        """Tune by preferences: Diffusion-DPO, PSO, DRO and their relatives.
+
+        The policy as it is now is the reference. Adapters are merged into the weights at the end,
+        so that what is saved is a policy like any other.
+
+        Args:
+            data: preferences, demonstrations, or both; see
+                :class:`~diffpolicy.preference_tuning.PreferenceData`.
+            method: ``{"type": "preference", "loss": "dpo", ...}``, ``pso``, ``dro`` or ``cloning``;
+                see :func:`~diffpolicy.preference_tuning.preference_objective`.
+            config: of the trainer.
+            run_dir: where metrics and checkpoints go.
+            adapters: tune these few weights alone, see
+                :func:`~diffpolicy.finetune.adapters.add_adapters`.
+            evaluate: as in :meth:`learn`.
+            resume: continue the run in ``run_dir``.
+            overwrite: replace it.
+
+        Example:
+            >>> data = PreferenceData.of("data/pairs.jsonl", "data/demos.zarr")
+            >>> dpo = {"type": "preference", "loss": "dpo", "kl_beta": 0.3}
+            >>> policy.prefer(data, dpo, TrainerConfig(steps=500, lr=1e-4), "runs/preferred")
+
+        Raises:
+            ValueError: a policy whose plans are not of actions given observations, data that the
+                method needs and that are missing, or settings that do not fit.
+        """
+        if adapters is not None:
+            add_adapters(self.denoiser, adapters)
+        seed = config.seed
+        loss, source = preference_objective(
+            self.spec, self.denoiser, self.normalizer, method, data, seed=seed
+        )
+        self._fit(loss, source, config, run_dir, evaluate, resume=resume, overwrite=overwrite)
+        if adapters is not None:
+            merge_adapters(self.denoiser)
+        # new weights, new tables
+        self.__init__(self.spec, self.denoiser, self.normalizer, self.anchors, self.heads)  # type: ignore[misc]
+        return self
+
+    def _fit(
+        self,
+        loss: nn.Module,
+        source: Source,
+        config: TrainerConfig,
+        run_dir: str | os.PathLike[str],
+        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
+        *,
+        resume: bool,
+        overwrite: bool,
+    ) -> None:
+        """Train ``loss``, which holds the denoiser; the heads stay as they are."""
         trainer = Trainer(
             loss,
-            Conditions(windows),
+            source,
             config,
             run_dir,
             export=lambda state: {**self._bundle(state), **self._kept_heads()},
+            evaluate=evaluate,
             resume=resume,
             overwrite=overwrite,
         )
         self.last_training = trainer.fit()
         loss.load_state_dict(self.last_training.ema)
-        # new weights, new tables
-        self.__init__(self.spec, self.denoiser, self.normalizer, self.anchors, self.heads)  # type: ignore[misc]
-        return self
 
     def _kept_heads(self) -> dict[str, Any]:
         weights = self.heads.state_dict()
@@ -234,7 +304,8 @@ class DiffusionPolicy(DiffusionPlanner):
             {k.removeprefix(p): v for k, v in objective_state.items() if k.startswith(p)}
             for p in ("denoiser.", "heads.")
         ]
-        return policy_files(self.spec, parts[0], self.normalizer, self.anchors, parts[1])
+        weights = merged_state(self.denoiser, parts[0])
+        return policy_files(self.spec, weights, self.normalizer, self.anchors, parts[1])
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the policy as a directory: ``config.json``, safetensors files, and their hashes."""

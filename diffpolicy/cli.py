@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "train a policy on demonstrations, evaluate it and leave a run directory",
-    "finetune": "tune a pre-trained sequence model by a reward, or guide it, and report",
+    "finetune": "tune a sequence model by a reward, or a policy by preferences, and report",
     "eval": "roll a trained policy out and score it",
     "resume": "continue an interrupted run exactly where it stopped",
     "rti": "give a policy warm starts (real-time iteration), their level chosen from data",

@@ -242,7 +242,15 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 OPEN = (
-    *("learning.", "finetune.", "guidance.", "task.kwargs."),
+    *(
+        "learning.",
+        "finetune.",
+        "guidance.",
+        "task.kwargs.",
+        "preference.",
+        "collect.",
+        "adapters.",
+    ),
     *("oracles.network.", "oracles.trainer."),
     *(f"policy.{n}." for n in ("selection", "returns", "heads", "rti", "anchors")),
 )

@@ -84,7 +84,10 @@ class FinetuneConfig:
 
 
 def experiment_kind(name: str | None) -> str:
-    """What an experiment is of: ``"policy"``, ``"sequences"`` or ``"finetune"``."""
+    """What an experiment is of.
+
+    ``"policy"``, ``"sequences"``, ``"finetune"`` (of sequences) or ``"preference"`` (of policies).
+    """
     from omegaconf import OmegaConf
 
     file = config_dir() / "experiment" / f"{name}.yaml"
@@ -92,8 +95,9 @@ def experiment_kind(name: str | None) -> str:
         return "policy"
     defaults = OmegaConf.to_container(OmegaConf.load(file)).get("defaults", [])  # type: ignore[union-attr]
     keys = [str(key) for entry in defaults if isinstance(entry, dict) for key in entry]
-    if any("finetune" in key for key in keys):
-        return "finetune"
+    for kind in ("preference", "finetune"):
+        if any(kind in key for key in keys):
+            return kind
     return "sequences" if any("task" in key for key in keys) else "policy"
 
 
@@ -107,7 +111,7 @@ def is_sequences(overrides: Sequence[str]) -> bool:
     """
     given = dict(o.removeprefix("--").split("=", 1) for o in overrides if "=" in o)
     kind = experiment_kind(given.get("experiment"))
-    if kind == "finetune":
+    if kind in ("finetune", "preference"):
         name = given["experiment"]
         raise ConfigError(f"{name} tunes a model: run `diffpolicy finetune experiment={name}`")
     return kind == "sequences" or any(k == "task" or k.startswith("task.") for k in given)

@@ -11,6 +11,7 @@ import pytest
 
 from diffpolicy import cli
 from diffpolicy.config import ConfigError, compose, config_dir, group_choices, load_train
+from diffpolicy.config_policy_tuning import load_policy_tuning
 from diffpolicy.config_sequences import experiment_kind, load_finetune, load_sequence_train
 
 HEAVY = ("torch", "hydra", "mujoco", "gymnasium", "stable_baselines3", "zarr")
@@ -62,7 +63,12 @@ def test_unknown_command(capsys):
 )
 def test_every_experiment_composes(path):
     kind = experiment_kind(path.stem)
-    load = {"policy": load_train, "sequences": load_sequence_train, "finetune": load_finetune}[kind]
+    load = {
+        "policy": load_train,
+        "sequences": load_sequence_train,
+        "finetune": load_finetune,
+        "preference": load_policy_tuning,
+    }[kind]
     needed = ["task.kwargs.file=gb1.npz"] if path.stem == "gb1" else []
     config = load([f"experiment={path.stem}", *needed])
     assert config.name == path.stem

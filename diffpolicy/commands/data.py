@@ -1,4 +1,4 @@
-"""`diffpolicy data`: info, check, convert or collect episode stores; list D4RL's datasets."""
+"""`diffpolicy data`: info, check, convert or collect episode stores; D4RL; preferences."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffpolicy.commands import prefs
 from diffpolicy.commands.options import parse
 from diffpolicy.config import ConfigError
 
@@ -21,17 +22,18 @@ usage: diffpolicy data info STORE [--update-statistics]
        diffpolicy data convert SOURCE TARGET [obs=FIELD] [action=FIELD] [env=ID] [key=value] ...
        diffpolicy data d4rl [PATTERN] [data_dir=DIR]
        diffpolicy data collect TARGET env=ID [episodes=200] [key=value] ...
+       diffpolicy data prefs collect | import | info | render | serve ...
 
 info     fields, episodes, lengths and statistics; --update-statistics computes them anew.
 check    looks at every value; names episode, row and fix for what is wrong. Exit status 1 if
          there are errors.
 convert  makes a store from a Diffusion Policy replay buffer (zarr, directory or zip), a robomimic
-         or D4RL HDF5 file, a Minari (HDF5) or LeRobot (Parquet) dataset, or an id of D4RL's,
-         Minari's or LeRobot's (the last two with format=minari, format=lerobot). Options:
-         format=auto, max_episodes=null,
-         overwrite=false; obs and action name source fields (a list concatenates). With env=ID the
-         observation is passed through that environment's own observation_from_state, so that the
-         data hold what the policy will see:
+         or D4RL HDF5 file, a Minari (HDF5) or LeRobot (Parquet) dataset, an npz file of arrays with
+         episode_ends, or an id of D4RL's, Minari's or LeRobot's (the last two with format=minari,
+         format=lerobot). Options: format=auto, max_episodes=null, overwrite=false; obs and
+         action name source fields (a list concatenates). With env=ID the observation is passed
+         through that environment's own observation_from_state, so that the data hold what the
+         policy will see:
            diffpolicy data convert pusht_lowdim.zarr.zip data/pusht.zarr obs=state \\
              env=diffpolicy_envs:diffpolicy/PushT-v0
          With a D4RL id or file the fields are settled, env=ID is only recorded, and there are the
@@ -46,7 +48,11 @@ d4rl     the D4RL datasets whose id contains PATTERN (or matches it, with * and 
          $D4RL_DATASET_DIR or ~/.d4rl/datasets; the d4rl package is not needed.
 collect  records demonstrations of the environment's scripted expert; continues an interrupted
          collection. Options: seed=0, noise=0.15 (executed; the clean action is stored),
-         keep=success (or all), num_workers=null."""
+         keep=success (or all), num_workers=null.
+prefs    preferences between stored segments: pairs from rollouts, labels of people, side-by-side
+         clips, and a page to label on.
+
+""" + prefs.help_text()
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -57,6 +63,7 @@ def run(arguments: Sequence[str]) -> int:
         "convert": _convert,
         "d4rl": _d4rl,
         "collect": _collect,
+        "prefs": prefs.run,
     }
     if not arguments or arguments[0] not in commands:
         raise ConfigError(f"expected one of {sorted(commands)}; see `diffpolicy data --help`")

@@ -1,4 +1,4 @@
-"""`diffpolicy finetune`: a pre-trained sequence model tuned by a reward, or guided to it."""
+"""`diffpolicy finetune`: sequence models tuned by a reward, or guided; policies by preferences."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffpolicy.commands.finetune_policy import of_policies, run_policy
 from diffpolicy.commands.options import groups_help
 from diffpolicy.commands.train import pick_device
 from diffpolicy.commands.train_sequences import (
@@ -20,6 +21,7 @@ from diffpolicy.commands.train_sequences import (
     write_config,
 )
 from diffpolicy.config import ConfigError, build, config_dir
+from diffpolicy.config_policy_tuning import is_policy_tuning
 from diffpolicy.config_sequences import FinetuneConfig, SequenceTrainConfig, load_finetune
 
 if TYPE_CHECKING:
@@ -30,16 +32,23 @@ if TYPE_CHECKING:
     from diffpolicy.sequences.task import SequenceTask
     from diffpolicy.sequences.tuning import Tuned
 
-GROUPS = ("finetune", "guidance", "trainer")
+GROUPS = ("finetune", "guidance", "preference", "trainer")
 
 
 def help_text() -> str:
     """The text of `diffpolicy finetune --help`."""
-    settings = (config_dir() / "finetune.yaml").read_text().split("experiment: null\n")[1].strip()
-    indented = "\n".join("    " + line for line in settings.splitlines())
+    indented, of_policies = (
+        "\n".join(
+            "    " + line for line in text.split("experiment: null\n")[1].strip().splitlines()
+        )
+        for text in (
+            (config_dir() / n).read_text() for n in ("finetune.yaml", "finetune_policy.yaml")
+        )
+    )
     return f"""\
 usage: diffpolicy finetune [group=choice] [key=value] ...
-       diffpolicy finetune compare RUN [RUN ...] output=DIR
+       diffpolicy finetune preference=METHOD pretrained=RUN [key=value] ...
+       diffpolicy finetune compare RUN [RUN ...] output=DIR [baseline=METHOD]
 
 Tunes a sequence model of `diffpolicy train task=...` so that its sequences have a high reward and
 stay probable under it; or, with finetune=none, only draws under guidance. For instance
@@ -48,10 +57,21 @@ stay probable under it; or, with finetune=none, only draws under guidance. For i
     diffpolicy finetune experiment=tfbind8_drakes
     diffpolicy finetune experiment=tfbind8_drakes finetune=none guidance=smc run_dir=runs/smc
 
+With preference=..., or an experiment of one, it tunes a policy of `diffpolicy train` by
+comparisons: a preference file (`diffpolicy data prefs`), or pairs of what the policy itself does,
+judged by the environment's rewards. The policy before is the reference, and is scored on the same episodes.
+
+    diffpolicy train experiment=pusht_40
+    diffpolicy finetune experiment=pusht_dpo
+    diffpolicy finetune experiment=pusht_dpo preference=bc run_dir=runs/pusht_bc
+
 {groups_help(GROUPS)}
 
-settings (also finetune.KEY, guidance.KEY, trainer.KEY):
+settings of sequence models (also finetune.KEY, guidance.KEY, trainer.KEY):
 {indented}
+
+settings of policies (also preference.KEY, collect.KEY, trainer.KEY, evaluation.KEY):
+{of_policies}
 
 --print-config shows the composed configuration and stops.
 Results: RUN/report.md with pictures, report.json, metrics.csv, checkpoints/. The last line printed
@@ -62,6 +82,8 @@ def run(arguments: Sequence[str]) -> int:
     """Compose the configuration and tune."""
     if arguments and arguments[0] == "compare":
         return compare(arguments[1:])
+    if is_policy_tuning(arguments):
+        return run_policy(arguments)
     overrides = [a for a in arguments if a != "--print-config"]
     config = load_finetune(overrides)
     _refuse_idle(config, overrides)
@@ -303,12 +325,21 @@ def _profiles(task: SequenceTask, before: Any, after: Any, fraction: float) -> d
 
 
 def compare(arguments: Sequence[str]) -> int:
-    """`diffpolicy finetune compare RUN... output=DIR`."""
+    """`diffpolicy finetune compare RUN... output=DIR`, of sequence models or of policies."""
     from diffpolicy.sequences.comparison import compare_report
 
     runs = [a for a in arguments if "=" not in a]
     options = dict(a.split("=", 1) for a in arguments if "=" in a)
-    if not runs or set(options) != {"output"}:
-        raise ConfigError("usage: diffpolicy finetune compare RUN [RUN ...] output=DIR")
+    if not runs or not {"output"} <= set(options) <= {"output", "baseline"}:
+        raise ConfigError(
+            "usage: diffpolicy finetune compare RUN [RUN ...] output=DIR [baseline=METHOD]"
+        )
+    if of_policies(runs[0]):
+        from diffpolicy.rollout.tuning_report import compare_tunings
+
+        print(compare_tunings(runs, **options).read_text())
+        return 0
+    if "baseline" in options:
+        raise ConfigError("baseline=METHOD is of policies; leave it out")
     print(compare_report(runs, options["output"]).with_suffix(".md").read_text())
     return 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffpolicy.commands.options import parse
 from diffpolicy.config import ConfigError, TrainConfig, build
+from diffpolicy.config_policy_tuning import PolicyTuningConfig
 from diffpolicy.config_sequences import FinetuneConfig, SequenceTrainConfig
 
 
@@ -36,6 +37,10 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(f"{file} does not hold a run's configuration")
     plain: dict[str, Any] = {str(k): v for k, v in values.items()}
     plain["run_dir"] = str(run_dir)  # a run may have been moved
+    if "preference" in plain:
+        from diffpolicy.commands.finetune_policy import finetune_policy
+
+        return finetune_policy(build(PolicyTuningConfig, plain), resume=True)
     if "pretrained" in plain:
         from diffpolicy.commands.finetune import finetune
 

@@ -107,7 +107,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> int:
     policy = make_policy(config, store, device)
     run_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        validate = _validator(config, stack, device) if group.first else None
+        validate = validator(config, stack, device) if group.first else None
         learn(policy, config, store, validate, resume=resume)
     outcome = policy.last_training
     if outcome is not None and outcome.interrupted:
@@ -255,7 +255,7 @@ def _action_bounds(
     return list(info.action_low), list(info.action_high)
 
 
-def _validator(config: TrainConfig, stack: ExitStack, device: Any) -> Any:
+def validator(config: TrainConfig, stack: ExitStack, device: Any) -> Any:
     """The callback that scores a checkpoint on the validation seeds, with one pool of workers."""
     if config.evaluation.val_episodes == 0:
         return None

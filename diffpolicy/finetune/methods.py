@@ -10,15 +10,18 @@ from torch import nn
 
 from diffpolicy.core.masked import MaskedDenoiser
 from diffpolicy.core.reveal import Relaxation
-from diffpolicy.finetune.adjoint import DROPOUT
 from diffpolicy.finetune.advantages import PolicyGradient
+from diffpolicy.finetune.labelled import Labelled, LabelledLoss
+from diffpolicy.finetune.pairwise import PairwiseLoss
+from diffpolicy.finetune.pairwise_losses import Pairwise
 from diffpolicy.finetune.policy_gradient import PolicyGradientLoss
 from diffpolicy.finetune.reward import Reward, RewardLoss
 from diffpolicy.finetune.reward_chains import MaskedChain
+from diffpolicy.finetune.scores import check_no_dropout
 from diffpolicy.finetune.stepwise import Stepwise, StepwiseLoss
 from diffpolicy.finetune.weighted import WeightedDenoising, WeightedDenoisingLoss
 
-METHODS = ("pathwise", "policy_gradient", "weighted", "stepwise")
+METHODS = ("pathwise", "policy_gradient", "weighted", "stepwise", "preference", "pso")
 
 
 def make_tuning(
@@ -36,8 +39,10 @@ def make_tuning(
             the settings of
             :class:`~diffpolicy.finetune.reward_chains.MaskedChain` (and ``kl_warmup``),
             :class:`~diffpolicy.finetune.advantages.PolicyGradient`,
-            :class:`~diffpolicy.finetune.weighted.WeightedDenoising` or
-            :class:`~diffpolicy.finetune.stepwise.Stepwise`.
+            :class:`~diffpolicy.finetune.weighted.WeightedDenoising`,
+            :class:`~diffpolicy.finetune.stepwise.Stepwise`,
+            :class:`~diffpolicy.finetune.labelled.Labelled` or
+            :class:`~diffpolicy.finetune.pairwise_losses.Pairwise`.
         denoiser: what is tuned.
         reward: ``[B, L, V] -> [B]``; differentiable for ``pathwise``.
         batch_size: rows of an update.
@@ -49,7 +54,7 @@ def make_tuning(
     values = dict(config)
     kind = values.pop("type", None)
     values.pop("name", None)
-    _check_dropout(denoiser)
+    check_no_dropout(denoiser)
     if kind == "pathwise":
         return _pathwise(values, denoiser, reward, reference)
     if kind == "policy_gradient":
@@ -62,7 +67,24 @@ def make_tuning(
         return WeightedDenoisingLoss(denoiser, reference, reward, weighted)
     if kind == "stepwise":
         return StepwiseLoss(denoiser, reference, reward, _settings(Stepwise, values, kind))
+    if kind == "preference":
+        return LabelledLoss(denoiser, reference, reward, Labelled.from_config(values))
+    if kind == "pso":
+        return _pairwise(values, denoiser, reward, reference)
     raise ValueError(f"unknown finetune type {kind!r}; expected one of {METHODS}")
+
+
+def _pairwise(
+    values: dict[str, Any],
+    denoiser: MaskedDenoiser,
+    reward: Reward,
+    reference: MaskedDenoiser | None,
+) -> PairwiseLoss:
+    """Online PSO whose labels make ``p_ref exp(r / kl_weight)`` the optimum of whole chains."""
+    weight = values.pop("kl_weight", 0.1)
+    scale = weight / values.get("kl_beta", Pairwise.kl_beta)
+    settings = _settings(Pairwise, {"online": True, "label_scale": scale, **values}, "pso")
+    return PairwiseLoss(denoiser, settings, reward=reward, reference=reference)
 
 
 def _pathwise(
@@ -77,15 +99,6 @@ def _pathwise(
     return RewardLoss(
         denoiser, reward, chain, kl_weight=weight, kl_warmup=warmup, reference=reference
     )
-
-
-def _check_dropout(denoiser: nn.Module) -> None:
-    """Raise ``ValueError`` if two evaluations of a state may differ."""
-    if any(isinstance(m, DROPOUT) and m.p > 0 for m in denoiser.modules()):
-        raise ValueError(
-            "reward tuning compares probabilities of one state at different times, which dropout "
-            "makes random; pre-train with dropout=0"
-        )
 
 
 def _settings(kind: type[Any], values: Mapping[str, Any], what: str) -> Any:

@@ -26,6 +26,7 @@ FORMATS: dict[str, str] = {
     "replay_zarr": "diffpolicy.data.formats.replay_zarr",
     "d4rl": "diffpolicy.data.formats.d4rl",
     "robomimic": "diffpolicy.data.formats.robomimic",
+    "arrays": "diffpolicy.data.formats.arrays",
 }
 
 

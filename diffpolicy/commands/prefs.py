@@ -1,0 +1,335 @@
+"""`diffpolicy data prefs`: collect, import, look at, draw and label preferences."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffpolicy.commands.options import parse
+from diffpolicy.config import ConfigError
+
+if TYPE_CHECKING:
+    from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.rollout.clips import ClipRenderer
+    from diffpolicy.rollout.questions import Question
+
+
+def help_text() -> str:
+    """The text of `diffpolicy data prefs --help`."""
+    return """\
+usage: diffpolicy data prefs collect TARGET.zarr checkpoint=RUN [key=value] ...
+       diffpolicy data prefs import STORE LABELS.npz TARGET.jsonl [key=value] ...
+       diffpolicy data prefs info FILE.jsonl
+       diffpolicy data prefs render FILE.jsonl FOLDER [key=value] ...
+       diffpolicy data prefs serve FILE.jsonl|STORE [key=value] ...
+
+A preference file is JSON lines beside an episode store: pairs of segments, the better one first.
+
+collect  pairs from rollouts of a policy, scored by their rewards. What was interrupted goes on.
+         The rollouts go to TARGET.zarr, the pairs to prefs=TARGET.jsonl, which is made anew of all
+         rollouts at every call (so another score costs no rollouts).
+         kind=branches: at points=4 steps of an episode (or every=N steps) branches=6 rollouts go
+           on from the same observation for lookahead=40 steps; a pair is a chunk of the best
+           against a chunk of the worst. common_noise=true: alike noise after the first chunk. The
+           environment must repeat itself exactly, which is checked.
+         kind=episodes: repeats=4 whole episodes from each start.
+         episodes=50 starts, from env seed=50000 on; noise_seed=0 is the policy's.
+         score=return | max_reward | success | MODULE:FUNCTION of (rewards [T], successes [T]);
+         discount=1, after_end=zero (or hold: the last reward goes on to the end of the lookahead;
+         use it where a success ends the episode), pairs=best_worst (or all, ranking), min_gap=0
+         (less apart is a tie and left out), span=null (steps of a segment).
+         env=null (the policy's), kwargs={}, max_episode_steps=null, sampler={} (of the policy),
+         num_envs=64, num_workers=null, device=cpu, threads=1.
+import   labels of a person, an npz with index_1, index_2, human_label (0: the first is better, 1:
+         the second, -1: neither) and perhaps raw_index_map and seg_len. labels=human (or another
+         kind in the file), length=null (steps of a segment), overwrite=false.
+info     counts, lengths, sources, agreement with the rewards; what is doubtful. Exit status 1 if
+         something is wrong.
+render   pair_N.mp4, the better one on the left in green, and contact_sheet.png.
+         pairs=null (numbers, [0,5]) or count=6 of them, side=256, fps=10, before=0 and after=0
+         further steps.
+serve    a page on 127.0.0.1 that shows two clips and keeps a person's choice (keys 1, 2, 0 tie, s
+         skip, u undo). Asked are the pairs of a file, or count=100 pairs of length=50 steps drawn
+         from a store (of the same seed, where episodes have one; draw_seed=0). Answers go to
+         answers=FILE_human.jsonl, each at once; a restart goes on where it stopped. port=8770 (0:
+         any), side=256, before=0, after=0.
+
+render and serve draw frames of the store (a field img), else repeat the episode from its seed and
+actions, else (recorded demonstrations have no seed) need env=ID with show_observation(obs); env,
+kwargs and max_episode_steps choose another environment than the store's."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Dispatch to the subcommand."""
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "collect": _collect,
+        "import": _import,
+        "info": _info,
+        "render": _render,
+        "serve": _serve,
+    }
+    if not arguments or arguments[0] not in commands:
+        raise ConfigError(f"expected one of {list(commands)}; see `diffpolicy data prefs --help`")
+    try:
+        return commands[arguments[0]](arguments[1:])
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(str(error)) from error
+
+
+_ENV: dict[str, Any] = {"env": None, "kwargs": {}, "max_episode_steps": None}
+_SCORING: dict[str, Any] = {
+    "score": "return",
+    "discount": 1.0,
+    "after_end": "zero",
+    "pairs": "best_worst",
+    "min_gap": 0.0,
+    "span": None,
+}
+_BRANCHING: dict[str, Any] = {
+    "points": 4,
+    "every": None,
+    "branches": 6,
+    "lookahead": 40,
+    "common_noise": True,
+}
+
+
+def _collect(arguments: Sequence[str]) -> int:
+    from diffpolicy.api import DiffusionPolicy
+    from diffpolicy.commands.train import pick_device
+    from diffpolicy.rollout.branches import collect_branches, collect_episodes
+    from diffpolicy.rollout.vector import Workers
+
+    defaults: dict[str, Any] = {
+        "checkpoint": None,
+        "prefs": None,
+        "kind": "branches",
+        "episodes": 50,
+        "seed": 50_000,
+        "noise_seed": 0,
+        "repeats": 4,
+        **_BRANCHING,
+        **_SCORING,
+        **_ENV,
+        "sampler": {},
+        "num_envs": 64,
+        "num_workers": None,
+        "device": "cpu",
+        "threads": 1,
+    }
+    options = parse(arguments, ["target"], defaults)
+    if options["checkpoint"] is None:
+        raise ConfigError("collect needs checkpoint=RUN, the policy that is to act")
+    settings = _settings(options)
+    policy = DiffusionPolicy.from_pretrained(
+        options["checkpoint"],
+        device=pick_device(options["device"], options["threads"]),
+        sampler=options["sampler"],
+    )
+    spec = _collecting_env(options, policy.spec.env_id)
+    target = Path(options["target"])
+    collect: Any = collect_branches if options["kind"] == "branches" else collect_episodes
+    preferences = collect(
+        policy,
+        spec,
+        range(options["seed"], options["seed"] + options["episodes"]),
+        store_path=target,
+        prefs_path=options["prefs"] or target.with_suffix(".jsonl"),
+        settings=settings,
+        workers=Workers(num_envs=options["num_envs"], num_workers=options["num_workers"]),
+    )
+    _print_file(preferences)
+    failed = preferences.store.attrs["rollouts"]["failed"]
+    if failed:
+        print(f"{len(failed)} rollouts failed, for example {next(iter(failed.values()))[-300:]}")
+    return 0
+
+
+def _settings(options: Mapping[str, Any]) -> Any:
+    from diffpolicy.rollout.branches import Branching, Repeats
+    from diffpolicy.rollout.pairing import Scoring
+
+    kinds = ("branches", "episodes")
+    if options["kind"] not in kinds:
+        raise ConfigError(f"kind must be one of {list(kinds)}, got {options['kind']!r}")
+    values = {name: options[name] for name in _SCORING}
+    scoring = Scoring(**{**values, "score": _score(options["score"])})
+    if options["kind"] == "episodes":
+        given = [n for n, value in _BRANCHING.items() if options[n] != value]
+        if given:
+            raise ConfigError(f"{', '.join(given)}: only for kind=branches")
+        return Repeats(options["repeats"], options["noise_seed"], scoring)
+    if options["repeats"] != 4:
+        raise ConfigError("repeats: only for kind=episodes; branches=N is the number of branches")
+    branching = {name: options[name] for name in _BRANCHING}
+    return Branching(**branching, seed=options["noise_seed"], scoring=scoring)
+
+
+def _score(text: str) -> Any:
+    """A named score, or the function of a module that can be imported."""
+    module, colon, name = str(text).partition(":")
+    if not colon:
+        return text
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"score={text}: {error}; write MODULE:FUNCTION") from error
+
+
+def _collecting_env(options: Mapping[str, Any], trained_for: str | None) -> Any:
+    """The environment given; else that of the run; else the id that the policy knows."""
+    from omegaconf import OmegaConf
+
+    if options["env"] is not None:
+        return _env(options)
+    values: dict[str, Any] = {"id": trained_for}
+    root = Path(options["checkpoint"]).resolve()
+    candidates = [folder / "config.yaml" for folder in (root, *list(root.parents)[:3])]
+    file = next((c for c in candidates if c.is_file()), None)
+    if file is not None:
+        found: Any = OmegaConf.to_container(OmegaConf.load(file))
+        values = found.get("env") or values
+    if not values.get("id"):
+        raise ConfigError("the policy does not say which environment it is for; give env=ID")
+    own = {"env": values["id"], **{n: values.get(n) for n in ("kwargs", "max_episode_steps")}}
+    given = {n: options[n] for n in ("kwargs", "max_episode_steps") if options[n]}
+    return _env({**own, **given})
+
+
+def _env(options: Mapping[str, Any]) -> Any:
+    from diffpolicy.rollout.spec import EnvSpec
+
+    if options["env"] is None:
+        return None
+    return EnvSpec(options["env"], options["kwargs"] or {}, options["max_episode_steps"])
+
+
+def _import(arguments: Sequence[str]) -> int:
+    from diffpolicy.data.human_labels import read_label_file
+    from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.data.store import EpisodeStore
+
+    defaults = {"labels": "human", "length": None, "overwrite": False}
+    options = parse(arguments, ["store", "source", "target"], defaults)
+    store = EpisodeStore.open(options["store"])
+    pairs = read_label_file(
+        options["source"], store, kind=options["labels"], length=options["length"]
+    )
+    attrs = {"made_by": "import", "labels": options["labels"]}
+    preferences = PreferenceSet.create(
+        options["target"], store, attrs=attrs, overwrite=options["overwrite"]
+    )
+    preferences.extend(pairs)
+    _print_file(preferences)
+    return 0
+
+
+def _info(arguments: Sequence[str]) -> int:
+    from diffpolicy.data.check import format_issue
+    from diffpolicy.data.preferences import PreferenceSet, check_preferences
+
+    path = parse(arguments, ["file"], {})["file"]
+    issues = check_preferences(path)
+    errors = sum(issue.severity == "error" for issue in issues)
+    if not errors:
+        preferences = PreferenceSet.open(path)
+        issues = preferences.check()
+        whole = {"attrs": preferences.attrs, **preferences.summary()}
+        print(json.dumps(whole, indent=1, default=str))
+    for issue in issues:
+        print(format_issue(issue))
+    return int(errors > 0)
+
+
+def _print_file(preferences: PreferenceSet) -> None:
+    counts = preferences.summary()
+    print(f"{preferences.path}: {counts['pairs']} pairs, {counts['ties']} ties")
+
+
+_CLIPS: dict[str, Any] = {"side": 256, "before": 0, "after": 0, **_ENV}
+
+
+def _renderer(options: Mapping[str, Any], store: Any) -> ClipRenderer:
+    from diffpolicy.commands.train import choose_rendering
+    from diffpolicy.rollout.clips import ClipRenderer
+
+    margins = {name: options[name] for name in ("side", "before", "after")}
+    if "img" not in store.fields:
+        choose_rendering(1)
+    return ClipRenderer(store, env=_env(options), **margins)
+
+
+def _render(arguments: Sequence[str]) -> int:
+    from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.rollout.clips import choose_pairs, pair_video, write_pair
+    from diffpolicy.rollout.video import contact_sheet
+
+    options = parse(arguments, ["file", "folder"], {"pairs": None, "count": 6, "fps": 10, **_CLIPS})
+    preferences = PreferenceSet.open(options["file"])
+    pairs = preferences.pairs(ties=True)
+    if not pairs:
+        raise ConfigError(f"{options['file']} has no pairs to draw")
+    numbers = choose_pairs(len(pairs), options["count"], options["pairs"])
+    folder = Path(options["folder"])
+    videos = []
+    with _renderer(options, preferences.store) as renderer:
+        for number in numbers:
+            pair = pairs[number]
+            better = None if pair.tie else "left"
+            video = pair_video(renderer, pair.chosen, pair.rejected, better)
+            print(write_pair(folder / f"pair_{number}.mp4", video, fps=options["fps"]))
+            videos.append(video)
+    print(contact_sheet(folder / "contact_sheet.png", videos))
+    return 0
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    from diffpolicy.rollout.labelling import LabelServer
+    from diffpolicy.rollout.questions import Answers
+
+    drawn = {"count": 100, "length": 50, "draw_seed": 0}
+    defaults = {"answers": None, "port": 8770, **drawn, **_CLIPS}
+    options = parse(arguments, ["source"], defaults)
+    source = Path(options["source"])
+    store, questions = _questions(source, options)
+    target = Path(options["answers"] or source.with_name(f"{source.stem}_human.jsonl"))
+    if target.resolve() == source.resolve():
+        raise ConfigError("answers must be another file than the one whose pairs are asked")
+    with _renderer(options, store) as renderer:
+        answers = Answers(target, store, questions)
+        done = len(answers.questions) - len(answers.waiting())
+        try:
+            server = LabelServer(answers, renderer, port=options["port"])
+        except OSError as error:
+            raise ConfigError(
+                f"port={options['port']}: {error.strerror}; port=0 takes any"
+            ) from None
+        print(f"{done} of {len(answers.questions)} answered; answers go to {target}")
+        print(f"open {server.url} (Ctrl-C ends)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print(f"\n{len(answers.answered)} of {len(answers.questions)} answered")
+        finally:
+            server.close()
+    return 0
+
+
+def _questions(source: Path, options: Mapping[str, Any]) -> tuple[Any, list[Question]]:
+    from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.data.store import EpisodeStore
+    from diffpolicy.rollout.questions import propose, questions_of
+
+    if not source.exists():
+        raise ConfigError(f"neither a preference file nor a store at {source}")
+    if source.suffix != ".jsonl" or source.is_dir():
+        store = EpisodeStore.open(source)
+        numbers = {name: options[name] for name in ("count", "length")}
+        return store, propose(store, **numbers, seed=options["draw_seed"])
+    preferences = PreferenceSet.open(source)
+    return preferences.store, questions_of(preferences)

@@ -1,0 +1,168 @@
+"""Preference losses on a policy's own plans, compared by a reward while it is tuned (online)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.sampling import sample
+from diffpolicy.core.starts import prior_start
+from diffpolicy.finetune.denoising import LossOutput
+from diffpolicy.finetune.few_step import FewStep, evaluating, plan_shape
+from diffpolicy.finetune.preference import PreferenceLoss
+from diffpolicy.finetune.preference_losses import Preference
+from diffpolicy.finetune.reference import Referenced
+from diffpolicy.finetune.scores import Score
+
+Reward = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnPlans(FewStep):
+    """How a policy's plans are drawn and compared.
+
+    Args:
+        candidates: plans drawn for an observation; the best and the worst of them are compared.
+        label_scale: ``None``: the greater reward wins. A number s, in units of the reward: the
+            better one is preferred with chance ``sigmoid((r_1 - r_2) / s)`` (Bradley-Terry).
+        num_steps: K, network evaluations of a plan.
+        solver: a name of :func:`~diffpolicy.core.solvers.make_solver`.
+        options: of the solver.
+        spacing: of the levels.
+
+    Raises:
+        ValueError: values out of range, unknown names.
+    """
+
+    candidates: int = 4
+    label_scale: float | None = None
+    num_steps: int | None = 5
+    solver: str = "ddim"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_plans()
+        if self.candidates < 2:
+            raise ValueError(f"candidates must be at least 2 to compare, got {self.candidates}")
+        if self.label_scale is not None and not self.label_scale > 0:
+            raise ValueError(f"label_scale must be positive, or None, got {self.label_scale}")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """From plain values.
+
+        Raises:
+            ValueError: an unknown setting, with the valid ones.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(config) - set(known))
+        if unknown:
+            raise ValueError(f"online has no setting {unknown[0]!r}; it has {', '.join(known)}")
+        return cls(**config)
+
+
+class OwnPlansLoss(Referenced):
+    """A preference loss on pairs of the present policy's plans, judged by a reward.
+
+    ``forward(batch, generator)`` takes ``obs [B, To, O]`` (normalised), the observations that plans
+    are drawn for, and of losses with an anchor ``anchor_obs`` and ``anchor_action``, the
+    demonstrations. All noise comes from ``generator``.
+
+    Metrics: those of :class:`~diffpolicy.finetune.preference.PreferenceLoss`, ``reward`` (mean of
+    all candidates) and ``lead`` (of the best over the worst).
+
+    Args:
+        denoiser: what is tuned.
+        preference: which loss; a paired one.
+        score: how plans are scored; ``None``: the default.
+        reward: ``(plans [N, H, D], cond [N, C]) -> [N]``, called without gradients.
+        settings: how plans are drawn.
+        steps: bool ``[H]``, the positions that are scored: those that are executed. ``None``: all.
+        reference: see :class:`~diffpolicy.finetune.reference.Referenced`.
+
+    Raises:
+        ValueError: a loss of single items, a denoiser of sequences, or what
+            :class:`~diffpolicy.finetune.preference.PreferenceLoss` refuses.
+    """
+
+    steps: Tensor | None
+
+    def __init__(
+        self,
+        denoiser: BaseDenoiser,
+        preference: Preference,
+        score: Score | None,
+        *,
+        reward: Reward,
+        settings: OwnPlans | None = None,
+        steps: Tensor | None = None,
+        reference: BaseDenoiser | None = None,
+    ) -> None:
+        super().__init__(denoiser, reference, needed=preference.needs_reference)
+        if not preference.paired or not isinstance(denoiser.process, GaussianProcess):
+            raise ValueError(
+                f"own plans are compared in pairs; got loss={preference.loss!r} under "
+                f"{type(denoiser.process).__name__}. Choose dpo, ipo or margin, and for sequences "
+                "finetune=dpo"
+            )
+        self.settings = settings = settings or OwnPlans()
+        # Without a reference of its own the inner loss looks at the adapters switched off.
+        self._loss = [PreferenceLoss(denoiser, preference, score, reference=self.reference)]
+        self._reward = [reward]  # a list: a reward that is a module is not part of this one
+        self.solver, self.levels = settings.make_solver(), settings.grid(denoiser.process)
+        self.register_buffer("steps", steps, persistent=False)
+
+    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+        if "obs" not in batch:
+            raise ValueError(f"plans are drawn for obs [B, To, O]; got a batch of {sorted(batch)}")
+        pairs, found = self.draw(batch["obs"], generator)
+        anchors = {k: v for k, v in batch.items() if k.startswith("anchor_")}
+        out = self._loss[0]({**pairs, **anchors}, generator)
+        return LossOutput(out.loss, {**found, **out.metrics})
+
+    @torch.no_grad()
+    def draw(
+        self, obs: Tensor, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One pair of plans per observation, as a batch of the loss; and what there is to log."""
+        many = self.settings.candidates
+        cond = obs.flatten(1).repeat_interleave(many, dim=0)
+        like = next(self.denoiser.parameters()).detach()
+        process: Any = self.denoiser.process
+        start = process.draw_noise((len(cond), *plan_shape(self.denoiser)), generator, like)
+        begin = prior_start(process, start)
+        with evaluating(self.denoiser):
+            plans = sample(
+                self.denoiser, self.solver, begin, self.levels, cond=cond, generator=generator
+            )
+        assert isinstance(plans, Tensor)
+        reward = self._reward[0](plans, cond)
+        if reward.shape != plans.shape[:1]:
+            raise ValueError(
+                f"a reward returns one number per plan, [{len(plans)}]; got {list(reward.shape)}"
+            )
+        reward = reward.view(-1, many)
+        rows = torch.arange(len(reward), device=reward.device)
+        best, worst = reward.argmax(1), reward.argmin(1)
+        lead = reward[rows, best] - reward[rows, worst]
+        if self.settings.label_scale is not None:
+            u = torch.rand(len(lead), generator=generator, device=generator.device)
+            wrong = u.to(lead) > (lead / self.settings.label_scale).sigmoid()
+            best, worst = torch.where(wrong, worst, best), torch.where(wrong, best, worst)
+        plans = plans.view(-1, many, *plans.shape[1:])
+        pairs = {}
+        for name, which in (("chosen", best), ("rejected", worst)):
+            pairs[f"{name}_obs"] = obs.unsqueeze(1)
+            pairs[f"{name}_action"] = plans[rows, which].unsqueeze(1)
+            if self.steps is not None:
+                pairs[f"{name}_steps"] = self.steps.expand(len(obs), 1, -1)
+        return pairs, {"reward": reward.mean(), "lead": lead.mean()}
+
+
+__all__ = ["OwnPlans", "OwnPlansLoss"]
