@@ -9,7 +9,7 @@ from typing import Any
 from diffpolicy.config import ConfigError, EvaluationConfig, build, compose
 from diffpolicy.config_sequences import experiment_kind
 
-KEYS = ("preference", "preferences", "collect", "windows", "rounds", "adapters", "nfe")
+KEYS = ("preference", "preferences", "collect", "judge", "windows", "rounds", "adapters", "nfe")
 
 
 @dataclass
@@ -23,6 +23,7 @@ class PolicyTuningConfig:
     method: str | None = None
     preferences: str | None = None
     collect: dict[str, Any] | None = None
+    judge: dict[str, Any] | None = None
     windows: int | None = None
     rounds: int = 1
     demonstrations: str | None = None
@@ -42,6 +43,8 @@ class PolicyTuningConfig:
             raise ConfigError(f"nfe must be a list of numbers of steps, got {self.nfe}")
         if self.preferences is not None and self.collect is not None:
             raise ConfigError("give preferences=FILE or collect=..., not both")
+        if self.judge is not None and self.collect is None:
+            raise ConfigError("judge learns from the policy's rollouts: it needs collect=...")
         if self.rounds > 1 and self.collect is None:
             raise ConfigError("rounds collect anew: they need collect=...")
 

@@ -39,8 +39,10 @@ class PreferenceData:
         preferences: pairs, rankings or labels over windows of an episode store.
         demonstrations: episodes: of ``bc`` and ``dro``, and the anchor of the others.
         max_episodes: use the first so many demonstrations only.
-        reward: of online PSO, ``(action [B, H, A], obs [B, To, O]) -> [B]`` in the data's own
-            units.
+        reward: of methods with ``online``, ``(action [B, H, A], obs [B, To, O]) -> [B]`` in the
+            data's own units.
+        observations: of methods with ``online``: episodes whose observations plans are drawn for;
+            ``None``: the demonstrations.
         windows: at most so many windows of a segment in one example (see
             :class:`~diffpolicy.data.preference_examples.PairExamples`); None: all.
     """
@@ -49,6 +51,7 @@ class PreferenceData:
     demonstrations: EpisodeStore | None = None
     max_episodes: int | None = None
     reward: PlanReward | None = None
+    observations: EpisodeStore | None = None
     windows: int | None = None
 
     @classmethod
@@ -66,7 +69,9 @@ class PreferenceData:
             preferences = PreferenceSet.open(preferences)
         if demonstrations is not None and not isinstance(demonstrations, EpisodeStore):
             demonstrations = EpisodeStore.open(demonstrations)
-        return cls(preferences, demonstrations, max_episodes, reward, windows)
+        return cls(
+            preferences, demonstrations, max_episodes=max_episodes, reward=reward, windows=windows
+        )
 
 
 class Mixed:
@@ -164,18 +169,39 @@ def preference_objective(
     normal = normalizer.to("cpu")
     if method.get("type") == "cloning":
         return _cloning(spec, denoiser, normal, method, data, seed)
-    given = dict(method)
-    if data.reward is not None:
-        given["reward"] = in_own_units(data.reward, spec, normalizer)
-    objective = make_preference(given, denoiser)
     need = reads(method)
-    if need == "demonstrations":
-        return objective, Mixed(_demonstrations(spec, normal, data), None, seed=seed)
-    main = (_pairs if need == "pairs" else _labels)(spec, normal, data)
+    given = dict(method)
+    if need == "observations":
+        given |= _judgement(spec, denoiser, normalizer, method, data)
+    objective = make_preference(given, denoiser)
+    sources = {
+        "pairs": _pairs,
+        "labels": _labels,
+        "observations": _observations,
+        "demonstrations": _demonstrations,
+    }
     anchor = None
     if method.get("anchor_weight", 0) > 0 and data.demonstrations is not None:
         anchor = _demonstrations(spec, normal, data)
-    return objective, Mixed(main, anchor, seed=seed)
+    return objective, Mixed(sources[need](spec, normal, data), anchor, seed=seed)
+
+
+def _judgement(
+    spec: PolicySpec,
+    denoiser: Any,
+    normalizer: Normalizer,
+    method: Mapping[str, Any],
+    data: PreferenceData,
+) -> dict[str, Any]:
+    """What methods with ``online`` are told beside their settings."""
+    if data.reward is None:
+        return {}  # they say what is missing
+    found: dict[str, Any] = {"reward": in_own_units(data.reward, spec, normalizer)}
+    if method["type"] == "preference":
+        steps = torch.zeros(spec.horizon, dtype=torch.bool)
+        steps[spec.n_obs_steps - 1 :][: spec.n_action_steps] = True
+        found["steps"] = steps.to(next(denoiser.parameters()).device)
+    return found
 
 
 def _cloning(
@@ -209,6 +235,13 @@ def _demonstrations(spec: PolicySpec, normal: Normalizer, data: PreferenceData) 
         raise ValueError("this method learns from demonstrations; give data.demonstrations")
     count = min(store.num_episodes, data.max_episodes or store.num_episodes)
     return examples(spec, normal, store, Learning(), list(range(count)))
+
+
+def _observations(spec: PolicySpec, normal: Normalizer, data: PreferenceData) -> Source:
+    store = data.observations
+    if store is None:
+        return _demonstrations(spec, normal, data)
+    return examples(spec, normal, store, Learning(), list(range(store.num_episodes)))
 
 
 def _sizes(spec: PolicySpec) -> dict[str, Any]:

@@ -62,6 +62,18 @@ def test_rollouts_become_pairs_and_pairs_a_report(trained, tmp_path, capsys):
     assert "already holds a run" in capsys.readouterr().err
 
 
+def test_own_plans_are_compared_by_what_rollouts_led_to(trained, tmp_path):
+    run = tmp_path / "online"
+    rollouts = ["collect.type=episodes", "collect.seeds=3", "collect.episodes=2"]
+    judge = ["judge={lookahead: 5, members: 2, width: 16, trainer: {steps: 5, batch_size: 8}}"]
+    online = ["preference=dpo", "preference.online={candidates: 2, num_steps: 2}"]
+    few = ["evaluation.episodes=0", "evaluation.val_episodes=0"]
+    assert tuned(trained, run, *online, *rollouts, *judge, *few) == 0
+    assert (run / "value" / "checkpoints").is_dir()
+    assert "reward" in (run / "metrics.csv").read_text().splitlines()[0]
+    assert tuned(trained, tmp_path / "other", *online, *rollouts, *few) == 1
+
+
 def test_rounds_tune_the_newest_policy(trained, tmp_path, capsys):
     run = tmp_path / "rounds"
     extra = ["preference=dpo", "rounds=2", *COLLECT, "adapters={type: lora, rank: 2}"]

@@ -138,6 +138,9 @@ def test_an_interrupted_run_goes_on_exactly(trained, preferences, tmp_path):
         ({"type": "ppo"}, {}, "unknown preference type 'ppo'"),
         ({**DPO, "beta": 3}, {}, "no setting 'beta'"),
         ({"type": "pso", "online": True}, {}, "reward"),
+        ({**DPO, "online": {}}, {}, "by a reward: give one"),
+        ({**DPO, "online": {"candidate": 2}}, {"reward": len}, "no setting 'candidate'"),
+        ({**DPO, "loss": "kto", "online": {"candidates": 2}}, {"reward": len}, "in pairs"),
     ],
 )
 def test_what_is_missing_is_said(method, data, message, trained):
@@ -154,6 +157,22 @@ def test_online_pso_follows_a_reward(trained, store, tmp_path):
     method = {"type": "pso", "online": True, "kl_beta": 0.3}
     policy.prefer(data, method, TrainerConfig(steps=80, lr=2e-3, **QUICK), tmp_path / "run")
     assert share_above(policy) > 0.65
+
+
+def test_own_plans_are_compared_by_a_reward(trained, store, tmp_path):
+    """DPO online: the reward is told the present step's actions in the data's own units."""
+    policy = DiffusionPolicy.load(trained)
+    seen = []
+
+    def reward(action, obs):
+        seen.append((action.shape, obs.shape))
+        return action.mean((1, 2))
+
+    data = PreferenceData(demonstrations=store, reward=reward)
+    method = {**DPO, "online": {"candidates": 3, "num_steps": 4}}
+    policy.prefer(data, method, TrainerConfig(steps=60, lr=2e-3, **QUICK), tmp_path / "run")
+    assert share_above(policy) > 0.7
+    assert set(seen) == {((96, 4, 2), (96, 1, 2))}
 
 
 class Numbers:

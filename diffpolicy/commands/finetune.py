@@ -59,7 +59,8 @@ stay probable under it; or, with finetune=none, only draws under guidance. For i
 
 With preference=..., or an experiment of one, it tunes a policy of `diffpolicy train` by
 comparisons: a preference file (`diffpolicy data prefs`), or pairs of what the policy itself does,
-judged by the environment's rewards. The policy before is the reference, and is scored on the same episodes.
+judged by the environment's rewards. The policy before is the reference, and is scored on the
+same episodes.
 
     diffpolicy train experiment=pusht_40
     diffpolicy finetune experiment=pusht_dpo

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from diffpolicy.rollout.results import EvalResult
 
 
+JUDGE_TRAINER = {"steps": 2500, "batch_size": 512, "lr": 1e-3, "weight_decay": 1e-2}
+
+
 def run_policy(arguments: Sequence[str]) -> int:
     """Compose the configuration and tune."""
     overrides = [a for a in arguments if a != "--print-config"]
@@ -131,12 +134,17 @@ def _check(config: PolicyTuningConfig, policy: DiffusionPolicy) -> None:
     import copy
 
     from diffpolicy.finetune.adapters import add_adapters
-    from diffpolicy.finetune.preference_methods import check_method
+    from diffpolicy.finetune.preference_methods import check_method, is_online
 
     trainer_settings(config.trainer, config.seed)
     check_method(config.preference, policy.denoiser)
     if config.collect is not None:
         _collection(config)
+    if is_online(config.preference) != (config.judge is not None):
+        raise ConfigError(
+            "preference.online compares own plans by judge=..., and judge serves nothing else: "
+            "give both or neither"
+        )
     if config.adapters is not None:
         add_adapters(copy.deepcopy(policy.denoiser), config.adapters)
 
@@ -216,7 +224,11 @@ def _tune(
 
     base = pretraining(config.pretrained)
     data = PreferenceData(
-        preferences, demonstrations, base.data.max_episodes, windows=config.windows
+        preferences,
+        demonstrations,
+        base.data.max_episodes,
+        windows=config.windows,
+        **_judged(config, policy, preferences, folder),
     )
     policy.prefer(
         data,
@@ -240,6 +252,27 @@ def _tune(
     if preferences is not None:
         summary["preferences"] = preferences.summary()
     return _load(str(folder), policy.device), summary
+
+
+def _judged(
+    config: PolicyTuningConfig,
+    policy: DiffusionPolicy,
+    preferences: PreferenceSet | None,
+    folder: Path,
+) -> dict[str, Any]:
+    """What methods with ``online`` compare by: a value of plans, learned from the rollouts."""
+    if config.judge is None or preferences is None:
+        return {}
+    from diffpolicy.reward_model import PlanValue
+
+    rollouts, values = preferences.store, dict(config.judge)
+    trainer = {**JUDGE_TRAINER, **(values.pop("trainer", None) or {})}
+    pessimism = float(values.pop("pessimism", 1.0))
+    value = PlanValue.for_policy(policy, seed=config.seed, **values)
+    settings = trainer_settings(trainer, config.seed, "judge.trainer.")
+    value.learn(None, rollouts, settings, folder / "value", overwrite=True)
+    value.pessimism = pessimism
+    return {"reward": value, "observations": rollouts}
 
 
 def _evaluated(config: PolicyTuningConfig, base: TrainConfig) -> TrainConfig:

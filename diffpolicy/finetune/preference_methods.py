@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.finetune.own_plans import OwnPlans, OwnPlansLoss
 from diffpolicy.finetune.pairwise import PairwiseLoss
 from diffpolicy.finetune.pairwise_losses import Pairwise
 from diffpolicy.finetune.preference import PreferenceLoss
@@ -27,7 +28,9 @@ def make_preference(
     Args:
         config: ``type`` (one of ``TYPES``), a ``name`` that is not looked at, and the settings of
             :class:`~diffpolicy.finetune.preference_losses.Preference` (and ``score``, see
-            :func:`~diffpolicy.finetune.scores.make_score`),
+            :func:`~diffpolicy.finetune.scores.make_score`; with ``online``, the settings of
+            :class:`~diffpolicy.finetune.own_plans.OwnPlans`, ``reward`` and ``steps``, of
+            :class:`~diffpolicy.finetune.own_plans.OwnPlansLoss`),
             :class:`~diffpolicy.finetune.pairwise.Pairwise` (and ``reward``, a callable, for the
             online form) or :class:`~diffpolicy.finetune.ranking.Ranking`.
         denoiser: what is tuned.
@@ -40,8 +43,7 @@ def make_preference(
     kind = values.pop("type", None)
     values.pop("name", None)
     if kind == "preference":
-        score = make_score(values.pop("score", None), denoiser)
-        return PreferenceLoss(denoiser, Preference.from_config(values), score, reference=reference)
+        return _preference(values, denoiser, reference)
     if kind == "pso":
         reward = values.pop("reward", None)
         settings = Pairwise.from_config(values)
@@ -51,21 +53,53 @@ def make_preference(
     raise ValueError(f"unknown preference type {kind!r}; expected one of {TYPES}")
 
 
+def _preference(
+    values: dict[str, Any], denoiser: BaseDenoiser, reference: BaseDenoiser | None
+) -> nn.Module:
+    score = make_score(values.pop("score", None), denoiser)
+    online, reward, steps = (values.pop(n, None) for n in ("online", "reward", "steps"))
+    settings = Preference.from_config(values)
+    if online is None:
+        return PreferenceLoss(denoiser, settings, score, reference=reference)
+    if reward is None:
+        raise ValueError(
+            "online=... compares own plans by a reward: give one (PreferenceData.reward), or "
+            "online=None for given pairs"
+        )
+    return OwnPlansLoss(
+        denoiser,
+        settings,
+        score,
+        reward=reward,
+        settings=OwnPlans.from_config(online),
+        steps=steps,
+        reference=reference,
+    )
+
+
+def is_online(config: Mapping[str, Any]) -> bool:
+    """Whether a method compares the policy's own items by a reward."""
+    online = config.get("online") not in (None, False)
+    return config.get("type") in ("preference", "pso") and online
+
+
 def reads(config: Mapping[str, Any]) -> str:
-    """What a method's batches hold: ``"pairs"``, ``"labels"`` or ``"demonstrations"``."""
+    """What a method learns from.
+
+    ``"pairs"``, ``"labels"``, ``"observations"`` or ``"demonstrations"``.
+    """
+    if is_online(config):
+        return "observations"
     if config.get("type") == "preference":
         return "labels" if config.get("loss") == "kto" else "pairs"
-    if config.get("type") == "pso":
-        return "demonstrations" if config.get("online", False) else "pairs"
-    return "demonstrations"
+    return "pairs" if config.get("type") == "pso" else "demonstrations"
 
 
 def check_method(config: Mapping[str, Any], denoiser: BaseDenoiser) -> None:
     """Raise ``ValueError`` if a method is unknown or does not fit the denoiser."""
     if config.get("type") != "cloning":
-        online = config.get("type") == "pso" and config.get("online", False)
-        stand_in = {"reward": lambda x, *_: x.flatten(1).sum(1)} if online else {}
+        stand_in = {"reward": lambda x, *_: x.flatten(1).sum(1)} if is_online(config) else {}
         make_preference({**config, **stand_in}, copy.deepcopy(denoiser))
 
 
-__all__ = ["TYPES", "check_method", "make_preference", "reads"]
+__all__ = ["TYPES", "check_method", "is_online", "make_preference", "reads"]

@@ -1,0 +1,116 @@
+"""Reports on tuned policies: paired differences, by hand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from diffpolicy.rollout.results import EpisodeRecord, EvalResult, summarise
+from diffpolicy.rollout.scores import paired_difference
+from diffpolicy.rollout.tuning_report import (
+    compare_tunings,
+    episode_scores,
+    read_tuning_report,
+    write_tuning_report,
+)
+
+
+def result_of(scores, error_at=None):
+    records = tuple(
+        EpisodeRecord(
+            seed=300_000 + i,
+            episode_return=10 * value,
+            max_reward=value,
+            length=20,
+            success=value > 0.5,
+            final_success=value > 0.5,
+            terminated=False,
+            truncated=True,
+            nfe=10,
+            plans=1,
+            error="it broke" if i == error_at else None,
+        )
+        for i, value in enumerate(scores)
+    )
+    return EvalResult(records, summarise(records), env={}, settings={})
+
+
+def report_of(folder, method, seed, before, after):
+    scores = {"before": {"4": result_of(before)}, "after": {"4": result_of(after)}}
+    return write_tuning_report(
+        folder,
+        method=method,
+        task="push",
+        seed=seed,
+        score="max_reward",
+        scores=scores,
+        training={"rounds": [{"steps": 7}], "train_s": 3.0},
+        settings={},
+    )
+
+
+@pytest.fixture
+def scores():
+    rng = np.random.default_rng(0)
+    return {name: rng.random(12) for name in ("base_1", "base_2", "a_1", "a_2", "b_1", "b_2")}
+
+
+def test_a_report_pairs_episodes(tmp_path, scores):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.csv").write_text("step,loss,accuracy\n1,0.7,0.5\n2,0.6,0.7\n")
+    report = report_of(folder, "dpo", 1, scores["base_1"], scores["a_1"])
+    expected = paired_difference(scores["a_1"], scores["base_1"])
+    assert report["difference"]["4"]["value"] == pytest.approx(expected.value)
+    assert report["difference"]["4"]["low"] == pytest.approx(expected.low)
+    assert read_tuning_report(folder) == json.loads((folder / "report.json").read_text())
+    assert report["pictures"] == ["curves.png", "score_by_nfe.png"]
+    assert all((folder / name).is_file() for name in report["pictures"])
+
+
+def test_methods_are_compared_seed_by_seed(tmp_path, scores):
+    runs = []
+    for method in ("a", "b"):
+        for seed in (1, 2):
+            folder = tmp_path / f"{method}_{seed}"
+            folder.mkdir()
+            after = scores[f"{method}_{seed}"]
+            report_of(folder, method, seed, scores[f"base_{seed}"], after)
+            runs.append(folder)
+    text = compare_tunings(runs, tmp_path / "out", baseline="a").read_text()
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["before", "a", "b"]
+    a, b = (np.concatenate([scores[f"{m}_{s}"] for s in (1, 2)]) for m in "ab")
+    expected = paired_difference(b, a)
+    assert rows[2]["minus_baseline"]["4"]["value"] == pytest.approx(expected.value)
+    assert f"{expected.value:+.3f}" in text
+    assert rows[0]["score"]["4"]["n"] == 24
+    assert rows[1]["updates"] == 7
+    without = compare_tunings(runs[:2], tmp_path / "alone", baseline="c").read_text()
+    assert "| a | 2 | 7 |" in without
+
+
+def test_errors_count_as_nothing(scores):
+    assert episode_scores(result_of([0.4, 0.9], error_at=1), "max_reward") == [0.4, 0.0]
+    assert episode_scores(result_of([0.4, 0.9]), "return") == pytest.approx([4.0, 9.0])
+    with pytest.raises(ValueError, match="no 'coverage'"):
+        episode_scores(result_of([0.4]), "coverage")
+
+
+def test_what_cannot_be_compared_is_said(tmp_path, scores):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    report_of(folder, "a", 1, scores["base_1"], scores["a_1"])
+    with pytest.raises(ValueError, match="two reports are of 'a' with seed 1"):
+        compare_tunings([folder, folder], tmp_path / "out")
+    other = tmp_path / "other"
+    other.mkdir()
+    report_of(other, "b", 1, scores["base_1"][:5], scores["b_1"][:5])
+    with pytest.raises(ValueError, match="one seeds can be compared"):
+        compare_tunings([folder, other], tmp_path / "out")
+    with pytest.raises(ValueError, match="no reports"):
+        compare_tunings([], tmp_path / "out")
+    with pytest.raises(ValueError, match="no report at"):
+        read_tuning_report(tmp_path)
