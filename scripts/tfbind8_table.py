@@ -79,6 +79,9 @@ def candidates() -> list[Candidate]:
     gradient = ("finetune=policy_gradient",)
     # An intermediate value costs a reward each: fewer sequences for as many rewards.
     vidd = ("finetune=vidd", "finetune.buffer=1008", "finetune.refresh=28")
+    # Comparisons alone, labelled by chance as the reward says. PSO draws two chains for each row.
+    dpo = ("finetune=dpo",)
+    pso = ("finetune=pso",)
     return [
         Candidate("drakes", "probabilities", (*probabilities, fast)),
         Candidate("drakes", "probabilities-kl1.15", (*probabilities, fast), 1.15),
@@ -104,6 +107,14 @@ def candidates() -> list[Candidate]:
         Candidate("vidd", "all-kl1.15", (*vidd, fast), 1.15),
         Candidate("vidd", "ess0.3", (*vidd, f"{ess}=0.3", fast)),
         Candidate("vidd", "all-slow", (*vidd, slow)),
+        Candidate("dpo", "own", (*dpo, fast)),
+        Candidate("dpo", "own-draws8", (*dpo, "finetune.draws=8", fast)),
+        Candidate("dpo", "own-beta0.3", (*dpo, "finetune.kl_beta=0.3", fast)),
+        Candidate("dpo", "own-slow", (*dpo, slow)),
+        Candidate("pso", "path", (*pso, fast)),
+        Candidate("pso", "path-beta0.3", (*pso, "finetune.kl_beta=0.3", fast)),
+        Candidate("pso", "step", (*pso, "finetune.compare=step", fast)),
+        Candidate("pso", "path-slow", (*pso, slow)),
     ]
 
 
@@ -152,7 +163,7 @@ class Bench:
         trainer = {
             **config.trainer,
             "steps": updates,
-            "batch_size": size,
+            "batch_size": size if config.finetune["type"] != "pso" else size // 2,
             "seed": 300_000 + seed,
             "eval_every": None,
             "log_every": 100,

@@ -13,7 +13,11 @@ import pytest
 from diffpolicy import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PUSHT = ROOT.parent / "shared" / "data" / "pusht" / "pusht_lowdim.zarr.zip"
+DATA = ROOT.parent / "shared" / "data"
+PUSHT = DATA / "pusht" / "pusht_lowdim.zarr.zip"
+DOOR = [
+    DATA / "adroit_door_human" / name for name in ("door_human.npz", "door_human_prefs_unirlhf.npz")
+]
 TINY = [
     "trainer.steps=4",
     "trainer.eval_every=4",
@@ -25,7 +29,36 @@ TINY = [
     "evaluation.num_workers=0",
 ]
 TUNE = ["trainer.batch_size=8", "trainer.warmup_steps=1", "trainer.progress=false", "threads=1"]
+SHORT = [
+    "evaluation.val_episodes=0",
+    "evaluation.episodes=1",
+    "evaluation.num_workers=0",
+    "nfe=[1]",
+]
+PREFER = [*TUNE, *SHORT, "trainer.steps=2", "trainer.eval_every=2"]
+BRANCHES = {"points": 1, "branches": 2, "lookahead": 8}
 SMALL = {
+    "compare": [],
+    "experiment=pusht_40": [*TINY, *TUNE, "network.width=16", "env.max_episode_steps=40"],
+    "collect=null": PREFER,
+    "experiment=pusht_dpo": [
+        *PREFER,
+        "collect.seeds=2",
+        "collect.min_gap=0",
+        *(f"collect.{name}={value}" for name, value in BRANCHES.items()),
+    ],
+    "experiment=pusht_dro": PREFER,
+    "experiment=door_human": [*TINY, *TUNE, "network.width=16", "env.max_episode_steps=20"],
+    "experiment=door_human_dpo": [*PREFER, "windows=2"],
+    "experiment=tfbind8_dpo": [*TUNE, "trainer.steps=2", "draws=32", "eval_draws=16"],
+    "collect": [
+        "episodes=2",
+        "num_envs=4",
+        "num_workers=0",
+        *(f"{name}={value}" for name, value in BRANCHES.items()),
+    ],
+    "render": ["count=1"],
+    "import": [],
     "experiment=fetch_push": [*TINY, "data.collect.episodes=3", "network.width=16"],
     "experiment=demo": [*TINY, "data.collect.episodes=3"],
     "experiment=pusht_state_small": [
@@ -39,7 +72,6 @@ SMALL = {
     "experiment=tfbind8": [*TUNE, "trainer.steps=4", "draws=32"],
     "finetune=none": ["draws=32", "threads=1"],
     "experiment=tfbind8_drakes": [*TUNE, "trainer.steps=2", "draws=32", "eval_draws=16"],
-    "compare": [],
     "experiment=dna": [*TUNE, "trainer.steps=4", "draws=32", "oracles.trainer.steps=4"],
     "experiment=dna_drakes": [*TUNE, "trainer.steps=1", "draws=16", "eval_draws=16"],
     "pointmaze": ["steps=700"],
@@ -54,18 +86,21 @@ SMALL = {
 }
 
 
-def blocks(name: str, language: str) -> list[str]:
-    """Fenced blocks of a document in one language."""
-    parts = re.split(r"^```(.*)\n", (ROOT / name).read_text(), flags=re.M)
+def blocks(name: str, language: str, section: str | None = None) -> list[str]:
+    """Fenced blocks of a document, or of one of its sections, in one language."""
+    text = (ROOT / name).read_text()
+    if section is not None:
+        text = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    parts = re.split(r"^```(.*)\n", text, flags=re.M)
     opened = list(
         zip(parts[1::4], parts[2::4], strict=True)
     )  # [text, language, block, "", text, ...]
     return [block for found, block in opened if found == language]
 
 
-def commands(name: str) -> list[list[str]]:
-    """`diffpolicy ...` lines of a document, without their comments."""
-    lines = [line for block in blocks(name, "") for line in block.splitlines()]
+def commands(name: str, section: str | None = None) -> list[list[str]]:
+    """`diffpolicy ...` lines of a document, or of one of its sections, without their comments."""
+    lines = [line for block in blocks(name, "", section) for line in block.splitlines()]
     return [
         shlex.split(line, comments=True)[1:] for line in lines if line.startswith("diffpolicy ")
     ]
@@ -98,8 +133,9 @@ def test_readme_commands(tmp_path, monkeypatch):
         c
         for c in commands("README.md")
         if c[0] not in ("import-checkpoint", "serve")
-        and "pusht" not in " ".join(c)
-        and not of_sequences(c)
+        and c not in commands("README.md", "Push-T with the human demonstrations")
+        and c not in commands("README.md", "Sequences, tuned by a reward")
+        and c not in commands("README.md", "Preferences")
     ]
     assert len(found) >= 7
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
@@ -114,17 +150,12 @@ def test_readme_commands(tmp_path, monkeypatch):
         assert status == 0 or command[0] == "doctor", command
 
 
-def of_sequences(command: list[str]) -> bool:
-    return (
-        command[0] == "finetune" or {"experiment=tfbind8", "experiment=dna"} & set(command) != set()
-    )
-
-
 def test_readme_sequence_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = [c for c in commands("README.md") if of_sequences(c)]
+    found = commands("README.md", "Sequences, tuned by a reward")
     assert len(found) == 7
-    for command in found:
+    tuned_by_labels = next(c for c in commands("README.md") if "experiment=tfbind8_dpo" in c)
+    for command in [*found, tuned_by_labels]:
         assert cli.main(tiny(command)) == 0, command
 
 
@@ -134,8 +165,40 @@ def test_readme_pusht_commands(tmp_path, monkeypatch):
         pytest.skip(f"the human demonstrations are not at {PUSHT}")
     monkeypatch.chdir(tmp_path)
     shutil.copy(PUSHT, tmp_path)
-    found = [c for c in commands("README.md") if "pusht" in " ".join(c)]
+    found = commands("README.md", "Push-T with the human demonstrations")
     assert len(found) == 2
+    for command in found:
+        assert cli.main(tiny(command)) == 0, command
+
+
+def test_readme_pusht_preference_commands(tmp_path, monkeypatch):
+    pytest.importorskip("gym_pusht", reason="needs the pusht extra")
+    pytest.importorskip("imageio_ffmpeg", reason="needs the media extra")
+    if not PUSHT.is_file():
+        pytest.skip(f"the human demonstrations are not at {PUSHT}")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(PUSHT, tmp_path)
+    convert = commands("README.md", "Push-T with the human demonstrations")[0]
+    assert cli.main(convert) == 0
+    found = [c for c in commands("README.md", "Preferences") if "pusht" in " ".join(c)]
+    assert len(found) == 9
+    for command in found:
+        if command[:3] == ["data", "prefs", "serve"]:  # a person would answer; tested by itself
+            shutil.copy(command[3], command[3].replace(".jsonl", "_human.jsonl"))
+            continue
+        assert cli.main(tiny(command)) == 0, command
+
+
+@pytest.mark.mujoco
+def test_readme_door_commands(tmp_path, monkeypatch):
+    pytest.importorskip("gymnasium_robotics", reason="needs the robotics extra")
+    if not all(path.is_file() for path in DOOR):
+        pytest.skip(f"the demonstrations and labels are not at {DOOR[0].parent}")
+    monkeypatch.chdir(tmp_path)
+    for path in DOOR:
+        shutil.copy(path, tmp_path)
+    found = [c for c in commands("README.md", "Preferences") if "door" in " ".join(c)]
+    assert len(found) == 4
     for command in found:
         assert cli.main(tiny(command)) == 0, command
 
@@ -148,6 +211,7 @@ def test_readme_python(tmp_path, monkeypatch, capsys):
     for long, short in (
         ("range(50)", "range(3)"),
         ("steps=1500", "steps=60, warmup_steps=5, batch_size=32"),
+        ("steps=500", "steps=3, warmup_steps=1, batch_size=8"),
         ("300_020", "300_001"),
     ):
         assert long in code

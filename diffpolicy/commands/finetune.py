@@ -57,14 +57,14 @@ stay probable under it; or, with finetune=none, only draws under guidance. For i
     diffpolicy finetune experiment=tfbind8_drakes
     diffpolicy finetune experiment=tfbind8_drakes finetune=none guidance=smc run_dir=runs/smc
 
-With preference=..., or an experiment of one, it tunes a policy of `diffpolicy train` by
-comparisons: a preference file (`diffpolicy data prefs`), or pairs of what the policy itself does,
-judged by the environment's rewards. The policy before is the reference, and is scored on the
-same episodes.
+With preference=..., or an experiment of one, it tunes a policy of `diffpolicy train`: by
+comparisons, which are a preference file (`diffpolicy data prefs`) or pairs from the policy's own
+rollouts (collect.KEY), judged by the environment's rewards; or by its demonstrations (bc, dro). The
+policy before is the reference, and is scored on the same episodes.
 
     diffpolicy train experiment=pusht_40
     diffpolicy finetune experiment=pusht_dpo
-    diffpolicy finetune experiment=pusht_dpo preference=bc run_dir=runs/pusht_bc
+    diffpolicy finetune experiment=pusht_dro preference=bc run_dir=runs/pusht_bc
 
 {groups_help(GROUPS)}
 
@@ -74,9 +74,15 @@ settings of sequence models (also finetune.KEY, guidance.KEY, trainer.KEY):
 settings of policies (also preference.KEY, collect.KEY, trainer.KEY, evaluation.KEY):
 {of_policies}
 
+collect.KEY: type=branches with points, every, branches, lookahead and common_noise, or
+type=episodes with episodes=4 (of each start); score (a name), discount, after_end, pairs, min_gap
+and span: all as for `diffpolicy data prefs collect`. collect.seeds=50 starts, from env seed
+collect.seed=50000 on, others for every seed and round.
+
 --print-config shows the composed configuration and stops.
-Results: RUN/report.md with pictures, report.json, metrics.csv, checkpoints/. The last line printed
-is `RESULT {{json}}`."""
+Results: RUN/report.md with pictures, report.json, metrics.csv, checkpoints/; of policies also
+policy/, and rollouts.zarr and preferences.jsonl where pairs were collected (with rounds=N, what is
+of one round in RUN/round_K). The last line printed is `RESULT {{json}}`."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -40,7 +40,8 @@ collect  pairs from rollouts of a policy, scored by their rewards. What was inte
          score=return | max_reward | success | MODULE:FUNCTION of (rewards [T], successes [T]);
          discount=1, after_end=zero (or hold: the last reward goes on to the end of the lookahead;
          use it where a success ends the episode), pairs=best_worst (or all, ranking), min_gap=0
-         (less apart is a tie and left out), span=null (steps of a segment).
+         (less apart is a tie and left out), span=null (steps of a segment; null: a chunk of a
+         branch, all of an episode).
          env=null (the policy's), kwargs={}, max_episode_steps=null, sampler={} (of the policy),
          num_envs=64, num_workers=null, device=cpu, threads=1.
 import   labels of a person, an npz with index_1, index_2, human_label (0: the first is better, 1:

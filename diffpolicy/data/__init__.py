@@ -1,4 +1,4 @@
-"""Episodes in, windows out: storage, checks, normalisation and batched gathering.
+"""Episodes in, windows out: storage, checks, normalisation, preferences, batched gathering.
 
 The names below are loaded on first use, so that a deployed policy, which needs only the
 [`Normalizer`][diffpolicy.data.normalize.Normalizer], does not pay for importing zarr.
@@ -18,8 +18,14 @@ if TYPE_CHECKING:
         sequence_dataset,
     )
     from diffpolicy.data.fields import FieldSpec
+    from diffpolicy.data.human_labels import from_indices, read_label_file
     from diffpolicy.data.layout import StoreDamagedError
     from diffpolicy.data.normalize import Normalizer
+    from diffpolicy.data.preference_check import check_preferences
+    from diffpolicy.data.preference_examples import LabelExamples, PairExamples
+    from diffpolicy.data.preference_records import Label, Pair, Ranking, Span
+    from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.data.scored_pairs import by_return, from_scores
     from diffpolicy.data.statistics import compute_statistics
     from diffpolicy.data.store import EpisodeStore
     from diffpolicy.data.transitions import Transitions
@@ -30,18 +36,30 @@ _HOMES = {
     "EpisodeStore": "store",
     "FieldSpec": "fields",
     "Issue": "check",
+    "Label": "preference_records",
+    "LabelExamples": "preference_examples",
     "Normalizer": "normalize",
+    "Pair": "preference_records",
+    "PairExamples": "preference_examples",
+    "PreferenceSet": "preferences",
+    "Ranking": "preference_records",
+    "Span": "preference_records",
     "StoreDamagedError": "layout",
     "Transitions": "transitions",
     "Windows": "windows",
+    "by_return": "scored_pairs",
+    "check_preferences": "preference_check",
     "check_store": "check",
     "compute_statistics": "statistics",
     "convert": "conversion",
     "format_issue": "check",
+    "from_indices": "human_labels",
+    "from_scores": "scored_pairs",
     "info": "check",
     "load_d4rl": "d4rl",
     "normalized_score": "d4rl",
     "qlearning_dataset": "d4rl",
+    "read_label_file": "human_labels",
     "sequence_dataset": "d4rl",
     "split_episodes": "windows",
 }
@@ -51,18 +69,30 @@ __all__ = [
     "EpisodeStore",
     "FieldSpec",
     "Issue",
+    "Label",
+    "LabelExamples",
     "Normalizer",
+    "Pair",
+    "PairExamples",
+    "PreferenceSet",
+    "Ranking",
+    "Span",
     "StoreDamagedError",
     "Transitions",
     "Windows",
+    "by_return",
+    "check_preferences",
     "check_store",
     "compute_statistics",
     "convert",
     "format_issue",
+    "from_indices",
+    "from_scores",
     "info",
     "load_d4rl",
     "normalized_score",
     "qlearning_dataset",
+    "read_label_file",
     "sequence_dataset",
     "split_episodes",
 ]

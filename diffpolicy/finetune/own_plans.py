@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from diffpolicy.finetune.preference_losses import Preference
 from diffpolicy.finetune.reference import Referenced
 from diffpolicy.finetune.scores import Score
 
+DRAWN_BY = ("denoiser", "reference")
 Reward = Callable[..., Tensor]
 
 
@@ -29,6 +31,9 @@ class OwnPlans(FewStep):
 
     Args:
         candidates: plans drawn for an observation; the best and the worst of them are compared.
+        drawn_by: ``"denoiser"``: the present one, so that comparisons follow it; the reward is then
+            asked about ever other plans, which one that was learned may not know. ``"reference"``:
+            the policy before tuning, whose plans such a reward was learned on.
         label_scale: ``None``: the greater reward wins. A number s, in units of the reward: the
             better one is preferred with chance ``sigmoid((r_1 - r_2) / s)`` (Bradley-Terry).
         num_steps: K, network evaluations of a plan.
@@ -41,6 +46,7 @@ class OwnPlans(FewStep):
     """
 
     candidates: int = 4
+    drawn_by: str = "denoiser"
     label_scale: float | None = None
     num_steps: int | None = 5
     solver: str = "ddim"
@@ -50,6 +56,8 @@ class OwnPlans(FewStep):
         self.check_plans()
         if self.candidates < 2:
             raise ValueError(f"candidates must be at least 2 to compare, got {self.candidates}")
+        if self.drawn_by not in DRAWN_BY:
+            raise ValueError(f"drawn_by must be one of {DRAWN_BY}, got {self.drawn_by!r}")
         if self.label_scale is not None and not self.label_scale > 0:
             raise ValueError(f"label_scale must be positive, or None, got {self.label_scale}")
 
@@ -104,7 +112,8 @@ class OwnPlansLoss(Referenced):
         steps: Tensor | None = None,
         reference: BaseDenoiser | None = None,
     ) -> None:
-        super().__init__(denoiser, reference, needed=preference.needs_reference)
+        needed = preference.needs_reference or (settings or OwnPlans()).drawn_by == "reference"
+        super().__init__(denoiser, reference, needed=needed)
         if not preference.paired or not isinstance(denoiser.process, GaussianProcess):
             raise ValueError(
                 f"own plans are compared in pairs; got loss={preference.loss!r} under "
@@ -113,7 +122,8 @@ class OwnPlansLoss(Referenced):
             )
         self.settings = settings = settings or OwnPlans()
         # Without a reference of its own the inner loss looks at the adapters switched off.
-        self._loss = [PreferenceLoss(denoiser, preference, score, reference=self.reference)]
+        looked_at = self.reference if preference.needs_reference else None
+        self._loss = [PreferenceLoss(denoiser, preference, score, reference=looked_at)]
         self._reward = [reward]  # a list: a reward that is a module is not part of this one
         self.solver, self.levels = settings.make_solver(), settings.grid(denoiser.process)
         self.register_buffer("steps", steps, persistent=False)
@@ -126,6 +136,14 @@ class OwnPlansLoss(Referenced):
         out = self._loss[0]({**pairs, **anchors}, generator)
         return LossOutput(out.loss, {**found, **out.metrics})
 
+    @contextmanager
+    def _drawing(self) -> Iterator[BaseDenoiser]:
+        if self.settings.drawn_by == "denoiser":
+            yield self.denoiser
+        else:
+            with self.as_reference() as reference:
+                yield reference
+
     @torch.no_grad()
     def draw(
         self, obs: Tensor, generator: torch.Generator
@@ -137,9 +155,9 @@ class OwnPlansLoss(Referenced):
         process: Any = self.denoiser.process
         start = process.draw_noise((len(cond), *plan_shape(self.denoiser)), generator, like)
         begin = prior_start(process, start)
-        with evaluating(self.denoiser):
+        with self._drawing() as denoiser, evaluating(denoiser):
             plans = sample(
-                self.denoiser, self.solver, begin, self.levels, cond=cond, generator=generator
+                denoiser, self.solver, begin, self.levels, cond=cond, generator=generator
             )
         assert isinstance(plans, Tensor)
         reward = self._reward[0](plans, cond)

@@ -5,6 +5,12 @@
 - :mod:`~diffpolicy.rollout.evaluate`: scores of a policy;
 - :mod:`~diffpolicy.rollout.collect`: demonstrations of a scripted expert;
 - :mod:`~diffpolicy.rollout.scores`: intervals and comparisons;
+- :mod:`~diffpolicy.rollout.branches`: rollouts to compare, from one observation or one start;
+- :mod:`~diffpolicy.rollout.pairing`: pairs of them, by return, success or a function of yours;
+- :mod:`~diffpolicy.rollout.clips`, :mod:`~diffpolicy.rollout.labelling`: side-by-side clips, and
+  the page that a person answers on;
+- :mod:`~diffpolicy.rollout.tuning_report`: a tuned policy against the one before, and tunings
+  beside each other;
 - :mod:`~diffpolicy.rollout.video`, :mod:`~diffpolicy.rollout.plots`: pictures.
 
 Import from the modules. This package imports nothing itself, because worker processes import it and
