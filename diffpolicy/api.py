@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.data.windows import Windows, split_episodes
-from diffpolicy.finetune.adapters import add_adapters, merge_adapters, merged_state
-from diffpolicy.finetune.plan_chain import PlanChain
-from diffpolicy.finetune.reward import RewardLoss
-from diffpolicy.learning import Learning, examples, fitted_returns, objective
-from diffpolicy.plan_tuning import Conditions, PlanReward, check_tunable, in_own_units
+from diffpolicy.data.windows import Windows
+from diffpolicy.learning import fitted_returns
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array
 from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.chunking import Chunking, RealTimeChunking
-from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
+from diffpolicy.policies.diffusion import PolicySpec, Sampler
 from diffpolicy.policies.levels import (
     LevelReport,
     choose_level,
@@ -34,14 +29,13 @@ from diffpolicy.policies.levels import (
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.spec import Gripper
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
-from diffpolicy.preference_tuning import PreferenceData, preference_objective
+from diffpolicy.trainable import TrainablePolicy
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.policy_files import FORMAT, VERSION, find_policy, policy_files
 from diffpolicy.training.settings import TrainerConfig
-from diffpolicy.training.trainer import Source, Trainer, TrainResult
 
 
-class DiffusionPolicy(DiffusionPlanner):
+class DiffusionPolicy(TrainablePolicy):
     """A diffusion policy (Chi et al. 2023): ``from_dataset``, ``learn``, ``predict``, ``save``.
 
     ``load``.
@@ -51,8 +45,6 @@ class DiffusionPolicy(DiffusionPlanner):
         >>> policy.learn("data/demos.zarr", TrainerConfig(steps=5000), run_dir="runs/mine")
         >>> action, state = policy.predict(obs)
     """
-
-    last_training: TrainResult | None = None
 
     @classmethod
     def from_dataset(
@@ -110,202 +102,6 @@ class DiffusionPolicy(DiffusionPlanner):
         if anchors is not None:
             fitted = fit_anchors(full, store, normalizer, **{"seed": seed, **anchors})
         return cls(full, denoiser.to(device), normalizer, fitted, heads.to(device))
-
-    def learn(
-        self,
-        store: EpisodeStore | str | os.PathLike[str],
-        config: TrainerConfig,
-        run_dir: str | os.PathLike[str],
-        *,
-        val_fraction: float = 0.02,
-        max_episodes: int | None = None,
-        learning: Learning | None = None,
-        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
-    ) -> Self:
-        """Train denoiser and heads on stored episodes; ends with the averaged (EMA) weights.
-
-        Args:
-            store: the demonstrations, or their path.
-            config: steps, batch size, learning rate, ...
-            run_dir: where metrics and checkpoints go.
-            val_fraction: fraction of the episodes held out for the validation loss.
-            max_episodes: use the first so many episodes only.
-            learning: what is learned beyond behaviour cloning: actor-critics, weights of losses.
-            evaluate: called with a policy directory and the step; returns metrics, of which
-                ``score`` decides the best checkpoint.
-            resume: continue the run in ``run_dir`` exactly where it stopped.
-            overwrite: replace an earlier run in ``run_dir``.
-
-        Returns:
-            self; ``last_training`` tells the steps done, seconds, and whether it was interrupted.
-        """
-        episodes = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
-        count = min(episodes.num_episodes, max_episodes or episodes.num_episodes)
-        train, val = split_episodes(count, val_fraction, config.seed)
-        how = Learning() if learning is None else learning
-        normal = self.normalizer.to("cpu")
-        source = examples(self.spec, normal, episodes, how, train.tolist())
-        held_out = examples(self.spec, normal, episodes, how, val.tolist()) if len(val) else None
-        loss = objective(self, how)
-        trainer = Trainer(
-            loss,
-            source,
-            config,
-            run_dir,
-            export=self._bundle,
-            val_source=held_out,
-            evaluate=evaluate,
-            resume=resume,
-            overwrite=overwrite,
-        )
-        result = trainer.fit()
-        self.last_training = result
-        loss.load_state_dict(result.ema)
-        # new weights, new tables
-        self.__init__(self.spec, self.denoiser, self.normalizer, self.anchors, self.heads)  # type: ignore[misc]
-        return self
-
-    def tune(
-        self,
-        reward: PlanReward,
-        store: EpisodeStore | str | os.PathLike[str],
-        config: TrainerConfig,
-        run_dir: str | os.PathLike[str],
-        *,
-        chain: PlanChain | None = None,
-        kl_weight: float = 0.0,
-        resume: bool = False,
-        overwrite: bool = False,
-    ) -> Self:
-        """Back-propagate a reward of sampled plans into the denoiser (DRaFT, AlignProp, adjoint).
-
-        Args:
-            reward: differentiable, ``(action [B, H, A], obs [B, To, O]) -> [B]`` in the data's own
-                units: a critic, a model of the dynamics, or a differentiable simulator.
-            store: whose observations plans are sampled for.
-            config: of the trainer.
-            run_dir: where metrics and checkpoints go.
-            chain: how plans are sampled and how far the gradient goes; the last step of 10 of DDIM
-                unless given.
-            kl_weight: of the path divergence from the policy as it is now; needs a chain that adds
-                noise.
-            resume: continue the run in ``run_dir``.
-            overwrite: replace it.
-
-        Example:
-            >>> near = lambda action, obs: -(action - obs[:, -1:, :2]).square().sum((1, 2))
-            >>> policy.tune(near, store, TrainerConfig(steps=200, lr=1e-4), "runs/tuned")
-
-        Raises:
-            ValueError: a policy whose plans are not of actions given observations, or settings that
-                do not fit.
-        """
-        check_tunable(self.spec)
-        episodes = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
-        every = list(range(episodes.num_episodes))
-        windows = examples(self.spec, self.normalizer.to("cpu"), episodes, Learning(), every)
-        loss = RewardLoss(
-            self.denoiser,
-            in_own_units(reward, self.spec, self.normalizer),
-            PlanChain(grad_steps=1) if chain is None else chain,
-            kl_weight=kl_weight,
-        )
-        source = Conditions(windows)
-        self._fit(loss, source, config, run_dir, resume=resume, overwrite=overwrite)
-        # new weights, new tables
-        self.__init__(self.spec, self.denoiser, self.normalizer, self.anchors, self.heads)  # type: ignore[misc]
-        return self
-
-    def prefer(
-        self,
-        data: PreferenceData,
-        method: Mapping[str, Any],
-        config: TrainerConfig,
-        run_dir: str | os.PathLike[str],
-        *,
-        adapters: Mapping[str, Any] | None = None,
-        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
-    ) -> Self:
-        """Tune by preferences: Diffusion-DPO, PSO, DRO and their relatives.
-
-        The policy as it is now is the reference. Adapters are merged into the weights at the end,
-        so that what is saved is a policy like any other.
-
-        Args:
-            data: preferences, demonstrations, or both; see
-                :class:`~diffpolicy.preference_tuning.PreferenceData`.
-            method: ``{"type": "preference", "loss": "dpo", ...}``, ``pso``, ``dro`` or ``cloning``;
-                see :func:`~diffpolicy.preference_tuning.preference_objective`.
-            config: of the trainer.
-            run_dir: where metrics and checkpoints go.
-            adapters: tune these few weights alone, see
-                :func:`~diffpolicy.finetune.adapters.add_adapters`.
-            evaluate: as in :meth:`learn`.
-            resume: continue the run in ``run_dir``.
-            overwrite: replace it.
-
-        Example:
-            >>> data = PreferenceData.of("data/pairs.jsonl", "data/demos.zarr")
-            >>> dpo = {"type": "preference", "loss": "dpo", "kl_beta": 0.3}
-            >>> policy.prefer(data, dpo, TrainerConfig(steps=500, lr=1e-4), "runs/preferred")
-
-        Raises:
-            ValueError: a policy whose plans are not of actions given observations, data that the
-                method needs and that are missing, or settings that do not fit.
-        """
-        if adapters is not None:
-            add_adapters(self.denoiser, adapters)
-        seed = config.seed
-        loss, source = preference_objective(
-            self.spec, self.denoiser, self.normalizer, method, data, seed=seed
-        )
-        self._fit(loss, source, config, run_dir, evaluate, resume=resume, overwrite=overwrite)
-        if adapters is not None:
-            merge_adapters(self.denoiser)
-        # new weights, new tables
-        self.__init__(self.spec, self.denoiser, self.normalizer, self.anchors, self.heads)  # type: ignore[misc]
-        return self
-
-    def _fit(
-        self,
-        loss: nn.Module,
-        source: Source,
-        config: TrainerConfig,
-        run_dir: str | os.PathLike[str],
-        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
-        *,
-        resume: bool,
-        overwrite: bool,
-    ) -> None:
-        """Train ``loss``, which holds the denoiser; the heads stay as they are."""
-        trainer = Trainer(
-            loss,
-            source,
-            config,
-            run_dir,
-            export=lambda state: {**self._bundle(state), **self._kept_heads()},
-            evaluate=evaluate,
-            resume=resume,
-            overwrite=overwrite,
-        )
-        self.last_training = trainer.fit()
-        loss.load_state_dict(self.last_training.ema)
-
-    def _kept_heads(self) -> dict[str, Any]:
-        weights = self.heads.state_dict()
-        return {"heads.safetensors": weights} if weights else {}
-
-    def _bundle(self, objective_state: Mapping[str, Tensor]) -> dict[str, Any]:
-        parts = [
-            {k.removeprefix(p): v for k, v in objective_state.items() if k.startswith(p)}
-            for p in ("denoiser.", "heads.")
-        ]
-        weights = merged_state(self.denoiser, parts[0])
-        return policy_files(self.spec, weights, self.normalizer, self.anchors, parts[1])
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the policy as a directory: ``config.json``, safetensors files, and their hashes."""

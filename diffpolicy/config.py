@@ -1,7 +1,8 @@
 """Configuration: YAML groups and ``key=value`` overrides in, plain checked dataclasses out.
 
 Config objects stop here and in the commands; everything below takes plain arguments. A config names
-choices from closed registries: nothing in it is imported, evaluated or executed.
+choices from closed registries: nothing in it is evaluated or executed, and nothing imported but
+what it names as a module itself (an environment's id, ``collect.score=MODULE:FUNCTION``).
 """
 
 from __future__ import annotations
@@ -249,6 +250,7 @@ OPEN = (
         "task.kwargs.",
         "preference.",
         "collect.",
+        "judge.",
         "adapters.",
     ),
     *("oracles.network.", "oracles.trainer."),

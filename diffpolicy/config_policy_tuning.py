@@ -73,3 +73,81 @@ def load_policy_tuning(overrides: Sequence[str]) -> PolicyTuningConfig:
     config = build(PolicyTuningConfig, compose("finetune_policy", overrides))
     config.evaluation.check_protocol()
     return config
+
+
+UNREAD: dict[str, Any] = {
+    "preferences": None,
+    "collect": None,
+    "judge": None,
+    "windows": None,
+    "rounds": 1,
+    "demonstrations": None,
+}
+"""What a method may not look at, with the value that says so."""
+
+
+def unread_settings(config: PolicyTuningConfig) -> list[str]:
+    """The settings of ``UNREAD`` that were made and that the method does not look at."""
+    from diffpolicy.finetune.preference_methods import TYPES, has_anchor, needs
+
+    if config.preference.get("type") not in ("cloning", *TYPES):
+        return []  # check_method says what it could be
+    need = needs(config.preference)
+    pairs, online = bool(need & {"pairs", "labels"}), "observations" in need
+    looked_at = {
+        "preferences": pairs,
+        "collect": pairs or online,
+        "judge": online,
+        "windows": pairs,
+        "rounds": pairs or online,
+        "demonstrations": "demonstrations" in need or has_anchor(config.preference),
+    }
+    return [n for n, unset in UNREAD.items() if getattr(config, n) != unset and not looked_at[n]]
+
+
+def method_name(config: PolicyTuningConfig) -> str:
+    """The method of a tuning, as comparisons call it unless they are told another name."""
+    return str(config.preference.get("name", config.preference.get("type")))
+
+
+def leave_out_unread(config: PolicyTuningConfig, overrides: Sequence[str]) -> str:
+    """Take out what an experiment sets and another method than its own does not look at.
+
+    So ``experiment=pusht_dpo preference=bc`` is the baseline of ``experiment=pusht_dpo``.
+
+    Args:
+        config: changed in place.
+        overrides: what was given beside the experiment.
+
+    Returns:
+        A line that says what was left out; empty if nothing was.
+
+    Raises:
+        ConfigError: something that was given by itself and has no effect.
+    """
+    unread = unread_settings(config)
+    given = {o.removeprefix("--").lstrip("+").split("=", 1)[0].split(".")[0] for o in overrides}
+    for name in unread:
+        if name in given:
+            raise ConfigError(_no_effect(config, name))
+        setattr(config, name, UNREAD[name])
+    if not unread:
+        return ""
+    return f"left out of the experiment: {', '.join(unread)}; {method_name(config)} reads none"
+
+
+def check_read(config: PolicyTuningConfig) -> None:
+    """Raise ``ConfigError`` for a setting that the method does not look at."""
+    for name in unread_settings(config):
+        raise ConfigError(_no_effect(config, name))
+
+
+def _no_effect(config: PolicyTuningConfig, name: str) -> str:
+    if name == "judge":
+        return "judge compares own plans, with preference.online alone: give both or neither"
+    why = {
+        "demonstrations": f"{method_name(config)} learns from no demonstrations without "
+        "preference.anchor_weight",
+    }
+    plain = f"{method_name(config)} reads no pairs that are given or collected"
+    return f"{name} has no effect: {why.get(name, plain)}. Leave it out, or choose another method"

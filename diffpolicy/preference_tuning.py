@@ -7,7 +7,7 @@ what they read: pairs, good and bad items, or demonstrations.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,14 @@ from diffpolicy.data.preference_examples import LabelExamples, PairExamples
 from diffpolicy.data.preferences import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.finetune.denoising import DenoisingLoss
-from diffpolicy.finetune.preference_methods import make_preference, reads
+from diffpolicy.finetune.preference_methods import has_anchor, make_preference, needs, reads
 from diffpolicy.learning import Learning, examples
 from diffpolicy.plan_tuning import PlanReward, check_tunable, in_own_units
 from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.training.settings import mix_seed
+from diffpolicy.training.sources import ChosenWindows, Executed, Mixed, Turns
 from diffpolicy.training.trainer import Source
 
 CLONED = ("demonstrations", "chosen", "both")
-ROWS = 65_536
-"""Least length of a source: an epoch of the trainer holds whole batches only."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class PreferenceData:
             ``None``: the demonstrations.
         windows: at most so many windows of a segment in one example (see
             :class:`~diffpolicy.data.preference_examples.PairExamples`); None: all.
+        mask_padding: leave edge-padded positions of demonstrations out, where these are cloned:
+            what the policy was trained with (``learning.mask_padding``).
     """
 
     preferences: PreferenceSet | None = None
@@ -53,6 +53,7 @@ class PreferenceData:
     reward: PlanReward | None = None
     observations: EpisodeStore | None = None
     windows: int | None = None
+    mask_padding: bool = False
 
     @classmethod
     def of(
@@ -62,84 +63,33 @@ class PreferenceData:
         *,
         max_episodes: int | None = None,
         reward: PlanReward | None = None,
+        observations: EpisodeStore | str | os.PathLike[str] | None = None,
         windows: int | None = None,
+        mask_padding: bool = False,
     ) -> PreferenceData:
         """The same from paths."""
         if preferences is not None and not isinstance(preferences, PreferenceSet):
             preferences = PreferenceSet.open(preferences)
-        if demonstrations is not None and not isinstance(demonstrations, EpisodeStore):
-            demonstrations = EpisodeStore.open(demonstrations)
+        stores = [
+            EpisodeStore.open(s) if isinstance(s, str | os.PathLike) else s
+            for s in (demonstrations, observations)
+        ]
         return cls(
-            preferences, demonstrations, max_episodes=max_episodes, reward=reward, windows=windows
+            preferences,
+            stores[0],
+            max_episodes=max_episodes,
+            reward=reward,
+            observations=stores[1],
+            windows=windows,
+            mask_padding=mask_padding,
         )
 
 
-class Mixed:
-    """Examples of a method beside demonstrations: a source of the trainer.
-
-    ``gather`` gives what ``main`` does, and with ``anchor`` also its values under
-    ``anchor_<name>``. Row i is example ``i mod len(main)``, and demonstrations in an order of their
-    own; few examples are repeated until an epoch has ``ROWS`` rows.
-    """
-
-    def __init__(self, main: Source, anchor: Source | None, *, seed: int = 0) -> None:
-        self.main, self.anchor = main, anchor
-        self.rows = len(main) * -(-ROWS // len(main))
-        order = torch.Generator().manual_seed(mix_seed(seed, 0xA2C))
-        count = 1 if anchor is None else len(anchor)
-        self.order = torch.randperm(self.rows, generator=order) % count
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def gather(self, indices: Tensor) -> dict[str, Tensor]:
-        """A batch."""
-        batch = self.main.gather(indices % len(self.main))
-        if self.anchor is not None:
-            other = self.anchor.gather(self.order[indices])
-            batch |= {f"anchor_{name}": other[name] for name in ("obs", "action")}
-        return batch
-
-
-class Turns:
-    """Sources that take turns, each with the same share of an epoch."""
-
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self.sources = list(sources)
-
-    def __len__(self) -> int:
-        return len(self.sources) * min(len(source) for source in self.sources)
-
-    def gather(self, indices: Tensor) -> dict[str, Tensor]:
-        """A batch."""
-        turn, row = indices % len(self.sources), indices // len(self.sources)
-        parts = [source.gather(row[turn == i]) for i, source in enumerate(self.sources)]
-        back = torch.cat([(turn == i).nonzero() for i in range(len(parts))]).flatten().argsort()
-        names = set.intersection(*(set(part) for part in parts))
-        return {name: torch.cat([part[name] for part in parts])[back] for name in names}
-
-
-class ChosenWindows:
-    """The windows of preferred items, each by itself, for behaviour cloning.
-
-    ``gather`` gives ``obs [B, To, O]``, ``action [B, H, A]`` and ``valid [B, H]``: the positions
-    that belong to the item.
-    """
-
-    def __init__(self, pairs: PairExamples) -> None:
-        self.pairs = pairs
-        every = pairs.gather(torch.arange(len(pairs)))
-        self.entries = every["chosen_steps"].any(-1).nonzero()
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def gather(self, indices: Tensor) -> dict[str, Tensor]:
-        """A batch."""
-        pair, window = self.entries[indices].unbind(1)
-        batch, rows = self.pairs.gather(pair), torch.arange(len(indices))
-        names = {"obs": "chosen_obs", "action": "chosen_action", "valid": "chosen_steps"}
-        return {name: batch[source][rows, window] for name, source in names.items()}
+def executed_steps(spec: PolicySpec) -> Tensor:
+    """Which positions of a policy's plan are executed, bool ``[H]``."""
+    steps = torch.zeros(spec.horizon, dtype=torch.bool)
+    steps[spec.n_obs_steps - 1 :][: spec.n_action_steps] = True
+    return steps
 
 
 def preference_objective(
@@ -165,7 +115,7 @@ def preference_objective(
     Raises:
         ValueError: a policy that cannot be tuned so, unknown settings, or data that are missing.
     """
-    check_tunable(spec)
+    check_preferable(spec)
     normal = normalizer.to("cpu")
     if method.get("type") == "cloning":
         return _cloning(spec, denoiser, normal, method, data, seed)
@@ -174,16 +124,51 @@ def preference_objective(
     if need == "observations":
         given |= _judgement(spec, denoiser, normalizer, method, data)
     objective = make_preference(given, denoiser)
-    sources = {
+    check_data(method, data)
+    sources: dict[str, Callable[..., Source]] = {
         "pairs": _pairs,
         "labels": _labels,
         "observations": _observations,
         "demonstrations": _demonstrations,
     }
+    main: Source = sources[need](spec, normal, data)
     anchor = None
-    if method.get("anchor_weight", 0) > 0 and data.demonstrations is not None:
+    if need == "observations" and method["type"] == "pso":
+        main = Executed(main, executed_steps(spec))
+    if has_anchor(method) and data.demonstrations is not None:
         anchor = _demonstrations(spec, normal, data)
-    return objective, Mixed(sources[need](spec, normal, data), anchor, seed=seed)
+    return objective, Mixed(main, anchor, seed=seed, mask_padding=data.mask_padding)
+
+
+def check_preferable(spec: PolicySpec) -> None:
+    """Raise ``ValueError`` unless a policy is one whose cloning and scores are those of a plan.
+
+    Raises:
+        ValueError: plans that hold observations or are conditioned on a return, or a policy trained
+            at other levels, or from other starts, than these losses look at.
+    """
+    check_tunable(spec)
+    if spec.level_law != "row" or spec.network.get("type") == "anchored":
+        raise ValueError(
+            "preferences tune policies that were trained at one level per plan, from pure noise on "
+            f"(level_law='row', no network of type 'anchored'); this one has level_law="
+            f"{spec.level_law!r} and network.type={spec.network.get('type')!r}, whose training is "
+            "another. Train it without, tune that, and act with streaming or anchors afterwards"
+        )
+
+
+def check_data(method: Mapping[str, Any], data: PreferenceData) -> None:
+    """Raise ``ValueError`` if a method needs data that are missing."""
+    need = needs(method)
+    if need & {"pairs", "labels"} and data.preferences is None:
+        raise ValueError("this method learns from preferences; give data.preferences")
+    if "observations" in need and data.observations is None and data.demonstrations is None:
+        raise ValueError(
+            "plans are drawn for observations: give data.observations or data.demonstrations"
+        )
+    if "demonstrations" in need and data.demonstrations is None:
+        why = "its anchor is" if "observations" in need else "this method learns from"
+        raise ValueError(f"{why} demonstrations; give data.demonstrations")
 
 
 def _judgement(
@@ -198,9 +183,7 @@ def _judgement(
         return {}  # they say what is missing
     found: dict[str, Any] = {"reward": in_own_units(data.reward, spec, normalizer)}
     if method["type"] == "preference":
-        steps = torch.zeros(spec.horizon, dtype=torch.bool)
-        steps[spec.n_obs_steps - 1 :][: spec.n_action_steps] = True
-        found["steps"] = steps.to(next(denoiser.parameters()).device)
+        found["steps"] = executed_steps(spec).to(next(denoiser.parameters()).device)
     return found
 
 
@@ -218,21 +201,23 @@ def _cloning(
     kind = method.get("data", "demonstrations")
     if kind not in CLONED:
         raise ValueError(f"cloning.data must be one of {CLONED}, got {kind!r}")
+    check_data({**method, "data": kind}, data)
     sources: list[Source] = []
     if kind != "demonstrations":
         sources.append(ChosenWindows(_pairs(spec, normal, data)))
     if kind != "chosen":
         sources.append(_demonstrations(spec, normal, data))
     loss = DenoisingLoss(
-        denoiser, cond_dropout=spec.cond_dropout, mask_padding=kind != "demonstrations"
+        denoiser,
+        cond_dropout=spec.cond_dropout,
+        mask_padding=data.mask_padding or kind != "demonstrations",
     )
     return loss, Turns([Mixed(source, None, seed=seed) for source in sources])
 
 
 def _demonstrations(spec: PolicySpec, normal: Normalizer, data: PreferenceData) -> Source:
     store = data.demonstrations
-    if store is None:
-        raise ValueError("this method learns from demonstrations; give data.demonstrations")
+    assert store is not None  # check_data
     count = min(store.num_episodes, data.max_episodes or store.num_episodes)
     return examples(spec, normal, store, Learning(), list(range(count)))
 
@@ -263,9 +248,16 @@ def _labels(spec: PolicySpec, normal: Normalizer, data: PreferenceData) -> Label
 
 
 def _preferences(data: PreferenceData) -> PreferenceSet:
-    if data.preferences is None:
-        raise ValueError("this method learns from preferences; give data.preferences")
+    assert data.preferences is not None  # check_data
     return data.preferences
 
 
-__all__ = ["ChosenWindows", "Mixed", "PreferenceData", "preference_objective"]
+__all__ = [
+    "ChosenWindows",
+    "Executed",
+    "Mixed",
+    "PreferenceData",
+    "check_data",
+    "check_preferable",
+    "preference_objective",
+]

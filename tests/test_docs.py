@@ -43,7 +43,7 @@ SMALL = {
     "collect=null": PREFER,
     "experiment=pusht_dpo": [
         *PREFER,
-        "collect.seeds=2",
+        "collect.episodes=2",
         "collect.min_gap=0",
         *(f"collect.{name}={value}" for name, value in BRANCHES.items()),
     ],

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from diffpolicy import DiffusionPolicy, cli
+from diffpolicy.data.preferences import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.tuning_report import read_tuning_report
+from diffpolicy.training.trainer import Trainer
 
 ENV = ["env.id=Pendulum-v1", "env.name=pendulum", "env.score=return", "env.max_episode_steps=20"]
 FEW = ["evaluation.val_episodes=2", "evaluation.episodes=3", "evaluation.num_workers=0"]
 QUICK = ["trainer.progress=false", "trainer.batch_size=16", "trainer.warmup_steps=1", "threads=1"]
-COLLECT = ["collect.seeds=2", "collect.points=2", "collect.branches=3", "collect.lookahead=8"]
+COLLECT = ["collect.episodes=2", "collect.points=2", "collect.branches=3", "collect.lookahead=8"]
+UNSCORED = ["evaluation.episodes=0", "evaluation.val_episodes=0"]
+ONLINE = [
+    "preference=dpo",
+    "preference.online={candidates: 2, num_steps: 2}",
+    "judge={lookahead: 5, members: 2, width: 16, trainer: {steps: 5, batch_size: 8}}",
+    "collect.kind=episodes",
+    "collect.episodes=3",
+    "collect.repeats=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tuned(trained: Path, run: Path, *extra: str) -> int:
     where = [f"pretrained={trained / 'run'}", f"run_dir={run}", "nfe=[1,4]"]
-    steps = [] if any("trainer.steps" in e for e in extra) else ["trainer.steps=4"]
+    steps = [] if any(e.startswith("trainer.steps") for e in extra) else ["trainer.steps=4"]
     return cli.main(["finetune", *where, *FEW, *QUICK, *steps, *extra])
 
 
@@ -64,14 +80,17 @@ def test_rollouts_become_pairs_and_pairs_a_report(trained, tmp_path, capsys):
 
 def test_own_plans_are_compared_by_what_rollouts_led_to(trained, tmp_path):
     run = tmp_path / "online"
-    rollouts = ["collect.type=episodes", "collect.seeds=3", "collect.episodes=2"]
-    judge = ["judge={lookahead: 5, members: 2, width: 16, trainer: {steps: 5, batch_size: 8}}"]
-    online = ["preference=dpo", "preference.online={candidates: 2, num_steps: 2}"]
-    few = ["evaluation.episodes=0", "evaluation.val_episodes=0"]
-    assert tuned(trained, run, *online, *rollouts, *judge, *few) == 0
+    assert (
+        tuned(trained, run, *ONLINE, *UNSCORED, "judge.lookahead=6", "judge.trainer.steps=4") == 0
+    )
     assert (run / "value" / "checkpoints").is_dir()
+    assert json.loads((run / "report.json").read_text())["settings"]["judge"]["lookahead"] == 6
     assert "reward" in (run / "metrics.csv").read_text().splitlines()[0]
-    assert tuned(trained, tmp_path / "other", *online, *rollouts, *few) == 1
+
+
+def test_pso_compares_its_own_chains_by_what_rollouts_led_to(trained, tmp_path):
+    pso = ["preference=pso", "preference.online=true", "preference.num_steps=2", *ONLINE[2:]]
+    assert tuned(trained, tmp_path / "run", *pso, *UNSCORED) == 0
 
 
 def test_rounds_tune_the_newest_policy(trained, tmp_path, capsys):
@@ -101,8 +120,7 @@ def test_other_methods_read_a_preference_file(method, trained, tmp_path, rollout
 @pytest.fixture(scope="module")
 def rollouts(trained, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("rollouts") / "run"
-    none = ["evaluation.episodes=0", "evaluation.val_episodes=0"]
-    assert tuned(trained, run, "preference=dpo", *COLLECT, *none) == 0
+    assert tuned(trained, run, "preference=dpo", *COLLECT, *UNSCORED) == 0
     return run
 
 
@@ -138,8 +156,29 @@ def test_runs_are_compared_by_episode(trained, tmp_path, capsys, rollouts):
         (["preference=dpo", "preferences=a.jsonl", *COLLECT], "not both"),
         (["preference=dpo", "rounds=2"], "need collect"),
         (["preference=dpo", "preference.beta=1"], "no setting 'beta'"),
-        (["preference=dpo", *COLLECT, "collect.branchs=3"], "branchs"),
+        (["preference=dpo", *COLLECT, "collect.branchs=3"], "did you mean 'branches'"),
         (["preference=dpo", *COLLECT, "collect.seed=99999"], "below 100,000"),
+        (["preference=dpo", *COLLECT, "collect.kind=some"], "collect.kind must be one of"),
+        (["preference=dpo", *COLLECT, "collect.points=two"], "collect.points must be int"),
+        (["preference=dpo", *COLLECT, "collect.repeats=2"], "collect.repeats: only for"),
+        (["preference=dpo", *COLLECT, "collect.branches=1"], "at least 2"),
+        (["preference=dpo", *COLLECT, "collect.score=nowhere:f"], "write MODULE:FUNCTION"),
+        (["preference=dpo", *COLLECT, "preference.online=true"], "must be a group of settings"),
+        (["preference=dpo", *COLLECT, "judge.lookahead=5"], "give both or neither"),
+        (["preference=pso", *COLLECT, "preference.online=yes please"], "must be true or false"),
+        ([*ONLINE, "judge=null"], "give both or neither"),
+        ([*ONLINE, "judge.lookahead=0"], "judge: lookahead must be at least 1"),
+        ([*ONLINE, "judge.lookahed=3"], "judge has no setting 'lookahed'"),
+        ([*ONLINE, "judge.obs_dim=3"], "judge has no setting 'obs_dim'"),
+        ([*ONLINE, "judge.width=wide"], "judge: "),
+        ([*ONLINE, "judge.pessimism=-1"], "judge.pessimism must be a number"),
+        ([*ONLINE, "judge.trainer.step=3"], "unknown key 'judge.trainer.step'"),
+        ([*ONLINE, "windows=2"], "windows has no effect"),
+        (["preference=bc", *COLLECT], "collect has no effect: bc reads no pairs"),
+        (["preference=dro", "preferences=a.jsonl"], "preferences has no effect"),
+        (["preference=dro", "windows=2"], "windows has no effect"),
+        (["preference=dpo", *COLLECT, "demonstrations=a.zarr"], "demonstrations has no effect"),
+        (["experiment=pusht_dpo", "preference=bc", "collect.points=2"], "collect has no effect"),
         (["preference=bc", "nfe=[0]"], "nfe must be"),
         (["preference=bc", "pretrained=nowhere"], "no trained policy in nowhere"),
         (["preference=bc", "adapters={type: lora, rank: 0}"], "rank"),
@@ -149,10 +188,145 @@ def test_runs_are_compared_by_episode(trained, tmp_path, capsys, rollouts):
 def test_what_cannot_be_done_is_said(extra, message, trained, tmp_path, capsys):
     assert tuned(trained, tmp_path / "run", *extra) == 1
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_stopped_run_goes_on(trained, tmp_path, capsys):
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    return DiffusionPolicy.from_pretrained(path).denoiser.state_dict()
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights_of(one), weights_of(other)
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def newest(run: Path) -> Path:
+    pointers = run / "checkpoints"
+    name = "best" if (pointers / "best").is_file() else "last"
+    return pointers / (pointers / name).read_text().strip()
+
+
+def test_another_run_replaces_all_of_an_earlier_one(trained, tmp_path, capsys):
+    run, few = tmp_path / "run", ["evaluation.episodes=0"]
+    rounds = ["rounds=2", "evaluation.val_episodes=0"]
+    assert tuned(trained, run, *ONLINE, *COLLECT[:1], *few, *rounds) == 0
+    assert tuned(trained, run, *ONLINE, *few) == 1
+    assert "already holds a run" in capsys.readouterr().err
+    assert tuned(trained, run, "preference=dpo", *COLLECT, *few, "overwrite=true") == 0
+    assert not list(run.glob("round_*"))
+    assert same(run / "policy", newest(run))
+    before = weights_of(run)
+    other = ["collect.kind=branches", "collect.episodes=1", "collect.points=1"]
+    assert tuned(trained, run, "preference=ipo", *other, "overwrite=true", "trainer.lr=0.1") == 0
+    assert same(run / "policy", newest(run))
+    assert any(not torch.equal(before[k], v) for k, v in weights_of(run).items())
+    store = EpisodeStore.open(run / "rollouts.zarr")
+    assert {attrs["seed"] for attrs in store.episode_attrs} == {50_000}
+    assert store.attrs["rollouts"]["settings"]["branches"] == 6
+    assert (run / "score_by_nfe.png").is_file()
+    assert tuned(trained, run, "preference=bc", "overwrite=true", *UNSCORED) == 0
+    left = {path.name for path in run.iterdir()}
+    assert not left & {"rollouts.zarr", "preferences.jsonl", "score_by_nfe.png"}
+
+
+def test_what_a_person_said_or_a_run_reads_is_not_overwritten(trained, tmp_path, capsys):
+    run, dpo = tmp_path / "run", ["preference=dpo", "overwrite=true", *UNSCORED]
+    assert tuned(trained, run, *dpo, *COLLECT) == 0
+    pairs = PreferenceSet.open(run / "preferences.jsonl")
+    assert tuned(trained, run, *dpo, f"preferences={pairs.path}") == 1
+    assert "is a part of the run that overwrite=true would remove" in capsys.readouterr().err
+    answers = PreferenceSet.create(run / "rollouts_human.jsonl", pairs.store)
+    answers.append(replace(pairs.pairs()[0], source="human"))
+    assert tuned(trained, run, *dpo, *COLLECT) == 1
+    assert "answers of a person" in capsys.readouterr().err
+    assert len(PreferenceSet.open(run / "rollouts_human.jsonl").pairs()) == 1
+    assert (run / "policy").is_dir()
+    assert tuned(trained, trained / "run", "preference=bc", "overwrite=true") == 1
+    assert "pretrained=" in capsys.readouterr().err
+    assert (trained / "run" / "checkpoints").is_dir()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(trained, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in a judge, in the first round and in the second judge, each continued."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    settings = [*ONLINE, *UNSCORED, "rounds=2", "trainer.steps=5", "trainer.eval_every=5"]
+    assert tuned(trained, whole, *settings) == 0
+    step = Trainer._train_step
+
+    def interrupted(where: Path, command: Callable[[], int]) -> int:
+        def stop_there(self: Trainer) -> None:
+            step(self)
+            if self.run_dir == where and self.step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, "_train_step", stop_there)
+            return command()
+
+    def resume() -> int:
+        return cli.main(["resume", str(cut)])
+
+    assert interrupted(cut / "round_0" / "value", lambda: tuned(trained, cut, *settings)) == 130
+    assert f"diffpolicy resume {cut}" in capsys.readouterr().out
+    assert not (cut / "round_0" / "checkpoints").exists()
+    assert interrupted(cut / "round_0", resume) == 130
+    assert interrupted(cut / "round_1" / "value", resume) == 130
+    assert interrupted(cut / "round_1", resume) == 130
+    assert resume() == 0
+    for part in ("round_0", "round_1", "policy"):
+        assert same(whole / part, cut / part), part
+    values = (run / "round_0" / "value" for run in (whole, cut))
+    assert len({(newest(v) / "policy" / "model.safetensors").read_bytes() for v in values}) == 1
+
+
+def test_a_finished_run_is_only_scored_again(trained, tmp_path, capsys):
     run = tmp_path / "run"
-    assert tuned(trained, run, "preference=bc", "trainer.eval_every=2") == 0
+    assert tuned(trained, run, "preference=bc", "trainer.eval_every=2", "trainer.lr=0.01") == 0
+    first = result_of(capsys.readouterr().out)
+    DiffusionPolicy.from_pretrained(trained / "run").save(run / "policy")
     assert cli.main(["resume", str(run)]) == 0
-    assert result_of(capsys.readouterr().out)["method"] == "bc"
+    again = result_of(capsys.readouterr().out)
+    assert again["after"] == first["after"]
+    assert same(run / "policy", newest(run))
+
+
+def test_the_baseline_of_an_experiment_needs_no_rollouts(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert tuned(trained, run, "experiment=pusht_dpo", "preference=bc", *UNSCORED) == 0
+    said = "left out of the experiment: collect; bc reads none"
+    assert said in capsys.readouterr().out.splitlines()
+    assert not (run / "rollouts.zarr").exists()
+    assert "collect: null" in (run / "config.yaml").read_text()
+
+
+def test_pairs_of_a_tuned_policy_are_of_its_environment(rollouts, tmp_path, capsys):
+    target = tmp_path / "more.zarr"
+    few = ["episodes=2", "kind=episodes", "repeats=2", "num_workers=0"]
+    assert cli.main(["data", "prefs", "collect", str(target), f"checkpoint={rollouts}", *few]) == 0
+    store = EpisodeStore.open(target)
+    assert store.attrs["max_episode_steps"] == 20
+    assert max(store.episode_lengths) == 20
+    config = rollouts / "config.yaml"
+    lost = tmp_path / "lost"
+    shutil.copytree(rollouts / "policy", lost / "policy")
+    (lost / "config.yaml").write_text(config.read_text().replace("/run\n", "/gone\n", 1))
+    assert cli.main(["data", "prefs", "collect", str(target), f"checkpoint={lost}"]) == 1
+    assert "which knows its environment and is not here" in capsys.readouterr().err
+
+
+def test_one_process_tunes(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert tuned(trained, tmp_path / "run", "preference=dpo", *COLLECT) == 1
+    assert "by one process" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_score_of_ones_own(trained, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    (tmp_path / "own_score.py").write_text("def last(rewards, successes): return rewards[-1]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = ["collect.score=own_score:last", "collect.noise_seed=3"]
+    assert tuned(trained, run, "preference=dpo", *COLLECT, *own, *UNSCORED) == 0
+    preferences = PreferenceSet.open(run / "preferences.jsonl")
+    assert preferences.attrs["scoring"]["score"] == "last"
+    assert preferences.store.attrs["rollouts"]["settings"]["seed"] == 3

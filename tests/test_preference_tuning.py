@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from diffpolicy import DiffusionPolicy, TrainerConfig
 from diffpolicy.data.preferences import Pair, PreferenceSet, Span
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.finetune.adapters import has_adapters
+from diffpolicy.finetune.denoising import DenoisingLoss
+from diffpolicy.finetune.items import batch_items
 from diffpolicy.preference_tuning import Mixed, PreferenceData, preference_objective
 
 QUICK = {"batch_size": 32, "warmup_steps": 1, "progress": False, "ema_power": None}
@@ -138,7 +142,11 @@ def test_an_interrupted_run_goes_on_exactly(trained, preferences, tmp_path):
         ({"type": "ppo"}, {}, "unknown preference type 'ppo'"),
         ({**DPO, "beta": 3}, {}, "no setting 'beta'"),
         ({"type": "pso", "online": True}, {}, "reward"),
+        ({"type": "pso", "online": "yes"}, {}, "must be true or false"),
         ({**DPO, "online": {}}, {}, "by a reward: give one"),
+        ({**DPO, "online": True}, {}, "must be a group of settings"),
+        ({**DPO, "online": False}, {}, "learns from preferences"),
+        ({**DPO, "online": {}}, {"reward": len}, "give data.observations or"),
         ({**DPO, "online": {"candidate": 2}}, {"reward": len}, "no setting 'candidate'"),
         ({**DPO, "loss": "kto", "online": {"candidates": 2}}, {"reward": len}, "in pairs"),
     ],
@@ -173,6 +181,94 @@ def test_own_plans_are_compared_by_a_reward(trained, store, tmp_path):
     policy.prefer(data, method, TrainerConfig(steps=60, lr=2e-3, **QUICK), tmp_path / "run")
     assert share_above(policy) > 0.7
     assert set(seen) == {((96, 4, 2), (96, 1, 2))}
+
+
+def objective_of(policy, method, data):
+    return preference_objective(policy.spec, policy.denoiser, policy.normalizer, method, data)
+
+
+def upwards(action, obs):
+    return action.mean((1, 2))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"type": "pso", "online": True, "num_steps": 3},
+        {**DPO, "online": {"candidates": 2, "num_steps": 2}},
+    ],
+)
+def test_own_plans_are_compared_by_what_is_executed_of_them(method, trained, store):
+    policy = DiffusionPolicy.load(trained).with_settings(n_action_steps=2)
+    data = PreferenceData(demonstrations=store, reward=upwards)
+    objective, source = objective_of(policy, method, data)
+    batch = source.gather(torch.arange(5))
+    if method["type"] == "pso":
+        paths, _ = objective.draw(batch, torch.Generator())
+        steps = paths.items.steps
+    else:
+        steps = objective.draw(batch["obs"], torch.Generator())[0]["chosen_steps"][:, 0]
+    assert steps.tolist() == [[True, True, False, False]] * len(steps)
+
+
+def test_own_chains_are_no_anchor(trained, store):
+    policy = DiffusionPolicy.load(trained)
+    method = {"type": "pso", "online": True, "anchor_weight": 1.0}
+    with pytest.raises(ValueError, match="its anchor is demonstrations"):
+        objective_of(policy, method, PreferenceData(reward=upwards, observations=store))
+    data = PreferenceData(None, store, reward=upwards, observations=store)
+    _, source = objective_of(policy, method, data)
+    assert "anchor_action" in source.gather(torch.arange(3))
+
+
+@pytest.mark.parametrize("how", [{"level_law": "dim"}, {"network": {"type": "anchored"}}])
+def test_a_policy_of_another_training_is_refused(how, trained, preferences):
+    policy = DiffusionPolicy.load(trained)
+    spec = copy.copy(policy.spec)
+    for name, value in how.items():
+        object.__setattr__(spec, name, value)
+    with pytest.raises(ValueError, match="trained at one level per plan"):
+        preference_objective(
+            spec, policy.denoiser, policy.normalizer, DPO, PreferenceData(preferences)
+        )
+
+
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_padding_is_cloned_as_the_policy_was_trained(mask_padding, trained, store, preferences):
+    policy = DiffusionPolicy.load(trained)
+    data = PreferenceData(preferences, store, mask_padding=mask_padding)
+    loss, source = objective_of(policy, {"type": "cloning", "data": "demonstrations"}, data)
+    batch = source.gather(torch.arange(EPISODE))  # every step of an episode
+    assert not batch["valid"].all()
+    losses = [
+        objective(batch, torch.Generator().manual_seed(0)).loss
+        for objective in (
+            loss,
+            DenoisingLoss(policy.denoiser, mask_padding=mask_padding),
+            DenoisingLoss(policy.denoiser, mask_padding=not mask_padding),
+        )
+    ]
+    assert torch.equal(losses[0], losses[1])
+    assert not torch.equal(losses[0], losses[2])
+
+    loss, source = objective_of(policy, {**DPO, "anchor_weight": 1.0}, data)
+    batch = source.gather(torch.arange(64))
+    scored = batch_items(batch, "anchor", masked=False).steps
+    assert (scored is None) == (not mask_padding)
+    if mask_padding:
+        assert scored.shape == (64, 4)
+        assert not scored.all()
+        with_anchor = loss(batch, torch.Generator().manual_seed(0))
+        assert torch.isfinite(with_anchor.loss).all()
+
+
+def test_data_from_paths(store, preferences, tmp_path):
+    made = PreferenceSet.create(tmp_path / "p.jsonl", store)
+    made.extend(preferences.pairs())
+    data = PreferenceData.of(made.path, store.path, observations=store.path, mask_padding=True)
+    assert len(data.preferences.pairs()) == 20
+    assert data.demonstrations.num_episodes == data.observations.num_episodes == 40
+    assert data.mask_padding
 
 
 class Numbers:

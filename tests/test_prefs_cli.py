@@ -83,6 +83,9 @@ def test_collect_and_info(checkpoint, tmp_path, capsys):
     assert every.store.attrs["rollouts"]["env_steps"] == steps
     assert len(every.pairs()) > 4
     capsys.readouterr()
+    other = (*SMALL, "seed=8", 'sampler={"num_steps": 1}')
+    assert _run("collect", target, f"checkpoint={checkpoint}", ENV, *other) == 1
+    assert "'num_steps': 2" in capsys.readouterr().err
     assert _run("info", tmp_path / "rollouts.jsonl") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["attrs"]["scoring"]["score"] == "return"

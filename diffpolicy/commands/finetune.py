@@ -71,13 +71,16 @@ policy before is the reference, and is scored on the same episodes.
 settings of sequence models (also finetune.KEY, guidance.KEY, trainer.KEY):
 {indented}
 
-settings of policies (also preference.KEY, collect.KEY, trainer.KEY, evaluation.KEY):
+settings of policies (also preference.KEY, collect.KEY, judge.KEY, trainer.KEY, evaluation.KEY):
 {of_policies}
 
-collect.KEY: type=branches with points, every, branches, lookahead and common_noise, or
-type=episodes with episodes=4 (of each start); score (a name), discount, after_end, pairs, min_gap
-and span: all as for `diffpolicy data prefs collect`. collect.seeds=50 starts, from env seed
-collect.seed=50000 on, others for every seed and round.
+collect.KEY: kind, episodes, seed, noise_seed, repeats, points, every, branches, lookahead,
+common_noise, score, discount, after_end, pairs, min_gap and span are those of `diffpolicy data
+prefs collect`. The collect.episodes=50 starts, from env seed collect.seed=50000 on, are others for
+every seed and round; noise_seed is the tuning's seed unless it is given.
+
+judge.KEY: lookahead=16 steps whose rewards count, discount=1, width=128, depth=2, members=5,
+layer_norm=true; pessimism=1 standard deviations over the members are taken off; trainer.KEY.
 
 --print-config shows the composed configuration and stops.
 Results: RUN/report.md with pictures, report.json, metrics.csv, checkpoints/; of policies also
@@ -226,7 +229,8 @@ def check_black_box(config: FinetuneConfig, task: SequenceTask) -> None:
         if used:
             raise ConfigError(
                 f"{task.name} has a reward of hard sequences without gradient, which {name} "
-                "cannot use; choose policy_gradient, wdce, vidd or sdpo, or best_of_n, smc or svdd"
+                "cannot use; choose policy_gradient, wdce, vidd, sdpo, dpo or pso, or best_of_n, "
+                "smc or svdd"
             )
     if guidance["type"] in ("smc", "svdd") and guidance.get("estimate", "soft") != "hard":
         raise ConfigError(f"{task.name} rewards hard sequences: set guidance.estimate=hard")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffpolicy.commands.collecting import Collecting
 from diffpolicy.commands.options import parse
 from diffpolicy.config import ConfigError
 
@@ -83,21 +84,6 @@ def run(arguments: Sequence[str]) -> int:
 
 
 _ENV: dict[str, Any] = {"env": None, "kwargs": {}, "max_episode_steps": None}
-_SCORING: dict[str, Any] = {
-    "score": "return",
-    "discount": 1.0,
-    "after_end": "zero",
-    "pairs": "best_worst",
-    "min_gap": 0.0,
-    "span": None,
-}
-_BRANCHING: dict[str, Any] = {
-    "points": 4,
-    "every": None,
-    "branches": 6,
-    "lookahead": 40,
-    "common_noise": True,
-}
 
 
 def _collect(arguments: Sequence[str]) -> int:
@@ -109,13 +95,7 @@ def _collect(arguments: Sequence[str]) -> int:
     defaults: dict[str, Any] = {
         "checkpoint": None,
         "prefs": None,
-        "kind": "branches",
-        "episodes": 50,
-        "seed": 50_000,
-        "noise_seed": 0,
-        "repeats": 4,
-        **_BRANCHING,
-        **_SCORING,
+        **asdict(Collecting(noise_seed=0)),
         **_ENV,
         "sampler": {},
         "num_envs": 64,
@@ -126,7 +106,7 @@ def _collect(arguments: Sequence[str]) -> int:
     options = parse(arguments, ["target"], defaults)
     if options["checkpoint"] is None:
         raise ConfigError("collect needs checkpoint=RUN, the policy that is to act")
-    settings = _settings(options)
+    how = Collecting.of({f.name: options[f.name] for f in fields(Collecting)})
     policy = DiffusionPolicy.from_pretrained(
         options["checkpoint"],
         device=pick_device(options["device"], options["threads"]),
@@ -134,14 +114,14 @@ def _collect(arguments: Sequence[str]) -> int:
     )
     spec = _collecting_env(options, policy.spec.env_id)
     target = Path(options["target"])
-    collect: Any = collect_branches if options["kind"] == "branches" else collect_episodes
+    collect: Any = collect_branches if how.kind == "branches" else collect_episodes
     preferences = collect(
         policy,
         spec,
-        range(options["seed"], options["seed"] + options["episodes"]),
+        range(how.seed, how.seed + how.episodes),
         store_path=target,
         prefs_path=options["prefs"] or target.with_suffix(".jsonl"),
-        settings=settings,
+        settings=how.settings(0),
         workers=Workers(num_envs=options["num_envs"], num_workers=options["num_workers"]),
     )
     _print_file(preferences)
@@ -151,55 +131,34 @@ def _collect(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _settings(options: Mapping[str, Any]) -> Any:
-    from diffpolicy.rollout.branches import Branching, Repeats
-    from diffpolicy.rollout.pairing import Scoring
-
-    kinds = ("branches", "episodes")
-    if options["kind"] not in kinds:
-        raise ConfigError(f"kind must be one of {list(kinds)}, got {options['kind']!r}")
-    values = {name: options[name] for name in _SCORING}
-    scoring = Scoring(**{**values, "score": _score(options["score"])})
-    if options["kind"] == "episodes":
-        given = [n for n, value in _BRANCHING.items() if options[n] != value]
-        if given:
-            raise ConfigError(f"{', '.join(given)}: only for kind=branches")
-        return Repeats(options["repeats"], options["noise_seed"], scoring)
-    if options["repeats"] != 4:
-        raise ConfigError("repeats: only for kind=episodes; branches=N is the number of branches")
-    branching = {name: options[name] for name in _BRANCHING}
-    return Branching(**branching, seed=options["noise_seed"], scoring=scoring)
-
-
-def _score(text: str) -> Any:
-    """A named score, or the function of a module that can be imported."""
-    module, colon, name = str(text).partition(":")
-    if not colon:
-        return text
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"score={text}: {error}; write MODULE:FUNCTION") from error
-
-
 def _collecting_env(options: Mapping[str, Any], trained_for: str | None) -> Any:
     """The environment given; else that of the run; else the id that the policy knows."""
-    from omegaconf import OmegaConf
-
     if options["env"] is not None:
         return _env(options)
-    values: dict[str, Any] = {"id": trained_for}
     root = Path(options["checkpoint"]).resolve()
-    candidates = [folder / "config.yaml" for folder in (root, *list(root.parents)[:3])]
-    file = next((c for c in candidates if c.is_file()), None)
-    if file is not None:
-        found: Any = OmegaConf.to_container(OmegaConf.load(file))
-        values = found.get("env") or values
+    values = _recorded_env((root, *list(root.parents)[:3])) or {"id": trained_for}
     if not values.get("id"):
         raise ConfigError("the policy does not say which environment it is for; give env=ID")
     own = {"env": values["id"], **{n: values.get(n) for n in ("kwargs", "max_episode_steps")}}
     given = {n: options[n] for n in ("kwargs", "max_episode_steps") if options[n]}
     return _env({**own, **given})
+
+
+def _recorded_env(folders: Sequence[Path]) -> dict[str, Any] | None:
+    """The environment in the configuration of a run, or of the run that it was tuned from."""
+    from omegaconf import OmegaConf
+
+    file = next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
+    found: Any = {} if file is None else OmegaConf.to_container(OmegaConf.load(file))
+    if found.get("env") or not found.get("pretrained"):
+        return found.get("env") or None
+    before = Path(found["pretrained"])
+    if not (before / "config.yaml").is_file():
+        raise ConfigError(
+            f"{file} was tuned from {before}, which knows its environment and is not here; give "
+            "env=ID, and its kwargs and max_episode_steps if it has some"
+        )
+    return _recorded_env([before])
 
 
 def _env(options: Mapping[str, Any]) -> Any:

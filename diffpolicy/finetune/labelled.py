@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -17,6 +17,7 @@ from diffpolicy.finetune.replay import Replay, check_replay
 from diffpolicy.finetune.rollouts import draw_rollout
 from diffpolicy.finetune.scores import MaskedScore
 from diffpolicy.finetune.sequence_tuning import Reward, SequenceTuning, shared_cond
+from diffpolicy.finetune.settings import check_known, setting_names
 
 DRAWN_BY = ("denoiser", "reference")
 
@@ -74,12 +75,9 @@ class Labelled:
         Raises:
             ValueError: an unknown setting, with the valid ones.
         """
-        own = {f.name for f in fields(cls)} - {"preference"}
-        theirs = {f.name for f in fields(Preference)}
-        unknown = sorted(set(config) - own - theirs)
-        if unknown:
-            known = ", ".join(sorted(own | theirs))
-            raise ValueError(f"preference has no setting {unknown[0]!r}; it has {known}")
+        own = set(setting_names(cls)) - {"preference"}
+        theirs = set(setting_names(Preference))
+        check_known(config, sorted(own | theirs), "preference")
         loss = Preference(**{k: v for k, v in config.items() if k in theirs})
         return cls(loss, **{k: v for k, v in config.items() if k in own})
 

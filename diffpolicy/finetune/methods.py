@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -18,6 +17,7 @@ from diffpolicy.finetune.policy_gradient import PolicyGradientLoss
 from diffpolicy.finetune.reward import Reward, RewardLoss
 from diffpolicy.finetune.reward_chains import MaskedChain
 from diffpolicy.finetune.scores import check_no_dropout
+from diffpolicy.finetune.settings import settings_of
 from diffpolicy.finetune.stepwise import Stepwise, StepwiseLoss
 from diffpolicy.finetune.weighted import WeightedDenoising, WeightedDenoisingLoss
 
@@ -60,13 +60,13 @@ def make_tuning(
     if kind == "policy_gradient":
         if values.get("epochs", 1) > 1:
             values = {"rows": batch_size, **values}
-        settings = _settings(PolicyGradient, values, kind)
+        settings = settings_of(PolicyGradient, values, kind)
         return PolicyGradientLoss(denoiser, reference, reward, settings)
     if kind == "weighted":
-        weighted = _settings(WeightedDenoising, values, kind)
+        weighted = settings_of(WeightedDenoising, values, kind)
         return WeightedDenoisingLoss(denoiser, reference, reward, weighted)
     if kind == "stepwise":
-        return StepwiseLoss(denoiser, reference, reward, _settings(Stepwise, values, kind))
+        return StepwiseLoss(denoiser, reference, reward, settings_of(Stepwise, values, kind))
     if kind == "preference":
         return LabelledLoss(denoiser, reference, reward, Labelled.from_config(values))
     if kind == "pso":
@@ -83,7 +83,7 @@ def _pairwise(
     """Online PSO whose labels make ``p_ref exp(r / kl_weight)`` the optimum of whole chains."""
     weight = values.pop("kl_weight", 0.1)
     scale = weight / values.get("kl_beta", Pairwise.kl_beta)
-    settings = _settings(Pairwise, {"online": True, "label_scale": scale, **values}, "pso")
+    settings = settings_of(Pairwise, {"online": True, "label_scale": scale, **values}, "pso")
     return PairwiseLoss(denoiser, settings, reward=reward, reference=reference)
 
 
@@ -94,16 +94,8 @@ def _pathwise(
     reference: MaskedDenoiser | None,
 ) -> RewardLoss:
     weight, warmup = values.pop("kl_weight", 0.1), values.pop("kl_warmup", 0)
-    relaxation = _settings(Relaxation, values.pop("relaxation", None) or {}, "relaxation")
-    chain = _settings(MaskedChain, {**values, "relaxation": relaxation}, "pathwise")
+    relaxation = settings_of(Relaxation, values.pop("relaxation", None) or {}, "relaxation")
+    chain = settings_of(MaskedChain, {**values, "relaxation": relaxation}, "pathwise")
     return RewardLoss(
         denoiser, reward, chain, kl_weight=weight, kl_warmup=warmup, reference=reference
     )
-
-
-def _settings(kind: type[Any], values: Mapping[str, Any], what: str) -> Any:
-    known = [f.name for f in fields(kind)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"{what} has no setting {unknown[0]!r}; it has {', '.join(known)}")
-    return kind(**values)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,19 +60,6 @@ class OwnPlans(FewStep):
             raise ValueError(f"drawn_by must be one of {DRAWN_BY}, got {self.drawn_by!r}")
         if self.label_scale is not None and not self.label_scale > 0:
             raise ValueError(f"label_scale must be positive, or None, got {self.label_scale}")
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """From plain values.
-
-        Raises:
-            ValueError: an unknown setting, with the valid ones.
-        """
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(config) - set(known))
-        if unknown:
-            raise ValueError(f"online has no setting {unknown[0]!r}; it has {', '.join(known)}")
-        return cls(**config)
 
 
 class OwnPlansLoss(Referenced):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffpolicy.finetune.denoising import LossOutput
+from diffpolicy.finetune.settings import settings_of
 
 LOSSES = ("dpo", "ipo", "kto", "margin")
 SATURATED = 0.01  # the slope of a loss below which an example no longer counts
@@ -96,11 +97,7 @@ class Preference:
         Raises:
             ValueError: an unknown setting, with the valid ones.
         """
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(config) - set(known))
-        if unknown:
-            raise ValueError(f"preference has no setting {unknown[0]!r}; it has {', '.join(known)}")
-        return cls(**config)
+        return settings_of(cls, config, "preference")
 
     @property
     def paired(self) -> bool:

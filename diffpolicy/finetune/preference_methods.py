@@ -16,6 +16,7 @@ from diffpolicy.finetune.preference import PreferenceLoss
 from diffpolicy.finetune.preference_losses import Preference
 from diffpolicy.finetune.ranking import Ranking, RankingLoss
 from diffpolicy.finetune.scores import make_score
+from diffpolicy.finetune.settings import setting_names, settings_of
 
 TYPES = ("preference", "pso", "dro")
 
@@ -42,10 +43,12 @@ def make_preference(
     values = dict(config)
     kind = values.pop("type", None)
     values.pop("name", None)
+    _check_online(config)
     if kind == "preference":
         return _preference(values, denoiser, reference)
     if kind == "pso":
         reward = values.pop("reward", None)
+        values = {k: v for k, v in values.items() if k != "online" or v}
         settings = Pairwise.from_config(values)
         return PairwiseLoss(denoiser, settings, reward=reward, reference=reference)
     if kind == "dro":
@@ -59,7 +62,7 @@ def _preference(
     score = make_score(values.pop("score", None), denoiser)
     online, reward, steps = (values.pop(n, None) for n in ("online", "reward", "steps"))
     settings = Preference.from_config(values)
-    if online is None:
+    if online in (None, False):
         return PreferenceLoss(denoiser, settings, score, reference=reference)
     if reward is None:
         raise ValueError(
@@ -71,10 +74,23 @@ def _preference(
         settings,
         score,
         reward=reward,
-        settings=OwnPlans.from_config(online),
+        settings=settings_of(OwnPlans, online, "online"),
         steps=steps,
         reference=reference,
     )
+
+
+def _check_online(config: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless ``online`` is what the method takes."""
+    online, kind = config.get("online"), config.get("type")
+    if kind == "preference" and not (online in (None, False) or isinstance(online, Mapping)):
+        known = ", ".join(setting_names(OwnPlans))
+        raise ValueError(
+            f"online of a {config.get('loss', 'dpo')} must be a group of settings ({known}; {{}}: "
+            f"all as they are) or null, got {online!r}"
+        )
+    if kind == "pso" and not isinstance(online, bool | None):
+        raise ValueError(f"online of PSO must be true or false, got {online!r}")
 
 
 def is_online(config: Mapping[str, Any]) -> bool:
@@ -95,11 +111,44 @@ def reads(config: Mapping[str, Any]) -> str:
     return "pairs" if config.get("type") == "pso" else "demonstrations"
 
 
+def needs(config: Mapping[str, Any]) -> set[str]:
+    """Everything that a method cannot do without: what it learns from, and perhaps an anchor.
+
+    Args:
+        config: see :func:`make_preference`; or ``{"type": "cloning", "data": "demonstrations" |
+            "chosen" | "both"}``.
+
+    Returns:
+        Some of ``"pairs"``, ``"labels"``, ``"observations"`` and ``"demonstrations"``.
+    """
+    if config.get("type") == "cloning":
+        kinds = {"chosen": {"pairs"}, "both": {"pairs", "demonstrations"}}
+        return kinds.get(str(config.get("data")), {"demonstrations"})
+    # The anchor of PSO would be the policy's own rollouts; own plans have the better ones.
+    anchored = has_anchor(config) and config.get("type") == "pso" and is_online(config)
+    return {reads(config)} | ({"demonstrations"} if anchored else set())
+
+
+def has_anchor(config: Mapping[str, Any]) -> bool:
+    """Whether behaviour cloning is added, of demonstrations where there are some."""
+    weight = config.get("anchor_weight", 0)
+    return isinstance(weight, int | float) and weight > 0
+
+
 def check_method(config: Mapping[str, Any], denoiser: BaseDenoiser) -> None:
     """Raise ``ValueError`` if a method is unknown or does not fit the denoiser."""
     if config.get("type") != "cloning":
+        _check_online(config)
         stand_in = {"reward": lambda x, *_: x.flatten(1).sum(1)} if is_online(config) else {}
         make_preference({**config, **stand_in}, copy.deepcopy(denoiser))
 
 
-__all__ = ["TYPES", "check_method", "is_online", "make_preference", "reads"]
+__all__ = [
+    "TYPES",
+    "check_method",
+    "has_anchor",
+    "is_online",
+    "make_preference",
+    "needs",
+    "reads",
+]

@@ -8,7 +8,7 @@ difference would drown in the variance of either.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from diffpolicy.finetune.adjoint import DROPOUT
 from diffpolicy.finetune.items import Draw, Items
 from diffpolicy.finetune.masked import masked_cross_entropy
 from diffpolicy.finetune.replay import remask
+from diffpolicy.finetune.settings import settings_of
 
 WEIGHTINGS = ("own", "elbo")
 LOG_SNR = (-7.0, 7.0)  # of the bound: from all but pure noise to a blur of 0.03
@@ -260,14 +261,8 @@ def make_score(config: Mapping[str, Any] | None, denoiser: BaseDenoiser) -> Scor
     masked = isinstance(denoiser.process, MaskingProcess)
     kind: type[Any] = MaskedScore if masked else DenoisingScore
     values = dict(config or {})
-    known = [f.name for f in fields(kind)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        what = "sequences" if masked else "plans"
-        raise ValueError(
-            f"a score of {what} has no setting {unknown[0]!r}; it has {', '.join(known)}"
-        )
-    score: Score = kind(**values)
+    what = "sequences" if masked else "plans"
+    score: Score = settings_of(kind, values, f"a score of {what}")
     score.check(denoiser)
     return score
 

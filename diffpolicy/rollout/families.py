@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,7 @@ def open_rollouts(
         "settings": settings.collected(),
         "n_obs_steps": policy.n_obs_steps,
         "n_action_steps": policy.n_action_steps,
+        "sampler": _sampler(policy),
         "policy": _fingerprint(policy),
     }
     if not path.exists():
@@ -201,12 +203,29 @@ def open_rollouts(
     return store
 
 
+def _sampler(policy: ObservingPolicy) -> dict[str, Any] | None:
+    """How the policy draws plans, as JSON values."""
+    spec = getattr(policy, "spec", None)
+    if spec is None:
+        return None
+    found: dict[str, Any] = json.loads(json.dumps(spec.to_config()["sampler"]))
+    return found
+
+
 def _fingerprint(policy: ObservingPolicy) -> str | None:
-    """A digest of the network's weights: rollouts of two policies must not be mixed."""
-    denoiser = getattr(policy, "denoiser", None)
-    if denoiser is None:
+    """A digest of all that the policy acts by: rollouts of two policies must not be mixed."""
+    if getattr(policy, "denoiser", None) is None:
         return None
     digest = hashlib.sha256()
-    for name, value in denoiser.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().double().numpy().tobytes())
+    spec = getattr(policy, "spec", None)
+    if spec is not None:  # a sampler, warm starts, a choice among plans, ...
+        digest.update(json.dumps(spec.to_config(), sort_keys=True).encode())
+    for part in ("denoiser", "heads", "normalizer", "anchors"):
+        held = getattr(policy, part, None)
+        if held is None:
+            continue
+        tensors = held.state_dict() if hasattr(held, "state_dict") else held.to_tensors()
+        for name, value in tensors.items():
+            digest.update(f"{part}.{name}".encode())
+            digest.update(value.detach().cpu().double().numpy().tobytes())
     return digest.hexdigest()[:16]

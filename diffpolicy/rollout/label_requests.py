@@ -133,6 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             ("Content-Security-Policy", policy),
             ("X-Content-Type-Options", "nosniff"),
             ("Referrer-Policy", "same-origin"),
+            ("Cross-Origin-Resource-Policy", "same-origin"),
         ):
             self.send_header(name, value)
         if self.close_connection:

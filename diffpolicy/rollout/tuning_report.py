@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffpolicy.rollout.plots import read_metrics
 from diffpolicy.rollout.results import EvalResult
 from diffpolicy.rollout.scores import mean_interval, paired_difference
+from diffpolicy.rollout.tuning_plots import plot_curves, plot_nfe
 
 FORMAT, VERSION = "diffpolicy-tuning", 1
 FIELDS = {"max_reward": "max_reward", "return": "episode_return", "length": "length"}
-CURVES = ("accuracy", "gap", "error_chosen", "error_rejected", "saturated", "loss")
+COSTS = ("nfe_per_plan", "ms_per_plan", "wall_s")
 
 
 def episode_scores(result: EvalResult, score: str) -> list[float]:
-    """The score of every episode, in the order of its seeds; an error counts as 0.
+    """The score of every episode, in the order of its seeds; NaN where it could not be run.
 
     Raises:
         ValueError: a score that episodes do not have.
     """
     name = FIELDS.get(score, score)
-    values = [0.0 if e.error is not None else getattr(e, name, None) for e in result.episodes]
+    values = [np.nan if e.error is not None else getattr(e, name, None) for e in result.episodes]
     if any(value is None for value in values):
         raise ValueError(f"these episodes have no {score!r}")
     return [float(value) for value in values if value is not None]
+
+
+def without_failures(
+    values: Mapping[str, Mapping[str, Sequence[float]]], score: str
+) -> dict[str, dict[str, list[float]]]:
+    """Scores in which an episode that could not be run has the worst one.
+
+    That is the lowest of all episodes given, before and after alike, so that no method gains by
+    failing; a failed episode is no success, and with no sound episode at all the score is 0.
+
+    Args:
+        values: scores by when and number of network evaluations; NaN where an episode failed.
+        score: its name.
+    """
+    every = np.array([v for found in values.values() for own in found.values() for v in own])
+    sound = every[np.isfinite(every)]
+    worst = 0.0 if "success" in score or not len(sound) else float(sound.min())
+    return {
+        when: {n: [v if np.isfinite(v) else worst for v in own] for n, own in found.items()}
+        for when, found in values.items()
+    }
 
 
 def write_tuning_report(
@@ -54,18 +76,22 @@ def write_tuning_report(
         score: which number of an episode counts.
         scores: ``before`` and ``after``, by number of network evaluations per plan; the same
             seeds in both.
-        training: what is known of it, JSON values.
+        training: what is known of it, JSON values: ``rounds`` and ``train_s`` at least.
         settings: of the run.
 
     Returns:
         The report. ``before``, ``after``: mean and 95 % interval of the score by NFE;
-        ``difference``: after - before, paired by episode; ``episodes``: the scores themselves.
+        ``difference``: after - before, paired by episode; ``episodes``: the scores themselves, of
+        which ``failed`` counts those that could not be run (see :func:`without_failures`);
+        ``evaluation``: network evaluations and time of a plan, and seconds of the episodes;
+        ``made_with``: the command, the machine and versions.
     """
     folder = Path(run_dir)
-    values = {
+    measured = {
         when: {nfe: episode_scores(result, score) for nfe, result in found.items()}
         for when, found in scores.items()
     }
+    values = without_failures(measured, score)
     report: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -83,10 +109,19 @@ def write_tuning_report(
             for nfe, before in values["before"].items()
         },
         "episodes": values,
+        "failed": {
+            when: {nfe: int(np.sum(~np.isfinite(v))) for nfe, v in found.items()}
+            for when, found in measured.items()
+        },
+        "evaluation": {
+            when: {nfe: {n: r.summary[n] for n in COSTS} for nfe, r in found.items()}
+            for when, found in scores.items()
+        },
+        "made_with": _made_with([r for found in scores.values() for r in found.values()]),
         "training": dict(training),
         "settings": dict(settings),
     }
-    pictures = [_curves(folder)]
+    pictures = [plot_curves(folder)]
     if report["before"]:
         rows = {"before": report["before"], method: report["after"]}
         pictures.append(plot_nfe(rows, folder / "score_by_nfe.png", score=score, title=task))
@@ -94,6 +129,14 @@ def write_tuning_report(
     _write(folder / "report.json", json.dumps(report, indent=1))
     _write(folder / "report.md", _text(report))
     return report
+
+
+def _made_with(results: Sequence[EvalResult]) -> dict[str, Any]:
+    """What a number can be made again with: the command, the machine, versions."""
+    found: dict[str, Any] = {"command": list(sys.argv), "diffpolicy": version("diffpolicy")}
+    for result in results[:1]:
+        found |= {"env": result.env, "machine": result.settings.get("machine")}
+    return found
 
 
 def read_tuning_report(path: str | Path) -> dict[str, Any]:
@@ -129,8 +172,8 @@ def compare_tunings(
         The path of ``report.md``.
 
     Raises:
-        ValueError: no reports, runs of different tasks or episodes, or two runs of one method
-            with the same seed.
+        ValueError: no reports, runs of different tasks, episodes or numbers of network
+            evaluations, runs that were not scored, or two runs of one method with the same seed.
     """
     found = [read_tuning_report(path) for path in reports]
     _check_comparable(found)
@@ -174,10 +217,25 @@ def signed(interval: Mapping[str, Any]) -> str:
 def _check_comparable(reports: Sequence[Mapping[str, Any]]) -> None:
     if not reports:
         raise ValueError("there are no reports to compare")
+    unscored = [r for r in reports if not r["seeds"]]
+    if unscored:
+        raise ValueError(
+            f"the run of {unscored[0]['method']!r} with seed {unscored[0]['seed']} was not scored "
+            "(evaluation.episodes=0), so there is nothing to compare; leave it out, or tune again "
+            "with episodes"
+        )
     for name in ("task", "score", "seeds"):
         values = [report[name] for report in reports]
         if any(value != values[0] for value in values):
             raise ValueError(f"tunings of one {name} can be compared; these differ in it")
+    steps = [list(report["before"]) for report in reports]
+    for report, own in zip(reports, steps, strict=True):
+        if own != steps[0]:
+            raise ValueError(
+                "tunings scored at the same numbers of steps can be compared; "
+                f"{reports[0]['method']!r} has nfe={_listed(steps[0])} and {report['method']!r} "
+                f"nfe={_listed(own)}: tune one of them again with the nfe of the other"
+            )
     keys = [(report["method"], report["seed"]) for report in reports]
     twice = [key for key in keys if keys.count(key) > 1]
     if twice:
@@ -185,6 +243,10 @@ def _check_comparable(reports: Sequence[Mapping[str, Any]]) -> None:
             f"two reports are of {twice[0][0]!r} with seed {twice[0][1]}; leave one out, or name "
             "them with method=..."
         )
+
+
+def _listed(steps: Sequence[str]) -> str:
+    return f"[{','.join(steps)}]"
 
 
 def _row(name: str | None, reports: Sequence[Mapping[str, Any]], baseline: str) -> dict[str, Any]:
@@ -224,75 +286,6 @@ def _row(name: str | None, reports: Sequence[Mapping[str, Any]], baseline: str) 
     }
 
 
-def plot_nfe(
-    rows: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    path: str | Path,
-    *,
-    score: str,
-    title: str = "",
-) -> Path | None:
-    """The score against network evaluations per plan, a line per method, 95 % intervals.
-
-    Returns:
-        ``path``, or ``None`` without matplotlib.
-    """
-    try:
-        figures = importlib.import_module("matplotlib.figure")
-        canvas = importlib.import_module("matplotlib.backends.backend_agg")
-    except ImportError:
-        return None
-    figure = figures.Figure(figsize=(6, 4), layout="constrained")
-    canvas.FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for number, (name, found) in enumerate(rows.items()):
-        nfe = np.array([float(n) for n in found]) * 1.02**number  # bars beside each other
-        middle = np.array([v["value"] for v in found.values()])
-        bounds = np.array([[v["low"], v["high"]] for v in found.values()], float)
-        spread = np.abs(bounds - middle[:, None]).T
-        axes.errorbar(nfe, middle, np.nan_to_num(spread), marker="o", capsize=3, label=name)
-    axes.set_xscale("log")
-    ticks = [float(n) for n in next(iter(rows.values()))]
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
-    axes.minorticks_off()
-    axes.set_xlabel("network evaluations per plan")
-    axes.set_ylabel(score.replace("_", " "))
-    axes.set_title(title)
-    axes.grid(visible=True, alpha=0.3)
-    axes.legend()
-    target = Path(path)
-    figure.savefig(target, dpi=120)
-    return target
-
-
-def _curves(folder: Path) -> Path | None:
-    """Accuracy, gap, errors and saturation over the updates, rounds one after the other."""
-    files = sorted(folder.glob("round_*/metrics.csv"), key=lambda p: int(p.parent.name[6:]))
-    files = files or [folder / "metrics.csv"]
-    try:
-        figures = importlib.import_module("matplotlib.figure")
-        canvas = importlib.import_module("matplotlib.backends.backend_agg")
-    except ImportError:
-        return None
-    runs = [read_metrics(file) for file in files if file.is_file()]
-    names = [name for name in CURVES if any(name in run for run in runs)]
-    if not names:
-        return None
-    figure = figures.Figure(figsize=(6, 1.7 * len(names) + 0.5), layout="constrained")
-    canvas.FigureCanvasAgg(figure)
-    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, name in zip(panels, names, strict=True):
-        begun = 0.0
-        for run in runs:
-            steps, values = run.get(name, ([], []))
-            axes.plot([begun + s for s in steps], values, color="tab:blue")
-            begun += max((s[-1] for s, _ in run.values() if s), default=0.0)
-        axes.set_ylabel(name.replace("_", " "))
-        axes.grid(visible=True, alpha=0.3)
-    panels[-1].set_xlabel("update")
-    figure.savefig(folder / "curves.png", dpi=120)
-    return folder / "curves.png"
-
-
 def _text(report: Mapping[str, Any]) -> str:
     head = ["NFE", f"{report['score']} before", "after", "difference (paired, 95 %)"]
     lines = [f"# {report['task']}: {report['method']}, seed {report['seed']}", ""]
@@ -304,6 +297,9 @@ def _text(report: Mapping[str, Any]) -> str:
         )
     training = report["training"]
     lines += ["", f"{len(report['seeds'])} episodes; training {training['train_s']:.0f} s.", ""]
+    failed = sum(n for found in report["failed"].values() for n in found.values())
+    if failed:
+        lines += [f"{failed} episodes could not be run and have the worst score.", ""]
     lines += [f"![{name.split('.')[0]}]({name})" for name in report["pictures"]]
     return "\n".join(lines) + "\n"
 
@@ -319,8 +315,8 @@ __all__ = [
     "compare_tunings",
     "comparison_table",
     "episode_scores",
-    "plot_nfe",
     "read_tuning_report",
     "signed",
+    "without_failures",
     "write_tuning_report",
 ]

@@ -421,6 +421,7 @@ def test_the_page(server):
     assert "__" not in text.replace("__proto__", "")
     assert "http://" not in text  # nothing is loaded from elsewhere
     assert "https://" not in text
+    assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
     policy = headers["Content-Security-Policy"]
     nonce = text.split('nonce="')[1].split('"')[0]
     assert f"script-src 'nonce-{nonce}'" in policy

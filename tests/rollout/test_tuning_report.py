@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import diffpolicy
 from diffpolicy.rollout.results import EpisodeRecord, EvalResult, summarise
 from diffpolicy.rollout.scores import paired_difference
 from diffpolicy.rollout.tuning_report import (
     compare_tunings,
     episode_scores,
     read_tuning_report,
+    without_failures,
     write_tuning_report,
 )
 
@@ -92,11 +96,78 @@ def test_methods_are_compared_seed_by_seed(tmp_path, scores):
     assert "| a | 2 | 7 |" in without
 
 
-def test_errors_count_as_nothing(scores):
-    assert episode_scores(result_of([0.4, 0.9], error_at=1), "max_reward") == [0.4, 0.0]
+def test_episodes_that_failed_have_no_score(scores):
+    found = episode_scores(result_of([0.4, 0.9], error_at=1), "max_reward")
+    assert found[0] == 0.4
+    assert np.isnan(found[1])
     assert episode_scores(result_of([0.4, 0.9]), "return") == pytest.approx([4.0, 9.0])
     with pytest.raises(ValueError, match="no 'coverage'"):
         episode_scores(result_of([0.4]), "coverage")
+
+
+def test_a_failed_episode_has_the_worst_score_of_the_report(tmp_path):
+    """Returns below 0: nothing (0) would be the best of all."""
+    scores = {
+        "before": {"4": result_of([-0.4, -0.9, -0.1], error_at=0)},
+        "after": {"4": result_of([-0.2, -0.3, -0.8], error_at=2)},
+    }
+    report = write_tuning_report(
+        tmp_path,
+        method="a",
+        task="swing",
+        seed=0,
+        score="return",
+        scores=scores,
+        training={"rounds": [], "train_s": 1.0},
+        settings={},
+    )
+    assert report["episodes"]["before"]["4"] == pytest.approx([-9, -9, -1])
+    assert report["episodes"]["after"]["4"] == pytest.approx([-2, -3, -9])
+    assert report["failed"] == {"before": {"4": 1}, "after": {"4": 1}}
+    assert "2 episodes could not be run" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("score", "own", "expected"),
+    [
+        ("success", [1.0, np.nan], [1.0, 0.0]),
+        ("final_success", [1.0, np.nan], [1.0, 0.0]),
+        ("return", [np.nan, np.nan], [0.0, 0.0]),
+        ("return", [3.0, np.nan], [3.0, 2.0]),
+    ],
+)
+def test_failures_by_score(score, own, expected):
+    other = own if np.isnan(own).all() else [2.0, 5.0]
+    values = {"before": {"1": other}, "after": {"1": own}}
+    assert without_failures(values, score)["after"]["1"] == expected
+
+
+def test_a_report_says_what_it_was_made_with(tmp_path, scores):
+    before, after = (
+        replace(
+            result_of(scores[name]),
+            env={"id": "Push", "versions": {"numpy": "2"}},
+            settings={"machine": {"cpus": 2}},
+        )
+        for name in ("base_1", "a_1")
+    )
+    report = write_tuning_report(
+        tmp_path,
+        method="a",
+        task="push",
+        seed=0,
+        score="return",
+        scores={"before": {"4": before}, "after": {"4": after}},
+        training={"rounds": [], "train_s": 1.0, "wall_s": 9.0},
+        settings={},
+    )
+    made = report["made_with"]
+    assert made["command"] == sys.argv
+    assert made["diffpolicy"] == diffpolicy.__version__
+    assert made["env"]["versions"] == {"numpy": "2"}
+    assert made["machine"] == {"cpus": 2}
+    assert report["training"]["wall_s"] == 9.0
+    assert report["evaluation"]["after"]["4"]["nfe_per_plan"] == 10
 
 
 def test_what_cannot_be_compared_is_said(tmp_path, scores):
@@ -110,6 +181,17 @@ def test_what_cannot_be_compared_is_said(tmp_path, scores):
     report_of(other, "b", 1, scores["base_1"][:5], scores["b_1"][:5])
     with pytest.raises(ValueError, match="one seeds can be compared"):
         compare_tunings([folder, other], tmp_path / "out")
+    whole = json.loads((folder / "report.json").read_text())
+    for name, changes, message in (
+        ("nfe", {"before": {"1": whole["before"]["4"]}}, r"'a' has nfe=\[4\] and 'c' nfe=\[1\]"),
+        ("unscored", {"before": {}, "after": {}, "seeds": []}, "was not scored"),
+    ):
+        changed = tmp_path / f"{name}.json"
+        changed.write_text(json.dumps({**whole, **changes, "method": "c"}))
+        with pytest.raises(ValueError, match=message):
+            compare_tunings([folder, changed], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"was not scored \(evaluation.episodes=0\)"):
+        compare_tunings([changed], tmp_path / "out")
     with pytest.raises(ValueError, match="no reports"):
         compare_tunings([], tmp_path / "out")
     with pytest.raises(ValueError, match="no report at"):

@@ -1,0 +1,143 @@
+"""What a policy's tuning learns from: pairs of its own rollouts, and a judge of its own plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffpolicy.commands.collecting import Collecting
+from diffpolicy.commands.stores import env_spec
+from diffpolicy.commands.train import make_workers
+from diffpolicy.commands.train_sequences import trainer_settings
+from diffpolicy.commands.tuning_folder import PREFERENCES, ROLLOUTS, VALUE
+from diffpolicy.config import ConfigError, TrainConfig
+from diffpolicy.config_policy_tuning import PolicyTuningConfig
+
+if TYPE_CHECKING:
+    from diffpolicy.api import DiffusionPolicy
+    from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.reward_model import PlanValue
+    from diffpolicy.training.settings import TrainerConfig
+
+JUDGE_TRAINER = {"steps": 2500, "batch_size": 512, "lr": 1e-3, "weight_decay": 1e-2}
+OF_POLICY = ("obs_dim", "action_dim", "n_obs_steps", "n_action_steps")
+
+
+def check_rollouts(config: PolicyTuningConfig, policy: DiffusionPolicy) -> None:
+    """Find what is wrong with collecting and judging before anything runs.
+
+    Raises:
+        ConfigError: unknown settings, or values out of range.
+        ValueError: likewise.
+    """
+    if config.collect is not None:
+        Collecting.of(config.collect, "collect.")
+        for number in range(config.rounds):
+            rollout_seeds(config, number)
+    if config.judge is not None:
+        new_judge(config, policy)
+
+
+def rollout_seeds(config: PolicyTuningConfig, number: int) -> range:
+    """The environment seeds of a round: others for every seed of the tuning and round.
+
+    Raises:
+        ConfigError: they are not those to learn from.
+    """
+    how = Collecting.of(config.collect or {}, "collect.")
+    first = how.seed + (config.rounds * config.seed + number) * how.episodes
+    seeds = range(first, first + how.episodes)
+    if seeds.stop > 100_000 or first < 0:
+        raise ConfigError(
+            f"rollouts to learn from use environment seeds below 100,000: round {number} of "
+            f"seed={config.seed} would use {seeds}; lower collect.seed or collect.episodes"
+        )
+    return seeds
+
+
+def collected(
+    config: PolicyTuningConfig,
+    base: TrainConfig,
+    policy: DiffusionPolicy,
+    folder: Path,
+    number: int,
+) -> PreferenceSet | None:
+    """The comparisons of a round: a file, or pairs from rollouts of the newest policy."""
+    from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.rollout.branches import Branching, collect_branches, collect_episodes
+
+    if config.preferences is not None:
+        return PreferenceSet.open(config.preferences)
+    if config.collect is None:
+        return None
+    begun = any((folder / name).exists() for name in ("checkpoints", VALUE))
+    if begun and (folder / PREFERENCES).exists():  # what is learned from stays as it is
+        return PreferenceSet.open(folder / PREFERENCES)
+    settings = Collecting.of(config.collect, "collect.").settings(config.seed)
+    seeds = rollout_seeds(config, number)
+    folder.mkdir(parents=True, exist_ok=True)
+    where: dict[str, Any] = {
+        "store_path": folder / ROLLOUTS,
+        "prefs_path": folder / PREFERENCES,
+        "workers": make_workers(config.evaluation, 1_000_000),
+    }
+    if isinstance(settings, Branching):
+        return collect_branches(policy, env_spec(base), seeds, settings=settings, **where)
+    return collect_episodes(policy, env_spec(base), seeds, settings=settings, **where)
+
+
+def new_judge(
+    config: PolicyTuningConfig, policy: DiffusionPolicy
+) -> tuple[PlanValue, TrainerConfig]:
+    """An untrained value of plans, and the settings of its trainer.
+
+    Raises:
+        ConfigError: unknown settings, or values out of range.
+        ValueError: likewise.
+    """
+    from diffpolicy.finetune.settings import check_known, setting_names
+    from diffpolicy.reward_model import PlanValue, PlanValueSpec
+
+    values = dict(config.judge or {})
+    trainer = values.pop("trainer", None) or {}
+    pessimism = values.pop("pessimism", 1.0)
+    if not isinstance(trainer, dict):
+        raise ConfigError(f"judge.trainer must be a group of settings, got {trainer!r}")
+    if isinstance(pessimism, bool) or not isinstance(pessimism, int | float) or pessimism < 0:
+        raise ConfigError(f"judge.pessimism must be a number, 0 or more, got {pessimism!r}")
+    own = [name for name in setting_names(PlanValueSpec) if name not in OF_POLICY]
+    check_known(values, [*own, "pessimism", "trainer"], "judge")
+    settings = trainer_settings({**JUDGE_TRAINER, **trainer}, config.seed, "judge.trainer.")
+    try:
+        value = PlanValue.for_policy(policy, seed=config.seed, **values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"judge: {error}") from None
+    value.pessimism = float(pessimism)
+    return value, settings
+
+
+def judged(
+    config: PolicyTuningConfig,
+    policy: DiffusionPolicy,
+    preferences: PreferenceSet | None,
+    folder: Path,
+) -> dict[str, Any] | None:
+    """What methods with ``online`` compare by: a value of plans, learned from the rollouts.
+
+    Learning goes on where an earlier call in ``folder`` was stopped.
+
+    Returns:
+        Entries of :class:`~diffpolicy.preference_tuning.PreferenceData`, none of them for methods
+        without a judge; ``None`` if it was stopped.
+    """
+    if config.judge is None or preferences is None:
+        return {}
+    value, settings = new_judge(config, policy)
+    value.learn(None, preferences.store, settings, folder / VALUE, resume=True)
+    assert value.last_training is not None
+    if value.last_training.interrupted:
+        return None
+    return {"reward": value, "observations": preferences.store}
+
+
+__all__ = ["check_rollouts", "collected", "judged", "new_judge", "rollout_seeds"]

@@ -1,0 +1,100 @@
+"""The directory of a policy's tuning: whether it may be written, emptied, and what it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffpolicy.config import ConfigError
+from diffpolicy.config_policy_tuning import PolicyTuningConfig
+
+ROLLOUTS, PREFERENCES, VALUE = "rollouts.zarr", "preferences.jsonl", "value"
+OF_A_ROUND = ("checkpoints", "metrics.csv", ".candidate", "tb", VALUE)
+COLLECTED = (ROLLOUTS, PREFERENCES)
+OF_A_RUN = (
+    "policy",
+    "report.json",
+    "report.md",
+    "score_by_nfe.png",
+    "curves.png",
+)
+
+
+def check_free(config: PolicyTuningConfig) -> None:
+    """Raise ``ConfigError`` if a new run would meet what an earlier one has left."""
+    run_dir = Path(config.run_dir)
+    names = (*OF_A_ROUND, *OF_A_RUN, *(COLLECTED if config.collect is not None else ()))
+    if any((run_dir / name).exists() for name in names) or _rounds(run_dir):
+        raise ConfigError(
+            f"{run_dir} already holds a run; continue it with `diffpolicy resume {run_dir}`, "
+            "replace it with overwrite=true, or choose another run_dir"
+        )
+
+
+def clear(run_dir: Path, inputs: Mapping[str, Path]) -> None:
+    """Remove everything that an earlier run left, so that nothing of it gets into the next.
+
+    Args:
+        run_dir: of the runs.
+        inputs: what the next run is to read, by the name of its setting.
+
+    Raises:
+        ConfigError: one of ``inputs`` is among what would be removed.
+        FileExistsError: answers of a person are.
+    """
+    found = [run_dir / name for name in (*OF_A_ROUND, *COLLECTED, *OF_A_RUN)]
+    found = [path for path in found if path.exists()] + _rounds(run_dir)
+    removed = [path.resolve() for path in found]
+    for name, path in inputs.items():
+        needed = path.resolve()
+        if needed == run_dir.resolve() or any(needed.is_relative_to(gone) for gone in removed):
+            raise ConfigError(
+                f"{name}={path} is a part of the run that overwrite=true would remove; choose "
+                "another run_dir, or move it away first"
+            )
+    if found:
+        for folder in (run_dir, *_rounds(run_dir)):
+            _check_answers(folder)
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def trained_policy(folder: Path) -> Path:
+    """The policy of a finished training: its best checkpoint, or the last one without scores.
+
+    A ``policy`` beside the checkpoints may be of another training.
+    """
+    from diffpolicy.training.checkpoint import read_pointer
+
+    checkpoints = folder / "checkpoints"
+    name = read_pointer(checkpoints / "best") or read_pointer(checkpoints / "last")
+    return checkpoints / str(name) / "policy"
+
+
+def _rounds(run_dir: Path) -> list[Path]:
+    return sorted(p for p in run_dir.glob("round_*") if p.name[6:].isdecimal() and p.is_dir())
+
+
+def _check_answers(folder: Path) -> None:
+    """Raise ``FileExistsError`` if a person has judged what is there.
+
+    Answers to questions about a folder's rollouts stand beside them, and are lost without these.
+    """
+    from diffpolicy.data.preference_file import PreferenceFileError
+    from diffpolicy.rollout.pairing import check_target
+
+    for file in sorted(folder.glob("*.jsonl")):
+        ours = file.name == PREFERENCES
+        if not ours and not (folder / ROLLOUTS).exists():
+            continue
+        other = contextlib.nullcontext() if ours else contextlib.suppress(PreferenceFileError)
+        with other:
+            check_target(file)
+
+
+__all__ = ["PREFERENCES", "ROLLOUTS", "VALUE", "check_free", "clear", "trained_policy"]
