@@ -141,6 +141,8 @@ def test_an_interrupted_run_goes_on_exactly(trained, preferences, tmp_path):
         ({"type": "cloning", "steps": 3}, {}, "no setting 'steps'"),
         ({"type": "ppo"}, {}, "unknown preference type 'ppo'"),
         ({**DPO, "beta": 3}, {}, "no setting 'beta'"),
+        ({**DPO, "anchor": "chosen"}, {}, "no effect with anchor_weight=0"),
+        ({**DPO, "anchor": "best", "anchor_weight": 1.0}, {}, "anchor must be one of"),
         ({"type": "pso", "online": True}, {}, "reward"),
         ({"type": "pso", "online": "yes"}, {}, "must be true or false"),
         ({**DPO, "online": {}}, {}, "by a reward: give one"),
