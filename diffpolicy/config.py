@@ -1,8 +1,7 @@
 """Configuration: YAML groups and ``key=value`` overrides in, plain checked dataclasses out.
 
 Config objects stop here and in the commands; everything below takes plain arguments. A config names
-choices from closed registries: nothing in it is evaluated or executed, and nothing imported but
-what it names as a module itself (an environment's id, ``collect.score=MODULE:FUNCTION``).
+choices from closed registries: nothing in it is imported, evaluated or executed.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def test_runs_are_compared_by_episode(trained, tmp_path, capsys, rollouts):
         (["preference=dpo", *COLLECT, "collect.points=two"], "collect.points must be int"),
         (["preference=dpo", *COLLECT, "collect.repeats=2"], "collect.repeats: only for"),
         (["preference=dpo", *COLLECT, "collect.branches=1"], "at least 2"),
-        (["preference=dpo", *COLLECT, "collect.score=nowhere:f"], "write MODULE:FUNCTION"),
+        (["preference=dpo", *COLLECT, "collect.score=os:getcwd"], "imports no code"),
         (["preference=dpo", *COLLECT, "preference.online=true"], "must be a group of settings"),
         (["preference=dpo", *COLLECT, "judge.lookahead=5"], "give both or neither"),
         (["preference=pso", *COLLECT, "preference.online=yes please"], "must be true or false"),
@@ -321,12 +321,10 @@ def test_one_process_tunes(trained, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_score_of_ones_own(trained, tmp_path, monkeypatch):
+def test_how_rollouts_are_collected_is_kept_with_them(trained, tmp_path):
     run = tmp_path / "run"
-    (tmp_path / "own_score.py").write_text("def last(rewards, successes): return rewards[-1]\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    own = ["collect.score=own_score:last", "collect.noise_seed=3"]
+    own = ["collect.score=max_reward", "collect.noise_seed=3"]
     assert tuned(trained, run, "preference=dpo", *COLLECT, *own, *UNSCORED) == 0
     preferences = PreferenceSet.open(run / "preferences.jsonl")
-    assert preferences.attrs["scoring"]["score"] == "last"
+    assert preferences.attrs["scoring"]["score"] == "max_reward"
     assert preferences.store.attrs["rollouts"]["settings"]["seed"] == 3

@@ -46,7 +46,7 @@ class Collecting:
 
         Args:
             values: options by name.
-            where: before their names in messages.
+            where: before their names in messages; of a configuration's section, not empty.
 
         Raises:
             ConfigError: an unknown option, a value of a wrong type, or an option of another kind.
@@ -63,6 +63,12 @@ class Collecting:
             given = [n for n in names if getattr(made, n) != getattr(cls, n)]
             if given and kind != made.kind:
                 raise ConfigError(f"{', '.join(where + n for n in given)}: only for kind={kind}")
+        if where and ":" in made.score:
+            raise ConfigError(
+                f"{where}score must be a name: a configuration imports no code. For a function of "
+                "your own run `diffpolicy data prefs collect ... score=MODULE:FUNCTION` and give "
+                "preferences=FILE"
+            )
         made.settings(0)
         return made
 
