@@ -177,7 +177,10 @@ def test_runs_are_compared_by_episode(trained, tmp_path, capsys, rollouts):
         (["preference=bc", *COLLECT], "collect has no effect: bc reads no pairs"),
         (["preference=dro", "preferences=a.jsonl"], "preferences has no effect"),
         (["preference=dro", "windows=2"], "windows has no effect"),
-        (["preference=dpo", *COLLECT, "demonstrations=a.zarr"], "demonstrations has no effect"),
+        (
+            ["preference=dpo", *COLLECT, "preference.anchor_weight=0", "demonstrations=a.zarr"],
+            "demonstrations has no effect",
+        ),
         (["experiment=pusht_dpo", "preference=bc", "collect.points=2"], "collect has no effect"),
         (["preference=bc", "nfe=[0]"], "nfe must be"),
         (["preference=bc", "pretrained=nowhere"], "no trained policy in nowhere"),

@@ -184,8 +184,10 @@ def test_render(pictures, tmp_path, capsys):
     assert "numbered 0..1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("source", ["asked.jsonl", "demos.zarr"])
-def test_serve_until_interrupted(pictures, tmp_path, source):
+@pytest.mark.parametrize(
+    ("source", "number"), [("asked.jsonl", signal.SIGINT), ("demos.zarr", signal.SIGTERM)]
+)
+def test_serve_until_interrupted(pictures, tmp_path, source, number):
     target = tmp_path / "answers.jsonl"
     command = [sys.executable, "-u", "-m", "diffpolicy.cli", "data", "prefs", "serve"]
     options = [str(pictures / source), f"answers={target}", "port=0", "count=2", "length=2"]
@@ -205,7 +207,7 @@ def test_serve_until_interrupted(pictures, tmp_path, source):
         headers = {"Content-Type": "application/json", "X-Token": token}
         request = urllib.request.Request(url + "api/answer", json.dumps(body).encode(), headers)
         assert json.load(direct.open(request, timeout=20))["answered"] == 1
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         rest, _ = process.communicate(timeout=20)
         assert (process.returncode, rest.strip()) == (0, "1 of 2 answered")
     finally:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.collecting import Collecting
@@ -272,12 +275,29 @@ def _serve(arguments: Sequence[str]) -> int:
         print(f"{done} of {len(answers.questions)} answered; answers go to {target}")
         print(f"open {server.url} (Ctrl-C ends)", flush=True)
         try:
-            server.serve_forever()
+            with _stopping():
+                server.serve_forever()
         except KeyboardInterrupt:
             print(f"\n{len(answers.answered)} of {len(answers.questions)} answered")
         finally:
             server.close()
     return 0
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """SIGINT and SIGTERM end the page, also where a shell that put it in the background hid one."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _questions(source: Path, options: Mapping[str, Any]) -> tuple[Any, list[Question]]:

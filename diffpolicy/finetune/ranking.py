@@ -51,7 +51,9 @@ class Ranking(FewStep):
       denoising. This is the gradient of maximum-margin inverse reinforcement learning at every
       update. It vanishes where the *sampler* makes what the demonstrations are, so the law of a
       few-step sampler, whose steps are too coarse for even the right denoiser, is corrected too;
-      choose ``jitter=False`` for that.
+      choose ``jitter=False`` for that. ``L_own`` has no bound: without the hinge a policy that
+      over-fits its demonstrations can raise it without end, and training then diverges (as that of
+      ours on 40 demonstrations of Push-T did); keep a margin there.
 
     Without the hinge (``margin=None``) the mean gradient is 0 where the policy has the law of the
     demonstrations: with ``"prediction"`` it is that of behaviour cloning, with ``"noised"`` both
