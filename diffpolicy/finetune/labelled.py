@@ -13,7 +13,7 @@ from diffpolicy.core.masked import MaskedDenoiser
 from diffpolicy.finetune.denoising import LossOutput
 from diffpolicy.finetune.preference import PreferenceLoss
 from diffpolicy.finetune.preference_losses import Preference
-from diffpolicy.finetune.replay import Replay, check_replay
+from diffpolicy.finetune.replay import check_replay
 from diffpolicy.finetune.rollouts import draw_rollout
 from diffpolicy.finetune.scores import MaskedScore
 from diffpolicy.finetune.sequence_tuning import Reward, SequenceTuning, shared_cond
@@ -122,15 +122,7 @@ class LabelledLoss(SequenceTuning):
         score = MaskedScore(draws=settings.draws)
         loss = PreferenceLoss(denoiser, settings.preference, score, reference=looked_at)
         self._loss = [loss]  # a list: its denoisers are those of this module
-        columns = {
-            "tokens": ((self.length,), torch.long),
-            "reward": ((), torch.float32),
-            "kl": ((), torch.float32),
-        }
-        if self.cond_dim:
-            columns["cond"] = ((self.cond_dim,), torch.float32)
-        self.replay = Replay(settings.buffer, settings.refresh, settings.refresh_every, columns)
-        self.replay.to(next(denoiser.parameters()).device)
+        self.replay = self.make_replay(settings)
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         rows = self.replay.due(training=self.training)

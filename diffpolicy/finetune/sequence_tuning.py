@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.masked import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
+from diffpolicy.finetune.replay import Replay
 
 Reward = Callable[[Tensor], Tensor]
+
+
+class Kept(Protocol):
+    """How many sequences are kept, and how many are replaced how often."""
+
+    @property
+    def buffer(self) -> int:
+        """Sequences."""
+
+    @property
+    def refresh(self) -> int:
+        """Sequences replaced at a time."""
+
+    @property
+    def refresh_every(self) -> int:
+        """Optimiser steps between that."""
 
 
 class SequenceTuning(nn.Module):
@@ -71,6 +88,27 @@ class SequenceTuning(nn.Module):
     def cond_dim(self) -> int:
         """C, 0 if the network takes no condition."""
         return int(getattr(self.denoiser.network, "cond_dim", 0))
+
+    def make_replay(
+        self,
+        settings: Kept,
+        more: Mapping[str, tuple[Sequence[int], torch.dtype]] | None = None,
+    ) -> Replay:
+        """A buffer of own sequences, on the denoiser's device.
+
+        Its columns are ``tokens``, ``reward``, ``kl``, ``cond`` where the network takes one, and
+        ``more``.
+        """
+        columns: dict[str, tuple[Sequence[int], torch.dtype]] = {
+            "tokens": ((self.length,), torch.long),
+            "reward": ((), torch.float32),
+            "kl": ((), torch.float32),
+            **(more or {}),
+        }
+        if self.cond_dim:
+            columns["cond"] = ((self.cond_dim,), torch.float32)
+        replay = Replay(settings.buffer, settings.refresh, settings.refresh_every, columns)
+        return replay.to(next(self.denoiser.parameters()).device)
 
     def evaluations(self, num_steps: int | None) -> int:
         """The most network evaluations that a rollout of so many steps takes.

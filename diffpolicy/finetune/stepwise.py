@@ -11,7 +11,7 @@ from torch import Tensor
 from diffpolicy.core.masked import MaskedDenoiser
 from diffpolicy.finetune.denoising import LossOutput
 from diffpolicy.finetune.masked import masked_cross_entropy
-from diffpolicy.finetune.replay import Replay, check_replay, remask
+from diffpolicy.finetune.replay import check_replay, remask
 from diffpolicy.finetune.rollouts import draw_rollout
 from diffpolicy.finetune.sequence_tuning import Reward, SequenceTuning, shared_cond
 
@@ -107,15 +107,7 @@ class StepwiseLoss(SequenceTuning):
         super().__init__(denoiser, reference, reward)
         self.settings = settings = settings or Stepwise()
         self.evaluations(settings.num_steps)  # refuses what cannot be drawn
-        columns = {
-            "tokens": ((self.length,), torch.long),
-            "reward": ((), torch.float32),
-            "kl": ((), torch.float32),
-        }
-        if self.cond_dim:
-            columns["cond"] = ((self.cond_dim,), torch.float32)
-        self.replay = Replay(settings.buffer, settings.refresh, settings.refresh_every, columns)
-        self.replay.to(next(denoiser.parameters()).device)
+        self.replay = self.make_replay(settings)
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         settings, replay = self.settings, self.replay

@@ -14,7 +14,7 @@ from diffpolicy.core.masking import hard_one_hot, one_hot
 from diffpolicy.finetune.denoising import LossOutput
 from diffpolicy.finetune.importance import effective_fraction, resample, settle
 from diffpolicy.finetune.masked import masked_cross_entropy
-from diffpolicy.finetune.replay import Replay, check_replay, remask
+from diffpolicy.finetune.replay import check_replay, remask
 from diffpolicy.finetune.rollouts import MAX_STATES, MaskedRollout, draw_rollout
 from diffpolicy.finetune.sequence_tuning import Reward, SequenceTuning, shared_cond
 
@@ -128,18 +128,12 @@ class WeightedDenoisingLoss(SequenceTuning):
         self.settings = settings = settings or WeightedDenoising()
         evaluations = self.evaluations(settings.num_steps)
         steps = evaluations if settings.target == "soft_value" else 1
-        columns = {
-            "tokens": ((self.length,), torch.long),
-            "reward": ((), torch.float32),
-            "kl": ((), torch.float32),
-            "log_weight": ((steps,), torch.float32),
+        more: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "log_weight": ((steps,), torch.float32)
         }
         if settings.target == "soft_value":
-            columns["groups"] = ((self.length,), torch.long)
-        if self.cond_dim:
-            columns["cond"] = ((self.cond_dim,), torch.float32)
-        self.replay = Replay(settings.buffer, settings.refresh, settings.refresh_every, columns)
-        self.replay.to(next(denoiser.parameters()).device)
+            more["groups"] = ((self.length,), torch.long)
+        self.replay = self.make_replay(settings, more)
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         settings, replay = self.settings, self.replay

@@ -90,11 +90,15 @@ def test_labels_have_the_chance_that_bradley_and_terry_give():
 
 
 def test_pairs_share_their_condition():
-    loss = objective_of(cond_dim=1, refresh=128)
-    cond = torch.tensor([[0.0], [1.0]])
-    loss({"index": torch.arange(2), "cond": cond}, seeded())
+    loss = objective_of(cond_dim=1)
+    loss({"index": torch.arange(2), "cond": torch.tensor([[0.0], [1.0]])}, seeded())
+    side = torch.arange(512) % 2  # every row tells its condition by its tokens
+    loss.replay["cond"].copy_(side.unsqueeze(1))
+    loss.replay["tokens"].copy_(side.unsqueeze(1).expand(-1, 3))
     batch = loss.pairs(64, seeded(1))
-    assert batch["cond"].shape == (64, 1)
+    assert set(batch["cond"].flatten().tolist()) == {0.0, 1.0}
+    for name in ("chosen", "rejected"):
+        assert torch.equal(batch[name].float(), batch["cond"].expand(-1, 3))
 
 
 def test_same_state_and_generator_give_the_same_loss():
