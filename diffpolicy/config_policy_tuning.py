@@ -9,7 +9,8 @@ from typing import Any
 from diffpolicy.config import ConfigError, EvaluationConfig, build, compose
 from diffpolicy.config_sequences import experiment_kind
 
-KEYS = ("preference", "preferences", "collect", "judge", "windows", "rounds", "adapters", "nfe")
+FROM = ("preference", "preferences", "collect", "judge", "plans")
+KEYS = (*FROM, "windows", "rounds", "adapters", "nfe")
 
 
 @dataclass
@@ -24,6 +25,7 @@ class PolicyTuningConfig:
     preferences: str | None = None
     collect: dict[str, Any] | None = None
     judge: dict[str, Any] | None = None
+    plans: dict[str, Any] | None = None
     windows: int | None = None
     rounds: int = 1
     demonstrations: str | None = None
@@ -43,8 +45,11 @@ class PolicyTuningConfig:
             raise ConfigError(f"nfe must be a list of numbers of steps, got {self.nfe}")
         if self.preferences is not None and self.collect is not None:
             raise ConfigError("give preferences=FILE or collect=..., not both")
-        if self.judge is not None and self.collect is None:
-            raise ConfigError("judge learns from the policy's rollouts: it needs collect=...")
+        if self.judge is not None and self.collect is None and self.preferences is None:
+            raise ConfigError(
+                "judge learns from the policy's rollouts: it needs collect=..., or preferences=FILE"
+                " that `diffpolicy data prefs collect` made"
+            )
         if self.rounds > 1 and self.collect is None:
             raise ConfigError("rounds collect anew: they need collect=...")
 
@@ -70,15 +75,25 @@ def load_policy_tuning(overrides: Sequence[str]) -> PolicyTuningConfig:
     name = given.get("experiment")
     if name is not None and experiment_kind(name) not in ("preference", "policy"):
         raise ConfigError(f"{name} is an experiment of sequences, which has no preference=...")
+    overrides = [*overrides, *_superseded(given)]
     config = build(PolicyTuningConfig, compose("finetune_policy", overrides))
     config.evaluation.check_protocol()
     return config
+
+
+def _superseded(given: dict[str, str]) -> list[str]:
+    """What an experiment says of collecting has no place beside ``preferences=FILE``."""
+    if given.get("preferences", "null") == "null" or not given.get("experiment"):
+        return []
+    own = {name.split(".")[0] for name in given}
+    return [f"{n}={v}" for n, v in (("collect", "null"), ("rounds", "1")) if n not in own]
 
 
 UNREAD: dict[str, Any] = {
     "preferences": None,
     "collect": None,
     "judge": None,
+    "plans": None,
     "windows": None,
     "rounds": 1,
     "demonstrations": None,
@@ -97,7 +112,8 @@ def unread_settings(config: PolicyTuningConfig) -> list[str]:
     looked_at = {
         "preferences": pairs,
         "collect": pairs or online,
-        "judge": online,
+        "judge": online or (pairs and config.plans is not None),
+        "plans": pairs,
         "windows": pairs,
         "rounds": pairs or online,
         "demonstrations": "demonstrations" in need or has_anchor(config.preference),
@@ -144,7 +160,9 @@ def check_read(config: PolicyTuningConfig) -> None:
 
 def _no_effect(config: PolicyTuningConfig, name: str) -> str:
     if name == "judge":
-        return "judge compares own plans, with preference.online alone: give both or neither"
+        return "judge compares own plans, for preference.online or plans: give both or neither"
+    if name == "plans":
+        return "plans are pairs of own plans, and this method reads no pairs: leave plans out"
     why = {
         "demonstrations": f"{method_name(config)} learns from no demonstrations without "
         "preference.anchor_weight",

@@ -88,6 +88,28 @@ def test_own_plans_are_compared_by_what_rollouts_led_to(trained, tmp_path):
     assert "reward" in (run / "metrics.csv").read_text().splitlines()[0]
 
 
+def test_own_plans_are_drawn_once_for_every_loss(trained, tmp_path, capsys):
+    """The pairs of one run's plans are a preference file for others."""
+    run, plans = tmp_path / "dpo", "plans={every: 6, candidates: 3, num_steps: 2}"
+    own = ["preference=dpo", plans, *ONLINE[2:]]
+    assert tuned(trained, run, *own, *UNSCORED) == 0
+    pairs = PreferenceSet.open(run / "plans.jsonl")
+    rollouts = EpisodeStore.open(run / "rollouts.zarr")
+    asked = sum((n - 3 + 5) // 6 for n in rollouts.episode_lengths)
+    assert 0.8 * asked <= len(pairs) <= asked  # plans at the actions' bounds are worth the same
+    summary = read_tuning_report(run)["training"]["rounds"][0]["preferences"]
+    assert summary["sources"] == {"value": len(pairs)}
+    file = f"preferences={run / 'plans.jsonl'}"
+    assert tuned(trained, tmp_path / "kto", "preference=kto", file, *UNSCORED) == 0
+    capsys.readouterr()
+    own = ["preference=dpo", plans, ONLINE[2], file]
+    assert tuned(trained, tmp_path / "again", *own, *UNSCORED) == 1
+    assert "judge=null plans=null" in capsys.readouterr().err
+    file = f"preferences={run / 'preferences.jsonl'}"
+    own = ["preference=sft", plans, ONLINE[2], file]
+    assert tuned(trained, tmp_path / "of_a_file", *own, *UNSCORED) == 0
+
+
 def test_pso_compares_its_own_chains_by_what_rollouts_led_to(trained, tmp_path):
     pso = ["preference=pso", "preference.online=true", "preference.num_steps=2", *ONLINE[2:]]
     assert tuned(trained, tmp_path / "run", *pso, *UNSCORED) == 0
@@ -167,6 +189,11 @@ def test_runs_are_compared_by_episode(trained, tmp_path, capsys, rollouts):
         (["preference=dpo", *COLLECT, "judge.lookahead=5"], "give both or neither"),
         (["preference=pso", *COLLECT, "preference.online=yes please"], "must be true or false"),
         ([*ONLINE, "judge=null"], "give both or neither"),
+        ([*ONLINE, "plans={every: 2}"], "plans are pairs of own plans"),
+        (["preference=dpo", "plans={every: 2}", *COLLECT], "give both or neither"),
+        (["preference=dpo", "plans={evry: 2}", *ONLINE[2:]], "plans has no setting 'evry'"),
+        ([*ONLINE, "judge.reward=dense"], "no method dense_reward"),
+        ([*ONLINE, "judge.reward=mine"], "judge.reward must be one of"),
         ([*ONLINE, "judge.lookahead=0"], "judge: lookahead must be at least 1"),
         ([*ONLINE, "judge.lookahed=3"], "judge has no setting 'lookahed'"),
         ([*ONLINE, "judge.obs_dim=3"], "judge has no setting 'obs_dim'"),

@@ -26,7 +26,6 @@ from diffpolicy.config_policy_tuning import (
 
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy
-    from diffpolicy.data.preferences import PreferenceSet
     from diffpolicy.data.store import EpisodeStore
     from diffpolicy.rollout.results import EvalResult
 
@@ -65,7 +64,7 @@ def finetune_policy(config: PolicyTuningConfig, *, resume: bool = False) -> int:
     device = pick_device(config.device, config.threads)
     demonstrations = _demonstrations(config, base)
     policy = _load(config.pretrained, device)
-    check_tuning(config, policy, demonstrations)
+    check_tuning(config, base, policy, demonstrations)
     if config.overwrite and not resume:
         clear(run_dir, inputs(config, demonstrations))
     write_config(run_dir, config)
@@ -143,11 +142,11 @@ class _Run:
         """The best checkpoint by the validation score; ``None`` if it was stopped."""
         config = self.config
         preferences = collected(config, self.base, policy, folder, number)
-        judge = judged(config, policy, preferences, folder)
-        if judge is None:
+        found = judged(config, self.base, policy, preferences, folder)
+        if found is None:
             return None
         policy.prefer(
-            self._data(preferences, judge),
+            self._data(found),
             config.preference,
             trainer_settings(config.trainer, config.seed),
             folder,
@@ -164,21 +163,20 @@ class _Run:
             "train_s": training.train_s,
             "score": training.best_score,
         }
-        if preferences is not None:
-            summary["preferences"] = preferences.summary()
+        if found["preferences"] is not None:
+            summary["preferences"] = found["preferences"].summary()
         return _load(str(trained_policy(folder)), policy.device), summary
 
-    def _data(self, preferences: PreferenceSet | None, judge: dict[str, Any]) -> Any:
+    def _data(self, found: dict[str, Any]) -> Any:
         from diffpolicy.learning import Learning
         from diffpolicy.preference_tuning import PreferenceData
 
         return PreferenceData(
-            preferences,
-            self.demonstrations,
-            self.base.data.max_episodes,
+            demonstrations=self.demonstrations,
+            max_episodes=self.base.data.max_episodes,
             windows=self.config.windows,
             mask_padding=Learning.from_config(self.base.learning).mask_padding,
-            **judge,
+            **found,
         )
 
 

@@ -9,33 +9,41 @@ from diffpolicy.commands.collecting import Collecting
 from diffpolicy.commands.stores import env_spec
 from diffpolicy.commands.train import make_workers
 from diffpolicy.commands.train_sequences import trainer_settings
-from diffpolicy.commands.tuning_folder import PREFERENCES, ROLLOUTS, VALUE
+from diffpolicy.commands.tuning_folder import PLAN_PAIRS, PLANS, PREFERENCES, ROLLOUTS, VALUE
 from diffpolicy.config import ConfigError, TrainConfig
 from diffpolicy.config_policy_tuning import PolicyTuningConfig
 
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy
     from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.data.store import EpisodeStore
     from diffpolicy.reward_model import PlanValue
+    from diffpolicy.rollout.dense import DenseReward
     from diffpolicy.training.settings import TrainerConfig
 
+REWARDS = ("store", "dense")
 JUDGE_TRAINER = {"steps": 2500, "batch_size": 512, "lr": 1e-3, "weight_decay": 1e-2}
 OF_POLICY = ("obs_dim", "action_dim", "n_obs_steps", "n_action_steps")
 
 
-def check_rollouts(config: PolicyTuningConfig, policy: DiffusionPolicy) -> None:
+def check_rollouts(config: PolicyTuningConfig, base: TrainConfig, policy: DiffusionPolicy) -> None:
     """Find what is wrong with collecting and judging before anything runs.
 
     Raises:
         ConfigError: unknown settings, or values out of range.
         ValueError: likewise.
     """
+    from diffpolicy.plan_pairs import PlanPairs
+
     if config.collect is not None:
         Collecting.of(config.collect, "collect.")
         for number in range(config.rounds):
             rollout_seeds(config, number)
     if config.judge is not None:
         new_judge(config, policy)
+        dense_reward(config, base)
+    if config.plans is not None:
+        PlanPairs.from_config(config.plans, policy.spec)
 
 
 def rollout_seeds(config: PolicyTuningConfig, number: int) -> range:
@@ -101,12 +109,18 @@ def new_judge(
     values = dict(config.judge or {})
     trainer = values.pop("trainer", None) or {}
     pessimism = values.pop("pessimism", 1.0)
+    reward = values.pop("reward", "store")
+    if reward not in REWARDS:
+        raise ConfigError(
+            f"judge.reward must be one of {list(REWARDS)} (what the rollouts earned, or the "
+            f"environment's dense_reward), got {reward!r}"
+        )
     if not isinstance(trainer, dict):
         raise ConfigError(f"judge.trainer must be a group of settings, got {trainer!r}")
     if isinstance(pessimism, bool) or not isinstance(pessimism, int | float) or pessimism < 0:
         raise ConfigError(f"judge.pessimism must be a number, 0 or more, got {pessimism!r}")
     own = [name for name in setting_names(PlanValueSpec) if name not in OF_POLICY]
-    check_known(values, [*own, "pessimism", "trainer"], "judge")
+    check_known(values, [*own, "reward", "pessimism", "trainer"], "judge")
     settings = trainer_settings({**JUDGE_TRAINER, **trainer}, config.seed, "judge.trainer.")
     try:
         value = PlanValue.for_policy(policy, seed=config.seed, **values)
@@ -116,28 +130,76 @@ def new_judge(
     return value, settings
 
 
+def dense_reward(config: PolicyTuningConfig, base: TrainConfig) -> DenseReward | None:
+    """What the judge is told of steps; ``None``: what they earned.
+
+    Raises:
+        ValueError: the environment has no dense reward.
+    """
+    from diffpolicy.rollout.dense import DenseReward
+
+    if (config.judge or {}).get("reward", "store") == "store":
+        return None
+    return DenseReward(env_spec(base))
+
+
 def judged(
     config: PolicyTuningConfig,
+    base: TrainConfig,
     policy: DiffusionPolicy,
     preferences: PreferenceSet | None,
     folder: Path,
 ) -> dict[str, Any] | None:
-    """What methods with ``online`` compare by: a value of plans, learned from the rollouts.
+    """What there is to learn from: comparisons as they are, or by a value learned from rollouts.
 
-    Learning goes on where an earlier call in ``folder`` was stopped.
+    Learning of the value goes on where an earlier call in ``folder`` was stopped.
 
     Returns:
-        Entries of :class:`~diffpolicy.preference_tuning.PreferenceData`, none of them for methods
-        without a judge; ``None`` if it was stopped.
+        Entries of :class:`~diffpolicy.preference_tuning.PreferenceData`: the preferences, which
+        are of the policy's own plans with ``plans``; or the value, for methods with ``online``.
+        ``None`` if it was stopped.
     """
     if config.judge is None or preferences is None:
-        return {}
+        return {"preferences": preferences}
     value, settings = new_judge(config, policy)
-    value.learn(None, preferences.store, settings, folder / VALUE, resume=True)
+    rollouts = preferences.store
+    if "reward" not in rollouts.fields:
+        raise ConfigError(
+            f"{rollouts.name} holds no rewards for judge to learn from; with preferences that are "
+            "to be used as they are, give judge=null plans=null"
+        )
+    value.learn(dense_reward(config, base), rollouts, settings, folder / VALUE, resume=True)
     assert value.last_training is not None
     if value.last_training.interrupted:
         return None
-    return {"reward": value, "observations": preferences.store}
+    if config.plans is None:
+        return {"preferences": preferences, "reward": value, "observations": rollouts}
+    return {"preferences": _plans(config, policy, value, rollouts, folder)}
 
 
-__all__ = ["check_rollouts", "collected", "judged", "new_judge", "rollout_seeds"]
+def _plans(
+    config: PolicyTuningConfig,
+    policy: DiffusionPolicy,
+    value: PlanValue,
+    rollouts: EpisodeStore,
+    folder: Path,
+) -> PreferenceSet:
+    """Pairs of the policy's own plans; those that are there are complete."""
+    from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.plan_pairs import PlanPairs, pair_plans
+
+    assert config.plans is not None
+    if (folder / PLAN_PAIRS).exists():
+        return PreferenceSet.open(folder / PLAN_PAIRS)
+    return pair_plans(
+        policy,
+        value,
+        rollouts,
+        store_path=folder / PLANS,
+        prefs_path=folder / PLAN_PAIRS,
+        settings=PlanPairs.from_config(config.plans, policy.spec),
+        seed=config.seed,
+    )
+
+
+__all__ = ["check_rollouts", "collected", "dense_reward", "judged", "new_judge", "rollout_seeds"]

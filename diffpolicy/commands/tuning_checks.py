@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from diffpolicy.commands.policy_rollouts import check_rollouts
 from diffpolicy.commands.train_sequences import trainer_settings
-from diffpolicy.config import ConfigError
+from diffpolicy.config import ConfigError, TrainConfig
 from diffpolicy.config_policy_tuning import PolicyTuningConfig, check_read, method_name
 
 if TYPE_CHECKING:
@@ -27,7 +27,10 @@ def check_alone() -> None:
 
 
 def check_tuning(
-    config: PolicyTuningConfig, policy: DiffusionPolicy, demonstrations: EpisodeStore | None
+    config: PolicyTuningConfig,
+    base: TrainConfig,
+    policy: DiffusionPolicy,
+    demonstrations: EpisodeStore | None,
 ) -> None:
     """Find what is wrong with the settings before anything runs."""
     from diffpolicy.finetune.adapters import add_adapters
@@ -37,10 +40,11 @@ def check_tuning(
     trainer_settings(config.trainer, config.seed)
     check_preferable(policy.spec)
     check_method(config.preference, policy.denoiser)
-    if is_online(config.preference) != (config.judge is not None):
+    compared = is_online(config.preference) or config.plans is not None
+    if compared != (config.judge is not None):
         raise ConfigError(
-            "preference.online compares own plans by judge=..., and judge serves nothing else: "
-            "give both or neither"
+            "preference.online and plans compare own plans by judge=..., and judge serves nothing "
+            "else: give both or neither"
         )
     check_read(config)
     need = needs(config.preference)
@@ -54,7 +58,7 @@ def check_tuning(
             f"{method_name(config)} learns from demonstrations, and those of the pre-trained run "
             "are not there; give demonstrations=STORE"
         )
-    check_rollouts(config, policy)
+    check_rollouts(config, base, policy)
     if config.adapters is not None:
         add_adapters(copy.deepcopy(policy.denoiser), config.adapters)
 

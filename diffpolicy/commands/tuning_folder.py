@@ -11,7 +11,8 @@ from diffpolicy.config import ConfigError
 from diffpolicy.config_policy_tuning import PolicyTuningConfig
 
 ROLLOUTS, PREFERENCES, VALUE = "rollouts.zarr", "preferences.jsonl", "value"
-OF_A_ROUND = ("checkpoints", "metrics.csv", ".candidate", "tb", VALUE)
+PLANS, PLAN_PAIRS = "plans.zarr", "plans.jsonl"
+OF_A_ROUND = ("checkpoints", "metrics.csv", ".candidate", "tb", VALUE, PLANS, PLAN_PAIRS)
 COLLECTED = (ROLLOUTS, PREFERENCES)
 OF_A_RUN = (
     "policy",
@@ -89,6 +90,8 @@ def _check_answers(folder: Path) -> None:
     from diffpolicy.rollout.pairing import check_target
 
     for file in sorted(folder.glob("*.jsonl")):
+        if file.name == PLAN_PAIRS:  # a value's
+            continue
         ours = file.name == PREFERENCES
         if not ours and not (folder / ROLLOUTS).exists():
             continue
@@ -97,4 +100,13 @@ def _check_answers(folder: Path) -> None:
             check_target(file)
 
 
-__all__ = ["PREFERENCES", "ROLLOUTS", "VALUE", "check_free", "clear", "trained_policy"]
+__all__ = [
+    "PLANS",
+    "PLAN_PAIRS",
+    "PREFERENCES",
+    "ROLLOUTS",
+    "VALUE",
+    "check_free",
+    "clear",
+    "trained_policy",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,56 @@ class OwnPlans(FewStep):
             raise ValueError(f"label_scale must be positive, or None, got {self.label_scale}")
 
 
+class Drawn(NamedTuple):
+    """Candidate plans for observations.
+
+    Attributes:
+        plans: ``[B, N, H, D]``, normalised.
+        reward: ``[B, N]``.
+    """
+
+    plans: Tensor
+    reward: Tensor
+
+
+@torch.no_grad()
+def draw_plans(
+    denoiser: BaseDenoiser,
+    settings: OwnPlans,
+    obs: Tensor,
+    reward: Reward,
+    generator: torch.Generator,
+) -> Drawn:
+    """N plans of a denoiser for each observation, and what they are worth.
+
+    Args:
+        denoiser: draws them.
+        settings: how; ``drawn_by`` and ``label_scale`` are not looked at.
+        obs: ``[B, To, O]``, normalised.
+        reward: ``(plans [B N, H, D], cond [B N, C]) -> [B N]``.
+        generator: of all noise.
+
+    Raises:
+        ValueError: rewards of another shape.
+    """
+    many, process = settings.candidates, denoiser.process
+    assert isinstance(process, GaussianProcess)
+    cond = obs.flatten(1).repeat_interleave(many, dim=0)
+    like = next(denoiser.parameters()).detach()
+    noise = process.draw_noise((len(cond), *plan_shape(denoiser)), generator, like)
+    solver, levels = settings.make_solver(), settings.grid(process)
+    begin = prior_start(process, noise)
+    with evaluating(denoiser):
+        plans = sample(denoiser, solver, begin, levels, cond=cond, generator=generator)
+    assert isinstance(plans, Tensor)
+    worth = reward(plans, cond)
+    if worth.shape != plans.shape[:1]:
+        raise ValueError(
+            f"a reward returns one number per plan, [{len(plans)}]; got {list(worth.shape)}"
+        )
+    return Drawn(plans.view(-1, many, *plans.shape[1:]), worth.view(-1, many))
+
+
 class OwnPlansLoss(Referenced):
     """A preference loss on pairs of the present policy's plans, judged by a reward.
 
@@ -112,7 +162,7 @@ class OwnPlansLoss(Referenced):
         looked_at = self.reference if preference.needs_reference else None
         self._loss = [PreferenceLoss(denoiser, preference, score, reference=looked_at)]
         self._reward = [reward]  # a list: a reward that is a module is not part of this one
-        self.solver, self.levels = settings.make_solver(), settings.grid(denoiser.process)
+        settings.make_solver(), settings.grid(denoiser.process)  # what they refuse, now
         self.register_buffer("steps", steps, persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
@@ -136,38 +186,22 @@ class OwnPlansLoss(Referenced):
         self, obs: Tensor, generator: torch.Generator
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One pair of plans per observation, as a batch of the loss; and what there is to log."""
-        many = self.settings.candidates
-        cond = obs.flatten(1).repeat_interleave(many, dim=0)
-        like = next(self.denoiser.parameters()).detach()
-        process: Any = self.denoiser.process
-        start = process.draw_noise((len(cond), *plan_shape(self.denoiser)), generator, like)
-        begin = prior_start(process, start)
-        with self._drawing() as denoiser, evaluating(denoiser):
-            plans = sample(
-                denoiser, self.solver, begin, self.levels, cond=cond, generator=generator
-            )
-        assert isinstance(plans, Tensor)
-        reward = self._reward[0](plans, cond)
-        if reward.shape != plans.shape[:1]:
-            raise ValueError(
-                f"a reward returns one number per plan, [{len(plans)}]; got {list(reward.shape)}"
-            )
-        reward = reward.view(-1, many)
-        rows = torch.arange(len(reward), device=reward.device)
+        with self._drawing() as denoiser:
+            drawn = draw_plans(denoiser, self.settings, obs, self._reward[0], generator)
+        reward, rows = drawn.reward, torch.arange(len(obs), device=obs.device)
         best, worst = reward.argmax(1), reward.argmin(1)
         lead = reward[rows, best] - reward[rows, worst]
         if self.settings.label_scale is not None:
             u = torch.rand(len(lead), generator=generator, device=generator.device)
             wrong = u.to(lead) > (lead / self.settings.label_scale).sigmoid()
             best, worst = torch.where(wrong, worst, best), torch.where(wrong, best, worst)
-        plans = plans.view(-1, many, *plans.shape[1:])
         pairs = {}
         for name, which in (("chosen", best), ("rejected", worst)):
             pairs[f"{name}_obs"] = obs.unsqueeze(1)
-            pairs[f"{name}_action"] = plans[rows, which].unsqueeze(1)
+            pairs[f"{name}_action"] = drawn.plans[rows, which].unsqueeze(1)
             if self.steps is not None:
                 pairs[f"{name}_steps"] = self.steps.expand(len(obs), 1, -1)
         return pairs, {"reward": reward.mean(), "lead": lead.mean()}
 
 
-__all__ = ["OwnPlans", "OwnPlansLoss"]
+__all__ = ["Drawn", "OwnPlans", "OwnPlansLoss", "draw_plans"]

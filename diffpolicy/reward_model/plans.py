@@ -99,6 +99,13 @@ class ChunkedNormal(Protocol):
     device: torch.device
 
 
+class StepRewards(Protocol):
+    """What says of every step of a store what it was worth, such as a :class:`RewardModel`."""
+
+    def rewards(self, store: EpisodeStore) -> NDArray[np.float32]:
+        """The rewards ``[T]``."""
+
+
 class PlanValue:
     """The mean learned reward of the steps that follow when a plan is begun.
 
@@ -188,7 +195,7 @@ class PlanValue:
 
     def learn(
         self,
-        reward: RewardModel | None,
+        reward: StepRewards | None,
         store: EpisodeStore,
         config: TrainerConfig,
         run_dir: str | os.PathLike[str],
@@ -197,12 +204,14 @@ class PlanValue:
         resume: bool = False,
         overwrite: bool = False,
     ) -> Self:
-        """Learn what followed in a store, by a reward model's reward or by the store's own.
+        """Learn what followed in a store, by given rewards or by the store's own.
 
         Any episodes will do, judged or not; those of the policy that is to be tuned tell most.
 
         Args:
-            reward: says what each step is worth; ``None``: the field ``reward`` of the store.
+            reward: says what each step is worth: a reward model, or an environment's
+                :class:`~diffpolicy.rollout.dense.DenseReward`; ``None``: the field ``reward`` of
+                the store.
             store: the episodes.
             config: of the trainer.
             run_dir: where metrics and checkpoints go; with held-out episodes ``metrics.csv`` has
@@ -239,7 +248,7 @@ class PlanValue:
 
     def _windows(
         self,
-        reward: RewardModel | None,
+        reward: StepRewards | None,
         store: EpisodeStore,
         episodes: Sequence[int] | NDArray[np.int64],
     ) -> Windows:
@@ -262,7 +271,7 @@ class PlanValue:
 
     @torch.no_grad()
     def report(
-        self, reward: RewardModel | None, store: EpisodeStore, episodes: Sequence[int]
+        self, reward: StepRewards | None, store: EpisodeStore, episodes: Sequence[int]
     ) -> dict[str, float]:
         """How well the values foretell what followed in episodes, and whether plans matter in it.
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from diffpolicy_envs.base import FlatEnv, Info, Observation
 from diffpolicy_envs.pusht_expert import PushTExpert
-from diffpolicy_envs.pusht_features import OBSERVATION_DIM, STATE_DIM
+from diffpolicy_envs.pusht_features import OBSERVATION_DIM, STATE_DIM, distance_to_goal
 from diffpolicy_envs.pusht_features import observation_from_state as features
 from diffpolicy_envs.simulators import import_pusht
 
@@ -188,6 +188,27 @@ class PushTEnv(FlatEnv):
     def observation_from_state(state: NDArray[Any]) -> NDArray[np.float32]:
         """Observations [T, 26] for recorded states [T, 5]; needs no simulator."""
         return features(state)
+
+    @staticmethod
+    def dense_reward(
+        observation: NDArray[Any], action: NDArray[Any], reward: NDArray[Any]
+    ) -> NDArray[np.float64]:
+        """A reward that also tells how far the block is away where it covers nothing.
+
+        For what is learned of recorded steps (`judge.reward=dense`); `step` gives coverage alone.
+
+        Args:
+            observation: [T, 26], before each step.
+            action: [T, 2]; not looked at.
+            reward: [T] of the steps.
+
+        Returns:
+            [T] the reward, less the mean distance of the block's key points from where they are to
+            be, in units of 200 pixels.
+        """
+        del action
+        dense: NDArray[np.float64] = reward - distance_to_goal(observation) / 200
+        return dense
 
     def _flatten(self, raw: NDArray[np.float64]) -> Observation:
         observation: Observation = features(raw[None])[0]

@@ -30,6 +30,9 @@ KEYPOINTS = np.array(
     ]
 )
 
+GOAL = (256.0, 256.0, np.pi / 4)
+"""Where the block is to be: x, y in pixels, angle in radians."""
+
 
 def keypoints_from_state(state: NDArray[Any]) -> NDArray[np.float64]:
     """Key points of the block in the world.
@@ -77,3 +80,18 @@ def observation_from_state(state: NDArray[Any]) -> NDArray[np.float32]:
     points = keypoints_from_state(state).reshape(len(state), -1)
     turn = np.stack([cos, sin], axis=-1)
     return np.concatenate([agent, block, turn, points, in_block_frame], axis=-1).astype(np.float32)
+
+
+def distance_to_goal(observation: NDArray[Any]) -> NDArray[np.float64]:
+    """How far the block is from its outline.
+
+    Args:
+        observation: [T, 26].
+
+    Returns:
+        [T] mean distance of its nine key points from where they are to be, in pixels.
+    """
+    goal = keypoints_from_state(np.array([[0.0, 0.0, *GOAL]]))
+    points = np.asarray(observation, dtype=np.float64)[:, 6:24].reshape(-1, len(KEYPOINTS), 2)
+    distance: NDArray[np.float64] = np.linalg.norm(points - goal, axis=-1).mean(axis=-1)
+    return distance
