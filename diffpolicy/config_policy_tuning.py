@@ -82,11 +82,12 @@ def load_policy_tuning(overrides: Sequence[str]) -> PolicyTuningConfig:
 
 
 def _superseded(given: dict[str, str]) -> list[str]:
-    """What an experiment says of collecting has no place beside ``preferences=FILE``."""
+    """What an experiment says of making pairs gives way to ``preferences=FILE``."""
     if given.get("preferences", "null") == "null" or not given.get("experiment"):
         return []
     own = {name.split(".")[0] for name in given}
-    return [f"{n}={v}" for n, v in (("collect", "null"), ("rounds", "1")) if n not in own]
+    unset = {"collect": "null", "rounds": "1", "judge": "null", "plans": "null"}
+    return [f"{name}={value}" for name, value in unset.items() if name not in own]
 
 
 UNREAD: dict[str, Any] = {

@@ -44,8 +44,10 @@ SMALL = {
     "experiment=pusht_dpo": [
         *PREFER,
         "collect.episodes=2",
+        "collect.repeats=2",
         "collect.min_gap=0",
-        *(f"collect.{name}={value}" for name, value in BRANCHES.items()),
+        *("judge.width=8", "judge.members=1", "judge.trainer.steps=2"),
+        *("judge.trainer.batch_size=8", "plans.every=8", "plans.candidates=2"),
     ],
     "experiment=pusht_dro": PREFER,
     "experiment=door_human": [*TINY, *TUNE, "network.width=16", "env.max_episode_steps=20"],

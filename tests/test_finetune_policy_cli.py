@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from diffpolicy import DiffusionPolicy, cli
+from diffpolicy.config_policy_tuning import load_policy_tuning
 from diffpolicy.data.preferences import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.tuning_report import read_tuning_report
@@ -111,7 +112,7 @@ def test_own_plans_are_drawn_once_for_every_loss(trained, tmp_path, capsys):
 
 
 def test_pso_compares_its_own_chains_by_what_rollouts_led_to(trained, tmp_path):
-    pso = ["preference=pso", "preference.online=true", "preference.num_steps=2", *ONLINE[2:]]
+    pso = ["preference=pso_online", "preference.num_steps=2", *ONLINE[2:]]
     assert tuned(trained, tmp_path / "run", *pso, *UNSCORED) == 0
 
 
@@ -125,6 +126,25 @@ def test_rounds_tune_the_newest_policy(trained, tmp_path, capsys):
     ]
     assert seeds[0].isdisjoint(seeds[1])
     assert len(read_tuning_report(run)["training"]["rounds"]) == 2
+
+
+def test_a_given_file_takes_the_place_of_what_an_experiment_makes():
+    given = ["experiment=pusht_dpo", "preferences=answers.jsonl"]
+    config = load_policy_tuning(given)
+    assert (config.collect, config.judge, config.plans, config.rounds) == (None, None, None, 1)
+    config = load_policy_tuning([*given, "judge.reward=dense", "plans.every=6"])
+    assert config.collect is None
+    assert config.judge["lookahead"] > 1
+    assert config.plans["every"] == 6
+
+
+def test_a_tuned_policy_is_tuned_on(trained, tmp_path):
+    """Its environment and demonstrations are those that it was trained with."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert tuned(trained, first, "preference=bc") == 0
+    assert tuned(trained, second, "preference=bc", f"pretrained={first}") == 0
+    after, before = (read_tuning_report(run)["episodes"] for run in (first, second))
+    assert before["before"]["4"] == after["after"]["4"]
 
 
 @pytest.mark.parametrize("method", ["bc", "dro"])
@@ -323,7 +343,7 @@ def test_a_finished_run_is_only_scored_again(trained, tmp_path, capsys):
 def test_the_baseline_of_an_experiment_needs_no_rollouts(trained, tmp_path, capsys):
     run = tmp_path / "run"
     assert tuned(trained, run, "experiment=pusht_dpo", "preference=bc", *UNSCORED) == 0
-    said = "left out of the experiment: collect; bc reads none"
+    said = "left out of the experiment: collect, judge, plans; bc reads none"
     assert said in capsys.readouterr().out.splitlines()
     assert not (run / "rollouts.zarr").exists()
     assert "collect: null" in (run / "config.yaml").read_text()

@@ -189,7 +189,7 @@ def of_policies(run: str) -> bool:
 
 
 def pretraining(run_dir: str) -> TrainConfig:
-    """The configuration that a policy's run was made with.
+    """The configuration that a policy was trained with, before it was tuned, if it was.
 
     Raises:
         ConfigError: no run of a policy.
@@ -203,6 +203,8 @@ def pretraining(run_dir: str) -> TrainConfig:
             f"experiment={Path(run_dir).name}`, or set pretrained=RUN"
         )
     values = OmegaConf.to_container(OmegaConf.load(file))
+    if isinstance(values, dict) and "preference" in values and values.get("pretrained"):
+        return pretraining(str(values["pretrained"]))  # a tuned one is tuned on
     if not isinstance(values, dict) or "env" not in values:
         raise ConfigError(f"{run_dir} is no run of a policy; set pretrained=RUN")
     return build(TrainConfig, {str(k): v for k, v in values.items()})

@@ -50,7 +50,8 @@ class PairwiseLoss(Referenced):
 
     With ``anchor_weight`` the anchor is ``anchor_obs [B, To, O]`` and ``anchor_action [B, H, A]``,
     or ``anchor_tokens [B, L]`` (``anchor_cond [B, C]``); without them, the demonstrations of the
-    batch (online) or the chosen items.
+    batch (online) or the chosen items. ``anchor`` of the settings asks for the chosen items, or
+    both.
 
     Metrics: ``accuracy`` (share of comparisons on their side, one half for equal ones; ties do not
     count), ``gap`` (of the log-ratios of whole chains, before clamps), ``saturated`` (share of
@@ -107,9 +108,8 @@ class PairwiseLoss(Referenced):
             out = self.compare(*self.bridge(batch, generator))
         if self.anchor is None:
             return out
-        items = self._anchor_items(batch)
-        score = self.anchor(self.denoiser, items, self.anchor.draw(self.denoiser, items, generator))
-        error = self.anchor.error(items, score)
+        error = sum(self._error(items, generator) for items in self._anchor_items(batch))
+        assert isinstance(error, Tensor)
         loss = out.loss + self.settings.anchor_weight * error
         return LossOutput(loss, {**out.metrics, "anchor": error.detach().mean()})
 
@@ -212,13 +212,31 @@ class PairwiseLoss(Referenced):
             )
         return value.detach().to(items.device, torch.float32)
 
-    def _anchor_items(self, batch: Mapping[str, Tensor]) -> Items:
-        items = batch_items(batch, "anchor", masked=self.masked)
-        if items is None and not self.settings.online:
-            items = batch_items(batch, "chosen", masked=self.masked)
-        elif items is None and self.masked:
+    def _error(self, items: Items, generator: torch.Generator) -> Tensor:
+        assert self.anchor is not None
+        draw = self.anchor.draw(self.denoiser, items, generator)
+        return self.anchor.error(items, self.anchor(self.denoiser, items, draw))
+
+    def _anchor_items(self, batch: Mapping[str, Tensor]) -> list[Items]:
+        found = {}
+        for name in ("anchor",) if self.settings.online else ("anchor", "chosen"):
+            items = batch_items(batch, name, masked=self.masked)
+            if items is not None:
+                found[name] = items
+        if self.settings.anchor == "demonstrations" and "anchor" in found:
+            return [found["anchor"]]
+        if self.settings.anchor == "chosen":
+            found.pop("anchor", None)
+        if self.settings.online:
+            found["batch"] = self._of_batch(batch)
+        return list(found.values())
+
+    def _of_batch(self, batch: Mapping[str, Tensor]) -> Items:
+        """The demonstrations that online chains take their conditions of."""
+        items = None
+        if self.masked:
             items = batch_items(batch, "", masked=True)
-        elif items is None and {"obs", "action"} <= batch.keys():
+        elif {"obs", "action"} <= batch.keys():
             whole = {"anchor_obs": batch["obs"], "anchor_action": batch["action"]}
             items = batch_items(whole, "anchor", masked=False)
         if items is None:

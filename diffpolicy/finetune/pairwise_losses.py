@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffpolicy.finetune.denoising import LossOutput
 from diffpolicy.finetune.few_step import FewStep, Moves
+from diffpolicy.finetune.preference_losses import check_anchor
 
 COMPARED = ("step", "path")
 
@@ -46,6 +47,9 @@ class Pairwise(FewStep):
         shared_start: online, of plans: both chains begin in the same noise.
         anchor_weight: of the behaviour-cloning error at the sampler's own levels that is added:
             mean squared error per entry (nats per token of sequences).
+        anchor: what it is the error of: ``"demonstrations"`` (the chosen items, or those of the
+            batch, where there are none), ``"chosen"``, or ``"both"``, the sum; the latter two of
+            given pairs.
 
     Raises:
         ValueError: values out of range, unknown names.
@@ -58,9 +62,16 @@ class Pairwise(FewStep):
     label_scale: float | None = None
     shared_start: bool = True
     anchor_weight: float = 0.0
+    anchor: str = "demonstrations"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_anchor(self.anchor, self.anchor_weight)
+        if self.online and self.anchor != "demonstrations":
+            raise ValueError(
+                "online PSO has no chosen items to clone but its own chains; set "
+                "anchor='demonstrations'"
+            )
         for name, holds, expected in (
             ("kl_beta", self.kl_beta > 0, "positive"),
             ("clip", self.clip is None or 0 < self.clip < 1, "in (0, 1), or None"),

@@ -40,7 +40,8 @@ class PreferenceLoss(Referenced):
     Plans are normalised; their condition is the observation. ``steps`` may be left out: all
     positions count. With ``anchor_weight`` the batch may hold demonstrations, ``anchor_obs [B, To,
     O]`` and ``anchor_action [B, H, A]``, or ``anchor_tokens [B, L]`` (and ``anchor_cond [B, C]``);
-    without them the chosen (good) items are the anchor, at no further cost.
+    without them, or with ``anchor="chosen"``, the chosen (good) items are the anchor, at no further
+    cost; with ``anchor="both"`` both are.
 
     Levels and noise come from ``generator`` alone, and chosen and rejected, tuned and reference
     denoiser share them, window by window. Scores of the reference build no graph.
@@ -87,10 +88,11 @@ class PreferenceLoss(Referenced):
         if self.settings.anchor_weight == 0:
             return out
         demonstrations = batch_items(batch, "anchor", masked=self.masked)
-        if demonstrations is not None:
+        if demonstrations is not None and self.settings.anchor != "chosen":
             draw = self.score.draw(self.denoiser, demonstrations, generator)
             policy = self.score(self.denoiser, demonstrations, draw)
-            anchors = self.score.error(demonstrations, policy)
+            error = self.score.error(demonstrations, policy)
+            anchors = error + anchors if self.settings.anchor == "both" else error
         metrics = {**out.metrics, "anchor": anchors.detach().mean()}
         return LossOutput(out.loss + self.settings.anchor_weight * anchors, metrics)
 

@@ -15,7 +15,16 @@ from diffpolicy.finetune.denoising import LossOutput
 from diffpolicy.finetune.settings import settings_of
 
 LOSSES = ("dpo", "ipo", "kto", "margin")
+ANCHORS = ("demonstrations", "chosen", "both")
 SATURATED = 0.01  # the slope of a loss below which an example no longer counts
+
+
+def check_anchor(anchor: str, weight: float) -> None:
+    """Raise ``ValueError`` for an unknown anchor, or one without effect."""
+    if anchor not in ANCHORS:
+        raise ValueError(f"anchor must be one of {ANCHORS}, got {anchor!r}")
+    if anchor != "demonstrations" and weight == 0:
+        raise ValueError(f"anchor={anchor!r} has no effect with anchor_weight=0; set the weight")
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ class Preference:
         bad_weight: of ``kto``: of bad items, positive.
         anchor_weight: of the behaviour-cloning error that is added: mean squared error per entry,
             or nats per entry with scores in nats (lambda of FKPD, arXiv 2409.05622).
+        anchor: what it is the error of: ``"demonstrations"`` (the chosen or good items where a
+            batch has none), ``"chosen"`` (those items alone), or ``"both"``, the sum.
 
     Raises:
         ValueError: an unknown loss, a value out of range, or a setting without effect on the loss.
@@ -64,8 +75,10 @@ class Preference:
     good_weight: float = 1.0
     bad_weight: float = 1.0
     anchor_weight: float = 0.0
+    anchor: str = "demonstrations"
 
     def __post_init__(self) -> None:
+        check_anchor(self.anchor, self.anchor_weight)
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {LOSSES}, got {self.loss!r}")
         for name, holds, expected in (
@@ -197,4 +210,11 @@ def _metrics(side: Tensor, slope: Tensor) -> dict[str, Tensor]:
     }
 
 
-__all__ = ["LOSSES", "Preference", "feedback_loss", "preference_loss"]
+__all__ = [
+    "ANCHORS",
+    "LOSSES",
+    "Preference",
+    "check_anchor",
+    "feedback_loss",
+    "preference_loss",
+]

@@ -19,7 +19,6 @@ from diffpolicy.finetune.scores import make_score
 from diffpolicy.finetune.settings import setting_names, settings_of
 
 TYPES = ("preference", "pso", "dro")
-ANCHORS = ("demonstrations", "chosen")
 
 
 def make_preference(
@@ -34,9 +33,7 @@ def make_preference(
             :class:`~diffpolicy.finetune.own_plans.OwnPlans`, ``reward`` and ``steps``, of
             :class:`~diffpolicy.finetune.own_plans.OwnPlansLoss`),
             :class:`~diffpolicy.finetune.pairwise.Pairwise` (and ``reward``, a callable, for the
-            online form) or :class:`~diffpolicy.finetune.ranking.Ranking`. The first two may have
-            ``anchor``, what ``anchor_weight`` is of: ``"demonstrations"`` (the preferred items
-            where there are none) or ``"chosen"``, always the preferred items.
+            online form) or :class:`~diffpolicy.finetune.ranking.Ranking`.
         denoiser: what is tuned.
         reference: ``None``: the denoiser with its adapters off if it has some, else a frozen copy.
 
@@ -47,9 +44,6 @@ def make_preference(
     kind = values.pop("type", None)
     values.pop("name", None)
     _check_online(config)
-    if kind in ("preference", "pso"):
-        _check_anchor(config)
-        values.pop("anchor", None)
     if kind == "preference":
         return _preference(values, denoiser, reference)
     if kind == "pso":
@@ -137,25 +131,12 @@ def needs(config: Mapping[str, Any]) -> set[str]:
 
 def has_anchor(config: Mapping[str, Any]) -> bool:
     """Whether behaviour cloning of demonstrations is added, where there are some."""
-    return _weight(config) > 0 and config.get("anchor", "demonstrations") == "demonstrations"
+    return _weight(config) > 0 and config.get("anchor", "demonstrations") != "chosen"
 
 
 def _weight(config: Mapping[str, Any]) -> float:
     weight = config.get("anchor_weight", 0)
     return float(weight) if isinstance(weight, int | float) else 0.0
-
-
-def _check_anchor(config: Mapping[str, Any]) -> None:
-    anchor = config.get("anchor", "demonstrations")
-    if anchor not in ANCHORS:
-        raise ValueError(f"anchor must be one of {ANCHORS}, got {anchor!r}")
-    if anchor == "chosen" and _weight(config) == 0:
-        raise ValueError("anchor='chosen' has no effect with anchor_weight=0; set the weight")
-    if anchor == "chosen" and config.get("type") == "pso" and is_online(config):
-        raise ValueError(
-            "online PSO has no chosen items to clone but its own chains; set "
-            "anchor='demonstrations'"
-        )
 
 
 def check_method(config: Mapping[str, Any], denoiser: BaseDenoiser) -> None:

@@ -432,6 +432,15 @@ def test_anchor_is_the_denoising_error_of_demonstrations_or_of_chosen_items():
     demos = {"anchor_obs": batch["chosen_obs"][:, 0], "anchor_action": batch["chosen_action"][:, 0]}
     other = loss({**batch, **demos}, seeded())  # all positions of these count
     assert other.metrics["anchor"] != out.metrics["anchor"]
+    for anchor in ("chosen", "both"):
+        loss = PairwiseLoss(policy, Pairwise(**settings, anchor=anchor))
+        found = loss({**batch, **demos}, seeded()).metrics["anchor"]
+        if anchor == "chosen":
+            assert found == out.metrics["anchor"]
+        else:
+            assert found > max(out.metrics["anchor"], other.metrics["anchor"])
+    with pytest.raises(ValueError, match="no chosen items to clone"):
+        Pairwise(online=True, anchor_weight=1.0, anchor="both")
     online = PairwiseLoss(
         policy, Pairwise(online=True, **settings), reward=lambda x, cond: x.sum((1, 2))
     )

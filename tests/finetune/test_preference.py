@@ -157,6 +157,22 @@ def test_anchor_is_the_error_of_the_chosen_items():
     torch.testing.assert_close((b.loss - a.loss).mean(), 0.7 * b.metrics["anchor"])
 
 
+def test_anchors_of_both_add_up():
+    batch = plan_batch()
+    given = batch | {
+        "anchor_obs": batch["chosen_obs"][:, 0] * 0,
+        "anchor_action": batch["chosen_action"][:, 0] * 0,
+    }
+    found = {}
+    for anchor in ("demonstrations", "chosen", "both"):
+        loss = PreferenceLoss(pointwise(), Preference(anchor_weight=0.7, anchor=anchor))
+        found[anchor] = loss(given, seeded()).metrics
+    assert torch.equal(found["chosen"]["anchor"], found["chosen"]["error_chosen"])
+    assert found["demonstrations"]["anchor"] != found["chosen"]["anchor"]
+    total = found["demonstrations"]["anchor"] + found["chosen"]["anchor"]
+    torch.testing.assert_close(found["both"]["anchor"], total)
+
+
 def test_anchor_of_good_items_and_of_demonstrations():
     settings = Preference("kto", anchor_weight=1.0)
     batch = plan_batch(single=True)
