@@ -346,7 +346,7 @@ def compare(arguments: Sequence[str]) -> int:
             "usage: diffpolicy finetune compare RUN [RUN ...] output=DIR [baseline=METHOD]"
         )
     if of_policies(runs[0]):
-        from diffpolicy.rollout.tuning_report import compare_tunings
+        from diffpolicy.rollout.tuning_comparison import compare_tunings
 
         print(compare_tunings(runs, **options).read_text())
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -126,8 +126,8 @@ def write_tuning_report(
         rows = {"before": report["before"], method: report["after"]}
         pictures.append(plot_nfe(rows, folder / "score_by_nfe.png", score=score, title=task))
     report["pictures"] = [p.name for p in pictures if p is not None]
-    _write(folder / "report.json", json.dumps(report, indent=1))
-    _write(folder / "report.md", _text(report))
+    write_text(folder / "report.json", json.dumps(report, indent=1))
+    write_text(folder / "report.md", _text(report))
     return report
 
 
@@ -155,135 +155,11 @@ def read_tuning_report(path: str | Path) -> dict[str, Any]:
     return dict(report)
 
 
-def compare_tunings(
-    reports: Iterable[str | Path], output: str | Path, *, baseline: str = "bc"
-) -> Path:
-    """Several tunings of the same policies beside each other.
-
-    A line is a method over its seeds: mean score by NFE, and the differences from the policies
-    before and from the method ``baseline``, paired by tuning seed and episode.
-
-    Args:
-        reports: of :func:`write_tuning_report`, files or directories.
-        output: a directory for ``report.json``, ``report.md`` and ``score_by_nfe.png``.
-        baseline: name of a method among them; without it that column is left out.
-
-    Returns:
-        The path of ``report.md``.
-
-    Raises:
-        ValueError: no reports, runs of different tasks, episodes or numbers of network
-            evaluations, runs that were not scored, or two runs of one method with the same seed.
-    """
-    found = [read_tuning_report(path) for path in reports]
-    _check_comparable(found)
-    rows = [_row(name, found, baseline) for name in dict.fromkeys(r["method"] for r in found)]
-    rows.insert(0, _row(None, found, baseline))
-    folder, first = Path(output), found[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = {row["method"]: row["score"] for row in rows}
-    plot_nfe(lines, folder / "score_by_nfe.png", score=first["score"], title=first["task"])
-    names = {"task": first["task"], "score": first["score"], "baseline": baseline}
-    _write(folder / "report.json", json.dumps({**names, "rows": rows}, indent=1))
-    text = [f"# {first['task']}: tunings compared", "", comparison_table(rows, baseline)]
-    text += ["", "![score](score_by_nfe.png)", ""]
-    return _write(folder / "report.md", "\n".join(text))
-
-
-def comparison_table(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
-    """The rows of :func:`compare_tunings` as Markdown."""
-    nfes = list(rows[0]["score"])
-    head = ["method", "seeds", "updates", *(f"NFE {n}" for n in nfes)]
-    last = nfes[-1]
-    head += [f"minus before (NFE {last})", f"minus {baseline} (NFE {last})", "training s"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in rows:
-        cells = [row["method"], str(len(row["seeds"])), str(row["updates"] or "")]
-        cells += [f"{row['score'][n]['value']:.3f}" for n in nfes]
-        for key in ("minus_before", "minus_baseline"):
-            cells.append(signed(row[key][last]) if row[key] else "")
-        cells.append("" if row["train_s"] is None else f"{row['train_s']:.0f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def signed(interval: Mapping[str, Any]) -> str:
     """A difference with its interval."""
     if interval["low"] is None:
         return f"{interval['value']:+.3f}"
     return f"{interval['value']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
-
-
-def _check_comparable(reports: Sequence[Mapping[str, Any]]) -> None:
-    if not reports:
-        raise ValueError("there are no reports to compare")
-    unscored = [r for r in reports if not r["seeds"]]
-    if unscored:
-        raise ValueError(
-            f"the run of {unscored[0]['method']!r} with seed {unscored[0]['seed']} was not scored "
-            "(evaluation.episodes=0), so there is nothing to compare; leave it out, or tune again "
-            "with episodes"
-        )
-    for name in ("task", "score", "seeds"):
-        values = [report[name] for report in reports]
-        if any(value != values[0] for value in values):
-            raise ValueError(f"tunings of one {name} can be compared; these differ in it")
-    steps = [list(report["before"]) for report in reports]
-    for report, own in zip(reports, steps, strict=True):
-        if own != steps[0]:
-            raise ValueError(
-                "tunings scored at the same numbers of steps can be compared; "
-                f"{reports[0]['method']!r} has nfe={_listed(steps[0])} and {report['method']!r} "
-                f"nfe={_listed(own)}: tune one of them again with the nfe of the other"
-            )
-    keys = [(report["method"], report["seed"]) for report in reports]
-    twice = [key for key in keys if keys.count(key) > 1]
-    if twice:
-        raise ValueError(
-            f"two reports are of {twice[0][0]!r} with seed {twice[0][1]}; leave one out, or name "
-            "them with method=..."
-        )
-
-
-def _listed(steps: Sequence[str]) -> str:
-    return f"[{','.join(steps)}]"
-
-
-def _row(name: str | None, reports: Sequence[Mapping[str, Any]], baseline: str) -> dict[str, Any]:
-    """A method over its seeds; ``None``: the policies before."""
-    if name is None:
-        mine = list({report["seed"]: report for report in reports}.values())
-    else:
-        mine = [report for report in reports if report["method"] == name]
-    when = "before" if name is None else "after"
-    others = {r["seed"]: r for r in reports if r["method"] == baseline}
-    paired = name not in (None, baseline) and all(r["seed"] in others for r in mine)
-    nfes = list(mine[0][when])
-
-    def joined(key: str, nfe: str, chosen: Sequence[Mapping[str, Any]]) -> Any:
-        return np.concatenate([report["episodes"][key][nfe] for report in chosen])
-
-    partners = [others[r["seed"]] for r in mine] if paired else []
-    return {
-        "method": "before" if name is None else name,
-        "seeds": [r["seed"] for r in mine],
-        "updates": None if name is None else sum(t["steps"] for t in mine[0]["training"]["rounds"]),
-        "score": {n: mean_interval(joined(when, n, mine)).to_dict() for n in nfes},
-        "per_seed": {n: [r[when][n]["value"] for r in mine] for n in nfes},
-        "minus_before": {
-            n: paired_difference(joined("after", n, mine), joined("before", n, mine)).to_dict()
-            for n in nfes
-            if name is not None
-        },
-        "minus_baseline": {
-            n: paired_difference(joined("after", n, mine), joined("after", n, partners)).to_dict()
-            for n in nfes
-            if paired
-        },
-        "train_s": None
-        if name is None
-        else float(np.mean([r["training"]["train_s"] for r in mine])),
-    }
 
 
 def _text(report: Mapping[str, Any]) -> str:
@@ -304,7 +180,8 @@ def _text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
+    """Write a file at once or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     partial.write_text(text)
     partial.replace(path)
@@ -312,11 +189,10 @@ def _write(path: Path, text: str) -> Path:
 
 
 __all__ = [
-    "compare_tunings",
-    "comparison_table",
     "episode_scores",
     "read_tuning_report",
     "signed",
     "without_failures",
+    "write_text",
     "write_tuning_report",
 ]

@@ -12,8 +12,8 @@ import pytest
 import diffpolicy
 from diffpolicy.rollout.results import EpisodeRecord, EvalResult, summarise
 from diffpolicy.rollout.scores import paired_difference
+from diffpolicy.rollout.tuning_comparison import compare_tunings
 from diffpolicy.rollout.tuning_report import (
-    compare_tunings,
     episode_scores,
     read_tuning_report,
     without_failures,
@@ -170,6 +170,22 @@ def test_a_report_says_what_it_was_made_with(tmp_path, scores):
     assert report["evaluation"]["after"]["4"]["nfe_per_plan"] == 10
 
 
+def test_what_all_runs_have_is_compared(tmp_path, scores):
+    """More episodes of one run are left out, so that differences stay paired."""
+    for name, count in (("a", 20), ("b", 5)):
+        (tmp_path / name).mkdir()
+        whole, after = scores["base_1"][:count], scores[f"{name}_1"][:count]
+        report_of(tmp_path / name, name, 1, whole, after)
+    path = compare_tunings([tmp_path / "a", tmp_path / "b"], tmp_path / "out", baseline="a")
+    found = json.loads(path.with_suffix(".json").read_text())
+    assert found["episodes"] == 5
+    rows = {row["method"]: row for row in found["rows"]}
+    nfe = next(iter(rows["b"]["score"]))
+    wanted = (scores["b_1"][:5] - scores["a_1"][:5]).mean()
+    assert rows["b"]["minus_baseline"][nfe]["value"] == pytest.approx(wanted)
+    assert rows["a"]["score"][nfe]["value"] == pytest.approx(scores["a_1"][:5].mean())
+
+
 def test_what_cannot_be_compared_is_said(tmp_path, scores):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -179,10 +195,9 @@ def test_what_cannot_be_compared_is_said(tmp_path, scores):
     other = tmp_path / "other"
     other.mkdir()
     report_of(other, "b", 1, scores["base_1"][:5], scores["b_1"][:5])
-    with pytest.raises(ValueError, match="one seeds can be compared"):
-        compare_tunings([folder, other], tmp_path / "out")
     whole = json.loads((folder / "report.json").read_text())
     for name, changes, message in (
+        ("seeds", {"seeds": [seed + 1000 for seed in whole["seeds"]]}, "these share none"),
         ("nfe", {"before": {"1": whole["before"]["4"]}}, r"'a' has nfe=\[4\] and 'c' nfe=\[1\]"),
         ("unscored", {"before": {}, "after": {}, "seeds": []}, "was not scored"),
     ):
