@@ -175,6 +175,7 @@ class EvalConfig:
     rti: dict[str, Any] = field(default_factory=dict)
     truncated: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
+    judge: dict[str, Any] = field(default_factory=dict)
     returns: dict[str, Any] = field(default_factory=dict)
     temperature: float | None = None
     value_scale: float | None = None

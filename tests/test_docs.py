@@ -40,7 +40,10 @@ BRANCHES = {"points": 1, "branches": 2, "lookahead": 8}
 SMALL = {
     "compare": [],
     "experiment=pusht_40": [*TINY, *TUNE, "network.width=16", "env.max_episode_steps=40"],
-    "collect=null": PREFER,
+    "preferences=runs/pusht_dpo/plans.jsonl": PREFER,
+    "preferences=data/pusht_rollouts_human.jsonl": PREFER,
+    "preference=bc": PREFER,
+    "judge.path=runs/pusht_dpo/value": [*SHORT[:3], "selection.num_candidates=2"],
     "experiment=pusht_dpo": [
         *PREFER,
         "collect.episodes=2",
@@ -183,7 +186,7 @@ def test_readme_pusht_preference_commands(tmp_path, monkeypatch):
     convert = commands("README.md", "Push-T with the human demonstrations")[0]
     assert cli.main(convert) == 0
     found = [c for c in commands("README.md", "Preferences") if "pusht" in " ".join(c)]
-    assert len(found) == 9
+    assert len(found) == 11
     for command in found:
         if command[:3] == ["data", "prefs", "serve"]:  # a person would answer; tested by itself
             shutil.copy(command[3], command[3].replace(".jsonl", "_human.jsonl"))

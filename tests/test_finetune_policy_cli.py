@@ -111,6 +111,27 @@ def test_own_plans_are_drawn_once_for_every_loss(trained, tmp_path, capsys):
     assert tuned(trained, tmp_path / "of_a_file", *own, *UNSCORED) == 0
 
 
+def test_candidates_are_ranked_by_the_value_of_a_tuning(trained, tmp_path, capsys):
+    run = tmp_path / "online"
+    assert tuned(trained, run, *ONLINE, *UNSCORED) == 0
+    scored = ["eval", f"checkpoint={trained / 'run'}", *FEW, f"output={tmp_path / 'scored'}"]
+    judge = f"judge.path={run / 'value'}"
+    results = []
+    for extra in ([], [judge, "selection.num_candidates=1"], [judge], [judge]):
+        capsys.readouterr()
+        assert cli.main([*scored, *extra]) == 0
+        results.append(result_of(capsys.readouterr().out)["return"])
+    alone, of_one, of_ten, again = results
+    assert alone == of_one != of_ten == again
+    assert cli.main([*scored, "judge.pessimism=2"]) == 1
+    assert "judge.path" in capsys.readouterr().err
+    assert cli.main([*scored, f"judge.path={tmp_path}"]) == 1
+    assert "plan value" in capsys.readouterr().err
+    for name, value in (("pessimism", -1), ("path", run)):
+        given = [judge, f"judge.{name}={value}"]
+        assert cli.main([*scored, *given]) == 1
+
+
 def test_pso_compares_its_own_chains_by_what_rollouts_led_to(trained, tmp_path):
     pso = ["preference=pso_online", "preference.num_steps=2", *ONLINE[2:]]
     assert tuned(trained, tmp_path / "run", *pso, *UNSCORED) == 0

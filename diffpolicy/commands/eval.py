@@ -66,6 +66,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     if config.plain:
         policy = policy.with_settings(rti=None, truncated=None)
+    judged(policy, config)
     env = _environment(config, policy.spec.env_id)
     spec = EnvSpec(env.id, env.kwargs, env.max_episode_steps)
     output = Path(config.output) if config.output else Path(config.checkpoint) / "eval"
@@ -89,12 +90,41 @@ def run(arguments: Sequence[str]) -> int:
 def _settings(config: EvalConfig) -> dict[str, Any]:
     """The other entries of the spec that were given."""
     values = {
-        "selection": given(config.selection) or None,
+        "selection": None if given(config.judge) else given(config.selection) or None,
         "returns": given(config.returns) or None,
         "temperature": config.temperature,
         "value_scale": config.value_scale,
     }
     return given(values)
+
+
+def judged(policy: DiffusionPolicy, config: EvalConfig) -> None:
+    """Let a learned value of plans choose among a policy's candidates, if one is given.
+
+    Raises:
+        ConfigError: settings without a value, or one of another task.
+        ValueError: no value of plans at the path, or settings out of range.
+    """
+    from diffpolicy.policies.selection import Selection, Selector
+    from diffpolicy.reward_model import PlanValue
+
+    settings = given(config.judge)
+    if not settings:
+        return
+    if "path" not in settings:
+        raise ConfigError("judge.pessimism is of a value of plans: give judge.path=RUN/value")
+    value = PlanValue.from_pretrained(settings["path"], device=policy.device)
+    value.pessimism = float(settings.get("pessimism", 1.0))
+    for name in ("obs_dim", "action_dim", "n_obs_steps", "n_action_steps"):
+        own, of_policy = getattr(value.spec, name), getattr(policy, name)
+        fits = own <= of_policy if name.startswith("n_") else own == of_policy
+        if not fits:
+            raise ConfigError(
+                f"{settings['path']} values plans with {name}={own}, and this policy has "
+                f"{of_policy}; it is of another task or policy"
+            )
+    chosen = Selection.from_config(given(config.selection))
+    policy.selector = Selector(chosen, value.ranking(policy.normalizer))
 
 
 def acting_policy(policy: DiffusionPolicy, config: EvalConfig) -> Any:
