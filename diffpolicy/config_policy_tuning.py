@@ -9,8 +9,8 @@ from typing import Any
 from diffpolicy.config import ConfigError, EvaluationConfig, build, compose
 from diffpolicy.config_sequences import experiment_kind
 
-FROM = ("preference", "preferences", "collect", "judge", "plans")
-KEYS = (*FROM, "windows", "rounds", "adapters", "nfe")
+SOURCES = ("preferences", "collect", "judge", "plans")
+KEYS = ("preference", *SOURCES, "windows", "rounds", "adapters", "nfe")  # of policies alone
 
 
 @dataclass
@@ -85,8 +85,10 @@ def _superseded(given: dict[str, str]) -> list[str]:
     """What an experiment says of making pairs gives way to ``preferences=FILE``."""
     if given.get("preferences", "null") == "null" or not given.get("experiment"):
         return []
-    own = {name.split(".")[0] for name in given}
-    unset = {"collect": "null", "rounds": "1", "judge": "null", "plans": "null"}
+    own = {name.lstrip("+").split(".")[0] for name in given}
+    unset = {"collect": "null", "rounds": "1"}
+    if not own & {"judge", "plans"}:  # with either, own plans are compared
+        unset |= {"judge": "null", "plans": "null"}
     return [f"{name}={value}" for name, value in unset.items() if name not in own]
 
 
@@ -111,7 +113,7 @@ def unread_settings(config: PolicyTuningConfig) -> list[str]:
     need = needs(config.preference)
     pairs, online = bool(need & {"pairs", "labels"}), "observations" in need
     looked_at = {
-        "preferences": pairs,
+        "preferences": pairs or online,
         "collect": pairs or online,
         "judge": online or (pairs and config.plans is not None),
         "plans": pairs,

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.preference_file import PreferenceFileError, read_contents
 from diffpolicy.data.preference_records import Pair, Span
 from diffpolicy.data.preferences import PreferenceSet
 from diffpolicy.data.store import EpisodeStore, FieldSpec
@@ -65,18 +66,26 @@ class PlanPairs:
     plans: OwnPlans = field(default_factory=lambda: OwnPlans(candidates=16))
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1, got {self.every}")
+        if type(self.every) is not int or self.every < 1:
+            raise ValueError(f"every must be a whole number, at least 1, got {self.every!r}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], spec: PolicySpec) -> Self:
         """From plain values: ``every``, and settings of ``OwnPlans``.
 
-        Those that are not given are the policy's own: its sampler's solver and steps.
+        What is not given is the policy's sampler's: solver, steps and spacing. Plans are full
+        solves from noise, also of a policy that acts from warm starts or anchors.
 
         Raises:
-            ValueError: unknown settings, or values out of range.
+            ValueError: unknown settings, values out of range, or a policy that acts with guidance
+                or another temperature, with which these plans would not be drawn.
         """
+        if spec.sampler.guidance_scale != 1 or spec.value_scale != 0 or spec.temperature != 1:
+            raise ValueError(
+                "own plans are drawn without guidance at temperature 1, and this policy acts with "
+                f"guidance_scale={spec.sampler.guidance_scale}, value_scale={spec.value_scale}, "
+                f"temperature={spec.temperature}; tune it with 1, 0 and 1"
+            )
         names = [name for name in setting_names(OwnPlans) if name not in NOT_READ]
         check_known(config, ["every", *names], "plans")
         sampler = spec.sampler
@@ -94,6 +103,11 @@ class PlanPairs:
             return cls(config.get("every", cls.every), OwnPlans(**values))
         except TypeError as error:
             raise ValueError(f"plans: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        how = {k: v for k, v in asdict(self.plans).items() if k not in NOT_READ}
+        return {"every": self.every, **how}
 
 
 def pair_plans(
@@ -119,7 +133,7 @@ def pair_plans(
             such as a :class:`~diffpolicy.reward_model.PlanValue`.
         episodes: whose observations.
         store_path: of the plans; replaced if it holds plans.
-        prefs_path: of the pairs, written last, and replaced if it holds such pairs.
+        prefs_path: of the pairs; replaced if it holds such pairs. It is there when it is complete.
         settings: which observations, and how plans are drawn.
         seed: of the noise.
         progress: whether to show a bar.
@@ -131,7 +145,9 @@ def pair_plans(
         FileExistsError: something else is at one of the paths.
         ValueError: no pair, or observations that do not fit the policy.
     """
-    spec = policy.spec
+    spec, store_path, prefs_path = policy.spec, Path(store_path), Path(prefs_path)
+    check_replaceable(prefs_path)
+    rows = _rows(episodes, settings.every)
     windows = Windows(
         episodes,
         horizon=spec.horizon,
@@ -139,12 +155,11 @@ def pair_plans(
         n_action_steps=spec.n_action_steps,
         normalizer=policy.normalizer.to("cpu"),
     )
-    rows = _rows(episodes, settings.every)
     worth = in_own_units(reward, spec, policy.normalizer)
     noise = torch.Generator(policy.device).manual_seed(seed)
     pairs: list[Pair] = []
     with (
-        _new_store(Path(store_path), spec) as store,
+        _new_store(store_path, prefs_path, spec) as store,
         tqdm(total=len(rows), desc="plans", unit="obs", disable=not progress) as bar,
     ):
         for some in torch.split(torch.from_numpy(rows), BLOCK):
@@ -162,27 +177,62 @@ def pair_plans(
             f"no pairs: all {settings.plans.candidates} plans of every observation are worth the "
             "same by this value, which tells nothing"
         )
-    return _written(pairs, Path(store_path), Path(prefs_path), settings, seed)
+    attrs = {**sizes_of(spec), "plans": settings.to_dict(), "seed": seed}
+    return _written(pairs, store_path, prefs_path, {"made_by": MADE_BY, **attrs})
+
+
+def sizes_of(spec: PolicySpec) -> dict[str, Any]:
+    """What a policy must share with that whose plans it learns from."""
+    names = ("horizon", "n_obs_steps", "n_action_steps")
+    return {name: getattr(spec, name) for name in names}
+
+
+def check_readable(preferences: PreferenceSet, spec: PolicySpec) -> None:
+    """Raise ``ValueError`` if preferences are plans of a policy that plans otherwise.
+
+    Its observations behind the first To are not real ones, and no other window may look at them.
+    """
+    if preferences.attrs.get("made_by") != MADE_BY:
+        return
+    theirs = {name: preferences.attrs.get(name) for name in sizes_of(spec)}
+    if theirs != sizes_of(spec):
+        raise ValueError(
+            f"{preferences.name} holds plans of a policy with {theirs}, and this one has "
+            f"{sizes_of(spec)}; draw plans of this one (plans=...)"
+        )
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise ``FileExistsError`` if something else than pairs of plans is at a path."""
+    if not path.exists():
+        return
+    try:
+        maker = read_contents(path).header.get("attrs", {}).get("made_by")
+    except PreferenceFileError:
+        maker = None
+    if maker != MADE_BY:
+        raise FileExistsError(f"{path} holds something else than pairs of plans; move it away")
 
 
 def _rows(episodes: EpisodeStore, every: int) -> NDArray[np.int64]:
     """Steps ``every / 2``, ``3 every / 2``, ... of each episode, counted over the whole store."""
     ends, lengths = episodes.episode_ends, episodes.episode_lengths
+    if not (lengths > every // 2).any():
+        raise ValueError(
+            f"no observations: the longest episode has {max(lengths, default=0)} steps, and plans "
+            f"are drawn at step {every // 2} and every {every} from there; lower plans.every"
+        )
     found = [np.arange(e - n + every // 2, e) for e, n in zip(ends, lengths, strict=True)]
     rows: NDArray[np.int64] = np.concatenate([steps[::every] for steps in found])
-    if not len(rows):
-        raise ValueError(
-            f"no observations: the longest episode has {lengths.max()} steps, and plans are drawn "
-            f"at the step {every // 2} and every {every} steps from there; lower plans.every"
-        )
     return rows
 
 
-def _new_store(path: Path, spec: PolicySpec) -> EpisodeStore:
-    """An empty store of plans; one that is there is replaced."""
+def _new_store(path: Path, prefs_path: Path, spec: PolicySpec) -> EpisodeStore:
+    """An empty store of plans; one that is there is replaced, after the pairs that are of it."""
     if path.exists():
         if not EpisodeStore.open(path).attrs.get("plans"):
-            raise FileExistsError(f"{path} holds something else than plans; choose another path")
+            raise FileExistsError(f"{path} holds something else than plans; move it away")
+        prefs_path.unlink(missing_ok=True)
         shutil.rmtree(path)
     fields = {
         "obs": FieldSpec((spec.obs_dim,), "float32"),
@@ -220,16 +270,14 @@ def _append(store: EpisodeStore, normalizer: Normalizer, obs: Tensor, plans: Ten
 
 
 def _written(
-    pairs: list[Pair], store_path: Path, prefs_path: Path, settings: PlanPairs, seed: int
+    pairs: list[Pair], store_path: Path, prefs_path: Path, attrs: dict[str, Any]
 ) -> PreferenceSet:
-    """The preference file; one of such pairs that is there is replaced."""
-    if prefs_path.exists() and PreferenceSet.open(prefs_path).attrs.get("made_by") != MADE_BY:
-        raise FileExistsError(f"{prefs_path} holds other preferences; choose another path")
-    attrs = {"made_by": MADE_BY, "plans": asdict(settings), "seed": seed}
+    """The preference file, there at once or not at all."""
+    partial = prefs_path.with_name(f".{prefs_path.name}.partial")
     store = EpisodeStore.open(store_path)
-    preferences = PreferenceSet.create(prefs_path, store, attrs=attrs, overwrite=True)
-    preferences.extend(pairs)
-    return preferences
+    PreferenceSet.create(partial, store, attrs=attrs, overwrite=True).extend(pairs)
+    partial.replace(prefs_path)
+    return PreferenceSet.open(prefs_path)
 
 
-__all__ = ["PlanPairs", "pair_plans"]
+__all__ = ["PlanPairs", "check_readable", "check_replaceable", "pair_plans", "sizes_of"]

@@ -21,6 +21,7 @@ from diffpolicy.data.store import EpisodeStore
 from diffpolicy.finetune.denoising import DenoisingLoss
 from diffpolicy.finetune.preference_methods import has_anchor, make_preference, needs, reads
 from diffpolicy.learning import Learning, examples
+from diffpolicy.plan_pairs import check_readable, sizes_of
 from diffpolicy.plan_tuning import PlanReward, check_tunable, in_own_units
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.training.sources import ChosenWindows, Executed, Mixed, Turns
@@ -229,26 +230,19 @@ def _observations(spec: PolicySpec, normal: Normalizer, data: PreferenceData) ->
     return examples(spec, normal, store, Learning(), list(range(store.num_episodes)))
 
 
-def _sizes(spec: PolicySpec) -> dict[str, Any]:
-    return {
-        "horizon": spec.horizon,
-        "n_obs_steps": spec.n_obs_steps,
-        "n_action_steps": spec.n_action_steps,
-    }
-
-
 def _pairs(spec: PolicySpec, normal: Normalizer, data: PreferenceData) -> PairExamples:
-    return PairExamples(_preferences(data), normalizer=normal, windows=data.windows, **_sizes(spec))
+    preferences = _preferences(data, spec)
+    return PairExamples(preferences, normalizer=normal, windows=data.windows, **sizes_of(spec))
 
 
 def _labels(spec: PolicySpec, normal: Normalizer, data: PreferenceData) -> LabelExamples:
-    return LabelExamples(
-        _preferences(data), normalizer=normal, windows=data.windows, **_sizes(spec)
-    )
+    preferences = _preferences(data, spec)
+    return LabelExamples(preferences, normalizer=normal, windows=data.windows, **sizes_of(spec))
 
 
-def _preferences(data: PreferenceData) -> PreferenceSet:
+def _preferences(data: PreferenceData, spec: PolicySpec) -> PreferenceSet:
     assert data.preferences is not None  # check_data
+    check_readable(data.preferences, spec)
     return data.preferences
 
 

@@ -48,7 +48,6 @@ SMALL = {
         *PREFER,
         "collect.episodes=2",
         "collect.repeats=2",
-        "collect.min_gap=0",
         *("judge.width=8", "judge.members=1", "judge.trainer.steps=2"),
         *("judge.trainer.batch_size=8", "plans.every=8", "plans.candidates=2"),
     ],

@@ -102,13 +102,88 @@ def test_own_plans_are_drawn_once_for_every_loss(trained, tmp_path, capsys):
     assert summary["sources"] == {"value": len(pairs)}
     file = f"preferences={run / 'plans.jsonl'}"
     assert tuned(trained, tmp_path / "kto", "preference=kto", file, *UNSCORED) == 0
-    capsys.readouterr()
-    own = ["preference=dpo", plans, ONLINE[2], file]
-    assert tuned(trained, tmp_path / "again", *own, *UNSCORED) == 1
-    assert "judge=null plans=null" in capsys.readouterr().err
-    file = f"preferences={run / 'preferences.jsonl'}"
-    own = ["preference=sft", plans, ONLINE[2], file]
-    assert tuned(trained, tmp_path / "of_a_file", *own, *UNSCORED) == 0
+    before = (run / "report.json").read_bytes()
+    own = ["preference=dpo", plans, ONLINE[2], file, "overwrite=true"]
+    for where in (run, tmp_path / "again"):  # nothing is removed, nothing written
+        capsys.readouterr()
+        assert tuned(trained, where, *own, *UNSCORED) == 1
+        assert "judge=null plans=null" in capsys.readouterr().err
+    assert (run / "report.json").read_bytes() == before
+    assert not (tmp_path / "again").exists()
+
+
+def test_given_rollouts_serve_a_judge(trained, tmp_path, rollouts):
+    """For pairs of own plans, and for plans that are compared while the policy is tuned."""
+    file = f"preferences={rollouts / 'preferences.jsonl'}"
+    plans = "plans={every: 6, candidates: 3, num_steps: 2}"
+    assert tuned(trained, tmp_path / "sft", "preference=sft", plans, ONLINE[2], file) == 0
+    assert tuned(trained, tmp_path / "dpo", *ONLINE[:3], file, *UNSCORED) == 0
+
+
+def test_drawing_plans_goes_on(trained, tmp_path, monkeypatch):
+    """Killed while it draws, a run has no pairs, and draws them anew when it is resumed."""
+    run, plans = tmp_path / "run", "plans={every: 6, candidates: 3, num_steps: 2}"
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("diffpolicy.plan_pairs._written", killed)
+        assert tuned(trained, run, "preference=dpo", plans, *ONLINE[2:], *UNSCORED) == 130
+    assert (run / "plans.zarr").exists()
+    assert not (run / "plans.jsonl").exists()
+    assert cli.main(["resume", str(run)]) == 0
+    assert len(PreferenceSet.open(run / "plans.jsonl")) > 10
+
+
+def test_every_round_draws_its_own_plans(trained, tmp_path):
+    run, plans = tmp_path / "run", "plans={every: 6, candidates: 3, num_steps: 2}"
+    assert tuned(trained, run, "preference=dpo", plans, "rounds=2", *ONLINE[2:], *UNSCORED) == 0
+    scores = [
+        [r.info["scores"] for r in PreferenceSet.open(run / f"round_{n}" / "plans.jsonl").records]
+        for n in range(2)
+    ]
+    assert scores[0] != scores[1]
+
+
+def test_answers_of_a_person_are_not_taken_for_plans(trained, tmp_path, capsys, rollouts):
+    run = tmp_path / "run"
+    assert tuned(trained, run, "preference=bc", *UNSCORED) == 0
+    shutil.copy(rollouts / "preferences.jsonl", run / "plans.jsonl")
+    assert tuned(trained, run, "preference=bc", *UNSCORED, "overwrite=true") == 1
+    assert "something else than pairs of plans" in capsys.readouterr().err
+
+
+def test_runs_that_come_from_each_other(trained, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert tuned(trained, first, "preference=bc", *UNSCORED) == 0
+    assert tuned(trained, second, "preference=bc", f"pretrained={first}", *UNSCORED) == 0
+    again = ["preference=bc", f"pretrained={second}", "overwrite=true", *UNSCORED]
+    assert tuned(trained, first, *again) == 1  # it would remove what second comes from
+    assert "is a part of the run" in capsys.readouterr().err
+    file = first / "config.yaml"
+    file.write_text(file.read_text().replace(str(trained / "run"), str(second)))
+    assert tuned(trained, tmp_path / "third", "preference=bc", f"pretrained={first}") == 1
+    assert "each was tuned from the next" in capsys.readouterr().err
+    file.write_text(file.read_text().replace(str(second), str(tmp_path / "gone")))
+    assert tuned(trained, tmp_path / "third", "preference=bc", f"pretrained={first}") == 1
+    assert f"was tuned from {tmp_path / 'gone'}" in capsys.readouterr().err
+    scored = ["eval", f"checkpoint={second}", *FEW, f"output={tmp_path / 'scored'}"]
+    assert cli.main(scored) == 1
+    assert cli.main([*scored, "env.id=Pendulum-v1", "env.max_episode_steps=20"]) == 0
+
+
+def test_both_anchors_need_demonstrations(trained, tmp_path, capsys, rollouts):
+    moved = trained / "moved.zarr"
+    (trained / "demos.zarr").rename(moved)
+    try:
+        file = f"preferences={rollouts / 'preferences.jsonl'}"
+        assert tuned(trained, tmp_path / "a", "preference=dpo", file) == 1
+        assert "preference.anchor=chosen" in capsys.readouterr().err
+        found = f"demonstrations={moved}"
+        assert tuned(trained, tmp_path / "b", "preference=dpo", file, found, *UNSCORED) == 0
+    finally:
+        moved.rename(trained / "demos.zarr")
 
 
 def test_candidates_are_ranked_by_the_value_of_a_tuning(trained, tmp_path, capsys):
@@ -127,9 +202,9 @@ def test_candidates_are_ranked_by_the_value_of_a_tuning(trained, tmp_path, capsy
     assert "judge.path" in capsys.readouterr().err
     assert cli.main([*scored, f"judge.path={tmp_path}"]) == 1
     assert "plan value" in capsys.readouterr().err
-    for name, value in (("pessimism", -1), ("path", run)):
-        given = [judge, f"judge.{name}={value}"]
-        assert cli.main([*scored, *given]) == 1
+    for extra in ("judge.pessimism=-1", "n_action_steps=2", "streaming.steps_per_chunk=1"):
+        assert cli.main([*scored, judge, extra]) == 1
+    assert "does not go with streaming" in capsys.readouterr().err
 
 
 def test_pso_compares_its_own_chains_by_what_rollouts_led_to(trained, tmp_path):
@@ -153,19 +228,23 @@ def test_a_given_file_takes_the_place_of_what_an_experiment_makes():
     given = ["experiment=pusht_dpo", "preferences=answers.jsonl"]
     config = load_policy_tuning(given)
     assert (config.collect, config.judge, config.plans, config.rounds) == (None, None, None, 1)
+    assert load_policy_tuning([*given, "judge.lookahead=8"]).plans is not None
     config = load_policy_tuning([*given, "judge.reward=dense", "plans.every=6"])
     assert config.collect is None
     assert config.judge["lookahead"] > 1
     assert config.plans["every"] == 6
 
 
-def test_a_tuned_policy_is_tuned_on(trained, tmp_path):
+def test_a_tuned_policy_is_tuned_on(trained, tmp_path, capsys):
     """Its environment and demonstrations are those that it was trained with."""
     first, second = tmp_path / "first", tmp_path / "second"
     assert tuned(trained, first, "preference=bc") == 0
     assert tuned(trained, second, "preference=bc", f"pretrained={first}") == 0
     after, before = (read_tuning_report(run)["episodes"] for run in (first, second))
     assert before["before"]["4"] == after["after"]["4"]
+    capsys.readouterr()
+    assert cli.main(["eval", f"checkpoint={second}", *FEW, f"output={tmp_path / 'scored'}"]) == 0
+    assert result_of(capsys.readouterr().out)["task"] == "pendulum"
 
 
 @pytest.mark.parametrize("method", ["bc", "dro"])
@@ -232,6 +311,9 @@ def test_runs_are_compared_by_episode(trained, tmp_path, capsys, rollouts):
         ([*ONLINE, "judge=null"], "give both or neither"),
         ([*ONLINE, "plans={every: 2}"], "plans are pairs of own plans"),
         (["preference=dpo", "plans={every: 2}", *COLLECT], "give both or neither"),
+        (["preference=dpo", "plans={every: 90}", *ONLINE[2:]], "no episode is longer than 20"),
+        ([*ONLINE, "collect.min_gap=1"], "collect.min_gap has no effect"),
+        (["preference=dpo", "preference.anchor_weight=0", *COLLECT], "for no anchor also"),
         (["preference=dpo", "plans={evry: 2}", *ONLINE[2:]], "plans has no setting 'evry'"),
         ([*ONLINE, "judge.reward=dense"], "no method dense_reward"),
         ([*ONLINE, "judge.reward=mine"], "judge.reward must be one of"),

@@ -15,6 +15,7 @@ from diffpolicy.data.store import EpisodeStore, FieldSpec
 from diffpolicy.finetune.own_plans import OwnPlans
 from diffpolicy.plan_pairs import PlanPairs, pair_plans
 from diffpolicy.preference_tuning import PreferenceData
+from diffpolicy.reward_model import PlanValue
 from diffpolicy.rollout.dense import DenseReward
 from diffpolicy.rollout.spec import EnvSpec
 
@@ -127,22 +128,81 @@ def test_plans_that_are_worth_the_same_make_no_pair(policy, episodes, tmp_path):
         paired(policy, episodes, tmp_path, reward=lambda action, obs: action.new_zeros(len(action)))
 
 
-def test_what_is_there_is_replaced_only_if_it_is_such(policy, episodes, tmp_path):
+def test_such_pairs_are_replaced(policy, episodes, tmp_path):
+    """By fewer ones, too."""
+    for every, count in ((1, sum(LENGTHS)), (4, 6)):
+        plans = OwnPlans(candidates=2, num_steps=3)
+        found = paired(policy, episodes, tmp_path, settings=PlanPairs(every, plans))
+        assert count // 2 <= len(found) <= count
+        assert not check_preferences(tmp_path / "plans.jsonl")
+
+
+def test_something_else_is_left_alone(policy, episodes, tmp_path):
     fields = {"obs": FieldSpec((2,), "float32")}
-    EpisodeStore.create(tmp_path / "plans.zarr", fields).close()
+    EpisodeStore.create(tmp_path / "a" / "plans.zarr", fields).close()
     with pytest.raises(FileExistsError, match="something else than plans"):
-        paired(policy, episodes, tmp_path)
-    PreferenceSet.create(tmp_path / "b.jsonl", episodes)
+        paired(policy, episodes, tmp_path / "a")
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "plans.jsonl").write_bytes((tmp_path / "b.jsonl").read_bytes())
-    with pytest.raises((FileExistsError, FileNotFoundError)):
-        paired(policy, episodes, tmp_path / "b")
+    for text in ("a diary\n", None):
+        target = tmp_path / "b" / "plans.jsonl"
+        if text is None:
+            target.unlink()
+            PreferenceSet.create(target, episodes)
+        else:
+            target.write_text(text)
+        before = target.read_bytes()
+        with pytest.raises(FileExistsError, match="something else than pairs of plans"):
+            paired(policy, episodes, tmp_path / "b")
+        assert target.read_bytes() == before
+        assert not (tmp_path / "b" / "plans.zarr").exists()
+
+
+def test_pairs_are_there_when_they_are_complete(policy, episodes, tmp_path, monkeypatch):
+    paired(policy, episodes, tmp_path)
+    extend = PreferenceSet.extend
+
+    def killed(self, records):
+        extend(self, list(records)[:2])
+        if self.path is not None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreferenceSet, "extend", killed)
+    with pytest.raises(KeyboardInterrupt):
+        paired(policy, episodes, tmp_path, seed=5)
+    assert not (tmp_path / "plans.jsonl").exists()  # nor the old ones, whose plans are gone
+    monkeypatch.setattr(PreferenceSet, "extend", extend)
+    assert len(paired(policy, episodes, tmp_path, seed=5)) == 6
+
+
+def test_policies_that_plan_otherwise_cannot_read_them(policy, episodes, tmp_path):
+    found = paired(policy, episodes, tmp_path)
+    spec = {"horizon": 6, "n_obs_steps": 2, "n_action_steps": 2, "network": {"type": "mlp"}}
+    other = DiffusionPolicy.from_dataset(episodes, spec=spec)
+    dpo = {"type": "preference", "loss": "dpo"}
+    with pytest.raises(ValueError, match=r"plans of a policy with .*'n_action_steps': 3"):
+        other.prefer(PreferenceData(found), dpo, TrainerConfig(steps=1), tmp_path / "run")
+
+
+def test_worths_are_numbers(policy, episodes, tmp_path):
+    def undefined(action, obs):
+        return torch.full((len(action),), float("nan"))
+
+    with pytest.raises(ValueError, match="rewards are not finite"):
+        paired(policy, episodes, tmp_path, reward=undefined)
+
+
+def test_a_policy_with_guidance_draws_other_plans(policy):
+    cold = policy.with_settings(temperature=0.5)
+    with pytest.raises(ValueError, match=r"temperature=0\.5"):
+        PlanPairs.from_config({}, cold.spec)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"every": 0}, "every must be at least 1"),
+        ({"every": 0}, "every must be a whole number, at least 1"),
+        ({"every": 2.5}, "every must be a whole number"),
+        ({"candidates": "3"}, "candidates must be a whole number"),
         ({"candidates": 1}, "at least 2"),
         ({"drawn_by": "reference"}, "plans has no setting 'drawn_by'"),
         ({"solver": "euler_maruyama"}, "euler_maruyama"),
@@ -154,7 +214,7 @@ def test_settings_are_checked(config, message, policy):
         PlanPairs.from_config(config, policy.spec)
 
 
-def test_plans_are_drawn_as_the_policy_draws_them(policy):
+def test_plans_are_drawn_with_the_policys_sampler(policy):
     made = PlanPairs.from_config({"candidates": 4}, policy.spec)
     assert (made.plans.solver, made.plans.num_steps) == ("ddim", 3)
     assert PlanPairs.from_config({"num_steps": 2}, policy.spec).plans.num_steps == 2
@@ -203,6 +263,25 @@ class TestDenseReward:
         store = EpisodeStore.from_arrays(arrays, [3])
         found = DenseReward(pusht).rewards(store)
         np.testing.assert_allclose(found, [1.0, 0.5 - 0.15, -0.3], atol=1e-4)
+
+    def test_a_value_learns_it_where_the_rewards_tell_nothing(self, tmp_path):
+        pusht = EnvSpec("diffpolicy_envs:diffpolicy/PushT-v0")
+        env, rng = pusht.make(), np.random.default_rng(0)
+        states = rng.uniform([50, 50, 150, 150, 0], [450, 450, 350, 350, 6], (300, 5))
+        arrays = {
+            "obs": env.unwrapped.observation_from_state(states),
+            "action": rng.uniform(0, 512, (300, 2)).astype(np.float32),
+            "reward": np.zeros(300, np.float32),
+        }
+        env.close()
+        store = EpisodeStore.from_arrays(arrays, np.arange(10, 301, 10))
+        spec = {"horizon": 4, "n_obs_steps": 1, "n_action_steps": 1}
+        policy = DiffusionPolicy.from_dataset(store, spec={**spec, "network": {"type": "mlp"}})
+        value = PlanValue.for_policy(policy, lookahead=1, width=32, members=2)
+        config = TrainerConfig(steps=300, batch_size=64, lr=3e-3, progress=False)
+        dense = DenseReward(pusht)
+        value.learn(dense, store, config, tmp_path / "value")
+        assert value.report(dense, store, range(30))["explained"] > 0.8
 
     def test_other_environments_have_none(self):
         with pytest.raises(ValueError, match="has no method dense_reward"):

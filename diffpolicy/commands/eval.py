@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffpolicy.commands.lineage import recorded_env
 from diffpolicy.commands.options import groups_help
 from diffpolicy.config import ConfigError, EnvConfig, EvalConfig, build, config_dir, load_eval
 
@@ -66,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     if config.plain:
         policy = policy.with_settings(rti=None, truncated=None)
-    judged(policy, config)
+    rank_candidates(policy, config)
     env = _environment(config, policy.spec.env_id)
     spec = EnvSpec(env.id, env.kwargs, env.max_episode_steps)
     output = Path(config.output) if config.output else Path(config.checkpoint) / "eval"
@@ -98,11 +100,12 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
     return given(values)
 
 
-def judged(policy: DiffusionPolicy, config: EvalConfig) -> None:
+def rank_candidates(policy: DiffusionPolicy, config: EvalConfig) -> None:
     """Let a learned value of plans choose among a policy's candidates, if one is given.
 
     Raises:
-        ConfigError: settings without a value, or one of another task.
+        ConfigError: settings without a value, one of other plans, or a way to act that makes no
+            candidates.
         ValueError: no value of plans at the path, or settings out of range.
     """
     from diffpolicy.policies.selection import Selection, Selector
@@ -111,17 +114,27 @@ def judged(policy: DiffusionPolicy, config: EvalConfig) -> None:
     settings = given(config.judge)
     if not settings:
         return
-    if "path" not in settings:
+    path, pessimism = settings.pop("path", None), settings.pop("pessimism", 1.0)
+    if settings:
+        raise ConfigError(f"judge has no setting {min(settings)!r}; it has path and pessimism")
+    if path is None:
         raise ConfigError("judge.pessimism is of a value of plans: give judge.path=RUN/value")
-    value = PlanValue.from_pretrained(settings["path"], device=policy.device)
-    value.pessimism = float(settings.get("pessimism", 1.0))
+    if isinstance(pessimism, bool) or not isinstance(pessimism, int | float) or pessimism < 0:
+        raise ConfigError(f"judge.pessimism must be a number, 0 or more, got {pessimism!r}")
+    if given(config.streaming) or policy.spec.layout != "action":
+        raise ConfigError(
+            "judge chooses among plans of actions that are made at once; it does not go with "
+            "streaming, or with plans that hold observations"
+        )
+    value = PlanValue.from_pretrained(path, device=policy.device)
+    value.pessimism = float(pessimism)
     for name in ("obs_dim", "action_dim", "n_obs_steps", "n_action_steps"):
         own, of_policy = getattr(value.spec, name), getattr(policy, name)
         fits = own <= of_policy if name.startswith("n_") else own == of_policy
         if not fits:
             raise ConfigError(
-                f"{settings['path']} values plans with {name}={own}, and this policy has "
-                f"{of_policy}; it is of another task or policy"
+                f"{path} values plans with {name}={own}, and this policy acts with {of_policy}; "
+                "give the value of a tuning of this policy, or leave n_action_steps as it was"
             )
     chosen = Selection.from_config(given(config.selection))
     policy.selector = Selector(chosen, value.ranking(policy.normalizer))
@@ -174,17 +187,11 @@ def _latency_settings(config: EvalConfig) -> dict[str, float]:
 
 def _environment(config: EvalConfig, trained_for: str | None) -> EnvConfig:
     """The run's environment (from its config.yaml, else the policy's id) with overrides."""
-    from omegaconf import OmegaConf
-
-    values: dict[str, Any] = {}
-    root = Path(config.checkpoint).resolve()
-    candidates = [folder / "config.yaml" for folder in (root, *list(root.parents)[:3])]
-    file = next((c for c in candidates if c.is_file()), None)  # the run a checkpoint lies in
-    if file is not None:
-        values = dict(OmegaConf.to_container(OmegaConf.load(file))["env"])  # type: ignore[call-overload,index,arg-type]
-    elif trained_for:
-        values = {"id": trained_for}
-    values.update(given(config.env))
+    own = given(config.env)
+    values: dict[str, Any] = {} if trained_for is None else {"id": trained_for}
+    with contextlib.suppress(*([ConfigError] if "id" in own else [])):
+        values = dict(recorded_env(config.checkpoint) or values)
+    values.update(own)
     if "id" not in values:
         raise ConfigError("the policy does not say which environment it is for; give env.id=...")
     return build(EnvConfig, values, "env.")

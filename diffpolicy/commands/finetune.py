@@ -57,9 +57,10 @@ stay probable under it; or, with finetune=none, only draws under guidance. For i
     diffpolicy finetune experiment=tfbind8_drakes
     diffpolicy finetune experiment=tfbind8_drakes finetune=none guidance=smc run_dir=runs/smc
 
-With preference=..., or an experiment of one, it tunes a policy of `diffpolicy train`: by
-comparisons, which are a preference file (`diffpolicy data prefs`) or pairs from the policy's own
-rollouts (collect.KEY), judged by the environment's rewards; or by its demonstrations (bc, dro). The
+With preference=..., or an experiment of one, it tunes a policy of `diffpolicy train` (or of an
+earlier tuning): by comparisons, which are a preference file (`diffpolicy data prefs`), pairs from
+the policy's own rollouts (collect.KEY), judged by the environment's rewards, or pairs of its own
+plans (plans.KEY), judged by what they lead to (judge.KEY); or by its demonstrations (bc, dro). The
 policy before is the reference, and is scored on the same episodes.
 
     diffpolicy train experiment=pusht_40
@@ -71,7 +72,7 @@ policy before is the reference, and is scored on the same episodes.
 settings of sequence models (also finetune.KEY, guidance.KEY, trainer.KEY):
 {indented}
 
-settings of policies (also preference.KEY, collect.KEY, judge.KEY, trainer.KEY, evaluation.KEY):
+settings of policies (also preference, collect, judge, plans, trainer and evaluation.KEY):
 {of_policies}
 
 collect.KEY: kind, episodes, seed, noise_seed, repeats, points, every, branches, lookahead,
@@ -79,13 +80,19 @@ common_noise, score, discount, after_end, pairs, min_gap and span are those of `
 prefs collect`. The collect.episodes=50 starts, from env seed collect.seed=50000 on, are others for
 every seed and round; noise_seed is the tuning's seed unless it is given.
 
-judge.KEY: lookahead=16 steps whose rewards count, discount=1, width=128, depth=2, members=5,
+judge.KEY: reward=store (what rollouts earned) or dense (the environment's dense_reward);
+lookahead=16 steps whose rewards count, discount=1, width=128, depth=2, members=5,
 layer_norm=true; pessimism=1 standard deviations over the members are taken off; trainer.KEY.
+plans.KEY: every=16 steps of an episode from one observation to the next, candidates=16 plans for
+each; num_steps, solver, options and spacing are the policy's sampler's unless they are given.
+With preferences=FILE nothing is collected, and judge and plans of an experiment are left out unless
+some judge.KEY or plans.KEY is given: the judge then learns from the rollouts of that file.
 
 --print-config shows the composed configuration and stops.
 Results: RUN/report.md with pictures, report.json, metrics.csv, checkpoints/; of policies also
-policy/, and rollouts.zarr and preferences.jsonl where pairs were collected (with rounds=N, what is
-of one round in RUN/round_K). The last line printed is `RESULT {{json}}`."""
+policy/, rollouts.zarr and preferences.jsonl (pairs of rollouts) where there were collected, value/
+of a judge, and plans.zarr and plans.jsonl (with rounds=N, what is of one round in RUN/round_K).
+The last line printed is `RESULT {{json}}`."""
 
 
 def run(arguments: Sequence[str]) -> int:

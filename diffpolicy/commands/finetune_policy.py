@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffpolicy.commands.lineage import pretraining
 from diffpolicy.commands.policy_rollouts import collected, judged
 from diffpolicy.commands.stores import env_spec
 from diffpolicy.commands.train import make_workers, pick_device, validator
 from diffpolicy.commands.train_sequences import trainer_settings, write_config
 from diffpolicy.commands.tuning_checks import check_alone, check_tuning, inputs
 from diffpolicy.commands.tuning_folder import check_free, clear, trained_policy
-from diffpolicy.config import ConfigError, TrainConfig, build
+from diffpolicy.config import ConfigError, TrainConfig
 from diffpolicy.config_policy_tuning import (
     PolicyTuningConfig,
     leave_out_unread,
@@ -188,28 +189,6 @@ def of_policies(run: str) -> bool:
     return file.is_file() and json.loads(file.read_text()).get("format") == FORMAT
 
 
-def pretraining(run_dir: str) -> TrainConfig:
-    """The configuration that a policy was trained with, before it was tuned, if it was.
-
-    Raises:
-        ConfigError: no run of a policy.
-    """
-    from omegaconf import OmegaConf
-
-    file = Path(run_dir) / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(
-            f"no trained policy in {run_dir}: make it with `diffpolicy train "
-            f"experiment={Path(run_dir).name}`, or set pretrained=RUN"
-        )
-    values = OmegaConf.to_container(OmegaConf.load(file))
-    if isinstance(values, dict) and "preference" in values and values.get("pretrained"):
-        return pretraining(str(values["pretrained"]))  # a tuned one is tuned on
-    if not isinstance(values, dict) or "env" not in values:
-        raise ConfigError(f"{run_dir} is no run of a policy; set pretrained=RUN")
-    return build(TrainConfig, {str(k): v for k, v in values.items()})
-
-
 def _load(path: str, device: Any) -> DiffusionPolicy:
     from diffpolicy.api import DiffusionPolicy
 
@@ -256,4 +235,4 @@ def _scores(
     return found
 
 
-__all__ = ["finetune_policy", "of_policies", "pretraining", "run_policy"]
+__all__ = ["finetune_policy", "of_policies", "run_policy"]

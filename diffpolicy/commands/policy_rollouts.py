@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from diffpolicy.training.settings import TrainerConfig
 
 REWARDS = ("store", "dense")
+SCORING = ("score", "discount", "after_end", "pairs", "min_gap", "span")  # of pairs of rollouts
 JUDGE_TRAINER = {"steps": 2500, "batch_size": 512, "lr": 1e-3, "weight_decay": 1e-2}
 OF_POLICY = ("obs_dim", "action_dim", "n_obs_steps", "n_action_steps")
 
@@ -39,11 +41,43 @@ def check_rollouts(config: PolicyTuningConfig, base: TrainConfig, policy: Diffus
         Collecting.of(config.collect, "collect.")
         for number in range(config.rounds):
             rollout_seeds(config, number)
+    longest = base.env.max_episode_steps
     if config.judge is not None:
         new_judge(config, policy)
         dense_reward(config, base)
+        longest = _check_store(config) or longest
     if config.plans is not None:
-        PlanPairs.from_config(config.plans, policy.spec)
+        every = PlanPairs.from_config(config.plans, policy.spec).every
+        if longest is not None and every // 2 >= longest:
+            raise ConfigError(
+                f"plans.every={every} begins at step {every // 2}, and no episode is longer than "
+                f"{longest}; lower it"
+            )
+
+
+def _check_store(config: PolicyTuningConfig) -> int | None:
+    """The longest of given rollouts, which must hold what a judge learns from.
+
+    Raises:
+        ConfigError: they do not, or settings that say what pairs of rollouts would be.
+    """
+    from diffpolicy.data.preferences import PreferenceSet
+
+    collect, usual = config.collect or {}, Collecting()
+    idle = [n for n in SCORING if collect.get(n, getattr(usual, n)) != getattr(usual, n)]
+    if idle:
+        raise ConfigError(
+            f"collect.{idle[0]} has no effect: with judge own plans are compared, not rollouts"
+        )
+    if config.preferences is None:
+        return None
+    store = PreferenceSet.open(config.preferences).store
+    if "reward" not in store.fields:
+        raise ConfigError(
+            f"{store.name} holds no rewards for judge to learn from; to use these preferences as "
+            "they are, give judge=null plans=null"
+        )
+    return int(store.episode_lengths.max())
 
 
 def rollout_seeds(config: PolicyTuningConfig, number: int) -> range:
@@ -70,8 +104,12 @@ def collected(
     folder: Path,
     number: int,
 ) -> PreferenceSet | None:
-    """The comparisons of a round: a file, or pairs from rollouts of the newest policy."""
+    """The comparisons of a round: a file, or pairs from rollouts of the newest policy.
+
+    With a judge rollouts are not compared: the set is empty, and its store holds them.
+    """
     from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.data.store import EpisodeStore
     from diffpolicy.rollout.branches import Branching, collect_branches, collect_episodes
 
     if config.preferences is not None:
@@ -79,14 +117,16 @@ def collected(
     if config.collect is None:
         return None
     begun = any((folder / name).exists() for name in ("checkpoints", VALUE))
-    if begun and (folder / PREFERENCES).exists():  # what is learned from stays as it is
+    if begun and config.judge is not None:  # what is learned from stays as it is
+        return PreferenceSet(EpisodeStore.open(folder / ROLLOUTS))
+    if begun and (folder / PREFERENCES).exists():
         return PreferenceSet.open(folder / PREFERENCES)
     settings = Collecting.of(config.collect, "collect.").settings(config.seed)
     seeds = rollout_seeds(config, number)
     folder.mkdir(parents=True, exist_ok=True)
     where: dict[str, Any] = {
         "store_path": folder / ROLLOUTS,
-        "prefs_path": folder / PREFERENCES,
+        "prefs_path": None if config.judge is not None else folder / PREFERENCES,
         "workers": make_workers(config.evaluation, 1_000_000),
     }
     if isinstance(settings, Branching):
@@ -163,17 +203,12 @@ def judged(
         return {"preferences": preferences}
     value, settings = new_judge(config, policy)
     rollouts = preferences.store
-    if "reward" not in rollouts.fields:
-        raise ConfigError(
-            f"{rollouts.name} holds no rewards for judge to learn from; with preferences that are "
-            "to be used as they are, give judge=null plans=null"
-        )
     value.learn(dense_reward(config, base), rollouts, settings, folder / VALUE, resume=True)
     assert value.last_training is not None
     if value.last_training.interrupted:
         return None
     if config.plans is None:
-        return {"preferences": preferences, "reward": value, "observations": rollouts}
+        return {"preferences": None, "reward": value, "observations": rollouts}
     return {"preferences": _plans(config, policy, value, rollouts, folder)}
 
 
@@ -191,6 +226,7 @@ def _plans(
     assert config.plans is not None
     if (folder / PLAN_PAIRS).exists():
         return PreferenceSet.open(folder / PLAN_PAIRS)
+    shutil.rmtree(folder / PLANS, ignore_errors=True)  # of a call that was killed
     return pair_plans(
         policy,
         value,

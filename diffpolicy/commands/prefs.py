@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.collecting import Collecting
+from diffpolicy.commands.lineage import recorded_env
 from diffpolicy.commands.options import parse
 from diffpolicy.config import ConfigError
 
@@ -138,30 +139,12 @@ def _collecting_env(options: Mapping[str, Any], trained_for: str | None) -> Any:
     """The environment given; else that of the run; else the id that the policy knows."""
     if options["env"] is not None:
         return _env(options)
-    root = Path(options["checkpoint"]).resolve()
-    values = _recorded_env((root, *list(root.parents)[:3])) or {"id": trained_for}
+    values = recorded_env(options["checkpoint"]) or {"id": trained_for}
     if not values.get("id"):
         raise ConfigError("the policy does not say which environment it is for; give env=ID")
     own = {"env": values["id"], **{n: values.get(n) for n in ("kwargs", "max_episode_steps")}}
     given = {n: options[n] for n in ("kwargs", "max_episode_steps") if options[n]}
     return _env({**own, **given})
-
-
-def _recorded_env(folders: Sequence[Path]) -> dict[str, Any] | None:
-    """The environment in the configuration of a run, or of the run that it was tuned from."""
-    from omegaconf import OmegaConf
-
-    file = next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
-    found: Any = {} if file is None else OmegaConf.to_container(OmegaConf.load(file))
-    if found.get("env") or not found.get("pretrained"):
-        return found.get("env") or None
-    before = Path(found["pretrained"])
-    if not (before / "config.yaml").is_file():
-        raise ConfigError(
-            f"{file} was tuned from {before}, which knows its environment and is not here; give "
-            "env=ID, and its kwargs and max_episode_steps if it has some"
-        )
-    return _recorded_env([before])
 
 
 def _env(options: Mapping[str, Any]) -> Any:

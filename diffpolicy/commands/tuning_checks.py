@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffpolicy.commands.lineage import lineage
 from diffpolicy.commands.policy_rollouts import check_rollouts
 from diffpolicy.commands.train_sequences import trainer_settings
 from diffpolicy.config import ConfigError, TrainConfig
@@ -58,6 +60,11 @@ def check_tuning(
             f"{method_name(config)} learns from demonstrations, and those of the pre-trained run "
             "are not there; give demonstrations=STORE"
         )
+    if config.preference.get("anchor") == "both" and demonstrations is None:
+        raise ConfigError(
+            "preference.anchor=both clones demonstrations too, and those of the pre-trained run "
+            "are not there; give demonstrations=STORE, or preference.anchor=chosen"
+        )
     check_rollouts(config, base, policy)
     if config.adapters is not None:
         add_adapters(copy.deepcopy(policy.denoiser), config.adapters)
@@ -68,6 +75,7 @@ def inputs(config: PolicyTuningConfig, demonstrations: EpisodeStore | None) -> d
     from diffpolicy.data.preferences import PreferenceSet
 
     found = {"pretrained": Path(config.pretrained)}
+    found |= {f"the run before {run}": of for run, of in pairwise(lineage(config.pretrained))}
     if config.preferences is not None:
         file = Path(config.preferences)
         found |= {

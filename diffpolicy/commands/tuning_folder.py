@@ -87,10 +87,12 @@ def _check_answers(folder: Path) -> None:
     Answers to questions about a folder's rollouts stand beside them, and are lost without these.
     """
     from diffpolicy.data.preference_file import PreferenceFileError
+    from diffpolicy.plan_pairs import check_replaceable
     from diffpolicy.rollout.pairing import check_target
 
     for file in sorted(folder.glob("*.jsonl")):
-        if file.name == PLAN_PAIRS:  # a value's
+        if file.name == PLAN_PAIRS:
+            check_replaceable(file)
             continue
         ours = file.name == PREFERENCES
         if not ours and not (folder / ROLLOUTS).exists():

@@ -54,8 +54,10 @@ class OwnPlans(FewStep):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_plans()
-        if self.candidates < 2:
-            raise ValueError(f"candidates must be at least 2 to compare, got {self.candidates}")
+        if type(self.candidates) is not int or self.candidates < 2:
+            raise ValueError(
+                f"candidates must be a whole number, at least 2 to compare, got {self.candidates!r}"
+            )
         if self.drawn_by not in DRAWN_BY:
             raise ValueError(f"drawn_by must be one of {DRAWN_BY}, got {self.drawn_by!r}")
         if self.label_scale is not None and not self.label_scale > 0:
@@ -92,7 +94,7 @@ def draw_plans(
         generator: of all noise.
 
     Raises:
-        ValueError: rewards of another shape.
+        ValueError: rewards of another shape, or not finite.
     """
     many, process = settings.candidates, denoiser.process
     assert isinstance(process, GaussianProcess)
@@ -109,6 +111,8 @@ def draw_plans(
         raise ValueError(
             f"a reward returns one number per plan, [{len(plans)}]; got {list(worth.shape)}"
         )
+    if not worth.isfinite().all():
+        raise ValueError(f"{int((~worth.isfinite()).sum())} of {len(worth)} rewards are not finite")
     return Drawn(plans.view(-1, many, *plans.shape[1:]), worth.view(-1, many))
 
 
@@ -162,7 +166,7 @@ class OwnPlansLoss(Referenced):
         looked_at = self.reference if preference.needs_reference else None
         self._loss = [PreferenceLoss(denoiser, preference, score, reference=looked_at)]
         self._reward = [reward]  # a list: a reward that is a module is not part of this one
-        settings.make_solver(), settings.grid(denoiser.process)  # what they refuse, now
+        settings.grid(denoiser.process)  # refuses levels that are too close, now
         self.register_buffer("steps", steps, persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:

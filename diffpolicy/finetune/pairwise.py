@@ -108,8 +108,8 @@ class PairwiseLoss(Referenced):
             out = self.compare(*self.bridge(batch, generator))
         if self.anchor is None:
             return out
-        error = sum(self._error(items, generator) for items in self._anchor_items(batch))
-        assert isinstance(error, Tensor)
+        errors = [self._error(items, generator) for items in self._anchor_items(batch)]
+        error = torch.stack(errors).sum(0)
         loss = out.loss + self.settings.anchor_weight * error
         return LossOutput(loss, {**out.metrics, "anchor": error.detach().mean()})
 
@@ -218,18 +218,15 @@ class PairwiseLoss(Referenced):
         return self.anchor.error(items, self.anchor(self.denoiser, items, draw))
 
     def _anchor_items(self, batch: Mapping[str, Tensor]) -> list[Items]:
-        found = {}
-        for name in ("anchor",) if self.settings.online else ("anchor", "chosen"):
-            items = batch_items(batch, name, masked=self.masked)
-            if items is not None:
-                found[name] = items
-        if self.settings.anchor == "demonstrations" and "anchor" in found:
-            return [found["anchor"]]
-        if self.settings.anchor == "chosen":
-            found.pop("anchor", None)
+        """What is cloned, one kind or two."""
+        demos = batch_items(batch, "anchor", masked=self.masked)
         if self.settings.online:
-            found["batch"] = self._of_batch(batch)
-        return list(found.values())
+            return [self._of_batch(batch) if demos is None else demos]
+        chosen = batch_items(batch, "chosen", masked=self.masked)
+        assert chosen is not None  # it was compared
+        if demos is None or self.settings.anchor == "chosen":
+            return [chosen]
+        return [demos, chosen] if self.settings.anchor == "both" else [demos]
 
     def _of_batch(self, batch: Mapping[str, Tensor]) -> Items:
         """The demonstrations that online chains take their conditions of."""

@@ -48,8 +48,8 @@ class Pairwise(FewStep):
         anchor_weight: of the behaviour-cloning error at the sampler's own levels that is added:
             mean squared error per entry (nats per token of sequences).
         anchor: what it is the error of: ``"demonstrations"`` (the chosen items, or those of the
-            batch, where there are none), ``"chosen"``, or ``"both"``, the sum; the latter two of
-            given pairs.
+            batch, where there are none), ``"chosen"``, or ``"both"``, the sum of what is there; the
+            latter two of given pairs.
 
     Raises:
         ValueError: values out of range, unknown names.

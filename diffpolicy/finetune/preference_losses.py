@@ -24,7 +24,10 @@ def check_anchor(anchor: str, weight: float) -> None:
     if anchor not in ANCHORS:
         raise ValueError(f"anchor must be one of {ANCHORS}, got {anchor!r}")
     if anchor != "demonstrations" and weight == 0:
-        raise ValueError(f"anchor={anchor!r} has no effect with anchor_weight=0; set the weight")
+        raise ValueError(
+            f"anchor={anchor!r} has no effect with anchor_weight=0; set the weight, or for no "
+            "anchor also anchor='demonstrations'"
+        )
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Preference:
         anchor_weight: of the behaviour-cloning error that is added: mean squared error per entry,
             or nats per entry with scores in nats (lambda of FKPD, arXiv 2409.05622).
         anchor: what it is the error of: ``"demonstrations"`` (the chosen or good items where a
-            batch has none), ``"chosen"`` (those items alone), or ``"both"``, the sum.
+            batch has none), ``"chosen"`` (those items alone), or ``"both"``, the sum of what is
+            there.
 
     Raises:
         ValueError: an unknown loss, a value out of range, or a setting without effect on the loss.

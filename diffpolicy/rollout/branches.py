@@ -28,7 +28,7 @@ def collect_branches(
     seeds: Sequence[int],
     *,
     store_path: str | Path,
-    prefs_path: str | Path,
+    prefs_path: str | Path | None,
     settings: Branching | None = None,
     workers: Workers | None = None,
     progress: bool = True,
@@ -55,14 +55,15 @@ def collect_branches(
         spec: an environment that repeats itself, given its seed and actions.
         seeds: of the environment, no two alike. They should be those of no evaluation.
         store_path: the episode store; made if it does not exist.
-        prefs_path: the preference file.
+        prefs_path: the preference file; None: rollouts are not compared.
         settings: branch points, branches, lookahead, scoring.
         workers: environments (rows of a policy call; 50 to 100 use a network well), processes,
             retries.
         progress: whether to show a bar.
 
     Returns:
-        The pairs. Each is one chunk from the branch point on.
+        The pairs. Each is one chunk from the branch point on. Without ``prefs_path`` an empty set,
+        whose store holds the rollouts.
 
     Raises:
         ReplayError: the environment does not repeat itself.
@@ -80,7 +81,7 @@ def collect_episodes(
     seeds: Sequence[int],
     *,
     store_path: str | Path,
-    prefs_path: str | Path,
+    prefs_path: str | Path | None,
     settings: Repeats | None = None,
     workers: Workers | None = None,
     progress: bool = True,
@@ -108,7 +109,7 @@ def _collect(
     spec: EnvSpec,
     seeds: Sequence[int],
     store_path: str | Path,
-    prefs_path: str | Path,
+    prefs_path: str | Path | None,
     settings: Branching | Repeats,
     workers: Workers | None,
     progress: bool,
@@ -120,7 +121,8 @@ def _collect(
         raise ValueError("seeds must differ: the same seed is the same start")
     if min(numbers) < 0:
         raise ValueError(f"seeds must be 0 or more, got {min(numbers)}")
-    check_target(prefs_path)
+    if prefs_path is not None:
+        check_target(prefs_path)
     path = Path(store_path)
     with WorkerPool(spec, workers) as pool:
         runner = TrackRunner(policy, pool)
@@ -133,4 +135,7 @@ def _collect(
                     runner.run(family.first_jobs(), family.done)
                 finally:
                     family.write_report(runner.steps)
-    return write_pairs(EpisodeStore.open(path), prefs_path, settings.scoring)
+    rollouts = EpisodeStore.open(path)
+    if prefs_path is None:
+        return PreferenceSet(rollouts)
+    return write_pairs(rollouts, prefs_path, settings.scoring)

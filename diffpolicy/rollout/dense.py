@@ -33,7 +33,7 @@ class DenseReward:
             if not env.has_wrapper_attr(METHOD):
                 raise ValueError(
                     f"{spec.id} has no method {METHOD}(obs, action, reward); choose the rewards "
-                    "that it gave (reward=store), or give it one"
+                    "that it gave (judge.reward=store), or give it one"
                 )
             self._function: Any = env.get_wrapper_attr(METHOD)
         finally:

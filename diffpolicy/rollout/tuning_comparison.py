@@ -36,9 +36,9 @@ def compare_tunings(
             network evaluations in common, runs that were not scored, or two runs of one method with
             the same seed.
     """
-    found = [read_tuning_report(path) for path in reports]
-    _check_comparable(found)
-    found = _shared(found)
+    whole = [read_tuning_report(path) for path in reports]
+    _check_comparable(whole)
+    found = _shared(whole)
     rows = [_row(name, found, baseline) for name in dict.fromkeys(r["method"] for r in found)]
     rows.insert(0, _row(None, found, baseline))
     folder, first = Path(output), found[0]
@@ -49,11 +49,8 @@ def compare_tunings(
     names["episodes"] = len(first["seeds"])
     write_text(folder / "report.json", json.dumps({**names, "rows": rows}, indent=1))
     text = [f"# {first['task']}: tunings compared", ""]
-    text += [
-        f"{len(first['seeds'])} episodes of each policy.",
-        "",
-        comparison_table(rows, baseline),
-    ]
+    text += [f"{len(first['seeds'])} episodes of each policy{_left_out(whole, first)}.", ""]
+    text += [comparison_table(rows, baseline)]
     text += ["", "![score](score_by_nfe.png)", ""]
     return write_text(folder / "report.md", "\n".join(text))
 
@@ -106,6 +103,15 @@ def _check_comparable(reports: Sequence[Mapping[str, Any]]) -> None:
             f"two reports are of {twice[0][0]!r} with seed {twice[0][1]}; leave one out, or name "
             "them with method=..."
         )
+
+
+def _left_out(reports: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> str:
+    """Which methods have results that are not compared."""
+    nfes, seeds = list(shared["episodes"]["before"]), shared["seeds"]
+    more = [r["method"] for r in reports if r["seeds"] != seeds or list(r["before"]) != nfes]
+    if not more:
+        return ""
+    return f"; further episodes or numbers of steps of {', '.join(dict.fromkeys(more))} left out"
 
 
 def _common(lists: Sequence[Sequence[Any]]) -> list[Any]:

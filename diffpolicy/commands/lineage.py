@@ -1,0 +1,81 @@
+"""Which run a policy comes from: a tuned one knows the run before it, and that its environment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffpolicy.config import ConfigError, TrainConfig, build
+
+FILE = "config.yaml"
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The configuration of a run, as plain values."""
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(OmegaConf.load(run / FILE))
+    return {str(k): v for k, v in values.items()} if isinstance(values, dict) else {}
+
+
+def lineage(run: str | Path) -> list[Path]:
+    """A run, the run that it was tuned from, and so on.
+
+    Raises:
+        ConfigError: one of them is not there, or was made of a later one.
+    """
+    found = [Path(run)]
+    while True:
+        last = found[-1]
+        if not (last / FILE).is_file():
+            raise ConfigError(_missing(found))
+        values = read_config(last)
+        if values.get("env") or not values.get("pretrained"):
+            return found
+        found.append(Path(values["pretrained"]))
+        if found[-1].resolve() in [known.resolve() for known in found[:-1]]:
+            chain = " from ".join(map(str, found))
+            raise ConfigError(f"these runs say that each was tuned from the next: {chain}")
+
+
+def _missing(found: Sequence[Path]) -> str:
+    run = found[-1]
+    if len(found) == 1:
+        return (
+            f"no trained policy in {run}: make it with `diffpolicy train experiment={run.name}`, "
+            "or set pretrained=RUN"
+        )
+    return (
+        f"{found[-2]} was tuned from {run}, which knows its environment and is not here; start "
+        "where both are, or give the environment if the command takes one (env=ID, env.id=ID)"
+    )
+
+
+def pretraining(run: str) -> TrainConfig:
+    """The configuration that a policy was trained with, before it was tuned, if it was.
+
+    Raises:
+        ConfigError: no run of a policy.
+    """
+    values = read_config(lineage(run)[-1])
+    if "env" not in values:
+        raise ConfigError(f"{run} is no run of a policy; set pretrained=RUN")
+    return build(TrainConfig, values)
+
+
+def recorded_env(checkpoint: str | Path) -> dict[str, Any] | None:
+    """The environment of the run that a checkpoint lies in, or that it was tuned from.
+
+    Raises:
+        ConfigError: the run that it was tuned from is not there.
+    """
+    root = Path(checkpoint).resolve()
+    folders = (root, *list(root.parents)[:3])
+    run = next((folder for folder in folders if (folder / FILE).is_file()), None)
+    if run is None:
+        return None
+    return read_config(lineage(run)[-1]).get("env") or None
+
+
+__all__ = ["lineage", "pretraining", "read_config", "recorded_env"]
