@@ -80,12 +80,7 @@ class PlanPairs:
             ValueError: unknown settings, values out of range, or a policy that acts with guidance
                 or another temperature, with which these plans would not be drawn.
         """
-        if spec.sampler.guidance_scale != 1 or spec.value_scale != 0 or spec.temperature != 1:
-            raise ValueError(
-                "own plans are drawn without guidance at temperature 1, and this policy acts with "
-                f"guidance_scale={spec.sampler.guidance_scale}, value_scale={spec.value_scale}, "
-                f"temperature={spec.temperature}; tune it with 1, 0 and 1"
-            )
+        check_plain(spec)
         names = [name for name in setting_names(OwnPlans) if name not in NOT_READ]
         check_known(config, ["every", *names], "plans")
         sampler = spec.sampler
@@ -143,9 +138,11 @@ def pair_plans(
 
     Raises:
         FileExistsError: something else is at one of the paths.
-        ValueError: no pair, or observations that do not fit the policy.
+        ValueError: no pair, observations that do not fit the policy, or one that acts otherwise
+            than plans are drawn (with guidance, or at another temperature than 1).
     """
     spec, store_path, prefs_path = policy.spec, Path(store_path), Path(prefs_path)
+    check_plain(spec)
     check_replaceable(prefs_path)
     rows = _rows(episodes, settings.every)
     windows = Windows(
@@ -179,6 +176,16 @@ def pair_plans(
         )
     attrs = {**sizes_of(spec), "plans": settings.to_dict(), "seed": seed}
     return _written(pairs, store_path, prefs_path, {"made_by": MADE_BY, **attrs})
+
+
+def check_plain(spec: PolicySpec) -> None:
+    """Raise ``ValueError`` if a policy acts with guidance, or at another temperature than 1."""
+    if spec.sampler.guidance_scale != 1 or spec.value_scale != 0 or spec.temperature != 1:
+        raise ValueError(
+            "own plans are drawn without guidance at temperature 1, and this policy acts with "
+            f"guidance_scale={spec.sampler.guidance_scale}, value_scale={spec.value_scale}, "
+            f"temperature={spec.temperature}; tune it with 1, 0 and 1"
+        )
 
 
 def sizes_of(spec: PolicySpec) -> dict[str, Any]:

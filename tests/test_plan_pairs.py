@@ -191,10 +191,13 @@ def test_worths_are_numbers(policy, episodes, tmp_path):
         paired(policy, episodes, tmp_path, reward=undefined)
 
 
-def test_a_policy_with_guidance_draws_other_plans(policy):
+def test_a_policy_at_another_temperature_draws_other_plans(policy, episodes, tmp_path):
     cold = policy.with_settings(temperature=0.5)
     with pytest.raises(ValueError, match=r"temperature=0\.5"):
         PlanPairs.from_config({}, cold.spec)
+    with pytest.raises(ValueError, match=r"temperature=0\.5"):
+        paired(cold, episodes, tmp_path)
+    assert not (tmp_path / "plans.zarr").exists()
 
 
 @pytest.mark.parametrize(

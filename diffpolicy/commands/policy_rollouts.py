@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ def check_rollouts(config: PolicyTuningConfig, base: TrainConfig, policy: Diffus
     if config.judge is not None:
         new_judge(config, policy)
         dense_reward(config, base)
+        _check_scoring(config.collect or {})
         longest = _check_store(config) or longest
     if config.plans is not None:
         every = PlanPairs.from_config(config.plans, policy.spec).every
@@ -55,20 +57,24 @@ def check_rollouts(config: PolicyTuningConfig, base: TrainConfig, policy: Diffus
             )
 
 
-def _check_store(config: PolicyTuningConfig) -> int | None:
-    """The longest of given rollouts, which must hold what a judge learns from.
-
-    Raises:
-        ConfigError: they do not, or settings that say what pairs of rollouts would be.
-    """
-    from diffpolicy.data.preferences import PreferenceSet
-
-    collect, usual = config.collect or {}, Collecting()
+def _check_scoring(collect: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for settings of pairs of rollouts, where there are none."""
+    usual = Collecting()
     idle = [n for n in SCORING if collect.get(n, getattr(usual, n)) != getattr(usual, n)]
     if idle:
         raise ConfigError(
             f"collect.{idle[0]} has no effect: with judge own plans are compared, not rollouts"
         )
+
+
+def _check_store(config: PolicyTuningConfig) -> int | None:
+    """The longest of given rollouts, which must hold what a judge learns from.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    from diffpolicy.data.preferences import PreferenceSet
+
     if config.preferences is None:
         return None
     store = PreferenceSet.open(config.preferences).store

@@ -86,16 +86,6 @@ def _check_comparable(reports: Sequence[Mapping[str, Any]]) -> None:
         values = [report[name] for report in reports]
         if any(value != values[0] for value in values):
             raise ValueError(f"tunings of one {name} can be compared; these differ in it")
-    if not _common([report["seeds"] for report in reports]):
-        raise ValueError("tunings scored on the same seeds can be compared; these share none")
-    for report in reports[1:]:
-        own, first = list(report["before"]), list(reports[0]["before"])
-        if not _common([own, first]):
-            raise ValueError(
-                "tunings scored at the same numbers of steps can be compared; "
-                f"{reports[0]['method']!r} has nfe={_listed(first)} and {report['method']!r} "
-                f"nfe={_listed(own)}: tune one of them again with the nfe of the other"
-            )
     keys = [(report["method"], report["seed"]) for report in reports]
     twice = [key for key in keys if keys.count(key) > 1]
     if twice:
@@ -120,13 +110,20 @@ def _common(lists: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def _shared(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The reports cut down to the episodes and numbers of steps that all of them have."""
+    """The reports cut down to the episodes and numbers of steps that all of them have.
+
+    Raises:
+        ValueError: there are none.
+    """
     seeds = _common([report["seeds"] for report in reports])
     nfes = _common([list(report["before"]) for report in reports])
+    if not seeds:
+        raise ValueError("tunings scored on the same seeds can be compared; these share none")
     if not nfes:
+        own = [f"{r['method']!r} has nfe={_listed(list(r['before']))}" for r in reports]
         raise ValueError(
-            "these tunings have no number of steps in common: "
-            + ", ".join(f"{r['method']!r} nfe={_listed(list(r['before']))}" for r in reports)
+            "tunings scored at the same numbers of steps can be compared; "
+            f"{' and '.join(own)}: tune one of them again with the nfe of the others"
         )
     found = []
     for report in reports:

@@ -198,7 +198,11 @@ def test_what_cannot_be_compared_is_said(tmp_path, scores):
     whole = json.loads((folder / "report.json").read_text())
     for name, changes, message in (
         ("seeds", {"seeds": [seed + 1000 for seed in whole["seeds"]]}, "these share none"),
-        ("nfe", {"before": {"1": whole["before"]["4"]}}, r"'a' has nfe=\[4\] and 'c' nfe=\[1\]"),
+        (
+            "nfe",
+            {"before": {"1": whole["before"]["4"]}},
+            r"'a' has nfe=\[4\] and 'c' has nfe=\[1\]",
+        ),
         ("unscored", {"before": {}, "after": {}, "seeds": []}, "was not scored"),
     ):
         changed = tmp_path / f"{name}.json"
