@@ -32,7 +32,7 @@ MANIFEST = "MANIFEST.json"
 _NUMBERS = itertools.count()
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old|gone)-(\w+)-(\d+)-(\d+)-\d+(\.\w+)?")
 
-Owned = Callable[[str], bool] | Collection[str]
+Owned = Callable[[str], object] | Collection[str]
 
 
 class ForeignFilesError(ValueError):
@@ -62,15 +62,19 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str], suffix: str | None = None) -> Iterator[Path]:
     """Yield the path of a file to write; when the block ends, it takes the place of ``path``.
 
-    The yielded path has the suffix of ``path``, for writers that choose the format by it. An
-    error in the block leaves ``path`` as it was.
+    An error in the block leaves ``path`` as it was.
+
+    Args:
+        path: the file.
+        suffix: of the yielded path, for writers that choose the format by it; that of ``path`` by
+            default.
     """
     target = Path(path).resolve()  # a link stays a link
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = _beside(target, "partial", target.suffix)
+    partial = _beside(target, "partial", target.suffix if suffix is None else suffix)
     try:
         with naming(target):
             yield partial
@@ -120,7 +124,7 @@ def replaced_directory(
         partial.mkdir()
         try:
             yield partial
-            if not (partial / MANIFEST).exists():
+            if owned is None and not (partial / MANIFEST).exists():
                 write_manifest(partial, {name: {} for name in _files(partial)})
             for folder, _, names in os.walk(partial):
                 for name in names:

@@ -6,7 +6,6 @@ every method that reads pairs or labels learns from the same ones.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -240,12 +239,11 @@ def _new_store(path: Path, prefs_path: Path, spec: PolicySpec) -> EpisodeStore:
         if not EpisodeStore.open(path).attrs.get("plans"):
             raise FileExistsError(f"{path} holds something else than plans; move it away")
         prefs_path.unlink(missing_ok=True)
-        shutil.rmtree(path)
     fields = {
         "obs": FieldSpec((spec.obs_dim,), "float32"),
         "action": FieldSpec((spec.action_dim,), "float32"),
     }
-    return EpisodeStore.create(path, fields, attrs={"plans": True})
+    return EpisodeStore.create(path, fields, attrs={"plans": True}, overwrite=True)
 
 
 def _pairs(begun: int, values: Tensor, spec: PolicySpec) -> list[Pair]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from diffpolicy.commands.options import parse
 from diffpolicy.config import ConfigError
+from diffpolicy.files import write_atomic
 
 TARGETS = {
     "sampling": "total <= 0.5 x the same network driven by diffusers' DDPMScheduler; "
@@ -79,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
     if options["output"]:
         path = Path(options["output"])
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        write_atomic(path, json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from diffpolicy.commands.bench import interleaved, ratio
 from diffpolicy.commands.options import parse
 from diffpolicy.config import ConfigError
+from diffpolicy.files import write_atomic
 
 VARIANTS = ("straightforward", "fast", "lean")
 TOLERANCE = 1e-5
@@ -115,7 +116,7 @@ def run(arguments: Sequence[str]) -> int:
     if options["json"]:
         path = Path(options["json"])
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        write_atomic(path, json.dumps(report, indent=1) + "\n")
     return 0 if equal else 1
 
 

@@ -15,6 +15,7 @@ import torch
 
 from diffpolicy.commands.options import parse
 from diffpolicy.config import ConfigError
+from diffpolicy.files import write_atomic
 
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy
@@ -99,7 +100,7 @@ def run(arguments: Sequence[str]) -> int:
     if options["json"]:
         path = Path(options["json"])
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        write_atomic(path, json.dumps(report, indent=1) + "\n")
     return 0
 
 

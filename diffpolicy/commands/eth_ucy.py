@@ -15,6 +15,7 @@ import torch
 
 from diffpolicy.commands.eth_ucy_arms import TRAINERS, Arm, Settings, score
 from diffpolicy.data.eth_ucy import FOLDS, Trajectories, fold_scenes, read_scenes, trajectories
+from diffpolicy.files import atomic_file, write_atomic
 from diffpolicy.training.settings import mix_seed
 
 DRAWN = 4  # held-out pedestrians in the picture, per fold
@@ -91,9 +92,7 @@ def _open(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, report: Mapping[str, Any]) -> None:
-    whole = path.with_suffix(".partial")
-    whole.write_text(json.dumps(report, indent=1))
-    whole.replace(path)
+    write_atomic(path, json.dumps(report, indent=1))
 
 
 def _thinned(data: Trajectories, examples: int) -> Trajectories:
@@ -226,7 +225,8 @@ def draw(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         row[0].set_ylabel(f"{fold}: {arm}", fontsize=8)
     figure.suptitle("Observed (black), true (blue), 20 plans (orange); metres", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=110)
     pyplot.close(figure)
 
 

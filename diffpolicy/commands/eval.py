@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ def help_text() -> str:
 usage: diffpolicy eval checkpoint=RUN [key=value] ...
 
 Rolls a policy out in its environment, one episode per seed, and prints `RESULT {{json}}`;
-everything about each episode goes to eval.json.
+everything about each episode goes to eval.json, in output= or in RUN/eval (RUN/eval_2, ... for
+later evaluations: none is overwritten).
 
 settings:
     {indent.join(settings.splitlines())}
@@ -55,6 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     config = load_eval(arguments)
     if config.evaluation.episodes == 0:
         raise ConfigError("evaluation.episodes=0 leaves nothing to evaluate")
+    output = output_of(config)
     device = pick_device(config.device, config.threads)
     choose_rendering(config.evaluation.video_episodes)
     policy = DiffusionPolicy.from_pretrained(
@@ -71,7 +74,6 @@ def run(arguments: Sequence[str]) -> int:
     rank_candidates(policy, config)
     env = _environment(config, policy.spec.env_id)
     spec = EnvSpec(env.id, env.kwargs, env.max_episode_steps)
-    output = Path(config.output) if config.output else Path(config.checkpoint) / "eval"
     acting = acting_policy(policy, config)
     result = evaluate_policy(
         acting,
@@ -84,9 +86,30 @@ def run(arguments: Sequence[str]) -> int:
     report: dict[str, Any] = {"task": env.name, **summary(result)}
     if isinstance(acting, DelayedPolicy):
         report["latency"] = {"control_ms": config.control_ms, **_latency_settings(config)}
+    report["output"] = str(output)
     report["total_s"] = round(time.perf_counter() - began, 1)
     print("RESULT " + json.dumps(report))
     return 0
+
+
+def output_of(config: EvalConfig) -> Path:
+    """Where the results go: never where those of an earlier evaluation are.
+
+    Raises:
+        ConfigError: the given ``output`` holds some.
+    """
+    if config.output:
+        output = Path(config.output)
+        if (output / "eval.json").exists():
+            raise ConfigError(
+                f"{output} holds the results of another evaluation (eval.json); give another "
+                "output, or remove them"
+            )
+        return output
+    first = Path(config.checkpoint) / "eval"
+    later = (first.with_name(f"eval_{number}") for number in itertools.count(2))
+    places = itertools.chain([first], later)
+    return next(place for place in places if not (place / "eval.json").exists())
 
 
 def _settings(config: EvalConfig) -> dict[str, Any]:

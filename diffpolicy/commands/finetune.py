@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.finetune_policy import of_policies, run_policy
+from diffpolicy.commands.one_writer import one_writer
 from diffpolicy.commands.options import groups_help
 from diffpolicy.commands.train import pick_device
 from diffpolicy.commands.train_sequences import (
@@ -124,6 +125,7 @@ def _refuse_idle(config: FinetuneConfig, overrides: Sequence[str]) -> None:
             raise ConfigError(f"{key} has no effect with finetune=none; leave it out")
 
 
+@one_writer
 def finetune(config: FinetuneConfig, *, resume: bool = False) -> int:
     """Run one tuning, from the pre-trained model to a report."""
     from diffpolicy.sequences.report import read_report, write_report
@@ -142,6 +144,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> int:
     model, tuned = pretrained, None
     if config.finetune["type"] != "none":
         from diffpolicy.sequences.tuning import tune
+        from diffpolicy.training.run_files import has_run
 
         tuned = tune(
             pretrained,
@@ -151,7 +154,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> int:
             run_dir,
             eval_draws=config.eval_draws,
             num_steps=config.num_steps,
-            resume=resume,
+            resume=resume and has_run(run_dir),
             overwrite=config.overwrite,
         )
         if tuned.interrupted:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.lineage import pretraining
+from diffpolicy.commands.one_writer import one_writer
 from diffpolicy.commands.policy_rollouts import collected, judged
 from diffpolicy.commands.stores import env_spec
 from diffpolicy.commands.train import make_workers, pick_device, validator
@@ -46,6 +47,7 @@ def run_policy(arguments: Sequence[str]) -> int:
     return finetune_policy(config)
 
 
+@one_writer
 def finetune_policy(config: PolicyTuningConfig, *, resume: bool = False) -> int:
     """Run one tuning, from the pre-trained policy to a report.
 
@@ -141,6 +143,8 @@ class _Run:
         self, policy: DiffusionPolicy, folder: Path, number: int
     ) -> tuple[DiffusionPolicy, dict[str, Any]] | None:
         """The best checkpoint by the validation score; ``None`` if it was stopped."""
+        from diffpolicy.training.run_files import has_run
+
         config = self.config
         preferences = collected(config, self.base, policy, folder, number)
         found = judged(config, self.base, policy, preferences, folder)
@@ -153,7 +157,7 @@ class _Run:
             folder,
             adapters=config.adapters,
             evaluate=self.validate,
-            resume=self.resume,
+            resume=self.resume and has_run(folder),
         )
         training = policy.last_training
         assert training is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,11 +204,14 @@ def judged(
         are of the policy's own plans with ``plans``; or the value, for methods with ``online``.
         ``None`` if it was stopped.
     """
+    from diffpolicy.training.run_files import has_run
+
     if config.judge is None or preferences is None:
         return {"preferences": preferences}
     value, settings = new_judge(config, policy)
     rollouts = preferences.store
-    value.learn(dense_reward(config, base), rollouts, settings, folder / VALUE, resume=True)
+    place = folder / VALUE
+    value.learn(dense_reward(config, base), rollouts, settings, place, resume=has_run(place))
     assert value.last_training is not None
     if value.last_training.interrupted:
         return None
@@ -232,7 +234,6 @@ def _plans(
     assert config.plans is not None
     if (folder / PLAN_PAIRS).exists():
         return PreferenceSet.open(folder / PLAN_PAIRS)
-    shutil.rmtree(folder / PLANS, ignore_errors=True)  # of a call that was killed
     return pair_plans(
         policy,
         value,

@@ -32,6 +32,7 @@ from diffpolicy.commands.reproduce_intervals import INTERVALS
 from diffpolicy.commands.reproduce_run import run_beside, run_here
 from diffpolicy.commands.reproduce_table import aggregates_of, rows_of, text
 from diffpolicy.config import ConfigError
+from diffpolicy.files import write_atomic
 
 OPTIONS: dict[str, Any] = {
     "datasets": None,
@@ -153,10 +154,7 @@ class _Report:
                 "cells": dict(self.states),
             }
         )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.path.with_name(self.path.name + ".partial")
-        whole.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        whole.replace(self.path)
+        write_atomic(self.path, json.dumps(report, indent=1, allow_nan=False) + "\n")
         return dict(report)
 
 

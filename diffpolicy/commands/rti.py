@@ -10,6 +10,7 @@ from typing import Any
 
 from diffpolicy.commands.options import parse
 from diffpolicy.config import ConfigError
+from diffpolicy.files import write_atomic
 
 DEFAULTS: dict[str, Any] = {
     "data": None,
@@ -104,7 +105,7 @@ def write_policy(policy: Any, output: Path, source: str, extra: dict[str, Any]) 
     """A run directory with the policy, notes about it, and the source's environment."""
     policy.save(output / "policy")
     for name, values in extra.items():
-        (output / name).write_text(json.dumps(values, indent=1) + "\n")
+        write_atomic(output / name, json.dumps(values, indent=1) + "\n")
     config = Path(source) / "config.yaml"
     if config.is_file():  # so that `diffpolicy eval` knows the environment
-        (output / "config.yaml").write_text(config.read_text())
+        write_atomic(output / "config.yaml", config.read_bytes())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.config import ConfigError, TrainConfig
+from diffpolicy.files import write_atomic
 
 if TYPE_CHECKING:
     from diffpolicy.data.store import EpisodeStore
@@ -117,7 +118,7 @@ def normalized(config: TrainConfig, store: EpisodeStore, result: EvalResult) -> 
         versions=result.env["versions"],
         constant_columns=store.attrs.get("constant_obs_columns", ()),
     )
-    (Path(config.run_dir) / "score.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_atomic(Path(config.run_dir) / "score.json", json.dumps(found, indent=1) + "\n")
     label = found["label"]
     return {
         "normalized_score": round(found["score"]["value"], 2),

@@ -11,10 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffpolicy.commands.one_writer import one_writer
 from diffpolicy.commands.options import groups_help
 from diffpolicy.commands.stores import env_spec, normalized, open_store
 from diffpolicy.config import ConfigError, EvaluationConfig, TrainConfig, config_dir, load_train
 from diffpolicy.config_sequences import SequenceTrainConfig, is_sequences, load_sequence_train
+from diffpolicy.files import write_atomic
 
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy
@@ -90,6 +92,7 @@ def _run_sequences(overrides: Sequence[str], *, show: bool) -> int:
     return train_sequences(config)
 
 
+@one_writer
 def train(config: TrainConfig, *, resume: bool = False) -> int:
     """Run one training configuration from data to scores."""
     began = time.perf_counter()
@@ -304,10 +307,11 @@ def learn(
 ) -> None:
     """Write the run's configuration and train."""
     from diffpolicy.learning import Learning
+    from diffpolicy.training.run_files import has_run
 
     trainer = trainer_config(config)
     if _group().first:
-        (Path(config.run_dir) / "config.yaml").write_text(_yaml(config))
+        write_atomic(Path(config.run_dir) / "config.yaml", _yaml(config))
     policy.learn(
         store,
         trainer,
@@ -316,7 +320,7 @@ def learn(
         max_episodes=config.data.max_episodes,
         learning=Learning.from_config(config.learning),
         evaluate=validate,
-        resume=resume,
+        resume=resume and has_run(config.run_dir),
         overwrite=config.overwrite,
     )
 

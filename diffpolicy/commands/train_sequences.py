@@ -8,9 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffpolicy.commands.one_writer import one_writer
 from diffpolicy.commands.train import pick_device
 from diffpolicy.config import ConfigError, build
 from diffpolicy.config_sequences import SequenceTrainConfig
+from diffpolicy.files import write_atomic
 
 if TYPE_CHECKING:
     from diffpolicy.sequences.model import SequenceModel
@@ -18,9 +20,11 @@ if TYPE_CHECKING:
     from diffpolicy.sequences.task import SequenceTask
 
 
+@one_writer
 def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int:
     """Run one pre-training, from the task's data to a report."""
     from diffpolicy.sequences.model import SequenceModel
+    from diffpolicy.training.run_files import has_run
 
     began = time.perf_counter()
     run_dir = Path(config.run_dir)
@@ -40,7 +44,7 @@ def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int
         run_dir,
         labels=labels if config.label_quantiles else None,
         val_fraction=config.val_fraction,
-        resume=resume,
+        resume=resume and has_run(run_dir),
         overwrite=config.overwrite,
     )
     training = model.last_training
@@ -50,7 +54,7 @@ def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int
         return 130
     oracles = configured_oracles(config, task, run_dir, device, overwrite=config.overwrite)
     row = _report(config, model, task, oracles)
-    (run_dir / "report.json").write_text(json.dumps(row, indent=1) + "\n")
+    write_atomic(run_dir / "report.json", json.dumps(row, indent=1) + "\n")
     short = {
         "task": config.name,
         "train_s": round(training.train_s, 1),
@@ -113,8 +117,7 @@ def write_config(run_dir: Path, config: Any) -> None:
     """Keep the configuration beside the run."""
     from omegaconf import OmegaConf
 
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -58,11 +57,32 @@ def clear(run_dir: Path, inputs: Mapping[str, Path]) -> None:
     if found:
         for folder in (run_dir, *_rounds(run_dir)):
             _check_answers(folder)
-    for path in found:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    for only_check in (True, False):  # nothing is removed if anything must stay
+        for folder in (*_rounds(run_dir), run_dir / VALUE, run_dir):
+            _remove(folder, only_check=only_check)
+
+
+def _remove(folder: Path, *, only_check: bool) -> None:
+    """Remove what a tuning leaves in one folder, and the folder if nothing else is in it.
+
+    Raises:
+        ValueError: something else is in a directory that would be removed.
+    """
+    from diffpolicy.data.layout import clear_target
+    from diffpolicy.files import check_owned, remove_owned
+    from diffpolicy.training.run_files import clear_run
+
+    clear_run(folder, only_check=only_check)
+    if (folder / VALUE).exists():
+        _remove(folder / VALUE, only_check=only_check)
+    for name in (ROLLOUTS, PLANS):
+        clear_target(folder / name, overwrite=True, remove=not only_check)
+    (check_owned if only_check else remove_owned)(folder / "policy")
+    if not only_check:
+        for name in (PREFERENCES, PLAN_PAIRS):
+            (folder / name).unlink(missing_ok=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def trained_policy(folder: Path) -> Path:
@@ -70,11 +90,9 @@ def trained_policy(folder: Path) -> Path:
 
     A ``policy`` beside the checkpoints may be of another training.
     """
-    from diffpolicy.training.checkpoint import read_pointer
+    from diffpolicy.training.checkpoint import Snapshots
 
-    checkpoints = folder / "checkpoints"
-    name = read_pointer(checkpoints / "best") or read_pointer(checkpoints / "last")
-    return checkpoints / str(name) / "policy"
+    return Snapshots(folder / "checkpoints").policy()
 
 
 def _rounds(run_dir: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from diffpolicy.data import layout
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.formats import EpisodeSource, Format, get_format
 from diffpolicy.data.store import EpisodeStore
+from diffpolicy.files import WriterLock
 
 if TYPE_CHECKING:
     import os
@@ -77,17 +77,14 @@ def convert(
     layout.clear_target(goal, overwrite=overwrite, remove=False)
     name, module = get_format(format, origin)
     reader = module.open_source(origin)
-    partial = goal.with_name(f".{goal.name}.partial")
     try:
         mapping = _mapping(reader, module, fields)
         kept = dict(reader.attrs) | {"source": {"name": origin.name, "format": name}}
         episodes = _episodes(reader, mapping, transform, max_episodes)
-        _write(partial, episodes, kept | dict(attrs or {}))
-        layout.clear_target(goal, overwrite=overwrite)
-        partial.rename(goal)
+        with WriterLock(goal, "converting to it"), layout.replaced(goal) as partial:
+            _write(partial, episodes, kept | dict(attrs or {}))
     finally:
         reader.close()
-        shutil.rmtree(partial, ignore_errors=True)
     return EpisodeStore.open(goal)
 
 

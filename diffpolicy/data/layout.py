@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import shutil
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,8 +13,16 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore, ZipStore
 
+from diffpolicy.files import (
+    ForeignFilesError,
+    WriterLock,
+    check_owned,
+    remove_owned,
+    replaced_directory,
+)
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -224,10 +233,45 @@ def clear_target(target: Path, *, overwrite: bool, remove: bool = True) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{target} exists; choose another path, or pass overwrite=True")
-    if not any((target / name).exists() for name in ("zarr.json", ".zgroup")):
-        raise FileExistsError(f"{target} exists and is not a store, so it is not overwritten")
-    if remove:
-        shutil.rmtree(target)
+    if not (target / "zarr.json").exists():
+        raise FileExistsError(f"{target} exists and is not a store of ours, so it stays")
+    try:
+        with WriterLock(target, "replacing it"):
+            (remove_owned if remove else check_owned)(target, _owned(target))
+    except ForeignFilesError as error:
+        raise FileExistsError(str(error)) from None
+
+
+def replaced(target: Path) -> contextlib.AbstractContextManager[Path]:
+    """Yield a directory for a new store, which then takes the place of one of ours at `target`."""
+    return replaced_directory(target, owned=_owned(target))
+
+
+def _owned(target: Path) -> Callable[[str], bool]:
+    """Which files of a store are ours: those of the arrays that its attributes name."""
+    try:
+        attributes = json.loads((target / "zarr.json").read_bytes())["attributes"]
+        fields = list(attributes["fields"]) if attributes["format"] == FORMAT else []
+    except (ValueError, KeyError, TypeError):
+        fields = []
+    except OSError:  # nothing there
+        fields = []
+    if not fields:
+        return lambda name: False
+    arrays = [f"data/{name}" for name in fields] + ["meta/episode_ends", "meta/episode_attrs"]
+    names = "|".join(re.escape(name) for name in arrays)
+    half = r"\.[0-9a-f]{32}\.partial"
+    ours = re.compile(
+        rf"((data|meta|{names})/)?zarr(\.json|{half})|({names})/c(/\d+)+({half})?"
+        rf"|(data|meta|{names})(/c(/\d+)*)?/"
+    )
+    return lambda name: ours.fullmatch(name) is not None
+
+
+def partial_files(target: Path) -> list[Path]:
+    """The half-written files of a store, which zarr names by 32 hexadecimal digits."""
+    found = target.rglob("*.partial")
+    return [path for path in found if re.fullmatch(r".+\.[0-9a-f]{32}\.partial", path.name)]
 
 
 def sync_to_disk(root: Path) -> None:

@@ -29,6 +29,7 @@ import numpy as np
 
 from diffpolicy.data.preference_records import check_range, record_from_json, segments_of
 from diffpolicy.data.store import EpisodeStore
+from diffpolicy.files import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -173,13 +174,7 @@ def relative_place(store: Path, file: Path) -> str:
 
 def write_header(path: Path, header: dict[str, Any]) -> None:
     """Make a file that has only a header, in place of what is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(encoded(header))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_atomic(path, encoded(header))
 
 
 def parsed(

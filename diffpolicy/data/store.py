@@ -36,7 +36,9 @@ from diffpolicy.data.fields import (
 )
 from diffpolicy.data.layout import StoreDamagedError
 from diffpolicy.data.reader import EpisodeReader
+from diffpolicy.data.session import Session
 from diffpolicy.data.statistics import compute_statistics
+from diffpolicy.files import WriterLock
 
 if TYPE_CHECKING:
     import os
@@ -53,13 +55,15 @@ class EpisodeStore(EpisodeReader):
 
     Build one with `create`, `open` or `from_arrays`. Used as a context manager it is finalized on
     leaving (but not when an exception leaves). `obs[t]` is what the policy saw before `action[t]`.
-    One writer at a time; any number of readers, also while it writes.
+    One process writes at a time, from its first append until it finalizes or closes the store;
+    others are refused. Any number may read, also meanwhile.
     """
 
     def __init__(self, group: zarr.Group, path: Path | None, *, writable: bool) -> None:
         super().__init__(group, path)
         self._writable = writable
         self._tails: dict[str, layout.Tail] | None = None
+        self._session = Session(path) if writable and path is not None else None
 
     # -- making one ---------------------------------------------------------------------------
 
@@ -94,8 +98,10 @@ class EpisodeStore(EpisodeReader):
         specs = field_specs(fields)
         if target.suffix == ".zip":
             raise ValueError(f"a zip cannot be appended to: name the directory {target.stem}")
-        layout.clear_target(target, overwrite=overwrite)
-        return cls._create(LocalStore(target), target, specs, attrs, chunk_rows)
+        layout.clear_target(target, overwrite=overwrite, remove=False)
+        with WriterLock(target, "making it"), layout.replaced(target) as partial:
+            cls._create(LocalStore(partial), partial, specs, attrs, chunk_rows)._finalizer()
+        return cls(layout.open_group(target, writable=True), target, writable=True)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], mode: Literal["r", "a"] = "r") -> EpisodeStore:
@@ -114,6 +120,7 @@ class EpisodeStore(EpisodeReader):
             ValueError: It is not a store, or cannot be appended to.
             StoreDamagedError: Its metadata contradict each other, or (to append) the last chunk
                 cannot be read.
+            BusyError: (to append) Another process is writing to it; names it.
         """
         if mode not in ("r", "a"):
             raise ValueError(f"mode must be 'r' (read) or 'a' (append); got {mode!r}")
@@ -131,9 +138,11 @@ class EpisodeStore(EpisodeReader):
                     f"{target} is a Diffusion Policy replay buffer, which is only read; make a "
                     f"store of it with `diffpolicy data convert {target} TARGET.zarr`"
                 )
-            for leftover in target.rglob("*.partial"):  # half-written files of a killed writer
+            store._begin()
+            for leftover in layout.partial_files(target):  # of a killed writer
                 leftover.unlink()
             store._trim()
+            store._end()
         return store
 
     @classmethod
@@ -247,8 +256,14 @@ class EpisodeStore(EpisodeReader):
         Raises:
             ValueError: The store is read-only, or a value is not JSON.
         """
-        self._require_writable()
-        self._group.attrs.update(user_attrs(attrs))
+        new = user_attrs(attrs)
+        appending = self._tails is not None
+        self._begin()
+        try:
+            self._group.attrs.update(new)
+        finally:
+            if not appending:
+                self._end()
 
     def finalize(self) -> None:
         """Cut the arrays to size, compute the statistics and bring everything to the disk.
@@ -258,17 +273,21 @@ class EpisodeStore(EpisodeReader):
         Raises:
             ValueError: The store is read-only, or holds values that are not finite.
         """
-        self._require_writable()
-        self._trim()
-        if self.num_steps:
-            self._group.attrs["statistics"] = cast("Any", compute_statistics(self))
-        if self._path is not None:
-            layout.sync_to_disk(self._path)
+        self._begin()
+        try:
+            self._trim()
+            if self.num_steps:
+                self._group.attrs["statistics"] = cast("Any", compute_statistics(self))
+            if self._path is not None:
+                layout.sync_to_disk(self._path)
+        finally:
+            self._end()
 
     def close(self) -> None:
         """Finalize if episodes were appended since the last time, then let go of the files."""
         if self._tails is not None:
             self.finalize()
+        self._end()
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -283,6 +302,7 @@ class EpisodeStore(EpisodeReader):
         if kind is None:
             self.close()
         else:  # leave quickly; what was appended is published already
+            self._end()
             self._finalizer()
 
     # -- inside -------------------------------------------------------------------------------
@@ -290,6 +310,20 @@ class EpisodeStore(EpisodeReader):
     def _require_writable(self) -> None:
         if not self._writable:
             raise ValueError(f"{self.name} is open for reading; use EpisodeStore.open(path, 'a')")
+
+    def _begin(self) -> None:
+        """Become the one writer, and know what others have written before."""
+        self._require_writable()
+        if self._session is not None and self._session.begin():
+            self._finalizer()
+            assert self._path is not None
+            super().__init__(layout.open_group(self._path, writable=True), self._path)
+            self._tails = None
+
+    def _end(self) -> None:
+        """Let others write."""
+        if self._session is not None:
+            self._session.end()
 
     def _extend(
         self,
@@ -301,6 +335,7 @@ class EpisodeStore(EpisodeReader):
         self._require_writable()
         rows = checked_rows(self._fields, columns, ends)
         lines = "".join(json.dumps(jsonable(a, "episode_attrs")) + "\n" for a in attrs)
+        self._begin()
         tails, self._tails = self._tails or self._open_tails(), None
         for name, values in rows.items():
             tails[f"data/{name}"].append(values)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from diffpolicy.files import write_atomic
 from diffpolicy.rollout.scores import mean_interval, paired_difference
 from diffpolicy.rollout.tuning_plots import plot_nfe
-from diffpolicy.rollout.tuning_report import read_tuning_report, signed, write_text
+from diffpolicy.rollout.tuning_report import read_tuning_report, signed
 
 
 def compare_tunings(
@@ -47,12 +48,12 @@ def compare_tunings(
     plot_nfe(lines, folder / "score_by_nfe.png", score=first["score"], title=first["task"])
     names = {"task": first["task"], "score": first["score"], "baseline": baseline}
     names["episodes"] = len(first["seeds"])
-    write_text(folder / "report.json", json.dumps({**names, "rows": rows}, indent=1))
+    write_atomic(folder / "report.json", json.dumps({**names, "rows": rows}, indent=1))
     text = [f"# {first['task']}: tunings compared", ""]
     text += [f"{len(first['seeds'])} episodes of each policy{_left_out(whole, first)}.", ""]
     text += [comparison_table(rows, baseline)]
     text += ["", "![score](score_by_nfe.png)", ""]
-    return write_text(folder / "report.md", "\n".join(text))
+    return write_atomic(folder / "report.md", "\n".join(text))
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:

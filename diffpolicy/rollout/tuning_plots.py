@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from diffpolicy.files import atomic_file
 from diffpolicy.rollout.plots import read_metrics
 
 CURVES = ("accuracy", "gap", "error_chosen", "error_rejected", "saturated", "loss")
@@ -50,7 +51,8 @@ def plot_nfe(
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
     target = Path(path)
-    figure.savefig(target, dpi=120)
+    with atomic_file(target) as partial:
+        figure.savefig(partial, dpi=120)
     return target
 
 
@@ -79,7 +81,8 @@ def plot_curves(folder: Path) -> Path | None:
         axes.set_ylabel(name.replace("_", " "))
         axes.grid(visible=True, alpha=0.3)
     panels[-1].set_xlabel("update")
-    figure.savefig(folder / "curves.png", dpi=120)
+    with atomic_file(folder / "curves.png") as partial:
+        figure.savefig(partial, dpi=120)
     return folder / "curves.png"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from diffpolicy.files import write_atomic
 from diffpolicy.rollout.results import EvalResult
 from diffpolicy.rollout.scores import mean_interval, paired_difference
 from diffpolicy.rollout.tuning_plots import plot_curves, plot_nfe
@@ -126,8 +126,8 @@ def write_tuning_report(
         rows = {"before": report["before"], method: report["after"]}
         pictures.append(plot_nfe(rows, folder / "score_by_nfe.png", score=score, title=task))
     report["pictures"] = [p.name for p in pictures if p is not None]
-    write_text(folder / "report.json", json.dumps(report, indent=1))
-    write_text(folder / "report.md", _text(report))
+    write_atomic(folder / "report.json", json.dumps(report, indent=1))
+    write_atomic(folder / "report.md", _text(report))
     return report
 
 
@@ -180,19 +180,10 @@ def _text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write a file at once or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text)
-    partial.replace(path)
-    return path
-
-
 __all__ = [
     "episode_scores",
     "read_tuning_report",
     "signed",
     "without_failures",
-    "write_text",
     "write_tuning_report",
 ]

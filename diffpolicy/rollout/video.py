@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from diffpolicy.files import atomic_file
+
 if TYPE_CHECKING:
     from diffpolicy.rollout.results import EpisodeVideo
 
@@ -27,6 +29,8 @@ _LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa", "glfw": "GL"}
 # A scene of one sphere: the cheapest proof that a context can be made and drawn into.
 _PROBE = """
 import mujoco
+
+from diffpolicy.files import atomic_file
 model = mujoco.MjModel.from_xml_string(
     '<mujoco><worldbody><light pos="0 0 2"/><geom size=".2"/></worldbody></mujoco>')
 data = mujoco.MjData(model)
@@ -128,19 +132,16 @@ def write_mp4(path: str | Path, videos: Sequence[EpisodeVideo], *, fps: int = 20
     _import("imageio_ffmpeg")
     _require_pictures(videos)
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.tmp.mp4")
-    try:
+    with (
+        atomic_file(target, ".mp4") as partial,
         # H.264 wants even sides; padding below sees to it, so nothing must be rescaled.
-        with imageio.get_writer(
+        imageio.get_writer(
             partial, fps=fps, codec="libx264", macro_block_size=2, quality=8
-        ) as writer:
-            for video in videos:
-                for frame in video.frames:
-                    writer.append_data(_framed(frame, video.success))
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+        ) as writer,
+    ):
+        for video in videos:
+            for frame in video.frames:
+                writer.append_data(_framed(frame, video.success))
     return target
 
 
@@ -179,10 +180,8 @@ def contact_sheet(path: str | Path, videos: Sequence[EpisodeVideo], *, columns: 
         for row in rows
     ]
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.tmp.png")
-    image_module.fromarray(np.concatenate(padded)).save(partial)
-    partial.replace(target)
+    with atomic_file(target, ".png") as partial:
+        image_module.fromarray(np.concatenate(padded)).save(partial)
     return target
 
 

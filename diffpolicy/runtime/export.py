@@ -11,8 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffpolicy.files import check_owned, replaced_directory
 from diffpolicy.policies.base import Array
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.runtime.backends import OPSET, missing, need, to_onnx
@@ -95,9 +94,7 @@ def export_policy(
     """
     target = Path(output)
     _check_request(planner, target, batch_size, rate_hz, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with replaced_directory(target, owned=_files_of(target)) as scratch:
         loops: dict[str, dict[str, Any]] = {}
         for kind in deployed_kinds(planner):
             deployed = DeployedLoop(planner, kind, deterministic=deterministic).eval()
@@ -109,10 +106,6 @@ def export_policy(
         contract = _contract(planner, loops, batch, rate_hz)
         text = json.dumps(contract, indent=2) + "\n"
         (scratch / CONTRACT).write_text(text, encoding="utf-8")
-        scratch.chmod(0o755)  # mkdtemp makes it private
-        _publish(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     errors = [loop["max_error"] for loop in loops.values()]
     return ExportResult(target, contract, None if None in errors else max(errors))
 
@@ -144,11 +137,19 @@ def _check_request(
         return
     if not overwrite:
         raise ValueError(f"{target} exists; give another output, or overwrite=true to replace it")
-    ours = target.is_dir() and all(
-        f.name == CONTRACT or f.suffix == ".onnx" for f in target.iterdir()
-    )
-    if not ours:
-        raise ValueError(f"{target} is not an export: it holds other files and is not replaced")
+    if not target.is_dir() or (any(target.iterdir()) and not _files_of(target)):
+        raise ValueError(f"{target} is not an export, and is not replaced")
+    check_owned(target, _files_of(target))
+
+
+def _files_of(export: Path) -> set[str]:
+    """The files of an earlier export, by its contract."""
+    try:
+        contract = json.loads((export / CONTRACT).read_bytes())
+        loops = contract["loops"] if contract["format"] == FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {CONTRACT, *(f"{kind}.onnx" for kind in loops)}
 
 
 def _trace(deployed: DeployedLoop, batch: int, *, dynamic: bool) -> bytes:
@@ -284,19 +285,3 @@ def _contract(
         "versions": {**versions, "opset": OPSET},
     }
     return {**contract, "checksum": checksum(contract)}
-
-
-def _publish(scratch: Path, target: Path) -> None:
-    """Put the finished directory in its place; an earlier export leaves only then."""
-    if not target.exists():
-        scratch.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old / target.name)
-    try:
-        scratch.rename(target)
-    except OSError:
-        (old / target.name).rename(target)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from diffpolicy.files import atomic_file, write_atomic
 
 _PIP = 'pip install "diffpolicy[media]"'
 _PER_OCTAVE = 128  # buckets per factor of 2: quantiles are exact to 0.6 %
@@ -165,14 +166,7 @@ class ExecutorReport:
             ``path``.
         """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            partial.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
-        return target
+        return write_atomic(target, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     def plot(self, path: str | Path, *, title: str = "") -> Path:
         """Draws the histograms of plan latency and tick overhead, with p50, p99 and the budget.
@@ -207,13 +201,8 @@ class ExecutorReport:
         for axis, panel in zip(axes, panels, strict=True):
             _draw(axis, *panel)
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix or '.png'}")
-        try:
+        with atomic_file(target, target.suffix or ".png") as partial:
             figure.savefig(partial, dpi=120)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
         return target
 
 

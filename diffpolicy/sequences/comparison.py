@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from diffpolicy.files import write_atomic
 from diffpolicy.sequences.plots import plot_front, plot_logo
 from diffpolicy.sequences.report import (
     FORMAT,
@@ -19,7 +20,6 @@ from diffpolicy.sequences.report import (
     ending,
     read_report,
     to_json,
-    write_text,
 )
 from diffpolicy.sequences.tables import COSTS, figure, label_of, method_statistics, method_table
 
@@ -95,8 +95,8 @@ def compare_report(reports: Iterable[str | Path], output: str | Path) -> Path:
         "pictures": pictures,
         "notes": [*_kl_notes(rows), *notes],
     }
-    write_text(folder / "report.md", _comparison_text(report, method_table(rows, columns)))
-    return write_text(folder / "report.json", to_json(report))
+    write_atomic(folder / "report.md", _comparison_text(report, method_table(rows, columns)))
+    return write_atomic(folder / "report.json", to_json(report))
 
 
 def _check_comparable(reports: Sequence[Mapping[str, Any]]) -> None:

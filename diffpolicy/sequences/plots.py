@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffpolicy.files import atomic_file
 from diffpolicy.sequences.logos import COLORS, LogoArtist, check_profiles, import_matplotlib
 from diffpolicy.sequences.metrics import hacking_warning
 
@@ -300,13 +300,8 @@ def _finish(axis: Any, title: str = "") -> None:
 
 def _save(figure: Any, path: str | Path) -> Path:
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.tmp.png")
-    try:
+    with atomic_file(target, ".png") as partial:
         figure.savefig(partial, dpi=_DPI)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from diffpolicy.files import write_atomic
 from diffpolicy.sequences.exact import divergence, optimum
 from diffpolicy.sequences.logos import check_profiles
 from diffpolicy.sequences.oracles import Oracles, score
@@ -178,8 +178,8 @@ def write_report(run_dir: str | Path, result: TuningResult) -> Path:
         "pictures": pictures,
         "notes": notes,
     }
-    write_text(folder / "report.md", _run_text(report, title))
-    return write_text(folder / "report.json", to_json(report))
+    write_atomic(folder / "report.md", _run_text(report, title))
+    return write_atomic(folder / "report.json", to_json(report))
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
@@ -301,18 +301,6 @@ def draw_pictures(
 def to_json(values: Mapping[str, Any]) -> str:
     """The text of a JSON file; see :func:`plain`."""
     return json.dumps(plain(values), indent=1, allow_nan=False) + "\n"
-
-
-def write_text(target: Path, content: str) -> Path:
-    """Writes a file, all or nothing, and returns its path."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(content)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
 
 
 __all__ = [

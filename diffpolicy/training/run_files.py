@@ -60,10 +60,14 @@ def check_resumable(run_dir: Path, first: int) -> None:
         )
 
 
-def clear_run(run_dir: str | os.PathLike[str]) -> None:
+def clear_run(run_dir: str | os.PathLike[str], *, only_check: bool = False) -> None:
     """Remove an earlier run: its checkpoints, metrics, evaluations and pictures.
 
     What else is in the directory stays.
+
+    Args:
+        run_dir: of the run.
+        only_check: only find out whether that may be done.
 
     Raises:
         ForeignFilesError: something else is among its checkpoints. Nothing was removed.
@@ -73,6 +77,8 @@ def clear_run(run_dir: str | os.PathLike[str]) -> None:
     remove_leftovers(snapshots.folder)
     snapshots.clear(only_check=True)
     check_owned(folder / ".candidate")
+    if only_check:
+        return
     evaluations = [p for p in folder.glob("eval*") if _EVALUATION.fullmatch(p.name) and p.is_dir()]
     for place in (folder, *evaluations):
         for name in RESULTS:

@@ -412,3 +412,62 @@ def test_info(make_store):
 def test_importing_the_normaliser_does_not_import_zarr():
     code = "import sys; from diffpolicy.data import Normalizer; sys.exit('zarr' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("foreign", ["thesis.tex", "data/obs/notes", "data/obs/mine/", "meta/c/0"])
+def test_a_store_with_something_else_in_it_is_not_overwritten(tmp_path, foreign):
+    path = tmp_path / "s.zarr"
+    EpisodeStore.from_arrays({"obs": np.zeros((4, 2)), "action": np.zeros((4, 1))}, [4], path=path)
+    place = path / foreign
+    place.parent.mkdir(exist_ok=True, parents=True)
+    place.mkdir() if foreign.endswith("/") else place.write_text("mine")
+    with pytest.raises(FileExistsError, match=foreign):
+        EpisodeStore.create(path, {"obs": (2,)}, overwrite=True)
+    assert EpisodeStore.open(path).num_episodes == 1
+
+
+def test_two_handles_of_one_store_lose_nothing(tmp_path):
+    path = tmp_path / "s.zarr"
+    rows = {"obs": np.ones((3, 2), "f4"), "action": np.ones((3, 1), "f4")}
+    EpisodeStore.from_arrays(rows, [3], path=path)
+    a, b = EpisodeStore.open(path, "a"), EpisodeStore.open(path, "a")
+    for handle in (a, b, a, a, b):
+        handle.append(rows)
+        handle.update_attrs({f"n{handle.num_episodes}": 1})
+    a.finalize()
+    b.close()
+    a.close()
+    back = EpisodeStore.open(path)
+    assert back.num_episodes == 6
+    assert set(back.attrs) == {f"n{n}" for n in range(2, 7)}
+    np.testing.assert_array_equal(back.read("obs", 0, 18), np.ones((18, 2)))
+    assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
+
+
+WRITER = """
+import sys
+import numpy as np
+from diffpolicy.data.store import EpisodeStore
+rows = {"obs": np.ones((3, 2), "f4"), "action": np.ones((3, 1), "f4")}
+try:
+    with EpisodeStore.open(sys.argv[1], "a") as store:
+        store.append(rows)
+except ValueError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+def test_another_process_may_write_when_the_first_has_finished_and_not_before(tmp_path):
+    path = tmp_path / "s.zarr"
+    rows = {"obs": np.ones((3, 2), "f4"), "action": np.ones((3, 1), "f4")}
+    store = EpisodeStore.from_arrays(rows, [3], path=path)
+    store.append(rows)
+    for finished in (False, True):
+        if finished:
+            store.finalize()
+        other = [sys.executable, "-c", WRITER, str(path)]
+        result = subprocess.run(other, capture_output=True, text=True, check=False)
+        assert (f"refused: {path} is in use: process {os.getpid()} on" in result.stderr) != finished
+    assert EpisodeStore.open(path).num_episodes == 3
+    store.append(rows)
+    assert store.num_episodes == 4

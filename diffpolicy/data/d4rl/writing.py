@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING, Any
 
 from zarr.storage import MemoryStore
@@ -76,8 +75,8 @@ def _resume(
     if partial.exists():
         try:
             store = EpisodeStore.open(partial, "a")
-        except (OSError, ValueError):
-            shutil.rmtree(partial)
+        except (OSError, ValueError):  # damaged: `create` below replaces what is ours
+            pass
         else:
             same = all(store.attrs.get(name) == value for name, value in attrs.items())
             if same and dict(store.fields) == dict(specs) and store.num_episodes <= total:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffpolicy.files import atomic_file
+
 Arrays = dict[str, NDArray[Any]]
 
 STEP_FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts")
@@ -82,8 +84,7 @@ def write_d4rl(
     target = Path(path)
     check_steps(arrays, target.name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    whole = target.with_name(target.name + ".writing")
-    with h5py.File(whole, "w") as file:
+    with atomic_file(target) as whole, h5py.File(whole, "w") as file:
         for name, value in arrays.items():
             flag = name in ("terminals", "timeouts")
             kind = np.bool_ if flag else value.dtype if "/" in name else np.float32
@@ -91,5 +92,4 @@ def write_d4rl(
         for name, entry in attrs.items():
             plain = isinstance(entry, str | int | float | bool)
             file.attrs[name] = entry if plain else json.dumps(entry)
-    whole.replace(target)
     return target

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffpolicy.files import atomic_file, remove_leftovers, remove_owned, write_atomic
 from diffpolicy.rollout.generate.layout import Arrays, joined
 
 
@@ -64,7 +65,8 @@ class Parts:
 
     def remove(self) -> None:
         """Delete the folder, once the file is there."""
-        shutil.rmtree(self.folder)
+        remove_leftovers(self.folder)
+        remove_owned(self.folder, re.compile(r"(\d{6}\.npz|\w+\.(json|writing))").fullmatch)
 
     def _file(self, index: int) -> Path:
         return self.folder / f"{index:06d}.npz"
@@ -108,17 +110,13 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays by name, whole or not at all."""
-    writing = path.with_suffix(".writing")
-    with writing.open("wb") as file:
+    with atomic_file(path) as writing, writing.open("wb") as file:
         np.savez(file, allow_pickle=False, **dict(arrays))
-    writing.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
-    writing = path.with_suffix(".writing")
-    writing.write_text(json.dumps(value, indent=1))
-    writing.replace(path)
+    write_atomic(path, json.dumps(value, indent=1))
 
 
 def episode_seed(seed: int, index: int) -> int:
