@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffpolicy.files import check_owned, replaced_directory
+from diffpolicy.files import foreign_files, replaced_directory
 from diffpolicy.policies.base import Array
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.runtime.backends import OPSET, missing, need, to_onnx
@@ -137,9 +137,11 @@ def _check_request(
         return
     if not overwrite:
         raise ValueError(f"{target} exists; give another output, or overwrite=true to replace it")
-    if not target.is_dir() or (any(target.iterdir()) and not _files_of(target)):
-        raise ValueError(f"{target} is not an export, and is not replaced")
-    check_owned(target, _files_of(target))
+    foreign = next(foreign_files(target, _files_of(target)), None)
+    if foreign is not None:
+        raise ValueError(
+            f"{target} is not an export: it holds other files ({foreign}) and is not replaced"
+        )
 
 
 def _files_of(export: Path) -> set[str]:
