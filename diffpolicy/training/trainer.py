@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -22,18 +20,26 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffpolicy.training.checkpoint import Snapshots, write_bundle
-from diffpolicy.training.diagnose import NonFiniteError, explain_non_finite
+from diffpolicy.training.diagnose import Movement, NonFiniteError, explain_non_finite
 from diffpolicy.training.distributed import Group
 from diffpolicy.training.ema import EMA
+from diffpolicy.training.identity import check_resumable, describe, flatten, machine
 from diffpolicy.training.logging import MetricsFile, TensorBoard
-from diffpolicy.training.settings import TrainerConfig, check_same, mix_seed
+from diffpolicy.training.randomness import GlobalNoise
+from diffpolicy.training.settings import TrainerConfig, mix_seed
+from diffpolicy.training.stopping import StopRequest
 
 Evaluate = Callable[[Path, int], Mapping[str, float]]
 Export = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
 
 
 class Source(Protocol):
-    """Examples by index."""
+    """Examples by index.
+
+    A resumed run must find the examples that it began with, so the trainer takes digests of the
+    arrays that a source holds. One that holds other things (a path, a cache) says what its
+    examples are with a method ``identity()``; see :mod:`diffpolicy.training.identity`.
+    """
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -71,11 +77,14 @@ class Trainer:
             every time.
         evaluate: called with a policy directory and the step; its metrics are logged, and ``score``
             decides the best checkpoint.
-        resume: continue the run in ``run_dir``.
+        identity: what else the result depends on, beside objective, source and settings, by name:
+            the policy's spec, its normaliser.
+        resume: continue the run in ``run_dir``. It must be the same run: only more steps and
+            another learning rate are possible, and a warning says so.
         overwrite: replace it.
 
     Raises:
-        ValueError: settings that cannot work, or a run directory in use.
+        ValueError: settings that cannot work, a run directory in use, or a run that was another.
     """
 
     def __init__(
@@ -88,6 +97,7 @@ class Trainer:
         export: Export | None = None,
         val_source: Source | None = None,
         evaluate: Evaluate | None = None,
+        identity: Mapping[str, Any] | None = None,
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
@@ -115,6 +125,9 @@ class Trainer:
             raise ValueError(
                 "precision=bf16 is for GPUs (on a CPU without bf16 units it is slower); use fp32"
             )
+        about = {**(identity or {}), "objective": objective, "source": source}
+        self.identity = flatten(describe(about, trained=objective))
+        self._noise = GlobalNoise(self.device)
         self._forward = self.group.wrap(objective, self.device)
         if config.compile:
             self._forward.compile()
@@ -134,7 +147,8 @@ class Trainer:
         self._totals: dict[str, Tensor] = {}
         self._since = 0
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
-        self._stop = False
+        self._stop = StopRequest()
+        self._movement = Movement()
         self._begin(resume, overwrite)
 
     def _begin(self, resume: bool, overwrite: bool) -> None:
@@ -164,13 +178,10 @@ class Trainer:
             NonFiniteError: a loss or gradient that is not finite, naming where it came from; no
                 checkpoint is written from that state.
         """
-        previous = self._catch_signals()
-        try:
+        with self._stop, self._noise:
             self._loop()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        return TrainResult(self.step, self.ema.state, self._stop, self.best_score, self.train_s)
+        stopped = self._stop.asked
+        return TrainResult(self.step, self.ema.state, stopped, self.best_score, self.train_s)
 
     def _loop(self) -> None:
         config = self.config
@@ -184,7 +195,7 @@ class Trainer:
             mininterval=1.0,
         )
         with bar:
-            while self.step < config.steps and not self.group.any(self._stop):
+            while self.step < config.steps and not self.group.any(self._stop.asked):
                 self._train_step()
                 bar.update()
                 due = self._due(config.eval_every) or self.step == config.steps
@@ -203,7 +214,7 @@ class Trainer:
                     began = time.perf_counter()
                 if due or self._due(config.checkpoint_every):
                     self._save()
-            if self._stop:
+            if self._stop.asked:
                 self._save()
 
     def _log(self, row: Mapping[str, float]) -> None:
@@ -223,7 +234,7 @@ class Trainer:
         }
         generator = self._generator(self.step)
         # Dropout draws from the global generator; reseeding makes it, too, a function of the step.
-        torch.manual_seed(mix_seed(config.seed, self.step, self.group.rank, 0xD0))
+        self._noise.seed(mix_seed(config.seed, self.step, self.group.rank, 0xD0))
         self.optimizer.zero_grad(set_to_none=True)
         outs = [self._backward(part, generator) for part in _parts(batch, config.accumulate)]
         norm = torch.nn.utils.get_total_norm(
@@ -236,6 +247,7 @@ class Trainer:
             raise NonFiniteError(
                 explain_non_finite(self.step, batch, indices, whole, self.objective)
             )
+        self._movement.check(self.step, norm)
         if config.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
         for group in self.optimizer.param_groups:
@@ -244,7 +256,7 @@ class Trainer:
         after: Callable[[], None] | None = getattr(self.objective, "after_step", None)
         if after is not None:  # target networks follow; they are part of the objective's state
             after()
-        self.ema.update(self.objective)
+        self.ema.update()
         self.step += 1
         self._count({"loss": losses.mean(), "grad_norm": norm})
         for out in outs:
@@ -260,6 +272,7 @@ class Trainer:
                 f"an objective returns one loss per example, [{count}] here; "
                 f"got {list(out.loss.shape)}"
             )
+        self._movement.check_graph(out.loss)
         (out.loss.mean() / self.config.accumulate).backward()
         return out
 
@@ -362,23 +375,28 @@ class Trainer:
             "ema.safetensors": self.ema.state,
             "optimizer.safetensors": moments,
             "totals.safetensors": self._totals,
-            "state.json": {
-                "step": self.step,
-                "since": self._since,
-                "ema_updates": self.ema.updates,
-                "best_score": self.best_score,
-                "train_s": self.train_s,
-                "examples": len(self.source),
-                "processes": self.group.size,
-                "config": asdict(self.config),
-            },
+            "state.json": self._progress(),
+        }
+
+    def _progress(self) -> dict[str, Any]:
+        """How far the run is, and which run it is."""
+        return {
+            "step": self.step,
+            "since": self._since,
+            "ema_updates": self.ema.updates,
+            "best_score": self.best_score,
+            "train_s": self.train_s,
+            "examples": len(self.source),
+            "processes": self.group.size,
+            "config": asdict(self.config),
+            "identity": self.identity,
+            "machine": machine(self.device),
         }
 
     def _load(self) -> None:
         files = self.snapshots.load_last()
         state = files["state.json"]
-        now = {"examples": len(self.source), "processes": self.group.size, **asdict(self.config)}
-        check_same({**state, **state["config"]}, now, self.run_dir)
+        check_resumable(state, self._progress(), self.run_dir)
         self.objective.load_state_dict(files["params.safetensors"])
         self.ema.load(files["ema.safetensors"], state["ema_updates"])
         for key, value in files["optimizer.safetensors"].items():
@@ -388,19 +406,6 @@ class Trainer:
         self._totals = {k: v.to(self.device) for k, v in files["totals.safetensors"].items()}
         self.step, self._since = state["step"], state["since"]
         self.best_score, self.train_s = state["best_score"], state["train_s"]
-
-    def _catch_signals(self) -> dict[int, Any]:
-        """Finish the step and write a checkpoint on Ctrl-C or SIGTERM (main thread only)."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-
-        try:
-            return {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread
-            return {}
 
 
 def _parts(batch: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
