@@ -88,15 +88,16 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], where: obj
     """Raise unless the run that ``saved`` is of is the one that ``now`` describes.
 
     Both are what the trainer keeps as ``state.json``. More steps and another learning rate are
-    taken, with a warning, and so is another number of threads.
+    taken, and so is another number of threads, with a warning where the result is not that of a run
+    which had them from the start (more steps at a constant rate are exact).
 
     Raises:
         ValueError: another run, with all that differs, or fewer steps than are done.
     """
     before, after = (_settings(state) for state in (saved, now))
-    if saved["config"]["warmup_steps"] is now["config"]["warmup_steps"] is None:
-        after["warmup_steps"] = before["warmup_steps"]  # in proportion to steps, which may change
     changed = differences(before, after)
+    if saved["config"]["warmup_steps"] is now["config"]["warmup_steps"] is None:
+        changed = [c for c in changed if not c.startswith("warmup_steps")]  # it follows steps
     if "identity" in saved:
         changed += differences(saved["identity"], now["identity"])
     else:
@@ -115,8 +116,9 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], where: obj
     if wanted < done:
         raise ValueError(f"{where} has done {done} steps already; steps={wanted} is fewer")
     chosen = {k: (saved["config"][k], now["config"][k]) for k in ("steps", "lr")}
+    exact = saved["config"]["lr_schedule"] == "constant" and before == after
     for name, (was, found) in chosen.items():
-        if was != found:
+        if was != found and not (exact and name == "steps"):
             _warn(
                 f"{where} goes on from step {done} with {name}={found} (it was {was}): from here "
                 "on it is not the run that either value gives from the start"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from diffpolicy.training.background import BackgroundWriter, copied
 from diffpolicy.training.checkpoint import Snapshots, write_bundle
 from diffpolicy.training.diagnose import Movement, NonFiniteError, explain_non_finite
 from diffpolicy.training.distributed import Group
@@ -149,6 +150,7 @@ class Trainer:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
         self._stop = StopRequest()
         self._movement = Movement()
+        self._writer = BackgroundWriter()
         self._begin(resume, overwrite)
 
     def _begin(self, resume: bool, overwrite: bool) -> None:
@@ -178,7 +180,7 @@ class Trainer:
             NonFiniteError: a loss or gradient that is not finite, naming where it came from; no
                 checkpoint is written from that state.
         """
-        with self._stop, self._noise:
+        with self._stop, self._noise, self._writer:
             self._loop()
         stopped = self._stop.asked
         return TrainResult(self.step, self.ema.state, stopped, self.best_score, self.train_s)
@@ -196,6 +198,7 @@ class Trainer:
         )
         with bar:
             while self.step < config.steps and not self.group.any(self._stop.asked):
+                self._writer.check()
                 self._train_step()
                 bar.update()
                 due = self._due(config.eval_every) or self.step == config.steps
@@ -359,7 +362,8 @@ class Trainer:
         self.best_score = score if is_best else self.best_score
         if self.group.first:
             policy = {} if self.export is None else self.export(self.ema.state)
-            self.snapshots.save(self.step, self._state(), policy, is_best=is_best)
+            files = self.step, copied(self._state()), copied(policy)
+            self._writer.start(lambda: self.snapshots.save(*files, is_best=is_best))
         if not alone:
             self.group.barrier()
 
