@@ -84,7 +84,7 @@ class ResumeWarning(UserWarning):
 _FREE = {"steps", "lr", "checkpoint_every", "keep_last", "progress", "compile", "tensorboard"}
 
 
-def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], where: object) -> None:
+def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: object) -> None:
     """Raise unless the run that ``saved`` is of is the one that ``now`` describes.
 
     Both are what the trainer keeps as ``state.json``. More steps and another learning rate are

@@ -8,53 +8,37 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from diffpolicy.files import WriterLock, remove_leftovers, remove_owned
 from diffpolicy.training.background import BackgroundWriter, copied
 from diffpolicy.training.checkpoint import Snapshots, write_bundle
 from diffpolicy.training.diagnose import Movement, NonFiniteError, explain_non_finite
 from diffpolicy.training.distributed import Group
 from diffpolicy.training.ema import EMA
-from diffpolicy.training.identity import check_resumable, describe, flatten, machine
+from diffpolicy.training.identity import check_same_run, describe, flatten, machine
 from diffpolicy.training.logging import MetricsFile, TensorBoard
 from diffpolicy.training.randomness import GlobalNoise
+from diffpolicy.training.run_files import check_resumable, clear_run, has_run
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.stopping import StopRequest
+from diffpolicy.training.validation import Source, autocast, validation_loss
 
 Evaluate = Callable[[Path, int], Mapping[str, float]]
 Export = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
 
 
-class Source(Protocol):
-    """Examples by index.
-
-    A resumed run must find the examples that it began with, so the trainer takes digests of the
-    arrays that a source holds. One that holds other things (a path, a cache) says what its
-    examples are with a method ``identity()``; see :mod:`diffpolicy.training.identity`.
-    """
-
-    def __len__(self) -> int:
-        """Number of examples."""
-
-    def gather(self, indices: Tensor) -> dict[str, Tensor]:
-        """A batch: every value has ``len(indices)`` rows."""
-
-
 @dataclass(frozen=True)
 class TrainResult:
-    """Outcome of a run: steps done, the averaged weights of the objective.
-
-    Whether it was interrupted.
-    """
+    """Outcome of a run: steps done, the averaged weights, whether it was interrupted."""
 
     step: int
     ema: Mapping[str, Tensor]
@@ -154,18 +138,35 @@ class Trainer:
         self._begin(resume, overwrite)
 
     def _begin(self, resume: bool, overwrite: bool) -> None:
+        """Take the run's directory; all that can fail is checked before anything is removed."""
+        if self.config.tensorboard:
+            TensorBoard.writer_class()
+        self._lock = WriterLock(self.run_dir, "training")
+        if self.group.first:
+            self._lock.acquire()
+        try:
+            self._take(resume, overwrite)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _take(self, resume: bool, overwrite: bool) -> None:
         csv = self.run_dir / "metrics.csv"
-        exists = self.snapshots.folder.exists() or csv.exists()
+        exists = has_run(self.run_dir)
         if exists and not resume and not overwrite:
             raise ValueError(
                 f"{self.run_dir} already holds a run; resume it, overwrite it or choose another"
             )
-        if exists and not resume and self.group.first:
-            shutil.rmtree(self.snapshots.folder, ignore_errors=True)
-            csv.unlink(missing_ok=True)
+        if resume:
+            every = (self.config.checkpoint_every, self.config.eval_every, self.config.steps)
+            check_resumable(self.run_dir, min(n for n in every if n is not None))
+        elif exists and self.group.first:
+            clear_run(self.run_dir)
         self.group.barrier()
         if resume and self.snapshots.exist:
             self._load()
+        if self.group.first:
+            remove_leftovers(self.run_dir)
         self.metrics = MetricsFile(csv, keep_until=self.step) if self.group.first else None
         self.board: TensorBoard | None = None
         if self.config.tensorboard and self.group.first:
@@ -180,8 +181,11 @@ class Trainer:
             NonFiniteError: a loss or gradient that is not finite, naming where it came from; no
                 checkpoint is written from that state.
         """
-        with self._stop, self._noise, self._writer:
-            self._loop()
+        try:
+            with self._stop, self._noise, self._writer:
+                self._loop()
+        finally:
+            self._lock.release()
         stopped = self._stop.asked
         return TrainResult(self.step, self.ema.state, stopped, self.best_score, self.train_s)
 
@@ -235,7 +239,8 @@ class Trainer:
         batch = {
             k: v.to(self.device, non_blocking=True) for k, v in self.source.gather(indices).items()
         }
-        generator = self._generator(self.step)
+        seed = mix_seed(config.seed, self.step, self.group.rank)
+        generator = torch.Generator(self.device).manual_seed(seed)
         # Dropout draws from the global generator; reseeding makes it, too, a function of the step.
         self._noise.seed(mix_seed(config.seed, self.step, self.group.rank, 0xD0))
         self.optimizer.zero_grad(set_to_none=True)
@@ -267,7 +272,7 @@ class Trainer:
 
     def _backward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Any:
         """Add the gradient of one part of a batch."""
-        with self._autocast():
+        with autocast(self.config, self.device):
             out = self._forward(batch, generator)
         count = len(next(iter(batch.values())))
         if out.loss.shape != (count,):
@@ -296,15 +301,6 @@ class Trainer:
         whole = self._order[position * size : (position + 1) * size]
         return whole[self.group.rank :: self.group.size]
 
-    def _generator(self, step: int) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(
-            mix_seed(self.config.seed, step, self.group.rank)
-        )
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
-
     def _averages(self, seconds: float) -> dict[str, float]:
         """Means since the last row, which starts the next."""
         steps = self.step - self._since
@@ -319,38 +315,17 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         row: dict[str, float] = {}
         if self.val_source is not None:
-            row["val_loss"] = self._validation_loss(self.val_source)
+            row["val_loss"] = validation_loss(
+                self.objective, self.ema.state, self.val_source, self.config
+            )
         if self.evaluate is None or self.export is None or not self.group.first:
             return row
         folder = write_bundle(self.run_dir / ".candidate", self.export(self.ema.state))
         try:
             row |= {name: float(value) for name, value in self.evaluate(folder, self.step).items()}
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_owned(folder)
         return row
-
-    @torch.no_grad()
-    def _validation_loss(self, source: Source) -> float:
-        """Loss of the averaged weights on the held-out examples, with the same noise every time."""
-        modes = [(m, m.training) for m in self.objective.modules()]
-        live = {k: v.clone() for k, v in self.objective.state_dict().items()}
-        self.objective.load_state_dict(self.ema.state)
-        self.objective.eval()
-        total, count = 0.0, 0
-        for number, rows in enumerate(
-            torch.split(torch.arange(len(source)), self.config.batch_size)
-        ):
-            batch = {k: v.to(self.device) for k, v in source.gather(rows).items()}
-            generator = torch.Generator(self.device).manual_seed(
-                mix_seed(self.config.seed, number, 0x7A1)
-            )
-            with self._autocast():
-                total += self.objective(batch, generator).loss.sum().item()
-            count += len(rows)
-        self.objective.load_state_dict(live)
-        for module, mode in modes:
-            module.training = mode
-        return total / count
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -363,7 +338,10 @@ class Trainer:
         if self.group.first:
             policy = {} if self.export is None else self.export(self.ema.state)
             files = self.step, copied(self._state()), copied(policy)
+            began = self.snapshots.exist
             self._writer.start(lambda: self.snapshots.save(*files, is_best=is_best))
+            if not began:  # rows of metrics without any checkpoint would look like a lost one
+                self._writer.wait()
         if not alone:
             self.group.barrier()
 
@@ -400,7 +378,7 @@ class Trainer:
     def _load(self) -> None:
         files = self.snapshots.load_last()
         state = files["state.json"]
-        check_resumable(state, self._progress(), self.run_dir)
+        check_same_run(state, self._progress(), self.run_dir)
         self.objective.load_state_dict(files["params.safetensors"])
         self.ema.load(files["ema.safetensors"], state["ema_updates"])
         for key, value in files["optimizer.safetensors"].items():
@@ -416,3 +394,6 @@ def _parts(batch: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     """A batch cut into ``count`` equal ones."""
     pieces = {name: value.chunk(count) for name, value in batch.items()}
     return [{name: piece[i] for name, piece in pieces.items()} for i in range(count)]
+
+
+__all__ = ["Source", "TrainResult", "Trainer"]

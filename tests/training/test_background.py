@@ -21,7 +21,7 @@ def test_what_is_written_is_what_was_when_it_was_asked_for(
     go_on, save = threading.Event(), Snapshots.save
 
     def slow(self, step, *files, **options):
-        if step == 2:
+        if step == 4:
             assert go_on.wait(20)
         save(self, step, *files, **options)
 
@@ -32,7 +32,7 @@ def test_what_is_written_is_what_was_when_it_was_asked_for(
 
     def train_step():
         step()
-        if trainer.step == 4:  # two steps further
+        if trainer.step == 6:  # two steps further
             go_on.set()
 
     trainer._train_step = train_step
@@ -42,7 +42,7 @@ def test_what_is_written_is_what_was_when_it_was_asked_for(
     whole.fit()
     for name in ("params", "ema", "optimizer", "totals"):
         a, b = (
-            read_bundle(tmp_path / run / "checkpoints" / "0000002", "training/")
+            read_bundle(tmp_path / run / "checkpoints" / "0000004", "training/")
             for run in ("slow", "whole")
         )
         assert all(
