@@ -253,3 +253,14 @@ def test_policies_act_with_the_weights_they_have(change, copied, store):
     policy = copy.deepcopy(policy) if copied else policy
     change(policy, other)
     assert np.array_equal(policy.predict(obs)[0], expected)
+
+
+def test_compiled_policies_do_not_act_with_weights_that_are_gone(store, tmp_path):
+    policy, obs = make_policy(store), store.read("obs", 0, 1)
+    compiled = policy.compile(backend="eager")
+    compiled.predict(obs)
+    loaded_whole(policy, make_policy(store, seed=1))
+    with pytest.raises(ValueError, match="compile it again"):
+        compiled.predict(obs)
+    compiled.learn(store, CONFIG, tmp_path)  # which ends with loops of the new weights
+    compiled.predict(obs)

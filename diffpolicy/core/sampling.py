@@ -62,7 +62,7 @@ class Grid:
         self.rows = [row.with_constants([next(values) for _ in row.constants()]) for row in rows]
         self.denoise = denoise.on_grid(torch.stack([row.t for row in rows]))
         self._denoiser, self._weights = denoise, list(denoise.parameters())
-        self._made_of = self._versions()
+        self._made_of = self.weight_versions()
         self.levels = levels
         self.has_graph = torch.is_grad_enabled()
         self.stochastic = any(row.stochastic for row in rows)
@@ -91,13 +91,14 @@ class Grid:
 
         Edits through ``parameter.data`` are seen by nobody, torch's own bookkeeping included.
         """
-        if torch.compiler.is_compiling() or self._made_of == (made_of := self._versions()):
+        if torch.compiler.is_compiling() or self._made_of == (made_of := self.weight_versions()):
             return
         with torch.inference_mode(mode=False), torch.set_grad_enabled(self.has_graph):
             self.denoise = self._denoiser.on_grid(torch.stack([row.t for row in self.rows]))
         self._made_of = made_of
 
-    def _versions(self) -> tuple[tuple[int, int], ...]:
+    def weight_versions(self) -> tuple[tuple[int, int], ...]:
+        """What changes whenever the denoiser's weights do."""
         try:
             return tuple((weight.data_ptr(), weight._version) for weight in self._weights)
         except RuntimeError:  # made in inference mode, where torch does not count
