@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import split_episodes
-from diffpolicy.finetune.adapters import add_adapters, merge_adapters, merged_state
+from diffpolicy.finetune.adapters import add_adapters, has_adapters, merge_adapters, merged_state
 from diffpolicy.finetune.plan_chain import PlanChain
 from diffpolicy.finetune.reward import RewardLoss
 from diffpolicy.learning import Learning, examples, objective
@@ -19,6 +19,7 @@ from diffpolicy.plan_tuning import Conditions, PlanReward, check_tunable, in_own
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.preference_tuning import PreferenceData, preference_objective
 from diffpolicy.training.policy_files import policy_files
+from diffpolicy.training.rollback import unchanged_on_error
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Source, Trainer, TrainResult
 
@@ -65,24 +66,16 @@ class TrainablePolicy(DiffusionPlanner):
         normal = self.normalizer.to("cpu")
         source = examples(self.spec, normal, episodes, how, train.tolist())
         held_out = examples(self.spec, normal, episodes, how, val.tolist()) if len(val) else None
-        loss = objective(self, how)
-        trainer = Trainer(
-            loss,
-            source,
+        return self._fit(
+            lambda: (objective(self, how), source),
             config,
             run_dir,
-            export=self._bundle,
             val_source=held_out,
             evaluate=evaluate,
+            about={"learning": how},
             resume=resume,
             overwrite=overwrite,
         )
-        result = trainer.fit()
-        self.last_training = result
-        loss.load_state_dict(result.ema)
-        # new weights, new tables
-        self.__init__(self.spec, self.denoiser, self.normalizer, self.anchors, self.heads)  # type: ignore[misc]
-        return self
 
     def tune(
         self,
@@ -123,17 +116,14 @@ class TrainablePolicy(DiffusionPlanner):
         episodes = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
         every = list(range(episodes.num_episodes))
         windows = examples(self.spec, self.normalizer.to("cpu"), episodes, Learning(), every)
-        loss = RewardLoss(
-            self.denoiser,
-            in_own_units(reward, self.spec, self.normalizer),
-            PlanChain(grad_steps=1) if chain is None else chain,
-            kl_weight=kl_weight,
-        )
-        source = Conditions(windows)
-        self._fit(loss, source, config, run_dir, resume=resume, overwrite=overwrite)
-        # new weights, new tables
-        self.__init__(self.spec, self.denoiser, self.normalizer, self.anchors, self.heads)  # type: ignore[misc]
-        return self
+
+        def made() -> tuple[nn.Module, Source]:
+            worth = in_own_units(reward, self.spec, self.normalizer)
+            how = PlanChain(grad_steps=1) if chain is None else chain
+            loss = RewardLoss(self.denoiser, worth, how, kl_weight=kl_weight)
+            return loss, Conditions(windows)
+
+        return self._fit(made, config, run_dir, resume=resume, overwrite=overwrite)
 
     def prefer(
         self,
@@ -174,52 +164,79 @@ class TrainablePolicy(DiffusionPlanner):
             ValueError: a policy whose plans are not of actions given observations, data that the
                 method needs and that are missing, or settings that do not fit.
         """
-        if adapters is not None:
-            add_adapters(self.denoiser, adapters)
-        seed = config.seed
-        loss, source = preference_objective(
-            self.spec, self.denoiser, self.normalizer, method, data, seed=seed
-        )
-        self._fit(loss, source, config, run_dir, evaluate, resume=resume, overwrite=overwrite)
-        if adapters is not None:
-            merge_adapters(self.denoiser)
-        # new weights, new tables
-        self.__init__(self.spec, self.denoiser, self.normalizer, self.anchors, self.heads)  # type: ignore[misc]
-        return self
 
-    def _fit(
-        self,
-        loss: nn.Module,
-        source: Source,
-        config: TrainerConfig,
-        run_dir: str | os.PathLike[str],
-        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
-        *,
-        resume: bool,
-        overwrite: bool,
-    ) -> None:
-        """Train ``loss``, which holds the denoiser; the heads stay as they are."""
-        trainer = Trainer(
-            loss,
-            source,
+        def made() -> tuple[nn.Module, Source]:
+            if adapters is not None:
+                add_adapters(self.denoiser, adapters)
+            own = self.spec, self.denoiser, self.normalizer
+            return preference_objective(*own, method, data, seed=config.seed)
+
+        return self._fit(
+            made,
             config,
             run_dir,
-            export=lambda state: {**self._bundle(state), **self._kept_heads()},
             evaluate=evaluate,
+            about={"method": method},
             resume=resume,
             overwrite=overwrite,
         )
-        self.last_training = trainer.fit()
-        loss.load_state_dict(self.last_training.ema)
 
-    def _kept_heads(self) -> dict[str, Any]:
-        weights = self.heads.state_dict()
-        return {"heads.safetensors": weights} if weights else {}
+    def _fit(
+        self,
+        make: Callable[[], tuple[nn.Module, Source]],
+        config: TrainerConfig,
+        run_dir: str | os.PathLike[str],
+        *,
+        val_source: Source | None = None,
+        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
+        about: Mapping[str, Any] | None = None,
+        resume: bool,
+        overwrite: bool,
+    ) -> Self:
+        """Train an objective that holds the denoiser; if that fails, nothing has changed.
+
+        Args:
+            make: builds the objective, which may add adapters, and its source.
+            config: of the trainer.
+            run_dir: where metrics and checkpoints go.
+            val_source: held-out examples.
+            evaluate: as in :meth:`learn`.
+            about: what else the result depends on.
+            resume: continue the run in ``run_dir``.
+            overwrite: replace it.
+        """
+        adapted = has_adapters(self.denoiser)  # by the caller, who merges them
+        own = {"policy": self.spec, "normalizer": self.normalizer, "anchors": self.anchors}
+        with unchanged_on_error(self.denoiser, self.heads):
+            loss, source = make()
+            trainer = Trainer(
+                loss,
+                source,
+                config,
+                run_dir,
+                export=self._bundle,
+                val_source=val_source,
+                evaluate=evaluate,
+                identity={**own, **(about or {})},
+                resume=resume,
+                overwrite=overwrite,
+            )
+            result = trainer.fit()
+            loss.load_state_dict(result.ema)
+            if has_adapters(self.denoiser) and not adapted:
+                merge_adapters(self.denoiser)
+            self.denoiser.eval()
+            self.heads.eval()
+        self.last_training = result
+        self._loops = self._made_loops()  # compiled ones hold the old weights
+        return self
 
     def _bundle(self, objective_state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The files of this policy with other weights; heads that are not trained stay."""
         parts = [
             {k.removeprefix(p): v for k, v in objective_state.items() if k.startswith(p)}
             for p in ("denoiser.", "heads.")
         ]
         weights = merged_state(self.denoiser, parts[0])
-        return policy_files(self.spec, weights, self.normalizer, self.anchors, parts[1])
+        heads = parts[1] or self.heads.state_dict()
+        return policy_files(self.spec, weights, self.normalizer, self.anchors, heads)

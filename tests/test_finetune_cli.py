@@ -148,7 +148,7 @@ def test_interrupted_tuning_resumes_to_the_same_weights(pretrained, tmp_path, mo
 
     def stop_after_two(self: Trainer) -> None:
         step(self)
-        self._stop = self.step == 2
+        self._stop.asked = self.step == 2
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_train_step", stop_after_two)

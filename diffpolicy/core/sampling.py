@@ -61,6 +61,8 @@ class Grid:
         values = iter(flat.to(like.device, like.dtype, non_blocking=True).unbind(0))
         self.rows = [row.with_constants([next(values) for _ in row.constants()]) for row in rows]
         self.denoise = denoise.on_grid(torch.stack([row.t for row in rows]))
+        self._denoiser, self._weights = denoise, list(denoise.parameters())
+        self._made_of = self.weight_versions()
         self.levels = levels
         self.has_graph = torch.is_grad_enabled()
         self.stochastic = any(row.stochastic for row in rows)
@@ -77,17 +79,37 @@ class Grid:
         For solvers of one evaluation a step and without a memory. ``denoise(row, x, cond)``, with
         rows of the whole grid, may take the denoiser's place.
         """
+        self.follow_weights()
         inner, part = denoise or self.denoise, copy(self)
+        part._weights, part._made_of = [], ()  # what it is part of follows them
         part.rows, part.levels = self.rows[first:last], self.levels[first : last + 1]
         part.denoise = lambda row, x, cond: inner(first + row, x, cond)
         return part
+
+    def follow_weights(self) -> None:
+        """Embed the levels anew if the weights changed since: loaded, trained, or another copy's.
+
+        Edits through ``parameter.data`` are seen by nobody, torch's own bookkeeping included.
+        """
+        if torch.compiler.is_compiling() or self._made_of == (made_of := self.weight_versions()):
+            return
+        with torch.inference_mode(mode=False), torch.set_grad_enabled(self.has_graph):
+            self.denoise = self._denoiser.on_grid(torch.stack([row.t for row in self.rows]))
+        self._made_of = made_of
+
+    def weight_versions(self) -> tuple[tuple[int, int], ...]:
+        """What changes whenever the denoiser's weights do."""
+        try:
+            return tuple((weight.data_ptr(), weight._version) for weight in self._weights)
+        except RuntimeError:  # made in inference mode, where torch does not count
+            return tuple((weight.data_ptr(), 0) for weight in self._weights)
 
 
 def prepare(denoise: BaseDenoiser, solver: Solver, levels: Tensor, like: Tensor) -> Grid:
     """Precompute everything that does not depend on the state, for states like ``like``.
 
-    The grid holds what the weights were: prepare anew after they change. To back-propagate into the
-    weights, prepare with gradients enabled.
+    Its embeddings of the levels follow the weights. To back-propagate into the weights, prepare
+    with gradients enabled.
     """
     return Grid(denoise, solver, levels, like)
 
@@ -132,6 +154,7 @@ def sample(
     wants_graph = torch.is_grad_enabled() and grad_steps != 0
     if isinstance(levels, Grid):
         grid = levels
+        grid.follow_weights()
     else:
         with torch.set_grad_enabled(wants_graph):
             grid = prepare(denoise, solver, levels, start.x)

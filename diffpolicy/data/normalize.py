@@ -214,6 +214,10 @@ class Normalizer:
         scales = {f"{k}.scale": v for k, v in self._scale.items()}
         return scales | {f"{k}.offset": v for k, v in self._offset.items()}
 
+    def identity(self) -> dict[str, Any]:
+        """What this normaliser is, for telling one training run from another."""
+        return {**self._modes, **self.to_tensors()}
+
     def to_config(self) -> dict[str, Any]:
         """The JSON half: mode and shape of each field."""
         return {

@@ -9,7 +9,7 @@ follows. Everything is held once, in memory; a batch is index arithmetic over it
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -162,6 +162,11 @@ class Transitions:
         ends = np.cumsum(self._lengths)
         place = int(np.searchsorted(ends, row, side="right"))
         return int(self.episodes[place]), row - int(ends[place] - self._lengths[place])
+
+    def identity(self) -> dict[str, Any]:
+        """What these transitions are, for telling one training run from another."""
+        sizes = {name: getattr(self, name) for name in ("horizon", "n_obs_steps", "discount")}
+        return {**sizes, "episodes": len(self.episodes), "now": self._now, **self._tables}
 
     def to(self, device: torch.device | str) -> Transitions:
         """The same transitions with everything, and every batch, on `device`."""

@@ -15,7 +15,7 @@ import copy
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -162,6 +162,13 @@ class Windows:
         place = int(np.searchsorted(ends, index, side="right"))
         return int(self.episodes[place]), index - int(ends[place] - self._counts[place])
 
+    def identity(self) -> dict[str, Any]:
+        """What these windows are, for telling one training run from another: sizes and rows."""
+        rows = {name: _rows(runs) for name, runs in self._runs.items()}
+        counts = {"windows": len(self), "episodes": len(self.episodes), "lengths": self._lengths}
+        sizes = ("horizon", "n_obs_steps", "n_action_steps", "pad_after")
+        return {**counts, **{name: getattr(self, name) for name in sizes}, **rows}
+
     def to(self, device: torch.device | str) -> Windows:
         """The same windows with batches on `device`; in memory, the data move there too."""
         moved = copy.copy(self)
@@ -280,13 +287,15 @@ def _runs(rows: Tensor, length: int) -> Tensor:
     return flat.as_strided((len(flat) - length + 1, length * width), (width, 1))
 
 
+def _rows(runs: Tensor) -> Tensor:
+    """The rows `[T, D]` that overlapping runs are made of."""
+    (count, size), width = runs.shape, runs.stride(0)
+    return runs.as_strided((count - 1 + size // width, width), (width, 1))
+
+
 def _moved(runs: Tensor, device: torch.device | str) -> Tensor:
     """Runs on another device, still overlapping (a plain `.to` would write each of them out)."""
-    count, size = runs.shape
-    width = runs.stride(0)
-    values = (count - 1) * width + size
-    moved = runs.as_strided((values,), (1,)).to(device)
-    return moved.as_strided((count, size), (width, 1))
+    return _runs(_rows(runs).to(device), runs.shape[1] // runs.stride(0))
 
 
 def load_rows(

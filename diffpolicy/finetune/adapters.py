@@ -101,13 +101,16 @@ def merge_adapters(denoiser: nn.Module) -> None:
     """
     sites = _sites(denoiser)
     merged = merged_state(denoiser, denoiser.state_dict())
+    originals = [site.layer.parametrizations[site.tensor].original for site in sites]  # type: ignore[index, union-attr]
     for layer in {id(site.layer): site.layer for site in sites}.values():
         # Not torch's remove_parametrizations: it would take the weight from a copy's class, too.
         plain = parametrize.type_before_parametrizations(layer)
         delattr(layer, "parametrizations")
         layer.__class__ = plain
-    for site in sites:
-        site.layer.register_parameter(site.tensor, nn.Parameter(merged[site.name]))
+    for site, original in zip(sites, originals, strict=True):
+        # In the same tensor, so that whoever holds it sees it change.
+        original.detach().copy_(merged[site.name])
+        site.layer.register_parameter(site.tensor, original)
     for name, parameter in denoiser.named_parameters():
         parameter.requires_grad = name in sites[0].adapter.trained
 

@@ -146,6 +146,13 @@ class RewardLoss(nn.Module):
                 f"a reward returns one number per item, [{len(done.items)}]; got "
                 f"{list(reward.shape)}"
             )
+        if done.items.requires_grad and not reward.requires_grad:
+            raise ValueError(
+                "this reward has no gradient, so nothing would be learned: compute it from the "
+                "items by differentiable operations of torch alone (no .detach(), .numpy(), "
+                ".item(), no_grad, argmax or comparison), or take a method that needs no gradient: "
+                "policy_gradient or weighted for sequences, prefer(...) for policies"
+            )
         reward = reward.view(size, copies).mean(1)
         warm = (self.step / self.kl_warmup).clamp(max=1) if self.kl_warmup else 1.0
         weight = self.kl_weight * warm

@@ -95,10 +95,16 @@ class DiffusionPlanner(ChunkedPolicy):
         self._known = self.layout.known.to(self.device)
         if spec.selection is not None:
             self.selector = Selector(spec.selection, self.score)
-        self._loops: dict[tuple[str, bool], Loop] = {}
-        for kind in self.kinds:
-            for deterministic in (False, True):
-                self._loops[kind, deterministic] = self.loop(kind, deterministic=deterministic)
+        self._loops: dict[tuple[str, bool], Loop] = self._made_loops()
+
+    def _made_loops(self) -> dict[tuple[str, bool], Loop]:
+        kinds = [(kind, deterministic) for kind in self.kinds for deterministic in (False, True)]
+        return {(k, quiet): self.loop(k, deterministic=quiet) for k, quiet in kinds}
+
+    def identity(self) -> dict[str, Any]:
+        """What this policy is, for telling one training run from another."""
+        weights = {"denoiser": self.denoiser, "heads": self.heads}
+        return {"spec": self.spec, "normalizer": self.normalizer, "anchors": self.anchors} | weights
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from diffpolicy.reward_model.learning import (
 )
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.policy_files import find_bundle
+from diffpolicy.training.rollback import unchanged_on_error
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Trainer, TrainResult
 
@@ -190,32 +191,38 @@ class RewardModel:
         train, held_out = learning.split(preferences, config.seed)
         rows = rows_of_episodes(train.store, judged_episodes(train))
         judged = read_rows(train.store, rows[:: -(-len(rows) // MOST_ROWS)], self.device)
-        self.network.requires_grad_(True)
-        objective = BradleyTerryLoss(self.network, label_smoothing=learning.label_smoothing)
 
         def evaluate(folder: Path, step: int) -> Mapping[str, float]:
             assert held_out is not None
             found = type(self).from_pretrained(folder, device=self.device).evaluate(held_out)
             return {"score": -found["log_loss"], "held_out_accuracy": found["accuracy"]}
 
-        trainer = Trainer(
-            objective,
-            learning.examples(train, self.normalizer.to("cpu"), self.spec.members, config.seed),
-            config,
-            run_dir,
-            export=lambda state: self._files(*self._standardised(state, judged)),
-            evaluate=None if held_out is None else evaluate,
-            resume=resume,
-            overwrite=overwrite,
-        )
-        self.last_training = trainer.fit()
-        weights, self.standard = self._standardised(self.last_training.ema, judged)
-        if held_out is not None:
-            best = type(self).from_pretrained(run_dir, device=self.device)
-            weights, self.standard = best.network.state_dict(), best.standard
-        self.network.load_state_dict(weights)
-        self.network.eval().requires_grad_(False)
+        with unchanged_on_error(self.network):
+            self.network.requires_grad_(True)
+            result = Trainer(
+                BradleyTerryLoss(self.network, label_smoothing=learning.label_smoothing),
+                learning.examples(train, self.normalizer.to("cpu"), self.spec.members, config.seed),
+                config,
+                run_dir,
+                export=lambda state: self._files(*self._standardised(state, judged)),
+                evaluate=None if held_out is None else evaluate,
+                identity={"model": self.spec, "normalizer": self.normalizer, "learning": learning},
+                resume=resume,
+                overwrite=overwrite,
+            ).fit()
+            weights, standard = self._standardised(result.ema, judged)
+            if held_out is not None:
+                best = type(self).from_pretrained(run_dir, device=self.device)
+                weights, standard = best.network.state_dict(), best.standard
+            self.network.load_state_dict(weights)
+            self.network.eval().requires_grad_(False)
+        self.last_training, self.standard = result, standard
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """What this model is, for telling one training run from another that it rewards."""
+        weights = {"network": self.network, "standard": self.standard}
+        return {"spec": self.spec, "normalizer": self.normalizer, **weights}
 
     @torch.no_grad()
     def _standardised(

@@ -32,6 +32,7 @@ from diffpolicy.policies.base import settings_from
 from diffpolicy.reward_model.model import RewardModel, pessimistic
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.policy_files import find_bundle
+from diffpolicy.training.rollback import unchanged_on_error
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Trainer, TrainResult
 
@@ -229,22 +230,27 @@ class PlanValue:
         parts = split_episodes(store.num_episodes, val_fraction, config.seed)
         sources = [self._windows(reward, store, p) if len(p) else None for p in parts]
         assert sources[0] is not None
-        self.network.requires_grad_(True)
-        objective = PlanValueLoss(self.network, self.spec.n_obs_steps)
-        trainer = Trainer(
-            objective,
-            sources[0],
-            config,
-            run_dir,
-            export=lambda state: self._files(_weights(state)),
-            val_source=sources[1],
-            resume=resume,
-            overwrite=overwrite,
-        )
-        self.last_training = trainer.fit()
-        self.network.load_state_dict(_weights(self.last_training.ema))
-        self.network.eval().requires_grad_(False)
+        with unchanged_on_error(self.network):
+            self.network.requires_grad_(True)
+            result = Trainer(
+                PlanValueLoss(self.network, self.spec.n_obs_steps),
+                sources[0],
+                config,
+                run_dir,
+                export=lambda state: self._files(_weights(state)),
+                val_source=sources[1],
+                identity={"model": self.spec, "normalizer": self.normalizer},
+                resume=resume,
+                overwrite=overwrite,
+            ).fit()
+            self.network.load_state_dict(_weights(result.ema))
+            self.network.eval().requires_grad_(False)
+        self.last_training = result
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """What this value is, for telling one training run from another that it rewards."""
+        return {"spec": self.spec, "normalizer": self.normalizer, "network": self.network}
 
     def _windows(
         self,

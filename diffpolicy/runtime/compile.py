@@ -70,6 +70,7 @@ class CompiledLoop:
         self._run: Run = BUILDERS[backend](
             loop, example, torch.get_num_threads() if threads is None else threads
         )
+        self._made_of = loop.grid.weight_versions()
         self.error = self.verify()
 
     def __call__(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
@@ -84,8 +85,13 @@ class CompiledLoop:
             Normalised plans ``[n, H, A]``.
 
         Raises:
-            ValueError: other shapes or dtypes.
+            ValueError: other shapes or dtypes, or weights that changed since it was compiled.
         """
+        if self._loop.grid.weight_versions() != self._made_of:
+            raise ValueError(
+                "the weights changed since this policy was compiled, which holds the earlier ones: "
+                "compile it again (policy.compile(...))"
+            )
         count = self._count(history, guess, noise)
         if count == self.batch_size:
             return self._run(history, guess, noise)

@@ -23,6 +23,7 @@ from diffpolicy.sequences.spec import SequenceExamples, SequenceSpec, activity_c
 from diffpolicy.sequences.task import MASK_LETTER, SequenceTask, check_tokens
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.policy_files import find_bundle
+from diffpolicy.training.rollback import unchanged_on_error
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Source, Trainer, TrainResult
 
@@ -184,20 +185,22 @@ class SequenceModel:
                 f"{type(objective).__name__} must train this model's own denoiser: build it with "
                 "model.denoiser"
             )
-        trainer = Trainer(
-            objective,
-            source,
-            config,
-            run_dir,
-            export=self._bundle,
-            val_source=val_source,
-            evaluate=evaluate,
-            resume=resume,
-            overwrite=overwrite,
-        )
-        self.last_training = trainer.fit()
-        objective.load_state_dict(self.last_training.ema)
-        self.denoiser.eval()
+        with unchanged_on_error(objective):
+            result = Trainer(
+                objective,
+                source,
+                config,
+                run_dir,
+                export=self._bundle,
+                val_source=val_source,
+                evaluate=evaluate,
+                identity={"model": self.spec},
+                resume=resume,
+                overwrite=overwrite,
+            ).fit()
+            objective.load_state_dict(result.ema)
+            self.denoiser.eval()
+        self.last_training = result
         return self
 
     def _training_cond(self, count: int, labels: Any, cond: Tensor | None) -> Tensor | None:

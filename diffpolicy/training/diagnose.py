@@ -61,3 +61,31 @@ def _rows(value: Tensor) -> list[int]:
         .flatten()
         .tolist()
     )
+
+
+NO_GRADIENT = (
+    "the loss does not depend on the trainable weights: its gradient is zero, so nothing would be "
+    "learned. What it is computed by (a reward, for instance) must be differentiable operations of "
+    "torch alone, with no .detach(), .numpy(), .item(), no_grad, argmax or comparison in between"
+)
+
+
+class Movement:
+    """Refuses an objective that none of its first batches gives a gradient; a single one may."""
+
+    FIRST = 3
+
+    def __init__(self) -> None:
+        self._idle = 0
+
+    def check_graph(self, loss: Tensor) -> None:
+        """Raise ``ValueError`` if nothing can be differentiated."""
+        if not loss.requires_grad:
+            raise ValueError(NO_GRADIENT)
+
+    def check(self, step: int, norm: Tensor) -> None:
+        """Raise ``ValueError`` if the norm of the gradient was 0 at every step so far."""
+        if self._idle == step < self.FIRST and not norm.item():
+            self._idle += 1
+            if self._idle == self.FIRST:
+                raise ValueError(NO_GRADIENT)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,7 +17,7 @@ class TrainerConfig:
         lr: peak learning rate.
         betas: of AdamW.
         weight_decay: of AdamW.
-        warmup_steps: linear warm-up.
+        warmup_steps: linear warm-up; ``None``: a tenth of ``steps``, at most 500.
         lr_schedule: ``cosine`` (to 0 at ``steps``) or ``constant``.
         grad_clip: largest norm of the gradient; ``None``: no limit.
         ema_power: of the weight average (see :class:`EMA`); ``None``: no average.
@@ -41,7 +39,7 @@ class TrainerConfig:
     lr: float = 3e-4
     betas: tuple[float, float] = (0.95, 0.999)
     weight_decay: float = 1e-6
-    warmup_steps: int = 500
+    warmup_steps: int | None = None
     lr_schedule: str = "cosine"
     grad_clip: float | None = 1.0
     ema_power: float | None = 0.75
@@ -63,7 +61,7 @@ class TrainerConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
+        if self.warmup < 0 or self.weight_decay < 0:
             raise ValueError("warmup_steps and weight_decay must not be negative")
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ValueError(f"grad_clip must be positive or null, got {self.grad_clip}")
@@ -86,13 +84,18 @@ class TrainerConfig:
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
 
+    @property
+    def warmup(self) -> int:
+        """Steps of the warm-up: as given, or in proportion, so that short runs warm up too."""
+        return min(500, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+
     def lr_at(self, step: int) -> float:
         """Learning rate of optimiser step ``step`` (from 0)."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        warm = min(1.0, (step + 1) / max(1, self.warmup))
         if self.lr_schedule == "constant":
             return self.lr * warm
-        span = max(1, self.steps - self.warmup_steps)
-        fraction = min(1.0, max(0.0, (step - self.warmup_steps) / span))
+        span = max(1, self.steps - self.warmup)
+        fraction = min(1.0, max(0.0, (step - self.warmup) / span))
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
@@ -105,18 +108,3 @@ def mix_seed(*values: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
         state ^= state >> 31
     return state >> 1
-
-
-def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], where: object) -> None:
-    """Raise ``ValueError`` if a run cannot be continued exactly with settings ``now``.
-
-    Settings that only change what is printed or kept may differ.
-    """
-    free = {"checkpoint_every", "keep_last", "progress", "compile", "tensorboard"}
-    if saved.get("lr_schedule") == "constant":
-        free.add("steps")  # no schedule depends on the end
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in now.items()}
-    changed = [k for k, v in values.items() if k not in free and saved.get(k) != v]
-    if changed:
-        what = ", ".join(f"{k} was {saved.get(k)!r}, is {values[k]!r}" for k in changed)
-        raise ValueError(f"{where} cannot be resumed exactly with other settings: {what}")

@@ -8,47 +8,37 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffpolicy.files import WriterLock, remove_leftovers, remove_owned
+from diffpolicy.training.background import BackgroundWriter, copied
 from diffpolicy.training.checkpoint import Snapshots, write_bundle
-from diffpolicy.training.diagnose import NonFiniteError, explain_non_finite
+from diffpolicy.training.diagnose import Movement, NonFiniteError, explain_non_finite
 from diffpolicy.training.distributed import Group
 from diffpolicy.training.ema import EMA
+from diffpolicy.training.identity import check_same_run, describe, flatten, machine
 from diffpolicy.training.logging import MetricsFile, TensorBoard
+from diffpolicy.training.randomness import GlobalNoise
 from diffpolicy.training.run_files import check_resumable, clear_run, has_run
-from diffpolicy.training.settings import TrainerConfig, check_same, mix_seed
+from diffpolicy.training.settings import TrainerConfig, mix_seed
+from diffpolicy.training.stopping import StopRequest
+from diffpolicy.training.validation import Source, autocast, validation_loss
 
 Evaluate = Callable[[Path, int], Mapping[str, float]]
 Export = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
 
 
-class Source(Protocol):
-    """Examples by index."""
-
-    def __len__(self) -> int:
-        """Number of examples."""
-
-    def gather(self, indices: Tensor) -> dict[str, Tensor]:
-        """A batch: every value has ``len(indices)`` rows."""
-
-
 @dataclass(frozen=True)
 class TrainResult:
-    """Outcome of a run: steps done, the averaged weights of the objective.
-
-    Whether it was interrupted.
-    """
+    """Outcome of a run: steps done, the averaged weights, whether it was interrupted."""
 
     step: int
     ema: Mapping[str, Tensor]
@@ -72,11 +62,14 @@ class Trainer:
             every time.
         evaluate: called with a policy directory and the step; its metrics are logged, and ``score``
             decides the best checkpoint.
-        resume: continue the run in ``run_dir``.
+        identity: what else the result depends on, beside objective, source and settings, by name:
+            the policy's spec, its normaliser.
+        resume: continue the run in ``run_dir``. It must be the same run: only more steps and
+            another learning rate are possible, and a warning says so.
         overwrite: replace it.
 
     Raises:
-        ValueError: settings that cannot work, or a run directory in use.
+        ValueError: settings that cannot work, a run directory in use, or a run that was another.
     """
 
     def __init__(
@@ -89,6 +82,7 @@ class Trainer:
         export: Export | None = None,
         val_source: Source | None = None,
         evaluate: Evaluate | None = None,
+        identity: Mapping[str, Any] | None = None,
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
@@ -116,6 +110,9 @@ class Trainer:
             raise ValueError(
                 "precision=bf16 is for GPUs (on a CPU without bf16 units it is slower); use fp32"
             )
+        about = {**(identity or {}), "objective": objective, "source": source}
+        self.identity = flatten(describe(about, trained=objective))
+        self._noise = GlobalNoise(self.device)
         self._forward = self.group.wrap(objective, self.device)
         if config.compile:
             self._forward.compile()
@@ -135,7 +132,9 @@ class Trainer:
         self._totals: dict[str, Tensor] = {}
         self._since = 0
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
-        self._stop = False
+        self._stop = StopRequest()
+        self._movement = Movement()
+        self._writer = BackgroundWriter()
         self._begin(resume, overwrite)
 
     def _begin(self, resume: bool, overwrite: bool) -> None:
@@ -182,14 +181,13 @@ class Trainer:
             NonFiniteError: a loss or gradient that is not finite, naming where it came from; no
                 checkpoint is written from that state.
         """
-        previous = self._catch_signals()
         try:
-            self._loop()
+            with self._stop, self._noise, self._writer:
+                self._loop()
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             self._lock.release()
-        return TrainResult(self.step, self.ema.state, self._stop, self.best_score, self.train_s)
+        stopped = self._stop.asked
+        return TrainResult(self.step, self.ema.state, stopped, self.best_score, self.train_s)
 
     def _loop(self) -> None:
         config = self.config
@@ -203,7 +201,8 @@ class Trainer:
             mininterval=1.0,
         )
         with bar:
-            while self.step < config.steps and not self.group.any(self._stop):
+            while self.step < config.steps and not self.group.any(self._stop.asked):
+                self._writer.check()
                 self._train_step()
                 bar.update()
                 due = self._due(config.eval_every) or self.step == config.steps
@@ -222,7 +221,7 @@ class Trainer:
                     began = time.perf_counter()
                 if due or self._due(config.checkpoint_every):
                     self._save()
-            if self._stop:
+            if self._stop.asked:
                 self._save()
 
     def _log(self, row: Mapping[str, float]) -> None:
@@ -240,9 +239,10 @@ class Trainer:
         batch = {
             k: v.to(self.device, non_blocking=True) for k, v in self.source.gather(indices).items()
         }
-        generator = self._generator(self.step)
+        seed = mix_seed(config.seed, self.step, self.group.rank)
+        generator = torch.Generator(self.device).manual_seed(seed)
         # Dropout draws from the global generator; reseeding makes it, too, a function of the step.
-        torch.manual_seed(mix_seed(config.seed, self.step, self.group.rank, 0xD0))
+        self._noise.seed(mix_seed(config.seed, self.step, self.group.rank, 0xD0))
         self.optimizer.zero_grad(set_to_none=True)
         outs = [self._backward(part, generator) for part in _parts(batch, config.accumulate)]
         norm = torch.nn.utils.get_total_norm(
@@ -255,6 +255,7 @@ class Trainer:
             raise NonFiniteError(
                 explain_non_finite(self.step, batch, indices, whole, self.objective)
             )
+        self._movement.check(self.step, norm)
         if config.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
         for group in self.optimizer.param_groups:
@@ -263,7 +264,7 @@ class Trainer:
         after: Callable[[], None] | None = getattr(self.objective, "after_step", None)
         if after is not None:  # target networks follow; they are part of the objective's state
             after()
-        self.ema.update(self.objective)
+        self.ema.update()
         self.step += 1
         self._count({"loss": losses.mean(), "grad_norm": norm})
         for out in outs:
@@ -271,7 +272,7 @@ class Trainer:
 
     def _backward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Any:
         """Add the gradient of one part of a batch."""
-        with self._autocast():
+        with autocast(self.config, self.device):
             out = self._forward(batch, generator)
         count = len(next(iter(batch.values())))
         if out.loss.shape != (count,):
@@ -279,6 +280,7 @@ class Trainer:
                 f"an objective returns one loss per example, [{count}] here; "
                 f"got {list(out.loss.shape)}"
             )
+        self._movement.check_graph(out.loss)
         (out.loss.mean() / self.config.accumulate).backward()
         return out
 
@@ -299,15 +301,6 @@ class Trainer:
         whole = self._order[position * size : (position + 1) * size]
         return whole[self.group.rank :: self.group.size]
 
-    def _generator(self, step: int) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(
-            mix_seed(self.config.seed, step, self.group.rank)
-        )
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
-
     def _averages(self, seconds: float) -> dict[str, float]:
         """Means since the last row, which starts the next."""
         steps = self.step - self._since
@@ -322,7 +315,9 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         row: dict[str, float] = {}
         if self.val_source is not None:
-            row["val_loss"] = self._validation_loss(self.val_source)
+            row["val_loss"] = validation_loss(
+                self.objective, self.ema.state, self.val_source, self.config
+            )
         if self.evaluate is None or self.export is None or not self.group.first:
             return row
         folder = write_bundle(self.run_dir / ".candidate", self.export(self.ema.state))
@@ -331,29 +326,6 @@ class Trainer:
         finally:
             remove_owned(folder)
         return row
-
-    @torch.no_grad()
-    def _validation_loss(self, source: Source) -> float:
-        """Loss of the averaged weights on the held-out examples, with the same noise every time."""
-        modes = [(m, m.training) for m in self.objective.modules()]
-        live = {k: v.clone() for k, v in self.objective.state_dict().items()}
-        self.objective.load_state_dict(self.ema.state)
-        self.objective.eval()
-        total, count = 0.0, 0
-        for number, rows in enumerate(
-            torch.split(torch.arange(len(source)), self.config.batch_size)
-        ):
-            batch = {k: v.to(self.device) for k, v in source.gather(rows).items()}
-            generator = torch.Generator(self.device).manual_seed(
-                mix_seed(self.config.seed, number, 0x7A1)
-            )
-            with self._autocast():
-                total += self.objective(batch, generator).loss.sum().item()
-            count += len(rows)
-        self.objective.load_state_dict(live)
-        for module, mode in modes:
-            module.training = mode
-        return total / count
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -365,7 +337,11 @@ class Trainer:
         self.best_score = score if is_best else self.best_score
         if self.group.first:
             policy = {} if self.export is None else self.export(self.ema.state)
-            self.snapshots.save(self.step, self._state(), policy, is_best=is_best)
+            files = self.step, copied(self._state()), copied(policy)
+            began = self.snapshots.exist
+            self._writer.start(lambda: self.snapshots.save(*files, is_best=is_best))
+            if not began:  # rows of metrics without any checkpoint would look like a lost one
+                self._writer.wait()
         if not alone:
             self.group.barrier()
 
@@ -381,23 +357,28 @@ class Trainer:
             "ema.safetensors": self.ema.state,
             "optimizer.safetensors": moments,
             "totals.safetensors": self._totals,
-            "state.json": {
-                "step": self.step,
-                "since": self._since,
-                "ema_updates": self.ema.updates,
-                "best_score": self.best_score,
-                "train_s": self.train_s,
-                "examples": len(self.source),
-                "processes": self.group.size,
-                "config": asdict(self.config),
-            },
+            "state.json": self._progress(),
+        }
+
+    def _progress(self) -> dict[str, Any]:
+        """How far the run is, and which run it is."""
+        return {
+            "step": self.step,
+            "since": self._since,
+            "ema_updates": self.ema.updates,
+            "best_score": self.best_score,
+            "train_s": self.train_s,
+            "examples": len(self.source),
+            "processes": self.group.size,
+            "config": asdict(self.config),
+            "identity": self.identity,
+            "machine": machine(self.device),
         }
 
     def _load(self) -> None:
         files = self.snapshots.load_last()
         state = files["state.json"]
-        now = {"examples": len(self.source), "processes": self.group.size, **asdict(self.config)}
-        check_same({**state, **state["config"]}, now, self.run_dir)
+        check_same_run(state, self._progress(), self.run_dir)
         self.objective.load_state_dict(files["params.safetensors"])
         self.ema.load(files["ema.safetensors"], state["ema_updates"])
         for key, value in files["optimizer.safetensors"].items():
@@ -408,21 +389,11 @@ class Trainer:
         self.step, self._since = state["step"], state["since"]
         self.best_score, self.train_s = state["best_score"], state["train_s"]
 
-    def _catch_signals(self) -> dict[int, Any]:
-        """Finish the step and write a checkpoint on Ctrl-C or SIGTERM (main thread only)."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-
-        try:
-            return {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread
-            return {}
-
 
 def _parts(batch: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     """A batch cut into ``count`` equal ones."""
     pieces = {name: value.chunk(count) for name, value in batch.items()}
     return [{name: piece[i] for name, piece in pieces.items()} for i in range(count)]
+
+
+__all__ = ["Source", "TrainResult", "Trainer"]

@@ -61,7 +61,7 @@ def test_an_interrupted_training_goes_on(tmp_path, measured_task, quick, monkeyp
         def _train_step(self) -> None:
             super()._train_step()
             steps.append(self.step)
-            self._stop = self.step == 10
+            self._stop.asked = self.step == 10
 
     with monkeypatch.context() as patch:
         patch.setattr(oracles, "Trainer", Stopping)
