@@ -109,12 +109,30 @@ class FakeDiscrete(FakePoint):
         self.action_space = spaces.Discrete(3)
 
 
+class FakeOdd(gym.Env):
+    """Takes whole numbers; everything that it says is in arrays of one entry."""
+
+    def __init__(self, low=0):
+        self.observation_space = spaces.Box(-1, 1, (1,), np.float32)
+        self.action_space = spaces.Box(0, 3, (2,), np.int64)
+        self.action_space.low[:] = low  # as an environment may do after making its space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros((1, 1)), {}
+
+    def step(self, action):
+        said = {"is_success": np.array([1.0])}
+        return np.zeros((1, 1)), np.array([action.sum()]), np.array([True]), False, said
+
+
 for _name, _limit in (
     ("Point", 12),
     ("ExpertPoint", 12),
     ("Modules", 12),
     ("Dict", 12),
     ("Discrete", 12),
+    ("Odd", 3),
     ("Endless", None),
 ):
     _id = f"rollout_fakes/{_name}-v0"
