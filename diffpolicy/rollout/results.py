@@ -182,7 +182,7 @@ def summarise(
 
 
 def _rate(everyone: list[bool | None], sound: list[bool | None]) -> dict[str, Any] | None:
-    if sound and all(one is None for one in sound):
+    if all(one is None for one in sound):  # also if there is none: nobody has earned a 0
         return None
     return wilson_interval(sum(one is True for one in everyone), len(everyone)).to_dict()
 

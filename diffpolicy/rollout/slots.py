@@ -7,7 +7,7 @@ never load torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -16,8 +16,7 @@ from gymnasium import spaces
 
 from diffpolicy.rollout.spec import EnvSpec
 from diffpolicy.rollout.values import as_flag, as_observation, as_reward, as_success, to_native
-
-Message = tuple[dict[str, Any], dict[str, np.ndarray]]  # values and arrays, see rollout.wire
+from diffpolicy.rollout.wire import Message
 
 _EXPERT_STREAM, _NOISE_STREAM = (
     1,
@@ -228,7 +227,7 @@ def run_command(
     arrays: dict[str, np.ndarray],
     index: int,
     beat: Callable[[], None],
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> Message:
     """Carries one command out for one row; the reply as a message."""
     name = command["do"]
     if name == "reset":
@@ -243,7 +242,7 @@ def run_command(
     raise ValueError(f"unknown command {name!r}")
 
 
-def _packed(result: Outcome | Demonstration) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    items: Iterable[tuple[str, Any]] = result._asdict().items()
-    arrays = {name: value for name, value in items if isinstance(value, np.ndarray)}
-    return {k: v for k, v in result._asdict().items() if k not in arrays}, arrays
+def _packed(result: Outcome | Demonstration) -> Message:
+    items: dict[str, Any] = result._asdict()
+    arrays = {name: value for name, value in items.items() if isinstance(value, np.ndarray)}
+    return {k: v for k, v in items.items() if k not in arrays}, arrays

@@ -319,7 +319,7 @@ def test_an_interrupt_leaves_the_pool_usable(monkeypatch):
         pool.step_async(np.zeros((2, 2), np.float32), [0, 1])
         with monkeypatch.context() as patch:
 
-            def interrupted(timeout):
+            def interrupted():
                 raise KeyboardInterrupt
 
             patch.setattr(pool._supervisor, "events", interrupted)
