@@ -16,7 +16,7 @@ from diffpolicy.rollout.slots import Outcome
 from diffpolicy.rollout.vector import Failure, WorkerPool, Workers
 
 
-class AllFailedError(RuntimeError):
+class AllFailedError(ValueError):
     """Not one episode could be run, so there is nothing to report but why."""
 
 

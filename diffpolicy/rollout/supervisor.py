@@ -22,7 +22,7 @@ _MAX_FAILED_STARTS = 3
 _GLANCE_S = 0.5  # how often a silent process is looked after
 
 
-class WorkerError(RuntimeError):
+class WorkerError(ChildProcessError):
     """No worker process can be started, or none any more."""
 
 

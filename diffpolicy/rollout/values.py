@@ -29,7 +29,7 @@ def to_native(action: np.ndarray, space: spaces.Box) -> np.ndarray:
         inside = np.clip(whole, low.astype(np.float64), high.astype(np.float64))
         return inside.astype(dtype)
     native = np.asarray(action, dtype)
-    if np.finfo(dtype).bits <= 32:
+    if native.itemsize <= 4:
         return native
     single = native.astype(np.float32)
     native = np.where((native < low) & (single == low.astype(np.float32)), low, native)

@@ -10,6 +10,7 @@ import pytest
 
 from diffpolicy.rollout.evaluate import VideoOptions, evaluate
 from diffpolicy.rollout.results import EpisodeRecord, summarise
+from diffpolicy.rollout.rows import AllFailedError, fitting
 from diffpolicy.rollout.spec import EnvSpec, EnvSpecError
 from diffpolicy.rollout.vector import WorkerPool, Workers
 
@@ -252,3 +253,79 @@ def test_bad_input(make_fake_policy):
 
     with pytest.raises(ValueError, match=r"actions \(3, 1\), expected \(3, 2\)"):
         _run(WrongShape())
+
+
+CHAOS = "rollout_fake_envs:rollout_fakes/Chaos-v0"
+
+
+def _diffusion(network):
+    torch = pytest.importorskip("torch")
+    from diffpolicy.core.denoiser import Denoiser
+    from diffpolicy.data.normalize import Normalizer
+    from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec
+
+    spec = PolicySpec.from_config(
+        {"obs_dim": 3, "action_dim": 2, "horizon": 8, "n_obs_steps": 2, "n_action_steps": 3}
+        | {"network": network, "sampler": {"num_steps": 3}, "rti": {"t_start": 0.4}}
+    )
+    torch.manual_seed(0)
+    denoiser: Denoiser = spec.make_denoiser()
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    unit = {"min": -1.0, "max": 1.0, "mean": 0.0, "std": 1.0, "q01": -1.0, "q99": 1.0}
+    statistics = {
+        name: {key: [value] * dim for key, value in unit.items()}
+        for name, dim in (("obs", 3), ("action", 2))
+    }
+    normalizer = Normalizer.fit(statistics, dict.fromkeys(statistics, "minmax"))
+    return DiffusionPlanner(spec, denoiser, normalizer)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"type": "mlp", "width": 256, "depth": 2},
+        {"type": "unet1d", "down_dims": [16, 32], "n_groups": 4},  # it tells the edge of a batch
+    ],
+    ids=["mlp", "unet1d"],
+)
+def test_no_bit_of_an_episode_depends_on_its_neighbours(network):
+    policy, spec = _diffusion(network), EnvSpec(CHAOS)
+    seeds = range(40, 46)
+    alone = _run(policy, seeds, spec, Workers(1, 0)).episodes
+    assert _run(policy, seeds, spec, Workers(5, 0)).episodes == alone
+    with pytest.warns(RuntimeWarning, match="1 of 5 episodes failed"):
+        broken = _run(policy, [45, 43, 41, 40, 44], EnvSpec(CHAOS, {"broken": [41]}), Workers(8, 0))
+    sound = [e for e in broken.episodes if e.error is None]
+    assert sound == [alone[i] for i in (5, 3, 0, 4)]
+    exact = [_run(policy, [41, 44], spec, Workers(n, 0), plan_batch=1) for n in (1, 2)]
+    assert exact[0].episodes == exact[1].episodes
+    assert (exact[0].settings["plan_batch"], broken.settings["plan_batch"]) == (1, 8)
+
+
+def test_if_every_episode_fails_there_is_no_score(fake_policy):
+    spec = EnvSpec(CHAOS, {"broken": [1, 2]})
+    with pytest.raises(AllFailedError, match=r"(?s)all 2 episodes failed.*gripper is on fire"):
+        _run(fake_policy, [1, 2], spec)
+
+
+def test_an_environment_that_cannot_be_made_again_leaves_what_was_finished(fake_policy, tmp_path):
+    once = {"pids": str(tmp_path / "pids"), "once": str(tmp_path / "struck")}
+    spec = EnvSpec("rollout_fake_envs:rollout_fakes/Forker-v0", once)
+    clean = _run(fake_policy, [5, 1, 3])
+    workers = Workers(num_envs=1, num_workers=1)
+    with pytest.warns(RuntimeWarning, match="2 of 3 episodes failed"):
+        result = _run(fake_policy, [5, 1, 3], spec, workers)
+    assert result.episodes[0] == clean.episodes[0]
+    for episode in result.episodes[1:]:
+        assert "the licence server says no" in episode.error
+    assert any("environments were lost" in note for note in result.notes)
+
+
+def test_no_more_environments_than_pay():
+    asked = Workers(num_envs=64, num_workers=2)
+    assert fitting(asked, 64).num_envs == 8
+    assert fitting(asked, 64, plan_batch=64).num_envs == 64
+    assert fitting(asked, 1000).num_envs == 64
+    assert fitting(asked, 3).num_envs == 3
+    assert fitting(None, 100).num_envs == 8
