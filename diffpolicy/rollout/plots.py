@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import importlib
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from diffpolicy.files import atomic_file
 
 _PIP = 'pip install "diffpolicy[media]"'
 
@@ -59,12 +60,9 @@ def plot_curve(
     if score in columns:
         _draw_score(axes[-1], columns, score)
     axes[-1].set_xlabel("step")
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.tmp.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(target)
-    return target
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=120)
+    return Path(path)
 
 
 def read_metrics(path: str | Path) -> dict[str, Series]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffpolicy.files import write_json
 from diffpolicy.rollout.scores import mean_interval, wilson_interval
 
 
@@ -125,14 +124,7 @@ class EvalResult:
         target = Path(path)
         if target.suffix != ".json":
             target = target / "eval.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        with partial.open("w") as file:
-            json.dump(self.to_dict(), file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-        return target
+        return write_json(target, self.to_dict())
 
 
 def summarise(

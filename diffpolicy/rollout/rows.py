@@ -177,7 +177,7 @@ class RowLoop(abc.ABC, Generic[E]):
 
     def _fill(self) -> None:
         """Gives each free row the next episode, until every row has one or none is left."""
-        while True:
+        while len(self.running) < len(self._rows):
             begun: list[int] = []
             for row in self._rows:
                 following = None if row in self.running else self._following()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from diffpolicy.files import write_atomic
 from diffpolicy.rollout.results import EvalResult
 from diffpolicy.rollout.scores import mean_interval, paired_difference
 from diffpolicy.rollout.tuning_plots import plot_curves, plot_nfe
@@ -182,10 +182,7 @@ def _text(report: Mapping[str, Any]) -> str:
 
 def write_text(path: Path, text: str) -> Path:
     """Write a file at once or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text)
-    partial.replace(path)
-    return path
+    return write_atomic(path, text)
 
 
 __all__ = [

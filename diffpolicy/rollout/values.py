@@ -7,6 +7,7 @@ came.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ def to_native(action: np.ndarray, space: spaces.Box) -> np.ndarray:
     """
     dtype, low, high = space.dtype, space.low, space.high
     assert dtype is not None
-    if np.issubdtype(dtype, np.integer):
+    if dtype.kind in "iu":
         whole = np.rint(np.asarray(action, np.float64))
         inside = np.clip(whole, low.astype(np.float64), high.astype(np.float64))
         return inside.astype(dtype)
@@ -42,12 +43,12 @@ def as_reward(value: Any) -> float:
     Raises:
         ValueError: it is not one finite number.
     """
-    number = _number(value)
-    if number is None or not np.isfinite(number):
+    number = value if isinstance(value, float) else _number(value)
+    if number is None or not math.isfinite(number):
         raise ValueError(
             f"the environment returned the reward {value!r}; one finite number is needed"
         )
-    return number
+    return float(number)
 
 
 def as_flag(value: Any, name: str) -> bool:
@@ -56,8 +57,10 @@ def as_flag(value: Any, name: str) -> bool:
     Raises:
         ValueError: it is not one truth value.
     """
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
     number = _number(value)
-    if number is None or np.isnan(number):
+    if number is None or math.isnan(number):
         raise ValueError(f"the environment returned {name}={value!r}; a bool is needed")
     return bool(number)
 
@@ -98,8 +101,8 @@ def as_success(info: dict[str, Any]) -> bool | None:
 
 
 def _said(key: str, value: Any) -> bool | None:
-    if value is None:
-        return None
+    if value is None or isinstance(value, bool):
+        return value
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         raise ValueError(
