@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ class Still:
     def __init__(self, action_dim: int) -> None:
         self.action_dim = action_dim
 
-    def initial_state(self, seeds: list[int]) -> Memory:
+    def initial_state(self, seeds: Sequence[int]) -> Memory:
         """Memory of as many rows as seeds."""
         return Memory(len(seeds))
 

@@ -399,3 +399,16 @@ def test_push_t_repeats_itself_exactly():
 def _further(job, track):
     prefix = Prefix(track.obs[:31], track.action[:30], track.reward[:30])
     return [Job((*job.key, k), job.seed, 100 + k, None, prefix, 4) for k in range(4)]
+
+
+def test_rollouts_that_were_interrupted_go_on_to_the_same_bits(tmp_path, make_diffusion_policy):
+    """In an environment that magnifies the last bit of an action."""
+    more = {
+        "policy": make_diffusion_policy({"type": "mlp", "width": 256, "depth": 2}),
+        "spec": EnvSpec("rollout_fake_envs:rollout_fakes/Chaos-v0"),
+        "settings": Repeats(episodes=2),
+    }
+    whole = _collect(tmp_path, "whole", seeds=[7, 8, 9], **more)
+    _collect(tmp_path, "part", seeds=[7], **more)
+    rest = _collect(tmp_path, "part", seeds=[7, 8, 9], workers=Workers(3, 0), **more)
+    assert _contents(whole.store) == _contents(rest.store)

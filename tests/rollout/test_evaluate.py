@@ -258,29 +258,6 @@ def test_bad_input(make_fake_policy):
 CHAOS = "rollout_fake_envs:rollout_fakes/Chaos-v0"
 
 
-def _diffusion(network):
-    torch = pytest.importorskip("torch")
-    from diffpolicy.core.denoiser import Denoiser
-    from diffpolicy.data.normalize import Normalizer
-    from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec
-
-    spec = PolicySpec.from_config(
-        {"obs_dim": 3, "action_dim": 2, "horizon": 8, "n_obs_steps": 2, "n_action_steps": 3}
-        | {"network": network, "sampler": {"num_steps": 3}, "rti": {"t_start": 0.4}}
-    )
-    torch.manual_seed(0)
-    denoiser: Denoiser = spec.make_denoiser()
-    for parameter in denoiser.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    unit = {"min": -1.0, "max": 1.0, "mean": 0.0, "std": 1.0, "q01": -1.0, "q99": 1.0}
-    statistics = {
-        name: {key: [value] * dim for key, value in unit.items()}
-        for name, dim in (("obs", 3), ("action", 2))
-    }
-    normalizer = Normalizer.fit(statistics, dict.fromkeys(statistics, "minmax"))
-    return DiffusionPlanner(spec, denoiser, normalizer)
-
-
 @pytest.mark.parametrize(
     "network",
     [
@@ -289,8 +266,8 @@ def _diffusion(network):
     ],
     ids=["mlp", "unet1d"],
 )
-def test_no_bit_of_an_episode_depends_on_its_neighbours(network):
-    policy, spec = _diffusion(network), EnvSpec(CHAOS)
+def test_no_bit_of_an_episode_depends_on_its_neighbours(network, make_diffusion_policy):
+    policy, spec = make_diffusion_policy(network), EnvSpec(CHAOS)
     seeds = range(40, 46)
     alone = _run(policy, seeds, spec, Workers(1, 0)).episodes
     assert _run(policy, seeds, spec, Workers(5, 0)).episodes == alone
