@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -264,6 +265,7 @@ def validator(config: TrainConfig, stack: ExitStack, device: Any) -> Any:
         return None
     from diffpolicy.api import DiffusionPolicy
     from diffpolicy.rollout.evaluate import evaluate
+    from diffpolicy.rollout.rows import AllFailedError
     from diffpolicy.rollout.vector import WorkerPool
 
     spec, settings = env_spec(config), config.evaluation
@@ -272,9 +274,15 @@ def validator(config: TrainConfig, stack: ExitStack, device: Any) -> Any:
 
     def validate(path: Path, step: int) -> Mapping[str, float]:
         policy = DiffusionPolicy.load(path, device=device)
-        result = evaluate(
-            policy, spec, seeds, workers=pool, success_threshold=config.env.success_threshold
-        )
+        try:
+            result = evaluate(
+                policy, spec, seeds, workers=pool, success_threshold=config.env.success_threshold
+            )
+        except AllFailedError as error:
+            # Hours of training are not lost to a simulator; but a score that nobody has is no 0.
+            text = f"validation at step {step} has no score, training goes on: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return {}
         metrics = result.metrics()
         if config.env.score not in metrics:
             raise ConfigError(

@@ -8,12 +8,15 @@ attribute of a policy changes while it acts.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from diffpolicy.policies.batches import in_batches
 
 Array = npt.NDArray[Any]
 S = TypeVar("S")
@@ -104,12 +107,14 @@ class ChunkedPolicy(abc.ABC):
         plan_dim: P, entries of a plan per step: A, unless a subclass says otherwise; the last A
             are the action.
         selector: chooses among several plans per decision; ``None``: one plan is made.
+        plan_batch: rows that plan at once, see :meth:`with_plan_batch`; ``None``: all that are due.
 
     Raises:
         ValueError: a horizon too short for To and Ta.
     """
 
     selector: PlanSelector | None = None
+    plan_batch: int | None = None
 
     def __init__(
         self, *, obs_dim: int, action_dim: int, horizon: int, n_obs_steps: int, n_action_steps: int
@@ -214,16 +219,49 @@ class ChunkedPolicy(abc.ABC):
         """Rows whose next plan starts from their last one, bool ``[N]``."""
         return state.warm
 
+    def plan_kinds(self, state: PolicyState) -> Array:
+        """Which networks each row's next plan goes through ``[N]``: rows of a kind plan alike."""
+        return self.starts_warm(state)
+
+    def with_plan_batch(self, size: int | None) -> Self:
+        """This policy, planning in batches of constant size (:mod:`diffpolicy.policies.batches`).
+
+        Without it all rows that are due plan at once, and the last bits of a plan depend on which.
+
+        Args:
+            size: rows of every call of the networks, filled up where fewer are due; 1: one by one;
+                ``None``: all at once.
+
+        Raises:
+            ValueError: a size below 1.
+        """
+        if size is not None and size < 1:
+            raise ValueError(f"a batch of plans has at least one row, got {size}")
+        other = copy.copy(self)
+        other.plan_batch = size
+        return other
+
+    def _batched(
+        self, plan: Callable[[PolicyState], tuple[Array, ...]], state: PolicyState
+    ) -> tuple[Array, ...]:
+        """``plan(state)``, in batches of constant size if that was asked for."""
+        if self.plan_batch is None or not len(state):
+            return plan(state)
+        return in_batches(plan, state, self.plan_kinds(state), self.plan_batch)
+
     def replan(
         self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False
     ) -> PolicyState:
         """The memory with new plans for ``rows`` (indices), made for their last observation."""
         whole = len(state) == 1 or np.array_equal(rows, np.arange(len(state)))
         chosen = state if whole else state.take(rows)  # copying a memory costs tens of microseconds
-        if self.selector is None:
-            plan, nfe = self.make_plans(chosen, deterministic=deterministic)
-        else:
-            plan, nfe = self.selector.choose(self.make_plans, chosen, deterministic=deterministic)
+
+        def make(part: PolicyState) -> tuple[Array, Array]:
+            if self.selector is None:
+                return self.make_plans(part, deterministic=deterministic)
+            return self.selector.choose(self.make_plans, part, deterministic=deterministic)
+
+        plan, nfe = self._batched(make, chosen)
         planned = self.adopted(chosen, plan, nfe)
         return planned if whole else state.put(rows, planned)
 

@@ -303,17 +303,23 @@ class RealTimeChunking(ChunkedPolicy):
             plans[cold], nfe[cold] = self.planner.make_plans(
                 state.take(cold), deterministic=deterministic
             )
-        # A row whose observation jumped still follows the plan that runs, but is sampled anew.
-        anew = state.memory.get("jumped", np.zeros(len(state), bool))
-        if self.planner.spec.rti is None:
-            anew = np.ones(len(state), bool)
-        for kind, chosen in (("cold", state.warm & anew), ("warm", state.warm & ~anew)):
-            rows = np.flatnonzero(chosen)
+        kinds = self.plan_kinds(state)
+        for number, kind in ((1, "cold"), (2, "warm")):
+            rows = np.flatnonzero(kinds == number)
             if len(rows):
                 loop = self._loops[kind, deterministic]
                 plans[rows] = self._blended(loop, state.take(rows), deterministic)
                 nfe[rows] = loop.nfe
         return plans, nfe
+
+    def plan_kinds(self, state: PolicyState) -> Array:
+        """0: without a plan to follow; 1: follows it, sampled from noise; 2: from its own start."""
+        # A row whose observation jumped still follows the plan that runs, but is sampled anew.
+        anew = state.memory.get("jumped", np.zeros(len(state), bool))
+        if self.planner.spec.rti is None:
+            anew = np.ones(len(state), bool)
+        kinds: Array = np.where(state.warm, np.where(anew, 1, 2), 0)
+        return kinds
 
     @torch.no_grad()  # not inference_mode: the Jacobian needs a graph of its own
     def _blended(self, loop: ChunkLoop, state: PolicyState, deterministic: bool) -> Array:

@@ -57,6 +57,11 @@ class TemporalEnsemble(ChunkedPolicy):
     def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
         return self.policy.make_plans(state, deterministic=deterministic)
 
+    def with_plan_batch(self, size: int | None) -> TemporalEnsemble:
+        other = super().with_plan_batch(size)
+        other.policy = self.policy.with_plan_batch(size)
+        return other
+
     def starts_warm(self, state: PolicyState) -> Array:
         return self.policy.starts_warm(state)
 

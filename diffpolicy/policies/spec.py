@@ -19,6 +19,7 @@ from diffpolicy.data.normalize import Normalizer
 from diffpolicy.networks import make_network
 from diffpolicy.networks.heads import make_head
 from diffpolicy.policies.base import Array, check_horizon
+from diffpolicy.policies.bounds import inward_bounds
 from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.planning import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
@@ -131,7 +132,8 @@ class PolicySpec:
         grippers: action dimensions with two values.
         observation_step: the largest change of each observation entry between two steps that is
             usual in the demonstrations ``[O]`` (0.999 quantile), for ``rti.innovation``.
-        action_low: lower bounds of actions in environment units ``[A]``, ``None`` for unbounded.
+        action_low: lower bounds of actions in environment units ``[A]``, ``None`` for unbounded;
+            rounded inwards to float32.
         action_high: upper bounds.
         layout: what a plan holds: ``"action"``; ``"trajectory"``, observations and actions, with
             the observations up to now pinned (Diffuser); or ``"state"``, observations alone, with a
@@ -194,8 +196,20 @@ class PolicySpec:
                 raise ValueError(
                     f"{name} must have action_dim={self.action_dim} entries, got {len(values)}"
                 )
+        self._round_bounds()
         self._check_parts()
         check_planning(self)
+
+    def _round_bounds(self) -> None:
+        low, high = self.action_low, self.action_high
+        inner, outer = inward_bounds(
+            np.full(self.action_dim, -np.inf) if low is None else low,
+            np.full(self.action_dim, np.inf) if high is None else high,
+        )
+        if low is not None:
+            object.__setattr__(self, "action_low", tuple(inner.tolist()))
+        if high is not None:
+            object.__setattr__(self, "action_high", tuple(outer.tolist()))
 
     @property
     def plan_layout(self) -> Layout:

@@ -209,9 +209,23 @@ class StreamingPlanner(DiffusionPlanner):
         self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False
     ) -> PolicyState:
         chosen = state.take(rows)
-        plan, buffer, nfe = self.advance(chosen, deterministic=deterministic)
+
+        def tick(part: PolicyState) -> tuple[Array, ...]:
+            return self.advance(part, deterministic=deterministic)
+
+        plan, buffer, nfe = self._batched(tick, chosen)
         planned = self.adopted(chosen.remember(buffer=buffer), plan, nfe)
         return state.put(rows, planned)
+
+    def _cold(self, state: PolicyState) -> Array:
+        stale = state.cursor > self.n_obs_steps - 1 + self.n_action_steps
+        cold: Array = ~state.warm | stale
+        return cold
+
+    def plan_kinds(self, state: PolicyState) -> Array:
+        """Rows whose buffer goes on ``[N]``; the others are sampled in full."""
+        rolled: Array = ~self._cold(state) | (self.streaming.fill != "denoise")
+        return rolled
 
     def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
         plan, _, nfe = self.advance(state, deterministic=deterministic)
@@ -230,9 +244,8 @@ class StreamingPlanner(DiffusionPlanner):
         Returns:
             Plans and buffers ``[n, H, A]``, normalised, and network evaluations ``[n]``.
         """
-        stale = state.cursor > self.n_obs_steps - 1 + self.n_action_steps
-        cold = ~state.warm | stale
-        sampled = cold & (self.streaming.fill == "denoise")
+        cold = self._cold(state)
+        sampled = ~self.plan_kinds(state)
         plans, buffers = np.empty_like(state.plan), np.empty_like(state.plan)
         nfe = np.empty(len(state), np.int64)
         for kind, chosen in (("cold", sampled), ("warm", ~sampled)):

@@ -12,9 +12,11 @@ from tqdm.auto import tqdm
 
 from diffpolicy.data.preferences import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
+from diffpolicy.policies.batches import usual_batch
 from diffpolicy.rollout.branching import Branching, Repeats
 from diffpolicy.rollout.families import Families, open_rollouts
 from diffpolicy.rollout.pairing import check_target, write_pairs
+from diffpolicy.rollout.rows import AllFailedError, fitting
 from diffpolicy.rollout.spec import EnvSpec
 from diffpolicy.rollout.tracks import ObservingPolicy, TrackRunner
 from diffpolicy.rollout.vector import WorkerPool, Workers
@@ -96,6 +98,7 @@ def collect_episodes(
         The pairs, of whole episodes unless ``settings.scoring.span`` says otherwise.
 
     Raises:
+        AllFailedError: every rollout failed.
         EnvSpecError: the environment cannot be made.
         FileExistsError: the preference file was made by somebody else.
         ValueError: seeds that repeat, a store made with other settings, no pair at all.
@@ -124,7 +127,8 @@ def _collect(
     if prefs_path is not None:
         check_target(prefs_path)
     path = Path(store_path)
-    with WorkerPool(spec, workers) as pool:
+    per_seed = settings.episodes if isinstance(settings, Repeats) else settings.branches
+    with WorkerPool(spec, fitting(workers, len(numbers) * per_seed, usual_batch(policy))) as pool:
         runner = TrackRunner(policy, pool)
         with open_rollouts(path, pool.info, policy, settings) as store:
             known = {int(attrs["seed"]) for attrs in store.episode_attrs}
@@ -135,6 +139,12 @@ def _collect(
                     runner.run(family.first_jobs(), family.done)
                 finally:
                     family.write_report(runner.steps)
+            failed = list(family.failed.values())
+            if failed and not store.num_episodes:
+                raise AllFailedError(
+                    f"all {len(failed)} rollouts failed, so nothing was collected; the first: "
+                    f"{failed[0]}"
+                )
     rollouts = EpisodeStore.open(path)
     if prefs_path is None:
         return PreferenceSet(rollouts)

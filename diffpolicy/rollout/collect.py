@@ -12,6 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from diffpolicy.data.store import EpisodeStore, FieldSpec
+from diffpolicy.rollout.rows import AllFailedError
 from diffpolicy.rollout.slots import Demonstration
 from diffpolicy.rollout.spec import EnvInfo, EnvSpec
 from diffpolicy.rollout.vector import Failure, WorkerPool, Workers
@@ -57,7 +58,9 @@ def collect(
         The store, open for reading, with statistics.
 
     Raises:
+        AllFailedError: every episode failed.
         EnvSpecError: the environment cannot be made.
+        WorkerError: no worker process can be started any more; what was finished is stored.
         ValueError: the environment has no expert or (with ``keep="success"``) does not say whether
             an episode succeeded; the store was made with other settings; no episode was kept.
     """
@@ -83,13 +86,23 @@ def collect(
         with _open_store(path, pool.info, noise, keep) as store:
             report = _Report(store, numbers, keep)
             todo = [seed for seed in numbers if seed not in report.known]
-            with tqdm(total=len(todo), desc="collect", unit="episode", disable=not progress) as bar:
-                for seed, result in _in_order(pool, todo, noise):
-                    report.add(seed, result)
-                    bar.update()
-                    bar.set_postfix(kept=report.kept, refresh=False)
-            report.write()
+            try:
+                with tqdm(
+                    total=len(todo), desc="collect", unit="episode", disable=not progress
+                ) as bar:
+                    for seed, result in _in_order(pool, todo, noise):
+                        report.add(seed, result)
+                        bar.update()
+                        bar.set_postfix(kept=report.kept, refresh=False)
+            finally:
+                report.write()
     if report.kept == 0:
+        errors = [why for why in report.failed.values() if why != _NO_SUCCESS]
+        if errors and len(errors) == len(report.failed):
+            raise AllFailedError(
+                f"all {len(errors)} episodes failed, so nothing was collected; the first: "
+                f"{errors[0]}"
+            )
         raise ValueError(f"none of the {len(numbers)} episodes was kept: {report.summary()}")
     return EpisodeStore.open(path)
 
@@ -110,6 +123,8 @@ def _in_order(
     while queue:
         for seed, result in pool.run_expert(drain(), noise=noise):
             attempts[seed] += 1
+            if isinstance(result, Failure) and result.blameless:
+                attempts[seed] -= 1
             if isinstance(result, Failure) and attempts[seed] <= pool.workers.retries:
                 queue.appendleft(seed)
                 continue

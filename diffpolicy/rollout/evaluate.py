@@ -2,53 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
 import time
-from collections import deque
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from diffpolicy.rollout.results import EpisodeRecord, EpisodeVideo, EvalResult, summarise
+from diffpolicy.rollout.rows import (
+    AllFailedError,
+    Episode,
+    Policy,
+    RowLoop,
+    fitting,
+    planning_in_batches,
+)
 from diffpolicy.rollout.slots import Outcome
 from diffpolicy.rollout.spec import EnvSpec
 from diffpolicy.rollout.vector import Failure, WorkerPool, Workers
-
-
-class RowState(Protocol):
-    """What the evaluator needs of a policy's state: rows, and running totals per row."""
-
-    @property
-    def nfe(self) -> Any:
-        """``[N]`` network evaluations so far."""
-
-    @property
-    def plans(self) -> Any:
-        """``[N]`` plans made so far."""
-
-    def take(self, rows: Any) -> Self:
-        """The state of some rows."""
-
-    def put(self, rows: Any, other: Self) -> Self:
-        """The state with some rows replaced."""
-
-
-class Policy(Protocol):
-    """What the evaluator needs of a policy (see :mod:`diffpolicy.policies`)."""
-
-    def initial_state(self, seeds: Sequence[int]) -> Any:
-        """Memory of ``len(seeds)`` rows."""
-
-    def act(self, obs: np.ndarray, state: Any, *, deterministic: bool = False) -> Any:
-        """``(actions [N, A], new state)`` for ``obs [N, O]``."""
-
-    def forget(self, state: Any, done: np.ndarray, seeds: Sequence[int] | None = None) -> Any:
-        """The state with the rows of ``done [N]`` empty again, each with a seed (row order)."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +57,22 @@ def evaluate(
     deterministic: bool = False,
     success_threshold: float | None = None,
     video: VideoOptions | None = None,
+    plan_batch: int | None = None,
     progress: bool = True,
 ) -> EvalResult:
     """Runs one episode per seed and scores them.
 
     All running rows go into one ``policy.act`` per step. A row whose episode ends takes the next
-    seed, and the policy forgets that row and is given the new seed, so an episode depends on its
-    seed
-    alone: not on the row, on its neighbours or on ``num_envs``.
+    seed, and the policy forgets that row and is given the new seed. A policy of this library plans
+    in batches of constant size, each row at a place of its own, so an episode depends on its seed
+    alone, bit for bit: not on the row, on its neighbours or on ``num_envs``. (The size of a batch,
+    the number of threads, the device and the libraries still show in the last bits; a policy of
+    another kind answers for itself.)
 
     An episode whose worker raises, hangs or dies is tried again ``workers.retries`` times. If that
     fails too, it is an error: it counts as a failure in every success rate (the denominator is the
-    number of seeds), and is left out of the means, whose ``n`` says so.
+    number of seeds), and is left out of the means, whose ``n`` says so; ``notes`` say so too. If
+    every episode fails there is no result but an exception.
 
     Args:
         policy: anything with ``initial_state``, ``act`` and ``forget``.
@@ -101,9 +83,12 @@ def evaluate(
         success_threshold: success at a step means ``reward >= success_threshold``; None: what the
             environment says in ``info["is_success"]`` or ``info["success"]``.
         video: which frames to keep; None: none.
+        plan_batch: rows that plan at once; 1: one by one, the plainest and slowest; None: 8 on a
+            CPU, 64 on an accelerator, a compiled policy's own.
         progress: whether to show a bar with the time left.
 
     Raises:
+        AllFailedError: not one episode could be run.
         EnvSpecError: the environment cannot be made.
         ValueError: seeds that repeat or are missing, or a policy whose actions are not finite or
             have the wrong shape.
@@ -114,25 +99,24 @@ def evaluate(
     if len(set(numbers)) != len(numbers):
         raise ValueError("seeds must differ: an episode that is counted twice is no evidence")
     side = 0 if video is None else video.side
-    if isinstance(workers, WorkerPool):
-        if workers.spec != spec:
-            raise ValueError(f"the pool runs {workers.spec}, not {spec}")
-        run = _Run(policy, workers, numbers, deterministic, success_threshold, video)
-        return run.finish(progress)
-    asked = Workers() if workers is None else workers
-    fitting = Workers(**{**asdict(asked), "num_envs": min(asked.num_envs, len(numbers))})
-    with WorkerPool(spec, fitting, frame_side=side) as pool:
-        run = _Run(policy, pool, numbers, deterministic, success_threshold, video)
+    planner = planning_in_batches(policy, plan_batch)
+    rows = getattr(planner, "plan_batch", plan_batch)
+    with contextlib.ExitStack() as stack:
+        if isinstance(workers, WorkerPool):
+            if workers.spec != spec:
+                raise ValueError(f"the pool runs {workers.spec}, not {spec}")
+            pool = workers
+        else:
+            few = fitting(workers, len(numbers), rows)
+            pool = stack.enter_context(WorkerPool(spec, few, frame_side=side))
+        run = _Run(planner, pool, numbers, deterministic, success_threshold, video)
         return run.finish(progress)
 
 
 @dataclass
-class _Episode:
+class _Episode(Episode):
     """An episode under way in some row."""
 
-    seed: int
-    attempts: int = 1
-    failed: tuple[str, ...] = ()
     begun: bool = False
     rewards: list[float] = field(default_factory=list)
     successes: list[bool | None] = field(default_factory=list)
@@ -140,8 +124,11 @@ class _Episode:
     nfe: int = 0
     plans: int = 0
 
+    def again(self, *failed: str) -> _Episode:
+        return _Episode(self.seed, self.seed, self.attempts + len(failed), (*self.failed, *failed))
 
-class _Run:
+
+class _Run(RowLoop[_Episode]):
     """The evaluation under way: which row runs which episode, and the policy's state."""
 
     def __init__(
@@ -153,17 +140,14 @@ class _Run:
         success_threshold: float | None,
         video: VideoOptions | None,
     ) -> None:
-        self.policy, self.pool, self.seeds = policy, pool, seeds
+        super().__init__(policy, pool)
+        self.seeds = seeds
         self.deterministic, self.threshold, self.video = deterministic, success_threshold, video
-        self.waiting = deque(_Episode(seed) for seed in seeds)
-        self.running: dict[int, _Episode] = {}
+        self.waiting = iter([_Episode(seed, seed) for seed in seeds])
         self.records: dict[int, EpisodeRecord] = {}
         self.videos: dict[int, EpisodeVideo] = {}
         self.notes: dict[str, None] = {}  # an ordered set
         self.filmed = set(seeds[: video.episodes]) if video is not None else set()
-        # Every row is forgotten before it is used, so these seeds never show.
-        self.state = policy.initial_state([0] * pool.num_envs)
-        self.obs = np.zeros((pool.num_envs, pool.info.obs_dim), np.float32)
         self.calls: list[tuple[float, int]] = []  # seconds and plans of the calls that planned
 
     def finish(self, progress: bool) -> EvalResult:
@@ -171,16 +155,15 @@ class _Run:
         with tqdm(
             total=len(self.seeds), desc="evaluate", unit="episode", disable=not progress
         ) as bar:
-            self._begin(range(self.pool.num_envs))
-            while self.running:
-                rows = sorted(self.running)
-                actions = self._act(rows)
-                results = self.pool.step(actions, rows, frames=[self._films(row) for row in rows])
-                self._begin([row for row in rows if self._ended(row, results[row])])
+
+            def tick() -> None:
                 bar.update(len(self.records) - bar.n)
                 bar.set_postfix(self._postfix(), refresh=False)
+
+            self.loop(tick)
         records = tuple(self.records[seed] for seed in self.seeds)
         wall_s = time.perf_counter() - began
+        self._note_errors(records)
         return EvalResult(
             episodes=records,
             summary=summarise(records, calls=self.calls, wall_s=wall_s),
@@ -190,70 +173,31 @@ class _Run:
             notes=tuple(self.notes),
         )
 
-    def _begin(self, rows: Sequence[int]) -> None:
-        """Gives each row the next episode, until every row has one or none is left."""
-        free = list(rows)
-        while free and self.waiting:
-            begun = free[: len(self.waiting)]
-            for row in begun:
-                self.running[row] = self.waiting.popleft()
-            seeds = [self.running[row].seed for row in begun]
-            results = self.pool.reset(begun, seeds, frames=[self._films(row) for row in begun])
-            done = np.zeros(self.pool.num_envs, bool)
-            done[begun] = True
-            fresh = [self.running[row].seed for row in sorted(begun)]
-            self.state = self.policy.forget(self.state, done, seeds=fresh)
-            nfe, plans = np.asarray(self.state.nfe), np.asarray(self.state.plans)
-            free = free[len(begun) :]
-            for row in begun:
-                result = results[row]
-                if isinstance(result, Failure):
-                    self._failed(row, result)
-                    free.append(row)
-                    continue
-                self.obs[row] = result.obs
-                self._keep_frame(row, result)
-                self.running[row].begun = True
-                self.running[row].nfe = -int(nfe[row])
-                self.running[row].plans = -int(plans[row])
+    def upcoming(self) -> _Episode | None:
+        return next(self.waiting, None)
 
-    def _act(self, rows: list[int]) -> np.ndarray:
-        whole = len(rows) == self.pool.num_envs
-        state = self.state if whole else self.state.take(np.array(rows))
-        before = np.asarray(state.plans).sum()
+    def began(self, row: int, outcome: Outcome) -> None:
+        self._keep_frame(row, outcome)
+        episode = self.running[row]
+        episode.begun = True
+        episode.nfe = -int(np.asarray(self.state.nfe)[row])
+        episode.plans = -int(np.asarray(self.state.plans)[row])
+
+    def actions(self, rows: list[int]) -> np.ndarray:
+        before = np.asarray(self.state.plans).sum()
         began = time.perf_counter()
-        actions, state = self.policy.act(
-            self.obs[rows].copy(), state, deterministic=self.deterministic
-        )
+        chosen = self.act(rows, self.deterministic)
         seconds = time.perf_counter() - began
-        planned = int(np.asarray(state.plans).sum() - before)
+        planned = int(np.asarray(self.state.plans).sum() - before)
         if planned > 0:
             self.calls.append((seconds, planned))
-        self.state = state if whole else self.state.put(np.array(rows), state)
-        return self._checked(np.asarray(actions), rows)
+        return chosen
 
-    def _checked(self, actions: np.ndarray, rows: list[int]) -> np.ndarray:
-        expected = (len(rows), self.pool.info.action_dim)
-        if actions.shape != expected:
-            raise ValueError(f"the policy returned actions {actions.shape}, expected {expected}")
-        bad = np.flatnonzero(~np.isfinite(actions).all(axis=1))
-        if len(bad):
-            row = rows[bad[0]]
-            episode = self.running[row]
-            raise ValueError(
-                f"the policy's action in row {row} is not finite: {actions[bad[0]]} (seed "
-                f"{episode.seed}, step {len(episode.rewards)}). Its weights or its normaliser hold "
-                "non-finite values, or the observation is far outside the training data."
-            )
-        return actions
-
-    def _ended(self, row: int, result: Outcome | Failure) -> bool:
-        """Notes what a step brought; whether the row is free for another episode."""
-        if isinstance(result, Failure):
-            self._failed(row, result)
-            return True
+    def stepped(self, row: int, action: np.ndarray, result: Outcome) -> bool:
+        """Notes what a step brought; whether the episode is over."""
         episode = self.running[row]
         self.obs[row] = result.obs
+        episode.step += 1
         episode.rewards.append(result.reward)
         threshold = self.threshold
         episode.successes.append(
@@ -267,7 +211,6 @@ class _Run:
             last = self.pool.render([row])[row]
             if not isinstance(last, Failure):
                 episode.frames.append(last)
-        del self.running[row]
         said = [one for one in episode.successes if one is not None]
         record = EpisodeRecord(
             seed=episode.seed,
@@ -289,34 +232,25 @@ class _Run:
             self.videos[episode.seed] = EpisodeVideo(episode.seed, record.success, frames)
         return True
 
-    def _failed(self, row: int, failure: Failure) -> None:
-        """Puts the episode of a row back, or gives it up."""
-        episode = self.running.pop(row)
-        text = f"{failure.kind}: {failure.text.strip()}"
-        if failure.kind == "lost":  # another row's fault, so it costs no attempt
-            self.waiting.appendleft(_Episode(episode.seed, episode.attempts, episode.failed))
-        elif episode.attempts <= self.pool.workers.retries:
-            again = _Episode(episode.seed, episode.attempts + 1, (*episode.failed, text))
-            self.waiting.appendleft(again)
-        else:
-            nan = math.nan
-            self.records[episode.seed] = EpisodeRecord(
-                seed=episode.seed,
-                episode_return=nan,
-                max_reward=nan,
-                length=0,
-                success=False,
-                final_success=False,
-                terminated=False,
-                truncated=False,
-                nfe=0,
-                plans=0,
-                attempts=episode.attempts,
-                error=text,
-                failed_attempts=episode.failed,
-            )
+    def gave_up(self, episode: _Episode, why: str) -> None:
+        nan = math.nan
+        self.records[episode.seed] = EpisodeRecord(
+            seed=episode.seed,
+            episode_return=nan,
+            max_reward=nan,
+            length=0,
+            success=False,
+            final_success=False,
+            terminated=False,
+            truncated=False,
+            nfe=0,
+            plans=0,
+            attempts=episode.attempts,
+            error=why,
+            failed_attempts=episode.failed,
+        )
 
-    def _films(self, row: int) -> bool:
+    def films(self, row: int) -> bool:
         episode = self.running[row]
         # Drawing may be what killed the first attempt, so it is not tried again.
         if self.video is None or episode.seed not in self.filmed or episode.attempts > 1:
@@ -329,6 +263,23 @@ class _Run:
             self.running[row].frames.append(result.frame)
         elif result.note:
             self.notes[f"no video: {result.note}"] = None
+
+    def _note_errors(self, records: Sequence[EpisodeRecord]) -> None:
+        errors = [record.error for record in records if record.error is not None]
+        if not errors:
+            return
+        if len(errors) == len(records):
+            raise AllFailedError(
+                f"all {len(records)} episodes failed, so there is no score; the first: {errors[0]}"
+            )
+        text = (
+            f"{len(errors)} of {len(records)} episodes failed and count as failures in every "
+            f"success rate; the first: {errors[0]}"
+        )
+        self.notes[text] = None
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+        if self.lost:
+            self.notes[f"environments were lost on the way: {self.lost}"] = None
 
     def _postfix(self) -> dict[str, str]:
         records = self.records.values()
@@ -344,6 +295,7 @@ class _Run:
             **({} if statistics is None else {"latency": statistics(self.state)}),
             "deterministic": self.deterministic,
             "success_threshold": self.threshold,
+            "plan_batch": getattr(self.policy, "plan_batch", None),
             **asdict(self.pool.workers),
             "num_workers": self.pool.num_workers,
             "machine": {

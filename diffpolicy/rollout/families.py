@@ -50,7 +50,7 @@ class Families:
         # Failures of seeds that are not in the store are tried again.
         stored = {int(attrs["seed"]) for attrs in store.episode_attrs}
         before: dict[str, str] = store.attrs["rollouts"]["failed"]
-        self._failed = {k: why for k, why in before.items() if int(k.split("/")[0]) in stored}
+        self.failed = {k: why for k, why in before.items() if int(k.split("/")[0]) in stored}
         self._position = 0
 
     def first_jobs(self) -> Iterator[Job]:
@@ -66,7 +66,7 @@ class Families:
         """Keeps a track; what follows from a base episode are its branches."""
         further: list[Job] = []
         if isinstance(result, str):
-            self._failed["/".join(map(str, job.key))] = result
+            self.failed["/".join(map(str, job.key))] = result
         else:
             self._tracks[job.seed][job.key] = (job, result)
             if isinstance(self._settings, Branching) and job.prefix is None:
@@ -126,7 +126,7 @@ class Families:
     def write_report(self, steps: int) -> None:
         """What failed, and the steps of the environments that this call took."""
         made = self._store.attrs["rollouts"]
-        report = {"failed": self._failed, "env_steps": made["env_steps"] + steps}
+        report = {"failed": self.failed, "env_steps": made["env_steps"] + steps}
         self._store.update_attrs({"rollouts": {**made, **report}})
 
 

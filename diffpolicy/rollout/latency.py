@@ -8,6 +8,7 @@ computed, and the delay is put back by holding the plan from the robot for ``d``
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -159,6 +160,8 @@ class DelayedPolicy:
         ValueError: a latency, period, safe action, ``replan`` or ``arrival`` that is none.
     """
 
+    plan_batch: int | None = None
+
     def __init__(
         self,
         policy: ChunkedPolicy,
@@ -191,6 +194,12 @@ class DelayedPolicy:
                 f"environment units), got {action!r}"
             )
         return safe
+
+    def with_plan_batch(self, size: int | None) -> DelayedPolicy:
+        """This policy, planning in batches of constant size (see ``ChunkedPolicy``)."""
+        other = copy.copy(self)
+        other.policy, other.plan_batch = self.policy.with_plan_batch(size), size
+        return other
 
     def initial_state(self, seeds: Sequence[int]) -> DelayedState:
         """Memory for ``len(seeds)`` environments at the start of an episode."""

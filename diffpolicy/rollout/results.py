@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffpolicy.files import write_atomic
+from diffpolicy.files import write_json
 from diffpolicy.rollout.scores import mean_interval, wilson_interval
 
 
@@ -125,7 +124,7 @@ class EvalResult:
         target = Path(path)
         if target.suffix != ".json":
             target = target / "eval.json"
-        return write_atomic(target, json.dumps(self.to_dict(), indent=1, allow_nan=False))
+        return write_json(target, self.to_dict())
 
 
 def summarise(
@@ -175,7 +174,7 @@ def summarise(
 
 
 def _rate(everyone: list[bool | None], sound: list[bool | None]) -> dict[str, Any] | None:
-    if sound and all(one is None for one in sound):
+    if all(one is None for one in sound):  # also if there is none: nobody has earned a 0
         return None
     return wilson_interval(sum(one is True for one in everyone), len(everyone)).to_dict()
 

@@ -7,7 +7,7 @@ never load torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -15,10 +15,9 @@ import numpy as np
 from gymnasium import spaces
 
 from diffpolicy.rollout.spec import EnvSpec
+from diffpolicy.rollout.values import as_flag, as_observation, as_reward, as_success, to_native
+from diffpolicy.rollout.wire import Message
 
-Message = tuple[dict[str, Any], dict[str, np.ndarray]]  # values and arrays, see rollout.wire
-
-_SUCCESS_KEYS = ("is_success", "success")
 _EXPERT_STREAM, _NOISE_STREAM = (
     1,
     2,
@@ -109,7 +108,7 @@ class EnvSlot:
         obs, info = self.env.reset(seed=seed)
         self._done = False
         picture, note = self._frame(frame)
-        return Outcome(self._checked(obs), 0.0, False, False, _success(info), picture, note)
+        return Outcome(self._checked(obs), 0.0, False, False, as_success(info), picture, note)
 
     def step(self, action: np.ndarray, frame: bool = False) -> Outcome:
         """Takes ``action [A]``; there is no automatic reset.
@@ -119,21 +118,14 @@ class EnvSlot:
         """
         if self._done:
             raise RuntimeError("step() after the end of an episode; call reset() first")
-        obs, reward, terminated, truncated, info = self.env.step(self._native(action))
-        self._done = bool(terminated or truncated)
-        value = float(reward)
-        if not np.isfinite(value):
-            raise ValueError(f"the environment returned the reward {value}")
+        space = self.env.action_space
+        assert isinstance(space, spaces.Box)
+        obs, reward, terminated, truncated, info = self.env.step(to_native(action, space))
+        ended = as_flag(terminated, "terminated"), as_flag(truncated, "truncated")
+        self._done = any(ended)
+        value = as_reward(reward)
         picture, note = self._frame(frame)
-        return Outcome(
-            self._checked(obs),
-            value,
-            bool(terminated),
-            bool(truncated),
-            _success(info),
-            picture,
-            note,
-        )
+        return Outcome(self._checked(obs), value, *ended, as_success(info), picture, note)
 
     def render(self) -> tuple[np.ndarray | None, str]:
         """A picture ``[height, width, 3]`` uint8, or None and why not."""
@@ -205,21 +197,10 @@ class EnvSlot:
                 self._render = False
         return None, self._note or "the pool was made without frames"
 
-    def _native(self, action: np.ndarray) -> np.ndarray:
-        return np.asarray(action, self.env.action_space.dtype)
-
     def _checked(self, obs: Any) -> np.ndarray:
-        array = np.asarray(obs, np.float32)
         shape = self.env.observation_space.shape
-        if array.shape != shape:
-            raise ValueError(
-                f"the environment returned an observation of shape {array.shape}, not {shape}"
-            )
-        if not np.isfinite(array).all():
-            bad = np.flatnonzero(~np.isfinite(array)).tolist()
-            raise ValueError(f"the environment returned an observation that is not finite at {bad}")
-        # A copy, because some environments return (and go on writing to) their own buffer.
-        return array.copy()
+        assert shape is not None
+        return as_observation(obs, shape)
 
 
 def _shrink(frame: np.ndarray, side: int) -> np.ndarray:
@@ -240,18 +221,13 @@ def _bounds(env: gym.Env[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
     return env.action_space.low.astype(np.float64), env.action_space.high.astype(np.float64)
 
 
-def _success(info: dict[str, Any]) -> bool | None:
-    said = [bool(np.any(info[key])) for key in _SUCCESS_KEYS if key in info]
-    return any(said) if said else None
-
-
 def run_command(
     slot: EnvSlot,
     command: dict[str, Any],
     arrays: dict[str, np.ndarray],
     index: int,
     beat: Callable[[], None],
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> Message:
     """Carries one command out for one row; the reply as a message."""
     name = command["do"]
     if name == "reset":
@@ -266,7 +242,7 @@ def run_command(
     raise ValueError(f"unknown command {name!r}")
 
 
-def _packed(result: Outcome | Demonstration) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    items: Iterable[tuple[str, Any]] = result._asdict().items()
-    arrays = {name: value for name, value in items if isinstance(value, np.ndarray)}
-    return {k: v for k, v in result._asdict().items() if k not in arrays}, arrays
+def _packed(result: Outcome | Demonstration) -> Message:
+    items: dict[str, Any] = result._asdict()
+    arrays = {name: value for name, value in items.items() if isinstance(value, np.ndarray)}
+    return {k: v for k, v in items.items() if k not in arrays}, arrays

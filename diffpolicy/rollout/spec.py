@@ -18,6 +18,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from diffpolicy.policies.bounds import inward_bounds
+
 # Which extra of ours installs the package that registers an id.
 _EXTRAS = {
     "gymnasium_robotics": "robotics",
@@ -155,8 +157,8 @@ class EnvInfo:
         spec: the environment.
         obs_dim: O.
         action_dim: A.
-        action_low: ``[A]`` float32, may hold -inf.
-        action_high: ``[A]`` float32, may hold inf.
+        action_low: ``[A]`` float32, rounded inwards; may hold -inf.
+        action_high: ``[A]`` float32, rounded inwards; may hold inf.
         max_episode_steps: the step limit.
         has_expert: whether it ships a scripted expert (``expert_action(rng)``).
         versions: versions of the packages that can change a score.
@@ -200,12 +202,13 @@ def inspect_env(spec: EnvSpec, env: gym.Env[Any, Any]) -> EnvInfo:
     assert env.observation_space.shape is not None
     limit = step_limit(env)
     assert limit is not None
+    low, high = inward_bounds(box.low, box.high)
     return EnvInfo(
         spec=spec,
         obs_dim=int(env.observation_space.shape[0]),
         action_dim=int(box.shape[0]),
-        action_low=np.asarray(box.low, np.float32),
-        action_high=np.asarray(box.high, np.float32),
+        action_low=low,
+        action_high=high,
         max_episode_steps=limit,
         has_expert=env.has_wrapper_attr("expert_action"),
         versions=_versions(),
@@ -279,3 +282,7 @@ def _check_spaces(env_id: str, env: gym.Env[Any, Any]) -> None:
             f"{env_id!r} takes actions of {action}; a one-dimensional Box is needed (continuous "
             "control)."
         )
+    try:
+        inward_bounds(action.low, action.high)
+    except ValueError as error:
+        raise EnvSpecError(f"{env_id!r}: {error}. Mend the Box of its action_space.") from None

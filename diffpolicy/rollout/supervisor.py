@@ -15,27 +15,34 @@ import numpy as np
 
 from diffpolicy.rollout import wire
 from diffpolicy.rollout.process import WorkerProcess
-from diffpolicy.rollout.slots import Message
 from diffpolicy.rollout.spec import EnvInfo, EnvSpec, EnvSpecError
+from diffpolicy.rollout.wire import Message
 
 _MAX_FAILED_STARTS = 3
+_GLANCE_S = 0.5  # how often a silent process is looked after
 
 
-class WorkerError(RuntimeError):
-    """The pool cannot go on: its worker processes cannot be started any more."""
+class WorkerError(ChildProcessError):
+    """No worker process can be started, or none any more."""
 
 
 class Failure(NamedTuple):
     """Why a row has no result.
 
     Attributes:
-        kind: ``"raised"`` (the environment raised), ``"timed out"``, ``"died"`` (the process ended)
-            or ``"lost"`` (another row of the same process ended it: not this row's fault).
+        kind: ``"raised"`` (the environment raised), ``"timed out"``, ``"died"`` (the process
+            ended), ``"lost"`` (another row of the same process ended it, or it was restarting) or
+            ``"gone"`` (it cannot be started any more, so the row has no environment from now on).
         text: the worker's traceback or how its process ended.
     """
 
-    kind: Literal["raised", "timed out", "died", "lost"]
+    kind: Literal["raised", "timed out", "died", "lost", "gone"]
     text: str
+
+    @property
+    def blameless(self) -> bool:
+        """Whether it says nothing of the episode, which has to be begun again elsewhere."""
+        return self.kind in ("lost", "gone")
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ class Supervisor:
         frame_side: longest side of the frames that may be asked for; 0: none.
 
     Attributes:
-        processes: the running ones.
+        processes: one per index; those that could not be restarted are ``gone``.
         owner: row -> index of its process.
         live: rows in which an episode was begun since their process started.
         info: what the environment is, as the workers made it.
@@ -117,6 +124,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._finalizer = weakref.finalize(self, _end_all, self.processes, self._selector)
         self._started = False
+        self._looked = time.monotonic()
         try:
             self._start(workers.count(workers.num_envs))
         except BaseException:
@@ -139,26 +147,29 @@ class Supervisor:
         """Makes the answers that are due now due within ``timeout`` seconds, if they were not."""
         for process in self.processes:
             if process.greeted:
-                process.deadline = min(process.deadline, time.monotonic() + timeout)
+                process.hurry(timeout)
 
     def busy(self) -> bool:
         """Whether an answer is due."""
         return any(process.pending for process in self.processes)
 
-    def events(self, timeout: float) -> list[tuple[int, Message | Failure]]:
-        """Waits for the next messages or failures: ``(row, what came)``, maybe none.
-
-        Args:
-            timeout: seconds that the row after an answered one may take.
-        """
-        due = [p.deadline for p in self.processes if p.pending or not p.greeted]
-        patience = max(min(due) - time.monotonic(), 0.0) if due else timeout
+    def events(self) -> list[tuple[int, Message | Failure]]:
+        """Waits for the next answers or failures: ``(row, what came)``, maybe none."""
+        awaited = [process for process in self.processes if process.awaited]
+        due = min((process.deadline for process in awaited), default=0.0)
+        patience = min(max(due - time.monotonic(), 0.0), _GLANCE_S)
+        ready = [key.data for key, _ in self._selector.select(patience)]
         happened: list[tuple[int, Message | Failure]] = []
-        for key, _ in self._selector.select(patience):
-            happened += self._read(key.data, timeout)
+        for process in ready:
+            happened += self._read(process)
         now = time.monotonic()
-        for process in list(self.processes):
-            if (process.pending or not process.greeted) and now > process.deadline:
+        look = now - self._looked >= _GLANCE_S
+        self._looked = now if look else self._looked
+        for process in (process for process in awaited if process not in ready):
+            if look and process.proc.poll() is not None:
+                # Seen only here if what it has left behind holds its socket open.
+                happened += self._fail(process, "died", "")
+            elif now > process.deadline:
                 what = "answer" if process.greeted else "start"
                 happened += self._fail(process, "timed out", f"did not {what} in time")
         return happened
@@ -175,8 +186,9 @@ class Supervisor:
                 wire.send(process.sock, {"do": "close"}, {})
         deadline = time.monotonic() + 5.0
         for process in self.processes:
-            at_work = bool(process.pending) or not process.greeted
-            process.end(0.0 if at_work else max(deadline - time.monotonic(), 0.01))
+            process.end(
+                0.0 if process.awaited or process.gone else max(deadline - time.monotonic(), 0.01)
+            )
         self._finalizer()
 
     def _start(self, count: int) -> None:
@@ -185,8 +197,10 @@ class Supervisor:
             rows = range(index, self._workers.num_envs, count)
             self.owner |= dict.fromkeys(rows, index)
             self.processes.append(self._launch(rows))
-        while not all(process.greeted for process in self.processes):
-            self.events(self._workers.timeout)
+        while any(process.awaited for process in self.processes):
+            self.events()
+        if all(process.gone for process in self.processes):
+            raise WorkerError(self.processes[0].gone)
 
     def _launch(self, rows: Sequence[int]) -> WorkerProcess:
         process = WorkerProcess(
@@ -195,24 +209,24 @@ class Supervisor:
         self._selector.register(process.sock, selectors.EVENT_READ, process)
         return process
 
-    def _read(self, process: WorkerProcess, timeout: float) -> list[tuple[int, Message | Failure]]:
+    def _read(self, process: WorkerProcess) -> list[tuple[int, Message | Failure]]:
         try:
-            values, arrays = wire.receive(process.sock, timeout)
+            values, arrays = wire.receive(process.sock, self._workers.timeout)
         except TimeoutError:
             return self._fail(process, "timed out", "stopped in the middle of a message")
         except (EOFError, OSError):
             return self._fail(process, "died", "")
-        process.deadline = time.monotonic() + timeout
         if not process.greeted:
             return self._greet(process, values, arrays)
-        if "beat" in values:
-            return []
-        process.pending.popleft()
-        row: int = values.pop("row")
-        if "error" in values:
-            self.live.discard(row)
-            return [(row, Failure("raised", values["error"]))]
-        return [(row, (values, arrays))]
+        rows, process.pending = process.pending, ()
+        answers: list[tuple[int, Message | Failure]] = []
+        for row, (own, parts) in zip(rows, wire.split(values, arrays), strict=True):
+            if "error" in own:
+                self.live.discard(row)
+                answers.append((row, Failure("raised", own["error"])))
+            else:
+                answers.append((row, (own, parts)))
+        return answers
 
     def _greet(
         self, process: WorkerProcess, values: dict[str, Any], arrays: dict[str, np.ndarray]
@@ -223,7 +237,8 @@ class Supervisor:
                 text = values["fatal"] if values["type"] == "EnvSpecError" else values["trace"]
                 raise EnvSpecError(text)
             return self._fail(process, "raised", values["trace"])
-        process.greeted = self._started = True
+        process.greet(self._workers.timeout)
+        self._started = True
         self._failed_starts[index] = 0
         self.info = EnvInfo(
             spec=self._spec,
@@ -242,19 +257,23 @@ class Supervisor:
     ) -> list[tuple[int, Message | Failure]]:
         """Gives a process up, puts a new one in its place, and says what it means for the rows."""
         index = self.owner[process.rows[0]]
+        # A process that has not started was not at work on any row, so none is to blame.
+        culprit = process.culprit
         if not process.greeted:
             self._failed_starts[index] = self._failed_starts.get(index, 0) + 1
-        pending = process.pending
-        # Workers answer in order, so the first row that is owed was the one being worked on.
-        culprit = pending[0] if pending else None
         self._selector.unregister(process.sock)
         how = process.end(grace=1.0 if kind == "died" else 0.0)
         text = f"worker process {process.proc.pid} {text or how}"
-        if self._failed_starts.get(index, 0) >= _MAX_FAILED_STARTS:
-            raise WorkerError(f"{text}; gave up after {_MAX_FAILED_STARTS} failed starts in a row")
         self.live.difference_update(process.rows)
+        process.pending = ()
+        if self._failed_starts.get(index, 0) >= _MAX_FAILED_STARTS:
+            process.gone = f"{text}; gave up after {_MAX_FAILED_STARTS} failed starts in a row"
+            return [(row, Failure("gone", process.gone)) for row in process.rows]
         self.processes[index] = self._launch(process.rows)
-        lost = Failure("lost", f"shared its process with row {culprit}, whose {text}")
+        why = f"shared its process with row {culprit}, whose {text}"
+        if culprit is None:
+            why = f"{text} {'between two commands' if process.greeted else 'while it started'}"
+        lost = Failure("lost", why)
         return [(row, Failure(kind, text) if row == culprit else lost) for row in process.rows]
 
 

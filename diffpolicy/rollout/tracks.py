@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from diffpolicy.rollout.evaluate import Policy
+from diffpolicy.rollout.rows import Episode, Policy, RowLoop, planning_in_batches
 from diffpolicy.rollout.slots import Outcome
-from diffpolicy.rollout.vector import Failure, WorkerPool
+from diffpolicy.rollout.vector import WorkerPool
 
 
 class ReplayError(ValueError):
@@ -90,18 +90,19 @@ class Job:
     limit: int | None = None
 
 
-@dataclass
-class _Running:
-    """A job under way in some row."""
+@dataclass(kw_only=True)
+class _Running(Episode):
+    """A job under way in some row; ``step`` counts the repeated steps too."""
 
     job: Job
-    attempts: int = 1
-    step: int = 0  # of the environment
     plans: int = 0  # the row's count when it began
     switched: bool = False
     seen: list[np.ndarray] = field(default_factory=list)
     taken: list[np.ndarray] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
+
+    def again(self, *failed: str) -> _Running:
+        return _begun(self.job, self.attempts + len(failed), (*self.failed, *failed))
 
     @property
     def replayed(self) -> int:
@@ -112,14 +113,18 @@ class _Running:
         return self.step < self.replayed
 
 
-class TrackRunner:
-    """Keeps the rows of a pool busy with jobs, all acting rows in one ``policy.act`` per step.
+def _begun(job: Job, attempts: int = 1, failed: tuple[str, ...] = ()) -> _Running:
+    return _Running(job.seed, job.policy_seed, attempts, failed, job=job)
+
+
+class TrackRunner(RowLoop[_Running]):
+    """Runs jobs, all acting rows in one ``policy.act`` per step.
 
     A row that repeats its prefix only shows the policy what it sees; where the prefix ends, the
     policy makes a new plan with its own noise, from the history that the recorded episode had.
 
     Args:
-        policy: who acts.
+        policy: who acts; one of this library plans in batches of constant size.
         pool: where.
     """
 
@@ -130,12 +135,8 @@ class TrackRunner:
                 "recorded steps a policy must look on without acting; give a DiffusionPolicy "
                 "(without latency)"
             )
-        self.policy, self.pool = policy, pool
-        # Every row is forgotten before it is used, so these seeds never show.
-        self._state = policy.initial_state([0] * pool.num_envs)
-        self._obs = np.zeros((pool.num_envs, pool.info.obs_dim), np.float32)
-        self._running: dict[int, _Running] = {}
-        self._urgent: deque[_Running] = deque()
+        super().__init__(planning_in_batches(policy, None), pool)
+        self._urgent: deque[Job] = deque()
         self.steps = 0  # of all environments, repeated ones included
 
     def run(
@@ -154,143 +155,78 @@ class TrackRunner:
             ReplayError: a prefix did not repeat itself.
             ValueError: the policy's actions are not finite or have the wrong shape.
         """
-        waiting = iter(jobs)
-        self._begin(range(self.pool.num_envs), waiting, on_done)
-        while self._running:
-            rows = sorted(self._running)
-            actions = self._act(rows)
-            results = self.pool.step(actions, rows)
-            self.steps += len(rows)
-            for place, row in enumerate(rows):
-                self._take(row, actions[place], results[row], on_done)
-            # Also rows that had nothing to do: a base episode that ends brings many jobs.
-            idle = [row for row in range(self.pool.num_envs) if row not in self._running]
-            self._begin(idle, waiting, on_done)
+        self._waiting: Iterator[Job] = iter(jobs)
+        self._on_done = on_done
+        self.loop()
 
-    def _next(self, waiting: Any) -> _Running | None:
-        if self._urgent:
-            return self._urgent.popleft()
-        job = next(waiting, None)
-        return None if job is None else _Running(job)
+    def upcoming(self) -> _Running | None:
+        job = self._urgent.popleft() if self._urgent else next(self._waiting, None)
+        return None if job is None else _begun(job)
 
-    def _begin(self, rows: Sequence[int], waiting: Any, on_done: Any) -> None:
-        free = list(rows)
-        while free:
-            begun: list[int] = []
-            for row in free:
-                following = self._next(waiting)
-                if following is None:
-                    break
-                self._running[row] = following
-                begun.append(row)
-            if not begun:
-                return
-            free = free[len(begun) :]
-            jobs = [self._running[row].job for row in begun]
-            results = self.pool.reset(begun, [job.seed for job in jobs])
-            done = np.zeros(self.pool.num_envs, bool)
-            done[begun] = True
-            fresh = [self._running[row].job.policy_seed for row in sorted(begun)]
-            self._state = self.policy.forget(self._state, done, seeds=fresh)
-            plans = np.asarray(self._state.plans)
-            for row in begun:
-                result = results[row]
-                self._running[row].plans = int(plans[row])
-                if isinstance(result, Failure):
-                    self._failed(row, result, on_done)
-                    free.append(row)
-                    continue
-                self._obs[row] = result.obs
-                self._check_observation(self._running[row], result.obs)
+    def began(self, row: int, outcome: Outcome) -> None:
+        running = self.running[row]
+        running.plans = int(np.asarray(self.state.plans)[row])
+        self._check_observation(running, outcome.obs)
 
-    def _act(self, rows: list[int]) -> np.ndarray:
+    def actions(self, rows: list[int]) -> np.ndarray:
+        self.steps += len(rows)
         actions = np.zeros((len(rows), self.pool.info.action_dim), np.float32)
-        replaying = np.array([self._running[row].replays for row in rows])
+        replaying = np.array([self.running[row].replays for row in rows])
         numbers = np.array(rows)
         watch, play = numbers[replaying], numbers[~replaying]
         if len(watch):
             for i in np.flatnonzero(replaying):
-                running = self._running[rows[i]]
+                running = self.running[rows[i]]
                 assert running.job.prefix is not None
                 actions[i] = running.job.prefix.action[running.step]
-            part = self.policy.observe(self._obs[watch].copy(), self._state.take(watch))
-            self._state = self._state.put(watch, part)
+            part = self.policy.observe(self.obs[watch].copy(), self.state.take(watch))
+            self.state = self.state.put(watch, part)
         if len(play):
-            whole = len(play) == self.pool.num_envs
-            state = self._state if whole else self._state.take(play)
-            chosen, state = self.policy.act(self._obs[play].copy(), state)
-            actions[~replaying] = self._checked(np.asarray(chosen, np.float32), play.tolist())
-            state = self._with_later_seeds(state, play.tolist())
-            self._state = state if whole else self._state.put(play, state)
+            actions[~replaying] = self.act(play.tolist())
+            self.state = self._with_later_seeds(self.state, play.tolist())
         return actions
 
     def _with_later_seeds(self, state: Any, rows: list[int]) -> Any:
         """The state in which rows that have made their first plan go on in their later stream."""
         plans = np.asarray(state.plans)
         changed = []
-        for place, row in enumerate(rows):
-            running = self._running[row]
+        for row in rows:
+            running = self.running[row]
             if running.switched or running.job.later_seed is None:
                 continue
-            if plans[place] > running.plans:
+            if plans[row] > running.plans:
                 running.switched = True
-                changed.append((place, running.job.later_seed))
+                changed.append((row, running.job.later_seed))
         if not changed:
             return state
         seeds = np.array(state.seed)
-        for place, seed in changed:
-            seeds[place] = seed
+        for row, seed in changed:
+            seeds[row] = seed
         return replace(state, seed=seeds)
 
-    def _checked(self, actions: np.ndarray, rows: list[int]) -> np.ndarray:
-        expected = (len(rows), self.pool.info.action_dim)
-        if actions.shape != expected:
-            raise ValueError(f"the policy returned actions {actions.shape}, expected {expected}")
-        bad = np.flatnonzero(~np.isfinite(actions).all(axis=1))
-        if len(bad):
-            running = self._running[rows[bad[0]]]
-            raise ValueError(
-                f"the policy's action {actions[bad[0]]} is not finite (seed {running.job.seed}, "
-                f"step {running.step}): its weights or its normaliser hold non-finite values"
-            )
-        return actions
-
-    def _take(self, row: int, action: np.ndarray, result: Outcome | Failure, on_done: Any) -> None:
-        """Notes what a step brought; a row whose job ends is free."""
-        if isinstance(result, Failure):
-            self._failed(row, result, on_done)
-            return
-        running = self._running[row]
+    def stepped(self, row: int, action: np.ndarray, result: Outcome) -> bool:
+        running = self.running[row]
         replayed = running.replays
         if replayed:
             self._check_step(running, result)
         else:
-            running.seen.append(self._obs[row].copy())
+            running.seen.append(self.obs[row].copy())
             running.taken.append(action)
             running.outcomes.append(result)
         running.step += 1
-        self._obs[row] = result.obs
+        self.obs[row] = result.obs
         if replayed:
             self._check_observation(running, result.obs)
-            return
+            return False
         limit = running.job.limit
         full = limit is not None and len(running.taken) >= limit
-        if result.terminated or result.truncated or full:
-            del self._running[row]
-            self._finish(running.job, _track(running), on_done)
+        if not (result.terminated or result.truncated or full):
+            return False
+        self._urgent.extend(self._on_done(running.job, _track(running)))
+        return True
 
-    def _failed(self, row: int, failure: Failure, on_done: Any) -> None:
-        """Puts the job of a row back, or gives it up."""
-        running = self._running.pop(row)
-        if failure.kind == "lost":  # another row's fault, so it costs no attempt
-            self._urgent.appendleft(_Running(running.job, running.attempts))
-        elif running.attempts <= self.pool.workers.retries:
-            self._urgent.appendleft(_Running(running.job, running.attempts + 1))
-        else:
-            self._finish(running.job, f"{failure.kind}: {failure.text.strip()}", on_done)
-
-    def _finish(self, job: Job, result: Track | str, on_done: Any) -> None:
-        self._urgent.extend(_Running(further) for further in on_done(job, result))
+    def gave_up(self, episode: _Running, why: str) -> None:
+        self._urgent.extend(self._on_done(episode.job, why))
 
     def _check_observation(self, running: _Running, obs: np.ndarray) -> None:
         prefix = running.job.prefix

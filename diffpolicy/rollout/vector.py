@@ -26,9 +26,10 @@ from typing import Any, Self
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from diffpolicy.rollout.slots import Demonstration, EnvSlot, Message, Outcome, run_command
+from diffpolicy.rollout.slots import Demonstration, EnvSlot, Outcome, run_command
 from diffpolicy.rollout.spec import EnvSpec, inspect_env
 from diffpolicy.rollout.supervisor import Failure, Supervisor, WorkerError, Workers
+from diffpolicy.rollout.wire import Message
 
 __all__ = ["Failure", "WorkerError", "WorkerPool", "Workers"]
 
@@ -157,7 +158,7 @@ class WorkerPool:
         """
         command = {"do": "expert", "noise": float(noise)}
         if self._supervisor is not None:
-            yield from _run_expert(self._supervisor, iter(seeds), command, self.workers.timeout)
+            yield from _run_expert(self._supervisor, iter(seeds), command)
             return
         for seed in seeds:
             done = self._run_serially({**command, "seeds": [int(seed)]}, {}, 0, 0)
@@ -209,7 +210,10 @@ class WorkerPool:
     ) -> None:
         parts: dict[int, list[int]] = {}
         for place, row in enumerate(self._ordered):
-            if name == "reset" or row in supervisor.live:
+            gone = supervisor.processes[supervisor.owner[row]].gone
+            if gone:
+                self._results[row] = Failure("gone", gone)
+            elif name == "reset" or row in supervisor.live:
                 parts.setdefault(supervisor.owner[row], []).append(place)
             else:
                 text = "no episode was begun in this row since its worker started"
@@ -231,10 +235,8 @@ class WorkerPool:
             if supervisor is not None:
                 if timeout is not None:
                     supervisor.hurry(timeout)
-                limit = self.workers.timeout if timeout is None else timeout
                 while supervisor.busy():
-                    # A failure of a process also voids what its other rows had answered before.
-                    self._results.update(supervisor.events(limit))
+                    self._results.update(supervisor.events())
             return {row: self._results[row] for row in self._ordered}
         except BaseException:
             if supervisor is not None:  # an interrupt must not leave stale answers behind
@@ -257,13 +259,16 @@ class WorkerPool:
 
 
 def _run_expert(
-    supervisor: Supervisor, seeds: Iterator[int], command: Mapping[str, Any], timeout: float
+    supervisor: Supervisor, seeds: Iterator[int], command: Mapping[str, Any]
 ) -> Iterator[tuple[int, Demonstration | Failure]]:
     """One episode at a time in the first row of every process."""
     running: dict[int, int] = {}
     try:
         while True:
-            for index in [i for i in range(len(supervisor.processes)) if i not in running]:
+            here = [i for i, process in enumerate(supervisor.processes) if not process.gone]
+            if not here:
+                raise WorkerError(supervisor.processes[0].gone)
+            for index in [i for i in here if i not in running]:
                 upcoming = next(seeds, None)
                 if upcoming is None:
                     break
@@ -273,7 +278,7 @@ def _run_expert(
                 supervisor.send(process, job, {}, process.rows[:1])
             if not running:
                 return
-            for row, result in supervisor.events(timeout):
+            for row, result in supervisor.events():
                 index = supervisor.owner[row]
                 if index in running and row == supervisor.processes[index].rows[0]:
                     yield running.pop(index), _demonstration(result)

@@ -6,13 +6,14 @@ an evaluation.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
 import importlib
 import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,8 +30,6 @@ _LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa", "glfw": "GL"}
 # A scene of one sphere: the cheapest proof that a context can be made and drawn into.
 _PROBE = """
 import mujoco
-
-from diffpolicy.files import atomic_file
 model = mujoco.MjModel.from_xml_string(
     '<mujoco><worldbody><light pos="0 0 2"/><geom size=".2"/></worldbody></mujoco>')
 data = mujoco.MjData(model)
@@ -131,18 +130,13 @@ def write_mp4(path: str | Path, videos: Sequence[EpisodeVideo], *, fps: int = 20
     imageio = _import("imageio.v2")
     _import("imageio_ffmpeg")
     _require_pictures(videos)
-    target = Path(path)
-    with (
-        atomic_file(target, ".mp4") as partial,
-        # H.264 wants even sides; padding below sees to it, so nothing must be rescaled.
-        imageio.get_writer(
-            partial, fps=fps, codec="libx264", macro_block_size=2, quality=8
-        ) as writer,
-    ):
+    # H.264 wants even sides; padding below sees to it, so nothing must be rescaled.
+    codec = {"codec": "libx264", "macro_block_size": 2, "quality": 8}
+    with _written(path, ".mp4") as partial, imageio.get_writer(partial, fps=fps, **codec) as writer:
         for video in videos:
             for frame in video.frames:
                 writer.append_data(_framed(frame, video.success))
-    return target
+    return Path(path)
 
 
 def contact_sheet(path: str | Path, videos: Sequence[EpisodeVideo], *, columns: int = 6) -> Path:
@@ -179,10 +173,21 @@ def contact_sheet(path: str | Path, videos: Sequence[EpisodeVideo], *, columns: 
         np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255)
         for row in rows
     ]
-    target = Path(path)
-    with atomic_file(target, ".png") as partial:
+    with _written(path, ".png") as partial:
         image_module.fromarray(np.concatenate(padded)).save(partial)
-    return target
+    return Path(path)
+
+
+@contextlib.contextmanager
+def _written(path: str | Path, suffix: str) -> Iterator[Path]:
+    """A file that is whole or absent; what goes wrong names it (an encoder knows only its pipe)."""
+    try:
+        with atomic_file(path, suffix) as partial:
+            yield partial
+    except OSError as error:
+        if str(path) in str(error):
+            raise
+        raise OSError(f"{path} could not be written (is the disk full?): {error}") from error
 
 
 class Media(NamedTuple):
@@ -208,7 +213,7 @@ def save_media(directory: str | Path, videos: Sequence[EpisodeVideo], *, fps: in
             paths.append(write(folder / name))
         except Exception as error:
             # A missing codec or a full disk must not take the scores with it.
-            notes.append(f"no {name}: {error}")
+            notes.append(f"no {folder / name}: {error}")
     return Media(tuple(paths), tuple(notes))
 
 

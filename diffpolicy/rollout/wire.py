@@ -7,15 +7,17 @@ so that a peer that stops in the middle of a message cannot hold the reader up f
 from __future__ import annotations
 
 import json
+import math
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 _LENGTHS = struct.Struct(">IQ")
+Message = tuple[dict[str, Any], dict[str, np.ndarray]]  # values and arrays
 _DTYPES = frozenset({"bool", "uint8", "int32", "int64", "float32", "float64"})
 
 
@@ -68,12 +70,25 @@ def receive(
     for name, dtype, shape in layout:
         if dtype not in _DTYPES:
             raise TypeError(f"array {name!r} has dtype {dtype}, expected {sorted(_DTYPES)}")
-        array = np.frombuffer(
-            payload, np.dtype(dtype), count=int(np.prod(shape, dtype=np.int64)), offset=offset
-        )
+        array = np.frombuffer(payload, np.dtype(dtype), count=math.prod(shape), offset=offset)
         offset += array.nbytes
         arrays[name] = array.reshape(shape)
     return values, arrays
+
+
+def send_all(sock: socket.socket, messages: Sequence[Message]) -> None:
+    """Sends some messages as one, see :func:`send`; :func:`split` undoes it."""
+    arrays = {f"{i} {name}": a for i, (_, own) in enumerate(messages) for name, a in own.items()}
+    send(sock, {"all": [values for values, _ in messages]}, arrays)
+
+
+def split(values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[Message]:
+    """The messages that :func:`send_all` sent as one."""
+    messages: list[Message] = [(own, {}) for own in values["all"]]
+    for key, array in arrays.items():
+        index, name = key.split(" ", 1)
+        messages[int(index)][1][name] = array
+    return messages
 
 
 def _receive_exactly(sock: socket.socket, count: int, deadline: float | None) -> bytearray:

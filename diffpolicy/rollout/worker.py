@@ -1,4 +1,4 @@
-"""The process that holds some environments of a pool: commands in, one reply per row.
+"""The process that holds some environments of a pool: commands in, one reply to each.
 
 Only gymnasium and numpy are imported: a worker has to start fast and small.
 """
@@ -10,19 +10,23 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from typing import Any, NoReturn
 
 import numpy as np
 
 from diffpolicy.rollout import wire
+from diffpolicy.rollout.process import Progress
 from diffpolicy.rollout.slots import EnvSlot, run_command
 from diffpolicy.rollout.spec import EnvSpec, inspect_env
 
 
-def run_worker(sock: socket.socket) -> None:
-    """The worker's loop: commands in, one reply per row, until the pool closes the socket."""
+def run_worker(sock: socket.socket, progress: Progress) -> bool:
+    """The worker's loop: commands in, one reply for all their rows, until the pool says "close".
+
+    Returns:
+        Whether it did; false if it is gone without a word.
+    """
     init, _ = wire.receive(sock)
     spec = EnvSpec(**init["spec"])
     slots = {row: EnvSlot(spec, init["frame_side"]) for row in init["rows"]}
@@ -31,11 +35,14 @@ def run_worker(sock: socket.socket) -> None:
         while True:
             command, arrays = wire.receive(sock)
             if command["do"] == "close":
-                break
-            for index, row in enumerate(command["rows"]):
-                _answer(sock, slots[row], command, arrays, (index, row))
+                return True
+            replies = []
+            for place, row in enumerate(command["rows"]):
+                progress.at(place)
+                replies.append(_answer(slots[row], command, arrays, place, progress))
+            wire.send_all(sock, replies)
     except (EOFError, OSError):
-        pass  # the pool is gone, and so is the reason to live
+        return False  # the pool is gone, and so is the reason to live
     finally:
         for slot in slots.values():
             slot.close()
@@ -60,30 +67,20 @@ def _send_hello(sock: socket.socket, spec: EnvSpec, slot: EnvSlot) -> None:
 
 
 def _answer(
-    sock: socket.socket,
     slot: EnvSlot,
     command: dict[str, Any],
     arrays: dict[str, np.ndarray],
-    place: tuple[int, int],
-) -> None:
-    """Carries one command out for one row and replies, with the traceback if it raised."""
-    index, row = place
-    last_beat = [0.0]
-
-    def beat() -> None:
-        # Whole episodes can outlast the pool's timeout, which is meant for one step.
-        now = time.monotonic()
-        if now - last_beat[0] > 0.25:
-            last_beat[0] = now
-            wire.send(sock, {"row": row, "beat": True}, {})
-
+    place: int,
+    progress: Progress,
+) -> wire.Message:
+    """Carries one command out for one row; the reply, with the traceback if it raised."""
     try:
-        values, out = run_command(slot, command, arrays, index, beat)
+        # Whole episodes can outlast the pool's timeout, which is meant for one step.
+        return run_command(slot, command, arrays, place, lambda: progress.at(place))
     except Exception:
         trace = traceback.format_exc()
         _close_quietly(slot)
-        values, out = {"error": trace}, {}
-    wire.send(sock, {"row": row, **values}, out)
+        return {"error": trace}, {}
 
 
 def _close_quietly(slot: EnvSlot) -> None:
@@ -94,16 +91,22 @@ def _close_quietly(slot: EnvSlot) -> None:
         traceback.print_exc()
 
 
-def main(fd: int) -> NoReturn:
-    """Entry point of a worker process; ``fd`` is its end of the socket pair."""
-    # Ctrl-C reaches the whole process group; the pool decides what happens to its workers.
+def main(fd: int, progress_fd: int) -> NoReturn:
+    """Entry point of a worker process.
+
+    Args:
+        fd: its end of the socket pair.
+        progress_fd: the file that it shares with the pool, see :class:`Progress`.
+    """
+    # Ctrl-C is for the pool, which decides what happens to its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # An environment that prints must not mix with the output of the program that asked for a score.
     os.dup2(2, 1)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     code = 0
     try:
-        run_worker(socket.socket(fileno=fd))
+        if not run_worker(socket.socket(fileno=fd), Progress(progress_fd)):
+            _end_group()
     except Exception:
         traceback.print_exc()
         code = 1
@@ -117,4 +120,15 @@ def _die_with_parent() -> None:
     # an environment hangs in the main thread.
     while os.read(0, 1024):
         pass
+    _end_group()
+
+
+def _end_group() -> None:
+    """Ends this process and whatever its environments have started, when no pool is left to do so.
+
+    The pool has made it the leader of a group; run by hand it is in somebody else's.
+    """
+    sys.stderr.flush()
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)

@@ -7,6 +7,7 @@ stands on when it is constructed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import io
@@ -17,6 +18,7 @@ from types import ModuleType
 from gymnasium.error import DependencyNotInstalled
 
 
+@functools.cache  # a hundred environments of one process would read it twice each
 def installed_version(distribution: str) -> tuple[int, ...] | None:
     """Version of an installed distribution as numbers, read without importing it.
 

@@ -70,3 +70,32 @@ def fake_policy():
 @pytest.fixture
 def make_fake_policy():
     return FakePolicy
+
+
+def _diffusion(network):
+    """A small diffusion policy with warm starts, on 3 observations and 2 actions."""
+    torch = pytest.importorskip("torch")
+    from diffpolicy.core.denoiser import Denoiser
+    from diffpolicy.data.normalize import Normalizer
+    from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec
+
+    spec = PolicySpec.from_config(
+        {"obs_dim": 3, "action_dim": 2, "horizon": 8, "n_obs_steps": 2, "n_action_steps": 3}
+        | {"network": network, "sampler": {"num_steps": 3}, "rti": {"t_start": 0.4}}
+    )
+    torch.manual_seed(0)
+    denoiser: Denoiser = spec.make_denoiser()
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    unit = {"min": -1.0, "max": 1.0, "mean": 0.0, "std": 1.0, "q01": -1.0, "q99": 1.0}
+    statistics = {
+        name: {key: [value] * dim for key, value in unit.items()}
+        for name, dim in (("obs", 3), ("action", 2))
+    }
+    normalizer = Normalizer.fit(statistics, dict.fromkeys(statistics, "minmax"))
+    return DiffusionPlanner(spec, denoiser, normalizer)
+
+
+@pytest.fixture
+def make_diffusion_policy():
+    return _diffusion

@@ -109,12 +109,77 @@ class FakeDiscrete(FakePoint):
         self.action_space = spaces.Discrete(3)
 
 
+class FakeChaos(gym.Env):
+    """Magnifies the last bit of an action; the episodes of some seeds fail on the way."""
+
+    def __init__(self, broken=()):
+        self.broken = broken
+        self.observation_space = spaces.Box(-1, 1, (3,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 7 if seed in self.broken else 1000
+        self.length = int(self.np_random.integers(12, 18))
+        self.x = self.np_random.uniform(0, 1, 3)
+        return (2 * self.x - 1).astype(np.float32), {}
+
+    def step(self, action):
+        self.left, self.length = self.left - 1, self.length - 1
+        if not self.left:
+            raise RuntimeError("the gripper is on fire")
+        self.x = np.clip(3.99 * self.x * (1 - self.x) + 1e-3 * float(action[0]), 0, 1)
+        return (2 * self.x - 1).astype(np.float32), float(self.x[0]), not self.length, False, {}
+
+
+class FakeForker(FakePoint):
+    """Starts a process of its own; with ``once``, cannot be made again after its process died."""
+
+    def __init__(self, pids, once=None, fault=None):
+        if once is not None and Path(once).exists():
+            raise RuntimeError("the licence server says no")
+        super().__init__(fault)
+        self.once = once
+        child = os.fork()
+        if not child:
+            time.sleep(3600)
+            os._exit(0)
+        with Path(pids).open("a") as file:
+            file.write(f"{child}\n")
+
+    def step(self, action):
+        if self.once is not None and self.seed_now == 1:
+            Path(self.once).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+class FakeOdd(gym.Env):
+    """Takes whole numbers; everything that it says is in arrays of one entry."""
+
+    def __init__(self, low=0):
+        self.observation_space = spaces.Box(-1, 1, (1,), np.float32)
+        self.action_space = spaces.Box(0, 3, (2,), np.int64)
+        self.action_space.low[:] = low  # as an environment may do after making its space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros((1, 1)), {}
+
+    def step(self, action):
+        said = {"is_success": np.array([1.0])}
+        return np.zeros((1, 1)), np.array([action.sum()]), np.array([True]), False, said
+
+
 for _name, _limit in (
     ("Point", 12),
     ("ExpertPoint", 12),
     ("Modules", 12),
     ("Dict", 12),
     ("Discrete", 12),
+    ("Odd", 3),
+    ("Chaos", 60),
+    ("Forker", 12),
     ("Endless", None),
 ):
     _id = f"rollout_fakes/{_name}-v0"

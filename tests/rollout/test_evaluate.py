@@ -10,6 +10,7 @@ import pytest
 
 from diffpolicy.rollout.evaluate import VideoOptions, evaluate
 from diffpolicy.rollout.results import EpisodeRecord, summarise
+from diffpolicy.rollout.rows import AllFailedError, fitting
 from diffpolicy.rollout.spec import EnvSpec, EnvSpecError
 from diffpolicy.rollout.vector import WorkerPool, Workers
 
@@ -119,7 +120,8 @@ def test_summary_by_hand():
 def test_a_task_without_success_has_no_success_rate():
     one = EpisodeRecord(0, 3.0, 1.0, 10, None, None, True, False, nfe=20, plans=2)
     assert summarise([one])["success"] is None
-    assert summarise([replace(one, success=False, error="died")])["success"]["value"] == 0
+    # An error alone earns no 0 either: nobody knows whether the task has a notion of success.
+    assert summarise([replace(one, success=False, error="died")])["success"] is None
 
 
 def _faulty(kind, tmp_path=None, step=2):
@@ -149,7 +151,8 @@ def test_a_fault_that_strikes_once_costs_nothing(kind, step, fake_policy, tmp_pa
 def test_a_fault_that_stays_is_an_error_in_the_denominator(kind, text, fake_policy):
     clean = _run(fake_policy)
     workers = Workers(num_envs=4, num_workers=2, timeout=1.5 if kind == "hang" else 30)
-    result = _run(fake_policy, spec=_faulty(kind), workers=workers)
+    with pytest.warns(RuntimeWarning, match="1 of 8 episodes failed and count as failures"):
+        result = _run(fake_policy, spec=_faulty(kind), workers=workers)
     bad = result.episodes[5]
     assert bad.attempts == 2
     assert text in bad.error
@@ -157,6 +160,7 @@ def test_a_fault_that_stays_is_an_error_in_the_denominator(kind, text, fake_poli
     assert bad.success is False
     assert math.isnan(bad.episode_return)
     assert result.summary["n_errors"] == 1
+    assert text in result.notes[0]
     assert result.summary["success"]["n"] == 8
     others = [e for e in result.episodes if e.seed != 5]
     assert others == [e for e in clean.episodes if e.seed != 5]
@@ -166,7 +170,8 @@ def test_a_fault_that_stays_is_an_error_in_the_denominator(kind, text, fake_poli
 
 def test_without_retries_the_first_failure_counts(fake_policy):
     workers = Workers(num_envs=2, num_workers=0, retries=0)
-    result = _run(fake_policy, spec=_faulty("raise"), workers=workers)
+    with pytest.warns(RuntimeWarning, match="failed"):
+        result = _run(fake_policy, spec=_faulty("raise"), workers=workers)
     assert result.episodes[5].attempts == 1
     assert result.episodes[5].failed_attempts == ()
 
@@ -183,7 +188,8 @@ def test_a_pool_can_be_used_again(fake_policy):
 
 
 def test_results_are_json_and_written_whole(fake_policy, tmp_path):
-    result = _run(fake_policy, spec=_faulty("raise"))
+    with pytest.warns(RuntimeWarning, match="failed"):
+        result = _run(fake_policy, spec=_faulty("raise"))
     path = result.save(tmp_path / "deep" / "run")
     assert path.name == "eval.json"
     read = json.loads(path.read_text())
@@ -247,3 +253,56 @@ def test_bad_input(make_fake_policy):
 
     with pytest.raises(ValueError, match=r"actions \(3, 1\), expected \(3, 2\)"):
         _run(WrongShape())
+
+
+CHAOS = "rollout_fake_envs:rollout_fakes/Chaos-v0"
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"type": "mlp", "width": 256, "depth": 2},
+        {"type": "unet1d", "down_dims": [16, 32], "n_groups": 4},  # it tells the edge of a batch
+    ],
+    ids=["mlp", "unet1d"],
+)
+def test_no_bit_of_an_episode_depends_on_its_neighbours(network, make_diffusion_policy):
+    policy, spec = make_diffusion_policy(network), EnvSpec(CHAOS)
+    seeds = range(40, 46)
+    alone = _run(policy, seeds, spec, Workers(1, 0)).episodes
+    assert _run(policy, seeds, spec, Workers(5, 0)).episodes == alone
+    with pytest.warns(RuntimeWarning, match="1 of 5 episodes failed"):
+        broken = _run(policy, [45, 43, 41, 40, 44], EnvSpec(CHAOS, {"broken": [41]}), Workers(8, 0))
+    sound = [e for e in broken.episodes if e.error is None]
+    assert sound == [alone[i] for i in (5, 3, 0, 4)]
+    exact = [_run(policy, [41, 44], spec, Workers(n, 0), plan_batch=1) for n in (1, 2)]
+    assert exact[0].episodes == exact[1].episodes
+    assert (exact[0].settings["plan_batch"], broken.settings["plan_batch"]) == (1, 8)
+
+
+def test_if_every_episode_fails_there_is_no_score(fake_policy):
+    spec = EnvSpec(CHAOS, {"broken": [1, 2]})
+    with pytest.raises(AllFailedError, match=r"(?s)all 2 episodes failed.*gripper is on fire"):
+        _run(fake_policy, [1, 2], spec)
+
+
+def test_an_environment_that_cannot_be_made_again_leaves_what_was_finished(fake_policy, tmp_path):
+    once = {"pids": str(tmp_path / "pids"), "once": str(tmp_path / "struck")}
+    spec = EnvSpec("rollout_fake_envs:rollout_fakes/Forker-v0", once)
+    clean = _run(fake_policy, [5, 1, 3])
+    workers = Workers(num_envs=1, num_workers=1)
+    with pytest.warns(RuntimeWarning, match="2 of 3 episodes failed"):
+        result = _run(fake_policy, [5, 1, 3], spec, workers)
+    assert result.episodes[0] == clean.episodes[0]
+    for episode in result.episodes[1:]:
+        assert "the licence server says no" in episode.error
+    assert any("environments were lost" in note for note in result.notes)
+
+
+def test_no_more_environments_than_pay():
+    asked = Workers(num_envs=64, num_workers=2)
+    assert fitting(asked, 64).num_envs == 8
+    assert fitting(asked, 64, plan_batch=64).num_envs == 64
+    assert fitting(asked, 1000).num_envs == 64
+    assert fitting(asked, 3).num_envs == 3
+    assert fitting(None, 100).num_envs == 8

@@ -319,7 +319,7 @@ def test_an_interrupt_leaves_the_pool_usable(monkeypatch):
         pool.step_async(np.zeros((2, 2), np.float32), [0, 1])
         with monkeypatch.context() as patch:
 
-            def interrupted(timeout):
+            def interrupted():
                 raise KeyboardInterrupt
 
             patch.setattr(pool._supervisor, "events", interrupted)
@@ -352,3 +352,41 @@ def test_misuse():
         pool.step_async(np.zeros((2, 2)), [0, 1])
         with pytest.raises(RuntimeError, match="step_wait"):
             pool.step_async(np.zeros((2, 2)), [0, 1])
+
+
+def _forker(tmp_path, **more):
+    return EnvSpec(
+        "rollout_fake_envs:rollout_fakes/Forker-v0", {"pids": str(tmp_path / "pids"), **more}
+    )
+
+
+@needs_proc
+def test_what_an_environment_has_started_ends_with_its_worker(tmp_path):
+    with WorkerPool(_forker(tmp_path), Workers(num_envs=2, num_workers=2)) as pool:
+        pool.reset([0, 1], [0, 2])
+        os.kill(_pids(pool)[0], signal.SIGKILL)
+        began = time.monotonic()
+        out = pool.step(np.zeros((2, 2), np.float32), [0, 1])
+        # Its child still holds the socket, so that no end of it is to be read.
+        assert time.monotonic() - began < 10
+        assert out[0].kind == "died"
+        assert isinstance(pool.reset([0], [0])[0], Outcome)
+        children = [int(line) for line in (tmp_path / "pids").read_text().split()]
+        assert len(children) == 3
+        assert _await_gone(children[:1]) == [] or _await_gone(children[1:2]) == []
+    assert _await_gone(children) == []
+
+
+def test_a_worker_that_cannot_be_started_again_costs_its_rows_and_says_why(tmp_path):
+    spec = _forker(tmp_path, once=str(tmp_path / "struck"))
+    with WorkerPool(spec, Workers(num_envs=4, num_workers=2)) as pool:
+        pool.reset(range(4), [0, 1, 2, 3])
+        out = pool.step(np.zeros((4, 2), np.float32), range(4))
+        assert [type(out[row]) for row in range(4)] == [Outcome, Failure, Outcome, Failure]
+        for _ in range(4):  # it is tried some times before it is given up
+            again = pool.reset([1, 3], [1, 3])
+        assert [again[row].kind for row in (1, 3)] == ["gone", "gone"]
+        assert "the licence server says no" in again[1].text
+        assert "gave up after 3 failed starts" in again[1].text
+        on = pool.step(np.zeros((2, 2), np.float32), [0, 2])
+        assert all(isinstance(one, Outcome) for one in on.values())

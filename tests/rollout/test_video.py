@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,3 +96,16 @@ def test_the_real_choice_draws_or_says_why(no_gl):
     choice = choose_gl_backend()
     assert choice.backend in ("egl", "osmesa", None)
     assert choice.backend is not None or "apt-get install" in choice.message
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(self, *args, **more):
+        with open("/dev/full", "wb", buffering=0) as disk:
+            disk.write(b"x")
+
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.setattr(image.Image, "save", full)
+    with pytest.raises(OSError, match=r"No space left.*sheet\.png"):
+        contact_sheet(tmp_path / "sheet.png", _videos())
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,121 @@
+"""What passes between a policy and an environment: actions in, observations and rewards out.
+
+Every way to an environment goes through here, so that all read the same numbers alike. What can be
+read without guessing is read (an array of one entry is a number); the rest raises, and says what
+came.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+_SUCCESS_KEYS = ("is_success", "success")
+
+
+def to_native(action: np.ndarray, space: spaces.Box) -> np.ndarray:
+    """An action ``[A]`` as the environment's space wants it.
+
+    Whole numbers are rounded and clipped to the bounds. A number that float32 holds to be a bound
+    becomes exactly that bound, also where the space is float64. Others are passed on as they are:
+    what an environment does with an action outside its space is its own affair.
+    """
+    dtype, low, high = space.dtype, space.low, space.high
+    assert dtype is not None
+    if dtype.kind in "iu":
+        whole = np.rint(np.asarray(action, np.float64))
+        inside = np.clip(whole, low.astype(np.float64), high.astype(np.float64))
+        return inside.astype(dtype)
+    native = np.asarray(action, dtype)
+    if native.itemsize <= 4:
+        return native
+    single = native.astype(np.float32)
+    native = np.where((native < low) & (single == low.astype(np.float32)), low, native)
+    return np.where((native > high) & (single == high.astype(np.float32)), high, native)
+
+
+def as_reward(value: Any) -> float:
+    """A reward as a number.
+
+    Raises:
+        ValueError: it is not one finite number.
+    """
+    number = value if isinstance(value, float) else _number(value)
+    if number is None or not math.isfinite(number):
+        raise ValueError(
+            f"the environment returned the reward {value!r}; one finite number is needed"
+        )
+    return float(number)
+
+
+def as_flag(value: Any, name: str) -> bool:
+    """The end of an episode as a truth value.
+
+    Raises:
+        ValueError: it is not one truth value.
+    """
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    number = _number(value)
+    if number is None or math.isnan(number):
+        raise ValueError(f"the environment returned {name}={value!r}; a bool is needed")
+    return bool(number)
+
+
+def as_observation(value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """An observation ``[O]`` float32 of its own memory; axes of length one do not matter.
+
+    Raises:
+        ValueError: another shape, or numbers that are not finite.
+    """
+    try:
+        array = np.array(value, np.float32)  # some environments go on writing to their own buffer
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the environment returned an observation that is no array of numbers: {error}"
+        ) from None
+    if array.shape != shape:
+        if array.squeeze().shape != tuple(n for n in shape if n != 1):
+            raise ValueError(
+                f"the environment returned an observation of shape {array.shape}, not {shape}"
+            )
+        array = array.reshape(shape)
+    if not np.isfinite(array).all():
+        bad = np.flatnonzero(~np.isfinite(array)).tolist()
+        raise ValueError(f"the environment returned an observation that is not finite at {bad}")
+    return array
+
+
+def as_success(info: dict[str, Any]) -> bool | None:
+    """What ``info`` says of success; None if it says nothing (no key, None, or NaN).
+
+    Raises:
+        ValueError: it says something that is no truth value, text for example.
+    """
+    said = [_said(key, info[key]) for key in _SUCCESS_KEYS if key in info]
+    known = [one for one in said if one is not None]
+    return any(known) if known else None
+
+
+def _said(key: str, value: Any) -> bool | None:
+    if value is None or isinstance(value, bool):
+        return value
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"the environment returned info[{key!r}]={value!r} ({type(value).__name__}); a bool "
+            "is needed"
+        )
+    known = array[~np.isnan(array)]
+    return bool(known.any()) if known.size else None
+
+
+def _number(value: Any) -> float | None:
+    """A single number, also in an array of one entry; None for anything else."""
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in "biuf":
+        return None
+    return float(array.reshape(()))
