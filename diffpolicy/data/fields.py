@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Attribute names that the store uses itself.
-RESERVED_ATTRS = ("format", "version", "fields", "statistics")
+RESERVED_ATTRS = ("format", "version", "fields", "statistics", "statistics_crc32")
 
 
 @dataclass(frozen=True)

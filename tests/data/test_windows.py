@@ -160,7 +160,7 @@ def test_small_blocks_read_the_same(make_store, monkeypatch):
     store = EpisodeStore.open(make_store(count=9, length=21))
     sizes = {"horizon": 5, "n_obs_steps": 2, "n_action_steps": 2}
     whole = Windows(store, **sizes)
-    monkeypatch.setattr("diffpolicy.data.windows._BLOCK_BYTES", 100)
+    monkeypatch.setattr("diffpolicy.data.blocks.BLOCK_BYTES", 100)
     pieces = Windows(store, **sizes)
     index = torch.arange(len(whole))
     assert torch.equal(whole.gather(index)["obs"], pieces.gather(index)["obs"])
