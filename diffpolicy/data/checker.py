@@ -114,8 +114,8 @@ class StoreChecker:
                 text = f"the field cannot be opened: {error}" if name in names else missing
                 self._field_error(name, text, RECOPY)
                 continue
-            if name in expected and (text := opening.misfit(self._arrays[name], expected[name])):
-                self._field_error(name, text, RECOPY)
+            if name in expected and (odd := opening.misfit(self._arrays[name], expected[name])):
+                self._field_error(name, odd, RECOPY)
         for name in ("obs", "action") if self._native else ("action",):
             if name not in {*names, *expected}:
                 fix = "run `diffpolicy data convert` and say which fields it is made of"
@@ -231,9 +231,15 @@ class StoreChecker:
     def _bounds(
         self, array: ZarrArray, low: Any, high: Any
     ) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        shape = tuple(array.shape[1:])
+        checked_bounds(low, high, shape)  # the caller's; the store's own are a finding
         low = self._attrs.get("action_low") if low is None else low
         high = self._attrs.get("action_high") if high is None else high
-        return checked_bounds(low, high, tuple(array.shape[1:]))
+        try:
+            return checked_bounds(low, high, shape)
+        except ValueError as error:
+            self._error("bounds", "zarr.json", str(error))
+            return None
 
     def _report_values(self, name: str, bounds: tuple[NDArray[Any], NDArray[Any]] | None) -> None:
         scan = self._scans[name]

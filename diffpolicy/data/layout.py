@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,10 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from diffpolicy.data.damage import StoreDamagedError, reason
 from diffpolicy.data.opening import UNPUBLISHED
+from diffpolicy.files import naming
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     import zarr
@@ -23,28 +23,12 @@ if TYPE_CHECKING:
     from diffpolicy.data.fields import FieldSpec
     from diffpolicy.data.opening import ZarrArray
 
-__all__ = ["StoreDamagedError", "Tail", "clear_target", "create_arrays", "sync_to_disk", "writing"]
+__all__ = ["StoreDamagedError", "Tail", "clear_target", "create_arrays", "sync_to_disk"]
 
 _CHUNK_BYTES = 2**18
 _MAX_CHUNK_ROWS = 4096
 _ENDS_CHUNK = 1024
 _ATTRS_CHUNK = 2**14
-
-
-@contextlib.contextmanager
-def writing(target: object) -> Iterator[None]:
-    """Say which file could not be written where the system does not, as when the disk is full.
-
-    Raises:
-        OSError: The one that was raised inside, of the same number, with a name.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        text = f"{os.strerror(error.errno)}, while writing the episode store"
-        raise OSError(error.errno, text, str(target)) from error
 
 
 class Tail:
@@ -88,14 +72,14 @@ class Tail:
         block[:kept], block[kept:used] = self._buffer, rows
         block[used:] = self._array.fill_value
         first = self._length - kept
-        with writing(self._array.store_path):
+        with naming(_place(self._array.store_path)):
             self._array[first : first + size] = block
         self._length += len(rows)
         self._buffer = block[used - used % self._chunk : used].copy()
 
     def _resize(self, rows: int) -> None:
         if self._array.shape[0] != rows:
-            with writing(self._array.store_path):
+            with naming(_place(self._array.store_path)):
                 self._array.resize((rows, *self._array.shape[1:]))
 
 
@@ -116,7 +100,7 @@ def create_arrays(
 def _create_array(
     group: zarr.Group, name: str, chunks: tuple[int, ...], dtype: str, fill: float
 ) -> None:
-    with writing(group.store_path / name):
+    with naming(_place(group.store_path / name)):
         group.create_array(
             name,
             shape=(0, *chunks[1:]),
@@ -125,6 +109,10 @@ def _create_array(
             fill_value=fill,
             compressors=[ZstdCodec(level=1), Crc32cCodec()],
         )
+
+
+def _place(place: object) -> str:
+    return str(place).removeprefix("file://")
 
 
 def clear_target(target: Path, *, overwrite: bool, remove: bool = True) -> None:
@@ -150,7 +138,7 @@ def sync_to_disk(root: Path) -> None:
             continue
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            with writing(path):
+            with naming(path):
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -71,6 +71,13 @@ def is_native(group: zarr.Group, where: str) -> bool:
         ValueError: It is of a later version.
     """
     attrs = group.attrs
+    for name in ("data", "meta"):  # of which other programs need the metadata, if we do not
+        if not isinstance(_member(group, name, where), zarr.Group):
+            raise StoreDamagedError(
+                f"{where} is not an episode store: {where}/{name} is no zarr group. Expected "
+                "data/<field> arrays and meta/episode_ends; if its metadata file (zarr.json, "
+                ".zgroup) was lost, copy it again"
+            )
     if attrs.get("format") != FORMAT:
         with reading(f"{where}/zarr.json", where):
             if "meta/episode_attrs" in group:

@@ -37,6 +37,7 @@ from diffpolicy.data.fields import (
 )
 from diffpolicy.data.reader import EpisodeReader
 from diffpolicy.data.statistics import checksum, compute_statistics
+from diffpolicy.files import naming
 
 if TYPE_CHECKING:
     import os
@@ -193,7 +194,7 @@ class EpisodeStore(EpisodeReader):
             raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
         fields: Any = {k: {"shape": list(s.shape), "dtype": s.dtype} for k, s in specs.items()}
         own = {"format": opening.FORMAT, "version": opening.VERSION, "fields": fields}
-        with layout.writing(path):
+        with naming(path or "memory"):
             group = zarr.create_group(StrictStore(backend), zarr_format=3)
             layout.create_arrays(group, specs, chunk_rows)
             group.attrs.update({**own, **user})
@@ -327,7 +328,7 @@ class EpisodeStore(EpisodeReader):
         return tails
 
     def _put(self, attrs: Mapping[str, Any]) -> None:
-        with layout.writing(f"{self.name}/zarr.json"):
+        with naming(f"{self.name}/zarr.json"):
             self._group.attrs.update(cast("Any", dict(attrs)))
 
     def _trim(self) -> None:

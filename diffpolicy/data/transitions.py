@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from diffpolicy.data.blocks import read_blocks
+from diffpolicy.data.fields import check_vector
 from diffpolicy.data.windows import checked_episodes, load_rows, ranges
 
 if TYPE_CHECKING:
@@ -198,6 +199,8 @@ def _check_fields(store: EpisodeStore) -> None:
             f"learn from {', '.join(needed)}: D4RL and Minari files are read with all of them, "
             "and demonstrations without rewards can be imitated only"
         )
+    for name in ("obs", "action"):
+        check_vector(name, store.fields[name].shape, store.name)
     for name in ("reward", "terminated", "truncated"):
         if name in store.fields and int(np.prod(store.fields[name].shape)) != 1:
             raise ValueError(

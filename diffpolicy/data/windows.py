@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from diffpolicy.data.blocks import read_blocks
+from diffpolicy.data.fields import check_vector
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -244,6 +245,8 @@ def _check_fields(
         )
     for name in fields:
         shape = store.fields[name].shape
+        if name in ("obs", "action"):
+            check_vector(name, shape, store.name)
         if normalizer and name in normalizer.fields and normalizer.shape(name) != shape:
             raise ValueError(
                 f"the normaliser was fitted to {name!r} of shape {list(normalizer.shape(name))}, "
