@@ -12,6 +12,7 @@ from diffpolicy.data.bounds import checked_bounds
 from diffpolicy.data.issue import RECOPY, Issue, Severity
 from diffpolicy.data.scan import FieldScan, scan_field
 from diffpolicy.data.statistics import PARTS, damaged_statistics
+from diffpolicy.data.suspects import suspects
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # Of one kind of finding in one field, so many are listed and the rest counted.
 MAX_LISTED = 20
+_MAX_WIDTH = 1024
 # Not observations: an episode in which nothing but these changes is frozen.
 _NOT_OBSERVED = ("action", "reward", "terminated", "truncated")
 _DROP = "leave the episode out, or record it again"
@@ -52,6 +54,7 @@ class StoreChecker:
         self._episodes = np.zeros(0, np.int64)  # their numbers: broken ones are left out of _ends
         self._unpublished = False
         self._scans: dict[str, FieldScan] = {}
+        self._frozen: set[int | None] = set()  # places among the ends
         self._counts: Counter[tuple[str, str | None]] = Counter()
 
     def run(self, action_low: Any, action_high: Any) -> None:
@@ -70,6 +73,7 @@ class StoreChecker:
             self._report_values(name, bounds)
         self._check_duplicates()
         self._check_frozen()
+        self._check_suspects()
         if self._native:
             self._check_writer()
             self._check_attrs()
@@ -283,6 +287,20 @@ class StoreChecker:
                 fix = "leave the episode out, and look whether the recorder lost its sensors"
                 file, name = self._file("data"), ", ".join(observed)
                 self._add("frozen", Issue("warning", file, number, row, name, message, fix))
+                self._frozen.add(index)
+
+    def _check_suspects(self) -> None:
+        arrays = {
+            name: self._arrays[name]
+            for name, scan in self._scans.items()
+            if scan.sound and _is_vectors(name, self._arrays[name]) and scan.whole.all()
+        }
+        for name, found in suspects(arrays, self._ends):
+            number = None if found.episode is None else int(self._episodes[found.episode])
+            if found.kind != "frozen" or found.episode not in self._frozen:
+                file = self._file(f"data/{name}")
+                issue = Issue("warning", file, number, found.row, name, found.message, found.fix)
+                self._add(found.kind, issue)
 
     # -- what stands beside the data ----------------------------------------------------------
 
@@ -326,6 +344,12 @@ class StoreChecker:
     def _statistics_issue(self, field: str | None, message: str) -> None:
         fix, file = self._update_command(), self._file("zarr.json")
         self._add("statistics", Issue("warning", file, None, None, field, message, fix))
+
+
+def _is_vectors(name: str, array: ZarrArray) -> bool:
+    """Whether the values of a field can be judged by each other: no flags, images or copies."""
+    numbers = array.dtype.kind == "f" and array.ndim == 2 and array.shape[1] <= _MAX_WIDTH
+    return numbers and name not in ("reward", "next_obs")
 
 
 def _contradicted(scan: FieldScan, values: Mapping[str, Any]) -> list[str]:

@@ -13,9 +13,9 @@ Each line ends with `,"crc32":"<8 digits>"}`, the CRC-32 of the line without it,
 when the file is read. A line without one is read too, as older files have them; whoever corrects a
 line by hand removes that member. The header is one line; a span is `[episode, start, length]`. The
 last kind of line says that the store has grown since, and stands before the first record of a new
-episode. Records are only ever appended, with one write and one fsync, so that a writer that is killed leaves at most one torn
-line at the end; readers pass over it and the next writer removes it. One writer at a time, any
-number of readers.
+episode. Records are only ever appended, with one write and one fsync, so that a writer that is
+killed leaves at most one torn line at the end; readers pass over it and the next writer removes it.
+One writer at a time, any number of readers.
 """
 
 from __future__ import annotations

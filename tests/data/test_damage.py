@@ -1,4 +1,4 @@
-"""Whatever is done to a store's files: a clear error, or the whole result; and the check sees it."""
+"""Whatever is done to a store's files: a clear error or the whole result, and the check sees it."""
 
 import resource
 import shutil
