@@ -1,4 +1,4 @@
-"""What it costs to read parts of a store: seconds, and the most memory held.
+"""What it costs to read parts of a store: seconds, those of the CPU, and the most memory held.
 
     python scripts/store_reads.py [steps=1000000] [length=1000] [dir=FOLDER]
 
@@ -80,13 +80,13 @@ def main(arguments: list[str]) -> None:
         seen = count_reads()
         for name, work in works.items():
             seen.clear()
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), time.process_time()
             result = work()
-            seconds = time.perf_counter() - began
+            seconds, used = time.perf_counter() - began, time.process_time() - busy
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             print(
-                f"{name:<20} {seconds:7.2f} s  checksum {result:08x}  peak {peak:5d} MiB  "
-                f"chunks {len(seen)} read of {chunks}"
+                f"{name:<20} {seconds:6.2f} s  CPU {used:6.2f} s  checksum {result:08x}  "
+                f"peak {peak:5d} MiB  chunks {len(seen)} read of {chunks}"
             )
 
 

@@ -1,7 +1,7 @@
 """Values that can be read, are numbers, and are probably wrong all the same.
 
-Three kinds, each judged by what is usual in the same store: outliers, entries that freeze for a
-while, and actions that belong to another step. The limits lie far from what demonstrations of
+Each is judged by what is usual in the same store: outliers, entries that freeze for a while, and
+actions that belong to another step or episode. The limits lie far from what demonstrations of
 people, scripted experts and simulated robots hold, so that an alarm deserves a look.
 """
 
@@ -27,6 +27,7 @@ _FROZEN_STEPS = 8
 _FROZEN_TIMES = 5  # and so many times the usual longest stay
 _STILL = 0.05  # share of steps without a change above which an entry may stay
 _LAGS = (-3, -2, -1, 1, 2, 3)
+_FOREIGN = -0.5  # share explained below which actions are not this episode's; real ones: -0.2 to 1
 _MARGIN = 4  # steps at an episode's ends that are not used, for the lags
 _MIN_ROWS = 200
 _MAX_VALUES = 2**25
@@ -36,7 +37,7 @@ class Suspect(NamedTuple):
     """One finding.
 
     Attributes:
-        kind: `outliers`, `frozen` or `shifted`.
+        kind: `outliers`, `frozen`, `shifted` or `foreign`.
         episode: Its place among the ends; None: the whole store.
         row: The first row, counted over the store.
         message: What is odd.
@@ -227,15 +228,15 @@ def _explained(change: Floats, seen: Floats, parts: list[_Part], lag: int) -> tu
     action = _standard(np.concatenate([p.actions(lag) for p in parts]))
     action = action - seen @ _solve(seen, action)
     left = change - action @ _solve(action, change)
-    power = np.maximum((change**2).mean(axis=0), 1e-9)
-    share = 1 - (left**2).mean(axis=0) / power
+    power = (change**2).mean(axis=0)  # nearly none where an entry is constant, or known already
+    share = np.where(power > 1e-4, 1 - (left**2).mean(axis=0) / np.maximum(power, 1e-4), 0.0)
     return float(np.sort(share)[-3:].mean()), share
 
 
 def _shifted_episodes(
     change: Floats, seen: Floats, parts: list[_Part], chosen: list[int], starts: NDArray[np.int64]
 ) -> Iterator[Suspect]:
-    """Episodes whose actions fit the others' model only when they are moved."""
+    """Episodes whose actions fit the others' model only when they are moved, or not at all."""
     own = np.concatenate([p.actions(0) for p in parts])
     center, scale = own.mean(axis=0), np.maximum(own.std(axis=0), 1e-9)
     own = (own - center) / scale
@@ -243,20 +244,29 @@ def _shifted_episodes(
     weights = _solve(own - seen @ basis, change)
     best = np.argsort(_explained(change, seen, parts, 0)[1])[-3:]
     place = 0
-    for index, part in zip(chosen, parts, strict=True):
+    fits: list[dict[int, float]] = []
+    for part in parts:
         rows = slice(place, place + len(part.change))
         place += len(part.change)
         target, known = change[rows][:, best], seen[rows] @ basis
-        power = float((target**2).sum()) + 1e-9
-        fits = {}
+        fits.append({})
         for lag in (0, *_LAGS):
-            moved = (part.actions(lag) - center) / scale - known
-            left = target - (moved @ weights)[:, best]
-            fits[lag] = 1 - float((left**2).sum()) / power
-        lag = max(fits, key=lambda k: fits[k])
-        if lag and len(target) >= 10 and fits[lag] > 0.3 and fits[0] < 0.5 * fits[lag]:
-            text = _text(lag, fits[lag], fits[0])
-            yield Suspect("shifted", index, int(starts[index]), text, _SHIFT_FIX)
+            left = target - (((part.actions(lag) - center) / scale - known) @ weights)[:, best]
+            fits[-1][lag] = 1 - float((left**2).sum()) / (float((target**2).sum()) + 1e-9)
+    usual = float(np.median([fit[0] for fit in fits]))
+    for index, part, fit in zip(chosen, parts, fits, strict=True):
+        lag, row = max(fit, key=lambda k: fit[k]), int(starts[index])
+        if len(part.change) < 10 or usual < 0.3:
+            continue
+        if lag and fit[lag] > 0.3 and fit[0] < 0.5 * fit[lag]:
+            yield Suspect("shifted", index, row, _text(lag, fit[lag], fit[0]), _SHIFT_FIX)
+        elif fit[0] < _FOREIGN:
+            text = (
+                "the actions do not act as in the other episodes: a model of those predicts the "
+                "changes of observations worse than none"
+            )
+            fix = "look for flipped signs, another order of the entries, or another recording"
+            yield Suspect("foreign", index, row, text, fix)
 
 
 def _standard(values: Floats) -> Floats:

@@ -345,6 +345,13 @@ def test_an_outlier_a_frozen_sensor_and_a_shift_are_named():
     assert (issue.field, issue.episode, issue.row) == ("action", 4, 240)
     assert "those of 2 steps later explain" in issue.message
 
+    def flipped(arrays):
+        arrays["action"][240:300] *= -1
+
+    issue = only(suspicious(flipped), "warning")
+    assert (issue.field, issue.episode, issue.row) == ("action", 4, 240)
+    assert "do not act as in the other episodes" in issue.message
+
     def all_early(arrays):
         arrays["action"][:] = np.roll(arrays["action"], -1, axis=0)
 
