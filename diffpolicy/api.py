@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 
 from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.data.fields import check_vector
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows
@@ -80,6 +81,8 @@ class DiffusionPolicy(TrainablePolicy):
                 f"store {store.name} has no field {absent[0]!r} (it has {sorted(store.fields)}); "
                 "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
             )
+        for name in ("obs", "action"):
+            check_vector(name, store.fields[name].shape, store.name)
         dims = {
             "obs_dim": store.fields["obs"].shape[0],
             "action_dim": store.fields["action"].shape[0],

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
         qlearning_dataset,
         sequence_dataset,
     )
+    from diffpolicy.data.damage import StoreDamagedError
     from diffpolicy.data.fields import FieldSpec
     from diffpolicy.data.human_labels import from_indices, read_label_file
-    from diffpolicy.data.layout import StoreDamagedError
     from diffpolicy.data.normalize import Normalizer
     from diffpolicy.data.preference_check import check_preferences
     from diffpolicy.data.preference_examples import LabelExamples, PairExamples
@@ -44,7 +44,7 @@ _HOMES = {
     "PreferenceSet": "preferences",
     "Ranking": "preference_records",
     "Span": "preference_records",
-    "StoreDamagedError": "layout",
+    "StoreDamagedError": "damage",
     "Transitions": "transitions",
     "Windows": "windows",
     "by_return": "scored_pairs",

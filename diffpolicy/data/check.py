@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffpolicy.data import layout
+from diffpolicy.data import opening
 from diffpolicy.data.checker import StoreChecker
 from diffpolicy.data.issue import RECOPY, Issue, format_issue
 from diffpolicy.data.store import EpisodeStore
@@ -45,7 +45,7 @@ def check_store(
         return checker.issues
     path = Path(path_or_store)
     try:
-        group = layout.open_group(path)
+        group = opening.open_group(path)
     except (FileNotFoundError, ValueError) as error:
         fix = RECOPY if path.exists() else "give the path of a store"
         return [Issue("error", str(path), None, None, None, str(error), fix)]
@@ -54,7 +54,18 @@ def check_store(
         checker.run(action_low, action_high)
     finally:
         group.store.close()
-    return checker.issues
+    return checker.issues + _unopenable(path, checker.issues)
+
+
+def _unopenable(path: Path, found: list[Issue]) -> list[Issue]:
+    """What opening a store says, where no finding tells already that something is wrong."""
+    if any(issue.severity == "error" for issue in found):
+        return []
+    try:
+        EpisodeStore.open(path).close()
+    except (OSError, ValueError) as error:
+        return [Issue("error", str(path), None, None, None, str(error), RECOPY)]
+    return []
 
 
 def info(store: EpisodeStore) -> dict[str, Any]:

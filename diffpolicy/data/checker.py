@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections import Counter
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 
-from diffpolicy.data import layout
-from diffpolicy.data.fields import FieldSpec
+from diffpolicy.data import opening
+from diffpolicy.data.bounds import checked_bounds
 from diffpolicy.data.issue import RECOPY, Issue, Severity
 from diffpolicy.data.scan import FieldScan, scan_field
+from diffpolicy.data.statistics import PARTS, damaged_statistics
+from diffpolicy.data.suspects import suspects
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
+    import zarr
     from numpy.typing import NDArray
 
-    from diffpolicy.data.layout import ZarrArray
+    from diffpolicy.data.fields import FieldSpec
+    from diffpolicy.data.opening import ZarrArray
 
 # Of one kind of finding in one field, so many are listed and the rest counted.
 MAX_LISTED = 20
+_MAX_WIDTH = 1024
 # Not observations: an episode in which nothing but these changes is frozen.
 _NOT_OBSERVED = ("action", "reward", "terminated", "truncated")
 _DROP = "leave the episode out, or record it again"
@@ -46,34 +47,33 @@ class StoreChecker:
         self._path = path
         self._name = name
         self._attrs: Mapping[str, Any] = dict(group.attrs)
-        self._native = self._attrs.get("format") == layout.FORMAT
-        self._zip_names: set[str] | None = None
-        if path is not None and path.is_file():
-            with zipfile.ZipFile(path) as archive:
-                self._zip_names = set(archive.namelist())
+        self._native = False
         self._arrays: dict[str, ZarrArray] = {}
+        self._declared: dict[str, FieldSpec] = {}
         self._ends = np.zeros(0, np.int64)
         self._episodes = np.zeros(0, np.int64)  # their numbers: broken ones are left out of _ends
         self._unpublished = False
-        self._lost: dict[str, list[tuple[int, int]]] = {}
         self._scans: dict[str, FieldScan] = {}
+        self._frozen: set[int | None] = set()  # places among the ends
         self._counts: Counter[tuple[str, str | None]] = Counter()
 
     def run(self, action_low: Any, action_high: Any) -> None:
         """Look at everything; bounds as for `check_store`."""
+        self._check_format()
         self._open_fields()
         self._check_ends()
         for name, array in self._arrays.items():
             self._check_type(name, array)
+            if opening.unusable(array):
+                continue
             self._check_length(name, array)
-            self._check_chunk_files(name, array)
-            if array.dtype.kind in "fiub":
-                bounds = self._bounds(array, action_low, action_high) if name == "action" else None
-                self._scans[name] = scan_field(array, self._ends, bounds)
-                self._report_damage(name, array)
-                self._report_values(name, bounds)
+            bounds = self._bounds(array, action_low, action_high) if name == "action" else None
+            self._scans[name] = scan_field(array, self._ends, bounds)
+            self._report_damage(name, array)
+            self._report_values(name, bounds)
         self._check_duplicates()
         self._check_frozen()
+        self._check_suspects()
         if self._native:
             self._check_writer()
             self._check_attrs()
@@ -94,60 +94,56 @@ class StoreChecker:
 
     # -- fields -------------------------------------------------------------------------------
 
-    def _field_names(self) -> list[str]:
-        if self._zip_names is not None:
-            parts = [n.split("/") for n in self._zip_names]
-            return sorted({p[1] for p in parts if p[0] == "data" and len(p) > 2})
-        if self._path is not None:
-            folder = self._path / "data"
-            return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-        return list(layout.field_arrays(self._group, self._name))
+    def _check_format(self) -> None:
+        try:
+            self._native = opening.is_native(self._group, self._name)
+        except ValueError as error:
+            self._native = True  # or no other question of it would be answered
+            self._error("format", "zarr.json", str(error))
 
     def _open_fields(self) -> None:
-        broken = set()
-        for name in self._field_names():
+        names: list[str] = []
+        try:
+            names = opening.field_names(self._group, self._path, self._name)
+            if self._native:
+                self._declared = opening.declared_fields(self._attrs, self._name)
+        except ValueError as error:
+            self._error("format", "zarr.json", str(error))
+        expected = self._declared
+        for name in sorted({*names, *expected}):
             try:
-                member = self._group[f"data/{name}"]
-            except Exception as error:  # zarr, json and the system each raise their own
-                broken.add(name)
-                message = f"the field cannot be opened: {str(error) or type(error).__name__}"
-                self._field_error(name, message, RECOPY)
+                self._arrays[name] = opening.child_array(self._group, f"data/{name}", self._name)
+            except ValueError as error:
+                missing = "the field is missing"
+                text = f"the field cannot be opened: {error}" if name in names else missing
+                self._field_error(name, text, RECOPY)
                 continue
-            if isinstance(member, zarr.Array):
-                self._arrays[name] = member
-        expected: dict[str, Any] = dict(self._attrs.get("fields", {})) if self._native else {}
-        for name in [n for n in expected if n not in self._arrays and n not in broken]:
-            self._field_error(name, "the field is missing", RECOPY)
+            if name in expected and (odd := opening.misfit(self._arrays[name], expected[name])):
+                self._field_error(name, odd, RECOPY)
         for name in ("obs", "action") if self._native else ("action",):
-            if name not in {*self._arrays, *broken, *expected}:
+            if name not in {*names, *expected}:
                 fix = "run `diffpolicy data convert` and say which fields it is made of"
                 self._field_error(name, f"there is no field {name!r}, which training needs", fix)
-        for name, array in self._arrays.items():
-            if name in expected:
-                self._check_spec(name, array, expected[name])
 
-    def _check_spec(self, name: str, array: ZarrArray, expected: Mapping[str, Any]) -> None:
-        spec = FieldSpec(tuple(expected["shape"]), expected["dtype"])
-        if tuple(array.shape[1:]) != spec.shape or str(array.dtype) != spec.dtype:
-            message = (
-                f"rows are {list(array.shape[1:])} {array.dtype}, but the store was made for "
-                f"{list(spec.shape)} {spec.dtype}"
-            )
-            self._field_error(name, message, RECOPY)
+    def _error(self, kind: str, place: str, message: str) -> None:
+        self._add(kind, Issue("error", self._file(place), None, None, None, message, RECOPY))
 
     def _field_error(self, name: str, message: str, fix: str) -> None:
         issue = Issue("error", self._file(f"data/{name}"), None, None, name, message, fix)
         self._add("damaged fields", issue)
 
     def _check_type(self, name: str, array: ZarrArray) -> None:
-        kind = array.dtype.kind
         severity: Severity = "warning"
-        if kind not in "fiub":
-            severity = "error"
-            message, fix = "is not a number type", "store numbers; other things do not train"
-        elif array.dtype == np.float64:
+        if text := opening.unusable(array):
+            fix = "store rows of plain numbers; other things do not train"
+            self._field_error(name, text, fix)
+            return
+        if name in ("obs", "action") and array.ndim != 2 and (self._native or name == "action"):
+            message = f"rows have the shape {list(array.shape[1:])}; they must be vectors to train"
+            self._field_error(name, message, "store it as [T, D]: array.reshape(len(array), -1)")
+        if array.dtype == np.float64:
             message, fix = "takes twice the memory of float32", "store it as float32"
-        elif name == "action" and kind != "f":
+        elif name == "action" and array.dtype.kind != "f":
             message = "is not continuous, but actions are normalised and denoised as real numbers"
             fix = "store them as float32, if they are quantities; one-hot, if they are choices"
         else:
@@ -161,21 +157,12 @@ class StoreChecker:
     def _check_ends(self) -> None:
         file = self._file("meta/episode_ends")
         try:
-            array = layout.child_array(self._group, "meta/episode_ends", self._name)
-            raw = np.asarray(array[:])
-        except Exception as error:  # zarr, codecs, json and the system each raise their own
-            message = f"episode_ends cannot be read: {str(error) or type(error).__name__}"
-            self._add("ends", Issue("error", file, None, None, None, message, RECOPY))
+            ends = opening.raw_ends(self._group, self._name, native=self._native)
+            rows = opening.child_array(self._group, "meta/episode_ends", self._name).shape[0]
+        except ValueError as error:
+            self._error("ends", "meta/episode_ends", f"episode_ends cannot be read: {error}")
             return
-        if raw.ndim != 1 or raw.dtype.kind not in "iu":
-            message = f"episode_ends must be a vector of integers; it is {raw.ndim}-d {raw.dtype}"
-            fix = "write it as int64 [E]"
-            self._add("ends", Issue("error", file, None, None, None, message, fix))
-            return
-        ends = raw.astype(np.int64)
-        if self._native:
-            ends = ends[: layout.trailing_unpublished(ends)]
-            self._unpublished = len(ends) < len(raw)
+        self._unpublished = self._native and len(ends) < rows
         if len(ends) == 0:
             message, fix = "the store holds no episodes", "record or convert some"
             self._add("ends", Issue("error", file, None, None, None, message, fix))
@@ -227,49 +214,6 @@ class StoreChecker:
 
     # -- chunks -------------------------------------------------------------------------------
 
-    def _check_chunk_files(self, name: str, array: ZarrArray) -> None:
-        if self._path is None:
-            return
-        lost: list[tuple[int, int]] = []
-        total = int(self._ends[-1]) if len(self._ends) else 0
-        for start, stop, places in self._chunk_places(name, array, min(total, array.shape[0])):
-            for place in places:
-                if self._exists(place):
-                    continue
-                lost.append((start, stop))
-                # zarr may leave out a chunk of zeros; our own stores never do.
-                severity: Severity = "error" if self._native else "warning"
-                message = f"the chunk is missing, so rows {start}..{stop - 1} are made up"
-                issue = Issue(
-                    severity,
-                    self._file(place),
-                    self._episode_at(start),
-                    start,
-                    name,
-                    message,
-                    RECOPY,
-                )
-                self._add("missing chunks", issue)
-        self._lost[name] = lost
-
-    def _chunk_places(
-        self, name: str, array: ZarrArray, rows: int
-    ) -> Iterable[tuple[int, int, list[str]]]:
-        chunks = array.shards or array.chunks
-        inner = [range(-(-n // c)) for n, c in zip(array.shape[1:], chunks[1:], strict=True)]
-        for index in range(-(-rows // chunks[0])):
-            start = index * chunks[0]
-            places = [
-                f"data/{name}/{array.metadata.encode_chunk_key((index, *rest))}"
-                for rest in product(*inner)
-            ]
-            yield start, min(start + chunks[0], rows), places
-
-    def _exists(self, place: str) -> bool:
-        if self._zip_names is not None:
-            return place in self._zip_names
-        return self._path is not None and (self._path / place).exists()
-
     def _report_damage(self, name: str, array: ZarrArray) -> None:
         for damage in self._scans[name].damage:
             chunk = (array.shards or array.chunks)[0]
@@ -277,11 +221,12 @@ class StoreChecker:
                 (damage.start // chunk,) + (0,) * (array.ndim - 1)
             )
             first, last = self._episode_at(damage.start), self._episode_at(damage.stop - 1)
+            what = "missing" if damage.missing else "damaged or cut short"
             message = (
-                f"the chunk is damaged or cut short: rows {damage.start}..{damage.stop - 1} "
+                f"the chunk is {what}: rows {damage.start}..{damage.stop - 1} "
                 f"(episodes {first}..{last}) cannot be read: {damage.reason}"
             )
-            file = self._file(f"data/{name}/{key}")
+            file = self._file(damage.missing or f"data/{name}/{key}")
             issue = Issue("error", file, first, damage.start, name, message, RECOPY)
             self._add("damaged chunks", issue)
 
@@ -290,28 +235,19 @@ class StoreChecker:
     def _bounds(
         self, array: ZarrArray, low: Any, high: Any
     ) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        shape = tuple(array.shape[1:])
+        checked_bounds(low, high, shape)  # the caller's; the store's own are a finding
         low = self._attrs.get("action_low") if low is None else low
         high = self._attrs.get("action_high") if high is None else high
-        if low is None and high is None:
+        try:
+            return checked_bounds(low, high, shape)
+        except ValueError as error:
+            self._error("bounds", "zarr.json", str(error))
             return None
-        sides = []
-        for side, default in ((low, -np.inf), (high, np.inf)):
-            value = np.asarray(default if side is None else side, dtype=np.float64)
-            try:
-                sides.append(np.broadcast_to(value, array.shape[1:]))
-            except ValueError as error:
-                raise ValueError(
-                    f"action bounds of shape {list(value.shape)} do not fit actions of shape "
-                    f"{list(array.shape[1:])}"
-                ) from error
-        return sides[0], sides[1]
 
     def _report_values(self, name: str, bounds: tuple[NDArray[Any], NDArray[Any]] | None) -> None:
         scan = self._scans[name]
-        rows = scan.not_finite
-        for start, stop in self._lost.get(name, ()):  # reported already; there are no values
-            rows = rows[(rows < start) | (rows >= stop)]
-        self._report_rows(name, rows, "values that are not finite")
+        self._report_rows(name, scan.not_finite, "values that are not finite")
         if bounds is not None:
             text = f"actions outside [{bounds[0].tolist()}, {bounds[1].tolist()}]"
             self._report_rows(name, scan.outside, text)
@@ -351,6 +287,20 @@ class StoreChecker:
                 fix = "leave the episode out, and look whether the recorder lost its sensors"
                 file, name = self._file("data"), ", ".join(observed)
                 self._add("frozen", Issue("warning", file, number, row, name, message, fix))
+                self._frozen.add(index)
+
+    def _check_suspects(self) -> None:
+        arrays = {
+            name: self._arrays[name]
+            for name, scan in self._scans.items()
+            if scan.sound and _is_vectors(name, self._arrays[name]) and scan.whole.all()
+        }
+        for name, found in suspects(arrays, self._ends):
+            number = None if found.episode is None else int(self._episodes[found.episode])
+            if found.kind != "frozen" or found.episode not in self._frozen:
+                file = self._file(f"data/{name}")
+                issue = Issue("warning", file, number, found.row, name, found.message, found.fix)
+                self._add(found.kind, issue)
 
     # -- what stands beside the data ----------------------------------------------------------
 
@@ -360,41 +310,57 @@ class StoreChecker:
     def _check_attrs(self) -> None:
         file, count = self._file("meta/episode_attrs"), len(self._episodes)
         try:
-            array = layout.child_array(self._group, "meta/episode_attrs", self._name)
-            lines = np.asarray(array[:]).tobytes().rstrip(b"\0").split(b"\n")[:count]
-            for line in lines:
-                json.loads(line)
+            lines = opening.episode_lines(self._group, count, self._name)
             message = f"there are attributes of {len(lines)} episodes of {count}"
-        except Exception as error:  # zarr, codecs, json and the system each raise their own
-            message = f"the episodes' attributes cannot be read: {str(error) or error!r}"
+        except ValueError as error:
+            message = f"the episodes' attributes cannot be read: {error}"
             lines = []
         if len(lines) < count:
             fix = "copy the store again; training works without them"
             self._add("attrs", Issue("warning", file, None, None, None, message, fix))
 
     def _check_statistics(self) -> None:
-        stored: Mapping[str, Any] = self._attrs.get("statistics") or {}
-        file, total = self._file("zarr.json"), int(self._ends[-1]) if len(self._ends) else 0
-        if not stored and total:
-            message = "there are no statistics, which normalisers need"
-            issue = Issue("warning", file, None, None, None, message, self._update_command())
-            self._add("statistics", issue)
+        stored: Any = self._attrs.get("statistics")
+        total = int(self._ends[-1]) if len(self._ends) else 0
+        if not stored:
+            if total:
+                self._statistics_issue(None, "there are no statistics, which normalisers need")
+            return
+        if problem := damaged_statistics(
+            stored, self._declared, self._attrs.get("statistics_crc32")
+        ):
+            self._statistics_issue(None, problem)
+            return
         for name, values in stored.items():
             scan = self._scans.get(name)
-            if values.get("count") != total:
-                message = f"the statistics cover {values.get('count')} steps of {total}"
-            elif scan is not None and not self._lost.get(name) and _contradicts(scan, values):
-                message = "the statistics are not those of the data, which were changed since"
-            else:
-                continue
-            issue = Issue("warning", file, None, None, name, message, self._update_command())
-            self._add("statistics", issue)
+            if values["count"] != total:
+                self._statistics_issue(
+                    name, f"the statistics cover {values['count']} steps of {total}"
+                )
+            elif scan is not None and (parts := _contradicted(scan, values)):
+                message = f"{', '.join(parts)} are not those of the data, which were changed since"
+                self._statistics_issue(name, f"the statistics {message}")
+
+    def _statistics_issue(self, field: str | None, message: str) -> None:
+        fix, file = self._update_command(), self._file("zarr.json")
+        self._add("statistics", Issue("warning", file, None, None, field, message, fix))
 
 
-def _contradicts(scan: FieldScan, values: Mapping[str, Any]) -> bool:
-    if scan.damage or len(scan.not_finite) or scan.low is None or scan.high is None:
-        return False  # reported already, and nothing to compare with
-    return not (
-        np.allclose(scan.low, values["min"], rtol=1e-5, atol=1e-6)
-        and np.allclose(scan.high, values["max"], rtol=1e-5, atol=1e-6)
-    )
+def _is_vectors(name: str, array: ZarrArray) -> bool:
+    """Whether the values of a field can be judged by each other: no flags, images or copies."""
+    numbers = array.dtype.kind == "f" and array.ndim == 2 and array.shape[1] <= _MAX_WIDTH
+    return numbers and name not in ("reward", "next_obs")
+
+
+def _contradicted(scan: FieldScan, values: Mapping[str, Any]) -> list[str]:
+    """Which of the stored statistics the data do not have."""
+    found = scan.statistics
+    if not scan.sound or not found:
+        return []  # reported already, or nothing to compare with
+    # Sums over other blocks are rounded otherwise, by a share of the range.
+    slack = 1e-6 + 1e-5 * (np.asarray(found["max"]) - np.asarray(found["min"]))
+    return [
+        part
+        for part in PARTS
+        if (np.abs(np.asarray(found[part]) - np.asarray(values[part])) > slack).any()
+    ]

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffpolicy.data.bounds import checked_bounds
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
 # Attribute names that the store uses itself.
-RESERVED_ATTRS = ("format", "version", "fields", "statistics")
+RESERVED_ATTRS = ("format", "version", "fields", "statistics", "statistics_crc32")
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,31 @@ def field_specs(fields: Mapping[str, tuple[int, ...] | FieldSpec]) -> dict[str, 
     for name in fields:
         if not name.replace("_", "").replace(".", "").isalnum() or name.startswith("."):
             raise ValueError(f"field names are letters, digits, '_' and '.'; got {name!r}")
-    return {k: v if isinstance(v, FieldSpec) else FieldSpec(tuple(v)) for k, v in fields.items()}
+    specs = {k: v if isinstance(v, FieldSpec) else FieldSpec(tuple(v)) for k, v in fields.items()}
+    for name in ("obs", "action"):
+        if name in specs:
+            check_vector(name, specs[name].shape, "this store")
+    return specs
+
+
+def check_vector(name: str, shape: tuple[int, ...], where: str) -> None:
+    """Make sure that a field to train on holds one vector a step.
+
+    Args:
+        name: `"obs"` or `"action"`.
+        shape: Of its rows.
+        where: What holds it, for the message.
+
+    Raises:
+        ValueError: Its rows have another shape.
+    """
+    if len(shape) != 1:
+        fix = "array[:, None]" if not shape else "array.reshape(len(array), -1)"
+        raise ValueError(
+            f"{name!r} must be [T, D], one vector a step; in {where} its rows have the shape "
+            f"{list(shape)}. Store it as {fix}"
+            + (", or images under another name" if len(shape) > 1 else "")
+        )
 
 
 def user_attrs(attrs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -130,6 +156,7 @@ def user_attrs(attrs: Mapping[str, Any] | None) -> dict[str, Any]:
         ValueError: One is not JSON, or has a name the store uses itself.
     """
     values = {str(k): jsonable(v, f"attrs.{k}") for k, v in (attrs or {}).items()}
+    checked_bounds(values.get("action_low"), values.get("action_high"))
     clash = sorted(set(values) & set(RESERVED_ATTRS))
     if clash:
         raise ValueError(f"the attributes {clash} are the store's own; choose other names")

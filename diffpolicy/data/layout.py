@@ -6,17 +6,18 @@ import contextlib
 import json
 import os
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import LocalStore, ZipStore
 
+from diffpolicy.data.damage import StoreDamagedError, reason
+from diffpolicy.data.opening import FORMAT, UNPUBLISHED
 from diffpolicy.files import (
     ForeignFilesError,
     WriterLock,
     check_owned,
+    naming,
     remove_owned,
     replaced_directory,
 )
@@ -25,23 +26,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    import zarr
     from numpy.typing import NDArray
 
     from diffpolicy.data.fields import FieldSpec
+    from diffpolicy.data.opening import ZarrArray
 
-FORMAT = "diffpolicy-episodes"
-VERSION = 1
-UNPUBLISHED = -1
+__all__ = ["StoreDamagedError", "Tail", "clear_target", "create_arrays", "sync_to_disk"]
+
 _CHUNK_BYTES = 2**18
 _MAX_CHUNK_ROWS = 4096
 _ENDS_CHUNK = 1024
 _ATTRS_CHUNK = 2**14
-
-ZarrArray = zarr.Array[Any]
-
-
-class StoreDamagedError(ValueError):
-    """Rows that were published cannot be read back: a chunk is missing, cut short or altered."""
 
 
 class Tail:
@@ -60,10 +56,10 @@ class Tail:
         used = length % self._chunk
         try:
             self._buffer = np.asarray(array[length - used : length])
-        except (ValueError, RuntimeError, OSError) as error:
+        except Exception as error:  # zarr, codecs and the system each raise their own
             raise StoreDamagedError(
-                f"the last chunk of {array.store_path} cannot be read ({error}), so nothing can be "
-                "appended behind it; `diffpolicy data check` lists the damage"
+                f"the last chunk of {array.store_path} cannot be read ({reason(error)}), so "
+                "nothing can be appended behind it; `diffpolicy data check` lists the damage"
             ) from error
 
     def append(self, rows: NDArray[Any]) -> None:
@@ -85,40 +81,15 @@ class Tail:
         block[:kept], block[kept:used] = self._buffer, rows
         block[used:] = self._array.fill_value
         first = self._length - kept
-        self._array[first : first + size] = block
+        with naming(_place(self._array.store_path)):
+            self._array[first : first + size] = block
         self._length += len(rows)
         self._buffer = block[used - used % self._chunk : used].copy()
 
     def _resize(self, rows: int) -> None:
         if self._array.shape[0] != rows:
-            self._array.resize((rows, *self._array.shape[1:]))
-
-
-def open_group(path: Path, *, writable: bool = False) -> zarr.Group:
-    """Open the zarr group at `path`, a directory or a zip, of either zarr format.
-
-    Raises:
-        FileNotFoundError: Nothing is there.
-        ValueError: It is not a zarr group, or a zip to be written.
-    """
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no episode store at {path}; make one with `diffpolicy data collect` or "
-            "`diffpolicy data convert`"
-        )
-    if path.is_file() and writable:
-        raise ValueError(f"{path} is a file, which is only read; unpack it to append to it")
-    backend = ZipStore(path, mode="r") if path.is_file() else LocalStore(path)
-    try:
-        mode: Literal["r", "r+"] = "r+" if writable else "r"
-        return zarr.open_group(backend, mode=mode, use_consolidated=False)
-    except Exception as error:  # zarr, zipfile and json each raise their own
-        with contextlib.suppress(AttributeError):  # a zip that never opened cannot be closed
-            backend.close()
-        raise ValueError(
-            f"{path} is not an episode store: {str(error) or type(error).__name__}. Expected a "
-            "zarr group (a directory, or a zip of one) with data/ and meta/episode_ends"
-        ) from error
+            with naming(_place(self._array.store_path)):
+                self._array.resize((rows, *self._array.shape[1:]))
 
 
 def create_arrays(
@@ -138,89 +109,19 @@ def create_arrays(
 def _create_array(
     group: zarr.Group, name: str, chunks: tuple[int, ...], dtype: str, fill: float
 ) -> None:
-    group.create_array(
-        name,
-        shape=(0, *chunks[1:]),
-        chunks=chunks,
-        dtype=dtype,
-        fill_value=fill,
-        compressors=[ZstdCodec(level=1), Crc32cCodec()],
-    )
-
-
-def child_array(group: zarr.Group, name: str, where: str) -> ZarrArray:
-    """The array `name` of `group`.
-
-    Raises:
-        ValueError: There is none; `where` names the store in the message.
-    """
-    try:
-        array = group[name]
-    except KeyError:
-        array = None
-    if not isinstance(array, zarr.Array):
-        raise ValueError(
-            f"{where} is not an episode store: it has no array {name!r}. Expected data/<field> "
-            "arrays and meta/episode_ends"
+    with naming(_place(group.store_path / name)):
+        group.create_array(
+            name,
+            shape=(0, *chunks[1:]),
+            chunks=chunks,
+            dtype=dtype,
+            fill_value=fill,
+            compressors=[ZstdCodec(level=1), Crc32cCodec()],
         )
-    return _keeping_empty_chunks(array)
 
 
-def field_arrays(group: zarr.Group, where: str) -> dict[str, ZarrArray]:
-    """The arrays under data/, by name.
-
-    Raises:
-        ValueError: There are none.
-    """
-    try:
-        data = group["data"]
-    except KeyError:
-        data = None
-    arrays = dict(data.arrays()) if isinstance(data, zarr.Group) else {}
-    if not arrays:
-        raise ValueError(
-            f"{where} is not an episode store: it has no arrays under data/. Expected data/<field> "
-            "arrays and meta/episode_ends"
-        )
-    return {name: _keeping_empty_chunks(arrays[name]) for name in sorted(arrays)}
-
-
-def _keeping_empty_chunks(array: ZarrArray) -> ZarrArray:
-    # By default zarr leaves out a chunk of fill values, and then a lost one looks the same.
-    return array.with_config({"write_empty_chunks": True})
-
-
-def published_ends(array: ZarrArray, where: str) -> NDArray[np.int64]:
-    """The ends of the published episodes.
-
-    Raises:
-        StoreDamagedError: They cannot be read, or do not increase strictly from above 0.
-    """
-    try:
-        ends = np.asarray(array[:]).astype(np.int64)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise StoreDamagedError(f"{where}: meta/episode_ends cannot be read ({error})") from error
-    ends = ends[: trailing_unpublished(ends)]
-    bad = np.flatnonzero(np.diff(ends, prepend=0) <= 0)
-    if len(bad):
-        raise StoreDamagedError(
-            f"{where}: meta/episode_ends must increase strictly, but episode {bad[0]} ends at row "
-            f"{ends[bad[0]]} after {ends[bad[0] - 1] if bad[0] else 0}; run `diffpolicy data check`"
-        )
-    return ends
-
-
-def trailing_unpublished(ends: NDArray[np.int64]) -> int:
-    """How many entries are left without the unpublished ones at the end."""
-    published = np.flatnonzero(ends != UNPUBLISHED)
-    return int(published[-1]) + 1 if len(published) else 0
-
-
-def bytes_of_lines(array: ZarrArray, count: int) -> int:
-    """Where line `count` of a byte array of JSON lines ends."""
-    raw = np.asarray(array[:])
-    newlines = np.flatnonzero(raw == ord("\n"))
-    return int(newlines[count - 1]) + 1 if 0 < count <= len(newlines) else 0
+def _place(place: object) -> str:
+    return str(place).removeprefix("file://")
 
 
 def clear_target(target: Path, *, overwrite: bool, remove: bool = True) -> None:
@@ -281,6 +182,7 @@ def sync_to_disk(root: Path) -> None:
             continue
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            with naming(path):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)

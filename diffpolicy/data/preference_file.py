@@ -9,11 +9,13 @@
 {"kind": "store", "episodes": 31, "steps": 8210, "ends": "..."}
 ```
 
-The header is one line; a span is `[episode, start, length]`. The last kind of line says that the
-store has grown since, and stands before the first record of a new episode. Records are only ever
-appended, with one write and one fsync, so that a writer that is killed leaves at most one torn
-line at the end; readers pass over it and the next writer removes it. One writer at a time, any
-number of readers.
+Each line ends with `,"crc32":"<8 digits>"}`, the CRC-32 of the line without it, which is checked
+when the file is read. A line without one is read too, as older files have them; whoever corrects a
+line by hand removes that member. The header is one line; a span is `[episode, start, length]`. The
+last kind of line says that the store has grown since, and stands before the first record of a new
+episode. Records are only ever appended, with one write and one fsync, so that a writer that is
+killed leaves at most one torn line at the end; readers pass over it and the next writer removes it.
+One writer at a time, any number of readers.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,7 +43,9 @@ if TYPE_CHECKING:
     from diffpolicy.data.preference_records import Record
 
 FORMAT = "diffpolicy-preferences"
-VERSION = 1
+VERSION = 2  # 1 had no checksums
+_CHECKED = re.compile(rb',"crc32":"([0-9a-f]{8})"}')
+_HEADER = {"format", "version", "store", "attrs"}
 
 
 class PreferenceFileError(ValueError):
@@ -136,11 +142,13 @@ def read_contents(path: Path) -> Contents:
         )
     data = path.read_bytes()
     kept, closed = len(data), data.endswith(b"\n")
-    if not closed and not _is_json(data[data.rfind(b"\n") + 1 :]):
+    last = data[data.rfind(b"\n") + 1 :]
+    # Torn is what a killed writer left; a line with its checksum was whole, and is damaged.
+    if not closed and not _is_json(last) and not _CHECKED.search(last):
         kept, closed = data.rfind(b"\n") + 1, True
     lines = data[:kept].removesuffix(b"\n").split(b"\n") if kept else []
     header = _checked_header(path, lines[0] if lines else b"")
-    mark = mark_from_json(header, f"{path}, line 1")
+    mark = mark_from_json(header, f"{path}, line 1", _HEADER)
     numbered = [(i, line) for i, line in enumerate(lines[1:], start=2) if line.strip()]
     return Contents(header, mark, numbered, kept, len(data), closed)
 
@@ -186,7 +194,7 @@ def parsed(
         try:
             value = parse_line(line)
             if isinstance(value, dict) and value.get("kind") == "store":
-                mark = mark_from_json(value, "a 'store' line")
+                mark = mark_from_json(value, "a 'store' line", {"kind"})
                 check_mark(mark, store, "a 'store' line")
                 yield number, mark
                 continue
@@ -201,19 +209,36 @@ def parsed(
 
 def encoded(value: dict[str, Any]) -> bytes:
     """One line of a file."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    line = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    return line[:-1] + f',"crc32":"{zlib.crc32(line):08x}"}}\n'.encode()
 
 
 def parse_line(line: bytes) -> Any:
     """The JSON value of a line.
 
     Raises:
-        ValueError: It is not strict JSON: NaN and Infinity are refused too.
+        ValueError: It is not strict JSON (NaN and Infinity are refused too), or its checksum says
+            that it was altered.
     """
+    found = _CHECKED.search(line, max(0, len(line) - 20))
+    if found is not None and found.end() == len(line):
+        line = line[: found.start()] + b"}"
+        if zlib.crc32(line) != int(found[1], 16):
+            raise ValueError(
+                f"the line was altered: its checksum is {found[1].decode()}, but that of what it "
+                f"holds is {zlib.crc32(line):08x}. Copy the file again; if somebody corrected the "
+                "line, remove its member 'crc32'"
+            )
     try:
-        return json.loads(line, parse_constant=_no_constant)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(line, parse_constant=_no_constant)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"expected one JSON object; got {line[:60]!r} ({error})") from error
+    if isinstance(value, dict) and "crc32" in value:
+        raise ValueError(
+            "the line was altered: its checksum is not where it was written. If somebody corrected "
+            "it, remove the member 'crc32'"
+        )
+    return value
 
 
 def mark_of(store: EpisodeStore, episodes: int | None = None) -> Mark:
@@ -223,12 +248,18 @@ def mark_of(store: EpisodeStore, episodes: int | None = None) -> Mark:
     return Mark(len(ends), int(ends[-1]) if len(ends) else 0, digest)
 
 
-def mark_from_json(value: dict[str, Any], where: str) -> Mark:
-    """A mark of the header or of a `store` line.
+def mark_from_json(value: dict[str, Any], where: str, others: set[str]) -> Mark:
+    """A mark of the header or of a `store` line, which may have the `others` as members too.
 
     Raises:
-        PreferenceFileError: One of its three members is missing or of another type.
+        PreferenceFileError: One of its three members is missing or of another type, or there is a
+            member that nobody knows.
     """
+    if unknown := sorted(set(value) - others - set(Mark._fields)):
+        raise PreferenceFileError(
+            f"{where}: unknown members {unknown}; the line was altered. Copy the file again, or "
+            "correct the line"
+        )
     mark = Mark(value.get("episodes", -1), value.get("steps", -1), value.get("ends", ""))
     numbers = (mark.episodes, mark.steps)
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
@@ -268,7 +299,9 @@ def _checked_header(path: Path, line: bytes) -> dict[str, Any]:
         )
     version = header.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise PreferenceFileError(f"{path}, line 1: 'version' must be {VERSION}; got {version!r}")
+        raise PreferenceFileError(
+            f"{path}, line 1: 'version' must be 1..{VERSION}; got {version!r}"
+        )
     if version > VERSION:
         raise PreferenceFileError(
             f"{path}, line 1: version {version} of the format, but this diffpolicy reads up to "

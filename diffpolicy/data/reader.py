@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from diffpolicy.data import layout
-from diffpolicy.data.fields import RESERVED_ATTRS, FieldSpec
+from diffpolicy.data import opening
+from diffpolicy.data.damage import StoreDamagedError, reading
+from diffpolicy.data.fields import RESERVED_ATTRS
+from diffpolicy.data.statistics import damaged_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     import zarr
     from numpy.typing import NDArray
+
+    from diffpolicy.data.fields import FieldSpec
 
 
 class EpisodeReader:
@@ -28,17 +31,13 @@ class EpisodeReader:
     def __init__(self, group: zarr.Group, path: Path | None) -> None:
         self._group = group
         self._path = path
-        self._native = group.attrs.get("format") == layout.FORMAT
-        arrays = layout.field_arrays(group, self.name)
-        self._arrays = {k: a for k, a in arrays.items() if a.dtype.kind in "fiub"}
-        self._fields = {
-            name: FieldSpec(tuple(a.shape[1:]), str(a.dtype)) for name, a in self._arrays.items()
-        }
-        self._ends_array = layout.child_array(group, "meta/episode_ends", self.name)
-        self._ends = layout.published_ends(self._ends_array, self.name)
+        self._native = opening.is_native(group, self.name)
+        self._arrays = opening.field_arrays(group, path, self.name, native=self._native)
+        self._fields = {name: opening.spec_of(a) for name, a in self._arrays.items()}
+        self._ends = opening.published_ends(group, self.name, native=self._native)
         for name, array in self._arrays.items():
             if array.shape[0] < self.num_steps:
-                raise layout.StoreDamagedError(
+                raise StoreDamagedError(
                     f"{self.name}: field {name!r} has {array.shape[0]} rows but episode_ends says "
                     f"{self.num_steps}; `diffpolicy data check` lists the damage"
                 )
@@ -98,34 +97,32 @@ class EpisodeReader:
         Raises:
             ValueError: There are none, or episodes were appended since.
         """
-        stored = cast("dict[str, dict[str, Any]] | None", self._group.attrs.get("statistics"))
+        stored: Any = self._group.attrs.get("statistics")
+        if self._native:
+            fix = f"run `diffpolicy data info --update-statistics {self.name}`"
+        else:
+            fix = f"run `diffpolicy data convert {self.name} TARGET.zarr` and use that"
         if not stored:
-            fix = (
-                f"run `diffpolicy data info --update-statistics {self.name}`"
-                if self._native
-                else f"run `diffpolicy data convert {self.name} TARGET.zarr` and use that"
-            )
             raise ValueError(f"{self.name} has no statistics, which normalisers need; {fix}")
+        digest = self._group.attrs.get("statistics_crc32")
+        if problem := damaged_statistics(stored, self._fields, digest):
+            raise ValueError(f"{self.name}/zarr.json: {problem}; {fix}")
         for name, values in stored.items():
             if values["count"] != self.num_steps:
                 raise ValueError(
                     f"{self.name}: the statistics of {name!r} cover {values['count']} steps of "
-                    f"{self.num_steps}; run `diffpolicy data info --update-statistics {self.name}`"
+                    f"{self.num_steps}; {fix}"
                 )
-        return stored
+        return cast("dict[str, dict[str, Any]]", stored)
 
     @property
     def episode_attrs(self) -> list[dict[str, Any]]:
         """What `append` was told of each episode (seed, success, ...); `{}` where nothing."""
         if self._episode_attrs is None:
-            lines: list[bytes] = []
+            count, known = self.num_episodes, []
             if self._native:
-                raw = np.asarray(
-                    layout.child_array(self._group, "meta/episode_attrs", self.name)[:]
-                )
-                lines = raw.tobytes().rstrip(b"\0").split(b"\n")[: self.num_episodes]
-            known = [json.loads(line) for line in lines]
-            self._episode_attrs = known + [{}] * (self.num_episodes - len(known))
+                known = opening.episode_lines(self._group, count, self.name)
+            self._episode_attrs = known + [{}] * (count - len(known))
         return [dict(a) for a in self._episode_attrs]
 
     def chunk_rows(self, field: str) -> int:
@@ -149,13 +146,9 @@ class EpisodeReader:
         """
         array = self._array(field)
         first, last, _ = slice(start, stop).indices(self.num_steps)
-        try:
+        rows = f"{self.name}: field {field!r}, rows {first}..{last - 1}"
+        with reading(rows, self.name):
             return np.asarray(array[first : max(first, last)])
-        except (ValueError, RuntimeError, OSError) as error:
-            raise layout.StoreDamagedError(
-                f"{self.name}: field {field!r}, rows {first}..{last - 1} cannot be read ({error}); "
-                f"`diffpolicy data check {self.name}` names the file and the episodes"
-            ) from error
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
         """One episode.
@@ -186,7 +179,7 @@ class EpisodeReader:
         size = f"{self.num_episodes} episodes, {self.num_steps} steps"
         return f"EpisodeStore({self.name}: {size}; {fields})"
 
-    def _array(self, field: str) -> layout.ZarrArray:
+    def _array(self, field: str) -> opening.ZarrArray:
         if field not in self._arrays:
             raise KeyError(f"{self.name} has no field {field!r}; it has {sorted(self._arrays)}")
         return self._arrays[field]

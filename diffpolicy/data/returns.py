@@ -76,6 +76,9 @@ class _Derived:
         extra = {k: FieldSpec(tuple(a.shape[1:]), str(a.dtype)) for k, a in self._extra.items()}
         return {**self._store.fields, **extra}
 
+    def chunk_rows(self, field: str) -> int:
+        return self._store.chunk_rows("obs" if field in self._extra else field)
+
     def read(self, field: str, start: int, stop: int) -> NDArray[Any]:
         if field in self._extra:
             return self._extra[field][start:stop]

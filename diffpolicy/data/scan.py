@@ -8,23 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffpolicy.data.damage import MissingChunkError, reason
+from diffpolicy.data.statistics import MAX_VALUES_PER_ROW, RunningStatistics
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-    from diffpolicy.data.layout import ZarrArray
+    from diffpolicy.data.opening import ZarrArray
 
 _BLOCK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Rows `start..stop-1` that cannot be read, and why."""
+    """Rows `start..stop-1` that cannot be read, why, and the chunk that is `missing`, if one is."""
 
     start: int
     stop: int
     reason: str
+    missing: str | None = None
 
 
 @dataclass
@@ -38,8 +42,8 @@ class FieldScan:
         changed: `[E]` whether the field changes within the episode.
         whole: `[E]` whether all of the episode could be read.
         digests: Per episode, a hash of its rows.
-        low: Minimum over all finite rows, of the row's shape; None if there are none.
-        high: Maximum likewise.
+        statistics: Of all rows that can be read and are finite, as a store keeps them; None if
+            there are none, or the rows are images.
     """
 
     changed: NDArray[np.bool_]
@@ -48,8 +52,12 @@ class FieldScan:
     damage: list[Damage] = field(default_factory=list)
     not_finite: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     outside: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    low: NDArray[Any] | None = None
-    high: NDArray[Any] | None = None
+    statistics: dict[str, Any] | None = None
+
+    @property
+    def sound(self) -> bool:
+        """Whether all of it could be read and is finite."""
+        return not self.damage and not len(self.not_finite)
 
 
 def scan_field(
@@ -71,6 +79,8 @@ def scan_field(
     result = FieldScan(np.zeros(len(ends), np.bool_), np.ones(len(ends), np.bool_))
     hashes = [hashlib.blake2b(digest_size=16) for _ in ends]
     last: tuple[int, NDArray[Any]] | None = None
+    width = int(np.prod(array.shape[1:]))
+    running = RunningStatistics(array.name, tuple(array.shape[1:]), rows)
     for start, block in _blocks(array, rows):
         if isinstance(block, Damage):
             result.damage.append(block)
@@ -78,13 +88,18 @@ def scan_field(
             result.whole[first : final + 1] = False
             continue
         flat = block.reshape(len(block), -1)
-        _look_at_values(result, start, block, bounds)
+        good = _look_at_values(result, start, block, bounds)
+        if width <= MAX_VALUES_PER_ROW and len(good):
+            running.update(good)
+            result.statistics = {}
         _hash_episodes(hashes, ends, start, flat)
         before = last[1] if last is not None and last[0] == start - 1 else flat[0]
         _look_for_change(result.changed, ends, start, np.concatenate([before[None], flat]))
         last = (start + len(flat) - 1, flat[-1])
     result.whole[ends > array.shape[0]] = False
     result.digests = [h.digest() for h in hashes]
+    if result.statistics is not None:
+        result.statistics = running.result()
     return result
 
 
@@ -106,8 +121,10 @@ def _blocks(array: ZarrArray, rows: int) -> Iterator[tuple[int, NDArray[Any] | D
 def _read(array: ZarrArray, start: int, stop: int) -> NDArray[Any] | Damage:
     try:
         return np.asarray(array[start:stop])
+    except MissingChunkError as error:
+        return Damage(start, stop, str(error), error.key)
     except Exception as error:  # codecs, zip files and the system each raise their own
-        return Damage(start, stop, str(error) or type(error).__name__)
+        return Damage(start, stop, reason(error))
 
 
 def _look_at_values(
@@ -115,23 +132,20 @@ def _look_at_values(
     start: int,
     block: NDArray[Any],
     bounds: tuple[NDArray[Any], NDArray[Any]] | None,
-) -> None:
+) -> NDArray[Any]:
+    """Note what is not finite or outside the bounds; the finite rows."""
     finite = np.ones(len(block), np.bool_)
     if block.dtype.kind == "f":
         finite = np.isfinite(block).reshape(len(block), -1).all(axis=1)
         bad = start + np.flatnonzero(~finite)
         result.not_finite = np.concatenate([result.not_finite, bad])
-    good = block[finite]
     if bounds is not None:
         # Bounds and data may have been rounded to float32 on different ways.
         low, high = (b + sign * 1e-5 * np.abs(b) for b, sign in zip(bounds, (-1, 1), strict=True))
         outside = (block < low) | (block > high)
         rows = start + np.flatnonzero(outside.reshape(len(block), -1).any(axis=1) & finite)
         result.outside = np.concatenate([result.outside, rows])
-    if len(good):
-        low, high = good.min(axis=0), good.max(axis=0)
-        result.low = low if result.low is None else np.minimum(result.low, low)
-        result.high = high if result.high is None else np.maximum(result.high, high)
+    return block if finite.all() else block[finite]
 
 
 def _hash_episodes(

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffpolicy.data.blocks import row_blocks
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
 
+    from diffpolicy.data.fields import FieldSpec
     from diffpolicy.data.store import EpisodeStore
+
+__all__ = [
+    "RunningStatistics",
+    "checksum",
+    "compute_statistics",
+    "damaged_statistics",
+    "usual_step",
+]
+
+PARTS = ("min", "max", "mean", "std", "q01", "q99")
 
 # An image's pixels are not normalised one by one, and their statistics would dwarf the metadata.
 MAX_VALUES_PER_ROW = 4096
@@ -94,24 +109,6 @@ class RunningStatistics:
         }
 
 
-def row_blocks(store: EpisodeStore, field: str) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that are whole chunks, a few megabytes each.
-
-    Args:
-        store: The store.
-        field: One of its fields.
-
-    Yields:
-        `(start, stop)` row ranges, in order.
-    """
-    spec = store.fields[field]
-    row_bytes = max(1, int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize)
-    chunk = store.chunk_rows(field)
-    step = chunk * max(1, 2**22 // (row_bytes * chunk))
-    for start in range(0, store.num_steps, step):
-        yield start, min(start + step, store.num_steps)
-
-
 def compute_statistics(
     store: EpisodeStore, fields: Iterable[str] | None = None
 ) -> dict[str, dict[str, Any]]:
@@ -140,3 +137,81 @@ def compute_statistics(
             running.update(store.read(name, start, stop))
         result[name] = running.result()
     return result
+
+
+def usual_step(store: EpisodeStore, field: str = "obs") -> NDArray[np.float32]:
+    """The usual largest change of each entry of a field between two steps of an episode.
+
+    The 0.999 quantile over the steps, and at least a thousandth of the entry's range. Of a field
+    with more than `MAX_SAMPLED_VALUES` values it is that of evenly spaced blocks of rows, so that
+    neither memory nor time grows with the store.
+
+    Args:
+        store: The store.
+        field: A field whose rows are vectors.
+
+    Returns:
+        float32 `[D]`; the largest float32 where an entry never changes.
+    """
+    width = int(np.prod(store.fields[field].shape))
+    stride = -(-store.num_steps * width // MAX_SAMPLED_VALUES) or 1
+    ends, steps = store.episode_ends, [np.zeros((0, width), np.float32)]
+    low, high = np.full((2, width), [[np.inf], [-np.inf]], np.float32)
+    last = np.zeros((0, width), np.float32)
+    for start, stop in list(row_blocks(store, field))[::stride]:
+        rows = store.read(field, start, stop).astype(np.float32, copy=False)
+        low, high = np.minimum(low, rows.min(axis=0)), np.maximum(high, rows.max(axis=0))
+        rows = np.concatenate([last, rows])
+        inside = ~np.isin(np.arange(stop - len(rows) + 1, stop), ends)
+        steps.append(np.abs(np.diff(rows, axis=0))[inside])
+        last = rows[-1:] if stride == 1 else last
+    found = np.concatenate(steps)
+    largest = np.finfo(np.float32).max  # JSON knows no infinity
+    if len(found) == 0:  # all episodes have one step
+        return np.full(width, largest, np.float32)
+    usual = np.maximum(np.quantile(found, 0.999, axis=0), 1e-3 * (high - low))
+    return np.asarray(np.where(usual > 0, usual, largest), np.float32)
+
+
+def checksum(statistics: Mapping[str, Any]) -> str:
+    """A digest of statistics, by which a changed digit is noticed."""
+    return f"{zlib.crc32(json.dumps(statistics, sort_keys=True).encode()):08x}"
+
+
+def damaged_statistics(
+    stored: Any, fields: Mapping[str, FieldSpec], digest: Any = None
+) -> str | None:
+    """What is wrong with statistics as they are stored, if anything is.
+
+    Args:
+        stored: What stands in the attributes.
+        fields: The store's fields.
+        digest: Their checksum, where the store has one.
+    """
+    if not isinstance(stored, dict) or not all(isinstance(v, dict) for v in stored.values()):
+        return "the statistics are damaged: they must be an object of one object a field"
+    for name, values in stored.items():
+        shape = fields[name].shape if name in fields else None
+        if problem := _problem(values, shape):
+            return f"the statistics of {name!r} are damaged: {problem}"
+    if digest is not None and digest != checksum(stored):
+        return "the statistics were altered: they do not match their checksum"
+    return None
+
+
+def _problem(values: Mapping[str, Any], shape: tuple[int, ...] | None) -> str | None:
+    if shape is None:
+        return "the store has no such field"
+    if not isinstance(values.get("count"), int):
+        return f"'count' must be a whole number; got {values.get('count')!r:.40}"
+    try:
+        low, high, mean, std, q01, q99 = (np.asarray(values[k], np.float64) for k in PARTS)
+    except (KeyError, TypeError, ValueError) as error:
+        return f"expected numbers {list(PARTS)} ({error})"
+    parts = (low, high, mean, std, q01, q99)
+    if any(part.shape != shape or not np.isfinite(part).all() for part in parts):
+        return f"expected finite numbers of shape {list(shape)}"
+    slack = 1e-6 * np.maximum(np.abs(low), np.abs(high)) + 1e-12
+    ordered = (low <= q01 + slack) & (q01 <= q99 + slack) & (q99 <= high + slack)
+    ordered &= (low <= mean + slack) & (mean <= high + slack) & (std >= 0)
+    return None if ordered.all() else "min <= q01 <= q99 <= max does not hold, or mean lies outside"

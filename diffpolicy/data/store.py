@@ -26,7 +26,8 @@ import numpy as np
 import zarr
 from zarr.storage import LocalStore, MemoryStore
 
-from diffpolicy.data import layout
+from diffpolicy.data import layout, opening
+from diffpolicy.data.damage import StoreDamagedError, StrictStore
 from diffpolicy.data.fields import (
     FieldSpec,
     checked_rows,
@@ -34,11 +35,10 @@ from diffpolicy.data.fields import (
     jsonable,
     user_attrs,
 )
-from diffpolicy.data.layout import StoreDamagedError
 from diffpolicy.data.reader import EpisodeReader
 from diffpolicy.data.session import Session
-from diffpolicy.data.statistics import compute_statistics
-from diffpolicy.files import WriterLock
+from diffpolicy.data.statistics import checksum, compute_statistics
+from diffpolicy.files import WriterLock, naming
 
 if TYPE_CHECKING:
     import os
@@ -101,7 +101,7 @@ class EpisodeStore(EpisodeReader):
         layout.clear_target(target, overwrite=overwrite, remove=False)
         with WriterLock(target, "making it"), layout.replaced(target) as partial:
             cls._create(LocalStore(partial), partial, specs, attrs, chunk_rows)._finalizer()
-        return cls(layout.open_group(target, writable=True), target, writable=True)
+        return cls(opening.open_group(target, writable=True), target, writable=True)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], mode: Literal["r", "a"] = "r") -> EpisodeStore:
@@ -125,7 +125,7 @@ class EpisodeStore(EpisodeReader):
         if mode not in ("r", "a"):
             raise ValueError(f"mode must be 'r' (read) or 'a' (append); got {mode!r}")
         target = Path(path)
-        group = layout.open_group(target, writable=mode == "a")
+        group = opening.open_group(target, writable=mode == "a")
         try:
             store = cls(group, target, writable=mode == "a")
         except ValueError:
@@ -200,12 +200,12 @@ class EpisodeStore(EpisodeReader):
         user = user_attrs(attrs)
         if chunk_rows is not None and chunk_rows < 1:
             raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
-        group = zarr.create_group(backend, zarr_format=3)
-        layout.create_arrays(group, specs, chunk_rows)
         fields: Any = {k: {"shape": list(s.shape), "dtype": s.dtype} for k, s in specs.items()}
-        group.attrs.update(
-            {"format": layout.FORMAT, "version": layout.VERSION, "fields": fields, **user}
-        )
+        own = {"format": opening.FORMAT, "version": opening.VERSION, "fields": fields}
+        with naming(path or "memory"):
+            group = zarr.create_group(StrictStore(backend), zarr_format=3)
+            layout.create_arrays(group, specs, chunk_rows)
+            group.attrs.update({**own, **user})
         return cls(group, path, writable=True)
 
     # -- writing ------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ class EpisodeStore(EpisodeReader):
         appending = self._tails is not None
         self._begin()
         try:
-            self._group.attrs.update(new)
+            self._put(new)
         finally:
             if not appending:
                 self._end()
@@ -277,7 +277,8 @@ class EpisodeStore(EpisodeReader):
         try:
             self._trim()
             if self.num_steps:
-                self._group.attrs["statistics"] = cast("Any", compute_statistics(self))
+                values = compute_statistics(self)
+                self._put({"statistics": values, "statistics_crc32": checksum(values)})
             if self._path is not None:
                 layout.sync_to_disk(self._path)
         finally:
@@ -317,7 +318,7 @@ class EpisodeStore(EpisodeReader):
         if self._session is not None and self._session.begin():
             self._finalizer()
             assert self._path is not None
-            super().__init__(layout.open_group(self._path, writable=True), self._path)
+            super().__init__(opening.open_group(self._path, writable=True), self._path)
             self._tails = None
 
     def _end(self) -> None:
@@ -348,13 +349,21 @@ class EpisodeStore(EpisodeReader):
         self._tails = tails
 
     def _open_tails(self) -> dict[str, layout.Tail]:
-        attrs = layout.child_array(self._group, "meta/episode_attrs", self.name)
+        group, name = self._group, self.name
+        attrs, ends = (
+            opening.child_array(group, f"meta/episode_{part}", name) for part in ("attrs", "ends")
+        )
+        lines = opening.read_growing(attrs, f"{name}/meta/episode_attrs", name)
         tails = {f"data/{k}": layout.Tail(a, self.num_steps) for k, a in self._arrays.items()}
         tails["meta/episode_attrs"] = layout.Tail(
-            attrs, layout.bytes_of_lines(attrs, self.num_episodes)
+            attrs, opening.bytes_of_lines(lines, self.num_episodes)
         )
-        tails["meta/episode_ends"] = layout.Tail(self._ends_array, self.num_episodes)
+        tails["meta/episode_ends"] = layout.Tail(ends, self.num_episodes)
         return tails
+
+    def _put(self, attrs: Mapping[str, Any]) -> None:
+        with naming(f"{self.name}/zarr.json"):
+            self._group.attrs.update(cast("Any", dict(attrs)))
 
     def _trim(self) -> None:
         for tail in self._open_tails().values():

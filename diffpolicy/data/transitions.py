@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from diffpolicy.data.blocks import read_blocks
+from diffpolicy.data.fields import check_vector
 from diffpolicy.data.windows import checked_episodes, load_rows, ranges
 
 if TYPE_CHECKING:
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 
     from diffpolicy.data.normalize import Normalizer
     from diffpolicy.data.store import EpisodeStore
-
-_BLOCK_ROWS = 2**16
 
 
 class Transitions:
@@ -204,6 +204,8 @@ def _check_fields(store: EpisodeStore) -> None:
             f"learn from {', '.join(needed)}: D4RL and Minari files are read with all of them, "
             "and demonstrations without rewards can be imitated only"
         )
+    for name in ("obs", "action"):
+        check_vector(name, store.fields[name].shape, store.name)
     for name in ("reward", "terminated", "truncated"):
         if name in store.fields and int(np.prod(store.fields[name].shape)) != 1:
             raise ValueError(
@@ -264,16 +266,11 @@ def _next_obs(
     """`next_obs` of some rows (ascending), normalised as `obs`, float32 `[len(rows), O]`."""
     width = int(np.prod(store.fields["obs"].shape))
     out = torch.empty(len(rows), width)
-    # In large blocks: the rows are spread over the whole store, and a chunk is read as a whole.
-    for start in range(0, store.num_steps, _BLOCK_ROWS):
-        low, high = np.searchsorted(rows, [start, start + _BLOCK_ROWS])
-        if low == high:
-            continue
-        values = store.read("next_obs", start, start + _BLOCK_ROWS)[rows[low:high] - start]
+    for start, stop, values in read_blocks(store, "next_obs", rows):
         block = torch.from_numpy(values.astype(np.float32))
         if normalizer is not None and "obs" in normalizer.fields:
             block = normalizer.normalize("obs", block)
-        out[low:high] = block.reshape(-1, width)
+        out[start:stop] = block.reshape(-1, width)
     bad = (~torch.isfinite(out).all(1)).nonzero()
     if len(bad):
         raise ValueError(

@@ -12,7 +12,9 @@ a batch is one `index_select` over overlapping runs.
 from __future__ import annotations
 
 import copy
+import errno
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from diffpolicy.data.blocks import read_blocks
+from diffpolicy.data.fields import check_vector
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -29,7 +34,6 @@ if TYPE_CHECKING:
     from diffpolicy.data.normalize import Normalizer
     from diffpolicy.data.store import EpisodeStore
 
-_BLOCK_BYTES = 2**24
 _MEMORY_SHARE = 0.5  # of what is free, above which windows are streamed from the disk
 
 
@@ -248,6 +252,8 @@ def _check_fields(
         )
     for name in fields:
         shape = store.fields[name].shape
+        if name in ("obs", "action"):
+            check_vector(name, shape, store.name)
         if normalizer and name in normalizer.fields and normalizer.shape(name) != shape:
             raise ValueError(
                 f"the normaliser was fitted to {name!r} of shape {list(normalizer.shape(name))}, "
@@ -309,7 +315,7 @@ def load_rows(
     """Rows `source` of a field, normalised, as float32 `[len(source), D]`."""
     width = int(np.prod(store.fields[field].shape))
     rows = torch.empty(len(source), width) if in_memory else _on_disk(len(source), width)
-    for start, stop, values in _source_blocks(store, field, source, width):
+    for start, stop, values in read_blocks(store, field, source):
         block = torch.from_numpy(values.astype(np.float32))
         if normalizer is not None and field in normalizer.fields:
             block = normalizer.normalize(field, block)
@@ -325,28 +331,47 @@ def load_rows(
     return rows
 
 
-def _source_blocks(
-    store: EpisodeStore, field: str, source: NDArray[np.int64], width: int
-) -> Iterator[tuple[int, int, NDArray[np.generic]]]:
-    """`(start, stop, values of source[start:stop])` in order, each one range of the store."""
-    step = max(1, _BLOCK_BYTES // (4 * width))
-    gaps = np.flatnonzero(np.diff(source) > 1) + 1
-    cuts = np.unique(np.concatenate([[0, len(source)], gaps, np.arange(0, len(source), step)]))
-    for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
-        first = int(source[start])
-        values = store.read(field, first, int(source[stop - 1]) + 1)
-        yield start, stop, values[source[start:stop] - first]
-
-
 def _on_disk(rows: int, width: int) -> Tensor:
-    """A float32 tensor `[rows, width]` in a temporary file that goes when the tensor does."""
+    """A float32 tensor `[rows, width]` in a temporary file that goes when the tensor does.
+
+    Its place on the disk is taken at once: where a file has holes and the disk fills, the system
+    kills the process (SIGBUS) at whatever row it is.
+
+    Raises:
+        OSError: The disk is full, with the file's name.
+    """
     handle, name = tempfile.mkstemp(prefix="diffpolicy-windows-")
-    os.close(handle)
     path = Path(name)
-    tensor = torch.from_numpy(np.memmap(path, np.float32, "w+", shape=(rows, width)))
+    try:
+        _reserve(handle, path, 4 * rows * width)
+        tensor = torch.from_numpy(np.memmap(path, np.float32, "r+", shape=(rows, width)))
+    except BaseException:
+        path.unlink()
+        raise
+    finally:
+        os.close(handle)
     if os.name == "posix":  # the mapping outlives the name
         path.unlink()
     return tensor
+
+
+def _reserve(handle: int, path: Path, size: int) -> None:
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)
+            return
+        free = shutil.disk_usage(path.parent).free
+        if free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.truncate(handle, size)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{os.strerror(error.errno or 0)}: windows streamed from the disk need "
+            f"{size / 2**20:.0f} MiB there. Set TMPDIR to a folder of a disk with more room, or "
+            "train on fewer episodes",
+            str(path),
+        ) from error
 
 
 def _free_memory() -> int:

@@ -29,6 +29,8 @@ from torch import Tensor
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
+from diffpolicy.data.blocks import read_rows
+from diffpolicy.data.statistics import usual_step
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.candidates import Truncated
@@ -70,8 +72,10 @@ def demonstrations(
     first = store.episode_ends[chosen] - whole + rng.integers(0, whole - lengths + 1)
     step = np.arange(lengths.max())
     rows = first[:, None] + np.minimum(step, lengths[:, None] - 1)
-    obs, action = (np.asarray(store.read(name), np.float32) for name in ("obs", "action"))
-    return Demonstrations(obs[rows], action[rows], step < lengths[:, None])
+    obs, action = (
+        read_rows(store, name, rows).astype(np.float32, copy=False) for name in ("obs", "action")
+    )
+    return Demonstrations(obs, action, step < lengths[:, None])
 
 
 def observation_step(store: EpisodeStore) -> tuple[float, ...]:
@@ -80,15 +84,7 @@ def observation_step(store: EpisodeStore) -> tuple[float, ...]:
     The 0.999 quantile over a store's steps, and at least a thousandth of the entry's range;
     the largest float32 where an entry never changes. ``rti.innovation`` counts in these units.
     """
-    obs = np.asarray(store.read("obs"), np.float32)
-    inside = np.ones(len(obs) - 1, bool)
-    inside[store.episode_ends[:-1] - 1] = False
-    steps = np.abs(np.diff(obs, axis=0))[inside]
-    largest = np.finfo(np.float32).max  # JSON knows no infinity
-    if len(steps) == 0:  # all episodes have one step
-        return tuple(float(largest) for _ in range(obs.shape[1]))
-    usual = np.maximum(np.quantile(steps, 0.999, axis=0), 1e-3 * np.ptp(obs, axis=0))
-    return tuple(float(v) for v in np.where(usual > 0, usual, largest))
+    return tuple(float(v) for v in usual_step(store))
 
 
 @dataclass(frozen=True)

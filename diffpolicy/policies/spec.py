@@ -15,6 +15,7 @@ from diffpolicy.core.layout import Layout
 from diffpolicy.core.noise import GaussianProcess, make_process
 from diffpolicy.core.solvers import Solver, make_solver
 from diffpolicy.core.starts import Start, levels
+from diffpolicy.data.bounds import checked_bounds
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.networks import make_network
 from diffpolicy.networks.heads import make_head
@@ -197,6 +198,7 @@ class PolicySpec:
                     f"{name} must have action_dim={self.action_dim} entries, got {len(values)}"
                 )
         self._round_bounds()
+        checked_bounds(self.action_low, self.action_high)
         self._check_parts()
         check_planning(self)
 

@@ -1,10 +1,14 @@
 """The checker finds each kind of damage, says where, and is silent about what is whole."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import zarr
 
 from diffpolicy.data import EpisodeStore, Issue, check_store, convert, format_issue
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def only(issues, severity="error"):
@@ -235,7 +239,7 @@ def test_statistics_missing_stale_or_of_other_data(make_store, make_episode):
     path = make_store()
 
     def change(obs):
-        obs[5] += 100
+        obs[5] += 10
 
     edit(path, "data/obs", change)
     issue = only(check_store(path), "warning")
@@ -296,3 +300,88 @@ def test_nothing_there(tmp_path):
 def test_issue_without_a_place():
     issue = Issue("warning", "a.zarr", None, None, None, "it is odd", "look")
     assert format_issue(issue) == "warning: a.zarr: it is odd. Fix: look."
+
+
+def demonstrations(seed=0, episodes=12, length=60):
+    """A double integrator pushed around: positions and velocities, and forces on both axes."""
+    rng = np.random.default_rng(seed)
+    obs, action = [], []
+    for _ in range(episodes):
+        force = np.clip(rng.normal(size=(length, 2)).cumsum(0) * 0.3, -1, 1)
+        speed = np.concatenate([rng.normal(size=(1, 2)), 0.1 * force[:-1]]).cumsum(0)
+        obs.append(np.concatenate([0.1 * speed.cumsum(0), speed], axis=1))
+        action.append(force)
+    ends = length * np.arange(1, episodes + 1)
+    return {"obs": np.concatenate(obs), "action": np.concatenate(action)}, ends
+
+
+def suspicious(change):
+    arrays, ends = demonstrations()
+    change(arrays)
+    return check_store(EpisodeStore.from_arrays(arrays, ends))
+
+
+def test_an_outlier_a_frozen_sensor_and_a_shift_are_named():
+    assert suspicious(lambda arrays: None) == []
+
+    def outlier(arrays):
+        arrays["obs"][130, 1] = 1e4
+
+    issue = only(suspicious(outlier), "warning")
+    assert (issue.field, issue.episode, issue.row) == ("obs", 2, 130)
+    assert "first 10000 in entry 1" in issue.message
+
+    def stuck(arrays):
+        arrays["obs"][190:205, 2] = arrays["obs"][190, 2]
+
+    issue = only(suspicious(stuck), "warning")
+    assert (issue.field, issue.episode, issue.row) == ("obs", 3, 190)
+    assert "entries [2] stay exactly the same, entry 2 in steps 10..24" in issue.message
+
+    def late(arrays):
+        arrays["action"][240:300] = np.roll(arrays["action"][240:300], 2, axis=0)
+
+    issue = only(suspicious(late), "warning")
+    assert (issue.field, issue.episode, issue.row) == ("action", 4, 240)
+    assert "those of 2 steps later explain" in issue.message
+
+    def flipped(arrays):
+        arrays["action"][240:300] *= -1
+
+    issue = only(suspicious(flipped), "warning")
+    assert (issue.field, issue.episode, issue.row) == ("action", 4, 240)
+    assert "do not act as in the other episodes" in issue.message
+
+    def all_early(arrays):
+        arrays["action"][:] = np.roll(arrays["action"], -1, axis=0)
+
+    issue = only(suspicious(all_early), "warning")
+    assert (issue.episode, issue.field) == (None, "action")
+    assert "those of 1 steps earlier" in issue.message
+
+
+def test_no_suspicion_of_real_robots():
+    folder = SHARED / "mujoco_sb3_rollouts"
+    files = [*folder.glob("*_medium.npz"), SHARED / "adroit_door_human" / "door_human.npz"]
+    if not all(f.exists() for f in files) or len(files) < 4:
+        pytest.skip("the recordings (../shared/data) are not here")
+    for file in files:
+        with np.load(file) as data:
+            arrays = {"obs": data["observations"], "action": data["actions"]}
+            store = EpisodeStore.from_arrays(arrays, data["episode_ends"])
+        assert check_store(store) == []
+
+
+def test_statistics_that_were_swapped(make_store):
+    path = make_store()
+    group = zarr.open_group(path, mode="r+")
+    values = dict(group.attrs["statistics"])
+    values["obs"] = {**values["obs"], "mean": values["obs"]["std"]}
+    group.attrs.update({"statistics": values})
+    with pytest.raises(ValueError, match=r"zarr.json: the statistics were altered.*--update-stat"):
+        dict(EpisodeStore.open(path).statistics)
+    group.attrs.put({k: v for k, v in group.attrs.items() if k != "statistics_crc32"})
+    issue = only(check_store(path), "warning")  # of an older store, without a checksum
+    assert "mean are not those of the data" in issue.message
+    refresh(path)
+    assert check_store(path) == []

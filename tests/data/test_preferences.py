@@ -1,6 +1,7 @@
 """Preference files: what goes in comes out, whatever is torn, grown, foreign or wrong."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def file(store, tmp_path):
 
 def change_line(path: Path, number: int, **changes) -> None:
     lines = path.read_text().splitlines()
-    value = {**json.loads(lines[number - 1]), **changes}
+    value = {**json.loads(lines[number - 1]), "crc32": ..., **changes}
     lines[number - 1] = json.dumps({k: v for k, v in value.items() if v is not ...})
     path.write_text("\n".join(lines) + "\n")
 
@@ -277,8 +278,8 @@ def test_lines_that_are_not_json(file):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "version 2 of the format, but this diffpolicy reads up to 1; update it"),
-        ({"version": "1"}, "'version' must be 1; got '1'"),
+        ({"version": 3}, "version 3 of the format, but this diffpolicy reads up to 2; update it"),
+        ({"version": "1"}, "'version' must be 1..2; got '1'"),
         ({"format": "other"}, "expected a header with 'format': 'diffpolicy-preferences'"),
         ({"store": ...}, "expected the text 'store'"),
         ({"attrs": 3}, "object 'attrs'"),
@@ -424,3 +425,39 @@ def test_splits_that_cannot_be(store):
         kept.split_by_episode(3, 0)
     with pytest.raises(ValueError, match="fold 0 of 2 has 0 records to train on and 0 to hold out"):
         kept.split_by_episode(2, 0)
+
+
+# -- checksums -------------------------------------------------------------------------------------
+
+
+def test_every_flipped_byte_is_noticed(file, store):
+    data = file.read_bytes()
+    whole = PreferenceSet.open(file).records
+    for place in [*range(0, len(data), 3), len(data) - 1]:
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 7
+        file.write_bytes(changed)
+        issues = check_preferences(file, store)
+        assert issues, (place, data[place - 20 : place + 20])
+        assert issues[0].severity == "error" or place == len(data) - 1
+    file.write_bytes(data)
+    assert PreferenceSet.open(file).records == whole
+
+
+def test_files_without_checksums_still_open(file):
+    old = re.sub(rb',"crc32":"[0-9a-f]{8}"', b"", file.read_bytes())
+    file.write_bytes(old.replace(b'"version":2', b'"version":1'))
+    made = PreferenceSet.open(file)
+    assert made.records == RECORDS
+    assert made.check() == check_preferences(file) == []
+    made.append(Label(A, good=True))
+    assert PreferenceSet.open(file).records == (*RECORDS, Label(A, good=True))
+
+
+def test_a_line_that_was_corrected_by_hand(file):
+    value = json.loads(file.read_text().splitlines()[1])
+    change_line(file, 2, source="me", crc32=value["crc32"])
+    with pytest.raises(PreferenceFileError, match=r"line 2: .*remove the member 'crc32'"):
+        PreferenceSet.open(file)
+    change_line(file, 2)  # which removes it
+    assert PreferenceSet.open(file).records[0].source == "me"

@@ -24,6 +24,9 @@ class Arrays:
     def read(self, field, start=0, stop=None):
         return self._arrays[field][start:stop]
 
+    def chunk_rows(self, field):
+        return 4
+
 
 def numbered_store(
     lengths, *, flags=None, next_obs=True, truncated=True, column=False, kind=Arrays
@@ -192,7 +195,7 @@ def test_next_observations_are_normalised_as_observations():
 
 
 def test_next_obs_is_read_across_blocks(monkeypatch):
-    monkeypatch.setattr("diffpolicy.data.transitions._BLOCK_ROWS", 4)
+    monkeypatch.setattr("diffpolicy.data.blocks.BLOCK_BYTES", 1)
     store = numbered_store([3, 5, 1, 6])
     batch = Transitions(store, horizon=1).gather(torch.arange(15))
     ends = [2, 7, 8, 14]

@@ -160,7 +160,7 @@ def test_small_blocks_read_the_same(make_store, monkeypatch):
     store = EpisodeStore.open(make_store(count=9, length=21))
     sizes = {"horizon": 5, "n_obs_steps": 2, "n_action_steps": 2}
     whole = Windows(store, **sizes)
-    monkeypatch.setattr("diffpolicy.data.windows._BLOCK_BYTES", 100)
+    monkeypatch.setattr("diffpolicy.data.blocks.BLOCK_BYTES", 100)
     pieces = Windows(store, **sizes)
     index = torch.arange(len(whole))
     assert torch.equal(whole.gather(index)["obs"], pieces.gather(index)["obs"])
@@ -187,22 +187,22 @@ def test_moving_keeps_the_windows():
 
 def test_fields_keep_their_shape():
     x = np.arange(60, dtype=np.float32).reshape(10, 3, 2)
-    store = EpisodeStore.from_arrays({"obs": x, "action": x[:, 0], "reward": x[:, 0, 0]}, [10])
+    store = EpisodeStore.from_arrays({"grid": x, "action": x[:, 0], "reward": x[:, 0, 0]}, [10])
     windows = Windows(
         store,
         horizon=4,
         n_obs_steps=2,
         n_action_steps=1,
-        fields=("obs", "action", "reward"),
+        fields=("grid", "action", "reward"),
     )
     batch = windows.gather(torch.tensor([0, 5]))
     assert {k: tuple(v.shape) for k, v in batch.items()} == {
-        "obs": (2, 2, 3, 2),
+        "grid": (2, 2, 3, 2),
         "action": (2, 4, 2),
         "reward": (2, 4),
         "valid": (2, 4),
     }
-    np.testing.assert_array_equal(batch["obs"][1].numpy(), x[4:6])
+    np.testing.assert_array_equal(batch["grid"][1].numpy(), x[4:6])
 
 
 def test_split_is_by_episode_and_repeatable():

@@ -1,0 +1,307 @@
+"""Opening a store: whatever is wrong with its files becomes one clear error that names the file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zipfile
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import zarr
+from zarr.storage import LocalStore, ZipStore
+
+from diffpolicy.data.damage import (
+    MissingChunkError,
+    StoreDamagedError,
+    StrictStore,
+    reading,
+    reason,
+)
+from diffpolicy.data.fields import FieldSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from zarr.abc.store import Store
+
+FORMAT = "diffpolicy-episodes"
+VERSION = 1
+UNPUBLISHED = -1
+
+ZarrArray = zarr.Array[Any]
+
+
+def open_group(path: Path, *, writable: bool = False) -> zarr.Group:
+    """Open the zarr group at `path`, a directory or a zip, of either zarr format.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ValueError: It is not a zarr group, or a zip to be written.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no episode store at {path}; make one with `diffpolicy data collect` or "
+            "`diffpolicy data convert`"
+        )
+    if path.is_file() and writable:
+        raise ValueError(f"{path} is a file, which is only read; unpack it to append to it")
+    backend: Store = ZipStore(path, mode="r") if path.is_file() else LocalStore(path)
+    try:
+        mode: Literal["r", "r+"] = "r+" if writable else "r"
+        return zarr.open_group(StrictStore(backend), mode=mode, use_consolidated=False)
+    except Exception as error:  # zarr, zipfile and json each raise their own
+        with contextlib.suppress(AttributeError):  # a zip that never opened cannot be closed
+            backend.close()
+        held = [n for n in ("zarr.json", ".zgroup", ".zattrs") if (path / n).is_file()]
+        damage = f", or {path / held[0]} is damaged" if held else ""
+        raise ValueError(
+            f"{path} is not an episode store{damage}: {reason(error)}. Expected a zarr group (a "
+            "directory, or a zip of one) with data/ and meta/episode_ends"
+        ) from error
+
+
+def is_native(group: zarr.Group, where: str) -> bool:
+    """Whether the group is a store of ours, and not a Diffusion Policy replay buffer.
+
+    Raises:
+        StoreDamagedError: It was one of ours, but no longer says so.
+        ValueError: It is of a later version.
+    """
+    attrs = group.attrs
+    for name in ("data", "meta"):  # of which other programs need the metadata, if we do not
+        if not isinstance(_member(group, name, where), zarr.Group):
+            raise StoreDamagedError(
+                f"{where} is not an episode store: {where}/{name} is no zarr group. Expected "
+                "data/<field> arrays and meta/episode_ends; if its metadata file (zarr.json, "
+                ".zgroup) was lost, copy it again"
+            )
+    if attrs.get("format") != FORMAT:
+        with reading(f"{where}/zarr.json", where):
+            if "meta/episode_attrs" in group:
+                raise ValueError(f"'format' must be {FORMAT!r}; got {attrs.get('format')!r}")
+        return False
+    version = attrs.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise ValueError(
+            f"{where} is of version {version} of the format, but this diffpolicy reads up to "
+            f"{VERSION}; update it: pip install --upgrade diffpolicy"
+        )
+    with reading(f"{where}/zarr.json", where):
+        if version != VERSION:
+            raise ValueError(f"'version' must be {VERSION}; got {version!r}")
+    return True
+
+
+def child_array(group: zarr.Group, name: str, where: str) -> ZarrArray:
+    """The array `name` of `group`.
+
+    Raises:
+        StoreDamagedError: There is none, or its metadata are damaged.
+    """
+    member = _member(group, name, where)
+    if not isinstance(member, zarr.Array):
+        raise StoreDamagedError(
+            f"{where} is not an episode store: it has no array {name!r}. Expected data/<field> "
+            "arrays and meta/episode_ends; copy the files of this one again, or remove its folder"
+        )
+    # By default zarr leaves out a chunk of fill values, and then a lost one looks the same.
+    return member.with_config({"write_empty_chunks": True})
+
+
+def _member(group: zarr.Group, name: str, where: str) -> ZarrArray | zarr.Group | None:
+    file = "zarr.json" if group.metadata.zarr_format == 3 else ".zarray"
+    with reading(f"{where}/{name}/{file}", where):
+        try:
+            return group[name]
+        except KeyError:
+            return None
+
+
+def field_names(group: zarr.Group, path: Path | None, where: str) -> list[str]:
+    """The names under data/, whatever is there.
+
+    Raises:
+        StoreDamagedError: They cannot be listed.
+    """
+    if path is not None and path.is_file():
+        with reading(str(path), where), zipfile.ZipFile(path) as archive:
+            parts = [name.split("/") for name in archive.namelist()]
+        return sorted({p[1] for p in parts if p[0] == "data" and len(p) > 2})
+    if path is not None:
+        folder = path / "data"
+        found = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+        return sorted(name for name in found if not name.startswith("."))
+    data = group["data"]
+    return sorted(data.array_keys()) if isinstance(data, zarr.Group) else []
+
+
+def field_arrays(
+    group: zarr.Group, path: Path | None, where: str, *, native: bool
+) -> dict[str, ZarrArray]:
+    """The fields' arrays, by name; of a replay buffer those that hold rows of numbers.
+
+    Raises:
+        StoreDamagedError: One cannot be opened, or is not what the store was made for.
+        ValueError: There are none.
+    """
+    names = field_names(group, path, where)
+    declared = declared_fields(group.attrs, where) if native else {}
+    arrays = {}
+    for name in sorted({*names, *declared}):
+        if not native and isinstance(_member(group, f"data/{name}", where), zarr.Group):
+            continue
+        array = child_array(group, f"data/{name}", where)
+        if name in declared and (problem := misfit(array, declared[name])):
+            with reading(f"{where}/data/{name}/zarr.json", where):
+                raise ValueError(problem)
+        if not unusable(array):
+            arrays[name] = array
+    if not arrays:
+        raise ValueError(
+            f"{where} is not an episode store: it has no arrays under data/. Expected data/<field> "
+            "arrays and meta/episode_ends"
+        )
+    return arrays
+
+
+def declared_fields(attrs: Mapping[str, Any], where: str) -> dict[str, FieldSpec]:
+    """The fields that a store of ours was made for.
+
+    Raises:
+        StoreDamagedError: Its attributes do not say.
+    """
+    with reading(f"{where}/zarr.json, attribute 'fields',", where):
+        return {n: FieldSpec(tuple(v["shape"]), v["dtype"]) for n, v in attrs["fields"].items()}
+
+
+def spec_of(array: ZarrArray) -> FieldSpec:
+    """The field that an array holds."""
+    return FieldSpec(tuple(array.shape[1:]), str(array.dtype))
+
+
+def misfit(array: ZarrArray, spec: FieldSpec) -> str | None:
+    """How an array differs from what the store was made for, if it does."""
+    if array.ndim and tuple(array.shape[1:]) == spec.shape and str(array.dtype) == spec.dtype:
+        return None
+    return (
+        f"rows are {list(array.shape[1:])} {array.dtype}, but the store was made for "
+        f"{list(spec.shape)} {spec.dtype}"
+    )
+
+
+def unusable(array: ZarrArray) -> str | None:
+    """Why an array cannot be a field, if it cannot: one row of plain numbers a step."""
+    if array.dtype.kind not in "fiub":
+        return f"dtype {array.dtype} is not a number type (float, int, uint or bool)"
+    if array.ndim == 0:
+        return "it is a single number, not one row a step"
+    if not all(array.shape[1:]):
+        return f"its rows, of shape {list(array.shape[1:])}, hold no numbers"
+    return None
+
+
+def read_growing(array: ZarrArray, file: str, where: str) -> NDArray[Any]:
+    """All of a vector that grows by whole chunks; the last of them may not be written yet.
+
+    Raises:
+        StoreDamagedError: Anything else about it.
+    """
+    chunk = int(array.chunks[0]) if array.ndim == 1 else 0
+    with reading(file, where):
+        try:
+            return np.asarray(array[:])
+        except MissingChunkError:
+            if not chunk or array.shape[0] % chunk:  # cut to size: nothing is missing in it
+                raise
+        parts: list[NDArray[Any]] = []
+        gap: MissingChunkError | None = None
+        for start in range(0, array.shape[0], chunk):
+            try:
+                parts.append(np.asarray(array[start : start + chunk]))
+            except MissingChunkError as error:
+                gap = gap or error
+            else:
+                if gap is not None:
+                    raise gap
+        return np.concatenate(parts) if parts else np.zeros(0, array.dtype)
+
+
+def raw_ends(group: zarr.Group, where: str, *, native: bool) -> NDArray[np.int64]:
+    """The episodes' ends as they are stored, without what is not published yet.
+
+    Raises:
+        StoreDamagedError: They cannot be read, or are no vector of integers.
+    """
+    file = f"{where}/meta/episode_ends"
+    array = child_array(group, "meta/episode_ends", where)
+    raw = read_growing(array, file, where)
+    with reading(file, where):
+        if raw.ndim != 1 or raw.dtype.kind not in "iu":
+            raise ValueError(f"it must be a vector of integers; it is {raw.ndim}-d {raw.dtype}")
+    ends = raw.astype(np.int64)
+    return ends[: _published(ends)] if native else ends
+
+
+def published_ends(group: zarr.Group, where: str, *, native: bool) -> NDArray[np.int64]:
+    """The ends of the published episodes.
+
+    Raises:
+        StoreDamagedError: They cannot be read, do not increase strictly from above 0, or some of
+            them were lost.
+    """
+    ends = raw_ends(group, where, native=native)
+    bad = np.flatnonzero(np.diff(ends, prepend=0) <= 0)
+    if len(bad):
+        raise StoreDamagedError(
+            f"{where}: meta/episode_ends must increase strictly, but episode {bad[0]} ends at row "
+            f"{ends[bad[0]]} after {ends[bad[0] - 1] if bad[0] else 0}; run `diffpolicy data check`"
+        )
+    total = int(ends[-1]) if len(ends) else 0
+    if native and (lost := _known_steps(group.attrs) - total) > 0:
+        raise StoreDamagedError(
+            f"{where}/meta/episode_ends lost episodes: it counts {total} steps, {lost} fewer than "
+            "the store's statistics cover. Copy it again from where the store is whole"
+        )
+    return ends
+
+
+def _known_steps(attrs: Mapping[str, Any]) -> int:
+    """How many steps the store had when its statistics were computed; 0 if that is unknown."""
+    stored = attrs.get("statistics")
+    values = stored.values() if isinstance(stored, dict) else ()
+    counts = {v.get("count") for v in values if isinstance(v, dict)}
+    count = counts.pop() if len(counts) == 1 else 0  # else they are damaged themselves
+    return count if isinstance(count, int) else 0
+
+
+def _published(ends: NDArray[np.int64]) -> int:
+    """How many entries are left without the unpublished ones at the end."""
+    published = np.flatnonzero(ends != UNPUBLISHED)
+    return int(published[-1]) + 1 if len(published) else 0
+
+
+def bytes_of_lines(raw: NDArray[Any], count: int) -> int:
+    """Where line `count` of JSON lines (bytes) ends."""
+    newlines = np.flatnonzero(raw == ord("\n"))
+    return int(newlines[count - 1]) + 1 if 0 < count <= len(newlines) else 0
+
+
+def episode_lines(group: zarr.Group, count: int, where: str) -> list[dict[str, Any]]:
+    """The attributes of the first `count` episodes, as far as there are any.
+
+    Raises:
+        StoreDamagedError: They cannot be read.
+    """
+    file = f"{where}/meta/episode_attrs"
+    array = child_array(group, "meta/episode_attrs", where)
+    raw = read_growing(array, file, where)
+    with reading(file, where):
+        lines = raw.tobytes().rstrip(b"\0").split(b"\n")[:count]
+        values = [json.loads(line) for line in lines]
+        for number, value in enumerate(values):
+            if not isinstance(value, dict):
+                raise ValueError(f"the line of episode {number} is no JSON object")
+    return values
