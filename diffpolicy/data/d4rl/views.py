@@ -109,8 +109,7 @@ class _Rows:
         if any(name.startswith("split_goals") for name in source.transforms):
             raise ValueError("D4RL's functions know no split_goals: open the file without it")
         self.names, self._read = source.raw.names, source.raw.read
-        if self._limit is None and source.info is not None:
-            self._limit = source.info.max_episode_steps
+        self._limit = self._limit or source._limit or source._dataset_limit
         if source.transforms:
             self._scaled = source.reward_map(source.raw.read("rewards"))
 
