@@ -56,7 +56,7 @@ def test_a_store_of_a_part_is_not_taken_for_the_whole(tmp_path):
     source, target = write(tmp_path / "own.hdf5", 40), tmp_path / "own.zarr"
     with load_d4rl(source) as file:
         file.to_store(target, exclude=[1])
-    with pytest.raises(ConfigError, match="a part of 'own.hdf5'"):
+    with pytest.raises(ConfigError, match=r"a part of 'own\.hdf5'"):
         d4rl_store(source, target, ())
 
 
