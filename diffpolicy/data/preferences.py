@@ -127,7 +127,10 @@ class PreferenceSet:
             )
         if target.exists():
             if not overwrite:
-                raise FileExistsError(f"{target} exists; choose another path or overwrite=True")
+                raise FileExistsError(
+                    f"{target} exists; choose another path, or overwrite=True (at the command line "
+                    "overwrite=true)"
+                )
             try:
                 files.read_contents(target)
             except (FileNotFoundError, PreferenceFileError) as error:
