@@ -184,7 +184,7 @@ def _check_vector(name: str, part: str, spec: FieldSpec) -> None:
         raise ValueError(
             f"{name!r} is a vector, but {part!r} is an image or a grid, {spec.dtype} "
             f"{list(spec.shape)} in each row; keep it as a field of its own, such as "
-            f"fields={{{part}: {part}}}, and make {name!r} of vectors"
+            f"fields={{{part}:{part}}}, and make {name!r} of vectors"
         )
 
 

@@ -75,7 +75,7 @@ def issue_lines(issues: Iterable[Issue], partial: str, target: str) -> list[str]
 def announce(target: str, attrs: Mapping[str, Any]) -> None:
     """Say what a store lacks of its source, and what is doubtful, in a log message each."""
     if fields := attrs.get("left_out"):
-        _log.warning("%s leaves out %s. To keep one: fields={NAME: NAME}", target, _listed(fields))
+        _log.warning("%s leaves out %s. To keep one: fields={NAME:NAME}", target, _listed(fields))
     if unread := attrs.get("unread"):
         _log.warning("%s cannot hold %s", target, _listed(unread))
     if episodes := attrs.get("left_out_episodes"):

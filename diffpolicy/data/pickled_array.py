@@ -35,15 +35,16 @@ class _Type:
 
     def __init__(self, name: Any, *_options: Any) -> None:
         self.name = str(name)
-        self.order = "="
+        self.swapped = False
 
     def __setstate__(self, state: Any) -> None:
-        self.order = state[1] if state[1] in ("<", ">", "=", "|") else "="
+        self.swapped = state[1] == (">" if sys.byteorder == "little" else "<")
 
     def dtype(self) -> np.dtype[Any]:
         if self.name.lstrip("<>=|")[:1] not in ("f", "i", "u", "b", "?"):
             raise RefusedError(f"it holds {self.name!r:.40}, not numbers")
-        return np.dtype(self.name).newbyteorder(self.order if self.order != "|" else "=")
+        found = np.dtype(self.name)
+        return found.newbyteorder("S") if self.swapped else found
 
 
 class _Array:
@@ -58,8 +59,9 @@ class _Array:
         _, shape, kind, fortran, data = self.state
         if not isinstance(kind, _Type) or not isinstance(data, bytes):
             raise RefusedError("it holds Python objects, not numbers")
-        order = "F" if fortran else "C"
-        return np.frombuffer(data, kind.dtype()).reshape(tuple(shape), order=order)
+        flat: npt.NDArray[Any] = np.frombuffer(data, kind.dtype())
+        sizes = tuple(int(n) for n in shape)
+        return flat.reshape(sizes[::-1]).T if fortran else flat.reshape(sizes)
 
 
 def _reconstruct(*_arguments: Any) -> _Array:
