@@ -86,8 +86,15 @@ def d4rl_store(source: str, path: Path, transforms: tuple[str, ...]) -> EpisodeS
         store.close()
         _set_aside(path, found)
     assert found is not None
-    with load_d4rl(found, transforms=transforms) as file:
-        return file.to_store(path)
+    try:
+        with load_d4rl(found, transforms=transforms) as file:
+            return file.to_store(path)
+    except ValueError as error:  # such as ends that nothing tells, or episodes to be left out
+        raise ConfigError(
+            f"{error}. Here the options are those of the file alone; to give others make the store "
+            f"first: `diffpolicy data convert {found} {path} ...`, and train on it with "
+            f"data.d4rl=null data.transforms=[] data.path={path}"
+        ) from error
 
 
 def _check_made_of(store: EpisodeStore, source: str, asked: Sequence[Transform]) -> None:
