@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
+from zarr.storage import LocalStore, ZipStore
 
 from diffpolicy.data.formats import Gap
 from diffpolicy.data.store import EpisodeStore
@@ -43,6 +44,7 @@ class ReplayBuffer:
         self._store = EpisodeStore.open(path)
         self._path = path
         self._files: set[str] | None = None
+        self._filled: zarr.Group | None = None
         if path.is_file():
             with zipfile.ZipFile(path) as archive:
                 self._files = set(archive.namelist())
@@ -137,11 +139,24 @@ class ReplayBuffer:
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
         """`[T, *shape]` of each of the `fields` (default all) of one episode."""
-        return self._store.episode(index, fields)
+        if self._filled is None:
+            return self._store.episode(index, fields)
+        ends = self._store.episode_ends
+        rows = slice(int(ends[index - 1]) if index else 0, int(ends[index]))
+        arrays = {n: self._filled[f"data/{n}"] for n in (self.fields if fields is None else fields)}
+        return {n: np.asarray(a[rows]) for n, a in arrays.items() if isinstance(a, zarr.Array)}
+
+    def fill_gaps(self) -> None:
+        """From now on read what is missing as zarr does by itself: as fill values."""
+        path = self._path
+        backend = ZipStore(path, mode="r") if path.is_file() else LocalStore(path)
+        self._filled = zarr.open_group(backend, mode="r", use_consolidated=False)
 
     def close(self) -> None:
         """Let go of the files."""
         self._store.close()
+        if self._filled is not None:
+            self._filled.store.close()
 
 
 def _chunks(name: str, array: ZarrArray, rows: int) -> Iterator[tuple[int, int, str]]:
