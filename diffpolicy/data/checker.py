@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MAX_LISTED = 20
 # Not observations: an episode in which nothing but these changes is frozen.
 _NOT_OBSERVED = ("action", "reward", "terminated", "truncated")
-_DROP = "leave it out (`diffpolicy data convert OLD NEW exclude=failed_check`) or record it again"
+_DROP = "leave the episode out (data convert with exclude=failed_check), or record it again"
 
 
 class StoreChecker:
