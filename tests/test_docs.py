@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import shlex
 import shutil
@@ -199,8 +200,13 @@ def test_readme_door_commands(tmp_path, monkeypatch):
     if not all(path.is_file() for path in DOOR):
         pytest.skip(f"the demonstrations and labels are not at {DOOR[0].parent}")
     monkeypatch.chdir(tmp_path)
-    for path in DOOR:
-        shutil.copy(path, tmp_path)
+    shutil.copy(DOOR[0], tmp_path)
+    folder = tmp_path / "door-human-v1_human_labels"  # as Uni-RLHF publishes them
+    folder.mkdir()
+    with np.load(DOOR[1]) as labels:
+        for name, key in (("indices_1", "index_1"), ("indices_2", "index_2")):
+            (folder / f"{name}_len_50.pkl").write_bytes(pickle.dumps(labels[key]))
+        (folder / "human_label_len_50.pkl").write_bytes(pickle.dumps(labels["human_label"]))
     found = [c for c in commands("README.md", "Preferences") if "door" in " ".join(c)]
     assert len(found) == 4
     for command in found:

@@ -135,6 +135,9 @@ def test_import_of_a_label_file(tmp_path, capsys):
     labels = {"index_1": [0, 2, 3], "index_2": [10, 11, 12], "human_label": [0, 1, -1]}
     np.savez(tmp_path / "labels.npz", **{k: np.array(v) for k, v in labels.items()}, seg_len=4)
     wanted = ("import", store.path, tmp_path / "labels.npz", tmp_path / "human.jsonl")
+    assert _run(*wanted) == 1
+    assert "index=qlearning" in capsys.readouterr().err  # what the indices count must be said
+    wanted = (*wanted, "index=rows")
     assert _run(*wanted) == 0
     assert "2 pairs, 1 ties" in capsys.readouterr().out
     first, second, _ = PreferenceSet.open(tmp_path / "human.jsonl").records

@@ -19,7 +19,7 @@ def help_text() -> str:
     return """\
 usage: diffpolicy data info STORE [--update-statistics]
        diffpolicy data check STORE [action_low=[...]] [action_high=[...]]
-       diffpolicy data convert SOURCE TARGET [obs=FIELD] [action=FIELD] [env=ID] [key=value] ...
+       diffpolicy data convert SOURCE TARGET [key=value] ...
        diffpolicy data d4rl [PATTERN] [data_dir=DIR]
        diffpolicy data collect TARGET env=ID [episodes=200] [key=value] ...
        diffpolicy data prefs collect | import | info | render | serve ...
@@ -30,19 +30,27 @@ check    looks at every value; names episode, row and fix for what is wrong. Exi
 convert  makes a store from a Diffusion Policy replay buffer (zarr, directory or zip), a robomimic
          or D4RL HDF5 file, a Minari (HDF5) or LeRobot (Parquet) dataset, an npz file of arrays with
          episode_ends, or an id of D4RL's, Minari's or LeRobot's (the last two with format=minari,
-         format=lerobot). Options: format=auto, max_episodes=null, overwrite=false; obs and
-         action name source fields (a list concatenates). With env=ID the observation is passed
-         through that environment's own observation_from_state, so that the data hold what the
-         policy will see:
-           diffpolicy data convert pusht_lowdim.zarr.zip data/pusht.zarr obs=state \\
+         format=lerobot). What is left out is said, and so is what is doubtful.
+         Options: format=auto, overwrite=false.
+         Fields: obs=NAME and action=NAME, or lists that are concatenated, obs=[a,b]; others with
+         fields={reward: rewards, img: img}.
+         Episodes: max_episodes=null; exclude=[3,7], exclude=failed_check (all that cannot be stored
+         or that `data check` would name) or exclude=mask:NAME; keep=mask:train (a filter key of
+         robomimic's, a split of LeRobot's, or a flag of each episode such as success) or
+         keep=[0,1]. allow_missing=true reads chunks that are not there as zeros.
+         With env=ID the observation is passed through that environment's own
+         observation_from_state, so that the data hold what the policy will see:
+           diffpolicy data convert pusht_lowdim.zarr.zip data/pusht.zarr obs=state \
              env=diffpolicy_envs:diffpolicy/PushT-v0
          With a D4RL id or file the fields are settled, env=ID is only recorded, and there are the
          options transforms=[...], extras=[infos/qpos,...], keep_partial=true, data_dir=DIR (of the
-         id), dataset=ID (of a file that was renamed):
+         id), dataset=ID (of a file that was renamed), and max_episode_steps=N, the step limit of
+         the environment of a file of your own without timeouts and next_observations:
            diffpolicy data convert hopper-medium-v2 data/hopper.zarr
+           diffpolicy data convert mine.hdf5 data/mine.zarr max_episode_steps=50
          Transforms: antmaze_reward (r - 1), reward_scale:X, reward_shift:X, normalize_reward
          (1000 / (max - min) of the returns), split_goals[:RADIUS] (one episode for each
-         infos/goal, which is appended to obs). An interrupted conversion goes on.
+         infos/goal, which is appended to obs). An interrupted conversion of these goes on.
 d4rl     the D4RL datasets whose id contains PATTERN (or matches it, with * and ?): file name, step
          limit, returns that score 0 and 100, and where the file is. Files belong into
          $D4RL_DATASET_DIR or ~/.d4rl/datasets; the d4rl package is not needed.
@@ -114,7 +122,17 @@ _D4RL_OPTIONS: dict[str, Any] = {
     "keep_partial": True,
     "data_dir": None,
     "dataset": None,
+    "max_episode_steps": None,
 }
+# Which episodes and rows, for every format.
+_WHICH: dict[str, Any] = {
+    "max_episodes": None,
+    "exclude": None,
+    "keep": None,
+    "allow_missing": False,
+    "overwrite": False,
+}
+_LISTS = ("obs", "action", "fields", "transforms", "extras", "exclude", "keep")
 
 
 def _convert(arguments: Sequence[str]) -> int:
@@ -124,18 +142,24 @@ def _convert(arguments: Sequence[str]) -> int:
         "format": "auto",
         "obs": None,
         "action": None,
+        "fields": {},
         "env": None,
-        "max_episodes": None,
-        "overwrite": False,
+        **_WHICH,
         **_D4RL_OPTIONS,
     }
     options = parse(arguments, ["source", "target"], defaults)
+    options |= {name: flow_value(options[name]) for name in _LISTS}
+    if not isinstance(options["fields"], dict):
+        raise ConfigError(
+            f"fields is a table: fields={{NAME: [SOURCE, SOURCE]}}; got {options['fields']!r}"
+        )
     if _is_d4rl(options["source"], options["format"]):
         return _convert_d4rl(options)
     needless = [name for name, value in _D4RL_OPTIONS.items() if options[name] != value]
     if needless:
         raise ConfigError(f"{', '.join(needless)}: only for D4RL; {options['source']} is none")
-    fields: dict[str, Any] = {n: options[n] for n in ("obs", "action") if options[n] is not None}
+    fields: dict[str, Any] = dict(options["fields"])
+    fields |= {n: options[n] for n in ("obs", "action") if options[n] is not None}
     attrs: Mapping[str, Any] = {"env_id": options["env"]} if options["env"] else {}
     store = convert(
         options["source"],
@@ -143,12 +167,30 @@ def _convert(arguments: Sequence[str]) -> int:
         format=options["format"],
         fields=fields,
         transform=_observation_of(options["env"]),
-        max_episodes=options["max_episodes"],
         attrs=attrs,
-        overwrite=bool(options["overwrite"]),
+        **{name: options[name] for name in _WHICH},
     )
     _print_store(options["target"], store)
     return 0
+
+
+def flow_value(value: Any) -> Any:
+    """A list or table as `--help` writes it, `[a,b]` or `{a: [b,c]}`, without JSON's quotes.
+
+    Raises:
+        ConfigError: It begins like one, but is none.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if not isinstance(value, str) or value[:1] not in ("[", "{"):
+        return value
+    try:  # the grammar of every other list at the command line
+        return OverridesParser.create().parse_override(f"value={value}").value()
+    except HydraException:
+        raise ConfigError(
+            f"{value} is no list or table; write [a,b] or {{a: [b,c]}}, in quotes for the shell"
+        ) from None
 
 
 def _print_store(target: str, store: Any) -> None:
@@ -174,22 +216,24 @@ def _is_d4rl(source: str, format: str) -> bool:
 def _convert_d4rl(options: Mapping[str, Any]) -> int:
     from diffpolicy.data.d4rl.file import load_d4rl
 
-    for name in ("obs", "action"):
-        if options[name] is not None:
-            raise ConfigError(f"{name}={options[name]}: D4RL files say what {name!r} is; leave it")
+    for name in ("obs", "action", "fields"):
+        if options[name]:
+            raise ConfigError(
+                f"{name}={options[name]}: D4RL files say what 'obs' and 'action' are; leave it. "
+                "Further fields: extras=[infos/qpos]"
+            )
     for name in ("transforms", "extras"):
         if not isinstance(options[name], list):
-            raise ConfigError(f'{name} is a list: {name}=["{options[name]}"]')
-    keep = ("data_dir", "dataset", "transforms", "keep_partial")
-    with load_d4rl(options["source"], **{name: options[name] for name in keep}) as file:
+            raise ConfigError(f"{name} is a list: {name}=[{options[name]}]")
+    how = ("data_dir", "dataset", "transforms", "keep_partial", "max_episode_steps")
+    with load_d4rl(options["source"], **{name: options[name] for name in how}) as file:
         store = file.to_store(
             options["target"],
-            max_episodes=options["max_episodes"],
             extras=options["extras"],
             attrs={"env_id": options["env"]} if options["env"] else {},
-            overwrite=options["overwrite"],
+            **{name: options[name] for name in _WHICH},
         )
-    for text in (*store.attrs["notes"], *store.attrs["warnings"]):
+    for text in store.attrs["notes"]:
         print(text)
     _print_store(options["target"], store)
     return 0

@@ -26,7 +26,7 @@ def help_text() -> str:
     """The text of `diffpolicy data prefs --help`."""
     return """\
 usage: diffpolicy data prefs collect TARGET.zarr checkpoint=RUN [key=value] ...
-       diffpolicy data prefs import STORE LABELS.npz TARGET.jsonl [key=value] ...
+       diffpolicy data prefs import STORE LABELS TARGET.jsonl [key=value] ...
        diffpolicy data prefs info FILE.jsonl
        diffpolicy data prefs render FILE.jsonl FOLDER [key=value] ...
        diffpolicy data prefs serve FILE.jsonl|STORE [key=value] ...
@@ -49,9 +49,13 @@ collect  pairs from rollouts of a policy, scored by their rewards. What was inte
          branch, all of an episode).
          env=null (the policy's), kwargs={}, max_episode_steps=null, sampler={} (of the policy),
          num_envs=64, num_workers=null, device=cpu, threads=1.
-import   labels of a person, an npz with index_1, index_2, human_label (0: the first is better, 1:
-         the second, -1: neither) and perhaps raw_index_map and seg_len. labels=human (or another
-         kind in the file), length=null (steps of a segment), overwrite=false.
+import   labels of a person: an npz with index_1, index_2, human_label (0: the first is better, 1:
+         the second, -1: neither) and perhaps raw_index_map and seg_len; or a folder of the three
+         pickles that Uni-RLHF and Preference Transformer publish (read without running them).
+         labels=human (or another kind), length=null (steps of a segment), overwrite=false.
+         index=qlearning: an index counts the transitions of D4RL's qlearning_dataset, which leaves
+         out the last row of episodes that timed out (so it is for pickles); index=rows: the rows of
+         the store. An npz without raw_index_map must be told which.
 info     counts, lengths, sources, agreement with the rewards; what is doubtful. Exit status 1 if
          something is wrong.
 render   pair_N.mp4, the better one on the left in green, and contact_sheet.png.
@@ -156,15 +160,19 @@ def _env(options: Mapping[str, Any]) -> Any:
 
 
 def _import(arguments: Sequence[str]) -> int:
-    from diffpolicy.data.human_labels import read_label_file
+    from diffpolicy.data.label_files import read_label_file
     from diffpolicy.data.preferences import PreferenceSet
     from diffpolicy.data.store import EpisodeStore
 
-    defaults = {"labels": "human", "length": None, "overwrite": False}
+    defaults = {"labels": "human", "length": None, "index": None, "overwrite": False}
     options = parse(arguments, ["store", "source", "target"], defaults)
     store = EpisodeStore.open(options["store"])
     pairs = read_label_file(
-        options["source"], store, kind=options["labels"], length=options["length"]
+        options["source"],
+        store,
+        kind=options["labels"],
+        length=options["length"],
+        index=options["index"],
     )
     attrs = {"made_by": "import", "labels": options["labels"]}
     preferences = PreferenceSet.create(
@@ -194,7 +202,9 @@ def _info(arguments: Sequence[str]) -> int:
 
 def _print_file(preferences: PreferenceSet) -> None:
     counts = preferences.summary()
-    print(f"{preferences.path}: {counts['pairs']} pairs, {counts['ties']} ties")
+    agreement = counts.get("reward_agreement")
+    shown = "" if agreement is None else f", {agreement:.3f} agree with the sums of rewards"
+    print(f"{preferences.path}: {counts['pairs']} pairs, {counts['ties']} ties{shown}")
 
 
 _CLIPS: dict[str, Any] = {"side": 256, "before": 0, "after": 0, **_ENV}

@@ -248,6 +248,8 @@ def _scored(
     """The score of every episode, what it is, and whether it compares with published ones."""
     from diffpolicy.commands.stores import env_spec
     from diffpolicy.data.d4rl.catalogue import lookup
+    from diffpolicy.data.d4rl.signature import doubts
+    from diffpolicy.data.store import EpisodeStore
     from diffpolicy.rollout.d4rl import score
 
     env = found["env"]
@@ -258,6 +260,7 @@ def _scored(
             environment=env_spec(config),
             transforms=[str(t) for t in config.data.transforms],
             versions=env["versions"],
+            doubts=doubts(lookup(cell.dataset.d4rl), EpisodeStore.open(config.data.path).num_steps),
         )
         label = scored["label"]
         kept = {"comparable": label["comparable"], "label": label}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +13,12 @@ from diffpolicy.config import ConfigError, TrainConfig
 from diffpolicy.files import write_atomic
 
 if TYPE_CHECKING:
+    from diffpolicy.data.d4rl.transforms import Transform
     from diffpolicy.data.store import EpisodeStore
     from diffpolicy.rollout.results import EvalResult
     from diffpolicy.rollout.spec import EnvSpec
+
+_log = logging.getLogger("diffpolicy.data")
 
 
 def open_store(config: TrainConfig) -> EpisodeStore:
@@ -58,39 +63,100 @@ def d4rl_store(source: str, path: Path, transforms: tuple[str, ...]) -> EpisodeS
     """The store made of a D4RL dataset or file, which is kept at ``path`` for the next run.
 
     Raises:
-        ConfigError: no such dataset, or a store at ``path`` that was made of something else.
+        ConfigError: no such dataset, or a store at ``path`` that was made of something else. (One
+            that was made of an earlier state of the same file is set aside, and made anew.)
     """
     from diffpolicy.data.d4rl import find_dataset, load_d4rl, parse_transforms
     from diffpolicy.data.store import EpisodeStore
 
     asked = parse_transforms(transforms)
     try:
-        if not path.exists():
-            with load_d4rl(source, transforms=transforms) as file:
-                file.to_store(path)
+        found = find_dataset(source).path
     except FileNotFoundError as error:
+        if not path.exists():  # else the store may be all that is left of it
+            raise ConfigError(
+                f"{error}. Data of our own experiments (maze2d_*, sb3_*) are made by `diffpolicy "
+                "generate`; its --help and the comment in the experiment's file say how"
+            ) from None
+        found = None
+    if path.exists():
+        store = EpisodeStore.open(path)
+        _check_made_of(store, source, asked)
+        if found is None or _is_of(store, found):
+            return store
+        store.close()
+        _set_aside(path, found)
+    assert found is not None
+    try:
+        with load_d4rl(found, transforms=transforms) as file:
+            return file.to_store(path)
+    except ValueError as error:  # such as ends that nothing tells, or episodes to be left out
         raise ConfigError(
-            f"{error}. Data of our own experiments (maze2d_*, sb3_*) are made by `diffpolicy "
-            "generate`; its --help and the comment in the experiment's file say how"
-        ) from None
-    store = EpisodeStore.open(path)
-    size = store.attrs.get("file_bytes")
-    with contextlib.suppress(FileNotFoundError):  # the store may be all that is left of it
-        size = find_dataset(source).path.stat().st_size
-    if store.attrs.get("file_bytes") != size or store.attrs.get("max_episodes"):
+            f"{error}. Here the options are those of the file alone; to give others make the store "
+            f"first: `diffpolicy data convert {found} {path} ...`, and train on it with "
+            f"data.d4rl=null data.transforms=[] data.path={path}"
+        ) from error
+
+
+def _check_made_of(store: EpisodeStore, source: str, asked: Sequence[Transform]) -> None:
+    """Make sure that a store was made of this source, of all of it, and in this way."""
+    from diffpolicy.data.d4rl import parse_transforms
+
+    attrs, path = store.attrs, store.name
+    if attrs.get("max_episodes") or attrs.get("left_out_episodes"):
         raise ConfigError(
-            f"{path} was made of another version, or a part, of {source}; remove it to have it "
-            "made anew, or give another data.path"
+            f"{path} was made of a part of {attrs.get('file')!r}. To train on it as it is, set "
+            "data.d4rl=null data.transforms=[]; or give another data.path"
         )
-    made_of = {store.attrs.get("dataset"), store.attrs.get("file")}
-    applied = parse_transforms(store.attrs.get("transforms", []))
-    if applied != asked or not {source, Path(source).name} & made_of:
+    applied = tuple(parse_transforms(attrs.get("transforms", [])))
+    if applied != asked or not {source, Path(source).name} & {
+        attrs.get("dataset"),
+        attrs.get("file"),
+    }:
         raise ConfigError(
-            f"{path} was made of {store.attrs.get('file')!r} with the transforms "
-            f"{store.attrs.get('transforms')}, not of {source!r} with {list(transforms)}; give "
+            f"{path} was made of {attrs.get('file')!r} with the transforms "
+            f"{attrs.get('transforms')}, not of {source!r} with {[_text(t) for t in asked]}; give "
             "another data.path, or remove it"
         )
-    return store
+
+
+def _text(transform: Transform) -> str:
+    name, value = transform
+    return name if value is None else f"{name}:{value:g}"
+
+
+def _is_of(store: EpisodeStore, file: Path) -> bool:
+    """Whether a store was made of a file as it is now."""
+    known = store.attrs.get("file_sha256")
+    if known is not None:
+        with file.open("rb") as stream:
+            return bool(known == hashlib.file_digest(stream, "sha256").hexdigest())
+    same = store.attrs.get("file_bytes") == file.stat().st_size
+    if same:
+        _log.warning(
+            "%s was made by an earlier version, which kept no digest of %s: that the file is the "
+            "same is known by its size alone. Remove the store to have it made anew",
+            store.name,
+            file,
+        )
+    return same
+
+
+def _set_aside(path: Path, file: Path) -> None:
+    """Give way to a store of the file as it is now; the old one may be all that is left of it."""
+    number = next(n for n in range(1, 10**6) if not _aside(path, n).exists())
+    path.rename(_aside(path, number))
+    _log.warning(
+        "%s has changed since %s was made of it: the store is made anew, and the old one is kept "
+        "as %s",
+        file,
+        path,
+        _aside(path, number),
+    )
+
+
+def _aside(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.old{number}{path.suffix}")
 
 
 def env_spec(config: TrainConfig) -> EnvSpec:
@@ -103,6 +169,7 @@ def env_spec(config: TrainConfig) -> EnvSpec:
 def normalized(config: TrainConfig, store: EpisodeStore, result: EvalResult) -> dict[str, Any]:
     """D4RL's score of an evaluation and what it depends on; empty if the data are not D4RL's."""
     from diffpolicy.data.d4rl import DATASETS
+    from diffpolicy.data.d4rl.signature import doubts
     from diffpolicy.rollout.d4rl import score
 
     dataset = store.attrs.get("dataset")
@@ -117,6 +184,7 @@ def normalized(config: TrainConfig, store: EpisodeStore, result: EvalResult) -> 
         transforms=store.attrs.get("transforms", ()),
         versions=result.env["versions"],
         constant_columns=store.attrs.get("constant_obs_columns", ()),
+        doubts=doubts(info, store.num_steps),
     )
     write_atomic(Path(config.run_dir) / "score.json", json.dumps(found, indent=1) + "\n")
     label = found["label"]
@@ -130,4 +198,5 @@ def normalized(config: TrainConfig, store: EpisodeStore, result: EvalResult) -> 
         "env": label["env"]["id"],
         "references": label["references"]["source"],
         "comparable": label["comparable"],
+        **({} if label["comparable"] else {"comparable_not": label["note"]}),
     }

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     )
     from diffpolicy.data.damage import StoreDamagedError
     from diffpolicy.data.fields import FieldSpec
-    from diffpolicy.data.human_labels import from_indices, read_label_file
+    from diffpolicy.data.human_labels import from_indices, qlearning_rows
+    from diffpolicy.data.label_files import read_label_file
     from diffpolicy.data.normalize import Normalizer
     from diffpolicy.data.preference_check import check_preferences
     from diffpolicy.data.preference_examples import LabelExamples, PairExamples
@@ -59,7 +60,8 @@ _HOMES = {
     "load_d4rl": "d4rl",
     "normalized_score": "d4rl",
     "qlearning_dataset": "d4rl",
-    "read_label_file": "human_labels",
+    "qlearning_rows": "human_labels",
+    "read_label_file": "label_files",
     "sequence_dataset": "d4rl",
     "split_episodes": "windows",
 }
@@ -92,6 +94,7 @@ __all__ = [
     "load_d4rl",
     "normalized_score",
     "qlearning_dataset",
+    "qlearning_rows",
     "read_label_file",
     "sequence_dataset",
     "split_episodes",

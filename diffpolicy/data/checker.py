@@ -29,7 +29,7 @@ MAX_LISTED = 20
 _MAX_WIDTH = 1024
 # Not observations: an episode in which nothing but these changes is frozen.
 _NOT_OBSERVED = ("action", "reward", "terminated", "truncated")
-_DROP = "leave the episode out, or record it again"
+_DROP = "leave the episode out (data convert with exclude=failed_check), or record it again"
 
 
 class StoreChecker:

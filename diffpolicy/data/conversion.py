@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from diffpolicy.data import layout
+from diffpolicy.data.check import check_store
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.formats import EpisodeSource, Format, get_format
+from diffpolicy.data.left_out import announce, checked_gaps, issue_lines, left_out
+from diffpolicy.data.selection import Choice, Selection, select
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.files import WriterLock
 
@@ -24,6 +28,8 @@ _BLOCK_BYTES = 2**25
 # What a policy and its critics are given: float32 vectors.
 _OBSERVATIONS = ("obs", "next_obs")
 _VECTORS = (*_OBSERVATIONS, "action")
+# Rows of two sizes are few key points or short histories, unless both are at least so large.
+_IMAGE_SIDE = 12
 
 Columns = dict[str, "NDArray[Any]"]
 
@@ -36,12 +42,17 @@ def convert(
     fields: Mapping[str, str | Sequence[str]] | None = None,
     transform: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
     max_episodes: int | None = None,
+    exclude: Choice | None = None,
+    keep: Choice | None = None,
+    allow_missing: bool = False,
     attrs: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> EpisodeStore:
     """Convert a file or directory into an episode store with statistics.
 
-    The store appears at `target` when it is complete, not before.
+    The store appears at `target` when it is complete and was checked, not before. What it lacks of
+    the source, and what is doubtful, is logged, and kept in its attributes: `left_out` (fields),
+    `unread` (what is no field), `left_out_episodes` and `warnings`.
 
     Args:
         source: What to read: a path, or with `format` "minari" or "lerobot" a dataset's id.
@@ -54,6 +65,10 @@ def convert(
         transform: Applied to `obs` `[T, O]` of each episode; returns `[T, O']`. Also to `next_obs`,
             where the format knows the observation after each step.
         max_episodes: Stop after so many.
+        exclude: Episodes to leave out: numbers, `"mask:NAME"` or `"failed_check"`, or a list of
+            these; see `diffpolicy.data.selection`.
+        keep: Episodes to store; default all. Numbers, `"mask:train"`, or a list.
+        allow_missing: Read chunks that are not there as zeros, which zarr and HDF5 may leave out.
         attrs: JSON values to keep with the store, such as `{"env_id": ...}`.
         overwrite: Replace the store that is at `target`.
 
@@ -63,8 +78,8 @@ def convert(
     Raises:
         FileNotFoundError: No source.
         FileExistsError: Something is at `target`.
-        ValueError: An unknown format or field, or an episode that cannot be stored; the message
-            names it.
+        ValueError: An unknown format, field or episode, a source that is damaged, or an episode
+            that cannot be stored; the message names it.
     """
     origin, goal = Path(source), Path(target)
     if format == "auto" and not origin.exists():
@@ -72,20 +87,66 @@ def convert(
             f"nothing to convert at {origin}; to look up a dataset by its id, name the format, "
             "such as format=minari"
         )
-    if max_episodes is not None and max_episodes < 1:
-        raise ValueError(f"max_episodes must be at least 1; got {max_episodes}")
     layout.clear_target(goal, overwrite=overwrite, remove=False)
     name, module = get_format(format, origin)
     reader = module.open_source(origin)
     try:
         mapping = _mapping(reader, module, fields)
+        used = [n for group in mapping.values() for n in group]
+        selection = select(reader, exclude, keep, max_episodes)
+        selection, doubts = checked_gaps(reader, used, selection, allow_missing=allow_missing)
         kept = dict(reader.attrs) | {"source": {"name": origin.name, "format": name}}
-        episodes = _episodes(reader, mapping, transform, max_episodes)
         with WriterLock(goal, "converting to it"), layout.replaced(goal) as partial:
-            _write(partial, episodes, kept | dict(attrs or {}))
+            job = _Job(reader, mapping, transform, partial, goal, kept | dict(attrs or {}))
+            selection, found = _write_checked(job, selection)
+            lacks: dict[str, Any] = dict(left_out(reader, used, selection))
+            if doubts or found:
+                lacks["warnings"] = [*doubts, *found]
+            with EpisodeStore.open(partial, "a") as store:
+                store.update_attrs(lacks)
     finally:
         reader.close()
-    return EpisodeStore.open(goal)
+    made = EpisodeStore.open(goal)
+    announce(str(goal), made.attrs)
+    return made
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is converted: fields of a reader into a store that gets its name at the end."""
+
+    reader: EpisodeSource
+    mapping: Mapping[str, list[str]]
+    transform: Callable[[NDArray[Any]], NDArray[Any]] | None
+    partial: Path
+    goal: Path
+    attrs: Mapping[str, Any]
+
+
+def _write_checked(job: _Job, selection: Selection) -> tuple[Selection, list[str]]:
+    """Write the episodes and look at every value of what was written.
+
+    Returns:
+        The episodes that were written, and what is doubtful about them.
+
+    Raises:
+        ValueError: Something is wrong with one, and it is not to be left out for that.
+    """
+    while True:
+        selection = _write(job, selection)
+        issues = check_store(job.partial)
+        lines = issue_lines(issues, str(job.partial), str(job.goal))
+        failed = {
+            selection.episodes[issue.episode]: issue.message
+            for issue in reversed(issues)
+            if issue.episode is not None and issue.episode < len(selection.episodes)
+        }
+        if not (selection.failed_check and failed):
+            break
+        selection = selection.without(failed)  # of many alike not all are named: look again
+    if wrong := [text for i, text in zip(issues, lines, strict=True) if i.severity == "error"]:
+        raise ValueError(wrong[0])
+    return selection, lines
 
 
 def _mapping(
@@ -101,38 +162,62 @@ def _mapping(
         if not lists.get(name):
             raise ValueError(
                 f"{reader.name} does not say what {name!r} is; choose of its fields "
-                f'{sorted(reader.fields)}, for example fields={{"{name}": [...]}}'
+                f"{sorted(reader.fields)}, for example {name}=[NAME, NAME] at the command line, "
+                f'fields={{"{name}": [...]}} from Python'
             )
     unknown = sorted({n for names in lists.values() for n in names} - set(reader.fields))
     if unknown:
         raise ValueError(f"{reader.name} has no field {unknown}; it has {sorted(reader.fields)}")
+    for name in (n for n in lists if n in _VECTORS or len(lists[n]) > 1):
+        for part in lists[name]:
+            _check_vector(name, part, reader.fields[part])
     return lists
 
 
+def _check_vector(name: str, part: str, spec: FieldSpec) -> None:
+    """Refuse images where a vector is wanted: flattened they would be thousands of numbers."""
+    image = len(spec.shape) >= 3 or (len(spec.shape) == 2 and min(spec.shape) >= _IMAGE_SIDE)
+    if image:
+        raise ValueError(
+            f"{name!r} is a vector, but {part!r} is an image or a grid, {spec.dtype} "
+            f"{list(spec.shape)} in each row; keep it as a field of its own, such as "
+            f"fields={{{part}:{part}}}, and make {name!r} of vectors"
+        )
+
+
 def _episodes(
-    reader: EpisodeSource,
-    mapping: Mapping[str, list[str]],
-    transform: Callable[[NDArray[Any]], NDArray[Any]] | None,
-    max_episodes: int | None,
+    job: _Job, selection: Selection, failed: dict[int, str]
 ) -> Iterator[tuple[Columns, dict[str, Any]]]:
-    names = sorted({n for group in mapping.values() for n in group})
-    known = reader.episode_attrs
+    """The columns and attributes of each episode; `failed` receives those that are left out."""
+    names = sorted({n for group in job.mapping.values() for n in group})
+    known = job.reader.episode_attrs
     shapes: dict[str, tuple[int, ...]] = {}
-    for index in range(min(reader.num_episodes, max_episodes or reader.num_episodes)):
-        raw = reader.episode(index, names)
+    for index in selection.episodes:
         try:
-            columns = {k: _column(k, [raw[n] for n in group]) for k, group in mapping.items()}
-            if transform is not None:
-                for name in (n for n in _OBSERVATIONS if n in columns):
-                    columns[name] = _transformed(transform, columns[name])
-            shapes = shapes or {k: c.shape[1:] for k, c in columns.items()}
-            _check_columns(columns, shapes)
+            columns = _columns(job, job.reader.episode(index, names))
+            _check_columns(columns, shapes or {k: c.shape[1:] for k, c in columns.items()})
         except ValueError as error:
-            raise ValueError(f"{reader.name}, episode {index}: {error}") from error
+            if not selection.failed_check:
+                raise ValueError(
+                    f"{job.reader.name}, episode {index}: {error}; leave it out with "
+                    f"exclude=[{index}], or all such with exclude=failed_check"
+                ) from error
+            failed[index] = str(error)
+            continue
+        shapes = shapes or {k: c.shape[1:] for k, c in columns.items()}
         yield columns, dict(known[index])
 
 
-def _column(name: str, parts: list[NDArray[Any]]) -> NDArray[Any]:
+def _columns(job: _Job, raw: Mapping[str, NDArray[Any]]) -> Columns:
+    columns = {k: _column(k, {n: raw[n] for n in group}) for k, group in job.mapping.items()}
+    if job.transform is not None:
+        for name in (n for n in _OBSERVATIONS if n in columns):
+            columns[name] = _transformed(job.transform, columns[name])
+    return columns
+
+
+def _column(name: str, named: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    parts = list(named.values())
     lengths = [len(p) for p in parts]
     if len(set(lengths)) > 1:
         raise ValueError(f"the parts of {name!r} have different lengths: {lengths}")
@@ -163,33 +248,34 @@ def _check_columns(columns: Columns, shapes: Mapping[str, tuple[int, ...]]) -> N
         if column.shape[1:] != shapes[name]:
             raise ValueError(
                 f"field {name!r} has rows of shape {list(column.shape[1:])}, in the first episode "
-                f"{list(shapes[name])}; leave the episode out"
+                f"{list(shapes[name])}"
             )
         if column.dtype.kind == "f" and not np.isfinite(column).all():
             row = int(np.argwhere(~np.isfinite(column))[0][0])
-            raise ValueError(f"field {name!r} is not finite at step {row}; leave the episode out")
+            raise ValueError(f"field {name!r} is not finite at step {row}")
 
 
-def _write(
-    path: Path, episodes: Iterator[tuple[Columns, dict[str, Any]]], attrs: Mapping[str, Any]
-) -> None:
+def _write(job: _Job, selection: Selection) -> Selection:
+    """Write the episodes to a new store; those that were written."""
     store: EpisodeStore | None = None
     block: list[tuple[Columns, dict[str, Any]]] = []
     size = 0
-    for columns, known in episodes:
+    failed: dict[int, str] = {}
+    for columns, known in _episodes(job, selection, failed):
         if store is None:
             specs = {k: FieldSpec(c.shape[1:], str(c.dtype)) for k, c in columns.items()}
-            store = EpisodeStore.create(path, specs, attrs=attrs, overwrite=True)
+            store = EpisodeStore.create(job.partial, specs, attrs=job.attrs, overwrite=True)
         block.append((columns, known))
         size += sum(c.nbytes for c in columns.values())
         if size > _BLOCK_BYTES:
             _write_block(store, block)
             block, size = [], 0
-    if store is None:
-        raise ValueError("there are no episodes to convert")
+    selection = selection.without(failed)
+    assert store is not None
     if block:
         _write_block(store, block)
     store.close()
+    return selection
 
 
 def _write_block(store: EpisodeStore, block: list[tuple[Columns, dict[str, Any]]]) -> None:

@@ -9,17 +9,14 @@ one run of steps.
 
 from __future__ import annotations
 
-import zipfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffpolicy.data.d4rl.views import transition_rows
 from diffpolicy.data.preference_records import Pair, Segment, segment_of_rows
 
 if TYPE_CHECKING:
-    import os
-
     from numpy.typing import ArrayLike, NDArray
 
     from diffpolicy.data.store import EpisodeStore
@@ -90,62 +87,43 @@ def from_indices(
     return pairs
 
 
-def read_label_file(
-    path: str | os.PathLike[str],
-    store: EpisodeStore,
-    *,
-    kind: str = "human",
-    length: int | None = None,
-) -> list[Pair]:
-    """Pairs of an npz file of indices and labels.
+def qlearning_rows(store: EpisodeStore) -> NDArray[np.int64]:
+    """The row of the store that each transition of D4RL's `qlearning_dataset` is.
+
+    D4RL leaves out the last row of an episode that timed out, for want of an observation after it,
+    and the last of all; the rows that lead to terminal states stay. A store that does not say how
+    its episodes ended is taken for one of time-outs: every row but each episode's last. (A row that
+    is both terminal and timed out is left out by D4RL; a store keeps it as terminal alone.)
 
     Args:
-        path: Holds `index_1`, `index_2` and `<kind>_label` (or `label`); where there are
-            `<kind>_index_1` and `<kind>_index_2`, these; `raw_index_map` if the indices are not
-            the store's rows; and `seg_len`. Nothing in it is unpickled.
-        store: The episodes.
-        kind: Whose labels, where a file holds several, such as `"scripted"`; the pairs' source.
-        length: Indices in a segment; default the file's `seg_len`.
+        store: All episodes of the file that the labels were given for, in its order.
 
     Returns:
-        See `from_indices`.
+        `[M]`, for `from_indices`.
 
     Raises:
-        FileNotFoundError: No file.
-        ValueError: Not such a file, or what `from_indices` refuses.
+        ValueError: The store's episodes are not those of the file: split at goals, or a part.
     """
-    target = Path(path)
-    arrays = _read_npz(target)
-
-    def find(*names: str) -> NDArray[Any]:
-        for name in names:
-            if name in arrays:
-                return arrays[name]
+    attrs, ends = store.attrs, store.episode_ends
+    if any(str(t).startswith("split_goals") for t in attrs.get("transforms", [])):
         raise ValueError(
-            f"{target} has no array {' or '.join(names)}; it has {sorted(arrays)}. Labels are "
-            "index_1, index_2, <kind>_label, and perhaps seg_len and raw_index_map"
+            f"{store.name} was split at goals, and the labels are of whole trajectories; make a "
+            "store without split_goals"
         )
-
-    steps = int(find("seg_len")) if length is None else length
-    return from_indices(
-        store,
-        find(f"{kind}_index_1", "index_1"),
-        find(f"{kind}_index_2", "index_2"),
-        find(f"{kind}_label", *(("label",) if kind == "human" else ())),
-        steps,
-        raw_index_map=arrays.get("raw_index_map"),
-        source=kind,
-    )
-
-
-def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no label file at {path}")
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not an npz file of plain arrays: {error}") from error
+    if attrs.get("left_out_episodes"):
+        raise ValueError(
+            f"{store.name} leaves out episodes of its source, and the labels count them; make a "
+            "store of all of it"
+        )
+    last = np.zeros(store.num_steps, bool)
+    last[ends - 1] = True
+    if "terminated" not in store.fields:
+        return np.flatnonzero(~last)
+    terminals = store.read("terminated").reshape(-1).astype(bool)
+    counted = any("no timeouts" in str(note) for note in attrs.get("notes", []))
+    if counted and attrs.get("max_episode_steps"):
+        return transition_rows(terminals, None, int(attrs["max_episode_steps"]))
+    return transition_rows(terminals, last & ~terminals)
 
 
 def _whole(values: ArrayLike, name: str) -> NDArray[np.int64]:

@@ -133,7 +133,10 @@ def clear_target(target: Path, *, overwrite: bool, remove: bool = True) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
-        raise FileExistsError(f"{target} exists; choose another path, or pass overwrite=True")
+        raise FileExistsError(
+            f"{target} exists; choose another path, remove it, or give overwrite=True (at the "
+            "command line overwrite=true) where there is such an option"
+        )
     if not (target / "zarr.json").exists():
         raise FileExistsError(f"{target} exists and is not a store of ours, so it stays")
     try:

@@ -56,6 +56,9 @@ def check_preferences(
         for number, value in files.parsed(contents, found)
         if isinstance(value, ValueError)
     ]
+    if contents.mark.content is None:
+        fix = "none needed if the store was never made anew"
+        issues.append(_issue("warning", target, f"line 1: {files.NO_CONTENT}", fix))
     if contents.kept < contents.size:
         text = f"the last {contents.size - contents.kept} bytes are a torn line"
         issues.append(_issue("warning", target, text, "none needed: the next append removes it"))

@@ -2,11 +2,12 @@
 
 ```
 {"format": "diffpolicy-preferences", "version": 1, "store": "door.zarr",
- "episodes": 25, "steps": 6729, "ends": "<sha256 of episode_ends>", "attrs": {}}
+ "episodes": 25, "steps": 6729, "ends": "<sha256 of episode_ends>",
+ "content": "<digest of the episodes>", "attrs": {}}
 {"kind": "pair", "chosen": [[3, 10, 50]], "rejected": [[7, 0, 50]], "source": "human"}
 {"kind": "ranking", "items": [[[0, 0, 8]], [[2, 0, 8]], [[1, 0, 8]]]}
 {"kind": "label", "item": [[4, 100, 50]], "good": true}
-{"kind": "store", "episodes": 31, "steps": 8210, "ends": "..."}
+{"kind": "store", "episodes": 31, "steps": 8210, "ends": "...", "content": "..."}
 ```
 
 Each line ends with `,"crc32":"<8 digits>"}`, the CRC-32 of the line without it, which is checked
@@ -33,6 +34,7 @@ import numpy as np
 
 from diffpolicy.data.preference_records import check_range, record_from_json, segments_of
 from diffpolicy.data.store import EpisodeStore
+from diffpolicy.data.store_digest import content_digest
 from diffpolicy.files import write_atomic
 
 if TYPE_CHECKING:
@@ -46,6 +48,10 @@ FORMAT = "diffpolicy-preferences"
 VERSION = 2  # 1 had no checksums
 _CHECKED = re.compile(rb',"crc32":"([0-9a-f]{8})"}')
 _HEADER = {"format", "version", "store", "attrs"}
+NO_CONTENT = (
+    "made by an earlier version, without a digest of the store's values: that the store is the one "
+    "it was made for is known by the episodes' lengths alone"
+)
 
 
 class PreferenceFileError(ValueError):
@@ -59,11 +65,14 @@ class Mark(NamedTuple):
         episodes: Their number E.
         steps: Their steps together.
         ends: SHA-256 (hexadecimal) of their cumulative ends as little-endian int64.
+        content: Digest of their values (`diffpolicy.data.store_digest`); None in memory, and in
+            files of earlier versions, which cannot tell stores of equal lengths apart.
     """
 
     episodes: int
     steps: int
     ends: str
+    content: str | None = None
 
 
 class Contents(NamedTuple):
@@ -241,11 +250,15 @@ def parse_line(line: bytes) -> Any:
     return value
 
 
-def mark_of(store: EpisodeStore, episodes: int | None = None) -> Mark:
-    """Which episodes a store has; with `episodes` only the first so many."""
+def mark_of(store: EpisodeStore, episodes: int | None = None, *, content: bool = True) -> Mark:
+    """Which episodes a store has; with `episodes` only the first so many.
+
+    Without `content` their values are not read.
+    """
     ends: NDArray[np.int64] = store.episode_ends[:episodes]
     digest = hashlib.sha256(ends.astype("<i8").tobytes()).hexdigest()
-    return Mark(len(ends), int(ends[-1]) if len(ends) else 0, digest)
+    values = content_digest(store, len(ends)) if content else None
+    return Mark(len(ends), int(ends[-1]) if len(ends) else 0, digest, values)
 
 
 def mark_from_json(value: dict[str, Any], where: str, others: set[str]) -> Mark:
@@ -260,13 +273,14 @@ def mark_from_json(value: dict[str, Any], where: str, others: set[str]) -> Mark:
             f"{where}: unknown members {unknown}; the line was altered. Copy the file again, or "
             "correct the line"
         )
-    mark = Mark(value.get("episodes", -1), value.get("steps", -1), value.get("ends", ""))
-    numbers = (mark.episodes, mark.steps)
+    ends, content = value.get("ends", ""), value.get("content")
+    mark = Mark(value.get("episodes", -1), value.get("steps", -1), ends, content)
+    numbers, digests = (mark.episodes, mark.steps), (ends, ends if content is None else content)
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
-    if not whole or not isinstance(mark.ends, str) or len(mark.ends) != 64:
+    if not whole or not all(isinstance(d, str) and len(d) == 64 for d in digests):
         raise PreferenceFileError(
-            f"{where}: expected whole numbers 'episodes' and 'steps' and the SHA-256 'ends' of the "
-            f"store; got { ({k: value.get(k) for k in Mark._fields}) }"
+            f"{where}: expected whole numbers 'episodes' and 'steps' and the SHA-256 'ends' (and "
+            f"'content') of the store; got { ({k: value.get(k) for k in Mark._fields}) }"
         )
     return mark
 
@@ -277,8 +291,16 @@ def check_mark(mark: Mark, store: EpisodeStore, where: str) -> None:
     Raises:
         PreferenceFileError: Its first episodes are others.
     """
-    found = mark_of(store, mark.episodes)
-    if found != mark:
+    found = mark_of(store, mark.episodes, content=False)
+    if found == mark._replace(content=None):
+        if mark.content not in (None, content_digest(store, mark.episodes)):
+            raise PreferenceFileError(
+                f"{where}: made for a store whose first {mark.episodes} episodes have the same "
+                f"lengths as those of {store.name}, but other values: it was made anew, or changed "
+                "since. Open it with the store that it was made for (store=...), or make the "
+                "preferences again"
+            )
+    else:
         raise PreferenceFileError(
             f"{where}: made for a store of {mark.episodes} episodes and {mark.steps} steps (ends "
             f"{mark.ends[:12]}...), but the first {found.episodes} episodes of {store.name} have "

@@ -6,6 +6,7 @@ A preference file lies beside an episode store and refers to its episodes by num
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import Counter
@@ -57,6 +58,9 @@ __all__ = [
 ]
 
 
+_log = logging.getLogger("diffpolicy.data")
+
+
 class PreferenceSet:
     """Preferences over the episodes of one store, in memory or in a file.
 
@@ -85,7 +89,7 @@ class PreferenceSet:
         self._path: Path | None = None
         self._tail: files.Tail | None = None
         self._lock = threading.Lock()
-        self._mark = files.mark_of(store)
+        self._mark = files.mark_of(store, content=False)
         self._records: list[Record] = []
         self.extend(records)
 
@@ -123,7 +127,10 @@ class PreferenceSet:
             )
         if target.exists():
             if not overwrite:
-                raise FileExistsError(f"{target} exists; choose another path or overwrite=True")
+                raise FileExistsError(
+                    f"{target} exists; choose another path, or overwrite=True (at the command line "
+                    "overwrite=true)"
+                )
             try:
                 files.read_contents(target)
             except (FileNotFoundError, PreferenceFileError) as error:
@@ -131,6 +138,7 @@ class PreferenceSet:
                     f"{target} exists and is not a preference file, so it is not overwritten"
                 ) from error
         made = cls(store, attrs=attrs)
+        made._mark = files.mark_of(store)
         header = {"format": files.FORMAT, "version": files.VERSION}
         place = files.relative_place(store.path, target)
         files.write_header(
@@ -174,6 +182,8 @@ class PreferenceSet:
             else:
                 made._records.append(value)
         made._path, made._tail = target, files.Tail(target, contents)
+        if contents.mark.content is None:
+            _log.warning("%s: %s", target, files.NO_CONTENT)
         return made
 
     @property
@@ -239,7 +249,7 @@ class PreferenceSet:
         with self._lock:
             mark = self._mark
             if max(max(episodes_of(r)) for r in added) >= mark.episodes:  # the store has grown
-                mark = files.mark_of(self._store)
+                mark = files.mark_of(self._store, content=self._tail is not None)
             if self._tail is not None:
                 grown = [{"kind": "store", **mark._asdict()}] if mark != self._mark else []
                 self._tail.write(grown + [record_to_json(r) for r in added])

@@ -213,6 +213,7 @@ def score(
     transforms: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
     constant_columns: Sequence[int] = (),
+    doubts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Normalised scores of evaluation episodes, with everything they depend on.
 
@@ -223,6 +224,8 @@ def score(
             other than that one's is labelled not comparable.
         transforms: transforms of the training data.
         constant_columns: see `evaluation_env`, which is asked for the matching environment.
+        doubts: what speaks against the training data being all of the dataset, such as
+            `diffpolicy.data.d4rl.signature.doubts` finds; with one the label is not comparable.
         versions: of the packages; default those installed that the environment needs.
 
     Returns:
@@ -249,8 +252,8 @@ def score(
         versions=_versions(matched.env) if versions is None else versions,
         ref_min=info.ref_min,
         ref_max=info.ref_max,
-        comparable=matched.comparable,
-        note=matched.note,
+        comparable=matched.comparable and not doubts,
+        note="; ".join([matched.note, *doubts]),
     )
     return {
         "score": mean_interval(scores).to_dict(),

@@ -126,19 +126,21 @@ def test_d4rl_counts_one_step_less_after_the_first_trajectory():
 
 def test_files_give_the_same_as_arrays(tmp_path):
     data = make(3, column=True, wide=True, timeouts=False)
-    path = tmp_path / "pen-human-v1.hdf5"  # 100 steps
+    path = tmp_path / "mine.hdf5"
     with h5py.File(path, "w") as file:
         for key, values in data.items():
             file[key] = values
         file["metadata/algorithm"] = "BC"
         file["metadata/policy/weight"] = np.zeros((4, 4))
-    with load_d4rl(path) as file:
+    with load_d4rl(path, max_episode_steps=100) as file:
         equal(qlearning_dataset(file), loop_transitions(data, False, 100))
         found = list(sequence_dataset(file))
         assert len(found) == len(list(sequence_dataset(data, max_episode_steps=100)))
         assert set(found[0]) == set(data)
         assert found[0]["observations"].dtype == np.float64
-    with load_d4rl(path, transforms=["reward_scale:2", "reward_shift:-1"]) as file:
+    with load_d4rl(
+        path, transforms=["reward_scale:2", "reward_shift:-1"], max_episode_steps=100
+    ) as file:
         scaled = qlearning_dataset(file)["rewards"]
     want = 2 * qlearning_dataset(data, max_episode_steps=100)["rewards"] - 1
     np.testing.assert_allclose(scaled, want, rtol=1e-6, atol=1e-6)

@@ -1,12 +1,16 @@
 """Index pairs as segments: exactly the rows that the labels were given for."""
 
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from diffpolicy.data import EpisodeStore, convert
-from diffpolicy.data.human_labels import from_indices, read_label_file
+from diffpolicy.data import EpisodeStore, convert, load_d4rl, qlearning_dataset
+from diffpolicy.data.human_labels import from_indices, qlearning_rows
+from diffpolicy.data.label_files import read_label_file
+from diffpolicy.data.pickled_array import RefusedError, numbers, read_pickled_array
 from diffpolicy.data.preferences import Pair, PreferenceSet, Span
 
 DOOR = Path(__file__).parents[3] / "shared" / "data" / "adroit_door_human"
@@ -80,23 +84,86 @@ def test_wrong_labels(store, changes, message):
 def test_files(store, tmp_path):
     path = tmp_path / "labels.npz"
     np.savez(path, index_1=[0], index_2=[4], label=[1], seg_len=4)
-    assert read_label_file(path, store)[0].chosen == (Span(0, 4, 1), Span(1, 0, 3))
-    assert read_label_file(path, store, length=1)[0].chosen == (Span(0, 4, 1),)
+    assert read_label_file(path, store, index="rows")[0].chosen == (Span(0, 4, 1), Span(1, 0, 3))
+    assert read_label_file(path, store, index="qlearning")[0].chosen == (Span(1, 0, 4),)
+    assert read_label_file(path, store, length=1, index="rows")[0].chosen == (Span(0, 4, 1),)
+    with pytest.raises(ValueError, match="what its indices count must be said: index=qlearning"):
+        read_label_file(path, store)
+    with pytest.raises(ValueError, match="index must be one of"):
+        read_label_file(path, store, index="raw")
     with pytest.raises(ValueError, match=r"has no array robot_label; it has .*'seg_len'"):
-        read_label_file(path, store, kind="robot")
+        read_label_file(path, store, kind="robot", index="rows")
     np.savez(path, index_1=[0], index_2=[4], label=[1])
     with pytest.raises(ValueError, match="has no array seg_len"):
-        read_label_file(path, store)
+        read_label_file(path, store, index="rows")
     np.savez(path, index_1=np.array([{}]))
-    with pytest.raises(
-        ValueError, match=r"is not an npz file of plain arrays: Object arrays cannot"
-    ):
-        read_label_file(path, store)
+    with pytest.raises(ValueError, match=r"of plain arrays: Object arrays cannot be loaded$"):
+        read_label_file(path, store)  # and no advice to load it unsafely
     path.write_bytes(b"PK\x03\x04 not really")
     with pytest.raises(ValueError, match="is not an npz file"):
         read_label_file(path, store)
     with pytest.raises(FileNotFoundError, match="no label file at"):
         read_label_file(tmp_path / "none.npz", store)
+
+
+def test_three_pickles_as_they_are_published(store, tmp_path):
+    end = "_domain_adroit_env_x_num_2_len_4_0af1.pkl"
+    values = {"indices_1": np.array([0, 2]), "indices_2": np.array([4, 5], np.int32)}
+    values["human_label"] = np.array([0, 1])
+    for name, value in values.items():
+        (tmp_path / f"{name}{end}").write_bytes(pickle.dumps(value))
+    pairs = read_label_file(tmp_path / f"human_label{end}", store)
+    assert [p.chosen for p in pairs] == [(Span(0, 0, 4),), (Span(1, 1, 4),)]  # qlearning's rows
+    with pytest.raises(ValueError, match="there are 1, 1 and 0 of them"):
+        read_label_file(tmp_path, store, kind="fake")
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_pickles_of_every_protocol(protocol):
+    columns = np.asfortranarray([[1, 0], [0, 1], [3, 4]], ">f8")
+    for value in (columns, np.arange(3, dtype=np.int32), [np.int64(4), 2], [0, 1, -1]):
+        np.testing.assert_array_equal(numbers(pickle.dumps(value, protocol)), np.array(value))
+
+
+def test_a_pickle_that_is_no_array_is_not_run(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    for value, message in [
+        (Hostile(), r"it names '(posix|nt)\.system', which is no part of an array"),
+        (np.array([{}], object), "Python objects|'O8', not numbers"),
+        ({"a": 1}, "it holds dict, not an array"),
+    ]:
+        with pytest.raises(RefusedError, match=message):
+            numbers(pickle.dumps(value))
+    (tmp_path / "labels").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(ValueError, match=r"is no pickled array of numbers: it names"):
+        read_pickled_array(tmp_path / "labels")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_rows_of_qlearning_dataset_are_those_of_the_file(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    rng = np.random.default_rng(0)
+    for number, timeouts in enumerate((True, False)):
+        arrays = {"observations": rng.normal(size=(60, 3)), "actions": rng.normal(size=(60, 2))}
+        arrays |= {"rewards": rng.normal(size=60), "terminals": rng.random(60) < 0.1}
+        if timeouts:
+            arrays["timeouts"] = (rng.random(60) < 0.1) & ~arrays["terminals"]
+        path = tmp_path / f"{number}.hdf5"
+        with h5py.File(path, "w") as file:
+            for name, values in arrays.items():
+                file[name] = values
+        with load_d4rl(path, max_episode_steps=None if timeouts else 7) as source:
+            kept, whole = source.to_store(), qlearning_dataset(source)
+        rows = qlearning_rows(kept)
+        np.testing.assert_array_equal(kept.read("obs")[rows], whole["observations"])
+
+
+def test_the_door_map_follows_from_the_store_alone(door):
+    with np.load(DOOR / "door_human_prefs_unirlhf.npz") as file:
+        np.testing.assert_array_equal(qlearning_rows(door), file["raw_index_map"])
 
 
 def test_door(door):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -425,6 +426,34 @@ def test_splits_that_cannot_be(store):
         kept.split_by_episode(3, 0)
     with pytest.raises(ValueError, match="fold 0 of 2 has 0 records to train on and 0 to hold out"):
         kept.split_by_episode(2, 0)
+
+
+def test_a_store_that_was_made_anew_is_another_one(make_store, make_episode, tmp_path, caplog):
+    place = make_store(length=10)
+    kept = PreferenceSet.create(tmp_path / "p.jsonl", EpisodeStore.open(place))
+    kept.append(Pair((Span(0, 0, 3),), (Span(1, 0, 3),)))
+    with EpisodeStore.open(place, "a") as store:  # growing is no change, and is looked at too
+        store.append(make_episode(6, 10))
+    kept = PreferenceSet.open(tmp_path / "p.jsonl")
+    kept.append(Pair((Span(6, 0, 3),), (Span(1, 0, 3),)))
+    assert len(PreferenceSet.open(tmp_path / "p.jsonl")) == 2
+    assert check_preferences(tmp_path / "p.jsonl") == []
+    for changed in ({5: make_episode(9, 10)}, {6: make_episode(9, 10)}):
+        shutil.rmtree(place)
+        make_store(count=7, length=10, replace=changed)  # the same lengths
+        with pytest.raises(PreferenceFileError, match=r"the same lengths .* but other values"):
+            PreferenceSet.open(tmp_path / "p.jsonl")
+        (issue,) = check_preferences(tmp_path / "p.jsonl")
+        assert "but other values" in issue.message
+    old = [json.loads(x) for x in (tmp_path / "p.jsonl").read_text().splitlines()]
+    for line in old:
+        line.pop("content", None)
+        line.pop("crc32", None)
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(x) + "\n" for x in old))
+    assert len(PreferenceSet.open(tmp_path / "old.jsonl")) == 2  # still opens, with a note
+    assert "without a digest of the store's values" in caplog.text
+    (issue,) = check_preferences(tmp_path / "old.jsonl")
+    assert issue.severity == "warning"
 
 
 # -- checksums -------------------------------------------------------------------------------------

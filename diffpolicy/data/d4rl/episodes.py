@@ -9,6 +9,10 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from diffpolicy.data.d4rl.raw import RawFile
+
+_BLOCK_BYTES = 2**25
+
 
 class Episodes(NamedTuple):
     """The trajectories of a file, back to back.
@@ -47,7 +51,10 @@ class Episodes(NamedTuple):
 
 
 def find_episodes(
-    terminals: NDArray[Any], timeouts: NDArray[Any] | None, max_episode_steps: int | None = None
+    terminals: NDArray[Any],
+    timeouts: NDArray[Any] | None,
+    max_episode_steps: int | None = None,
+    breaks: NDArray[Any] | None = None,
 ) -> Episodes:
     """Split a file's rows into trajectories, each with how it ended.
 
@@ -59,26 +66,31 @@ def find_episodes(
     Args:
         terminals: `[N]`, true in steps that lead to a terminal state.
         timeouts: `[N]`, true in steps after which the recording was cut off; None if not recorded.
-        max_episode_steps: The step limit, needed without `timeouts`.
+        max_episode_steps: The step limit, needed without `timeouts` and `breaks`.
+        breaks: `[N]`, true in steps that the next row does not follow on (see `find_breaks`); only
+            without `timeouts`.
 
     Returns:
-        The trajectories, the last of which may be partial.
+        The trajectories, the last of which may be partial. (With `breaks` alone it is taken for a
+        whole one if it is as long as the longest.)
 
     Raises:
-        ValueError: Neither `timeouts` nor a step limit.
+        ValueError: Nothing says where trajectories end.
     """
     n = len(terminals)
     terminal = np.asarray(terminals, bool)
     if timeouts is not None:
         ends = np.flatnonzero(terminal | np.asarray(timeouts, bool)) + 1
-    elif max_episode_steps is None:
+    elif max_episode_steps is None and breaks is None:
         raise ValueError("without timeouts the step limit of the environment is needed")
     else:
-        stops = np.append(np.flatnonzero(terminal) + 1, n)
-        ends = _cut(np.unique(stops), max_episode_steps)
+        last = terminal if breaks is None else terminal | breaks
+        ends = np.unique(np.append(np.flatnonzero(last) + 1, n))
+        ends = ends if max_episode_steps is None else _cut(ends, max_episode_steps)
         # The tail is whole if it happens to end at the limit.
         lengths = np.diff(ends, prepend=0)
-        if not terminal[n - 1] and lengths[-1] < max_episode_steps:
+        limit = max_episode_steps or lengths[:-1].max(initial=n + 1 if len(lengths) == 1 else 0)
+        if not terminal[n - 1] and lengths[-1] < limit:
             ends = ends[:-1]
     partial = not len(ends) or ends[-1] < n
     ends = np.append(ends, n) if partial else ends
@@ -87,6 +99,86 @@ def find_episodes(
     if partial:
         truncated[-1] = False
     return Episodes(ends.astype(np.int64), terminated, truncated, partial)
+
+
+def find_breaks(raw: RawFile) -> NDArray[np.bool_]:
+    """Where `next_observations` and the observations of the next row differ: a reset lies between.
+
+    Args:
+        raw: A file with `next_observations`.
+
+    Returns:
+        `[N]`; the last row, which nothing follows, is not marked.
+
+    Raises:
+        ValueError: Most rows do not follow on: they are in no order of time.
+    """
+    n = raw.num_rows
+    found = np.zeros(n, bool)
+    step = max(1, _BLOCK_BYTES // (8 * max(1, int(np.prod(raw.row_shape("observations"))))))
+    for start in range(0, n - 1, step):
+        stop = min(start + step, n - 1)
+        after = raw.read("next_observations", start, stop).reshape(stop - start, -1)
+        row = raw.read("observations", start + 1, stop + 1).reshape(stop - start, -1)
+        found[start:stop] = ~np.isclose(after, row, rtol=1e-5, atol=1e-6, equal_nan=True).all(1)
+    if 2 * int(found.sum()) > n:
+        raise ValueError(
+            f"{raw.path}: of {n} rows {int(found.sum())} are not followed by their "
+            "next_observations, so the rows are in no order of time and make no episodes; if they "
+            "are, and next_observations is something else, say max_episode_steps=N"
+        )
+    return found
+
+
+def check_ends(raw: RawFile, dataset_limit: int | None, asked: int | None) -> None:
+    """Make sure that something says where a file's episodes end; see `read_episodes`.
+
+    Raises:
+        ValueError: Nothing does.
+    """
+    if asked is not None and asked < 1:
+        raise ValueError(f"max_episode_steps must be at least 1; got {asked}")
+    known = "timeouts" in raw or "next_observations" in raw
+    if dataset_limit is None and asked is None and not known:
+        raise ValueError(
+            f"{raw.path} has neither timeouts nor next_observations, so nothing says where its "
+            "episodes end; say the step limit of its environment: max_episode_steps=N"
+        )
+
+
+def read_episodes(
+    raw: RawFile, dataset_limit: int | None, asked: int | None
+) -> tuple[Episodes, str]:
+    """The trajectories of a file, by what it holds, and how they were found.
+
+    Args:
+        raw: The file.
+        dataset_limit: The step limit of the dataset that it is of, if it is one.
+        asked: The step limit that the user gave.
+
+    Returns:
+        The trajectories, and a note in words; empty where the file's own flags were used.
+
+    Raises:
+        ValueError: A step limit is given for a file with flags, or the rows are in no order.
+    """
+    timeouts = raw.read("timeouts") if "timeouts" in raw else None
+    terminals = raw.read("terminals")
+    said = timeouts is not None and bool(timeouts.any())
+    if asked is not None and said:
+        raise ValueError(
+            f"{raw.path} has timeouts, which say where its episodes end; leave max_episode_steps "
+            "out"
+        )
+    limit = asked or (None if timeouts is not None else dataset_limit)
+    follows = "next_observations" in raw and dataset_limit is None and not said
+    breaks = find_breaks(raw) if follows else None
+    if limit is None and breaks is None:
+        return find_episodes(terminals, timeouts), ""
+    how = [f"cut every {limit} steps" if limit else ""]
+    how += ["cut where the next row does not begin with next_observations"] if follows else []
+    note = f"the file has no timeouts: episodes were {' and '.join(h for h in how if h)}"
+    return find_episodes(terminals, None, limit, breaks), note
 
 
 def _cut(stops: NDArray[np.int64], limit: int) -> NDArray[np.int64]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from diffpolicy.data.d4rl.catalogue import SOURCE
-from diffpolicy.data.d4rl.episodes import Episodes, find_episodes
+from diffpolicy.data.d4rl.description import describe, gaps_of, notes_of
+from diffpolicy.data.d4rl.episodes import Episodes, check_ends, read_episodes
 from diffpolicy.data.d4rl.inspection import UNBOUNDED, Inspection
 from diffpolicy.data.d4rl.location import find_dataset, identify
 from diffpolicy.data.d4rl.raw import RawFile
+from diffpolicy.data.d4rl.rows import GOAL, SOURCES, block_ends, blocks, kept_type, read_field
 from diffpolicy.data.d4rl.transforms import (
     RewardMap,
     Trips,
@@ -24,15 +26,14 @@ from diffpolicy.data.fields import FieldSpec
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
+    from diffpolicy.data.formats import Gap
     from diffpolicy.data.issue import Issue
+    from diffpolicy.data.selection import Choice
     from diffpolicy.data.store import EpisodeStore
-
-_BLOCK_BYTES = 2**25
-_GOAL = "infos/goal"
 
 
 def load_d4rl(
@@ -42,6 +43,7 @@ def load_d4rl(
     dataset: str | None = None,
     transforms: Sequence[str] = (),
     keep_partial: bool = True,
+    max_episode_steps: int | None = None,
 ) -> D4RLFile:
     """Open a dataset of D4RL, by its id or by its file; the d4rl package is not needed.
 
@@ -51,6 +53,9 @@ def load_d4rl(
         dataset: The id of a file that was renamed; others are recognised by their base name.
         transforms: Names of changes to make, see `diffpolicy.data.d4rl.transforms`.
         keep_partial: Keep the unfinished trajectory at the end of a file, marked `partial: true`.
+        max_episode_steps: The step limit of the environment, where the file has no timeouts. A file
+            of your own needs it only if it has no `next_observations` either, which show where
+            the next row does not follow on.
 
     Returns:
         The open file. Nothing but its structure was read.
@@ -61,7 +66,13 @@ def load_d4rl(
         ValueError: An unknown id or transform, or no whole D4RL file.
     """
     found = find_dataset(id_or_path, data_dir)
-    return D4RLFile(found.path, dataset=dataset, transforms=transforms, keep_partial=keep_partial)
+    return D4RLFile(
+        found.path,
+        dataset=dataset,
+        transforms=transforms,
+        keep_partial=keep_partial,
+        max_episode_steps=max_episode_steps,
+    )
 
 
 class D4RLFile:
@@ -84,31 +95,29 @@ class D4RLFile:
         dataset: str | None = None,
         transforms: Sequence[str] = (),
         keep_partial: bool = True,
+        max_episode_steps: int | None = None,
     ) -> None:
         self._transforms = parse_transforms(transforms)
         self.transforms = list(transforms)
         self._keep_partial = keep_partial
         self.raw = RawFile(Path(path))
         try:
-            # A file that says it is not D4RL's own may still have the name of one that is.
-            foreign = dataset is None and "not comparable" in str(self.raw.notes().get("note"))
-            self.info = None if foreign else identify(Path(path).name, dataset)
+            self.info, self._foreign = identify(self.raw, dataset)
+            self._limit = max_episode_steps
             self._check()
         except ValueError:
             self.raw.close()
             raise
 
     def _check(self) -> None:
-        if "timeouts" not in self.raw and self.info is None:
-            raise ValueError(
-                f"{self.name} has no timeouts, and its name is none of D4RL's, so the step limit "
-                'is unknown; say which dataset it is, such as dataset="hopper-medium-v0" '
-                "(`diffpolicy data d4rl` lists them)"
-            )
-        goal = self.raw.row_shape(_GOAL) if _GOAL in self.raw.names else ()
+        try:
+            check_ends(self.raw, self._dataset_limit, self._limit)
+        except ValueError as error:
+            raise ValueError(f"{error}{self._foreign and f' ({self._foreign})'}") from error
+        goal = self.raw.row_shape(GOAL) if GOAL in self.raw.names else ()
         if self._splits and (len(goal) != 1 or goal[0] > self._obs_shape[0]):
             raise ValueError(
-                f"split_goals needs {_GOAL} [N, G], a goal position for each row; {self.name} has "
+                f"split_goals needs {GOAL} [N, G], a goal position for each row; {self.name} has "
                 f"{sorted(self.raw.names)}"
             )
 
@@ -134,7 +143,7 @@ class D4RLFile:
         """Name -> row shape and dtype."""
         shape = self._obs_shape
         if self._splits:
-            shape = (shape[0] + self.raw.row_shape(_GOAL)[0],)
+            shape = (shape[0] + self.raw.row_shape(GOAL)[0],)
         found = {
             "obs": FieldSpec(shape),
             "action": FieldSpec(self.raw.row_shape("actions") or (1,)),
@@ -146,7 +155,9 @@ class D4RLFile:
             found["next_obs"] = FieldSpec(shape)
         for name in self.raw.names:
             if name.startswith("infos/"):
-                found[name] = FieldSpec(self.raw.row_shape(name), _kept(self.raw.dtype(name)).name)
+                found[name] = FieldSpec(
+                    self.raw.row_shape(name), kept_type(self.raw.dtype(name)).name
+                )
         return found
 
     @property
@@ -155,23 +166,7 @@ class D4RLFile:
 
         `dataset` is the id, or for a file that is none of D4RL's its name without `.hdf5`.
         """
-        references = (self.info.ref_min, self.info.ref_max) if self.info else (None, None)
-        said = self.raw.notes()
-        known = {"env_id": said["env_id"]} if isinstance(said.get("env_id"), str) else {}
-        return known | {
-            "origin": "d4rl",
-            "dataset": self.info.id if self.info else self.raw.path.stem,
-            "file": self.raw.path.name,
-            "file_bytes": self.raw.path.stat().st_size,
-            "transforms": list(self.transforms),
-            "reward_scale": self.reward_map.scale,
-            "reward_shift": self.reward_map.shift,
-            "goal_radius": self._goal_radius,
-            "references": {"min": references[0], "max": references[1], "source": SOURCE},
-            "max_episode_steps": self.info.max_episode_steps if self.info else None,
-            "notes": self.notes,
-            "metadata": said,
-        }
+        return describe(self)
 
     @property
     def episode_attrs(self) -> list[dict[str, Any]]:
@@ -184,18 +179,28 @@ class D4RLFile:
     @property
     def notes(self) -> list[str]:
         """What was decided while reading, in words."""
-        found = []
-        if "timeouts" not in self.raw and self.info is not None:
-            found.append(
-                f"the file has no timeouts: episodes were cut every {self.info.max_episode_steps} "
-                f"steps, the limit of {self.info.id}"
-            )
-        if self._whole.episodes.partial:
-            what = "kept, marked partial" if self._keep_partial else "left out"
-            found.append(f"the file ends within an episode, which was {what}")
-        if self.raw.odd_names:
-            found.append(f"left out, for want of a row for each step: {self.raw.odd_names}")
-        return found
+        return notes_of(self)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file, in hexadecimal; all of it is read."""
+        with self.raw.path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """The arrays without a row of numbers for each step; `metadata/` is in `attrs`."""
+        return dict.fromkeys(self.raw.odd_names, "no row of numbers for each step")
+
+    @property
+    def masks(self) -> dict[str, list[int]]:
+        """None; see `episode_attrs`."""
+        return {}
+
+    def gaps(self, fields: Sequence[str]) -> list[Gap]:
+        """Chunks that were never written."""
+        names = {SOURCES.get(name, name) for name in fields} | {"terminals", "timeouts"}
+        return gaps_of(self, sorted(names))
 
     @property
     def returns(self) -> NDArray[np.float64]:
@@ -243,17 +248,20 @@ class D4RLFile:
         Returns:
             What was found; errors are what training cannot use.
         """
-        inspection = self._inspection()
-        for first, last in self._blocks(0, self.num_episodes):
-            columns = self._rows(first, last, self._main_fields)
-            inspection.add(columns, self._block_ends(first, last))
-        return inspection.issues()
+        return self._inspected.issues()
+
+    def failed_episodes(self) -> dict[int, str]:
+        """Number and fault of each episode that cannot be used, or is a copy of an earlier one."""
+        return dict(self._inspected.failed)
 
     def to_store(
         self,
         path: str | os.PathLike[str] | None = None,
         *,
         max_episodes: int | None = None,
+        exclude: Choice | None = None,
+        keep: Choice | None = None,
+        allow_missing: bool = False,
         extras: Sequence[str] = (),
         attrs: dict[str, Any] | None = None,
         overwrite: bool = False,
@@ -266,6 +274,9 @@ class D4RLFile:
         Args:
             path: Where to write it; None keeps it in memory.
             max_episodes: Stop after so many.
+            exclude: Episodes to leave out, see `diffpolicy.data.selection`.
+            keep: Episodes to store; default all.
+            allow_missing: Read chunks that were never written as zeros.
             extras: Further fields, such as `["infos/qpos"]`, stored as `infos.qpos`.
             attrs: JSON values to keep with the store, besides those of `attrs`.
             overwrite: Replace the store that is at `path`.
@@ -280,15 +291,24 @@ class D4RLFile:
             ValueError: Values that are not finite, or no such extra field.
         """
         from diffpolicy.data.d4rl.writing import write_store
+        from diffpolicy.data.left_out import announce, checked_gaps
+        from diffpolicy.data.selection import select
 
-        return write_store(
+        chosen = select(self, exclude, keep, max_episodes)
+        used = [*self._main_fields, *extras]
+        chosen, found = checked_gaps(self, used, chosen, allow_missing=allow_missing)
+        part = {} if max_episodes is None else {"max_episodes": max_episodes}
+        made = write_store(
             self,
             None if path is None else Path(path),
-            max_episodes=max_episodes,
+            chosen,
             extras=extras,
-            attrs=attrs or {},
+            attrs={**part, **(attrs or {})},
+            doubts=found,
             overwrite=overwrite,
         )
+        announce(made.name, made.attrs)
+        return made
 
     def close(self) -> None:
         """Close the file."""
@@ -318,6 +338,15 @@ class D4RLFile:
     def _main_fields(self) -> list[str]:
         return [name for name in self.fields if not name.startswith("infos/")]
 
+    @cached_property
+    def _inspected(self) -> Inspection:
+        inspection = self._inspection()
+        for first, last in blocks(self, 0, self.num_episodes):
+            columns = self._rows(first, last, self._main_fields)
+            start = int(self.episodes.starts[first])
+            inspection.add(columns, block_ends(self, first, last), first, start)
+        return inspection
+
     def _inspection(self) -> Inspection:
         family = self.info.id.split("-")[0] if self.info else ""
         return Inspection(self.name, bounded=family not in UNBOUNDED)
@@ -326,16 +355,23 @@ class D4RLFile:
     def _raw_rewards(self) -> NDArray[Any]:
         return self.raw.read("rewards")
 
+    @property
+    def _dataset_limit(self) -> int | None:
+        return self.info.max_episode_steps if self.info else None
+
+    @cached_property
+    def _found(self) -> tuple[Episodes, str]:
+        """The trajectories, and how they were found."""
+        return read_episodes(self.raw, self._dataset_limit, self._limit)
+
     @cached_property
     def _whole(self) -> Trips:
         """The episodes, the partial one included; and where goals were reached."""
-        timeouts = self.raw.read("timeouts") if "timeouts" in self.raw else None
-        limit = self.info.max_episode_steps if self.info else None
-        episodes = find_episodes(self.raw.read("terminals"), timeouts, limit)
+        episodes, _ = self._found
         radius = self._goal_radius
         if radius is None:
             return Trips(episodes, np.zeros(0, bool))
-        goals = self.raw.read(_GOAL)
+        goals = self.raw.read(GOAL)
         size = goals.shape[1]
         positions = self.raw.read("observations")[:, :size]
         return split_at_goals(episodes, positions, goals, radius)
@@ -345,48 +381,10 @@ class D4RLFile:
         """`[N]` rewards before they are scaled or shifted."""
         return self._whole.reached.astype(np.float32) if self._splits else self._raw_rewards
 
-    def _blocks(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Ranges of episodes that together are of moderate size."""
-        row_bytes = 4 * sum(int(np.prod(s.shape)) for s in self.fields.values())
-        limit = max(_BLOCK_BYTES // row_bytes, 1)
-        ends, starts = self.episodes.ends, self.episodes.starts
-        while first < stop:
-            last = int(np.searchsorted(ends, starts[first] + limit, "right"))
-            last = min(max(last, first + 1), stop)
-            yield first, last
-            first = last
-
-    def _block_ends(self, first: int, last: int) -> NDArray[np.int64]:
-        ends: NDArray[np.int64] = self.episodes.ends[first:last] - self.episodes.starts[first]
-        return ends
-
     def _rows(self, first: int, last: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """The fields of the episodes `first..last-1`, back to back."""
         unknown = sorted(set(names) - set(self.fields))
         if unknown:
             raise ValueError(f"{self.name} has no field {unknown}; it has {sorted(self.fields)}")
         start, stop = int(self.episodes.starts[first]), int(self.episodes.ends[last - 1])
-        return {name: self._field(name, start, stop) for name in names}
-
-    def _field(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        if name == "reward":
-            return self.reward_map(self._base_rewards[start:stop]).astype(np.float32)
-        if name in ("terminated", "truncated"):
-            flags: NDArray[np.bool_] = getattr(self.episodes, name)
-            rows = self.episodes.ends[flags] - 1
-            found: NDArray[np.bool_] = np.zeros(stop - start, bool)
-            found[rows[(rows >= start) & (rows < stop)] - start] = True
-            return found
-        source = {"obs": "observations", "action": "actions", "next_obs": "next_observations"}
-        values = self.raw.read(source.get(name, name), start, stop)
-        if name not in source:
-            return values.astype(_kept(values.dtype), copy=False)
-        if self._splits and name != "action":
-            values = np.concatenate([values, self.raw.read(_GOAL, start, stop)], 1)
-        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is reported
-            column = values.astype(np.float32)
-        return column if column.ndim > 1 else column[:, None]
-
-
-def _kept(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    return np.dtype(np.float32) if dtype == np.float64 else dtype
+        return {name: read_field(self, name, start, stop) for name in names}

@@ -25,12 +25,16 @@ class Inspection:
     Args:
         name: The file, for messages.
         bounded: Whether actions have to lie in [-1, 1].
+
+    Attributes:
+        failed: Number and fault of each episode with values that are not finite, and of each copy.
     """
 
     def __init__(self, name: str, *, bounded: bool) -> None:
         self._name = name
         self._bounded = bounded
         self._issues: list[Issue] = []
+        self.failed: dict[int, str] = {}
         self._seen: dict[bytes, int] = {}
         self._copies: list[tuple[int, int]] = []
         self._outside: tuple[int, int, float] | None = None
@@ -39,23 +43,26 @@ class Inspection:
         self._low: NDArray[Any] | None = None
         self._high: NDArray[Any] | None = None
 
-    def add(self, columns: Mapping[str, NDArray[Any]], ends: NDArray[np.int64]) -> None:
+    def add(
+        self, columns: Mapping[str, NDArray[Any]], ends: NDArray[np.int64], episode: int, row: int
+    ) -> None:
         """Look at a block of whole episodes.
 
         Args:
             columns: `[T, *shape]` of `obs`, `action`, `reward` and possibly more.
             ends: `[E]` ends of the block's episodes, counted in the block.
+            episode: The number of the first of them.
+            row: The number of their first row.
         """
+        self._episodes, self._rows = episode, row
         for name, values in columns.items():
             self._check_finite(name, values, ends)
         if self._bounded:
             self._check_bounds(columns["action"])
         self._note_range(columns["obs"])
         self._note_copies(columns, ends)
-        self._rows += int(ends[-1])
-        self._episodes += len(ends)
 
-    def issues(self) -> list[Issue]:
+    def issues(self, *, copies: bool = True) -> list[Issue]:
         """What was found: errors for values that are not finite, warnings for the rest."""
         found = list(self._issues)
         if self._outside is not None:
@@ -64,7 +71,7 @@ class Inspection:
             found.append(
                 self._issue("warning", message, "clip them, or learn in their own units", row=row)
             )
-        if self._copies:
+        if self._copies and copies:
             copy, original = self._copies[0]
             message = (
                 f"{len(self._copies)} episodes are exact copies of earlier ones (the first: "
@@ -85,13 +92,15 @@ class Inspection:
         return Issue(severity=severity, file=self._name, message=message, fix=fix, **place)
 
     def _check_finite(self, name: str, values: NDArray[Any], ends: NDArray[np.int64]) -> None:
-        if values.dtype.kind != "f" or any(i.field == name for i in self._issues):
+        if values.dtype.kind != "f":
             return
         bad = ~np.isfinite(values).reshape(len(values), -1).all(1)
-        if bad.any():
+        for index in np.unique(np.searchsorted(ends, np.flatnonzero(bad), "right")).tolist():
+            self.failed.setdefault(self._episodes + index, f"{name} is not finite")
+        if bad.any() and not any(i.field == name for i in self._issues):
             row = int(np.argmax(bad))
             message = f"{int(bad.sum())} rows or more hold values that are not finite"
-            fix = "leave these episodes out, or copy the file again if it should not have them"
+            fix = "copy the file again if it should not have them, or leave these episodes out"
             place = {"row": self._rows + row, "field": name}
             place["episode"] = self._episodes + int(np.searchsorted(ends, row, "right"))
             self._issues.append(self._issue("error", message, fix, **place))
@@ -120,3 +129,4 @@ class Inspection:
             # A single row may well occur twice (a reset to a fixed state).
             if first != number and len(kept[0]) > 1:
                 self._copies.append((number, first))
+                self.failed.setdefault(number, f"a copy of episode {first}")

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from diffpolicy.data.d4rl.catalogue import DatasetInfo, by_file, lookup
+from diffpolicy.data.d4rl.signature import misfit
+
+if TYPE_CHECKING:
+    from diffpolicy.data.d4rl.raw import RawFile
 
 _SUFFIXES = (".hdf5", ".h5")
 _MUJOCO = re.compile(r"(halfcheetah|hopper|walker2d|ant)-(medium|expert)-v\d")
@@ -83,22 +87,39 @@ def find_dataset(
     raise FileNotFoundError(_missing(info, folder))
 
 
-def identify(name: str, dataset: str | None) -> DatasetInfo | None:
-    """The dataset of a file, by its base name or as it is said to be.
+def identify(raw: RawFile, dataset: str | None) -> tuple[DatasetInfo | None, str]:
+    """The dataset of a file, by its base name or as it is said to be; its rows must fit.
+
+    Returns:
+        The dataset, or None; and a note if the file has the name of one that it is not.
 
     Raises:
-        ValueError: No such dataset, or the file's name is that of another one.
+        ValueError: No such dataset, or the file is another one, or has rows of other sizes.
     """
-    by_name = by_file(name)
-    if dataset is None:
-        return by_name
-    info = lookup(dataset)
-    if by_name is not None and by_name != info:
+    by_name = by_file(raw.path.name)
+    info = by_name if dataset is None else lookup(dataset)
+    if dataset is not None and by_name not in (None, info):
         raise ValueError(
-            f"{name} is the file of {by_name.id!r}, but dataset={dataset!r}; leave dataset out, or "
-            "rename the file"
+            f"{raw.path.name} is the file of {by_name and by_name.id!r}, but dataset={dataset!r}; "
+            "leave dataset out, or rename the file"
         )
-    return info
+    if info is None:
+        return None, ""
+    if dataset is None and "not comparable" in str(raw.notes().get("note")):
+        return None, f"the file says that it is not D4RL's {info.id}, whose name it has"
+    wrong = misfit(info, raw.row_shape("observations"), raw.row_shape("actions"))
+    if wrong is None:
+        return info, ""
+    if dataset is not None:
+        raise ValueError(
+            f"{raw.path} is not the file of {dataset!r}: it has {wrong}. dataset=ID is for D4RL's "
+            "own files under another name; for data of your own leave it out, and say "
+            "max_episode_steps=N if the file has no timeouts"
+        )
+    return (
+        None,
+        f"the file has the name of {info.id}'s, but {wrong}: it is taken for data of its own",
+    )
 
 
 def _missing(info: DatasetInfo, folder: Path) -> str:

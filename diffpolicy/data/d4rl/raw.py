@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffpolicy.data.hdf5 import open_hdf5, read_rows, unwritten_rows
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -35,33 +38,14 @@ class RawFile:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            import h5py
-        except ImportError as error:
-            raise ImportError(
-                'reading D4RL files needs h5py: pip install "diffpolicy[hdf5]"'
-            ) from error
-        if not path.is_file():
-            raise FileNotFoundError(f"no file at {path}")
-        try:
-            self._file = h5py.File(path, "r")
-        except OSError as error:
-            raise ValueError(
-                f"{path} is not a whole HDF5 file: {error}. A download that broke off leaves such "
-                f"a file ({path.stat().st_size} bytes): copy it again"
-            ) from error
+        self._file = open_hdf5(path, "reading D4RL files")
         self.path = path
-        self._members: dict[str, Any] = {}
-        self._file.visititems(self._remember)
         try:
+            self._members = dict(self._file.datasets())
             self._check()
         except ValueError:
             self._file.close()
             raise
-
-    def _remember(self, name: str, member: Any) -> None:
-        if hasattr(member, "shape"):
-            self._members[name] = member
 
     def _check(self) -> None:
         missing = [name for name in REQUIRED if name not in self._members]
@@ -110,10 +94,16 @@ class RawFile:
             and member.dtype.kind in "fiub"
         ]
 
+    def unwritten(self, names: Iterable[str]) -> list[tuple[str, int, int]]:
+        """Name, first row and one past the last of what was never written and reads as zeros."""
+        there = [name for name in names if name in self._members]
+        return [(n, *rows) for n in there for rows in unwritten_rows(self._members[n])]
+
     @property
     def odd_names(self) -> list[str]:
-        """The arrays under `infos/` that have no row for each step."""
-        return sorted({n for n in self._members if n.startswith("infos/")} - set(self.names))
+        """The arrays that have no row of numbers for each step, `metadata/` apart."""
+        rest = {n for n in self._members if not n.startswith(("metadata/", "virtual/"))}
+        return sorted(rest - set(self.names))
 
     def __contains__(self, name: str) -> bool:
         return name in self._members
@@ -133,12 +123,7 @@ class RawFile:
         Raises:
             ValueError: The file is damaged there.
         """
-        try:
-            values = np.asarray(self._members[name][start:stop])
-        except OSError as error:
-            raise ValueError(
-                f"{self.path}: {name} cannot be read ({error}): the file is damaged; copy it again"
-            ) from error
+        values = read_rows(self._members[name], f"{self.path}: {name}", start, stop)
         return values[:, 0] if name in _FLAT and values.ndim == 2 else values
 
     def notes(self) -> dict[str, Any]:

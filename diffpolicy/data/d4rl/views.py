@@ -48,9 +48,9 @@ def qlearning_dataset(
             file was opened with `split_goals`.
     """
     rows = _Rows(source, max_episode_steps)
-    n = len(rows.terminals)
-    final = rows.final(restart=1 if terminate_on_end else 0, horizon=n - 1)
-    keep = np.arange(n - 1) if terminate_on_end else np.flatnonzero(~final)
+    timeouts = rows.read("timeouts").astype(bool) if "timeouts" in rows.names else None
+    keep = transition_rows(rows.terminals, timeouts, rows.limit)
+    keep = np.arange(len(rows.terminals) - 1) if terminate_on_end else keep
     observations = rows.read("observations").astype(np.float32)
     return {
         "observations": observations[keep],
@@ -59,6 +59,23 @@ def qlearning_dataset(
         "rewards": rows.rewards.astype(np.float32)[keep],
         "terminals": rows.terminals[keep],
     }
+
+
+def transition_rows(
+    terminals: NDArray[np.bool_], timeouts: NDArray[np.bool_] | None, limit: int | None = None
+) -> NDArray[np.int64]:
+    """The rows that `qlearning_dataset` keeps.
+
+    Args:
+        terminals: `[N]`.
+        timeouts: `[N]`, or None if a file has none.
+        limit: The step limit that counts in their stead.
+
+    Returns:
+        `[M]` row numbers.
+    """
+    final = _final(terminals, timeouts, limit, restart=0, horizon=len(terminals) - 1)
+    return np.flatnonzero(~final)
 
 
 def sequence_dataset(
@@ -78,7 +95,10 @@ def sequence_dataset(
         ValueError: As for `qlearning_dataset`.
     """
     rows = _Rows(source, max_episode_steps)
-    ends = np.flatnonzero(rows.terminals | rows.final(restart=1, horizon=len(rows.terminals)))
+    timeouts = rows.read("timeouts").astype(bool) if "timeouts" in rows.names else None
+    n = len(rows.terminals)
+    final = _final(rows.terminals, timeouts, rows.limit, restart=1, horizon=n)
+    ends = np.flatnonzero(rows.terminals | final)
     start = 0
     for end in (int(e) + 1 for e in ends):
         yield {name: rows.read(name, start, end) for name in rows.names}
@@ -91,7 +111,7 @@ class _Rows:
     def __init__(
         self, source: D4RLFile | Mapping[str, NDArray[Any]], max_episode_steps: int | None
     ) -> None:
-        self._limit = max_episode_steps
+        self.limit = max_episode_steps
         self.names: list[str]
         self._read: Callable[[str, int, int | None], NDArray[Any]]
         self._scaled: NDArray[Any] | None = None
@@ -100,17 +120,16 @@ class _Rows:
         else:
             self._from_arrays(source)
         self.terminals = self.read("terminals").astype(bool)
-        if "timeouts" not in self.names and self._limit is None:
+        if "timeouts" not in self.names and self.limit is None:
             raise ValueError("the arrays have no timeouts: give max_episode_steps")
-        if self._limit is not None and self._limit < 1:
-            raise ValueError(f"max_episode_steps must be at least 1; got {self._limit}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"max_episode_steps must be at least 1; got {self.limit}")
 
     def _from_file(self, source: D4RLFile) -> None:
         if any(name.startswith("split_goals") for name in source.transforms):
             raise ValueError("D4RL's functions know no split_goals: open the file without it")
         self.names, self._read = source.raw.names, source.raw.read
-        if self._limit is None and source.info is not None:
-            self._limit = source.info.max_episode_steps
+        self.limit = self.limit or source._limit or source._dataset_limit
         if source.transforms:
             self._scaled = source.reward_map(source.raw.read("rewards"))
 
@@ -142,24 +161,35 @@ class _Rows:
         """All rewards."""
         return self.read("rewards")
 
-    def final(self, *, restart: int, horizon: int) -> NDArray[np.bool_]:
-        """`[horizon]`: which rows D4RL takes for the last before a time-out.
 
-        Args:
-            restart: Where its counter starts after a time-out (1 after a terminal state, always).
-            horizon: How many rows it looks at.
-        """
-        if "timeouts" in self.names:
-            return self.read("timeouts", 0, horizon).astype(bool)
-        assert self._limit is not None
-        final = np.zeros(horizon, bool)
-        start, counter = 0, 0
-        for stop in [*np.flatnonzero(self.terminals[:horizon]) + 1, horizon]:
-            # Within a stretch without terminal states the time-outs are evenly spaced.
-            first = start + self._limit - 1 - counter
-            if start <= first < stop:
-                period = self._limit - restart
-                final[first : stop if period else first + 1 : max(period, 1)] = True
-            counter = restart if stop > start and final[stop - 1] else 1
-            start = int(stop)
-        return final
+def _final(
+    terminals: NDArray[np.bool_],
+    timeouts: NDArray[np.bool_] | None,
+    limit: int | None,
+    *,
+    restart: int,
+    horizon: int,
+) -> NDArray[np.bool_]:
+    """`[horizon]`: which rows D4RL takes for the last before a time-out.
+
+    Args:
+        terminals: `[N]`.
+        timeouts: `[N]`, which settle it; or None.
+        limit: The step limit, without `timeouts`.
+        restart: Where D4RL's counter starts after a time-out (1 after a terminal state, always).
+        horizon: How many rows it looks at.
+    """
+    if timeouts is not None:
+        return timeouts[:horizon]
+    assert limit is not None
+    final = np.zeros(horizon, bool)
+    start, counter = 0, 0
+    for stop in [*np.flatnonzero(terminals[:horizon]) + 1, horizon]:
+        # Within a stretch without terminal states the time-outs are evenly spaced.
+        first = start + limit - 1 - counter
+        if start <= first < stop:
+            period = limit - restart
+            final[first : stop if period else first + 1 : max(period, 1)] = True
+        counter = restart if stop > start and final[stop - 1] else 1
+        start = int(stop)
+    return final

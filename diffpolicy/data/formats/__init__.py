@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +28,20 @@ FORMATS: dict[str, str] = {
     "robomimic": "diffpolicy.data.formats.robomimic",
     "arrays": "diffpolicy.data.formats.arrays",
 }
+
+
+class Gap(NamedTuple):
+    """Rows that are not in the file, but would be read as zeros.
+
+    Attributes:
+        first: The first episode concerned.
+        last: The last one.
+        reason: What is missing, with its place in the source.
+    """
+
+    first: int
+    last: int
+    reason: str
 
 
 class EpisodeSource(Protocol):
@@ -52,6 +66,17 @@ class EpisodeSource(Protocol):
     @property
     def episode_attrs(self) -> Sequence[Mapping[str, Any]]:
         """JSON values that describe each episode."""
+
+    @property
+    def unread(self) -> Mapping[str, str]:
+        """What the source holds and no field is made of, each with the reason."""
+
+    @property
+    def masks(self) -> Mapping[str, Sequence[int]]:
+        """Named lists of episodes, such as a training split."""
+
+    def gaps(self, fields: Sequence[str]) -> list[Gap]:
+        """Rows of these fields that were never written, or got lost, and read as zeros."""
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
         """`[T, *shape]` of each of the `fields` (default all) of one episode."""

@@ -16,12 +16,12 @@ import numpy as np
 from diffpolicy.data.fields import FieldSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from diffpolicy.data.formats import EpisodeSource
+    from diffpolicy.data.formats import EpisodeSource, Gap
 
 _ENDS = "episode_ends"
 _MOST = 1000  # numbers in an attribute of an episode
@@ -95,18 +95,40 @@ class ArraysFile:
     @property
     def episode_attrs(self) -> list[dict[str, Any]]:
         """Row i of every array with one row an episode."""
+        names = self._episode_names()
         count = self.num_episodes
-        names = [
+        return [{name: self._array(name)[i].tolist() for name in names} for i in range(count)]
+
+    def _episode_names(self) -> list[str]:
+        return [
             name
             for name, (shape, dtype) in self._headers.items()
             if name != _ENDS
             and name not in self.fields
-            and shape[:1] == (count,)
+            and shape[:1] == (self.num_episodes,)
             and dtype.kind in "fiubU"
             and np.prod(shape[1:]) <= _MOST
             and _finite(self._array(name))
         ]
-        return [{name: self._array(name)[i].tolist() for name in names} for i in range(count)]
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """The arrays that have no row a step, and are no attribute of an episode or of all."""
+        kept = {_ENDS, *self.fields, *self._episode_names(), *self.attrs}
+        return {
+            name: f"{dtype} {list(shape)}: no row a step; too large or not finite for an attribute"
+            for name, (shape, dtype) in self._headers.items()
+            if name not in kept
+        }
+
+    @property
+    def masks(self) -> Mapping[str, Sequence[int]]:
+        """None; an array of truth values, one an episode, is found in `episode_attrs`."""
+        return {}
+
+    def gaps(self, fields: Sequence[str]) -> list[Gap]:
+        """None: a zip has a checksum of every array."""
+        return []
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
         """One episode.
@@ -157,9 +179,13 @@ class ArraysFile:
             raise ValueError(f"{self._path}: {_ENDS} must increase strictly from above 0")
         if not any(s[:1] == (int(ends[-1]),) for n, (s, _) in self._headers.items() if n != _ENDS):
             shapes = {name: list(shape) for name, (shape, _) in self._headers.items()}
+            last = (int(ends[-1]) + 1,)
+            hint = ""
+            if any(s[:1] == last for n, (s, _) in self._headers.items() if n != _ENDS):
+                hint = ". They look like the indices of the last rows: save one more than each"
             raise ValueError(
                 f"{self._path}: {_ENDS} says {ends[-1]} steps, but no array has as many rows: "
-                f"{shapes}"
+                f"{shapes}{hint}"
             )
         return ends
 

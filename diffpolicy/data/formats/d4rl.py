@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from diffpolicy.data.d4rl.file import D4RLFile
 from diffpolicy.data.d4rl.raw import REQUIRED
+from diffpolicy.data.hdf5 import open_hdf5
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,12 +19,15 @@ def matches(path: Path) -> bool:
     if path.suffix not in (".hdf5", ".h5") or not path.is_file():
         return False
     try:
-        import h5py
-
-        with h5py.File(path, "r") as file:
-            return all(isinstance(file.get(name), h5py.Dataset) for name in REQUIRED)
-    except (ImportError, OSError):
+        file = open_hdf5(path, "reading D4RL files")
+    except (ImportError, ValueError):
         return False
+    try:
+        return all(hasattr(file.get(name), "shape") for name in REQUIRED)
+    except ValueError:  # an array that lies elsewhere: opening it says so
+        return all(name in file.keys() for name in REQUIRED)  # noqa: SIM118
+    finally:
+        file.close()
 
 
 def open_source(path: Path) -> D4RLFile:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from diffpolicy.data.formats import EpisodeSource
+    from diffpolicy.data.formats import EpisodeSource, Gap
 
 _INFO = "meta/info.json"
 _DATA_PATHS = {
@@ -59,8 +60,8 @@ class LeRobotDirectory:
     """A dataset's directory, its episodes in numerical order.
 
     Fields are the numeric columns, as `[T]` where a row has one number, and `terminated` and
-    `truncated` (see the module). Images, videos and text are not read; `attrs["notes"]` names
-    them. One file at a time is held in memory, and of it only the columns asked for.
+    `truncated` (see the module). Images, videos and text are not read; `unread` names them. One
+    file at a time is held in memory, and of it only the columns asked for.
 
     Args:
         source: The directory, or an id such as `lerobot/pusht` that is looked up in LeRobot's
@@ -84,7 +85,7 @@ class LeRobotDirectory:
                 f"{self._root}: {len(missing)} of {count} data files are missing, such as "
                 f"{missing[0].relative_to(self._root)}; {_AGAIN}"
             )
-        self._fields, self._notes = self._look()
+        self._fields, self._unread = self._look()
         self._cache: tuple[Path, tuple[str, ...], dict[str, NDArray[Any]]] | None = None
 
     @property
@@ -116,7 +117,28 @@ class LeRobotDirectory:
             "tasks": sorted({task for e in self._episodes for task in e.tasks}),
             "names": named,
         }
-        return attrs | ({"notes": list(self._notes)} if self._notes else {})
+        return attrs
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """The features that are no columns of numbers, each with its type."""
+        return dict(self._unread)
+
+    @cached_property
+    def masks(self) -> dict[str, list[int]]:
+        """The splits that `meta/info.json` names, such as `{"train": "0:50"}`."""
+        numbers = {e.number: index for index, e in enumerate(self._episodes)}
+        found = {}
+        for name, text in dict(self._info.get("splits") or {}).items():
+            first, colon, stop = str(text).partition(":")
+            if colon and first.isdecimal() and stop.isdecimal():
+                said = range(int(first), int(stop))
+                found[str(name)] = [i for number, i in numbers.items() if number in said]
+        return found
+
+    def gaps(self, fields: Sequence[str]) -> list[Gap]:
+        """None: Parquet files say how many rows they hold, and gaps in a column are refused."""
+        return []
 
     @property
     def episode_attrs(self) -> list[dict[str, Any]]:
@@ -163,15 +185,15 @@ class LeRobotDirectory:
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _look(self) -> tuple[dict[str, FieldSpec], list[str]]:
+    def _look(self) -> tuple[dict[str, FieldSpec], dict[str, str]]:
         present = _column_names(self._episodes[0].file)
         fields: dict[str, FieldSpec] = {}
-        notes: list[str] = []
+        unread: dict[str, str] = {}
         for name, feature in self._info["features"].items():
             if name in (*_INDICES, "terminated", "truncated"):
                 continue
             if not _is_number(feature.get("dtype")):
-                notes.append(f"{name} is not read: {feature.get('dtype')}")
+                unread[name] = f"{feature.get('dtype')}: only columns of numbers are read"
             elif name not in present:
                 raise ValueError(
                     f"{self._episodes[0].file} lacks the column {name!r} of {_INFO}; it has "
@@ -181,7 +203,7 @@ class LeRobotDirectory:
                 shape = tuple(feature.get("shape") or ())
                 fields[name] = FieldSpec(() if shape == (1,) else shape, feature["dtype"])
         ends = {name: FieldSpec((), "bool") for name in ("terminated", "truncated")}
-        return fields | ends, notes
+        return fields | ends, unread
 
     def _table(self, file: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """The columns of a file as arrays; the last file is kept, since 3.0 packs episodes."""

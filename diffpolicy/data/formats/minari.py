@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from diffpolicy.data.fields import FieldSpec
+from diffpolicy.data.formats import Gap
+from diffpolicy.data.hdf5 import open_hdf5, read_rows, unwritten_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -47,7 +49,7 @@ class MinariFile:
     and `next_observation` (the last T), `action`, `reward`, `terminated`, `truncated`, and what is
     numeric in the infos as `info.<key>` (the first T where there are T + 1). Every leaf of a
     dictionary or tuple is a field of its own: `observation.achieved_goal`, `action.0`. Text and
-    JPEG-encoded images are not read; `attrs["notes"]` names them.
+    JPEG-encoded images are not read; `unread` names them.
 
     Args:
         source: `main_data.hdf5`, a directory that holds it (or `data/main_data.hdf5`), or an id.
@@ -59,23 +61,12 @@ class MinariFile:
     """
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
-        try:
-            import h5py
-        except ImportError as error:
-            raise ImportError(
-                'reading Minari datasets needs h5py: pip install "diffpolicy[hdf5]"'
-            ) from error
         self._path = locate(source)
-        try:
-            self._file = h5py.File(self._path, "r")
-        except OSError as error:
-            raise ValueError(
-                f"{self._path} is not a whole HDF5 file ({error}); download it again"
-            ) from error
+        self._file = open_hdf5(self._path, "reading Minari datasets")
         try:
             self._metadata = _metadata(self._path, self._file)
             self._episodes = _episode_names(self._path, self._file, self._metadata)
-            self._columns, self._fields, self._notes = self._look()
+            self._columns, self._fields, self._unread = self._look()
             self._episode_attrs = [self._attrs_of(name) for name in self._episodes]
         except BaseException:
             self._file.close()
@@ -112,7 +103,29 @@ class MinariFile:
         if None not in scores.values():
             episodes = known.get("num_episodes_average_score")
             attrs["reference_scores"] = scores | {"episodes": episodes, "source": "minari"}
-        return attrs | ({"notes": list(self._notes)} if self._notes else {})
+        return attrs
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """What of an episode is not made of numbers, with the reason."""
+        return dict(self._unread)
+
+    @property
+    def masks(self) -> Mapping[str, Sequence[int]]:
+        """None; Minari has no splits."""
+        return {}
+
+    def gaps(self, fields: Sequence[str]) -> list[Gap]:
+        """Chunks that were never written."""
+        places = sorted({self._columns[n].place for n in fields if n in self._columns})
+        return [
+            Gap(index, index, f"{name}/{place}: rows {rows} were never written, and read as zeros")
+            for index, name in enumerate(self._episodes)
+            for place in places
+            if (member := self._file.get(f"{name}/{place}")) is not None
+            for rows in [unwritten_rows(member)]
+            if rows
+        ]
 
     @property
     def episode_attrs(self) -> list[dict[str, Any]]:
@@ -159,22 +172,19 @@ class MinariFile:
 
     def _read(self, episode: str, place: str) -> NDArray[Any]:
         where = f"{self._path}: {episode}/{place}"
-        try:
-            values = self._file[episode][place][()]
-        except KeyError as error:
-            raise ValueError(
-                f"{where} is missing; the episode has {sorted(self._file[episode])}"
-            ) from error
-        except (OSError, AttributeError, TypeError) as error:
-            raise ValueError(f"{where} cannot be read ({error}); download it again") from error
-        return np.asarray(values)
+        found = self._file[episode].get(place)
+        if found is None:
+            raise ValueError(f"{where} is missing; the episode has {sorted(self._file[episode])}")
+        if not hasattr(found, "shape"):
+            raise ValueError(f"{where} is a group, not an array; download it again")
+        return read_rows(found, where)
 
-    def _look(self) -> tuple[dict[str, _Column], dict[str, FieldSpec], list[str]]:
+    def _look(self) -> tuple[dict[str, _Column], dict[str, FieldSpec], dict[str, str]]:
         """The fields of the first episode, and what of it is not read."""
         group = self._file[self._episodes[0]]
         columns: dict[str, _Column] = {}
         specs: dict[str, FieldSpec] = {}
-        notes: list[str] = []
+        unread: dict[str, str] = {}
         spaces = {k: _json_or_none(self._metadata.get(f"{k}_space")) for k in _SPACED}
         for base, place in (*_SPACED.items(), *_STEPS.items(), ("info", "infos")):
             if place not in group:
@@ -186,7 +196,7 @@ class MinariFile:
                 continue
             for name, inner, leaf, space in _leaves(group[place], base, place, spaces.get(base)):
                 if reason := _unreadable(leaf, space):
-                    notes.append(f"{name} is not read: {reason}")
+                    unread[name] = reason
                     continue
                 boolean = base in ("terminated", "truncated")
                 spec = FieldSpec(tuple(leaf.shape[1:]), "bool" if boolean else str(leaf.dtype))
@@ -195,7 +205,7 @@ class MinariFile:
                 if base == "observation":
                     columns[f"next_{name}"] = _Column(inner, "next_observation")
                     specs[f"next_{name}"] = spec
-        return columns, specs, notes
+        return columns, specs, unread
 
     def _attrs_of(self, name: str) -> dict[str, Any]:
         attrs = {str(k): _plain(v) for k, v in self._file[name].attrs.items()}
@@ -268,11 +278,11 @@ def default_fields(source: EpisodeSource) -> dict[str, str | list[str]]:
     yourself: `fields={"obs": ["observation.x"], "next_obs": next_fields(["observation.x"])}`.
     """
     chosen: dict[str, str | list[str]] = {}
-    unread = source.attrs.get("notes", [])
+    unread = source.unread
     for target, base in (("obs", "observation"), ("action", "action")):
         names = [n for n in source.fields if n == base or n.startswith(f"{base}.")]
         floats = all(np.dtype(source.fields[n].dtype).kind == "f" for n in names)
-        whole = not any(note.startswith((f"{base} ", f"{base}.")) for note in unread)
+        whole = not any(name == base or name.startswith(f"{base}.") for name in unread)
         if names and floats and whole:
             chosen[target] = names
     chosen |= {name: name for name in _STEPS}

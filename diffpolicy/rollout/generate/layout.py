@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffpolicy.data.hdf5 import import_h5py
 from diffpolicy.files import atomic_file
 
 Arrays = dict[str, NDArray[Any]]
@@ -18,21 +19,6 @@ Arrays = dict[str, NDArray[Any]]
 STEP_FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts")
 """What every file holds, one row a step."""
 NOT_COMPARABLE = "made by diffpolicy; scores are not comparable with D4RL's tables"
-
-
-def import_h5py() -> Any:
-    """The module h5py.
-
-    Raises:
-        ImportError: it is not installed; says how to install it.
-    """
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(
-            'D4RL files are HDF5, which needs h5py. Run: pip install "diffpolicy[hdf5]"'
-        ) from error
-    return h5py
 
 
 def check_steps(arrays: Mapping[str, NDArray[Any]], source: str) -> int:
@@ -80,7 +66,7 @@ def write_d4rl(
         ImportError: h5py is not installed.
         ValueError: a step field is missing or of another length.
     """
-    h5py = import_h5py()
+    h5py = import_h5py("writing D4RL files")
     target = Path(path)
     check_steps(arrays, target.name)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffpolicy.data.hdf5 import open_hdf5
 from diffpolicy.rollout.generate.layout import (
     NOT_COMPARABLE,
     STEP_FIELDS,
     Arrays,
     check_steps,
-    import_h5py,
     joined,
     write_d4rl,
 )
@@ -135,23 +135,23 @@ def _read_npz(path: Path) -> Arrays:
 
 
 def _read_hdf5(path: Path) -> tuple[Arrays, dict[str, Any]]:
-    h5py = import_h5py()
-    arrays: Arrays = {}
-
-    def take(name: str, item: Any) -> None:
-        rows = isinstance(item, h5py.Dataset) and item.shape[:1] == file["observations"].shape[:1]
-        if rows and not name.startswith("metadata/"):
-            arrays[name] = item[()]
-
-    with h5py.File(path, "r") as file:
+    file = open_hdf5(path, "reading D4RL files")
+    try:
         missing = [name for name in _NPZ_FIELDS if name not in file]
         if missing:
             raise ValueError(f"{path.name} lacks {', '.join(missing)}; it holds {sorted(file)}")
-        file.visititems(take)
+        rows = file["observations"].shape[:1]
+        arrays: Arrays = {
+            name: item[()]
+            for name, item in file.datasets()
+            if item.shape[:1] == rows and not name.startswith("metadata/")
+        }
         attrs = {name: _plain(value) for name, value in file.attrs.items()}
         short = [name for name in STEP_FIELDS if name in file and name not in arrays]
         if short:
             raise ValueError(f"{path.name}: {', '.join(short)} differ in rows from observations")
+    finally:
+        file.close()
     if "timeouts" not in arrays:
         raise ValueError(
             f"{path.name} has no timeouts, so its episodes have no known ends; read it with "

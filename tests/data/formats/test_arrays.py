@@ -48,15 +48,16 @@ def test_conversion(path, arrays, tmp_path):
     assert first == {"start": arrays["start"][0].tolist(), "solved": True, "who": "ann"}
     assert second["who"] == "bo"
     source = {"name": "demo.npz", "format": "arrays"}
-    assert store.attrs == {"rate": 0.25, "task": "door", "source": source}
+    unread = store.attrs["unread"]  # said, since nothing else would tell
+    assert sorted(unread) == ["image", "nothing", "table"]
+    assert store.attrs == {"rate": 0.25, "task": "door", "source": source, "unread": unread}
     assert check_store(tmp_path / "demo.zarr") == []
 
 
 def test_command(path, tmp_path, capsys):
     target = tmp_path / "out.zarr"
     assert (
-        run(["convert", str(path), str(target), 'obs=["observations","phase"]', "action=actions"])
-        == 0
+        run(["convert", str(path), str(target), "obs=[observations,phase]", "action=actions"]) == 0
     )
     assert "2 episodes, 7 steps" in capsys.readouterr().out
     assert EpisodeStore.open(target).fields["obs"].shape == (4,)

@@ -145,7 +145,7 @@ def check(root: Path, target: Path, version: str) -> None:
     assert (attrs["fps"], attrs["robot_type"], attrs["dataset"]) == (10, "2d", root.name)
     assert attrs["tasks"] == ["task 0", "task 1"]
     assert attrs["names"] == {"observation.state": {"motors": ["x", "y"]}}
-    assert attrs["notes"] == ["observation.image is not read: video"]
+    assert attrs["unread"] == {"observation.image": "video: only columns of numbers are read"}
     assert attrs["source"] == {"name": root.name, "format": "lerobot"}
     assert check_store(target, action_low=-1, action_high=1) == []
 

@@ -196,7 +196,7 @@ def test_tuples_indices_and_images(write, tmp_path):
     spaces = {"rgb": box(64, 64, 3, dtype="uint8"), "state": box(2), "mission": {"type": "Text"}}
     main = write({0: arrays}, "images-v0", {"type": "Dict", "subspaces": spaces})
     store = convert(main, tmp_path / "i.zarr", fields={"obs": ["observation.state"]})
-    assert [note.split(" ")[0] for note in store.attrs["notes"]] == [
+    assert list(store.attrs["unread"]) == [
         "observation.rgb",
         "observation.mission",
     ]

@@ -1,0 +1,209 @@
+"""HDF5 files, read so that nothing outside of them is reached: the one opener of every reader.
+
+An HDF5 file may point elsewhere: a link into another file, an array whose numbers lie in another
+file (external storage), an array put together of others (a virtual dataset). Whoever opens such a
+file copies what it points to, which may be any file of this machine. Here they are refused.
+
+Chunks that were never written read as zeros; `unwritten_rows` says which rows those are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+# Soft links may lead to soft links, and in a circle.
+_MOST_LINKS = 16
+
+
+def import_h5py(what: str) -> Any:
+    """The module h5py; ``what`` needs it, for the message.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(f'{what} needs h5py: pip install "diffpolicy[hdf5]"') from error
+    return h5py
+
+
+def open_hdf5(path: Path, what: str) -> Hdf5Group:
+    """Open a file for reading.
+
+    Args:
+        path: The file.
+        what: What is being done, for a message, such as `"reading D4RL files"`.
+
+    Returns:
+        Its root.
+
+    Raises:
+        ImportError: h5py is not installed.
+        FileNotFoundError: Nothing is there.
+        ValueError: It is no whole HDF5 file.
+    """
+    h5py = import_h5py(what)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        return Hdf5Group(h5py.File(path, "r"), path)
+    except OSError as error:
+        raise ValueError(
+            f"{path} is not a whole HDF5 file: {error}. A download that broke off leaves such a "
+            f"file ({path.stat().st_size} bytes): copy or download it again"
+        ) from error
+
+
+class Hdf5Group:
+    """A group of an open file: a mapping of names to groups and datasets, all of this file.
+
+    Args:
+        group: h5py's group.
+        path: The file.
+    """
+
+    def __init__(self, group: Any, path: Path) -> None:
+        self._group = group
+        self._path = path
+
+    @property
+    def name(self) -> str:
+        """The way from the root."""
+        return str(self._group.name)
+
+    @property
+    def attrs(self) -> Any:
+        """The attributes."""
+        return self._group.attrs
+
+    def keys(self) -> list[str]:
+        """Names of the members."""
+        return list(self._group)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+    def __contains__(self, name: str) -> bool:
+        return self.get(name) is not None
+
+    def __getitem__(self, name: str) -> Any:
+        found = self.get(name)
+        if found is None:
+            raise KeyError(f"{self._path}: {self.name} has no {name!r}; it has {self.keys()[:20]}")
+        return found
+
+    def get(self, name: str) -> Any:
+        """A member, by a path of names below this group; None if there is none.
+
+        Raises:
+            ValueError: It lies in another file, or in several.
+        """
+        found = self._follow(self._group, name, 0)
+        if found is None:
+            return None
+        if hasattr(found, "keys"):
+            return Hdf5Group(found, self._path)
+        _check_storage(found, self._path)
+        return found
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Names and members; a link that leads nowhere is passed over."""
+        for name in self.keys():
+            if (member := self.get(name)) is not None:
+                yield name, member
+
+    def datasets(self, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+        """Every dataset below, with its path."""
+        if depth > _MOST_LINKS:
+            raise ValueError(f"{self._path}: {self.name} is nested more than {_MOST_LINKS} deep")
+        for name, member in self.items():
+            if isinstance(member, Hdf5Group):
+                yield from member.datasets(f"{prefix}{name}/", depth + 1)
+            else:
+                yield prefix + name, member
+
+    def close(self) -> None:
+        """Close the file."""
+        self._group.file.close()
+
+    def _follow(self, group: Any, name: str, links: int) -> Any:
+        h5py = import_h5py("reading HDF5")
+        node = group.file["/"] if name.startswith("/") else group
+        for part in (p for p in name.split("/") if p and p != "."):
+            link = node.get(part, getlink=True) if hasattr(node, "keys") else None
+            if link is None:
+                return None
+            if isinstance(link, h5py.SoftLink):
+                if links >= _MOST_LINKS:
+                    raise ValueError(f"{self._path}: the link {name!r} leads in a circle")
+                node = self._follow(node, link.path, links + 1)
+            elif isinstance(link, h5py.HardLink):
+                node = node[part]
+            else:
+                _refuse(
+                    self._path, f"{node.name.rstrip('/')}/{part}", getattr(link, "filename", "?")
+                )
+        return node
+
+
+def read_rows(dataset: Any, where: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+    """Rows `start..stop-1` (default all) of a dataset.
+
+    Raises:
+        ValueError: The file is damaged there; ``where`` names the array in the message.
+    """
+    try:
+        return np.asarray(dataset[start:stop] if dataset.ndim else dataset[()])
+    except OSError as error:
+        raise ValueError(
+            f"{where} cannot be read ({error}): the file is damaged; copy or download it again"
+        ) from error
+
+
+def unwritten_rows(dataset: Any) -> list[tuple[int, int]]:
+    """The ranges of rows (first, one past the last) that were never written and read as zeros."""
+    if not dataset.ndim or not dataset.size:
+        return []
+    if dataset.chunks is None:
+        stored = dataset.id.get_storage_size() > 0 or dataset.is_virtual
+        return [] if stored else [(0, len(dataset))]
+    expected = int(
+        np.prod([-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)])
+    )
+    count = dataset.id.get_num_chunks()
+    if count == expected:
+        return []
+    rows = -(-dataset.shape[0] // dataset.chunks[0])
+    offsets = [dataset.id.get_chunk_info(i).chunk_offset[0] for i in range(count)]
+    written = np.bincount(np.array(offsets, int) // dataset.chunks[0], minlength=rows)
+    lost = np.flatnonzero(written < expected // rows) * dataset.chunks[0]
+    return [(int(a), min(int(a) + dataset.chunks[0], len(dataset))) for a in lost]
+
+
+def _check_storage(dataset: Any, path: Path) -> None:
+    if dataset.external:
+        _refuse(path, dataset.name, dataset.external[0][0])
+    if dataset.is_virtual:
+        for source in dataset.virtual_sources():
+            if source.file_name != ".":
+                _refuse(path, dataset.name, source.file_name)
+
+
+def _refuse(path: Path, name: str, elsewhere: str) -> None:
+    raise ValueError(
+        f"{path}: {name} lies in another file, {elsewhere!r}, which is not read: a file of data "
+        "must not reach for other files of this machine. If it is yours, write one whole file: "
+        "with h5py.File(old) as a, h5py.File(new, 'w') as b: b[name] = a[name][()]"
+    )

@@ -1,0 +1,178 @@
+"""A reader of pickled arrays that runs nothing of the pickle: ``pickled_array.py SOURCE TARGET``.
+
+A pickle is a program. `read_pickled_array` has it read in a process of its own, isolated and with
+little memory, by an unpickler that knows numbers, texts, lists and numpy's arrays of numbers, and
+refuses every other name; what comes back is a plain npy file. As a script this module needs numpy
+alone and imports nothing of this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+MOST_BYTES = 1 << 26  # of a file; published labels are a few kilobytes
+_TIMEOUT = 60.0
+_MEMORY = 1 << 30
+_NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
+
+
+class RefusedError(Exception):
+    """The file is not an array of numbers."""
+
+
+class _Type:
+    """A dtype as the pickle describes it."""
+
+    def __init__(self, name: Any, *_options: Any) -> None:
+        self.name = str(name)
+        self.swapped = False
+
+    def __setstate__(self, state: Any) -> None:
+        self.swapped = state[1] == (">" if sys.byteorder == "little" else "<")
+
+    def dtype(self) -> np.dtype[Any]:
+        if self.name.lstrip("<>=|")[:1] not in ("f", "i", "u", "b", "?"):
+            raise RefusedError(f"it holds {self.name!r:.40}, not numbers")
+        found = np.dtype(self.name)
+        return found.newbyteorder("S") if self.swapped else found
+
+
+class _Array:
+    """An array as the pickle describes it."""
+
+    state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def array(self) -> npt.NDArray[Any]:
+        _, shape, kind, fortran, data = self.state
+        if not isinstance(kind, _Type) or not isinstance(data, bytes):
+            raise RefusedError("it holds Python objects, not numbers")
+        flat: npt.NDArray[Any] = np.frombuffer(data, kind.dtype())
+        sizes = tuple(int(n) for n in shape)
+        return flat.reshape(sizes[::-1]).T if fortran else flat.reshape(sizes)
+
+
+def _reconstruct(*_arguments: Any) -> _Array:
+    return _Array()
+
+
+def _frombuffer(data: Any, kind: Any, shape: Any, order: Any, *_options: Any) -> _Array:
+    made = _Array()
+    made.state = (1, shape, kind, order == "F", bytes(data))
+    return made
+
+
+def _scalar(kind: Any, data: Any) -> Any:
+    return np.frombuffer(data, kind.dtype())[0]
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    if encoding != "latin1" or not isinstance(text, str):
+        raise RefusedError("bytes in an unknown encoding")
+    return text.encode("latin1")
+
+
+class _Reader(pickle.Unpickler):
+    """An unpickler that resolves the names of numpy's arrays and no other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {
+            ("numpy", "ndarray"): "ndarray",
+            ("numpy", "dtype"): _Type,
+            ("_codecs", "encode"): _encode,
+            **{(place, "_reconstruct"): _reconstruct for place in _NUMPY},
+            **{(place, "scalar"): _scalar for place in _NUMPY},
+            ("numpy.core.numeric", "_frombuffer"): _frombuffer,
+            ("numpy._core.numeric", "_frombuffer"): _frombuffer,
+        }
+        if (module, name) not in known:
+            raise RefusedError(f"it names {f'{module}.{name}'!r:.80}, which is no part of an array")
+        return known[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise RefusedError("it refers to something outside of it")
+
+
+def numbers(data: bytes) -> npt.NDArray[Any]:
+    """The array that a pickle holds: numpy's, or a list of numbers.
+
+    Raises:
+        RefusedError: It holds anything else.
+    """
+    value = _Reader(io.BytesIO(data)).load()
+    array = value.array() if isinstance(value, _Array) else np.array(value)
+    if array.dtype.kind not in "fiub":
+        raise RefusedError(f"it holds {type(value).__name__}, not an array of numbers")
+    return array
+
+
+def read_pickled_array(path: Path) -> npt.NDArray[Any]:
+    """Read an array of numbers from a pickle, in a process of its own; nothing of it is run.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The array.
+
+    Raises:
+        FileNotFoundError: No file.
+        ValueError: It holds something else, or is too large.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, too many for a list of labels")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "array.npy"
+        command = [sys.executable, "-I", str(Path(__file__)), str(path), str(target)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"reading {path} took over {_TIMEOUT:.0f} s; given up") from None
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise ValueError(f"{path} is no pickled array of numbers: {lines[-1]}")
+        array: npt.NDArray[Any] = np.load(target, allow_pickle=False)
+        return array
+
+
+def _limit() -> None:
+    """Bound the memory and the files of this process."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MOST_BYTES, 2 * MOST_BYTES))
+
+
+def main() -> NoReturn:
+    """Run as a script; a refusal is one line on standard error and status 1."""
+    _limit()
+    try:
+        np.save(sys.argv[2], numbers(Path(sys.argv[1]).read_bytes()), allow_pickle=False)
+    except RefusedError as error:
+        sys.exit(str(error))
+    except MemoryError:
+        sys.exit("it needs more memory than a list of labels can")
+    except Exception as error:  # whatever a damaged or hostile pickle provokes
+        sys.exit(f"damaged ({type(error).__name__}: {error})")
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
