@@ -26,6 +26,8 @@ class Loop(Protocol):
 
     nfe: int
     draws: int
+    horizon: int
+    action_dim: int
 
     def __call__(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
         """Normalised plans ``[n, H, A]``."""

@@ -265,10 +265,7 @@ def compile_planner(
             "export this policy (`diffpolicy export`), or rank by 'denoising' or 'prior'"
         )
     # The plans of one row that compete are solved in one batch.
-    many = 1 if truncated is None else len(truncated.sources) - ("anchors" in truncated.sources)
-    if truncated is not None and "anchors" in truncated.sources:
-        assert planner.anchors is not None
-        many += planner.anchors.count
+    many = 1 if truncated is None else planner._candidates(deterministic=False).guess_count
     if planner.spec.value_scale > 0:
         raise ValueError(
             "guidance by a value differentiates its network at every step, which compiled loops "

@@ -88,7 +88,7 @@ class Ranked(Sampled):
         has_previous = (torch.ones_like if warm else torch.zeros_like)(
             history[:, 0, 0], dtype=torch.bool
         )
-        return (self.candidates.propose(history, previous, has_previous, noise).best(),)
+        return (self.candidates.propose(history, previous, has_previous, noise).chosen(),)
 
 
 class Rolled(nn.Module):

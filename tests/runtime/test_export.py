@@ -145,11 +145,12 @@ def test_an_episode_is_the_policys_own(network, settings, tmp_path):
     "truncated",
     [
         Truncated(t_start=0.4, num_steps=2, rank="prior"),
+        Truncated(t_start=0.4, num_steps=2, rank="prior", choose="draw"),
         Truncated(t_start=0.4, num_steps=1, sources=("anchors", "previous", "draft")),
         Truncated(t_start=0.4, num_steps=1, rank="denoising", continuity=0.5),
         Truncated(t_start=0.4, num_steps=1, rank="confidence"),
     ],
-    ids=["prior", "all sources", "continuity", "confidence"],
+    ids=["prior", "drawn", "all sources", "continuity", "confidence"],
 )
 def test_truncated_policies(truncated, tmp_path):
     generator = torch.Generator().manual_seed(0)
