@@ -360,11 +360,8 @@ class DiffusionPlanner(ChunkedPolicy):
         normalised = normalised[..., -self.action_dim :]
         for gripper in self.spec.grippers:
             normalised = gripper.snap(normalised)
-        actions = (
-            self.normalizer.unnormalize("action", torch.from_numpy(normalised).to(self.device))
-            .cpu()
-            .numpy()
-        )
+        # On the host, where executed actions are: the normaliser keeps copies there.
+        actions: Array = self.normalizer.unnormalize("action", normalised)
         return (
             actions
             if self._low is None and self._high is None

@@ -52,7 +52,7 @@ def gumbel_noise(noise: Tensor, count: int) -> Tensor:
     Half the sum of two squares is an exponential variable, and minus its logarithm a Gumbel one:
     plain arithmetic, which also goes into an exported file.
     """
-    pairs = noise[:, : 2 * count].unflatten(1, (count, 2))
+    pairs = noise[:, : 2 * count].reshape(-1, count, 2)
     exponential = 0.5 * pairs.square().sum(2)
     return -exponential.clamp_min(torch.finfo(noise.dtype).tiny).log()
 

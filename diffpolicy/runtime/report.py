@@ -254,7 +254,7 @@ class Meter:
     def report(self, **settings: Any) -> ExecutorReport:
         """Everything so far, under the ``settings`` of the loop."""
         names = [f.name for f in fields(ExecutorReport) if f.type == "int"]
-        numbers = {name: self.counts[name] for name in names if name not in settings}
+        numbers: dict[str, Any] = {n: self.counts[n] for n in names if n not in settings}
         return ExecutorReport(
             **settings,
             **numbers,
