@@ -251,9 +251,7 @@ def main() -> int:
     """Run the checks."""
     dry = sys.argv[1:] == ["cpu"]
     if not dry and not torch.cuda.is_available():
-        print(
-            f"skipped: torch {torch.__version__} sees no GPU; `cpu` dry-runs the checks"
-        )
+        print(f"skipped: torch {torch.__version__} sees no GPU; `cpu` dry-runs the checks")
         return 0
     device = torch.device("cpu" if dry else "cuda")
     print(f"torch {torch.__version__}, {'CPU' if dry else torch.cuda.get_device_name()}")
