@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "rank": "denoising",
     "rank_t": 0.3,
     "continuity": 0.0,
+    "choose": "best",
     "seed": 0,
     "threads": None,
 }
@@ -48,6 +49,7 @@ policy and anchors.json.
     rank=denoising        how they are ranked: denoising or prior
     rank_t=0.3            level of the evaluation that ranks
     continuity=0          how much the last plan is preferred
+    choose=best           execute the best, or with rank=prior draw one by its probability: draw
     seed=0                of the clustering
     threads=null          torch threads
 
@@ -65,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
     began = time.perf_counter()
     output = new_directory(options["output"])
     pick_device("cpu", options["threads"])
-    settings = ("t_start", "num_steps", "sources", "rank", "rank_t", "continuity")
+    settings = ("t_start", "num_steps", "sources", "rank", "rank_t", "continuity", "choose")
     choose = options["t_start"] == "chosen"
     given = {name: options[name] for name in settings}
     truncated = Truncated.from_config({**given, "t_start": None} if choose else given)

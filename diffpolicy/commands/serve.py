@@ -20,7 +20,8 @@ DEFAULTS: dict[str, Any] = {
     "max_clients": 16,
     "max_batch": 64,
     "batch_window_ms": 1.0,
-    "idle_timeout_s": None,
+    "idle_timeout_s": 600,
+    "reclaim_after_s": 30,
     "deterministic": False,
     "solver": None,
     "num_steps": None,
@@ -28,6 +29,9 @@ DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "threads": None,
 }
+
+
+_LIMITS = ("max_clients", "max_batch", "idle_timeout_s", "reclaim_after_s")
 
 
 def help_text() -> str:
@@ -45,7 +49,9 @@ by one call of the policy. Prints one line with the address when clients can con
     max_clients=16       most clients at a time; further ones are refused
     max_batch=64         most clients in one call of the policy
     batch_window_ms=1    how long a request waits for others; 0 never waits
-    idle_timeout_s=null  hang up on a client that asked nothing for so many seconds
+    idle_timeout_s=600   hang up on a client that asked nothing for so many seconds; null waits
+    reclaim_after_s=30   when all places are taken, a new client gets that of one that asked nothing
+                         for so many seconds; null refuses it
     deterministic=false  fixed noise: the same observations give the same actions
     solver= num_steps=   replace the checkpoint's sampler
     n_action_steps=      replace the actions executed per plan
@@ -79,7 +85,7 @@ def run(arguments: Sequence[str]) -> int:
     from diffpolicy.runtime.serve_config import Limits, ServeConfig
 
     # Before the policy is loaded: a wrong address should be refused at once.
-    limits = {n: options[n] for n in ("max_clients", "max_batch", "idle_timeout_s")}
+    limits = {n: options[n] for n in _LIMITS}
     config = ServeConfig(
         host=str(options["host"]),
         port=options["port"],

@@ -203,9 +203,9 @@ class Denoiser(BaseDenoiser):
         scaled = bool((host[2] != 1).any())  # most processes leave the network's input alone
         constants = host.to(like.device, like.dtype, non_blocking=True)
         c_x, c_out, c_in, time = constants.unbind(0)
-        embedded = network.embed_time(time.flatten(0, 1)).chunk(len(t))
-        columns = (c_x.unbind(0), c_out.unbind(0), c_in.unbind(0), time.unbind(0), embedded)
-        return _NetworkOnGrid(self, list(zip(*columns, strict=True)), scaled=scaled)
+        embedded = network.embed_time(time.flatten(0, 1))
+        embedded = embedded.view(*t.shape[:2], *embedded.shape[1:])
+        return _NetworkOnGrid(self, (c_x, c_out, c_in, time, embedded), scaled=scaled)
 
     def check_t(self, t: Tensor) -> None:
         kind = t_kind(t)
@@ -223,9 +223,10 @@ class _NetworkOnGrid:
     MAX_ROWS = 8192  # modulations kept at a time: levels times batch
 
     def __init__(
-        self, denoiser: Denoiser, rows: Sequence[tuple[Tensor, ...]], *, scaled: bool
+        self, denoiser: Denoiser, columns: tuple[Tensor, ...], *, scaled: bool
     ) -> None:
-        self._denoiser, self._network, self._rows = denoiser, denoiser.network, rows
+        self._denoiser, self._network, self._columns = denoiser, denoiser.network, columns
+        self._rows = list(zip(*(column.unbind(0) for column in columns), strict=True))
         self._scaled, self._run = scaled, denoiser._run
 
     def modulations(self, x: Tensor, cond: Tensor | None) -> Sequence[Tensor] | None:
@@ -233,13 +234,17 @@ class _NetworkOnGrid:
         modulate = getattr(self._network, "modulate", None)
         if modulate is None or len(x) * len(self._rows) > self.MAX_ROWS:
             return None
-        film: Tensor = modulate(torch.stack([row[-1] for row in self._rows]), cond)
+        film: Tensor = modulate(self._columns[-1], cond)
         return film.unbind(0)
 
     def __call__(
-        self, row: int, x: Tensor, cond: Tensor | None, film: Tensor | None = None
+        self, row: int | Tensor, x: Tensor, cond: Tensor | None, film: Tensor | None = None
     ) -> Denoised:
-        c_x, c_out, c_in, time, time_emb = self._rows[row]
+        if isinstance(row, Tensor):  # in a graph whose step is repeated
+            constants: Sequence[Tensor] = [column[row] for column in self._columns]
+        else:
+            constants = self._rows[row]
+        c_x, c_out, c_in, time, time_emb = constants
         given = {"time_emb": time_emb} if film is None else {"film": film}
         output = self._run(c_in * x if self._scaled else x, time, cond, **given)
         return self._denoiser._finish(x, c_x, c_out, output)

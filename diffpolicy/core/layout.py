@@ -159,7 +159,8 @@ class Layout:
                     f"goal_values must be [{len(history)}, {len(self.goal)}], got "
                     f"{list(goal_values.shape)}"
                 )
-            values[:, -1, [i for i, _ in self.goal]] = goal_values
+            for column, (i, _) in enumerate(self.goal):  # a list as index is copied to the device
+                values[:, -1, i] = goal_values[:, column]
         return values
 
     def observations(self, x: Tensor) -> Tensor:

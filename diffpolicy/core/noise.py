@@ -242,7 +242,7 @@ class DiscreteVP(GaussianProcess):
         )
 
     def _log_alpha(self, t: Tensor) -> Tensor:
-        table = self._log_alphas.to(t.device, t.dtype)
+        table = self._log_alphas.to(t.device, t.dtype, non_blocking=True)
         position = t * len(self.betas)
         low = position.floor().clamp(0, len(self.betas) - 1).long()
         return torch.lerp(table[low], table[low + 1], position - low)
@@ -255,7 +255,7 @@ class DiscreteVP(GaussianProcess):
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         target = -0.5 * torch.nn.functional.softplus(-log_snr)
-        table = self._log_alphas.to(log_snr.device, log_snr.dtype)
+        table = self._log_alphas.to(log_snr.device, log_snr.dtype, non_blocking=True)
         low = (torch.searchsorted(-table, -target.contiguous()) - 1).clamp(0, len(self.betas) - 1)
         return (low + (target - table[low]) / (table[low + 1] - table[low])) / len(self.betas)
 

@@ -61,7 +61,7 @@ class Ramp:
         SDP's code has index ``floor(N (c + 1) / h) - 1 - j`` of N, where ``j / N`` is
         ``(1 - phase) / h``.
         """
-        index = self.index().to(phase.device, phase.dtype).view(-1, 1)
+        index = self.index().to(phase.device, phase.dtype, non_blocking=True).view(-1, 1)
         return ((index + phase) / self.chunks).clamp(max=1)
 
     def grid(self, num_steps: int) -> Tensor:

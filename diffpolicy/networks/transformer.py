@@ -26,8 +26,8 @@ class TransformerBlock(nn.Module):
     def forward(self, h: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """Apply the block to h [B, H, W]; six modulations, each [B or 1, 1 or H, W]."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        h = torch.addcmul(h, gate_a, self._attend(_modulate(h, shift_a, scale_a)))
-        hidden = F.gelu(self.expand(_modulate(h, shift_m, scale_m)), approximate="tanh")
+        h = torch.addcmul(h, gate_a, self._attend(_modulate(h, shift_a, scale_a, self.width)))
+        hidden = F.gelu(self.expand(_modulate(h, shift_m, scale_m, self.width)), approximate="tanh")
         return torch.addcmul(h, gate_m, self.contract(hidden))
 
     def _attend(self, h: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Transformer(Network):
         h = self._inward(x) + self.positions
         for i, block in enumerate(self.blocks):
             h = block(h, parts[6 * i : 6 * i + 6])
-        out: Tensor = self.outward(_modulate(h, parts[-2], parts[-1]))
+        out: Tensor = self.outward(_modulate(h, parts[-2], parts[-1], self.width))
         return out
 
     def _inward(self, x: Tensor) -> Tensor:
@@ -136,5 +136,6 @@ class Transformer(Network):
         }
 
 
-def _modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:]), 1 + scale)
+def _modulate(h: Tensor, shift: Tensor, scale: Tensor, width: int) -> Tensor:
+    # The width is told, not read from h: in the loop of an exported graph shapes are not constant.
+    return torch.addcmul(shift, F.layer_norm(h, (width,)), 1 + scale)

@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from diffpolicy.core.solvers import make_solver
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import settings_from
 from diffpolicy.policies.loop import Loop, PlanLoop
-from diffpolicy.policies.truncated import ScoredPlans
+from diffpolicy.policies.truncated import ScoredPlans, gumbel_noise
 
 SOURCES = ("anchors", "previous", "draft", "autoregressive")
 RANKS = ("confidence", "denoising", "prior")
+CHOICES = ("best", "draw")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Truncated:
         rank_t: level of that evaluation.
         continuity: weight of the mean squared distance to the shifted last plan, subtracted from
             the score: how much a new mode must be better to be taken.
+        choose: ``"best"`` executes the plan with the highest score, so that of several modes a
+            state's best is executed always; ``"draw"`` draws one in proportion to its probability
+            (``"prior"``: the anchors' in this state; ``"confidence"``: the calibrated one), a pure
+            function of the row's seed and counter. ``deterministic=True`` takes the best anyway.
 
     Raises:
         ValueError: settings out of range, or sources that ``rank`` cannot compare.
@@ -59,6 +65,7 @@ class Truncated:
     rank: str = "denoising"
     rank_t: float = 0.3
     continuity: float = 0.0
+    choose: str = "best"
 
     def __post_init__(self) -> None:
         for name, value in (("t_start", self.t_start), ("rank_t", self.rank_t)):
@@ -73,8 +80,20 @@ class Truncated:
             raise ValueError(f"sources must be some of {SOURCES}, got {self.sources}")
         if self.sources == ("previous",):
             raise ValueError("the last plan alone cannot begin an episode: use rti, or add anchors")
+        self._check_rank()
+        if make_solver(self.solver, **self.options).stochastic:
+            raise ValueError(f"truncated plans take a deterministic solver, not {self.solver!r}")
+
+    def _check_rank(self) -> None:
         if self.rank not in RANKS:
             raise ValueError(f"unknown rank {self.rank!r}; expected one of {RANKS}")
+        if self.choose not in CHOICES:
+            raise ValueError(f"unknown choose {self.choose!r}; expected one of {CHOICES}")
+        if self.choose == "draw" and self.rank == "denoising":
+            raise ValueError(
+                "choose 'draw' needs probabilities, which rank 'denoising' does not give; set rank "
+                "'prior', or 'confidence' with a network of type 'anchored'"
+            )
         if self.rank == "prior" and self.sources != ("anchors",):
             raise ValueError("rank 'prior' knows anchors only; use 'denoising' for other sources")
         if self.rank == "confidence" and "draft" in self.sources:
@@ -82,8 +101,6 @@ class Truncated:
                 "a draft is made at t = 1, where a network of type 'anchored' is not trained; "
                 "leave it out of sources with rank 'confidence'"
             )
-        if make_solver(self.solver, **self.options).stochastic:
-            raise ValueError(f"truncated plans take a deterministic solver, not {self.solver!r}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Truncated:
@@ -118,6 +135,7 @@ class Candidates:
         loops: by kind, as ``settings.loops`` names them.
         write: from raw observations ``[n, To, O]`` to plans ``[n, H, D]``, for the source
             ``"autoregressive"``.
+        deterministic: take the best, whatever the settings' ``choose`` is.
     """
 
     settings: Truncated
@@ -125,6 +143,7 @@ class Candidates:
     normalizer: Normalizer
     loops: Mapping[str, Loop]
     write: Callable[[Tensor], Tensor] | None = None
+    deterministic: bool = False
 
     @property
     def anchor_count(self) -> int:
@@ -133,11 +152,24 @@ class Candidates:
         return self.anchors.count if use and self.anchors is not None else 0
 
     @property
+    def guess_count(self) -> int:
+        """Plans that compete per row."""
+        others = set(self.settings.sources) - {"anchors"}
+        return self.anchor_count + len(others)
+
+    @property
     def draws(self) -> int:
-        """Slices of noise per row: one per guess, one for the draft, one to rank."""
-        sources = self.settings.sources
-        guesses = self.anchor_count + ("previous" in sources) + 2 * ("draft" in sources)
-        return guesses + ("autoregressive" in sources) + self.settings.ranks
+        """Slices of noise per row: one per guess, for the draft, to rank, and to draw one."""
+        made = self.guess_count + ("draft" in self.settings.sources) + self.settings.ranks
+        return made + self._choice_slices
+
+    @property
+    def _choice_slices(self) -> int:
+        """Slices of noise, the last ones, with two numbers for every guess."""
+        if self.settings.choose == "best" or self.deterministic:
+            return 0
+        loop = self.loops["guesses"]
+        return -(-2 * self.guess_count // (loop.horizon * loop.action_dim))
 
     @property
     def nfe(self) -> int:
@@ -168,6 +200,8 @@ class Candidates:
             assert isinstance(loop, PlanLoop)
             solved, logit = loop.with_confidence(repeated, guess.flatten(0, 1), slices)
             scores = logit.view(count, many)
+            if self._choice_slices:  # the sigmoid of a logit is the anchor's probability
+                scores = logsigmoid(scores)
         else:
             solved = loop(repeated, guess.flatten(0, 1), slices)
             scores = log_prob
@@ -183,7 +217,10 @@ class Candidates:
             scores = scores.clone()
             column = scores[:, self.anchor_count]
             scores[:, self.anchor_count] = column.masked_fill(~has_previous, -torch.inf)
-        return ScoredPlans(plans, scores, self.nfe)
+        if not self._choice_slices:
+            return ScoredPlans(plans, scores, self.nfe)
+        drawn = noise[-self._choice_slices :].transpose(0, 1).flatten(1)
+        return ScoredPlans(plans, scores, self.nfe, gumbel_noise(drawn, many))
 
     def _guesses(self, history: Tensor, previous: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         parts, log_prob = [], history.new_zeros(len(history), 0)

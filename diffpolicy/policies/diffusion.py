@@ -242,7 +242,7 @@ class DiffusionPlanner(ChunkedPolicy):
     def _make_plans(self, state: PolicyState, deterministic: bool) -> tuple[Array, Array]:
         if self.spec.truncated is not None:
             found = self.propose(state, deterministic=deterministic)
-            return found.best().cpu().numpy(), np.full(len(state), found.nfe)
+            return found.chosen().cpu().numpy(), np.full(len(state), found.nfe)
         warm = self.starts_warm(state)
         if warm.all() or not warm.any():
             loop = self._loops["warm" if warm.all() else "cold", deterministic]
@@ -327,7 +327,8 @@ class DiffusionPlanner(ChunkedPolicy):
         assert self.spec.truncated is not None
         loops = {kind: self._loops[kind, deterministic] for kind in self.kinds}
         write = self._written if "draft" in self.heads else None
-        return Candidates(self.spec.truncated, self.anchors, self.normalizer, loops, write)
+        settings = self.spec.truncated, self.anchors, self.normalizer
+        return Candidates(*settings, loops, write, deterministic)
 
     def _solve(self, loop: Loop, state: PolicyState, deterministic: bool) -> Array:
         noise = self.draw_noise(state, loop.draws, deterministic)
@@ -365,11 +366,8 @@ class DiffusionPlanner(ChunkedPolicy):
         normalised = normalised[..., -self.action_dim :]
         for gripper in self.spec.grippers:
             normalised = gripper.snap(normalised)
-        actions = (
-            self.normalizer.unnormalize("action", torch.from_numpy(normalised).to(self.device))
-            .cpu()
-            .numpy()
-        )
+        # On the host, where executed actions are: the normaliser keeps copies there.
+        actions: Array = self.normalizer.unnormalize("action", normalised)
         return (
             actions
             if self._low is None and self._high is None

@@ -26,6 +26,8 @@ class Loop(Protocol):
 
     nfe: int
     draws: int
+    horizon: int
+    action_dim: int
 
     def __call__(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
         """Normalised plans ``[n, H, A]``."""
@@ -39,7 +41,12 @@ class Condition(nn.Module):
 
     Args:
         normalizer: the policy's, with a field ``obs``.
+
+    Attributes:
+        pinned: it also tells what is known of the plan, as a ``PinCond``.
     """
+
+    pinned = False
 
     def __init__(self, normalizer: Normalizer) -> None:
         super().__init__()
@@ -66,6 +73,7 @@ class PinnedCondition(Condition):
 
     known: Tensor
     wanted: Tensor | None
+    pinned = True
 
     def __init__(self, normalizer: Normalizer, layout: Layout, returns: Sequence[float]) -> None:
         super().__init__(normalizer)
@@ -93,7 +101,8 @@ class PinnedCondition(Condition):
         for target, source in self.layout.goal:
             moved[:, target] = obs[:, source]
         normal = self.normalizer.normalize("obs", moved)
-        return normal[:, [target for target, _ in self.layout.goal]]
+        # One by one: a list as index would be copied to the device, which no CUDA graph records.
+        return torch.stack([normal[:, target] for target, _ in self.layout.goal], 1)
 
 
 class PlanLoop(nn.Module):

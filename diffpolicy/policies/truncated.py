@@ -21,16 +21,40 @@ class ScoredPlans(NamedTuple):
         plans: ``[n, M, H, A]`` normalised.
         scores: ``[n, M]``; the higher the better, comparable within a row only.
         nfe: network evaluations, each of all ``n * M`` plans.
+        gumbel: ``[n, M]`` draws of the Gumbel law, where one plan is drawn with probability
+            proportional to ``exp(score)``; ``None`` where the best is taken.
     """
 
     plans: Tensor
     scores: Tensor
     nfe: int
+    gumbel: Tensor | None = None
 
     def best(self) -> Tensor:
         """The plan with the highest score, ``[n, H, A]``."""
+        return self._at(self.scores)
+
+    def chosen(self) -> Tensor:
+        """The plan that is executed, ``[n, H, A]``: the best, or the one that was drawn.
+
+        The argmax of scores plus Gumbel noise is a draw from their softmax.
+        """
+        return self._at(self.scores if self.gumbel is None else self.scores + self.gumbel)
+
+    def _at(self, keys: Tensor) -> Tensor:
         rows = torch.arange(len(self.plans), device=self.plans.device)
-        return self.plans[rows, self.scores.argmax(1)]
+        return self.plans[rows, keys.argmax(1)]
+
+
+def gumbel_noise(noise: Tensor, count: int) -> Tensor:
+    """``count`` Gumbel draws ``[n, count]`` made of standard normal ones ``[n, 2 count or more]``.
+
+    Half the sum of two squares is an exponential variable, and minus its logarithm a Gumbel one:
+    plain arithmetic, which also goes into an exported file.
+    """
+    pairs = noise[:, : 2 * count].reshape(-1, count, 2)
+    exponential = 0.5 * pairs.square().sum(2)
+    return -exponential.clamp_min(torch.finfo(noise.dtype).tiny).log()
 
 
 def solve_guesses(

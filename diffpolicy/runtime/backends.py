@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.runtime.exported import cpu_session
+from diffpolicy.runtime.rolled import rolled
 
 Run = Callable[..., Tensor]  # of the example's tensors, in their order
 Builder = Callable[[nn.Module, Sequence[Tensor], int], Run]
@@ -108,7 +109,7 @@ def onnxruntime(module: nn.Module, example: Sequence[Tensor], threads: int) -> R
     """The whole loop as one ONNX graph on ONNX Runtime's CPU provider."""
     _on_cpu("onnxruntime", example)
     names = [f"input_{i}" for i in range(len(example))]
-    session = cpu_session(to_onnx(module, example, names, ["plan"]), threads)
+    session = cpu_session(_graph(module, example, names), threads)
     wanted = {entry.name for entry in session.get_inputs()}
 
     def run(*inputs: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def openvino(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
     _on_cpu("openvino", example)
     core = _openvino_core()
     names = [f"input_{i}" for i in range(len(example))]
-    model = core.read_model(to_onnx(module, example, names, ["plan"]))
+    model = core.read_model(_graph(module, example, names))
     options = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
@@ -140,6 +141,17 @@ def openvino(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
         return torch.from_numpy(result[0].copy())  # the next call overwrites the shared output
 
     return run
+
+
+def _graph(module: nn.Module, example: Sequence[Tensor], names: Sequence[str]) -> bytes:
+    """The ONNX graph of a loop: its step once where that pays and the network allows it."""
+    form = rolled(module, example)
+    try:
+        return to_onnx(form, example, names, ["plan"])
+    except RuntimeError:  # of the exporter: within a loop it wants constants of some operators
+        if form is module:
+            raise
+        return to_onnx(module, example, names, ["plan"])
 
 
 BUILDERS: Mapping[str, Builder] = {
@@ -180,6 +192,9 @@ def to_onnx(
         # Shape checks are Python branches on constants, which the tracer reports one by one, and
         # the exporter announces its successor.
         warnings.simplefilter("ignore")
+        if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+            trace: Any = torch.jit.trace  # which keeps the loops of such parts
+            module = trace(module, tuple(example), check_trace=False)
         torch.onnx.export(
             module,
             tuple(example),

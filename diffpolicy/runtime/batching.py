@@ -25,6 +25,21 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
+class Idle:
+    """A client's silence.
+
+    Attributes:
+        since: the event loop's time when it began.
+        timer: what ends it.
+        lost: its place was given to another client.
+    """
+
+    since: float
+    timer: asyncio.Timeout
+    lost: bool = False
+
+
+@dataclass(eq=False)
 class Session:
     """One client's place in the batcher.
 
@@ -32,11 +47,13 @@ class Session:
         state: its memory, one row.
         due: it has acted in this episode and needs a plan next, so a batch may wait for it.
         actions: actions handed out.
+        idle: the wait for its next request while there is none under way; ``None`` while there is.
     """
 
     state: PolicyState
     due: bool = False
     actions: int = 0
+    idle: Idle | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,8 @@ class Batcher:
         policy: what acts; it is never changed.
         max_sessions: most sessions at a time.
         max_batch: most rows in one call.
+        reclaim_after_s: when all places are taken, the session that has been idle for longest, and
+            at least for so many seconds, makes room; ``None``: none does.
         window_s: how long the first request waits for others, in seconds. It waits no longer once
             every session that is due for a plan has asked.
         deterministic: passed to the policy.
@@ -72,10 +91,12 @@ class Batcher:
         *,
         max_sessions: int,
         max_batch: int,
+        reclaim_after_s: float | None = None,
         window_s: float = 0.001,
         deterministic: bool = False,
     ) -> None:
         self.policy, self.max_sessions, self.max_batch = policy, max_sessions, max_batch
+        self.reclaim_after_s = reclaim_after_s
         self.window_s, self.deterministic = window_s, deterministic
         self.requests = self.policy_calls = self.largest_batch = 0
         self._sessions: set[Session] = set()
@@ -94,11 +115,25 @@ class Batcher:
         Raises:
             WireError: ``busy``.
         """
-        if self.clients >= self.max_sessions:
+        if self.clients >= self.max_sessions and not self._reclaim():
             raise WireError("busy", f"all {self.clients} places for clients are taken; try later")
         session = Session(self.policy.initial_state([0]))
         self._sessions.add(session)
         return session
+
+    def _reclaim(self) -> bool:
+        """Frees the place of the session that has been idle for longest; whether there was one."""
+        silent = [(s.idle.since, s.idle, s) for s in self._sessions if s.idle is not None]
+        if self.reclaim_after_s is None or not silent:
+            return False
+        now = asyncio.get_running_loop().time()
+        since, idle, session = min(silent, key=lambda entry: entry[0])
+        if now - since < self.reclaim_after_s:
+            return False
+        idle.lost = True
+        idle.timer.reschedule(now)
+        self.close(session)
+        return True
 
     def close(self, session: Session) -> None:
         """Free the session's place; an answer still being computed for it goes nowhere."""

@@ -6,6 +6,7 @@ it differs. It holds the weights of that moment.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.loop import PlanLoop
 from diffpolicy.policies.streaming import StreamingPlanner
 from diffpolicy.runtime.backends import BUILDERS, REQUIRES, Run, missing
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
 # Building by torch.compile takes minutes where the others take seconds: on request only.
@@ -49,6 +52,7 @@ class CompiledLoop:
         uses_guess: whether the guess matters.
         error: largest absolute difference from eager when it was built.
         timings: median milliseconds of every backend tried, if :func:`fastest` chose this one.
+        failed: backends that :func:`fastest` could not build, with their errors.
 
     Raises:
         ValueError: an unknown backend, one that cannot run on the loop's device, a batch size below
@@ -65,6 +69,7 @@ class CompiledLoop:
         self.obs_shape, self.device = loop.obs_shape, loop.device
         self.horizon, self.action_dim = loop.horizon, loop.action_dim
         self.timings: Mapping[str, float] = {}
+        self.failed: Mapping[str, str] = {}
         self._loop = loop
         example = example_inputs(loop, batch_size)
         self._run: Run = BUILDERS[backend](
@@ -197,10 +202,14 @@ def fastest(
 ) -> CompiledLoop:
     """The backend with the lowest median time here, each built and measured in turns.
 
+    Eager PyTorch is among them, so that none is chosen that is slower at ``batch_size``; which one
+    is fastest depends on it.
+
     Args:
         loop: the loop.
         batch_size: rows per call.
-        candidates: backends to try (those of :func:`available_backends` when absent).
+        candidates: backends to try; when absent those of :func:`available_backends`, of which one
+            that fails is passed over with a warning.
         seconds: time to measure for, all backends together.
         threads: see :class:`CompiledLoop`.
 
@@ -208,16 +217,24 @@ def fastest(
         The winner; its ``timings`` hold every backend's median in milliseconds.
 
     Raises:
-        ValueError: no candidate, or one that fails its check.
+        ValueError: no candidate, or a named one that fails its check.
         ImportError: a named candidate's package is missing.
     """
     names = available_backends(loop.device) if candidates is None else tuple(candidates)
     if not names:
         raise ValueError("no backend to choose from; give candidates=('eager', ...)")
-    built = {name: CompiledLoop(loop, name, batch_size, threads=threads) for name in names}
+    built, failed = {}, {}
+    for name in names:
+        try:
+            built[name] = CompiledLoop(loop, name, batch_size, threads=threads)
+        except Exception as error:  # a runtime's own exceptions, of any type
+            if candidates is not None or name == "eager":
+                raise
+            failed[name] = f"{type(error).__name__}: {error}"
+            log.warning("backend %r is not used: %s", name, failed[name])
     timings = measure(built, example_inputs(loop, batch_size), seconds=seconds)
     best = built[min(timings, key=timings.__getitem__)]
-    best.timings = timings
+    best.timings, best.failed = timings, failed
     return best
 
 
@@ -271,10 +288,7 @@ def compile_planner(
             "export this policy (`diffpolicy export`), or rank by 'denoising' or 'prior'"
         )
     # The plans of one row that compete are solved in one batch.
-    many = 1 if truncated is None else len(truncated.sources) - ("anchors" in truncated.sources)
-    if truncated is not None and "anchors" in truncated.sources:
-        assert planner.anchors is not None
-        many += planner.anchors.count
+    many = 1 if truncated is None else planner._candidates(deterministic=False).guess_count
     if planner.spec.value_scale > 0:
         raise ValueError(
             "guidance by a value differentiates its network at every step, which compiled loops "

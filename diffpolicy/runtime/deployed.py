@@ -6,7 +6,8 @@ actions, for rows that begin an episode (``"cold"``) or go on in one (``"warm"``
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.loop import PlanLoop
 from diffpolicy.policies.streaming import StreamingPlanner
 from diffpolicy.runtime.compile import example_inputs
+from diffpolicy.runtime.rolled import rolled
 
 
 class Port(NamedTuple):
@@ -45,9 +47,11 @@ class Sampled(nn.Module):
 
     carries: str | None
 
-    def __init__(self, planner: DiffusionPlanner, kind: str, loop: PlanLoop) -> None:
+    def __init__(
+        self, planner: DiffusionPlanner, kind: str, loop: PlanLoop, *, roll: bool = True
+    ) -> None:
         super().__init__()
-        self.loop = loop
+        self.loop, self.run = loop, rolled(loop) if roll else loop
         self.carries = "plan" if kind == "warm" else None
         self.draws, self.nfe, self.max_shift = self.loop.draws, self.loop.nfe, planner.horizon
         self.start_level = self.loop.levels[0].flatten().tolist()
@@ -59,7 +63,7 @@ class Sampled(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Normalised plans ``[B, H, A]`` (and buffers); unused inputs may be anything."""
         guess = self.guess(last, shift) if self.carries else last
-        return (self.loop(history, guess, noise),)
+        return (self.run(history, guess, noise),)
 
     def guess(self, last: Tensor, shift: Tensor) -> Tensor:
         """The last plan moved to the present; grippers as the policy treats them."""
@@ -73,11 +77,18 @@ class Sampled(nn.Module):
 class Ranked(Sampled):
     """The best of several plans of a truncated policy."""
 
-    def __init__(self, planner: DiffusionPlanner, kind: str, *, deterministic: bool) -> None:
+    def __init__(
+        self, planner: DiffusionPlanner, kind: str, *, deterministic: bool, roll: bool
+    ) -> None:
         # Fresh loops: those of a compiled policy cannot be traced.
+        loops: dict[str, Any]
         loops = {k: planner.loop(k, deterministic=deterministic) for k in planner.kinds}
-        super().__init__(planner, kind, loops["guesses"])
-        self.candidates = planner.with_loops(loops)._candidates(deterministic=deterministic)
+        super().__init__(planner, kind, loops["guesses"], roll=False)
+        candidates = planner._candidates(deterministic=deterministic)
+        whole = not roll or candidates.settings.rank == "confidence"  # which needs more than plans
+        loops = loops if whole else {name: rolled(part) for name, part in loops.items()}
+        self.parts = nn.ModuleDict(loops)
+        self.candidates = replace(candidates, loops=loops)
         self.draws, self.nfe = self.candidates.draws, self.candidates.nfe
 
     def forward(
@@ -88,19 +99,22 @@ class Ranked(Sampled):
         has_previous = (torch.ones_like if warm else torch.zeros_like)(
             history[:, 0, 0], dtype=torch.bool
         )
-        return (self.candidates.propose(history, previous, has_previous, noise).best(),)
+        return (self.candidates.propose(history, previous, has_previous, noise).chosen(),)
 
 
 class Rolled(nn.Module):
     """One tick of a streaming policy, or the filling of its buffer."""
 
-    def __init__(self, planner: StreamingPlanner, kind: str, *, deterministic: bool) -> None:
+    def __init__(
+        self, planner: StreamingPlanner, kind: str, *, deterministic: bool, roll: bool
+    ) -> None:
         super().__init__()
         self.fills = kind == "cold"
         samples = self.fills and planner.streaming.fill == "denoise"
         self.planner, self.samples = planner, samples
         self.loop = planner.loop("cold" if samples else "warm", deterministic=deterministic)
         self.carries = None if self.fills else "buffer"
+        self.run = rolled(self.loop) if roll else self.loop
         self.draws, self.nfe = self.loop.draws + 1, self.loop.nfe
         self.max_shift = planner.n_action_steps
         self.start_level = self.loop.levels[0].flatten().tolist()
@@ -112,14 +126,14 @@ class Rolled(nn.Module):
         """Normalised plans and buffers, each ``[B, H, A]``."""
         own, rest = noise[-1], noise[:-1]
         if self.samples:
-            plan = self.loop(history, own, rest)
+            plan = self.run(history, own, rest)
             return plan, self._noised(plan, 0.0, own)
         if self.fills:
             buffer = self._noised(self.constant.expand_as(own), 1.0, own)
         else:
             keep, add = self.planner._renoise
             buffer = keep[shift] * shift_plan(last, shift) + add[shift] * own
-        plan, buffer = self.loop(history, buffer, rest).chunk(2, dim=1)
+        plan, buffer = self.run(history, buffer, rest).chunk(2, dim=1)
         return plan, buffer
 
     def _noised(self, x0: Tensor, phase: float, noise: Tensor) -> Tensor:
@@ -138,17 +152,22 @@ class DeployedLoop(nn.Module):
         planner: the policy.
         kind: one of :func:`deployed_kinds`.
         deterministic: with the noise-free form of the solver.
+        roll: hold the step of a long loop once, see :mod:`diffpolicy.runtime.rolled`.
     """
 
-    def __init__(self, planner: DiffusionPlanner, kind: str, *, deterministic: bool) -> None:
+    def __init__(
+        self, planner: DiffusionPlanner, kind: str, *, deterministic: bool, roll: bool = True
+    ) -> None:
         super().__init__()
         self.core: Sampled | Rolled
+        options = {"deterministic": deterministic, "roll": roll}
         if isinstance(planner, StreamingPlanner):
-            self.core = Rolled(planner, kind, deterministic=deterministic)
+            self.core = Rolled(planner, kind, **options)
         elif planner.spec.truncated is not None:
-            self.core = Ranked(planner, kind, deterministic=deterministic)
+            self.core = Ranked(planner, kind, **options)
         else:
-            self.core = Sampled(planner, kind, planner.loop(kind, deterministic=deterministic))
+            loop = planner.loop(kind, deterministic=deterministic)
+            self.core = Sampled(planner, kind, loop, roll=roll)
         self.normalizer, self.grippers = planner.normalizer, planner.spec.grippers
         first = planner.n_obs_steps - 1
         self.executed = slice(first, first + planner.n_action_steps)

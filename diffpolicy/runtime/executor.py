@@ -55,24 +55,30 @@ class RealTimeExecutor:
     - the running plan's, aligned in time (``"plan"``);
     - when a deadline was missed or a plan failed, the first rung of the ladder that has one:
       ``"rest"`` (of the plan before), ``"refine"`` (a plan of ``refine``, made within the tick if
-      its usual time still fits, executed until a full plan comes), ``"hold"`` (the last action) or
-      ``"safe"``.
+      its usual time still fits, executed until a full plan comes), ``"hold"`` (the last action,
+      for at most ``hold_ticks`` ticks in a row) or ``"safe"``.
 
     A plan that comes late skips the actions whose tick has passed; if that is all of them, it is
     dropped. The first plan after :meth:`reset` starts when it is there: until then the robot has
-    been given the safe action. A plan that is not finite, or whose next action is out of bounds, is
-    thrown away, as if it had raised; after three failures in a row the next is made cold.
+    been given the safe action (or, after :meth:`warm_up`, the plan made there). A plan that has the
+    wrong shape or type, is not finite, or whose next action is out of bounds is thrown away, as if
+    it had raised; after three failures in a row the next is made cold.
 
-    Until :meth:`close`, :meth:`tick` does not raise, whatever the policy does and whatever the
-    observation is.
+    Until :meth:`close`, :meth:`tick` and :meth:`reset` do not raise and do not wait for the policy,
+    whatever it does and whatever the observation is: it runs in a worker thread (``refine`` alone
+    runs in the loop's, which waits for it).
 
     Args:
         policy: what is executed.
         timing: rate and budgets.
         limits: bounds of actions, and the safe one.
-        ladder: some of ``RUNGS``, in their order; the last is ``"hold"`` or ``"safe"``. ``"hold"``
-            gives the safe action while there is none to hold; ``"refine"`` is passed over without
-            a ``refine``.
+        ladder: some of ``RUNGS``, in their order; the last is ``"hold"`` or ``"safe"``. Below
+            ``"hold"`` there is always the safe action: when there is nothing to hold, and when
+            it was held for ``hold_ticks``. ``"refine"`` is passed over without a ``refine``.
+        hold_ticks: for how many ticks in a row an action is held, at most; ticks that a stalled
+            loop skipped count, for the robot held it then too. Default: the actions of
+            two plans, so that one plan may be lost and the next come late; after that the policy
+            is taken for dead.
         refine: makes a plan from the last one in one evaluation; same shapes and normaliser as
             ``policy``. Called in the loop's thread, maybe while ``policy`` runs in the other.
         clock: :class:`~diffpolicy.runtime.clock.RealClock` by default.
@@ -81,7 +87,8 @@ class RealTimeExecutor:
 
     Raises:
         TypeError: a policy that is no ``ChunkedPolicy``.
-        ValueError: an unknown or unfinished ladder, a ``refine`` or limits of other shapes.
+        ValueError: an unknown or unfinished ladder, a negative ``hold_ticks``, a ``refine`` or
+            limits of other shapes.
     """
 
     def __init__(
@@ -91,6 +98,7 @@ class RealTimeExecutor:
         limits: ActionLimits,
         *,
         ladder: Sequence[str] = ("rest", "refine", "hold"),
+        hold_ticks: int | None = None,
         refine: ChunkedPolicy | None = None,
         clock: Clock | None = None,
         seed: int = 0,
@@ -102,6 +110,7 @@ class RealTimeExecutor:
         if refine is not None:
             refiner = TrackMaker(refine, limits, deterministic=deterministic)
             _check_alike(policy, refine)
+        self.hold_ticks = 2 * maker.length if hold_ticks is None else _checked_hold(hold_ticks)
         self._clock = RealClock() if clock is None else clock
         self._meter = Meter(("plan", *RUNGS))
         self._planning = Planning(
@@ -124,6 +133,9 @@ class RealTimeExecutor:
     def reset(self, seed: int | None = None) -> None:
         """Begins another episode: no plan, no history; a plan under way is dropped when it comes.
 
+        The policy's own memory is made anew with the next plan, in the worker thread; a policy that
+        raises there, or hangs, costs plans and not the loop.
+
         Args:
             seed: a new stream of randomness; ``None`` goes on in the old one.
         """
@@ -132,18 +144,23 @@ class RealTimeExecutor:
 
     def _clear(self) -> None:
         self._trail.clear()
-        self._last: Array | None = None
+        self._last, self._last_tick = self.limits.safe, -1  # a tick below 0: nothing to hold
+        self._source = "safe"
         self._tick, self._epoch_ns = -1, -1
 
-    def warm_up(self, obs: Array, plans: int = 3) -> tuple[float, ...]:
+    def warm_up(self, obs: Array, plans: int = 3, *, keep: bool = True) -> tuple[float, ...]:
         """Makes plans before time starts, so that caches, threads and compilers are ready.
 
-        The first is cold, the others are warm; then the refinement, if there is one. Ends with
-        :meth:`reset`; the randomness of the loop is not touched. Takes the clock's time.
+        The first is cold, the others are warm; then the refinement, if there is one. Begins another
+        episode, in which the first plan is kept: it is executed from the first tick on, as if it
+        had been made there in no time. So call this right before the loop, with what the robot
+        sees; a :meth:`reset` afterwards drops the plan. Takes the clock's time.
 
         Args:
-            obs: a typical observation ``[O]``.
+            obs: the observation ``[O]`` that the robot begins with.
             plans: how many.
+            keep: ``False`` drops the first plan too and leaves its randomness unused, for an
+                observation that is not the robot's.
 
         Returns:
             Milliseconds of each plan; they are in the report apart from those of the loop.
@@ -152,7 +169,7 @@ class RealTimeExecutor:
             ValueError: a bad observation.
             RuntimeError: the policy raises (its error is the cause) or its plan cannot be used.
         """
-        taken = self._planning.warm_up(obs, plans)
+        taken = self._planning.warm_up(obs, plans, keep=keep)
         self._clear()
         return taken
 
@@ -165,7 +182,9 @@ class RealTimeExecutor:
         duration_s: float | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> ExecutorReport:
-        """Runs the loop from a cold start until one of the ends given.
+        """Runs the loop from an episode's start until one of the ends given.
+
+        It begins with :meth:`warm_up`'s plan, if that was just called.
 
         Args:
             read_obs: the latest observation ``[O]``, or ``None`` if there is none.
@@ -187,7 +206,8 @@ class RealTimeExecutor:
         if duration_s is not None:
             ends.append(math.ceil(duration_s * self.timing.rate_hz))
         last, sleep_until = min(ends) - 1, self._clock.sleep_until
-        self.reset()
+        if self._tick >= 0:
+            self.reset()
         self._epoch_ns = self._clock.now_ns()
         while self._tick < last and not (stop is not None and stop()):
             sleep_until(self._epoch_ns + (self._tick + 1) * self._period_ns)
@@ -207,9 +227,11 @@ class RealTimeExecutor:
         seen = self._observe(obs)
         self._planning.update(tick, self._trail, seen=seen)
         action, source, age = self._choose(tick, seen)
-        if source != "safe":
-            self._last = action
+        if source not in ("hold", "safe"):
+            self._last, self._last_tick = action, tick
+        self._meter.counts["holds_ended"] += source == "safe" and self._source == "hold"
         self._meter.sources[source] += 1
+        self._source = source
         spent = time.perf_counter_ns() - entered - (runner.blocked_ns - blocked)
         self._meter.overhead.add(spent)
         missed = self._planning.degraded
@@ -217,7 +239,12 @@ class RealTimeExecutor:
 
     def report(self) -> ExecutorReport:
         """What happened since the executor was made."""
-        return self._meter.report(self.timing.rate_hz, self.timing.budget_ns / NS_PER_MS)
+        return self._meter.report(
+            rate_hz=self.timing.rate_hz,
+            budget_ms=self.timing.budget_ns / NS_PER_MS,
+            ladder=self.ladder,
+            hold_ticks=self.hold_ticks,
+        )
 
     def _advance(self) -> tuple[int, int]:
         """The number of this tick, and how late it is in nanoseconds."""
@@ -273,7 +300,7 @@ class RealTimeExecutor:
                 refined = self._planning.refine(tick, self._trail, left_ns)
                 if refined is not None:
                     return refined.actions[0], "refine", 0
-            elif rung == "hold" and self._last is not None:
+            elif rung == "hold" and 0 <= self._last_tick >= tick - self.hold_ticks:
                 return self._last, "hold", None
         return self.limits.safe, "safe", None
 
@@ -324,7 +351,15 @@ def _checked_ladder(ladder: Sequence[str]) -> tuple[str, ...]:
         )
     if not rungs or rungs[-1] not in ("hold", "safe"):
         raise ValueError(f"a ladder must end in 'hold' or 'safe', got {list(rungs)}")
-    return rungs
+    return rungs if rungs[-1] == "safe" else (*rungs, "safe")
+
+
+def _checked_hold(ticks: int) -> int:
+    if isinstance(ticks, bool) or not isinstance(ticks, int) or ticks < 0:
+        raise ValueError(
+            f"hold_ticks must be a number of ticks >= 0 (0 holds no action), got {ticks!r}"
+        )
+    return ticks
 
 
 def _check_alike(policy: ChunkedPolicy, refine: ChunkedPolicy) -> None:

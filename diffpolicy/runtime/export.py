@@ -97,8 +97,9 @@ def export_policy(
     with replaced_directory(target, owned=_files_of(target)) as scratch:
         loops: dict[str, dict[str, Any]] = {}
         for kind in deployed_kinds(planner):
-            deployed = DeployedLoop(planner, kind, deterministic=deterministic).eval()
-            model = _trace(deployed, batch_size, dynamic=dynamic_batch)
+            deployed, model = _traced(
+                planner, kind, batch_size, deterministic=deterministic, dynamic=dynamic_batch
+            )
             (scratch / f"{kind}.onnx").write_bytes(model)
             error = _verify(planner, deployed, model, batch_size, dynamic=dynamic_batch)
             loops[kind] = _loop_entry(deployed, kind, model, error, batch_size, dynamic_batch)
@@ -152,6 +153,18 @@ def _files_of(export: Path) -> set[str]:
     except (OSError, ValueError, KeyError, TypeError):
         return set()
     return {CONTRACT, *(f"{kind}.onnx" for kind in loops)}
+
+
+def _traced(
+    planner: DiffusionPlanner, kind: str, batch: int, *, deterministic: bool, dynamic: bool
+) -> tuple[DeployedLoop, bytes]:
+    """A loop and its graph, which holds the step once where that pays and the network allows it."""
+    try:
+        deployed = DeployedLoop(planner, kind, deterministic=deterministic).eval()
+        return deployed, _trace(deployed, batch, dynamic=dynamic)
+    except (RuntimeError, ValueError):  # of the exporter, or of networks with fixed rows
+        deployed = DeployedLoop(planner, kind, deterministic=deterministic, roll=False).eval()
+        return deployed, _trace(deployed, batch, dynamic=dynamic)
 
 
 def _trace(deployed: DeployedLoop, batch: int, *, dynamic: bool) -> bytes:

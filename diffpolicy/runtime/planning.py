@@ -12,7 +12,7 @@ import numpy as np
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.runtime.clock import NS_PER_MS, Clock, Outcome
 from diffpolicy.runtime.report import Meter
-from diffpolicy.runtime.tracks import Track, TrackMaker
+from diffpolicy.runtime.tracks import Track, TrackMaker, UnusablePlanError
 
 _COLD_AFTER = 3  # unusable plans in a row after which the old plan is no longer started from
 _FOREVER_NS = 10**17
@@ -116,20 +116,32 @@ class Planning:
         self._request: _Request | None = None
         self._episode = 0
         self._memory = maker.policy.initial_state([seed])
+        self._seed: int | None = None  # of the episode, where it was given
+        self._used = 0  # draws of its stream by plans that were never adopted
         self._clear()
 
     def reset(self, seed: int | None = None) -> None:
-        """Another episode; a plan under way is dropped when it comes."""
-        memory = self._memory
-        if self._request is not None:  # its noise is used up
-            memory = replace(memory, counter=memory.counter + 1)
-        self._memory = self._cold(memory, seed)
+        """Another episode; a plan under way is dropped when it comes.
+
+        The policy is not called: its memory is made cold by the job that plans from it.
+        """
+        if seed is not None:
+            self._seed, self._used = seed, 0
+        elif self._request is not None:  # its noise is used up
+            self._used += 1
+        if self._request is not None:  # what the new episode waits for is late from now on
+            self._request = self._request._replace(submitted_ns=self.clock.now_ns())
         self._episode += 1
         self._clear()
 
     def _clear(self) -> None:
         self.track: Track | None = None
         self.degraded, self._overdue, self._failures = False, False, 0
+
+    def _keep(self, track: Track) -> None:
+        """Adopts a plan; what the episode's memory begins with is that of the plan from now on."""
+        self.track, self._memory = track, track.state
+        self._seed, self._used = None, 0
 
     def update(self, tick: int, trail: Sequence[Array], *, seen: bool) -> None:
         """Takes over a plan that has come, begins one if due, and watches the deadline.
@@ -148,7 +160,7 @@ class Planning:
             self.runner.submit(self._job(self.track, tuple(trail), tick, warm=warm))
             self._receive(tick, self._wait_ns)
         request = self._request
-        if request is None or self._overdue or request.episode != self._episode:
+        if request is None or self._overdue:
             return
         if self.clock.now_ns() - request.submitted_ns > self._budget_ns:
             self._overdue = self.degraded = True
@@ -168,36 +180,38 @@ class Planning:
         self._refine_ns = float(outcome.latency_ns)
         refined: Track | None = outcome.value
         if refined is None or not refined.finite or not refined.good[0]:
-            what = outcome.error or "a refinement that is not finite or out of bounds"
+            what = "a refinement that is not finite or out of bounds"
+            what = what if outcome.error is None else told(outcome.error)
             self.meter.failed("refine_failures", f"tick {tick}: {what}")
             return None
         self.meter.counts["nfe"] += refined.nfe
-        self.track, self._memory = refined, refined.state
+        self._keep(refined)
         return refined
 
-    def warm_up(self, obs: Array, plans: int) -> tuple[float, ...]:
-        """Makes a cold plan, warm ones and a refinement, and forgets them; see the executor."""
-        memory = self._memory
-        seen = self.maker.policy.observe(np.asarray(obs, np.float32)[None], memory).history[0, -1]
-        track, taken = None, []
+    def warm_up(self, obs: Array, plans: int, *, keep: bool) -> tuple[float, ...]:
+        """Makes a cold plan, which is kept, warm ones and a refinement; see the executor."""
+        seen = self.maker.policy.observe(np.asarray(obs, np.float32)[None], self._memory)
+        trail = (seen.history[0, -1],)
+        track, first, taken = None, None, []
         if self._request is not None:
             self.runner.poll(_FOREVER_NS)
             self._request = None
         self.reset()
         for _ in range(plans):
-            self.runner.submit(self._job(track, (seen,), 0, warm=track is not None))
+            self.runner.submit(self._job(track, trail, 0, warm=track is not None))
             outcome = self.runner.poll(_FOREVER_NS)
             assert outcome is not None
             self._expected[int(track is not None)] = self._ticks(outcome.latency_ns)
             track = _usable(outcome, "the policy")
+            first = first or track
             taken.append(outcome.latency_ns / NS_PER_MS)
         if self.refiner is not None and track is not None:
             for _ in range(2):  # the first may be slow
-                outcome = self.runner.call(self._refinement(self.refiner, track, (seen,), 0))
+                outcome = self.runner.call(self._refinement(self.refiner, track, trail, 0))
                 _usable(outcome, "refine")
                 self._refine_ns = float(outcome.latency_ns)
-        self._memory = memory  # the stream of noise goes on where it was
-        self.reset()
+        if keep and first is not None:
+            self._keep(first)
         self.meter.warm_up_ms.extend(taken)
         return tuple(taken)
 
@@ -214,11 +228,13 @@ class Planning:
         """Planning from ``trail``; all it needs is bound here, for it runs in another thread."""
         maker, failures = self.maker, self._failures
         delay = min(self._expected[int(warm)], maker.length)
-        memory = self._memory if track is None else track.state
-        since = tick - track.start if track is not None and warm else None
+        memory, since = self._memory if track is None else track.state, None
+        if track is not None and warm:
+            since = tick - track.start
+        seed, used = (self._seed, self._used) if track is None else (None, 0)
 
         def job() -> Track:
-            start = memory if track is None or warm else self._cold(memory)
+            start = memory if since is not None else self._cold(memory, seed, used)
             snapshot = maker.snapshot(start, since, trail, delay=delay, failures=failures)
             return maker.make(snapshot, tick)
 
@@ -236,9 +252,10 @@ class Planning:
 
         return job
 
-    def _cold(self, state: PolicyState, seed: int | None = None) -> PolicyState:
+    def _cold(self, state: PolicyState, seed: int | None, used: int) -> PolicyState:
         policy: ChunkedPolicy = self.maker.policy
-        return policy.forget(state, np.ones(1, bool), seeds=None if seed is None else [seed])
+        cold = policy.forget(state, np.ones(1, bool), seeds=None if seed is None else [seed])
+        return replace(cold, counter=cold.counter + used) if used else cold
 
     def _receive(self, tick: int, wait_ns: int) -> None:
         outcome = self.runner.poll(wait_ns)
@@ -256,8 +273,9 @@ class Planning:
         if latency_ns > self._budget_ns and not self._overdue:
             meter.counts["missed_deadlines"] += 1
         if outcome.error is not None:
-            message = f"{type(outcome.error).__name__}: {outcome.error}"
-            self._failed(tick, "worker_crashes", message)
+            refused = isinstance(outcome.error, UnusablePlanError)
+            kind = "rejected_plans" if refused else "worker_crashes"
+            self._failed(tick, kind, told(outcome.error))
         else:
             self._adopt(tick, outcome.value)
 
@@ -272,12 +290,12 @@ class Planning:
             self.meter.counts["stale_plans"] += 1
             self.degraded = True
             if self._exhausted(tick):  # of two plans that are over, the later is the better start
-                self.track, self._memory = track, track.state
+                self._keep(track)
         elif not track.good[age]:
             message = f"a plan that is out of bounds: {track.actions[age]} after clipping"
             self._failed(tick, "rejected_plans", message)
         else:
-            self.track, self._memory = track, track.state
+            self._keep(track)
             self.degraded, self._failures = False, 0
 
     def _failed(self, tick: int, kind: str, message: str) -> None:
@@ -287,6 +305,14 @@ class Planning:
 
     def _ticks(self, latency_ns: int) -> int:
         return 0 if latency_ns <= self._wait_ns else -(-latency_ns // self._period_ns)
+
+
+def told(error: BaseException) -> str:
+    """An error's type and message; its message is made by the policy's code, and may raise."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 def _usable(outcome: Outcome, name: str) -> Track:

@@ -102,6 +102,8 @@ class ExecutorReport:
     Attributes:
         rate_hz: ticks per second that were asked for.
         budget_ms: time within which a plan should be there.
+        ladder: what is sent while no plan is there, in this order.
+        hold_ticks: for how many ticks in a row an action is held, at most.
         ticks: actions given.
         plans: plans that came from the worker, good or not.
         nfe: network evaluations of the good ones and of refinements.
@@ -115,6 +117,8 @@ class ExecutorReport:
         worker_crashes: plans that raised.
         refinements: one-evaluation plans made within a tick.
         refine_failures: those that raised or were not usable.
+        holds_ended: times that an action was held for ``hold_ticks`` ticks and let go, for the next
+            rung.
         bad_observations: observations that were not finite or had the wrong shape.
         sources: ticks by where their action came from.
         plan_latency: of plans with a warm start.
@@ -130,6 +134,8 @@ class ExecutorReport:
 
     rate_hz: float
     budget_ms: float
+    ladder: tuple[str, ...]
+    hold_ticks: int
     ticks: int
     plans: int
     nfe: int
@@ -143,6 +149,7 @@ class ExecutorReport:
     worker_crashes: int
     refinements: int
     refine_failures: int
+    holds_ended: int
     bad_observations: int
     sources: Mapping[str, int]
     plan_latency: LatencySummary
@@ -233,12 +240,12 @@ class Meter:
         self.counts[kind] += 1
         self._errors.append(message[:500])
 
-    def report(self, rate_hz: float, budget_ms: float) -> ExecutorReport:
-        """Everything so far."""
-        numbers = {f.name: self.counts[f.name] for f in fields(ExecutorReport) if f.type == "int"}
+    def report(self, **settings: Any) -> ExecutorReport:
+        """Everything so far, under the ``settings`` of the loop."""
+        names = [f.name for f in fields(ExecutorReport) if f.type == "int"]
+        numbers: dict[str, Any] = {n: self.counts[n] for n in names if n not in settings}
         return ExecutorReport(
-            rate_hz=rate_hz,
-            budget_ms=budget_ms,
+            **settings,
             **numbers,
             sources=dict(self.sources),
             plan_latency=self.plan.summary(),

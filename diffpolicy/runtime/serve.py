@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from diffpolicy.policies.base import ChunkedPolicy
-from diffpolicy.runtime.batching import Batcher, Session
+from diffpolicy.runtime.batching import Batcher, Idle, Session
 from diffpolicy.runtime.serve_config import ServeConfig, check_observation, contract
 from diffpolicy.runtime.wire_format import (
     Message,
@@ -89,6 +89,7 @@ class PolicyServer:
             self.policy,
             max_sessions=limits.max_clients,
             max_batch=limits.max_batch,
+            reclaim_after_s=limits.reclaim_after_s,
             window_s=config.batch_window_ms / 1000,
             deterministic=config.deterministic,
         )
@@ -155,7 +156,7 @@ class PolicyServer:
             await self._send(writer, self._greeting)
             closing = False
             while not closing:
-                message = await self._receive(reader)
+                message = await self._receive(reader, session)
                 try:
                     check_request(message)
                     reply = await self._answer(session, message)
@@ -186,15 +187,33 @@ class PolicyServer:
         if wanted is not None and not hmac.compare_digest(_bytes(wanted), _bytes(got)):
             raise WireError("unauthorized", "the token is missing or wrong")
 
-    async def _receive(self, reader: asyncio.StreamReader) -> Message:
-        """The next request; the peer may think as long as it likes, but not stop inside a frame."""
-        limits = self.config.limits
+    async def _next(self, reader: asyncio.StreamReader, session: Session | None) -> bytes:
+        """The first byte of the next request; a session may lose its place while it is silent."""
+        most = self.config.limits.idle_timeout_s
         try:
-            async with asyncio.timeout(limits.idle_timeout_s):
+            async with asyncio.timeout(most) as timer:
+                idle = Idle(asyncio.get_running_loop().time(), timer)
+                if session is not None:
+                    session.idle = idle
                 first = await reader.readexactly(1)
         except TimeoutError:
-            message = f"no request for {limits.idle_timeout_s} seconds"
-            raise WireError("timeout", message) from None
+            if not idle.lost:
+                raise WireError("timeout", f"no request for {most} seconds") from None
+        finally:
+            if session is not None:
+                session.idle = None
+        if idle.lost:  # maybe in the moment in which the request came
+            seconds = self.config.limits.reclaim_after_s
+            message = f"no request for {seconds} seconds while another client wanted the place"
+            raise WireError("timeout", message)
+        return first
+
+    async def _receive(
+        self, reader: asyncio.StreamReader, session: Session | None = None
+    ) -> Message:
+        """The next request; the peer may think for long, but not stop inside a frame."""
+        limits = self.config.limits
+        first = await self._next(reader, session)
         try:
             async with asyncio.timeout(limits.frame_timeout_s):
                 prefix = first + await reader.readexactly(3)

@@ -26,7 +26,9 @@ class Limits:
         frame_timeout_s: seconds for the rest of a frame after its first byte, for the greeting
             after the connection, and for a peer to take a reply.
         idle_timeout_s: seconds without a request after which a client is hung up on; ``None``
-            waits for ever.
+            waits for ever (until its place is wanted, see ``reclaim_after_s``).
+        reclaim_after_s: when every place is taken, a new client gets the place of the one that has
+            asked nothing for longest, if that is at least so many seconds; ``None`` never.
 
     Raises:
         ValueError: a limit that is not positive.
@@ -36,16 +38,18 @@ class Limits:
     max_batch: int = 64
     max_frame_bytes: int = MAX_FRAME_BYTES
     frame_timeout_s: float = 5.0
-    idle_timeout_s: float | None = None
+    idle_timeout_s: float | None = 600.0
+    reclaim_after_s: float | None = 30.0
 
     def __post_init__(self) -> None:
         for name in ("max_clients", "max_batch", "max_frame_bytes"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-        for name in ("frame_timeout_s", "idle_timeout_s"):
+        for name in ("frame_timeout_s", "idle_timeout_s", "reclaim_after_s"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value > 0):
+            optional = value is None and name != "frame_timeout_s"
+            if not optional and not (_is_number(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number of seconds, got {value!r}")
 
 

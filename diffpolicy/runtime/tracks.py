@@ -81,6 +81,19 @@ def _rounded(bound: Array, towards: float) -> Array:
     return np.where(beyond, np.nextafter(near, np.float32(towards)), near)
 
 
+class UnusablePlanError(ValueError):
+    """A plan that is no array of the policy's shape and of real numbers."""
+
+
+def _check_array(what: str, value: Any, shape: tuple[int, ...]) -> None:
+    if isinstance(value, np.ndarray) and value.shape == shape and value.dtype.kind == "f":
+        return
+    got = type(value).__name__
+    if isinstance(value, np.ndarray):
+        got = f"{value.dtype.name} {list(value.shape)}"
+    raise UnusablePlanError(f"{what} must be a float array {list(shape)}, got {got}")
+
+
 @dataclass(frozen=True, slots=True)
 class Track:
     """A plan laid out in time.
@@ -184,7 +197,10 @@ class TrackMaker:
     def make(self, snapshot: PolicyState, tick: int) -> Track:
         """A plan for the observation of ``tick``, the last one in ``snapshot``."""
         planned = self.policy.replan(snapshot, _FIRST, deterministic=self.deterministic)
-        actions, good = self.limits.check(self._decode(planned))
+        _check_array("a plan", planned.plan, snapshot.plan.shape)
+        decoded = self._decode(planned)
+        _check_array("the actions of a plan", decoded, (self.length, self.policy.action_dim))
+        actions, good = self.limits.check(decoded)
         finite = bool(np.isfinite(planned.plan).all() and np.isfinite(actions).all())
         nfe = int(planned.nfe[0] - snapshot.nfe[0])
         warm = bool(self.policy.starts_warm(snapshot)[0])

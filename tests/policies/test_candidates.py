@@ -96,6 +96,61 @@ def test_continuity_keeps_the_last_mode() -> None:
         assert found.scores.argmax(1).item() == expected
 
 
+def executed_modes(policy: DiffusionPlanner, seeds: range, **options: Any) -> np.ndarray:
+    """Shares of the candidates whose plans a batch of first decisions executed."""
+    state = policy.observe(at(0.0, len(seeds)), policy.initial_state(seeds))
+    found = policy.propose(state, **options)
+    plan = policy.replan(state, np.arange(len(seeds)), **options).plan
+    distance = np.abs(found.plans.numpy() - plan[:, None]).max((2, 3))
+    assert (distance.min(1) == 0).all()
+    return np.bincount(distance.argmin(1), minlength=found.plans.shape[1]) / len(seeds)
+
+
+def total_variation(p: np.ndarray, q: np.ndarray) -> float:
+    return 0.5 * float(np.abs(p - q).sum())
+
+
+def test_one_of_eight_modes_is_executed_or_each_with_its_probability() -> None:
+    modes, seeds = np.linspace(-0.7, 0.7, 8).tolist(), range(2000)
+    law = np.arange(1.0, 9.0) / 36
+    best = executed_modes(planner(*modes, rank="prior"), seeds)
+    assert total_variation(best, law) == pytest.approx(1 - 8 / 36)
+    drawing = planner(*modes, rank="prior", choose="draw")
+    drawn = executed_modes(drawing, seeds)
+    assert total_variation(drawn, law) < 0.05
+    np.testing.assert_array_equal(drawn, executed_modes(drawing, seeds))
+    assert total_variation(drawn, executed_modes(drawing, range(2000, 4000))) > 0
+    assert executed_modes(drawing, seeds, deterministic=True)[7] == 1
+
+
+def test_confidences_are_drawn_by_their_probability() -> None:
+    anchors = constant_anchors(-0.5, 0.0, 0.5)
+    own = {"type": "anchored", "base": {"type": "mlp", "width": 8, "depth": 1}}
+    chosen = Truncated(t_start=0.1, rank="confidence", choose="draw")
+    spec = replace(gaussian_planner(0.05).spec, network=own, truncated=chosen)
+    denoiser = spec.make_denoiser()
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(1))
+    policy = DiffusionPlanner(spec, denoiser, gaussian_planner().normalizer, anchors)
+    state = policy.observe(at(0.0, 4000), policy.initial_state(range(4000)))
+    # Scores depend on the plans' noise too, so each row has a law of its own; shares add up.
+    law = policy.propose(state).scores.exp()
+    assert ((law > 0) & (law < 1)).all()  # probabilities, not logits
+    law = (law / law.sum(1, keepdim=True)).mean(0).numpy()
+    assert total_variation(law, np.eye(3)[law.argmax()]) > 0.02
+    assert total_variation(executed_modes(policy, range(4000)), law) < 0.03
+
+
+def test_a_draw_belongs_to_its_row() -> None:
+    policy = planner(-0.5, 0.0, 0.5, rank="prior", choose="draw")
+    order = np.array([2, 0, 1])
+    one, two = policy.initial_state([4, 5, 6]), policy.initial_state([6, 4, 5])
+    for _ in range(4):
+        a, one = policy.act(at(0.0, 3), one)
+        b, two = policy.act(at(0.0, 3), two)
+        np.testing.assert_allclose(a[order], b, atol=1e-6)
+
+
 def test_rows_do_not_depend_on_their_neighbours() -> None:
     policy = planner(-0.5, 0.0, 0.5, sources=("anchors", "previous", "draft"))
     rng = np.random.default_rng(0)
@@ -128,6 +183,8 @@ def test_default_level_covers_the_quantisation_error() -> None:
         ({"sources": ("memory",)}, "sources must be some of"),
         ({"sources": ("previous",)}, "cannot begin an episode"),
         ({"rank": "best"}, "unknown rank"),
+        ({"choose": "first"}, "unknown choose"),
+        ({"choose": "draw"}, "needs probabilities"),
         ({"rank": "prior", "sources": ("anchors", "draft")}, "knows anchors only"),
         ({"solver": "ddpm"}, "deterministic solver"),
         ({"rank": "confidence", "sources": ("anchors", "draft")}, "a draft is made at t = 1"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.policies.base import row_noise
+from diffpolicy.policies.base import row_generator, row_noise
 from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
 
 
@@ -219,3 +219,13 @@ def test_guidance_scale_is_used_and_needs_condition_dropout(make_planner):
 def test_dict_observations_are_refused(make_planner):
     with pytest.raises(ValueError, match="flat arrays"):
         make_planner().predict({"observation": np.zeros(3)})
+
+
+def test_rows_of_noise_are_those_of_generators_of_their_own() -> None:
+    seeds, counters = np.array([-3, 0, 5, 2**62]), np.array([0, 1, 9, 2**40])
+    for shape in ((3,), (11, 16, 7)):  # an odd number leaves something over
+        rows = zip(seeds.tolist(), counters.tolist(), range(4), strict=True)
+        wanted = [row_generator(*r).standard_normal(shape, dtype=np.float32) for r in rows]
+        got = row_noise(seeds, counters, shape, np.arange(4))
+        np.testing.assert_array_equal(got, np.stack(wanted))
+    assert (row_noise(np.array([-1]), counters[:1], (9,)) != got[0].reshape(-1)[:9]).any()

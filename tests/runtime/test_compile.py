@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from diffpolicy.runtime.compile import (
     fastest,
     measure,
 )
+from diffpolicy.runtime.rolled import RolledLoop, rolled
 
 COMPILE_NETWORKS = {
     "mlp": {"type": "mlp", "width": 16, "depth": 1, "time_dim": 8},
@@ -110,6 +112,66 @@ def test_same_plans_as_eager(backend, network, solver, exported_once, monkeypatc
     torch.testing.assert_close(compiled(*inputs), expected, atol=5e-5, rtol=0)
     assert compiled.error <= 1e-4
     assert (compiled.nfe, compiled.draws) == (loop.nfe, loop.draws)
+
+
+ROLLED_SAMPLERS = {
+    "ddpm": Sampler("ddim", 7, options={"eta": 1.0}),
+    "unipc": Sampler("unipc", 8),
+    "heun": Sampler("heun", 4),
+    "deis": Sampler("deis", 6),
+}
+
+
+@pytest.mark.parametrize("solver", ROLLED_SAMPLERS)
+@pytest.mark.parametrize("layout", ["action", "trajectory"])
+def test_a_rolled_loop_is_the_loop(solver, layout):
+    sampler, guided = ROLLED_SAMPLERS[solver], {}
+    if layout == "action":
+        sampler, guided = replace(sampler, guidance_scale=1.5), {"cond_dropout": 0.1}
+    planner = compiled_test_planner(sampler=sampler, layout=layout, temperature=0.5, **guided)
+    loop = planner.loop("cold")
+    one = rolled(loop)
+    assert isinstance(one, RolledLoop)
+    for rows in (1, 3):
+        inputs = example_inputs(loop, rows, seed=rows)
+        torch.testing.assert_close(
+            eager_plans(one, inputs), eager_plans(loop, inputs), atol=2e-6, rtol=0
+        )
+
+
+@pytest.mark.parametrize("backend", ONNX_BACKENDS)
+@pytest.mark.parametrize("network", COMPILE_NETWORKS)
+def test_graphs_do_not_grow_with_the_evaluations(network, backend, monkeypatch):
+    sizes = []
+    trace = backends.to_onnx
+
+    def noted(*arguments):
+        graph = trace(*arguments)
+        sizes.append(len(graph))
+        return graph
+
+    monkeypatch.setattr(backends, "to_onnx", noted)
+    for steps in (6, 30):
+        loop = compiled_test_planner(network, Sampler("dpmpp_2m", steps)).loop("cold")
+        compiled = compile_loop(loop, backend=backend, batch_size=2, threads=1)
+        inputs = example_inputs(loop, 2, seed=7)
+        torch.testing.assert_close(compiled(*inputs), eager_plans(loop, inputs), atol=5e-5, rtol=0)
+    assert sizes[1] < 2 * sizes[0]  # constants and time embeddings alone
+
+
+def test_auto_passes_over_what_fails(monkeypatch, caplog):
+    def broken(module, example, threads):
+        raise OSError("a library is missing")
+
+    for name in ("onnxruntime", "openvino", "cuda_graph"):
+        monkeypatch.setitem(BUILDERS, name, broken)
+    loop = compiled_test_planner().loop("cold")
+    best = fastest(loop, 1, seconds=0.0)
+    assert best.backend == "eager"
+    assert set(best.failed) == set(available_backends()) - {"eager"}
+    assert all(said == "OSError: a library is missing" for said in best.failed.values())
+    with pytest.raises(OSError, match="a library is missing"):
+        fastest(loop, 1, ["onnxruntime"] if not missing("onnxruntime") else ["openvino"])
 
 
 @pytest.mark.parametrize("renoise", [True, False])

@@ -295,6 +295,98 @@ def test_a_policy_that_always_fails_gives_safe_actions_and_is_made_cold():
     assert never.report().rejected_plans == 5
 
 
+@pytest.mark.parametrize("end", ["raise", "hang", "no sensor", "stall"])
+def test_a_dead_policy_holds_for_a_while_and_then_is_safe(end):
+    policy = Encoded(lambda number: "raise" if number and end == "raise" else None)
+    executor, clock = make(policy, [0.0, 1e9 if end == "hang" else 0.0], hold_ticks=3)
+    blind = end in ("no sensor", "stall")
+    decisions = drive(executor, clock, 4)
+    for tick in range(4, 1000):
+        if end != "stall" or tick not in (
+            7,
+            8,
+        ):  # the ticks that a stalled loop skips are held ones too
+            clock.sleep_until(tick * executor.timing.period_ns)
+            decisions.append(executor.tick(None if blind else [float(tick)]))
+    told = sources(decisions)
+    assert told.lstrip("pr") == ("h" if end == "stall" else "hhh") + "s" * (1000 - LENGTH - 3)
+    assert decisions[-1].action.tolist() == [-1, -1]
+    report = executor.report()
+    assert (report.hold_ticks, report.holds_ended) == (3, 1)
+    assert report.ladder == ("rest", "refine", "hold", "safe")
+    assert report.sources["safe"] == 990
+
+
+def test_an_action_is_not_held_for_ever_by_default():
+    executor, clock = make(Encoded(lambda number: "raise" if number else None))
+    decisions = drive(executor, clock, 100)
+    assert sources(decisions).strip("pr") == "h" * 2 * LENGTH + "s" * (100 - 3 * LENGTH)
+    report = json.loads(json.dumps(executor.report().to_dict()))
+    assert report["hold_ticks"] == 2 * LENGTH
+
+
+class Foreign(Encoded):
+    """Its second plan is what ``made`` makes of a good one."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def make_plans(self, state, *, deterministic):
+        plan, nfe = super().make_plans(state, deterministic=deterministic)
+        return (plan if len(self.calls) != 2 else self.made(plan)), nfe
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda plan: plan[:, :-1],
+        lambda plan: np.concatenate([plan, plan], 1),
+        lambda plan: plan[..., :1],
+        lambda plan: plan[0],
+        lambda plan: plan[:0],
+        lambda plan: plan.astype(np.int64),
+        lambda plan: plan.astype(np.complex64),
+        lambda plan: plan.astype(object),
+        lambda plan: plan > 0,
+        lambda plan: plan.tolist(),
+        lambda plan: None,
+    ],
+)
+def test_plans_of_another_shape_or_type_are_refused(made):
+    executor, clock = make(Foreign(made), limits=ActionLimits([0, 0]))
+    assert sources(drive(executor, clock, 8)) == "pppprppp"
+    report = executor.report()
+    assert (report.rejected_plans, report.worker_crashes) == (1, 0)
+    assert "must be a float array [1, 8, 2], got" in report.errors[0]
+
+
+def test_actions_of_another_shape_are_refused():
+    class Short(Encoded):
+        def to_actions(self, normalised):
+            return normalised[:-1]
+
+    executor, clock = make(Short())
+    assert set(sources(drive(executor, clock, 5))) == {"s"}
+    assert (
+        "actions of a plan must be a float array [7, 2], got float32 [6, 2]"
+        in (executor.report().errors[0])
+    )
+
+
+def test_an_error_that_cannot_be_told_is_told_by_its_type():
+    class MuteError(Exception):
+        def __str__(self):
+            raise RuntimeError("not even this")
+
+    def fault(number):
+        raise MuteError
+
+    executor, clock = make(Encoded(fault), refine=Encoded(fault))
+    assert set(sources(drive(executor, clock, 3))) == {"s"}
+    assert executor.report().errors[0] == "tick 0: MuteError"
+
+
 @pytest.mark.parametrize("bad", [None, [math.nan], [math.inf], [1.0, 2.0], "fog", [[1.0]], [1e300]])
 def test_bad_observations_are_counted_and_not_planned_from(bad):
     policy = Encoded()
@@ -469,6 +561,47 @@ def test_reset_begins_a_cold_episode_and_drops_the_plan_under_way():
     assert executor.report().plans == 2  # the dropped one is not counted
 
 
+@pytest.mark.parametrize("name", ["initial_state", "forget"])
+def test_a_policy_whose_reset_raises_costs_plans_and_not_the_loop(name):
+    policy = Encoded()
+    executor, clock = make(policy)
+    drive(executor, clock, 3)
+
+    def broken(*arguments, **options):
+        raise OSError("no weights")
+
+    setattr(policy, name, broken)
+    executor.reset(7)
+    start = clock.now_ns()
+    for tick in range(3):
+        clock.sleep_until(start + tick * executor.timing.period_ns)
+        decision = executor.tick([0.0])
+        assert (decision.source, decision.missed) == ("safe", True)
+    assert executor.report().worker_crashes == 3
+    delattr(policy, name)
+    executor.reset(7)
+    assert executor.tick([5.0]).source == "plan"
+
+
+def test_a_policy_that_hangs_does_not_stop_reset_or_the_loop():
+    release = threading.Event()
+
+    class Hangs(Encoded):
+        def forget(self, state, done, seeds=None):
+            release.wait(30)
+            return super().forget(state, done, seeds)
+
+    with RealTimeExecutor(Hangs(), Timing(200), LIMITS) as executor:
+        began = time.perf_counter()
+        for _ in range(3):
+            executor.reset(1)
+            report = executor.run(lambda: [0.0], lambda action: None, ticks=6)
+        assert time.perf_counter() - began < 5
+        assert report.sources["safe"] == report.ticks
+        assert report.missed_deadlines == 3  # what hangs is late in each episode
+        release.set()
+
+
 def test_reset_with_a_seed_repeats_the_episode():
     executor, clock = make(Noisy(), limits=ActionLimits([0, 0]), seed=4)
     first = [d.action for d in drive(executor, clock, 10)]
@@ -480,13 +613,13 @@ def test_reset_with_a_seed_repeats_the_episode():
     np.testing.assert_array_equal(again, first)
 
 
-def test_warming_up_is_timed_apart_and_changes_nothing():
+def test_warming_up_is_timed_apart_and_its_plan_is_the_first():
     executor, clock = make(Noisy(), limits=ActionLimits([0, 0]), seed=4)
     plain = [d.action for d in drive(executor, clock, 10)]
     warmed, clock = make(
         Noisy(), [900, 30, 31, 0], limits=ActionLimits([0, 0]), refine=Noisy(), seed=4
     )
-    assert warmed.warm_up(np.ones(1)) == (900.0, 30.0, 31.0)
+    assert warmed.warm_up(np.zeros(1)) == (900.0, 30.0, 31.0)
     start = clock.now_ns()
     actions = []
     for tick in range(4):
@@ -495,7 +628,24 @@ def test_warming_up_is_timed_apart_and_changes_nothing():
     np.testing.assert_array_equal(actions, plain[:4])
     report = warmed.report()
     assert report.warm_up_ms == (900.0, 30.0, 31.0)
-    assert (report.plans, report.cold_latency.max_ms, report.plan_latency.count) == (1, 0.0, 0)
+    assert (report.plans, report.cold_latency.count, report.plan_latency.count) == (0, 0, 0)
+    # Dropped, where the observation is not the robot's: then the loop begins as without it.
+    warmed, clock = make(Noisy(), [9, 9, 9, 0], limits=ActionLimits([0, 0]), seed=4)
+    warmed.warm_up(np.ones(1), keep=False)
+    sent = []
+    warmed.run(iter(np.arange(4.0)[:, None]).__next__, sent.append, ticks=4)
+    np.testing.assert_array_equal(sent, plain[:4])
+
+
+def test_the_loop_does_not_begin_with_the_safe_action_after_warming_up():
+    executor, _ = make(Encoded(), [35.0])
+    executor.warm_up(np.zeros(1))
+    sent = []
+    report = executor.run(iter(np.arange(9.0)[:, None]).__next__, sent.append, ticks=9)
+    assert [a.tolist() for a in sent] == [[0, tick] for tick in range(6)] + [[4, 6], [4, 7], [4, 8]]
+    assert report.sources == {"plan": 9, "rest": 0, "refine": 0, "hold": 0, "safe": 0}
+    executor.reset()
+    assert executor.tick([0.0]).source == "safe"
 
 
 def test_warming_up_tells_what_is_wrong():
@@ -619,6 +769,12 @@ def test_bad_limits(arguments, message):
     safe, *bounds = arguments
     with pytest.raises(ValueError, match=message):
         ActionLimits(safe, **(bounds[0] if bounds else {}))
+
+
+@pytest.mark.parametrize("ticks", [-1, 2.5, True, math.inf])
+def test_bad_hold_ticks(ticks):
+    with pytest.raises(ValueError, match="hold_ticks must be a number of ticks >= 0"):
+        make(Encoded(), hold_ticks=ticks)
 
 
 def test_parts_that_do_not_fit():

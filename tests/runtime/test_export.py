@@ -123,6 +123,7 @@ EXPORT_CASES = {
         "sampler": Sampler("dpmpp_2m", 2),
         "rti": RTI(t_start=0.1, num_steps=1, renoise=False),
     },
+    "rolled": {"sampler": Sampler("ddim", 7, options={"eta": 1.0}), "rti": RTI(0.4, num_steps=6)},
     "grippers": {
         "sampler": Sampler("unipc", 2),
         "grippers": (Gripper(0, "clip", 5.0), Gripper(1, "scale", 4.0)),
@@ -145,11 +146,12 @@ def test_an_episode_is_the_policys_own(network, settings, tmp_path):
     "truncated",
     [
         Truncated(t_start=0.4, num_steps=2, rank="prior"),
+        Truncated(t_start=0.4, num_steps=6, rank="prior", choose="draw"),
         Truncated(t_start=0.4, num_steps=1, sources=("anchors", "previous", "draft")),
         Truncated(t_start=0.4, num_steps=1, rank="denoising", continuity=0.5),
         Truncated(t_start=0.4, num_steps=1, rank="confidence"),
     ],
-    ids=["prior", "all sources", "continuity", "confidence"],
+    ids=["prior", "drawn", "all sources", "continuity", "confidence"],
 )
 def test_truncated_policies(truncated, tmp_path):
     generator = torch.Generator().manual_seed(0)

@@ -516,6 +516,52 @@ def test_slow_and_silent_peers_are_hung_up_on(policy):
             assert "no request for 0.4 seconds" in read(connection).fields["message"]
 
 
+def test_idle_clients_do_not_keep_others_out(policy, observations):
+    obs = observations[0, 0]
+    with (
+        serving(policy, limited(max_clients=2, reclaim_after_s=0.3)) as server,
+        raw(server) as idle,
+        client_of(server) as busy,
+    ):
+        with pytest.raises(ServerError, match="all 2 places"):
+            client_of(server)  # none has been idle for long enough
+        time.sleep(0.35)
+        busy.act(obs)
+        with client_of(server) as new:
+            assert "while another client wanted the place" in read(idle).fields["message"]
+            assert hung_up(idle)
+            assert new.act(obs).shape == busy.act(obs).shape == (A,)
+            assert new.stats()["clients"] == 2
+            with pytest.raises(ServerError, match="all 2 places"):
+                client_of(server)
+    with serving(policy, limited(max_clients=1, reclaim_after_s=None)) as server, raw(server):
+        time.sleep(0.1)
+        with pytest.raises(ServerError, match="all 1 places"):
+            client_of(server)
+
+
+def test_a_client_that_works_is_not_idle(policy, observations):
+    policy.wait_s = 0.5
+    with (
+        serving(policy, limited(max_clients=1, reclaim_after_s=0.1)) as server,
+        ThreadPoolExecutor(1) as threads,
+        client_of(server) as slow,
+    ):
+        answer = threads.submit(slow.act, observations[0, 0])
+        time.sleep(0.25)
+        with pytest.raises(ServerError, match="all 1 places"):
+            client_of(server)
+        assert answer.result().shape == (A,)
+
+
+def test_silent_clients_are_hung_up_on_by_default():
+    assert Limits().idle_timeout_s == 600
+    with pytest.raises(ValueError, match="reclaim_after_s must be a positive number"):
+        Limits(reclaim_after_s=0)
+    with pytest.raises(ValueError, match="frame_timeout_s must be a positive number"):
+        Limits(frame_timeout_s=None)
+
+
 def test_connections_that_never_greet_are_limited_too(policy):
     with serving(policy, limited(max_clients=1)) as server, contextlib.ExitStack() as stack:
         for _ in range(17):

@@ -1,0 +1,173 @@
+"""A sampling loop as one step that is repeated, for runtimes whose build time grows with a graph.
+
+Traced as it is, a loop of K evaluations becomes K copies of its network, which take minutes to
+build at K = 100. Here the step is traced once, its constants are rows of tables, and the graph
+holds a loop over it (in ONNX the operator ``Loop``): inputs, outputs and arithmetic stay the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpolicy.core.pinning import PinCond
+from diffpolicy.core.solvers import Row
+from diffpolicy.policies.loop import PlanLoop
+
+#: Network evaluations from which a loop is rolled. Fewer copies build in a second or two, and
+#: without the loop a call is a little faster.
+ROLL_FROM = 6
+
+
+def rolled(loop: nn.Module, example: Sequence[Tensor] | None = None) -> nn.Module:
+    """The loop in its rolled form where that pays, else as it is.
+
+    Args:
+        loop: a module; all but plain loops (a tick of a streaming policy, say) stay as they are.
+        example: inputs of any number of rows; made up when absent.
+    """
+    if type(loop) is not PlanLoop or loop.nfe < ROLL_FROM:
+        return loop
+    if example is None:
+        plan = (2, loop.horizon, loop.action_dim)
+        history = torch.zeros(2, *loop.obs_shape)
+        example = history, torch.zeros(plan), torch.zeros(loop.draws, *plan)
+    return RolledLoop(loop, example)
+
+
+class RolledLoop(nn.Module):
+    """A :class:`~diffpolicy.policies.loop.PlanLoop` whose graph holds its step once.
+
+    Args:
+        loop: the loop.
+        example: inputs to trace the step with.
+    """
+
+    def __init__(self, loop: PlanLoop, example: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.loop, self.nfe, self.draws = loop, loop.nfe, loop.draws
+        self.horizon, self.action_dim = loop.horizon, loop.action_dim
+        self.step = _Step(loop)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # of branches on constants, and of PyTorch's later plans
+            state, given = self._begin(*example)
+            step = (torch.zeros((), dtype=torch.int64), *state, *given)
+            traced = torch.jit.trace(self.step, step, check_trace=False)  # type: ignore[no-untyped-call]
+            self.repeated: Any = torch.jit.script(_Repeated(traced))
+
+    def forward(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
+        """As the loop's own: plans ``[n, H, A]``, the same to within rounding."""
+        state, given = self._begin(history, guess, noise)
+        # A number of steps that is no constant for PyTorch, which would unroll the loop again.
+        steps = torch.arange(self.nfe) + torch.zeros_like(history[0, 0, :1], dtype=torch.int64)
+        x: Tensor = self.repeated(steps, *state, *given)
+        return self.loop.condition.settled(x, self.loop.condition(history))
+
+    def _begin(
+        self, history: Tensor, guess: Tensor, noise: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The state before the first step, and what every step is given; empty: not used."""
+        loop, empty = self.loop, noise.new_zeros(0)
+        noise = loop.tempered(noise)
+        x = loop.begin(guess, noise).x
+        given = loop.condition(history)
+        modulations = getattr(loop.grid.denoise, "modulations", None)
+        films = None if modulations is None else modulations(x, given)
+        self.step.has_film = films is not None
+        values, cond = (given.values, given.cond) if isinstance(given, PinCond) else (empty, given)
+        return (x, x, torch.stack([torch.zeros_like(x)] * self.step.depth)), (
+            values,
+            empty if cond is None else cond,
+            empty if films is None else torch.stack(list(films)),
+            noise[self.draws - self.nfe :] if loop.grid.stochastic else empty,
+        )
+
+
+class _Repeated(nn.Module):
+    """K calls of a traced step, in the language that keeps them a loop.
+
+    Args:
+        step: what is repeated, once for each entry of ``steps``.
+    """
+
+    def __init__(self, step: Any) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(
+        self,
+        steps: Tensor,
+        x: Tensor,
+        y: Tensor,
+        memory: Tensor,
+        values: Tensor,
+        cond: Tensor,
+        films: Tensor,
+        noise: Tensor,
+    ) -> Tensor:
+        for k in range(steps.size(0)):
+            x, y, memory = self.step(steps[k], x, y, memory, values, cond, films, noise)
+        return x
+
+
+class _Step(nn.Module):
+    """Evaluation ``k`` and the update after it, its constants taken from tables ``[K, ...]``."""
+
+    def __init__(self, loop: PlanLoop) -> None:
+        super().__init__()
+        self.denoiser, self.evaluate, self.stochastic = (
+            loop.denoiser,
+            loop.grid.denoise,
+            loop.grid.stochastic,
+        )
+        rows = loop.grid.rows
+        self.has_film, self.pinned = False, loop.condition.pinned
+        self.depth = max(max(len(row.b), len(row.d)) for row in rows)
+        self.corrects = any(row.c is not None for row in rows)
+        self.converts = any(row.to_eps is not None for row in rows)
+        columns = zip(*(_uniform(row, self.depth) for row in rows), strict=True)
+        self.tables = [torch.stack(column) for column in columns]
+
+    def forward(
+        self,
+        k: Tensor,
+        x: Tensor,
+        y: Tensor,
+        memory: Tensor,
+        values: Tensor,
+        cond: Tensor,
+        films: Tensor,
+        noise: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """State, corrected state and old estimates ``[J, n, H, A]`` after evaluation ``k``."""
+        a, g, keep, c, p, q, *weights = (table[k] for table in self.tables)
+        told = cond if cond.dim() > 1 else None
+        given = PinCond(told, values) if self.pinned else told
+        film = (films[k],) if self.has_film else ()
+        m = self.evaluate(k, x, given, *film).x0_hat
+        if self.converts:
+            m = torch.addcmul(p * x, q, m)
+        memory = torch.cat([m[None], memory[: self.depth - 1]])
+        y = self._combined(keep * x + c * y, weights[self.depth :], memory) if self.corrects else x
+        moved = self._combined(a * y, weights[: self.depth], memory)
+        return torch.addcmul(moved, g, noise[k]) if self.stochastic else moved, y, memory
+
+    def _combined(self, total: Tensor, weights: list[Tensor], memory: Tensor) -> Tensor:
+        for j, weight in enumerate(weights):
+            total = torch.addcmul(total, weight, memory[j])
+        return total
+
+
+def _uniform(row: Row, depth: int) -> list[Tensor]:
+    """All constants of a row, in the same places as those of any other row."""
+    zero, one = torch.zeros_like(row.a), torch.ones_like(row.a)
+    p, q = (zero, one) if row.to_eps is None else row.to_eps
+    keep, c = (one, zero) if row.c is None else (zero, row.c)
+    b, d = ([*values, *[zero] * (depth - len(values))] for values in (row.b, row.d))
+    return [row.a, zero if row.g is None else row.g, keep, c, p, q, *b, *d]
