@@ -225,16 +225,16 @@ class _Study:
             ``[1 + lags, A]``, the mean over steps; lower is better.
         """
         count, valid = len(self.demos.obs), self.demos.valid
-        seeds = [range(n * count, (n + 1) * count) for n in range(self.replicates)]
-        seeds = [[self.seed + s for s in part] for part in seeds]
+        first = [self.seed + run * count for run in range(self.replicates)]
+        pairs = zip(first, self.starts, strict=True)
         runs = np.stack(
-            [replay(policy, self.demos.obs, *v) for v in zip(seeds, self.starts, strict=True)]
+            [replay(policy, self.demos.obs, range(n, n + count), start) for n, start in pairs]
         )
         scores = [_crps(runs, self.target, valid)]
         for lag in LAGS:
             if lag < valid.shape[1] and valid[:, lag:].any():
-                changes = (v[..., lag:, :] - v[..., :-lag, :] for v in (runs, self.target))
-                scores.append(_crps(*changes, valid[:, lag:]))
+                made, wanted = (v[..., lag:, :] - v[..., :-lag, :] for v in (runs, self.target))
+                scores.append(_crps(made, wanted, valid[:, lag:]))
         return np.stack(scores)
 
     def _start(self, run: int) -> PolicyState:
