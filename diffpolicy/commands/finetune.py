@@ -303,7 +303,7 @@ def evaluated(
             "train_reward_calls": training.reward_calls if training else 0,
         },
         exact=None if exact is None else exact.scores._asdict(),
-        best=best_sequences(after.tokens, oracles, task.alphabet),
+        best=best_sequences(after.tokens, oracles, task.alphabet, valid=task.valid),
         optimum=() if exact is None else exact.front,
     )
 

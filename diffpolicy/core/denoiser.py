@@ -7,6 +7,7 @@ line is the whole difference.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from diffpolicy.core.noise import GaussianProcess
 
 PREDICTIONS = ("eps", "v", "x0", "edm", "velocity")
+MAX_SIGNAL = 0.2  # alpha / sigma at t = 1 above which a start from pure noise is noticeably wrong
 
 
 class Denoised(NamedTuple):
@@ -60,10 +62,15 @@ class BaseDenoiser(nn.Module):
         Everything constant precomputed.
         """
         rows = t.unbind(0)
-        return lambda row, x, cond: self.forward(x, rows[row].to(x.device, non_blocking=True), cond)
+        return lambda row, x, cond: self.forward(x, rows[row].to(x, non_blocking=True), cond)
 
     def check_t(self, t: Tensor) -> None:
         """Raise if levels of this shape cannot be taken (per row is always possible)."""
+
+    def placed(self, host: Tensor) -> Tensor:
+        """Host constants of a grid, float64, on the device and in the dtype of the parameters."""
+        like = next(self.parameters(), None)
+        return host if like is None else host.to(like.device, like.dtype, non_blocking=True)
 
 
 class AnalyticDenoiser(BaseDenoiser):
@@ -80,7 +87,7 @@ class AnalyticDenoiser(BaseDenoiser):
         self._x0_hat = x0_hat
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
-        return Denoised(self._x0_hat(x_t, t.to(x_t.dtype), cond))
+        return Denoised(self._x0_hat(x_t, t.to(x_t), cond))
 
 
 class Denoiser(BaseDenoiser):
@@ -120,6 +127,7 @@ class Denoiser(BaseDenoiser):
                 f"prediction {prediction!r} cannot recover x0 at t = 1, where {process.type!r} has "
                 "alpha = 0; use 'velocity', 'v' or 'x0'"
             )
+        _warn_of_signal(process)
         self.network = network
         self.process = process
         self.prediction = prediction
@@ -149,10 +157,10 @@ class Denoiser(BaseDenoiser):
             ratio.clamp_min(1e-5).log() / 4,
         )
 
-    def target(self, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """What the network should output at ``x_t``: the regression target of training, ``[B, H.
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should output for ``x0`` noised to ``t``: the target of training.
 
-        D]``.
+        Defined at both ends of the clock, and ``[B, H, D]``.
         """
         if self.prediction == "eps":
             return noise
@@ -162,8 +170,9 @@ class Denoiser(BaseDenoiser):
             return noise - x0
         if self.prediction == "v":
             return self.process.alpha(t) * noise - self.process.sigma(t) * x0
-        c_x, c_out, _, _ = self.coefficients(t)
-        return (x0 - c_x * x_t) / c_out
+        # edm: (x0 - c_x x_t) / c_out, divided out, because at t = 0 that is 0 / 0.
+        ratio, sd = self.process.sigma(t) / self.process.alpha(t), self.data_std
+        return (ratio / sd * x0 - sd * noise) * (ratio.square() + sd**2).rsqrt()
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """The network's own output at ``x_t`` (what the denoising loss regresses on), ``[B, H.
@@ -215,6 +224,21 @@ class Denoiser(BaseDenoiser):
                 f"{type(self.network).__name__} takes levels per {sorted(kinds)}, not per {kind} "
                 f"(t {tuple(t.shape)}); choose a network that does"
             )
+
+
+def _warn_of_signal(process: GaussianProcess) -> None:
+    """Say so where the prior is not what the process ends at."""
+    one = torch.ones((), dtype=torch.float64)
+    alpha, sigma = float(process.alpha(one)), float(process.sigma(one))
+    if alpha > MAX_SIGNAL * sigma:
+        warnings.warn(
+            f"process {process.type!r} ends at alpha = {alpha:.2f}, sigma = {sigma:.2f}: plans are "
+            "sampled from pure noise, which it never reaches, and will be biased towards 0. Let it "
+            "go further (more or larger betas, smaller alpha_min, larger beta_max or sigma_max; "
+            "ddpm_linear without beta_start and beta_end does), unless weights trained so are "
+            "being imported",
+            stacklevel=3,
+        )
 
 
 class _NetworkOnGrid:

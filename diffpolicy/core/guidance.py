@@ -83,8 +83,9 @@ class ClassifierFreeGuidance(_Wrapper):
             raise ValueError("classifier-free guidance needs cond [B, C]; got None")
         if self.scale == 1.0:
             return cond
-        null = torch.zeros_like(cond) if self.null_cond is None else self.null_cond.expand_as(cond)
-        return torch.cat([cond, null])
+        if self.null_cond is None:
+            return torch.cat([cond, torch.zeros_like(cond)])
+        return torch.cat([cond, self.null_cond.to(cond).expand_as(cond)])
 
 
 class _BranchesOnGrid:
@@ -118,7 +119,7 @@ class Guidance(_Wrapper):
     That is ``x0_hat + scale * direction(x0_hat, t, cond)``.
 
     ``direction`` is for instance the gradient of a value, cost or classifier at the clean estimate,
-    ``[B, H, D]``.
+    ``[B, H, D]``. It gets the levels ``t`` in the dtype and on the device of the estimate.
     """
 
     def __init__(
@@ -136,11 +137,12 @@ class Guidance(_Wrapper):
         return self._moved(self.denoiser(x_t, t, cond), t, cond)
 
     def on_grid(self, t: Tensor) -> GridDenoise:
-        inner, rows = self.denoiser.on_grid(t), t.unbind(0)
+        inner, rows = self.denoiser.on_grid(t), self.placed(t).unbind(0)
         return lambda row, x, cond: self._moved(inner(row, x, cond), rows[row], cond)
 
     def _moved(self, out: Denoised, t: Tensor, cond: Tensor | None) -> Denoised:
-        return Denoised(out.x0_hat + self.scale * self.direction(out.x0_hat, t, cond), out.aux)
+        direction = self.direction(out.x0_hat, t.to(out.x0_hat), cond).to(out.x0_hat)
+        return Denoised(out.x0_hat + self.scale * direction, out.aux)
 
 
 class Inpaint(_Wrapper):
@@ -174,7 +176,8 @@ class Inpaint(_Wrapper):
         return lambda row, x, cond: self._filled(inner(row, x, cond))
 
     def _filled(self, out: Denoised) -> Denoised:
-        return Denoised(torch.where(self.known, self.values, out.x0_hat), out.aux)
+        values = self.values.to(out.x0_hat)
+        return Denoised(torch.where(self.known, values, out.x0_hat), out.aux)
 
 
 class PrefixCond(NamedTuple):
@@ -245,6 +248,7 @@ class PrefixGuidance(_Wrapper):
         self, run: Callable[[Tensor], Denoised], x_t: Tensor, gain: Tensor, given: PrefixCond
     ) -> Denoised:
         """The guided answer at ``x_t``, where ``run`` is the denoiser at that level."""
+        given = PrefixCond(given.cond, given.prefix.to(x_t), given.weight.to(x_t))
         if self.mode == "soft":
             out = run(x_t)
             moved = torch.lerp(out.x0_hat, given.prefix, given.weight)
@@ -289,9 +293,8 @@ class _PrefixOnGrid:
 
     def __init__(self, guidance: PrefixGuidance, t: Tensor) -> None:
         self._guidance, self._inner = guidance, guidance.denoiser.on_grid(t)
-        like = next(guidance.parameters(), torch.zeros(()))
         gain = prefix_gain(guidance.process, t, guidance.max_weight)
-        self._gain = gain.to(like.device, like.dtype, non_blocking=True).unbind(0)
+        self._gain = guidance.placed(gain).unbind(0)
 
     def modulations(self, x: Tensor, cond: Any) -> Sequence[Tensor] | None:
         inner = getattr(self._inner, "modulations", None)

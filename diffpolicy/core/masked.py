@@ -60,6 +60,11 @@ class MaskedDenoiser(BaseDenoiser):
         self.time_free = time_free
 
     @property
+    def weight(self) -> Tensor:
+        """A parameter, whose type and device states take (a number on the host without one)."""
+        return next(self.network.parameters(), torch.zeros(()))
+
+    @property
     def mask_id(self) -> int:
         """The token that stands for a mask: ``vocab_size``."""
         return self.vocab_size
@@ -75,14 +80,14 @@ class MaskedDenoiser(BaseDenoiser):
         if not x_t.is_floating_point() and not getattr(self.network, "takes_tokens", False):
             x_t = one_hot(x_t, self.vocab_size)
         time = torch.zeros((1, 1, 1), device=x_t.device) if self.time_free else t
-        return self._finish(self.network(x_t, self._network_time(time), cond))
+        return self._run(x_t, self._network_time(time), cond)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
         return masked_answer(x_t, self.log_probs(x_t, t, cond))
 
     def on_grid(self, t: Tensor) -> GridDenoise:
         network: DenoiserNetwork = self.network  # type: ignore[assignment]
-        like = next(self.network.parameters(), torch.zeros(()))
+        like = self.weight
         rows = t[:1, :1, :1, :1] * 0 if self.time_free else t
         time = self._network_time(rows).to(like.device, like.dtype, non_blocking=True)
         embedded: Sequence[Tensor | None] = [None] * len(rows)
@@ -92,7 +97,7 @@ class MaskedDenoiser(BaseDenoiser):
         def denoise(row: int, x: Tensor, cond: Tensor | None) -> Denoised:
             at = 0 if self.time_free else row
             known = {} if embedded[at] is None else {"time_emb": embedded[at]}
-            return masked_answer(x, self._finish(network(x, time[at], cond, **known)))
+            return masked_answer(x, self._run(x, time[at], cond, **known))
 
         return denoise
 
@@ -105,7 +110,11 @@ class MaskedDenoiser(BaseDenoiser):
     def _network_time(self, t: Tensor) -> Tensor:
         return self.process.network_time(t)
 
-    def _finish(self, output: Tensor) -> Tensor:
+    def _run(self, x: Tensor, time: Tensor, cond: Tensor | None, **known: Tensor | None) -> Tensor:
+        dtype = self.weight.dtype  # tokens come without a type, conditions in the caller's
+        x = x.to(dtype) if x.is_floating_point() else x
+        cond = None if cond is None else cond.to(dtype)
+        output: Tensor = self.network(x, time.to(dtype), cond, **known)
         return output[..., : self.vocab_size].log_softmax(-1)
 
 

@@ -22,6 +22,7 @@ class NoiseProcess:
     """What starts, denoisers and losses ask of a process, whatever its noise is."""
 
     type: ClassVar[str]
+    first_level: float = 0.0  # below it there is no level that a network is trained on
 
     def alpha(self, t: Tensor) -> Tensor:
         """Signal scale, 1 at ``t = 0`` (of masking: the fraction of tokens that are left)."""
@@ -50,20 +51,11 @@ class NoiseProcess:
         return t * TIME_SCALE
 
     def sample_t(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-        """Levels to train on: stratified uniform in (0, 1].
-
-        So that a batch always covers the clock.
-        """
-        count, device = shape[0], _device(generator)
-        strata = torch.arange(count, device=device).view(-1, *[1] * (len(shape) - 1))
-        rows = (strata + torch.rand(*shape, generator=generator, device=device)) / count
-        return 1.0 - rows[torch.randperm(count, generator=generator, device=device)]
+        """Levels to train on: stratified uniform in (0, 1], so that a batch covers the clock."""
+        return stratified(shape, generator)
 
     def snap(self, t: Tensor) -> Tensor:
-        """Nearest level that the process was trained on.
-
-        (the identity unless the process is discrete).
-        """
+        """Nearest level that a network is trained on, or 0 (the identity unless discrete)."""
         return t
 
     def config(self) -> dict[str, Any]:
@@ -234,12 +226,26 @@ class DiscreteVP(GaussianProcess):
 
     @classmethod
     def linear(
-        cls, num_steps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02
+        cls, num_steps: int, *, beta_start: float | None = None, beta_end: float | None = None
     ) -> DiscreteVP:
-        """Betas spaced evenly between two ends (Ho et al. 2020)."""
-        return cls(
-            tuple(torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64).tolist())
+        """Betas spaced evenly between two ends, by default as much noise for any number of steps.
+
+        Ho et al. (2020) have 1e-4 to 0.02 in 1000 steps. With fewer steps these would stop long
+        before pure noise (at alpha = 0.60 after 100), so an end that is not given is theirs times
+        ``1000 / num_steps``, as Nichol & Dhariwal (2021) have it. Given ends are taken as they are.
+        """
+        low, high = (
+            published * 1000 / num_steps if given is None else given
+            for given, published in ((beta_start, 1e-4), (beta_end, 0.02))
         )
+        betas = torch.linspace(low, high, num_steps, dtype=torch.float64)
+        if beta_end is None:
+            betas = betas.clamp(max=0.999)  # a handful of steps
+        return cls(tuple(betas.tolist()))
+
+    @property
+    def first_level(self) -> float:  # type: ignore[override]
+        return 1 / len(self.betas)
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         table = self._log_alphas.to(t.device, t.dtype, non_blocking=True)
@@ -367,7 +373,8 @@ def make_process(config: Mapping[str, Any] | str) -> GaussianProcess:
     """Build a process from ``{"type": name, **parameters}`` or from its name alone.
 
     ``ddpm_cosine`` and ``ddpm_linear`` are :class:`DiscreteVP` with ``num_steps`` (100 unless
-    given) standard betas.
+    given) standard betas; those of ``ddpm_linear`` grow with fewer steps, see
+    :meth:`DiscreteVP.linear`.
 
     Raises:
         ValueError: unknown name or parameter, with the valid ones.
@@ -383,6 +390,15 @@ def make_process(config: Mapping[str, Any] | str) -> GaussianProcess:
         return PROCESSES[name](**values)
     except TypeError as error:
         raise ValueError(f"noise process {name!r}: {error}") from None
+
+
+def stratified(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    """Uniform in (0, 1], one per stratum of the first dimension, in random order."""
+    count, device = shape[0], _device(generator)
+    strata = torch.arange(count, device=device).view(-1, *[1] * (len(shape) - 1))
+    rows = (strata + torch.rand(*shape, generator=generator, device=device)) / count
+    below = rows.clamp(max=1 - 2**-24)  # the sum rounds to 1 at times, and losses divide by t
+    return 1.0 - below[torch.randperm(count, generator=generator, device=device)]
 
 
 def _device(generator: torch.Generator | None) -> torch.device:

@@ -69,10 +69,10 @@ class Pinned(BaseDenoiser):
         return _PinnedOnGrid(self, t)
 
     def _pinned(self, x_t: Tensor, given: PinCond) -> Tensor:
-        return torch.where(self.known, given.values, x_t)
+        return torch.where(self.known, given.values.to(x_t), x_t)
 
     def _filled(self, out: Denoised, given: PinCond) -> Denoised:
-        return Denoised(torch.where(self.known, given.values, out.x0_hat), out.aux)
+        return Denoised(torch.where(self.known, given.values.to(out.x0_hat), out.x0_hat), out.aux)
 
 
 class _PinnedOnGrid:

@@ -155,7 +155,7 @@ def levels(
     end: float = 0.0,
     spacing: str = "t",
     process: NoiseProcess | None = None,
-    t_min: float = 1e-3,
+    t_min: float | None = None,
 ) -> Tensor:
     """The grid of levels from ``start`` down to ``end``.
 
@@ -166,13 +166,16 @@ def levels(
         spacing: ``"t"`` even in t (snapped to the knots of a discrete ``process``), ``"log_snr"``
             even in log SNR, ``"karras"`` even in ``(sigma / alpha)^(1/7)`` (Karras et al. 2022).
         process: needed by ``log_snr`` and ``karras``.
-        t_min: with these two and ``end = 0``, the last level before the step to clean.
+        t_min: with these two and ``end = 0``, the last level before the step to clean. By default
+            1e-3, or the first level of a discrete process; of two steps, however, the second would
+            then have nothing left to solve: it begins half-way instead.
 
     Returns:
         float64 ``[K + 1, *start.t.shape]``; the first entry equals ``start.t``.
 
     Raises:
-        ValueError: ``num_steps`` < 1, an unknown spacing, or no process where one is needed.
+        ValueError: ``num_steps`` < 1, an unknown spacing, no process where one is needed, or more
+            steps than the process has levels.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
@@ -184,12 +187,48 @@ def levels(
     if spacing == "t":
         grid = first + fraction * (end - first)
         inner = grid[1:-1] if process is None else process.snap(grid[1:-1])
-        return torch.cat([first[None], inner, torch.full_like(first, end)[None]])
+        grid = torch.cat([first[None], inner, torch.full_like(first, end)[None]])
+        return grid if process is None else check_snapped(grid, process)
     if process is None:
         raise ValueError(f"spacing {spacing!r} needs process=...")
     if not isinstance(process, GaussianProcess):
         raise ValueError(f"spacing {spacing!r} is for Gaussian noise; use spacing='t'")
-    return _ratio_grid(process, first, num_steps, end, t_min, 7.0 if spacing == "karras" else None)
+    rho = 7.0 if spacing == "karras" else None
+    return _ratio_grid(process, first, num_steps, end, t_min, rho)
+
+
+def trained_level(process: NoiseProcess, t_start: Tensor) -> Tensor:
+    """The level that a network is trained on nearest to ``t_start``, where sampling begins.
+
+    Raises:
+        ValueError: it is clean data.
+    """
+    t = process.snap(t_start)
+    if bool((t <= 0).any()):
+        raise ValueError(
+            f"t_start={float(t_start.min()):.4g} is nearer to clean data than to the first "
+            f"training level of the process; raise t_start to at least {process.first_level:.4g}"
+        )
+    return t
+
+
+def check_snapped(grid: Tensor, process: NoiseProcess) -> Tensor:
+    """``grid``, unless two of its levels are one training level of a discrete ``process``.
+
+    Raises:
+        ValueError: such a step would evaluate the network for nothing.
+    """
+    moving = grid[0] > grid[-1]  # single positions may rest at the end
+    if bool(((grid[1:] >= grid[:-1]) & moving).any()):
+        apart = process.first_level
+        most = max(1, int(((grid[0] - grid[-1])[moving].min() / apart).round()))
+        raise ValueError(
+            f"a grid of {len(grid) - 1} steps from level {float(grid[0][moving].min()):.4g} to "
+            f"{float(grid[-1].max()):.4g} repeats a training level, of which the process has "
+            f"{round(1 / apart)}: an evaluation for nothing. Take at most {most} steps (by hand: "
+            f"levels at least {apart:.4g} apart)"
+        )
+    return grid
 
 
 def _ratio_grid(
@@ -197,15 +236,17 @@ def _ratio_grid(
     first: Tensor,
     num_steps: int,
     end: float,
-    t_min: float,
+    t_min: float | None,
     rho: float | None,
 ) -> Tensor:
     """Even in ``log(sigma/alpha)`` or in its power ``1/rho``.
 
     A step to exactly 0 is appended when ``end`` is 0.
     """
-    intervals = num_steps - 1 if end == 0 else num_steps
-    last = torch.full_like(first, end if end > 0 else t_min).minimum(first)
+    lands = end == 0 and (num_steps != 2 or t_min is not None)  # on t_min, before it goes to 0
+    intervals = num_steps - 1 if lands else num_steps
+    least = max(1e-3, process.first_level) if t_min is None else t_min
+    last = torch.full_like(first, end if end > 0 else least).minimum(first)
     finite = torch.where(
         process.alpha(first) > 0, first, 1 - 1e-3
     )  # flow matching: the ratio is infinite at t = 1
@@ -215,23 +256,8 @@ def _ratio_grid(
     fraction = torch.linspace(0, 1, intervals + 1, dtype=torch.float64)
     grid = warped[0] + fraction.view(-1, *[1] * first.dim()) * (warped[1] - warped[0])
     log_ratio = grid if rho is None else rho * grid.log()
-    inner = process.t_from_log_snr(-2 * log_ratio)[1 : intervals + (end == 0)]
+    inner = process.t_from_log_snr(-2 * log_ratio)[1:num_steps]
     return torch.cat([first[None], inner, torch.full_like(first, end)[None]])
-
-
-def check_distinct(grid: Tensor, t_start: float | Sequence[float]) -> Tensor:
-    """``grid``, unless snapping to training levels made two of its levels one.
-
-    Raises:
-        ValueError: a step of length zero would evaluate the network for nothing.
-    """
-    if bool((grid[1:] >= grid[:-1]).any()):
-        raise ValueError(
-            f"from t_start={t_start} a grid of {len(grid) - 1} steps repeats a training level "
-            f"({[round(float(v), 4) for v in grid.flatten(1)[:, 0]]}); raise t_start or take fewer "
-            "steps"
-        )
-    return grid
 
 
 def explicit_levels(start: Start, following: Sequence[float]) -> Tensor:

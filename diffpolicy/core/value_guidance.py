@@ -124,10 +124,8 @@ class _ValueOnGrid:
 
     def __init__(self, guidance: ValueGuidance, t: Tensor) -> None:
         self._guidance, self._inner = guidance, guidance.denoiser.on_grid(t)
-        (t, gain), like = guidance.gain(t), next(guidance.parameters(), None)
-        if like is not None:
-            t, gain = (v.to(like.device, like.dtype, non_blocking=True) for v in (t, gain))
-        self._t, self._gain = t.unbind(0), gain.unbind(0)
+        t, gain = guidance.gain(t)
+        self._t, self._gain = guidance.placed(t).unbind(0), guidance.placed(gain).unbind(0)
 
     def modulations(self, x: Tensor, cond: Any) -> Sequence[Tensor] | None:
         inner = getattr(self._inner, "modulations", None)

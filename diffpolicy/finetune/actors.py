@@ -9,7 +9,7 @@ from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampling import prepare, sample
 from diffpolicy.core.solvers import Row, Solver, make_solver
-from diffpolicy.core.starts import Start, check_distinct, levels, prior_start
+from diffpolicy.core.starts import Start, levels, prior_start
 from diffpolicy.finetune.algorithms import ActorCritic
 
 
@@ -36,8 +36,7 @@ class SamplingChain:
 
     def __init__(self, process: GaussianProcess, settings: ActorCritic) -> None:
         one = torch.ones(1, 1, 1, dtype=torch.float64)
-        grid = levels(Start(one, one), settings.num_steps, process=process)
-        self.levels = check_distinct(grid, 1.0)
+        self.levels = levels(Start(one, one), settings.num_steps, process=process)
         solver = make_solver(settings.solver)
         self.solver = _Table(solver.rows(process, self.levels), stochastic=solver.stochastic)
         nfe = len(self.solver.table)
@@ -102,7 +101,7 @@ def denoise_once(
     """
     x_t = denoiser.process.add_noise(x0, t, noise)
     output = denoiser.raw(x_t, t, cond)
-    error = (output - denoiser.target(x0, noise, x_t, t)).square().mean(-1)
+    error = (output - denoiser.target(x0, noise, t)).square().mean(-1)
     c_x, c_out, _, _ = denoiser.coefficients(t)
     x0_hat = torch.addcmul(c_x * x_t, c_out, output)
     x0_hat = x0_hat.clamp(-1, 1) if denoiser.clip else x0_hat

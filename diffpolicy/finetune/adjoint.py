@@ -53,12 +53,12 @@ def probability_flow(
         start: a state ``[B, H, D]`` and its level, one for all rows or one per row, above 0.
         levels: host grid ``[K + 1, 1 or B, 1, 1]`` from :func:`diffpolicy.core.starts.levels`,
             descending. A last level of 0 is reached by the step to clean. ``"karras"`` and
-            ``"log_snr"`` spacings put the level before it at ``t_min`` whatever K is; with spacing
-            ``"t"`` it approaches 0 like 1 / K, which bounds the order of convergence.
+            ``"log_snr"`` spacings put the level before it at a given ``t_min`` whatever K is; with
+            spacing ``"t"`` it approaches 0 like 1 / K, which bounds the order of convergence.
         method: ``"euler"`` (DDIM on the same grid), ``"midpoint"`` and ``"rk4"`` take one step per
             interval, 1, 2 and 4 evaluations; ``"dopri5"`` as many as the tolerances ask for, at 7
             each, and reads the error from the device at every step: a grid of two intervals,
-            ``levels(start, 2, spacing="karras", process=process)``, is enough for it.
+            ``levels(start, 2, spacing="karras", process=process, t_min=1e-3)``, is enough for it.
         cond: condition ``[B, C]``.
         adjoint: ``"continuous"`` integrates state, gradient and parameters' gradient back up the
             grid (Chen et al. 2018, algorithm 1): the memory of one state and one evaluation, and

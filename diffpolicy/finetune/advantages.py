@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from diffpolicy.finetune.rollouts import MaskedRollout
@@ -29,11 +28,14 @@ class PolicyGradient:
             reveals before it. The same J; ``"path"`` has less variance.
         baseline: ``"mean"`` over the rows; ``"leave_one_out"`` without the row itself (RLOO),
             which has no bias; ``"group"``: mean over groups of rows that share a condition (GRPO,
-            Shao et al. 2024). Each step has its own baseline.
+            Shao et al. 2024). Each step has its own baseline. The two means hold the row itself,
+            which makes the expected gradient ``(n - 1) / n`` of that of J with n rows, the KL's
+            part like the reward's.
         group_size: consecutive rows that share a condition, of ``group`` (needed) and
             ``leave_one_out`` (None: the whole batch).
-        normalize: divide the objective of a row by the standard deviation of the returns of its
-            group (not below 0.001), as in GRPO.
+        normalize: divide rewards by their standard deviation in the group (not below 0.001), as
+            in GRPO; ``kl_weight`` is then in units of that per nat, so that groups of equal
+            rewards are held by the KL as firmly as others.
         ratio: ``"token"``: every reveal has its probability ratio, and only the costs that come
             after it (exact, and less variance). ``"sequence"``: one ratio and return per row.
         clip: of the ratio, to ``[1 - clip, 1 + clip]`` (PPO); with ``epochs`` > 1.
@@ -80,6 +82,10 @@ class PolicyGradient:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
         self._check_together()
 
+    def share(self, rows: int) -> float:
+        """The part of J's gradient that the baseline leaves of it, with batches of ``rows``."""
+        return 1.0 if self.baseline == "leave_one_out" else 1 - 1 / (self.group_size or rows)
+
     def _check_together(self) -> None:
         if self.baseline == "group" and self.group_size is None:
             raise ValueError("baseline='group' needs group_size=N, rows that share a condition")
@@ -105,27 +111,29 @@ class Play(NamedTuple):
         rollout: B sequences.
         reward: ``[B]``.
         advantage: of each reveal ``[B, L]``.
-        scale: ``[B]``, what the objective is divided by.
         kl: ``[B]``, path KL to the reference, nats.
     """
 
     rollout: MaskedRollout
     reward: Tensor
     advantage: Tensor
-    scale: Tensor
     kl: Tensor
 
 
 def judge(
     rollout: MaskedRollout, reward: Tensor, settings: PolicyGradient
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages ``[B, L]`` of reveals, the scale ``[B]`` of the objective, and the KL ``[B]``.
+) -> tuple[Tensor, Tensor]:
+    """Advantages ``[B, L]`` of reveals, and the KL ``[B]``.
 
     A reveal's return is the reward less the costs that it can still change: those of later
     evaluations, and its own log-ratio. Tokens of one evaluation are independent given its state, so
     what else it reveals is not among them.
     """
     size, count = len(reward), rollout.nfe
+    if settings.normalize:
+        rows = settings.group_size or size
+        spread = reward.view(-1, rows).std(1, correction=0).clamp_min(1e-3)
+        reward = reward / spread.repeat_interleave(rows)
     zeros = reward.new_zeros(size, count)
     own, later, kl = zeros.new_zeros(rollout.tokens.shape), zeros, reward.new_zeros(size)
     at_step = zeros  # cost that each evaluation adds to its own return
@@ -142,11 +150,6 @@ def judge(
         total = reward - costs.sum(1)
     else:
         total = reward
-    scale = torch.ones_like(reward)
-    if settings.normalize:
-        rows = settings.group_size or size
-        spread = total.view(-1, rows).std(1, correction=0).clamp_min(1e-3)
-        scale = spread.repeat_interleave(rows)
     if settings.ratio == "sequence":
         advantage = (total - _baseline(total.unsqueeze(1), settings).squeeze(1)).unsqueeze(1)
         advantage = advantage.expand_as(own)
@@ -154,7 +157,7 @@ def judge(
         steps = reward.unsqueeze(1) - later
         base = _baseline(steps - at_step, settings)
         advantage = (steps - base).gather(1, rollout.groups) - own
-    return advantage / scale.unsqueeze(1), scale, kl
+    return advantage, kl
 
 
 def _baseline(returns: Tensor, settings: PolicyGradient) -> Tensor:

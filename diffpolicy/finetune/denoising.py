@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.layout import Layout
+from diffpolicy.core.noise import stratified
 from diffpolicy.core.ramp import Ramp
 
 LEVEL_LAWS = ("row", "position", "dim")
@@ -60,7 +61,7 @@ def denoising_error(
     """
     x_t = denoiser.process.add_noise(x0, t, noise)
     seen = x_t if known is None else torch.where(known, x0, x_t)
-    error = (denoiser.raw(seen, t, cond) - denoiser.target(x0, noise, x_t, t)).square()
+    error = (denoiser.raw(seen, t, cond) - denoiser.target(x0, noise, t)).square()
     if weights is not None:
         weights = weights.to(error.dtype).expand_as(error)
         if valid is not None:
@@ -154,7 +155,7 @@ class DenoisingLoss(nn.Module):
         if self.level_law == "row":
             return constant
         if self.ramp is not None:
-            finer = self.ramp.levels(_stratified(count, generator))
+            finer = self.ramp.levels(stratified((count, 1, 1), generator))
         else:
             # One call per dimension: within a call, the entries of a row share their stratum.
             each = [process.sample_t((count, 1, 1), generator) for _ in range(dim)]
@@ -253,11 +254,3 @@ def check_level_law(level_law: str, denoiser: Denoiser, ramp: Ramp | None) -> No
     horizon = getattr(network, "horizon", None)
     if ramp is not None and horizon not in (None, ramp.horizon):
         raise ValueError(f"the ramp has horizon={ramp.horizon}, the network {horizon}")
-
-
-def _stratified(count: int, generator: torch.Generator) -> Tensor:
-    """Uniform in (0, 1], one per stratum of a batch in random order, ``[count, 1, 1]``."""
-    device = generator.device
-    rows = torch.arange(count, device=device)
-    rows = (rows + torch.rand(count, generator=generator, device=device)) / count
-    return 1 - rows[torch.randperm(count, generator=generator, device=device)].view(-1, 1, 1)

@@ -19,7 +19,7 @@ from diffpolicy.core.masked import MaskedDenoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampling import Trajectory, sample
 from diffpolicy.core.solvers import DDIM, Row, Solver, make_solver
-from diffpolicy.core.starts import SPACINGS, Start, check_distinct, levels, prior_start
+from diffpolicy.core.starts import SPACINGS, Start, levels, prior_start
 from diffpolicy.finetune.items import Items, joined
 
 LOG_ROOT_2PI = 0.9189385332046727  # log sqrt(2 pi)
@@ -76,8 +76,7 @@ class FewStep:
         count = self.num_steps if num_steps is None else num_steps
         assert count is not None
         start = Start(torch.empty(0), torch.ones(1, 1, 1, dtype=torch.float64))
-        grid = levels(start, count, spacing=self.spacing, process=process)
-        return check_distinct(grid, 1.0)
+        return levels(start, count, spacing=self.spacing, process=process)
 
     def check_plans(self) -> None:
         """Raise ``ValueError`` unless this samples plans."""

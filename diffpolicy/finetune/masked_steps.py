@@ -54,10 +54,8 @@ class MaskedSteps:
     ) -> MaskedRollout:
         """Run the sampler in a given order; ``log_p`` is that of the reveals, without a graph."""
         groups, grid = order
-        weight = next(denoiser.parameters(), torch.zeros((), device=groups.device))
-        like = torch.zeros(
-            (*groups.shape, self.vocab_size + 1), device=groups.device, dtype=weight.dtype
-        )
+        shape = (*groups.shape, self.vocab_size + 1)
+        like = torch.zeros(shape, device=groups.device, dtype=denoiser.weight.dtype)
         start = prior_start(self.process, like)
         with evaluating(denoiser):
             path = sample(

@@ -85,7 +85,7 @@ def contrast_plans(
     if noised:
         end = path.x0[rows]
         other = process.add_noise(end, t, noise)
-        goal = policy.target(end, noise, other, t)
+        goal = policy.target(end, noise, t)
     else:
         other = torch.stack([row.x for row in path.transitions])[at, rows]
         with evaluating(policy):
@@ -93,7 +93,7 @@ def contrast_plans(
     return Contrast(
         torch.cat([x, other]),
         torch.cat([t, t]),
-        torch.cat([policy.target(x0, noise, x, t), goal]),
+        torch.cat([policy.target(x0, noise, t), goal]),
         None if cond is None else torch.cat([cond, cond]),
     )
 
@@ -149,10 +149,10 @@ def contrast_sequences(
     # Rows that advance on their own wait, all masked, at first.
     rows, at = _places(groups.amin(1), len(levels) - 1, states, generator)
     masks = groups[rows] >= at.unsqueeze(1)
-    t = levels[:-1].flatten().to(tokens.device, torch.float32)[at].view(-1, 1, 1)
+    dtype = policy.weight.dtype
+    t = levels[:-1].flatten().to(tokens.device, dtype)[at].view(-1, 1, 1)
     clean = torch.stack([tokens, path.tokens])[:, rows]
     x = torch.where(masks, policy.mask_id, clean)
-    dtype = next(policy.parameters()).dtype
     target = torch.nn.functional.one_hot(clean, policy.vocab_size).to(dtype).log()
     cond = None if cond is None else cond[rows]
     if not noised:

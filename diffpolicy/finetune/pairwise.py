@@ -146,7 +146,8 @@ class PairwiseLoss(Referenced):
             groups, grid = self.steps.order(size, generator)
             order = torch.cat([groups, groups]), grid
             paths = self.steps.draw(self.denoiser, order, generator, cond=cond)
-            items, extra = one_hot(paths.tokens, self.steps.vocab_size)[..., :-1], None
+            clean = one_hot(paths.tokens, self.steps.vocab_size)[..., :-1]
+            items, extra = clean.to(like.dtype), None
         else:
             copies = 2 if self.settings.shared_start else 1
             shape = (2 * size // copies, *plan_shape(self.denoiser))
@@ -210,7 +211,7 @@ class PairwiseLoss(Referenced):
             raise ValueError(
                 f"a reward returns one number per item, [{len(items)}]; got {list(value.shape)}"
             )
-        return value.detach().to(items.device, torch.float32)
+        return value.detach().to(items)
 
     def _error(self, items: Items, generator: torch.Generator) -> Tensor:
         assert self.anchor is not None

@@ -222,7 +222,8 @@ class PlanChain:
         )
         process = denoiser.process
         start = prior_start(process, process.draw_noise(like.shape, generator, like))
-        grid = levels(start, self.num_steps, spacing=self.spacing, process=process)
+        t_min = 1e-3 if self.gradient == "adjoint" else None  # where its integration ends
+        grid = levels(start, self.num_steps, spacing=self.spacing, process=process, t_min=t_min)
         if self.gradient == "adjoint":
             x0 = probability_flow(denoiser, start, grid, cond=cond, **self.options)
             return Finished(x0, like.new_zeros(size), {})

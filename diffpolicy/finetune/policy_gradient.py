@@ -46,7 +46,6 @@ class PolicyGradientLoss(SequenceTuning):
     log_p: Tensor
     advantage: Tensor
     reward_kept: Tensor
-    scale: Tensor
     kl_kept: Tensor
     cond: Tensor | None
     count: Tensor
@@ -92,7 +91,9 @@ class PolicyGradientLoss(SequenceTuning):
         """The loss of given rollouts, whoever drew them; ``graph``: they carry one, use that."""
         log_p, kl, chosen = self._evaluate(play, generator, graph=graph)
         gain, clipped = self._clipped(play, log_p, chosen)
-        loss = -gain if kl is None else self.settings.kl_weight * kl / play.scale - gain
+        loss = -gain
+        if kl is not None:
+            loss = self.settings.kl_weight * self.settings.share(len(gain)) * kl - gain
         metrics = {
             "reward": play.reward.mean(),
             "entropy": -play.rollout.log_p.detach().sum(1).mean(),
@@ -177,8 +178,10 @@ class PolicyGradientLoss(SequenceTuning):
         group, rows = self.settings.group_size or 1, self.settings.rows
         if size % group:
             raise ValueError(f"group_size={group} must divide the batch of {size} rows")
-        if self.settings.baseline == "leave_one_out" and size < 2:
-            raise ValueError("baseline='leave_one_out' needs at least 2 rows; got a batch of 1")
+        if size < 2:
+            raise ValueError(
+                f"baseline={self.settings.baseline!r} needs at least 2 rows; got a batch of 1"
+            )
         if rows is not None and self.training and size != rows:
             raise ValueError(f"rows={rows} must be the batch size, which is {size}")
 
@@ -189,7 +192,6 @@ class PolicyGradientLoss(SequenceTuning):
             ("log_p", (rows, self.length), torch.float32),
             ("advantage", (rows, self.length), torch.float32),
             ("reward_kept", (rows,), torch.float32),
-            ("scale", (rows,), torch.float32),
             ("kl_kept", (rows,), torch.float32),
             ("count", (), torch.long),
         ):
@@ -206,7 +208,6 @@ class PolicyGradientLoss(SequenceTuning):
             (self.log_p, rollout.log_p),
             (self.advantage, play.advantage),
             (self.reward_kept, play.reward),
-            (self.scale, play.scale),
             (self.kl_kept, play.kl),
         ):
             mine.copy_(value)
@@ -227,7 +228,7 @@ class PolicyGradientLoss(SequenceTuning):
             self.log_p,
             self.cond,
         )
-        return Play(rollout, self.reward_kept, self.advantage, self.scale, self.kl_kept)
+        return Play(rollout, self.reward_kept, self.advantage, self.kl_kept)
 
 
 __all__ = ["PolicyGradient", "PolicyGradientLoss"]

@@ -88,7 +88,8 @@ class MaskedChain:
         """Sample ``size`` sequences ``[size, L, V]``, one-hot or relaxed."""
         assert isinstance(denoiser, MaskedDenoiser)
         process, length = denoiser.process, int(denoiser.network.horizon)  # type: ignore[arg-type]
-        like = torch.zeros((size, length, denoiser.vocab_size + 1), device=generator.device)
+        shape = (size, length, denoiser.vocab_size + 1)
+        like = torch.zeros(shape, device=generator.device, dtype=denoiser.weight.dtype)
         start = prior_start(process, like)
         solver: Ancestral | Scheduled
         if self.joint:

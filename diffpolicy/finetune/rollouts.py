@@ -110,9 +110,8 @@ def draw_rollout(
         ValueError: ``num_steps=None`` for a denoiser that depends on the level.
     """
     length: int = denoiser.network.horizon  # type: ignore[assignment]
-    device = next(denoiser.parameters()).device
     shape = (size, length, denoiser.vocab_size + 1)
-    start = prior_start(denoiser.process, torch.zeros(shape, device=device))
+    start = prior_start(denoiser.process, denoiser.weight.new_zeros(shape))
     groups, grid = reveals(
         denoiser.process, start, num_steps, time_free=denoiser.time_free, generator=generator
     )
@@ -152,7 +151,8 @@ def state_log_probs(
     at = rollout.steps() if steps is None else steps
     states = rollout.states(at)
     size, count, length = states.shape
-    grid = rollout.levels[:-1].flatten().to(states.device, torch.float32, non_blocking=True)
+    dtype = denoiser.weight.dtype
+    grid = rollout.levels[:-1].flatten().to(states.device, dtype, non_blocking=True)
     t = grid[at].expand(size, count).reshape(-1, 1, 1)
     flat = states.reshape(-1, length)
     cond = rollout.cond

@@ -166,7 +166,7 @@ class DenoisingScore:
         if not isinstance(denoiser, Denoiser):
             x0_hat: Tensor = denoiser(x_t, t, cond).x0_hat
             return root_snr * (x0_hat - x0)
-        residual: Tensor = denoiser.raw(x_t, t, cond) - denoiser.target(x0, noise, x_t, t)
+        residual: Tensor = denoiser.raw(x_t, t, cond) - denoiser.target(x0, noise, t)
         if self.weighting == "own":
             return residual
         # x0_hat - x0 = c_out residual. Formed so, nothing cancels where alpha is nearly 0.

@@ -125,7 +125,8 @@ class SequenceTuning(nn.Module):
     @torch.no_grad()
     def score(self, tokens: Tensor) -> Tensor:
         """The reward of clean tokens ``[B, L]``, ``[B]``."""
-        return self.score_soft(one_hot(tokens, self.denoiser.vocab_size)[..., :-1])
+        clean = one_hot(tokens, self.denoiser.vocab_size)[..., :-1]
+        return self.score_soft(clean.to(self.denoiser.weight.dtype))
 
     @torch.no_grad()
     def score_soft(self, x: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ class SequenceTuning(nn.Module):
             raise ValueError(
                 f"a reward maps [{len(x)}, L, V] to [{len(x)}]; got {list(value.shape)}"
             )
-        return value.to(x.device, torch.float32)
+        return value.to(x)
 
 
 def shared_cond(batch: Mapping[str, Tensor], rows: int, group_size: int) -> Tensor | None:

@@ -246,7 +246,7 @@ class WeightedDenoisingLoss(SequenceTuning):
         states = rollout.states()
         size, count, length = states.shape
         flat = states.view(-1, length)
-        grid = rollout.levels[:-1].flatten().to(flat.device, torch.float32)
+        grid = rollout.levels[:-1].flatten().to(flat.device, self.reference.weight.dtype)
         t = grid.repeat(size).view(-1, 1, 1)
         cond = None if rollout.cond is None else rollout.cond.repeat_interleave(count, dim=0)
         values = []
@@ -256,7 +256,7 @@ class WeightedDenoisingLoss(SequenceTuning):
                 flat[part], t[part], None if cond is None else cond[part]
             )
             guess = self._guess(log_p, generator)
-            known = one_hot(flat[part], self.denoiser.vocab_size)
+            known = one_hot(flat[part], self.denoiser.vocab_size).to(guess)
             values.append(self.score_soft(known[..., :-1] + known[..., -1:] * guess))
         return torch.cat(values).view(size, count)
 

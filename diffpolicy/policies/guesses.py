@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.noise import GaussianProcess
-from diffpolicy.core.starts import Start, check_distinct, levels
+from diffpolicy.core.starts import Start, levels, trained_level
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.spec import PolicySpec
@@ -26,9 +26,8 @@ def truncated_grid(
         if first is None:
             assert anchors is not None
             first = anchors.default_t_start(process)
-    t = process.snap(torch.full((1, 1, 1), first, dtype=torch.float64))
+    t = trained_level(process, torch.full((1, 1, 1), first, dtype=torch.float64))
     grid = levels(Start(t, t), num_steps, spacing=settings.spacing, process=process)
-    check_distinct(grid, first)
     return grid, "prior" if kind == "draft" else "noised"
 
 

@@ -10,18 +10,20 @@ recorded observations with the trained denoiser, never in an environment:
   measured beside it;
 - the *regret* of the warm policy driven along the demonstrations by their own observations: the
   continuous ranked probability score (Gneiting & Raftery 2007, eq. 21) of its actions, and of their
-  changes from step to step, relative to the best candidate's. The score is proper, so neither lag
-  nor blur nor a lost mode can improve it; changes are scored because plans that switch between
-  modes have the right actions at every single step. The worst action dimension counts: one that
-  must jump (a gripper) is not outvoted.
+  changes over 1, 8, 16 and 32 steps, relative to the best candidate's. The score is proper, so
+  neither lag nor blur nor a lost mode can improve it; changes are scored because plans that switch
+  between modes have the right actions at every single step, and over many steps because few
+  switches show in few differences of neighbours. Runs begin in the demonstration's mode: which one
+  was drawn first would otherwise be luck that a policy keeping to it carries through the episode.
+  The worst action dimension counts: one that must jump (a gripper) is not outvoted.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,10 +37,13 @@ from diffpolicy.data.store import EpisodeStore
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.level_report import Level, LevelReport
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.truncated import ddim_contraction
 
 ALIKE = 0.01
+LAGS = (1, 8, 16, 32)
+DRAWS = 8  # first plans, of which the one nearest to the demonstration is kept
 CANDIDATES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 
 
@@ -87,84 +92,6 @@ def observation_step(store: EpisodeStore) -> tuple[float, ...]:
     return tuple(float(v) for v in usual_step(store))
 
 
-@dataclass(frozen=True)
-class Level:
-    """What was measured at one candidate level.
-
-    Attributes:
-        t: the level.
-        measured: part of a guess's error that survives, measured on pairs of guesses; of warm
-            starts only.
-        predicted: the same in closed form.
-        actions: per action dimension, CRPS over that of the best candidate, minus 1.
-        changes: the same for the changes of actions.
-    """
-
-    t: float
-    measured: float | None
-    predicted: float | None
-    actions: tuple[float, ...]
-    changes: tuple[float, ...]
-
-    @property
-    def regret(self) -> float:
-        """The worst of them."""
-        return max(*self.actions, *self.changes)
-
-
-@dataclass(frozen=True)
-class LevelReport:
-    """Why a level was chosen.
-
-    Attributes:
-        t_start: the choice, one level or one per action dimension.
-        levels: every candidate.
-        shift_error: root mean square of shifted last plan minus full solve, executed part,
-            normalised units; of warm starts only.
-        episodes: demonstrations used.
-        replicates: independent runs along each.
-    """
-
-    t_start: float | tuple[float, ...]
-    levels: tuple[Level, ...]
-    shift_error: float | None
-    episodes: int
-    replicates: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
-    def table(self) -> str:
-        """The candidates as text, the chosen one marked."""
-        chosen = self.t_start if isinstance(self.t_start, tuple) else (self.t_start,)
-        lines = ["  level   regret (actions, changes)   contraction (closed form)  retained error"]
-        for level in self.levels:
-            mark = "*" if level.t in chosen else " "
-            parts = f"{max(level.actions):.3f}, {max(level.changes):.3f}"
-            line = f"{mark} {level.t:5.2f}   {level.regret:6.3f} ({parts})"
-            if level.measured is not None and self.shift_error is not None:
-                retained = level.measured * self.shift_error
-                closed = "-" if level.predicted is None else f"{level.predicted:.3f}"
-                line += f"   {level.measured:11.3f} ({closed:>11})  {retained:14.4f}"
-            lines.append(line)
-        return "\n".join([*lines, f"chosen: {self.t_start}", *self.warnings()])
-
-    def warnings(self) -> list[str]:
-        """What a reader should know before trusting the choice."""
-        found = []
-        levels = [level.t for level in self.levels]
-        if self.t_start in (levels[0], levels[-1]) and len(levels) > 1:
-            found.append("warning: the choice is at an end of the candidates; try others beyond it")
-        pairs = [(v.measured, v.predicted) for v in self.levels if v.predicted is not None]
-        if any(m is not None and abs(m - p) > 0.5 for m, p in pairs):
-            found.append(
-                "warning: measured and closed-form contraction differ by over 0.5: plans are far "
-                "from Gaussian around their modes, or the policy is badly trained"
-            )
-        return found
-
-
 def choose_level(
     planner: DiffusionPlanner,
     demos: Demonstrations,
@@ -206,7 +133,7 @@ def choose_level(
     study = _Study(planner, demos, settings, replicates, seed)
     made = [_with(planner, replace(settings, t_start=t)) for t in ordered]
     scores = np.stack([study.crps(policy) for policy in made])
-    regret = scores / scores.min(0) - 1  # [levels, 2 A]
+    regret = _regret(scores, scores)  # [levels, 2 A]
     common = ordered[_smallest(regret.max(1))]
     chosen: float | tuple[float, ...] = common
     per_dim = "dim" in getattr(planner.denoiser.network, "t_kinds", ())
@@ -242,17 +169,23 @@ def _with(planner: DiffusionPlanner, settings: RTI | Truncated | None) -> Diffus
     return planner.with_spec(spec)
 
 
+def _regret(scores: Array, among: Array) -> Array:
+    """``scores [n, 1 + lags, A]`` over the least ``among``, of changes the worst: ``[n, 2 A]``."""
+    excess = scores / among.min(0) - 1
+    return np.concatenate([excess[:, 0], excess[:, 1:].max(1)], axis=1)
+
+
 def _per_dimension(
     study: _Study, ordered: list[float], scores: Array, common: float
 ) -> float | tuple[float, ...]:
-    best = scores.min(0)
-    regret = np.maximum(*np.split(scores / best - 1, 2, axis=1))  # [levels, A]
+    regret = np.maximum(*np.split(_regret(scores, scores), 2, axis=1))  # [levels, A]
     own = tuple(ordered[_smallest(column)] for column in regret.T)
     if len(set(own)) == 1:
         return own[0]
     assert isinstance(study.settings, RTI)
     together = study.crps(_with(study.planner, replace(study.settings, t_start=own)))
-    worst = (together / best).max(), (scores[ordered.index(common)] / best).max()
+    rows = np.stack([together, scores[ordered.index(common)]])
+    worst = _regret(rows, scores).max(1)
     return own if worst[0] <= worst[1] else common
 
 
@@ -278,21 +211,40 @@ class _Study:
         self.planner, self.demos, self.settings = planner, demos, settings
         self.replicates, self.seed = replicates, seed
         self.target = planner.normalizer.to("cpu").normalize("action", demos.action)
+        warm = isinstance(settings, RTI)
+        self.starts = [self._start(run) if warm else None for run in range(replicates)]
 
     def crps(self, policy: ChunkedPolicy) -> Array:
         """Continuous ranked probability score of executed actions and of their changes.
 
         Returns:
-            ``[2 A]``, the mean over steps; lower is better.
+            ``[1 + lags, A]``, the mean over steps; lower is better.
         """
-        count = len(self.demos.obs)
+        count, valid = len(self.demos.obs), self.demos.valid
         first = [self.seed + run * count for run in range(self.replicates)]
-        runs = [replay(policy, self.demos.obs, range(n, n + count)) for n in first]
-        kinds = [
-            (np.stack(runs), self.target, self.demos.valid),
-            (np.diff(runs, axis=2), np.diff(self.target, axis=1), self.demos.valid[:, 1:]),
-        ]
-        return np.concatenate([_crps(*kind) for kind in kinds])
+        pairs = zip(first, self.starts, strict=True)
+        runs = np.stack(
+            [replay(policy, self.demos.obs, range(n, n + count), start) for n, start in pairs]
+        )
+        scores = [_crps(runs, self.target, valid)]
+        for lag in LAGS:
+            if lag < valid.shape[1] and valid[:, lag:].any():
+                made, wanted = (v[..., lag:, :] - v[..., :-lag, :] for v in (runs, self.target))
+                scores.append(_crps(made, wanted, valid[:, lag:]))
+        return np.stack(scores)
+
+    def _start(self, run: int) -> PolicyState:
+        """Memories after a first full solve, of several the one nearest to what was recorded."""
+        planner, demos, count = _with(self.planner, None), self.demos, len(self.demos.obs)
+        rows = np.repeat(np.arange(count), DRAWS)
+        first = self.seed + run * len(rows)
+        state = planner.initial_state(range(first, first + len(rows)))
+        state = planner.replan(planner.observe(demos.obs[rows, 0], state), np.arange(len(rows)))
+        ahead = state.plan[:, planner.n_obs_steps - 1 :, -planner.action_dim :]
+        length = min(ahead.shape[1], demos.obs.shape[1])
+        away = np.square(ahead[:, :length] - self.target[rows, :length]).sum(2)
+        distance = (away * demos.valid[rows, :length]).sum(1).reshape(count, DRAWS)
+        return state.take(distance.argmin(1) + np.arange(count) * DRAWS)
 
     def probe(self, points: int = 512) -> _Probe:
         """Two full solves an episode part apart, at random decision points."""
@@ -389,9 +341,14 @@ def _crps(runs: Array, target: Array, valid: Array) -> Array:
     return np.maximum(out, 1e-3)  # below a two-thousandth of the range differences mean nothing
 
 
-def replay(policy: ChunkedPolicy, obs: Array, seeds: Sequence[int]) -> Array:
-    """Normalised actions ``[E, T, A]`` of a policy shown recorded observations ``[E, T, O]``."""
-    state = policy.initial_state(seeds)
+def replay(
+    policy: ChunkedPolicy, obs: Array, seeds: Sequence[int], start: PolicyState | None = None
+) -> Array:
+    """Normalised actions ``[E, T, A]`` of a policy shown recorded observations ``[E, T, O]``.
+
+    From ``start``, a memory that holds the first plan, if there is one.
+    """
+    state = policy.initial_state(seeds) if start is None else start
     rows = np.arange(len(obs))
     grippers = policy.spec.grippers if isinstance(policy, DiffusionPlanner) else ()
     out = []

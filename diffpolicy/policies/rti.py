@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
 from diffpolicy.core.solvers import DDIM, Row, Solver, make_solver
-from diffpolicy.core.starts import TAILS, Start, check_distinct, levels
+from diffpolicy.core.starts import TAILS, Start, check_snapped, levels, trained_level
 from diffpolicy.policies.base import settings_from
 
 SCHEDULES = ("matched", "linear")
@@ -123,13 +123,12 @@ class RTI:
     def grid(self, process: GaussianProcess) -> Tensor:
         """Host levels ``[K + 1, 1, 1, 1 or A]`` that begin at ``t_start``."""
         first = self.t_start if isinstance(self.t_start, tuple) else (self.t_start,)
-        t = process.snap(torch.tensor(first, dtype=torch.float64).view(1, 1, -1))
+        t = trained_level(process, torch.tensor(first, dtype=torch.float64).view(1, 1, -1))
         if self.levels is not None:
             following = torch.tensor(self.levels, dtype=torch.float64).view(-1, 1, 1, 1)
             grid = torch.cat([t[None], process.snap(following.expand(-1, *t.shape))])
-            return check_distinct(grid, self.t_start)
-        grid = levels(Start(t, t), self.num_steps, spacing=self.spacing, process=process)
-        return check_distinct(grid, self.t_start)
+            return check_snapped(grid, process)
+        return levels(Start(t, t), self.num_steps, spacing=self.spacing, process=process)
 
     @property
     def start(self) -> str:
@@ -161,7 +160,9 @@ class LegacyRTI(Solver):
                 f"ddpm_linear); this one is {process.type!r}"
             )
         count = len(process.betas)
-        stepping = DiscreteVP.linear(count) if self.schedule == "linear" else process
+        stepping = process
+        if self.schedule == "linear":
+            stepping = DiscreteVP.linear(count, beta_start=1e-4, beta_end=0.02)
         rows = []
         for t in levels[:-1]:
             s = ((t * count).round() - 1).clamp_min(0) / count

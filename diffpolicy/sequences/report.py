@@ -104,21 +104,31 @@ class TuningResult:
 
 
 def best_sequences(
-    tokens: Any, oracles: Oracles, alphabet: str, *, count: int = 10
+    tokens: Any,
+    oracles: Oracles,
+    alphabet: str,
+    *,
+    count: int = 10,
+    valid: Callable[[Any], Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """The different sequences of highest reward under the training oracle, best first.
+    """The different valid sequences of highest reward under the training oracle, best first.
 
     Args:
         tokens: ``[N, L]``.
         oracles: the rewards.
         alphabet: one letter per token.
         count: at most so many.
+        valid: a task's ``valid``, which says of ``[M, L]`` which may be proposed; None: all.
 
     Returns:
         Each with ``sequence`` (letters), ``reward`` and ``held_out``.
     """
     found = tokens.cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
     held = np.unique(found, axis=0)
+    if valid is not None:
+        held = held[np.asarray(valid(held), bool)]
+    if not len(held):
+        return []
     reward = score(oracles.reward, held, len(alphabet))
     best = held[np.argsort(-reward, kind="stable")[:count]]
     columns = [score(oracle, best, len(alphabet)) for oracle in oracles[:2]]

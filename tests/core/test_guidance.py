@@ -21,6 +21,8 @@ from diffpolicy.core import (
     sample,
 )
 from diffpolicy.core.guidance import PrefixCond, PrefixGuidance, prefix_gain
+from diffpolicy.core.pinning import PinCond, Pinned
+from diffpolicy.core.value_guidance import ValueGuidance
 from diffpolicy.networks import make_network
 
 
@@ -239,3 +241,60 @@ def test_errors():
         Inpaint(denoiser, torch.ones(1), torch.ones(1))
     with pytest.raises(ValueError, match="needs cond"):
         ClassifierFreeGuidance(denoiser, 2.0)(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+
+
+def wrapped(name, denoiser, dtype):
+    """Each wrapper around ``denoiser`` [4, 2], given values of ``dtype``; with its condition."""
+    values = torch.ones(3, 4, 2, dtype=dtype)
+    known = torch.zeros(1, 4, 2, dtype=torch.bool)
+    known[:, 0] = True
+    cond = torch.ones(3, 2)
+    slope = -torch.ones(4, 2, dtype=dtype)
+    weight = torch.linspace(1, 0, 4, dtype=dtype).view(1, 4, 1)
+    return {
+        "direction": lambda: (Guidance(denoiser, lambda x, t, c: -t * x * slope), cond),
+        "value": lambda: (
+            ValueGuidance(denoiser, lambda x, t, c: ((1 - t) * x * slope).sum((1, 2)), 0.1),
+            cond,
+        ),
+        "classifier_free": lambda: (
+            ClassifierFreeGuidance(denoiser, 2.0, null_cond=torch.zeros(2, dtype=dtype)),
+            cond,
+        ),
+        "inpaint": lambda: (Inpaint(denoiser, known, values), cond),
+        "pinned": lambda: (Pinned(denoiser, known), PinCond(cond, values)),
+        "soft": lambda: (PrefixGuidance(denoiser), PrefixCond(cond, values, weight)),
+        "jacobian": lambda: (
+            PrefixGuidance(denoiser, "jacobian"),
+            PrefixCond(cond, values, weight),
+        ),
+    }[name]()
+
+
+WRAPPERS = ["direction", "value", "classifier_free", "inpaint", "pinned", "soft", "jacobian"]
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_levels_and_given_values_take_the_type_of_the_plan(name):
+    """Levels are float64 on the host; a float32 network must not meet them, nor numpy's float64."""
+    network = {"type": "mlp", "horizon": 4, "dim": 2, "cond_dim": 2, "width": 16, "depth": 1}
+    torch.manual_seed(0)
+    denoiser = Denoiser(make_network(network), VPCosine(), "v")
+    start = prior_start(denoiser.process, torch.randn(3, 4, 2))
+    given = torch.float32 if name in ("direction", "value") else torch.float64  # a user's own
+    wrapper, cond = wrapped(name, denoiser, given)
+    with torch.no_grad():
+        out = sample(wrapper, make_solver("ddim"), start, levels(start, 3), cond=cond)
+        once = wrapper(start.x, start.t, cond).x0_hat
+    assert out.dtype == once.dtype == torch.float32
+    assert bool(out.isfinite().all())
+
+
+def test_a_direction_of_double_precision_is_taken():
+    network = {"type": "mlp", "horizon": 4, "dim": 2, "width": 16, "depth": 1}
+    denoiser = Denoiser(make_network(network), VPCosine(), "v")
+    guided = Guidance(denoiser, lambda x, t, cond: -x.double())
+    start = prior_start(denoiser.process, torch.randn(3, 4, 2))
+    with torch.no_grad():
+        out = sample(guided, make_solver("ddim"), start, levels(start, 3))
+    assert out.dtype == torch.float32

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffpolicy.core import EDM, DiscreteVP, FlowMatching, VPCosine, VPLinear, make_process
+from diffpolicy.core import (
+    EDM,
+    DiscreteVP,
+    FlowMatching,
+    VPCosine,
+    VPLinear,
+    make_masking,
+    make_process,
+)
 
 PROCESSES = [
     VPCosine(),
@@ -119,3 +127,25 @@ def test_named_discrete_schedules():
     assert len(process.betas) == 100
     assert process.betas[-1] == 0.999
     assert math.isclose(make_process({"type": "ddpm_linear", "num_steps": 1000}).betas[-1], 0.02)
+
+
+def test_ddpm_linear_ends_in_noise_with_any_number_of_steps():
+    """Its published betas are for 1000 steps; with 100 of them alpha would end at 0.60."""
+    one = torch.ones((), dtype=torch.float64)
+    published = float(DiscreteVP.linear(1000).alpha(one))
+    for count in (5, 20, 50, 100, 400):
+        process = make_process({"type": "ddpm_linear", "num_steps": count})
+        assert len(process.betas) == count
+        assert float(process.alpha(one)) < 2 * published
+    given = {"type": "ddpm_linear", "num_steps": 100, "beta_start": 1e-4, "beta_end": 0.02}
+    exact = torch.linspace(1e-4, 0.02, 100, dtype=torch.float64)
+    assert make_process(given).betas == tuple(exact.tolist())  # what is given stays as it is
+
+
+def test_no_level_of_zero_is_drawn_where_rounding_would_make_one(monkeypatch):
+    most = 1 - 2**-24  # of torch.rand in float32; (1023 + most) / 1024 rounds to 1
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, most))
+    for process in (VPCosine(), FlowMatching(), make_masking("masked_loglinear")):
+        t = process.sample_t((1024, 1, 1), torch.Generator())
+        assert 0 < float(t.min()) < 1e-7
+        assert bool((t <= 1).all())

@@ -42,15 +42,8 @@ def exact_gradient(loss, num_steps, kl_weight):
     return torch.autograd.grad(j, loss.denoiser.network.logits)[0]
 
 
-@pytest.mark.parametrize("num_steps", [None, 2])
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
-@pytest.mark.parametrize("kl", ["path", "reward", None])
-def test_expected_gradient_is_that_of_the_exact_objective(kl, ratio, num_steps):
-    """Over all pairs of paths, each the other's baseline."""
-    weight = 0.0 if kl is None else ALPHA
-    loss = objective_of(
-        kl_weight=weight, kl=kl or "path", ratio=ratio, num_steps=num_steps, group_size=2
-    )
+def expected_gradients(loss, num_steps, worth_of=reward):
+    """Over all pairs of paths, each the other's baseline; of drawn and of stored rollouts."""
     tokens, groups, order = all_paths(2, 3, num_steps)
     count = len(tokens)
     pairs = torch.cartesian_prod(torch.arange(count), torch.arange(count))
@@ -58,14 +51,38 @@ def test_expected_gradient_is_that_of_the_exact_objective(kl, ratio, num_steps):
     rollout = rollout_of(loss.denoiser, loss.reference, tokens[rows], groups[rows], num_steps or 3)
     chance = order[rows] * rollout.log_p.detach().sum(1).exp()
     chance = chance.view(-1, 2).prod(1).repeat_interleave(2)
-    worth = reward(torch.nn.functional.one_hot(rollout.tokens, 2).double())
+    worth = worth_of(torch.nn.functional.one_hot(rollout.tokens, 2).double())
     with torch.no_grad():
         play = Play(rollout, worth, *judge(rollout, worth, loss.settings))
     for graph in (True, False):
         out = loss.surrogate(play, seeded(), graph=graph)
         total = (chance * out.loss).sum() / 2
-        (got,) = torch.autograd.grad(total, loss.denoiser.network.logits, retain_graph=True)
-        torch.testing.assert_close(got, -exact_gradient(loss, num_steps, weight))
+        yield -torch.autograd.grad(total, loss.denoiser.network.logits, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("num_steps", [None, 2])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("kl", ["path", "reward", None])
+@pytest.mark.parametrize("baseline", ["leave_one_out", "group"])
+def test_expected_gradient_is_that_of_the_exact_objective(baseline, kl, ratio, num_steps):
+    """Half of it with the mean of two rows as the baseline, reward and KL alike."""
+    weight = 0.0 if kl is None else ALPHA
+    settings = {"kl_weight": weight, "kl": kl or "path", "ratio": ratio, "num_steps": num_steps}
+    loss = objective_of(group_size=2, baseline=baseline, **settings)
+    share = 1.0 if baseline == "leave_one_out" else 0.5
+    for got in expected_gradients(loss, num_steps):
+        torch.testing.assert_close(got, share * exact_gradient(loss, num_steps, weight))
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "group"])
+@pytest.mark.parametrize("kl", ["path", "reward"])
+def test_equal_rewards_leave_the_divergence_as_it_is_weighed(kl, baseline):
+    """Normalised, they would otherwise be divided by a spread that is the KL's own noise."""
+    loss = objective_of(kl=kl, group_size=2, baseline=baseline, normalize=True)
+    flat = exact_gradient(loss, None, ALPHA) - exact_gradient(loss, None, 0.0)
+    share = loss.settings.share(2)
+    for got in expected_gradients(loss, None, lambda x: torch.ones(len(x), dtype=x.dtype)):
+        torch.testing.assert_close(got, share * flat)
 
 
 def test_exact_gradient_by_paths_is_that_of_the_exact_law():
@@ -155,7 +172,7 @@ def test_ratios_are_clipped_as_in_ppo():
     shift = torch.tensor([[0.2, -0.2, 0.05], [0.2, -0.2, 0.05]])
     old = rollout._replace(log_p=(rollout.log_p - shift).detach())
     advantage = torch.tensor([[1.0] * 3, [-1.0] * 3])
-    play = Play(old, torch.zeros(2), advantage, torch.ones(2), torch.zeros(2))
+    play = Play(old, torch.zeros(2), advantage, torch.zeros(2))
     out = loss.surrogate(play, seeded())
     low, high, near = (torch.tensor(v).exp().item() for v in (-0.2, 0.2, 0.05))
     expected = [-(1.1 + low + near), high + 0.9 + near]

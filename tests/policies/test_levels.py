@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from policies_exact_gaussian import DIM, HORIZON, gaussian_planner
+from policies_exact_mixture import World
 
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.policies.anchors import Anchors
@@ -102,6 +104,35 @@ def test_other_solvers_have_no_closed_form() -> None:
     report = choose_level(planner, walk(0.1, jumps=False), settings, candidates=(0.1, 0.4))
     assert [level.predicted for level in report.levels] == [None, None]
     assert "(          -)" in report.table()
+
+
+COMMIT = World(modes=(-0.7, 0.7), step=0.02, gain=0.5)  # to switch costs much, to follow little
+FOLLOW = World(modes=(-0.05, 0.05), step=0.15, gain=1.0)  # the other way round
+
+
+@pytest.mark.parametrize(("world", "num_steps"), [(COMMIT, 1), (FOLLOW, 1)])
+def test_the_level_chosen_is_among_the_best_in_closed_loop(world: World, num_steps: int) -> None:
+    """0.5 has the least score of neighbouring changes in the first world, and the highest cost."""
+    planner, candidates = world.planner(), (0.05, 0.2, 0.4, 0.5, 1.0)
+    cost = {
+        t: world.cost(planner.with_spec(replace(planner.spec, rti=RTI(t, num_steps=num_steps))), 30)
+        for t in candidates
+    }
+    demos = world.demonstrations(20, 40, seed=0)
+    report = choose_level(planner, demos, RTI(1.0, num_steps=num_steps), candidates=candidates)
+    assert isinstance(report.t_start, float)
+    assert cost[report.t_start] < 1.3 * min(cost.values()) + 1e-3
+    assert max(cost.values()) > 2 * cost[report.t_start]
+    if world is COMMIT:  # which mode was drawn first is nobody's merit
+        assert all(max(level.actions) < 0.3 for level in report.levels if level.t < 0.4)
+
+
+def test_short_demonstrations_have_no_long_changes() -> None:
+    planner = gaussian_planner(0.1, sampler=Sampler(num_steps=5))
+    demos = walk(0.1, jumps=False, length=6)
+    demos.valid[:, 4:] = False
+    report = choose_level(planner, demos, RTI(1.0, num_steps=2), candidates=(0.1, 0.4))
+    assert all(np.isfinite(level.regret) for level in report.levels)
 
 
 def test_replay_shows_recorded_observations() -> None:

@@ -179,7 +179,8 @@ def test_legacy_takes_one_training_step_after_each_level_of_the_list() -> None:
 
 
 def test_legacy_linear_schedule_shares_the_predicted_noise() -> None:
-    trained, linear = DiscreteVP.cosine(100), DiscreteVP.linear(100)
+    trained = DiscreteVP.cosine(100)
+    linear = DiscreteVP.linear(100, beta_start=1e-4, beta_end=0.02)
     t = torch.full((1, 1, 1), 0.03, dtype=torch.float64)
     grid = torch.stack([t, torch.zeros_like(t)])
     row = LegacyRTI(1.0, "linear").rows(trained, grid)[0]
@@ -239,9 +240,14 @@ def test_unusable_settings_are_refused(settings: dict[str, Any], message: str) -
         RTI(**settings)
 
 
-@pytest.mark.parametrize(("t_start", "num_steps"), [(0.004, 1), (0.02, 3)])
-def test_levels_finer_than_the_training_levels_are_refused(t_start: float, num_steps: int) -> None:
-    with pytest.raises(ValueError, match="repeats a training level"):
+@pytest.mark.parametrize(
+    ("t_start", "num_steps", "advice"),
+    [(0.004, 1, "raise t_start to at least 0.01"), (0.02, 3, "Take at most 2 steps")],
+)
+def test_levels_finer_than_the_training_levels_are_refused(
+    t_start: float, num_steps: int, advice: str
+) -> None:
+    with pytest.raises(ValueError, match=advice):
         gaussian_planner(rti=RTI(t_start, num_steps=num_steps))
 
 

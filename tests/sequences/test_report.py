@@ -177,6 +177,9 @@ def test_best_sequences_are_different_and_in_order():
         {"sequence": "BA", "reward": 11.0, "held_out": -1.0},
         {"sequence": "AB", "reward": 1.0, "held_out": -1.0},
     ]
+    starts_low = best_sequences(tokens, oracles, "AB", valid=lambda t: t[:, 0] == 0)
+    assert [row["sequence"] for row in starts_low] == ["AB", "AA"]
+    assert best_sequences(tokens, oracles, "AB", valid=lambda t: t[:, 0] > 1) == []
 
 
 def test_the_optimum_of_a_coin():
