@@ -41,7 +41,7 @@ class DiffusionPolicy(TrainablePolicy):
     ``load``.
 
     Example:
-        >>> policy = DiffusionPolicy.from_dataset(EpisodeStore.open("data/demos.zarr"))
+        >>> policy = DiffusionPolicy.from_dataset("data/demos.zarr")
         >>> policy.learn("data/demos.zarr", TrainerConfig(steps=5000), run_dir="runs/mine")
         >>> action, state = policy.predict(obs)
     """
@@ -49,7 +49,7 @@ class DiffusionPolicy(TrainablePolicy):
     @classmethod
     def from_dataset(
         cls,
-        store: EpisodeStore,
+        store: EpisodeStore | str | os.PathLike[str],
         *,
         spec: Mapping[str, Any] | None = None,
         normalize: Mapping[str, str] | None = None,
@@ -60,7 +60,7 @@ class DiffusionPolicy(TrainablePolicy):
         """An untrained policy whose shapes and normaliser come from a store of demonstrations.
 
         Args:
-            store: fields ``obs [T, O]`` and ``action [T, A]``, with statistics.
+            store: fields ``obs [T, O]`` and ``action [T, A]``, with statistics; or its path.
             spec: entries of :class:`~diffpolicy.policies.diffusion.PolicySpec` other than the two
                 dimensions.
             normalize: mode per field, ``minmax`` (default), ``gaussian``, ``quantile``,
@@ -74,6 +74,7 @@ class DiffusionPolicy(TrainablePolicy):
         Raises:
             ValueError: a missing field or statistics, or settings that do not fit together.
         """
+        store = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
         absent = [name for name in ("obs", "action") if name not in store.fields]
         if absent:
             raise ValueError(

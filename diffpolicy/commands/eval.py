@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpolicy.commands.lineage import recorded_env
-from diffpolicy.commands.options import groups_help
+from diffpolicy.commands.lineage import recorded_env, recorded_section
+from diffpolicy.commands.options import groups_help, quoted
+from diffpolicy.commands.stores import d4rl_score
 from diffpolicy.config import ConfigError, EnvConfig, EvalConfig, build, config_dir, load_eval
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def help_text() -> str:
     evaluation = (config_dir() / "evaluation" / "default.yaml").read_text().strip()
     indent = "\n    "
     return f"""\
-usage: diffpolicy eval checkpoint=RUN [key=value] ...
+usage: diffpolicy eval RUN [key=value] ...
 
 Rolls a policy out in its environment, one episode per seed, and prints `RESULT {{json}}`;
 everything about each episode goes to eval.json.
@@ -37,22 +38,25 @@ evaluation.KEY:
 {groups_help(("evaluation",))}
 
 examples:
-    diffpolicy eval checkpoint=runs/demo evaluation.episodes=100
-    diffpolicy eval checkpoint=runs/demo sampler.solver=unipc sampler.num_steps=5
-    diffpolicy eval checkpoint=runs/demo rti.t_start=0.4 rti.num_steps=3 n_action_steps=1
-    diffpolicy eval checkpoint=runs/demo latency_ms=140 replan=always
-    diffpolicy eval checkpoint=runs/pusht evaluation.seed=100000   # Diffusion Policy's own seeds"""
+    diffpolicy eval runs/demo evaluation.episodes=100
+    diffpolicy eval runs/demo sampler.solver=unipc sampler.num_steps=5
+    diffpolicy eval runs/demo rti.t_start=0.4 rti.num_steps=3 n_action_steps=1
+    diffpolicy eval runs/demo latency_ms=140 replan=always
+    diffpolicy eval runs/pusht evaluation.seed=100000   # Diffusion Policy's own seeds"""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Compose the configuration, evaluate, report."""
     from diffpolicy.api import DiffusionPolicy
-    from diffpolicy.commands.train import choose_rendering, evaluate_policy, pick_device, summary
+    from diffpolicy.commands.preflight import check_writable, choose_rendering, pick_device
+    from diffpolicy.commands.train import evaluate_policy, summary
     from diffpolicy.rollout.latency import DelayedPolicy
     from diffpolicy.rollout.spec import EnvSpec
 
     began = time.perf_counter()
-    config = load_eval(arguments)
+    first = arguments[0] if arguments else ""
+    named = "=" not in first and not first.startswith("-") and bool(first)
+    config = load_eval([f"checkpoint={quoted(first)}", *arguments[1:]] if named else arguments)
     if config.evaluation.episodes == 0:
         raise ConfigError("evaluation.episodes=0 leaves nothing to evaluate")
     device = pick_device(config.device, config.threads)
@@ -72,6 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     env = _environment(config, policy.spec.env_id)
     spec = EnvSpec(env.id, env.kwargs, env.max_episode_steps)
     output = Path(config.output) if config.output else Path(config.checkpoint) / "eval"
+    check_writable(output)
     acting = acting_policy(policy, config)
     result = evaluate_policy(
         acting,
@@ -82,6 +87,7 @@ def run(arguments: Sequence[str]) -> int:
         deterministic=config.deterministic,
     )
     report: dict[str, Any] = {"task": env.name, **summary(result)}
+    report |= d4rl_score(_data_attrs(config.checkpoint), spec, result, output)
     if isinstance(acting, DelayedPolicy):
         report["latency"] = {"control_ms": config.control_ms, **_latency_settings(config)}
     report["total_s"] = round(time.perf_counter() - began, 1)
@@ -185,13 +191,29 @@ def _latency_settings(config: EvalConfig) -> dict[str, float]:
     return {name: value for name, value in both.items() if value is not None}
 
 
+def _data_attrs(checkpoint: str) -> dict[str, Any]:
+    """What the run's data say of themselves: the attributes of their store, if it is there."""
+    from diffpolicy.data.store import EpisodeStore
+
+    data = recorded_section(checkpoint, "data") or {}
+    with contextlib.suppress(ValueError, OSError):
+        return dict(EpisodeStore.open(str(data.get("path"))).attrs)
+    if data.get("d4rl") is None:
+        return {}
+    return {"dataset": data["d4rl"], "transforms": data.get("transforms", [])}
+
+
 def _environment(config: EvalConfig, trained_for: str | None) -> EnvConfig:
     """The run's environment (from its config.yaml, else the policy's id) with overrides."""
+    from diffpolicy.rollout.trust import stored_env_id
+
     own = given(config.env)
     values: dict[str, Any] = {} if trained_for is None else {"id": trained_for}
     with contextlib.suppress(*([ConfigError] if "id" in own else [])):
         values = dict(recorded_env(config.checkpoint) or values)
     values.update(own)
+    if "id" in values and "id" not in own:
+        stored_env_id(str(values["id"]), config.checkpoint)
     if "id" not in values:
         raise ConfigError("the policy does not say which environment it is for; give env.id=...")
     return build(EnvConfig, values, "env.")

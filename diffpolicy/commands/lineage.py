@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpolicy.config import ConfigError, TrainConfig, build
+from diffpolicy.config import ConfigError, TrainConfig, build, read_yaml
 
 FILE = "config.yaml"
 
 
 def read_config(run: Path) -> dict[str, Any]:
     """The configuration of a run, as plain values."""
-    from omegaconf import OmegaConf
-
-    values: Any = OmegaConf.to_container(OmegaConf.load(run / FILE))
-    return {str(k): v for k, v in values.items()} if isinstance(values, dict) else {}
+    return read_yaml(run / FILE)
 
 
 def lineage(run: str | Path) -> list[Path]:
@@ -57,15 +54,30 @@ def pretraining(run: str) -> TrainConfig:
 
     Raises:
         ConfigError: no run of a policy.
+        EnvSpecError: its environment is of a package that is not known (see ``trust_env``).
     """
-    values = read_config(lineage(run)[-1])
+    from diffpolicy.rollout.trust import stored_env_id
+
+    first = lineage(run)[-1]
+    values = read_config(first)
     if "env" not in values:
         raise ConfigError(f"{run} is no run of a policy; set pretrained=RUN")
-    return build(TrainConfig, values)
+    config = build(TrainConfig, values)
+    stored_env_id(config.env.id, first / FILE, instead="")
+    return config
 
 
 def recorded_env(checkpoint: str | Path) -> dict[str, Any] | None:
     """The environment of the run that a checkpoint lies in, or that it was tuned from.
+
+    Raises:
+        ConfigError: the run that it was tuned from is not there.
+    """
+    return recorded_section(checkpoint, "env")
+
+
+def recorded_section(checkpoint: str | Path, section: str) -> dict[str, Any] | None:
+    """A section of the configuration of the run that :func:`recorded_env` speaks of.
 
     Raises:
         ConfigError: the run that it was tuned from is not there.
@@ -75,7 +87,7 @@ def recorded_env(checkpoint: str | Path) -> dict[str, Any] | None:
     run = next((folder for folder in folders if (folder / FILE).is_file()), None)
     if run is None:
         return None
-    return read_config(lineage(run)[-1]).get("env") or None
+    return read_config(lineage(run)[-1]).get(section) or None
 
 
-__all__ = ["lineage", "pretraining", "read_config", "recorded_env"]
+__all__ = ["lineage", "pretraining", "read_config", "recorded_env", "recorded_section"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,12 +100,21 @@ def env_spec(config: TrainConfig) -> EnvSpec:
     return EnvSpec(config.env.id, config.env.kwargs, config.env.max_episode_steps)
 
 
-def normalized(config: TrainConfig, store: EpisodeStore, result: EvalResult) -> dict[str, Any]:
-    """D4RL's score of an evaluation and what it depends on; empty if the data are not D4RL's."""
+def d4rl_score(
+    attrs: Mapping[str, Any], env: EnvSpec, result: EvalResult, folder: Path
+) -> dict[str, Any]:
+    """D4RL's score of an evaluation and what it depends on; empty if the data are not D4RL's.
+
+    Args:
+        attrs: of the store that was trained on.
+        env: what was rolled out.
+        result: of the rollouts.
+        folder: where ``score.json`` goes, which says more.
+    """
     from diffpolicy.data.d4rl import DATASETS
     from diffpolicy.rollout.d4rl import score
 
-    dataset = store.attrs.get("dataset")
+    dataset = attrs.get("dataset")
     returns = [e.episode_return for e in result.episodes if e.error is None]
     info = DATASETS.get(str(dataset))
     if info is None or info.ref_min is None or not returns:
@@ -112,12 +122,12 @@ def normalized(config: TrainConfig, store: EpisodeStore, result: EvalResult) -> 
     found = score(
         info.id,
         returns,
-        environment=env_spec(config),
-        transforms=store.attrs.get("transforms", ()),
+        environment=env,
+        transforms=attrs.get("transforms", ()),
         versions=result.env["versions"],
-        constant_columns=store.attrs.get("constant_obs_columns", ()),
+        constant_columns=attrs.get("constant_obs_columns", ()),
     )
-    (Path(config.run_dir) / "score.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "score.json").write_text(json.dumps(found, indent=1) + "\n")
     label = found["label"]
     return {
         "normalized_score": round(found["score"]["value"], 2),

@@ -10,13 +10,12 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -302,19 +301,6 @@ class ChunkedPolicy(abc.ABC):
             value = obs[row, column]
             raise ValueError(f"observation of environment {row} is {value} at index {column}")
         return obs
-
-
-def settings_from(kind: type[S], config: Mapping[str, Any], name: str) -> S:
-    """A settings dataclass from JSON values; lists become tuples.
-
-    Raises:
-        ValueError: unknown or missing entries, after ``name``, or what the dataclass refuses.
-    """
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 def check_horizon(horizon: int, n_obs_steps: int, n_action_steps: int) -> None:

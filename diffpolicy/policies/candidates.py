@@ -16,14 +16,15 @@ from torch import Tensor
 from diffpolicy.core.solvers import make_solver
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.base import settings_from
 from diffpolicy.policies.loop import Loop, PlanLoop
 from diffpolicy.policies.truncated import ScoredPlans
+from diffpolicy.settings import named_settings, settings_of
 
 SOURCES = ("anchors", "previous", "draft", "autoregressive")
 RANKS = ("confidence", "denoising", "prior")
 
 
+@named_settings
 @dataclass(frozen=True)
 class Truncated:
     """How plans are drawn from guesses.
@@ -92,7 +93,7 @@ class Truncated:
         Raises:
             ValueError: unknown entries or values out of range.
         """
-        return settings_from(cls, config, "truncated")
+        return settings_of(cls, config, "truncated")
 
     @property
     def loops(self) -> tuple[str, ...]:

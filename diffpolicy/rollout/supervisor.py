@@ -17,6 +17,7 @@ from diffpolicy.rollout import wire
 from diffpolicy.rollout.process import WorkerProcess
 from diffpolicy.rollout.slots import Message
 from diffpolicy.rollout.spec import EnvInfo, EnvSpec, EnvSpecError
+from diffpolicy.settings import named_settings
 
 _MAX_FAILED_STARTS = 3
 
@@ -38,6 +39,7 @@ class Failure(NamedTuple):
     text: str
 
 
+@named_settings
 @dataclass(frozen=True)
 class Workers:
     """How many environments run in how many processes, and how patient to be with them.

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from diffpolicy.settings import named_settings
 
+
+@named_settings
 @dataclass(frozen=True)
 class TrainerConfig:
     """Settings of a training run.
