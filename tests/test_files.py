@@ -1,0 +1,243 @@
+"""Files and directories at every kill point, foreign files, and one writer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from diffpolicy import files, locks
+from diffpolicy.files import (
+    BusyError,
+    ForeignFilesError,
+    WriterLock,
+    atomic_file,
+    remove_leftovers,
+    remove_owned,
+    replaced_directory,
+    settled,
+    write_atomic,
+)
+
+DEAD = f"{locks.machine()}-4194304-1-0"  # a process number that Linux never gives
+
+
+def run(code: str, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *more], stdout=subprocess.PIPE, text=True
+    )
+
+
+def make(path: Path, content: str) -> None:
+    with replaced_directory(path) as new:
+        (new / "part").mkdir()
+        (new / "part" / "a").write_text(content)
+        (new / "b").write_text(content)
+
+
+def contents(path: Path) -> set[str]:
+    place = settled(path)
+    return {(place / "part" / "a").read_text(), (place / "b").read_text()}
+
+
+def test_a_file_is_whole_or_as_before(tmp_path: Path) -> None:
+    target = write_atomic(tmp_path / "new" / "x.json", "old")
+    with contextlib.suppress(RuntimeError), atomic_file(target) as partial:
+        assert partial.suffix == ".json"
+        partial.write_text("ne")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert [p.name for p in target.parent.iterdir()] == ["x.json"]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left.*x\.json"), atomic_file(tmp_path / "x.json"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_behind_a_link_is_replaced_not_the_link(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("old")
+    (tmp_path / "link").symlink_to("there")
+    write_atomic(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there").read_text() == "new"
+
+
+@pytest.mark.parametrize("foreign", ["thesis.tex", "part/notes", "data/", "deep/er/x", "link"])
+def test_directories_with_foreign_files_stay_as_they_are(tmp_path: Path, foreign: str) -> None:
+    make(tmp_path / "mine", "old")
+    place = tmp_path / "mine" / foreign
+    place.parent.mkdir(exist_ok=True, parents=True)
+    if foreign == "link":
+        place.symlink_to(tmp_path)
+    elif foreign == "data/":
+        place.mkdir()
+    else:
+        place.write_text("x")
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    with pytest.raises(ForeignFilesError, match=foreign):
+        make(tmp_path / "mine", "new")
+    with pytest.raises(ForeignFilesError, match=foreign):
+        remove_owned(tmp_path / "mine")
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+    assert contents(tmp_path / "mine") == {"old"}
+
+
+def test_what_is_put_there_while_we_write_stays(tmp_path: Path) -> None:
+    make(tmp_path / "mine", "old")
+    with pytest.raises(ForeignFilesError), replaced_directory(tmp_path / "mine"):
+        (tmp_path / "mine" / "thesis.tex").write_text("x")
+    assert {p.name for p in (tmp_path / "mine").iterdir()} >= {"thesis.tex", "b"}
+
+
+@pytest.mark.parametrize("manifest", ["{}", '{"files": {"thesis.tex": {}}, "sha256": "0"}', "["])
+def test_only_our_manifest_is_a_proof(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    (tmp_path / "mine" / "MANIFEST.json").write_text(manifest)
+    with pytest.raises(ForeignFilesError, match=r"thesis\.tex"):
+        make(tmp_path / "mine", "new")
+
+
+def test_own_and_empty_directories_are_replaced_and_removed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for content in ("one", "two"):
+        make(tmp_path / "mine", content)
+        assert contents(tmp_path / "mine") == {content}
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+    remove_owned(tmp_path / "mine")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_kill_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    """Die before the n-th system call that changes something, for each n."""
+    target, seen = tmp_path / "mine", set()
+    make(target, "old")
+    for n in range(100):
+        status = killed_before(n, lambda: make(target, "new"))
+        found = contents(target)
+        assert found in ({"old"}, {"new"}), n
+        seen |= found
+        if status == 0:
+            break
+        make(target, "old")
+        assert [p.name for p in tmp_path.iterdir()] == ["mine"], n  # nothing is left for ever
+    assert (status, n > 10, seen) == (0, True, {"old", "new"})
+
+
+def killed_before(count: int, work: Callable[[], None]) -> int:
+    """Do ``work`` in a forked process that dies before change ``count`` of the file system."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    left = itertools.count(count, -1)
+    changes = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "open")
+
+    def watch(event: str, args: tuple[object, ...]) -> None:
+        if event in changes and next(left) == 0:
+            os._exit(9)
+
+    sys.addaudithook(watch)
+    try:
+        work()
+    finally:
+        os._exit(0)
+
+
+def test_only_leftovers_of_the_dead_are_removed(tmp_path: Path) -> None:
+    mine = files._beside(tmp_path / "x", "partial").name
+    stay = {mine, ".x.partial-0badcafe-4194304-1-0", ".x.partial", ".git", f".y.old-{DEAD}"}
+    for name in {*stay, f".x.partial-{DEAD}", f".x.gone-{DEAD}"}:
+        (tmp_path / name).mkdir()
+    (tmp_path / f".z.png.partial-{DEAD}.png").write_text("x")
+    remove_leftovers(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == stay
+
+
+HOLD = """
+    import sys, time
+    from diffpolicy import locks
+    if sys.argv[2] == "file":
+        locks._kernel_locks = lambda folder: False
+    lock = locks.WriterLock(sys.argv[1], "training").acquire()
+    print("held", flush=True)
+    time.sleep(60)
+    """
+
+
+@pytest.fixture(params=["kernel", "file"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Locks of the kernel, and files as locks, as on network file systems."""
+    if request.param == "file":
+        monkeypatch.setattr(locks, "_kernel_locks", lambda folder: False)
+    return str(request.param)
+
+
+def test_a_lock_names_its_holder_and_survives_its_crash(tmp_path: Path, kind: str) -> None:
+    with run(HOLD, str(tmp_path / "run"), kind) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        with pytest.raises(BusyError, match=rf"process {child.pid} on .* is training since"):
+            WriterLock(tmp_path / "run").acquire()
+        child.kill()
+    with WriterLock(tmp_path / "run"):
+        assert (tmp_path / ".run.lock").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_thread_may_take_its_lock_again_and_forks_do_not_keep_it(
+    tmp_path: Path, kind: str
+) -> None:
+    outer = WriterLock(tmp_path / "run").acquire()
+    with WriterLock(tmp_path / "run"):
+        pass
+    assert (tmp_path / ".run.lock").exists()
+    if (pid := os.fork()) == 0:
+        outer.release()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert (tmp_path / ".run.lock").exists()
+    del outer  # forgotten: given back
+    assert not (tmp_path / ".run.lock").exists()
+
+
+def test_the_lock_of_another_machine_is_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    with monkeypatch.context() as there:
+        there.setattr(locks, "machine", lambda: "0badcafe")
+        there.setattr(locks, "_kernel_locks", lambda folder: False)
+        lock = WriterLock(tmp_path / "run", "training").acquire()
+        locks._HELD.clear()  # it is another process's
+    with pytest.raises(BusyError, match=r"If it is gone, remove .*/\.run\.lock"):
+        WriterLock(tmp_path / "run").acquire()
+    lock.file.unlink()
+    WriterLock(tmp_path / "run").acquire().release()
+
+
+def test_two_processes_never_write_at_once(tmp_path: Path) -> None:
+    code = """
+        import sys
+        from pathlib import Path
+        from diffpolicy import locks
+        if sys.argv[2] == "file":
+            locks._kernel_locks = lambda folder: False
+        file = Path(sys.argv[1])
+        for _ in range(20):
+            with locks.WriterLock(file, wait_s=60):
+                file.write_text(str(int(file.read_text()) + 1))
+        """
+    for kind in ("kernel", "file"):
+        (tmp_path / kind).write_text("0")
+        children = [run(code, str(tmp_path / kind), kind) for _ in range(3)]
+        for child in children:
+            child.communicate(timeout=60)
+        assert (tmp_path / kind).read_text() == "60"
