@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 OWN = "DIFFPOLICY_CONFIG_DIR"
 MAX_BYTES, MAX_NODES = 1_000_000, 100_000  # of a YAML file, and of what its aliases expand to
 
+COMMANDS = {"train_sequences": "train", "finetune_policy": "finetune"}  # where they differ
 OPEN = (
     *("env.", "data.", "policy.", "sampler.", "evaluation.", "learning.", "finetune.", "guidance."),
     *("task.kwargs.", "preference.", "collect.", "judge.", "adapters."),
@@ -266,7 +267,7 @@ def _explain(
             continue
         found = _unknown(key, known, files)
         if found:
-            return found
+            return f"{found} (see `diffpolicy {COMMANDS.get(name, name)} --help`)"
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
@@ -282,7 +283,7 @@ def _unknown(key: str, known: Any, files: Mapping[str, Any]) -> str | None:
         names = [str(n) for n in node] + ([] if path else sorted(files))
         if part not in names:
             hint = near_miss(part, names, prefix=path) or near_miss("", names, listing="there are")
-            return f"unknown key {key!r}{hint}; `diffpolicy {{train|finetune|eval}} --help`"
+            return f"unknown key {key!r}{hint}"
         node, path = node._get_node(part), f"{path}{part}."
     return None
 

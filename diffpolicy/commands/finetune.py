@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.finetune_policy import of_policies, run_policy
+from diffpolicy.commands.lineage import how_to_make
 from diffpolicy.commands.options import groups_help
 from diffpolicy.commands.preflight import check_writable, pick_device
 from diffpolicy.commands.train_sequences import (
@@ -182,10 +183,7 @@ def pretraining(run_dir: str) -> SequenceTrainConfig:
 
     file = Path(run_dir) / "config.yaml"
     if not file.is_file():
-        raise ConfigError(
-            f"no pre-trained model in {run_dir}: make it with `diffpolicy train "
-            f"experiment={Path(run_dir).name}`, or set pretrained=RUN"
-        )
+        raise ConfigError(f"no pre-trained model in {run_dir}: {how_to_make(Path(run_dir))}")
     values = read_yaml(file)
     if "task" not in values:
         raise ConfigError(f"{run_dir} is no run of a sequence task; set pretrained=RUN")

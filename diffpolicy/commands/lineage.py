@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpolicy.config import ConfigError, TrainConfig, build, read_yaml
+from diffpolicy.config import ConfigError, TrainConfig, build, choice_files, read_yaml
 
 FILE = "config.yaml"
 
@@ -39,14 +39,18 @@ def lineage(run: str | Path) -> list[Path]:
 def _missing(found: Sequence[Path]) -> str:
     run = found[-1]
     if len(found) == 1:
-        return (
-            f"no trained policy in {run}: make it with `diffpolicy train experiment={run.name}`, "
-            "or set pretrained=RUN"
-        )
+        return f"no trained policy in {run}: {how_to_make(run)}"
     return (
         f"{found[-2]} was tuned from {run}, which knows its environment and is not here; start "
         "where both are, or give the environment if the command takes one (env=ID, env.id=ID)"
     )
+
+
+def how_to_make(run: Path) -> str:
+    """What to do where a run to start from is missing."""
+    if run.name in choice_files()["experiment"]:
+        return f"make it with `diffpolicy train experiment={run.name}`, or set pretrained=RUN"
+    return "set pretrained=RUN, the directory of a run of `diffpolicy train`"
 
 
 def pretraining(run: str) -> TrainConfig:

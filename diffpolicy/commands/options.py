@@ -80,7 +80,7 @@ def _bare(text: str) -> Any:
 
     A shell has taken quotes away by the time that they would be read.
     """
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         found = yaml.safe_load(text)

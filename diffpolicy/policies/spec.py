@@ -283,9 +283,10 @@ class PolicySpec:
         """What a policy is in a line: shapes, network and parameters, how plans are drawn."""
         count = sum(parameter.numel() for parameter in denoiser.parameters())
         size = f"{count / 1e6:.2f}M" if count >= 1e5 else str(count)
-        start = "rti" if self.rti is not None else "truncated" if self.truncated is not None else ""
-        drawn = self.sampler if not start else getattr(self, start)
-        level = "" if not start else f", {start} t_start={drawn.t_start}"
+        start = self.rti or self.truncated
+        name = "rti" if self.rti is not None else "truncated"
+        drawn = start or self.sampler
+        level = "" if start is None else f", {name} t_start={start.t_start}"
         return (
             f"obs {self.obs_dim} x {self.n_obs_steps}, action {self.action_dim}, horizon "
             f"{self.horizon}, executes {self.n_action_steps}; {self.network.get('type')} with "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from diffpolicy import RTI, DiffusionPolicy, EnvSpec, EpisodeStore, Workers, cli, evaluate
+from diffpolicy.commands.options import parse
 from diffpolicy.config import ConfigError, compose, load_train, read_yaml
 from diffpolicy.rollout.spec import EnvSpecError
 from diffpolicy.rollout.trust import stored_env_id
@@ -297,6 +299,33 @@ def test_environments_of_this_process_are_evaluated_in_it(tmp_path, trained, mon
     assert returns[0] == returns[1] == returns[2]
     with pytest.raises(EnvSpecError, match=r"Workers\(num_workers=0\)"):
         evaluate(policy, "notebook/Point-v0", [300_000], workers=Workers(num_workers=1))
+
+
+def test_eval_of_a_d4rl_run_says_score_and_data(main, trained, own, tmp_path):
+    """The run's store says which data set it is; without the store the configuration does."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    values = read_yaml(run / "config.yaml")
+    values["data"] |= {"d4rl": "hopper-medium-v2", "path": "gone.zarr"}
+    (run / "config.yaml").write_text(json.dumps(values))
+    few = ["evaluation.episodes=2", "evaluation.num_workers=0", "trust_env=true"]
+    status, out, err = main("eval", str(run), *few)
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1].removeprefix("RESULT "))
+    assert {"normalized_score", "normalized_score_95", "references"} <= set(result)
+    assert result["dataset"] == "hopper-medium-v2"
+    assert result["comparable"] is False  # another environment was rolled out
+    assert (run / "eval/score.json").is_file()
+
+
+def test_lists_on_the_command_line_need_no_quotes():
+    defaults = {"obs": None, "kwargs": {}, "t": None}
+    given = ["obs=[infos/qpos,b]", "kwargs={says: false, x: 1e-3}", 't=["a", 2]']
+    assert parse(given, [], defaults) == {
+        "obs": ["infos/qpos", "b"],
+        "kwargs": {"says": False, "x": 1e-3},
+        "t": ["a", 2],
+    }
 
 
 def test_policies_say_what_they_are_and_begin_with_a_path(trained):
