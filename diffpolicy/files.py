@@ -263,9 +263,9 @@ def _beside(target: Path, kind: str, suffix: str = "") -> Path:
 
 
 def write_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """List what a directory holds: name, relative to it, to what is known of the file."""
+    """List what a new directory holds: name, relative to it, to what is known of the file."""
     listing = {"sha256": _digest(files), "files": files}
-    write_atomic(folder / MANIFEST, json.dumps(listing, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(listing, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:

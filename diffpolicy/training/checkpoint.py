@@ -6,10 +6,11 @@ is whole. Pointers (``last``, ``best``) are small text files that are replaced i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,45 +19,81 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-MANIFEST = "MANIFEST.json"
+from diffpolicy.files import (
+    MANIFEST,
+    ForeignFilesError,
+    Owned,
+    check_owned,
+    manifest_names,
+    naming,
+    read_manifest,
+    remove_leftovers,
+    remove_owned,
+    replaced_directory,
+    settled,
+    write_atomic,
+    write_manifest,
+)
 
 
 class CheckpointError(ValueError):
     """A bundle that is missing, incomplete or damaged, with the file at fault."""
 
 
-def write_bundle(path: str | os.PathLike[str], files: Mapping[str, Any]) -> Path:
-    """Write ``files`` as the directory ``path``, replacing what is there.
+def write_bundle(
+    path: str | os.PathLike[str], files: Mapping[str, Any], *, owned: Owned | None = None
+) -> Path:
+    """Write ``files`` as the directory ``path``, replacing an earlier bundle of the same kind.
 
     Args:
         path: the directory.
         files: relative name to content: a ``*.safetensors`` name holds tensors, a ``*.json`` name
             plain values.
+        owned: what else in an earlier directory is ours; by default only what its manifest lists.
+
+    Raises:
+        ForeignFilesError: something else than an earlier bundle of this kind is there.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    check_replaceable(target, files)
     manifest: dict[str, dict[str, Any]] = {}
-    for name, content in files.items():
-        data = _encode(name, content)
-        manifest[name] = {"sha256": _digest(data), "size": len(data)}
-        _write(partial / name, data)
-    _write(partial / MANIFEST, _listing(manifest))
-    for part in {name.split("/")[0] for name in files if "/" in name}:
-        inner = {
-            n.removeprefix(f"{part}/"): e for n, e in manifest.items() if n.startswith(f"{part}/")
-        }
-        _write(partial / part / MANIFEST, _listing(inner))  # a part can be copied and read alone
-    for folder in {(partial / name).parent for name in files} | {partial}:
-        _sync_directory(folder)
-    old = target.with_name(f".{target.name}.old.{os.getpid()}")
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    _sync_directory(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with replaced_directory(target, owned=owned) as partial:
+        for name, content in files.items():
+            data = _encode(name, content)
+            manifest[name] = {"sha256": _digest(data), "size": len(data)}
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            with naming(target / name):
+                (partial / name).write_bytes(data)
+        for part in {name.split("/")[0] for name in files if "/" in name}:
+            inner = {n[len(part) + 1 :]: e for n, e in manifest.items() if n.startswith(f"{part}/")}
+            write_manifest(partial / part, inner)  # a part can be copied and read alone
+        write_manifest(partial, manifest)
     return target
+
+
+def check_replaceable(target: Path, files: Mapping[str, Any]) -> None:
+    """Raise if writing the bundle ``files`` to ``target`` would destroy another thing of ours."""
+    place = target.resolve()
+    if any(name.startswith(f"{place.name}/") for name in manifest_names(place.parent)):
+        raise ForeignFilesError(
+            f"{target} is a part of {place.parent}, which would be damaged; save elsewhere"
+        )
+    there, kinds = set(manifest_names(place)), [_kind(files, files.get("config.json"))]
+    if not there:
+        return
+    config = place / "config.json"
+    with contextlib.suppress(OSError, ValueError):
+        kinds.append(_kind(there, json.loads(config.read_bytes()) if config.is_file() else None))
+    if len(set(kinds)) > 1:
+        raise ForeignFilesError(
+            f"{target} holds a {kinds[1]}, which a {kinds[0]} does not replace; save elsewhere"
+        )
+
+
+def _kind(names: Any, config: Any) -> str:
+    if any(str(name).startswith("training/") for name in names):
+        return "checkpoint"
+    return str(config.get("format", "bundle")) if isinstance(config, Mapping) else "bundle"
 
 
 def read_bundle(path: str | os.PathLike[str], prefix: str = "") -> dict[str, Any]:
@@ -69,7 +106,7 @@ def read_bundle(path: str | os.PathLike[str], prefix: str = "") -> dict[str, Any
     Raises:
         CheckpointError: no bundle, or a file that is missing, cut short or changed.
     """
-    root = Path(path)
+    root = settled(path)
     manifest = _manifest(root)
     if not any(name.startswith(prefix) for name in manifest):
         raise CheckpointError(f"{root} holds nothing under {prefix!r}; it has {sorted(manifest)}")
@@ -82,17 +119,13 @@ def read_bundle(path: str | os.PathLike[str], prefix: str = "") -> dict[str, Any
 
 def _manifest(root: Path) -> dict[str, dict[str, Any]]:
     try:
-        listing = json.loads((root / MANIFEST).read_bytes())
-        files: dict[str, dict[str, Any]] = listing["files"]
-        if listing["sha256"] != _digest(_encode(MANIFEST, files)):
-            raise ValueError("it does not match its own hash")
+        return read_manifest(root)
     except FileNotFoundError:
         raise CheckpointError(
             f"{root} has no {MANIFEST}: not a checkpoint, or only a part of one"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{root / MANIFEST} is damaged: {error}") from None
-    return files
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _read(path: Path, entry: Mapping[str, Any]) -> Any:
@@ -112,21 +145,13 @@ def _read(path: Path, entry: Mapping[str, Any]) -> Any:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
-def write_pointer(path: Path, name: str) -> None:
-    """Replace the text file ``path`` by one holding ``name``, in one step."""
-    partial = path.with_name(f".{path.name}.partial.{os.getpid()}")
-    _write(partial, name.encode() + b"\n")
-    partial.replace(path)
-    _sync_directory(path.parent)
-
-
 def read_pointer(path: Path) -> str | None:
     """The name that a pointer holds; ``None`` if there is no pointer."""
     return path.read_text().strip() if path.is_file() else None
 
 
-def _listing(manifest: Mapping[str, Any]) -> bytes:
-    return _encode(MANIFEST, {"sha256": _digest(_encode(MANIFEST, manifest)), "files": manifest})
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
 
 
 def _digest(data: bytes) -> str:
@@ -139,20 +164,12 @@ def _encode(name: str, content: Any) -> bytes:
     return json.dumps(content, indent=1).encode() + b"\n"
 
 
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+# What this or an earlier version leaves in ``checkpoints/``, whole, damaged or unfinished.
+_OURS = re.compile(
+    r"last|best|(\.?\d{7,}(\.(partial|old|gone)[\w.-]*)?/)"
+    r"((training|policy)/)?(MANIFEST|config|state|\w+(?=\.safetensors))\.(json|safetensors)"
+    r"|\.?\d{7,}[\w.-]*(/training|/policy)?/"
+)
 
 
 class Snapshots:
@@ -168,8 +185,8 @@ class Snapshots:
 
     @property
     def exist(self) -> bool:
-        """Whether there is one to resume from."""
-        return read_pointer(self.folder / "last") is not None
+        """Whether there is something to resume from, be its pointer lost."""
+        return read_pointer(self.folder / "last") is not None or bool(self._names())
 
     def save(
         self, step: int, state: Mapping[str, Any], policy: Mapping[str, Any], *, is_best: bool
@@ -180,26 +197,76 @@ class Snapshots:
             return  # an interrupt on a checkpoint's own step
         files = {f"training/{k}": v for k, v in state.items()}
         files |= {f"policy/{k}": v for k, v in policy.items()}
-        write_bundle(self.folder / name, files)
+        place = self.folder / name
+        known = {*files, MANIFEST, f"training/{MANIFEST}", f"policy/{MANIFEST}"}
+        # What is there has been left behind by going back to an earlier one, and may be damaged.
+        write_bundle(place, files, owned=known | set(manifest_names(place)))
         if is_best:
-            write_pointer(self.folder / "best", name)
-        write_pointer(self.folder / "last", name)
+            write_atomic(self.folder / "best", name + "\n")
+        write_atomic(self.folder / "last", name + "\n")
         self._prune()
 
     def load_last(self) -> dict[str, Any]:
         """The training state that ``last`` points to.
 
         Raises:
-            CheckpointError: it is damaged; names an intact one to go back to, if any.
+            CheckpointError: it is damaged or not known; names an intact one to go on from, if any.
         """
-        name = read_pointer(self.folder / "last")
+        name = self._named("last")
         try:
-            return read_bundle(self.folder / str(name), "training/")
+            return read_bundle(self.folder / name, "training/")
         except CheckpointError as error:
-            intact = [n for n in self._names() if n != name and self._is_intact(n)]
-            pointer = self.folder / "last"
-            hint = f"; {intact[-1]} is intact: write that name into {pointer}" if intact else ""
-            raise CheckpointError(f"{error}{hint}") from None
+            raise CheckpointError(f"{error}{self._hint('last', name)}") from None
+
+    def policy(self) -> Path:
+        """The policy of the best checkpoint, or of the last one of a run without scores.
+
+        Raises:
+            CheckpointError: it is damaged, or it is not known which it is; names an intact one.
+        """
+        if read_pointer(self.folder / "best") is None:
+            last = self.folder / self._named("last")
+            state = last / "training" / "state.json"
+            if state.is_file() and json.loads(state.read_bytes()).get("best_score") is not None:
+                raise CheckpointError(f"{self.folder / 'best'} is missing{self._hint('best')}")
+            return last / "policy"
+        return self.folder / self._named("best") / "policy"
+
+    def _named(self, pointer: str) -> str:
+        """The checkpoint that a pointer names; its manifest is intact and its files are there."""
+        file = self.folder / pointer
+        name = read_pointer(file)
+        if not name or not name.isdecimal():
+            what = "is missing" if name is None else f"is damaged: it names no checkpoint: {name!r}"
+            raise CheckpointError(f"{file} {what}{self._hint(pointer)}")
+        place = settled(self.folder / name)
+        try:
+            gone = [n for n, e in _manifest(place).items() if _size(place / n) != e["size"]]
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{self._hint(pointer, name)}") from None
+        if gone:
+            raise CheckpointError(f"{place / gone[0]} is damaged{self._hint(pointer, name)}")
+        return name
+
+    def _hint(self, pointer: str, name: str | None = None) -> str:
+        intact = [n for n in self._names() if n != name and self._is_intact(n)]
+        file = self.folder / pointer
+        return f"; {intact[-1]} is intact: write that name into {file}" if intact else ""
+
+    def clear(self, *, only_check: bool = False) -> None:
+        """Remove all checkpoints.
+
+        Raises:
+            ForeignFilesError: something else is among them. Nothing was removed.
+        """
+        check_owned(self.folder, self._is_ours)
+        if not only_check:
+            remove_owned(self.folder, self._is_ours)
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether a file in the folder is of a checkpoint, be that damaged."""
+        first, _, rest = name.partition("/")
+        return _OURS.fullmatch(name) is not None or rest in manifest_names(self.folder / first)
 
     def _is_intact(self, name: str) -> bool:
         try:
@@ -209,13 +276,14 @@ class Snapshots:
         return True
 
     def _names(self) -> list[str]:
-        return sorted(p.name for p in self.folder.iterdir() if p.is_dir() and p.name[0] != ".")
+        if not self.folder.is_dir():
+            return []
+        return sorted(p.name for p in self.folder.iterdir() if p.is_dir() and p.name.isdecimal())
 
     def _prune(self) -> None:
         keep = {read_pointer(self.folder / "best"), read_pointer(self.folder / "last")}
         names = self._names()
         for name in set(names) - keep - set(names[-self.keep_last :]):
-            shutil.rmtree(self.folder / name)
-        for leftover in self.folder.glob(".*"):  # of a writer that was killed
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(ForeignFilesError):  # somebody has put something into it
+                remove_owned(self.folder / name)
+        remove_leftovers(self.folder)  # of writers that were killed

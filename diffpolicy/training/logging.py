@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffpolicy.files import naming, write_atomic
+
 
 class MetricsFile:
     """Rows of numbers by step.
@@ -47,7 +49,7 @@ class MetricsFile:
         if fresh or not self.path.exists():
             self._rewrite()
             return
-        with self.path.open("a", newline="") as file:
+        with naming(self.path), self.path.open("a", newline="") as file:
             file.write(self._text([row]))
             file.flush()
             os.fsync(file.fileno())
@@ -67,10 +69,7 @@ class MetricsFile:
         return buffer.getvalue()
 
     def _rewrite(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        partial.write_text(self._text(self.rows, header=True))
-        partial.replace(self.path)
+        write_atomic(self.path, self._text(self.rows, header=True))
 
 
 class TensorBoard:
@@ -81,16 +80,34 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
+        self._writer: Any = self.writer_class()(str(folder), purge_step=step + 1)
+
+    @staticmethod
+    def writer_class() -> Any:
+        """TensorBoard's own writer, to be asked for before anything of an earlier run is removed.
+
+        Raises:
+            ImportError: the package is missing, with the install command.
+        """
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
                 'trainer.tensorboard=true needs: pip install "diffpolicy[tensorboard]"'
             ) from error
-        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
+        return SummaryWriter
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Write one row."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
+
+
+def logged_until(path: Path) -> int:
+    """The largest step that a metrics file has a row of; 0 without one."""
+    if not path.is_file():
+        return 0
+    with path.open(newline="") as file:
+        steps = [row.get("step") or "" for row in csv.DictReader(file)]
+    return max((int(step) for step in steps if step.isdecimal()), default=0)

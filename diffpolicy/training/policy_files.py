@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.files import settled
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.spec import PolicySpec
+from diffpolicy.training.checkpoint import CheckpointError, Snapshots
 
 FORMAT, VERSION = "diffpolicy-policy", 1
 
@@ -58,25 +60,38 @@ def find_policy(path: str | os.PathLike[str]) -> Path:
 def find_bundle(path: str | os.PathLike[str], wanted: str, what: str) -> Path:
     """The directory of format ``wanted`` that ``path`` (it, a checkpoint or a run) stands for.
 
+    A run stands for its checkpoints (the best, or the last of a run without scores), whatever else
+    has been saved into it.
+
     Args:
         path: where to look.
         wanted: ``format`` in its ``config.json``.
         what: its name in messages.
 
     Raises:
+        CheckpointError: the checkpoint, or a ``config.json``, is damaged.
         ValueError: nothing there, with what was looked for.
     """
-    root = Path(path)
-    candidates = [root, root / "policy"]
-    for pointer in ("best", "last"):
-        file = root / "checkpoints" / pointer
-        if file.is_file():
-            candidates.append(root / "checkpoints" / file.read_text().strip() / "policy")
-    for candidate in candidates:
-        config = candidate / "config.json"
-        if config.is_file() and json.loads(config.read_text()).get("format") == wanted:
-            return candidate
+    root = settled(path)
+    if _format(root) == wanted:
+        return root
+    checkpoints = root / "checkpoints"
+    inside = Snapshots(checkpoints).policy() if checkpoints.is_dir() else root / "policy"
+    if _format(inside) == wanted:
+        return settled(inside)
     raise ValueError(
         f"no {what} in {root}: expected a {what} directory (config.json, model.safetensors), a "
         "checkpoint directory (policy/) or a run directory (checkpoints/best or checkpoints/last)"
     )
+
+
+def _format(folder: Path) -> Any:
+    """What a directory says that it is; ``None`` without a ``config.json``."""
+    file = settled(folder) / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+    return config.get("format") if isinstance(config, dict) else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -21,11 +20,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from diffpolicy.files import WriterLock, remove_leftovers, remove_owned
 from diffpolicy.training.checkpoint import Snapshots, write_bundle
 from diffpolicy.training.diagnose import NonFiniteError, explain_non_finite
 from diffpolicy.training.distributed import Group
 from diffpolicy.training.ema import EMA
 from diffpolicy.training.logging import MetricsFile, TensorBoard
+from diffpolicy.training.run_files import check_resumable, clear_run, has_run
 from diffpolicy.training.settings import TrainerConfig, check_same, mix_seed
 
 Evaluate = Callable[[Path, int], Mapping[str, float]]
@@ -138,18 +139,35 @@ class Trainer:
         self._begin(resume, overwrite)
 
     def _begin(self, resume: bool, overwrite: bool) -> None:
+        """Take the run's directory; all that can fail is checked before anything is removed."""
+        if self.config.tensorboard:
+            TensorBoard.writer_class()
+        self._lock = WriterLock(self.run_dir, "training")
+        if self.group.first:
+            self._lock.acquire()
+        try:
+            self._take(resume, overwrite)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _take(self, resume: bool, overwrite: bool) -> None:
         csv = self.run_dir / "metrics.csv"
-        exists = self.snapshots.folder.exists() or csv.exists()
+        exists = has_run(self.run_dir)
         if exists and not resume and not overwrite:
             raise ValueError(
                 f"{self.run_dir} already holds a run; resume it, overwrite it or choose another"
             )
-        if exists and not resume and self.group.first:
-            shutil.rmtree(self.snapshots.folder, ignore_errors=True)
-            csv.unlink(missing_ok=True)
+        if resume:
+            every = (self.config.checkpoint_every, self.config.eval_every, self.config.steps)
+            check_resumable(self.run_dir, min(n for n in every if n is not None))
+        elif exists and self.group.first:
+            clear_run(self.run_dir)
         self.group.barrier()
         if resume and self.snapshots.exist:
             self._load()
+        if self.group.first:
+            remove_leftovers(self.run_dir)
         self.metrics = MetricsFile(csv, keep_until=self.step) if self.group.first else None
         self.board: TensorBoard | None = None
         if self.config.tensorboard and self.group.first:
@@ -170,6 +188,7 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            self._lock.release()
         return TrainResult(self.step, self.ema.state, self._stop, self.best_score, self.train_s)
 
     def _loop(self) -> None:
@@ -310,7 +329,7 @@ class Trainer:
         try:
             row |= {name: float(value) for name, value in self.evaluate(folder, self.step).items()}
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_owned(folder)
         return row
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffpolicy import locks
+from diffpolicy.files import ForeignFilesError
 from diffpolicy.training import checkpoint
 from diffpolicy.training.checkpoint import (
     CheckpointError,
@@ -19,6 +22,7 @@ from diffpolicy.training.checkpoint import (
     read_pointer,
     write_bundle,
 )
+from diffpolicy.training.policy_files import find_bundle
 
 FILES = {
     "config.json": {"a": [1, 2.5, None]},
@@ -122,3 +126,82 @@ def test_sigkill_while_writing(tmp_path):
         assert torch.equal(
             files["w.safetensors"]["x"], torch.full((50_000,), float(files["state.json"]))
         )
+
+
+def test_a_bundle_replaces_only_a_bundle_of_its_kind(tmp_path):
+    policy, value = ({"config.json": {"format": name}} for name in ("policy", "value"))
+    write_bundle(tmp_path / "mine", policy)
+    write_bundle(tmp_path / "mine", policy)
+    snapshots = Snapshots(tmp_path / "run" / "checkpoints")
+    snapshots.save(1, FILES, policy, is_best=True)
+    checkpoint_1 = snapshots.folder / "0000001"
+    places = (tmp_path / "run", snapshots.folder, checkpoint_1, checkpoint_1 / "policy")
+    for place in places:
+        with pytest.raises(ForeignFilesError):
+            write_bundle(place, policy)
+    with pytest.raises(ForeignFilesError, match="a policy, which a value does not replace"):
+        write_bundle(tmp_path / "mine", value)
+    assert snapshots.load_last()["config.json"] == FILES["config.json"]
+
+
+def test_pruning_leaves_what_others_write_or_keep_there(tmp_path):
+    snapshots = Snapshots(tmp_path, keep_last=1)
+    stay = {"backup", ".git", f".0000009.partial-{locks.machine()}-{os.getppid()}-0-0"}
+    for name in stay:
+        (tmp_path / name).mkdir()
+    dead = tmp_path / f".0000009.partial-{locks.machine()}-4194304-1-0"
+    dead.mkdir()
+    for step in range(1, 4):
+        snapshots.save(step, FILES, {}, is_best=False)
+        (tmp_path / "0000001" / "notes.txt").write_text("mine")
+    left = {p.name for p in tmp_path.iterdir() if p.is_dir()}
+    assert left == {*stay, "0000001", "0000003"}
+
+
+def test_a_run_stands_for_its_checkpoints_and_never_for_another(tmp_path):
+    mine, other = ({"config.json": {"format": "policy", "n": n}} for n in (1, 2))
+    snapshots = Snapshots(tmp_path / "checkpoints", keep_last=5)
+    for step in (1, 2, 3):
+        state = {"state.json": {"best_score": 0.5}}
+        snapshots.save(step, state, mine, is_best=step == 1)
+    write_bundle(tmp_path / "policy", other)
+
+    def found():
+        return find_bundle(tmp_path, "policy", "policy")
+
+    assert found() == snapshots.folder / "0000001" / "policy"
+    assert find_bundle(tmp_path / "policy", "policy", "policy") == tmp_path / "policy"
+    file = snapshots.folder / "0000001" / "policy" / "config.json"
+    whole = file.read_bytes()
+    for damage in (b"", b"[" + whole[1:], None):
+        file.unlink()
+        if damage is not None:
+            file.write_bytes(damage)
+        with pytest.raises(CheckpointError, match=r"config\.json.* is damaged"):
+            found()
+        file.write_bytes(whole)
+    (snapshots.folder / "best").write_text("0000009")
+    with pytest.raises(CheckpointError, match=r"0000009.*0000003 is intact: write.*best"):
+        found()
+    (snapshots.folder / "best").unlink()
+    with pytest.raises(CheckpointError, match="best is missing"):
+        found()
+
+
+def test_a_policy_saved_over_another_is_loadable_at_every_kill_point(tmp_path, monkeypatch):
+    old, new = ({"config.json": {"format": "policy", "n": n}} for n in (1, 2))
+    rename = Path.rename
+    for point in range(1, 4):
+        write_bundle(tmp_path / "mine", old)
+        with monkeypatch.context() as dying:
+            left = iter(range(point, -9, -1))
+
+            def killed(self, target, left=left):
+                if next(left) <= 1:
+                    raise Killed
+                return rename(self, target)
+
+            dying.setattr(Path, "rename", killed)
+            with contextlib.suppress(Killed):
+                write_bundle(tmp_path / "mine", new)
+        read_bundle(find_bundle(tmp_path / "mine", "policy", "policy"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffpolicy.files import ForeignFilesError
 from diffpolicy.finetune.denoising import LossOutput
 from diffpolicy.training.checkpoint import CheckpointError, read_bundle
 from diffpolicy.training.diagnose import NonFiniteError
@@ -111,12 +113,13 @@ SCRIPT = """
 import sys, torch
 sys.path.insert(0, {here!r})
 from conftest import Regression, Table
+from diffpolicy.training.run_files import has_run
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Trainer
 torch.manual_seed(0)
 config = TrainerConfig(steps=400, batch_size=32, lr=1e-2, warmup_steps=5, log_every=7,
                        eval_every=60, checkpoint_every=9, progress=False)
-Trainer(Regression(), Table(), config, sys.argv[1], resume=True).fit()
+Trainer(Regression(), Table(), config, sys.argv[1], resume=has_run(sys.argv[1])).fit()
 """
 
 
@@ -200,6 +203,75 @@ def test_a_damaged_last_names_an_intact_checkpoint(make_objective, table, tmp_pa
         Trainer(make_objective(), table, config, tmp_path, resume=True)
     (tmp_path / "checkpoints" / "last").write_text("0000036")
     assert Trainer(make_objective(), table, config, tmp_path, resume=True).fit().step == 40
+
+
+def test_a_lost_last_names_an_intact_checkpoint_and_keeps_the_metrics(
+    make_objective, table, tmp_path
+):
+    Trainer(make_objective(), table, CONFIG, tmp_path).fit()
+    rows = (tmp_path / "metrics.csv").read_text()
+    for content in (None, "", "../elsewhere"):
+        (tmp_path / "checkpoints" / "last").unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "checkpoints" / "last").write_text(content)
+        with pytest.raises(CheckpointError, match=r"last is .*0000040 is intact: write that name"):
+            Trainer(make_objective(), table, CONFIG, tmp_path, resume=True)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="the checkpoints of that run are gone"):
+        Trainer(make_objective(), table, CONFIG, tmp_path, resume=True)
+    assert (tmp_path / "metrics.csv").read_text() == rows
+
+
+def test_resuming_in_a_wrong_directory_is_refused(make_objective, table, tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    for folder in (tmp_path, tmp_path / "typo"):
+        with pytest.raises(ValueError, match="no run to resume"):
+            Trainer(make_objective(), table, CONFIG, folder, resume=True)
+
+
+@pytest.mark.parametrize("change", [{"tensorboard": True}, {"batch_size": 999}, {"batch_size": 33}])
+def test_what_can_fail_fails_before_an_earlier_run_is_removed(
+    make_objective, table, tmp_path, monkeypatch, change
+):
+    Trainer(make_objective(), table, CONFIG, tmp_path).fit()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    config = TrainerConfig(**{**vars(CONFIG), "accumulate": 2, **change})
+    with pytest.raises((ImportError, ValueError)):
+        Trainer(make_objective(), table, config, tmp_path, overwrite=True)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_overwriting_leaves_no_results_of_the_old_weights_and_all_that_is_not_ours(
+    make_objective, table, tmp_path
+):
+    Trainer(make_objective(), table, CONFIG, tmp_path).fit()
+    for name in ("eval.json", "curve.png", "eval/eval.json", "eval_2/rollouts.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    for name in ("thesis.tex", "policy/config.json", "eval/notes.txt", "evaluations/eval.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    Trainer(make_objective(), table, CONFIG, tmp_path, overwrite=True)
+    assert {p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {"mine"}
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
+    (tmp_path / "eval.json").write_text("old")
+    with pytest.raises(ForeignFilesError, match=r"notes\.txt"):
+        Trainer(make_objective(), table, CONFIG, tmp_path, overwrite=True)
+    assert (tmp_path / "eval.json").exists()  # nothing was removed
+
+
+def test_a_second_trainer_of_a_run_is_refused_and_the_first_one_ends_well(
+    make_objective, table, tmp_path
+):
+    trainer = Trainer(make_objective(), table, CONFIG, tmp_path / "run")
+    script = SCRIPT.format(here=str(Path(__file__).parent))
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    second = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert f"process {os.getpid()} on" in second.stderr
+    assert trainer.fit().step == 40
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]  # the lock is given back
 
 
 class TestNonFinite:
