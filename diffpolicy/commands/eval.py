@@ -54,9 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     from diffpolicy.rollout.spec import EnvSpec
 
     began = time.perf_counter()
-    first = arguments[0] if arguments else ""
-    named = "=" not in first and not first.startswith("-") and bool(first)
-    config = load_eval([f"checkpoint={quoted(first)}", *arguments[1:]] if named else arguments)
+    config = load_eval(_named(arguments))
     if config.evaluation.episodes == 0:
         raise ConfigError("evaluation.episodes=0 leaves nothing to evaluate")
     device = pick_device(config.device, config.threads)
@@ -93,6 +91,13 @@ def run(arguments: Sequence[str]) -> int:
     report["total_s"] = round(time.perf_counter() - began, 1)
     print("RESULT " + json.dumps(report))
     return 0
+
+
+def _named(arguments: Sequence[str]) -> list[str]:
+    """``RUN`` alone means ``checkpoint=RUN``."""
+    plain = [a for a in arguments if "=" not in a and not a.startswith("-")]
+    rest = [a for a in arguments if a not in plain[:1]]
+    return [*(f"checkpoint={quoted(run)}" for run in plain[:1]), *rest]
 
 
 def _settings(config: EvalConfig) -> dict[str, Any]:

@@ -174,7 +174,11 @@ def policy_shape(config: TrainConfig) -> dict[str, Any]:
 def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> DiffusionPolicy:
     """An untrained policy for the run; everything that can be wrong with it is found here."""
     from diffpolicy.api import DiffusionPolicy
+    from diffpolicy.data.transitions import check_fields
+    from diffpolicy.learning import Learning
 
+    if Learning.from_config(config.learning).actor_critic is not None:
+        check_fields(store)
     low, high = _action_bounds(config, store)
     spec = {
         **policy_shape(config),

@@ -173,6 +173,16 @@ def test_what_will_fail_is_found_before_anything_is_collected(main, own, setting
     assert sorted(p.name for p in Path().iterdir()) == ["file"]
 
 
+def test_an_algorithm_of_rewards_on_data_without_them(main, own):
+    rows = np.zeros((6, 2), np.float32)
+    EpisodeStore.from_arrays({"obs": rows, "action": rows}, [3, 6], path="plain.zarr")
+    data = ["data=store", "data.path=plain.zarr", "algorithm=edp"]
+    status, _, err = main("train", f"--config-dir={own}", "experiment=mine", *data)
+    assert status == 1
+    assert "demonstrations without rewards can be imitated only" in err
+    assert not Path("runs").exists()
+
+
 def test_missing_packages_are_found_first(main, own, monkeypatch):
     import diffpolicy.commands.preflight as preflight
 
