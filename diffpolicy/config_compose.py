@@ -51,18 +51,13 @@ def own_config_dir() -> Path | None:
 
 
 def choice_files() -> dict[str, dict[str, Path]]:
-    """The file of every choice of every group, the user's own among them.
-
-    Raises:
-        ConfigError: a file of the user's that is too big.
-    """
+    """The file of every choice of every group, the user's own among them."""
     files: dict[str, dict[str, Path]] = {}
     for path in sorted(config_dir().glob("*/*.yaml")):
         files.setdefault(path.parent.name, {})[path.stem] = path
     own = own_config_dir()
     for path in [] if own is None else sorted(own.glob("*/*.yaml")):
         if path.parent.name in files:
-            check_yaml(path)
             files[path.parent.name].setdefault(path.stem, path)
     return files
 
@@ -95,7 +90,7 @@ def check_yaml(path: Path) -> None:
         if root is not None and _expanded(root, {}) > MAX_NODES:
             raise ConfigError(f"{path}: its aliases expand to more than {MAX_NODES} values")
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"{path} is nested too deeply, or within itself") from None
     except UnicodeDecodeError as error:
@@ -193,13 +188,22 @@ def _composed(name: str, overrides: Sequence[str], files: Mapping[str, Any]) -> 
     return composed
 
 
+def _file(group: str, choice: str, files: Mapping[str, Mapping[str, Path]]) -> Path:
+    if choice not in files[group]:
+        hint = near_miss(choice, files[group])
+        raise ConfigError(
+            f"unknown {group} {choice!r}; expected one of {sorted(files[group])}{hint}"
+        )
+    return files[group][choice]
+
+
 def _layer(
     group: str, choice: str, files: Mapping[str, Mapping[str, Path]]
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """The choices of other groups that a file makes, and its values in their sections."""
     from omegaconf import OmegaConf
 
-    path = files[group][choice]
+    path = _file(group, choice, files)
     own = read_yaml(path)
     choices: dict[str, str] = {}
     merged: Any = OmegaConf.create({})
@@ -239,11 +243,9 @@ def _check_choices(overrides: Sequence[str], files: Mapping[str, Mapping[str, Pa
     for group, choice in keys_given(overrides).items():
         if group not in files or choice == "null":
             continue
-        if choice not in files[group]:
-            hint = near_miss(choice, files[group])
-            raise ConfigError(
-                f"unknown {group} {choice!r}; expected one of {sorted(files[group])}{hint}"
-            )
+        nested = _layer(group, choice, files)[0]  # which also reads, and so checks, the files
+        for inner in nested.keys() & files.keys():
+            check_yaml(_file(inner, nested[inner], files))
         same = None if own is None else own / group / f"{choice}.yaml"
         if same is not None and same.is_file() and files[group][choice] != same:
             raise ConfigError(f"{same} has the name of a choice that is ours; give it another")
