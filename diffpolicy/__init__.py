@@ -10,35 +10,63 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffpolicy.api import DiffusionPolicy, PolicySpec, Sampler, TrainerConfig
+    from diffpolicy.api import (
+        RTI,
+        Anchors,
+        Chunking,
+        DiffusionPolicy,
+        Gripper,
+        PolicySpec,
+        Sampler,
+        Streaming,
+        TrainerConfig,
+        Truncated,
+    )
     from diffpolicy.data.normalize import Normalizer
     from diffpolicy.data.store import EpisodeStore
+    from diffpolicy.learning import Learning
+    from diffpolicy.policies.ensemble import TemporalEnsemble
     from diffpolicy.rollout.collect import collect
     from diffpolicy.rollout.evaluate import evaluate
+    from diffpolicy.rollout.latency import DelayedPolicy
     from diffpolicy.rollout.spec import EnvSpec
+    from diffpolicy.rollout.vector import Workers
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "DiffusionPolicy": "diffpolicy.api",
-    "PolicySpec": "diffpolicy.api",
-    "Sampler": "diffpolicy.api",
+    **dict.fromkeys(("DiffusionPolicy", "PolicySpec", "Gripper", "Sampler"), "diffpolicy.api"),
+    **dict.fromkeys(("RTI", "Truncated", "Anchors", "Chunking", "Streaming"), "diffpolicy.api"),
     "TrainerConfig": "diffpolicy.api",
+    "Learning": "diffpolicy.learning",
+    "TemporalEnsemble": "diffpolicy.policies.ensemble",
+    "DelayedPolicy": "diffpolicy.rollout.latency",
     "Normalizer": "diffpolicy.data.normalize",
     "EpisodeStore": "diffpolicy.data.store",
     "collect": "diffpolicy.rollout.collect",
     "evaluate": "diffpolicy.rollout.evaluate",
     "EnvSpec": "diffpolicy.rollout.spec",
+    "Workers": "diffpolicy.rollout.vector",
 }
 
 __all__ = [
+    "RTI",
+    "Anchors",
+    "Chunking",
+    "DelayedPolicy",
     "DiffusionPolicy",
     "EnvSpec",
     "EpisodeStore",
+    "Gripper",
+    "Learning",
     "Normalizer",
     "PolicySpec",
     "Sampler",
+    "Streaming",
+    "TemporalEnsemble",
     "TrainerConfig",
+    "Truncated",
+    "Workers",
     "__version__",
     "collect",
     "evaluate",

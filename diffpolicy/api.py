@@ -21,12 +21,8 @@ from diffpolicy.policies.base import Array
 from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.chunking import Chunking, RealTimeChunking
 from diffpolicy.policies.diffusion import PolicySpec, Sampler
-from diffpolicy.policies.levels import (
-    LevelReport,
-    choose_level,
-    demonstrations,
-    observation_step,
-)
+from diffpolicy.policies.level_report import LevelReport
+from diffpolicy.policies.levels import choose_level, demonstrations, observation_step
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.spec import Gripper
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
@@ -42,7 +38,7 @@ class DiffusionPolicy(TrainablePolicy):
     ``load``.
 
     Example:
-        >>> policy = DiffusionPolicy.from_dataset(EpisodeStore.open("data/demos.zarr"))
+        >>> policy = DiffusionPolicy.from_dataset("data/demos.zarr")
         >>> policy.learn("data/demos.zarr", TrainerConfig(steps=5000), run_dir="runs/mine")
         >>> action, state = policy.predict(obs)
     """
@@ -50,7 +46,7 @@ class DiffusionPolicy(TrainablePolicy):
     @classmethod
     def from_dataset(
         cls,
-        store: EpisodeStore,
+        store: EpisodeStore | str | os.PathLike[str],
         *,
         spec: Mapping[str, Any] | None = None,
         normalize: Mapping[str, str] | None = None,
@@ -61,7 +57,7 @@ class DiffusionPolicy(TrainablePolicy):
         """An untrained policy whose shapes and normaliser come from a store of demonstrations.
 
         Args:
-            store: fields ``obs [T, O]`` and ``action [T, A]``, with statistics.
+            store: fields ``obs [T, O]`` and ``action [T, A]``, with statistics; or its path.
             spec: entries of :class:`~diffpolicy.policies.diffusion.PolicySpec` other than the two
                 dimensions.
             normalize: mode per field, ``minmax`` (default), ``gaussian``, ``quantile``,
@@ -75,6 +71,7 @@ class DiffusionPolicy(TrainablePolicy):
         Raises:
             ValueError: a missing field or statistics, or settings that do not fit together.
         """
+        store = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
         absent = [name for name in ("obs", "action") if name not in store.fields]
         if absent:
             raise ValueError(

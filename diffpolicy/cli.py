@@ -5,10 +5,13 @@ Nothing heavy is imported until a command runs, so that help is immediate.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import select
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 COMMANDS = {
     "train": "train a policy on demonstrations, evaluate it and leave a run directory",
@@ -26,6 +29,9 @@ COMMANDS = {
     "doctor": "versions, devices, rendering, and known-broken combinations with their fix",
 }
 
+EVERYWHERE = {"config_dir": "DIFFPOLICY_CONFIG_DIR", "trust_env": "DIFFPOLICY_TRUST_ENVS"}
+"""Arguments of every command, with the variable of the environment that says the same."""
+
 USAGE = """\
 diffpolicy: diffusion policies for reinforcement learning and robotics
 
@@ -34,10 +40,18 @@ usage: diffpolicy COMMAND [key=value ...]
 commands:
 {commands}
 
-`diffpolicy COMMAND --help` explains each. A first run:
+`diffpolicy COMMAND --help` explains each. Of every command:
+
+  --config-dir DIR       your own YAML choices (DIR/experiment/mine.yaml, DIR/env/robot.yaml, ...);
+                         ./configs unless given, or the variable DIFFPOLICY_CONFIG_DIR
+  trust_env=PACKAGE      let files name environments of this package, which is running its code
+                         (true: of any); or the variable DIFFPOLICY_TRUST_ENVS
+  --traceback            where an error comes from (or the variable DIFFPOLICY_TRACEBACK=1)
+
+A first run:
 
   diffpolicy train experiment=demo       # demonstrations, training, rollouts: minutes on a CPU
-  diffpolicy eval checkpoint=runs/demo   # score it again
+  diffpolicy eval runs/demo              # score it again
   diffpolicy train experiment=demo network=transformer trainer.steps=2000 run_dir=runs/mine
 """
 
@@ -50,6 +64,10 @@ def usage() -> str:
     )
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what runs is unwound as by Ctrl-C, so that workers end and files are whole."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -57,9 +75,85 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name (those of the process when absent).
 
     Returns:
-        Exit status: 0 done, 1 the command failed with an explained error, 2 unusable arguments.
+        Exit status: 0 done, 1 the command failed with an explained error, 2 unusable arguments, 130
+        stopped by Ctrl-C, 143 by SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments, variables = _everywhere(arguments)
+    # Waiting threads must sleep rather than spin, or two processes on two cores starve each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        with _terminable():
+            return _guarded(arguments)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _everywhere(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments that every command takes, as variables of the environment, and the others."""
+    rest, variables, waiting = [], {}, ""
+    for argument in arguments:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        if waiting:
+            variables[waiting], waiting = argument, ""
+        elif argument == "--traceback":
+            variables["DIFFPOLICY_TRACEBACK"] = "1"
+        elif argument == "--config-dir":
+            waiting = EVERYWHERE["config_dir"]
+        elif equals and key in EVERYWHERE:
+            variables[EVERYWHERE[key]] = value
+        else:
+            rest.append(argument)
+    return rest, variables
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind what runs, where nobody else handles it."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise Terminated
+
+    try:
+        ours = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        previous = signal.signal(signal.SIGTERM, stop) if ours else None
+    except ValueError:  # not the main thread
+        ours = False
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _guarded(arguments: Sequence[str]) -> int:
+    """The exit status of a command; whatever goes wrong in it becomes a line on standard error."""
+    name = arguments[0] if arguments else ""
+    try:
+        status = _dispatch(arguments)
+        sys.stdout.flush()  # a reader that has gone shows here rather than at the very end
+        return status
+    except KeyboardInterrupt as stopped:
+        terminated = isinstance(stopped, Terminated)
+        said = "terminated" if terminated else "interrupted"
+        print(f"\ndiffpolicy {name}: {said}", file=sys.stderr)
+        return 143 if terminated else 130
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141  # as `head` and the like leave any program: not an error of ours
+        if os.environ.get("DIFFPOLICY_TRACEBACK"):
+            raise
+        print(f"diffpolicy {name}: {_said(error)}", file=sys.stderr)
+        return 1
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else 2
@@ -70,24 +164,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        print(f"diffpolicy: unknown command {name!r}\n\n{usage()}", file=sys.stderr)
+        from diffpolicy.settings import near_miss
+
+        hint = near_miss(name, COMMANDS)
+        print(f"diffpolicy: unknown command {name!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
-    # Waiting threads must sleep rather than spin, or two processes on two cores starve each other.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = importlib.import_module(f"diffpolicy.commands.{name.replace('-', '_')}")
     if any(a in ("-h", "--help") for a in rest):
         print(command.help_text())
         return 0
+    return int(command.run(rest) or 0)
+
+
+def _said(error: Exception) -> str:
+    """An error as one line; our own explain themselves, of others the kind is said."""
+    from diffpolicy.extras import pip_hint
+
+    text = str(error).strip()
+    if isinstance(error, ImportError):
+        return f"{text}.{pip_hint(text)}" if pip_hint(text) and "pip install" not in text else text
+    if isinstance(error, ValueError | OSError) and text:
+        return text
+    first = text.splitlines()[0] if text else "no reason is given"
+    return f"{type(error).__name__}: {first} (--traceback shows where)"
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone; if so, nothing more goes there."""
     try:
-        return int(command.run(rest) or 0)
-    except (ValueError, OSError, ImportError) as error:  # our own errors explain themselves
-        if os.environ.get("DIFFPOLICY_TRACEBACK"):
-            raise
-        print(f"diffpolicy {name}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ndiffpolicy {name}: interrupted", file=sys.stderr)
-        return 130
+        number = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(number, select.POLLOUT)
+        gone = any(event & select.POLLERR for _, event in poll.poll(0))
+        if gone:  # or the interpreter complains when it flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        return gone
+    except (OSError, ValueError, AttributeError):  # no pipe, or a system without poll
+        return False
 
 
 if __name__ == "__main__":

@@ -6,19 +6,21 @@ choices from closed registries: nothing in it is imported, evaluated or executed
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used: what was expected, what came, how to fix it."""
+from diffpolicy.config_compose import (
+    choice_files,
+    compose,
+    config_dir,
+    group_choices,
+    keys_given,
+    read_yaml,
+)
+from diffpolicy.settings import ConfigError, near_miss
+from diffpolicy.settings import from_values as build
 
 
 @dataclass
@@ -196,147 +198,68 @@ class EvalConfig:
     threads: int | None = None
 
 
-def config_dir() -> Path:
-    """Directory of the YAML groups: inside the installed package, or beside it in a source tree."""
-    here = Path(__file__).resolve().parent
-    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
-
-
-def group_choices() -> dict[str, dict[str, str]]:
-    """Every config group with its choices, each with the first comment line of its file."""
-    groups: dict[str, dict[str, str]] = {}
-    for path in sorted(config_dir().glob("*/*.yaml")):
-        comments = (
-            line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")
-        )
-        groups.setdefault(path.parent.name, {})[path.stem] = next(
-            (c for c in comments if not c.startswith("@")), ""
-        )
-    return groups
-
-
-def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Compose ``configs/<name>.yaml`` with Hydra ``key=value`` overrides into plain values.
-
-    Raises:
-        ConfigError: unknown group choice, key or value, with what would have been right.
-    """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-            composed = hydra_compose(name, [_normal(o) for o in overrides])
-        missing = sorted(OmegaConf.missing_keys(composed))
-        if missing:
-            raise ConfigError(
-                f"{name} needs a value for {', '.join(missing)}; give it as {missing[0]}=..."
-            )
-        values = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, overrides)) from None
-    assert isinstance(values, dict)
-    return {str(k): v for k, v in values.items()}
-
-
-OPEN = (
-    *(
-        "learning.",
-        "finetune.",
-        "guidance.",
-        "task.kwargs.",
-        "preference.",
-        "collect.",
-        "judge.",
-        "adapters.",
-    ),
-    *("oracles.network.", "oracles.trainer."),
-    *(f"policy.{n}." for n in ("selection", "returns", "heads", "rti", "anchors")),
-)
-"""Sections whose keys are checked by what they configure, so that any may be given."""
-
-
-def _normal(override: str) -> str:
-    """``--policy.horizon=8`` is accepted as ``policy.horizon=8``."""
-    plain = override.removeprefix("--")
-    return f"++{plain}" if plain.startswith((*OPEN, "policy.truncated.")) else plain
-
-
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    text = str(error).strip()
-    groups = group_choices()
-    for override in overrides:
-        key, _, value = _normal(override).partition("=")
-        if key in groups and value not in groups[key] and value != "null":
-            near = difflib.get_close_matches(value, groups[key], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            return f"unknown {key} {value!r}; expected one of {sorted(groups[key])}{hint}"
-    if "not in struct" in text or "Key" in text:
-        key = text.split("'")[1] if "'" in text else text.splitlines()[0]
-        first = text.splitlines()[0]
-        return f"unknown key {key!r}; `diffpolicy train --help` lists the keys ({first})"
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """A config dataclass from plain values, checked.
-
-    Unknown and missing keys and wrong types are errors.
-
-    Raises:
-        ConfigError: naming the key by its dotted path.
-    """
-    hints = typing.get_type_hints(kind)
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {sorted(known)}"
-            raise ConfigError(f"unknown key {where + str(key)!r}{hint}")
-    absent = [
-        n
-        for n, f in known.items()
-        if n not in values and f.default is MISSING and f.default_factory is MISSING
-    ]
-    if absent:
-        raise ConfigError(f"missing key {where + absent[0]!r}")
-    return kind(**{key: _value(hints[key], value, where + key) for key, value in values.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        if is_dataclass(option) and isinstance(option, type) and isinstance(value, Mapping):
-            return build(option, value, where + ".")
-        plain = typing.get_origin(option) or option
-        if plain is tuple and isinstance(value, list):
-            return tuple(value)
-        if plain is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if (
-            isinstance(plain, type)
-            and isinstance(value, plain)
-            and not (plain is int and isinstance(value, bool))
-        ):
-            return value
-    expected = " or ".join(
-        "null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options
-    )
-    raise ConfigError(f"{where} must be {expected}, got {value!r}")
-
-
 def load_train(overrides: Sequence[str]) -> TrainConfig:
-    """The training run that ``overrides`` ask for."""
+    """The training run that ``overrides`` ask for.
+
+    Raises:
+        ConfigError: settings that cannot be used, or a mistyped path of data.
+    """
     config = build(TrainConfig, compose("train", overrides))
     config.evaluation.check_protocol()
+    config.run_dir = seeded_run_dir(config.run_dir, config.seed, overrides)
+    given = keys_given(overrides)
+    if "data.path" in given and not any(k.startswith("data.collect") for k in given):
+        _check_meant(config.data)
     return config
+
+
+def _check_meant(data: DataConfig) -> None:
+    """Raise for a path that was given, is not there, and looks mistyped: nothing is recorded."""
+    path = Path(data.path)
+    if data.collect is None or path.exists():
+        return
+    first = next(p for p in (*reversed(path.parents), path) if not p.exists())
+    beside = first.parent.iterdir() if first.parent.is_dir() else ()
+    hint = near_miss(first.name, [p.name for p in beside])
+    if hint:
+        raise ConfigError(
+            f"nothing is at {path}{hint} (in {first.parent}) To record demonstrations there, say "
+            f"how many: data.collect.episodes={data.collect.episodes}"
+        )
+
+
+def seeded_run_dir(run_dir: str, seed: int, overrides: Sequence[str]) -> str:
+    """The run's directory; it ends in the seed where one was given, and no directory.
+
+    So that ``for s in 0 1 2; do diffpolicy train ... seed=$s; done`` makes three runs.
+    """
+    given = keys_given(overrides)
+    return f"{run_dir}_seed{seed}" if "seed" in given and "run_dir" not in given else run_dir
 
 
 def load_eval(overrides: Sequence[str]) -> EvalConfig:
     """The evaluation that ``overrides`` ask for."""
     return build(EvalConfig, compose("eval", overrides))
+
+
+__all__ = [
+    "CollectConfig",
+    "ConfigError",
+    "DataConfig",
+    "EnvConfig",
+    "EvalConfig",
+    "EvaluationConfig",
+    "PolicyConfig",
+    "SamplerConfig",
+    "TrainConfig",
+    "build",
+    "choice_files",
+    "compose",
+    "config_dir",
+    "group_choices",
+    "keys_given",
+    "load_eval",
+    "load_train",
+    "read_yaml",
+    "seeded_run_dir",
+]

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffpolicy.config import ConfigError, EvaluationConfig, build, compose
+from diffpolicy.config import (
+    ConfigError,
+    EvaluationConfig,
+    build,
+    compose,
+    keys_given,
+    seeded_run_dir,
+)
 from diffpolicy.config_sequences import experiment_kind
 
 SOURCES = ("preferences", "collect", "judge", "plans")
@@ -59,7 +66,7 @@ def is_policy_tuning(overrides: Sequence[str]) -> bool:
 
     They choose a preference method, or an experiment that does.
     """
-    given = dict(o.removeprefix("--").lstrip("+").split("=", 1) for o in overrides if "=" in o)
+    given = keys_given(overrides)
     if experiment_kind(given.get("experiment")) == "preference":
         return True
     return any(key.split(".")[0] in KEYS for key in given)
@@ -71,13 +78,14 @@ def load_policy_tuning(overrides: Sequence[str]) -> PolicyTuningConfig:
     Raises:
         ConfigError: settings that cannot be used, or an experiment of another command.
     """
-    given = dict(o.removeprefix("--").split("=", 1) for o in overrides if "=" in o)
+    given = keys_given(overrides)
     name = given.get("experiment")
     if name is not None and experiment_kind(name) not in ("preference", "policy"):
         raise ConfigError(f"{name} is an experiment of sequences, which has no preference=...")
     overrides = [*overrides, *_superseded(given)]
     config = build(PolicyTuningConfig, compose("finetune_policy", overrides))
     config.evaluation.check_protocol()
+    config.run_dir = seeded_run_dir(config.run_dir, config.seed, overrides)
     return config
 
 

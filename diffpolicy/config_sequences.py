@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffpolicy.config import ConfigError, build, compose, config_dir, group_choices
+from diffpolicy.config import (
+    ConfigError,
+    build,
+    choice_files,
+    compose,
+    keys_given,
+    read_yaml,
+    seeded_run_dir,
+)
 
 
 @dataclass
@@ -88,17 +96,19 @@ def experiment_kind(name: str | None) -> str:
 
     ``"policy"``, ``"sequences"``, ``"finetune"`` (of sequences) or ``"preference"`` (of policies).
     """
-    from omegaconf import OmegaConf
-
-    file = config_dir() / "experiment" / f"{name}.yaml"
-    if not file.is_file():
+    file = choice_files()["experiment"].get(str(name))
+    if file is None:
         return "policy"
-    defaults = OmegaConf.to_container(OmegaConf.load(file)).get("defaults", [])  # type: ignore[union-attr]
+    values = read_yaml(file)
+    defaults = values.get("defaults", [])
+    bases = [e for e in defaults if isinstance(e, str) and e != "_self_"]
     keys = [str(key) for entry in defaults if isinstance(entry, dict) for key in entry]
     for kind in ("preference", "finetune"):
         if any(kind in key for key in keys):
             return kind
-    return "sequences" if any("task" in key for key in keys) else "policy"
+    if any("task" in key for key in keys):
+        return "sequences"
+    return experiment_kind(bases[0].rpartition("/")[2]) if bases else "policy"
 
 
 def is_sequences(overrides: Sequence[str]) -> bool:
@@ -109,7 +119,7 @@ def is_sequences(overrides: Sequence[str]) -> bool:
     Raises:
         ConfigError: an experiment of `diffpolicy finetune`.
     """
-    given = dict(o.removeprefix("--").split("=", 1) for o in overrides if "=" in o)
+    given = keys_given(overrides)
     kind = experiment_kind(given.get("experiment"))
     if kind in ("finetune", "preference"):
         name = given["experiment"]
@@ -119,7 +129,9 @@ def is_sequences(overrides: Sequence[str]) -> bool:
 
 def load_sequence_train(overrides: Sequence[str]) -> SequenceTrainConfig:
     """The pre-training that ``overrides`` ask for."""
-    return build(SequenceTrainConfig, compose("train_sequences", overrides))
+    config = build(SequenceTrainConfig, compose("train_sequences", overrides))
+    config.run_dir = seeded_run_dir(config.run_dir, config.seed, overrides)
+    return config
 
 
 def load_finetune(overrides: Sequence[str]) -> FinetuneConfig:
@@ -128,8 +140,9 @@ def load_finetune(overrides: Sequence[str]) -> FinetuneConfig:
     Raises:
         ConfigError: settings that cannot be used, or an experiment of `diffpolicy train`.
     """
-    given = dict(o.removeprefix("--").split("=", 1) for o in overrides if "=" in o)
-    name = given.get("experiment")
-    if name in group_choices().get("experiment", {}) and experiment_kind(name) != "finetune":
+    name = keys_given(overrides).get("experiment")
+    if name in choice_files()["experiment"] and experiment_kind(name) != "finetune":
         raise ConfigError(f"{name} trains a model: run `diffpolicy train experiment={name}`")
-    return build(FinetuneConfig, compose("finetune", overrides))
+    config = build(FinetuneConfig, compose("finetune", overrides))
+    config.run_dir = seeded_run_dir(config.run_dir, config.seed, overrides)
+    return config

@@ -17,7 +17,7 @@ from diffpolicy.core.ramp import Ramp
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.returns import returns_to_go, with_fields
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.data.transitions import Transitions
+from diffpolicy.data.transitions import Transitions, check_fields
 from diffpolicy.data.windows import Windows
 from diffpolicy.finetune.actor_critic import ActorCritic, ActorCriticLoss
 from diffpolicy.finetune.anchored import AnchoredLoss
@@ -28,13 +28,14 @@ from diffpolicy.finetune.planning import (
     SumOfLosses,
     ValueLoss,
 )
-from diffpolicy.policies.base import settings_from
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.planning import Returns
 from diffpolicy.policies.spec import PolicySpec
+from diffpolicy.settings import named_settings, settings_of
 from diffpolicy.training.trainer import Source
 
 
+@named_settings
 @dataclass(frozen=True)
 class Learning:
     """How weights are learned, beyond the trainer's settings.
@@ -85,7 +86,7 @@ class Learning:
         values = dict(config)
         if values.get("actor_critic") is not None:
             values["actor_critic"] = ActorCritic.from_config(values["actor_critic"])
-        return settings_from(cls, values, "learning")
+        return settings_of(cls, values, "learning")
 
 
 def check_learning(spec: PolicySpec, learning: Learning) -> None:
@@ -219,6 +220,7 @@ def reward_scale(store: EpisodeStore, learning: Learning) -> float:
     """The factor of rewards, measured where it depends on the data."""
     if not isinstance(learning.reward_scale, str):
         return float(learning.reward_scale)
+    check_fields(store)
     reward = store.read("reward", 0, store.num_steps).astype(np.float64).reshape(-1)
     starts = np.concatenate([[0], store.episode_ends[:-1]])
     totals = np.add.reduceat(reward, starts)

@@ -25,9 +25,9 @@ from diffpolicy.data.preferences import PreferenceSet
 from diffpolicy.data.store import EpisodeStore, FieldSpec
 from diffpolicy.data.windows import Windows
 from diffpolicy.finetune.own_plans import OwnPlans, draw_plans
-from diffpolicy.finetune.settings import check_known, setting_names
 from diffpolicy.plan_tuning import PlanReward, in_own_units
 from diffpolicy.policies.spec import PolicySpec
+from diffpolicy.settings import check_known, setting_names
 
 SOURCE, MADE_BY = "value", "plans"
 BLOCK = 256  # observations whose plans are drawn at once

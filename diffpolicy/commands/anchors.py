@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     """Fit the anchors, write the policy, print what they are."""
     options = parse(arguments, ["checkpoint", "output"], DEFAULTS)
     from diffpolicy.api import DiffusionPolicy
-    from diffpolicy.commands.train import pick_device
+    from diffpolicy.commands.preflight import pick_device
     from diffpolicy.policies.candidates import Truncated
 
     began = time.perf_counter()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from diffpolicy.commands.options import parse
-from diffpolicy.config import ConfigError
+from diffpolicy.config import ConfigError, read_yaml
 from diffpolicy.files import write_atomic
 
 if TYPE_CHECKING:
@@ -266,14 +266,16 @@ def score_all(planners: Planners, options: dict[str, Any]) -> dict[str, Any]:
     from diffpolicy.rollout.evaluate import evaluate
     from diffpolicy.rollout.scores import mean_interval, wilson_interval
     from diffpolicy.rollout.spec import EnvSpec
+    from diffpolicy.rollout.trust import stored_env_id
     from diffpolicy.rollout.vector import WorkerPool, Workers
 
     file = Path(options["checkpoint"]) / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"scores need {file}, which says the environment; give a run directory")
-    config: Any = OmegaConf.load(file)
+    config: Any = OmegaConf.create(read_yaml(file))
     kwargs: Any = OmegaConf.to_container(config.env.kwargs)
-    spec = EnvSpec(config.env.id, kwargs, config.env.get("max_episode_steps"))
+    env_id = stored_env_id(config.env.id, file, instead="")
+    spec = EnvSpec(env_id, kwargs, config.env.get("max_episode_steps"))
     seeds = range(options["seed"], options["seed"] + options["episodes"])
     field = {"return": "episode_return"}.get(config.env.score, config.env.score)
     out = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpolicy.commands import prefs
-from diffpolicy.commands.options import parse
+from diffpolicy.commands.options import parse, subcommand
 from diffpolicy.config import ConfigError
 
 
@@ -73,9 +73,7 @@ def run(arguments: Sequence[str]) -> int:
         "collect": _collect,
         "prefs": prefs.run,
     }
-    if not arguments or arguments[0] not in commands:
-        raise ConfigError(f"expected one of {sorted(commands)}; see `diffpolicy data --help`")
-    return commands[arguments[0]](arguments[1:])
+    return subcommand(arguments, commands, "data")(arguments[1:])
 
 
 def _open(path: str) -> Any:

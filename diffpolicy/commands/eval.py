@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpolicy.commands.lineage import recorded_env
-from diffpolicy.commands.options import groups_help
+from diffpolicy.commands.lineage import recorded_env, recorded_section
+from diffpolicy.commands.options import groups_help, quoted
+from diffpolicy.commands.stores import d4rl_score
 from diffpolicy.config import ConfigError, EnvConfig, EvalConfig, build, config_dir, load_eval
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def help_text() -> str:
     evaluation = (config_dir() / "evaluation" / "default.yaml").read_text().strip()
     indent = "\n    "
     return f"""\
-usage: diffpolicy eval checkpoint=RUN [key=value] ...
+usage: diffpolicy eval RUN [key=value] ...
 
 Rolls a policy out in its environment, one episode per seed, and prints `RESULT {{json}}`;
 everything about each episode goes to eval.json, in output= or in RUN/eval (RUN/eval_2, ... for
@@ -39,25 +40,27 @@ evaluation.KEY:
 {groups_help(("evaluation",))}
 
 examples:
-    diffpolicy eval checkpoint=runs/demo evaluation.episodes=100
-    diffpolicy eval checkpoint=runs/demo sampler.solver=unipc sampler.num_steps=5
-    diffpolicy eval checkpoint=runs/demo rti.t_start=0.4 rti.num_steps=3 n_action_steps=1
-    diffpolicy eval checkpoint=runs/demo latency_ms=140 replan=always
-    diffpolicy eval checkpoint=runs/pusht evaluation.seed=100000   # Diffusion Policy's own seeds"""
+    diffpolicy eval runs/demo evaluation.episodes=100
+    diffpolicy eval runs/demo sampler.solver=unipc sampler.num_steps=5
+    diffpolicy eval runs/demo rti.t_start=0.4 rti.num_steps=3 n_action_steps=1
+    diffpolicy eval runs/demo latency_ms=140 replan=always
+    diffpolicy eval runs/pusht evaluation.seed=100000   # Diffusion Policy's own seeds"""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Compose the configuration, evaluate, report."""
     from diffpolicy.api import DiffusionPolicy
-    from diffpolicy.commands.train import choose_rendering, evaluate_policy, pick_device, summary
+    from diffpolicy.commands.preflight import check_writable, choose_rendering, pick_device
+    from diffpolicy.commands.train import evaluate_policy, summary
     from diffpolicy.rollout.latency import DelayedPolicy
     from diffpolicy.rollout.spec import EnvSpec
 
     began = time.perf_counter()
-    config = load_eval(arguments)
+    config = load_eval(_named(arguments))
     if config.evaluation.episodes == 0:
         raise ConfigError("evaluation.episodes=0 leaves nothing to evaluate")
     output = output_of(config)
+    check_writable(output)
     device = pick_device(config.device, config.threads)
     choose_rendering(config.evaluation.video_episodes)
     policy = DiffusionPolicy.from_pretrained(
@@ -84,6 +87,7 @@ def run(arguments: Sequence[str]) -> int:
         deterministic=config.deterministic,
     )
     report: dict[str, Any] = {"task": env.name, **summary(result)}
+    report |= d4rl_score(*_data_attrs(config.checkpoint), spec, result, output)
     if isinstance(acting, DelayedPolicy):
         report["latency"] = {"control_ms": config.control_ms, **_latency_settings(config)}
     report["output"] = str(output)
@@ -110,6 +114,13 @@ def output_of(config: EvalConfig) -> Path:
     later = (first.with_name(f"eval_{number}") for number in itertools.count(2))
     places = itertools.chain([first], later)
     return next(place for place in places if not (place / "eval.json").exists())
+
+
+def _named(arguments: Sequence[str]) -> list[str]:
+    """``RUN`` alone means ``checkpoint=RUN``."""
+    plain = [a for a in arguments if "=" not in a and not a.startswith("-")]
+    rest = [a for a in arguments if a not in plain[:1]]
+    return [*(f"checkpoint={quoted(run)}" for run in plain[:1]), *rest]
 
 
 def _settings(config: EvalConfig) -> dict[str, Any]:
@@ -208,13 +219,30 @@ def _latency_settings(config: EvalConfig) -> dict[str, float]:
     return {name: value for name, value in both.items() if value is not None}
 
 
+def _data_attrs(checkpoint: str) -> tuple[dict[str, Any], int | None]:
+    """What the run's data say of themselves: attributes and rows of their store, if it is there."""
+    from diffpolicy.data.store import EpisodeStore
+
+    data = recorded_section(checkpoint, "data") or {}
+    with contextlib.suppress(ValueError, OSError):
+        store = EpisodeStore.open(str(data.get("path")))
+        return dict(store.attrs), store.num_steps
+    if data.get("d4rl") is None:
+        return {}, None
+    return {"dataset": data["d4rl"], "transforms": data.get("transforms", [])}, None
+
+
 def _environment(config: EvalConfig, trained_for: str | None) -> EnvConfig:
     """The run's environment (from its config.yaml, else the policy's id) with overrides."""
+    from diffpolicy.rollout.trust import stored_env_id
+
     own = given(config.env)
     values: dict[str, Any] = {} if trained_for is None else {"id": trained_for}
     with contextlib.suppress(*([ConfigError] if "id" in own else [])):
         values = dict(recorded_env(config.checkpoint) or values)
     values.update(own)
+    if "id" in values and "id" not in own:
+        stored_env_id(str(values["id"]), config.checkpoint)
     if "id" not in values:
         raise ConfigError("the policy does not say which environment it is for; give env.id=...")
     return build(EnvConfig, values, "env.")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from diffpolicy.commands.options import parse
+from diffpolicy.commands.preflight import check_installed, check_writable
 
 DEFAULTS = {
     "batch_size": 1,
@@ -49,6 +50,8 @@ def run(arguments: Sequence[str]) -> int:
     from diffpolicy.runtime.export import export_policy
 
     options = parse(arguments, ["checkpoint", "output"], DEFAULTS)
+    check_writable(str(options["output"]))
+    check_installed(("onnx",), "an export")
     sampler = {k: options[f"sampler.{k}"] for k in ("solver", "num_steps")}
     policy = DiffusionPolicy.from_pretrained(
         options["checkpoint"],

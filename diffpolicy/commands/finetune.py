@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.finetune_policy import of_policies, run_policy
+from diffpolicy.commands.lineage import how_to_make
 from diffpolicy.commands.one_writer import one_writer
 from diffpolicy.commands.options import groups_help
-from diffpolicy.commands.train import pick_device
+from diffpolicy.commands.preflight import check_writable, pick_device
 from diffpolicy.commands.train_sequences import (
     check_new,
     configured_oracles,
@@ -21,7 +22,7 @@ from diffpolicy.commands.train_sequences import (
     trainer_settings,
     write_config,
 )
-from diffpolicy.config import ConfigError, build, config_dir
+from diffpolicy.config import ConfigError, build, config_dir, read_yaml
 from diffpolicy.config_policy_tuning import is_policy_tuning
 from diffpolicy.config_sequences import FinetuneConfig, SequenceTrainConfig, load_finetune
 
@@ -133,6 +134,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> int:
     began = time.perf_counter()
     run_dir = Path(config.run_dir)
     check_new(run_dir, overwrite=config.overwrite, resume=resume)
+    check_writable(run_dir)
     device = pick_device(config.device, config.threads)
     base = pretraining(config.pretrained)
     pretrained = _pretrained(config.pretrained, device)
@@ -180,18 +182,17 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> int:
 
 def pretraining(run_dir: str) -> SequenceTrainConfig:
     """The configuration that a pre-trained run was made with."""
-    from omegaconf import OmegaConf
+    from diffpolicy.rollout.trust import stored_env_id
 
     file = Path(run_dir) / "config.yaml"
     if not file.is_file():
-        raise ConfigError(
-            f"no pre-trained model in {run_dir}: make it with `diffpolicy train "
-            f"experiment={Path(run_dir).name}`, or set pretrained=RUN"
-        )
-    values = OmegaConf.to_container(OmegaConf.load(file))
-    if not isinstance(values, dict) or "task" not in values:
+        raise ConfigError(f"no pre-trained model in {run_dir}: {how_to_make(Path(run_dir))}")
+    values = read_yaml(file)
+    if "task" not in values:
         raise ConfigError(f"{run_dir} is no run of a sequence task; set pretrained=RUN")
-    return build(SequenceTrainConfig, {str(k): v for k, v in values.items()})
+    config = build(SequenceTrainConfig, values)
+    stored_env_id(config.task.id, file, instead="")
+    return config
 
 
 def _pretrained(run_dir: str, device: Any) -> SequenceModel:

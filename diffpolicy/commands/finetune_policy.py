@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from diffpolicy.commands.lineage import pretraining
 from diffpolicy.commands.one_writer import one_writer
 from diffpolicy.commands.policy_rollouts import collected, judged
+from diffpolicy.commands.preflight import check_environment, check_writable, pick_device
 from diffpolicy.commands.stores import env_spec
-from diffpolicy.commands.train import make_workers, pick_device, validator
+from diffpolicy.commands.train import make_workers, validator
 from diffpolicy.commands.train_sequences import trainer_settings, write_config
 from diffpolicy.commands.tuning_checks import check_alone, check_tuning, inputs
 from diffpolicy.commands.tuning_folder import check_free, clear, trained_policy
@@ -63,11 +64,13 @@ def finetune_policy(config: PolicyTuningConfig, *, resume: bool = False) -> int:
     run_dir = Path(config.run_dir)
     if not resume and not config.overwrite:
         check_free(config)
+    check_writable(run_dir)
     base = pretraining(config.pretrained)
     device = pick_device(config.device, config.threads)
     demonstrations = _demonstrations(config, base)
     policy = _load(config.pretrained, device)
     check_tuning(config, base, policy, demonstrations)
+    check_environment(base.env, config.evaluation)
     if config.overwrite and not resume:
         clear(run_dir, inputs(config, demonstrations))
     write_config(run_dir, config)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpolicy.commands.options import parse
+from diffpolicy.commands.options import parse, subcommand
 from diffpolicy.config import ConfigError
 
 
@@ -45,9 +45,7 @@ def run(arguments: Sequence[str]) -> int:
         "mujoco": _mujoco,
         "rollouts": _rollouts,
     }
-    if not arguments or arguments[0] not in commands:
-        raise ConfigError(f"expected one of {sorted(commands)}; see `diffpolicy generate --help`")
-    _report(commands[arguments[0]](arguments[1:]))
+    _report(subcommand(arguments, commands, "generate")(arguments[1:]))
     return 0
 
 

@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpolicy.config import ConfigError, TrainConfig, build
+from diffpolicy.config import ConfigError, TrainConfig, build, choice_files, read_yaml
 
 FILE = "config.yaml"
 
 
 def read_config(run: Path) -> dict[str, Any]:
     """The configuration of a run, as plain values."""
-    from omegaconf import OmegaConf
-
-    values: Any = OmegaConf.to_container(OmegaConf.load(run / FILE))
-    return {str(k): v for k, v in values.items()} if isinstance(values, dict) else {}
+    return read_yaml(run / FILE)
 
 
 def lineage(run: str | Path) -> list[Path]:
@@ -42,14 +39,18 @@ def lineage(run: str | Path) -> list[Path]:
 def _missing(found: Sequence[Path]) -> str:
     run = found[-1]
     if len(found) == 1:
-        return (
-            f"no trained policy in {run}: make it with `diffpolicy train experiment={run.name}`, "
-            "or set pretrained=RUN"
-        )
+        return f"no trained policy in {run}: {how_to_make(run)}"
     return (
         f"{found[-2]} was tuned from {run}, which knows its environment and is not here; start "
         "where both are, or give the environment if the command takes one (env=ID, env.id=ID)"
     )
+
+
+def how_to_make(run: Path) -> str:
+    """What to do where a run to start from is missing."""
+    if run.name in choice_files()["experiment"]:
+        return f"make it with `diffpolicy train experiment={run.name}`, or set pretrained=RUN"
+    return "set pretrained=RUN, the directory of a run of `diffpolicy train`"
 
 
 def pretraining(run: str) -> TrainConfig:
@@ -57,15 +58,30 @@ def pretraining(run: str) -> TrainConfig:
 
     Raises:
         ConfigError: no run of a policy.
+        EnvSpecError: its environment is of a package that is not known (see ``trust_env``).
     """
-    values = read_config(lineage(run)[-1])
+    from diffpolicy.rollout.trust import stored_env_id
+
+    first = lineage(run)[-1]
+    values = read_config(first)
     if "env" not in values:
         raise ConfigError(f"{run} is no run of a policy; set pretrained=RUN")
-    return build(TrainConfig, values)
+    config = build(TrainConfig, values)
+    stored_env_id(config.env.id, first / FILE, instead="")
+    return config
 
 
 def recorded_env(checkpoint: str | Path) -> dict[str, Any] | None:
     """The environment of the run that a checkpoint lies in, or that it was tuned from.
+
+    Raises:
+        ConfigError: the run that it was tuned from is not there.
+    """
+    return recorded_section(checkpoint, "env")
+
+
+def recorded_section(checkpoint: str | Path, section: str) -> dict[str, Any] | None:
+    """A section of the configuration of the run that :func:`recorded_env` speaks of.
 
     Raises:
         ConfigError: the run that it was tuned from is not there.
@@ -75,7 +91,7 @@ def recorded_env(checkpoint: str | Path) -> dict[str, Any] | None:
     run = next((folder for folder in folders if (folder / FILE).is_file()), None)
     if run is None:
         return None
-    return read_config(lineage(run)[-1]).get("env") or None
+    return read_config(lineage(run)[-1]).get(section) or None
 
 
-__all__ = ["lineage", "pretraining", "read_config", "recorded_env"]
+__all__ = ["lineage", "pretraining", "read_config", "recorded_env", "recorded_section"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from diffpolicy.config import ConfigError, group_choices
+from diffpolicy.settings import near_miss
+
+C = TypeVar("C")
 
 
 def parse(
@@ -31,11 +33,9 @@ def parse(
                 )
             key, text = waiting[0], argument
         if key not in values and key not in positional:
-            near = difflib.get_close_matches(key, [*values, *positional], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"unknown option {key!r}; expected one of {[*positional, *values]}{hint}"
-            )
+            known = [*positional, *values]
+            hint = near_miss(key, known)
+            raise ConfigError(f"unknown option {key!r}; expected one of {known}{hint}")
         if key in waiting:
             waiting.remove(key)
         values[key] = text if key in positional else _value(text)
@@ -46,13 +46,49 @@ def parse(
     return values
 
 
+def subcommand(arguments: Sequence[str], commands: Mapping[str, C], command: str) -> C:
+    """What the first argument chooses of ``commands``.
+
+    Raises:
+        ConfigError: it chooses none, with the nearest one.
+    """
+    first = arguments[0] if arguments else ""
+    if first not in commands:
+        hint = near_miss(first, commands) if first else ""
+        raise ConfigError(
+            f"expected one of {sorted(commands)}{hint}; see `diffpolicy {command} --help`"
+        )
+    return commands[first]
+
+
+def quoted(text: str) -> str:
+    """A path as a value of ``key=value``, whatever characters are in it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def _value(text: str) -> Any:
     if text in ("True", "False"):
         return text == "True"
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        return text
+        return _bare(text) if text[:1] + text[-1:] in ("[]", "{}") else text
+
+
+def _bare(text: str) -> Any:
+    """A list or mapping whose words need no quotes, ``[infos/qpos,reward]`` or ``{says: false}``.
+
+    A shell has taken quotes away by the time that they would be read.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # such as [*/bc/*]: for the command to read
+    if isinstance(found, dict):
+        return {str(k): _value(v) if isinstance(v, str) else v for k, v in found.items()}
+    return [_value(v) if isinstance(v, str) else v for v in found]
 
 
 def groups_help(names: Sequence[str]) -> str:

@@ -148,8 +148,8 @@ def new_judge(
         ConfigError: unknown settings, or values out of range.
         ValueError: likewise.
     """
-    from diffpolicy.finetune.settings import check_known, setting_names
     from diffpolicy.reward_model import PlanValue, PlanValueSpec
+    from diffpolicy.settings import check_known, setting_names
 
     values = dict(config.judge or {})
     trainer = values.pop("trainer", None) or {}

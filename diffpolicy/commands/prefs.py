@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.collecting import Collecting
 from diffpolicy.commands.lineage import recorded_env
-from diffpolicy.commands.options import parse
+from diffpolicy.commands.options import parse, subcommand
 from diffpolicy.config import ConfigError
 
 if TYPE_CHECKING:
@@ -81,10 +81,9 @@ def run(arguments: Sequence[str]) -> int:
         "render": _render,
         "serve": _serve,
     }
-    if not arguments or arguments[0] not in commands:
-        raise ConfigError(f"expected one of {list(commands)}; see `diffpolicy data prefs --help`")
+    chosen = subcommand(arguments, commands, "data prefs")
     try:
-        return commands[arguments[0]](arguments[1:])
+        return chosen(arguments[1:])
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -96,7 +95,7 @@ _ENV: dict[str, Any] = {"env": None, "kwargs": {}, "max_episode_steps": None}
 
 def _collect(arguments: Sequence[str]) -> int:
     from diffpolicy.api import DiffusionPolicy
-    from diffpolicy.commands.train import pick_device
+    from diffpolicy.commands.preflight import check_writable, pick_device
     from diffpolicy.rollout.branches import collect_branches, collect_episodes
     from diffpolicy.rollout.vector import Workers
 
@@ -122,6 +121,7 @@ def _collect(arguments: Sequence[str]) -> int:
     )
     spec = _collecting_env(options, policy.spec.env_id)
     target = Path(options["target"])
+    check_writable(target, Path(options["prefs"] or target).parent)
     collect: Any = collect_branches if how.kind == "branches" else collect_episodes
     preferences = collect(
         policy,
@@ -141,11 +141,14 @@ def _collect(arguments: Sequence[str]) -> int:
 
 def _collecting_env(options: Mapping[str, Any], trained_for: str | None) -> Any:
     """The environment given; else that of the run; else the id that the policy knows."""
+    from diffpolicy.rollout.trust import stored_env_id
+
     if options["env"] is not None:
         return _env(options)
     values = recorded_env(options["checkpoint"]) or {"id": trained_for}
     if not values.get("id"):
         raise ConfigError("the policy does not say which environment it is for; give env=ID")
+    stored_env_id(values["id"], options["checkpoint"], instead="env=")
     own = {"env": values["id"], **{n: values.get(n) for n in ("kwargs", "max_episode_steps")}}
     given = {n: options[n] for n in ("kwargs", "max_episode_steps") if options[n]}
     return _env({**own, **given})
@@ -211,7 +214,7 @@ _CLIPS: dict[str, Any] = {"side": 256, "before": 0, "after": 0, **_ENV}
 
 
 def _renderer(options: Mapping[str, Any], store: Any) -> ClipRenderer:
-    from diffpolicy.commands.train import choose_rendering
+    from diffpolicy.commands.preflight import choose_rendering
     from diffpolicy.rollout.clips import ClipRenderer
 
     margins = {name: options[name] for name in ("side", "before", "after")}

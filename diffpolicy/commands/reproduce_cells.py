@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpolicy.commands.reproduce_data import Dataset, Toy, quoted, resolve, settings_of
-from diffpolicy.config import ConfigError, TrainConfig, build, group_choices, load_train
+from diffpolicy.config import ConfigError, TrainConfig, build, group_choices, load_train, read_yaml
 from diffpolicy.training.checkpoint import read_pointer
 
 LOCOMOTION = tuple(
@@ -180,10 +180,7 @@ def state_of(cell: Cell) -> dict[str, Any]:
 
 def read_config(run_dir: Path) -> TrainConfig:
     """The configuration that a run was made with."""
-    from omegaconf import OmegaConf
-
-    values: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-    return build(TrainConfig, values)
+    return build(TrainConfig, read_yaml(run_dir / "config.yaml"))
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:

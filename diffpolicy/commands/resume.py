@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from diffpolicy.commands.options import parse
-from diffpolicy.config import ConfigError, TrainConfig, build
+from diffpolicy.config import ConfigError, TrainConfig, build, read_yaml
 from diffpolicy.config_policy_tuning import PolicyTuningConfig
 from diffpolicy.config_sequences import FinetuneConfig, SequenceTrainConfig
 
@@ -24,18 +23,17 @@ run is only evaluated again."""
 
 def run(arguments: Sequence[str]) -> int:
     """Load the run's configuration and go on."""
-    from omegaconf import OmegaConf
-
     from diffpolicy.commands.train import train
+    from diffpolicy.rollout.trust import stored_env_id
 
     run_dir = Path(parse(arguments, ["run"], {})["run"])
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml")
-    values = OmegaConf.to_container(OmegaConf.load(file))
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} does not hold a run's configuration")
-    plain: dict[str, Any] = {str(k): v for k, v in values.items()}
+    plain = read_yaml(file)
+    for section in ("env", "task"):
+        if isinstance(plain.get(section), dict):
+            stored_env_id(str(plain[section].get("id")), file, instead="")
     plain["run_dir"] = str(run_dir)  # a run may have been moved
     if "preference" in plain:
         from diffpolicy.commands.finetune_policy import finetune_policy

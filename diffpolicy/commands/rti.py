@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from diffpolicy.commands.options import parse
-from diffpolicy.config import ConfigError
+from diffpolicy.commands.preflight import check_writable
+from diffpolicy.config import ConfigError, read_yaml
 from diffpolicy.files import write_atomic
 
 DEFAULTS: dict[str, Any] = {
@@ -53,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     """Choose the level, write the policy, print the table."""
     options = parse(arguments, ["checkpoint", "output"], DEFAULTS)
     from diffpolicy.api import DiffusionPolicy
-    from diffpolicy.commands.train import pick_device
+    from diffpolicy.commands.preflight import pick_device
 
     began = time.perf_counter()
     output = new_directory(options["output"])
@@ -81,6 +82,7 @@ def new_directory(path: str) -> Path:
     output = Path(path)
     if output.exists():
         raise ConfigError(f"{output} exists; give another OUTPUT or remove it")
+    check_writable(output)
     return output
 
 
@@ -88,11 +90,9 @@ def demonstrations_of(options: dict[str, Any]) -> str:
     """The store to learn from: ``data=``, else what the run's configuration names."""
     if options["data"] is not None:
         return str(options["data"])
-    from omegaconf import OmegaConf
-
     file = Path(options["checkpoint"]) / "config.yaml"
     if file.is_file():
-        path = OmegaConf.select(OmegaConf.load(file), "data.path")
+        path = (read_yaml(file).get("data") or {}).get("path")
         if path is not None and Path(path).exists():
             return str(path)
     raise ConfigError(

@@ -80,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(f"deterministic must be true or false, got {options['deterministic']!r}")
 
     from diffpolicy.api import DiffusionPolicy
-    from diffpolicy.commands.train import pick_device
+    from diffpolicy.commands.preflight import pick_device
     from diffpolicy.runtime.serve import serve
     from diffpolicy.runtime.serve_config import Limits, ServeConfig
 

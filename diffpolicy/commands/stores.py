@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.config import ConfigError, TrainConfig
-from diffpolicy.files import write_atomic
+from diffpolicy.files import write_json
 
 if TYPE_CHECKING:
     from diffpolicy.data.d4rl.transforms import Transform
@@ -166,13 +165,23 @@ def env_spec(config: TrainConfig) -> EnvSpec:
     return EnvSpec(config.env.id, config.env.kwargs, config.env.max_episode_steps)
 
 
-def normalized(config: TrainConfig, store: EpisodeStore, result: EvalResult) -> dict[str, Any]:
-    """D4RL's score of an evaluation and what it depends on; empty if the data are not D4RL's."""
+def d4rl_score(
+    attrs: Mapping[str, Any], rows: int | None, env: EnvSpec, result: EvalResult, folder: Path
+) -> dict[str, Any]:
+    """D4RL's score of an evaluation and what it depends on; empty if the data are not D4RL's.
+
+    Args:
+        attrs: of the store that was trained on.
+        rows: of that store; ``None`` if it is no longer there.
+        env: what was rolled out.
+        result: of the rollouts.
+        folder: where ``score.json`` goes, which says more.
+    """
     from diffpolicy.data.d4rl import DATASETS
     from diffpolicy.data.d4rl.signature import doubts
     from diffpolicy.rollout.d4rl import score
 
-    dataset = store.attrs.get("dataset")
+    dataset = attrs.get("dataset")
     returns = [e.episode_return for e in result.episodes if e.error is None]
     info = DATASETS.get(str(dataset))
     if info is None or info.ref_min is None or not returns:
@@ -180,13 +189,13 @@ def normalized(config: TrainConfig, store: EpisodeStore, result: EvalResult) -> 
     found = score(
         info.id,
         returns,
-        environment=env_spec(config),
-        transforms=store.attrs.get("transforms", ()),
+        environment=env,
+        transforms=attrs.get("transforms", ()),
         versions=result.env["versions"],
-        constant_columns=store.attrs.get("constant_obs_columns", ()),
-        doubts=doubts(info, store.num_steps),
+        constant_columns=attrs.get("constant_obs_columns", ()),
+        doubts=doubts(info, rows),
     )
-    write_atomic(Path(config.run_dir) / "score.json", json.dumps(found, indent=1) + "\n")
+    write_json(folder / "score.json", found)
     label = found["label"]
     return {
         "normalized_score": round(found["score"]["value"], 2),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.one_writer import one_writer
 from diffpolicy.commands.options import groups_help
-from diffpolicy.commands.stores import env_spec, normalized, open_store
+from diffpolicy.commands.preflight import (
+    check_environment,
+    check_training,
+    check_writable,
+    choose_rendering,
+    pick_device,
+)
+from diffpolicy.commands.stores import d4rl_score, env_spec, open_store
 from diffpolicy.config import ConfigError, EvaluationConfig, TrainConfig, config_dir, load_train
 from diffpolicy.config_sequences import SequenceTrainConfig, is_sequences, load_sequence_train
 from diffpolicy.files import write_atomic
@@ -99,9 +105,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> int:
     began = time.perf_counter()
     run_dir = Path(config.run_dir)
     _check_run_dir(run_dir, config, resume)
+    check_writable(run_dir, *(() if Path(config.data.path).exists() else [config.data.path]))
     device = pick_device(config.device, config.threads)
     choose_rendering(config.evaluation.video_episodes)
-    check_settings(config)
+    check_training(config)
+    check_environment(config.env, config.evaluation)
     group = _group()
     if not group.first:
         group.barrier()  # the first process collects
@@ -126,8 +134,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> int:
         "task": config.name,
         "train_s": round(train_s, 1),
         **(summary(result) if result else {}),
-        **(normalized(config, store, result) if result else {}),
     }
+    if result:
+        report |= d4rl_score(store.attrs, store.num_steps, env_spec(config), result, run_dir)
     report["total_s"] = round(time.perf_counter() - began, 1)
     print("RESULT " + json.dumps(report))
     return 0
@@ -140,36 +149,7 @@ def _group() -> Any:
     return Group()
 
 
-def check_settings(config: TrainConfig) -> None:
-    """Find what is wrong with the settings before anything is collected or trained."""
-    import torch
-
-    from diffpolicy.core import levels, prior_start
-    from diffpolicy.learning import Learning, check_learning
-    from diffpolicy.policies.diffusion import PolicySpec, Sampler
-
-    trainer_config(config)
-    learning = Learning.from_config(config.learning)
-    scores = ("success", "final_success", "max_reward", "return", "length")
-    if config.env.score not in scores:
-        raise ConfigError(f"env.score must be one of {scores}, got {config.env.score!r}")
-    if config.policy.type != "diffusion":
-        raise ConfigError(f"unknown policy.type {config.policy.type!r}; expected 'diffusion'")
-    sampler = Sampler(**asdict(config.sampler))
-    # These need the dimensions of the data.
-    shape = {**_shape(config), "rti": None, "grippers": (), "goal": (), "constant": ()}
-    spec = PolicySpec.from_config(
-        {"obs_dim": 1, "action_dim": 1, "sampler": asdict(sampler), **shape}
-    )
-    denoiser = spec.make_denoiser()
-    spec.make_heads()
-    check_learning(spec, learning)
-    start = prior_start(denoiser.process, torch.zeros(1, spec.horizon, spec.plan_layout.dim))
-    grid = levels(start, sampler.num_steps, spacing=sampler.spacing, process=denoiser.process)
-    sampler.make().rows(denoiser.process, grid)
-
-
-def _shape(config: TrainConfig) -> dict[str, Any]:
+def policy_shape(config: TrainConfig) -> dict[str, Any]:
     """What a policy's spec takes over from the configuration unchanged."""
     policy = config.policy
     return {
@@ -196,36 +176,17 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def pick_device(name: str, threads: int | None) -> Any:
-    """The torch device for ``auto``, ``cpu`` or ``cuda``; sets the number of CPU threads."""
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun: one device a process
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch sees no GPU here; use device=cpu or device=auto")
-    return torch.device(name)
-
-
-def choose_rendering(video_episodes: int) -> None:
-    """Pick a GL backend before any simulator is imported, and say so if there is none."""
-    if video_episodes > 0:
-        from diffpolicy.rollout.video import choose_gl_backend
-
-        print(choose_gl_backend().message)
-
-
 def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> DiffusionPolicy:
     """An untrained policy for the run; everything that can be wrong with it is found here."""
     from diffpolicy.api import DiffusionPolicy
+    from diffpolicy.data.transitions import check_fields
+    from diffpolicy.learning import Learning
 
+    if Learning.from_config(config.learning).actor_critic is not None:
+        check_fields(store)
     low, high = _action_bounds(config, store)
     spec = {
-        **_shape(config),
+        **policy_shape(config),
         "sampler": asdict(config.sampler),
         "action_low": low,
         "action_high": high,
@@ -284,7 +245,7 @@ def validator(config: TrainConfig, stack: ExitStack, device: Any) -> Any:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
             return {}
         metrics = result.metrics()
-        if config.env.score not in metrics:
+        if config.env.score not in metrics:  # said in no episode, though in one of random actions
             raise ConfigError(
                 f"{config.env.id} reports no {config.env.score!r}; set env.score to one of "
                 f"{sorted(metrics)} or give env.success_threshold"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.one_writer import one_writer
-from diffpolicy.commands.train import pick_device
+from diffpolicy.commands.preflight import check_installed, check_writable, pick_device
 from diffpolicy.config import ConfigError, build
 from diffpolicy.config_sequences import SequenceTrainConfig
 from diffpolicy.files import write_atomic
@@ -29,9 +29,12 @@ def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int
     began = time.perf_counter()
     run_dir = Path(config.run_dir)
     check_new(run_dir, overwrite=config.overwrite, resume=resume)
+    check_writable(run_dir)
     device = pick_device(config.device, config.threads)
     trainer = trainer_settings(config.trainer, config.seed)
     trainer_settings(config.oracles.trainer, config.oracles.seed, "oracles.trainer.")
+    if trainer.tensorboard:
+        check_installed(("tensorboard",), "trainer.tensorboard=true")
     task = open_configured(config)
     model = SequenceModel.for_task(task, spec=_spec(config), seed=config.seed, device=device)
     tokens, labels = task.training_data()

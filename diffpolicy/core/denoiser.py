@@ -246,9 +246,7 @@ class _NetworkOnGrid:
 
     MAX_ROWS = 8192  # modulations kept at a time: levels times batch
 
-    def __init__(
-        self, denoiser: Denoiser, columns: tuple[Tensor, ...], *, scaled: bool
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, columns: tuple[Tensor, ...], *, scaled: bool) -> None:
         self._denoiser, self._network, self._columns = denoiser, denoiser.network, columns
         self._rows = list(zip(*(column.unbind(0) for column in columns), strict=True))
         self._scaled, self._run = scaled, denoiser._run

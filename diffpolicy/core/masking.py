@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.noise import NoiseProcess
+from diffpolicy.settings import near_miss, settings_of
 
 
 class MaskingProcess(NoiseProcess):
@@ -122,11 +123,11 @@ def make_masking(config: Mapping[str, Any] | str) -> MaskingProcess:
     values: dict[str, Any] = {"type": config} if isinstance(config, str) else dict(config)
     name = values.pop("type", None)
     if name not in MASKING:
-        raise ValueError(f"unknown masking process {name!r}; expected one of {sorted(MASKING)}")
-    try:
-        return MASKING[name](**values)
-    except TypeError as error:
-        raise ValueError(f"masking process {name!r}: {error}") from None
+        hint = near_miss(name, MASKING)
+        raise ValueError(
+            f"unknown masking process {name!r}; expected one of {sorted(MASKING)}{hint}"
+        )
+    return settings_of(MASKING[name], values, f"masking process {name!r}")
 
 
 def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:

@@ -7,6 +7,7 @@ Nothing else in the library knows a schedule; solvers and losses ask the process
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from diffpolicy.settings import check_known, near_miss, settings_of
 
 TIME_SCALE = 1000.0  # sinusoidal embeddings were designed for integer steps 0..999
 
@@ -382,14 +385,14 @@ def make_process(config: Mapping[str, Any] | str) -> GaussianProcess:
     values: dict[str, Any] = {"type": config} if isinstance(config, str) else dict(config)
     name = values.pop("type", None)
     if name in _DISCRETE_NAMES:
+        parameters = inspect.signature(_DISCRETE_NAMES[name]).parameters
+        check_known(values, parameters, f"noise process {name!r}")
         return _DISCRETE_NAMES[name](values.pop("num_steps", 100), **values)
     if name not in PROCESSES:
         known = sorted([*PROCESSES, *_DISCRETE_NAMES])
-        raise ValueError(f"unknown noise process {name!r}; expected one of {known}")
-    try:
-        return PROCESSES[name](**values)
-    except TypeError as error:
-        raise ValueError(f"noise process {name!r}: {error}") from None
+        hint = near_miss(name, known)
+        raise ValueError(f"unknown noise process {name!r}; expected one of {known}{hint}")
+    return settings_of(PROCESSES[name], values, f"noise process {name!r}")
 
 
 def stratified(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from diffpolicy.core.denoiser import Denoised
 from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.settings import check_known, near_miss, setting_names
 
 
 class Memory(NamedTuple):
@@ -539,10 +540,8 @@ def make_solver(name: str, **options: Any) -> Solver:
         ValueError: unknown name or option, with the valid ones.
     """
     if name not in SOLVERS:
-        raise ValueError(f"unknown solver {name!r}; expected one of {sorted(SOLVERS)}")
+        hint = near_miss(name, SOLVERS)
+        raise ValueError(f"unknown solver {name!r}; expected one of {sorted(SOLVERS)}{hint}")
     kind, defaults = SOLVERS[name]
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(f"solver {name!r} has no option {unknown[0]!r}; it has {known}")
+    check_known(options, setting_names(kind), f"solver {name!r}")
     return kind(**{**defaults, **options})

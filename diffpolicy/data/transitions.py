@@ -69,7 +69,7 @@ class Transitions:
         episodes: Sequence[int] | NDArray[np.integer] | None = None,
     ) -> None:
         _check_settings(horizon, n_obs_steps, discount, reward_scale)
-        _check_fields(store)
+        check_fields(store)
         self.horizon, self.n_obs_steps, self.discount = horizon, n_obs_steps, discount
         self.episodes = checked_episodes(store, episodes)
         lengths = store.episode_lengths[self.episodes]
@@ -195,7 +195,8 @@ def _check_settings(horizon: int, n_obs_steps: int, discount: float, reward_scal
         raise ValueError(f"reward_scale must be positive, got {reward_scale}")
 
 
-def _check_fields(store: EpisodeStore) -> None:
+def check_fields(store: EpisodeStore) -> None:
+    """Raise ``ValueError`` unless a store holds what actor-critics learn from."""
     needed = ("obs", "action", "reward", "terminated")
     missing = [name for name in needed if name not in store.fields]
     if missing:

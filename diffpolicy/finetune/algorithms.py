@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from diffpolicy.core.solvers import make_solver
+from diffpolicy.settings import named_settings, settings_of
 
 ACTORS = ("bc", "chain", "one_step")
 CRITICS = ("td", "iql")
 
 
+@named_settings
 @dataclass(frozen=True)
 class ActorCritic:
     """Which actor-critic, and its settings; the discount is the data's.
@@ -110,13 +111,7 @@ class ActorCritic:
         Raises:
             ValueError: unknown entries, or values out of range.
         """
-        known = [entry.name for entry in fields(cls)]
-        for key in config:
-            if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
-                raise ValueError(f"unknown actor-critic setting {key!r}{hint}; it takes {known}")
-        return cls(**config)
+        return settings_of(cls, config, "actor_critic")
 
 
 ALGORITHMS: Mapping[str, ActorCritic] = {

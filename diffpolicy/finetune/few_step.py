@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -21,6 +21,7 @@ from diffpolicy.core.sampling import Trajectory, sample
 from diffpolicy.core.solvers import DDIM, Row, Solver, make_solver
 from diffpolicy.core.starts import SPACINGS, Start, levels, prior_start
 from diffpolicy.finetune.items import Items, joined
+from diffpolicy.settings import settings_of
 
 LOG_ROOT_2PI = 0.9189385332046727  # log sqrt(2 pi)
 
@@ -59,13 +60,7 @@ class FewStep:
         Raises:
             ValueError: an unknown setting, with the valid ones.
         """
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(config) - set(known))
-        if unknown:
-            raise ValueError(
-                f"{cls.__name__} has no setting {unknown[0]!r}; it has {', '.join(known)}"
-            )
-        return cls(**config)
+        return settings_of(cls, config, cls.__name__)
 
     def make_solver(self) -> Solver:
         """The solver of plans; refuses unknown names and options."""

@@ -17,7 +17,7 @@ from diffpolicy.finetune.replay import check_replay
 from diffpolicy.finetune.rollouts import draw_rollout
 from diffpolicy.finetune.scores import MaskedScore
 from diffpolicy.finetune.sequence_tuning import Reward, SequenceTuning, shared_cond
-from diffpolicy.finetune.settings import check_known, setting_names
+from diffpolicy.settings import check_known, setting_names
 
 DRAWN_BY = ("denoiser", "reference")
 

@@ -17,9 +17,9 @@ from diffpolicy.finetune.policy_gradient import PolicyGradientLoss
 from diffpolicy.finetune.reward import Reward, RewardLoss
 from diffpolicy.finetune.reward_chains import MaskedChain
 from diffpolicy.finetune.scores import check_no_dropout
-from diffpolicy.finetune.settings import settings_of
 from diffpolicy.finetune.stepwise import Stepwise, StepwiseLoss
 from diffpolicy.finetune.weighted import WeightedDenoising, WeightedDenoisingLoss
+from diffpolicy.settings import settings_of
 
 METHODS = ("pathwise", "policy_gradient", "weighted", "stepwise", "preference", "pso")
 

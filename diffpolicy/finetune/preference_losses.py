@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffpolicy.finetune.denoising import LossOutput
-from diffpolicy.finetune.settings import settings_of
+from diffpolicy.settings import settings_of
 
 LOSSES = ("dpo", "ipo", "kto", "margin")
 ANCHORS = ("demonstrations", "chosen", "both")

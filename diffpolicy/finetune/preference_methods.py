@@ -16,7 +16,7 @@ from diffpolicy.finetune.preference import PreferenceLoss
 from diffpolicy.finetune.preference_losses import Preference
 from diffpolicy.finetune.ranking import Ranking, RankingLoss
 from diffpolicy.finetune.scores import make_score
-from diffpolicy.finetune.settings import setting_names, settings_of
+from diffpolicy.settings import setting_names, settings_of
 
 TYPES = ("preference", "pso", "dro")
 

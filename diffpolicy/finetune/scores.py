@@ -22,7 +22,7 @@ from diffpolicy.finetune.adjoint import DROPOUT
 from diffpolicy.finetune.items import Draw, Items
 from diffpolicy.finetune.masked import masked_cross_entropy
 from diffpolicy.finetune.replay import remask
-from diffpolicy.finetune.settings import settings_of
+from diffpolicy.settings import settings_of
 
 WEIGHTINGS = ("own", "elbo")
 LOG_SNR = (-7.0, 7.0)  # of the bound: from all but pure noise to a blur of 0.03

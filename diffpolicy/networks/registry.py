@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from diffpolicy.networks.mlp import MLP
 from diffpolicy.networks.sequence import SequenceCNN
 from diffpolicy.networks.transformer import Transformer
 from diffpolicy.networks.unet1d import UNet1D
+from diffpolicy.settings import near_miss
 
 NETWORKS: Mapping[str, type[Network]] = {
     "anchored": Anchored,
@@ -54,15 +54,13 @@ def construct(kinds: Mapping[str, type[Any]], config: Mapping[str, Any], what: s
     arguments = dict(config)
     kind = arguments.pop("type", None)
     if kind not in kinds:
-        raise ValueError(f"{what} type must be one of {', '.join(kinds)}; got {kind!r}")
+        hint = near_miss(kind, kinds) if kind else ""
+        raise ValueError(f"{what} type must be one of {', '.join(kinds)}; got {kind!r}{hint}")
     parameters = inspect.signature(kinds[kind]).parameters
     for key in arguments:
         if key not in parameters:
-            close = difflib.get_close_matches(key, parameters, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(
-                f"unknown key {key!r} for {what} {kind!r}{hint}; it takes {', '.join(parameters)}"
-            )
+            hint = near_miss(key, parameters, listing="it takes")
+            raise ValueError(f"unknown key {key!r} for {what} {kind!r}{hint}")
     missing = [
         name
         for name, parameter in parameters.items()

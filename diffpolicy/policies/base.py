@@ -12,7 +12,7 @@ import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,6 @@ import numpy.typing as npt
 from diffpolicy.policies.batches import in_batches
 
 Array = npt.NDArray[Any]
-S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -349,19 +348,6 @@ class ChunkedPolicy(abc.ABC):
             value = obs[row, column]
             raise ValueError(f"observation of environment {row} is {value} at index {column}")
         return obs
-
-
-def settings_from(kind: type[S], config: Mapping[str, Any], name: str) -> S:
-    """A settings dataclass from JSON values; lists become tuples.
-
-    Raises:
-        ValueError: unknown or missing entries, after ``name``, or what the dataclass refuses.
-    """
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 def check_horizon(horizon: int, n_obs_steps: int, n_action_steps: int) -> None:

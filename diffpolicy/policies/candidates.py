@@ -17,15 +17,16 @@ from torch.nn.functional import logsigmoid
 from diffpolicy.core.solvers import make_solver
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.base import settings_from
 from diffpolicy.policies.loop import Loop, PlanLoop
 from diffpolicy.policies.truncated import ScoredPlans, gumbel_noise
+from diffpolicy.settings import named_settings, settings_of
 
 SOURCES = ("anchors", "previous", "draft", "autoregressive")
 RANKS = ("confidence", "denoising", "prior")
 CHOICES = ("best", "draw")
 
 
+@named_settings
 @dataclass(frozen=True)
 class Truncated:
     """How plans are drawn from guesses.
@@ -109,7 +110,7 @@ class Truncated:
         Raises:
             ValueError: unknown entries or values out of range.
         """
-        return settings_from(cls, config, "truncated")
+        return settings_of(cls, config, "truncated")
 
     @property
     def loops(self) -> tuple[str, ...]:

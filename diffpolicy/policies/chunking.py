@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from diffpolicy.core.guidance import PREFIX_MODES, PrefixCond, PrefixGuidance
 from diffpolicy.core.sampling import sample
 from diffpolicy.core.starts import shift_plan
-from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState, settings_from
+from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.loop import PlanLoop
+from diffpolicy.settings import named_settings, settings_of
 
 SCHEDULES = ("linear", "exp", "ones", "zeros")
 
 
+@named_settings
 @dataclass(frozen=True)
 class Chunking:
     """How a new plan follows the last one.
@@ -68,7 +70,7 @@ class Chunking:
         Raises:
             ValueError: unknown entries or values out of range.
         """
-        return settings_from(cls, config, "chunking")
+        return settings_of(cls, config, "chunking")
 
 
 def frozen_steps(delay: Array, valid: Array, n_obs_steps: int) -> Array:

@@ -53,6 +53,9 @@ class DiffusionPlanner(ChunkedPolicy):
             not match, levels that the network cannot take, or anchors that are missing.
     """
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.spec.summary(self.denoiser)})"
+
     def __init__(
         self,
         spec: PolicySpec,

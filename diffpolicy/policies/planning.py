@@ -10,11 +10,13 @@ import torch
 
 from diffpolicy.core.noise import make_process
 from diffpolicy.policies.base import Array
+from diffpolicy.settings import named_settings
 
 if TYPE_CHECKING:
     from diffpolicy.policies.spec import PolicySpec
 
 
+@named_settings
 @dataclass(frozen=True)
 class Returns:
     """Conditioning on a return (Ajay et al. 2023, section 3.2).

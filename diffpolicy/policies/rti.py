@@ -18,11 +18,12 @@ from torch import Tensor
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
 from diffpolicy.core.solvers import DDIM, Row, Solver, make_solver
 from diffpolicy.core.starts import TAILS, Start, check_snapped, levels, trained_level
-from diffpolicy.policies.base import settings_from
+from diffpolicy.settings import named_settings, settings_of
 
 SCHEDULES = ("matched", "linear")
 
 
+@named_settings
 @dataclass(frozen=True)
 class RTI:
     """How warm rows are planned.
@@ -109,7 +110,7 @@ class RTI:
         Raises:
             ValueError: unknown entries or values out of range.
         """
-        return settings_from(cls, config, "rti")
+        return settings_of(cls, config, "rti")
 
     def make_solver(self, *, deterministic: bool = False) -> Solver:
         """The solver of warm rows; ``deterministic`` takes its noise-free form."""

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from diffpolicy.policies.base import Array, PolicyState, row_generator, settings_from
+from diffpolicy.policies.base import Array, PolicyState, row_generator
+from diffpolicy.settings import named_settings, settings_of
 
 RANKS = ("argmax", "softmax")
 
@@ -24,6 +25,7 @@ class MakePlans(Protocol):
         """Plans ``[n, H, ...]`` and network evaluations ``[n]``."""
 
 
+@named_settings
 @dataclass(frozen=True)
 class Selection:
     """How one of several candidate plans is chosen.
@@ -60,7 +62,7 @@ class Selection:
         Raises:
             ValueError: unknown entries or values out of range.
         """
-        return settings_from(cls, config, "selection")
+        return settings_of(cls, config, "selection")
 
 
 class Selector:

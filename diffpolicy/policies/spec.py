@@ -25,8 +25,10 @@ from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.planning import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.selection import Selection
+from diffpolicy.settings import named_settings, settings_of
 
 
+@named_settings
 @dataclass(frozen=True)
 class Sampler:
     """How plans are drawn.
@@ -63,6 +65,7 @@ class Sampler:
 GRIPPER_MODES = ("clip", "scale")
 
 
+@named_settings
 @dataclass(frozen=True)
 class Gripper:
     """An action dimension with two values, its lowest and its highest in the demonstrations.
@@ -107,6 +110,7 @@ class Gripper:
         return out
 
 
+@named_settings
 @dataclass(frozen=True)
 class PolicySpec:
     """Everything about a diffusion policy but its weights and normaliser: plain values.
@@ -268,26 +272,43 @@ class PolicySpec:
         """
         values = dict(config)
         try:
-            values["sampler"] = Sampler(**values.get("sampler", {}))
+            values["sampler"] = settings_of(Sampler, values.get("sampler", {}), "sampler")
             if values.get("rti") is not None:
                 values["rti"] = RTI.from_config(values["rti"])
             if values.get("truncated") is not None:
                 values["truncated"] = Truncated.from_config(values["truncated"])
             if values.get("returns") is not None:
-                values["returns"] = Returns(**values["returns"])
+                values["returns"] = settings_of(Returns, values["returns"], "returns")
             if values.get("selection") is not None:
                 values["selection"] = Selection.from_config(values["selection"])
             heads = values.get("heads") or {}
             values["heads"] = {n: c for n, c in heads.items() if c is not None}
             values["goal"] = tuple((int(i), int(j)) for i, j in values.get("goal", ()))
             values["constant"] = tuple(int(i) for i in values.get("constant", ()))
-            values["grippers"] = tuple(Gripper(**g) for g in values.get("grippers", ()))
+            values["grippers"] = tuple(
+                settings_of(Gripper, g, "grippers") for g in values.get("grippers", ())
+            )
             for name in ("action_low", "action_high", "observation_step"):
                 if values.get(name) is not None:
                     values[name] = tuple(float(v) for v in values[name])
-            return cls(**values)
+            return settings_of(cls, values, "policy")
         except TypeError as error:
             raise ValueError(f"policy config: {error}") from None
+
+    def summary(self, denoiser: nn.Module) -> str:
+        """What a policy is in a line: shapes, network and parameters, how plans are drawn."""
+        count = sum(parameter.numel() for parameter in denoiser.parameters())
+        size = f"{count / 1e6:.2f}M" if count >= 1e5 else str(count)
+        start = self.rti or self.truncated
+        name = "rti" if self.rti is not None else "truncated"
+        drawn = start or self.sampler
+        level = "" if start is None else f", {name} t_start={start.t_start}"
+        return (
+            f"obs {self.obs_dim} x {self.n_obs_steps}, action {self.action_dim}, horizon "
+            f"{self.horizon}, executes {self.n_action_steps}; {self.network.get('type')} with "
+            f"{size} parameters, {self.process.get('type')}, {self.prediction}; {drawn.solver} in "
+            f"{drawn.num_steps} steps{level}"
+        )
 
     def make_denoiser(self) -> Denoiser:
         """A denoiser with freshly initialised weights."""

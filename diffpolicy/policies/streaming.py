@@ -22,14 +22,16 @@ from diffpolicy.core.sampling import Trajectory
 from diffpolicy.core.solvers import Solver
 from diffpolicy.core.starts import shift_plan, truncated_start
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.policies.base import Array, PolicyState, settings_from
+from diffpolicy.policies.base import Array, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.loop import PlanLoop
 from diffpolicy.policies.spec import PolicySpec
+from diffpolicy.settings import named_settings, settings_of
 
 FILLS = ("denoise", "noise", "constant")
 
 
+@named_settings
 @dataclass(frozen=True)
 class Streaming:
     """How a streaming policy plans.
@@ -69,7 +71,7 @@ class Streaming:
         Raises:
             ValueError: unknown entries or values out of range.
         """
-        return settings_from(cls, config, "streaming")
+        return settings_of(cls, config, "streaming")
 
 
 class StreamingLoop(PlanLoop):

@@ -17,7 +17,7 @@ from diffpolicy.data.preference_records import episodes_of
 from diffpolicy.data.preferences import PreferenceSet
 from diffpolicy.data.statistics import RunningStatistics
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.policies.base import settings_from
+from diffpolicy.settings import settings_of
 from diffpolicy.training.settings import mix_seed
 
 
@@ -61,7 +61,7 @@ class PreferenceLearning:
         Raises:
             ValueError: unknown entries or values out of range.
         """
-        return settings_from(cls, config, "preference learning")
+        return settings_of(cls, config, "preference learning")
 
     def split(
         self, preferences: PreferenceSet, seed: int

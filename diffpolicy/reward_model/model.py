@@ -19,7 +19,6 @@ from diffpolicy.data.preferences import Pair, PreferenceSet
 from diffpolicy.data.store import EpisodeStore, FieldSpec
 from diffpolicy.finetune.bradley_terry import BradleyTerryLoss
 from diffpolicy.networks.critics import QEnsemble
-from diffpolicy.policies.base import settings_from
 from diffpolicy.reward_model.learning import (
     PreferenceLearning,
     fit_normalizer,
@@ -27,6 +26,7 @@ from diffpolicy.reward_model.learning import (
     read_rows,
     rows_of_episodes,
 )
+from diffpolicy.settings import settings_of
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.policy_files import find_bundle
 from diffpolicy.training.rollback import unchanged_on_error
@@ -152,7 +152,7 @@ class RewardModel:
                     f"{ {k: list(f.shape) for k, f in store.fields.items()} }"
                 )
             sizes[size] = shape[0]
-        full = settings_from(RewardSpec, {**(spec or {}), **sizes}, "spec")
+        full = settings_of(RewardSpec, {**(spec or {}), **sizes}, "spec")
         normalizer = fit_normalizer(store, judged_episodes(preferences), full.normalize)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -407,7 +407,7 @@ class RewardModel:
         config = files["config.json"]
         if config.get("version") != VERSION:
             raise ValueError(f"{path} is not a diffpolicy reward model of version {VERSION}")
-        spec = settings_from(RewardSpec, config["spec"], "spec")
+        spec = settings_of(RewardSpec, config["spec"], "spec")
         network = spec.make_network()
         network.load_state_dict(files["model.safetensors"])
         normalizer = Normalizer.from_parts(config["normalizer"], files["normalizer.safetensors"])

@@ -28,8 +28,8 @@ from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows, split_episodes
 from diffpolicy.finetune.denoising import LossOutput
 from diffpolicy.networks.critics import QEnsemble
-from diffpolicy.policies.base import settings_from
 from diffpolicy.reward_model.model import RewardModel, pessimistic
+from diffpolicy.settings import settings_of
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.policy_files import find_bundle
 from diffpolicy.training.rollback import unchanged_on_error
@@ -161,7 +161,7 @@ class PlanValue:
             ValueError: settings that are unknown, missing or out of range.
         """
         sizes = {"obs_dim": reward.spec.obs_dim, "action_dim": reward.spec.action_dim}
-        full = settings_from(PlanValueSpec, {**spec, **sizes}, "plan value")
+        full = settings_of(PlanValueSpec, {**spec, **sizes}, "plan value")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = full.make_network()
@@ -181,7 +181,7 @@ class PlanValue:
         """
         names = ("obs_dim", "action_dim", "n_obs_steps", "n_action_steps")
         sizes = {name: getattr(policy, name) for name in names}
-        full = settings_from(PlanValueSpec, {**sizes, **spec}, "plan value")
+        full = settings_of(PlanValueSpec, {**sizes, **spec}, "plan value")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = full.make_network()
@@ -377,7 +377,7 @@ class PlanValue:
         config = files["config.json"]
         if config.get("version") != VERSION:
             raise ValueError(f"{path} is not a diffpolicy plan value of version {VERSION}")
-        spec = settings_from(PlanValueSpec, config["spec"], "spec")
+        spec = settings_of(PlanValueSpec, config["spec"], "spec")
         network = spec.make_network()
         network.load_state_dict(files["model.safetensors"])
         normalizer = Normalizer.from_parts(config["normalizer"], files["normalizer.safetensors"])

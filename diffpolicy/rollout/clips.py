@@ -14,6 +14,7 @@ from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.results import EpisodeVideo
 from diffpolicy.rollout.slots import EnvSlot, Outcome
 from diffpolicy.rollout.spec import EnvSpec
+from diffpolicy.rollout.trust import stored_env_id
 from diffpolicy.rollout.vector import Failure, WorkerPool, Workers
 from diffpolicy.rollout.video import write_mp4
 
@@ -207,6 +208,7 @@ def _environment(store: EpisodeStore) -> EnvSpec | None:
     name = store.attrs.get("env_id")
     if name is None:
         return None
+    stored_env_id(name, store.name, instead="env=")
     kwargs: dict[str, Any] = store.attrs.get("env_kwargs", {})
     return EnvSpec(name, kwargs, store.attrs.get("max_episode_steps"))
 

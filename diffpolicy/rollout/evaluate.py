@@ -8,13 +8,15 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from tqdm.auto import tqdm
 
+from diffpolicy.rollout.local import as_spec
 from diffpolicy.rollout.results import EpisodeRecord, EpisodeVideo, EvalResult, summarise
 from diffpolicy.rollout.rows import (
     AllFailedError,
@@ -50,7 +52,7 @@ class VideoOptions:
 
 def evaluate(
     policy: Policy,
-    spec: EnvSpec,
+    spec: EnvSpec | str | Callable[..., gym.Env[Any, Any]],
     seeds: Sequence[int],
     *,
     workers: Workers | WorkerPool | None = None,
@@ -76,7 +78,8 @@ def evaluate(
 
     Args:
         policy: anything with ``initial_state``, ``act`` and ``forget``.
-        spec: the environment.
+        spec: the environment: an :class:`EnvSpec`, an id, or a function that makes one, which then
+            runs in this process (so does an id that was registered in it, as in a notebook).
         seeds: environment seeds, no two alike.
         workers: environments, processes and timeouts; or a pool to use (and leave open).
         deterministic: passed to ``act``.
@@ -93,6 +96,7 @@ def evaluate(
         ValueError: seeds that repeat or are missing, or a policy whose actions are not finite or
             have the wrong shape.
     """
+    spec = as_spec(spec)
     numbers = [int(seed) for seed in seeds]
     if not numbers:
         raise ValueError("no seeds to evaluate on")

@@ -18,15 +18,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from diffpolicy.extras import pip_hint
 from diffpolicy.policies.bounds import inward_bounds
 
-# Which extra of ours installs the package that registers an id.
-_EXTRAS = {
-    "gymnasium_robotics": "robotics",
-    "gym_pusht": "pusht",
-    "pymunk": "pusht",
-    "mujoco": "mujoco",
-}
 # Ids that exist only once their package was imported: (how the id starts, the package).
 _HOMES = (
     ("diffpolicy/", "diffpolicy_envs"),
@@ -123,7 +117,7 @@ class EnvSpec:
             env: gym.Env[Any, Any] = gym.make(name, disable_env_checker=True, **kwargs)
         except (ImportError, gym.error.DependencyNotInstalled) as error:
             raise EnvSpecError(
-                f"{self.id!r} cannot be made: {error}.{_pip_hint(str(error))}"
+                f"{self.id!r} cannot be made: {error}.{pip_hint(str(error))}"
             ) from error
         except (TypeError, gym.error.Error) as error:
             raise EnvSpecError(f"{self.id!r} cannot be made with {kwargs}: {error}") from error
@@ -237,15 +231,8 @@ def _import_home(env_id: str) -> None:
     except ImportError as error:
         raise EnvSpecError(
             f"{env_id!r} needs the module {module!r}, which cannot be imported: {error}."
-            f"{_pip_hint(f'{module} {error}')}"
+            f"{pip_hint(f'{module} {error}')}"
         ) from error
-
-
-def _pip_hint(text: str) -> str:
-    for module, extra in _EXTRAS.items():
-        if module in text:
-            return f' Try: pip install "diffpolicy[{extra}]"'
-    return ""
 
 
 def _unknown_id(env_id: str, name: str) -> str:
@@ -260,7 +247,7 @@ def _unknown_id(env_id: str, name: str) -> str:
             message += " If a package registers it on import, write 'package:Name-v0'."
         else:
             message += f" It may be registered by the package {home}: write '{home}:{name}'."
-            message += _pip_hint(home)
+            message += pip_hint(home)
     return message
 
 

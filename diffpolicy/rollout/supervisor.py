@@ -17,6 +17,7 @@ from diffpolicy.rollout import wire
 from diffpolicy.rollout.process import WorkerProcess
 from diffpolicy.rollout.spec import EnvInfo, EnvSpec, EnvSpecError
 from diffpolicy.rollout.wire import Message
+from diffpolicy.settings import named_settings
 
 _MAX_FAILED_STARTS = 3
 _GLANCE_S = 0.5  # how often a silent process is looked after
@@ -45,6 +46,7 @@ class Failure(NamedTuple):
         return self.kind in ("lost", "gone")
 
 
+@named_settings
 @dataclass(frozen=True)
 class Workers:
     """How many environments run in how many processes, and how patient to be with them.

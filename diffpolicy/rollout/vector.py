@@ -26,8 +26,9 @@ from typing import Any, Self
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from diffpolicy.rollout.local import only_here
 from diffpolicy.rollout.slots import Demonstration, EnvSlot, Outcome, run_command
-from diffpolicy.rollout.spec import EnvSpec, inspect_env
+from diffpolicy.rollout.spec import EnvSpec, EnvSpecError, inspect_env
 from diffpolicy.rollout.supervisor import Failure, Supervisor, WorkerError, Workers
 from diffpolicy.rollout.wire import Message
 
@@ -72,6 +73,14 @@ class WorkerPool:
         self.spec = spec
         self.num_envs = self.workers.num_envs
         self.num_workers = self.workers.count(self.num_envs)
+        if self.num_workers > 0 and only_here(spec):
+            if self.workers.num_workers is not None:
+                raise EnvSpecError(
+                    f"{spec.id!r} is registered in this process alone, so that workers cannot make "
+                    "it: take Workers(num_workers=0), or write 'module:Name-v0' with the module "
+                    "that registers it"
+                )
+            self.num_workers = 0
         self.frame_side = frame_side
         self._ordered: list[int] = []
         self._results: dict[int, Message | Failure] = {}

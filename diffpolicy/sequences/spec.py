@@ -14,8 +14,8 @@ from torch import Tensor
 from diffpolicy.core.masked import MaskedDenoiser
 from diffpolicy.core.masking import make_masking
 from diffpolicy.networks import make_network
-from diffpolicy.policies.base import settings_from
 from diffpolicy.sequences.task import check_alphabet
+from diffpolicy.settings import settings_of
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class SequenceSpec:
         Raises:
             ValueError: unknown or missing entries.
         """
-        return settings_from(cls, config, "sequence model")
+        return settings_of(cls, config, "sequence model")
 
     def make_denoiser(self) -> MaskedDenoiser:
         """A denoiser with freshly initialised weights."""

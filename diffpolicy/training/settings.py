@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from diffpolicy.settings import named_settings
 
+
+@named_settings
 @dataclass(frozen=True)
 class TrainerConfig:
     """Settings of a training run.

@@ -334,6 +334,30 @@ def test_tensors_stay_within_their_storage(tmp_path):
             archive.array(outside)
 
 
+def test_small_files_cannot_fill_the_machine(tmp_path):
+    """What a few bytes stand for: shared lists double 40 times; tensors share one storage."""
+    shared = [0.5]
+    for _ in range(40):
+        shared = [shared, shared]
+    with pytest.raises(ValueError, match="stands for more than"):
+        read_checkpoint(write_ckpt(tmp_path / "lists.ckpt", config={"policy": shared}))
+    same = torch.zeros(250_000)
+    states = {"model": {f"model.{i}": same for i in range(200)}}
+    torch.save({"cfg": ckpt_config(), "state_dicts": states}, tmp_path / "tensors.ckpt")
+    assert (tmp_path / "tensors.ckpt").stat().st_size < 2_000_000
+    with pytest.raises(ValueError, match="several times the size of the file"):
+        read_checkpoint(tmp_path / "tensors.ckpt")
+
+
+def test_the_reader_is_bounded(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(unpickle.__file__).parent)!r}); import unpickle;"
+        "unpickle.limit(1000); bytearray(4 << 30)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "MemoryError" in done.stderr
+
+
 def test_every_name_in_a_pickle_is_inert():
     reader = unpickle.Reader(io.BytesIO())
     for module, name in (("os", "system"), ("builtins", "eval"), ("torch", "load")):

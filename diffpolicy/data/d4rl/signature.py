@@ -72,8 +72,13 @@ def misfit(info: DatasetInfo, observation: tuple[int, ...], action: tuple[int, .
     )
 
 
-def doubts(info: DatasetInfo, rows: int) -> list[str]:
-    """What speaks against data of so many rows being all of a dataset; empty if nothing does."""
+def doubts(info: DatasetInfo, rows: int | None) -> list[str]:
+    """What speaks against data of so many rows being all of a dataset; empty if nothing does.
+
+    Rows that nobody counted (``None``) do.
+    """
+    if rows is None:
+        return ["the data are no longer there, so their rows were not counted"]
     known = next((n for pattern, n in _ROWS if re.fullmatch(pattern, info.id)), None)
     if known is None:
         return [f"how many rows D4RL's file of {info.id} has is not known here"]

@@ -12,13 +12,13 @@ They apply in the order given. Scores are always those of untransformed rewards.
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from diffpolicy.data.d4rl.episodes import Episodes
+from diffpolicy.settings import near_miss
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,8 +84,7 @@ def parse_transforms(transforms: Sequence[str]) -> tuple[Transform, ...]:
 def _parse(text: str) -> Transform:
     name, colon, number = text.partition(":")
     if name not in _DEFAULTS:
-        near = difflib.get_close_matches(name, _DEFAULTS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = near_miss(name, _DEFAULTS)
         raise ValueError(f"unknown transform {text!r}; choose of {sorted(_DEFAULTS)}{hint}")
     value = _DEFAULTS[name]
     if not colon:

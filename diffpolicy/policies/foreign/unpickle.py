@@ -4,12 +4,14 @@ A pickle is a program. This reader lets it build numbers, strings and plain cont
 from the bytes in the file; every class or function it names is replaced by an inert placeholder, so
 nothing is imported and nothing is called. It writes the policy's tensors (averaged weights
 preferred) and its config as safetensors and JSON. It needs numpy and safetensors alone and imports
-nothing of this package, so it can run isolated.
+nothing of this package, so it can run isolated. What it may use of memory, disk and time is a small
+multiple of the file's size: a few bytes of a pickle can stand for more than any machine holds.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import json
 import math
@@ -24,6 +26,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
+MAX_VALUES = 1_000_000  # of the config; shared parts count as often as they are used
+SPARE_BYTES, CPU_SECONDS = 1 << 30, 300  # beside a multiple of the file's size
 TENSORS, CONFIG = "tensors.safetensors", "config.json"
 KEPT = ("model.", "normalizer.")
 
@@ -178,16 +182,31 @@ class Archive:
         return np.ascontiguousarray(view)
 
 
-def plain(node: Any) -> Any:
+class Plain:
     """A config without its classes: containers and values of OmegaConf become plain ones."""
-    if isinstance(node, Inert):
-        state = node.state if isinstance(node.state, dict) else {}
-        return plain(state.get("_content", state.get("_val")))
-    if isinstance(node, dict):
-        return {str(key): plain(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [plain(value) for value in node]
-    return node if isinstance(node, str | int | float | bool) else None
+
+    def __init__(self) -> None:
+        self.values = 0
+
+    def __call__(self, node: Any) -> Any:
+        """The plain form of a node.
+
+        Raises:
+            RefusedError: it stands for more values than any config has.
+        """
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise RefusedError(f"its config stands for more than {MAX_VALUES} values")
+        if isinstance(node, Inert):
+            state = node.state if isinstance(node.state, dict) else {}
+            return self(state.get("_content", state.get("_val")))
+        if isinstance(node, dict):
+            return {str(key)[:1000]: self(value) for key, value in node.items()}
+        if isinstance(node, list | tuple):
+            return [self(value) for value in node]
+        if isinstance(node, str) and len(node) > MAX_VALUES:
+            raise RefusedError("its config holds a text that is too long")
+        return node if isinstance(node, str | int | float | bool) else None
 
 
 def export(source: str, folder: str) -> None:
@@ -204,22 +223,54 @@ def export(source: str, folder: str) -> None:
     state = states.get("ema_model") or states.get("model")
     if not isinstance(state, dict):
         raise RefusedError("not a checkpoint of Diffusion Policy: it has no weights of a model")
-    arrays = {
-        name: archive.array(value)
+    kept = {
+        name: value
         for name, value in state.items()
         if isinstance(name, str) and name.startswith(KEPT) and isinstance(value, TensorRef)
     }
+    text = json.dumps(Plain()(payload.get("cfg")) or {})
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    held, most = 0, 2 * Path(source).stat().st_size
+    for name, value in kept.items():
+        arrays[name] = archive.array(value)
+        held += arrays[name].nbytes
+        if held > most:  # views of one storage, each written in full
+            raise RefusedError("its tensors are several times the size of the file")
     save_file(arrays, Path(folder) / TENSORS)
-    text = json.dumps(plain(payload.get("cfg")) or {})
     (Path(folder) / CONFIG).write_text(text, encoding="utf-8")
+
+
+def limit(size: int) -> None:
+    """Bound this process' memory, files and time by the size of the file that it reads."""
+    try:
+        import resource
+    except ImportError:  # Windows: the checks above and the caller's time limit are left
+        return
+    used = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        used = pages * resource.getpagesize()
+    for kind, most in (
+        (resource.RLIMIT_AS, used + SPARE_BYTES + 5 * size),
+        (resource.RLIMIT_FSIZE, SPARE_BYTES // 16 + 3 * size),
+        (resource.RLIMIT_CPU, CPU_SECONDS),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        bound = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(kind, (bound, bound))
 
 
 def main() -> NoReturn:
     """Run as a script; a refusal is one line on standard error and status 1."""
     try:
+        limit(Path(sys.argv[1]).stat().st_size)
         export(sys.argv[1], sys.argv[2])
     except RefusedError as error:
         sys.exit(str(error))
+    except MemoryError:
+        sys.exit("damaged, or made to fill the memory: it needs many times its own size")
     except Exception as error:  # whatever a damaged or hostile pickle provokes
         sys.exit(f"damaged, or not a checkpoint ({type(error).__name__}: {error})")
     sys.exit(0)

@@ -1,0 +1,168 @@
+"""What can be known to fail is found before anything is removed, collected or trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffpolicy.config import ConfigError, EnvConfig, EvaluationConfig, TrainConfig
+from diffpolicy.extras import EXTRAS, installed
+from diffpolicy.settings import near_miss
+
+if TYPE_CHECKING:
+    from diffpolicy.rollout.spec import EnvSpec
+
+SCORES = ("success", "final_success", "max_reward", "return", "length")
+
+
+def pick_device(name: str, threads: int | None) -> Any:
+    """The torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:1``; sets the CPU threads.
+
+    Raises:
+        ConfigError: no such device, here or at all, or no number of threads.
+    """
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    kind, _, number = str(name).partition(":")
+    known = ("auto", "cpu", "cuda")
+    if kind not in known or (number and not (kind == "cuda" and number.isdigit())):
+        hint = "; did you mean 'cuda'?" if kind == "gpu" else near_miss(kind, known)
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:NUMBER, got {name!r}{hint}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "auto":
+        kind = "cuda" if count else "cpu"
+    if kind == "cuda" and not number and count:
+        number = os.environ.get("LOCAL_RANK", "0")  # torchrun: one device a process
+    if kind == "cuda" and (not count or int(number) >= count):
+        seen = f"torch sees {count} of them" if count else "torch sees no GPU here"
+        raise ConfigError(f"device={name}, but {seen}; use device=cpu or device=auto")
+    return torch.device(kind, int(number)) if number else torch.device(kind)
+
+
+def check_writable(*paths: str | Path) -> None:
+    """Raise ``ConfigError`` unless files can be written into directories that may not be yet."""
+    for path in map(Path, paths):
+        there = next((p for p in (path, *path.absolute().parents) if p.exists()), Path.cwd())
+        if not there.is_dir():
+            raise ConfigError(f"nothing can be written to {path}: {there} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(f"nothing can be written to {path}: {there} is not writable")
+
+
+def check_installed(modules: Iterable[str], reason: str) -> None:
+    """Raise ``ConfigError`` for an optional package that ``reason`` needs and that is missing."""
+    for module in modules:
+        if not installed(module):
+            extra = EXTRAS.get(module, "all")
+            raise ConfigError(
+                f"{reason} needs {module}, which is not installed: "
+                f'pip install "diffpolicy[{extra}]"'
+            )
+
+
+def choose_rendering(video_episodes: int) -> None:
+    """Pick a GL backend before any simulator is imported, and say so if there is none.
+
+    Raises:
+        ConfigError: pictures are asked for, and what writes them is not installed.
+    """
+    if video_episodes > 0:
+        from diffpolicy.rollout.video import choose_gl_backend
+
+        reason = f"evaluation.video_episodes={video_episodes} (0: no pictures)"
+        check_installed(("imageio", "imageio_ffmpeg", "PIL"), reason)
+        print(choose_gl_backend().message)
+
+
+def check_environment(config: EnvConfig, settings: EvaluationConfig) -> None:
+    """Make the environment of a run's rollouts once, and see that it reports the run's score.
+
+    Raises:
+        ConfigError: an unknown score, or one that the environment does not report.
+        EnvSpecError: the environment cannot be made.
+    """
+    if config.score not in SCORES:
+        hint = near_miss(config.score, SCORES)
+        raise ConfigError(f"env.score must be one of {SCORES}, got {config.score!r}{hint}")
+    if settings.episodes == settings.val_episodes == 0:
+        return
+    from diffpolicy.rollout.spec import EnvSpec, describe
+
+    spec = EnvSpec(config.id, config.kwargs, config.max_episode_steps)
+    if not config.score.endswith("success") or config.success_threshold is not None:
+        describe(spec)
+    elif not _says_success(spec, settings.val_seed):
+        raise ConfigError(
+            f"{config.id} reports no success (an entry is_success or success of info), which "
+            f"env.score={config.score} needs: give env.success_threshold (a step's reward that "
+            "counts as success), or env.score=return or max_reward"
+        )
+
+
+def _says_success(spec: EnvSpec, seed: int) -> bool:
+    """Whether an episode of random actions says of any step if it was a success."""
+    from diffpolicy.rollout.slots import EnvSlot
+
+    slot = EnvSlot(spec, 0)
+    try:
+        slot.reset(seed)
+        space = slot.env.action_space
+        space.seed(seed)
+        while True:
+            outcome = slot.step(space.sample())
+            if outcome.success is not None:
+                return True
+            if outcome.terminated or outcome.truncated:
+                return False
+    finally:
+        slot.close()
+
+
+def check_training(config: TrainConfig) -> None:
+    """Find what is wrong with the settings before anything is collected or trained.
+
+    Raises:
+        ConfigError: settings that cannot be used.
+        ValueError: likewise.
+    """
+    import torch
+
+    from diffpolicy.commands.train import policy_shape, trainer_config
+    from diffpolicy.core import levels, prior_start
+    from diffpolicy.learning import Learning, check_learning
+    from diffpolicy.policies.diffusion import PolicySpec, Sampler
+
+    if trainer_config(config).tensorboard:
+        check_installed(("tensorboard",), "trainer.tensorboard=true")
+    learning = Learning.from_config(config.learning)
+    if config.policy.type != "diffusion":
+        raise ConfigError(f"unknown policy.type {config.policy.type!r}; expected 'diffusion'")
+    sampler = Sampler(**asdict(config.sampler))
+    # These need the dimensions of the data.
+    shape = {**policy_shape(config), "rti": None, "grippers": (), "goal": (), "constant": ()}
+    spec = PolicySpec.from_config(
+        {"obs_dim": 1, "action_dim": 1, "sampler": asdict(sampler), **shape}
+    )
+    denoiser = spec.make_denoiser()
+    spec.make_heads()
+    check_learning(spec, learning)
+    start = prior_start(denoiser.process, torch.zeros(1, spec.horizon, spec.plan_layout.dim))
+    grid = levels(start, sampler.num_steps, spacing=sampler.spacing, process=denoiser.process)
+    sampler.make().rows(denoiser.process, grid)
+
+
+__all__ = [
+    "check_environment",
+    "check_installed",
+    "check_training",
+    "check_writable",
+    "choose_rendering",
+    "pick_device",
+]

@@ -1,0 +1,45 @@
+"""Optional packages: which extra of ours installs them, and what to say where one is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+
+EXTRAS = {
+    "gymnasium_robotics": "robotics",
+    "gym_pusht": "pusht",
+    "pymunk": "pusht",
+    "mujoco": "mujoco",
+    "h5py": "hdf5",
+    "pyarrow": "lerobot",
+    "matplotlib": "media",
+    "PIL": "media",
+    "imageio": "media",
+    "imageio_ffmpeg": "media",
+    "onnxruntime": "onnx",
+    "onnx": "onnx",
+    "openvino": "openvino",
+    "stable_baselines3": "sb3",
+    "sb3_contrib": "tqc",
+    "tensorboard": "tensorboard",
+    "seqfold": "rna",
+}
+"""The extra that installs a package, by the package's module."""
+
+
+def installed(module: str) -> bool:
+    """Whether a top-level module can be imported; it is not."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def pip_hint(text: str) -> str:
+    """How to install what a message names, if it is an optional package that is missing."""
+    for module, extra in EXTRAS.items():
+        if module in text and not installed(module):
+            return f' Try: pip install "diffpolicy[{extra}]"'
+    return ""
+
+
+__all__ = ["EXTRAS", "installed", "pip_hint"]

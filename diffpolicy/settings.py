@@ -1,0 +1,168 @@
+"""Settings from plain values: the one place where names and types of settings are checked.
+
+Configurations, checkpoints and keyword arguments all become dataclasses here, so that a mistyped
+name is met with the same answer everywhere: what is unknown, and which known name is nearest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: what was expected, what came, how to fix it."""
+
+
+def near_miss(name: object, known: Iterable[object], *, prefix: str = "", listing: str = "") -> str:
+    """The end of a message about an unknown name: the known ones, and the nearest of them.
+
+    Args:
+        name: what came.
+        known: names that would have been right.
+        prefix: before the nearest name, such as the section that it is in.
+        listing: words before all of them; empty: they are not listed.
+
+    Example:
+        >>> near_miss("stepss", ["steps", "lr"], listing="it has")
+        "; it has steps, lr; did you mean 'steps'?"
+    """
+    names = [str(one) for one in known]
+    close = difflib.get_close_matches(str(name), names, n=1)
+    every = f"; {listing} {', '.join(names)}" if listing else ""
+    return every + (f"; did you mean {prefix + close[0]!r}?" if close else "")
+
+
+def check_known(values: Iterable[object], known: Iterable[object], what: str) -> None:
+    """Raise ``ConfigError`` for a name that is not among those known, and say the nearest.
+
+    Args:
+        values: the names that came.
+        known: the names that there are.
+        what: whose settings they are, for the message.
+    """
+    names = list(known)
+    for key in values:
+        if key not in names:
+            hint = near_miss(key, names, listing="it has")
+            raise ConfigError(f"{what} has no setting {key!r}{hint}")
+
+
+def setting_names(kind: type[Any]) -> list[str]:
+    """The names of a dataclass' fields that can be given."""
+    return [f.name for f in fields(kind) if f.init]
+
+
+def settings_of(kind: type[T], values: Mapping[str, Any], what: str) -> T:
+    """A dataclass from values whose names are checked; lists become tuples.
+
+    Args:
+        kind: the dataclass, which checks the values itself.
+        values: of its fields, by name.
+        what: whose settings they are, for messages.
+
+    Raises:
+        ConfigError: an unknown or missing setting.
+        ValueError: what the dataclass refuses.
+    """
+    check_known(values, setting_names(kind), what)
+    _check_complete(kind, values, f"{what} needs ")
+    plain = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    try:
+        return kind(**plain)
+    except TypeError as error:  # a value of a type that the dataclass' own checks cannot compare
+        raise ConfigError(f"{what}: {error}") from None
+
+
+def from_values(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """A dataclass from plain values, its names and types checked, nested ones as well.
+
+    Args:
+        kind: the dataclass.
+        values: of its fields, by name, as YAML or JSON holds them.
+        where: dotted path before the names in messages, such as ``"trainer."``.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value of a wrong type, by its dotted path.
+    """
+    hints = typing.get_type_hints(kind)
+    known = setting_names(kind)
+    for key in values:
+        if key not in known:
+            hint = near_miss(key, known, prefix=where) or near_miss("", known, listing="there are")
+            raise ConfigError(f"unknown key {where + str(key)!r}{hint}")
+    _check_complete(kind, values, f"missing key {where}")
+    return kind(**{key: _value(hints[key], value, where + key) for key, value in values.items()})
+
+
+def _check_complete(kind: type[Any], values: Mapping[str, Any], text: str) -> None:
+    for entry in fields(kind):
+        required = entry.init and entry.default is MISSING and entry.default_factory is MISSING
+        if required and entry.name not in values:
+            raise ConfigError(f"{text}{entry.name!r}")
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if hint is Any or (value is None and type(None) in options):
+        return value
+    for option in options:
+        if is_dataclass(option) and isinstance(option, type) and isinstance(value, Mapping):
+            return from_values(option, value, where + ".")
+        plain = typing.get_origin(option) or option
+        if plain is tuple and isinstance(value, list):
+            return tuple(value)
+        if plain is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if (
+            isinstance(plain, type)
+            and isinstance(value, plain)
+            and not (plain is int and isinstance(value, bool))
+        ):
+            return value
+    expected = " or ".join(
+        "null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options
+    )
+    raise ConfigError(f"{where} must be {expected}, got {value!r}")
+
+
+def named_settings(kind: type[T]) -> type[T]:
+    """Class decorator: a dataclass whose constructor answers a mistyped name with the nearest.
+
+    Python's own answer, ``got an unexpected keyword argument``, leaves the reader to look it up.
+
+    Example:
+        >>> TrainerConfig(stepss=100)
+        Traceback (most recent call last):
+        TypeError: TrainerConfig has no setting 'stepss'; it has ...; did you mean 'steps'?
+    """
+    construct: Callable[..., None] = kind.__init__
+
+    @functools.wraps(construct)
+    def init(self: Any, *args: Any, **values: Any) -> None:
+        try:
+            check_known(values, setting_names(kind), kind.__name__)
+        except ConfigError as error:
+            raise TypeError(str(error)) from None
+        construct(self, *args, **values)
+
+    kind.__init__ = init  # type: ignore[method-assign]
+    return kind
+
+
+__all__ = [
+    "ConfigError",
+    "check_known",
+    "from_values",
+    "named_settings",
+    "near_miss",
+    "setting_names",
+    "settings_of",
+]
