@@ -201,8 +201,8 @@ class PolicySpec:
                 raise ValueError(
                     f"{name} must have action_dim={self.action_dim} entries, got {len(values)}"
                 )
-        self._round_bounds()
         checked_bounds(self.action_low, self.action_high)
+        self._round_bounds()
         self._check_parts()
         check_planning(self)
 
