@@ -444,7 +444,7 @@ def test_two_handles_of_one_store_lose_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
 
 
-WRITER = """
+SECOND_WRITER = """
 import sys
 import numpy as np
 from diffpolicy.data.store import EpisodeStore
@@ -465,7 +465,7 @@ def test_another_process_may_write_when_the_first_has_finished_and_not_before(tm
     for finished in (False, True):
         if finished:
             store.finalize()
-        other = [sys.executable, "-c", WRITER, str(path)]
+        other = [sys.executable, "-c", SECOND_WRITER, str(path)]
         result = subprocess.run(other, capture_output=True, text=True, check=False)
         assert (f"refused: {path} is in use: process {os.getpid()} on" in result.stderr) != finished
     assert EpisodeStore.open(path).num_episodes == 3
