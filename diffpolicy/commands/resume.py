@@ -35,6 +35,7 @@ had the new value from its beginning, a ResumeWarning says so. Anything else is 
 
 def run(arguments: Sequence[str]) -> int:
     """Load the run's configuration, with what is to change, and go on."""
+    from diffpolicy.policies.upgrade import upgraded
     from diffpolicy.rollout.trust import stored_env_id
 
     options = _options(arguments)
@@ -42,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml")
-    plain = read_yaml(file)
+    plain = upgraded(read_yaml(file))
     for section in ("env", "task"):
         if isinstance(plain.get(section), dict):
             stored_env_id(str(plain[section].get("id")), file, instead="")
