@@ -60,7 +60,9 @@ def tuned(pretrained: Path, run: Path, *extra: str) -> int:
 
 
 def test_pretraining_leaves_a_model_and_a_report(pretrained):
-    assert SequenceModel.from_pretrained(pretrained).spec.alphabet == "ACGT"
+    model = SequenceModel.from_pretrained(pretrained)
+    assert model.spec.alphabet == "ACGT"
+    assert repr(model).startswith("SequenceModel(3 of 'ACGT', mlp, masked_loglinear; ")
     report = json.loads((pretrained / "report.json").read_text())
     assert report["metrics"]["valid"] == 1.0
 

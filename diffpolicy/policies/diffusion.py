@@ -20,6 +20,7 @@ from diffpolicy.core.solvers import make_solver
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.core.value_guidance import ValueGuidance, head_value
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.networks.base import described
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState, row_noise
 from diffpolicy.policies.candidates import Candidates
@@ -54,7 +55,7 @@ class DiffusionPlanner(ChunkedPolicy):
     """
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.spec.summary(self.denoiser)})"
+        return described(self, self.spec.summary(), self.denoiser)
 
     def __init__(
         self,

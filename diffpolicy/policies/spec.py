@@ -304,18 +304,16 @@ class PolicySpec:
         except TypeError as error:
             raise ValueError(f"policy config: {error}") from None
 
-    def summary(self, denoiser: nn.Module) -> str:
-        """What a policy is in a line: shapes, network and parameters, how plans are drawn."""
-        count = sum(parameter.numel() for parameter in denoiser.parameters())
-        size = f"{count / 1e6:.2f}M" if count >= 1e5 else str(count)
+    def summary(self) -> str:
+        """What a policy is in a line: shapes, network, how plans are drawn."""
         start = self.rti or self.truncated
         name = "rti" if self.rti is not None else "truncated"
         drawn = start or self.sampler
         level = "" if start is None else f", {name} t_start={start.t_start}"
         return (
             f"obs {self.obs_dim} x {self.n_obs_steps}, action {self.action_dim}, horizon "
-            f"{self.horizon}, executes {self.n_action_steps}; {self.network.get('type')} with "
-            f"{size} parameters, {self.process.get('type')}, {self.prediction}; {drawn.solver} in "
+            f"{self.horizon}, executes {self.n_action_steps}; {self.network.get('type')}, "
+            f"{self.process.get('type')}, {self.prediction}; {drawn.solver} in "
             f"{drawn.num_steps} steps{level}"
         )
 
