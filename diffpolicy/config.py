@@ -92,6 +92,7 @@ class SamplerConfig:
     spacing: str = "t"
     options: dict[str, Any] = field(default_factory=dict)
     guidance_scale: float = 1.0
+    t_min: float | None = None
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -119,12 +120,29 @@ class EvalResult:
         """Writes ``eval.json`` (whole or not at all) and returns its path.
 
         Args:
-            path: a directory, or a file name that ends in ``.json``.
+            path: a directory, or a file name that ends in ``.json``. An earlier evaluation there is
+                replaced, anything else is not.
+
+        Raises:
+            FileExistsError: something else than an evaluation has that name.
         """
         target = Path(path)
         if target.suffix != ".json":
             target = target / "eval.json"
+        if target.exists() and not _is_evaluation(target):
+            raise FileExistsError(
+                f"{target} is no evaluation, so it is not replaced; save elsewhere, or move it away"
+            )
         return write_json(target, self.to_dict())
+
+
+def _is_evaluation(file: Path) -> bool:
+    """Whether a file is what :meth:`EvalResult.save` writes."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"summary", "env", "settings", "episodes"} <= set(found)
 
 
 def summarise(

@@ -351,6 +351,7 @@ def test_policies_say_what_they_are_and_begin_with_a_path(trained):
     ):
         np.testing.assert_array_equal(a, b)
     assert repr(policy).startswith("DiffusionPolicy(obs 2 x 2, action 2, horizon 16")
-    assert "mlp with " in repr(policy)
+    assert "mlp, vp_cosine, eps" in repr(policy)
+    assert repr(policy).endswith(" parameters, on cpu)")
     assert "ddim in 10 steps" in repr(policy)
     assert "rti t_start=0.3" in repr(policy.with_settings(rti=RTI(t_start=0.3)))

@@ -201,6 +201,12 @@ def test_results_are_json_and_written_whole(fake_policy, tmp_path):
     assert read["settings"]["num_envs"] == 3
     assert [p.name for p in path.parent.iterdir()] == ["eval.json"]
     assert result.save(tmp_path / "other.json").name == "other.json"
+    assert result.save(tmp_path / "other.json").name == "other.json"  # an evaluation, replaced
+    for content in ("{}", "notes of my own", '{"summary": 1}'):
+        (tmp_path / "mine.json").write_text(content)
+        with pytest.raises(FileExistsError, match=r"mine.json is no evaluation"):
+            result.save(tmp_path / "mine.json")
+        assert (tmp_path / "mine.json").read_text() == content
     metrics = result.metrics()
     assert metrics["success"] == result.summary["success"]["value"]
     assert {"success_low", "success_high", "return", "max_reward", "n_errors"} <= metrics.keys()
