@@ -152,6 +152,18 @@ def killed_before(count: int, work: Callable[[], None]) -> int:
         os._exit(0)
 
 
+@pytest.mark.parametrize("mover", [DEAD, "0badcafe-4194304-1-0"])
+def test_what_was_moved_aside_and_not_put_back_is_replaced_in_its_place(
+    tmp_path: Path, mover: str
+) -> None:
+    make(tmp_path / "x", "old")
+    (tmp_path / "x").rename(tmp_path / f".x.old-{mover}")
+    assert contents(tmp_path / "x") == {"old"}
+    make(tmp_path / "x", "new")
+    assert (tmp_path / "x" / "b").read_text() == "new"
+    assert contents(tmp_path / "x") == {"new"}
+
+
 def test_only_leftovers_of_the_dead_are_removed(tmp_path: Path) -> None:
     mine = files._beside(tmp_path / "x", "partial").name
     stay = {mine, ".x.partial-0badcafe-4194304-1-0", ".x.partial", ".git", f".y.old-{DEAD}"}
