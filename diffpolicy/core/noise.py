@@ -397,8 +397,9 @@ def explicit_process(config: Mapping[str, Any] | str) -> dict[str, Any]:
     """``config`` with the betas that it leaves to :meth:`DiscreteVP.linear`, as files keep them."""
     values: dict[str, Any] = {"type": config} if isinstance(config, str) else dict(config)
     if values.get("type") == "ddpm_linear" and {"beta_start", "beta_end"} - set(values):
-        betas = make_process(values).betas
-        values = {"beta_start": betas[0], "beta_end": betas[-1], **values}
+        process = make_process(values)
+        assert isinstance(process, DiscreteVP)
+        values = {"beta_start": process.betas[0], "beta_end": process.betas[-1], **values}
     return values
 
 
