@@ -17,6 +17,7 @@ from diffpolicy import cli
 from diffpolicy.api import DiffusionPolicy
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
+from diffpolicy.policies.bounds import inward_bounds
 from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.ensemble import TemporalEnsemble
 from diffpolicy.policies.rti import RTI
@@ -225,7 +226,8 @@ def test_contract(one_export):
     }
     assert contract["rate_hz"] == 20.0
     assert contract["batch"] == {"size": 2, "dynamic": False}
-    assert contract["actions"] == {"unit": "environment", "low": [*LOW], "high": [*HIGH]}
+    low, high = (bound.tolist() for bound in inward_bounds(LOW, HIGH))
+    assert contract["actions"] == {"unit": "environment", "low": low, "high": high}
     cold, warm = contract["loops"]["cold"], contract["loops"]["warm"]
     assert {p["name"]: p["shape"] for p in cold["inputs"]} == {
         "history": [2, 2, 3],
