@@ -253,3 +253,14 @@ def test_two_processes_never_write_at_once(tmp_path: Path) -> None:
         for child in children:
             child.communicate(timeout=60)
         assert (tmp_path / kind).read_text() == "60"
+
+
+def test_a_lock_under_which_nothing_was_written_leaves_no_trace(tmp_path):
+    with WriterLock(tmp_path / "a" / "b" / "run"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert not (tmp_path / "a").exists()
+    with WriterLock(tmp_path / "a" / "b" / "run"):
+        (tmp_path / "a" / "mine").write_text("x")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["mine"]
+    with pytest.raises(NotADirectoryError, match="is a file"), WriterLock(tmp_path / "a/mine/run"):
+        pass
