@@ -2,10 +2,11 @@
 
 The lock of ``DIR/NAME`` is the file ``DIR/.NAME.lock``, which says who holds it; where nothing can
 be written to ``DIR`` it is ``DIR/NAME/.lock``. On a file system of this machine the kernel keeps
-the lock (``flock``) and drops it when the holder dies. On others (NFS, SMB, FUSE) kernel locks may hold on one machine only, so there the file itself is the lock:
-it is made in one step that only one writer can do. Such a lock is taken over when its holder was a
-process of this machine that is dead. Of another machine nobody here can know; then the lock is
-refused, with the file to remove if that process is gone.
+the lock (``flock``) and drops it when the holder dies. On others (NFS, SMB, FUSE) kernel locks may
+hold on one machine only, so there the file itself is the lock: it is made in one step that only one
+writer can do. Such a lock is taken over when its holder was a process of this machine that is dead.
+Of another machine nobody here can know; then the lock is refused, with the file to remove if that
+process is gone.
 """
 
 from __future__ import annotations
