@@ -1,11 +1,12 @@
 """One writer at a time: a lock that names its holder and outlives neither it nor a crash.
 
-The lock of ``DIR/NAME`` is the file ``DIR/.NAME.lock``, which says who holds it. On a file system
-of this machine the kernel keeps the lock (``flock``) and drops it when the holder dies. On others
-(NFS, SMB, FUSE) kernel locks may hold on one machine only, so there the file itself is the lock:
-it is made in one step that only one writer can do. Such a lock is taken over when its holder was a
-process of this machine that is dead. Of another machine nobody here can know; then the lock is
-refused, with the file to remove if that process is gone.
+The lock of ``DIR/NAME`` is the file ``DIR/.NAME.lock``, which says who holds it; where nothing can
+be written to ``DIR`` it is ``DIR/NAME/.lock``. On a file system of this machine the kernel keeps
+the lock (``flock``) and drops it when the holder dies. On others (NFS, SMB, FUSE) kernel locks may
+hold on one machine only, so there the file itself is the lock: it is made in one step that only one
+writer can do. Such a lock is taken over when its holder was a process of this machine that is dead.
+Of another machine nobody here can know; then the lock is refused, with the file to remove if that
+process is gone.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class WriterLock:
         self, path: str | os.PathLike[str], what: str = "writing", wait_s: float = 0.0
     ) -> None:
         self.path = Path(path).resolve()
-        self.file = self.path.with_name(f".{self.path.name}.lock")
+        self.file = _lock_file(self.path)
         self.what, self.wait_s = what, wait_s
         self._taken = 0
 
@@ -244,6 +245,13 @@ class WriterLock:
         if not is_alive(int(holder["pid"]), int(holder["started"])):
             return f"{by} has died, but processes that it began still run; end them"
         return f"{text}, or end it"
+
+
+def _lock_file(path: Path) -> Path:
+    """The lock of ``path``: beside it, or within it where nothing can be written beside it."""
+    if path.is_dir() and (not path.name or not os.access(path.parent, os.W_OK)):
+        return path / ".lock"  # such as a volume of its own, mounted where only root writes
+    return path.with_name(f".{path.name}.lock")
 
 
 def _has_died(holder: dict[str, Any]) -> bool:

@@ -192,6 +192,14 @@ def test_a_run_is_not_overwritten_and_a_finished_one_resumes_to_the_same_score(t
     folder, output = tiny_run
     assert run("train", *TINY, f"data.path={folder}/demos.zarr", f"run_dir={folder}/run") == 1
     assert "already holds a run" in capsys.readouterr().err
+    config, note = folder / "run" / "config.yaml", folder / "run" / "checkpoints" / "notes.txt"
+    note.write_text("mine")
+    before = config.read_bytes()
+    more = (f"data.path={folder}/demos.zarr", f"run_dir={folder}/run", "overwrite=true")
+    assert run("train", *TINY, *more, "trainer.steps=7") == 1
+    assert "notes.txt" in capsys.readouterr().err
+    assert config.read_bytes() == before  # of the run that is still there
+    note.unlink()
     metrics = (folder / "run" / "metrics.csv").read_bytes()
     assert run("resume", f"{folder}/run") == 0
     assert result_of(capsys.readouterr().out)["return"] == result_of(output)["return"]

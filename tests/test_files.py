@@ -235,6 +235,16 @@ def test_the_lock_of_another_machine_is_refused_with_the_way_out(
     WriterLock(tmp_path / "run").acquire().release()
 
 
+def test_a_directory_beside_which_nothing_can_be_written_is_locked_from_within(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(locks.os, "access", lambda path, mode: Path(path) != tmp_path)
+    with WriterLock(tmp_path / "run"):
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_two_processes_never_write_at_once(tmp_path: Path) -> None:
     code = """
         import sys

@@ -393,11 +393,15 @@ def _curve(config: TrainConfig, run_dir: Path) -> None:
 
 
 def _check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
-    if (run_dir / "checkpoints").exists() and not resume and not config.overwrite:
+    from diffpolicy.training.run_files import clear_run, has_run
+
+    if has_run(run_dir) and not resume and not config.overwrite:
         raise ConfigError(
             f"{run_dir} already holds a run; continue it with `diffpolicy resume {run_dir}`, "
             "replace it with overwrite=true, or choose another run_dir"
         )
+    if not resume:
+        clear_run(run_dir, only_check=True)
 
 
 def _yaml(config: TrainConfig | SequenceTrainConfig) -> str:

@@ -108,12 +108,16 @@ def trainer_settings(values: dict[str, Any], seed: int, where: str = "trainer.")
 
 def check_new(run_dir: Path, *, overwrite: bool, resume: bool) -> None:
     """Raise unless a run may be written to ``run_dir``."""
-    written = (run_dir / "checkpoints").exists() or (run_dir / "report.json").exists()
+    from diffpolicy.training.run_files import clear_run, has_run
+
+    written = has_run(run_dir) or (run_dir / "report.json").exists()
     if written and not resume and not overwrite:
         raise ConfigError(
             f"{run_dir} already holds a run; continue it with `diffpolicy resume {run_dir}`, "
             "replace it with overwrite=true, or choose another run_dir"
         )
+    if not resume:
+        clear_run(run_dir, only_check=True)
 
 
 def write_config(run_dir: Path, config: Any) -> None:

@@ -147,7 +147,7 @@ def _read(path: Path, entry: Mapping[str, Any]) -> Any:
 
 def read_pointer(path: Path) -> str | None:
     """The name that a pointer holds; ``None`` if there is no pointer."""
-    return path.read_text().strip() if path.is_file() else None
+    return path.read_text(errors="replace").strip() if path.is_file() else None
 
 
 def _size(file: Path) -> int | None:
@@ -204,7 +204,8 @@ class Snapshots:
         if is_best:
             write_atomic(self.folder / "best", name + "\n")
         write_atomic(self.folder / "last", name + "\n")
-        self._prune()
+        if state.get("state.json", {}).get("best_score") is None or self._is_known("best"):
+            self._prune()  # else any of them may be the best
 
     def load_last(self) -> dict[str, Any]:
         """The training state that ``last`` points to.
@@ -247,6 +248,9 @@ class Snapshots:
         if gone:
             raise CheckpointError(f"{place / gone[0]} is damaged{self._hint(pointer, name)}")
         return name
+
+    def _is_known(self, pointer: str) -> bool:
+        return (read_pointer(self.folder / pointer) or "") in self._names()
 
     def _hint(self, pointer: str, name: str | None = None) -> str:
         intact = [n for n in self._names() if n != name and self._is_intact(n)]

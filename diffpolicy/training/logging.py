@@ -28,14 +28,7 @@ class MetricsFile:
         self.rows: list[dict[str, str]] = []
         self.columns: list[str] = ["step"]
         if path.is_file():
-            text = path.read_text()
-            whole = text[: text.rfind("\n") + 1]  # a killed writer may leave half a line
-            with io.StringIO(whole) as file:
-                self.rows = [
-                    row
-                    for row in csv.DictReader(file)
-                    if row["step"] and int(row["step"]) <= keep_until
-                ]
+            self.rows = [row for row in read_metrics(path) if int(row["step"]) <= keep_until]
             for row in self.rows:
                 self.columns += [name for name in row if name not in self.columns]
             self._rewrite()
@@ -104,13 +97,30 @@ class TensorBoard:
         self._writer.flush()
 
 
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics file that say their step; half a line of a killed writer is left out.
+
+    Raises:
+        ValueError: it is damaged, or no file of ours; names it.
+    """
+    if not is_metrics(path):
+        raise ValueError(
+            f"{path} is no table of ours: its first column is not 'step'; move it away"
+        )
+    text = path.read_text(errors="replace")
+    rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    for row in rows:
+        if row["step"] and not row["step"].isdecimal():
+            raise ValueError(
+                f"{path} is damaged: {row['step']!r:.40} is no step; mend that line, or move the "
+                "file away (training goes on without the earlier rows)"
+            )
+    return [row for row in rows if row["step"]]
+
+
 def logged_until(path: Path) -> int:
     """The largest step that a metrics file has a row of; 0 without one."""
-    if not path.is_file():
-        return 0
-    with path.open(newline="") as file:
-        steps = [row.get("step") or "" for row in csv.DictReader(file)]
-    return max((int(step) for step in steps if step.isdecimal()), default=0)
+    return max((int(row["step"]) for row in read_metrics(path)), default=0) if path.is_file() else 0
 
 
 def is_metrics(path: Path) -> bool:

@@ -107,7 +107,7 @@ from diffpolicy.training.checkpoint import Snapshots
 snapshots, step = Snapshots(Path(sys.argv[1])), 0
 while True:
     step += 1
-    files = {"w.safetensors": {"x": torch.full((50_000,), float(step))}, "state.json": step}
+    files = {"w.safetensors": {"x": torch.full((50_000,), float(step))}, "state.json": {"n": step}}
     snapshots.save(step, files, {}, is_best=False)
 """
 
@@ -124,7 +124,7 @@ def test_sigkill_while_writing(tmp_path):
         process.wait()
         files = Snapshots(folder).load_last()
         assert torch.equal(
-            files["w.safetensors"]["x"], torch.full((50_000,), float(files["state.json"]))
+            files["w.safetensors"]["x"], torch.full((50_000,), float(files["state.json"]["n"]))
         )
 
 
@@ -156,6 +156,20 @@ def test_pruning_leaves_what_others_write_or_keep_there(tmp_path):
         (tmp_path / "0000001" / "notes.txt").write_text("mine")
     left = {p.name for p in tmp_path.iterdir() if p.is_dir()}
     assert left == {*stay, "0000001", "0000003"}
+
+
+def test_while_the_best_is_not_known_none_is_pruned(tmp_path):
+    snapshots = Snapshots(tmp_path, keep_last=1)
+    state = {"state.json": {"best_score": 0.5}}
+    snapshots.save(1, state, {}, is_best=True)
+    (tmp_path / "best").write_bytes(b"\xff")
+    for step in (2, 3):
+        snapshots.save(step, state, {}, is_best=False)
+    with pytest.raises(CheckpointError, match=r"best is damaged.*0000003 is intact"):
+        snapshots.policy()
+    (tmp_path / "best").write_text("0000001\n")
+    snapshots.save(4, state, {}, is_best=False)
+    assert snapshots._names() == ["0000001", "0000004"]
 
 
 def test_a_run_stands_for_its_checkpoints_and_never_for_another(tmp_path):

@@ -167,6 +167,15 @@ def test_a_used_run_directory_is_refused_or_overwritten(make_objective, table, t
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"step,loss\n\xff,2\n"])
+def test_metrics_that_are_damaged_or_not_ours_are_named(make_objective, table, tmp_path, content):
+    Trainer(make_objective(), table, CONFIG, tmp_path).fit()
+    (tmp_path / "metrics.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics\.csv is .*move"):
+        Trainer(make_objective(), table, CONFIG, tmp_path, resume=True)
+    assert (tmp_path / "metrics.csv").read_bytes() == content
+
+
 def test_best_is_kept_and_the_rest_pruned(make_objective, table, tmp_path):
     scores = iter([0.2, 0.9, 0.4, 0.9])
     seen = []
