@@ -26,6 +26,7 @@ from diffpolicy.policies.levels import choose_level, demonstrations, observation
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.spec import Gripper
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
+from diffpolicy.policies.upgrade import upgraded
 from diffpolicy.trainable import TrainablePolicy
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.policy_files import FORMAT, VERSION, find_policy, policy_files
@@ -318,7 +319,7 @@ class DiffusionPolicy(TrainablePolicy):
             ValueError: not a policy, a damaged file, or settings that do not fit.
         """
         files = read_bundle(Path(path))
-        config = dict(files["config.json"])
+        config = upgraded(files["config.json"])
         if config.pop("format", None) != FORMAT or config.pop("version", None) != VERSION:
             raise ValueError(f"{path} is not a diffpolicy policy of version {VERSION}")
         normalizer = Normalizer.from_parts(

@@ -17,7 +17,7 @@ COMMANDS = {
     "train": "train a policy on demonstrations, evaluate it and leave a run directory",
     "finetune": "tune a sequence model by a reward, or a policy by preferences, and report",
     "eval": "roll a trained policy out and score it",
-    "resume": "continue an interrupted run exactly where it stopped",
+    "resume": "continue an interrupted run exactly where it stopped, or train one for longer",
     "rti": "give a policy warm starts (real-time iteration), their level chosen from data",
     "anchors": "give a policy truncated starts from anchors of the demonstrations",
     "data": "info, check, convert or collect episode stores",

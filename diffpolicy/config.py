@@ -92,6 +92,7 @@ class SamplerConfig:
     spacing: str = "t"
     options: dict[str, Any] = field(default_factory=dict)
     guidance_scale: float = 1.0
+    t_min: float | None = None
 
 
 @dataclass
@@ -191,6 +192,8 @@ class EvalConfig:
     control_ms: float = 50.0
     replan: str = "due"
     arrival: str = "aligned"
+    hold_ticks: int | None = None
+    safe_action: list[float] = field(default_factory=list)
     n_action_steps: int | None = None
     output: str | None = None
     deterministic: bool = False

@@ -115,7 +115,10 @@ def replaced_directory(
     Raises:
         ForeignFilesError: something else is in it. Nothing was changed.
     """
-    target = settled(path).resolve()
+    settled(
+        path
+    )  # what a killed writer has moved aside is back, and checked, before it is replaced
+    target = Path(path).resolve()
     check_owned(target, owned)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent, target.name)

@@ -11,7 +11,9 @@ refused, with the file to remove if that process is gone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -69,6 +71,7 @@ def is_alive(pid: int, start: int) -> bool:
 class _Held:
     handle: int | None
     thread: int
+    made: list[Path]  # directories that were made for the lock, the innermost first
     count: int = 1
 
 
@@ -132,6 +135,9 @@ class WriterLock:
             self.file.unlink(missing_ok=True)  # before the kernel's lock goes, so it is still ours
             if held.handle is not None:
                 os.close(held.handle)
+            with contextlib.suppress(OSError):  # a holder that wrote nothing leaves no trace
+                for folder in held.made:
+                    folder.rmdir()
 
     __enter__ = acquire
 
@@ -153,11 +159,14 @@ class WriterLock:
                 return f"another thread of this process is {_read(self.file).get('what')}"
             held.count += 1
             return None
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        taken = self._by_kernel() if _kernel_locks(self.file.parent) else self._by_file()
+        made = _make_directory(self.file.parent)
+        try:
+            taken = self._by_kernel() if _kernel_locks(self.file.parent) else self._by_file()
+        except FileNotFoundError:  # another holder has just removed what it had made
+            return f"{self.file.parent} is going away; try again"
         if isinstance(taken, str):
             return taken
-        _HELD[self.file] = _Held(taken, threading.get_ident())
+        _HELD[self.file] = _Held(taken, threading.get_ident(), made)
         return None
 
     def _record(self, kind: str) -> bytes:
@@ -251,6 +260,17 @@ def _read(file: Path) -> dict[str, Any]:
         return holder if {"pid", "started"} <= set(holder) else {}
     except (OSError, ValueError, TypeError):
         return {}
+
+
+def _make_directory(folder: Path) -> list[Path]:
+    """Make a directory; returns those that were missing, the innermost first."""
+    missing = list(itertools.takewhile(lambda p: not p.exists(), (folder, *folder.parents)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        place = next(p for p in (folder, *folder.parents) if p.exists())
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, not a directory", str(place)) from None
+    return missing
 
 
 def _is_at(handle: int, path: Path) -> bool:

@@ -1,7 +1,9 @@
 """Truncated against vanilla diffusion on ETH/UCY pedestrians, leaving one scene out at a time.
 
-    python scripts/eth_ucy.py [data=FILE.npz] [output=eth_ucy.json] [folds=eth,univ,zara01,zara02]
-        [seeds=0,1,2] [examples=1500] [threads=1] [steps=2500] [any other setting of both arms]
+    python scripts/eth_ucy.py [data=FILE.npz] [output=eth_ucy.json]
+        [folds=eth,univ,zara01,zara02,zara03,uni_examples] [seeds=0,1,2] [examples=1500] [threads=1]
+        [steps=2500] [any other setting of both arms]
+    python scripts/eth_ucy.py data=FILE.npz,biwi_hotel.txt folds=hotel    # Trajectron++'s file
 
 Cells that the output holds already are skipped. Beside the JSON it writes a picture of the modes
 (matplotlib) and prints the table.
@@ -12,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from diffpolicy.commands.eth_ucy import draw, parse_settings, run, table
-from diffpolicy.data.eth_ucy import FOLDS
+from diffpolicy.commands.eth_ucy import AT_HAND, draw, parse_settings, run, table
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "eth_ucy" / "eth_ucy_raw.npz"
 
@@ -23,9 +24,9 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(int(options.pop("threads", "1")))
     output = Path(options.pop("output", "eth_ucy.json"))
     report = run(
-        options.pop("data", DATA),
+        options.pop("data", str(DATA)).split(","),
         output,
-        folds=options.pop("folds", ",".join(FOLDS)).split(","),
+        folds=options.pop("folds", ",".join(AT_HAND)).split(","),
         seeds=[int(seed) for seed in options.pop("seeds", "0,1,2").split(",")],
         examples=int(options.pop("examples", "1500")),
         settings=parse_settings(options),

@@ -4,8 +4,8 @@
                                     [--against TREE] [--cases ENVS:PROCESSES ...]
 
 Every case runs in a process of its own, all cases in turn and again, so that a busy machine slows
-all alike; printed are the medians. Wall time begins with the first reset, so it holds the making of
-all environments but the first of each process. Beside it stand the steps a second of processor
+all alike; printed are the medians. Wall time begins with the first reset; the making of the
+environments has a column of its own. Beside it stand the steps a second of processor
 time, of the main process alone and of all together, starts included, which other programs hardly
 touch. The policy costs next to nothing, so what is measured is the rest. With `--against` another
 checkout is measured beside this one and the ratio of the two is printed.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-COLUMNS = ("steps/s", "steps per main s", "steps per cpu s")
+COLUMNS = ("steps/s", "steps per main s", "steps per cpu s", "setup ms")
 
 
 class Memory:
@@ -64,7 +65,7 @@ class Still:
 
 
 def measure(env: str, episodes: int, steps: int, num_envs: int, num_workers: int) -> list[float]:
-    """The three figures of one case, in this process."""
+    """The four figures of one case, in this process."""
     from diffpolicy.rollout.evaluate import evaluate
     from diffpolicy.rollout.spec import EnvSpec, describe
     from diffpolicy.rollout.vector import Workers
@@ -78,7 +79,8 @@ def measure(env: str, episodes: int, steps: int, num_envs: int, num_workers: int
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = result.summary["steps"]
     both = main + children.ru_utime + children.ru_stime
-    return [result.summary["steps_per_s"], done / main, done / both]
+    setup_ms = 1000 * result.summary.get("setup_s", math.nan)  # not told by older trees
+    return [result.summary["steps_per_s"], done / main, done / both, setup_ms]
 
 
 def main() -> None:

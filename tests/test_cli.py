@@ -7,12 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from diffpolicy import cli
-from diffpolicy.config import ConfigError, compose, config_dir, group_choices, load_train
+from diffpolicy.config import (
+    ConfigError,
+    compose,
+    config_dir,
+    group_choices,
+    load_train,
+    read_yaml,
+)
 from diffpolicy.config_policy_tuning import load_policy_tuning
 from diffpolicy.config_sequences import experiment_kind, load_finetune, load_sequence_train
+from diffpolicy.data.store import EpisodeStore
+from diffpolicy.training.identity import ResumeWarning
 
 HEAVY = ("torch", "hydra", "mujoco", "gymnasium", "stable_baselines3", "zarr")
 
@@ -186,6 +196,48 @@ def test_a_run_is_not_overwritten_and_a_finished_one_resumes_to_the_same_score(t
     assert run("resume", f"{folder}/run") == 0
     assert result_of(capsys.readouterr().out)["return"] == result_of(output)["return"]
     assert (folder / "run" / "metrics.csv").read_bytes() == metrics
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps on numbers."""
+    folder = tmp_path_factory.mktemp("short")
+    rng = np.random.default_rng(0)
+    fields = {"obs": rng.uniform(-1, 1, (60, 3)), "action": rng.uniform(-1, 1, (60, 2))}
+    fields = {name: rows.astype(np.float32) for name, rows in fields.items()}
+    EpisodeStore.from_arrays(fields, [20, 40, 60], path=folder / "demos.zarr")
+    where = ["data=store", f"data.path={folder / 'demos.zarr'}", f"run_dir={folder / 'run'}"]
+    shape = ["env=pointmaze_umaze", "evaluation=none", "network.width=8", "network.depth=1"]
+    quick = ["trainer.steps=6", "trainer.batch_size=8", "trainer.progress=false", "threads=1"]
+    assert run("train", *where, *shape, *quick) == 0
+    return folder / "run"
+
+
+def test_a_run_goes_on_for_longer_and_at_another_rate(short, capsys):
+    recorded = (short / "config.yaml").read_bytes()
+    with pytest.warns(ResumeWarning) as said:
+        assert run("resume", str(short), "trainer.steps=9", "trainer.lr=1e-4") == 0
+    text = " ".join(str(warning.message) for warning in said)
+    assert "steps=9" in text
+    assert "lr=0.0001" in text
+    assert "goes on with trainer.steps=9 (it was 6)" in capsys.readouterr().out
+    trainer = read_yaml(short / "config.yaml")["trainer"]
+    assert (trainer["steps"], trainer["lr"]) == (9, 1e-4)
+    assert (short / "checkpoints" / "last").read_text() == "0000009\n"
+    kept = (short / "config.yaml").read_bytes()
+    assert kept != recorded
+    assert run("resume", str(short)) == 0  # which knows, and has nothing to say
+    for argument, message in (
+        ("trainer.steps=6", "has done 9 steps already"),
+        ("trainer.steps=many", "trainer.steps must be int"),
+        ("trainer.batch_size=4", "what may is trainer.steps, trainer.lr"),
+        ("trainer.step=12", "did you mean 'trainer.steps'"),
+        ("policy.horizon=8", "policy.horizon cannot change"),
+    ):
+        capsys.readouterr()
+        assert run("resume", str(short), argument) == 1
+        assert message in capsys.readouterr().err
+        assert (short / "config.yaml").read_bytes() == kept  # what was refused is not recorded
 
 
 @pytest.mark.mujoco

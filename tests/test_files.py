@@ -152,6 +152,18 @@ def killed_before(count: int, work: Callable[[], None]) -> int:
         os._exit(0)
 
 
+@pytest.mark.parametrize("mover", [DEAD, "0badcafe-4194304-1-0"])
+def test_what_was_moved_aside_and_not_put_back_is_replaced_in_its_place(
+    tmp_path: Path, mover: str
+) -> None:
+    make(tmp_path / "x", "old")
+    (tmp_path / "x").rename(tmp_path / f".x.old-{mover}")
+    assert contents(tmp_path / "x") == {"old"}
+    make(tmp_path / "x", "new")
+    assert (tmp_path / "x" / "b").read_text() == "new"
+    assert contents(tmp_path / "x") == {"new"}
+
+
 def test_only_leftovers_of_the_dead_are_removed(tmp_path: Path) -> None:
     mine = files._beside(tmp_path / "x", "partial").name
     stay = {mine, ".x.partial-0badcafe-4194304-1-0", ".x.partial", ".git", f".y.old-{DEAD}"}
@@ -241,3 +253,14 @@ def test_two_processes_never_write_at_once(tmp_path: Path) -> None:
         for child in children:
             child.communicate(timeout=60)
         assert (tmp_path / kind).read_text() == "60"
+
+
+def test_a_lock_under_which_nothing_was_written_leaves_no_trace(tmp_path):
+    with WriterLock(tmp_path / "a" / "b" / "run"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert not (tmp_path / "a").exists()
+    with WriterLock(tmp_path / "a" / "b" / "run"):
+        (tmp_path / "a" / "mine").write_text("x")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["mine"]
+    with pytest.raises(NotADirectoryError, match="is a file"), WriterLock(tmp_path / "a/mine/run"):
+        pass

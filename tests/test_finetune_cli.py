@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import gymnasium as gym
@@ -12,7 +13,9 @@ import torch
 
 from diffpolicy import cli
 from diffpolicy.commands import finetune
+from diffpolicy.config import read_yaml
 from diffpolicy.sequences.model import SequenceModel
+from diffpolicy.training.identity import ResumeWarning
 from diffpolicy_envs.sequences.env import SequenceDesignEnv
 from diffpolicy_envs.sequences.multilinear import TableTask
 
@@ -57,7 +60,9 @@ def tuned(pretrained: Path, run: Path, *extra: str) -> int:
 
 
 def test_pretraining_leaves_a_model_and_a_report(pretrained):
-    assert SequenceModel.from_pretrained(pretrained).spec.alphabet == "ACGT"
+    model = SequenceModel.from_pretrained(pretrained)
+    assert model.spec.alphabet == "ACGT"
+    assert repr(model).startswith("SequenceModel(3 of 'ACGT', mlp, masked_loglinear; ")
     report = json.loads((pretrained / "report.json").read_text())
     assert report["metrics"]["valid"] == 1.0
 
@@ -158,6 +163,24 @@ def test_interrupted_tuning_resumes_to_the_same_weights(pretrained, tmp_path, mo
     assert cli.main(["resume", str(cut)]) == 0
     a, b = (SequenceModel.from_pretrained(run).denoiser.state_dict() for run in (whole, cut))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_runs_of_sequences_go_on_for_longer(pretrained, tmp_path, capsys):
+    base, run = tmp_path / "base", tmp_path / "tuned"
+    shutil.copytree(pretrained, base)
+    with pytest.warns(ResumeWarning, match="steps=62"):
+        assert cli.main(["resume", str(base), "trainer.steps=62"]) == 0
+    assert tuned(base, run, "finetune=drakes") == 0
+    with pytest.warns(ResumeWarning, match="steps=6"):
+        assert cli.main(["resume", str(run), "trainer.steps=6"]) == 0
+    for folder, steps in ((base, 62), (run, 6)):
+        assert read_yaml(folder / "config.yaml")["trainer"]["steps"] == steps
+        assert (folder / "checkpoints" / "last").read_text() == f"{steps:07d}\n"
+    assert json.loads((run / "report.json").read_text())["settings"]["trainer"]["steps"] == 6
+    assert tuned(base, tmp_path / "drawn", "finetune=none", "guidance=best_of_n") == 0
+    capsys.readouterr()
+    assert cli.main(["resume", str(tmp_path / "drawn"), "trainer.steps=9"]) == 1
+    assert "no effect with finetune=none" in capsys.readouterr().err
 
 
 def test_runs_compare_in_one_table(pretrained, tmp_path, capsys):

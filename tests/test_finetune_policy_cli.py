@@ -18,6 +18,7 @@ from diffpolicy.config_policy_tuning import load_policy_tuning
 from diffpolicy.data.preferences import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.tuning_report import read_tuning_report
+from diffpolicy.training.identity import ResumeWarning
 from diffpolicy.training.trainer import Trainer
 
 ENV = ["env.id=Pendulum-v1", "env.name=pendulum", "env.score=return", "env.max_episode_steps=20"]
@@ -481,3 +482,17 @@ def test_how_rollouts_are_collected_is_kept_with_them(trained, tmp_path):
     preferences = PreferenceSet.open(run / "preferences.jsonl")
     assert preferences.attrs["scoring"]["score"] == "max_reward"
     assert preferences.store.attrs["rollouts"]["settings"]["seed"] == 3
+
+
+def test_a_tuning_goes_on_for_longer(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert tuned(trained, run, "preference=bc", *UNSCORED) == 0
+    with pytest.warns(ResumeWarning, match="steps=6"):
+        assert cli.main(["resume", str(run), "trainer.steps=6"]) == 0
+    assert newest(run).name == "0000006"
+    assert same(run / "policy", newest(run))
+    assert cli.main(["resume", str(run)]) == 0
+    (run / "round_1").mkdir()  # which began with what the first has learned
+    capsys.readouterr()
+    assert cli.main(["resume", str(run), "trainer.steps=8"]) == 1
+    assert "second round" in capsys.readouterr().err

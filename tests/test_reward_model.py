@@ -6,6 +6,7 @@ judged. So the step reward must not depend on actions, and the value of a plan m
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
@@ -167,6 +168,12 @@ def test_a_run_holds_the_same_model_and_resumes(preferences, store, tmp_path):
     once = learned(resume=False).rewards(store)
     kept = RewardModel.from_pretrained(tmp_path / "run").rewards(store)
     np.testing.assert_array_equal(kept, once)
+    model = RewardModel.from_pretrained(tmp_path / "run")
+    assert re.match(
+        r"RewardModel\(obs \d, action \d; 2 members; \d+ parameters, on cpu", repr(model)
+    )
+    value = PlanValue.for_reward(model, n_action_steps=2)
+    assert re.match(r"PlanValue\(obs \d x 1, 2 actions of \d; rewards of 16 steps, ", repr(value))
     (tmp_path / "run" / "checkpoints" / "last").write_text("0000006\n")  # as if killed after it
     np.testing.assert_array_equal(learned(resume=True).rewards(store), once)
 

@@ -18,15 +18,16 @@ from diffpolicy.data.eth_ucy import FOLDS, Trajectories, fold_scenes, read_scene
 from diffpolicy.files import atomic_file, write_atomic
 from diffpolicy.training.settings import mix_seed
 
+AT_HAND = tuple(name for name in FOLDS if name != "hotel")  # whose scene is a file of its own
 DRAWN = 4  # held-out pedestrians in the picture, per fold
 METRICS = ("min_ade", "min_fde", "footprint_diversity", "pairwise_m", "nfe", "ms")
 
 
 def run(
-    data: str | os.PathLike[str],
+    data: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
-    folds: Sequence[str] = tuple(FOLDS),
+    folds: Sequence[str] = AT_HAND,
     seeds: Sequence[int] = (0, 1, 2),
     settings: Settings | None = None,
     examples: int = 1500,
@@ -36,7 +37,7 @@ def run(
     The file is rewritten after every cell, so an interrupted run continues where it was.
 
     Args:
-        data: the ``.npz`` of :func:`diffpolicy.data.eth_ucy.read_scenes`.
+        data: the files of :func:`diffpolicy.data.eth_ucy.read_scenes`.
         output: JSON file.
         folds: held-out scenes, of :data:`diffpolicy.data.eth_ucy.FOLDS`.
         seeds: of training and sampling.
@@ -54,7 +55,7 @@ def run(
         fold_scenes({}, fold)  # complain before an hour of training
     path = Path(output)
     report = _open(path, {**asdict(settings), "examples": examples})
-    scenes = read_scenes(data)
+    scenes = read_scenes(*data)
     for seed in seeds:
         for fold in folds:
             train, held_out = (None, None)

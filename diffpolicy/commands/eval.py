@@ -206,6 +206,7 @@ def acting_policy(policy: DiffusionPolicy, config: EvalConfig) -> Any:
         return acting
     latency = LinearLatency(config.latency_ms or 0.0, config.latency_ms_per_nfe or 0.0)
     options: dict[str, Any] = {"replan": config.replan, "arrival": config.arrival}
+    options |= {"hold_ticks": config.hold_ticks, "safe_action": config.safe_action or None}
     return DelayedPolicy(acting, latency, config.control_ms, **options)
 
 

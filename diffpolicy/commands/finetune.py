@@ -105,7 +105,7 @@ def run(arguments: Sequence[str]) -> int:
         return run_policy(arguments)
     overrides = [a for a in arguments if a != "--print-config"]
     config = load_finetune(overrides)
-    _refuse_idle(config, overrides)
+    refuse_idle(config, overrides)
     if len(overrides) < len(arguments):
         from omegaconf import OmegaConf
 
@@ -114,7 +114,7 @@ def run(arguments: Sequence[str]) -> int:
     return finetune(config)
 
 
-def _refuse_idle(config: FinetuneConfig, overrides: Sequence[str]) -> None:
+def refuse_idle(config: FinetuneConfig, overrides: Sequence[str]) -> None:
     """Raise if a setting was given that would have no effect."""
     if config.finetune.get("type") != "none":
         return

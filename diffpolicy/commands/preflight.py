@@ -132,10 +132,7 @@ def check_training(config: TrainConfig) -> None:
         ConfigError: settings that cannot be used.
         ValueError: likewise.
     """
-    import torch
-
     from diffpolicy.commands.train import policy_shape, trainer_config
-    from diffpolicy.core import levels, prior_start
     from diffpolicy.learning import Learning, check_learning
     from diffpolicy.policies.diffusion import PolicySpec, Sampler
 
@@ -153,9 +150,7 @@ def check_training(config: TrainConfig) -> None:
     denoiser = spec.make_denoiser()
     spec.make_heads()
     check_learning(spec, learning)
-    start = prior_start(denoiser.process, torch.zeros(1, spec.horizon, spec.plan_layout.dim))
-    grid = levels(start, sampler.num_steps, spacing=sampler.spacing, process=denoiser.process)
-    sampler.make().rows(denoiser.process, grid)
+    sampler.make().rows(denoiser.process, sampler.grid(denoiser.process))
 
 
 __all__ = [

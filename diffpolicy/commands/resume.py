@@ -1,50 +1,130 @@
-"""`diffpolicy resume RUN`: continue an interrupted run exactly where it stopped."""
+"""`diffpolicy resume RUN`: continue an interrupted run where it stopped, or a finished one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffpolicy.commands.options import parse
-from diffpolicy.config import ConfigError, TrainConfig, build, read_yaml
+from diffpolicy.config import ConfigError, TrainConfig, build, keys_given, read_yaml
 from diffpolicy.config_policy_tuning import PolicyTuningConfig
 from diffpolicy.config_sequences import FinetuneConfig, SequenceTrainConfig
+from diffpolicy.files import write_atomic
+from diffpolicy.settings import near_miss
 
 
 def help_text() -> str:
     """The text of `diffpolicy resume --help`."""
-    return """\
-usage: diffpolicy resume RUN
+    from diffpolicy.training.settings import MAY_CHANGE
+
+    return f"""\
+usage: diffpolicy resume RUN [trainer.KEY=VALUE ...]
 
 Continues the run in directory RUN from its last checkpoint, with the configuration it was started
 with (RUN/config.yaml). On a CPU the result is bit for bit that of an uninterrupted run. A finished
-run is only evaluated again."""
+run is only evaluated again, unless it is to train for longer:
+
+    diffpolicy resume RUN trainer.steps=20000 trainer.lr=1e-4
+
+What may change, in every kind of run: trainer.KEY of
+{", ".join(MAY_CHANGE)}.
+Any change is said, and kept in RUN/config.yaml; where the result is then not that of a run which
+had the new value from its beginning, a ResumeWarning says so. Anything else is another run."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Load the run's configuration and go on."""
-    from diffpolicy.commands.train import train
+    """Load the run's configuration, with what is to change, and go on."""
+    from diffpolicy.policies.upgrade import upgraded
     from diffpolicy.rollout.trust import stored_env_id
 
-    run_dir = Path(parse(arguments, ["run"], {})["run"])
+    options = _options(arguments)
+    run_dir = Path(options.pop("run"))
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml")
-    plain = read_yaml(file)
+    plain = upgraded(read_yaml(file))
     for section in ("env", "task"):
         if isinstance(plain.get(section), dict):
             stored_env_id(str(plain[section].get("id")), file, instead="")
     plain["run_dir"] = str(run_dir)  # a run may have been moved
+    _change(plain, options, run_dir)
+    go_on = _command(plain, options)
+    recorded, trained = file.read_text(encoding="utf-8"), _trained(run_dir)
+    try:
+        return go_on()
+    except ValueError:  # what was refused before anything was trained with it is not kept
+        if options and _trained(run_dir) == trained:
+            write_atomic(file, recorded)
+        raise
+
+
+def _options(arguments: Sequence[str]) -> dict[str, Any]:
+    """``run`` and the settings that are to change, by their dotted names."""
+    from diffpolicy.training.settings import MAY_CHANGE
+
+    allowed = [f"trainer.{name}" for name in MAY_CHANGE]
+    given = keys_given(arguments)
+    for key in given:
+        if key not in ("run", *allowed):
+            hint = near_miss(key, allowed)
+            raise ConfigError(
+                f"{key} cannot change in a run that goes on; what may is {', '.join(allowed)}"
+                f"{hint}. With another {key}, start a new run in another directory"
+            )
+    values = parse(arguments, ["run"], dict.fromkeys(allowed))
+    return {key: value for key, value in values.items() if key == "run" or key in given}
+
+
+def _change(plain: dict[str, Any], options: Mapping[str, Any], run_dir: Path) -> None:
+    """Put what is to change into the run's configuration, and say it.
+
+    Raises:
+        ConfigError: a value that the trainer does not take, or a tuning whose later rounds began
+            with what the earlier ones have learned.
+    """
+    from diffpolicy.commands.train_sequences import trainer_settings
+
+    new = {key.removeprefix("trainer."): value for key, value in options.items()}
+    before = trainer_settings(plain.get("trainer") or {}, plain.get("seed", 0))
+    plain["trainer"] = {**(plain.get("trainer") or {}), **new}
+    after = trainer_settings(plain["trainer"], plain.get("seed", 0))
+    changed = [n for n in new if getattr(before, n) != getattr(after, n)]
+    if {"steps", "lr"} & set(changed) and (run_dir / "round_1").exists():
+        raise ConfigError(
+            f"{run_dir} has begun its second round with what the first has learned, so "
+            f"trainer.{changed[0]} cannot change any more; start a new run in another directory"
+        )
+    for name in changed:
+        was, found = getattr(before, name), getattr(after, name)
+        print(f"{run_dir} goes on with trainer.{name}={found} (it was {was})")
+
+
+def _command(plain: dict[str, Any], changes: Mapping[str, Any]) -> Callable[[], int]:
+    """The command that a run is of, ready to go on with this configuration."""
     if "preference" in plain:
         from diffpolicy.commands.finetune_policy import finetune_policy
 
-        return finetune_policy(build(PolicyTuningConfig, plain), resume=True)
+        tuning = build(PolicyTuningConfig, plain)
+        return lambda: finetune_policy(tuning, resume=True)
     if "pretrained" in plain:
-        from diffpolicy.commands.finetune import finetune
+        from diffpolicy.commands.finetune import finetune, refuse_idle
 
-        return finetune(build(FinetuneConfig, plain), resume=True)
+        config = build(FinetuneConfig, plain)
+        refuse_idle(config, list(changes))
+        return lambda: finetune(config, resume=True)
     if "task" in plain:
         from diffpolicy.commands.train_sequences import train_sequences
 
-        return train_sequences(build(SequenceTrainConfig, plain), resume=True)
-    return train(build(TrainConfig, plain), resume=True)
+        pretraining = build(SequenceTrainConfig, plain)
+        return lambda: train_sequences(pretraining, resume=True)
+    from diffpolicy.commands.train import train
+
+    training = build(TrainConfig, plain)
+    return lambda: train(training, resume=True)
+
+
+def _trained(run_dir: Path) -> dict[Path, bytes]:
+    """How far each training of a run has come."""
+    names = ("checkpoints/last", "round_*/checkpoints/last")
+    return {path: path.read_bytes() for name in names for path in run_dir.glob(name)}

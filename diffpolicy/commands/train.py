@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -280,7 +280,8 @@ def learn(
 
     trainer = trainer_config(config)
     if _group().first:
-        write_atomic(Path(config.run_dir) / "config.yaml", _yaml(config))
+        said = replace(config, process=dict(policy.spec.process))
+        write_atomic(Path(config.run_dir) / "config.yaml", _yaml(said))
     policy.learn(
         store,
         trainer,

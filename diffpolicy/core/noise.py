@@ -235,16 +235,14 @@ class DiscreteVP(GaussianProcess):
 
         Ho et al. (2020) have 1e-4 to 0.02 in 1000 steps. With fewer steps these would stop long
         before pure noise (at alpha = 0.60 after 100), so an end that is not given is theirs times
-        ``1000 / num_steps``, as Nichol & Dhariwal (2021) have it. Given ends are taken as they are.
+        ``1000 / num_steps``, as Nichol & Dhariwal (2021) have it, and below 1 for a handful of
+        steps. Given ends are taken as they are.
         """
         low, high = (
-            published * 1000 / num_steps if given is None else given
+            min(published * 1000 / num_steps, 0.999) if given is None else given
             for given, published in ((beta_start, 1e-4), (beta_end, 0.02))
         )
-        betas = torch.linspace(low, high, num_steps, dtype=torch.float64)
-        if beta_end is None:
-            betas = betas.clamp(max=0.999)  # a handful of steps
-        return cls(tuple(betas.tolist()))
+        return cls(tuple(torch.linspace(low, high, num_steps, dtype=torch.float64).tolist()))
 
     @property
     def first_level(self) -> float:  # type: ignore[override]
@@ -393,6 +391,15 @@ def make_process(config: Mapping[str, Any] | str) -> GaussianProcess:
         hint = near_miss(name, known)
         raise ValueError(f"unknown noise process {name!r}; expected one of {known}{hint}")
     return settings_of(PROCESSES[name], values, f"noise process {name!r}")
+
+
+def explicit_process(config: Mapping[str, Any] | str) -> dict[str, Any]:
+    """``config`` with the betas that it leaves to :meth:`DiscreteVP.linear`, as files keep them."""
+    values: dict[str, Any] = {"type": config} if isinstance(config, str) else dict(config)
+    if values.get("type") == "ddpm_linear" and {"beta_start", "beta_end"} - set(values):
+        betas = make_process(values).betas
+        values = {"beta_start": betas[0], "beta_end": betas[-1], **values}
+    return values
 
 
 def stratified(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:

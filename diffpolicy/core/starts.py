@@ -179,6 +179,8 @@ def levels(
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if t_min is not None and not 0 < t_min < 1:
+        raise ValueError(f"t_min must be in (0, 1) or None, got {t_min}")
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}; expected one of {SPACINGS}")
     first = start.t.double()

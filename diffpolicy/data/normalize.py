@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -203,11 +204,10 @@ class Normalizer:
 
     def to(self, device: torch.device | str) -> Normalizer:
         """The same normaliser with its tensors on `device`."""
-        return Normalizer(
-            self._modes,
-            {k: v.to(device) for k, v in self._scale.items()},
-            {k: v.to(device) for k, v in self._offset.items()},
-        )
+        other = copy.copy(self)  # with its copies on the host, and checked already
+        other._scale = {k: v.to(device) for k, v in self._scale.items()}
+        other._offset = {k: v.to(device) for k, v in self._offset.items()}
+        return other
 
     def to_tensors(self) -> dict[str, Tensor]:
         """`{"obs.scale": ..., "obs.offset": ..., ...}`, for a safetensors file."""

@@ -151,3 +151,12 @@ def one_hot(tokens: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """
     # A lookup: torch's one_hot reads the smallest and the largest token on the host.
     return F.embedding(tokens, torch.eye(size, dtype=dtype, device=tokens.device))
+
+
+def described(holder: object, what: str, network: nn.Module) -> str:
+    """The ``repr`` of what holds a network: its class, what it is, its size and where it is."""
+    weights = list(network.parameters())
+    count = sum(weight.numel() for weight in weights)
+    size = f"{count / 1e6:.2f}M" if count >= 1e5 else str(count)
+    where = f", on {weights[0].device}" if weights else ""
+    return f"{type(holder).__name__}({what}; {size} parameters{where})"

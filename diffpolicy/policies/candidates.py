@@ -52,6 +52,7 @@ class Truncated:
             state's best is executed always; ``"draw"`` draws one in proportion to its probability
             (``"prior"``: the anchors' in this state; ``"confidence"``: the calibrated one), a pure
             function of the row's seed and counter. ``deterministic=True`` takes the best anyway.
+        t_min: of the grid, as ``spacing``.
 
     Raises:
         ValueError: settings out of range, or sources that ``rank`` cannot compare.
@@ -67,6 +68,7 @@ class Truncated:
     rank_t: float = 0.3
     continuity: float = 0.0
     choose: str = "best"
+    t_min: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("t_start", self.t_start), ("rank_t", self.rank_t)):

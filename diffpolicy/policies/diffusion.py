@@ -20,6 +20,7 @@ from diffpolicy.core.solvers import make_solver
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.core.value_guidance import ValueGuidance, head_value
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.networks.base import described
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState, row_noise
 from diffpolicy.policies.candidates import Candidates
@@ -54,7 +55,7 @@ class DiffusionPlanner(ChunkedPolicy):
     """
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.spec.summary(self.denoiser)})"
+        return described(self, self.spec.summary(), self.denoiser)
 
     def __init__(
         self,
@@ -82,8 +83,7 @@ class DiffusionPlanner(ChunkedPolicy):
                 "them with spec.make_heads()"
             )
         self.denoiser = denoiser.eval()
-        self.device = next(denoiser.parameters()).device
-        self.normalizer = normalizer.to(self.device)
+        self.normalizer, self.anchors = normalizer, anchors
         self._low, self._high = (
             None if b is None else np.asarray(b, np.float32)
             for b in (spec.action_low, spec.action_high)
@@ -94,10 +94,30 @@ class DiffusionPlanner(ChunkedPolicy):
             largest = np.finfo(np.float32).max  # of entries that never change
             self._unusual = np.minimum(spec.rti.innovation * usual, largest).astype(np.float32)
         check_anchors(spec, anchors)
-        self.anchors = None if anchors is None else anchors.to(self.device)
-        self._known = self.layout.known.to(self.device)
         if spec.selection is not None:
             self.selector = Selector(spec.selection, self.score)
+        self._place()
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the policy to another device, in place, as modules of torch move.
+
+        Compiled loops become eager ones again. Policies made from this one (``with_settings``,
+        ``streaming``, ...) share its weights: move them too; wrappers (``chunked``) are made anew.
+
+        Returns:
+            self.
+        """
+        self.denoiser.to(device)
+        self.heads.to(device)
+        self._place()
+        return self
+
+    def _place(self) -> None:
+        """Bring what belongs to the weights to where these are."""
+        self.device, self._dtype = _where(self.denoiser)
+        self.normalizer = self.normalizer.to(self.device)
+        self.anchors = None if self.anchors is None else self.anchors.to(self.device)
+        self._known = self.layout.known.to(self.device)
         self._loops: dict[tuple[str, bool], Loop] = self._made_loops()
 
     def _made_loops(self) -> dict[tuple[str, bool], Loop]:
@@ -344,7 +364,15 @@ class DiffusionPlanner(ChunkedPolicy):
         """Standard normal ``[R, n, H, D]`` of each row's stream; one for all if deterministic.
 
         Candidates of a plan have streams of their own, also if deterministic.
+
+        Raises:
+            ValueError: the denoiser was moved, or its type changed, behind the policy's back.
         """
+        if (now := _where(self.denoiser)) != (self.device, self._dtype):
+            raise ValueError(
+                f"the denoiser is on {now[0]} as {now[1]}, but its policy was made for "
+                f"{self.device} and {self._dtype}; move the policy: policy.to({str(now[0])!r})"
+            )
         shape = (draws, self.horizon, self.layout.dim)
         streams = state.memory.get("candidate")
         seeds, counters = state.seed, state.counter
@@ -376,6 +404,11 @@ class DiffusionPlanner(ChunkedPolicy):
             if self._low is None and self._high is None
             else np.clip(actions, self._low, self._high)
         )
+
+
+def _where(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:
+    weight = next(denoiser.parameters())
+    return weight.device, weight.dtype
 
 
 __all__ = ["DiffusionPlanner", "Gripper", "Loop", "PolicySpec", "Sampler", "check_normalizer"]

@@ -27,7 +27,9 @@ def truncated_grid(
             assert anchors is not None
             first = anchors.default_t_start(process)
     t = trained_level(process, torch.full((1, 1, 1), first, dtype=torch.float64))
-    grid = levels(Start(t, t), num_steps, spacing=settings.spacing, process=process)
+    grid = levels(
+        Start(t, t), num_steps, spacing=settings.spacing, process=process, t_min=settings.t_min
+    )
     return grid, "prior" if kind == "draft" else "noised"
 
 

@@ -48,6 +48,7 @@ class RTI:
             ``renoise=False`` and ``levels``).
         legacy_schedule: coefficients of those steps: ``"matched"`` to the training schedule, or
             ``"linear"``, the schedule that the published evaluation ran with by an omission.
+        t_min: of the even grid, as ``spacing``.
 
     Raises:
         ValueError: settings out of range or that exclude each other.
@@ -64,6 +65,7 @@ class RTI:
     innovation: float | None = None
     legacy: bool = False
     legacy_schedule: str = "matched"
+    t_min: float | None = None
 
     def __post_init__(self) -> None:
         first = self.t_start if isinstance(self.t_start, tuple) else (self.t_start,)
@@ -129,7 +131,9 @@ class RTI:
             following = torch.tensor(self.levels, dtype=torch.float64).view(-1, 1, 1, 1)
             grid = torch.cat([t[None], process.snap(following.expand(-1, *t.shape))])
             return check_snapped(grid, process)
-        return levels(Start(t, t), self.num_steps, spacing=self.spacing, process=process)
+        return levels(
+            Start(t, t), self.num_steps, spacing=self.spacing, process=process, t_min=self.t_min
+        )
 
     @property
     def start(self) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.layout import Layout
-from diffpolicy.core.noise import GaussianProcess, make_process
+from diffpolicy.core.noise import GaussianProcess, explicit_process, make_process
 from diffpolicy.core.solvers import Solver, make_solver
 from diffpolicy.core.starts import Start, levels
 from diffpolicy.data.bounds import checked_bounds
@@ -39,6 +39,7 @@ class Sampler:
         spacing: grid of levels, ``"t"``, ``"log_snr"`` or ``"karras"``.
         options: options of the solver, e.g. ``{"eta": 0.5}``.
         guidance_scale: classifier-free guidance; 1 is the conditional model alone.
+        t_min: of these grids but ``"t"``, see :func:`diffpolicy.core.starts.levels`.
     """
 
     solver: str = "ddim"
@@ -46,6 +47,7 @@ class Sampler:
     spacing: str = "t"
     options: Mapping[str, Any] = field(default_factory=dict)
     guidance_scale: float = 1.0
+    t_min: float | None = None
 
     def make(self, *, deterministic: bool = False) -> Solver:
         """The solver; ``deterministic`` takes its noise-free form."""
@@ -59,7 +61,9 @@ class Sampler:
     def grid(self, process: GaussianProcess) -> Tensor:
         """Host levels ``[K + 1, 1, 1, 1]`` from pure noise to clean."""
         one = torch.ones(1, 1, 1, dtype=torch.float64)
-        return levels(Start(one, one), self.num_steps, spacing=self.spacing, process=process)
+        return levels(
+            Start(one, one), self.num_steps, spacing=self.spacing, process=process, t_min=self.t_min
+        )
 
 
 GRIPPER_MODES = ("clip", "scale")
@@ -201,8 +205,9 @@ class PolicySpec:
                 raise ValueError(
                     f"{name} must have action_dim={self.action_dim} entries, got {len(values)}"
                 )
-        self._round_bounds()
+        object.__setattr__(self, "process", explicit_process(self.process))
         checked_bounds(self.action_low, self.action_high)
+        self._round_bounds()
         self._check_parts()
         check_planning(self)
 
@@ -260,8 +265,12 @@ class PolicySpec:
             )
 
     def to_config(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
+        """JSON-ready values, without ``t_min`` where the grid has none."""
+        values = asdict(self)
+        for part in (values[name] for name in ("sampler", "rti", "truncated")):
+            if part is not None and part["spacing"] == "t":
+                del part["t_min"]
+        return values
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PolicySpec:
@@ -295,18 +304,16 @@ class PolicySpec:
         except TypeError as error:
             raise ValueError(f"policy config: {error}") from None
 
-    def summary(self, denoiser: nn.Module) -> str:
-        """What a policy is in a line: shapes, network and parameters, how plans are drawn."""
-        count = sum(parameter.numel() for parameter in denoiser.parameters())
-        size = f"{count / 1e6:.2f}M" if count >= 1e5 else str(count)
+    def summary(self) -> str:
+        """What a policy is in a line: shapes, network, how plans are drawn."""
         start = self.rti or self.truncated
         name = "rti" if self.rti is not None else "truncated"
         drawn = start or self.sampler
         level = "" if start is None else f", {name} t_start={start.t_start}"
         return (
             f"obs {self.obs_dim} x {self.n_obs_steps}, action {self.action_dim}, horizon "
-            f"{self.horizon}, executes {self.n_action_steps}; {self.network.get('type')} with "
-            f"{size} parameters, {self.process.get('type')}, {self.prediction}; {drawn.solver} in "
+            f"{self.horizon}, executes {self.n_action_steps}; {self.network.get('type')}, "
+            f"{self.process.get('type')}, {self.prediction}; {drawn.solver} in "
             f"{drawn.num_steps} steps{level}"
         )
 

@@ -163,9 +163,12 @@ class StreamingPlanner(DiffusionPlanner):
             )
         self.ramp = Ramp(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
         super().__init__(spec, denoiser, normalizer)
-        keep, add = renoise_tables(denoiser.process, self.ramp)
-        self._renoise = keep.to(self.device), add.to(self.device)
         self._constant = self._first_action()
+
+    def _place(self) -> None:
+        super()._place()
+        keep, add = renoise_tables(self.denoiser.process, self.ramp)
+        self._renoise = keep.to(self.device), add.to(self.device)
 
     def _first_action(self) -> Array:
         """What a buffer that is not sampled begins as, normalised ``[A]``."""

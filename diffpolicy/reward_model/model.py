@@ -18,6 +18,7 @@ from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.preferences import Pair, PreferenceSet
 from diffpolicy.data.store import EpisodeStore, FieldSpec
 from diffpolicy.finetune.bradley_terry import BradleyTerryLoss
+from diffpolicy.networks.base import described
 from diffpolicy.networks.critics import QEnsemble
 from diffpolicy.reward_model.learning import (
     PreferenceLearning,
@@ -121,6 +122,11 @@ class RewardModel:
         if standard is None:
             standard = torch.tensor([[0.0], [1.0]]).expand(2, spec.members)
         self.standard = standard.clone().to(device)
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        what = f"obs {spec.obs_dim}, action {spec.action_dim}; {spec.members} members"
+        return described(self, what, self.network)
 
     @classmethod
     def for_preferences(

@@ -27,6 +27,7 @@ from diffpolicy.data.returns import with_fields
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows, split_episodes
 from diffpolicy.finetune.denoising import LossOutput
+from diffpolicy.networks.base import described
 from diffpolicy.networks.critics import QEnsemble
 from diffpolicy.reward_model.model import RewardModel, pessimistic
 from diffpolicy.settings import settings_of
@@ -147,6 +148,14 @@ class PlanValue:
         self.network = (spec.make_network() if network is None else network).to(device)
         self.network.eval().requires_grad_(False)
         self.pessimism = 0.0
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        what = (
+            f"obs {spec.obs_dim} x {spec.n_obs_steps}, {spec.n_action_steps} actions of "
+            f"{spec.action_dim}; rewards of {spec.lookahead} steps, {spec.members} members"
+        )
+        return described(self, what, self.network)
 
     @classmethod
     def for_reward(cls, reward: RewardModel, *, seed: int = 0, **spec: Any) -> Self:

@@ -156,6 +156,9 @@ class _Run(RowLoop[_Episode]):
 
     def finish(self, progress: bool) -> EvalResult:
         began = time.perf_counter()
+        self.pool.make(range(min(self.pool.num_envs, len(self.seeds))))
+        setup_s = time.perf_counter() - began
+        began = time.perf_counter()
         with tqdm(
             total=len(self.seeds), desc="evaluate", unit="episode", disable=not progress
         ) as bar:
@@ -170,7 +173,7 @@ class _Run(RowLoop[_Episode]):
         self._note_errors(records)
         return EvalResult(
             episodes=records,
-            summary=summarise(records, calls=self.calls, wall_s=wall_s),
+            summary=summarise(records, calls=self.calls, wall_s=wall_s, setup_s=setup_s),
             env=self.pool.info.labels(),
             settings=self._settings(),
             videos=tuple(self.videos[seed] for seed in self.seeds if seed in self.videos),

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
+from diffpolicy.policies.holding import hold_limit, holds
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class DelayedState:
         expected: ticks that the next plan is expected to take, cold and warm ``[N, 2]``.
         action: action of the last tick in environment units ``[N, A]``.
         acted: the episode has had an action ``[N]``.
+        starved: ticks in a row that had no action of a plan ``[N]``.
         totals: sums over all ticks of a row, see :meth:`DelayedPolicy.statistics`.
     """
 
@@ -77,6 +79,7 @@ class DelayedState:
     expected: Array
     action: Array
     acted: Array
+    starved: Array
     totals: Mapping[str, Array]
 
     def __len__(self) -> int:
@@ -118,8 +121,8 @@ class DelayedState:
         )
 
 
-_ARRAYS = ("wait", "expected", "action", "acted")
-_SUMS = ("ticks", "starved", "adopted", "seams", "inner")
+_ARRAYS = ("wait", "expected", "action", "acted", "starved")
+_SUMS = ("ticks", "starved", "safe", "adopted", "seams", "inner")
 _JUMPS = ("seam_sum", "seam_max", "inner_sum", "inner_max")
 
 
@@ -130,7 +133,9 @@ class DelayedPolicy:
       due (``replan="due"``: ``n_action_steps`` ticks after its observation), or at once
       (``replan="always"``).
     - Meanwhile the old plan goes on, past its ``n_action_steps``. Beyond its end the row is starved
-      and gets ``on_starve``; such ticks are counted.
+      and gets what :class:`~diffpolicy.runtime.executor.RealTimeExecutor` gives on its ladder
+      ``("rest", "hold")``: its last action, for at most ``hold_ticks`` ticks in a row, then
+      ``safe_action``. Such ticks are counted.
     - A plan is adopted aligned in time: actions whose tick has passed are skipped
       (``arrival="aligned"``); or it is executed from its start, late as it is
       (``arrival="start"``), as control loops do that know nothing of the delay.
@@ -151,8 +156,10 @@ class DelayedPolicy:
             by whether the row had a plan to start from when planning began; or a pure function of
             a :class:`PlanRequest` to ``[n]`` numbers, e.g. :class:`LinearLatency`.
         control_ms: milliseconds between two control ticks.
-        on_starve: ``"hold"`` repeats the row's last action; or a safe action ``[A]`` in environment
-            units.
+        hold_ticks: for how many ticks in a row a starved row repeats its last action; 0: not at
+            all; ``None``: the actions of two plans, as in the executor.
+        safe_action: what a row gets after that, ``[A]`` in environment units, the ``safe`` of the
+            executor's limits; ``None``: zeros.
         replan: when the next plan is begun, ``"due"`` or ``"always"``.
         arrival: where a late plan is joined, ``"aligned"`` or ``"start"``.
 
@@ -168,7 +175,8 @@ class DelayedPolicy:
         latency_ms: float | Mapping[str, float] | Latency,
         control_ms: float,
         *,
-        on_starve: Literal["hold"] | Sequence[float] | Array = "hold",
+        hold_ticks: int | None = None,
+        safe_action: Sequence[float] | Array | None = None,
         replan: Literal["due", "always"] = "due",
         arrival: Literal["aligned", "start"] = "aligned",
     ) -> None:
@@ -183,14 +191,17 @@ class DelayedPolicy:
         self.policy, self.control_ms, self.replan = policy, float(control_ms), replan
         self.aligned = arrival == "aligned"
         self.latency = _latency(latency_ms)
-        self.safe_action = None if _is_hold(on_starve) else self._safe(on_starve)
+        self.hold_ticks = hold_limit(policy, hold_ticks)
+        self.safe_action = self._safe(
+            np.zeros(policy.action_dim) if safe_action is None else safe_action
+        )
         self.max_delay = policy.horizon - policy.n_obs_steps + 1  # a plan is stale from here on
 
     def _safe(self, action: Any) -> Array:
         safe = np.asarray(action, np.float64)
         if safe.shape != (self.policy.action_dim,) or not np.isfinite(safe).all():
             raise ValueError(
-                f"on_starve must be 'hold' or {self.policy.action_dim} finite numbers (action_dim, "
+                f"safe_action must be {self.policy.action_dim} finite numbers (action_dim, "
                 f"environment units), got {action!r}"
             )
         return safe
@@ -214,6 +225,7 @@ class DelayedPolicy:
             expected=np.zeros((count, 2), np.int64),
             action=np.zeros((count, self.policy.action_dim), np.float64),
             acted=np.zeros(count, bool),
+            starved=np.zeros(count, np.int64),
             totals={**totals, "delays": np.zeros((count, self.max_delay + 1), np.int64)},
         )
 
@@ -282,11 +294,11 @@ class DelayedPolicy:
         """Totals over all rows and episodes of a state, ready for JSON.
 
         Returns:
-            ``ticks``, ``starved_ticks``, ``plans`` begun, ``adopted``, ``nfe``; ``delays``: how
-            many plans took 0, 1, ... ticks (the last entry: so many that nothing of the plan was
-            left), first plans left out; ``seam_jump`` and ``plan_jump``: mean and max Euclidean
-            length (environment units) of ``a(k) - a(k - 1)`` where a plan was adopted at tick
-            ``k``, and within plans.
+            ``ticks``, ``starved_ticks``, ``safe_ticks`` of them, ``plans`` begun, ``adopted``,
+            ``nfe``; ``delays``: how many plans took 0, 1, ... ticks (the last entry: so many that
+            nothing of the plan was left), first plans left out; ``seam_jump`` and ``plan_jump``:
+            mean and max Euclidean length (environment units) of ``a(k) - a(k - 1)`` where a plan
+            was adopted at tick ``k``, and within plans.
         """
         sums = {name: state.totals[name].sum() for name in (*_SUMS, "seam_sum", "inner_sum")}
         most = {name: state.totals[name].max(initial=0) for name in ("seam_max", "inner_max")}
@@ -298,6 +310,7 @@ class DelayedPolicy:
         return {
             "ticks": int(sums["ticks"]),
             "starved_ticks": int(sums["starved"]),
+            "safe_ticks": int(sums["safe"]),
             "plans": int(np.sum(state.plans)),
             "adopted": int(sums["adopted"]),
             "nfe": int(np.sum(state.nfe)),
@@ -341,6 +354,8 @@ class DelayedPolicy:
 
     def _execute(self, state: DelayedState, adopted: Array) -> tuple[Array, DelayedState]:
         starved = state.running.cursor >= self.policy.horizon
+        since = np.where(starved, state.starved + 1, 0)
+        safe = ~holds(since, self.hold_ticks)
         actions, running = self.policy.execute(state.running)
         pending = state.pending
         busy = np.flatnonzero(state.wait > 0)
@@ -348,8 +363,8 @@ class DelayedPolicy:
             _, shadow = self.policy.execute(pending.take(busy))
             pending = pending.put(busy, shadow)
         if starved.any():
-            instead = state.action if self.safe_action is None else self.safe_action
             # A policy's first plan has an action for its first tick, so there is one to hold.
+            instead = np.where(safe[:, None], self.safe_action, state.action)
             actions = np.where(starved[:, None], instead, actions).astype(actions.dtype)
         new = replace(
             state,
@@ -357,12 +372,13 @@ class DelayedPolicy:
             pending=pending,
             action=np.asarray(actions, np.float64),
             acted=np.ones_like(state.acted),
-            totals=self._counted(state, actions, adopted, starved),
+            starved=since,
+            totals=self._counted(state, actions, adopted, starved, safe),
         )
         return actions, new
 
     def _counted(
-        self, state: DelayedState, actions: Array, adopted: Array, starved: Array
+        self, state: DelayedState, actions: Array, adopted: Array, starved: Array, safe: Array
     ) -> dict[str, Array]:
         totals = dict(state.totals)
         jump = np.linalg.norm(actions - state.action, axis=1)
@@ -370,6 +386,7 @@ class DelayedPolicy:
         seam, inner = known & adopted, known & ~adopted
         totals["ticks"] = totals["ticks"] + 1
         totals["starved"] = totals["starved"] + starved
+        totals["safe"] = totals["safe"] + safe
         totals["adopted"] = totals["adopted"] + adopted
         for name, count, rows in (("seam", "seams", seam), ("inner", "inner", inner)):
             totals[count] = totals[count] + rows
@@ -394,12 +411,6 @@ def _merged(mine: Array, rows: Array | Sequence[int], theirs: Array) -> Array:
     out = mine.copy()
     out[rows] = theirs
     return out
-
-
-def _is_hold(value: Any) -> bool:
-    if isinstance(value, str) and value != "hold":
-        raise ValueError(f"on_starve must be 'hold' or a safe action, got {value!r}")
-    return isinstance(value, str)
 
 
 def _latency(value: float | Mapping[str, float] | Latency) -> Latency:

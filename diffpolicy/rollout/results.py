@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -119,12 +120,29 @@ class EvalResult:
         """Writes ``eval.json`` (whole or not at all) and returns its path.
 
         Args:
-            path: a directory, or a file name that ends in ``.json``.
+            path: a directory, or a file name that ends in ``.json``. An earlier evaluation there is
+                replaced, anything else is not.
+
+        Raises:
+            FileExistsError: something else than an evaluation has that name.
         """
         target = Path(path)
         if target.suffix != ".json":
             target = target / "eval.json"
+        if target.exists() and not _is_evaluation(target):
+            raise FileExistsError(
+                f"{target} is no evaluation, so it is not replaced; save elsewhere, or move it away"
+            )
         return write_json(target, self.to_dict())
+
+
+def _is_evaluation(file: Path) -> bool:
+    """Whether a file is what :meth:`EvalResult.save` writes."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"summary", "env", "settings", "episodes"} <= set(found)
 
 
 def summarise(
@@ -132,6 +150,7 @@ def summarise(
     *,
     calls: Sequence[tuple[float, int]] = (),
     wall_s: float = math.nan,
+    setup_s: float = math.nan,
 ) -> dict[str, Any]:
     """The summary of an evaluation, as JSON values.
 
@@ -139,7 +158,8 @@ def summarise(
         records: one per seed.
         calls: seconds and number of plans of every ``act`` that planned; the first is left out of
             the times as warm-up, unless it is the only one.
-        wall_s: of the whole evaluation.
+        wall_s: of all episodes.
+        setup_s: of making the environments before.
 
     Returns:
         ``success`` and ``final_success`` (rates over all episodes, Wilson 95 %; None if the task
@@ -148,7 +168,7 @@ def summarise(
         with ``value``, ``low``, ``high``, ``n``. ``n_episodes``, ``n_errors``, ``steps``,
         ``plans``, ``nfe_per_plan``; ``ms_per_call`` (one ``act`` that planned, for all rows that
         planned in it), ``ms_per_plan`` (the same per planned row): mean, p50, p95; ``wall_s``,
-        ``steps_per_s``.
+        ``steps_per_s`` (of that time), ``setup_s``.
     """
     sound = [record for record in records if record.error is None]
     steps, plans = sum(r.length for r in sound), sum(r.plans for r in sound)
@@ -170,6 +190,7 @@ def summarise(
         "ms_per_plan": _times([1e3 * seconds / planned for seconds, planned in timed]),
         "wall_s": wall_s if math.isfinite(wall_s) else None,
         "steps_per_s": steps / wall_s if wall_s > 0 else None,
+        "setup_s": setup_s if math.isfinite(setup_s) else None,
     }
 
 

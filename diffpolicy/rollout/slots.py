@@ -103,6 +103,10 @@ class EnvSlot:
             self._env = self._spec.make()
         return self._env
 
+    def make(self) -> None:
+        """Makes the environment now, if there is none yet."""
+        _ = self.env
+
     def reset(self, seed: int, frame: bool = False) -> Outcome:
         """Begins the episode of ``seed``."""
         obs, info = self.env.reset(seed=seed)
@@ -230,6 +234,9 @@ def run_command(
 ) -> Message:
     """Carries one command out for one row; the reply as a message."""
     name = command["do"]
+    if name == "make":
+        slot.make()
+        return {}, {}
     if name == "reset":
         return _packed(slot.reset(command["seeds"][index], command["frames"][index]))
     if name == "step":

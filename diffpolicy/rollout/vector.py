@@ -96,6 +96,14 @@ class WorkerPool:
 
     # ------------------------------------------------------------------ what users call
 
+    def make(self, rows: Sequence[int]) -> None:
+        """Makes the environments of ``rows`` now, in all processes at once; else resets do.
+
+        What cannot be made is told by the reset, which tries again.
+        """
+        self._order("make", rows, {}, {})
+        self._wait(None)
+
     def reset(
         self, rows: Sequence[int], seeds: Sequence[int], *, frames: Sequence[bool] | None = None
     ) -> dict[int, Outcome | Failure]:
@@ -222,7 +230,7 @@ class WorkerPool:
             gone = supervisor.processes[supervisor.owner[row]].gone
             if gone:
                 self._results[row] = Failure("gone", gone)
-            elif name == "reset" or row in supervisor.live:
+            elif name in ("make", "reset") or row in supervisor.live:
                 parts.setdefault(supervisor.owner[row], []).append(place)
             else:
                 text = "no episode was begun in this row since its worker started"
@@ -230,7 +238,8 @@ class WorkerPool:
         for index, places in parts.items():
             command = {key: [value[place] for place in places] for key, value in values.items()}
             mine = [self._ordered[place] for place in places]
-            supervisor.live.update(mine)
+            if name == "reset":
+                supervisor.live.update(mine)
             supervisor.send(
                 supervisor.processes[index],
                 {"do": name, **command},

@@ -35,7 +35,8 @@ class CompiledLoop:
 
     Other batch sizes work too: rows are cut into groups of ``batch_size`` and the last group is
     padded with copies of its last row, whose plans are dropped; so a single row costs as much as
-    ``batch_size`` rows.
+    ``batch_size`` rows. More rows than that go through eager PyTorch at once where that is faster,
+    which the first call with so many groups measures.
 
     Args:
         loop: the loop.
@@ -71,6 +72,7 @@ class CompiledLoop:
         self.timings: Mapping[str, float] = {}
         self.failed: Mapping[str, str] = {}
         self._loop = loop
+        self._ways: dict[int, Run] = {}  # by number of groups
         example = example_inputs(loop, batch_size)
         self._run: Run = BUILDERS[backend](
             loop, example, torch.get_num_threads() if threads is None else threads
@@ -97,10 +99,26 @@ class CompiledLoop:
                 "the weights changed since this policy was compiled, which holds the earlier ones: "
                 "compile it again (policy.compile(...))"
             )
-        count = self._count(history, guess, noise)
+        inputs = history, guess, noise
+        count = self._count(*inputs)
         if count == self.batch_size:
-            return self._run(history, guess, noise)
-        plans = []
+            return self._run(*inputs)
+        groups = -(-count // self.batch_size)
+        if groups < 2 or self.backend == "eager":
+            return self._in_groups(*inputs)
+        if groups not in self._ways:
+            ways = {"groups": self._in_groups, "eager": self._eagerly}
+            taken = measure(ways, inputs, seconds=0.0)
+            self._ways[groups] = ways[min(taken, key=taken.__getitem__)]
+        return self._ways[groups](*inputs)
+
+    def _eagerly(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
+        with torch.inference_mode():
+            plans: Tensor = self._loop(history, guess, noise)
+            return plans
+
+    def _in_groups(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
+        plans, count = [], len(history)
         for first in range(0, count, self.batch_size):
             rows = slice(first, first + self.batch_size)
             parts = (history[rows], guess[rows], noise[:, rows])

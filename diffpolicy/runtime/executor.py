@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
+from diffpolicy.policies.holding import hold_limit, holds
 from diffpolicy.runtime.clock import NS_PER_MS, Clock, RealClock
 from diffpolicy.runtime.planning import Planning, Timing
 from diffpolicy.runtime.report import ExecutorReport, Meter
@@ -110,7 +111,7 @@ class RealTimeExecutor:
         if refine is not None:
             refiner = TrackMaker(refine, limits, deterministic=deterministic)
             _check_alike(policy, refine)
-        self.hold_ticks = 2 * maker.length if hold_ticks is None else _checked_hold(hold_ticks)
+        self.hold_ticks = hold_limit(policy, hold_ticks)
         self._clock = RealClock() if clock is None else clock
         self._meter = Meter(("plan", *RUNGS))
         self._planning = Planning(
@@ -300,7 +301,11 @@ class RealTimeExecutor:
                 refined = self._planning.refine(tick, self._trail, left_ns)
                 if refined is not None:
                     return refined.actions[0], "refine", 0
-            elif rung == "hold" and 0 <= self._last_tick >= tick - self.hold_ticks:
+            elif (
+                rung == "hold"
+                and self._last_tick >= 0
+                and holds(tick - self._last_tick, self.hold_ticks)
+            ):
                 return self._last, "hold", None
         return self.limits.safe, "safe", None
 
@@ -352,14 +357,6 @@ def _checked_ladder(ladder: Sequence[str]) -> tuple[str, ...]:
     if not rungs or rungs[-1] not in ("hold", "safe"):
         raise ValueError(f"a ladder must end in 'hold' or 'safe', got {list(rungs)}")
     return rungs if rungs[-1] == "safe" else (*rungs, "safe")
-
-
-def _checked_hold(ticks: int) -> int:
-    if isinstance(ticks, bool) or not isinstance(ticks, int) or ticks < 0:
-        raise ValueError(
-            f"hold_ticks must be a number of ticks >= 0 (0 holds no action), got {ticks!r}"
-        )
-    return ticks
 
 
 def _check_alike(policy: ChunkedPolicy, refine: ChunkedPolicy) -> None:

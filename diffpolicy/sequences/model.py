@@ -18,6 +18,7 @@ from diffpolicy.core.masked import MaskedDenoiser
 from diffpolicy.core.masking import one_hot, to_tokens
 from diffpolicy.core.starts import prior_start, truncated_start
 from diffpolicy.finetune.masked import MaskedDenoisingLoss, elbo
+from diffpolicy.networks.base import described
 from diffpolicy.sequences.chains import run_chain
 from diffpolicy.sequences.spec import SequenceExamples, SequenceSpec, activity_classes
 from diffpolicy.sequences.task import MASK_LETTER, SequenceTask, check_tokens
@@ -57,6 +58,12 @@ class SequenceModel:
     ) -> None:
         self.spec = spec
         self.denoiser = (spec.make_denoiser() if denoiser is None else denoiser).to(device).eval()
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        kinds = f"{spec.network.get('type')}, {spec.process.get('type')}"
+        what = f"{spec.length} of {spec.alphabet!r}, {kinds}"
+        return described(self, what, self.denoiser)
 
     @classmethod
     def for_task(

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.training.settings import TrainerConfig
+from diffpolicy.training.settings import MAY_CHANGE, TrainerConfig
 
 DEEPEST = 16  # levels of objects within objects that are looked at
 MOST_SHOWN = 12  # differences in one message
@@ -80,10 +80,6 @@ class ResumeWarning(UserWarning):
     """A run goes on, but not bit for bit as it would have."""
 
 
-# What only changes what is printed or kept.
-_FREE = {"steps", "lr", "checkpoint_every", "keep_last", "progress", "compile", "tensorboard"}
-
-
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: object) -> None:
     """Raise unless the run that ``saved`` is of is the one that ``now`` describes.
 
@@ -131,7 +127,7 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: obje
 def _settings(state: Mapping[str, Any]) -> dict[str, Any]:
     """What a run must keep of the trainer's settings."""
     config = TrainerConfig(**state["config"])
-    values = {k: v for k, v in asdict(config).items() if k not in _FREE}
+    values = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE}
     counts = {"examples": state["examples"], "processes": state["processes"]}
     return {**counts, **values, "warmup_steps": config.warmup}
 

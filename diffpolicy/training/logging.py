@@ -111,3 +111,9 @@ def logged_until(path: Path) -> int:
     with path.open(newline="") as file:
         steps = [row.get("step") or "" for row in csv.DictReader(file)]
     return max((int(step) for step in steps if step.isdecimal()), default=0)
+
+
+def is_metrics(path: Path) -> bool:
+    """Whether a file begins as the metrics of a run do, or is still empty."""
+    with path.open("rb") as file:
+        return file.read(5) in (b"", b"step,", b"step\n", b"step\r")

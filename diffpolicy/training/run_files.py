@@ -9,9 +9,9 @@ import os
 import re
 from pathlib import Path
 
-from diffpolicy.files import check_owned, remove_leftovers, remove_owned
+from diffpolicy.files import ForeignFilesError, check_owned, remove_leftovers, remove_owned
 from diffpolicy.training.checkpoint import Snapshots
-from diffpolicy.training.logging import logged_until
+from diffpolicy.training.logging import is_metrics, logged_until
 
 # What a run writes beside its checkpoints, of which an overwritten run must leave nothing: numbers
 # and pictures of other weights would be taken for those of the new.
@@ -27,6 +27,7 @@ RESULTS = (
     "report.md",
     "score_by_nfe.png",
 )
+_REPORT = ("report.md", "score_by_nfe.png")  # written with report.json, under common names
 _BOARD = re.compile(r"events\.out\.tfevents\..+")
 _EVALUATION = re.compile(r"eval(_\d+)?")
 
@@ -70,18 +71,25 @@ def clear_run(run_dir: str | os.PathLike[str], *, only_check: bool = False) -> N
         only_check: only find out whether that may be done.
 
     Raises:
-        ForeignFilesError: something else is among its checkpoints. Nothing was removed.
+        ForeignFilesError: something else is among its checkpoints, or has the name of its metrics.
+            Nothing was removed.
     """
     folder = Path(run_dir)
     snapshots = Snapshots(folder / "checkpoints")
     remove_leftovers(snapshots.folder)
     snapshots.clear(only_check=True)
     check_owned(folder / ".candidate")
+    metrics = folder / "metrics.csv"
+    if metrics.is_file() and not is_metrics(metrics):
+        raise ForeignFilesError(
+            f"{metrics} is not removed, because it is no table of ours (its first column is not "
+            "'step'). Choose another directory, or move that file away first"
+        )
     if only_check:
         return
     evaluations = [p for p in folder.glob("eval*") if _EVALUATION.fullmatch(p.name) and p.is_dir()]
     for place in (folder, *evaluations):
-        for name in RESULTS:
+        for name in _results(place):
             (place / name).unlink(missing_ok=True)
     for file in (folder / "tb").glob("events.*"):
         if _BOARD.fullmatch(file.name):
@@ -91,6 +99,12 @@ def clear_run(run_dir: str | os.PathLike[str], *, only_check: bool = False) -> N
             place.rmdir()
     remove_owned(folder / ".candidate")
     snapshots.clear()
+
+
+def _results(place: Path) -> list[str]:
+    """Names of results in a directory; a report that no ``report.json`` goes with is the user's."""
+    ours = (place / "report.json").is_file()
+    return [name for name in RESULTS if ours or name not in _REPORT]
 
 
 __all__ = ["RESULTS", "check_resumable", "clear_run", "has_run"]

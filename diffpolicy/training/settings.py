@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from diffpolicy.settings import named_settings
 
+MAY_CHANGE = ("steps", "lr", "checkpoint_every", "keep_last", "progress", "compile", "tensorboard")
+"""Settings that may differ when a run is resumed: the two that users want to change, and those that
+only change what is printed or kept."""
+
 
 @named_settings
 @dataclass(frozen=True)

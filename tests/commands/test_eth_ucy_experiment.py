@@ -34,7 +34,7 @@ def crowd(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(crowd, tmp_path_factory):
     output = tmp_path_factory.mktemp("out") / "result.json"
-    return output, run(crowd, output, folds=["eth"], seeds=[0], settings=TINY, examples=20)
+    return output, run([crowd], output, folds=["eth"], seeds=[0], settings=TINY, examples=20)
 
 
 def test_every_arm_is_scored(finished):
@@ -55,11 +55,11 @@ def test_finished_cells_are_not_trained_again(crowd, finished, monkeypatch):
     monkeypatch.setattr(
         "diffpolicy.commands.eth_ucy.TRAINERS", {"vanilla": None, "truncated": None}
     )
-    assert run(crowd, output, folds=["eth"], seeds=[0], settings=TINY, examples=20) == report
+    assert run([crowd], output, folds=["eth"], seeds=[0], settings=TINY, examples=20) == report
     with pytest.raises(ValueError, match=r"made with other settings \(steps\)"):
-        run(crowd, output, folds=["eth"], settings=replace(TINY, steps=9), examples=20)
+        run([crowd], output, folds=["eth"], settings=replace(TINY, steps=9), examples=20)
     with pytest.raises(ValueError, match="unknown fold"):
-        run(crowd, output, folds=["hotel"], settings=TINY)
+        run([crowd], output, folds=["hotell"], settings=TINY)
 
 
 def test_picture_of_the_modes(finished, tmp_path):

@@ -90,15 +90,15 @@ def test_own_configurations_are_choices_beside_ours(main, own, trained):
 
 
 def test_a_stored_environment_is_run_only_when_the_user_names_it(main, trained):
-    few = ["evaluation.episodes=2", "evaluation.num_workers=0", "output=out"]
-    status, _, err = main("eval", str(trained), *few)
+    few = ["evaluation.episodes=2", "evaluation.num_workers=0"]
+    status, _, err = main("eval", str(trained), *few, "output=out")
     assert status == 1
     assert "imports 'cli_fake_env'" in err
     assert "trust_env=cli_fake_env" in err
     assert not Path("out").exists()
     named = "env.id=cli_fake_env:cli_fake/Point-v0"
-    for confirmed in ("trust_env=cli_fake_env", "--trust-env=true", named):
-        status, out, err = main("eval", str(trained), *few, confirmed)
+    for n, confirmed in enumerate(("trust_env=cli_fake_env", "--trust-env=true", named)):
+        status, out, err = main("eval", str(trained), *few, f"output=out{n}", confirmed)
         assert status == 0, err
         assert json.loads(out.splitlines()[-1].removeprefix("RESULT "))["episodes"] == 2
     assert main("resume", str(trained))[0] == 1
@@ -268,6 +268,8 @@ def test_signals_unwind_what_runs(main, monkeypatch):
     from diffpolicy.commands import doctor
 
     cleaned = []
+    # A process that was started in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run(_arguments, number):
         try:
@@ -279,6 +281,7 @@ def test_signals_unwind_what_runs(main, monkeypatch):
         monkeypatch.setattr(doctor, "run", lambda a, number=number: run(a, number))
         assert main("doctor")[0] == status
         assert cleaned[-1] == number
+    signal.signal(signal.SIGINT, before)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -350,6 +353,7 @@ def test_policies_say_what_they_are_and_begin_with_a_path(trained):
     ):
         np.testing.assert_array_equal(a, b)
     assert repr(policy).startswith("DiffusionPolicy(obs 2 x 2, action 2, horizon 16")
-    assert "mlp with " in repr(policy)
+    assert "mlp, vp_cosine, eps" in repr(policy)
+    assert repr(policy).endswith(" parameters, on cpu)")
     assert "ddim in 10 steps" in repr(policy)
     assert "rti t_start=0.3" in repr(policy.with_settings(rti=RTI(t_start=0.3)))

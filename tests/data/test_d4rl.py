@@ -164,13 +164,14 @@ def test_metadata_is_kept_apart(write):
         "metadata/policy/w": np.ones((30, 2)),
     }
     data |= {"infos/odd": np.ones(7), "metadata/iteration": np.array(50)}
+    data["images"] = np.zeros((len(data["rewards"]), 2, 2, 3), np.uint8)
     with load_d4rl(write(data, "ours.hdf5", env=json.dumps({"id": "X"}), env_id="X-v0")) as file:
         said = file.attrs["metadata"]
         assert said == {"algorithm": "SAC", "iteration": 50, "env": {"id": "X"}, "env_id": "X-v0"}
         assert file.attrs["env_id"] == "X-v0"
         assert file.attrs["dataset"] == "ours"
         assert "infos/odd" not in file.fields
-        assert list(file.unread) == ["infos/odd"]
+        assert list(file.unread) == ["infos/odd", "images"]  # said, since nothing else would tell
         np.testing.assert_array_equal(file.raw.metadata("policy/w"), np.ones((30, 2)))
         with pytest.raises(KeyError, match="no metadata/nothing"):
             file.raw.metadata("nothing")

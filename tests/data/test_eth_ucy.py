@@ -142,6 +142,8 @@ def test_bad_input(tmp_path):
     np.savez(tmp_path / "bad.npz", a=np.zeros((3, 2)))
     with pytest.raises(ValueError, match=r"rows \[frame, pedestrian, x, y\], got shape \[3, 2\]"):
         read_scenes(tmp_path / "bad.npz")
+    (tmp_path / "biwi_hotel.txt").write_text("0\t1.0\t1.41\t-5.68\n10\t1.0\t1.4\t-5.6\n")
+    assert read_scenes(tmp_path / "biwi_hotel.txt")["biwi_hotel"].shape == (2, 4)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="shared/data/eth_ucy is not here")

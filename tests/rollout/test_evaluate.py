@@ -7,6 +7,7 @@ from dataclasses import replace
 import gymnasium as gym
 import numpy as np
 import pytest
+from rollout_fake_envs import FakePoint
 
 from diffpolicy.rollout.evaluate import VideoOptions, evaluate
 from diffpolicy.rollout.results import EpisodeRecord, summarise
@@ -201,6 +202,12 @@ def test_results_are_json_and_written_whole(fake_policy, tmp_path):
     assert read["settings"]["num_envs"] == 3
     assert [p.name for p in path.parent.iterdir()] == ["eval.json"]
     assert result.save(tmp_path / "other.json").name == "other.json"
+    assert result.save(tmp_path / "other.json").name == "other.json"  # an evaluation, replaced
+    for content in ("{}", "notes of my own", '{"summary": 1}'):
+        (tmp_path / "mine.json").write_text(content)
+        with pytest.raises(FileExistsError, match=r"mine.json is no evaluation"):
+            result.save(tmp_path / "mine.json")
+        assert (tmp_path / "mine.json").read_text() == content
     metrics = result.metrics()
     assert metrics["success"] == result.summary["success"]["value"]
     assert {"success_low", "success_high", "return", "max_reward", "n_errors"} <= metrics.keys()
@@ -299,6 +306,30 @@ def test_an_environment_that_cannot_be_made_again_leaves_what_was_finished(fake_
     for episode in result.episodes[1:]:
         assert "the licence server says no" in episode.error
     assert any("environments were lost" in note for note in result.notes)
+
+
+def test_environments_are_made_before_the_clock_starts(fake_policy):
+    log = []
+
+    class Logged(FakePoint):
+        def __init__(self):
+            log.append("made")
+            super().__init__()
+
+        def reset(self, **options):
+            log.append("reset")
+            return super().reset(**options)
+
+    gym.register("rollout_logged/Logged-v0", entry_point=Logged, max_episode_steps=3)
+    spec = EnvSpec("rollout_logged/Logged-v0")
+    with WorkerPool(spec, Workers(num_envs=4, num_workers=0)) as pool:
+        result = _run(fake_policy, [0, 1, 2], spec, pool)  # no more of them than episodes
+    assert log == ["made"] * 3 + ["reset"] * 3
+    assert result.summary["setup_s"] > 0
+    with WorkerPool(POINT, Workers(num_envs=4, num_workers=2)) as pool:
+        pool.make([0, 1, 3])
+        parallel = _run(fake_policy, [0, 1, 2], workers=pool)
+    assert parallel.episodes == _run(fake_policy, [0, 1, 2]).episodes
 
 
 def test_no_more_environments_than_pay():

@@ -7,6 +7,8 @@ import pytest
 
 from diffpolicy.policies.base import ChunkedPolicy, row_noise
 from diffpolicy.rollout.latency import DelayedPolicy, LinearLatency
+from diffpolicy.runtime.clock import VirtualClock
+from diffpolicy.runtime.executor import ActionLimits, RealTimeExecutor, Timing
 
 TO, TA, H = 2, 4, 8  # 7 actions of a plan can be executed
 
@@ -62,7 +64,7 @@ def by_hand(delays, ticks, *, always=False):
     Written from the specification: ``delays`` of the plans after the first.
     """
     delays = iter(delays)
-    made, coming, begun, out = 0, None, False, []
+    made, coming, begun, held, out = 0, None, False, 0, []
     for tick in range(ticks):
         if coming is not None and tick == coming[1]:
             made, coming = coming[0], None
@@ -73,8 +75,8 @@ def by_hand(delays, ticks, *, always=False):
             else:
                 coming = (tick, tick + delay)
         begun = True
-        left = tick - made < H - TO + 1
-        out.append((made, tick) if left else out[-1])
+        held = 0 if tick - made < H - TO + 1 else held + 1
+        out.append((made, tick) if not held else out[-1] if held <= 14 else (0, 0))
     return np.array(out, np.float32)
 
 
@@ -120,7 +122,7 @@ def test_starved_rows_hold_and_count():
 
 
 def test_starved_rows_take_the_safe_action():
-    policy = DelayedPolicy(EncodedPolicy(), 250, 50, on_starve=[-1, -2])
+    policy = DelayedPolicy(EncodedPolicy(), 250, 50, hold_ticks=0, safe_action=[-1, -2])
     actions, _ = drive(policy, 11)
     assert actions[7:9, 0].tolist() == [[-1, -2], [-1, -2]]
     assert actions[9, 0].tolist() == [4, 9]
@@ -129,9 +131,34 @@ def test_starved_rows_take_the_safe_action():
 def test_plans_that_are_stale_on_arrival_leave_the_row_starved():
     policy = DelayedPolicy(EncodedPolicy(), 50 * 9, 50)
     actions, state = drive(policy, 40)
-    assert actions[6:, 0, 1].tolist() == [6] * 34
+    # The last action is held for as long as two plans have actions, 14 ticks; then it is safe.
+    assert actions[6:, 0, 1].tolist() == [6] * 15 + [0] * 19
     stats = policy.statistics(state)
     assert (stats["starved_ticks"], stats["delays"][-1]) == (33, stats["plans"] - 1)
+    assert stats["safe_ticks"] == 19
+
+
+@pytest.mark.parametrize(("latency_ticks", "hold_ticks"), [(3, None), (5, None), (6, 1), (9, None)])
+def test_the_robot_gets_what_the_control_loop_gives(latency_ticks, hold_ticks):
+    safe, period = [-1.0, -2.0], 50
+    delayed = DelayedPolicy(
+        EncodedPolicy(), period * latency_ticks, period, hold_ticks=hold_ticks, safe_action=safe
+    )
+    simulated, _ = drive(delayed, 40)
+    clock = VirtualClock([0.0] + [float(period * latency_ticks)] * 50)
+    executor = RealTimeExecutor(
+        EncodedPolicy(),
+        Timing(1000 / period),
+        ActionLimits(safe),
+        ladder=("rest", "hold"),
+        hold_ticks=hold_ticks,
+        clock=clock,
+    )
+    executor.warm_up(np.zeros(1, np.float32), plans=1)
+    ticks = iter(range(40))
+    sent = []
+    executor.run(lambda: np.array([next(ticks)], np.float32), sent.append, ticks=40)
+    np.testing.assert_array_equal(np.stack(sent), simulated[:, 0])
 
 
 @pytest.mark.parametrize("always", [False, True])
@@ -288,9 +315,9 @@ def test_seam_jumps_are_told_from_jumps_within_plans():
         ({"latency_ms": np.nan}, "finite number of milliseconds"),
         ({"latency_ms": "fast"}, "finite number of milliseconds"),
         ({"control_ms": 0}, "control_ms must be a positive number"),
-        ({"on_starve": "stop"}, "'hold' or a safe action"),
-        ({"on_starve": [1.0]}, "2 finite numbers"),
-        ({"on_starve": [1.0, np.inf]}, "2 finite numbers"),
+        ({"hold_ticks": -1}, "number of ticks >= 0"),
+        ({"safe_action": [1.0]}, "2 finite numbers"),
+        ({"safe_action": [1.0, np.inf]}, "2 finite numbers"),
         ({"replan": "never"}, "'due' or 'always'"),
         ({"arrival": "never"}, "'aligned' or 'start'"),
     ],

@@ -201,6 +201,42 @@ def test_other_batch_sizes_are_cut_and_padded(backend, count):
     torch.testing.assert_close(plans, eager_plans(loop, inputs), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("cheap", ["groups", "eager"])
+def test_more_rows_than_it_was_built_for_go_the_faster_way(cheap, monkeypatch):
+    calls, loop = [], compiled_test_planner().loop("cold")
+
+    def counted(module, example, threads):
+        def run(*inputs):
+            calls.append(len(inputs[0]))
+            return eager_plans(module, inputs)
+
+        return run
+
+    monkeypatch.setitem(BUILDERS, "onnxruntime", counted)
+    monkeypatch.setattr(
+        compiling, "measure", lambda runs, inputs, **_: {n: float(n != cheap) for n in runs}
+    )
+    compiled = compile_loop(loop, backend="onnxruntime", batch_size=1)
+    inputs = example_inputs(loop, 64)
+    calls.clear()
+    torch.testing.assert_close(compiled(*inputs), eager_plans(loop, inputs), atol=1e-5, rtol=0)
+    assert calls == ([1] * 64 if cheap == "groups" else [])
+    assert len(compiled._ways) == 1
+
+
+def test_auto_measures_the_batch_that_it_is_asked_for(monkeypatch):
+    rows, plain = [], measure
+
+    def noted(runs, inputs, **options):
+        rows.append((sorted(runs), len(inputs[0])))
+        return {name: float(name != "eager") for name in plain(runs, inputs, seconds=0.0)}
+
+    monkeypatch.setattr(compiling, "measure", noted)
+    fast = compile_planner(compiled_test_planner(), backend="auto", batch_size=64)
+    assert rows == [(sorted(available_backends()), 64)]
+    assert fast._loops["cold", False].backend == "eager"
+
+
 def test_results_are_not_overwritten_by_the_next_call():
     loop = compiled_test_planner().loop("cold")
     for backend in available_backends():

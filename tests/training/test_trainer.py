@@ -249,7 +249,8 @@ def test_overwriting_leaves_no_results_of_the_old_weights_and_all_that_is_not_ou
     for name in ("eval.json", "curve.png", "eval/eval.json", "eval_2/rollouts.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("old")
-    for name in ("thesis.tex", "policy/config.json", "eval/notes.txt", "evaluations/eval.json"):
+    mine = ("thesis.tex", "report.md", "policy/config.json", "eval/notes.txt")
+    for name in (*mine, "evaluations/eval.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     Trainer(make_objective(), table, CONFIG, tmp_path, overwrite=True)
@@ -258,6 +259,10 @@ def test_overwriting_leaves_no_results_of_the_old_weights_and_all_that_is_not_ou
     (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
     (tmp_path / "eval.json").write_text("old")
     with pytest.raises(ForeignFilesError, match=r"notes\.txt"):
+        Trainer(make_objective(), table, CONFIG, tmp_path, overwrite=True)
+    (tmp_path / "checkpoints" / "notes.txt").unlink()
+    (tmp_path / "metrics.csv").write_text("time,temperature\n1,20\n")
+    with pytest.raises(ForeignFilesError, match=r"metrics\.csv is not removed"):
         Trainer(make_objective(), table, CONFIG, tmp_path, overwrite=True)
     assert (tmp_path / "eval.json").exists()  # nothing was removed
 

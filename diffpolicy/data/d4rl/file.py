@@ -189,8 +189,13 @@ class D4RLFile:
 
     @property
     def unread(self) -> dict[str, str]:
-        """The arrays without a row of numbers for each step; `metadata/` is in `attrs`."""
-        return dict.fromkeys(self.raw.odd_names, "no row of numbers for each step")
+        """The arrays that are no field, with the reason; `metadata/` is in `attrs`."""
+        layout = {*SOURCES.values(), "terminals", "timeouts"}
+        others = [n for n in self.raw.names if n not in layout and not n.startswith("infos/")]
+        return {
+            **dict.fromkeys(self.raw.odd_names, "no row of numbers for each step"),
+            **dict.fromkeys(others, "not of D4RL's layout; as infos/NAME it can be an extra field"),
+        }
 
     @property
     def masks(self) -> dict[str, list[int]]:

@@ -1,0 +1,35 @@
+"""For how long a robot without a plan repeats its last action, in a control loop and in simulation.
+
+One rule for both, so that the score of a policy under simulated latency is that of the loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffpolicy.policies.base import ChunkedPolicy
+
+
+def hold_limit(policy: ChunkedPolicy, ticks: int | None = None) -> int:
+    """Ticks in a row for which the last action of a plan is repeated, at most.
+
+    Args:
+        policy: whose plans are executed.
+        ticks: as asked for, 0: never; ``None``: the actions of two plans, so that one plan may be
+            lost and the next come late; after that the policy is taken for dead.
+
+    Raises:
+        ValueError: no number of ticks.
+    """
+    if ticks is None:
+        return 2 * (policy.horizon - policy.n_obs_steps + 1)
+    if isinstance(ticks, bool) or not isinstance(ticks, int) or ticks < 0:
+        raise ValueError(
+            f"hold_ticks must be a number of ticks >= 0 (0 holds no action), got {ticks!r}"
+        )
+    return ticks
+
+
+def holds(since: Any, limit: int) -> Any:
+    """Whether the last action is repeated ``since`` ticks after it was a plan's; also of arrays."""
+    return since <= limit
