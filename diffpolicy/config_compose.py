@@ -7,7 +7,7 @@ What is said on the command line stands above what an experiment's file says, gr
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -282,12 +282,25 @@ def _unknown(key: str, known: Any, files: Mapping[str, Any]) -> str | None:
     for part in key.split("."):
         if not isinstance(node, DictConfig):
             return f"unknown key {key!r}: {path.rstrip('.')} is {node!r}, which has no keys"
-        names = [str(n) for n in node] + ([] if path else sorted(files))
+        names = list(dict.fromkeys([*map(str, node), *([] if path else sorted(files))]))
         if part not in names:
-            hint = near_miss(part, names, prefix=path) or near_miss("", names, listing="there are")
-            return f"unknown key {key!r}{hint}"
+            inside = [k for k in _keys(known) if k.split(".")[-1] == part]
+            hint = f"; did you mean {inside[0]!r}?" if inside else ""
+            hint = hint or near_miss(part, names, prefix=path)
+            return f"unknown key {key!r}{hint or near_miss('', names, listing='there are')}"
         node, path = node._get_node(part), f"{path}{part}."
     return None
+
+
+def _keys(node: Any, path: str = "") -> Iterator[str]:
+    """Every key of a configuration, those of its sections with their path."""
+    from omegaconf import DictConfig
+
+    for name in node:
+        yield f"{path}{name}"
+        inner = node._get_node(name)
+        if isinstance(inner, DictConfig) and not inner._is_none():
+            yield from _keys(inner, f"{path}{name}.")
 
 
 __all__ = [

@@ -33,7 +33,7 @@ def parse(
                 )
             key, text = waiting[0], argument
         if key not in values and key not in positional:
-            known = [*positional, *values]
+            known = list(dict.fromkeys([*positional, *values]))
             hint = near_miss(key, known)
             raise ConfigError(f"unknown option {key!r}; expected one of {known}{hint}")
         if key in waiting:

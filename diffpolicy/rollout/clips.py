@@ -158,10 +158,7 @@ class ClipRenderer:
         self, outcome: Outcome | Failure, known: np.ndarray, episode: int, step: int, drawn: bool
     ) -> np.ndarray | None:
         if isinstance(outcome, Failure):
-            raise ClipError(
-                f"episode {episode} cannot be repeated: step {step} {outcome.kind}: "
-                f"{outcome.text.strip()}"
-            )
+            raise ClipError(f"episode {episode} cannot be repeated: step {step} {outcome}")
         if not np.array_equal(outcome.obs, known):
             raise ClipError(
                 f"episode {episode} cannot be shown: from its seed and with its actions the "

@@ -152,7 +152,7 @@ class _Report:
 
     def add(self, seed: int, result: Demonstration | Failure) -> None:
         if isinstance(result, Failure):
-            self.failed[seed] = f"{result.kind}: {result.text.strip()}"
+            self.failed[seed] = str(result)
             return
         if self._keep == "success":
             if result.success is None:

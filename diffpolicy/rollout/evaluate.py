@@ -281,7 +281,7 @@ class _Run(RowLoop[_Episode]):
             )
         text = (
             f"{len(errors)} of {len(records)} episodes failed and count as failures in every "
-            f"success rate; the first: {errors[0]}"
+            f"success rate; the first: {errors[0].splitlines()[0]}"
         )
         self.notes[text] = None
         warnings.warn(text, RuntimeWarning, stacklevel=4)

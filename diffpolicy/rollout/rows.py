@@ -203,7 +203,7 @@ class RowLoop(abc.ABC, Generic[E]):
     def _failed(self, row: int, failure: Failure) -> None:
         """Puts the episode of a row back, or gives it up."""
         episode = self.running.pop(row)
-        text = f"{failure.kind}: {failure.text.strip()}"
+        text = str(failure)
         if failure.kind == "gone":
             self.lost = self.lost or text
             self._rows.remove(row)

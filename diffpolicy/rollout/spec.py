@@ -126,7 +126,8 @@ class EnvSpec:
             if step_limit(env) is None:
                 raise EnvSpecError(
                     f"{self.id!r} has no step limit, so an episode might never end: give "
-                    "max_episode_steps."
+                    "max_episode_steps (env.max_episode_steps=N at the command line; a function "
+                    "that makes environments returns gymnasium.wrappers.TimeLimit(env, N))."
                 )
         except EnvSpecError:
             env.close()

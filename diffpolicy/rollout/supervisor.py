@@ -40,6 +40,13 @@ class Failure(NamedTuple):
     kind: Literal["raised", "timed out", "died", "lost", "gone"]
     text: str
 
+    def __str__(self) -> str:
+        """What happened in the first line (of a traceback: the error), then the whole text."""
+        text = self.text.strip()
+        _, began, after = text.rpartition("Traceback (most recent call last):\n")
+        ends = [line for line in after.splitlines() if began and not line.startswith(" ")]
+        return f"{self.kind} {ends[0]}\n{text}" if ends else f"{self.kind}: {text}"
+
     @property
     def blameless(self) -> bool:
         """Whether it says nothing of the episode, which has to be begun again elsewhere."""

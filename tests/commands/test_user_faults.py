@@ -124,6 +124,8 @@ def test_which_stored_environments_are_known(tmp_path, monkeypatch):
     [
         ("train", ["trainer.stepss=1"], "did you mean 'trainer.steps'"),
         ("train", ["trainr.steps=1"], "did you mean 'trainer'"),
+        ("train", ["steps=1"], "did you mean 'trainer.steps'"),
+        ("eval", ["runs/x", "num_steps=3"], "did you mean 'sampler.num_steps'"),
         ("train", ["experiment=demoo"], "did you mean 'demo'"),
         ("train", ["algorithm=bcc"], "did you mean 'bc'"),
         ("train", ["algoritm=bc"], "did you mean 'algorithm'"),
