@@ -12,6 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from diffpolicy.data.store import EpisodeStore, FieldSpec
+from diffpolicy.rollout.local import only_here
 from diffpolicy.rollout.rows import AllFailedError
 from diffpolicy.rollout.slots import Demonstration
 from diffpolicy.rollout.spec import EnvInfo, EnvSpec
@@ -75,7 +76,8 @@ def collect(
     asked = Workers() if workers is None else workers
     # An expert's episode is one long command, so one environment per process is enough.
     processes = max(asked.count(min(asked.num_envs, len(numbers))), 1)
-    single = Workers(**{**asdict(asked), "num_envs": processes})
+    several = asked.num_workers if only_here(spec) else asked.count(processes)
+    single = Workers(**{**asdict(asked), "num_envs": processes, "num_workers": several})
     with WorkerPool(spec, single) as pool:
         if not pool.info.has_expert:
             raise ValueError(

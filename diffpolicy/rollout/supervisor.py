@@ -61,7 +61,9 @@ class Workers:
     Args:
         num_envs: environments that are stepped together (rows of one policy call).
         num_workers: processes they are spread over; None: one per available core, at most one per
-            environment; 0: none, everything runs in the calling process, without timeouts.
+            environment, but a single one where steps are so cheap (a few are measured) that more
+            messages would cost more than the steps; 0: none, everything runs in the calling
+            process, without timeouts.
         timeout: seconds that one environment may take for one reset or step.
         start_timeout: seconds that a process may take to start and make its first environment.
         retries: how often an episode that failed is tried again before it counts as an error.
@@ -110,6 +112,7 @@ class Supervisor:
         spec: the environment.
         workers: numbers of environments and processes, and timeouts.
         frame_side: longest side of the frames that may be asked for; 0: none.
+        count: processes to begin with.
 
     Attributes:
         processes: one per index; those that could not be restarted are ``gone``.
@@ -122,7 +125,7 @@ class Supervisor:
         WorkerError: the processes cannot be started, or this system cannot supervise them.
     """
 
-    def __init__(self, spec: EnvSpec, workers: Workers, frame_side: int) -> None:
+    def __init__(self, spec: EnvSpec, workers: Workers, frame_side: int, count: int) -> None:
         if os.name != "posix":
             raise WorkerError("worker processes need a POSIX system; use Workers(num_workers=0)")
         self.processes: list[WorkerProcess] = []
@@ -135,7 +138,9 @@ class Supervisor:
         self._started = False
         self._looked = time.monotonic()
         try:
-            self._start(workers.count(workers.num_envs))
+            self.spread(count)
+            if all(process.gone for process in self.processes):
+                raise WorkerError(self.processes[0].gone)
         except BaseException:
             self.close()
             raise
@@ -151,6 +156,19 @@ class Supervisor:
         # A process that is gone is noticed when its answer is read, which also tells how it ended.
         with contextlib.suppress(OSError):
             process.order(command, arrays, rows=rows, timeout=self._workers.timeout)
+
+    def spread(self, count: int) -> None:
+        """Deals the rows to ``count`` processes; those that are not there yet are started."""
+        # Neighbouring rows go to different processes, so the last episodes are spread evenly too.
+        for index in range(count):
+            rows = range(index, self._workers.num_envs, count)
+            self.owner |= dict.fromkeys(rows, index)
+            if index < len(self.processes):
+                self.processes[index].rows = tuple(rows)
+            else:
+                self.processes.append(self._launch(rows))
+        while any(process.awaited for process in self.processes):
+            self.events()
 
     def hurry(self, timeout: float) -> None:
         """Makes the answers that are due now due within ``timeout`` seconds, if they were not."""
@@ -199,17 +217,6 @@ class Supervisor:
                 0.0 if process.awaited or process.gone else max(deadline - time.monotonic(), 0.01)
             )
         self._finalizer()
-
-    def _start(self, count: int) -> None:
-        # Neighbouring rows go to different processes, so the last episodes are spread evenly too.
-        for index in range(count):
-            rows = range(index, self._workers.num_envs, count)
-            self.owner |= dict.fromkeys(rows, index)
-            self.processes.append(self._launch(rows))
-        while any(process.awaited for process in self.processes):
-            self.events()
-        if all(process.gone for process in self.processes):
-            raise WorkerError(self.processes[0].gone)
 
     def _launch(self, rows: Sequence[int]) -> WorkerProcess:
         process = WorkerProcess(

@@ -19,6 +19,8 @@ seed.
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -31,6 +33,9 @@ from diffpolicy.rollout.slots import Demonstration, EnvSlot, Outcome, run_comman
 from diffpolicy.rollout.spec import EnvSpec, EnvSpecError, inspect_env
 from diffpolicy.rollout.supervisor import Failure, Supervisor, WorkerError, Workers
 from diffpolicy.rollout.wire import Message
+
+#: Seconds of a step, its message included, below which environments share one process.
+CHEAP_S = 0.5e-3
 
 __all__ = ["Failure", "WorkerError", "WorkerPool", "Workers"]
 
@@ -88,8 +93,12 @@ class WorkerPool:
         self._closed = False
         self._supervisor: Supervisor | None = None
         if self.num_workers > 0:
-            self._supervisor = Supervisor(spec, self.workers, frame_side)
+            chooses = self.workers.num_workers is None and self.num_workers > 1
+            begin = 1 if chooses else self.num_workers
+            self._supervisor = Supervisor(spec, self.workers, frame_side, begin)
             self.info = self._supervisor.info
+            if chooses:
+                self._choose(self._supervisor)
         else:
             self._slots = {row: EnvSlot(spec, frame_side) for row in range(self.num_envs)}
             self.info = inspect_env(spec, self._slots[0].env)
@@ -194,6 +203,36 @@ class WorkerPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    # ------------------------------------------------------------------ how many processes
+
+    def _choose(self, supervisor: Supervisor) -> None:
+        """Starts the other processes, unless a step is so cheap that they would not pay.
+
+        One process remains in any case: an environment that hangs here could not be ended.
+        """
+        try:
+            if self._step_seconds() < CHEAP_S:
+                self.num_workers = 1
+            else:
+                supervisor.spread(self.num_workers)
+        except BaseException:
+            self.close()
+            raise
+        supervisor.live.clear()
+
+    def _step_seconds(self) -> float:
+        """The shortest of a few steps of the first row; infinite if there is none."""
+        action = np.clip(0.0, self.info.action_low, self.info.action_high)[None]
+        outcome, seconds = self.reset([0], [0])[0], math.inf
+        for _ in range(5):
+            if isinstance(outcome, Failure) or outcome.terminated or outcome.truncated:
+                break
+            began = time.perf_counter()
+            outcome = self.step(action, [0])[0]
+            if not isinstance(outcome, Failure):
+                seconds = min(seconds, time.perf_counter() - began)
+        return seconds
 
     # ------------------------------------------------------------------ one command
 

@@ -18,8 +18,8 @@ from diffpolicy.core.pinning import PinCond
 from diffpolicy.core.solvers import Row
 from diffpolicy.policies.loop import PlanLoop
 
-#: Network evaluations from which a loop is rolled. Fewer copies build in a second or two, and
-#: without the loop a call is a little faster.
+#: Network evaluations from which a loop is rolled (docs/results.md, "K copies of a network"): with
+#: fewer a rolled call of ONNX Runtime is slower and the build is short; OpenVINO's is never slower.
 ROLL_FROM = 6
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
+from diffpolicy.rollout import supervisor, vector
 from diffpolicy.rollout.slots import Demonstration, Outcome
 from diffpolicy.rollout.spec import EnvSpec, EnvSpecError
 from diffpolicy.rollout.vector import Failure, WorkerPool, Workers
@@ -72,6 +74,18 @@ def test_serial_and_parallel_agree_exactly():
             assert (pool.info.obs_dim, pool.info.action_dim) == (3, 2)
             runs.append(_run_rows(pool))
     assert all(run == runs[0] for run in runs)
+
+
+@pytest.mark.parametrize(("cheap_s", "processes"), [(math.inf, 1), (0.0, 2)])
+def test_the_number_of_processes_follows_the_cost_of_a_step(cheap_s, processes, monkeypatch):
+    monkeypatch.setattr(vector, "CHEAP_S", cheap_s)
+    monkeypatch.setattr(supervisor, "_cores", lambda: 2)
+    with WorkerPool(POINT, Workers(num_envs=5)) as pool:
+        assert pool.num_workers == processes
+        assert isinstance(pool.step(np.zeros((1, 2), np.float32), [0])[0], Failure)
+        got = _run_rows(pool)
+    with WorkerPool(POINT, Workers(num_envs=5, num_workers=0)) as pool:
+        assert got == _run_rows(pool)
 
 
 def test_rows_can_be_driven_apart():
