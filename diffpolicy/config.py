@@ -106,6 +106,7 @@ class EvaluationConfig:
     num_envs: int = 10
     num_workers: int | None = None
     timeout: float = 60.0
+    plan_batch: int | None = None
     video_episodes: int = 0
 
     def __post_init__(self) -> None:
@@ -119,6 +120,10 @@ class EvaluationConfig:
                 raise ConfigError(
                     f"evaluation.{name} must be at least {least}, got {getattr(self, name)}"
                 )
+        if self.plan_batch is not None and self.plan_batch < 1:
+            raise ConfigError(
+                f"evaluation.plan_batch must be at least 1 or null, got {self.plan_batch}"
+            )
         if self.timeout <= 0 or (self.num_workers is not None and self.num_workers < 0):
             raise ConfigError(
                 "evaluation.timeout must be positive and num_workers at least 0 (or null), "

@@ -237,6 +237,7 @@ def _scores(
             env_spec(base),
             range(settings.seed, settings.seed + settings.episodes),
             workers=make_workers(settings, settings.episodes),
+            plan_batch=settings.plan_batch,
             success_threshold=base.env.success_threshold,
         )
     return found

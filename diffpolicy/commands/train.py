@@ -237,7 +237,12 @@ def validator(config: TrainConfig, stack: ExitStack, device: Any) -> Any:
         policy = DiffusionPolicy.load(path, device=device)
         try:
             result = evaluate(
-                policy, spec, seeds, workers=pool, success_threshold=config.env.success_threshold
+                policy,
+                spec,
+                seeds,
+                workers=pool,
+                plan_batch=settings.plan_batch,
+                success_threshold=config.env.success_threshold,
             )
         except AllFailedError as error:
             # Hours of training are not lost to a simulator; but a score that nobody has is no 0.
@@ -339,6 +344,7 @@ def evaluate_policy(
         spec,
         range(settings.seed, settings.seed + settings.episodes),
         workers=make_workers(settings, settings.episodes),
+        plan_batch=settings.plan_batch,
         deterministic=deterministic,
         success_threshold=success_threshold,
         video=video,

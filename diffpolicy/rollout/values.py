@@ -103,14 +103,13 @@ def as_success(info: dict[str, Any]) -> bool | None:
 def _said(key: str, value: Any) -> bool | None:
     if value is None or isinstance(value, bool):
         return value
-    array = np.asarray(value)
-    if array.dtype.kind not in "biuf":
+    number = _number(value)
+    if number is None or not (math.isnan(number) or number in (0, 1)):
         raise ValueError(
-            f"the environment returned info[{key!r}]={value!r} ({type(value).__name__}); a bool "
-            "is needed"
+            f"the environment returned info[{key!r}]={value!r} ({type(value).__name__}); one bool "
+            "is needed (or 0 or 1; NaN is none)"
         )
-    known = array[~np.isnan(array)]
-    return bool(known.any()) if known.size else None
+    return None if math.isnan(number) else bool(number)
 
 
 def _number(value: Any) -> float | None:

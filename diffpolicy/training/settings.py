@@ -24,7 +24,8 @@ class TrainerConfig:
         lr: peak learning rate.
         betas: of AdamW.
         weight_decay: of AdamW.
-        warmup_steps: linear warm-up; ``None``: a tenth of ``steps``, at most 500.
+        warmup_steps: linear warm-up, over half of ``steps`` at most; ``None``: a tenth of them, at
+            most 500.
         lr_schedule: ``cosine`` (to 0 at ``steps``) or ``constant``.
         grad_clip: largest norm of the gradient; ``None``: no limit.
         ema_power: of the weight average (see :class:`EMA`); ``None``: no average.
@@ -93,8 +94,9 @@ class TrainerConfig:
 
     @property
     def warmup(self) -> int:
-        """Steps of the warm-up: as given, or in proportion, so that short runs warm up too."""
-        return min(500, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+        """Steps of the warm-up: as given or in proportion, and never more than half of all."""
+        given = min(500, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+        return min(given, self.steps // 2)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of optimiser step ``step`` (from 0)."""

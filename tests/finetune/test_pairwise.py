@@ -501,7 +501,7 @@ def test_bad_settings():
         ({"anchor_weight": -1.0}, "anchor_weight must be 0 or more"),
         ({"label_scale": 1.0}, "label_scale=1.0 is of rewards"),
         ({"shared_start": False}, "has no effect on given pairs"),
-        ({"solver": "ddpm", "options": {"order": 2}}, "has no option 'order'"),
+        ({"solver": "ddpm", "options": {"order": 2}}, "has no setting 'order'"),
         ({"spacing": "even"}, "unknown spacing"),
         ({"num_steps": 0}, "num_steps must be at least 1"),
     ):

@@ -450,7 +450,7 @@ BAD = {
     "truncation": ({"truncation": "beta"}, "unknown truncation 'beta'"),
     "gradient": ({"gradient": "sde"}, "unknown gradient 'sde'"),
     "solver": ({"solver": "ode45"}, "unknown solver 'ode45'"),
-    "option": ({"options": {"order": 2}}, "has no option 'order'"),
+    "option": ({"options": {"order": 2}}, "has no setting 'order'"),
     "num_steps": ({"num_steps": 0}, "num_steps must be at least 1"),
     "grad_steps": ({"grad_steps": 11}, "from 1 to the chain's 10 evaluations"),
     "none": ({"grad_steps": 0}, "from 1 to the chain's 10 evaluations"),

@@ -211,7 +211,7 @@ def test_groups_share_a_condition_and_are_normalised():
         kl_weight=0.0, baseline="group", group_size=4, normalize=True, cond_dim=1, ratio="sequence"
     )
     play = loss.draw(8, torch.tensor([[0.0], [3.0]]).repeat_interleave(4, 0), seeded())
-    groups = play.advantage[:, 0].view(2, 4)
+    groups = play.advantage[:, 0].view(2, 4).float()
     torch.testing.assert_close(groups.mean(1), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(groups.std(1, correction=0), torch.ones(2))
     out = loss({"index": torch.arange(8), "cond": torch.randn(8, 1)}, seeded())
