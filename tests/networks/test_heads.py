@@ -78,7 +78,7 @@ def test_the_clean_time_is_what_score_uses():
 def test_errors():
     with pytest.raises(ValueError, match="head type must be one of draft, inverse, q_ensemble"):
         make_head({"type": "reward"})
-    with pytest.raises(ValueError, match="unknown key 'widht' for head 'inverse'.*did you mean"):
+    with pytest.raises(ValueError, match=r"unknown key 'widht' for head 'inverse'.*did you mean"):
         make_head({"type": "inverse", "obs_dim": 4, "action_dim": 2, "widht": 3})
     with pytest.raises(ValueError, match="head 'inverse' needs action_dim"):
         make_head({"type": "inverse", "obs_dim": 4})
