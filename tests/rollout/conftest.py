@@ -10,6 +10,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # workers inherit the path and find the fake envs
 
 
+@pytest.fixture(autouse=True)
+def _our_fakes_are_trusted(monkeypatch):
+    """Stores of these tests name environments of our own."""
+    monkeypatch.setenv("DIFFPOLICY_TRUST_ENVS", "rollout_fake_envs,branch_fake_envs")
+
+
 @dataclass(frozen=True)
 class FakeState:
     seeds: np.ndarray
