@@ -203,17 +203,11 @@ def draw(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cells = report["cells"]
-    first = min(int(key.split("/")[2]) for key in cells)
-    folds = [f for f in FOLDS if f"{f}/vanilla/{first}" in cells]
-    folds = [f for f in folds if f"{f}/truncated/{first}" in cells]
-    names = [(fold, arm) for fold in folds for arm in ("ddim", "truncated")]
+    rows = _drawn(report["cells"])
     figure, axes = pyplot.subplots(
-        len(names), DRAWN, figsize=(3 * DRAWN, 2 * len(names)), squeeze=False
+        len(rows), DRAWN, figsize=(3 * DRAWN, 2 * len(rows)), squeeze=False
     )
-    for row, (fold, arm) in zip(axes, names, strict=True):
-        trainer = "truncated" if arm == "truncated" else "vanilla"
-        drawn = cells[f"{fold}/{trainer}/{first}"]["arms"][arm]["drawn"]
+    for row, (name, drawn) in zip(axes, rows.items(), strict=True):
         for axis, observed, future, plans in zip(
             row, drawn["observed"], drawn["future"], drawn["plans"], strict=True
         ):
@@ -223,12 +217,24 @@ def draw(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
             axis.plot(*zip((0, 0), *future, strict=True), color="tab:blue", lw=1.5)
             axis.set_aspect("equal", adjustable="datalim")
             axis.tick_params(labelsize=6)
-        row[0].set_ylabel(f"{fold}: {arm}", fontsize=8)
+        row[0].set_ylabel(name, fontsize=8)
     figure.suptitle("Observed (black), true (blue), 20 plans (orange); metres", fontsize=9)
     figure.tight_layout()
     with atomic_file(path) as partial:
-        figure.savefig(partial, dpi=110)
+        figure.savefig(partial, dpi=80)
     pyplot.close(figure)
+
+
+def _drawn(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """What is drawn of DDIM and of the truncated arm, from each fold's first seed that kept it."""
+    rows: dict[str, Any] = {}
+    for key in sorted(cells, key=lambda key: (list(FOLDS).index(key.split("/")[0]), key)):
+        fold = key.split("/")[0]
+        for arm in {"ddim", "truncated"} & set(cells[key]["arms"]):
+            drawn = cells[key]["arms"][arm]["drawn"]
+            if "plans" in drawn:
+                rows.setdefault(f"{fold}: {arm}", drawn)
+    return rows
 
 
 def parse_settings(values: Mapping[str, str]) -> Settings:

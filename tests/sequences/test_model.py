@@ -215,7 +215,7 @@ def test_settings_that_belong_to_the_task(table_task):
         SequenceModel.for_task(table_task, spec={"length": 3})
     with pytest.raises(ValueError, match="takes dim from the task"):
         SequenceModel.for_task(table_task, spec={"network": {"type": "mlp", "dim": 3}})
-    with pytest.raises(ValueError, match="unexpected keyword argument 'net'"):
+    with pytest.raises(ValueError, match=r"has no setting 'net'; .*did you mean 'network'"):
         SequenceModel.for_task(table_task, spec={"net": "mlp"})
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from diffpolicy.finetune.denoising import LossOutput
 from diffpolicy.training import trainer as trainer_module
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
-from diffpolicy.training.identity import ResumeWarning, describe, differences, flatten
+from diffpolicy.training.identity import ResumeWarning, array_digest, describe, differences, flatten
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Trainer
 
@@ -170,3 +170,10 @@ def test_short_runs_warm_up_in_proportion_and_long_ones_as_before():
     before = replace(long, warmup_steps=500)
     assert [long.lr_at(s) for s in range(5000)] == [before.lr_at(s) for s in range(5000)]
     assert TrainerConfig(steps=100, warmup_steps=500).warmup == 50  # half of all at most
+
+
+def test_the_digest_of_an_array_is_that_of_its_values():
+    whole = torch.arange(6).reshape(3, 2)
+    for part in (whole[:1, 0], whole[:, 1], whole.T, torch.zeros(0, 2)):
+        assert array_digest(part) == array_digest(part.clone(memory_format=torch.contiguous_format))
+    assert array_digest(whole[:1, 0]) != array_digest(whole[1:2, 0])
