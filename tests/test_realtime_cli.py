@@ -110,7 +110,7 @@ def test_data_must_be_known(trained, tmp_path, capsys):
     ("extra", "nfe"),
     [
         (["rti.t_start=0.3", "rti.num_steps=2", "n_action_steps=1"], None),
-        (["latency_ms=120", "replan=always", "hold_ticks=3", "safe_action=[0,0,0,0]"], 10),
+        (["latency_ms=120", "replan=always", "hold_ticks=3", "safe_action=[0,0]"], 10),
         (["latency_ms_per_nfe=15", "arrival=start"], 10),
         (["chunking.schedule=exp", "latency_ms=100"], 10),
         (["ensemble=0.01"], 10),

@@ -326,6 +326,3 @@ def test_bad_input(model, preferences, store):
         RewardModel.for_preferences(preferences, spec={"widht": 3})
     with pytest.raises(ValueError, match="lookahead"):
         PlanValue.for_reward(model, n_action_steps=2, lookahead=0)
-    images = EpisodeStore.from_arrays({"obs": np.zeros((4, 2, 2)), "action": np.zeros((4, 1))}, [4])
-    with pytest.raises(ValueError, match="vectors"):
-        RewardModel.for_preferences(PreferenceSet(images))
