@@ -3,12 +3,15 @@
     python scripts/tfbind8_table.py phase=tune file=path/to/tfbind8.npz
     python scripts/tfbind8_table.py phase=test
     python scripts/tfbind8_table.py phase=gradients
+    python scripts/tfbind8_table.py phase=guidance
 
 `phase=tune` tries the candidates of every method on two other transcription factors, CRX and PAX6
 (one seed), and keeps the best mean progress; `phase=test` runs the kept ones on SIX6, which ships,
 with new seeds, at the same number of updates and (within a tenth) of rewards. Both continue where
 they stopped; cells are in `work`. `phase=gradients` compares gradient estimators with the exact
-gradient of J. Progress is (J - J_pre) / (J* - J_pre) with J = E[r] - kl_weight KL, all exact.
+gradient of J. `phase=guidance` scores the untuned model under reward guidance at scale
+1 / kl_weight, whose law is known exactly too. Progress is (J - J_pre) / (J* - J_pre) with J = E[r]
+- kl_weight KL, all exact.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ from torch import Tensor
 
 from diffpolicy.commands.options import parse
 from diffpolicy.config_sequences import load_finetune, load_sequence_train
+from diffpolicy.core import RewardGuidance, one_hot
 from diffpolicy.finetune.methods import make_tuning
-from diffpolicy.sequences.exact import ExactLaw, StateSpace
+from diffpolicy.sequences.exact import ExactLaw, StateSpace, exact_scores
 from diffpolicy.sequences.metrics import quartiles
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import score, train_oracles
@@ -314,6 +318,26 @@ def gradients(bench: Bench, options: dict[str, Any], *, batches: int = 40) -> li
     return rows
 
 
+def guidance(bench: Bench, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The exact law of the untuned model under reward guidance, two minutes each."""
+    task, space = bench.task(TEST_TABLE), StateSpace(4, 8)
+    rewards = torch.from_numpy(score(task.reward, space.states[space.sequences], 4))
+    for kl_weight in options["kl_weights"]:
+        for seed in range(1, 1 + int(options["seeds"])):
+            began, denoiser = time.time(), bench.pretrained(TEST_TABLE, seed).denoiser
+            guided, t = RewardGuidance(denoiser, task.reward, 1 / kl_weight), torch.zeros(1, 1, 1)
+            parts = [
+                guided(one_hot(s, 4), t).aux["log_p"].detach() for s in space.states.split(16384)
+            ]
+            before, after = (
+                ExactLaw.of(denoiser, space).p,
+                ExactLaw.from_log_probs(space, torch.cat(parts)).p,
+            )
+            found = exact_scores(after, before, rewards, kl_weight)._asdict()
+            row = {"method": "guidance", "kl_weight": kl_weight, "seed": seed, **found}
+            yield {**row, "wall_s": round(time.time() - began)}
+
+
 def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
     pairs = zip(gradients, parameters, strict=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
@@ -357,12 +381,12 @@ def main(arguments: list[str]) -> int:
         write_json(old, result)
         print(json.dumps(result, indent=1))
         return 0
-    if options["phase"] not in ("test", "gradients"):
-        raise SystemExit(f"phase must be tune, test or gradients, got {options['phase']!r}")
+    phases = {"test": testing, "gradients": gradients, "guidance": guidance}
+    if options["phase"] not in phases:
+        raise SystemExit(f"phase must be tune or one of {[*phases]}, got {options['phase']!r}")
     test = options["phase"] == "test"
-    rows = list(testing(bench, options)) if test else gradients(bench, options)
-    if test:
-        print(table(rows))
+    rows = list(phases[options["phase"]](bench, options))
+    print(table(rows) if test else json.dumps(rows, indent=1))
     if options["output"]:
         choices = json.loads((bench.work / "tuning.json").read_text()) if test else None
         command = "python scripts/tfbind8_table.py " + " ".join(arguments)

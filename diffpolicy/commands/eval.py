@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -224,7 +224,9 @@ def _data_attrs(checkpoint: str) -> tuple[dict[str, Any], int | None]:
     """What the run's data say of themselves: attributes and rows of their store, if it is there."""
     from diffpolicy.data.store import EpisodeStore
 
-    data = recorded_section(checkpoint, "data") or {}
+    data: Mapping[str, Any] = {}
+    with contextlib.suppress(ConfigError):  # the run that it was tuned from is gone
+        data = recorded_section(checkpoint, "data") or {}
     with contextlib.suppress(ValueError, OSError):
         store = EpisodeStore.open(str(data.get("path")))
         return dict(store.attrs), store.num_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,14 +65,17 @@ def _rows(value: Tensor) -> list[int]:
 
 
 NO_GRADIENT = (
-    "the loss does not depend on the trainable weights: its gradient is zero, so nothing would be "
-    "learned. What it is computed by (a reward, for instance) must be differentiable operations of "
-    "torch alone, with no .detach(), .numpy(), .item(), no_grad, argmax or comparison in between"
+    "the loss does not depend on the trainable weights, so nothing would be learned. What it is "
+    "computed by (a reward, for instance) must be differentiable operations of torch alone, with "
+    "no .detach(), .numpy(), .item(), no_grad, argmax or comparison in between"
 )
 
 
 class Movement:
-    """Refuses an objective that none of its first batches gives a gradient; a single one may."""
+    """Refuses a loss that has no gradient, and warns of one whose gradient begins as zero.
+
+    It may do so rightly: comparisons that all tie, positions that are all masked.
+    """
 
     FIRST = 3
 
@@ -84,8 +88,11 @@ class Movement:
             raise ValueError(NO_GRADIENT)
 
     def check(self, step: int, norm: Tensor) -> None:
-        """Raise ``ValueError`` if the norm of the gradient was 0 at every step so far."""
+        """Warn if the norm of the gradient was 0 at each of the first steps."""
         if self._idle == step < self.FIRST and not norm.item():
             self._idle += 1
             if self._idle == self.FIRST:
-                raise ValueError(NO_GRADIENT)
+                text = (
+                    f"the gradient of the first {self.FIRST} steps is exactly zero; if it stays so"
+                )
+                warnings.warn(f"{text}, {NO_GRADIENT}", RuntimeWarning, stacklevel=2)

@@ -146,10 +146,11 @@ class Flat(nn.Module):
         return LossOutput(loss.detach() if self.detach else 0 * loss, {})
 
 
-@pytest.mark.parametrize("detach", [True, False])
-def test_an_objective_without_a_gradient_is_refused(detach, table, tmp_path):
+def test_an_objective_without_a_gradient_is_refused(table, tmp_path):
     with pytest.raises(ValueError, match="does not depend on the trainable weights"):
-        Trainer(Flat(detach=detach), table, CONFIG, tmp_path).fit()
+        Trainer(Flat(detach=True), table, CONFIG, tmp_path / "a").fit()
+    with pytest.warns(RuntimeWarning, match="gradient of the first 3 steps is exactly zero"):
+        Trainer(Flat(detach=False), table, CONFIG, tmp_path / "b").fit()
 
 
 def test_dropout_leaves_the_callers_generator_alone(make_objective, table, tmp_path):
