@@ -318,7 +318,6 @@ def gradients(bench: Bench, options: dict[str, Any], *, batches: int = 40) -> li
     return rows
 
 
-@torch.no_grad()
 def guidance(bench: Bench, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The exact law of the untuned model under reward guidance, two minutes each."""
     task, space = bench.task(TEST_TABLE), StateSpace(4, 8)
@@ -327,12 +326,11 @@ def guidance(bench: Bench, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for seed in range(1, 1 + int(options["seeds"])):
             began, denoiser = time.time(), bench.pretrained(TEST_TABLE, seed).denoiser
             guided, t = RewardGuidance(denoiser, task.reward, 1 / kl_weight), torch.zeros(1, 1, 1)
-            parts = [guided(one_hot(s, 4), t).aux["log_p"] for s in space.states.split(16384)]
-            before, after = (
-                ExactLaw.of(denoiser, space).p,
-                ExactLaw.from_log_probs(space, torch.cat(parts)).p,
-            )
-            found = exact_scores(after, before, rewards, kl_weight)._asdict()
+            with torch.no_grad():
+                parts = [guided(one_hot(s, 4), t).aux["log_p"] for s in space.states.split(16384)]
+                before = ExactLaw.of(denoiser, space).p
+                after = ExactLaw.from_log_probs(space, torch.cat(parts)).p
+                found = exact_scores(after, before, rewards, kl_weight)._asdict()
             row = {"method": "guidance", "kl_weight": kl_weight, "seed": seed, **found}
             yield {**row, "wall_s": round(time.time() - began)}
 
