@@ -231,7 +231,7 @@ def _check_meant(data: DataConfig) -> None:
     hint = near_miss(first.name, [p.name for p in beside])
     if hint:
         raise ConfigError(
-            f"nothing is at {path}{hint} (in {first.parent}) To record demonstrations there, say "
+            f"nothing is at {path}{hint} (in {first.parent}). To record demonstrations there, say "
             f"how many: data.collect.episodes={data.collect.episodes}"
         )
 

@@ -40,6 +40,12 @@ PREFER = [*TUNE, *SHORT, "trainer.steps=2", "trainer.eval_every=2"]
 BRANCHES = {"points": 1, "branches": 2, "lookahead": 8}
 SMALL = {
     "compare": [],
+    "network=transformer": [
+        *TINY,
+        "data.collect.episodes=3",
+        "network.width=16",
+        "network.depth=1",
+    ],
     "experiment=pusht_40": [*TINY, *TUNE, "network.width=16", "env.max_episode_steps=40"],
     "preferences=runs/pusht_dpo/plans.jsonl": PREFER,
     "preferences=data/pusht_rollouts_human.jsonl": PREFER,
