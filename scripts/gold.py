@@ -1,13 +1,13 @@
 """What must not change when code is moved: short runs of every kind, as hashes.
 
-    python scripts/gold.py record gold.json [only=demo,actor_critic]    # before a change
-    python scripts/gold.py check gold.json [only=...]                   # after it
+    python scripts/gold.py record scripts/gold.json [only=demo,actor_critic]    # before a change
+    python scripts/gold.py check scripts/gold.json [only=...]                   # after it
 
 Each kind trains a few hundred updates on one thread from fixed seeds and hashes (SHA-256) its
 weights, actions, tokens and scores. Bits depend on the processor and the version of torch: the file
 names both, and ``check`` says when they are others. Weights are hashed tensor by tensor and sorted,
 so that renaming a parameter is no difference. Exits 1 with every line that differs. Needs the
-simulators (``.[all,onnx,hdf5]``); some minutes.
+simulators (``.[all,onnx,hdf5]``); two minutes.
 """
 
 from __future__ import annotations
