@@ -70,7 +70,10 @@ class Episode:
     step: int = 0
 
     def again(self, *failed: str) -> Self:
-        """The same episode from its beginning; an attempt more if the last one failed."""
+        """The same episode from its beginning; an attempt more if the last one failed.
+
+        Each kind of episode says what of it is kept.
+        """
         raise NotImplementedError
 
 
