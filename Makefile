@@ -39,8 +39,8 @@ format: install  ## Rewrite the sources in the project's format.
 	$(BIN)/ruff check --fix .
 
 bench: install  ## Speed ratios and plan latencies, measured side by side in one run.
-	$(BIN)/diffpolicy bench
-	$(BIN)/diffpolicy bench latency
+	$(BIN)/python scripts/bench.py
+	$(BIN)/python scripts/bench.py latency
 
 gpu-check:  ## Core, networks and one training step on a GPU; needs torch and numpy alone.
 	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu_check.py

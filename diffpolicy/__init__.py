@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     )
     from diffpolicy.data.normalize import Normalizer
     from diffpolicy.data.store import EpisodeStore
-    from diffpolicy.learning import Learning
+    from diffpolicy.learn.learning import Learning
     from diffpolicy.policies.ensemble import TemporalEnsemble
-    from diffpolicy.rollout.collect import collect
+    from diffpolicy.rollout.env_spec import EnvSpec
     from diffpolicy.rollout.evaluate import evaluate
     from diffpolicy.rollout.latency import DelayedPolicy
-    from diffpolicy.rollout.spec import EnvSpec
-    from diffpolicy.rollout.vector import Workers
+    from diffpolicy.rollout.pool.workers import Workers
+    from diffpolicy.rollout.record.experts import collect
 
 __version__ = "0.1.0"
 
@@ -38,15 +38,15 @@ _HOMES = {
     **dict.fromkeys(("DiffusionPolicy", "PolicySpec", "Gripper", "Sampler"), "diffpolicy.api"),
     **dict.fromkeys(("RTI", "Truncated", "Anchors", "Chunking", "Streaming"), "diffpolicy.api"),
     "TrainerConfig": "diffpolicy.api",
-    "Learning": "diffpolicy.learning",
+    "Learning": "diffpolicy.learn.learning",
     "TemporalEnsemble": "diffpolicy.policies.ensemble",
     "DelayedPolicy": "diffpolicy.rollout.latency",
     "Normalizer": "diffpolicy.data.normalize",
     "EpisodeStore": "diffpolicy.data.store",
-    "collect": "diffpolicy.rollout.collect",
+    "collect": "diffpolicy.rollout.record.experts",
     "evaluate": "diffpolicy.rollout.evaluate",
-    "EnvSpec": "diffpolicy.rollout.spec",
-    "Workers": "diffpolicy.rollout.vector",
+    "EnvSpec": "diffpolicy.rollout.env_spec",
+    "Workers": "diffpolicy.rollout.pool.workers",
 }
 
 __all__ = [

@@ -11,7 +11,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 COMMANDS = {
     "train": "train a policy on demonstrations, evaluate it and leave a run directory",
@@ -21,11 +21,9 @@ COMMANDS = {
     "rti": "give a policy warm starts (real-time iteration), their level chosen from data",
     "anchors": "give a policy truncated starts from anchors of the demonstrations",
     "data": "info, check, convert or collect episode stores",
-    "generate": "make datasets in the HDF5 layout of D4RL",
     "export": "write a policy as ONNX files with a contract, for deployment",
     "serve": "answer observations with actions over TCP, for many clients at a time",
     "import-checkpoint": "turn a LeRobot or Diffusion Policy checkpoint into one of ours",
-    "bench": "speed ratios against other libraries, measured side by side",
     "doctor": "versions, devices, rendering, and known-broken combinations with their fix",
 }
 
@@ -86,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.update(variables)
     try:
         with _terminable():
-            return _guarded(arguments)
+            name = f"diffpolicy {arguments[0] if arguments else ''}"
+            return _guarded(name, _dispatch, arguments)
     finally:
         for name, value in before.items():
             os.environ.pop(name)
@@ -132,24 +131,52 @@ def _terminable() -> Iterator[None]:
             signal.signal(signal.SIGTERM, previous)
 
 
-def _guarded(arguments: Sequence[str]) -> int:
-    """The exit status of a command; whatever goes wrong in it becomes a line on standard error."""
-    name = arguments[0] if arguments else ""
+def guarded(
+    name: str,
+    run: Callable[[Sequence[str]], int],
+    help_text: Callable[[], str],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Run a script as the commands are run: its help, and its errors as one line.
+
+    Args:
+        name: what its messages begin with.
+        run: the script, of its arguments.
+        help_text: what ``--help`` prints.
+        arguments: those of the process when absent.
+
+    Returns:
+        Exit status, as of :func:`main`.
+    """
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+
+    def command(given: Sequence[str]) -> int:
+        if any(a in ("-h", "--help") for a in given):
+            print(help_text())
+            return 0
+        return int(run(given) or 0)
+
+    with _terminable():
+        return _guarded(name, command, rest)
+
+
+def _guarded(name: str, run: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """The exit status of ``run``; whatever goes wrong in it becomes a line on standard error."""
     try:
-        status = _dispatch(arguments)
+        status = run(arguments)
         sys.stdout.flush()  # a reader that has gone shows here rather than at the very end
         return status
     except KeyboardInterrupt as stopped:
         terminated = isinstance(stopped, Terminated)
         said = "terminated" if terminated else "interrupted"
-        print(f"\ndiffpolicy {name}: {said}", file=sys.stderr)
+        print(f"\n{name}: {said}", file=sys.stderr)
         return 143 if terminated else 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 141  # as `head` and the like leave any program: not an error of ours
         if os.environ.get("DIFFPOLICY_TRACEBACK"):
             raise
-        print(f"diffpolicy {name}: {_said(error)}", file=sys.stderr)
+        print(f"{name}: {_said(error)}", file=sys.stderr)
         return 1
 
 

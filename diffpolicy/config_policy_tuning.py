@@ -114,7 +114,7 @@ UNREAD: dict[str, Any] = {
 
 def unread_settings(config: PolicyTuningConfig) -> list[str]:
     """The settings of ``UNREAD`` that were made and that the method does not look at."""
-    from diffpolicy.finetune.preference_methods import TYPES, has_anchor, needs
+    from diffpolicy.learn.preferences.methods import TYPES, has_anchor, needs
 
     if config.preference.get("type") not in ("cloning", *TYPES):
         return []  # check_method says what it could be

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from diffpolicy.commands.options import parse
-from diffpolicy.data.preferences import PreferenceSet, from_indices
+from diffpolicy.data.preferences.set import PreferenceSet, from_indices
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.reward_model.validation import RewardCandidate, cross_validate, learn_candidate
+from diffpolicy.learn.values.validation import RewardCandidate, cross_validate, learn_candidate
 
 DEFAULTS: dict[str, Any] = {
     "data": None,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from diffpolicy.commands.eth_ucy import AT_HAND, draw, parse_settings, run, table
+from pedestrians.study import AT_HAND, draw, parse_settings, run, table
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "eth_ucy" / "eth_ucy_raw.npz"
 

@@ -205,7 +205,7 @@ def maze(folder: Path) -> Hashes:
 
 def actor_critic(folder: Path) -> Hashes:
     """Diffusion-QL: a chain through the critic, twin critics, best of N."""
-    from diffpolicy.learning import Learning
+    from diffpolicy.learn.learning import Learning
 
     spec = {
         "horizon": 4,

@@ -33,7 +33,7 @@ from diffpolicy.core import (
 )
 from diffpolicy.core.ramp import Ramp
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.finetune import DenoisingLoss, MaskedChain, RewardLoss
+from diffpolicy.learn import DenoisingLoss, MaskedChain, RewardLoss
 from diffpolicy.networks import make_network
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.rti import RTI

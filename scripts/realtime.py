@@ -30,14 +30,14 @@ import torch
 from omegaconf import OmegaConf
 
 from diffpolicy.api import DiffusionPolicy
-from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.spec import Sampler
+from diffpolicy.policies.truncated import Truncated
+from diffpolicy.rollout.env_spec import EnvSpec
 from diffpolicy.rollout.evaluate import evaluate
+from diffpolicy.rollout.intervals import mean_interval, paired_difference, wilson_interval
 from diffpolicy.rollout.latency import DelayedPolicy
-from diffpolicy.rollout.scores import mean_interval, paired_difference, wilson_interval
-from diffpolicy.rollout.spec import EnvSpec
-from diffpolicy.rollout.vector import Workers
+from diffpolicy.rollout.pool.workers import Workers
 
 DEFAULTS: dict[str, str] = {
     "runs": "",

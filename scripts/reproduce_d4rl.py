@@ -14,8 +14,8 @@ where they were looked for. only= trains the cells that match and tabulates all 
 
 import sys
 
-from diffpolicy.commands.reproduce import main
 from diffpolicy.config import ConfigError
+from reproduce.table_of_cells import main
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv):

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from diffpolicy.commands.bench_latency import NETWORKS, SHAPE
+from benches.latency import NETWORKS, SHAPE
 from diffpolicy.commands.options import parse
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
-from diffpolicy.policies.loop import PlanLoop
+from diffpolicy.policies.plan_loop import PlanLoop
 from diffpolicy.runtime import rolled
 from diffpolicy.runtime.compile import CompiledLoop, example_inputs
 

@@ -66,9 +66,9 @@ class Still:
 
 def measure(env: str, episodes: int, steps: int, num_envs: int, num_workers: int) -> list[float]:
     """The four figures of one case, in this process."""
+    from diffpolicy.rollout.env_spec import EnvSpec, describe
     from diffpolicy.rollout.evaluate import evaluate
-    from diffpolicy.rollout.spec import EnvSpec, describe
-    from diffpolicy.rollout.vector import Workers
+    from diffpolicy.rollout.pool.workers import Workers
 
     spec = EnvSpec(env, max_episode_steps=steps)
     policy = Still(describe(spec).action_dim)

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from diffpolicy.commands.options import parse
 from diffpolicy.config_sequences import load_finetune, load_sequence_train
-from diffpolicy.core import RewardGuidance, one_hot
-from diffpolicy.finetune.methods import make_tuning
+from diffpolicy.core import one_hot
+from diffpolicy.guidance import RewardGuidance
+from diffpolicy.learn.reward.methods import make_tuning
 from diffpolicy.sequences.exact import ExactLaw, StateSpace, exact_scores
 from diffpolicy.sequences.metrics import quartiles
 from diffpolicy.sequences.model import SequenceModel

@@ -11,12 +11,12 @@ import torch
 
 from diffpolicy import DiffusionPolicy, EpisodeStore, TrainerConfig
 from diffpolicy.config import load_train
-from diffpolicy.finetune.algorithms import ActorCritic
-from diffpolicy.learning import Learning, check_learning
-from diffpolicy.policies.candidates import Truncated
+from diffpolicy.learn.actor_critic.algorithms import ActorCritic
+from diffpolicy.learn.learning import Learning, check_learning
+from diffpolicy.policies.best_of_n import Selection
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.selection import Selection
 from diffpolicy.policies.spec import PolicySpec
+from diffpolicy.policies.truncated import Truncated
 
 NETWORK = {"type": "mlp", "width": 64, "depth": 2}
 CRITIC = {"type": "q_ensemble", "width": 32, "depth": 2}

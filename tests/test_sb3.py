@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from diffpolicy.rollout.env_spec import EnvSpec
 from diffpolicy.rollout.evaluate import evaluate
-from diffpolicy.rollout.spec import EnvSpec
-from diffpolicy.rollout.vector import Workers
+from diffpolicy.rollout.pool.workers import Workers
 
 sb3 = pytest.importorskip("stable_baselines3", reason="needs the sb3 extra")
 ENV = "Pendulum-v1"

@@ -9,7 +9,7 @@ import pytest
 from diffpolicy import RTI, PolicySpec, Sampler, TrainerConfig
 from diffpolicy.core import make_process, make_solver
 from diffpolicy.core.masking import make_masking
-from diffpolicy.finetune.algorithms import ActorCritic
+from diffpolicy.learn.actor_critic.algorithms import ActorCritic
 from diffpolicy.settings import (
     ConfigError,
     check_known,

@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(arguments, ["checkpoint", "output"], DEFAULTS)
     from diffpolicy.api import DiffusionPolicy
     from diffpolicy.commands.preflight import pick_device
-    from diffpolicy.policies.candidates import Truncated
+    from diffpolicy.policies.truncated import Truncated
 
     began = time.perf_counter()
     output = new_directory(options["output"])

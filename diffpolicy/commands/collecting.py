@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diffpolicy.config import ConfigError, build
 
 if TYPE_CHECKING:
-    from diffpolicy.rollout.branches import Branching, Repeats
+    from diffpolicy.rollout.record.branches import Branching, Repeats
 
 KINDS = ("branches", "episodes")
 OF_KIND = {
@@ -81,8 +81,8 @@ class Collecting:
         Raises:
             ValueError: a value out of its range, or a score that cannot be imported.
         """
-        from diffpolicy.rollout.branches import Branching, Repeats
-        from diffpolicy.rollout.pairing import Scoring
+        from diffpolicy.rollout.record.branches import Branching, Repeats
+        from diffpolicy.rollout.record.pairing import Scoring
 
         values = {f.name: getattr(self, f.name) for f in fields(Scoring)}
         scoring = Scoring(**{**values, "score": score_function(self.score)})

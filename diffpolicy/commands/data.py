@@ -266,7 +266,7 @@ def _observation_of(env_id: str | None) -> Any:
     """The environment's map from recorded states to observations, if it has one."""
     if env_id is None:
         return None
-    from diffpolicy.rollout.spec import EnvSpec
+    from diffpolicy.rollout.env_spec import EnvSpec
 
     env = EnvSpec(env_id).make()
     try:
@@ -278,9 +278,9 @@ def _observation_of(env_id: str | None) -> Any:
 
 
 def _collect(arguments: Sequence[str]) -> int:
-    from diffpolicy.rollout.collect import collect
-    from diffpolicy.rollout.spec import EnvSpec
-    from diffpolicy.rollout.vector import Workers
+    from diffpolicy.rollout.env_spec import EnvSpec
+    from diffpolicy.rollout.pool.workers import Workers
+    from diffpolicy.rollout.record.experts import collect
 
     defaults: dict[str, Any] = {
         "env": None,

@@ -22,7 +22,7 @@ Exit status 1 if something is broken."""
 
 def run(arguments: Sequence[str]) -> int:
     """Print the findings."""
-    from diffpolicy.doctor import diagnose, format_findings
+    from diffpolicy.commands.doctor_checks import diagnose, format_findings
 
     findings = diagnose(probe=bool(parse(arguments, [], {"probe": True})["probe"]))
     print(format_findings(findings))

@@ -52,8 +52,8 @@ def run(arguments: Sequence[str]) -> int:
     from diffpolicy.api import DiffusionPolicy
     from diffpolicy.commands.preflight import check_writable, choose_rendering, pick_device
     from diffpolicy.commands.train import evaluate_policy, summary
+    from diffpolicy.rollout.env_spec import EnvSpec
     from diffpolicy.rollout.latency import DelayedPolicy
-    from diffpolicy.rollout.spec import EnvSpec
 
     began = time.perf_counter()
     config = load_eval(_named(arguments))
@@ -142,8 +142,8 @@ def rank_candidates(policy: DiffusionPolicy, config: EvalConfig) -> None:
             candidates.
         ValueError: no value of plans at the path, or settings out of range.
     """
-    from diffpolicy.policies.selection import Selection, Selector
-    from diffpolicy.reward_model import PlanValue
+    from diffpolicy.learn.values import PlanValue
+    from diffpolicy.policies.best_of_n import Selection, Selector
 
     settings = given(config.judge)
     if not settings:

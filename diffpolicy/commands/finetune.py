@@ -27,10 +27,10 @@ from diffpolicy.config_policy_tuning import is_policy_tuning
 from diffpolicy.config_sequences import FinetuneConfig, SequenceTrainConfig, load_finetune
 
 if TYPE_CHECKING:
+    from diffpolicy.report.sequences import TuningResult
     from diffpolicy.sequences.guided import GuidedDraws
     from diffpolicy.sequences.model import SequenceModel
     from diffpolicy.sequences.oracles import Oracles
-    from diffpolicy.sequences.report import TuningResult
     from diffpolicy.sequences.task import SequenceTask
     from diffpolicy.sequences.tuning import Tuned
 
@@ -129,7 +129,7 @@ def refuse_idle(config: FinetuneConfig, overrides: Sequence[str]) -> None:
 @one_writer
 def finetune(config: FinetuneConfig, *, resume: bool = False) -> int:
     """Run one tuning, from the pre-trained model to a report."""
-    from diffpolicy.sequences.report import read_report, write_report
+    from diffpolicy.report.sequences import read_report, write_report
 
     began = time.perf_counter()
     run_dir = Path(config.run_dir)
@@ -203,7 +203,7 @@ def _pretrained(run_dir: str, device: Any) -> SequenceModel:
 
 def _check(config: FinetuneConfig, model: SequenceModel) -> None:
     """Find what is wrong with the settings before anything runs."""
-    from diffpolicy.finetune.methods import METHODS, make_tuning
+    from diffpolicy.learn.reward.methods import METHODS, make_tuning
     from diffpolicy.sequences.guided import check_guidance
 
     trainer = trainer_settings(config.trainer, config.seed)
@@ -257,8 +257,8 @@ def evaluated(
     training: Tuned | None,
 ) -> TuningResult:
     """Every figure of the pre-trained model's and the tuned model's sequences."""
+    from diffpolicy.report.sequences import TuningResult, best_sequences
     from diffpolicy.sequences.evaluate import Evaluation, evaluate_sequences
-    from diffpolicy.sequences.report import TuningResult, best_sequences
     from diffpolicy.sequences.tuning import can_be_exact, exactly
 
     pretrained, model = models
@@ -334,8 +334,8 @@ def _draw(
 
 
 def _profiles(task: SequenceTask, before: Any, after: Any, fraction: float) -> dict[str, Any]:
+    from diffpolicy.report.sequences import PRETRAINED, TOP, TUNED
     from diffpolicy.sequences.metrics import profile, top_sequences
-    from diffpolicy.sequences.report import PRETRAINED, TOP, TUNED
 
     size = len(task.alphabet)
     top = top_sequences(*task.measurements(), fraction)
@@ -348,7 +348,7 @@ def _profiles(task: SequenceTask, before: Any, after: Any, fraction: float) -> d
 
 def compare(arguments: Sequence[str]) -> int:
     """`diffpolicy finetune compare RUN... output=DIR`, of sequence models or of policies."""
-    from diffpolicy.sequences.comparison import compare_report
+    from diffpolicy.report.sequence_comparison import compare_report
 
     runs = [a for a in arguments if "=" not in a]
     options = dict(a.split("=", 1) for a in arguments if "=" in a)
@@ -357,7 +357,7 @@ def compare(arguments: Sequence[str]) -> int:
             "usage: diffpolicy finetune compare RUN [RUN ...] output=DIR [baseline=METHOD]"
         )
     if of_policies(runs[0]):
-        from diffpolicy.rollout.tuning_comparison import compare_tunings
+        from diffpolicy.report.tuning_comparison import compare_tunings
 
         print(compare_tunings(runs, **options).read_text())
         return 0

@@ -103,7 +103,7 @@ def _report(
     began: float,
 ) -> None:
     """Write the report and say the most important of it in a line."""
-    from diffpolicy.rollout.tuning_report import write_tuning_report
+    from diffpolicy.report.tuning import write_tuning_report
 
     wall_s = time.perf_counter() - began
     train_s = sum(t["train_s"] for t in trained)
@@ -176,8 +176,8 @@ class _Run:
         return _load(str(trained_policy(folder)), policy.device), summary
 
     def _data(self, found: dict[str, Any]) -> Any:
-        from diffpolicy.learning import Learning
-        from diffpolicy.preference_tuning import PreferenceData
+        from diffpolicy.learn.learning import Learning
+        from diffpolicy.learn.preference_data import PreferenceData
 
         return PreferenceData(
             demonstrations=self.demonstrations,
@@ -190,7 +190,7 @@ class _Run:
 
 def of_policies(run: str) -> bool:
     """Whether the report of a run is of a policy's tuning."""
-    from diffpolicy.rollout.tuning_report import FORMAT
+    from diffpolicy.report.tuning import FORMAT
 
     file = Path(run) / "report.json" if Path(run).is_dir() else Path(run)
     return file.is_file() and json.loads(file.read_text()).get("format") == FORMAT

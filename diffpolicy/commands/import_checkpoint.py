@@ -22,7 +22,7 @@ kind: auto, lerobot or diffusion_policy."""
 def run(arguments: Sequence[str]) -> int:
     """Import one checkpoint."""
     from diffpolicy.api import policy_files
-    from diffpolicy.policies.import_checkpoint import read_checkpoint
+    from diffpolicy.policies.foreign.published import read_checkpoint
     from diffpolicy.training.checkpoint import write_bundle
 
     options = parse(arguments, ["source", "target"], {"kind": "auto"})

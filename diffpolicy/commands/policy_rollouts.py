@@ -16,10 +16,10 @@ from diffpolicy.config_policy_tuning import PolicyTuningConfig
 
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy
-    from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.data.preferences.set import PreferenceSet
     from diffpolicy.data.store import EpisodeStore
-    from diffpolicy.reward_model import PlanValue
-    from diffpolicy.rollout.dense import DenseReward
+    from diffpolicy.learn.values import PlanValue
+    from diffpolicy.rollout.record.dense import DenseReward
     from diffpolicy.training.settings import TrainerConfig
 
 REWARDS = ("store", "dense")
@@ -35,7 +35,7 @@ def check_rollouts(config: PolicyTuningConfig, base: TrainConfig, policy: Diffus
         ConfigError: unknown settings, or values out of range.
         ValueError: likewise.
     """
-    from diffpolicy.plan_pairs import PlanPairs
+    from diffpolicy.learn.plan_pairs import PlanPairs
 
     if config.collect is not None:
         Collecting.of(config.collect, "collect.")
@@ -72,7 +72,7 @@ def _check_store(config: PolicyTuningConfig) -> int | None:
     Raises:
         ConfigError: they do not.
     """
-    from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.data.preferences.set import PreferenceSet
 
     if config.preferences is None:
         return None
@@ -113,9 +113,9 @@ def collected(
 
     With a judge rollouts are not compared: the set is empty, and its store holds them.
     """
-    from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.data.preferences.set import PreferenceSet
     from diffpolicy.data.store import EpisodeStore
-    from diffpolicy.rollout.branches import Branching, collect_branches, collect_episodes
+    from diffpolicy.rollout.record.branches import Branching, collect_branches, collect_episodes
 
     if config.preferences is not None:
         return PreferenceSet.open(config.preferences)
@@ -148,7 +148,7 @@ def new_judge(
         ConfigError: unknown settings, or values out of range.
         ValueError: likewise.
     """
-    from diffpolicy.reward_model import PlanValue, PlanValueSpec
+    from diffpolicy.learn.values import PlanValue, PlanValueSpec
     from diffpolicy.settings import check_known, setting_names
 
     values = dict(config.judge or {})
@@ -181,7 +181,7 @@ def dense_reward(config: PolicyTuningConfig, base: TrainConfig) -> DenseReward |
     Raises:
         ValueError: the environment has no dense reward.
     """
-    from diffpolicy.rollout.dense import DenseReward
+    from diffpolicy.rollout.record.dense import DenseReward
 
     if (config.judge or {}).get("reward", "store") == "store":
         return None
@@ -200,7 +200,7 @@ def judged(
     Learning of the value goes on where an earlier call in ``folder`` was stopped.
 
     Returns:
-        Entries of :class:`~diffpolicy.preference_tuning.PreferenceData`: the preferences, which
+        Entries of :class:`~diffpolicy.learn.preference_data.PreferenceData`: the preferences, which
         are of the policy's own plans with ``plans``; or the value, for methods with ``online``.
         ``None`` if it was stopped.
     """
@@ -228,8 +228,8 @@ def _plans(
     folder: Path,
 ) -> PreferenceSet:
     """Pairs of the policy's own plans; those that are there are complete."""
-    from diffpolicy.data.preferences import PreferenceSet
-    from diffpolicy.plan_pairs import PlanPairs, pair_plans
+    from diffpolicy.data.preferences.set import PreferenceSet
+    from diffpolicy.learn.plan_pairs import PlanPairs, pair_plans
 
     assert config.plans is not None
     if (folder / PLAN_PAIRS).exists():

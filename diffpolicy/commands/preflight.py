@@ -13,7 +13,7 @@ from diffpolicy.extras import EXTRAS, installed
 from diffpolicy.settings import near_miss
 
 if TYPE_CHECKING:
-    from diffpolicy.rollout.spec import EnvSpec
+    from diffpolicy.rollout.env_spec import EnvSpec
 
 SCORES = ("success", "final_success", "max_reward", "return", "length")
 
@@ -93,7 +93,7 @@ def check_environment(config: EnvConfig, settings: EvaluationConfig) -> None:
         raise ConfigError(f"env.score must be one of {SCORES}, got {config.score!r}{hint}")
     if settings.episodes == settings.val_episodes == 0:
         return
-    from diffpolicy.rollout.spec import EnvSpec, describe
+    from diffpolicy.rollout.env_spec import EnvSpec, describe
 
     spec = EnvSpec(config.id, config.kwargs, config.max_episode_steps)
     if not config.score.endswith("success") or config.success_threshold is not None:
@@ -108,7 +108,7 @@ def check_environment(config: EnvConfig, settings: EvaluationConfig) -> None:
 
 def _says_success(spec: EnvSpec, seed: int) -> bool:
     """Whether an episode of random actions says of any step if it was a success."""
-    from diffpolicy.rollout.slots import EnvSlot
+    from diffpolicy.rollout.pool.slots import EnvSlot
 
     slot = EnvSlot(spec, 0)
     try:
@@ -133,7 +133,7 @@ def check_training(config: TrainConfig) -> None:
         ValueError: likewise.
     """
     from diffpolicy.commands.train import policy_shape, trainer_config
-    from diffpolicy.learning import Learning, check_learning
+    from diffpolicy.learn.learning import Learning, check_learning
     from diffpolicy.policies.diffusion import PolicySpec, Sampler
 
     if trainer_config(config).tensorboard:

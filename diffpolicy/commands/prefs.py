@@ -17,9 +17,9 @@ from diffpolicy.commands.options import parse, subcommand
 from diffpolicy.config import ConfigError
 
 if TYPE_CHECKING:
-    from diffpolicy.data.preferences import PreferenceSet
-    from diffpolicy.rollout.clips import ClipRenderer
-    from diffpolicy.rollout.questions import Question
+    from diffpolicy.data.preferences.set import PreferenceSet
+    from diffpolicy.rollout.labelling.clips import ClipRenderer
+    from diffpolicy.rollout.labelling.questions import Question
 
 
 def help_text() -> str:
@@ -96,8 +96,8 @@ _ENV: dict[str, Any] = {"env": None, "kwargs": {}, "max_episode_steps": None}
 def _collect(arguments: Sequence[str]) -> int:
     from diffpolicy.api import DiffusionPolicy
     from diffpolicy.commands.preflight import check_writable, pick_device
-    from diffpolicy.rollout.branches import collect_branches, collect_episodes
-    from diffpolicy.rollout.vector import Workers
+    from diffpolicy.rollout.pool.workers import Workers
+    from diffpolicy.rollout.record.branches import collect_branches, collect_episodes
 
     defaults: dict[str, Any] = {
         "checkpoint": None,
@@ -155,7 +155,7 @@ def _collecting_env(options: Mapping[str, Any], trained_for: str | None) -> Any:
 
 
 def _env(options: Mapping[str, Any]) -> Any:
-    from diffpolicy.rollout.spec import EnvSpec
+    from diffpolicy.rollout.env_spec import EnvSpec
 
     if options["env"] is None:
         return None
@@ -163,8 +163,8 @@ def _env(options: Mapping[str, Any]) -> Any:
 
 
 def _import(arguments: Sequence[str]) -> int:
-    from diffpolicy.data.label_files import read_label_file
-    from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.data.preferences.labels import read_label_file
+    from diffpolicy.data.preferences.set import PreferenceSet
     from diffpolicy.data.store import EpisodeStore
 
     defaults = {"labels": "human", "length": None, "index": None, "overwrite": False}
@@ -188,7 +188,7 @@ def _import(arguments: Sequence[str]) -> int:
 
 def _info(arguments: Sequence[str]) -> int:
     from diffpolicy.data.check import format_issue
-    from diffpolicy.data.preferences import PreferenceSet, check_preferences
+    from diffpolicy.data.preferences.set import PreferenceSet, check_preferences
 
     path = parse(arguments, ["file"], {})["file"]
     issues = check_preferences(path)
@@ -215,7 +215,7 @@ _CLIPS: dict[str, Any] = {"side": 256, "before": 0, "after": 0, **_ENV}
 
 def _renderer(options: Mapping[str, Any], store: Any) -> ClipRenderer:
     from diffpolicy.commands.preflight import choose_rendering
-    from diffpolicy.rollout.clips import ClipRenderer
+    from diffpolicy.rollout.labelling.clips import ClipRenderer
 
     margins = {name: options[name] for name in ("side", "before", "after")}
     if "img" not in store.fields:
@@ -224,8 +224,8 @@ def _renderer(options: Mapping[str, Any], store: Any) -> ClipRenderer:
 
 
 def _render(arguments: Sequence[str]) -> int:
-    from diffpolicy.data.preferences import PreferenceSet
-    from diffpolicy.rollout.clips import choose_pairs, pair_video, write_pair
+    from diffpolicy.data.preferences.set import PreferenceSet
+    from diffpolicy.rollout.labelling.clips import choose_pairs, pair_video, write_pair
     from diffpolicy.rollout.video import contact_sheet
 
     options = parse(arguments, ["file", "folder"], {"pairs": None, "count": 6, "fps": 10, **_CLIPS})
@@ -248,8 +248,8 @@ def _render(arguments: Sequence[str]) -> int:
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    from diffpolicy.rollout.labelling import LabelServer
-    from diffpolicy.rollout.questions import Answers
+    from diffpolicy.rollout.labelling.page import LabelServer
+    from diffpolicy.rollout.labelling.questions import Answers
 
     drawn = {"count": 100, "length": 50, "draw_seed": 0}
     defaults = {"answers": None, "port": 8770, **drawn, **_CLIPS}
@@ -297,9 +297,9 @@ def _stopping() -> Iterator[None]:
 
 
 def _questions(source: Path, options: Mapping[str, Any]) -> tuple[Any, list[Question]]:
-    from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.data.preferences.set import PreferenceSet
     from diffpolicy.data.store import EpisodeStore
-    from diffpolicy.rollout.questions import propose, questions_of
+    from diffpolicy.rollout.labelling.questions import propose, questions_of
 
     if not source.exists():
         raise ConfigError(f"neither a preference file nor a store at {source}")

@@ -14,8 +14,8 @@ from diffpolicy.files import write_json
 if TYPE_CHECKING:
     from diffpolicy.data.d4rl.transforms import Transform
     from diffpolicy.data.store import EpisodeStore
+    from diffpolicy.rollout.env_spec import EnvSpec
     from diffpolicy.rollout.results import EvalResult
-    from diffpolicy.rollout.spec import EnvSpec
 
 _log = logging.getLogger("diffpolicy.data")
 
@@ -37,8 +37,8 @@ def open_store(config: TrainConfig) -> EpisodeStore:
                 "or give data.path=..."
             )
         return EpisodeStore.open(path)
-    from diffpolicy.rollout.collect import collect as collect_demonstrations
-    from diffpolicy.rollout.vector import Workers
+    from diffpolicy.rollout.pool.workers import Workers
+    from diffpolicy.rollout.record.experts import collect as collect_demonstrations
 
     seeds = range(collect.seed, collect.seed + collect.episodes)
     if seeds.stop > 100_000:
@@ -160,7 +160,7 @@ def _aside(path: Path, number: int) -> Path:
 
 def env_spec(config: TrainConfig) -> EnvSpec:
     """The environment of a run."""
-    from diffpolicy.rollout.spec import EnvSpec
+    from diffpolicy.rollout.env_spec import EnvSpec
 
     return EnvSpec(config.env.id, config.env.kwargs, config.env.max_episode_steps)
 

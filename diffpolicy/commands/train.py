@@ -28,8 +28,8 @@ from diffpolicy.files import write_atomic
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy
     from diffpolicy.data.store import EpisodeStore
+    from diffpolicy.rollout.env_spec import EnvSpec
     from diffpolicy.rollout.results import EvalResult
-    from diffpolicy.rollout.spec import EnvSpec
 
 GROUPS = (
     "experiment",
@@ -180,7 +180,7 @@ def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> Diffus
     """An untrained policy for the run; everything that can be wrong with it is found here."""
     from diffpolicy.api import DiffusionPolicy
     from diffpolicy.data.transitions import check_fields
-    from diffpolicy.learning import Learning
+    from diffpolicy.learn.learning import Learning
 
     if Learning.from_config(config.learning).actor_critic is not None:
         check_fields(store)
@@ -208,7 +208,7 @@ def _action_bounds(
     """Bounds of the action space; unknown when the run needs no environment."""
     if config.evaluation.episodes == config.evaluation.val_episodes == 0:
         return None, None
-    from diffpolicy.rollout.spec import describe
+    from diffpolicy.rollout.env_spec import describe
 
     info = describe(env_spec(config))
     for name, dim in (("obs", info.obs_dim), ("action", info.action_dim)):
@@ -226,8 +226,8 @@ def validator(config: TrainConfig, stack: ExitStack, device: Any) -> Any:
         return None
     from diffpolicy.api import DiffusionPolicy
     from diffpolicy.rollout.evaluate import evaluate
+    from diffpolicy.rollout.pool.workers import WorkerPool
     from diffpolicy.rollout.rows import AllFailedError
-    from diffpolicy.rollout.vector import WorkerPool
 
     spec, settings = env_spec(config), config.evaluation
     pool = stack.enter_context(WorkerPool(spec, make_workers(settings, settings.val_episodes)))
@@ -262,7 +262,7 @@ def validator(config: TrainConfig, stack: ExitStack, device: Any) -> Any:
 
 def make_workers(settings: EvaluationConfig, episodes: int) -> Any:
     """Processes and timeouts for ``episodes`` rollouts."""
-    from diffpolicy.rollout.vector import Workers
+    from diffpolicy.rollout.pool.workers import Workers
 
     return Workers(
         num_envs=min(settings.num_envs, episodes),
@@ -280,7 +280,7 @@ def learn(
     resume: bool,
 ) -> None:
     """Write the run's configuration and train."""
-    from diffpolicy.learning import Learning
+    from diffpolicy.learn.learning import Learning
     from diffpolicy.training.run_files import has_run
 
     trainer = trainer_config(config)
@@ -385,7 +385,7 @@ def summary(result: EvalResult) -> dict[str, Any]:
 
 
 def _curve(config: TrainConfig, run_dir: Path) -> None:
-    from diffpolicy.rollout.plots import plot_curve
+    from diffpolicy.report.figures import plot_curve
 
     try:
         plot_curve(

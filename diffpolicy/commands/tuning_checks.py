@@ -35,9 +35,9 @@ def check_tuning(
     demonstrations: EpisodeStore | None,
 ) -> None:
     """Find what is wrong with the settings before anything runs."""
-    from diffpolicy.finetune.adapters import add_adapters
-    from diffpolicy.finetune.preference_methods import check_method, is_online, needs
-    from diffpolicy.preference_tuning import check_preferable
+    from diffpolicy.learn.adapters import add_adapters
+    from diffpolicy.learn.preference_data import check_preferable
+    from diffpolicy.learn.preferences.methods import check_method, is_online, needs
 
     trainer_settings(config.trainer, config.seed)
     check_preferable(policy.spec)
@@ -72,7 +72,7 @@ def check_tuning(
 
 def inputs(config: PolicyTuningConfig, demonstrations: EpisodeStore | None) -> dict[str, Path]:
     """What the run is to read, by the name of its setting."""
-    from diffpolicy.data.preferences import PreferenceSet
+    from diffpolicy.data.preferences.set import PreferenceSet
 
     found = {"pretrained": Path(config.pretrained)}
     found |= {f"the run before {run}": of for run, of in pairwise(lineage(config.pretrained))}

@@ -68,7 +68,7 @@ def _remove(folder: Path, *, only_check: bool) -> None:
     Raises:
         ValueError: something else is in a directory that would be removed.
     """
-    from diffpolicy.data.layout import clear_target
+    from diffpolicy.data.store_layout import clear_target
     from diffpolicy.files import check_owned, remove_owned
     from diffpolicy.training.run_files import clear_run
 
@@ -104,9 +104,9 @@ def _check_answers(folder: Path) -> None:
 
     Answers to questions about a folder's rollouts stand beside them, and are lost without these.
     """
-    from diffpolicy.data.preference_file import PreferenceFileError
-    from diffpolicy.plan_pairs import check_replaceable
-    from diffpolicy.rollout.pairing import check_target
+    from diffpolicy.data.preferences.file import PreferenceFileError
+    from diffpolicy.learn.plan_pairs import check_replaceable
+    from diffpolicy.rollout.record.pairing import check_target
 
     for file in sorted(folder.glob("*.jsonl")):
         if file.name == PLAN_PAIRS:

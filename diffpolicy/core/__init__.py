@@ -3,17 +3,8 @@
 Needs torch and numpy alone.
 """
 
-from diffpolicy.core.classifier import RewardGuidance
 from diffpolicy.core.denoiser import AnalyticDenoiser, BaseDenoiser, Denoised, Denoiser
-from diffpolicy.core.guidance import (
-    ClassifierFreeGuidance,
-    Guidance,
-    Inpaint,
-    PrefixCond,
-    PrefixGuidance,
-)
-from diffpolicy.core.layout import Layout
-from diffpolicy.core.masked import MaskedDenoiser
+from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import (
     Cosine,
     LogLinear,
@@ -32,24 +23,8 @@ from diffpolicy.core.noise import (
     VPLinear,
     make_process,
 )
-from diffpolicy.core.particles import (
-    PARTICLE_METHODS,
-    SMC,
-    SVDD,
-    TDS,
-    BestOfN,
-    Drawn,
-    make_particle_method,
-)
-from diffpolicy.core.pinning import PinCond, Pinned
 from diffpolicy.core.ramp import Ramp
-from diffpolicy.core.reveal import (
-    Ancestral,
-    Relaxation,
-    Scheduled,
-    one_by_one,
-    reveal_schedule,
-)
+from diffpolicy.core.reveal import Ancestral, Relaxation, Scheduled, one_by_one, reveal_schedule
 from diffpolicy.core.sampling import Grid, Trajectory, Transition, prepare, sample
 from diffpolicy.core.solvers import (
     DDIM,
@@ -71,46 +46,30 @@ from diffpolicy.core.starts import (
     truncated_start,
     warm_start,
 )
-from diffpolicy.core.value_guidance import ValueGuidance, head_value
 
 __all__ = [
     "DDIM",
     "DEIS",
     "EDM",
-    "PARTICLE_METHODS",
-    "SMC",
     "SOLVERS",
-    "SVDD",
-    "TDS",
     "AnalyticDenoiser",
     "Ancestral",
     "BaseDenoiser",
-    "BestOfN",
-    "ClassifierFreeGuidance",
     "Cosine",
     "DPMSolverPP",
     "Denoised",
     "Denoiser",
     "DiscreteVP",
-    "Drawn",
     "FlowMatching",
     "GaussianProcess",
     "Grid",
-    "Guidance",
     "Heun",
-    "Inpaint",
-    "Layout",
     "LogLinear",
     "MaskedDenoiser",
     "MaskingProcess",
     "NoiseProcess",
-    "PinCond",
-    "Pinned",
-    "PrefixCond",
-    "PrefixGuidance",
     "Ramp",
     "Relaxation",
-    "RewardGuidance",
     "Scheduled",
     "Solver",
     "Start",
@@ -119,12 +78,9 @@ __all__ = [
     "UniPC",
     "VPCosine",
     "VPLinear",
-    "ValueGuidance",
     "explicit_levels",
-    "head_value",
     "levels",
     "make_masking",
-    "make_particle_method",
     "make_process",
     "make_solver",
     "one_by_one",

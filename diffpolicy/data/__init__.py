@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     )
     from diffpolicy.data.damage import StoreDamagedError
     from diffpolicy.data.fields import FieldSpec
-    from diffpolicy.data.human_labels import from_indices, qlearning_rows
-    from diffpolicy.data.label_files import read_label_file
     from diffpolicy.data.normalize import Normalizer
-    from diffpolicy.data.preference_check import check_preferences
-    from diffpolicy.data.preference_examples import LabelExamples, PairExamples
-    from diffpolicy.data.preference_records import Label, Pair, Ranking, Span
-    from diffpolicy.data.preferences import PreferenceSet
-    from diffpolicy.data.scored_pairs import by_return, from_scores
+    from diffpolicy.data.preferences.check import check_preferences
+    from diffpolicy.data.preferences.examples import LabelExamples, PairExamples
+    from diffpolicy.data.preferences.labels import read_label_file
+    from diffpolicy.data.preferences.published import from_indices, qlearning_rows
+    from diffpolicy.data.preferences.records import Label, Pair, Ranking, Span
+    from diffpolicy.data.preferences.scored import by_return, from_scores
+    from diffpolicy.data.preferences.set import PreferenceSet
     from diffpolicy.data.statistics import compute_statistics
     from diffpolicy.data.store import EpisodeStore
     from diffpolicy.data.transitions import Transitions
@@ -37,31 +37,31 @@ _HOMES = {
     "EpisodeStore": "store",
     "FieldSpec": "fields",
     "Issue": "check",
-    "Label": "preference_records",
-    "LabelExamples": "preference_examples",
+    "Label": "preferences.records",
+    "LabelExamples": "preferences.examples",
     "Normalizer": "normalize",
-    "Pair": "preference_records",
-    "PairExamples": "preference_examples",
-    "PreferenceSet": "preferences",
-    "Ranking": "preference_records",
-    "Span": "preference_records",
+    "Pair": "preferences.records",
+    "PairExamples": "preferences.examples",
+    "PreferenceSet": "preferences.set",
+    "Ranking": "preferences.records",
+    "Span": "preferences.records",
     "StoreDamagedError": "damage",
     "Transitions": "transitions",
     "Windows": "windows",
-    "by_return": "scored_pairs",
-    "check_preferences": "preference_check",
+    "by_return": "preferences.scored",
+    "check_preferences": "preferences.check",
     "check_store": "check",
     "compute_statistics": "statistics",
     "convert": "conversion",
     "format_issue": "check",
-    "from_indices": "human_labels",
-    "from_scores": "scored_pairs",
+    "from_indices": "preferences.published",
+    "from_scores": "preferences.scored",
     "info": "check",
     "load_d4rl": "d4rl",
     "normalized_score": "d4rl",
     "qlearning_dataset": "d4rl",
-    "qlearning_rows": "human_labels",
-    "read_label_file": "label_files",
+    "qlearning_rows": "preferences.published",
+    "read_label_file": "preferences.labels",
     "sequence_dataset": "d4rl",
     "split_episodes": "windows",
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffpolicy.data import layout
+from diffpolicy.data import store_layout as layout
 from diffpolicy.data.check import check_store
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.formats import EpisodeSource, Format, get_format

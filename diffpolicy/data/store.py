@@ -26,7 +26,8 @@ import numpy as np
 import zarr
 from zarr.storage import LocalStore, MemoryStore
 
-from diffpolicy.data import layout, opening
+from diffpolicy.data import opening
+from diffpolicy.data import store_layout as layout
 from diffpolicy.data.damage import StoreDamagedError, StrictStore
 from diffpolicy.data.fields import (
     FieldSpec,

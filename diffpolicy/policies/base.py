@@ -93,7 +93,7 @@ _ROWS = tuple(f.name for f in fields(PolicyState) if f.name != "memory")
 
 
 class PlanSelector(Protocol):
-    """Makes several plans and keeps one, see :class:`diffpolicy.policies.selection.Selector`."""
+    """Makes several plans and keeps one, see :class:`diffpolicy.policies.best_of_n.Selector`."""
 
     def choose(
         self, make_plans: Any, state: PolicyState, *, deterministic: bool

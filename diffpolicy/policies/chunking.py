@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.core.guidance import PREFIX_MODES, PrefixCond, PrefixGuidance
 from diffpolicy.core.sampling import sample
 from diffpolicy.core.starts import shift_plan
+from diffpolicy.guidance.cfg import PREFIX_MODES, PrefixCond, PrefixGuidance
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
-from diffpolicy.policies.loop import PlanLoop
+from diffpolicy.policies.plan_loop import PlanLoop
 from diffpolicy.settings import named_settings, settings_of
 
 SCHEDULES = ("linear", "exp", "ones", "zeros")
@@ -38,7 +38,7 @@ class Chunking:
             prefix).
         overlap: positions from the current step on that follow the last plan, the frozen ones
             among them; ``None``: all that is left of it.
-        mode: see :class:`~diffpolicy.core.guidance.PrefixGuidance`. ``"soft"`` bounds the seam of
+        mode: see :class:`~diffpolicy.guidance.cfg.PrefixGuidance`. ``"soft"`` bounds the seam of
             every plan: it is at most ``1 - weight`` of what the two plans differ by there.
             ``"jacobian"`` lets the whole new plan settle on the mode of the last one, but where it
             does not succeed the seam may be a whole jump.
@@ -182,7 +182,7 @@ class ChunkLoop(nn.Module):
 
         Args:
             history: raw observations ``[n, To, O]``.
-            guess: as of :class:`~diffpolicy.policies.loop.PlanLoop`.
+            guess: as of :class:`~diffpolicy.policies.plan_loop.PlanLoop`.
             noise: standard normal ``[R, n, H, A]``.
             prefix: the last plan, shifted to the present ``[n, H, A]``, normalised.
             weight: ``[n, H, 1]``.

@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
-from diffpolicy.core.guidance import ClassifierFreeGuidance
-from diffpolicy.core.pinning import Pinned
 from diffpolicy.core.solvers import make_solver
 from diffpolicy.core.starts import shift_plan
-from diffpolicy.core.value_guidance import ValueGuidance, head_value
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.guidance.cfg import ClassifierFreeGuidance
+from diffpolicy.guidance.pinned import Pinned
+from diffpolicy.guidance.value import ValueGuidance, head_value
 from diffpolicy.networks.base import described
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState, row_noise
-from diffpolicy.policies.candidates import Candidates
+from diffpolicy.policies.best_of_n import Selector
+from diffpolicy.policies.guessed import ScoredPlans
 from diffpolicy.policies.guesses import check_anchors, truncated_grid
-from diffpolicy.policies.loop import Condition, Loop, PinnedCondition, PlanLoop
-from diffpolicy.policies.selection import Selector
+from diffpolicy.policies.plan_loop import Condition, Loop, PinnedCondition, PlanLoop
 from diffpolicy.policies.spec import Gripper, PolicySpec, Sampler, check_normalizer
-from diffpolicy.policies.truncated import ScoredPlans
+from diffpolicy.policies.truncated import Candidates
 
 
 class DiffusionPlanner(ChunkedPolicy):

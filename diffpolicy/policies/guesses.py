@@ -8,8 +8,8 @@ from torch import Tensor
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.starts import Start, levels, trained_level
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.spec import PolicySpec
+from diffpolicy.policies.truncated import Truncated
 
 
 def truncated_grid(

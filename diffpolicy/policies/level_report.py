@@ -1,4 +1,4 @@
-"""What :mod:`diffpolicy.policies.levels` measured, and the level that it chose."""
+"""What :mod:`diffpolicy.policies.choose_level` measured, and the level that it chose."""
 
 from __future__ import annotations
 

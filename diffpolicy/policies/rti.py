@@ -2,7 +2,7 @@
 
 Duan, Yin & Kragic 2025 (arXiv 2508.05396). The shifted plan is taken to a low noise level and one
 to three steps lead back to a clean plan. Which level is right depends on the task;
-:mod:`diffpolicy.policies.levels` chooses it from data.
+:mod:`diffpolicy.policies.choose_level` chooses it from data.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class RTI:
 
     @property
     def start(self) -> str:
-        """Kind of start, see :data:`diffpolicy.policies.loop.STARTS`."""
+        """Kind of start, see :data:`diffpolicy.policies.plan_loop.STARTS`."""
         return "noised" if self.renoise else "given"
 
 

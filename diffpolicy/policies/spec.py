@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
-from diffpolicy.core.layout import Layout
 from diffpolicy.core.noise import GaussianProcess, explicit_process, make_process
 from diffpolicy.core.solvers import Solver, make_solver
 from diffpolicy.core.starts import Start, levels
 from diffpolicy.data.bounds import checked_bounds
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.guidance.layout import Layout
 from diffpolicy.networks import make_network
 from diffpolicy.networks.heads import make_head
 from diffpolicy.policies.base import Array, check_horizon
+from diffpolicy.policies.best_of_n import Selection
 from diffpolicy.policies.bounds import inward_bounds
-from diffpolicy.policies.candidates import Truncated
-from diffpolicy.policies.planning import Returns, check_planning, head_config
+from diffpolicy.policies.planners import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.selection import Selection
+from diffpolicy.policies.truncated import Truncated
 from diffpolicy.settings import named_settings, settings_of
 
 
@@ -133,7 +133,7 @@ class PolicySpec:
         clip: clamp clean estimates to [-1, 1].
         cond_dropout: fraction of examples trained without their condition.
         level_law: noise levels of the training, see
-            :class:`diffpolicy.finetune.denoising.DenoisingLoss`.
+            :class:`diffpolicy.learn.cloning.denoising.DenoisingLoss`.
         trained_action_steps: Ta of the training where the noise levels depended on it.
         sampler: how plans are drawn.
         truncated: draw every plan from guesses (anchors, ...) in place of pure noise.
@@ -261,7 +261,7 @@ class PolicySpec:
             raise ValueError(
                 "rti.innovation compares observations with the demonstrations' steps, which this "
                 "policy does not hold; train it anew, or measure them with "
-                "diffpolicy.policies.levels.observation_step"
+                "diffpolicy.policies.choose_level.observation_step"
             )
 
     def to_config(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from diffpolicy.core.starts import shift_plan, truncated_start
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.base import Array, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
-from diffpolicy.policies.loop import PlanLoop
+from diffpolicy.policies.plan_loop import PlanLoop
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.settings import named_settings, settings_of
 
@@ -77,8 +77,8 @@ class Streaming:
 class StreamingLoop(PlanLoop):
     """One tick of a streaming policy; ``forward`` returns the plan and the buffer.
 
-    As :class:`~diffpolicy.policies.loop.PlanLoop` with a given start, except that the result is
-    ``[n, 2 H, A]``: the clean plan, then the buffer at the levels of the tick's end. The plan's
+    As :class:`~diffpolicy.policies.plan_loop.PlanLoop` with a given start, except that the result
+    is ``[n, 2 H, A]``: the clean plan, then the buffer at the levels of the tick's end. The plan's
     first ``To - 1 + Ta`` positions are finished; the others are the network's last clean estimate.
     """
 

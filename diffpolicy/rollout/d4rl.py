@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from diffpolicy.data.d4rl.catalogue import SOURCE, DatasetInfo, lookup, normalized_score
-from diffpolicy.rollout.scores import mean_interval
-from diffpolicy.rollout.spec import EnvSpec
+from diffpolicy.rollout.env_spec import EnvSpec
+from diffpolicy.rollout.intervals import mean_interval
 
 _LOCOMOTION = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
 _ADROIT = {

@@ -16,7 +16,10 @@ import gymnasium as gym
 import numpy as np
 from tqdm.auto import tqdm
 
+from diffpolicy.rollout.env_spec import EnvSpec
 from diffpolicy.rollout.local import as_spec
+from diffpolicy.rollout.pool.slots import Outcome
+from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
 from diffpolicy.rollout.results import EpisodeRecord, EpisodeVideo, EvalResult, summarise
 from diffpolicy.rollout.rows import (
     AllFailedError,
@@ -26,9 +29,6 @@ from diffpolicy.rollout.rows import (
     fitting,
     planning_in_batches,
 )
-from diffpolicy.rollout.slots import Outcome
-from diffpolicy.rollout.spec import EnvSpec
-from diffpolicy.rollout.vector import Failure, WorkerPool, Workers
 
 
 @dataclass(frozen=True)

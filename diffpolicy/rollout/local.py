@@ -9,7 +9,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from diffpolicy.rollout.spec import EnvSpec
+from diffpolicy.rollout.env_spec import EnvSpec
 
 _NUMBERS = itertools.count()
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffpolicy.files import write_json
-from diffpolicy.rollout.scores import mean_interval, wilson_interval
+from diffpolicy.rollout.intervals import mean_interval, wilson_interval
 
 
 class EpisodeVideo(NamedTuple):

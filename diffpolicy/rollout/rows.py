@@ -12,8 +12,8 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import numpy as np
 
 from diffpolicy.policies.batches import ON_CPU, usual_batch
-from diffpolicy.rollout.slots import Outcome
-from diffpolicy.rollout.vector import Failure, WorkerPool, Workers
+from diffpolicy.rollout.pool.slots import Outcome
+from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
 
 
 class AllFailedError(ValueError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from diffpolicy.rollout.spec import EnvSpecError
+from diffpolicy.rollout.env_spec import EnvSpecError
 
 VARIABLE = "DIFFPOLICY_TRUST_ENVS"
 KNOWN = ("diffpolicy_envs", "gymnasium", "gymnasium_robotics", "gym_pusht", "gym_aloha", "gym_xarm")

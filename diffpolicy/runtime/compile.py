@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffpolicy.policies.diffusion import DiffusionPlanner
-from diffpolicy.policies.loop import PlanLoop
+from diffpolicy.policies.plan_loop import PlanLoop
 from diffpolicy.policies.streaming import StreamingPlanner
 from diffpolicy.runtime.backends import BUILDERS, REQUIRES, Run, missing
 

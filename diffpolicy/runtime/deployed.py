@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.policies.diffusion import DiffusionPlanner
-from diffpolicy.policies.loop import PlanLoop
+from diffpolicy.policies.plan_loop import PlanLoop
 from diffpolicy.policies.streaming import StreamingPlanner
 from diffpolicy.runtime.compile import example_inputs
 from diffpolicy.runtime.rolled import rolled

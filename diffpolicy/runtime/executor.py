@@ -17,9 +17,9 @@ import numpy as np
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.holding import hold_limit, holds
 from diffpolicy.runtime.clock import NS_PER_MS, Clock, RealClock
-from diffpolicy.runtime.planning import Planning, Timing
+from diffpolicy.runtime.planner import Planning, Timing
 from diffpolicy.runtime.report import ExecutorReport, Meter
-from diffpolicy.runtime.tracks import ActionLimits, TrackMaker
+from diffpolicy.runtime.schedule import ActionLimits, TrackMaker
 
 __all__ = ["RUNGS", "ActionLimits", "Decision", "RealTimeExecutor", "Timing", "measure_overhead"]
 

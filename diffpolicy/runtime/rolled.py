@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.core.pinning import PinCond
 from diffpolicy.core.solvers import Row
-from diffpolicy.policies.loop import PlanLoop
+from diffpolicy.guidance.pinned import PinCond
+from diffpolicy.policies.plan_loop import PlanLoop
 
 #: Network evaluations from which a loop is rolled (docs/results.md, "K copies of a network"): with
 #: fewer a rolled call of ONNX Runtime is slower and the build is short; OpenVINO's is never slower.
@@ -40,7 +40,7 @@ def rolled(loop: nn.Module, example: Sequence[Tensor] | None = None) -> nn.Modul
 
 
 class RolledLoop(nn.Module):
-    """A :class:`~diffpolicy.policies.loop.PlanLoop` whose graph holds its step once.
+    """A :class:`~diffpolicy.policies.plan_loop.PlanLoop` whose graph holds its step once.
 
     Args:
         loop: the loop.

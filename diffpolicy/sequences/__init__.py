@@ -1,13 +1,11 @@
 """Masked sequence models: tasks, the facade that learns and draws, oracles and evaluation."""
 
-from diffpolicy.sequences.comparison import compare_report
 from diffpolicy.sequences.evaluate import Evaluation, aggregate, evaluate_sequences, path_kl
 from diffpolicy.sequences.exact import ExactLaw, StateSpace, exact_scores
 from diffpolicy.sequences.guided import GuidedDraws, draw_guided
 from diffpolicy.sequences.metrics import hacking_warning
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracle, Oracles, train_oracles
-from diffpolicy.sequences.report import TuningResult, write_report
 from diffpolicy.sequences.spec import Draws, SequenceExamples, SequenceSpec, activity_classes
 from diffpolicy.sequences.task import SequenceTask, check_task, open_task
 from diffpolicy.sequences.tuning import Tuned, tune
@@ -25,11 +23,9 @@ __all__ = [
     "SequenceTask",
     "StateSpace",
     "Tuned",
-    "TuningResult",
     "activity_classes",
     "aggregate",
     "check_task",
-    "compare_report",
     "draw_guided",
     "evaluate_sequences",
     "exact_scores",
@@ -38,5 +34,4 @@ __all__ = [
     "path_kl",
     "train_oracles",
     "tune",
-    "write_report",
 ]

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from diffpolicy.core.masking import one_hot
 from diffpolicy.core.starts import prior_start
-from diffpolicy.finetune.path_kl import categorical_kl
-from diffpolicy.sequences import metrics
+from diffpolicy.learn.reward.path_kl import categorical_kl
+import diffpolicy.sequences.metrics as metrics
 from diffpolicy.sequences.chains import Chain, run_chain
 from diffpolicy.sequences.exact import ExactLaw, StateSpace, divergence
 from diffpolicy.sequences.model import SequenceModel

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffpolicy.core.masked import MaskedDenoiser
+from diffpolicy.core.masked_denoiser import MaskedDenoiser
 
 MAX_STATES = 2_000_000
 

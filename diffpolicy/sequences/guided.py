@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffpolicy.core.classifier import RewardGuidance
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masking import one_hot, to_tokens
-from diffpolicy.core.particles import PARTICLE_METHODS, make_particle_method
 from diffpolicy.core.starts import prior_start
+from diffpolicy.guidance.particles import PARTICLE_METHODS, make_particle_method
+from diffpolicy.guidance.reward import RewardGuidance
 from diffpolicy.sequences.chains import run_chain
 from diffpolicy.sequences.model import ROWS, SequenceModel
 from diffpolicy.sequences.oracles import Reward

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
-from diffpolicy.core.guidance import ClassifierFreeGuidance
-from diffpolicy.core.masked import MaskedDenoiser
+from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot, to_tokens
 from diffpolicy.core.starts import prior_start, truncated_start
-from diffpolicy.finetune.masked import MaskedDenoisingLoss, elbo
+from diffpolicy.guidance.cfg import ClassifierFreeGuidance
+from diffpolicy.learn.cloning.masked import MaskedDenoisingLoss, elbo
 from diffpolicy.networks.base import described
 from diffpolicy.sequences.chains import run_chain
 from diffpolicy.sequences.spec import SequenceExamples, SequenceSpec, activity_classes

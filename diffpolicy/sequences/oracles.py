@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.finetune.denoising import LossOutput
+from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.networks.heads import make_head
 from diffpolicy.sequences.metrics import pearson, spearman
 from diffpolicy.sequences.task import SequenceTask, check_tokens

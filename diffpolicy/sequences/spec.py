@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffpolicy.core.masked import MaskedDenoiser
+from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import make_masking
 from diffpolicy.networks import make_network
 from diffpolicy.sequences.task import check_alphabet

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffpolicy.finetune.methods import make_tuning
+from diffpolicy.learn.reward.methods import make_tuning
 from diffpolicy.sequences.evaluate import Evaluation, path_kl
 from diffpolicy.sequences.exact import (
     ExactLaw,
@@ -62,7 +62,7 @@ def tune(
     Args:
         pretrained: left as it is. One with classes is tuned unconditionally.
         oracles: the reward, and the one that is only watched.
-        method: see :func:`diffpolicy.finetune.methods.make_tuning`.
+        method: see :func:`diffpolicy.learn.reward.methods.make_tuning`.
         config: of the trainer; ``batch_size`` is how many sequences an update draws.
         run_dir: metrics and checkpoints.
         eval_draws: sequences of an evaluation.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffpolicy.data.preference_examples import PairExamples
+from diffpolicy.data.preferences.examples import PairExamples
 from diffpolicy.training.settings import mix_seed
 from diffpolicy.training.trainer import Source
 

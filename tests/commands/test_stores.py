@@ -61,5 +61,5 @@ def test_a_store_of_a_part_is_not_taken_for_the_whole(tmp_path):
 
 
 def test_a_missing_file_says_how_ours_are_made(tmp_path):
-    with pytest.raises(ConfigError, match="diffpolicy generate"):
+    with pytest.raises(ConfigError, match=r"python scripts/generate\.py"):
         d4rl_store(str(tmp_path / "none.hdf5"), tmp_path / "none.zarr", ())

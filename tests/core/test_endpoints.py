@@ -21,7 +21,7 @@ from diffpolicy.core import (
     sample,
 )
 from diffpolicy.core.denoiser import PREDICTIONS
-from diffpolicy.finetune.denoising import denoising_error
+from diffpolicy.learn.cloning.denoising import denoising_error
 from diffpolicy.networks import make_network
 
 PROCESSES = [

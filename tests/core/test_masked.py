@@ -8,7 +8,6 @@ from torch import nn
 
 from diffpolicy.core import (
     Ancestral,
-    ClassifierFreeGuidance,
     Cosine,
     LogLinear,
     MaskedDenoiser,
@@ -21,6 +20,7 @@ from diffpolicy.core import (
     sample,
     truncated_start,
 )
+from diffpolicy.guidance import ClassifierFreeGuidance
 from diffpolicy.networks import make_network
 
 V, L = 4, 6

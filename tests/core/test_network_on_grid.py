@@ -5,16 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffpolicy.core import (
-    ClassifierFreeGuidance,
-    Denoiser,
-    VPCosine,
-    levels,
-    make_solver,
-    prior_start,
-    sample,
-)
+from diffpolicy.core import Denoiser, VPCosine, levels, make_solver, prior_start, sample
 from diffpolicy.core.denoiser import _NetworkOnGrid
+from diffpolicy.guidance import ClassifierFreeGuidance
 from diffpolicy.networks import make_network
 
 SHAPE = {"horizon": 8, "dim": 2, "cond_dim": 5}

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from diffpolicy.data import EpisodeStore, convert, load_d4rl, qlearning_dataset
-from diffpolicy.data.human_labels import from_indices, qlearning_rows
-from diffpolicy.data.label_files import read_label_file
-from diffpolicy.data.pickled_array import RefusedError, numbers, read_pickled_array
-from diffpolicy.data.preferences import Pair, PreferenceSet, Span
+from diffpolicy.data.preferences.labels import read_label_file
+from diffpolicy.data.preferences.pickled_array import RefusedError, numbers, read_pickled_array
+from diffpolicy.data.preferences.published import from_indices, qlearning_rows
+from diffpolicy.data.preferences.set import Pair, PreferenceSet, Span
 
 DOOR = Path(__file__).parents[3] / "shared" / "data" / "adroit_door_human"
 

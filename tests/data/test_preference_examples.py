@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffpolicy.data import EpisodeStore, Normalizer
-from diffpolicy.data.preference_examples import LabelExamples, PairExamples
-from diffpolicy.data.preferences import Label, Pair, PreferenceSet, Ranking, Span
+from diffpolicy.data.preferences.examples import LabelExamples, PairExamples
+from diffpolicy.data.preferences.set import Label, Pair, PreferenceSet, Ranking, Span
 
 
 def numbered_store(lengths):

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffpolicy.data import EpisodeStore
-from diffpolicy.data.preference_records import rows_of_segment, segment_of_rows
-from diffpolicy.data.preferences import (
+from diffpolicy.data.preferences.records import rows_of_segment, segment_of_rows
+from diffpolicy.data.preferences.set import (
     Label,
     Pair,
     PreferenceFileError,
@@ -171,7 +171,7 @@ def test_two_writers(file):
 
 
 def test_a_failed_write_adds_nothing(file, monkeypatch):
-    from diffpolicy.data import preference_file
+    from diffpolicy.data.preferences import file as preference_file
 
     made, before = PreferenceSet.open(file), file.read_bytes()
 

@@ -260,7 +260,7 @@ def test_killed_at_any_moment_again_and_again(tmp_path, make_episode):
 
 
 def test_a_failed_append_adds_nothing_and_the_next_one_works(tmp_path, make_episode, monkeypatch):
-    from diffpolicy.data import layout
+    from diffpolicy.data import store_layout as layout
 
     store = EpisodeStore.create(tmp_path / "d.zarr", FIELDS, chunk_rows=16)
     store.append(make_episode(0))

@@ -1,14 +1,9 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from diffpolicy.networks import make_network
-
-sys.path.insert(0, str(Path(__file__).parent))  # the reference layout is shared with tests/policies
 
 SMALL_NETWORKS = {
     "mlp": {"type": "mlp", "width": 32, "depth": 2},

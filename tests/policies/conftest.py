@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +11,6 @@ import torch
 
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
-
-sys.path.insert(0, str(Path(__file__).parent))  # for policies_exact_gaussian
 
 OBS_DIM, ACTION_DIM = 3, 2
 

@@ -9,8 +9,8 @@ from diffpolicy.core import AnalyticDenoiser, make_process, make_solver, sample
 from diffpolicy.core.starts import levels, truncated_start
 from diffpolicy.data import EpisodeStore, Normalizer, Windows
 from diffpolicy.policies.anchors import Anchors
+from diffpolicy.policies.guessed import ScoredPlans, solve_guesses, truncated_law
 from diffpolicy.policies.kmeans import ClusterClassifier, assign, kmeans
-from diffpolicy.policies.truncated import ScoredPlans, solve_guesses, truncated_law
 
 PROCESSES = ["vp_cosine", "ddpm_cosine", "ddpm_linear", "edm", "flow"]
 

@@ -12,10 +12,10 @@ from policies_exact_gaussian import DIM, HORIZON, gaussian_planner
 
 from diffpolicy.core import truncated_start
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.guessed import ddim_contraction
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.truncated import ddim_contraction
+from diffpolicy.policies.truncated import Truncated
 
 
 def constant_anchors(*values: float, error: float = 0.1) -> Anchors:

@@ -11,7 +11,6 @@ from torch import nn
 
 from diffpolicy.core import Denoiser, VPCosine
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.chunking import (
     Chunking,
     ChunkLoop,
@@ -24,6 +23,7 @@ from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
 from diffpolicy.policies.ensemble import TemporalEnsemble
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.streaming import StreamingPlanner
+from diffpolicy.policies.truncated import Truncated
 
 MODES = ("soft", "jacobian")
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from reference_unet import PublishedUNet, randomise
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,11 +26,7 @@ from diffpolicy.policies.base import row_noise
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.foreign import unpickle
 from diffpolicy.policies.foreign.common import diffusion_settings
-from diffpolicy.policies.import_checkpoint import read_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "networks"))
-
-from reference_unet import PublishedUNet, randomise
+from diffpolicy.policies.foreign.published import read_checkpoint
 
 H, TO, TA, OBS, A = 8, 2, 4, 5, 3
 DOWN, EMBED = [16, 32], 16

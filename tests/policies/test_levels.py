@@ -13,17 +13,17 @@ from policies_exact_mixture import World
 
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.candidates import Truncated
-from diffpolicy.policies.levels import (
+from diffpolicy.policies.choose_level import (
     Demonstrations,
     choose_level,
     demonstrations,
     observation_step,
     replay,
 )
+from diffpolicy.policies.guessed import ddim_contraction
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.spec import Sampler
-from diffpolicy.policies.truncated import ddim_contraction
+from diffpolicy.policies.truncated import Truncated
 
 
 def walk(std: float, *, jumps: bool, episodes: int = 12, length: int = 30) -> Demonstrations:

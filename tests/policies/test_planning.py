@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffpolicy.policies.candidates import Truncated
-from diffpolicy.policies.planning import Returns
+from diffpolicy.policies.best_of_n import Selection
+from diffpolicy.policies.planners import Returns
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.selection import Selection
 from diffpolicy.policies.spec import PolicySpec, Sampler
 from diffpolicy.policies.streaming import StreamingPlanner
+from diffpolicy.policies.truncated import Truncated
 from diffpolicy.runtime.compile import compile_planner
 from diffpolicy.runtime.export import export_policy
 

@@ -14,9 +14,9 @@ from diffpolicy.core import DDIM, levels, sample
 from diffpolicy.core.noise import DiscreteVP
 from diffpolicy.core.starts import Start, shift_plan, truncated_start
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.guessed import ddim_contraction
 from diffpolicy.policies.rti import RTI, LegacyRTI
 from diffpolicy.policies.spec import Gripper, Sampler
-from diffpolicy.policies.truncated import ddim_contraction
 
 
 def planned(planner: DiffusionPlanner, obs: np.ndarray, times: int) -> list[np.ndarray]:

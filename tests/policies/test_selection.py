@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from diffpolicy.policies.best_of_n import Selection, Selector
 from diffpolicy.policies.chunking import RealTimeChunking
 from diffpolicy.policies.ensemble import TemporalEnsemble
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.selection import Selection, Selector
 
 CRITIC = {"critic": {"type": "q_ensemble", "width": 8, "depth": 1}}
 OBS = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)

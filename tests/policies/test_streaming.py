@@ -14,9 +14,9 @@ from diffpolicy.core.ramp import Ramp
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
 from diffpolicy.policies.ensemble import TemporalEnsemble
+from diffpolicy.policies.guessed import truncated_law
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner, renoise_tables
-from diffpolicy.policies.truncated import truncated_law
 
 MLP = {"type": "mlp", "width": 16, "depth": 1, "t_kind": "position"}
 STREAMED = {"network": MLP, "horizon": 12, "n_action_steps": 4, "level_law": "position"}

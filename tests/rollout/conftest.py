@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # workers inherit the path and find the fake envs
 
 
 @pytest.fixture(autouse=True)

@@ -6,16 +6,21 @@ import numpy as np
 import pytest
 from branch_fake_envs import Fragile
 
-from diffpolicy.data.preferences import Pair, PreferenceSet, Span
+from diffpolicy.data.preferences.set import Pair, PreferenceSet, Span
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.policies.base import ChunkedPolicy, row_noise
-from diffpolicy.rollout.branches import Branching, Repeats, collect_branches, collect_episodes
-from diffpolicy.rollout.clips import ClipRenderer
-from diffpolicy.rollout.pairing import Scoring, rollout_records, write_pairs
+from diffpolicy.rollout.env_spec import EnvSpec
+from diffpolicy.rollout.labelling.clips import ClipRenderer
+from diffpolicy.rollout.pool.workers import WorkerPool, Workers
+from diffpolicy.rollout.record.branches import (
+    Branching,
+    Repeats,
+    collect_branches,
+    collect_episodes,
+)
+from diffpolicy.rollout.record.pairing import Scoring, rollout_records, write_pairs
+from diffpolicy.rollout.record.repeats import Job, Prefix, ReplayError, TrackRunner
 from diffpolicy.rollout.rows import AllFailedError
-from diffpolicy.rollout.spec import EnvSpec
-from diffpolicy.rollout.tracks import Job, Prefix, ReplayError, TrackRunner
-from diffpolicy.rollout.vector import WorkerPool, Workers
 
 POINT = EnvSpec("rollout_fake_envs:rollout_fakes/Point-v0")
 SERIAL = Workers(num_envs=5, num_workers=0)

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.rollout.collect import collect
-from diffpolicy.rollout.spec import EnvSpec
-from diffpolicy.rollout.vector import Workers
+from diffpolicy.rollout.env_spec import EnvSpec
+from diffpolicy.rollout.pool.workers import Workers
+from diffpolicy.rollout.record.experts import collect
 
 EXPERT = EnvSpec("rollout_fake_envs:rollout_fakes/ExpertPoint-v0")
 SERIAL = Workers(num_envs=1, num_workers=0)
 PARALLEL = Workers(num_envs=2, num_workers=2)
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "helpers"
 
 
 def _collect(path, seeds=range(12), spec=EXPERT, workers=SERIAL, **more):
@@ -79,9 +79,9 @@ def test_goes_on_after_being_killed(tmp_path):
     script = f"""
 import sys
 sys.path[:0] = {[str(HERE)] + [p for p in sys.path if p]!r}
-from diffpolicy.rollout.collect import collect
-from diffpolicy.rollout.spec import EnvSpec
-from diffpolicy.rollout.vector import Workers
+from diffpolicy.rollout.record.experts import collect
+from diffpolicy.rollout.env_spec import EnvSpec
+from diffpolicy.rollout.pool.workers import Workers
 collect(EnvSpec({EXPERT.id!r}), range(100_000), {str(path)!r}, noise=0.1,
         workers=Workers(num_envs=2, num_workers=2), progress=False)
 """

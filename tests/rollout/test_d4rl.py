@@ -9,7 +9,7 @@ import pytest
 from diffpolicy.data.d4rl import DATASETS
 from diffpolicy.rollout import d4rl
 from diffpolicy.rollout.d4rl import D4RLEnvironment, NoEnvironmentError, evaluation_env, score
-from diffpolicy.rollout.spec import EnvSpec
+from diffpolicy.rollout.env_spec import EnvSpec
 
 
 @pytest.mark.parametrize(

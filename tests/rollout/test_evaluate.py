@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from rollout_fake_envs import FakePoint
 
+from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError
 from diffpolicy.rollout.evaluate import VideoOptions, evaluate
+from diffpolicy.rollout.pool.workers import WorkerPool, Workers
 from diffpolicy.rollout.results import EpisodeRecord, summarise
 from diffpolicy.rollout.rows import AllFailedError, fitting
-from diffpolicy.rollout.spec import EnvSpec, EnvSpecError
-from diffpolicy.rollout.vector import WorkerPool, Workers
 
 POINT = EnvSpec("rollout_fake_envs:rollout_fakes/Point-v0")
 SERIAL = Workers(num_envs=3, num_workers=0)

@@ -11,18 +11,13 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from diffpolicy.data.preferences import Pair, PreferenceSet, Span
+from diffpolicy.data.preferences.set import Pair, PreferenceSet, Span
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.rollout.clips import (
-    ClipError,
-    ClipRenderer,
-    choose_pairs,
-    side_by_side,
-)
-from diffpolicy.rollout.labelling import LabelServer
-from diffpolicy.rollout.questions import Answers, make_question, propose, questions_of
-from diffpolicy.rollout.sheets import encode_png, frame_sheet
-from diffpolicy.rollout.spec import EnvSpec
+from diffpolicy.rollout.env_spec import EnvSpec
+from diffpolicy.rollout.labelling.clips import ClipError, ClipRenderer, choose_pairs, side_by_side
+from diffpolicy.rollout.labelling.page import LabelServer
+from diffpolicy.rollout.labelling.questions import Answers, make_question, propose, questions_of
+from diffpolicy.rollout.labelling.sheets import encode_png, frame_sheet
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +242,7 @@ def test_side_by_side_holds_the_shorter_clip():
 
 
 def _point_store(tmp_path, change=0.0, **attrs):
-    from diffpolicy.rollout.slots import EnvSlot
+    from diffpolicy.rollout.pool.slots import EnvSlot
 
     spec = EnvSpec("branch_fake_envs:branch_fakes/Drawn-v0")
     slot = EnvSlot(spec)
@@ -427,7 +422,7 @@ def test_the_page(server):
     assert f"script-src 'nonce-{nonce}'" in policy
     assert "default-src 'none'" in policy
     assert nonce not in _ask(server, "GET", "/")[1].decode()
-    assert resources.files("diffpolicy.rollout").joinpath("labelling.html").is_file()
+    assert resources.files("diffpolicy.rollout.labelling").joinpath("labelling.html").is_file()
 
 
 def test_a_clip_that_cannot_be_drawn_is_said_and_can_be_skipped(answers, questions):

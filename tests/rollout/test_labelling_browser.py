@@ -16,11 +16,11 @@ import urllib.request
 import numpy as np
 import pytest
 
-from diffpolicy.data.preferences import PreferenceSet, Span
+from diffpolicy.data.preferences.set import PreferenceSet, Span
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.rollout.clips import ClipRenderer
-from diffpolicy.rollout.labelling import LabelServer
-from diffpolicy.rollout.questions import Answers, make_question
+from diffpolicy.rollout.labelling.clips import ClipRenderer
+from diffpolicy.rollout.labelling.page import LabelServer
+from diffpolicy.rollout.labelling.questions import Answers, make_question
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")

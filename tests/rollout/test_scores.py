@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from diffpolicy.rollout.scores import (
+from diffpolicy.rollout.intervals import (
     bootstrap_interval,
     interquartile_mean,
     mean_interval,

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from diffpolicy.rollout.spec import EnvSpec, EnvSpecError, describe
+from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError, describe
 
 POINT = "rollout_fake_envs:rollout_fakes/Point-v0"
 

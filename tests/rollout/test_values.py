@@ -5,9 +5,9 @@ import pytest
 from gymnasium import spaces
 
 from diffpolicy.policies.bounds import inward_bounds
-from diffpolicy.rollout.slots import EnvSlot
-from diffpolicy.rollout.spec import EnvSpec, EnvSpecError, describe
-from diffpolicy.rollout.values import as_flag, as_observation, as_reward, as_success, to_native
+from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError, describe
+from diffpolicy.rollout.pool.slots import EnvSlot
+from diffpolicy.rollout.pool.values import as_flag, as_observation, as_reward, as_success, to_native
 
 
 def test_no_number_between_rounded_bounds_is_outside_and_none_nearer_was_left_out():

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from diffpolicy.rollout import supervisor, vector
-from diffpolicy.rollout.slots import Demonstration, Outcome
-from diffpolicy.rollout.spec import EnvSpec, EnvSpecError
-from diffpolicy.rollout.vector import Failure, WorkerPool, Workers
+from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError
+from diffpolicy.rollout.pool import supervisor
+from diffpolicy.rollout.pool import workers as vector
+from diffpolicy.rollout.pool.slots import Demonstration, Outcome
+from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
 
 POINT = EnvSpec("rollout_fake_envs:rollout_fakes/Point-v0")
 EXPERT = EnvSpec("rollout_fake_envs:rollout_fakes/ExpertPoint-v0")
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "helpers"
 
 
 def _faulty(kind, seed=1, step=1, **more):
@@ -229,8 +230,8 @@ def test_no_process_outlives_a_parent_that_is_killed():
 import os, signal, sys, time, threading
 sys.path[:0] = {[str(HERE)] + [p for p in sys.path if p]!r}
 import numpy as np
-from diffpolicy.rollout.spec import EnvSpec
-from diffpolicy.rollout.vector import WorkerPool, Workers
+from diffpolicy.rollout.env_spec import EnvSpec
+from diffpolicy.rollout.pool.workers import WorkerPool, Workers
 spec = EnvSpec({POINT.id!r}, {{"fault": {{"kind": "hang", "seed": 1, "step": 1}}}})
 pool = WorkerPool(spec, Workers(num_envs=2, num_workers=2))  # no __main__ guard is needed
 pool.reset([0, 1], [0, 1])

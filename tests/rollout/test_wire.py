@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from diffpolicy.rollout import wire
+from diffpolicy.rollout.pool import wire
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import torch
 
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
+from diffpolicy.policies.truncated import Truncated
 from diffpolicy.runtime import backends
 from diffpolicy.runtime import compile as compiling
 from diffpolicy.runtime.backends import BUILDERS, missing

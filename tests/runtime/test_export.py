@@ -18,11 +18,11 @@ from diffpolicy.api import DiffusionPolicy
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.bounds import inward_bounds
-from diffpolicy.policies.candidates import Truncated
 from diffpolicy.policies.ensemble import TemporalEnsemble
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.spec import Gripper, PolicySpec, Sampler
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
+from diffpolicy.policies.truncated import Truncated
 from diffpolicy.runtime import export as exporting
 from diffpolicy.runtime.export import export_policy
 from diffpolicy.runtime.exported import checksum, load_exported

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.core.masked import MaskedDenoiser
+from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import LogLinear
 from diffpolicy.sequences import SequenceModel, SequenceSpec
 from diffpolicy.training.settings import TrainerConfig

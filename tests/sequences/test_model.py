@@ -4,8 +4,8 @@ import torch
 
 from diffpolicy.core.masking import one_hot
 from diffpolicy.core.starts import prior_start
-from diffpolicy.finetune.reward import RewardLoss
-from diffpolicy.finetune.reward_chains import MaskedChain
+from diffpolicy.learn.reward.masked_chain import MaskedChain
+from diffpolicy.learn.reward.pathwise import RewardLoss
 from diffpolicy.sequences import (
     Draws,
     SequenceExamples,

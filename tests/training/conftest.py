@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.finetune.denoising import LossOutput
+from diffpolicy.learn.cloning.denoising import LossOutput
 
 
 class Regression(nn.Module):

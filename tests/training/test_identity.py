@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffpolicy.finetune.denoising import LossOutput
+from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.training import trainer as trainer_module
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.identity import ResumeWarning, array_digest, describe, differences, flatten

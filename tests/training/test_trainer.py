@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from diffpolicy.files import ForeignFilesError
-from diffpolicy.finetune.denoising import LossOutput
+from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.training.checkpoint import CheckpointError, read_bundle
 from diffpolicy.training.diagnose import NonFiniteError
 from diffpolicy.training.ema import EMA

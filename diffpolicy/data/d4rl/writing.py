@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from zarr.storage import MemoryStore
 
-from diffpolicy.data import layout
+from diffpolicy.data import store_layout as layout
 from diffpolicy.data.check import check_store
 from diffpolicy.data.d4rl.rows import block_ends, blocks
 from diffpolicy.data.fields import jsonable

@@ -1,0 +1,1 @@
+"""Comparisons as data: records, files, sets, training examples."""

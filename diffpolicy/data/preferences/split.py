@@ -1,0 +1,120 @@
+"""Which episodes are held out together when preferences are split into folds."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffpolicy.data.preferences.records import episodes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from diffpolicy.data.preferences.records import Record
+    from diffpolicy.data.store import EpisodeStore
+
+
+def split_records(
+    store: EpisodeStore, records: Sequence[Record], folds: int, seed: int, group: str | None
+) -> list[tuple[list[Record], list[Record]]]:
+    """Per fold the records to train on and the held-out ones; see `split_by_episode`.
+
+    Raises:
+        ValueError: As for `split_by_episode`.
+    """
+    fold_of = deal_episodes(store, records, folds, seed, group)
+    folds_of = [{fold_of[e] for e in episodes_of(r)} for r in records]
+    made = []
+    for fold in range(folds):
+        train = [r for r, of in zip(records, folds_of, strict=True) if fold not in of]
+        held_out = [r for r, of in zip(records, folds_of, strict=True) if of == {fold}]
+        if not train or not held_out:
+            raise ValueError(
+                f"fold {fold} of {folds} has {len(train)} records to train on and {len(held_out)} "
+                "to hold out (those of both sides are dropped); use fewer folds, or more records"
+            )
+        made.append((train, held_out))
+    return made
+
+
+def deal_episodes(
+    store: EpisodeStore, records: Sequence[Record], folds: int, seed: int, group: str | None
+) -> dict[int, int]:
+    """The fold in which each episode is held out.
+
+    Episodes that were compared stay together as long as that makes no unit larger than a fold;
+    larger ones fall apart into episodes, or into groups of one attribute. The units are dealt in
+    random order, each to the fold that has the fewest records so far.
+
+    Args:
+        store: The episodes.
+        records: What is split.
+        folds: At least 2.
+        seed: Of the order.
+        group: An episode attribute whose equal values stay together; None: no such.
+
+    Returns:
+        Episode -> fold, of the episodes in the records.
+
+    Raises:
+        ValueError: Fewer than 2 folds or fewer units than folds, or no such attribute.
+    """
+    used = sorted({e for r in records for e in episodes_of(r)})
+    if folds < 2:
+        raise ValueError(f"folds must be at least 2; got {folds}")
+    atoms = _joined(used, _same_attribute(store, used, group) if group is not None else [])
+    compared = _joined(used, [*atoms, *(sorted(episodes_of(r)) for r in records)])
+    limit = len(used) / folds
+    whole = {e for unit in compared if len(unit) <= limit for e in unit}
+    units = [u for u in compared if len(u) <= limit] + [a for a in atoms if a[0] not in whole]
+    if len(units) < folds:
+        raise ValueError(
+            f"the records are of {len(used)} episodes, {len(units)} of them independent; {folds} "
+            "folds need as many. Use fewer folds, or more episodes"
+        )
+    weight = dict.fromkeys(used, 0)
+    for record in records:
+        for episode in episodes_of(record):
+            weight[episode] += 1
+    load = [0] * folds
+    fold_of: dict[int, int] = {}
+    for place in np.random.default_rng(seed).permutation(len(units)).tolist():
+        fold = load.index(min(load))
+        load[fold] += sum(weight[e] for e in units[place])
+        fold_of |= dict.fromkeys(units[place], fold)
+    return fold_of
+
+
+def _same_attribute(store: EpisodeStore, used: Sequence[int], name: str) -> list[list[int]]:
+    attrs = store.episode_attrs
+    groups: dict[str, list[int]] = {}
+    for episode in used:
+        if name not in attrs[episode]:
+            raise ValueError(
+                f"{store.name}: episode {episode} has no attribute {name!r} to group by; it has "
+                f"{sorted(attrs[episode])}"
+            )
+        groups.setdefault(json.dumps(attrs[episode][name], sort_keys=True), []).append(episode)
+    return list(groups.values())
+
+
+def _joined(members: Sequence[int], links: Iterable[Sequence[int]]) -> list[list[int]]:
+    """The connected components of `members`, each ascending, where every link joins its own."""
+    root = {m: m for m in members}
+
+    def find(member: int) -> int:
+        while root[member] != member:
+            root[member] = root[root[member]]
+            member = root[member]
+        return member
+
+    for link in links:
+        for other in link[1:]:
+            a, b = sorted((find(link[0]), find(other)))
+            root[b] = a
+    parts: dict[int, list[int]] = {}
+    for member in members:
+        parts.setdefault(find(member), []).append(member)
+    return list(parts.values())

@@ -1,0 +1,46 @@
+"""What wraps a denoiser or steers a chain: conditions, pinned values, rewards, particles.
+
+Needs torch and numpy alone.
+"""
+
+from diffpolicy.guidance.cfg import (
+    ClassifierFreeGuidance,
+    Guidance,
+    Inpaint,
+    PrefixCond,
+    PrefixGuidance,
+)
+from diffpolicy.guidance.layout import Layout
+from diffpolicy.guidance.particles import (
+    PARTICLE_METHODS,
+    SMC,
+    SVDD,
+    TDS,
+    BestOfN,
+    Drawn,
+    make_particle_method,
+)
+from diffpolicy.guidance.pinned import PinCond, Pinned
+from diffpolicy.guidance.reward import RewardGuidance
+from diffpolicy.guidance.value import ValueGuidance, head_value
+
+__all__ = [
+    "PARTICLE_METHODS",
+    "SMC",
+    "SVDD",
+    "TDS",
+    "BestOfN",
+    "ClassifierFreeGuidance",
+    "Drawn",
+    "Guidance",
+    "Inpaint",
+    "Layout",
+    "PinCond",
+    "Pinned",
+    "PrefixCond",
+    "PrefixGuidance",
+    "RewardGuidance",
+    "ValueGuidance",
+    "head_value",
+    "make_particle_method",
+]

@@ -1,0 +1,227 @@
+"""Sequential Monte Carlo towards a reward, plain and twisted; all particle methods by name.
+
+A reward is weighed, so it may be any function; only :class:`TDS` takes a gradient of it, unless its
+mode is ``"exact"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from diffpolicy.core.denoiser import Denoised
+from diffpolicy.guidance.reward import REWARD_MODES, RewardGuidance
+from diffpolicy.guidance.search import (
+    SVDD,
+    BestOfN,
+    Drawn,
+    ParticleMethod,
+    at_least_one,
+    check_weighting,
+)
+from diffpolicy.guidance.stepped_chain import Chain, checked, rows
+from diffpolicy.guidance.weights import choose, effective_size, log_mean, normalised, systematic
+
+
+@dataclass(frozen=True)
+class SMC(ParticleMethod):
+    """Sequential Monte Carlo: the pre-trained chain proposes, the reward to come decides.
+
+    Targets ``p(x0) exp(r(x0) / kl_weight) / Z``. At every level a particle weighs
+    ``exp(r(x0_hat) / kl_weight)`` with its clean estimate, and the reward itself at the end; a
+    group in which the effective number of particles falls below ``ess_threshold`` times their
+    number is resampled (systematically). One state is drawn per group from the final weights: its
+    law tends to the target as ``particles`` grows, whatever the quality of the estimates. Groups
+    know nothing of each other. If all of a group end at minus infinity, one is drawn evenly, and
+    its ``log_z`` says so.
+
+    Args:
+        particles: N per group; 1 is the pre-trained chain.
+        kl_weight: positive.
+        ess_threshold: in [0, 1]; 0 never resamples (importance sampling).
+        estimate: the reward is asked at the ``"soft"`` clean estimate (probabilities), or at the
+            most probable, ``"hard"``, completion (masked sequences).
+    """
+
+    particles: int = 16
+    kl_weight: float = 1.0
+    ess_threshold: float = 0.5
+    estimate: str = "soft"
+    name: ClassVar[str] = "smc"
+
+    def __post_init__(self) -> None:
+        at_least_one("particles", self.particles)
+        check_weighting(self.kl_weight, self.estimate)
+        if not 0 <= self.ess_threshold <= 1:
+            raise ValueError(f"ess_threshold must be in [0, 1], got {self.ess_threshold}")
+
+    @property
+    def chains(self) -> int:
+        return self.particles
+
+    def run(self, chain: Chain, x: Tensor, cond: Tensor | None) -> Drawn:
+        chain.check_steps(self.estimate)
+        chain = self._proposing(chain)
+        count, shape = self.particles, (-1, self.particles)
+        log_w = torch.zeros(len(x), dtype=torch.float64, device=x.device).view(shape)
+        log_z, twist, sizes = log_w[:, 0], log_w, []
+        for k in range(chain.num_steps):
+            out = chain.denoised(k, x, cond)
+            ahead = self._reward_ahead(chain, x, out, cond).view(shape) / self.kl_weight
+            ahead = _never_zero(ahead, twist)
+            log_w, twist = log_w + ahead - twist, ahead
+            weights = normalised(log_w)
+            sizes.append(effective_size(weights))
+            poor = (sizes[-1] < self.ess_threshold * count) & (log_w.amax(1) > -torch.inf)
+            parents = torch.where(
+                poor[:, None],
+                systematic(weights, chain.generator),
+                torch.arange(count, device=x.device),
+            )
+            log_z = torch.where(poor, log_z + log_mean(log_w), log_z)
+            log_w = torch.where(poor[:, None], 0.0, log_w)
+            x, out, twist = _selected(x, out, twist, parents)
+            moved = chain.step(k, x, out)
+            log_w = log_w + self._correction(x, out, moved).view(shape)
+            x = moved
+        rewards = chain.rewards(x, cond).view(shape)
+        log_w = log_w + rewards.double() / self.kl_weight - twist
+        weights = normalised(log_w)
+        states, row = x.view(*shape, *x.shape[1:]), torch.arange(len(log_w), device=x.device)
+        pick = choose(weights, chain.generator)
+        return Drawn(
+            states[row, pick],
+            rewards[row, pick],
+            count * chain.num_steps,
+            count * (1 + chain.num_steps * self._rewards_per_step(chain, x)),
+            torch.stack([*sizes, effective_size(weights)]),
+            log_z + log_mean(log_w),
+            states,
+            weights,
+        )
+
+    def _proposing(self, chain: Chain) -> Chain:
+        return chain
+
+    def _reward_ahead(self, chain: Chain, x: Tensor, out: Denoised, cond: Tensor | None) -> Tensor:
+        return chain.estimated(out.x0_hat, cond, self.estimate)
+
+    def _correction(self, x: Tensor, out: Denoised, moved: Tensor) -> Tensor:
+        """``log p(moved | x) - log q(moved | x)`` of target and proposal ``[B * N]``."""
+        return torch.zeros(len(x), dtype=torch.float64, device=x.device)
+
+    def _rewards_per_step(self, chain: Chain, x: Tensor) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class TDS(SMC):
+    """Twisted diffusion sampling (Wu et al. 2023) of masked sequences: SMC with a guided proposal.
+
+    Steps are proposed by :class:`~diffpolicy.guidance.reward.RewardGuidance`, and the weights
+    corrected by the ratio of the two chains' kernels, which is exact: guidance moves only the laws
+    of tokens, so what remains of the ratio are the probabilities of those newly revealed.
+
+    Args:
+        guidance_scale: in units of ``1 / kl_weight``; 1 is the paper's proposal.
+        mode: of the guidance, ``"clean"``, ``"state"`` or ``"exact"``.
+    """
+
+    guidance_scale: float = 1.0
+    mode: str = "clean"
+    name: ClassVar[str] = "tds"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.guidance_scale > 0:
+            raise ValueError(
+                f"guidance_scale must be positive, got {self.guidance_scale}; for an unguided "
+                "proposal use smc"
+            )
+        if self.mode not in REWARD_MODES:
+            raise ValueError(f"unknown mode {self.mode!r}; expected one of {REWARD_MODES}")
+
+    def _proposing(self, chain: Chain) -> Chain:
+        if not chain.masked:
+            raise ValueError(
+                "tds is for masked sequences; of continuous states use smc, or ValueGuidance"
+            )
+        scale = self.guidance_scale / self.kl_weight
+        return chain.with_denoiser(
+            RewardGuidance(chain.denoise, chain.reward, scale, mode=self.mode)
+        )
+
+    def _reward_ahead(self, chain: Chain, x: Tensor, out: Denoised, cond: Tensor | None) -> Tensor:
+        if self.estimate == "soft":
+            return checked(out.aux["reward"]).double()
+        unguided = x[..., :-1] + x[..., -1:] * out.aux["log_p_unguided"].exp()
+        return chain.estimated(pad(unguided, (0, 1)), cond, self.estimate)
+
+    def _correction(self, x: Tensor, out: Denoised, moved: Tensor) -> Tensor:
+        revealed = (moved[..., :-1] - x[..., :-1]) > 0.5
+        ratio = out.aux["log_p_unguided"].double() - out.aux["log_p"].double()
+        return torch.where(revealed, ratio, 0.0).sum((-1, -2))
+
+    def _rewards_per_step(self, chain: Chain, x: Tensor) -> int:
+        guidance: Any = chain.denoise
+        calls: int = guidance.reward_calls(x.shape[-2], x.shape[-1] - 1)
+        return calls + (self.estimate == "hard")
+
+
+def _never_zero(ahead: Tensor, twist: Tensor) -> Tensor:
+    """Log-twists ``ahead [B, N]`` without minus infinity.
+
+    A bad estimate must not end a particle that can still become good: it counts as the worst of its
+    group that is not, or where none is, as the twist before. Only the end excludes.
+    """
+    finite = ahead > -torch.inf
+    worst = torch.where(finite, ahead, torch.inf).amin(1, keepdim=True)
+    instead = torch.where(worst < torch.inf, worst, twist)
+    return torch.where(finite, ahead, instead)
+
+
+def _selected(
+    x: Tensor, out: Denoised, twist: Tensor, parents: Tensor
+) -> tuple[Tensor, Denoised, Tensor]:
+    """States, answers and twists of the particles ``parents [B, N]`` of each group."""
+    first = torch.arange(len(parents), device=x.device)[:, None] * parents.shape[1]
+    index = (first + parents).flatten()
+    return x[index], rows(out, index), twist.gather(1, parents)
+
+
+PARTICLE_METHODS: Mapping[str, type[Any]] = {m.name: m for m in (BestOfN, SMC, TDS, SVDD)}
+
+
+def make_particle_method(name: str, **settings: Any) -> ParticleMethod:
+    """A particle method by its name, e.g. ``make_particle_method("smc", particles=32)``.
+
+    Raises:
+        ValueError: unknown name or setting, with the valid ones.
+    """
+    if name not in PARTICLE_METHODS:
+        raise ValueError(
+            f"unknown particle method {name!r}; expected one of {sorted(PARTICLE_METHODS)}"
+        )
+    known = [f.name for f in fields(PARTICLE_METHODS[name])]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ValueError(f"{name!r} has no setting {unknown[0]!r}; it has {known}")
+    method: ParticleMethod = PARTICLE_METHODS[name](**settings)
+    return method
+
+
+__all__ = [
+    "PARTICLE_METHODS",
+    "SMC",
+    "SVDD",
+    "TDS",
+    "BestOfN",
+    "Drawn",
+    "ParticleMethod",
+    "make_particle_method",
+]

@@ -1,0 +1,1 @@
+"""Actor-critics: actors, critics and their one loss."""

@@ -1,0 +1,176 @@
+"""Offline actor-critics whose actor is a diffusion policy: Diffusion-QL, IDQL and EDP.
+
+They are combinations of three actors (plain denoising; denoising and Q at the end of the sampling
+chain; denoising and Q at the one-step estimate) with two critics (temporal differences to sampled
+next plans; implicit Q-learning).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.learn.actor_critic.actors import SamplingChain, denoise_once, standard_normal
+from diffpolicy.learn.actor_critic.algorithms import ALGORITHMS, ActorCritic
+from diffpolicy.learn.actor_critic.critics import (
+    best_of_candidates,
+    expectile_error,
+    normalized_value,
+    td_error,
+    value_for_actor,
+)
+from diffpolicy.learn.cloning.denoising import LossOutput, denoising_error
+
+
+class ActorCriticLoss(nn.Module):
+    """Actor and critic in one objective, each learning from its own part of the loss alone.
+
+    ``forward(batch, generator)`` takes a batch of :class:`diffpolicy.data.transitions.Transitions`:
+    ``obs`` and ``next_obs`` ``[B, To, O]``, ``action [B, H, A]``, ``reward`` and ``discount``
+    ``[B]``, ``valid [B, H]``. The actor's gradient passes through the critic without touching its
+    weights, and no gradient of the critic's reaches the actor. Levels, noise, sampled plans and the
+    choice of critic come from ``generator``. Call :meth:`after_step` after every optimiser step.
+
+    Args:
+        denoiser: the actor.
+        heads: ``critic`` (a ``QEnsemble``) and, for the critic ``iql``, ``state_value``; registered
+            as they are, as ``heads.<name>``.
+        settings: which algorithm.
+
+    Raises:
+        ValueError: heads that are missing, superfluous or of the wrong size, levels that the
+            process does not have, or more ``grad_steps`` than evaluations.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, heads: Mapping[str, nn.Module], settings: ActorCritic
+    ) -> None:
+        super().__init__()
+        if set(heads) != set(settings.heads):
+            raise ValueError(
+                f"actor={settings.actor!r} with critic={settings.critic!r} trains the heads "
+                f"{sorted(settings.heads)}, got {sorted(heads)}"
+            )
+        _check_sizes(denoiser, heads["critic"])
+        self.settings = settings
+        self.denoiser = denoiser
+        self.heads = heads if isinstance(heads, nn.ModuleDict) else nn.ModuleDict(heads)
+        self._chain = SamplingChain(denoiser.process, settings) if settings.samples else None
+        followed = {"critic": self.heads["critic"]}
+        if settings.critic == "td":
+            followed["denoiser"] = denoiser
+        self.target = nn.ModuleDict({name: copy.deepcopy(m) for name, m in followed.items()})
+        self.target.requires_grad_(requires_grad=False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, of all but the target networks."""
+        super().train(mode)
+        self.target.eval()
+        return self
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the target networks towards the trained ones."""
+        for name, target in self.target.items():
+            live = self.denoiser if name == "denoiser" else self.heads[name]
+            torch._foreach_lerp_(
+                list(target.parameters()), list(live.parameters()), self.settings.target_rate
+            )
+            for mine, theirs in zip(target.buffers(), live.buffers(), strict=True):
+                mine.copy_(theirs)
+
+    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+        cond = batch["obs"].flatten(1)
+        actor, metrics = self._actor(batch, cond, generator)
+        learn = self._expectile if self.settings.critic == "iql" else self._temporal
+        critic, more = learn(batch, cond, generator)
+        everything = {**metrics, **more}
+        return LossOutput(actor + critic, {k: v.detach().mean() for k, v in everything.items()})
+
+    def _actor(
+        self, batch: Mapping[str, Tensor], cond: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Denoising, less the value of what the actor makes, ``[B]``."""
+        settings, x0 = self.settings, batch["action"]
+        t = self.denoiser.process.sample_t((len(x0), 1, 1), generator).to(x0.device, x0.dtype)
+        noise = standard_normal(x0.shape, x0, generator)
+        valid = batch["valid"] if settings.mask_padding else None
+        if settings.actor == "one_step":
+            error, plan = denoise_once(self.denoiser, x0, t, noise, cond=cond, valid=valid)
+        else:
+            error = denoising_error(self.denoiser, x0, t, noise, cond=cond, valid=valid)
+            if settings.actor == "bc":
+                return error, {"bc": error}
+            assert self._chain is not None
+            plan = self._chain.run(
+                self.denoiser,
+                cond,
+                x0,
+                generator,
+                grad_steps=settings.grad_steps,
+                checkpoint=settings.checkpoint,
+            )
+        values = value_for_actor(self.heads["critic"], cond, plan)
+        gain = normalized_value(values, generator)
+        return error - settings.eta * gain, {"bc": error, "actor_q": values}
+
+    def _temporal(
+        self, batch: Mapping[str, Tensor], cond: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Error of Q to the target critics' value of sampled next plans, ``[B]``."""
+        target = self.td_target(batch, generator)
+        values = self.heads["critic"](cond, batch["action"])
+        error = td_error(values, target)
+        return error, {"td": error, "q": values, "target": target}
+
+    @torch.no_grad()
+    def td_target(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+        """``r + discount min_m max_n Q_m(s', a'_n)`` with next plans of the target actor, ``[B]``.
+
+        Wang et al. 2023, eq. 4.
+        """
+        assert self._chain is not None
+        many = max(1, self.settings.max_q_backup)
+        cond = batch["next_obs"].flatten(1).repeat_interleave(many, dim=0)
+        like = batch["action"].repeat_interleave(many, dim=0)
+        actor = self.target["denoiser"]
+        assert isinstance(actor, Denoiser)
+        plan = self._chain.run(actor, cond, like, generator)
+        values = best_of_candidates(self.target["critic"](cond, plan), many)
+        return batch["reward"] + batch["discount"] * values
+
+    def _expectile(
+        self, batch: Mapping[str, Tensor], cond: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Errors of V to an expectile of Q, and of Q to V, ``[B]`` (IQL, eqs. 5 and 6)."""
+        plan = batch["action"]
+        with torch.no_grad():
+            best = self.target["critic"](cond, plan).amin(0)
+        both = torch.cat([cond, batch["next_obs"].flatten(1)])
+        value, after = self.heads["state_value"](both).chunk(2)
+        wrong = expectile_error(best - value, self.settings.expectile)
+        target = batch["reward"] + batch["discount"] * after.detach()
+        values = self.heads["critic"](cond, plan)
+        error = td_error(values, target)
+        metrics = {"td": error, "v_loss": wrong, "q": values, "v": value, "target": target}
+        return error + wrong, metrics
+
+
+def _check_sizes(denoiser: Denoiser, critic: nn.Module) -> None:
+    """Raise ``ValueError`` unless the critic judges the plans that the denoiser makes."""
+    network = denoiser.network
+    for mine, theirs in (("cond_dim",) * 2, ("horizon",) * 2, ("action_dim", "dim")):
+        has, needs = getattr(critic, mine, None), getattr(network, theirs, None)
+        if has is not None and needs is not None and has != needs:
+            raise ValueError(
+                f"the critic was built with {mine}={has}, but the actor's network has "
+                f"{theirs}={needs}; build both for the same observations and plans"
+            )
+
+
+__all__ = ["ALGORITHMS", "ActorCritic", "ActorCriticLoss"]

@@ -1,0 +1,1 @@
+"""Cloning: denoising losses, and what planners learn beside them."""

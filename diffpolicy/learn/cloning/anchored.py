@@ -1,0 +1,181 @@
+"""The loss of trained truncated diffusion: which anchor is right, and what it should become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.learn.cloning.denoising import LossOutput
+
+Guesses = Callable[[Tensor], Tensor]
+CLASSIFICATIONS = ("focal", "bce")
+RECONSTRUCTIONS = ("l1", "l2")
+
+
+class AnchoredLoss(nn.Module):
+    """Truncated diffusion as DiffusionDrive trains it (Liao et al. 2025, eq. 5).
+
+    All anchors of a state are noised with one level ``t`` in (0, t_max]. The anchor nearest to the
+    demonstrated plan is the positive: the denoiser is to turn its noised version into the plan, and
+    the confidence head is to tell it from the others. The anchors are diffused, not the plan, so
+    the denoised positive is the mean (``l2``) or median (``l1``) of the plans its anchor stands
+    for, and sampling stays in this anchored region: start there (``solve_guesses``).
+
+    ``forward(batch, generator)`` takes ``obs [B, To, O]``, ``action [B, H, A]`` (both normalised)
+    and optionally ``valid [B, H]``.
+
+    Args:
+        denoiser: with a network of type ``anchored``.
+        guesses: the anchors, ``[M, H, A]`` normalised, or a function from ``obs`` to
+            ``[B, M, H, A]`` for anchors that depend on the state.
+        t_max: highest level trained, in (0, 1]; at least the level that sampling starts at.
+        class_weight: of the classification loss, a mean over the anchors.
+        recon_weight: of the reconstruction loss, a mean over the coordinates.
+        classification: ``focal`` (sigmoid, alpha 0.25, gamma 2, as published) or ``bce``, whose
+            confidences are calibrated: the sigmoid of a logit is the anchor's probability.
+        reconstruction: ``l1`` (as published) or ``l2``.
+        negatives: wrong anchors scored per example, drawn anew each time and weighted so that the
+            expected loss stays the same; None: all. Fewer make a step cheaper.
+        mask_padding: leave positions out that ``valid`` says are padding.
+
+    Raises:
+        ValueError: a setting out of range, or a network without a confidence head.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        guesses: Tensor | Guesses,
+        *,
+        t_max: float,
+        class_weight: float = 10.0,
+        recon_weight: float = 8.0,
+        classification: str = "focal",
+        reconstruction: str = "l1",
+        negatives: int | None = None,
+        mask_padding: bool = True,
+    ) -> None:
+        super().__init__()
+        if not hasattr(denoiser.network, "cascade"):
+            raise ValueError(
+                f"AnchoredLoss needs a network with a confidence head (type 'anchored' with base="
+                f"{{...}}), got {type(denoiser.network).__name__}"
+            )
+        if not 0 < t_max <= 1:
+            raise ValueError(f"t_max must be in (0, 1], got {t_max}")
+        if classification not in CLASSIFICATIONS or reconstruction not in RECONSTRUCTIONS:
+            raise ValueError(
+                f"classification must be one of {CLASSIFICATIONS} and reconstruction one of "
+                f"{RECONSTRUCTIONS}, got {classification!r} and {reconstruction!r}"
+            )
+        if negatives is not None and negatives < 1:
+            raise ValueError(f"negatives must be at least 1 or None, got {negatives}")
+        if class_weight < 0 or recon_weight <= 0:
+            raise ValueError(
+                f"need class_weight >= 0 and recon_weight > 0, got {class_weight}, {recon_weight}"
+            )
+        self.denoiser = denoiser
+        self.anchors: Tensor | None
+        self.register_buffer("anchors", guesses if isinstance(guesses, Tensor) else None)
+        self._guesses = None if isinstance(guesses, Tensor) else guesses
+        self.t_max, self.negatives, self.mask_padding = t_max, negatives, mask_padding
+        self.class_weight, self.recon_weight = class_weight, recon_weight
+        self.classification, self.reconstruction = classification, reconstruction
+
+    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+        plan = batch["action"]
+        count, horizon, _ = plan.shape
+        weight = (
+            batch["valid"].to(plan.dtype)
+            if self.mask_padding and "valid" in batch
+            else plan.new_ones(count, horizon)
+        )
+        weight = weight / weight.sum(1, keepdim=True).clamp_min(1)
+        guess = self._guess(batch)
+        distance = (guess - plan[:, None]).square().mean(-1).mul(weight[:, None]).sum(-1)
+        guess, scale = self._chosen(
+            guess, distance.argmin(1), generator
+        )  # the positive comes first
+        answers = self._answers(guess, batch, generator)
+        target = torch.zeros(guess.shape[:2], device=plan.device, dtype=plan.dtype)
+        target[:, 0] = 1
+        wrong, away = plan.new_zeros(count), plan.new_zeros(count)
+        for x0_hat, logit in answers:
+            wrong = wrong + (self._classify(logit, target) * scale).mean(1)
+            error = x0_hat - plan
+            error = error.abs() if self.reconstruction == "l1" else error.square()
+            away = away + (error.mean(-1) * weight).sum(1)
+        loss = self.class_weight * wrong + self.recon_weight * away
+        found = (answers[-1][1].argmax(1) == 0).to(plan.dtype).mean()
+        metrics = {"classification": wrong.mean(), "reconstruction": away.mean(), "found": found}
+        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+
+    def _guess(self, batch: Mapping[str, Tensor]) -> Tensor:
+        plan = batch["action"]
+        if self._guesses is not None:
+            with torch.no_grad():
+                return self._guesses(batch["obs"])
+        assert self.anchors is not None  # one of the two is there
+        return self.anchors.expand(len(plan), *self.anchors.shape)
+
+    def _chosen(
+        self, guess: Tensor, positive: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """The positive and the negatives to score, and the weight of each: ``[B, 1 + k, H, A]``."""
+        count, many = guess.shape[:2]
+        kept = many - 1 if self.negatives is None else min(self.negatives, many - 1)
+        keys = torch.rand(count, many, generator=generator, device=generator.device)
+        keys = keys.to(guess.device).scatter(1, positive[:, None], 2.0)
+        chosen = keys.topk(kept + 1, dim=1).indices  # rand() < 1: the positive is the first
+        scale = torch.full((kept + 1,), (many - 1) / max(1, kept), device=guess.device)
+        scale[0] = 1.0
+        # A mean over kept + 1 anchors below; the loss is a mean over all of them.
+        return guess.gather(1, chosen[..., None, None].expand(-1, -1, *guess.shape[2:])), (
+            scale * (kept + 1) / many
+        )
+
+    def _answers(
+        self, guess: Tensor, batch: Mapping[str, Tensor], generator: torch.Generator
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Per stage the denoised positive ``[B, H, A]`` and the logits ``[B, 1 + k]``."""
+        denoiser, (count, many) = self.denoiser, guess.shape[:2]
+        t = self._levels(count, generator).to(guess)
+        noise = torch.randn(
+            guess.shape, generator=generator, device=generator.device, dtype=guess.dtype
+        ).to(guess.device)
+        x_t = denoiser.process.add_noise(guess, t[..., None], noise).flatten(0, 1)
+        rows = t.repeat_interleave(many, dim=0)
+        cond = None
+        if "obs" in batch:
+            cond = batch["obs"].flatten(1).repeat_interleave(many, dim=0)
+        c_x, c_out, c_in, time = denoiser.coefficients(rows)
+        network = denoiser.network
+        stages: list[tuple[Tensor, Tensor]] = network.cascade(c_in * x_t, time, cond)  # type: ignore[operator]
+        return [
+            (
+                torch.addcmul(c_x * x_t, c_out, output).view(guess.shape)[:, 0],
+                logit.view(count, many),
+            )
+            for output, logit in stages
+        ]
+
+    def _levels(self, count: int, generator: torch.Generator) -> Tensor:
+        """Stratified uniform in (0, t_max], on the knots of a discrete process, ``[B, 1, 1]``."""
+        strata = torch.arange(count, device=generator.device)
+        unit = (strata + torch.rand(count, generator=generator, device=generator.device)) / count
+        order = torch.randperm(count, generator=generator, device=generator.device)
+        t = self.t_max * (1.0 - unit[order])
+        snapped = self.denoiser.process.snap(t)
+        return torch.where(snapped > 0, snapped, t).view(-1, 1, 1)
+
+    def _classify(self, logit: Tensor, target: Tensor) -> Tensor:
+        plain = F.binary_cross_entropy_with_logits(logit, target, reduction="none")
+        if self.classification == "bce":
+            return plain
+        probability = logit.sigmoid()
+        miss = torch.where(target > 0, 1 - probability, probability)
+        return torch.where(target > 0, 0.25, 0.75) * miss.square() * plain

@@ -1,0 +1,256 @@
+"""Denoising losses: per example, for given clean sample, level and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.core.noise import stratified
+from diffpolicy.core.ramp import Ramp
+from diffpolicy.guidance.layout import Layout
+
+LEVEL_LAWS = ("row", "position", "dim")
+
+
+class LossOutput(NamedTuple):
+    """What every objective of the library returns.
+
+    Attributes:
+        loss: per example, ``[B]``; the trainer averages it.
+        metrics: 0-dim tensors to log, detached.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+def denoising_error(
+    denoiser: Denoiser,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    *,
+    cond: Tensor | None = None,
+    valid: Tensor | None = None,
+    known: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Mean squared error of the network's own output at given level and noise, per example.
+
+    Two models scored at the same ``t`` and ``noise`` can be differenced (preference losses do).
+
+    Args:
+        denoiser: network and parameterisation; the regression target is its own (noise, velocity,
+            ...).
+        x0: clean, normalised ``[B, H, D]``.
+        t: levels, broadcastable to ``x0``, on its device.
+        noise: standard normal ``[B, H, D]``.
+        cond: ``[B, C]``.
+        valid: bool ``[B, H]``; positions left out of the mean where False.
+        known: bool, broadcastable to ``x0``: entries that the network sees clean, as
+            :class:`diffpolicy.guidance.pinned.Pinned` shows them to it.
+        weights: broadcastable to ``x0``, not negative; the error is then the weighted mean over
+            all entries. Give known entries the weight 0.
+
+    Returns:
+        ``[B]``.
+    """
+    x_t = denoiser.process.add_noise(x0, t, noise)
+    seen = x_t if known is None else torch.where(known, x0, x_t)
+    error = (denoiser.raw(seen, t, cond) - denoiser.target(x0, noise, t)).square()
+    if weights is not None:
+        weights = weights.to(error.dtype).expand_as(error)
+        if valid is not None:
+            weights = weights * valid.unsqueeze(-1)
+        total = weights.sum((1, 2))
+        # A window without any entry to learn from has no error, rather than none that is finite.
+        return (error * weights).sum((1, 2)) / torch.where(total > 0, total, 1.0)
+    error = error.mean(-1)
+    if valid is None:
+        return error.mean(-1)
+    weight = valid.to(error.dtype)
+    return (error * weight).sum(-1) / weight.sum(-1).clamp_min(1)
+
+
+class DenoisingLoss(nn.Module):
+    """The training objective of diffusion policies: behaviour cloning as denoising (Ho et al.
+
+    2020, eq. 14).
+
+    ``forward(batch, generator)`` takes a batch with ``obs [B, To, O]`` and ``action [B, H, A]``,
+    both normalised, and optionally ``valid [B, H]`` and ``return [B, 1]``, a further part of the
+    condition. Levels and noise come from ``generator`` alone.
+
+    With a ``layout`` of states the batch holds ``obs [B, H, O]`` instead, the plan is the one that
+    the layout says, its known entries enter the network clean and have no loss, and the condition
+    is the return alone, if the batch has one.
+
+    Args:
+        denoiser: what is trained.
+        cond_dropout: fraction of examples whose condition is zeroed, for classifier-free guidance.
+        mask_padding: leave edge-padded positions out (Diffusion Policy keeps them in).
+        level_law: which noise levels a plan is trained at. ``"row"``: one for the whole plan.
+            ``"position"``: rising along the plan as streaming has them (``ramp`` at a random
+            phase). ``"dim"``: an independent one per action dimension, for warm starts whose level
+            differs between dimensions.
+        ramp: the chunks of ``"position"``.
+        constant_fraction: with the two finer laws, the fraction of plans at one level throughout
+            (0.2 in the streaming paper); these also train full sampling.
+        layout: what a plan holds; None as ``"action"``.
+        weights: of the entries of a plan ``[1, H, D]`` (see :meth:`Layout.weights`); None: equal.
+
+    Raises:
+        ValueError: settings out of range, levels that the network cannot take, or a network or
+            weights of another size than the layout's.
+    """
+
+    known: Tensor | None
+    weights: Tensor | None
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        cond_dropout: float = 0.0,
+        mask_padding: bool = False,
+        level_law: str = "row",
+        ramp: Ramp | None = None,
+        constant_fraction: float = 0.2,
+        layout: Layout | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= cond_dropout < 1:
+            raise ValueError(f"cond_dropout must be in [0, 1), got {cond_dropout}")
+        if not 0 <= constant_fraction <= 1:
+            raise ValueError(f"constant_fraction must be in [0, 1], got {constant_fraction}")
+        check_level_law(level_law, denoiser, ramp)
+        self.denoiser = denoiser
+        self.cond_dropout = cond_dropout
+        self.mask_padding = mask_padding
+        self.level_law = level_law
+        self.ramp = ramp
+        self.constant_fraction = constant_fraction
+        self.layout = layout
+        holds_states = layout is not None and layout.kind != "action"
+        if layout is not None:
+            check_layout(layout, denoiser.network)
+            if weights is None and holds_states:
+                weights = layout.weights()
+        if weights is not None:
+            weights = _checked_weights(weights, layout, denoiser.network)
+        self.register_buffer(
+            "known", layout.known if layout and holds_states else None, persistent=False
+        )
+        self.register_buffer("weights", weights, persistent=False)
+
+    def draw_levels(self, count: int, dim: int, generator: torch.Generator) -> Tensor:
+        """Levels ``[count, 1 or H, 1 or D]`` of the law, on the generator's device."""
+        process = self.denoiser.process
+        constant = process.sample_t((count, 1, 1), generator)
+        if self.level_law == "row":
+            return constant
+        if self.ramp is not None:
+            finer = self.ramp.levels(stratified((count, 1, 1), generator))
+        else:
+            # One call per dimension: within a call, the entries of a row share their stratum.
+            each = [process.sample_t((count, 1, 1), generator) for _ in range(dim)]
+            finer = torch.cat(each, dim=2)
+        coin = torch.rand(count, 1, 1, generator=generator, device=generator.device)
+        return torch.where(coin < self.constant_fraction, constant, finer)
+
+    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+        x0, cond = clean_plan(batch, self.layout)
+        t = self.draw_levels(x0.shape[0], x0.shape[2], generator).to(x0.device, x0.dtype)
+        noise = torch.randn(
+            x0.shape, generator=generator, device=generator.device, dtype=x0.dtype
+        ).to(x0.device)
+        if cond is not None and self.cond_dropout > 0:
+            keep = (
+                torch.rand(len(x0), 1, generator=generator, device=generator.device)
+                >= self.cond_dropout
+            )
+            cond = cond * keep.to(cond.device, cond.dtype)
+        valid = batch["valid"] if self.mask_padding else None
+        loss = denoising_error(
+            self.denoiser,
+            x0,
+            t,
+            noise,
+            cond=cond,
+            valid=valid,
+            known=self.known,
+            weights=self.weights,
+        )
+        return LossOutput(loss, {})
+
+
+def clean_plan(batch: Mapping[str, Tensor], layout: Layout | None) -> tuple[Tensor, Tensor | None]:
+    """The clean plan ``[B, H, D]`` of a batch of windows, and the condition ``[B, C]`` or None."""
+    if layout is None or layout.kind == "action":
+        x0, parts = batch["action"], [batch["obs"].flatten(1)] if "obs" in batch else []
+    else:
+        action = batch["action" if layout.kind == "trajectory" else "obs"]  # states need none
+        x0, parts = layout.join(batch["obs"], action), []
+    if "return" in batch:
+        parts.append(batch["return"])
+    return x0, torch.cat(parts, dim=1) if parts else None
+
+
+def check_layout(layout: Layout, network: nn.Module) -> None:
+    """Raise ``ValueError`` unless the network's plans are those of the layout."""
+    for name, wanted in (("horizon", layout.horizon), ("dim", layout.dim)):
+        got = getattr(network, name, wanted)
+        if got != wanted:
+            raise ValueError(
+                f"a {layout.kind!r} layout has {name}={wanted}, the network {name}={got}; build "
+                f"the network with horizon={layout.horizon}, dim={layout.dim}"
+            )
+
+
+def _checked_weights(weights: Tensor, layout: Layout | None, network: nn.Module) -> Tensor:
+    horizon, dim = (
+        (getattr(network, "horizon", None), getattr(network, "dim", None))
+        if layout is None
+        else (layout.horizon, layout.dim)
+    )
+    if (
+        weights.dim() != 3
+        or weights.shape[0] != 1
+        or (horizon is not None and weights.shape[1:] != (horizon, dim))
+    ):
+        raise ValueError(f"weights must be [1, {horizon}, {dim}], got {list(weights.shape)}")
+    if bool((weights < 0).any()) or not bool((weights > 0).any()):
+        raise ValueError("weights must not be negative, and some must be positive")
+    if layout is not None:
+        weights = weights.masked_fill(layout.known, 0.0)
+        if not bool((weights > 0).any()):
+            raise ValueError("weights are positive at known entries alone: nothing to learn")
+    return weights
+
+
+def check_level_law(level_law: str, denoiser: Denoiser, ramp: Ramp | None) -> None:
+    """Raise ``ValueError`` unless the denoiser's network can be trained at such levels."""
+    if level_law not in LEVEL_LAWS:
+        raise ValueError(f"unknown level_law {level_law!r}; expected one of {LEVEL_LAWS}")
+    if (ramp is not None) != (level_law == "position"):
+        raise ValueError(
+            "level_law='position' needs ramp=Ramp(horizon, n_obs_steps, n_action_steps), and no "
+            f"other law takes one; got level_law={level_law!r}, ramp={ramp}"
+        )
+    network = denoiser.network
+    kinds: frozenset[str] = getattr(network, "t_kinds", frozenset({"row"}))
+    if level_law not in kinds:
+        hint = "; unet1d and transformer take levels per position" * (level_law == "position")
+        raise ValueError(
+            f"level_law={level_law!r} needs a network that takes levels per {level_law}, but "
+            f"{type(network).__name__} takes {sorted(kinds)}. Build an mlp with "
+            f"t_kind={level_law!r} (network={{'type': 'mlp', 't_kind': {level_law!r}}}){hint}"
+        )
+    horizon = getattr(network, "horizon", None)
+    if ramp is not None and horizon not in (None, ramp.horizon):
+        raise ValueError(f"the ramp has horizon={ramp.horizon}, the network {horizon}")

@@ -1,0 +1,285 @@
+"""What a policy is trained on and with: examples and objective for its layout and heads.
+
+Behaviour cloning, planners and actor-critics share the trainer; they differ in what is built here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffpolicy.core.ramp import Ramp
+from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.returns import returns_to_go, with_fields
+from diffpolicy.data.store import EpisodeStore
+from diffpolicy.data.transitions import Transitions, check_fields
+from diffpolicy.data.windows import Windows
+from diffpolicy.learn.actor_critic.loss import ActorCritic, ActorCriticLoss
+from diffpolicy.learn.cloning.anchored import AnchoredLoss
+from diffpolicy.learn.cloning.denoising import DenoisingLoss
+from diffpolicy.learn.cloning.planners import DraftLoss, InverseDynamicsLoss, SumOfLosses, ValueLoss
+from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.planners import Returns
+from diffpolicy.policies.spec import PolicySpec
+from diffpolicy.settings import named_settings, settings_of
+from diffpolicy.training.trainer import Source
+
+
+@named_settings
+@dataclass(frozen=True)
+class Learning:
+    """How weights are learned, beyond the trainer's settings.
+
+    Args:
+        actor_critic: settings of :class:`~diffpolicy.learn.actor_critic.loss.ActorCritic`;
+        ``None``:
+            the denoiser by its denoising loss, heads by their own.
+        discount: of critics and of the head ``value``, per step; where the policy is conditioned
+            on returns, these have their own.
+        reward_scale: factor of the rewards that critics see; ``"return_range"``: 1000 over the
+            range of the episodes' returns, as in IQL's code for locomotion.
+        reward_shift: added to the scaled rewards (-1 on AntMaze).
+        first_action_weight: of the first executed action in the denoising loss of planners.
+        next_obs_weight: of the next observation likewise.
+        value_levels: ``"all"`` trains the head ``value`` on noisy plans, for guidance;
+            ``"clean"``, to choose among finished plans.
+        mask_padding: leave edge-padded positions out of the losses.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    actor_critic: ActorCritic | None = None
+    discount: float = 0.99
+    reward_scale: float | str = 1.0
+    reward_shift: float = 0.0
+    first_action_weight: float = 1.0
+    next_obs_weight: float = 1.0
+    value_levels: str = "all"
+    mask_padding: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.discount <= 1:
+            raise ValueError(f"learning.discount must be in (0, 1], got {self.discount}")
+        scale = self.reward_scale
+        if isinstance(scale, str) and scale != "return_range":
+            raise ValueError(f"reward_scale must be a number or 'return_range', got {scale!r}")
+        if self.actor_critic is not None and self.mask_padding:
+            raise ValueError("with an actor-critic, set learning.actor_critic.mask_padding")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Learning:
+        """From JSON values.
+
+        Raises:
+            ValueError: unknown entries or values out of range.
+        """
+        values = dict(config)
+        if values.get("actor_critic") is not None:
+            values["actor_critic"] = ActorCritic.from_config(values["actor_critic"])
+        return settings_of(cls, values, "learning")
+
+
+def check_learning(spec: PolicySpec, learning: Learning) -> None:
+    """Raise ``ValueError`` for a policy that cannot be learned so, or a setting without effect."""
+    plain, heads = Learning(), set(spec.heads)
+    critics = {"critic", "state_value"} & heads
+    if learning.actor_critic is None and critics:
+        raise ValueError(
+            f"the heads {sorted(critics)} are trained by learning.actor_critic; set it, or leave "
+            "them out"
+        )
+    if learning.actor_critic is not None and (
+        spec.layout != "action" or spec.level_law != "row" or spec.cond_dropout > 0
+    ):
+        raise ValueError(
+            "actor-critics learn plans of actions at one level each, with their condition; got "
+            f"layout={spec.layout!r}, level_law={spec.level_law!r}, cond_dropout="
+            f"{spec.cond_dropout}"
+        )
+    critic, value = learning.actor_critic is not None, "value" in heads
+    planning = spec.layout != "action"
+    used = {
+        "discount": critic or (value and spec.returns is None),
+        "reward_scale": critic,
+        "reward_shift": critic,
+        "first_action_weight": spec.layout == "trajectory",
+        "next_obs_weight": planning,
+        "value_levels": value,
+    }
+    idle = [n for n, use in used.items() if not use and getattr(learning, n) != getattr(plain, n)]
+    if idle:
+        raise ValueError(
+            f"learning.{idle[0]} has no effect on a policy of layout {spec.layout!r} with the "
+            f"heads {sorted(heads)} and returns={spec.returns}; leave it out"
+        )
+
+
+def fitted_returns(returns: Returns, store: EpisodeStore) -> Returns:
+    """The range of returns that r = 0 and r = 1 stand for, from the data where it is not given."""
+    if returns.low is not None and returns.high is not None:
+        return returns
+    found = returns_to_go(store, returns.discount)
+    low = float(found.min()) if returns.low is None else returns.low
+    high = float(found.max()) if returns.high is None else returns.high
+    if not low < high:
+        raise ValueError(
+            f"all returns of {store.name} are {high}: a policy cannot be conditioned on them"
+        )
+    return replace(returns, low=low, high=high)
+
+
+class PlanExamples:
+    """Windows for plans that hold observations: a source of the trainer.
+
+    ``gather`` gives ``obs [B, H, O]``, ``action [B, H, A]``, ``valid [B, H]``, and where needed
+    ``return_to_go [B, H]`` (normalised) and ``return [B, 2]``, ``(1, r)`` of the current step.
+    """
+
+    def __init__(self, windows: Windows, *, conditioned: bool) -> None:
+        self.windows, self.conditioned = windows, conditioned
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def gather(self, indices: Tensor) -> dict[str, Tensor]:
+        """A batch of windows."""
+        batch = self.windows.gather(indices)
+        if self.conditioned:
+            now = batch["return_to_go"][:, self.windows.n_obs_steps - 1]
+            batch["return"] = torch.stack([torch.ones_like(now), now], 1)
+        return batch
+
+
+def examples(
+    spec: PolicySpec,
+    normalizer: Normalizer,
+    store: EpisodeStore,
+    learning: Learning,
+    episodes: Sequence[int],
+) -> Source:
+    """What the trainer draws its batches from."""
+    sizes: dict[str, Any] = {"horizon": spec.horizon, "n_obs_steps": spec.n_obs_steps}
+    if learning.actor_critic is not None:
+        return Transitions(
+            store,
+            **sizes,
+            normalizer=normalizer,
+            discount=learning.discount,
+            reward_scale=reward_scale(store, learning),
+            reward_shift=learning.reward_shift,
+            episodes=episodes,
+        )
+    shape = {**sizes, "n_action_steps": spec.n_action_steps}
+    if spec.layout == "action":
+        return Windows(store, **shape, normalizer=normalizer, episodes=episodes)
+    fields: tuple[str, ...] = ("obs", "action")
+    check_constant(spec, store)
+    if spec.returns is not None or "value" in spec.heads:
+        store = with_fields(store, {"return_to_go": _normalised_returns(spec, store, learning)})
+        fields = (*fields, "return_to_go")
+    windows = Windows(
+        store, **shape, normalizer=normalizer, episodes=episodes, fields=fields, whole=True
+    )
+    return PlanExamples(windows, conditioned=spec.returns is not None)
+
+
+def check_constant(spec: PolicySpec, store: EpisodeStore) -> None:
+    """Raise ``ValueError`` if an entry that ``spec.constant`` names changes within an episode."""
+    if not spec.constant:
+        return
+    changed = np.abs(np.diff(store.read("obs", 0, store.num_steps), axis=0)) > 1e-6
+    changed[store.episode_ends[:-1] - 1] = False
+    for entry in spec.constant:
+        if changed[:, entry].any():
+            step = int(changed[:, entry].argmax())
+            raise ValueError(
+                f"constant names entry {entry} of the observation, which changes within an "
+                f"episode (row {step} of {store.name}); plans would be told their own future"
+            )
+
+
+def _normalised_returns(spec: PolicySpec, store: EpisodeStore, learning: Learning) -> Any:
+    if spec.returns is not None:
+        values = returns_to_go(store, spec.returns.discount)
+        return spec.returns.normalize(values).astype(np.float32)
+    values = returns_to_go(store, learning.discount)
+    return ((values - values.mean()) / max(float(values.std()), 1e-6)).astype(np.float32)
+
+
+def reward_scale(store: EpisodeStore, learning: Learning) -> float:
+    """The factor of rewards, measured where it depends on the data."""
+    if not isinstance(learning.reward_scale, str):
+        return float(learning.reward_scale)
+    check_fields(store)
+    reward = store.read("reward", 0, store.num_steps).astype(np.float64).reshape(-1)
+    starts = np.concatenate([[0], store.episode_ends[:-1]])
+    totals = np.add.reduceat(reward, starts)
+    spread = float(totals.max() - totals.min())
+    if spread <= 0:
+        raise ValueError(
+            f"all episodes of {store.name} have the same return; give reward_scale as a number"
+        )
+    return 1000.0 / spread
+
+
+def objective(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
+    """The loss that trains a policy's denoiser and heads.
+
+    Raises:
+        ValueError: settings and heads that do not fit together.
+    """
+    spec, denoiser, heads = policy.spec, policy.denoiser, policy.heads
+    check_learning(spec, learning)
+    actor_critic = learning.actor_critic
+    if actor_critic is not None:
+        return ActorCriticLoss(denoiser, cast("Mapping[str, nn.Module]", heads), actor_critic)
+    if spec.network.get("type") == "anchored":
+        return _anchored(policy, learning)
+    weights = None
+    if spec.layout != "action":
+        weights = policy.layout.weights(
+            **({} if spec.layout == "state" else {"first_action": learning.first_action_weight}),
+            next_obs=learning.next_obs_weight,
+        )
+    ramp = None
+    if spec.level_law == "position":
+        ramp = Ramp(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
+    denoising = DenoisingLoss(
+        denoiser,
+        cond_dropout=spec.cond_dropout,
+        mask_padding=learning.mask_padding,
+        level_law=spec.level_law,
+        ramp=ramp,
+        layout=None if spec.layout == "action" else policy.layout,
+        weights=weights,
+    )
+    if not len(heads):
+        return denoising
+    losses: dict[str, nn.Module] = {"denoising": denoising}
+    if "inverse" in heads:
+        losses["inverse"] = InverseDynamicsLoss(heads["inverse"], spec.n_obs_steps)
+    if "value" in heads:
+        levels = learning.value_levels
+        losses["value"] = ValueLoss(heads["value"], denoiser.process, policy.layout, levels=levels)
+    if "draft" in heads:
+        losses["draft"] = DraftLoss(heads["draft"], policy.layout)
+    return SumOfLosses(denoiser, heads, losses)
+
+
+def _anchored(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
+    anchors, normalizer = policy.anchors, policy.normalizer
+    assert anchors is not None  # checked at construction
+    assert policy.spec.truncated is not None
+    t_start = policy.spec.truncated.t_start
+    return AnchoredLoss(
+        policy.denoiser,
+        lambda obs: anchors.guesses_normalised(obs, normalizer)[0],
+        t_max=anchors.default_t_start(policy.denoiser.process) if t_start is None else t_start,
+        mask_padding=learning.mask_padding,
+    )

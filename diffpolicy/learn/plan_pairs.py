@@ -1,0 +1,288 @@
+"""Pairs of a policy's own plans, compared by what they are worth and kept as preferences.
+
+The offline form of :class:`~diffpolicy.learn.preferences.online.OwnPlansLoss`: plans are drawn
+once, and every method that reads pairs or labels learns from the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.preferences.file import PreferenceFileError, read_contents
+from diffpolicy.data.preferences.records import Pair, Span
+from diffpolicy.data.preferences.set import PreferenceSet
+from diffpolicy.data.store import EpisodeStore, FieldSpec
+from diffpolicy.data.windows import Windows
+from diffpolicy.learn.plan_rewards import PlanReward, in_own_units
+from diffpolicy.learn.preferences.online import OwnPlans, draw_plans
+from diffpolicy.policies.spec import PolicySpec
+from diffpolicy.settings import check_known, setting_names
+
+SOURCE, MADE_BY = "value", "plans"
+BLOCK = 256  # observations whose plans are drawn at once
+NOT_READ = ("drawn_by", "label_scale")  # of OwnPlans: the policy draws, the greater value wins
+
+
+class Planner(Protocol):
+    """What is needed of a policy."""
+
+    spec: PolicySpec
+    normalizer: Normalizer
+
+    @property
+    def denoiser(self) -> BaseDenoiser:
+        """What draws plans."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+
+
+@dataclass(frozen=True)
+class PlanPairs:
+    """Which observations plans are drawn for, and how many.
+
+    Args:
+        every: steps of an episode from one observation to the next.
+        plans: how they are drawn; the best and the worst of its ``candidates`` are compared.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    every: int = 16
+    plans: OwnPlans = field(default_factory=lambda: OwnPlans(candidates=16))
+
+    def __post_init__(self) -> None:
+        if type(self.every) is not int or self.every < 1:
+            raise ValueError(f"every must be a whole number, at least 1, got {self.every!r}")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], spec: PolicySpec) -> Self:
+        """From plain values: ``every``, and settings of ``OwnPlans``.
+
+        What is not given is the policy's sampler's: solver, steps and spacing. Plans are full
+        solves from noise, also of a policy that acts from warm starts or anchors.
+
+        Raises:
+            ValueError: unknown settings, values out of range, or a policy that acts with guidance
+                or another temperature, with which these plans would not be drawn.
+        """
+        check_plain(spec)
+        names = [name for name in setting_names(OwnPlans) if name not in NOT_READ]
+        check_known(config, ["every", *names], "plans")
+        sampler = spec.sampler
+        values: dict[str, Any] = {
+            "candidates": 16,
+            "num_steps": sampler.num_steps,
+            "solver": sampler.solver,
+            "options": dict(sampler.options),
+            "spacing": sampler.spacing,
+        }
+        if config.get("solver", sampler.solver) != sampler.solver:
+            values["options"] = {}
+        values |= {name: value for name, value in config.items() if name != "every"}
+        try:
+            return cls(config.get("every", cls.every), OwnPlans(**values))
+        except TypeError as error:
+            raise ValueError(f"plans: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        how = {k: v for k, v in asdict(self.plans).items() if k not in NOT_READ}
+        return {"every": self.every, **how}
+
+
+def pair_plans(
+    policy: Planner,
+    reward: PlanReward,
+    episodes: EpisodeStore,
+    *,
+    store_path: str | Path,
+    prefs_path: str | Path,
+    settings: PlanPairs,
+    seed: int = 0,
+    progress: bool = True,
+) -> PreferenceSet:
+    """The best against the worst of a policy's plans, for observations of stored episodes.
+
+    A plan is stored as an episode of H steps: the observations that it was drawn for, the last of
+    which is repeated, since what it would lead to is not known, and its actions. A segment is what
+    the policy would carry out of it. Observations whose plans are worth the same make no pair.
+
+    Args:
+        policy: draws the plans.
+        reward: ``(action [B, H, A], obs [B, To, O]) -> [B]`` in the data's units, higher is better;
+            such as a :class:`~diffpolicy.learn.values.PlanValue`.
+        episodes: whose observations.
+        store_path: of the plans; replaced if it holds plans.
+        prefs_path: of the pairs; replaced if it holds such pairs. It is there when it is complete.
+        settings: which observations, and how plans are drawn.
+        seed: of the noise.
+        progress: whether to show a bar.
+
+    Returns:
+        The pairs. The ``info`` of each has ``scores``, the values of the two.
+
+    Raises:
+        FileExistsError: something else is at one of the paths.
+        ValueError: no pair, observations that do not fit the policy, or one that acts otherwise
+            than plans are drawn (with guidance, or at another temperature than 1).
+    """
+    spec, store_path, prefs_path = policy.spec, Path(store_path), Path(prefs_path)
+    check_plain(spec)
+    check_replaceable(prefs_path)
+    rows = _rows(episodes, settings.every)
+    windows = Windows(
+        episodes,
+        horizon=spec.horizon,
+        n_obs_steps=spec.n_obs_steps,
+        n_action_steps=spec.n_action_steps,
+        normalizer=policy.normalizer.to("cpu"),
+    )
+    worth = in_own_units(reward, spec, policy.normalizer)
+    noise = torch.Generator(policy.device).manual_seed(seed)
+    pairs: list[Pair] = []
+    with (
+        _new_store(store_path, prefs_path, spec) as store,
+        tqdm(total=len(rows), desc="plans", unit="obs", disable=not progress) as bar,
+    ):
+        for some in torch.split(torch.from_numpy(rows), BLOCK):
+            obs = windows.gather(some)["obs"].to(policy.device)
+            drawn = draw_plans(policy.denoiser, settings.plans, obs, worth, noise)
+            which = torch.stack([drawn.reward.argmax(1), drawn.reward.argmin(1)], 1)
+            values = drawn.reward.gather(1, which)
+            differ = values[:, 0] > values[:, 1]
+            plans = drawn.plans[torch.arange(len(obs), device=which.device)[:, None], which]
+            pairs += _pairs(store.num_episodes, values[differ], spec)
+            _append(store, policy.normalizer, obs[differ], plans[differ])
+            bar.update(len(some))
+    if not pairs:
+        raise ValueError(
+            f"no pairs: all {settings.plans.candidates} plans of every observation are worth the "
+            "same by this value, which tells nothing"
+        )
+    attrs = {**sizes_of(spec), "plans": settings.to_dict(), "seed": seed}
+    return _written(pairs, store_path, prefs_path, {"made_by": MADE_BY, **attrs})
+
+
+def check_plain(spec: PolicySpec) -> None:
+    """Raise ``ValueError`` if a policy acts with guidance, or at another temperature than 1."""
+    if spec.sampler.guidance_scale != 1 or spec.value_scale != 0 or spec.temperature != 1:
+        raise ValueError(
+            "own plans are drawn without guidance at temperature 1, and this policy acts with "
+            f"guidance_scale={spec.sampler.guidance_scale}, value_scale={spec.value_scale}, "
+            f"temperature={spec.temperature}; tune it with 1, 0 and 1"
+        )
+
+
+def sizes_of(spec: PolicySpec) -> dict[str, Any]:
+    """What a policy must share with that whose plans it learns from."""
+    names = ("horizon", "n_obs_steps", "n_action_steps")
+    return {name: getattr(spec, name) for name in names}
+
+
+def check_readable(preferences: PreferenceSet, spec: PolicySpec) -> None:
+    """Raise ``ValueError`` if preferences are plans of a policy that plans otherwise.
+
+    Its observations behind the first To are not real ones, and no other window may look at them.
+    """
+    if preferences.attrs.get("made_by") != MADE_BY:
+        return
+    theirs = {name: preferences.attrs.get(name) for name in sizes_of(spec)}
+    if theirs != sizes_of(spec):
+        raise ValueError(
+            f"{preferences.name} holds plans of a policy with {theirs}, and this one has "
+            f"{sizes_of(spec)}; draw plans of this one (plans=...)"
+        )
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise ``FileExistsError`` if something else than pairs of plans is at a path."""
+    if not path.exists():
+        return
+    try:
+        maker = read_contents(path).header.get("attrs", {}).get("made_by")
+    except PreferenceFileError:
+        maker = None
+    if maker != MADE_BY:
+        raise FileExistsError(f"{path} holds something else than pairs of plans; move it away")
+
+
+def _rows(episodes: EpisodeStore, every: int) -> NDArray[np.int64]:
+    """Steps ``every / 2``, ``3 every / 2``, ... of each episode, counted over the whole store."""
+    ends, lengths = episodes.episode_ends, episodes.episode_lengths
+    if not (lengths > every // 2).any():
+        raise ValueError(
+            f"no observations: the longest episode has {max(lengths, default=0)} steps, and plans "
+            f"are drawn at step {every // 2} and every {every} from there; lower plans.every"
+        )
+    found = [np.arange(e - n + every // 2, e) for e, n in zip(ends, lengths, strict=True)]
+    rows: NDArray[np.int64] = np.concatenate([steps[::every] for steps in found])
+    return rows
+
+
+def _new_store(path: Path, prefs_path: Path, spec: PolicySpec) -> EpisodeStore:
+    """An empty store of plans; one that is there is replaced, after the pairs that are of it."""
+    if path.exists():
+        if not EpisodeStore.open(path).attrs.get("plans"):
+            raise FileExistsError(f"{path} holds something else than plans; move it away")
+        prefs_path.unlink(missing_ok=True)
+    fields = {
+        "obs": FieldSpec((spec.obs_dim,), "float32"),
+        "action": FieldSpec((spec.action_dim,), "float32"),
+    }
+    return EpisodeStore.create(path, fields, attrs={"plans": True}, overwrite=True)
+
+
+def _pairs(begun: int, values: Tensor, spec: PolicySpec) -> list[Pair]:
+    """The pairs of plans that are the next episodes of a store, best and worst in turn."""
+    start, length = spec.n_obs_steps - 1, spec.n_action_steps
+    return [
+        Pair(
+            (Span(begun + 2 * i, start, length),),
+            (Span(begun + 2 * i + 1, start, length),),
+            source=SOURCE,
+            info={"scores": [round(value, 6) for value in both]},
+        )
+        for i, both in enumerate(values.tolist())
+    ]
+
+
+def _append(store: EpisodeStore, normalizer: Normalizer, obs: Tensor, plans: Tensor) -> None:
+    """Plans ``[P, 2, H, A]`` for observations ``[P, To, O]``, each an episode of H steps."""
+    if not len(obs):
+        return
+    horizon = plans.shape[2]
+    last = obs[:, -1:].expand(-1, horizon - obs.shape[1], -1)
+    seen = torch.cat([obs, last], 1).repeat_interleave(2, dim=0)
+    arrays = {
+        "obs": normalizer.unnormalize("obs", seen).flatten(0, 1).cpu().numpy(),
+        "action": normalizer.unnormalize("action", plans).flatten(0, 2).cpu().numpy(),
+    }
+    store.extend(arrays, horizon * np.arange(1, 2 * len(obs) + 1))
+
+
+def _written(
+    pairs: list[Pair], store_path: Path, prefs_path: Path, attrs: dict[str, Any]
+) -> PreferenceSet:
+    """The preference file, there at once or not at all."""
+    partial = prefs_path.with_name(f".{prefs_path.name}.partial")
+    store = EpisodeStore.open(store_path)
+    PreferenceSet.create(partial, store, attrs=attrs, overwrite=True).extend(pairs)
+    partial.replace(prefs_path)
+    return PreferenceSet.open(prefs_path)
+
+
+__all__ = ["PlanPairs", "check_readable", "check_replaceable", "pair_plans", "sizes_of"]

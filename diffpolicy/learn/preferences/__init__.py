@@ -1,0 +1,1 @@
+"""Tuning by comparisons: DPO, PSO, DRO and their online forms."""

@@ -1,0 +1,284 @@
+"""Diffusion-DRO: demonstrations ranked above the policy's own draws, without a reward model.
+
+Wu et al. 2025 (arXiv 2510.18353): maximum-margin inverse reinforcement learning whose reward is
+how much better than the reference a denoiser explains an item. Needs demonstrations alone; what
+they are ranked above is drawn during training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
+from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.preferences.few_step import FewStep
+from diffpolicy.learn.preferences.masked_steps import MaskedSteps
+from diffpolicy.learn.preferences.negatives import Contrast, contrast_plans, contrast_sequences
+from diffpolicy.learn.reference import Referenced
+from diffpolicy.learn.reward.path_kl import categorical_kl
+from diffpolicy.learn.reward.pathwise import frozen_copy
+
+NEGATIVES = ("prediction", "noised")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking(FewStep):
+    """Diffusion-DRO and the sampler that draws its negatives.
+
+    With the errors ``L_exp`` of a demonstration and ``L_own`` of the policy's own item, at the same
+    level,
+
+        diff = L_exp(policy) - L_exp(ref) - (L_own(policy) - L_own(ref)),
+        loss = max(0, diff + margin).
+
+    ``L_exp`` is the denoising error (mean square per entry, of the network's own target) or the
+    masked cross-entropy (nats per mask). What ``L_own`` is, ``negative`` says:
+
+    - ``"prediction"``, as published: at a state of the policy's chain, the distance to what the
+      policy itself predicts there (mean square; KL of the probabilities of tokens). The policy is
+      a copy, made anew every ``sync_every`` updates. Right after that ``L_own`` is 0 and has no
+      gradient; with ``sync_every=1``, the value of the released code, always. What is left is
+      behaviour cloning on those demonstrations that the policy does not yet explain better than
+      the reference by ``margin + L_own(ref)``. With n updates between, ``L_own`` pushes the policy
+      away from its copy and cancels the curvature of ``L_exp``: they are like one update of n times
+      the learning rate, and as stable as that.
+    - ``"noised"``: the chain's end, noised (masked) like the demonstration, and the error of its
+      denoising. This is the gradient of maximum-margin inverse reinforcement learning at every
+      update. It vanishes where the *sampler* makes what the demonstrations are, so the law of a
+      few-step sampler, whose steps are too coarse for even the right denoiser, is corrected too;
+      choose ``jitter=False`` for that. ``L_own`` has no bound: without the hinge a policy that
+      over-fits its demonstrations can raise it without end, and training then diverges (as that of
+      ours on 40 demonstrations of Push-T did); keep a margin there.
+
+    Without the hinge (``margin=None``) the mean gradient is 0 where the policy has the law of the
+    demonstrations: with ``"prediction"`` it is that of behaviour cloning, with ``"noised"`` both
+    errors have the same law. With the hinge this holds as long as the policy is its reference. The
+    hinge holds a policy to the reference: a demonstration counts until the policy leads by the
+    margin, so ``margin`` is how far it goes. The published 0.001 stops early, the more so with
+    ``"noised"``, of which single differences scatter more.
+
+    Args:
+        margin: of the hinge, in units of the error; the published 0.001 is of a mean squared error
+            of noise. None: no hinge, and no reference.
+        negative: ``"prediction"`` or ``"noised"``.
+        jitter: of plans: shift the levels of every chain at random, so that together they cover all
+            (as published). False: the sampler's own levels alone, which few-step policies need.
+        states: how many states of a chain are used, each with a demonstration at its level.
+        sync_every: updates between synchronisations of the policy's copy.
+        num_steps: K, network evaluations of the policy's chain (published: 20, of ``dpmpp_2m``).
+            Of masked sequences None reveals one position at a time.
+        solver: of plans, any.
+        options: of the solver.
+        spacing: of the levels of plans.
+
+    Raises:
+        ValueError: values out of range, unknown names, or a combination that is behaviour cloning.
+    """
+
+    num_steps: int | None = 10
+    solver: str = "dpmpp_2m"
+    margin: float | None = 0.001
+    negative: str = "prediction"
+    jitter: bool = True
+    states: int = 1
+    sync_every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.negative not in NEGATIVES:
+            raise ValueError(f"negative must be one of {NEGATIVES}, got {self.negative!r}")
+        if self.margin is not None and not 0 <= self.margin < float("inf"):
+            raise ValueError(f"margin must be 0 or more, or None, got {self.margin}")
+        if min(self.states, self.sync_every) < 1:
+            raise ValueError(
+                f"states and sync_every must be at least 1, got {self.states}, {self.sync_every}"
+            )
+        if self.num_steps is not None and self.states > self.num_steps:
+            raise ValueError(
+                f"states={self.states} is more than the {self.num_steps} of a chain; lower it"
+            )
+        if self.margin is None and self.negative == "prediction" and self.sync_every == 1:
+            raise ValueError(
+                "with margin=None, negative='prediction' and sync_every=1 the negatives have no "
+                "effect, which leaves behaviour cloning: use DenoisingLoss, or set a margin, "
+                "negative='noised', or more updates between synchronisations"
+            )
+
+
+class RankingLoss(Referenced):
+    """Diffusion-DRO as an objective of the trainer, for plans and for masked sequences.
+
+    ``forward(batch, generator)`` takes demonstrations: ``obs [B, To, O]`` and ``action [B, H, A]``,
+    normalised, or ``tokens [B, L]`` and optionally ``cond [B, C]``. One chain of the policy is
+    drawn for every row, under its condition. Levels, noise, masks and chains come from
+    ``generator`` alone. Call :meth:`after_step` after every optimiser step.
+
+    Metrics: ``accuracy`` (share of pairs of which the policy, against the reference, explains the
+    demonstration better than its own item: ``diff < 0``, one half for 0), ``gap`` (mean of
+    ``-diff``), ``saturated`` (share beyond the hinge, which has no gradient), ``error_expert`` and
+    ``error_own``, and with ``_reference`` the reference's. Without a reference (``margin=None``)
+    ``diff`` is that of the policy's errors alone.
+
+    Args:
+        denoiser: what is tuned.
+        settings: None: the defaults.
+        reference: the pre-trained denoiser, see
+            :class:`~diffpolicy.learn.reference.Referenced`; none is made for ``margin=None``.
+
+    Raises:
+        ValueError: a denoiser without a network, settings that have no effect here, and what
+            :class:`~diffpolicy.learn.reference.Referenced` refuses.
+    """
+
+    age: Tensor
+
+    def __init__(
+        self,
+        denoiser: BaseDenoiser,
+        settings: Ranking | None = None,
+        *,
+        reference: BaseDenoiser | None = None,
+    ) -> None:
+        settings = settings or Ranking()
+        super().__init__(denoiser, reference, needed=settings.margin is not None)
+        self.settings = settings
+        self.masked: MaskedSteps | None = None
+        if isinstance(denoiser, MaskedDenoiser):
+            if not settings.jitter:
+                raise ValueError("jitter=False has no effect on masked sequences; leave it True")
+            self.masked = MaskedSteps(denoiser, settings)
+            if settings.states > self.masked.length:
+                raise ValueError(
+                    f"states={settings.states} is more than the {self.masked.length} of a chain"
+                )
+        else:
+            _check_plans(denoiser, settings)
+        # Without updates in between the copy is the denoiser itself.
+        self.own = frozen_copy(denoiser) if settings.sync_every > 1 else None
+        self.register_buffer("age", torch.zeros((), dtype=torch.long))
+
+    def train(self, mode: bool = True) -> RankingLoss:
+        """Training mode, of all but the reference and the copy."""
+        super().train(mode)
+        if self.own is not None:
+            self.own.eval()
+        return self
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Count updates, and synchronise the policy's copy when it is due."""
+        self.age += 1
+        if self.own is not None and int(self.age) >= self.settings.sync_every:
+            self.own.load_state_dict(self.denoiser.state_dict())
+            self.age.zero_()
+
+    @property
+    def policy(self) -> BaseDenoiser:
+        """Whose chains and predictions the negatives are."""
+        return self.denoiser if self.own is None else self.own
+
+    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+        wanted = ("obs", "action") if self.masked is None else ("tokens",)
+        if any(name not in batch for name in wanted):
+            raise ValueError(
+                f"DRO learns from demonstrations and needs a batch with {' and '.join(wanted)}; "
+                f"got {sorted(batch)}"
+            )
+        return self.rank(self.draw(batch, generator), len(batch[wanted[-1]]))
+
+    def rank(self, pairs: Contrast, size: int) -> LossOutput:
+        """The loss of given states, ``[size]``: the mean over those of each row."""
+        expert, own = self._policy_errors(pairs)
+        diff = expert - own
+        metrics = {"error_expert": expert.detach().mean(), "error_own": own.detach().mean()}
+        margin = self.settings.margin
+        if margin is None:
+            loss, shut = diff, torch.zeros_like(diff)
+        else:
+            with self.as_reference() as reference:
+                others = self._errors(reference, pairs).chunk(2)
+            diff = diff - (others[0] - others[1])
+            metrics["error_expert_reference"] = others[0].mean()
+            metrics["error_own_reference"] = others[1].mean()
+            loss, shut = (diff + margin).relu(), (diff.detach() + margin <= 0).to(diff)
+        metrics["accuracy"] = (0.5 - 0.5 * diff.detach().sign()).mean()
+        metrics["gap"] = -diff.detach().mean()
+        metrics["saturated"] = shut.mean()
+        return LossOutput(loss.view(size, -1).mean(1), metrics)
+
+    @torch.no_grad()
+    def draw(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Contrast:
+        """Negatives for a batch of demonstrations, and both at the same levels."""
+        settings, policy = self.settings, self.policy
+        noised = settings.negative == "noised"
+        if self.masked is not None:
+            assert isinstance(policy, MaskedDenoiser)
+            return contrast_sequences(
+                policy,
+                self.masked,
+                batch["tokens"].long(),
+                batch.get("cond"),
+                generator,
+                states=settings.states,
+                noised=noised,
+            )
+        assert isinstance(policy, Denoiser)
+        return contrast_plans(
+            policy,
+            settings,
+            batch["action"],
+            batch["obs"].flatten(1),
+            generator,
+            states=settings.states,
+            jitter=settings.jitter,
+            noised=noised,
+        )
+
+    # ---------------------------------------------------------------- errors
+
+    def _policy_errors(self, pairs: Contrast) -> tuple[Tensor, Tensor]:
+        if self.own is None and self.settings.negative == "prediction":
+            expert = self._errors(self.denoiser, pairs.demonstrations())
+            return expert, torch.zeros_like(expert)  # what it predicts is what it predicts
+        expert, own = self._errors(self.denoiser, pairs).chunk(2)
+        return expert, own
+
+    def _errors(self, denoiser: BaseDenoiser, pairs: Contrast) -> Tensor:
+        """Mean squared error, or nats per mask, of each state ``[2 N]``."""
+        if self.masked is None:
+            assert isinstance(denoiser, Denoiser)
+            return (denoiser.raw(pairs.x, pairs.t, pairs.cond) - pairs.target).square().mean((1, 2))
+        assert isinstance(denoiser, MaskedDenoiser)
+        masks = pairs.x == self.masked.vocab_size
+        log_p = denoiser.log_probs(pairs.x, pairs.t, pairs.cond)
+        target = pairs.target.clamp_min(-1e4)  # 0 x -inf; its exponential stays 0
+        return (categorical_kl(target, log_p) * masks).sum(1) / masks.sum(1)
+
+
+def _check_plans(denoiser: BaseDenoiser, settings: Ranking) -> None:
+    settings.check_plans()
+    if not isinstance(denoiser, Denoiser):
+        raise ValueError(
+            "DRO compares errors of a network's own prediction, which "
+            f"{type(denoiser).__name__} does not have; it takes a Denoiser or a MaskedDenoiser"
+        )
+    assert settings.num_steps is not None  # check_plans
+    if settings.make_solver().nfe(2) != 2:
+        raise ValueError(
+            f"solver={settings.solver!r} evaluates the network more than once a step; use one that "
+            "does so once, e.g. dpmpp_2m or ddim"
+        )
+    if settings.jitter and settings.num_steps == 1:
+        raise ValueError(
+            "one step has only the level 1, which jitter does not move; set jitter=False"
+        )
+    # Refuses more steps than a discrete process has.
+    settings.grid(denoiser.process, settings.num_steps - settings.jitter)
+
+
+__all__ = ["Ranking", "RankingLoss"]

@@ -1,0 +1,300 @@
+"""Moves of few-step samplers: drawn, or bridged to given plans, and their log-probabilities.
+
+A chain of K steps is a policy of K moves. Losses on these moves change the sampler that is used,
+at its own levels and nowhere else, which keeps its few-step ability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.sampling import Trajectory, sample
+from diffpolicy.core.solvers import DDIM, Row, Solver, make_solver
+from diffpolicy.core.starts import SPACINGS, Start, levels, prior_start
+from diffpolicy.learn.preferences.items import Items, joined
+from diffpolicy.settings import settings_of
+
+LOG_ROOT_2PI = 0.9189385332046727  # log sqrt(2 pi)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewStep:
+    """A sampler from pure noise, from plain values.
+
+    Args:
+        num_steps: K, its network evaluations. Of masked sequences None reveals one position at a
+            time.
+        solver: of plans: a name of :func:`~diffpolicy.core.solvers.make_solver`.
+        options: of the solver, such as ``{"eta": 0.5}`` of ``ddim``.
+        spacing: of the levels of plans, see :func:`~diffpolicy.core.starts.levels`.
+
+    Raises:
+        ValueError: values out of range, unknown names.
+    """
+
+    num_steps: int | None = 4
+    solver: str = "ddpm"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    spacing: str = "t"
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
+        if self.spacing not in SPACINGS:
+            raise ValueError(f"unknown spacing {self.spacing!r}; expected one of {SPACINGS}")
+        self.make_solver()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """From plain values.
+
+        Raises:
+            ValueError: an unknown setting, with the valid ones.
+        """
+        return settings_of(cls, config, cls.__name__)
+
+    def make_solver(self) -> Solver:
+        """The solver of plans; refuses unknown names and options."""
+        return make_solver(self.solver, **self.options)
+
+    def grid(self, process: GaussianProcess, num_steps: int | None = None) -> Tensor:
+        """Levels ``[K + 1, 1, 1, 1]`` from 1 to 0 in K (or ``num_steps``) steps, float64."""
+        count = self.num_steps if num_steps is None else num_steps
+        assert count is not None
+        start = Start(torch.empty(0), torch.ones(1, 1, 1, dtype=torch.float64))
+        return levels(start, count, spacing=self.spacing, process=process)
+
+    def check_plans(self) -> None:
+        """Raise ``ValueError`` unless this samples plans."""
+        if self.num_steps is None:
+            raise ValueError(
+                "num_steps=None reveals masked tokens one at a time; of plans give num_steps=K"
+            )
+
+    def check_masked(self, denoiser: MaskedDenoiser) -> None:
+        """Raise ``ValueError`` for what masked chains have no use for."""
+        plain = type(self)(num_steps=self.num_steps)
+        for name in ("solver", "options", "spacing"):
+            if getattr(self, name) != getattr(plain, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect on masked sequences, which are "
+                    f"revealed by their own rule; leave out {name}"
+                )
+        if self.num_steps is None and not denoiser.time_free:
+            raise ValueError("a denoiser that depends on the level needs num_steps=K")
+
+
+class Moves(NamedTuple):
+    """What a chain's log-probability is, step by step.
+
+    Attributes:
+        log_p: ``[B, K]``, of every step, summed over the scored entries of an item.
+        entries: ``[B, K]``, how many entries that is: numbers of plans, tokens of sequences.
+    """
+
+    log_p: Tensor
+    entries: Tensor
+
+
+class PlanPaths(NamedTuple):
+    """Chains of plans, of every step that adds noise.
+
+    Attributes:
+        x: states before a step, ``[K, N, H, D]``.
+        x_next: states after it.
+        items: to which the N rows belong; ``x0`` is the end of their chain.
+    """
+
+    x: Tensor
+    x_next: Tensor
+    items: Items
+
+
+class PlanSteps:
+    """The steps of a few-step sampler of plans that have a density: ``N(a x + b x0_hat, std^2)``.
+
+    The last one, to clean, adds no noise and is left out.
+
+    Args:
+        process: of the denoisers that are compared.
+        sampler: ``ddpm``, or ``ddim`` with ``eta`` above 0.
+
+    Raises:
+        ValueError: a sampler whose steps have no density, or none but the last.
+    """
+
+    def __init__(self, process: GaussianProcess, sampler: FewStep) -> None:
+        sampler.check_plans()
+        self.solver = sampler.make_solver()
+        if not self.solver.stochastic:
+            raise ValueError(
+                f"solver={sampler.solver!r} with options={dict(sampler.options)} adds no noise, so "
+                "its steps have no density; use solver='ddpm', or 'ddim' with options={'eta': 1.0}"
+            )
+        if not isinstance(self.solver, DDIM):
+            raise ValueError(
+                f"steps of solver={sampler.solver!r} depend on those before, not on the state "
+                "alone; use solver='ddpm', or 'ddim' with options={'eta': 1.0}"
+            )
+        self.levels = sampler.grid(process)
+        rows = self.solver.rows(process, self.levels)
+        self.rows = [row for row in rows if row.g is not None and bool((row.g > 0).all())]
+        if not self.rows:
+            raise ValueError(
+                f"num_steps={sampler.num_steps} leaves the step to clean alone, which adds no "
+                "noise and has no density; give num_steps of at least 2"
+            )
+        self.process, self.nfe = process, len(rows)
+        self._std = [_std(row) for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        denoiser: BaseDenoiser,
+        start: Tensor,
+        generator: torch.Generator,
+        *,
+        cond: Tensor | None = None,
+        steps: Tensor | None = None,
+    ) -> PlanPaths:
+        """Run the sampler from standard normal ``start [N, H, D]``.
+
+        ``cond [N, C]`` is the condition, bool ``steps [N, H]`` says which positions are scored.
+        """
+        noise = self.process.draw_noise((self.nfe, *start.shape), generator, start)
+        begin = prior_start(self.process, start)
+        with evaluating(denoiser):
+            path = sample(
+                denoiser, self.solver, begin, self.levels, cond=cond, noise=noise, record=True
+            )
+        assert isinstance(path, Trajectory)
+        taken = path.transitions[: len(self)]
+        return PlanPaths(
+            torch.stack([row.x for row in taken]),
+            torch.stack([row.x_next for row in taken]),
+            rows_alone(path.x0, cond, steps),
+        )
+
+    def bridge(self, items: Items, noise: Tensor) -> PlanPaths:
+        """Chains that end in given plans: the sampler's, if its ``x0_hat`` were their ``x0``.
+
+        ``x`` at t = 1 is ``x0`` noised; each next state is drawn from the forward process given the
+        one before and ``x0``, ``q(x_s | x_t, x0)`` (Song et al. 2021, eq. 7 with the sampler's
+        ``eta``), so that every state has the forward law ``N(alpha x0, sigma^2)``.
+
+        Args:
+            items: N rows.
+            noise: standard normal ``[K, N, H, D]``, K being ``len(self) + 1``.
+        """
+        x0, states = items.x0, []
+        top = self.levels[0].to(x0.device, x0.dtype)
+        x = self.process.add_noise(x0, top, noise[0])
+        states.append(x)
+        for i, row in enumerate(self.rows):
+            x = _mean(row, x, x0) + self._bridge_std(i).to(x) * noise[i + 1]
+            states.append(x)
+        return PlanPaths(torch.stack(states[:-1]), torch.stack(states[1:]), items)
+
+    def log_prob(self, denoiser: BaseDenoiser, paths: PlanPaths) -> Moves:
+        """Of all steps as one batch; differentiable with respect to the denoiser alone."""
+        items, count = paths.items, len(self)
+        x, size = paths.x, len(items.x0)
+        t = torch.stack([row.t for row in self.rows]).to(x.device)  # float64: schedules are exact
+        t = t.expand(count, size, 1, 1).reshape(-1, 1, 1)
+        cond = None if items.cond is None else items.cond.repeat(count, 1)
+        x0_hat = denoiser(x.flatten(0, 1), t, cond).x0_hat.view_as(x)
+        mean = torch.stack([_mean(row, x[i], x0_hat[i]) for i, row in enumerate(self.rows)])
+        std = torch.stack(self._std).to(x)
+        z = (paths.x_next - mean) / std
+        each = (-0.5 * z.square() - std.log() - LOG_ROOT_2PI).sum(-1)
+        if items.steps is not None:
+            each = torch.where(items.steps, each, 0.0)
+        log_p = torch.stack([items.total(step) for step in each.sum(-1)], dim=1)
+        return Moves(log_p, items.entries().to(log_p).unsqueeze(1).expand(-1, count))
+
+    def pair(self, first: PlanPaths, second: PlanPaths) -> PlanPaths:
+        """Both, the second's items after the first's: one evaluation of a network for all."""
+        return PlanPaths(
+            torch.cat([first.x, second.x], dim=1),
+            torch.cat([first.x_next, second.x_next], dim=1),
+            joined(first.items, second.items),
+        )
+
+    def take(self, paths: PlanPaths, rows: Tensor) -> PlanPaths:
+        """Some of the chains, each an item of its own."""
+        items = paths.items
+        cond, steps = (None if v is None else v[rows] for v in (items.cond, items.steps))
+        chosen = rows_alone(items.x0[rows], cond, steps)
+        return PlanPaths(paths.x[:, rows], paths.x_next[:, rows], chosen)
+
+    def _bridge_std(self, i: int) -> Tensor:
+        """What noise brings ``a x_t`` to the forward law; the sampler's own for small variance."""
+        row = self.rows[i]
+        before, after = self.process.sigma(row.t), self.process.sigma(self.levels[i + 1])
+        return (after.square() - (row.a * before).square()).clamp_min(0).sqrt()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a block: a chain is drawn from the policy, not from its dropout."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def rows_alone(x0: Tensor, cond: Tensor | None, steps: Tensor | None) -> Items:
+    """Items of one row each."""
+    return Items(x0, cond, steps, torch.arange(len(x0), device=x0.device), len(x0))
+
+
+def plan_shape(denoiser: BaseDenoiser) -> tuple[int, int]:
+    """``(H, D)`` of the plans that a denoiser's network makes.
+
+    Raises:
+        ValueError: a denoiser that does not tell.
+    """
+    network = getattr(denoiser, "network", None)
+    found: Sequence[Any] = (getattr(network, "horizon", None), getattr(network, "dim", None))
+    if None in found:
+        raise ValueError(
+            f"{type(denoiser).__name__} has no network that tells the shape of a plan; give its "
+            "network the attributes horizon and dim"
+        )
+    return int(found[0]), int(found[1])
+
+
+def _mean(row: Row, x: Tensor, x0_hat: Tensor) -> Tensor:
+    """Of the next state."""
+    return row.a.to(x) * x + row.b[0].to(x) * x0_hat
+
+
+def _std(row: Row) -> Tensor:
+    assert row.g is not None
+    return row.g
+
+
+__all__ = [
+    "FewStep",
+    "Moves",
+    "PlanPaths",
+    "PlanSteps",
+    "evaluating",
+    "plan_shape",
+    "rows_alone",
+]

@@ -1,0 +1,107 @@
+"""What preference losses compare: plans or sequences, and the noise they are compared at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Items(NamedTuple):
+    """Rows that make up items: a segment of 50 steps is several chunks.
+
+    Attributes:
+        x0: clean normalised plans ``[N, H, D]``, or tokens ``[N, L]``, int64.
+        cond: ``[N, C]``, or None.
+        steps: bool ``[N, H]``, the positions that are scored; None: all. Padded rows have none.
+        item: which item a row belongs to, int64 ``[N]``.
+        count: items, B.
+    """
+
+    x0: Tensor
+    cond: Tensor | None
+    steps: Tensor | None
+    item: Tensor
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+
+    def entries(self) -> Tensor:
+        """How many numbers (or tokens) of each item are scored, ``[B]``, float32."""
+        size = self.x0.shape[2] if self.x0.dim() == 3 else 1
+        if self.steps is None:
+            rows = torch.full((len(self.x0),), float(self.x0.shape[1]), device=self.x0.device)
+        else:
+            rows = self.steps.sum(1, dtype=torch.float32)
+        return size * self.total(rows)
+
+    def total(self, rows: Tensor) -> Tensor:
+        """Sums over the rows ``[N]`` of every item, ``[B]``."""
+        return rows.new_zeros(self.count).index_add(0, self.item, rows)
+
+
+class Draw(NamedTuple):
+    """Levels and noise, R per row; whatever is compared is scored at the same draw.
+
+    Attributes:
+        t: ``[R, N, 1, 1]``.
+        noise: standard normal ``[R, N, H, D]``, or which tokens are masked, bool ``[R, N, L]``.
+        weight: of the error at this level, ``[R, N]``.
+    """
+
+    t: Tensor
+    noise: Tensor
+    weight: Tensor
+
+    def twice(self) -> Draw:
+        """The draw of two sets of items of the same shape, one after the other."""
+        return Draw(*(torch.cat([value, value], dim=1) for value in self))
+
+
+def batch_items(batch: Mapping[str, Tensor], name: str, *, masked: bool) -> Items | None:
+    """The items that a batch has under ``name``; None: it has none.
+
+    Args:
+        batch: see :class:`diffpolicy.learn.preferences.dpo.PreferenceLoss`.
+        name: ``"chosen"``, ``"rejected"``, ``"anchor"``, or ``""``: single items.
+        masked: sequences, rather than plans.
+    """
+    if masked:
+        key = {"": "tokens", "anchor": "anchor_tokens"}.get(name, name)
+        if key not in batch:
+            return None
+        tokens = batch[key].long()
+        cond = batch.get("anchor_cond" if name == "anchor" else "cond")
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return Items(tokens, cond, None, rows, len(tokens))
+    prefix = f"{name}_" if name else ""
+    if f"{prefix}action" not in batch:
+        return None
+    action, obs = batch[f"{prefix}action"], batch.get(f"{prefix}obs")
+    steps = batch.get(f"{prefix}steps")
+    if name == "anchor":  # windows of demonstrations, one of each
+        action, obs = action.unsqueeze(1), None if obs is None else obs.unsqueeze(1)
+    count, windows = action.shape[:2]
+    rows = torch.arange(count, device=action.device).repeat_interleave(windows)
+    return Items(
+        action.flatten(0, 1),
+        None if obs is None else obs.flatten(0, 1).flatten(1),
+        None if steps is None else steps.flatten(0, 1).bool(),
+        rows,
+        count,
+    )
+
+
+def joined(first: Items, second: Items) -> Items:
+    """Both, the second's items after the first's: one evaluation of a network for all."""
+    parts = [
+        None if a is None or b is None else torch.cat([a, b])
+        for a, b in zip(first[:3], second[:3], strict=True)
+    ]
+    x0, cond, steps = parts
+    assert x0 is not None
+    item = torch.cat([first.item, second.item + first.count])
+    return Items(x0, cond, steps, item, first.count + second.count)
+
+
+__all__ = ["Draw", "Items", "batch_items", "joined"]

@@ -1,0 +1,211 @@
+"""Preference losses on a policy's own plans, compared by a reward while it is tuned (online)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.sampling import sample
+from diffpolicy.core.starts import prior_start
+from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.preferences.dpo import PreferenceLoss
+from diffpolicy.learn.preferences.few_step import FewStep, evaluating, plan_shape
+from diffpolicy.learn.preferences.formulas import Preference
+from diffpolicy.learn.preferences.scores import Score
+from diffpolicy.learn.reference import Referenced
+
+DRAWN_BY = ("denoiser", "reference")
+Reward = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnPlans(FewStep):
+    """How a policy's plans are drawn and compared.
+
+    Args:
+        candidates: plans drawn for an observation; the best and the worst of them are compared.
+        drawn_by: ``"denoiser"``: the present one, so that comparisons follow it; the reward is then
+            asked about ever other plans, which one that was learned may not know. ``"reference"``:
+            the policy before tuning, whose plans such a reward was learned on.
+        label_scale: ``None``: the greater reward wins. A number s, in units of the reward: the
+            better one is preferred with chance ``sigmoid((r_1 - r_2) / s)`` (Bradley-Terry).
+        num_steps: K, network evaluations of a plan.
+        solver: a name of :func:`~diffpolicy.core.solvers.make_solver`.
+        options: of the solver.
+        spacing: of the levels.
+
+    Raises:
+        ValueError: values out of range, unknown names.
+    """
+
+    candidates: int = 4
+    drawn_by: str = "denoiser"
+    label_scale: float | None = None
+    num_steps: int | None = 5
+    solver: str = "ddim"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_plans()
+        if type(self.candidates) is not int or self.candidates < 2:
+            raise ValueError(
+                f"candidates must be a whole number, at least 2 to compare, got {self.candidates!r}"
+            )
+        if self.drawn_by not in DRAWN_BY:
+            raise ValueError(f"drawn_by must be one of {DRAWN_BY}, got {self.drawn_by!r}")
+        if self.label_scale is not None and not self.label_scale > 0:
+            raise ValueError(f"label_scale must be positive, or None, got {self.label_scale}")
+
+
+class Drawn(NamedTuple):
+    """Candidate plans for observations.
+
+    Attributes:
+        plans: ``[B, N, H, D]``, normalised.
+        reward: ``[B, N]``.
+    """
+
+    plans: Tensor
+    reward: Tensor
+
+
+@torch.no_grad()
+def draw_plans(
+    denoiser: BaseDenoiser,
+    settings: OwnPlans,
+    obs: Tensor,
+    reward: Reward,
+    generator: torch.Generator,
+) -> Drawn:
+    """N plans of a denoiser for each observation, and what they are worth.
+
+    Args:
+        denoiser: draws them.
+        settings: how; ``drawn_by`` and ``label_scale`` are not looked at.
+        obs: ``[B, To, O]``, normalised.
+        reward: ``(plans [B N, H, D], cond [B N, C]) -> [B N]``.
+        generator: of all noise.
+
+    Raises:
+        ValueError: rewards of another shape, or not finite.
+    """
+    many, process = settings.candidates, denoiser.process
+    assert isinstance(process, GaussianProcess)
+    cond = obs.flatten(1).repeat_interleave(many, dim=0)
+    like = next(denoiser.parameters()).detach()
+    noise = process.draw_noise((len(cond), *plan_shape(denoiser)), generator, like)
+    solver, levels = settings.make_solver(), settings.grid(process)
+    begin = prior_start(process, noise)
+    with evaluating(denoiser):
+        plans = sample(denoiser, solver, begin, levels, cond=cond, generator=generator)
+    assert isinstance(plans, Tensor)
+    worth = reward(plans, cond)
+    if worth.shape != plans.shape[:1]:
+        raise ValueError(
+            f"a reward returns one number per plan, [{len(plans)}]; got {list(worth.shape)}"
+        )
+    if not worth.isfinite().all():
+        raise ValueError(f"{int((~worth.isfinite()).sum())} of {len(worth)} rewards are not finite")
+    return Drawn(plans.view(-1, many, *plans.shape[1:]), worth.view(-1, many))
+
+
+class OwnPlansLoss(Referenced):
+    """A preference loss on pairs of the present policy's plans, judged by a reward.
+
+    ``forward(batch, generator)`` takes ``obs [B, To, O]`` (normalised), the observations that plans
+    are drawn for, and of losses with an anchor ``anchor_obs`` and ``anchor_action``, the
+    demonstrations. All noise comes from ``generator``.
+
+    Metrics: those of :class:`~diffpolicy.learn.preferences.dpo.PreferenceLoss`, ``reward`` (mean of
+    all candidates) and ``lead`` (of the best over the worst).
+
+    Args:
+        denoiser: what is tuned.
+        preference: which loss; a paired one.
+        score: how plans are scored; ``None``: the default.
+        reward: ``(plans [N, H, D], cond [N, C]) -> [N]``, called without gradients.
+        settings: how plans are drawn.
+        steps: bool ``[H]``, the positions that are scored: those that are executed. ``None``: all.
+        reference: see :class:`~diffpolicy.learn.reference.Referenced`.
+
+    Raises:
+        ValueError: a loss of single items, a denoiser of sequences, or what
+            :class:`~diffpolicy.learn.preferences.dpo.PreferenceLoss` refuses.
+    """
+
+    steps: Tensor | None
+
+    def __init__(
+        self,
+        denoiser: BaseDenoiser,
+        preference: Preference,
+        score: Score | None,
+        *,
+        reward: Reward,
+        settings: OwnPlans | None = None,
+        steps: Tensor | None = None,
+        reference: BaseDenoiser | None = None,
+    ) -> None:
+        needed = preference.needs_reference or (settings or OwnPlans()).drawn_by == "reference"
+        super().__init__(denoiser, reference, needed=needed)
+        if not preference.paired or not isinstance(denoiser.process, GaussianProcess):
+            raise ValueError(
+                f"own plans are compared in pairs; got loss={preference.loss!r} under "
+                f"{type(denoiser.process).__name__}. Choose dpo, ipo or margin, and for sequences "
+                "finetune=dpo"
+            )
+        self.settings = settings = settings or OwnPlans()
+        # Without a reference of its own the inner loss looks at the adapters switched off.
+        looked_at = self.reference if preference.needs_reference else None
+        self._loss = [PreferenceLoss(denoiser, preference, score, reference=looked_at)]
+        self._reward = [reward]  # a list: a reward that is a module is not part of this one
+        settings.grid(denoiser.process)  # refuses levels that are too close, now
+        self.register_buffer("steps", steps, persistent=False)
+
+    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+        if "obs" not in batch:
+            raise ValueError(f"plans are drawn for obs [B, To, O]; got a batch of {sorted(batch)}")
+        pairs, found = self.draw(batch["obs"], generator)
+        anchors = {k: v for k, v in batch.items() if k.startswith("anchor_")}
+        out = self._loss[0]({**pairs, **anchors}, generator)
+        return LossOutput(out.loss, {**found, **out.metrics})
+
+    @contextmanager
+    def _drawing(self) -> Iterator[BaseDenoiser]:
+        if self.settings.drawn_by == "denoiser":
+            yield self.denoiser
+        else:
+            with self.as_reference() as reference:
+                yield reference
+
+    @torch.no_grad()
+    def draw(
+        self, obs: Tensor, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One pair of plans per observation, as a batch of the loss; and what there is to log."""
+        with self._drawing() as denoiser:
+            drawn = draw_plans(denoiser, self.settings, obs, self._reward[0], generator)
+        reward, rows = drawn.reward, torch.arange(len(obs), device=obs.device)
+        best, worst = reward.argmax(1), reward.argmin(1)
+        lead = reward[rows, best] - reward[rows, worst]
+        if self.settings.label_scale is not None:
+            u = torch.rand(len(lead), generator=generator, device=generator.device)
+            wrong = u.to(lead) > (lead / self.settings.label_scale).sigmoid()
+            best, worst = torch.where(wrong, worst, best), torch.where(wrong, best, worst)
+        pairs = {}
+        for name, which in (("chosen", best), ("rejected", worst)):
+            pairs[f"{name}_obs"] = obs.unsqueeze(1)
+            pairs[f"{name}_action"] = drawn.plans[rows, which].unsqueeze(1)
+            if self.steps is not None:
+                pairs[f"{name}_steps"] = self.steps.expand(len(obs), 1, -1)
+        return pairs, {"reward": reward.mean(), "lead": lead.mean()}
+
+
+__all__ = ["Drawn", "OwnPlans", "OwnPlansLoss", "draw_plans"]

@@ -1,0 +1,196 @@
+"""Preference losses on a denoiser's own sequences, which a reward labels as an annotator would."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.preferences.dpo import PreferenceLoss
+from diffpolicy.learn.preferences.formulas import Preference
+from diffpolicy.learn.preferences.scores import MaskedScore
+from diffpolicy.learn.reward.replay import check_replay
+from diffpolicy.learn.reward.rollouts import draw_rollout
+from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceTuning, shared_cond
+from diffpolicy.settings import check_known, setting_names
+
+DRAWN_BY = ("denoiser", "reference")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Which preference loss, who draws the sequences, and how they are labelled.
+
+    Two sequences are labelled by a Bradley-Terry model, ``P(1 above 2) = sigmoid((r_1 - r_2) / s)``
+    with ``s = kl_weight / kl_beta``: the optimum of ``dpo`` is then ``p_ref exp(r / kl_weight)``,
+    that of reward tuning, as far as the average over few masks stands for the log-likelihood; its
+    variance makes the loss more cautious. ``kto`` reads single sequences that are good with chance
+    ``sigmoid((r - mean) / s)``.
+
+    Args:
+        preference: the loss; its ``kl_beta`` is in nats.
+        kl_weight: alpha, reward per nat, positive.
+        draws: masks of each pair that its scores are averaged over.
+        drawn_by: ``"denoiser"``: the present one, so that comparisons follow it (online).
+            ``"reference"``: comparisons of the pre-trained model's sequences alone.
+        buffer: sequences kept.
+        refresh: sequences replaced by new ones, the oldest first.
+        refresh_every: optimiser steps between that.
+        num_steps: see :func:`diffpolicy.learn.reward.rollouts.draw_rollout`.
+
+    Raises:
+        ValueError: an unknown choice, or a value out of range.
+    """
+
+    preference: Preference
+    kl_weight: float = 0.1
+    draws: int = 4
+    drawn_by: str = "denoiser"
+    buffer: int = 512
+    refresh: int = 128
+    refresh_every: int = 1
+    num_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.drawn_by not in DRAWN_BY:
+            raise ValueError(f"drawn_by must be one of {DRAWN_BY}, got {self.drawn_by!r}")
+        for name, holds, expected in (
+            ("kl_weight", self.kl_weight > 0, "positive"),
+            ("draws", self.draws >= 1, "at least 1"),
+            ("num_steps", self.num_steps is None or self.num_steps >= 1, "at least 1 or None"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+        check_replay(self.buffer, self.refresh, self.refresh_every)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """From plain values, those of the loss among them.
+
+        Raises:
+            ValueError: an unknown setting, with the valid ones.
+        """
+        own = set(setting_names(cls)) - {"preference"}
+        theirs = set(setting_names(Preference))
+        check_known(config, sorted(own | theirs), "preference")
+        loss = Preference(**{k: v for k, v in config.items() if k in theirs})
+        return cls(loss, **{k: v for k, v in config.items() if k in own})
+
+    @property
+    def label_scale(self) -> float:
+        """s, in units of the reward."""
+        return self.kl_weight / self.preference.kl_beta
+
+
+class LabelledLoss(SequenceTuning):
+    """A preference loss on labelled sequences from a replay buffer (see :class:`Labelled`).
+
+    ``forward(batch, generator)`` takes ``index [B]`` and optionally ``cond [B, C]``; B pairs (or
+    sequences, for ``kto``) are compared. Sequences, pairs, labels and masks come from
+    ``generator``; the buffer is part of the state, and of one process. With conditions both
+    sequences of a pair have the same one.
+
+    Metrics: those of :class:`~diffpolicy.learn.preferences.dpo.PreferenceLoss`, ``reward`` (mean of
+    the buffer) and ``kl`` (of those who drew it to the reference, path, nats).
+
+    Args:
+        denoiser: trained.
+        reference: frozen; None: a copy of ``denoiser`` as it is now.
+        reward: see :class:`diffpolicy.learn.reward.sequence_tuning.SequenceTuning`.
+        settings: which.
+
+    Raises:
+        ValueError: see :class:`diffpolicy.learn.reward.sequence_tuning.SequenceTuning`.
+    """
+
+    def __init__(
+        self,
+        denoiser: MaskedDenoiser,
+        reference: MaskedDenoiser | None,
+        reward: Reward,
+        settings: Labelled,
+    ) -> None:
+        super().__init__(denoiser, reference, reward)
+        self.settings = settings
+        self.evaluations(settings.num_steps)  # refuses what cannot be drawn
+        looked_at = self.reference if settings.preference.needs_reference else None
+        score = MaskedScore(draws=settings.draws)
+        loss = PreferenceLoss(denoiser, settings.preference, score, reference=looked_at)
+        self._loss = [loss]  # a list: its denoisers are those of this module
+        self.replay = self.make_replay(settings)
+
+    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+        rows = self.replay.due(training=self.training)
+        if rows:
+            self.replay.write(self.draw(rows, batch, generator))
+        size = len(batch["index"])
+        paired = self.settings.preference.paired
+        labelled = self.pairs(size, generator) if paired else self.labels(size, generator)
+        out = self._loss[0](labelled, generator)
+        metrics = {"reward": self.replay["reward"].mean(), "kl": self.replay["kl"].mean()}
+        return LossOutput(out.loss, {**metrics, **out.metrics})
+
+    def after_step(self) -> None:
+        self.replay.tick()
+
+    @torch.no_grad()
+    def draw(
+        self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """New rows of the buffer."""
+        own = self.settings.drawn_by == "denoiser"
+        rollout = draw_rollout(
+            self.denoiser if own else self.reference,
+            rows,
+            generator=generator,
+            num_steps=self.settings.num_steps,
+            reference=self.reference,
+            cond=shared_cond(batch, rows, rows),
+        )
+        new = {"tokens": rollout.tokens, "reward": self.score(rollout.tokens)}
+        new["kl"] = rollout.path_kl
+        if rollout.cond is not None:
+            new["cond"] = rollout.cond
+        return new
+
+    def pairs(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """``size`` pairs of the buffer with their labels, as a batch of the loss."""
+        first = self._picked(size, generator)
+        other = self._picked(size, generator)
+        cond = self.replay["cond"][first] if self.cond_dim else None
+        if cond is not None:  # a partner under the same condition, or the sequence itself
+            same = (self.replay["cond"][other] == cond).all(1)
+            other = torch.where(same, other, first)
+        reward = self.replay["reward"]
+        chance = torch.sigmoid((reward[first] - reward[other]) / self.settings.label_scale)
+        wins = (self._uniform(size, generator) < chance).unsqueeze(1)
+        one, two = self.replay["tokens"][first], self.replay["tokens"][other]
+        batch = {"chosen": torch.where(wins, one, two), "rejected": torch.where(wins, two, one)}
+        return batch if cond is None else {**batch, "cond": cond}
+
+    def labels(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """``size`` sequences of the buffer, good or bad."""
+        rows = self._picked(size, generator)
+        reward = self.replay["reward"]
+        chance = torch.sigmoid((reward[rows] - reward.mean()) / self.settings.label_scale)
+        good = self._uniform(size, generator) < chance
+        batch = {"tokens": self.replay["tokens"][rows], "good": good}
+        return {**batch, "cond": self.replay["cond"][rows]} if self.cond_dim else batch
+
+    def _picked(self, size: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(
+            self.replay.slots, (size,), generator=generator, device=generator.device
+        )
+        return rows.to(self.replay["reward"].device)
+
+    def _uniform(self, size: int, generator: torch.Generator) -> Tensor:
+        u = torch.rand(size, generator=generator, device=generator.device)
+        return u.to(self.replay["reward"].device)
+
+
+__all__ = ["Labelled", "LabelledLoss"]

@@ -1,0 +1,1 @@
+"""Tuning by a reward: gradients through the chain, policy gradients, weighted regression."""

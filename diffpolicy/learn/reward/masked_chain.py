@@ -1,0 +1,158 @@
+"""Chains that :class:`~diffpolicy.learn.reward.pathwise.RewardLoss` draws masked sequences by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.core.masking import hard_one_hot
+from diffpolicy.core.reveal import Ancestral, Relaxation, Scheduled, reveals
+from diffpolicy.core.starts import levels, prior_start
+from diffpolicy.learn.reward.chains import chain_with_kl, differentiable_chain
+from diffpolicy.learn.reward.path_kl import masked_step_kl, released_step_kl
+from diffpolicy.learn.reward.pathwise import Finished
+
+KLS = ("path", "drakes_released")
+
+
+@dataclass(frozen=True)
+class MaskedChain:
+    """Masked sequences with relaxed last steps (DRAKES).
+
+    Args:
+        num_steps: K; ``None``: one position at a time (time-free denoisers), the exact law of
+            infinitely many steps.
+        relaxation: temperature, relaxed steps, straight-through.
+        joint: draw whether a position is revealed together with its token, relaxed alike, as DRAKES
+            does; otherwise reveal times are drawn beforehand, stay hard, and cost no evaluations.
+            What moves is the mask's share, ``x_tokens + x_mask drawn``. The released code keeps
+            ``(1 - x_mask) x`` instead, which leaves mask in the final state, treats positions as
+            revealed or not by their largest entry, and stops at ``t = 1e-5``.
+        straight_through_end: the reward sees the hard sequence (DRAKES); otherwise the relaxed one.
+        kl: ``"path"``, or ``"drakes_released"``, the formula of the released code.
+        kl_steps: how many steps, drawn anew each time, the divergence is estimated from; ``None``:
+            all.
+        kl_prefix: include the hard steps before the relaxed ones.
+        checkpoint: recompute relaxed steps in the backward pass: least memory.
+        reference_graph: see :func:`diffpolicy.learn.reward.chains.chain_with_kl`.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    num_steps: int | None = None
+    relaxation: Relaxation = field(default_factory=Relaxation)
+    joint: bool = False
+    straight_through_end: bool = True
+    kl: str = "path"
+    kl_steps: int | None = None
+    kl_prefix: bool = True
+    checkpoint: bool = False
+    reference_graph: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "kl_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or null, got {value}")
+        if self.kl not in KLS:
+            raise ValueError(f"unknown kl {self.kl!r}; expected one of {KLS}")
+        if self.joint and self.num_steps is None:
+            raise ValueError("joint=True draws reveals step by step and needs num_steps")
+        if self.kl == "drakes_released" and not self.joint:
+            raise ValueError("kl='drakes_released' belongs to joint=True, whose masks are relaxed")
+
+    def check(self, denoiser: BaseDenoiser) -> None:
+        """Raise ``ValueError`` unless the chain can run with this denoiser."""
+        if not isinstance(denoiser, MaskedDenoiser):
+            raise ValueError(
+                f"this chain is of masked sequences; for {type(denoiser).__name__} use PlanChain"
+            )
+        if self.num_steps is None and not denoiser.time_free:
+            raise ValueError(
+                "revealing one position at a time needs a time_free denoiser; set num_steps"
+            )
+
+    def run(
+        self,
+        denoiser: BaseDenoiser,
+        reference: BaseDenoiser | None,
+        size: int,
+        cond: Tensor | None,
+        generator: torch.Generator,
+    ) -> Finished:
+        """Sample ``size`` sequences ``[size, L, V]``, one-hot or relaxed."""
+        assert isinstance(denoiser, MaskedDenoiser)
+        process, length = denoiser.process, int(denoiser.network.horizon)  # type: ignore[arg-type]
+        shape = (size, length, denoiser.vocab_size + 1)
+        like = torch.zeros(shape, device=generator.device, dtype=denoiser.weight.dtype)
+        start = prior_start(process, like)
+        solver: Ancestral | Scheduled
+        if self.joint:
+            assert self.num_steps is not None
+            solver, grid = Ancestral(self.relaxation), levels(start, self.num_steps)
+        else:
+            groups, grid = reveals(
+                process,
+                start,
+                self.num_steps,
+                time_free=denoiser.time_free,
+                generator=generator,
+            )
+            solver = Scheduled(groups, self.relaxation)
+        count = len(grid) - 1
+        noise = process.draw_noise((count, *like.shape), generator, like)
+        soft = self.relaxation.relaxed_steps
+        if reference is None:
+            x0 = differentiable_chain(
+                denoiser,
+                solver,
+                start,
+                grid,
+                noise=noise,
+                cond=cond,
+                grad_steps=soft,
+                checkpoint=self.checkpoint,
+            )
+            return Finished(self._items(x0), like.new_zeros(size), {})
+        result = chain_with_kl(
+            denoiser,
+            reference,
+            solver,
+            start,
+            grid,
+            step_kl=masked_step_kl if self.kl == "path" else released_step_kl(process),
+            noise=noise,
+            cond=cond,
+            grad_steps=soft,
+            kl_steps=self._chosen(count, generator),
+            checkpoint=self.checkpoint,
+            reference_graph=self.reference_graph,
+        )
+        # The chain's estimate is scaled up to all steps; without a prefix only these are meant.
+        share = 1 - self._first(count) / count
+        return Finished(self._items(result.x0), share * result.kl, {})
+
+    def _first(self, count: int) -> int:
+        """The first step whose divergence counts."""
+        soft = self.relaxation.relaxed_steps
+        return 0 if self.kl_prefix or soft is None else max(0, count - soft)
+
+    def _chosen(self, count: int, generator: torch.Generator) -> list[int] | None:
+        first = self._first(count)
+        steps = range(first, count)
+        if self.kl_steps is None or self.kl_steps >= len(steps):
+            return None if first == 0 else list(steps)
+        order = torch.randperm(len(steps), generator=generator, device=generator.device)
+        return [steps[i] for i in order[: self.kl_steps].tolist()]
+
+    def _items(self, x0: Tensor) -> Tensor:
+        tokens = x0[..., :-1]
+        if not self.straight_through_end:
+            return tokens
+        hard = hard_one_hot(tokens.detach())
+        return hard + (tokens - tokens.detach())

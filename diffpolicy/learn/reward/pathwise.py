@@ -1,0 +1,160 @@
+"""Reward back-propagation: tuning a generator by the gradient of a reward of what it samples.
+
+``loss = -reward(x0) + kl_weight KL(path || path of the reference)`` for sequences (DRAKES, Wang et
+al. 2025) and for continuous plans (DRaFT, Clark et al. 2024; AlignProp, Prabhudesai et al. 2023;
+AdjointDPM, Pan et al. 2024): the chain differs, the objective does not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.learn.cloning.denoising import LossOutput
+
+Reward = Callable[..., Tensor]
+
+
+class Finished(NamedTuple):
+    """What a chain hands to the reward.
+
+    Attributes:
+        items: samples with a graph ``[N, ...]``, N a multiple of the batch (copies of a row are
+            next to each other).
+        kl: ``[B]``.
+        metrics: 0-dim tensors to log.
+    """
+
+    items: Tensor
+    kl: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+class RewardChain(Protocol):
+    """A way to sample with a graph; see ``masked_chain`` and ``plan_chain``.
+
+    A chain that cannot run with a reference has an attribute ``kl_problem``: why not, and what to
+    do; ``None``: it can.
+    """
+
+    def run(
+        self,
+        denoiser: BaseDenoiser,
+        reference: BaseDenoiser | None,
+        size: int,
+        cond: Tensor | None,
+        generator: torch.Generator,
+    ) -> Finished:
+        """Sample ``size`` items."""
+
+    def check(self, denoiser: BaseDenoiser) -> None:
+        """Raise ``ValueError`` unless the chain can run with this denoiser."""
+
+
+def frozen_copy(denoiser: BaseDenoiser) -> BaseDenoiser:
+    """A copy in evaluation mode whose parameters take no gradient: the reference of a tuning."""
+    reference = copy.deepcopy(denoiser).eval()
+    for parameter in reference.parameters():
+        parameter.requires_grad = False
+    return reference
+
+
+class RewardLoss(nn.Module):
+    """Reward back-propagation as an objective of the trainer.
+
+    ``forward(batch, generator)`` samples one item per entry of ``index [B]``, under ``cond [B, C]``
+    if the batch has it. All noise comes from ``generator``.
+
+    Args:
+        denoiser: what is tuned.
+        reward: differentiable: of one-hot sequences ``[B, L, V] -> [B]``, or of plans ``[B, H, D]``
+            and, if there is one, their condition.
+        chain: how items are sampled and how the gradient flows.
+        kl_weight: of the path divergence to the reference, in units of reward; 0 leaves the
+            reference out.
+        kl_warmup: steps over which ``kl_weight`` rises linearly from 0.
+        reference: frozen here, and always in evaluation mode; ``None``: a copy of ``denoiser`` as
+            it is now.
+
+    Raises:
+        ValueError: weights out of range, a chain that does not fit, or a reference that shares
+            weights with the denoiser.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        denoiser: BaseDenoiser,
+        reward: Reward,
+        chain: RewardChain,
+        *,
+        kl_weight: float,
+        kl_warmup: int = 0,
+        reference: BaseDenoiser | None = None,
+    ) -> None:
+        super().__init__()
+        if kl_weight < 0 or kl_warmup < 0:
+            raise ValueError(
+                f"kl_weight and kl_warmup must not be negative, got {kl_weight}, {kl_warmup}"
+            )
+        chain.check(denoiser)
+        problem = getattr(chain, "kl_problem", None) if kl_weight > 0 else None
+        if problem is not None:
+            raise ValueError(problem)
+        self.denoiser = denoiser
+        self.reference = frozen_copy(denoiser) if reference is None else reference
+        own = {id(p) for p in self.reference.parameters()}
+        if any(id(p) in own for p in denoiser.parameters()):
+            raise ValueError(
+                "the reference shares weights with the denoiser; give it its own, "
+                "reference=frozen_copy(denoiser), or None"
+            )
+        self.reference.requires_grad_(requires_grad=False).eval()
+        self._reward = [reward]  # a list: a reward that is a module is not part of this one
+        self.chain = chain
+        self.kl_weight, self.kl_warmup = float(kl_weight), kl_warmup
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, of all but the reference."""
+        super().train(mode)
+        self.reference.eval()
+        return self
+
+    def after_step(self) -> None:
+        """Count optimiser steps, for ``kl_warmup``."""
+        self.step += 1
+
+    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+        cond = batch.get("cond")
+        size = len(batch["index"])
+        reference = self.reference if self.kl_weight > 0 else None
+        done = self.chain.run(self.denoiser, reference, size, cond, generator)
+        copies = len(done.items) // size
+        # Rewards of sequences are of the sequence alone.
+        given = () if cond is None or isinstance(self.denoiser, MaskedDenoiser) else (cond,)
+        reward = self._reward[0](done.items, *(c.repeat_interleave(copies, 0) for c in given))
+        if reward.shape != done.items.shape[:1]:
+            raise ValueError(
+                f"a reward returns one number per item, [{len(done.items)}]; got "
+                f"{list(reward.shape)}"
+            )
+        if done.items.requires_grad and not reward.requires_grad:
+            raise ValueError(
+                "this reward has no gradient, so nothing would be learned: compute it from the "
+                "items by differentiable operations of torch alone (no .detach(), .numpy(), "
+                ".item(), no_grad, argmax or comparison), or take a method that needs no gradient: "
+                "policy_gradient or weighted for sequences, prefer(...) for policies"
+            )
+        reward = reward.view(size, copies).mean(1)
+        warm = (self.step / self.kl_warmup).clamp(max=1) if self.kl_warmup else 1.0
+        weight = self.kl_weight * warm
+        metrics = {"reward": reward.detach().mean(), "kl": done.kl.detach().mean(), **done.metrics}
+        return LossOutput(weight * done.kl - reward, metrics)

@@ -1,0 +1,229 @@
+"""Policy gradient on reveal probabilities: DDPO, DPOK and GRPO for masked sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.reward.advantages import Play, PolicyGradient, judge
+from diffpolicy.learn.reward.rollouts import MaskedRollout, draw_rollout, state_log_probs, step_kl
+from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceTuning, shared_cond
+
+
+class PolicyGradientLoss(SequenceTuning):
+    """The negative of a surrogate whose gradient is that of ``J`` (see :class:`PolicyGradient`).
+
+    ``forward(batch, generator)`` takes ``index [B]`` and optionally ``cond [B, C]``; with groups
+    the first ``B / group_size`` conditions count, once per group. Orders, tokens and the choice of
+    states come from ``generator``. With gradient accumulation use ``epochs=1``: a kept rollout
+    would serve all parts of an update. Kept rollouts are those of one process.
+
+    Metrics: ``reward`` (mean), ``kl`` (path KL to the reference, unless ``kl_weight`` is 0),
+    ``entropy`` (of the path given its order, nats), ``clip_fraction``.
+
+    Args:
+        denoiser: trained.
+        reference: frozen; None: a copy of ``denoiser`` as it is now.
+        reward: see :class:`diffpolicy.learn.reward.sequence_tuning.SequenceTuning`.
+        settings: which.
+
+    Raises:
+        ValueError: see :class:`diffpolicy.learn.reward.sequence_tuning.SequenceTuning`, and more
+            ``grad_states`` than evaluations, or rows that groups do not divide.
+    """
+
+    tokens: Tensor
+    groups: Tensor
+    log_p: Tensor
+    advantage: Tensor
+    reward_kept: Tensor
+    kl_kept: Tensor
+    cond: Tensor | None
+    count: Tensor
+    age: Tensor
+
+    def __init__(
+        self,
+        denoiser: MaskedDenoiser,
+        reference: MaskedDenoiser | None,
+        reward: Reward,
+        settings: PolicyGradient | None = None,
+    ) -> None:
+        super().__init__(denoiser, reference, reward)
+        self.settings = settings = settings or PolicyGradient()
+        most = self.evaluations(settings.num_steps)
+        if settings.grad_states is not None and settings.grad_states > most:
+            raise ValueError(
+                f"grad_states={settings.grad_states} is more than the {most} evaluations of a "
+                "rollout"
+            )
+        if settings.rows is not None:
+            self._check_rows(settings.rows)
+            self._keep(settings.rows)
+
+    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+        settings, size = self.settings, len(batch["index"])
+        self._check_rows(size)
+        cond = shared_cond(batch, size, settings.group_size or 1)
+        if settings.epochs == 1:
+            graph = settings.grad_states is None and torch.is_grad_enabled()
+            play = self.draw(size, cond, generator, graph=graph)
+        elif not self.training:
+            play, graph = self.draw(size, cond, generator), False
+        else:
+            if self.age >= settings.epochs:
+                self._store(self.draw(size, cond, generator))
+            play, graph = self._stored(), False
+        return self.surrogate(play, generator, graph=graph)
+
+    def surrogate(
+        self, play: Play, generator: torch.Generator, *, graph: bool = False
+    ) -> LossOutput:
+        """The loss of given rollouts, whoever drew them; ``graph``: they carry one, use that."""
+        log_p, kl, chosen = self._evaluate(play, generator, graph=graph)
+        gain, clipped = self._clipped(play, log_p, chosen)
+        loss = -gain
+        if kl is not None:
+            loss = self.settings.kl_weight * self.settings.share(len(gain)) * kl - gain
+        metrics = {
+            "reward": play.reward.mean(),
+            "entropy": -play.rollout.log_p.detach().sum(1).mean(),
+            "clip_fraction": clipped,
+        }
+        if self.settings.kl_weight > 0:
+            metrics["kl"] = play.kl.mean()
+        return LossOutput(loss, metrics)
+
+    def draw(
+        self,
+        size: int,
+        cond: Tensor | None,
+        generator: torch.Generator,
+        *,
+        graph: bool = False,
+    ) -> Play:
+        """Roll out the present denoiser and judge its reveals; one call of the reward."""
+        settings = self.settings
+        rollout = draw_rollout(
+            self.denoiser,
+            size,
+            generator=generator,
+            num_steps=settings.num_steps,
+            reference=self.reference if settings.kl_weight > 0 else None,
+            cond=cond,
+            graph=graph,
+        )
+        reward = self.score(rollout.tokens)
+        with torch.no_grad():
+            return Play(rollout, reward, *judge(rollout, reward, settings))
+
+    def _evaluate(
+        self, play: Play, generator: torch.Generator, *, graph: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | float]:
+        """Log-probabilities ``[B, L]`` and KL ``[B]`` with a graph, and which reveals count."""
+        settings, rollout = self.settings, play.rollout
+        needs_kl = settings.kl == "path" and settings.kl_weight > 0
+        if graph:
+            assert not needs_kl or rollout.step_kl is not None
+            return rollout.log_p, rollout.path_kl if needs_kl else None, 1.0
+        steps, share = rollout.steps(), 1.0
+        if settings.grad_states is not None and settings.grad_states < rollout.nfe:
+            u = torch.rand(
+                len(rollout.tokens), rollout.nfe, generator=generator, device=generator.device
+            )
+            steps = u.argsort(1)[:, : settings.grad_states].to(rollout.tokens.device)
+            share = rollout.nfe / settings.grad_states
+        log_p = state_log_probs(self.denoiser, rollout, steps)
+        kl = None
+        if needs_kl:
+            with torch.no_grad():
+                other = state_log_probs(self.reference, rollout, steps)
+            kl = share * step_kl(log_p, other, rollout, steps).sum(1)
+        here = rollout.groups.unsqueeze(1) == steps.unsqueeze(-1)
+        which = rollout.tokens.view(len(here), 1, -1, 1).expand(*here.shape, 1)
+        picked = (log_p.gather(-1, which).squeeze(-1) * here).sum(1)
+        return picked, kl, share * here.any(1)
+
+    def _clipped(self, play: Play, log_p: Tensor, chosen: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The clipped surrogate ``[B]`` to be maximised, and the clipped fraction of ratios."""
+        counts = torch.as_tensor(chosen, device=log_p.device) > 0
+        log_ratio = torch.where(counts, log_p - play.rollout.log_p.detach(), 0.0)
+        advantage = play.advantage
+        if self.settings.ratio == "sequence":
+            log_ratio, advantage = log_ratio.sum(1, keepdim=True), advantage[:, :1]
+            chosen, counts = 1.0, counts.new_ones(1)
+        ratio = log_ratio.exp()
+        low, high = 1 - self.settings.clip, 1 + self.settings.clip
+        gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+        beyond = ((ratio < low) | (ratio > high)) & counts
+        clipped = beyond.sum() / counts.expand_as(beyond).sum().clamp_min(1)
+        return (gain * chosen).sum(1), clipped.detach()
+
+    # ---------------------------------------------------------------- the kept rollout
+
+    def after_step(self) -> None:
+        if self.settings.epochs > 1:
+            self.age += 1
+
+    def _check_rows(self, size: int) -> None:
+        group, rows = self.settings.group_size or 1, self.settings.rows
+        if size % group:
+            raise ValueError(f"group_size={group} must divide the batch of {size} rows")
+        if size < 2:
+            raise ValueError(
+                f"baseline={self.settings.baseline!r} needs at least 2 rows; got a batch of 1"
+            )
+        if rows is not None and self.training and size != rows:
+            raise ValueError(f"rows={rows} must be the batch size, which is {size}")
+
+    def _keep(self, rows: int) -> None:
+        for name, shape, dtype in (
+            ("tokens", (rows, self.length), torch.long),
+            ("groups", (rows, self.length), torch.long),
+            ("log_p", (rows, self.length), torch.float32),
+            ("advantage", (rows, self.length), torch.float32),
+            ("reward_kept", (rows,), torch.float32),
+            ("kl_kept", (rows,), torch.float32),
+            ("count", (), torch.long),
+        ):
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+        self.register_buffer("cond", torch.zeros(rows, self.cond_dim) if self.cond_dim else None)
+        self.register_buffer("age", torch.tensor(self.settings.epochs))
+        self.to(next(self.denoiser.parameters()).device)
+
+    def _store(self, play: Play) -> None:
+        rollout = play.rollout
+        for mine, value in (
+            (self.tokens, rollout.tokens),
+            (self.groups, rollout.groups),
+            (self.log_p, rollout.log_p),
+            (self.advantage, play.advantage),
+            (self.reward_kept, play.reward),
+            (self.kl_kept, play.kl),
+        ):
+            mine.copy_(value)
+        if self.cond is not None and rollout.cond is not None:
+            self.cond.copy_(rollout.cond)
+        self.count.fill_(rollout.nfe)
+        self.age.zero_()
+
+    def _stored(self) -> Play:
+        count = int(self.count)
+        grid = torch.linspace(1, 0, count + 1, dtype=torch.float64).view(-1, 1, 1, 1)
+        rollout = MaskedRollout(
+            self.tokens,
+            self.groups,
+            count,
+            grid,
+            self.denoiser.vocab_size,
+            self.log_p,
+            self.cond,
+        )
+        return Play(rollout, self.reward_kept, self.advantage, self.kl_kept)
+
+
+__all__ = ["PolicyGradient", "PolicyGradientLoss"]

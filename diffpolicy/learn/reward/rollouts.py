@@ -1,0 +1,215 @@
+"""Rollouts of masked sequences: what reward tuning without the reward's gradient learns from.
+
+A rollout remembers in which network evaluation each position was revealed. Its states follow from
+that, so log-probabilities can be evaluated again at all of them as one batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.core.masking import to_tokens
+from diffpolicy.core.reveal import Scheduled, reveals
+from diffpolicy.core.sampling import Trajectory, sample
+from diffpolicy.core.starts import prior_start
+from diffpolicy.learn.reward.path_kl import categorical_kl
+
+MAX_STATES = 4096  # evaluated at a time: larger batches leave the cache and gain nothing
+
+
+class MaskedRollout(NamedTuple):
+    """Sequences made from all masks, and how.
+
+    Attributes:
+        tokens: int64 ``[B, L]``, clean.
+        groups: int64 ``[B, L]``: the evaluation, from 0, that revealed a position.
+        nfe: K, evaluations of the denoiser.
+        levels: host grid ``[K + 1, 1, 1, 1]``.
+        vocab_size: V, which is also the token of a mask.
+        log_p: ``[B, L]``, log-probability of a token when it was revealed, under the denoiser that
+            drew it.
+        cond: ``[B, C]`` or None.
+        log_reference: ``[B, L]``, the same under the reference; None without one.
+        step_kl: ``[B, K]``, see :func:`step_kl`; None without a reference.
+    """
+
+    tokens: Tensor
+    groups: Tensor
+    nfe: int
+    levels: Tensor
+    vocab_size: int
+    log_p: Tensor
+    cond: Tensor | None = None
+    log_reference: Tensor | None = None
+    step_kl: Tensor | None = None
+
+    def state(self, k: int) -> Tensor:
+        """What evaluation ``k`` saw: tokens ``[B, L]``, masked where not yet revealed."""
+        return torch.where(self.groups >= k, self.vocab_size, self.tokens)
+
+    def states(self, steps: Tensor | None = None) -> Tensor:
+        """What evaluations ``steps [B or 1, n]`` (None: all) saw, ``[B, n, L]``."""
+        at = self.steps() if steps is None else steps
+        hidden = self.groups.unsqueeze(1) >= at.unsqueeze(-1)
+        return torch.where(hidden, self.vocab_size, self.tokens.unsqueeze(1))
+
+    def steps(self) -> Tensor:
+        """All evaluations, ``[1, K]``."""
+        return torch.arange(self.nfe, device=self.tokens.device).unsqueeze(0)
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """``log p(trajectory) - log p_ref(trajectory)``, ``[B]``: its mean estimates the path KL.
+
+        The order of reveals has the same law under both and cancels.
+        """
+        if self.log_reference is None:
+            raise ValueError("this rollout was drawn without reference=...")
+        return (self.log_p - self.log_reference).sum(1)
+
+    @property
+    def path_kl(self) -> Tensor:
+        """KL of the path to the reference given the states that it visited, ``[B]``.
+
+        Has the mean of :attr:`log_ratio` and less variance.
+        """
+        if self.step_kl is None:
+            raise ValueError("this rollout was drawn without reference=...")
+        return self.step_kl.sum(1)
+
+
+def draw_rollout(
+    denoiser: MaskedDenoiser,
+    size: int,
+    *,
+    generator: torch.Generator | None = None,
+    num_steps: int | None = None,
+    reference: MaskedDenoiser | None = None,
+    cond: Tensor | None = None,
+    graph: bool = False,
+) -> MaskedRollout:
+    """Draw ``size`` sequences and remember how.
+
+    Args:
+        denoiser: who draws.
+        size: B.
+        generator: of orders and tokens, on the denoiser's device.
+        num_steps: of the grid. ``None`` reveals one position an evaluation in random order: L
+            evaluations, exact for time-free denoisers. With a number, evaluations in which a row
+            would reveal nothing are skipped if the denoiser is time-free.
+        reference: frozen denoiser to score the sequences with, never with a graph.
+        cond: ``[B, C]``.
+        graph: keep the graph of ``log_p`` and ``step_kl`` with respect to the weights (tokens have
+            none), which saves their evaluation afterwards.
+
+    Raises:
+        ValueError: ``num_steps=None`` for a denoiser that depends on the level.
+    """
+    length: int = denoiser.network.horizon  # type: ignore[assignment]
+    shape = (size, length, denoiser.vocab_size + 1)
+    start = prior_start(denoiser.process, denoiser.weight.new_zeros(shape))
+    groups, grid = reveals(
+        denoiser.process, start, num_steps, time_free=denoiser.time_free, generator=generator
+    )
+    with torch.set_grad_enabled(graph):
+        path = sample(
+            denoiser, Scheduled(groups), start, grid, cond=cond, generator=generator, record=True
+        )
+        assert isinstance(path, Trajectory)
+        log_p = torch.stack([row.denoised.aux["log_p"] for row in path.transitions], 1)
+        tokens = to_tokens(path.x0)
+        bare = MaskedRollout(tokens, groups, len(grid) - 1, grid, denoiser.vocab_size, log_p, cond)
+        rollout = bare._replace(log_p=at_reveal(log_p, bare))
+        if reference is None:
+            return rollout
+        with torch.no_grad():
+            other = state_log_probs(reference, rollout)
+        return rollout._replace(
+            log_reference=at_reveal(other, rollout), step_kl=step_kl(log_p, other, rollout)
+        )
+
+
+def state_log_probs(
+    denoiser: MaskedDenoiser, rollout: MaskedRollout, steps: Tensor | None = None
+) -> Tensor:
+    """``log p(x0_i | x_k)`` at the rollout's states, in the caller's gradient mode.
+
+    All states are one batch (in chunks), each with its level.
+
+    Args:
+        denoiser: whose.
+        rollout: B sequences.
+        steps: int64 ``[B or 1, n]``, which evaluations; None: all.
+
+    Returns:
+        ``[B, n, L, V]``.
+    """
+    at = rollout.steps() if steps is None else steps
+    states = rollout.states(at)
+    size, count, length = states.shape
+    dtype = denoiser.weight.dtype
+    grid = rollout.levels[:-1].flatten().to(states.device, dtype, non_blocking=True)
+    t = grid[at].expand(size, count).reshape(-1, 1, 1)
+    flat = states.reshape(-1, length)
+    cond = rollout.cond
+    if cond is not None:
+        cond = cond.repeat_interleave(count, dim=0)
+    outputs = []
+    for first in range(0, len(flat), MAX_STATES):
+        part = slice(first, first + MAX_STATES)
+        outputs.append(
+            denoiser.log_probs(flat[part], t[part], None if cond is None else cond[part])
+        )
+    return torch.cat(outputs).view(size, count, length, -1)
+
+
+def reveal_log_probs(denoiser: MaskedDenoiser, rollout: MaskedRollout) -> Tensor:
+    """Log-probability ``[B, L]`` of every token at the state that revealed it."""
+    return at_reveal(state_log_probs(denoiser, rollout), rollout)
+
+
+def at_reveal(log_p: Tensor, rollout: MaskedRollout) -> Tensor:
+    """Of log-probabilities ``[B, K, L, V]`` at all states, those of the reveals, ``[B, L]``."""
+    _, _, length, vocab = log_p.shape
+    when = rollout.groups.view(-1, 1, length, 1).expand(-1, 1, length, vocab)
+    rows = log_p.gather(1, when).squeeze(1)
+    return rows.gather(-1, rollout.tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def step_kl(
+    log_p: Tensor, log_reference: Tensor, rollout: MaskedRollout, steps: Tensor | None = None
+) -> Tensor:
+    """KL of each step to the reference in closed form: no draw of the next state enters.
+
+    ``g / m sum_{i masked} KL(p(x0_i | x_k) || p_ref(x0_i | x_k))``, with m masks of which the step
+    reveals g. Which ones is uniform given g, because the order does not look at tokens, so the sum
+    over steps is the path KL without bias.
+
+    Args:
+        log_p: ``[B, n, L, V]`` of :func:`state_log_probs`.
+        log_reference: the same of the reference.
+        rollout: B sequences.
+        steps: ``[B or 1, n]`` that these belong to; None: all.
+
+    Returns:
+        ``[B, n]``, nats.
+    """
+    at = (rollout.steps() if steps is None else steps).unsqueeze(-1)
+    groups = rollout.groups.unsqueeze(1)
+    masked, revealed = groups >= at, (groups == at).sum(-1)
+    inner = categorical_kl(log_p, log_reference)
+    return (inner * masked).sum(-1) * revealed / masked.sum(-1).clamp_min(1)
+
+
+__all__ = [
+    "MaskedRollout",
+    "at_reveal",
+    "draw_rollout",
+    "reveal_log_probs",
+    "state_log_probs",
+    "step_kl",
+]

@@ -1,0 +1,153 @@
+"""What objectives of reward tuning on masked sequences share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.core.masking import one_hot
+from diffpolicy.learn.reward.replay import Replay
+
+Reward = Callable[[Tensor], Tensor]
+
+
+class Kept(Protocol):
+    """How many sequences are kept, and how many are replaced how often."""
+
+    @property
+    def buffer(self) -> int:
+        """Sequences."""
+
+    @property
+    def refresh(self) -> int:
+        """Sequences replaced at a time."""
+
+    @property
+    def refresh_every(self) -> int:
+        """Optimiser steps between that."""
+
+
+class SequenceTuning(nn.Module):
+    """What the objectives of this kind share: who is trained, the frozen reference, the reward.
+
+    Call :meth:`after_step` after every optimiser step.
+
+    Args:
+        denoiser: trained.
+        reference: the pre-trained one; frozen here, and always in evaluation mode. None: a copy of
+            ``denoiser`` as it is now.
+        reward: ``[B, L, V] -> [B]`` of hard one-hot sequences (no mask channel), called without
+            gradients: anything goes. If it is a module, it is not part of this one.
+
+    Raises:
+        ValueError: a reference of other sizes, or one that shares weights with the denoiser.
+    """
+
+    def __init__(
+        self, denoiser: MaskedDenoiser, reference: MaskedDenoiser | None, reward: Reward
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.reference = copy.deepcopy(denoiser) if reference is None else reference
+        for name, mine, theirs in (
+            ("vocab_size", denoiser.vocab_size, self.reference.vocab_size),
+            ("length", denoiser.network.horizon, self.reference.network.horizon),
+        ):
+            if mine != theirs:
+                raise ValueError(f"the denoiser has {name}={mine}, the reference {theirs}")
+        other = {id(p) for p in self.reference.parameters()}
+        if any(id(p) in other for p in denoiser.parameters()):
+            raise ValueError(
+                "the reference shares weights with the denoiser; give it its own, "
+                "reference=copy.deepcopy(denoiser), or None"
+            )
+        self.reference.requires_grad_(requires_grad=False).eval()
+        self._reward = [reward]
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, of all but the reference."""
+        super().train(mode)
+        self.reference.eval()
+        return self
+
+    def after_step(self) -> None:
+        """Tell the objective that an optimiser step was made."""
+
+    @property
+    def length(self) -> int:
+        """L."""
+        length: int = self.denoiser.network.horizon  # type: ignore[assignment]
+        return length
+
+    @property
+    def cond_dim(self) -> int:
+        """C, 0 if the network takes no condition."""
+        return int(getattr(self.denoiser.network, "cond_dim", 0))
+
+    def make_replay(
+        self,
+        settings: Kept,
+        more: Mapping[str, tuple[Sequence[int], torch.dtype]] | None = None,
+    ) -> Replay:
+        """A buffer of own sequences, on the denoiser's device.
+
+        Its columns are ``tokens``, ``reward``, ``kl``, ``cond`` where the network takes one, and
+        ``more``.
+        """
+        columns: dict[str, tuple[Sequence[int], torch.dtype]] = {
+            "tokens": ((self.length,), torch.long),
+            "reward": ((), torch.float32),
+            "kl": ((), torch.float32),
+            **(more or {}),
+        }
+        if self.cond_dim:
+            columns["cond"] = ((self.cond_dim,), torch.float32)
+        replay = Replay(settings.buffer, settings.refresh, settings.refresh_every, columns)
+        return replay.to(next(self.denoiser.parameters()).device)
+
+    def evaluations(self, num_steps: int | None) -> int:
+        """The most network evaluations that a rollout of so many steps takes.
+
+        Raises:
+            ValueError: ``None`` for a denoiser that depends on the level.
+        """
+        if num_steps is None:
+            if not self.denoiser.time_free:
+                raise ValueError("a denoiser that depends on the level needs num_steps=K")
+            return self.length
+        return min(num_steps, self.length) if self.denoiser.time_free else num_steps
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor) -> Tensor:
+        """The reward of clean tokens ``[B, L]``, ``[B]``."""
+        clean = one_hot(tokens, self.denoiser.vocab_size)[..., :-1]
+        return self.score_soft(clean.to(self.denoiser.weight.dtype))
+
+    @torch.no_grad()
+    def score_soft(self, x: Tensor) -> Tensor:
+        """The reward of ``x [B, L, V]``, checked for its shape."""
+        value = self._reward[0](x)
+        if value.shape != (len(x),):
+            raise ValueError(
+                f"a reward maps [{len(x)}, L, V] to [{len(x)}]; got {list(value.shape)}"
+            )
+        return value.to(x)
+
+
+def shared_cond(batch: Mapping[str, Tensor], rows: int, group_size: int) -> Tensor | None:
+    """Conditions ``[rows, C]`` of which each group of consecutive rows shares one.
+
+    The first conditions of the batch are taken, from the start again if it has too few.
+    """
+    cond = batch.get("cond")
+    if cond is None:
+        return None
+    return cond[(torch.arange(rows, device=cond.device) // group_size) % len(cond)]
+
+
+__all__ = ["Reward", "SequenceTuning", "shared_cond"]

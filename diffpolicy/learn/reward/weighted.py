@@ -1,0 +1,272 @@
+"""Weighted denoising: sequences, or steps, that the reward favours are learned like data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.core.masking import hard_one_hot, one_hot
+from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.cloning.masked import masked_cross_entropy
+from diffpolicy.learn.reward.importance import effective_fraction, resample, settle
+from diffpolicy.learn.reward.replay import check_replay, remask
+from diffpolicy.learn.reward.rollouts import MAX_STATES, MaskedRollout, draw_rollout
+from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceTuning, shared_cond
+
+TARGETS = ("sequence", "soft_value")
+VALUES = ("mean", "mode", "draw")
+
+
+@dataclass(frozen=True)
+class WeightedDenoising:
+    """What is weighted, by what, and how sequences are kept.
+
+    Args:
+        kl_weight: alpha of the target law ``p_ref exp(r / alpha) / Z``, positive.
+        target: ``"sequence"`` (WDCE of TR2-D2, arXiv 2509.25171): whole sequences, re-masked at
+            random, with the importance weights of their trajectories to the target law,
+            ``exp(r / alpha + log p_ref - log p_drawn)``. ``"soft_value"`` (VIDD, arXiv
+            2507.00445): steps of the rollouts, with ``exp((v(x_s) - v(x_t)) / alpha)``.
+        buffer: sequences kept, N.
+        refresh: sequences replaced by new ones of the present denoiser, the oldest first.
+        refresh_every: optimiser steps between that.
+        remasks: per row of the batch, re-maskings of its sequence; of ``soft_value``, steps.
+        pick: ``"resample"``: rows of the batch are drawn in proportion to their weights.
+            ``"uniform"``: drawn evenly, their losses are weighted. The same mean; the first
+            spends no evaluation on what hardly counts.
+        max_weight: most that a weight can be, in multiples of their mean; None: no limit.
+        min_ess: least effective sample size, as a fraction of N (of each step's entries): weights
+            are raised to the largest power up to 1 that has it. The target is then the point on
+            the way to ``p_ref exp(r / alpha)`` that these sequences can support. None: 1.
+        group_size: rows that share a condition, within which weights are relative. None: all N,
+            which must then be drawn under one condition.
+        num_steps: see :func:`diffpolicy.learn.reward.rollouts.draw_rollout`.
+        value: of ``soft_value``, ``v`` of a state is the reward of what the reference thinks is
+            clean: ``"mean"`` its probabilities (for rewards that take soft sequences), ``"mode"``
+            the most probable token of each position (as VIDD's released code), ``"draw"`` one drawn
+            from them.
+        anchored: of ``soft_value``, multiply weights by ``p_ref / p_drawn`` of the step: its law
+            then stays relative to the reference. False, as published, is relative to the denoiser
+            that drew, and drifts further at every refresh.
+
+    Raises:
+        ValueError: an unknown choice, a value out of range, or a setting that would have no effect.
+    """
+
+    kl_weight: float = 0.1
+    target: str = "sequence"
+    buffer: int = 512
+    refresh: int = 128
+    refresh_every: int = 1
+    remasks: int = 4
+    pick: str = "resample"
+    max_weight: float | None = None
+    min_ess: float | None = None
+    group_size: int | None = None
+    num_steps: int | None = None
+    value: str = "mean"
+    anchored: bool = True
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("target", TARGETS),
+            ("pick", ("resample", "uniform")),
+            ("value", VALUES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name, holds, expected in (
+            ("kl_weight", self.kl_weight > 0, "positive"),
+            ("remasks", self.remasks >= 1, "at least 1"),
+            ("max_weight", self.max_weight is None or self.max_weight > 1, "above 1, or None"),
+            ("min_ess", self.min_ess is None or 0 < self.min_ess < 1, "in (0, 1), or None"),
+            ("num_steps", self.num_steps is None or self.num_steps >= 1, "at least 1 or None"),
+            ("group_size", self.group_size is None or self.group_size >= 2, "at least 2 or None"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+        check_replay(self.buffer, self.refresh, self.refresh_every, self.group_size or 1)
+        if self.target == "sequence" and (self.value, self.anchored) != ("mean", True):
+            raise ValueError("value and anchored have no effect with target='sequence'")
+
+
+class WeightedDenoisingLoss(SequenceTuning):
+    """Masked cross-entropy on a replay buffer of the denoiser's own weighted sequences.
+
+    ``forward(batch, generator)`` takes ``index [B]`` and optionally ``cond [B, C]``, the first
+    ``refresh / group_size`` of which new sequences are drawn for. New sequences, rows, re-maskings
+    and steps come from ``generator``; the buffer is part of the state. The loss is in nats per
+    sequence. Buffers are those of one process.
+
+    Metrics: ``reward`` (mean of the buffer), ``kl`` (of those who drew it to the reference, path,
+    nats), ``ess`` (effective sample size of the weights, a fraction of N), ``max_weight`` (in
+    multiples of the mean), ``power`` (of the weights, see ``min_ess``).
+
+    Args:
+        denoiser: trained.
+        reference: frozen; None: a copy of ``denoiser`` as it is now.
+        reward: see :class:`diffpolicy.learn.reward.sequence_tuning.SequenceTuning`.
+        settings: which.
+
+    Raises:
+        ValueError: as :class:`diffpolicy.learn.reward.sequence_tuning.SequenceTuning` says.
+    """
+
+    def __init__(
+        self,
+        denoiser: MaskedDenoiser,
+        reference: MaskedDenoiser | None,
+        reward: Reward,
+        settings: WeightedDenoising | None = None,
+    ) -> None:
+        super().__init__(denoiser, reference, reward)
+        self.settings = settings = settings or WeightedDenoising()
+        evaluations = self.evaluations(settings.num_steps)
+        steps = evaluations if settings.target == "soft_value" else 1
+        more: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "log_weight": ((steps,), torch.float32)
+        }
+        if settings.target == "soft_value":
+            more["groups"] = ((self.length,), torch.long)
+        self.replay = self.make_replay(settings, more)
+
+    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+        settings, replay = self.settings, self.replay
+        rows = replay.due(training=self.training)
+        if rows:
+            replay.write(self.draw(rows, batch, generator))
+        weights, power = settle(
+            replay["log_weight"],
+            group_size=settings.group_size,
+            max_weight=settings.max_weight,
+            min_ess=settings.min_ess,
+        )
+        size = len(batch["index"])
+        if settings.target == "sequence":
+            loss = self._sequences(size, weights[:, 0], generator)
+        else:
+            loss = self._steps(size, weights, generator)
+        metrics = {
+            "reward": replay["reward"].mean(),
+            "kl": replay["kl"].mean(),
+            "ess": effective_fraction(weights.unsqueeze(0), replay["log_weight"].unsqueeze(0)),
+            "max_weight": weights.max(),
+            "power": power,
+        }
+        return LossOutput(loss, metrics)
+
+    def after_step(self) -> None:
+        self.replay.tick()
+
+    @torch.no_grad()
+    def draw(
+        self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """New rows of the buffer, drawn by the present denoiser."""
+        settings = self.settings
+        rollout = draw_rollout(
+            self.denoiser,
+            rows,
+            generator=generator,
+            num_steps=settings.num_steps,
+            reference=self.reference,
+            cond=shared_cond(batch, rows, settings.group_size or 1),
+        )
+        reward = self.score(rollout.tokens)
+        new = {"tokens": rollout.tokens, "reward": reward, "kl": rollout.path_kl}
+        if rollout.cond is not None:
+            new["cond"] = rollout.cond
+        if settings.target == "sequence":
+            new["log_weight"] = (reward / settings.kl_weight - rollout.log_ratio).unsqueeze(1)
+        else:
+            new["groups"] = rollout.groups
+            new["log_weight"] = self._step_weights(rollout, reward, generator)
+        return new
+
+    def _sequences(self, size: int, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """Bounds of the negative log-likelihood of picked sequences, weighted, ``[size]``."""
+        settings, replay = self.settings, self.replay
+        rows, scale = self._picked(weights, size, generator)
+        masked, t, bound = remask(self.denoiser, size, settings.remasks, generator)
+        many = rows.repeat_interleave(settings.remasks)
+        cond = replay["cond"][many] if self.cond_dim else None
+        error = masked_cross_entropy(self.denoiser, replay["tokens"][many], t, masked, cond=cond)
+        return scale * (bound * error).view(size, -1).mean(1)
+
+    def _steps(self, size: int, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """Negative log-likelihoods of picked steps, weighted, times steps: ``[size]``."""
+        settings, replay = self.settings, self.replay
+        count = weights.shape[1]
+        entries, scale = self._picked(weights.flatten(), size * settings.remasks, generator)
+        rows, steps = entries // count, (entries % count).unsqueeze(1)
+        tokens, groups = replay["tokens"][rows], replay["groups"][rows]
+        cond = replay["cond"][rows] if self.cond_dim else None
+        state = torch.where(groups >= steps, self.denoiser.mask_id, tokens)
+        t = (1 - steps / count).unsqueeze(-1)
+        log_p = self.denoiser.log_probs(state, t, cond).gather(-1, tokens.unsqueeze(-1))
+        error = -(log_p.squeeze(-1) * (groups == steps)).sum(1)
+        # Rows have no more than the steps that reveal something; weights have mean 1 over those.
+        per_row = (replay["log_weight"] > -math.inf).sum() / replay.slots
+        return per_row * (scale * error).view(size, -1).mean(1)
+
+    def _picked(
+        self, weights: Tensor, count: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Entries ``[count]`` to learn from and the factors of their losses."""
+        if self.settings.pick == "resample":
+            return resample(weights, count, generator), torch.ones_like(weights[:1])
+        rows = resample((weights > 0).to(weights.dtype), count, generator)
+        return rows, weights[rows] / weights[weights > 0].mean()
+
+    def _step_weights(
+        self, rollout: MaskedRollout, reward: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Log-weights of steps ``[B, K]``, ``-inf`` where one reveals nothing."""
+        settings = self.settings
+        values = torch.cat([self._values(rollout, generator), reward.unsqueeze(1)], 1)
+        weight = values.diff(dim=1) / settings.kl_weight
+        ones = torch.ones_like(rollout.log_p)
+        empty = torch.zeros_like(weight)
+        if settings.anchored:
+            assert rollout.log_reference is not None
+            weight = weight + empty.scatter_add(
+                1, rollout.groups, rollout.log_reference - rollout.log_p
+            )
+        weight = weight.masked_fill(empty.scatter_add(1, rollout.groups, ones) == 0, -math.inf)
+        missing = self.replay["log_weight"].shape[1] - rollout.nfe
+        return torch.nn.functional.pad(weight, (0, missing), value=-math.inf)
+
+    def _values(self, rollout: MaskedRollout, generator: torch.Generator) -> Tensor:
+        """``v`` of the states of all evaluations, ``[B, K]``."""
+        states = rollout.states()
+        size, count, length = states.shape
+        flat = states.view(-1, length)
+        grid = rollout.levels[:-1].flatten().to(flat.device, self.reference.weight.dtype)
+        t = grid.repeat(size).view(-1, 1, 1)
+        cond = None if rollout.cond is None else rollout.cond.repeat_interleave(count, dim=0)
+        values = []
+        for first in range(0, len(flat), MAX_STATES):
+            part = slice(first, first + MAX_STATES)
+            log_p = self.reference.log_probs(
+                flat[part], t[part], None if cond is None else cond[part]
+            )
+            guess = self._guess(log_p, generator)
+            known = one_hot(flat[part], self.denoiser.vocab_size).to(guess)
+            values.append(self.score_soft(known[..., :-1] + known[..., -1:] * guess))
+        return torch.cat(values).view(size, count)
+
+    def _guess(self, log_p: Tensor, generator: torch.Generator) -> Tensor:
+        if self.settings.value == "mean":
+            return log_p.exp()
+        if self.settings.value == "mode":
+            return hard_one_hot(log_p)
+        noise = self.denoiser.process.draw_noise(log_p.shape, generator, log_p)
+        return hard_one_hot(log_p + noise)
+
+
+__all__ = ["WeightedDenoising", "WeightedDenoisingLoss"]

@@ -1,0 +1,13 @@
+"""Rewards learned from preferences: of single steps, and of plans by what they lead to."""
+
+from diffpolicy.learn.values.learning import PreferenceLearning
+from diffpolicy.learn.values.plans import PlanValue, PlanValueSpec
+from diffpolicy.learn.values.reward import RewardModel, RewardSpec
+
+__all__ = [
+    "PlanValue",
+    "PlanValueSpec",
+    "PreferenceLearning",
+    "RewardModel",
+    "RewardSpec",
+]

@@ -1,0 +1,160 @@
+"""How a reward is learned from preferences, and the examples that it is learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffpolicy.data.normalize import MODES, Mode, Normalizer
+from diffpolicy.data.preferences.examples import PairExamples
+from diffpolicy.data.preferences.records import episodes_of
+from diffpolicy.data.preferences.set import PreferenceSet
+from diffpolicy.data.statistics import RunningStatistics
+from diffpolicy.data.store import EpisodeStore
+from diffpolicy.settings import settings_of
+from diffpolicy.training.settings import mix_seed
+
+
+@dataclass(frozen=True)
+class PreferenceLearning:
+    """Settings of learning from preferences, beside those of the trainer.
+
+    Args:
+        label_smoothing: the share of labels taken to be wrong, in [0, 0.5).
+        ties: also learn from pairs in which neither was better: their logit should be 0.
+        bootstrap: each member sees each pair as often as a Poisson(1) number says, so that members
+            differ by their data and not by their first weights alone.
+        windows: steps of a segment looked at at once (the others have their turn in other
+            batches); ``None``: all. Rewards of successive steps are alike, so few of them cost
+            less and tell as much.
+        val_fraction: share of the episodes held out to keep the best checkpoint by
+            (``eval_every`` of the trainer says how often); 0: the last one is kept.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    label_smoothing: float = 0.0
+    ties: bool = False
+    bootstrap: bool = True
+    windows: int | None = 10
+    val_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.windows is not None and self.windows < 1:
+            raise ValueError(f"windows must be at least 1 or null, got {self.windows}")
+        if not 0 <= self.val_fraction <= 0.5:
+            raise ValueError(f"val_fraction must be in [0, 0.5], got {self.val_fraction}")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> PreferenceLearning:
+        """From JSON values.
+
+        Raises:
+            ValueError: unknown entries or values out of range.
+        """
+        return settings_of(cls, config, "preference learning")
+
+    def split(
+        self, preferences: PreferenceSet, seed: int
+    ) -> tuple[PreferenceSet, PreferenceSet | None]:
+        """What is trained on, and what is held out, if anything; no episode is in both."""
+        if self.val_fraction == 0:
+            return preferences, None
+        return preferences.split_by_episode(max(2, round(1 / self.val_fraction)), seed)[0]
+
+    def examples(
+        self, preferences: PreferenceSet, normalizer: Normalizer, members: int, seed: int
+    ) -> BootstrapPairs:
+        """The pairs as examples for an ensemble."""
+        pairs = PairExamples(
+            preferences,
+            horizon=1,
+            n_obs_steps=1,
+            n_action_steps=1,
+            normalizer=normalizer,
+            windows=self.windows,
+            ties=self.ties,
+        )
+        return BootstrapPairs(pairs, members if self.bootstrap else 0, seed)
+
+
+class BootstrapPairs:
+    """Pairs of segments, and how often each member of an ensemble sees each: ``weight [B, M]``.
+
+    Args:
+        pairs: the examples.
+        members: M; 0: everybody sees everything, and there is no ``weight``.
+        seed: of the weights, independent Poisson(1) numbers for each pair and member.
+    """
+
+    def __init__(self, pairs: PairExamples, members: int, seed: int) -> None:
+        self.pairs = pairs
+        draws = torch.Generator().manual_seed(mix_seed(seed, 0xB007))
+        self.weight = torch.poisson(torch.ones(len(pairs.pairs), members), draws)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def gather(self, indices: Tensor) -> dict[str, Tensor]:
+        """A batch."""
+        batch = self.pairs.gather(indices)
+        if self.weight.shape[1]:
+            pair = torch.div(indices, self.pairs.parts, rounding_mode="floor")
+            batch["weight"] = self.weight[pair]
+        return batch
+
+
+def judged_episodes(preferences: PreferenceSet) -> list[int]:
+    """The episodes that preferences judge anything of, ascending."""
+    return sorted({e for record in preferences.records for e in episodes_of(record)})
+
+
+def fit_normalizer(store: EpisodeStore, episodes: list[int], mode: str) -> Normalizer:
+    """A normaliser of ``obs`` and ``action`` fitted to some episodes of a store.
+
+    Raises:
+        ValueError: an unknown mode, or no such fields.
+    """
+    if mode not in MODES:
+        raise ValueError(f"normalize must be one of {list(MODES)}, got {mode!r}")
+    chosen: Mode = mode
+    statistics: dict[str, dict[str, Any]] = {}
+    for name in ("obs", "action"):
+        if name not in store.fields:
+            raise ValueError(
+                f"{store.name} has no field {name!r}; it has {sorted(store.fields)}. "
+                "`diffpolicy data convert` makes it of other fields"
+            )
+        total = int(store.episode_lengths[episodes].sum())
+        running = RunningStatistics(name, store.fields[name].shape, total)
+        for episode in episodes:
+            running.update(store.episode(episode, [name])[name])
+        statistics[name] = running.result()
+    return Normalizer.fit(statistics, dict.fromkeys(("obs", "action"), chosen))
+
+
+def rows_of_episodes(store: EpisodeStore, episodes: list[int]) -> NDArray[np.int64]:
+    """The rows of some episodes, counted over the whole store, int64."""
+    ends, lengths = store.episode_ends, store.episode_lengths
+    return np.concatenate([np.arange(ends[e] - lengths[e], ends[e]) for e in episodes])
+
+
+def read_rows(
+    store: EpisodeStore, rows: NDArray[np.int64], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Observations and actions of ascending rows, float32 in the data's units."""
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    obs, action = (
+        torch.from_numpy(store.read(name, first, last)[rows - first].astype(np.float32)).to(device)
+        for name in ("obs", "action")
+    )
+    return obs, action

@@ -1,0 +1,446 @@
+"""What plans are worth by a learned reward: what it says of the steps that they lead to.
+
+A reward r(observation, action) can only judge the action at the observation that is known. Of a
+plan only the first observation is, and where a reward speaks of places (a door that is open), the
+plan cannot change it there: raising r directly tunes a policy towards actions that merely look like
+those of good places. So the value of a plan is learned as that of a critic is, from what followed.
+It knows as much of causes as the episodes show: where one action alone was ever taken in a place
+(smooth demonstrations), the action tells where one is, and the value may take the one for the
+other. Episodes of the policy to be tuned, with its own noise, are better.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.returns import with_fields
+from diffpolicy.data.store import EpisodeStore
+from diffpolicy.data.windows import Windows, split_episodes
+from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.values.reward import RewardModel, pessimistic
+from diffpolicy.networks.base import described
+from diffpolicy.networks.critics import QEnsemble
+from diffpolicy.settings import settings_of
+from diffpolicy.training.checkpoint import read_bundle, write_bundle
+from diffpolicy.training.policy_files import find_bundle
+from diffpolicy.training.rollback import unchanged_on_error
+from diffpolicy.training.settings import TrainerConfig
+from diffpolicy.training.trainer import Trainer, TrainResult
+
+FORMAT, VERSION = "diffpolicy-plan-value", 1
+TARGET = "plan_value_target"
+
+
+@dataclass(frozen=True)
+class PlanValueSpec:
+    """What a plan is judged by.
+
+    Args:
+        obs_dim: O.
+        action_dim: A.
+        n_action_steps: actions of a plan that are judged, from the current step on: those that the
+            policy executes.
+        lookahead: steps whose rewards count, from the current one on; longer than a plan where an
+            action shows its effect later. Fewer at the end of an episode.
+        discount: of the rewards, per step, in (0, 1].
+        n_obs_steps: observations looked at, To.
+        width: units of a hidden layer.
+        depth: hidden layers.
+        members: networks in the ensemble, M.
+        layer_norm: normalise the hidden layers, which bounds the value of plans unlike the data's.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    obs_dim: int
+    action_dim: int
+    n_action_steps: int
+    lookahead: int = 16
+    discount: float = 1.0
+    n_obs_steps: int = 1
+    width: int = 128
+    depth: int = 2
+    members: int = 5
+    layer_norm: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("n_action_steps", "lookahead", "n_obs_steps"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.discount <= 1:
+            raise ValueError(f"discount must be in (0, 1], got {self.discount}")
+
+    def make_network(self) -> QEnsemble:
+        """The networks, freshly initialised.
+
+        Raises:
+            ValueError: a size out of range.
+        """
+        sizes = {"width": self.width, "depth": self.depth, "members": self.members}
+        cond_dim = self.n_obs_steps * self.obs_dim
+        return QEnsemble(
+            cond_dim, self.n_action_steps, self.action_dim, **sizes, layer_norm=self.layer_norm
+        )
+
+
+class ChunkedNormal(Protocol):
+    """What a value needs to know of a policy."""
+
+    normalizer: Normalizer
+    device: torch.device
+
+
+class StepRewards(Protocol):
+    """What says of every step of a store what it was worth, such as a :class:`RewardModel`."""
+
+    def rewards(self, store: EpisodeStore) -> NDArray[np.float32]:
+        """The rewards ``[T]``."""
+
+
+class PlanValue:
+    """The mean learned reward of the steps that follow when a plan is begun.
+
+    ``E[sum_k discount^k r_{t+k} / sum_k discount^k | observations, actions from now on]`` over
+    ``lookahead`` steps, in the units of the reward, by regression on stored episodes; after
+    the plan's own actions their behaviour goes on. It is a reward of plans as
+    :meth:`diffpolicy.DiffusionPolicy.tune` takes one, in the data's units and differentiable, and
+    ranks candidates of :class:`diffpolicy.policies.best_of_n.Selector` through :meth:`ranking`.
+
+    Example:
+        >>> value = PlanValue.for_reward(model, n_action_steps=8)
+        >>> value.learn(model, store, TrainerConfig(steps=2000), "runs/door_plans")
+        >>> policy.tune(value, store, TrainerConfig(steps=200, lr=1e-4), "runs/door_tuned")
+        >>> policy.selector = Selector(Selection(8), value.ranking(policy.normalizer))
+
+    Args:
+        spec: sizes, and what is judged.
+        normalizer: of ``obs`` and ``action``.
+        network: with weights; ``None``: freshly initialised.
+        device: where the weights go.
+
+    Attributes:
+        pessimism: standard deviations over the members that are taken off their mean (0 or more;
+            0 unless set). With some, plans about which the members disagree are worth less.
+    """
+
+    last_training: TrainResult | None = None
+
+    def __init__(
+        self,
+        spec: PlanValueSpec,
+        normalizer: Normalizer,
+        network: QEnsemble | None = None,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.spec, self.normalizer = spec, normalizer.to(device)
+        self.network = (spec.make_network() if network is None else network).to(device)
+        self.network.eval().requires_grad_(False)
+        self.pessimism = 0.0
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        what = (
+            f"obs {spec.obs_dim} x {spec.n_obs_steps}, {spec.n_action_steps} actions of "
+            f"{spec.action_dim}; rewards of {spec.lookahead} steps, {spec.members} members"
+        )
+        return described(self, what, self.network)
+
+    @classmethod
+    def for_reward(cls, reward: RewardModel, *, seed: int = 0, **spec: Any) -> Self:
+        """An untrained value with the sizes, normaliser and device of a reward model.
+
+        Args:
+            reward: the model.
+            seed: of the initial weights.
+            **spec: further entries of :class:`PlanValueSpec`; ``n_action_steps`` at least.
+
+        Raises:
+            ValueError: settings that are unknown, missing or out of range.
+        """
+        sizes = {"obs_dim": reward.spec.obs_dim, "action_dim": reward.spec.action_dim}
+        full = settings_of(PlanValueSpec, {**spec, **sizes}, "plan value")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = full.make_network()
+        return cls(full, reward.normalizer, network, device=reward.device)
+
+    @classmethod
+    def for_policy(cls, policy: ChunkedNormal, *, seed: int = 0, **spec: Any) -> Self:
+        """An untrained value of a policy's own chunks, for the rewards that a store holds.
+
+        Args:
+            policy: sizes, normaliser and device are its own.
+            seed: of the initial weights.
+            **spec: further entries of :class:`PlanValueSpec`.
+
+        Raises:
+            ValueError: settings that are unknown or out of range.
+        """
+        names = ("obs_dim", "action_dim", "n_obs_steps", "n_action_steps")
+        sizes = {name: getattr(policy, name) for name in names}
+        full = settings_of(PlanValueSpec, {**sizes, **spec}, "plan value")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = full.make_network()
+        return cls(full, policy.normalizer, network, device=policy.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return next(self.network.parameters()).device
+
+    # ---------------------------------------------------------------- learning
+
+    def learn(
+        self,
+        reward: StepRewards | None,
+        store: EpisodeStore,
+        config: TrainerConfig,
+        run_dir: str | os.PathLike[str],
+        *,
+        val_fraction: float = 0.1,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> Self:
+        """Learn what followed in a store, by given rewards or by the store's own.
+
+        Any episodes will do, judged or not; those of the policy that is to be tuned tell most.
+
+        Args:
+            reward: says what each step is worth: a reward model, or an environment's
+                :class:`~diffpolicy.rollout.record.dense.DenseReward`; ``None``: the field
+                ``reward`` of the store.
+            store: the episodes.
+            config: of the trainer.
+            run_dir: where metrics and checkpoints go; with held-out episodes ``metrics.csv`` has
+                ``val_loss``.
+            val_fraction: share of the episodes held out.
+            resume: continue the run in ``run_dir``.
+            overwrite: replace it.
+
+        Returns:
+            self, with the averaged (EMA) weights.
+
+        Raises:
+            ValueError: a store that does not fit, or settings out of range.
+        """
+        parts = split_episodes(store.num_episodes, val_fraction, config.seed)
+        sources = [self._windows(reward, store, p) if len(p) else None for p in parts]
+        assert sources[0] is not None
+        with unchanged_on_error(self.network):
+            self.network.requires_grad_(True)
+            result = Trainer(
+                PlanValueLoss(self.network, self.spec.n_obs_steps),
+                sources[0],
+                config,
+                run_dir,
+                export=lambda state: self._files(_weights(state)),
+                val_source=sources[1],
+                identity={"model": self.spec, "normalizer": self.normalizer},
+                resume=resume,
+                overwrite=overwrite,
+            ).fit()
+            self.network.load_state_dict(_weights(result.ema))
+            self.network.eval().requires_grad_(False)
+        self.last_training = result
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What this value is, for telling one training run from another that it rewards."""
+        return {"spec": self.spec, "normalizer": self.normalizer, "network": self.network}
+
+    def _windows(
+        self,
+        reward: StepRewards | None,
+        store: EpisodeStore,
+        episodes: Sequence[int] | NDArray[np.int64],
+    ) -> Windows:
+        spec = self.spec
+        if reward is None:
+            earned = store.read("reward", 0, store.num_steps).reshape(-1)
+        else:
+            earned = reward.rewards(store)
+        target = mean_of_next(earned, store, spec.lookahead, spec.discount)
+        return Windows(
+            with_fields(store, {TARGET: target}),
+            horizon=spec.n_obs_steps - 1 + spec.n_action_steps,
+            n_obs_steps=spec.n_obs_steps,
+            n_action_steps=spec.n_action_steps,
+            normalizer=self.normalizer.to("cpu"),
+            episodes=episodes,
+            fields=("obs", "action", TARGET),
+            pad_after=0,  # plans that were carried out to their end
+        )
+
+    @torch.no_grad()
+    def report(
+        self, reward: StepRewards | None, store: EpisodeStore, episodes: Sequence[int]
+    ) -> dict[str, float]:
+        """How well the values foretell what followed in episodes, and whether plans matter in it.
+
+        Args:
+            reward: what the value was learned of.
+            store: the episodes.
+            episodes: which; held-out ones, to learn anything from it.
+
+        Returns:
+            ``explained``: the share of the variance of what followed that is foretold (1 all, 0 no
+            better than the mean); ``explained_shuffled``: the same with each plan replaced by that
+            of another step. If the two are alike, the value does not depend on plans, and there is
+            nothing to tune by. If they differ, it does, be it as a cause or as a sign of the place.
+        """
+        windows = self._windows(reward, store, episodes)
+        batch = windows.gather(torch.arange(len(windows)))
+        wanted = batch[TARGET][:, self.spec.n_obs_steps - 1]
+        other = torch.randperm(len(wanted), generator=torch.Generator().manual_seed(0))
+        cond, plan = batch["obs"].flatten(1).to(self.device), batch["action"]
+        plan = plan[:, self.spec.n_obs_steps - 1 :].to(self.device)
+        found = {}
+        for name, judged in (("explained", plan), ("explained_shuffled", plan[other])):
+            error = (self.network(cond, judged).mean(0).cpu() - wanted).square().mean()
+            found[name] = float(1 - error / wanted.var(correction=0))
+        return found
+
+    # ---------------------------------------------------------------- judging
+
+    def __call__(self, action: Tensor, obs: Tensor) -> Tensor:
+        """The value of plans ``[B]``, in units of the reward model; differentiable in both.
+
+        Args:
+            action: plans in the data's units ``[B, H, A]``; position ``To - 1`` is the current
+                step, To those of ``obs``.
+            obs: observations in the data's units, the current one last, ``[B, To, O]``.
+
+        Raises:
+            ValueError: fewer observations or actions than the value looks at, or other sizes.
+        """
+        spec, seen = self.spec, obs.shape[1]
+        now = seen - 1
+        if seen < spec.n_obs_steps or action.shape[1] < now + spec.n_action_steps:
+            raise ValueError(
+                f"this value looks at {spec.n_obs_steps} observations and {spec.n_action_steps} "
+                f"actions from the current step on; got obs {list(obs.shape)} and plans "
+                f"{list(action.shape)}, whose position {now} is the current step"
+            )
+        cond = self.normalizer.normalize("obs", obs[:, seen - spec.n_obs_steps :]).flatten(1)
+        plan = self.normalizer.normalize("action", action[:, now : now + spec.n_action_steps])
+        return pessimistic(self.network(cond, plan), self.pessimism)
+
+    def ranking(
+        self, normalizer: Normalizer
+    ) -> Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]]:
+        """The score by which a policy's :class:`~diffpolicy.policies.best_of_n.Selector` chooses.
+
+        Args:
+            normalizer: the policy's: its plans come normalised.
+
+        Returns:
+            ``(raw observations [n, To, O], normalised plans [n, H, A]) -> [n]``.
+        """
+        own = normalizer.to(self.device)
+
+        @torch.no_grad()
+        def score(history: NDArray[Any], plans: NDArray[Any]) -> NDArray[Any]:
+            obs, plan = (torch.from_numpy(v).float().to(self.device) for v in (history, plans))
+            out: NDArray[Any] = self(own.unnormalize("action", plan), obs).cpu().numpy()
+            return out
+
+        return score
+
+    # ---------------------------------------------------------------- files
+
+    def _files(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        config = {"format": FORMAT, "version": VERSION, "spec": asdict(self.spec)}
+        return {
+            "config.json": {**config, "normalizer": self.normalizer.to_config()},
+            "model.safetensors": dict(weights),
+            "normalizer.safetensors": self.normalizer.to_tensors(),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the value as a directory: ``config.json``, safetensors files and their hashes."""
+        return write_bundle(path, self._files(self.network.state_dict()))
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
+    ) -> Self:
+        """Read a value (or the newest one of its training run), verifying every hash.
+
+        Raises:
+            ValueError: not the value of plans, or a damaged file.
+        """
+        files = read_bundle(find_bundle(path, FORMAT, "plan value"))
+        config = files["config.json"]
+        if config.get("version") != VERSION:
+            raise ValueError(f"{path} is not a diffpolicy plan value of version {VERSION}")
+        spec = settings_of(PlanValueSpec, config["spec"], "spec")
+        network = spec.make_network()
+        network.load_state_dict(files["model.safetensors"])
+        normalizer = Normalizer.from_parts(config["normalizer"], files["normalizer.safetensors"])
+        return cls(spec, normalizer, network, device=device)
+
+
+class PlanValueLoss(nn.Module):
+    """Squared error of every member on what followed, summed over the members.
+
+    ``forward(batch, generator)`` takes normalised ``obs [B, To, O]`` and ``action [B, H, A]``, and
+    ``plan_value_target [B, H]``, of which the current step counts. Nothing in it is random.
+
+    Args:
+        network: values of every member, ``(cond, plan) -> [M, B]``.
+        n_obs_steps: To.
+    """
+
+    def __init__(self, network: QEnsemble, n_obs_steps: int) -> None:
+        super().__init__()
+        self.network, self.n_obs_steps = network, n_obs_steps
+
+    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+        now = self.n_obs_steps - 1
+        values = self.network(batch["obs"].flatten(1), batch["action"][:, now:])
+        error = values - batch[TARGET][:, now]
+        return LossOutput(error.square().sum(0), {"bias": error.detach().mean()})
+
+
+def mean_of_next(
+    values: NDArray[np.floating], store: EpisodeStore, steps: int, discount: float
+) -> NDArray[np.float32]:
+    """The discounted mean of the next values of each step, its own first, within its episode.
+
+    Args:
+        values: one number for each step of the store, ``[T]``.
+        store: says where episodes end; there the mean is of the steps that are left.
+        steps: how many, at least 1.
+        discount: per step, in (0, 1].
+
+    Returns:
+        ``[T]``.
+    """
+    weight = discount ** np.arange(steps)
+    out = np.empty(len(values), np.float32)
+    for end, length in zip(store.episode_ends, store.episode_lengths, strict=True):
+        part = slice(end - length, end)
+        # A correlation with the weights: `full`, of which the last `length` entries look ahead.
+        total, count = (
+            np.convolve(v, weight[::-1])[-length:]
+            for v in (np.asarray(values[part], np.float64), np.ones(length))
+        )
+        out[part] = total / count
+    return out
+
+
+def _weights(objective_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix("network."): v for k, v in objective_state.items()}

@@ -1,0 +1,439 @@
+"""The facade of learned rewards: learn from preferences, judge steps, save and load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.preferences.set import Pair, PreferenceSet
+from diffpolicy.data.store import EpisodeStore, FieldSpec
+from diffpolicy.learn.preferences.bradley_terry import BradleyTerryLoss
+from diffpolicy.learn.values.learning import (
+    PreferenceLearning,
+    fit_normalizer,
+    judged_episodes,
+    read_rows,
+    rows_of_episodes,
+)
+from diffpolicy.networks.base import described
+from diffpolicy.networks.critics import QEnsemble
+from diffpolicy.settings import settings_of
+from diffpolicy.training.checkpoint import read_bundle, write_bundle
+from diffpolicy.training.policy_files import find_bundle
+from diffpolicy.training.rollback import unchanged_on_error
+from diffpolicy.training.settings import TrainerConfig
+from diffpolicy.training.trainer import Trainer, TrainResult
+
+FORMAT, VERSION = "diffpolicy-reward", 1
+ROWS = 16_384  # steps judged at once: bounds memory
+MOST_ROWS = 65_536  # steps that the scale of the rewards is measured on
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """Sizes of a reward network.
+
+    Args:
+        obs_dim: O.
+        action_dim: A.
+        width: units of a hidden layer.
+        depth: hidden layers.
+        members: networks in the ensemble, M.
+        layer_norm: normalise the hidden layers, which bounds rewards away from the data.
+        normalize: how inputs are normalised: ``"gaussian"``, ``"minmax"``, ``"quantile"`` or
+            ``"identity"``.
+    """
+
+    obs_dim: int
+    action_dim: int
+    width: int = 32
+    depth: int = 1
+    members: int = 5
+    layer_norm: bool = False
+    normalize: str = "gaussian"
+
+    def make_network(self) -> QEnsemble:
+        """The networks, freshly initialised.
+
+        Raises:
+            ValueError: a size out of range.
+        """
+        sizes = {"width": self.width, "depth": self.depth, "members": self.members}
+        return QEnsemble(self.obs_dim, 1, self.action_dim, **sizes, layer_norm=self.layer_norm)
+
+
+class RewardModel:
+    """The reward of a step, r(observation, action), by an ensemble of networks.
+
+    Learned from preferences between segments (Christiano et al. 2017, with the mean over a
+    segment's steps, see :mod:`diffpolicy.learn.preferences.bradley_terry`). Preferences leave a
+    reward's offset open, so it is given in units of its own: over the steps of the training
+    episodes each member, and the ensemble's mean, have mean 0, and the ensemble's mean has
+    standard deviation 1.
+
+    It judges what is at hand: an action in a known observation. A plan is worth what it leads to;
+    :class:`diffpolicy.learn.values.PlanValue` learns that, and is what policies are tuned with and
+    candidates ranked by. With :meth:`relabel` a store serves any method that learns from rewards.
+
+    Example:
+        >>> preferences = PreferenceSet.open("data/door_prefs.jsonl")
+        >>> model = RewardModel.for_preferences(preferences)
+        >>> model.learn(preferences, TrainerConfig(steps=300, batch_size=64), "runs/door_reward")
+        >>> model.accuracy(preferences)
+
+    Args:
+        spec: sizes.
+        normalizer: of ``obs`` and ``action``.
+        network: with weights; ``None``: freshly initialised.
+        standard: ``shift`` and ``scale`` of each member ``[2, M]``; ``None``: 0 and 1.
+        device: where the weights go.
+    """
+
+    last_training: TrainResult | None = None
+
+    def __init__(
+        self,
+        spec: RewardSpec,
+        normalizer: Normalizer,
+        network: QEnsemble | None = None,
+        standard: Tensor | None = None,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.spec = spec
+        for name, size in (("obs", spec.obs_dim), ("action", spec.action_dim)):
+            if normalizer.shape(name) != (size,):
+                raise ValueError(
+                    f"the spec says {size} numbers of {name}, the normaliser was fitted to rows "
+                    f"of shape {list(normalizer.shape(name))}"
+                )
+        self.normalizer = normalizer.to(device)
+        self.network = (spec.make_network() if network is None else network).to(device)
+        self.network.eval().requires_grad_(False)
+        if standard is None:
+            standard = torch.tensor([[0.0], [1.0]]).expand(2, spec.members)
+        self.standard = standard.clone().to(device)
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        what = f"obs {spec.obs_dim}, action {spec.action_dim}; {spec.members} members"
+        return described(self, what, self.network)
+
+    @classmethod
+    def for_preferences(
+        cls,
+        preferences: PreferenceSet,
+        *,
+        spec: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> Self:
+        """An untrained model with the sizes and the normaliser of the episodes that were judged.
+
+        Args:
+            preferences: say which episodes.
+            spec: further entries of :class:`RewardSpec`.
+            seed: of the initial weights.
+            device: where the weights live.
+
+        Raises:
+            ValueError: settings out of range, or episodes without vectors ``obs`` and ``action``.
+        """
+        store = preferences.store
+        sizes = {}
+        for name, size in (("obs", "obs_dim"), ("action", "action_dim")):
+            shape = store.fields[name].shape if name in store.fields else ()
+            if len(shape) != 1:
+                raise ValueError(
+                    f"a reward model needs {name} as vectors; {store.name} has "
+                    f"{ {k: list(f.shape) for k, f in store.fields.items()} }"
+                )
+            sizes[size] = shape[0]
+        full = settings_of(RewardSpec, {**(spec or {}), **sizes}, "spec")
+        normalizer = fit_normalizer(store, judged_episodes(preferences), full.normalize)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = full.make_network()
+        return cls(full, normalizer, network, device=device)
+
+    # ---------------------------------------------------------------- learning
+
+    def learn(
+        self,
+        preferences: PreferenceSet,
+        config: TrainerConfig,
+        run_dir: str | os.PathLike[str],
+        *,
+        learning: PreferenceLearning | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> Self:
+        """Train on the pairs (and rankings) of a preference set.
+
+        Args:
+            preferences: with their store.
+            config: of the trainer. A few hundred steps are enough for a thousand pairs.
+            run_dir: where metrics and checkpoints go.
+            learning: settings beside the trainer's.
+            resume: continue the run in ``run_dir`` exactly where it stopped.
+            overwrite: replace it.
+
+        Returns:
+            self, with the averaged (EMA) weights, or the best ones where episodes are held out.
+
+        Raises:
+            ValueError: no pairs, or settings that do not fit.
+        """
+        learning = PreferenceLearning() if learning is None else learning
+        train, held_out = learning.split(preferences, config.seed)
+        rows = rows_of_episodes(train.store, judged_episodes(train))
+        judged = read_rows(train.store, rows[:: -(-len(rows) // MOST_ROWS)], self.device)
+
+        def evaluate(folder: Path, step: int) -> Mapping[str, float]:
+            assert held_out is not None
+            found = type(self).from_pretrained(folder, device=self.device).evaluate(held_out)
+            return {"score": -found["log_loss"], "held_out_accuracy": found["accuracy"]}
+
+        with unchanged_on_error(self.network):
+            self.network.requires_grad_(True)
+            result = Trainer(
+                BradleyTerryLoss(self.network, label_smoothing=learning.label_smoothing),
+                learning.examples(train, self.normalizer.to("cpu"), self.spec.members, config.seed),
+                config,
+                run_dir,
+                export=lambda state: self._files(*self._standardised(state, judged)),
+                evaluate=None if held_out is None else evaluate,
+                identity={"model": self.spec, "normalizer": self.normalizer, "learning": learning},
+                resume=resume,
+                overwrite=overwrite,
+            ).fit()
+            weights, standard = self._standardised(result.ema, judged)
+            if held_out is not None:
+                best = type(self).from_pretrained(run_dir, device=self.device)
+                weights, standard = best.network.state_dict(), best.standard
+            self.network.load_state_dict(weights)
+            self.network.eval().requires_grad_(False)
+        self.last_training, self.standard = result, standard
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What this model is, for telling one training run from another that it rewards."""
+        weights = {"network": self.network, "standard": self.standard}
+        return {"spec": self.spec, "normalizer": self.normalizer, **weights}
+
+    @torch.no_grad()
+    def _standardised(
+        self, state: Mapping[str, Tensor], judged: tuple[Tensor, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Weights of the network in an objective's state, and each member's shift and scale."""
+        weights = {k.removeprefix("network."): v for k, v in state.items()}
+        found = []
+        for part in zip(*(torch.split(values, ROWS) for values in judged), strict=True):
+            arguments = self._normalised(*part)
+            found.append(torch.func.functional_call(self.network, weights, arguments))
+        rewards = torch.cat(found, 1)
+        shift, scale = rewards.mean(1), rewards.std(1, correction=0).clamp_min(1e-6)
+        together = ((rewards - shift[:, None]) / scale[:, None]).mean(0)
+        return weights, torch.stack([shift, scale * together.std(correction=0).clamp_min(1e-6)])
+
+    # ---------------------------------------------------------------- judging
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.standard.device
+
+    def member_rewards(self, obs: Tensor, action: Tensor) -> Tensor:
+        """What every member says, ``[M, ...]``, of observations and actions as in :meth:`reward`.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        if obs.shape[:-1] != action.shape[:-1]:
+            raise ValueError(
+                f"obs [..., O] and action [..., A] must agree but for the last dimension; got "
+                f"{list(obs.shape)} and {list(action.shape)}"
+            )
+        shift, scale = self.standard.unsqueeze(-1)
+        out: Tensor = (self.network(*self._normalised(obs, action)) - shift) / scale
+        return out.view(-1, *obs.shape[:-1])
+
+    def _normalised(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network takes: ``[N, O]`` and ``[N, 1, A]``."""
+        return (
+            self.normalizer.normalize("obs", obs).reshape(-1, self.spec.obs_dim),
+            self.normalizer.normalize("action", action).reshape(-1, 1, self.spec.action_dim),
+        )
+
+    @overload
+    def reward(self, obs: Tensor, action: Tensor, *, pessimism: float = ...) -> Tensor: ...
+    @overload
+    def reward(
+        self, obs: NDArray[Any], action: NDArray[Any], *, pessimism: float = ...
+    ) -> NDArray[np.float32]: ...
+    def reward(self, obs: Any, action: Any, *, pessimism: float = 0.0) -> Any:
+        """The reward of taking actions in observations.
+
+        Args:
+            obs: in the data's units, ``[..., O]``.
+            action: in the data's units, ``[..., A]``.
+            pessimism: standard deviations over the members to take off their mean.
+
+        Returns:
+            ``[...]``, of the inputs' kind; of tensors differentiable in both.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        if isinstance(obs, Tensor):
+            return pessimistic(self.member_rewards(obs, action), pessimism)
+        given = (
+            torch.as_tensor(np.asarray(v, np.float32), device=self.device) for v in (obs, action)
+        )
+        with torch.no_grad():
+            return pessimistic(self.member_rewards(*given), pessimism).cpu().numpy()
+
+    def rewards(self, store: EpisodeStore, *, pessimism: float = 0.0) -> NDArray[np.float32]:
+        """The reward of every step of a store, ``[T]``."""
+        blocks = [(i, min(i + ROWS, store.num_steps)) for i in range(0, store.num_steps, ROWS)]
+        found = [
+            self.reward(store.read("obs", a, b), store.read("action", a, b), pessimism=pessimism)
+            for a, b in blocks
+        ]
+        return np.concatenate(found)
+
+    def relabel(
+        self, store: EpisodeStore, path: str | os.PathLike[str], *, pessimism: float = 0.0
+    ) -> EpisodeStore:
+        """Write a copy of a store with these rewards in the field ``reward``.
+
+        What learns from rewards (critics, returns) then learns from preferences.
+
+        Args:
+            store: the episodes.
+            path: of the new store.
+            pessimism: see :meth:`reward`.
+
+        Raises:
+            FileExistsError: something is at ``path``.
+        """
+        fields = {**store.fields, "reward": FieldSpec((), "float32")}
+        attrs = {**store.attrs, "reward": "learned from preferences"}
+        made = EpisodeStore.create(path, fields, attrs=attrs)
+        for episode, kept in enumerate(store.episode_attrs):
+            rows = store.episode(episode)
+            reward = self.reward(rows["obs"], rows["action"], pessimism=pessimism)
+            made.append({**rows, "reward": reward}, **kept)
+        made.finalize()
+        return made
+
+    # ---------------------------------------------------------------- agreement
+
+    def right(self, preferences: PreferenceSet, pairs: Sequence[Pair]) -> NDArray[Any]:
+        """Whether the chosen segment of each pair has the larger mean reward, ``[P]``.
+
+        1 it has, 0 the rejected one has, 1/2 they are equal.
+        """
+        return ((self._gaps(preferences, pairs).mean(0).sign() + 1) / 2).numpy()
+
+    def accuracy(self, preferences: PreferenceSet) -> float:
+        """The share of the pairs that are ranked as they were judged; ties are left out.
+
+        Raises:
+            ValueError: no pairs.
+        """
+        return self.evaluate(preferences)["accuracy"]
+
+    def evaluate(self, preferences: PreferenceSet) -> dict[str, float]:
+        """``accuracy``, ``log_loss`` (nats; log 2 is a coin) and ``pairs``, how many, of a set.
+
+        Raises:
+            ValueError: no pairs.
+        """
+        pairs = preferences.pairs()
+        if not pairs:
+            raise ValueError(f"{preferences!r} has no pairs to agree with (ties do not count)")
+        gaps = self._gaps(preferences, pairs) * self.standard[1][:, None].cpu()
+        together = torch.logsumexp(F.logsigmoid(gaps), 0) - np.log(len(gaps))
+        return {
+            "accuracy": float(self.right(preferences, pairs).mean()),
+            "log_loss": -float(together.mean()),
+            "pairs": float(len(pairs)),
+        }
+
+    def _gaps(self, preferences: PreferenceSet, pairs: Sequence[Pair]) -> Tensor:
+        """Mean reward of the chosen minus that of the rejected segment, ``[M, P]``, on the CPU."""
+        segments = [s for pair in pairs for s in (pair.chosen, pair.rejected)]
+        every = [preferences.rows(s) for s in segments]
+        rows, place = np.unique(np.concatenate(every), return_inverse=True)
+        with torch.no_grad():
+            parts = [
+                self.member_rewards(*read_rows(preferences.store, part, self.device)).double()
+                for part in np.split(rows, range(ROWS, len(rows), ROWS))
+            ]
+        of_steps = torch.cat(parts, 1).cpu()[:, torch.from_numpy(place)]
+        of_segments = torch.split(of_steps, [len(r) for r in every], 1)
+        means = torch.stack([part.mean(1) for part in of_segments], 1)
+        return means[:, 0::2] - means[:, 1::2]
+
+    # ---------------------------------------------------------------- files
+
+    def _files(self, weights: Mapping[str, Tensor], standard: Tensor) -> dict[str, Any]:
+        config = {"format": FORMAT, "version": VERSION, "spec": asdict(self.spec)}
+        return {
+            "config.json": {**config, "normalizer": self.normalizer.to_config()},
+            "model.safetensors": dict(weights),
+            "normalizer.safetensors": self.normalizer.to_tensors(),
+            "standard.safetensors": {"standard": standard},
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the model as a directory: ``config.json``, safetensors files and their hashes."""
+        return write_bundle(path, self._files(self.network.state_dict(), self.standard))
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
+    ) -> Self:
+        """Read a model (or the best or newest one of its training run), verifying every hash.
+
+        Raises:
+            ValueError: not a reward model, or a damaged file.
+        """
+        files = read_bundle(find_bundle(path, FORMAT, "reward model"))
+        config = files["config.json"]
+        if config.get("version") != VERSION:
+            raise ValueError(f"{path} is not a diffpolicy reward model of version {VERSION}")
+        spec = settings_of(RewardSpec, config["spec"], "spec")
+        network = spec.make_network()
+        network.load_state_dict(files["model.safetensors"])
+        normalizer = Normalizer.from_parts(config["normalizer"], files["normalizer.safetensors"])
+        standard = files["standard.safetensors"]["standard"]
+        return cls(spec, normalizer, network, standard, device=device)
+
+    load = from_pretrained
+
+
+def pessimistic(members: Tensor, pessimism: float) -> Tensor:
+    """The mean over the members ``[M, ...]``, minus so many of their standard deviations.
+
+    Raises:
+        ValueError: a negative number of them.
+    """
+    if pessimism < 0:
+        raise ValueError(f"pessimism must not be negative, got {pessimism}")
+    mean = members.mean(0)
+    if not pessimism:
+        return mean
+    # The root of an exact 0 has no gradient (one member, or all the same).
+    return mean - pessimism * (members.var(0, correction=0) + 1e-12).sqrt()

@@ -1,0 +1,228 @@
+"""The whole sampling loop of a policy as one pure module: observations in, plan out.
+
+Policies call it, runtimes compile it and exporters write it to a file; all of them see the same
+arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.core.sampling import Trajectory, prepare, sample
+from diffpolicy.core.solvers import Solver
+from diffpolicy.core.starts import Start
+from diffpolicy.data.normalize import Normalizer
+from diffpolicy.guidance.layout import Layout
+from diffpolicy.guidance.pinned import PinCond
+
+
+class Loop(Protocol):
+    """A sampling loop: a :class:`PlanLoop`, or a compiled form of one."""
+
+    nfe: int
+    draws: int
+    horizon: int
+    action_dim: int
+
+    def __call__(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
+        """Normalised plans ``[n, H, A]``."""
+
+
+STARTS = ("prior", "noised", "given")
+
+
+class Condition(nn.Module):
+    """What the denoiser is told: the normalised observation history as one vector.
+
+    Args:
+        normalizer: the policy's, with a field ``obs``.
+
+    Attributes:
+        pinned: it also tells what is known of the plan, as a ``PinCond``.
+    """
+
+    pinned = False
+
+    def __init__(self, normalizer: Normalizer) -> None:
+        super().__init__()
+        self.normalizer = normalizer
+
+    def forward(self, history: Tensor) -> Any:
+        """``cond`` for raw observations ``[n, To, O]``."""
+        return self.normalizer.normalize("obs", history).flatten(1)
+
+    def settled(self, plan: Tensor, given: Any) -> Tensor:
+        """The plan ``[n, H, D]`` with what is known of it set exactly."""
+        del given
+        return plan
+
+
+class PinnedCondition(Condition):
+    """Plans that hold observations: the history is pinned in them, and so is a goal.
+
+    Args:
+        normalizer: the policy's.
+        layout: what a plan holds.
+        returns: the return that is asked for, as ``(1, normalised)``; empty: none.
+    """
+
+    known: Tensor
+    wanted: Tensor | None
+    pinned = True
+
+    def __init__(self, normalizer: Normalizer, layout: Layout, returns: Sequence[float]) -> None:
+        super().__init__(normalizer)
+        self.layout = layout
+        self.register_buffer("known", layout.known, persistent=False)
+        self.register_buffer("wanted", torch.tensor(returns) if returns else None, persistent=False)
+
+    def forward(self, history: Tensor) -> PinCond:
+        """The pinned values and the condition beside them."""
+        values = self.layout.values(
+            self.normalizer.normalize("obs", history), self.goal(history[:, -1])
+        )
+        wanted = None if self.wanted is None else self.wanted.to(values).expand(len(values), -1)
+        return PinCond(wanted, values)
+
+    def settled(self, plan: Tensor, given: PinCond) -> Tensor:
+        """The plan with its known entries; solvers reach them to within rounding or noise."""
+        return torch.where(self.known, given.values, plan)
+
+    def goal(self, obs: Tensor) -> Tensor | None:
+        """Normalised goal entries ``[n, G]`` for raw observations ``[n, O]``."""
+        if not self.layout.goal:
+            return None
+        moved = obs.clone()  # goal entries in the places whose normalisation they get
+        for target, source in self.layout.goal:
+            moved[:, target] = obs[:, source]
+        normal = self.normalizer.normalize("obs", moved)
+        # One by one: a list as index would be copied to the device, which no CUDA graph records.
+        return torch.stack([normal[:, target] for target, _ in self.layout.goal], 1)
+
+
+class PlanLoop(nn.Module):
+    """K steps of one solver over a fixed grid of levels.
+
+    Args:
+        denoiser: maps noisy to clean plans (guidance included).
+        normalizer: the policy's, with a field ``obs``.
+        solver: of :mod:`diffpolicy.core.solvers`.
+        levels: host grid ``[K + 1, 1, 1 or H, 1 or A]``, the first entry the start's level.
+        start: where sampling begins: ``"prior"`` from noise alone, ``"noised"`` from the guess
+            noised to the first level (truncated, warm), ``"given"`` from the guess as it is.
+        plan_shape: ``(To, O, H, D)``; D = A unless ``condition`` says that plans hold more.
+        temperature: factor of all noise.
+        condition: from raw observations to what the denoiser takes; default :class:`Condition`.
+
+    Attributes:
+        nfe: network evaluations K.
+        draws: R, slices of noise that :meth:`forward` needs.
+        uses_guess: whether the guess matters.
+
+    Raises:
+        ValueError: an unknown start, or levels that the network cannot take.
+    """
+
+    def __init__(
+        self,
+        denoiser: BaseDenoiser,
+        normalizer: Normalizer,
+        solver: Solver,
+        levels: Tensor,
+        *,
+        start: str,
+        plan_shape: tuple[int, int, int, int],
+        condition: Condition | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if start not in STARTS:
+            raise ValueError(f"unknown start {start!r}; expected one of {STARTS}")
+        n_obs_steps, obs_dim, self.horizon, self.action_dim = plan_shape
+        self.obs_shape = (n_obs_steps, obs_dim)
+        self.denoiser, self.normalizer, self.solver = denoiser, normalizer, solver
+        self.start, self.levels, self.temperature = start, levels, temperature
+        self.condition = Condition(normalizer) if condition is None else condition
+        parameter = next(denoiser.parameters(), torch.zeros(1))
+        shape = (1, self.horizon, self.action_dim)
+        like = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+        with torch.no_grad():
+            self.grid = prepare(denoiser, solver, levels, like)
+            self.alpha, self.sigma = denoiser.process.noising_scales(levels[0], like)
+        self.nfe = self.grid.nfe
+        self.draws = (start != "given") + (self.nfe if self.grid.stochastic else 0)
+        self.uses_guess = start != "prior"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.alpha.device
+
+    def forward(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
+        """One plan per row.
+
+        Args:
+            history: raw observations ``[n, To, O]``.
+            guess: normalised clean guess ``[n, H, A]`` (ignored by a prior start).
+            noise: standard normal ``[R, n, H, A]``.
+
+        Returns:
+            Normalised plans ``[n, H, A]``.
+        """
+        x0 = self._sample(history, guess, noise, record=False)
+        assert isinstance(x0, Tensor)
+        return x0
+
+    def with_confidence(
+        self, history: Tensor, guess: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Plans, and the logit ``[n]`` that a network with that head gave each in the last step.
+
+        Raises:
+            ValueError: a network without a confidence head.
+        """
+        result = self._sample(history, guess, noise, record=True)
+        assert isinstance(result, Trajectory)
+        aux = result.transitions[-1].denoised.aux
+        if "confidence" not in aux:
+            raise ValueError(
+                "this network has no confidence head; train one (network type 'anchored') or rank "
+                "by 'denoising'"
+            )
+        return result.x0, aux["confidence"]
+
+    def _sample(
+        self, history: Tensor, guess: Tensor, noise: Tensor, *, record: bool
+    ) -> Tensor | Trajectory:
+        given = self.condition(history)
+        noise = self.tempered(noise)
+        result = sample(
+            self.denoiser,
+            self.solver,
+            self.begin(guess, noise),
+            self.grid,
+            cond=given,
+            noise=noise[self.draws - self.nfe :] if self.grid.stochastic else None,
+            record=record,
+        )
+        if isinstance(result, Trajectory):
+            return result._replace(x0=self.condition.settled(result.x0, given))
+        return self.condition.settled(result, given)
+
+    def tempered(self, noise: Tensor) -> Tensor:
+        """The noise with the standard deviation that this loop samples with."""
+        return noise if self.temperature == 1 else self.temperature * noise
+
+    def begin(self, guess: Tensor, noise: Tensor) -> Start:
+        """The start made of a guess and the first slice of noise."""
+        if self.start == "given":
+            return Start(guess, self.levels[0])
+        x = self.sigma * noise[0]
+        if self.start == "noised":
+            x = torch.addcmul(x, self.alpha, guess)
+        return Start(x, self.levels[0])

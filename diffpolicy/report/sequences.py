@@ -1,0 +1,315 @@
+"""The report on a run of reward tuning.
+
+It is a ``report.json`` (plain values, null for what is undefined), a ``report.md`` that says the
+same, and pictures if matplotlib is there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from diffpolicy.files import write_atomic
+from diffpolicy.report.logos import check_profiles
+from diffpolicy.report.sequence_figures import plot_curves, plot_logo, read_curves, standing_warning
+from diffpolicy.report.tables import COSTS, distribution, label_of, markdown, text
+from diffpolicy.sequences.exact import divergence, optimum
+from diffpolicy.sequences.oracles import Oracles, score
+
+FORMAT, VERSION = "diffpolicy-finetune-report", 1
+PRETRAINED, TUNED, TOP = "pre-trained", "tuned", "top of the data"
+_NAMES = {
+    "count": "sequences",
+    "reward": "reward, training oracle",
+    "held_out": "reward, held-out oracle",
+    "log_likelihood": "log-likelihood under the reference (bound)",
+    "kl": "KL to the reference, nats",
+    "entropy": "entropy per position, nats",
+    "diversity": "mean Hamming distance of two sequences",
+    "unique": "unique fraction",
+    "valid": "valid fraction",
+    "kmer_correlation": "k-mer correlation with the top of the data",
+    "profile_correlation": "profile correlation with the top of the data",
+    "wild_type_distance": "mean distance from the wild type",
+}
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """What one method reached with one seed, as :func:`write_report` takes it.
+
+    Args:
+        task: name of the task.
+        method: name of the method, for tables.
+        seed: of the training.
+        before: figures of the pre-trained model, of ``evaluate_sequences``.
+        after: of the tuned one, or of sequences that a method without training chose.
+        alphabet: one letter per token.
+        profiles: frequencies ``[L, V]`` by name; ``"tuned"`` and ``"pre-trained"`` are what
+            comparisons show.
+        setting: tells results of one method and seed apart, e.g. ``"kl_weight=0.05"``.
+        settings: everything that was chosen, the command among it.
+        cost: numbers; ``nfe`` (network evaluations per sequence), ``reward_calls`` and ``wall_s``
+            stand in tables.
+        exact: figures of the whole law (``ExactScores._asdict()``), where they are known.
+        best: sequences as :func:`best_sequences` gives them.
+        optimum: ``(kl, reward)`` of the best laws, of :func:`optimum_curve`, where they are known.
+
+    Raises:
+        ValueError: no name, profiles that do not fit the alphabet, or figures that are not there.
+    """
+
+    task: str
+    method: str
+    seed: int
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    alphabet: str
+    profiles: Mapping[str, Any]
+    setting: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, Any] = field(default_factory=dict)
+    exact: Mapping[str, Any] | None = None
+    best: Sequence[Mapping[str, Any]] = ()
+    optimum: Sequence[Sequence[float]] = ()
+
+    def __post_init__(self) -> None:
+        if not self.method or not self.task:
+            raise ValueError("a result needs the name of its task and of its method")
+        check_profiles(self.profiles, self.alphabet)
+        for name in ("before", "after"):
+            if "reward" not in getattr(self, name):
+                raise ValueError(
+                    f"{name} must be a row of evaluate_sequences, with a 'reward'; it has "
+                    f"{sorted(getattr(self, name))}"
+                )
+
+
+def best_sequences(
+    tokens: Any,
+    oracles: Oracles,
+    alphabet: str,
+    *,
+    count: int = 10,
+    valid: Callable[[Any], Any] | None = None,
+) -> list[dict[str, Any]]:
+    """The different valid sequences of highest reward under the training oracle, best first.
+
+    Args:
+        tokens: ``[N, L]``.
+        oracles: the rewards.
+        alphabet: one letter per token.
+        count: at most so many.
+        valid: a task's ``valid``, which says of ``[M, L]`` which may be proposed; None: all.
+
+    Returns:
+        Each with ``sequence`` (letters), ``reward`` and ``held_out``.
+    """
+    found = tokens.cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
+    held = np.unique(found, axis=0)
+    if valid is not None:
+        held = held[np.asarray(valid(held), bool)]
+    if not len(held):
+        return []
+    reward = score(oracles.reward, held, len(alphabet))
+    best = held[np.argsort(-reward, kind="stable")[:count]]
+    columns = [score(oracle, best, len(alphabet)) for oracle in oracles[:2]]
+    return [
+        {"sequence": "".join(alphabet[i] for i in row), "reward": float(r), "held_out": float(h)}
+        for row, r, h in zip(best, *columns, strict=True)
+    ]
+
+
+def optimum_curve(
+    p_reference: Tensor, reward: Tensor, kl_weights: Sequence[float]
+) -> list[tuple[float, float]]:
+    """The best laws ``p* ~ p_ref exp(r / kl_weight)`` as ``(kl, mean reward)``, in nats.
+
+    Args:
+        p_reference: law of the reference ``[V^L]``.
+        reward: of every sequence ``[V^L]``.
+        kl_weights: one point each, positive.
+    """
+    laws = [optimum(p_reference, reward, weight) for weight in kl_weights]
+    return [(divergence(p, p_reference), float((p * reward.double()).sum())) for p in laws]
+
+
+def write_report(run_dir: str | Path, result: TuningResult) -> Path:
+    """Writes ``report.json``, ``report.md``, ``logo.png`` and ``curves.png`` of one run.
+
+    The curves, and the warning of reward hacking, are those of ``metrics.csv`` in the same place;
+    without it there are none. Pictures that cannot be drawn leave a note with the reason.
+
+    Args:
+        run_dir: receives the files.
+        result: what was reached.
+
+    Returns:
+        The path of ``report.json``.
+
+    Raises:
+        ValueError: values that JSON does not have.
+    """
+    folder = Path(run_dir)
+    values = plain({f.name: getattr(result, f.name) for f in fields(result)})
+    metrics = folder / "metrics.csv"
+    title = f"{result.task}, {label_of(values)}, seed {result.seed}"
+    drawings: dict[str, Callable[[Path], Any]] = {
+        "logo.png": lambda path: plot_logo(
+            result.profiles, path, alphabet=result.alphabet, title=title
+        )
+    }
+    if metrics.is_file():
+        drawings["curves.png"] = lambda path: plot_curves(metrics, path, title=title)
+    pictures, notes = draw_pictures(folder, drawings)
+    report = {
+        "format": FORMAT,
+        "version": VERSION,
+        **values,
+        "warning": _warning(metrics),
+        "pictures": pictures,
+        "notes": notes,
+    }
+    write_atomic(folder / "report.md", _run_text(report, title))
+    return write_atomic(folder / "report.json", to_json(report))
+
+
+def read_report(path: str | Path) -> dict[str, Any]:
+    """A report of :func:`write_report`, of its file or directory.
+
+    Raises:
+        ValueError: there is none.
+    """
+    file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+    try:
+        report: dict[str, Any] = json.loads(file.read_text())
+        kind = (report["format"], report["version"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no report of a fine-tuning run: {error!r}") from None
+    if kind != (FORMAT, VERSION):
+        raise ValueError(f"{file} is {kind[0]!r} of version {kind[1]}, not {FORMAT!r} of {VERSION}")
+    return report
+
+
+# ------------------------------------------------------------------ one run
+
+
+def _warning(metrics: Path) -> dict[str, Any] | None:
+    try:
+        found = standing_warning(read_curves(metrics))
+    except (OSError, ValueError):  # no file, or no row in it yet
+        return None
+    return None if found is None else found._asdict()
+
+
+def _run_text(report: Mapping[str, Any], title: str) -> str:
+    before, after = report["before"], report["after"]
+    keys = [k for k in {**before, **after} if k not in ("kl_kind", "kl_standard_error")]
+    parts = [f"# {title}\n"]
+    if report["warning"]:
+        parts.append(
+            f"**Since update {report['warning']['step']}**: {report['warning']['message']}.\n"
+        )
+    parts.append("Median [quartiles] over sequences.\n")
+    parts.append(
+        markdown(
+            ["figure", "before", "after"],
+            [[_NAMES.get(k, k), _entry(before, k), _entry(after, k)] for k in keys],
+        )
+    )
+    for head, values in (("Exact law", report["exact"]), ("Cost", report["cost"])):
+        if values:
+            lines = [[COSTS.get(k, k.replace("_", " ")), text(v)] for k, v in values.items()]
+            parts += [f"## {head}\n", markdown(["figure", "value"], lines)]
+    if report["best"]:
+        heads = list(report["best"][0])
+        lines = [[text(row.get(h)) for h in heads] for row in report["best"]]
+        parts += ["## Best sequences\n", markdown([h.replace("_", "-") for h in heads], lines)]
+    parts += ending(report)
+    if report["settings"]:
+        parts += ["## Settings\n", f"```json\n{json.dumps(report['settings'], indent=1)}\n```\n"]
+    return "\n".join(parts)
+
+
+def _entry(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if isinstance(value, Mapping):
+        return distribution(value)
+    if key == "kl" and value is not None:
+        error = row.get("kl_standard_error")
+        spread = f" +- {text(error)}" if error else ""
+        return f"{text(value)}{spread} ({row.get('kl_kind') or 'kind unknown'})"
+    return text(value)
+
+
+def ending(report: Mapping[str, Any]) -> list[str]:
+    """Pictures and notes of a report, as Markdown."""
+    pictures = [f"![{Path(name).stem}]({name})\n" for name in report["pictures"]]
+    return [*pictures, *(f"{note}\n" for note in report["notes"])]
+
+
+# ------------------------------------------------------------------ files
+
+
+def plain(value: Any, where: str = "value") -> Any:
+    """Nested values as JSON has them: arrays as lists, null in place of what is not finite.
+
+    Raises:
+        ValueError: something that JSON does not have, with its place.
+    """
+    if isinstance(value, np.ndarray | np.generic) or hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise ValueError(f"a report holds plain values; {where} is {type(value).__name__}")
+
+
+def draw_pictures(
+    folder: Path, drawings: Mapping[str, Callable[[Path], Any]]
+) -> tuple[list[str], list[str]]:
+    """Draws what can be drawn into a directory.
+
+    Returns:
+        The names of the pictures that are there, and notes why others are not.
+    """
+    pictures, notes = [], []
+    for name, draw in drawings.items():
+        try:
+            draw(folder / name)
+            pictures.append(name)
+        except (ImportError, ValueError) as error:  # figures are worth having without pictures
+            notes.append(f"No {name}: {error}")
+    return pictures, notes
+
+
+def to_json(values: Mapping[str, Any]) -> str:
+    """The text of a JSON file; see :func:`plain`."""
+    return json.dumps(plain(values), indent=1, allow_nan=False) + "\n"
+
+
+__all__ = [
+    "PRETRAINED",
+    "TOP",
+    "TUNED",
+    "TuningResult",
+    "best_sequences",
+    "optimum_curve",
+    "plain",
+    "read_report",
+    "write_report",
+]

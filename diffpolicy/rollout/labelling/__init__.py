@@ -1,0 +1,1 @@
+"""Side-by-side clips and the page that a person answers on."""

@@ -1,0 +1,290 @@
+"""Pictures of stored segments: stored frames, or an episode repeated from its seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from diffpolicy.data.preferences.set import Segment, Span
+from diffpolicy.data.store import EpisodeStore
+from diffpolicy.rollout.env_spec import EnvSpec
+from diffpolicy.rollout.pool.slots import EnvSlot, Outcome
+from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
+from diffpolicy.rollout.results import EpisodeVideo
+from diffpolicy.rollout.trust import stored_env_id
+from diffpolicy.rollout.video import write_mp4
+
+_GREEN, _RED, _GREY = (46, 160, 67), (218, 54, 51), (128, 128, 128)
+
+
+class ClipError(ValueError):
+    """A segment that cannot be shown."""
+
+
+class ClipRenderer:
+    """Draws the steps of segments, one frame per step.
+
+    Three ways, the first that applies:
+
+    1. frames in the store: field ``img``, ``[T, height, width, 3]`` or ``[T, 3, height, width]``
+       uint8;
+    2. the environment of the store (attributes ``env_id``, ``env_kwargs``,
+       ``max_episode_steps``), reset to the episode's attribute ``seed`` and fed the stored actions,
+       for a branch those of its base episode first. What it shows must be the stored observations,
+       number by number, so a picture is never one of another episode;
+    3. an environment with a method ``show_observation(obs [O])`` (found by
+       ``env.get_wrapper_attr``) that puts it into the state of an observation. A person's recorded
+       demonstrations have no seed and need this.
+
+    The environment runs in a worker process of its own. Use the renderer as a context manager, or
+    call :meth:`close`.
+
+    Args:
+        store: the episodes.
+        env: used instead of the store's own environment.
+        side: longest side of a frame in pixels.
+        before: further steps shown before a segment, as far as the episode has them.
+        after: likewise, after it.
+
+    Raises:
+        ClipError: the store has neither frames nor an environment.
+        ValueError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        store: EpisodeStore,
+        *,
+        env: EnvSpec | None = None,
+        side: int = 256,
+        before: int = 0,
+        after: int = 0,
+    ) -> None:
+        if side < 1 or before < 0 or after < 0:
+            raise ValueError(
+                f"side must be 1 or more, before and after 0 or more; got {side}, {before}, {after}"
+            )
+        self.store, self._side, self._margin = store, side, (before, after)
+        self._ends, self._lengths = store.episode_ends, store.episode_lengths
+        self._spec = _environment(store) if env is None else env
+        self._pool: WorkerPool | None = None
+        self._slot: EnvSlot | None = None
+        self.stored = _is_pictures(store)
+        if not self.stored and self._spec is None:
+            raise ClipError(
+                f"{store.name} cannot be shown: it has neither frames (a field img, "
+                "[T, height, width, 3] uint8) nor says its environment (attribute env_id). Give "
+                "the environment: with a seed per episode its actions are repeated, else it needs "
+                "a method show_observation(obs)"
+            )
+
+    def frames(self, segment: Segment) -> np.ndarray:
+        """The frames of a segment, ``[F, height, width, 3]`` uint8.
+
+        Frame i shows what was seen before the i-th action.
+
+        Raises:
+            ClipError: why it cannot be shown.
+        """
+        return np.concatenate([self._span(self._wider(span)) for span in segment])
+
+    def close(self) -> None:
+        """Ends the environment; harmless when called twice."""
+        if self._pool is not None:
+            self._pool.close()
+        if self._slot is not None:
+            self._slot.close()
+        self._pool = self._slot = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _wider(self, span: Span) -> Span:
+        before, after = self._margin
+        first = max(span.start - before, 0)
+        last = min(span.start + span.length + after, int(self._lengths[span.episode]))
+        return Span(span.episode, first, last - first)
+
+    def _rows(self, name: str, episode: int, start: int, stop: int) -> np.ndarray:
+        first = int(self._ends[episode] - self._lengths[episode])
+        return self.store.read(name, first + start, first + stop)
+
+    def _span(self, span: Span) -> np.ndarray:
+        start, stop = span.start, span.start + span.length
+        if self.stored:
+            pictures = self._rows("img", span.episode, start, stop)
+            whole = pictures if pictures.shape[-1] == 3 else np.moveaxis(pictures, 1, -1)
+            step = -(-max(whole.shape[1:3]) // self._side)
+            return np.ascontiguousarray(whole[:, ::step, ::step])
+        if "seed" not in self.store.episode_attrs[span.episode]:
+            return self._shown(self._rows("obs", span.episode, start, stop))
+        return self._replayed(span)
+
+    def _replayed(self, span: Span) -> np.ndarray:
+        attrs = self.store.episode_attrs[span.episode]
+        stop = span.start + span.length
+        obs = self._rows("obs", span.episode, 0, stop)
+        actions = self._rows("action", span.episode, 0, stop)
+        first = span.start
+        if attrs.get("kind") == "branch":
+            # Its rows begin some steps before the branch point; the base episode has all of them.
+            skipped = attrs["step"] - attrs["start"]
+            obs = np.concatenate([self._rows("obs", attrs["base"], 0, skipped), obs])
+            actions = np.concatenate([self._rows("action", attrs["base"], 0, skipped), actions])
+            first += skipped
+        pool = self._replay_pool()
+        outcome = pool.reset([0], [attrs["seed"]], frames=[first == 0])[0]
+        pictures = []
+        for step in range(len(obs)):
+            pictures.append(self._repeated(outcome, obs[step], span.episode, step, step >= first))
+            if step + 1 < len(obs):
+                wanted = [step + 1 >= first]
+                outcome = pool.step(actions[step][None], [0], frames=wanted)[0]
+        return np.stack([picture for picture in pictures if picture is not None])
+
+    def _repeated(
+        self, outcome: Outcome | Failure, known: np.ndarray, episode: int, step: int, drawn: bool
+    ) -> np.ndarray | None:
+        if isinstance(outcome, Failure):
+            raise ClipError(f"episode {episode} cannot be repeated: step {step} {outcome}")
+        if not np.array_equal(outcome.obs, known):
+            raise ClipError(
+                f"episode {episode} cannot be shown: from its seed and with its actions the "
+                f"environment came to another observation at step {step} than the store has. The "
+                "stored actions are not those executed (collected with noise?), the environment "
+                "does not repeat itself, or its version changed"
+            )
+        if drawn and outcome.frame is None:
+            raise ClipError(f"the environment draws no picture: {outcome.note}")
+        return outcome.frame
+
+    def _replay_pool(self) -> WorkerPool:
+        if self._pool is None:
+            assert self._spec is not None
+            # A process of its own: graphics contexts belong to the thread that made them.
+            workers = Workers(num_envs=1, num_workers=1)
+            self._pool = WorkerPool(self._spec, workers, frame_side=self._side)
+        return self._pool
+
+    def _shown(self, observations: np.ndarray) -> np.ndarray:
+        assert self._spec is not None
+        if self._slot is None:
+            self._slot = EnvSlot(self._spec, self._side)
+            self._slot.reset(0)
+        env = self._slot.env
+        if not env.has_wrapper_attr("show_observation"):
+            raise ClipError(
+                f"the episodes of {self.store.name} have no seed, so they cannot be repeated, and "
+                f"{self._spec.id!r} has no method show_observation(obs), so it cannot be put into "
+                "their states. Store frames (a field img), or give an environment with that method"
+            )
+        show = env.get_wrapper_attr("show_observation")
+        pictures = []
+        for observation in observations:
+            show(observation)
+            picture, note = self._slot.render()
+            if picture is None:
+                raise ClipError(f"the environment draws no picture: {note}")
+            pictures.append(picture)
+        return np.stack(pictures)
+
+
+def _environment(store: EpisodeStore) -> EnvSpec | None:
+    name = store.attrs.get("env_id")
+    if name is None:
+        return None
+    stored_env_id(name, store.name, instead="env=")
+    kwargs: dict[str, Any] = store.attrs.get("env_kwargs", {})
+    return EnvSpec(name, kwargs, store.attrs.get("max_episode_steps"))
+
+
+def _is_pictures(store: EpisodeStore) -> bool:
+    spec = store.fields.get("img")
+    return (
+        spec is not None
+        and spec.dtype == "uint8"
+        and len(spec.shape) == 3
+        and 3 in (spec.shape[0], spec.shape[2])
+    )
+
+
+def side_by_side(
+    left: np.ndarray, right: np.ndarray, *, better: str | None = None, border: int = 4
+) -> np.ndarray:
+    """Two clips beside each other; the shorter one holds its last frame.
+
+    Args:
+        left: ``[F, height, width, 3]`` uint8.
+        right: likewise, of the same size but any length.
+        better: ``"left"`` or ``"right"`` gets a green frame and the other a red one; None: both
+            grey.
+        border: width of the frames in pixels.
+
+    Returns:
+        ``[max(F), height + 2 border, 2 (width + 2 border), 3]`` uint8.
+
+    Raises:
+        ValueError: sizes that differ.
+    """
+    if left.shape[1:] != right.shape[1:]:
+        raise ValueError(f"the clips differ in size: {left.shape[1:]} and {right.shape[1:]}")
+    count = max(len(left), len(right))
+    halves = []
+    for name, clip in (("left", left), ("right", right)):
+        colour = _GREY if better is None else _GREEN if better == name else _RED
+        shape = (count, clip.shape[1] + 2 * border, clip.shape[2] + 2 * border, 3)
+        half = np.empty(shape, np.uint8)
+        half[:] = colour
+        held = np.concatenate([clip, np.repeat(clip[-1:], count - len(clip), axis=0)])
+        half[:, border : border + clip.shape[1], border : border + clip.shape[2]] = held
+        halves.append(half)
+    return np.concatenate(halves, axis=2)
+
+
+def pair_video(
+    renderer: ClipRenderer, left: Segment, right: Segment, better: str | None
+) -> EpisodeVideo:
+    """The two clips of a pair as a film, see :func:`side_by_side`.
+
+    It bears the seed of the left episode, or its index where it has none.
+    """
+    frames = side_by_side(renderer.frames(left), renderer.frames(right), better=better)
+    episode = left[0].episode
+    seed = renderer.store.episode_attrs[episode].get("seed", episode)
+    return EpisodeVideo(int(seed), None, frames)
+
+
+def write_pair(path: str | Path, video: EpisodeVideo, *, fps: int = 10) -> Path:
+    """Writes the film of a pair; its last frame stays for a second.
+
+    Raises:
+        ImportError: imageio or its ffmpeg is missing (with the pip command).
+    """
+    held = np.concatenate([video.frames, np.repeat(video.frames[-1:], fps, axis=0)])
+    return write_mp4(path, [video._replace(frames=held)], fps=fps)
+
+
+def choose_pairs(total: int, count: int, chosen: Sequence[int] | None = None) -> list[int]:
+    """Which of ``total`` pairs to draw: those chosen, or ``count`` of them, evenly spaced.
+
+    Raises:
+        ValueError: a number that is none of them.
+    """
+    if chosen is not None:
+        wrong = [i for i in chosen if not 0 <= i < total]
+        if wrong:
+            raise ValueError(f"pairs are numbered 0..{total - 1}; got {wrong}")
+        return list(chosen)
+    return sorted(set(np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()))

@@ -1,0 +1,1 @@
+"""Environments in supervised worker processes."""

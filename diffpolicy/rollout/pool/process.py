@@ -1,0 +1,230 @@
+"""One worker process: a fresh interpreter, a socket to it, a note of where it is, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+import numpy as np
+
+from diffpolicy.rollout.env_spec import EnvSpec
+from diffpolicy.rollout.pool import wire
+
+# The child gets our import path, so that it finds whatever registers the environment.
+_BOOTSTRAP = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "from diffpolicy.rollout.pool.worker import main; main(int(sys.argv[1]), int(sys.argv[3]))"
+)
+# One environment is one thread of work; numeric libraries that each start a thread per core only
+# get in the way.
+_CHILD_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PYGAME_HIDE_SUPPORT_PROMPT": "1",
+}
+
+
+class Progress:
+    """Which of its rows a process is at and since when, in memory that both sides see.
+
+    A process answers for all rows of a command at once, so this alone tells which of them hangs,
+    or was the last before it died. It costs no message.
+
+    Args:
+        file: descriptor of a file of at least :attr:`SIZE` bytes.
+    """
+
+    _LAYOUT = struct.Struct("=qd")
+    SIZE = _LAYOUT.size
+
+    def __init__(self, file: int) -> None:
+        self._memory = mmap.mmap(file, self.SIZE)
+
+    def at(self, place: int) -> None:
+        """Notes that the row at ``place`` of the command is worked on from now on."""
+        self._LAYOUT.pack_into(self._memory, 0, place, time.monotonic())
+
+    def read(self) -> tuple[int, float]:
+        """The place, and since when (``time.monotonic()``, which processes share)."""
+        place, since = self._LAYOUT.unpack_from(self._memory)
+        return int(place), float(since)
+
+
+class WorkerProcess:
+    """A worker process and what it still owes us.
+
+    It leads a process group of its own, so that whatever its environments start ends with it.
+
+    Args:
+        spec: the environment.
+        rows: the rows of the pool that live in this process.
+        frame_side: longest side of the frames that may be asked for; 0: none.
+        start_timeout: seconds that starting may take.
+
+    Attributes:
+        pending: rows of the command that is not answered yet, in order.
+        greeted: whether the process has said that its environment could be made.
+        gone: why there is no process any more; empty while there is one.
+    """
+
+    def __init__(
+        self, spec: EnvSpec, rows: Sequence[int], *, frame_side: int, start_timeout: float
+    ) -> None:
+        self.rows = tuple(rows)
+        self.pending: tuple[int, ...] = ()
+        self.greeted = False
+        self.gone = self._how = ""
+        self._asked = self._patient_from = time.monotonic()
+        self._limit = start_timeout
+        self.sock, theirs = socket.socketpair()
+        try:
+            with _shared_memory() as shared:
+                self._progress = Progress(shared.fileno())
+                self.proc = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-c",
+                        _BOOTSTRAP,
+                        str(theirs.fileno()),
+                        json.dumps([str(entry) for entry in sys.path]),
+                        str(shared.fileno()),
+                    ],
+                    stdin=subprocess.PIPE,  # never written to: its end tells that we are gone
+                    pass_fds=(theirs.fileno(), shared.fileno()),
+                    env={**os.environ, **_CHILD_ENV, **_headless()},
+                    start_new_session=True,
+                )
+        except BaseException:
+            self.sock.close()
+            raise
+        finally:
+            theirs.close()
+        hello = {"spec": spec.to_dict(), "rows": list(self.rows), "frame_side": frame_side}
+        with contextlib.suppress(OSError):  # it died already: reading will say how
+            wire.send(self.sock, hello, {})
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a message is due."""
+        return not self.gone and (bool(self.pending) or not self.greeted)
+
+    @property
+    def deadline(self) -> float:
+        """``time.monotonic()`` by which the row that is worked on must be done."""
+        if self.gone:
+            return math.inf
+        since = self._progress.read()[1] if self.greeted else 0.0
+        return max(self._patient_from, since) + self._limit
+
+    @property
+    def culprit(self) -> int | None:
+        """The row that is worked on; None if none is, or if the process has not started yet."""
+        if not self.pending or not self.greeted:
+            return None
+        place, since = self._progress.read()
+        return self.pending[place if since >= self._asked else 0]
+
+    def order(
+        self,
+        command: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+        *,
+        rows: Sequence[int],
+        timeout: float,
+    ) -> None:
+        """Sends a command for some rows; one reply for all of them is due.
+
+        Args:
+            command: what is to be done.
+            arrays: that go with it.
+            rows: in which.
+            timeout: seconds that one row may take.
+
+        Raises:
+            OSError: the process is gone.
+        """
+        self.pending = tuple(rows)
+        if self.greeted:
+            self._asked = self._patient_from = time.monotonic()
+            self._limit = timeout
+        self.sock.settimeout(timeout)
+        wire.send(self.sock, {**command, "rows": list(rows)}, arrays)
+
+    def greet(self, timeout: float) -> None:
+        """Notes that it has started; a command that waited for that begins now."""
+        self.greeted = True
+        self._asked = self._patient_from = time.monotonic()
+        self._limit = timeout
+
+    def hurry(self, timeout: float) -> None:
+        """From now on a row may take ``timeout`` seconds, unless it may take less already."""
+        self._patient_from, self._limit = time.monotonic(), min(timeout, self._limit)
+
+    def end(self, grace: float = 0.0) -> str:
+        """Ends the process and all that it started; says how it ended. Harmless when repeated.
+
+        Args:
+            grace: seconds to leave for ending by itself before it is killed.
+        """
+        if self._how:  # its number may be another process's by now
+            return self._how
+        ended_itself = self._wait(grace) if grace > 0 else self.proc.poll() is not None
+        self.sock.close()
+        with contextlib.suppress(OSError):  # the group is empty: nothing was left behind
+            os.killpg(self.proc.pid, signal.SIGKILL)
+        if not ended_itself:
+            self._wait(10.0)
+        if self.proc.stdin is not None:
+            self.proc.stdin.close()
+        code = self.proc.returncode
+        if not ended_itself:
+            self._how = "was killed by the pool"
+        elif code is not None and code < 0:
+            self._how = f"was killed by signal {_signal_name(-code)}"
+        else:
+            self._how = f"ended with exit code {code}"
+        return self._how
+
+    def _wait(self, timeout: float) -> bool:
+        try:
+            self.proc.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+
+def _shared_memory() -> IO[bytes]:
+    """A file without a name, in memory where there is such a thing."""
+    if hasattr(os, "memfd_create"):
+        file: IO[bytes] = os.fdopen(os.memfd_create("diffpolicy-worker"), "w+b", 0)
+    else:
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - whoever asks closes it
+    file.write(bytes(Progress.SIZE))
+    return file
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"{signal.Signals(number).name} ({number})"
+    except ValueError:
+        return str(number)
+
+
+def _headless() -> dict[str, str]:
+    if "DISPLAY" in os.environ or "SDL_VIDEODRIVER" in os.environ:
+        return {}
+    return {"SDL_VIDEODRIVER": "dummy"}  # environments drawn with pygame (Push-T) need no screen

@@ -1,0 +1,299 @@
+"""Supervision of worker processes: what they answer, and what it means when they do not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from diffpolicy.rollout.env_spec import EnvInfo, EnvSpec, EnvSpecError
+from diffpolicy.rollout.pool import wire
+from diffpolicy.rollout.pool.process import WorkerProcess
+from diffpolicy.rollout.pool.wire import Message
+from diffpolicy.settings import named_settings
+
+_MAX_FAILED_STARTS = 3
+_GLANCE_S = 0.5  # how often a silent process is looked after
+
+
+class WorkerError(ChildProcessError):
+    """No worker process can be started, or none any more."""
+
+
+class Failure(NamedTuple):
+    """Why a row has no result.
+
+    Attributes:
+        kind: ``"raised"`` (the environment raised), ``"timed out"``, ``"died"`` (the process
+            ended), ``"lost"`` (another row of the same process ended it, or it was restarting) or
+            ``"gone"`` (it cannot be started any more, so the row has no environment from now on).
+        text: the worker's traceback or how its process ended.
+    """
+
+    kind: Literal["raised", "timed out", "died", "lost", "gone"]
+    text: str
+
+    def __str__(self) -> str:
+        """What happened in the first line (of a traceback: the error), then the whole text."""
+        text = self.text.strip()
+        _, began, after = text.rpartition("Traceback (most recent call last):\n")
+        ends = [line for line in after.splitlines() if began and not line.startswith(" ")]
+        return f"{self.kind} {ends[0]}\n{text}" if ends else f"{self.kind}: {text}"
+
+    @property
+    def blameless(self) -> bool:
+        """Whether it says nothing of the episode, which has to be begun again elsewhere."""
+        return self.kind in ("lost", "gone")
+
+
+@named_settings
+@dataclass(frozen=True)
+class Workers:
+    """How many environments run in how many processes, and how patient to be with them.
+
+    Args:
+        num_envs: environments that are stepped together (rows of one policy call).
+        num_workers: processes they are spread over; None: one per available core, at most one per
+            environment, but a single one where steps are so cheap (a few are measured) that more
+            messages would cost more than the steps; 0: none, everything runs in the calling
+            process, without timeouts.
+        timeout: seconds that one environment may take for one reset or step.
+        start_timeout: seconds that a process may take to start and make its first environment.
+        retries: how often an episode that failed is tried again before it counts as an error.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    num_envs: int = 8
+    num_workers: int | None = None
+    timeout: float = 60.0
+    start_timeout: float = 180.0
+    retries: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {self.num_envs}")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers must be None, 0 or more, got {self.num_workers}")
+        if not (self.timeout > 0 and self.start_timeout > 0):
+            raise ValueError(f"timeouts must be positive, got {self.timeout}, {self.start_timeout}")
+        if self.retries < 0:
+            raise ValueError(f"retries must be 0 or more, got {self.retries}")
+
+    def count(self, num_envs: int) -> int:
+        """The number of processes for ``num_envs`` environments."""
+        if self.num_workers is None:
+            return min(num_envs, _cores())
+        return min(num_envs, self.num_workers)
+
+
+def _cores() -> int:
+    """Cores that this process may use, which in a container can be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Supervisor:
+    """Worker processes that are replaced when they fail.
+
+    Rows are dealt to the processes in turn. Every failure of a process is told for all of its rows,
+    whether they were asked anything or not; whoever asked knows which of them matter.
+
+    Args:
+        spec: the environment.
+        workers: numbers of environments and processes, and timeouts.
+        frame_side: longest side of the frames that may be asked for; 0: none.
+        count: processes to begin with.
+
+    Attributes:
+        processes: one per index; those that could not be restarted are ``gone``.
+        owner: row -> index of its process.
+        live: rows in which an episode was begun since their process started.
+        info: what the environment is, as the workers made it.
+
+    Raises:
+        EnvSpecError: the environment cannot be made.
+        WorkerError: the processes cannot be started, or this system cannot supervise them.
+    """
+
+    def __init__(self, spec: EnvSpec, workers: Workers, frame_side: int, count: int) -> None:
+        if os.name != "posix":
+            raise WorkerError("worker processes need a POSIX system; use Workers(num_workers=0)")
+        self.processes: list[WorkerProcess] = []
+        self.owner: dict[int, int] = {}
+        self.live: set[int] = set()
+        self._spec, self._workers, self._frame_side = spec, workers, frame_side
+        self._failed_starts: dict[int, int] = {}
+        self._selector = selectors.DefaultSelector()
+        self._finalizer = weakref.finalize(self, _end_all, self.processes, self._selector)
+        self._started = False
+        self._looked = time.monotonic()
+        try:
+            self.spread(count)
+            if all(process.gone for process in self.processes):
+                raise WorkerError(self.processes[0].gone)
+        except BaseException:
+            self.close()
+            raise
+
+    def send(
+        self,
+        process: WorkerProcess,
+        command: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+        rows: Sequence[int],
+    ) -> None:
+        """Sends a command for some rows of a process."""
+        # A process that is gone is noticed when its answer is read, which also tells how it ended.
+        with contextlib.suppress(OSError):
+            process.order(command, arrays, rows=rows, timeout=self._workers.timeout)
+
+    def spread(self, count: int) -> None:
+        """Deals the rows to ``count`` processes; those that are not there yet are started."""
+        # Neighbouring rows go to different processes, so the last episodes are spread evenly too.
+        for index in range(count):
+            rows = range(index, self._workers.num_envs, count)
+            self.owner |= dict.fromkeys(rows, index)
+            if index < len(self.processes):
+                self.processes[index].rows = tuple(rows)
+            else:
+                self.processes.append(self._launch(rows))
+        while any(process.awaited for process in self.processes):
+            self.events()
+
+    def hurry(self, timeout: float) -> None:
+        """Makes the answers that are due now due within ``timeout`` seconds, if they were not."""
+        for process in self.processes:
+            if process.greeted:
+                process.hurry(timeout)
+
+    def busy(self) -> bool:
+        """Whether an answer is due."""
+        return any(process.pending for process in self.processes)
+
+    def events(self) -> list[tuple[int, Message | Failure]]:
+        """Waits for the next answers or failures: ``(row, what came)``, maybe none."""
+        awaited = [process for process in self.processes if process.awaited]
+        due = min((process.deadline for process in awaited), default=0.0)
+        patience = min(max(due - time.monotonic(), 0.0), _GLANCE_S)
+        ready = [key.data for key, _ in self._selector.select(patience)]
+        happened: list[tuple[int, Message | Failure]] = []
+        for process in ready:
+            happened += self._read(process)
+        now = time.monotonic()
+        look = now - self._looked >= _GLANCE_S
+        self._looked = now if look else self._looked
+        for process in (process for process in awaited if process not in ready):
+            if look and process.proc.poll() is not None:
+                # Seen only here if what it has left behind holds its socket open.
+                happened += self._fail(process, "died", "")
+            elif now > process.deadline:
+                what = "answer" if process.greeted else "start"
+                happened += self._fail(process, "timed out", f"did not {what} in time")
+        return happened
+
+    def abandon(self) -> None:
+        """Replaces the processes that are at work, because nobody waits for their answers."""
+        for process in [process for process in self.processes if process.pending]:
+            self._fail(process, "timed out", "was not waited for")
+
+    def close(self) -> None:
+        """Ends all processes; harmless when called twice."""
+        for process in self.processes:
+            with contextlib.suppress(OSError):
+                wire.send(process.sock, {"do": "close"}, {})
+        deadline = time.monotonic() + 5.0
+        for process in self.processes:
+            process.end(
+                0.0 if process.awaited or process.gone else max(deadline - time.monotonic(), 0.01)
+            )
+        self._finalizer()
+
+    def _launch(self, rows: Sequence[int]) -> WorkerProcess:
+        process = WorkerProcess(
+            self._spec, rows, frame_side=self._frame_side, start_timeout=self._workers.start_timeout
+        )
+        self._selector.register(process.sock, selectors.EVENT_READ, process)
+        return process
+
+    def _read(self, process: WorkerProcess) -> list[tuple[int, Message | Failure]]:
+        try:
+            values, arrays = wire.receive(process.sock, self._workers.timeout)
+        except TimeoutError:
+            return self._fail(process, "timed out", "stopped in the middle of a message")
+        except (EOFError, OSError):
+            return self._fail(process, "died", "")
+        if not process.greeted:
+            return self._greet(process, values, arrays)
+        rows, process.pending = process.pending, ()
+        answers: list[tuple[int, Message | Failure]] = []
+        for row, (own, parts) in zip(rows, wire.split(values, arrays), strict=True):
+            if "error" in own:
+                self.live.discard(row)
+                answers.append((row, Failure("raised", own["error"])))
+            else:
+                answers.append((row, (own, parts)))
+        return answers
+
+    def _greet(
+        self, process: WorkerProcess, values: dict[str, Any], arrays: dict[str, np.ndarray]
+    ) -> list[tuple[int, Message | Failure]]:
+        index = self.owner[process.rows[0]]
+        if "fatal" in values:
+            if not self._started:
+                text = values["fatal"] if values["type"] == "EnvSpecError" else values["trace"]
+                raise EnvSpecError(text)
+            return self._fail(process, "raised", values["trace"])
+        process.greet(self._workers.timeout)
+        self._started = True
+        self._failed_starts[index] = 0
+        self.info = EnvInfo(
+            spec=self._spec,
+            obs_dim=values["obs_dim"],
+            action_dim=len(arrays["action_low"]),
+            action_low=arrays["action_low"],
+            action_high=arrays["action_high"],
+            max_episode_steps=values["max_episode_steps"],
+            has_expert=values["has_expert"],
+            versions=values["versions"],
+        )
+        return []
+
+    def _fail(
+        self, process: WorkerProcess, kind: Literal["raised", "timed out", "died"], text: str
+    ) -> list[tuple[int, Message | Failure]]:
+        """Gives a process up, puts a new one in its place, and says what it means for the rows."""
+        index = self.owner[process.rows[0]]
+        # A process that has not started was not at work on any row, so none is to blame.
+        culprit = process.culprit
+        if not process.greeted:
+            self._failed_starts[index] = self._failed_starts.get(index, 0) + 1
+        self._selector.unregister(process.sock)
+        how = process.end(grace=1.0 if kind == "died" else 0.0)
+        text = f"worker process {process.proc.pid} {text or how}"
+        self.live.difference_update(process.rows)
+        process.pending = ()
+        if self._failed_starts.get(index, 0) >= _MAX_FAILED_STARTS:
+            process.gone = f"{text}; gave up after {_MAX_FAILED_STARTS} failed starts in a row"
+            return [(row, Failure("gone", process.gone)) for row in process.rows]
+        self.processes[index] = self._launch(process.rows)
+        why = f"shared its process with row {culprit}, whose {text}"
+        if culprit is None:
+            why = f"{text} {'between two commands' if process.greeted else 'while it started'}"
+        lost = Failure("lost", why)
+        return [(row, Failure(kind, text) if row == culprit else lost) for row in process.rows]
+
+
+def _end_all(processes: list[WorkerProcess], selector: selectors.BaseSelector) -> None:
+    for process in processes:
+        process.end()
+    selector.close()

@@ -1,0 +1,134 @@
+"""The process that holds some environments of a pool: commands in, one reply to each.
+
+Only gymnasium and numpy are imported: a worker has to start fast and small.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import Any, NoReturn
+
+import numpy as np
+
+from diffpolicy.rollout.env_spec import EnvSpec, inspect_env
+from diffpolicy.rollout.pool import wire
+from diffpolicy.rollout.pool.process import Progress
+from diffpolicy.rollout.pool.slots import EnvSlot, run_command
+
+
+def run_worker(sock: socket.socket, progress: Progress) -> bool:
+    """The worker's loop: commands in, one reply for all their rows, until the pool says "close".
+
+    Returns:
+        Whether it did; false if it is gone without a word.
+    """
+    init, _ = wire.receive(sock)
+    spec = EnvSpec(**init["spec"])
+    slots = {row: EnvSlot(spec, init["frame_side"]) for row in init["rows"]}
+    try:
+        _send_hello(sock, spec, next(iter(slots.values())))
+        while True:
+            command, arrays = wire.receive(sock)
+            if command["do"] == "close":
+                return True
+            replies = []
+            for place, row in enumerate(command["rows"]):
+                progress.at(place)
+                replies.append(_answer(slots[row], command, arrays, place, progress))
+            wire.send_all(sock, replies)
+    except (EOFError, OSError):
+        return False  # the pool is gone, and so is the reason to live
+    finally:
+        for slot in slots.values():
+            slot.close()
+
+
+def _send_hello(sock: socket.socket, spec: EnvSpec, slot: EnvSlot) -> None:
+    values: dict[str, Any]
+    try:
+        info = inspect_env(spec, slot.env)
+    except Exception as error:
+        values = {"fatal": str(error), "trace": traceback.format_exc()}
+        values["type"] = type(error).__name__
+        wire.send(sock, values, {})
+        raise EOFError from None
+    values = {
+        "obs_dim": info.obs_dim,
+        "max_episode_steps": info.max_episode_steps,
+        "has_expert": info.has_expert,
+        "versions": info.versions,
+    }
+    wire.send(sock, values, {"action_low": info.action_low, "action_high": info.action_high})
+
+
+def _answer(
+    slot: EnvSlot,
+    command: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+    place: int,
+    progress: Progress,
+) -> wire.Message:
+    """Carries one command out for one row; the reply, with the traceback if it raised."""
+    try:
+        # Whole episodes can outlast the pool's timeout, which is meant for one step.
+        return run_command(slot, command, arrays, place, lambda: progress.at(place))
+    except Exception:
+        trace = traceback.format_exc()
+        _close_quietly(slot)
+        return {"error": trace}, {}
+
+
+def _close_quietly(slot: EnvSlot) -> None:
+    try:
+        slot.close()
+    except Exception:
+        # The first error is the one that matters, and it is being reported; this one comes of it.
+        traceback.print_exc()
+
+
+def main(fd: int, progress_fd: int) -> NoReturn:
+    """Entry point of a worker process.
+
+    Args:
+        fd: its end of the socket pair.
+        progress_fd: the file that it shares with the pool, see :class:`Progress`.
+    """
+    # Ctrl-C is for the pool, which decides what happens to its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # An environment that prints must not mix with the output of the program that asked for a score.
+    os.dup2(2, 1)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    code = 0
+    try:
+        if not run_worker(socket.socket(fileno=fd), Progress(progress_fd)):
+            _end_group()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    # Not sys.exit: threads and atexit hooks of a simulator could keep the process.
+    os._exit(code)
+
+
+def _die_with_parent() -> None:
+    # Nobody ever writes to our stdin; it ends when the parent does, even by SIGKILL, and even while
+    # an environment hangs in the main thread.
+    while os.read(0, 1024):
+        pass
+    _end_group()
+
+
+def _end_group() -> None:
+    """Ends this process and whatever its environments have started, when no pool is left to do so.
+
+    The pool has made it the leader of a group; run by hand it is in somebody else's.
+    """
+    sys.stderr.flush()
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)

@@ -1,0 +1,1 @@
+"""Episodes recorded: of experts, of repeats, of branches to compare."""

@@ -1,0 +1,255 @@
+"""Pairs from stored rollouts: what was better, measured by their own rewards or by your function.
+
+The pairs are a function of the store alone, so another score needs no new rollouts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from diffpolicy.data.preferences.file import read_contents
+from diffpolicy.data.preferences.scored import Choose, from_scores
+from diffpolicy.data.preferences.set import PreferenceSet, Record, Span
+from diffpolicy.data.store import EpisodeStore
+
+ScoreFunction = Callable[[np.ndarray, np.ndarray], float]
+Score = Literal["return", "max_reward", "success"]
+MADE_BY, SOURCE = "rollouts", "rollout"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Which of several rollouts is the better one, and what of them makes a pair.
+
+    Args:
+        score: ``"return"``: ``sum_i discount^i r_i`` (i from 0 at the start of what is compared);
+            ``"max_reward"``: the largest ``discount^i r_i``; ``"success"``: ``discount^i`` at the
+            first success, 0 without one; or a function ``(rewards [T], successes [T] bool)
+            -> float``, higher is better.
+        discount: in (0, 1]; of the three named scores.
+        after_end: what a rollout is taken to earn between its end and ``lookahead``: ``"zero"``
+            nothing; ``"hold"`` its last reward (and success) again at every step. Where a success
+            ends the episode and rewards are positive, ``"zero"`` makes a success the worst branch
+            of all: use ``"hold"`` there.
+        pairs: ``"best_worst"``: one pair per group of rollouts; ``"all"``: every ordered pair;
+            ``"ranking"``: one ranking of those that differ.
+        min_gap: pairs whose scores differ by less are ties and left out; so are equal scores.
+        span: steps of a rollout that make up the segment; None: one chunk (``n_action_steps``) of
+            a branch, which is where branches differ, and all of a whole episode.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    score: Score | ScoreFunction = "return"
+    discount: float = 1.0
+    after_end: Literal["zero", "hold"] = "zero"
+    pairs: Choose = "best_worst"
+    min_gap: float = 0.0
+    span: int | None = None
+
+    def __post_init__(self) -> None:
+        names = get_args(Score)
+        if not callable(self.score) and self.score not in names:
+            raise ValueError(
+                f"score must be one of {list(names)} or a function (rewards, successes) -> "
+                f"float, got {self.score!r}"
+            )
+        if not 0 < self.discount <= 1:
+            raise ValueError(f"discount must lie in (0, 1], got {self.discount}")
+        if callable(self.score) and self.discount != 1:
+            raise ValueError("discount is for the named scores; discount in your function instead")
+        if self.after_end not in ("zero", "hold"):
+            raise ValueError(f"after_end must be 'zero' or 'hold', got {self.after_end!r}")
+        kinds = get_args(Choose)
+        if self.pairs not in kinds:
+            raise ValueError(f"pairs must be one of {list(kinds)}, got {self.pairs!r}")
+        if not self.min_gap >= 0:
+            raise ValueError(f"min_gap must be 0 or more, got {self.min_gap}")
+        if self.span is not None and self.span < 1:
+            raise ValueError(f"span must be at least 1, got {self.span}")
+
+    @property
+    def name(self) -> str:
+        """The score, for records."""
+        if not callable(self.score):
+            return str(self.score)
+        return str(getattr(self.score, "__qualname__", type(self.score).__qualname__))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; a function is named."""
+        return {
+            "score": self.name,
+            "discount": self.discount,
+            "after_end": self.after_end,
+            "pairs": self.pairs,
+            "min_gap": self.min_gap,
+            "span": self.span,
+        }
+
+    def rate(
+        self, rewards: np.ndarray, successes: np.ndarray, lookahead: int | None = None
+    ) -> float:
+        """The score of one rollout.
+
+        Args:
+            rewards: ``[T]``.
+            successes: ``[T]`` bool.
+            lookahead: steps it could have had, for ``after_end="hold"``; None: T.
+
+        Raises:
+            ValueError: a score that is not finite.
+        """
+        rewards, successes = np.asarray(rewards, np.float64), np.asarray(successes, bool)
+        if self.after_end == "hold" and lookahead is not None and lookahead > len(rewards):
+            rest = (0, lookahead - len(rewards))
+            rewards = np.pad(rewards, rest, mode="edge")
+            successes = np.pad(successes, rest, mode="edge")
+        if callable(self.score):
+            value = float(self.score(rewards, successes))
+        else:
+            weights = self.discount ** np.arange(len(rewards))
+            value = _named(self.score, rewards, successes, weights)
+        if not math.isfinite(value):
+            raise ValueError(f"the score {self.name} of rewards {rewards[:8]} ... is {value}")
+        return value
+
+
+def _named(name: str, rewards: np.ndarray, successes: np.ndarray, weights: np.ndarray) -> float:
+    if name == "return":
+        return math.fsum(rewards * weights)
+    if name == "max_reward":
+        return float(np.max(rewards * weights))
+    return float(weights[int(np.argmax(successes))]) if successes.any() else 0.0
+
+
+def rollout_records(store: EpisodeStore, scoring: Scoring) -> list[Record]:
+    """Pairs or rankings among the rollouts of a store made by ``rollout.record.branches``.
+
+    Branches of one observation are compared with each other, or episodes of one seed. The
+    ``info`` of a record holds ``scores`` (the best first), ``score`` (its name), ``seed`` and, for
+    branches, ``step``.
+
+    Args:
+        store: with its attribute ``rollouts``.
+        scoring: what is better.
+
+    Raises:
+        ValueError: another store; or successes are asked of an environment that never says.
+    """
+    rollouts = _Rollouts(store, scoring)
+    found: list[Record] = []
+    for key, members in rollouts.groups.items():
+        place = dict(zip(("seed", "step"), key, strict=False))
+        records = from_scores(
+            [rollouts.segment(episode) for episode in members],
+            [rollouts.rate(episode) for episode in members],
+            choose=scoring.pairs,
+            min_gap=scoring.min_gap,
+            source=SOURCE,
+        )
+        for record in records:
+            info = {**place, **record.info, "score": scoring.name}
+            found.append(replace(record, info=info))
+    return found
+
+
+class _Rollouts:
+    """The comparable rollouts of a store: which belong together, and how good each is."""
+
+    def __init__(self, store: EpisodeStore, scoring: Scoring) -> None:
+        made = rollouts_of(store)
+        self._scoring, self._chunk = scoring, int(made["n_action_steps"])
+        self._lookahead: int = made["settings"].get("lookahead", store.attrs["max_episode_steps"])
+        self._attrs = store.episode_attrs
+        self._ends, self._lengths = store.episode_ends, store.episode_lengths
+        self._rewards = store.read("reward", 0, store.num_steps)
+        self._successes = store.read("success", 0, store.num_steps)
+        self.groups: dict[tuple[int, ...], list[int]] = {}
+        for episode, own in enumerate(self._attrs):
+            if own["kind"] != "base":
+                key = tuple(own[name] for name in ("seed", "step") if name in own)
+                self.groups.setdefault(key, []).append(episode)
+        says = any(own["says_success"] for own in self._attrs)
+        if scoring.score == "success" and self.groups and not says:
+            raise ValueError(
+                f"{store.name}: the environment never said whether an episode succeeded "
+                "(info['is_success']), so score='success' cannot tell anything; use 'return' or "
+                "'max_reward'"
+            )
+
+    def rate(self, episode: int) -> float:
+        first = self._ends[episode] - self._lengths[episode] + self._attrs[episode]["start"]
+        rows = slice(int(first), int(self._ends[episode]))
+        return self._scoring.rate(self._rewards[rows], self._successes[rows], self._lookahead)
+
+    def segment(self, episode: int) -> tuple[Span, ...]:
+        start = self._attrs[episode]["start"]
+        whole = int(self._lengths[episode]) - start
+        usual = self._chunk if self._attrs[episode]["kind"] == "branch" else whole
+        return (Span(episode, start, min(self._scoring.span or usual, whole)),)
+
+
+def write_pairs(store: EpisodeStore, prefs_path: str | Path, scoring: Scoring) -> PreferenceSet:
+    """Writes the pairs of :func:`rollout_records` to a preference file, replacing an earlier one.
+
+    Args:
+        store: of rollouts, complete.
+        prefs_path: the file; one that was not made by this function is left alone.
+        scoring: what is better.
+
+    Raises:
+        FileExistsError: something else is there (a person's answers, say).
+        ValueError: as :func:`rollout_records`; or no pair is left.
+    """
+    check_target(prefs_path)
+    records = rollout_records(store, scoring)
+    if not records:
+        failed = list(rollouts_of(store)["failed"].values())
+        why = f"; {len(failed)} rollouts failed, one with {failed[0]}" if failed else ""
+        raise ValueError(
+            f"no pairs: among the {store.num_episodes} rollouts of {store.name} no two that may be "
+            f"compared differ in {scoring.name!r} by more than min_gap={scoring.min_gap}{why}"
+        )
+    attrs = {"made_by": MADE_BY, "scoring": scoring.to_dict()}
+    preferences = PreferenceSet.create(prefs_path, store, attrs=attrs, overwrite=True)
+    preferences.extend(records)
+    return preferences
+
+
+def check_target(prefs_path: str | Path) -> None:
+    """Raises ``FileExistsError`` if a preference file holds what no rollout can replace."""
+    path = Path(prefs_path)
+    if not path.exists():
+        return
+    contents = read_contents(path)
+    ours = contents.header.get("attrs", {}).get("made_by") == MADE_BY
+    records = [json.loads(line) for _, line in contents.lines]
+    others = [one for one in records if one.get("source") != SOURCE and one["kind"] != "store"]
+    if others or not ours:
+        raise FileExistsError(
+            f"{path} holds preferences that were not made from rollouts (answers of a person, "
+            "say), which would be lost; choose another path"
+        )
+
+
+def rollouts_of(store: EpisodeStore) -> dict[str, Any]:
+    """How the rollouts of a store were made: its attribute ``rollouts``.
+
+    Raises:
+        ValueError: it has none.
+    """
+    made: dict[str, Any] | None = store.attrs.get("rollouts")
+    if made is None:
+        raise ValueError(
+            f"{store.name} was not made by `diffpolicy data prefs collect`: its episodes do not "
+            "say what they branched from"
+        )
+    return made

@@ -1,0 +1,1 @@
+"""The ETH/UCY study: truncated diffusion on pedestrians."""
