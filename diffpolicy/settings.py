@@ -55,6 +55,68 @@ def check_known(values: Iterable[object], known: Iterable[object], what: str) ->
             raise ConfigError(f"{what} has no setting {key!r}{hint}")
 
 
+def check_choice(name: str, value: object, known: Iterable[object]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of those known; the message says the nearest.
+
+    Example:
+        >>> check_choice("tail", "hodl", ("hold", "extrapolate"))
+        Traceback (most recent call last):
+        ValueError: unknown tail 'hodl'; expected one of hold, extrapolate; did you mean 'hold'?
+    """
+    names = list(known)
+    if value not in names:
+        listed = ", ".join(map(str, names))
+        hint = near_miss(value, names)
+        raise ValueError(f"unknown {name} {value!r}; expected one of {listed}{hint}")
+
+
+def check_range(interval: str, **values: float | int | None) -> None:
+    """Raise ``ValueError`` unless every value lies in an interval; ``None`` is not looked at.
+
+    Args:
+        interval: as mathematics writes it, ``"[0, 1)"`` or ``"(0, inf)"``.
+        values: what is checked, by the names that the message is to use. NaN lies in no interval.
+
+    Example:
+        >>> check_range("[0, 1)", cond_dropout=1.5)
+        Traceback (most recent call last):
+        ValueError: cond_dropout must be in [0, 1), got 1.5
+    """
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    for name, value in values.items():
+        if value is None:
+            continue
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            raise ValueError(f"{name} must be {_said(interval, low, high)}, got {value}")
+
+
+def _said(interval: str, low: float, high: float) -> str:
+    """An interval in words: "at least 1", "positive", "in [0, 1)"."""
+    if high != float("inf"):
+        return f"in {interval}"
+    if interval[0] == "[":
+        return f"at least {low:g}"
+    return "positive" if low == 0 else f"above {low:g}"
+
+
+def check_shape(name: str, shape: Iterable[int], expected: Iterable[int | str]) -> None:
+    """Raise ``ValueError`` unless a shape is as expected; letters stand for sizes of any number.
+
+    Example:
+        >>> check_shape("noise", (4, 8, 3), ("B", 16, 3))
+        Traceback (most recent call last):
+        ValueError: noise must be [B, 16, 3], got [4, 8, 3]
+    """
+    got, wanted = list(shape), list(expected)
+    fits = len(got) == len(wanted) and all(
+        isinstance(w, str) or w == g for g, w in zip(got, wanted, strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} must be [{', '.join(map(str, wanted))}], got {got}")
+
+
 def setting_names(kind: type[Any]) -> list[str]:
     """The names of a dataclass' fields that can be given."""
     return [f.name for f in fields(kind) if f.init]
@@ -159,7 +221,10 @@ def named_settings(kind: type[T]) -> type[T]:
 
 __all__ = [
     "ConfigError",
+    "check_choice",
     "check_known",
+    "check_range",
+    "check_shape",
     "from_values",
     "named_settings",
     "near_miss",

@@ -30,6 +30,7 @@ import torch
 
 from diffpolicy import DiffusionPolicy, EpisodeStore, TrainerConfig, cli
 from diffpolicy.api import RTI, Streaming
+from generators.command import run as generate
 
 Hashes = dict[str, str]
 QUIET = [
@@ -191,7 +192,7 @@ def maze(folder: Path) -> Hashes:
     """A planner of maze trajectories with a draft: Diffuser, then Trajectory Diffuser."""
     file, run = folder / "maze.hdf5", folder / "run"
     env = "env=diffpolicy_envs:diffpolicy/PointMazeUMaze-v0"
-    command("generate", "pointmaze", str(file), env, "steps=3000")
+    generate(["pointmaze", str(file), env, "steps=3000"])
     small = ["policy.horizon=32", "network.width=64", "network.depth=2", "sampler.num_steps=5"]
     steps = ["trainer.steps=150", "trainer.warmup_steps=10"]
     few = ["evaluation.episodes=2", "evaluation.val_episodes=0", "env.max_episode_steps=80"]

@@ -12,7 +12,10 @@ from diffpolicy.core.masking import make_masking
 from diffpolicy.learn.actor_critic.algorithms import ActorCritic
 from diffpolicy.settings import (
     ConfigError,
+    check_choice,
     check_known,
+    check_range,
+    check_shape,
     from_values,
     setting_names,
     settings_of,
@@ -77,3 +80,28 @@ def test_every_builder_names_the_nearest(build, nearest):
 def test_types_are_checked_by_their_path():
     with pytest.raises(ConfigError, match=r"trainer\.steps must be int, got 'many'"):
         from_values(TrainerConfig, {"steps": "many"}, "trainer.")
+
+
+@pytest.mark.parametrize(
+    ("interval", "value", "text"),
+    [
+        ("[0, 1)", 1.0, r"rate must be in \[0, 1\), got 1.0"),
+        ("[1, inf)", 0, "rate must be at least 1, got 0"),
+        ("(0, inf)", 0.0, "rate must be positive, got 0.0"),
+        ("(1, inf)", 1, "rate must be above 1, got 1"),
+        ("[0, 1]", float("nan"), "got nan"),
+    ],
+)
+def test_values_outside_an_interval_are_refused_in_words(interval, value, text):
+    check_range(interval, fine=None)
+    with pytest.raises(ValueError, match=text):
+        check_range(interval, rate=value)
+
+
+def test_choices_and_shapes_say_what_was_expected():
+    check_choice("tail", "hold", ("hold", "extrapolate"))
+    with pytest.raises(ValueError, match=r"unknown tail 'hodl'; .*did you mean 'hold'"):
+        check_choice("tail", "hodl", ("hold", "extrapolate"))
+    check_shape("noise", (4, 16, 3), ("B", 16, 3))
+    with pytest.raises(ValueError, match=r"noise must be \[B, 16, 3\], got \[4, 8, 3\]"):
+        check_shape("noise", (4, 8, 3), ("B", 16, 3))

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import diffpolicy.sequences.metrics as metrics
 from diffpolicy.core.masking import one_hot
 from diffpolicy.core.starts import prior_start
 from diffpolicy.learn.reward.path_kl import categorical_kl
-import diffpolicy.sequences.metrics as metrics
 from diffpolicy.sequences.chains import Chain, run_chain
 from diffpolicy.sequences.exact import ExactLaw, StateSpace, divergence
 from diffpolicy.sequences.model import SequenceModel

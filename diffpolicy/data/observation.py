@@ -1,0 +1,185 @@
+"""Observations: one array, or arrays by name, through one set of functions.
+
+A robot says several things at once: joint positions, a goal, a camera's image. :data:`Obs` is what
+a batch of rows observes, and everything that carries observations (environments, stores, policies,
+servers) goes through the functions here, so that it need not know which of both it carries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from diffpolicy.settings import check_choice, check_shape, near_miss
+
+Array = np.ndarray[Any, Any]
+Obs = Array | Mapping[str, Array]
+"""Arrays ``[N, ...]``, one row per environment or example: a single one, or by name.
+
+Arrays keep their own types: an image of bytes stays an image of bytes. Torch tensors do as well.
+"""
+
+ROLES = ("state", "image", "task", "goal")
+
+
+@dataclass(frozen=True)
+class ObsField:
+    """One array of an observation, without its batch.
+
+    Args:
+        shape: of one row.
+        dtype: NumPy's name of its type.
+        role: what it is for: ``"state"``, ``"image"``, ``"task"`` or ``"goal"``.
+
+    Raises:
+        ValueError: an unknown role.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    role: str = "state"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        check_choice("role", self.role, ROLES)
+
+    @property
+    def size(self) -> int:
+        """Numbers in one row."""
+        return math.prod(self.shape)
+
+
+ObsFields = ObsField | Mapping[str, ObsField]
+"""What an :data:`Obs` is made of: one field, or fields by name."""
+
+
+def of_space(space: Any, roles: Mapping[str, str] | None = None) -> ObsFields:
+    """The fields of a Gymnasium observation space: a ``Box``, or a ``Dict`` of them.
+
+    Args:
+        space: the space.
+        roles: by name, where a field is not ``"state"``. Images (three dimensions of bytes) are
+            ``"image"``, and a ``Dict``'s ``desired_goal`` is a ``"goal"``, unless said otherwise.
+
+    Raises:
+        ValueError: a space of another kind, with the name of the entry.
+    """
+    inner = getattr(space, "spaces", None)
+    if not isinstance(inner, Mapping):
+        return _field(space, "", (roles or {}).get("", None))
+    return {name: _field(one, name, (roles or {}).get(name)) for name, one in inner.items()}
+
+
+def _field(space: Any, name: str, role: str | None) -> ObsField:
+    if not hasattr(space, "low") or getattr(space, "shape", None) is None:
+        where = f"entry {name!r} of the observation" if name else "the observation"
+        raise ValueError(
+            f"{where} must be a Box (or a Dict of Boxes), got {space}; wrap the environment, for "
+            "example in gymnasium.wrappers.FlattenObservation"
+        )
+    image = len(space.shape) == 3 and space.dtype == np.uint8
+    usual = "image" if image else "goal" if name == "desired_goal" else "state"
+    return ObsField(tuple(space.shape), str(space.dtype), role or usual)
+
+
+def store_field(name: str) -> str:
+    """The name that a field has in episode stores and normalisers: ``obs``, or ``obs.NAME``."""
+    return f"obs.{name}" if name else "obs"
+
+
+def by_store_field(fields: ObsFields) -> dict[str, ObsField]:
+    """The fields under the names that they have in stores, in their order."""
+    if isinstance(fields, ObsField):
+        return {"obs": fields}
+    return {store_field(name): field for name, field in fields.items()}
+
+
+def each(function: Callable[[Any], Any], obs: Any) -> Any:
+    """An observation of what ``function`` makes of every array."""
+    if isinstance(obs, Mapping):
+        return {name: function(array) for name, array in obs.items()}
+    return function(obs)
+
+
+def count(obs: Any) -> int:
+    """Rows N."""
+    return len(next(iter(obs.values())) if isinstance(obs, Mapping) else obs)
+
+
+def take(obs: Any, rows: Any) -> Any:
+    """The given rows: a new observation."""
+    return each(lambda array: array[rows], obs)
+
+
+def put(obs: Any, rows: Any, other: Any) -> Any:
+    """A copy whose given rows are those of ``other``."""
+
+    def replaced(array: Array, values: Array) -> Array:
+        out = array.copy()
+        out[rows] = values
+        return out
+
+    if isinstance(obs, Mapping):
+        return {name: replaced(array, other[name]) for name, array in obs.items()}
+    return replaced(obs, other)
+
+
+def stack(rows: Sequence[Any]) -> Any:
+    """One batch from single observations (without a batch dimension), in their order."""
+    return _joined(np.stack, rows)
+
+
+def concat(parts: Sequence[Any]) -> Any:
+    """One batch from several."""
+    return _joined(np.concatenate, parts)
+
+
+def _joined(join: Callable[[list[Any]], Any], parts: Sequence[Any]) -> Any:
+    if isinstance(parts[0], Mapping):
+        return {name: join([part[name] for part in parts]) for name in parts[0]}
+    return join(list(parts))
+
+
+def check(obs: Any, fields: ObsFields, *, lead: tuple[int | str, ...] = ("N",)) -> None:
+    """Raise ``ValueError`` unless an observation has the fields, in shape.
+
+    Args:
+        obs: the observation.
+        fields: what it is made of.
+        lead: the dimensions before a row's own; letters stand for any size.
+    """
+    if isinstance(fields, ObsField):
+        if isinstance(obs, Mapping):
+            raise ValueError(f"expected one array of shape {fields.shape}, got {sorted(obs)}")
+        check_shape("the observation", obs.shape, (*lead, *fields.shape))
+        return
+    if not isinstance(obs, Mapping):
+        kind = type(obs).__name__
+        raise ValueError(f"expected observations by name, {sorted(fields)}; got {kind}")
+    for name, field in fields.items():
+        if name not in obs:
+            hint = near_miss(name, obs, listing="there are")
+            raise ValueError(f"the observation has no {name!r}{hint}")
+        check_shape(f"observation {name!r}", obs[name].shape, (*lead, *field.shape))
+
+
+__all__ = [
+    "ROLES",
+    "Obs",
+    "ObsField",
+    "ObsFields",
+    "by_store_field",
+    "check",
+    "concat",
+    "count",
+    "each",
+    "of_space",
+    "put",
+    "stack",
+    "store_field",
+    "take",
+]
