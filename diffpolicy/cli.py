@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 COMMANDS = {
     "train": "train a policy on demonstrations, evaluate it and leave a run directory",
-    "finetune": "tune a sequence model by a reward, or a policy by preferences, and report",
+    "tune": "tune a policy or a sequence model by a reward, and report",
+    "prefer": "tune a policy or a sequence model by comparisons, and report",
     "eval": "roll a trained policy out and score it",
     "resume": "continue an interrupted run exactly where it stopped, or train one for longer",
     "rti": "give a policy warm starts (real-time iteration), their level chosen from data",

@@ -6,7 +6,7 @@ choices from closed registries: nothing in it is imported, evaluated or executed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from diffpolicy.config_compose import (
     choice_files,
     compose,
     config_dir,
+    experiment_values,
     group_choices,
     keys_given,
     read_yaml,
 )
-from diffpolicy.settings import ConfigError, near_miss
+from diffpolicy.settings import ConfigError, check_range, near_miss
 from diffpolicy.settings import from_values as build
 
 
@@ -58,44 +59,6 @@ class DataConfig:
 
 
 @dataclass
-class PolicyConfig:
-    """Shape and parameterisation of a diffusion policy."""
-
-    type: str = "diffusion"
-    horizon: int = 16
-    n_obs_steps: int = 2
-    n_action_steps: int = 8
-    prediction: str = "eps"
-    clip: bool = True
-    cond_dropout: float = 0.0
-    grippers: list[Any] = field(default_factory=list)
-    rti: dict[str, Any] | None = None
-    truncated: dict[str, Any] | None = None
-    anchors: dict[str, Any] | None = None
-    level_law: str = "row"
-    layout: str = "action"
-    goal: list[Any] = field(default_factory=list)
-    constant: list[Any] = field(default_factory=list)
-    returns: dict[str, Any] | None = None
-    value_scale: float = 0.0
-    temperature: float = 1.0
-    heads: dict[str, Any] = field(default_factory=dict)
-    selection: dict[str, Any] | None = None
-
-
-@dataclass
-class SamplerConfig:
-    """How plans are drawn."""
-
-    solver: str = "ddim"
-    num_steps: int = 10
-    spacing: str = "t"
-    options: dict[str, Any] = field(default_factory=dict)
-    guidance_scale: float = 1.0
-    t_min: float | None = None
-
-
-@dataclass
 class EvaluationConfig:
     """Rollouts while training (validation seeds) and at the end (test seeds)."""
 
@@ -110,25 +73,11 @@ class EvaluationConfig:
     video_episodes: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("val_episodes", 0),
-            ("episodes", 0),
-            ("video_episodes", 0),
-            ("num_envs", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"evaluation.{name} must be at least {least}, got {getattr(self, name)}"
-                )
-        if self.plan_batch is not None and self.plan_batch < 1:
-            raise ConfigError(
-                f"evaluation.plan_batch must be at least 1 or null, got {self.plan_batch}"
-            )
-        if self.timeout <= 0 or (self.num_workers is not None and self.num_workers < 0):
-            raise ConfigError(
-                "evaluation.timeout must be positive and num_workers at least 0 (or null), "
-                f"got {self.timeout} and {self.num_workers}"
-            )
+        for name in ("val_episodes", "episodes", "video_episodes", "num_workers"):
+            check_range("[0, inf)", **{f"evaluation.{name}": getattr(self, name)})
+        for name in ("num_envs", "plan_batch"):
+            check_range("[1, inf)", **{f"evaluation.{name}": getattr(self, name)})
+        check_range("(0, inf)", **{"evaluation.timeout": self.timeout})
         if self.val_seed < 100_000 or self.seed < 100_000:
             raise ConfigError(
                 "evaluation seeds start at 100,000 (below are the demonstrations'); "
@@ -151,19 +100,15 @@ class EvaluationConfig:
             )
 
 
-@dataclass
-class TrainConfig:
-    """One training run, as composed from ``configs/train.yaml``."""
+@dataclass(kw_only=True)
+class RunConfig:
+    """What every command has that leaves a run directory.
 
-    env: EnvConfig
-    data: DataConfig
-    policy: PolicyConfig
-    network: dict[str, Any]
-    process: dict[str, Any]
-    sampler: SamplerConfig
-    trainer: dict[str, Any]
-    evaluation: EvaluationConfig
-    learning: dict[str, Any] = field(default_factory=dict)
+    ``run`` is the command that the run is of, with ``sequences`` where it is of a sequence model:
+    ``"train"``, ``"prefer sequences"``.
+    """
+
+    run: str
     name: str = "run"
     run_dir: str = "runs/run"
     overwrite: bool = False
@@ -172,9 +117,128 @@ class TrainConfig:
     threads: int | None = None
 
 
+@dataclass(kw_only=True)
+class TrainConfig(RunConfig):
+    """One training of a policy, as composed from ``configs/train.yaml``.
+
+    ``policy``, ``network``, ``process`` and ``sampler`` are together what
+    :class:`diffpolicy.PolicySpec` is made of (see :meth:`spec`).
+    """
+
+    env: EnvConfig
+    data: DataConfig
+    policy: dict[str, Any]
+    network: dict[str, Any]
+    process: dict[str, Any]
+    sampler: dict[str, Any]
+    trainer: dict[str, Any]
+    evaluation: EvaluationConfig
+    learning: dict[str, Any] = field(default_factory=dict)
+    run: str = "train"
+
+    def spec(self) -> dict[str, Any]:
+        """Entries of the policy's :class:`~diffpolicy.PolicySpec`, as plain values."""
+        drawn = {"network": self.network, "process": self.process, "sampler": self.sampler}
+        # ``type`` was "diffusion" in every run of earlier versions.
+        beside = ("anchors", "type")
+        return {**{k: v for k, v in self.policy.items() if k not in beside}, **drawn}
+
+
+@dataclass
+class TaskConfig:
+    """A sequence task beside the environments."""
+
+    id: str
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class OracleConfig:
+    """Rewards learned from measurements, where a task has no truth of its own."""
+
+    surrogate: bool = False
+    seed: int = 0
+    network: dict[str, Any] = field(default_factory=lambda: {"type": "sequence_regressor"})
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class SequenceTrainConfig(RunConfig):
+    """One training of a sequence model, as composed from ``configs/train_sequences.yaml``."""
+
+    task: TaskConfig
+    network: dict[str, Any]
+    process: dict[str, Any]
+    trainer: dict[str, Any]
+    oracles: OracleConfig
+    time_free: bool = True
+    label_quantiles: list[Any] = field(default_factory=list)
+    cond_dropout: float = 0.0
+    val_fraction: float = 0.02
+    draws: int = 640
+    run: str = "train sequences"
+
+    def __post_init__(self) -> None:
+        check_range("[2, inf)", draws=self.draws)
+
+
+@dataclass(kw_only=True)
+class SequenceTuningConfig(RunConfig):
+    """One tuning of a sequence model, as composed from ``configs/tune_sequences.yaml``."""
+
+    method: dict[str, Any]
+    guidance: dict[str, Any]
+    trainer: dict[str, Any]
+    pretrained: str
+    label: str | None = None
+    kl_weight: float = 0.1
+    draws: int = 640
+    num_steps: int | None = None
+    eval_draws: int = 256
+
+    def __post_init__(self) -> None:
+        check_range("[0, inf)", kl_weight=self.kl_weight)
+        check_range("[2, inf)", draws=self.draws, eval_draws=self.eval_draws)
+
+
+@dataclass(kw_only=True)
+class PolicyTuningConfig(RunConfig):
+    """One tuning of a policy, as composed from ``configs/tune.yaml`` or ``configs/prefer.yaml``."""
+
+    method: dict[str, Any]
+    trainer: dict[str, Any]
+    evaluation: EvaluationConfig
+    pretrained: str
+    label: str | None = None
+    preferences: str | None = None
+    collect: dict[str, Any] | None = None
+    judge: dict[str, Any] | None = None
+    plans: dict[str, Any] | None = None
+    windows: int | None = None
+    rounds: int = 1
+    demonstrations: str | None = None
+    adapters: dict[str, Any] | None = None
+    nfe: list[Any] = field(default_factory=lambda: [10])
+
+    def __post_init__(self) -> None:
+        check_range("[1, inf)", rounds=self.rounds)
+        if not self.nfe or not all(type(n) is int and n >= 1 for n in self.nfe):
+            raise ConfigError(f"nfe must be a list of numbers of steps, got {self.nfe}")
+
+    @property
+    def method_name(self) -> str:
+        """What comparisons call the method unless they are told another name."""
+        return self.label or str(self.method.get("name", self.method.get("type")))
+
+
 @dataclass
 class EvalConfig:
-    """One evaluation, as composed from ``configs/eval.yaml``."""
+    """One evaluation, as composed from ``configs/eval.yaml``.
+
+    ``sampler`` to ``n_action_steps`` replace entries of the stored
+    :class:`diffpolicy.PolicySpec`; what is not given stays as it is.
+    """
 
     checkpoint: str
     evaluation: EvaluationConfig
@@ -183,10 +247,11 @@ class EvalConfig:
     rti: dict[str, Any] = field(default_factory=dict)
     truncated: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
-    judge: dict[str, Any] = field(default_factory=dict)
     returns: dict[str, Any] = field(default_factory=dict)
     temperature: float | None = None
     value_scale: float | None = None
+    n_action_steps: int | None = None
+    judge: dict[str, Any] = field(default_factory=dict)
     plain: bool = False
     streaming: dict[str, Any] = field(default_factory=dict)
     chunking: dict[str, Any] = field(default_factory=dict)
@@ -199,32 +264,111 @@ class EvalConfig:
     arrival: str = "aligned"
     hold_ticks: int | None = None
     safe_action: list[float] = field(default_factory=list)
-    n_action_steps: int | None = None
     output: str | None = None
     deterministic: bool = False
     device: str = "auto"
     threads: int | None = None
 
+    def of_policy(self) -> dict[str, Any]:
+        """The entries of the spec that were given."""
+        groups = ("sampler", "rti", "truncated", "selection", "returns")
+        numbers = ("temperature", "value_scale", "n_action_steps")
+        given = {name: getattr(self, name) for name in (*groups, *numbers)}
+        return {name: value for name, value in given.items() if value not in (None, {})}
 
-def load_train(overrides: Sequence[str]) -> TrainConfig:
-    """The training run that ``overrides`` ask for.
+
+KINDS: dict[str, type[RunConfig]] = {
+    "train": TrainConfig,
+    "train sequences": SequenceTrainConfig,
+    "tune": PolicyTuningConfig,
+    "tune sequences": SequenceTuningConfig,
+    "prefer": PolicyTuningConfig,
+    "prefer sequences": SequenceTuningConfig,
+}
+"""The configuration of every kind of run."""
+
+
+def run_kind(command: str, overrides: Sequence[str]) -> str:
+    """The kind of run that is asked for: a key of :data:`KINDS`.
+
+    An experiment says it itself (``run: tune sequences``). Without one, ``task=...`` is of
+    sequences, and so is tuning of a run of those.
 
     Raises:
-        ConfigError: settings that cannot be used, or a mistyped path of data.
+        ConfigError: an experiment of another command.
     """
-    config = build(TrainConfig, compose("train", overrides))
-    config.evaluation.check_protocol()
-    config.run_dir = seeded_run_dir(config.run_dir, config.seed, overrides)
     given = keys_given(overrides)
-    if "data.path" in given and not any(k.startswith("data.collect") for k in given):
-        _check_meant(config.data)
+    name = given.get("experiment", "null")
+    if name != "null":
+        kind = str(experiment_values(name).get("run", "train"))
+        if kind.split()[0] != command:
+            raise ConfigError(
+                f"{name} is an experiment of another command: run `diffpolicy {kind.split()[0]} "
+                f"experiment={name}`"
+            )
+        return kind
+    sequences = any(key.split(".")[0] == "task" for key in given)
+    before = Path(given.get("pretrained", "")) / "config.yaml"
+    if command != "train" and before.is_file():
+        sequences = read_run(before)["run"].endswith("sequences")
+    return f"{command} sequences" if sequences else command
+
+
+def load_run(command: str, overrides: Sequence[str]) -> RunConfig:
+    """The run that ``overrides`` ask a command for.
+
+    Raises:
+        ConfigError: settings that cannot be used, a mistyped path of data, or an experiment of
+            another command.
+    """
+    kind = run_kind(command, overrides)
+    values = compose(kind.replace(" ", "_"), overrides)
+    if values.get("preferences") is not None and "preferences" in keys_given(overrides):
+        _compared_already(values, overrides)
+    config = build(KINDS[kind], {**values, "run": kind})
+    evaluation = getattr(config, "evaluation", None)
+    if evaluation is not None:
+        evaluation.check_protocol()
+    config.run_dir = seeded_run_dir(config.run_dir, config.seed, overrides)
+    if isinstance(config, TrainConfig):
+        _check_data_path(config.data, keys_given(overrides))
     return config
 
 
-def _check_meant(data: DataConfig) -> None:
+def load_train(overrides: Sequence[str]) -> TrainConfig:
+    """The training of a policy that ``overrides`` ask for, see :func:`load_run`."""
+    config = load_run("train", overrides)
+    if not isinstance(config, TrainConfig):
+        raise ConfigError("this trains a sequence model; a policy is wanted")
+    return config
+
+
+def read_run(file: Path) -> dict[str, Any]:
+    """The configuration that a run keeps, as plain values, with the kind of run that it is.
+
+    Runs of before their kind was kept are known by the sections that they have.
+    """
+    values = read_yaml(file)
+    if "run" not in values:
+        tuned = "pretrained" in values
+        kind = "prefer" if "preference" in values else "tune sequences" if tuned else "train"
+        values["run"] = "train sequences" if "task" in values else kind
+    return values
+
+
+def _compared_already(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Let a preference file stand in place of what an experiment says of making comparisons."""
+    given = {key.split(".")[0] for key in keys_given(overrides)}
+    values |= {"collect": None, "rounds": 1}
+    if not given & {"judge", "plans"}:  # with either, own plans are compared
+        values |= {"judge": None, "plans": None}
+
+
+def _check_data_path(data: DataConfig, given: Mapping[str, str]) -> None:
     """Raise for a path that was given, is not there, and looks mistyped: nothing is recorded."""
     path = Path(data.path)
-    if data.collect is None or path.exists():
+    counted = any(key.startswith("data.collect") for key in given)
+    if "data.path" not in given or counted or data.collect is None or path.exists():
         return
     first = next(p for p in (*reversed(path.parents), path) if not p.exists())
     beside = first.parent.iterdir() if first.parent.is_dir() else ()
@@ -251,14 +395,17 @@ def load_eval(overrides: Sequence[str]) -> EvalConfig:
 
 
 __all__ = [
+    "KINDS",
     "CollectConfig",
     "ConfigError",
     "DataConfig",
     "EnvConfig",
     "EvalConfig",
     "EvaluationConfig",
-    "PolicyConfig",
-    "SamplerConfig",
+    "PolicyTuningConfig",
+    "RunConfig",
+    "SequenceTrainConfig",
+    "SequenceTuningConfig",
     "TrainConfig",
     "build",
     "choice_files",
@@ -267,7 +414,10 @@ __all__ = [
     "group_choices",
     "keys_given",
     "load_eval",
+    "load_run",
     "load_train",
+    "read_run",
     "read_yaml",
+    "run_kind",
     "seeded_run_dir",
 ]

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 OWN = "DIFFPOLICY_CONFIG_DIR"
 MAX_BYTES, MAX_NODES = 1_000_000, 100_000  # of a YAML file, and of what its aliases expand to
 
-COMMANDS = {"train_sequences": "train", "finetune_policy": "finetune"}  # where they differ
 OPEN = (
-    *("env.", "data.", "policy.", "sampler.", "evaluation.", "learning.", "finetune.", "guidance."),
-    *("task.kwargs.", "preference.", "collect.", "judge.", "adapters."),
+    *("env.", "data.", "policy.", "sampler.", "evaluation.", "learning.", "method.", "guidance."),
+    *("task.kwargs.", "collect.", "judge.", "plans.", "adapters."),
     *("oracles.network.", "oracles.trainer."),
+    *("rti.", "truncated.", "selection.", "returns.", "streaming.", "chunking."),  # of eval
 )
 """Sections whose keys are checked by what they configure, so that a file may leave any out."""
 
@@ -122,6 +122,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
+def experiment_values(name: str) -> dict[str, Any]:
+    """What an experiment's file says, with the experiments that it builds on.
+
+    Raises:
+        ConfigError: there is no such experiment; the nearest one is said.
+    """
+    return _layer("experiment", name, choice_files())[1]
+
+
 def keys_given(overrides: Sequence[str]) -> dict[str, str]:
     """What was given as ``key=value``, by key; ``--``, ``+`` and ``++`` before it do not count."""
     plain = (o.removeprefix("--").lstrip("+") for o in overrides)
@@ -140,7 +149,7 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
 
     files = choice_files()
     _check_choices(overrides, files)
-    normal = [_normal(o) for o in overrides]
+    normal = [normal_override(o) for o in overrides]
     try:
         composed = _composed(name, normal, files)
         missing = sorted(OmegaConf.missing_keys(composed))
@@ -152,13 +161,49 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, name, normal, files)) from None
     assert isinstance(values, dict)
-    return {str(k): v for k, v in values.items()}
+    return {str(k): _at_home(v) for k, v in values.items()}
 
 
-def _normal(override: str) -> str:
-    """``--policy.horizon=8`` is accepted as ``policy.horizon=8``."""
+def _at_home(value: Any) -> Any:
+    """Plain values whose paths may begin with ``~/``: shells leave that alone after a ``=``."""
+    if isinstance(value, dict):
+        return {key: _at_home(inner) for key, inner in value.items()}
+    home = isinstance(value, str) and value.startswith("~/")
+    return os.path.expanduser(value) if home else value
+
+
+def normal_override(override: str, *, sweep: bool = False) -> str:
+    """An argument as Hydra reads it.
+
+    ``--policy.horizon=8`` is accepted as ``policy.horizon=8``, a section that is open takes new
+    keys, and a text that Hydra's grammar cannot read (a path with ``=``, spaces, commas, accents)
+    is quoted.
+
+    Args:
+        override: as it was given.
+        sweep: whether commas part values to be tried one after the other.
+    """
     plain = override.removeprefix("--")
+    if "=" in plain and not plain.startswith("~"):
+        key, text = plain.split("=", 1)
+        plain = f"{key}={text if _readable(text, sweep=sweep) else quoted(text)}"
     return f"++{plain}" if plain.startswith(OPEN) else plain
+
+
+def _readable(text: str, *, sweep: bool) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(f"key={text}")
+    except HydraException:
+        return text[:1] in "[{'\""  # meant as a list, a group or a text: Hydra says what is wrong
+    return sweep or not parsed.is_sweep_override()
+
+
+def quoted(text: str) -> str:
+    """A text as a value of ``key=value``, whatever characters are in it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _composed(name: str, overrides: Sequence[str], files: Mapping[str, Any]) -> DictConfig:
@@ -269,7 +314,7 @@ def _explain(
             continue
         found = _unknown(key, known, files)
         if found:
-            return f"{found} (see `diffpolicy {COMMANDS.get(name, name)} --help`)"
+            return f"{found} (see `diffpolicy {name.split('_')[0]} --help`)"
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
@@ -309,8 +354,11 @@ __all__ = [
     "choice_files",
     "compose",
     "config_dir",
+    "experiment_values",
     "group_choices",
     "keys_given",
+    "normal_override",
     "own_config_dir",
+    "quoted",
     "read_yaml",
 ]

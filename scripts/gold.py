@@ -158,7 +158,7 @@ def preferences(folder: Path) -> Hashes:
     judge = "judge={lookahead: 16, reward: dense, members: 2, width: 32, trainer: {steps: 60}}"
     pairs = ["collect.episodes=4", "collect.repeats=2", judge, "plans={every: 8, candidates: 4}"]
     where = [f"pretrained={folder / 'base'}", f"run_dir={run}", "nfe=[1,4]"]
-    command("finetune", "experiment=pusht_dpo", *QUIET, *few, *steps, *pairs, *where)
+    command("prefer", "experiment=pusht_dpo", *QUIET, *few, *steps, *pairs, *where)
     report = json.loads((run / "report.json").read_text())["episodes"]
     return {**acting(DiffusionPolicy.from_pretrained(run)), "scores": values(report)}
 
@@ -172,8 +172,8 @@ def sequences(folder: Path) -> Hashes:
     command("train", "experiment=tfbind8", "trainer.steps=150", quiet, *few, f"run_dir={base}")
     short = ["trainer.steps=10", "trainer.batch_size=32", "eval_draws=16"]
     where = [f"pretrained={base}", "experiment=tfbind8_drakes"]
-    command("finetune", *where, quiet, *few, *short, f"run_dir={tuned}")
-    command("finetune", *where, "finetune=none", "guidance=smc", *few, f"run_dir={smc}")
+    command("tune", *where, quiet, *few, *short, f"run_dir={tuned}")
+    command("tune", *where, "method=none", "guidance=smc", *few, f"run_dir={smc}")
     found: Hashes = {}
     for run in (base, tuned, smc):
         report = json.loads((run / "report.json").read_text())

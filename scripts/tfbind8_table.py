@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from diffpolicy.commands.options import parse
-from diffpolicy.config_sequences import load_finetune, load_sequence_train
+from diffpolicy.config import KINDS, build, compose
 from diffpolicy.core import one_hot
 from diffpolicy.guidance import RewardGuidance
 from diffpolicy.learn.reward.methods import make_tuning
@@ -55,7 +55,7 @@ DEFAULTS: dict[str, Any] = {
     "threads": 1,
 }
 TASK = "diffpolicy_envs:diffpolicy/TFBind8-v0"
-RELAXED = "finetune.relaxation.relaxed_steps=4"
+RELAXED = "method.relaxation.relaxed_steps=4"
 TUNING_TABLES = ("CRX_REF_R1", "PAX6_REF_R1")
 TEST_TABLE = "SIX6_REF_R1"
 
@@ -72,38 +72,38 @@ class Candidate(NamedTuple):
 def candidates() -> list[Candidate]:
     """What is tried per method: four ways each, one of them at 1.15 times the KL weight."""
     soft = (
-        "finetune=drakes",
-        "finetune.relaxation.straight_through=false",
-        "finetune.relaxation.backward=gumbel",
+        "method=drakes",
+        "method.relaxation.straight_through=false",
+        "method.relaxation.backward=gumbel",
     )
-    reinmax = ("finetune=drakes", "finetune.relaxation.backward=reinmax")
-    probabilities = ("finetune=drakes", "finetune.relaxation.backward=probabilities")
-    gumbel = "finetune.relaxation.gumbel_temperature"
-    ess, group = "finetune.min_ess", "finetune.group_size"
+    reinmax = ("method=drakes", "method.relaxation.backward=reinmax")
+    probabilities = ("method=drakes", "method.relaxation.backward=probabilities")
+    gumbel = "method.relaxation.gumbel_temperature"
+    ess, group = "method.min_ess", "method.group_size"
     fast, slow = "trainer.lr=5e-3", "trainer.lr=2e-3"
-    gradient = ("finetune=policy_gradient",)
+    gradient = ("method=policy_gradient",)
     # An intermediate value costs a reward each: fewer sequences for as many rewards.
-    vidd = ("finetune=vidd", "finetune.buffer=1008", "finetune.refresh=28")
+    vidd = ("method=vidd", "method.buffer=1008", "method.refresh=28")
     # Comparisons alone, labelled by chance as the reward says. PSO draws two chains for each row.
-    dpo = ("finetune=dpo",)
-    pso = ("finetune=pso",)
+    dpo = ("method=sequence_dpo",)
+    pso = ("method=sequence_pso",)
     return [
         Candidate("drakes", "probabilities", (*probabilities, fast)),
         Candidate("drakes", "probabilities-kl1.15", (*probabilities, fast), 1.15),
         Candidate("drakes", "reinmax", (*reinmax, fast)),
         Candidate("drakes", "reinmax-kl1.15", (*reinmax, fast), 1.15),
-        Candidate("wdce", "ess0.1", ("finetune=wdce", f"{ess}=0.1", fast)),
-        Candidate("wdce", "ess0.1-kl1.15", ("finetune=wdce", f"{ess}=0.1", fast), 1.15),
-        Candidate("wdce", "ess0.3", ("finetune=wdce", f"{ess}=0.3", fast)),
-        Candidate("wdce", "ess0.1-slow", ("finetune=wdce", f"{ess}=0.1", slow)),
+        Candidate("wdce", "ess0.1", ("method=wdce", f"{ess}=0.1", fast)),
+        Candidate("wdce", "ess0.1-kl1.15", ("method=wdce", f"{ess}=0.1", fast), 1.15),
+        Candidate("wdce", "ess0.3", ("method=wdce", f"{ess}=0.3", fast)),
+        Candidate("wdce", "ess0.1-slow", ("method=wdce", f"{ess}=0.1", slow)),
         Candidate("policy_gradient", "fast", (*gradient, fast)),
         Candidate("policy_gradient", "fast-kl1.15", (*gradient, fast), 1.15),
         Candidate("policy_gradient", "faster", (*gradient, "trainer.lr=1e-2")),
         Candidate("policy_gradient", "slow", (*gradient, slow)),
-        Candidate("sdpo", "8", ("finetune=sdpo", f"{group}=8", fast)),
-        Candidate("sdpo", "8-kl1.15", ("finetune=sdpo", f"{group}=8", fast), 1.15),
-        Candidate("sdpo", "32", ("finetune=sdpo", f"{group}=32", fast)),
-        Candidate("sdpo", "32-slow", ("finetune=sdpo", f"{group}=32", slow)),
+        Candidate("sdpo", "8", ("method=sdpo", f"{group}=8", fast)),
+        Candidate("sdpo", "8-kl1.15", ("method=sdpo", f"{group}=8", fast), 1.15),
+        Candidate("sdpo", "32", ("method=sdpo", f"{group}=32", fast)),
+        Candidate("sdpo", "32-slow", ("method=sdpo", f"{group}=32", slow)),
         Candidate("drakes_gumbel", "0.3", (*soft, f"{gumbel}=0.3", fast)),
         Candidate("drakes_gumbel", "0.3-kl1.15", (*soft, f"{gumbel}=0.3", fast), 1.15),
         Candidate("drakes_gumbel", "0.6", (*soft, f"{gumbel}=0.6", fast)),
@@ -113,12 +113,12 @@ def candidates() -> list[Candidate]:
         Candidate("vidd", "ess0.3", (*vidd, f"{ess}=0.3", fast)),
         Candidate("vidd", "all-slow", (*vidd, slow)),
         Candidate("dpo", "own", (*dpo, fast)),
-        Candidate("dpo", "own-draws8", (*dpo, "finetune.draws=8", fast)),
-        Candidate("dpo", "own-beta0.3", (*dpo, "finetune.kl_beta=0.3", fast)),
+        Candidate("dpo", "own-draws8", (*dpo, "method.draws=8", fast)),
+        Candidate("dpo", "own-beta0.3", (*dpo, "method.kl_beta=0.3", fast)),
         Candidate("dpo", "own-slow", (*dpo, slow)),
         Candidate("pso", "path", (*pso, fast)),
-        Candidate("pso", "path-beta0.3", (*pso, "finetune.kl_beta=0.3", fast)),
-        Candidate("pso", "step", (*pso, "finetune.compare=step", fast)),
+        Candidate("pso", "path-beta0.3", (*pso, "method.kl_beta=0.3", fast)),
+        Candidate("pso", "step", (*pso, "method.compare=step", fast)),
         Candidate("pso", "path-slow", (*pso, slow)),
     ]
 
@@ -142,7 +142,7 @@ class Bench:
         run = self.work / "pretrained" / f"{table}_{seed}"
         if (run / "done").is_file():
             return SequenceModel.from_pretrained(run)
-        config = load_sequence_train(["experiment=tfbind8"])
+        config = build(KINDS["train sequences"], compose("train_sequences", ["experiment=tfbind8"]))
         spec = {
             "network": config.network,
             "process": config.process,
@@ -164,11 +164,13 @@ class Bench:
         if file.is_file():
             return dict(json.loads(file.read_text()))
         size = int(self.options["batch_size"])
-        config = load_finetune(list(candidate.overrides))
+        config = build(
+            KINDS["tune sequences"], compose("tune_sequences", list(candidate.overrides))
+        )
         trainer = {
             **config.trainer,
             "steps": updates,
-            "batch_size": size if config.finetune["type"] != "pso" else size // 2,
+            "batch_size": size if config.method["type"] != "sequence_pso" else size // 2,
             "seed": 300_000 + seed,
             "eval_every": None,
             "log_every": 100,
@@ -180,7 +182,7 @@ class Bench:
         tuned = tune(
             start,
             oracles,
-            {**config.finetune, "kl_weight": kl_weight * candidate.kl_factor},
+            {**config.method, "kl_weight": kl_weight * candidate.kl_factor},
             TrainerConfig(**trainer),
             self.work / "runs" / name,
             eval_draws=16,

@@ -256,7 +256,7 @@ def test_the_command_line_reaches_every_setting():
     config = load_train(overrides)
     assert Learning.from_config(config.learning).actor_critic == ActorCritic(eta=0.5)
     assert config.learning["discount"] == 0.9
-    assert config.policy.selection["rank"] == "softmax"
+    assert config.policy["selection"]["rank"] == "softmax"
     with pytest.raises(ValueError, match="no setting 'etta'"):
         Learning.from_config(load_train([*overrides, "learning.actor_critic.etta=1"]).learning)
 

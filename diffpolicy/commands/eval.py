@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.lineage import recorded_env, recorded_section
-from diffpolicy.commands.options import groups_help, quoted
+from diffpolicy.commands.options import groups_help, indented
+from diffpolicy.commands.runs import print_result
 from diffpolicy.commands.stores import d4rl_score
 from diffpolicy.config import ConfigError, EnvConfig, EvalConfig, build, config_dir, load_eval
+from diffpolicy.config_compose import quoted
+from diffpolicy.settings import check_known, check_range
 
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy
@@ -21,9 +23,8 @@ if TYPE_CHECKING:
 
 def help_text() -> str:
     """The text of `diffpolicy eval --help`."""
-    settings = (config_dir() / "eval.yaml").read_text().split("_self_\n")[1].strip()
-    evaluation = (config_dir() / "evaluation" / "default.yaml").read_text().strip()
-    indent = "\n    "
+    settings = (config_dir() / "eval.yaml").read_text().split("_self_\n")[1]
+    evaluation = (config_dir() / "evaluation" / "default.yaml").read_text()
     return f"""\
 usage: diffpolicy eval RUN [key=value] ...
 
@@ -32,10 +33,10 @@ everything about each episode goes to eval.json, in output= or in RUN/eval (RUN/
 later evaluations: none is overwritten).
 
 settings:
-    {indent.join(settings.splitlines())}
+{indented(settings)}
 
 evaluation.KEY:
-    {indent.join(evaluation.splitlines())}
+{indented(evaluation)}
 
 {groups_help(("evaluation",))}
 
@@ -63,15 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     check_writable(output)
     device = pick_device(config.device, config.threads)
     choose_rendering(config.evaluation.video_episodes)
-    policy = DiffusionPolicy.from_pretrained(
-        config.checkpoint,
-        device=device,
-        sampler=given(config.sampler),
-        n_action_steps=config.n_action_steps,
-        rti=given(config.rti),
-        truncated=given(config.truncated),
-        settings=_settings(config),
-    )
+    policy = DiffusionPolicy.from_pretrained(config.checkpoint, device=device, **_of_policy(config))
     if config.plain:
         policy = policy.with_settings(rti=None, truncated=None)
     rank_candidates(policy, config)
@@ -91,8 +84,7 @@ def run(arguments: Sequence[str]) -> int:
     if isinstance(acting, DelayedPolicy):
         report["latency"] = {"control_ms": config.control_ms, **_latency_settings(config)}
     report["output"] = str(output)
-    report["total_s"] = round(time.perf_counter() - began, 1)
-    print("RESULT " + json.dumps(report))
+    print_result(report, began)
     return 0
 
 
@@ -123,15 +115,12 @@ def _named(arguments: Sequence[str]) -> list[str]:
     return [*(f"checkpoint={quoted(run)}" for run in plain[:1]), *rest]
 
 
-def _settings(config: EvalConfig) -> dict[str, Any]:
-    """The other entries of the spec that were given."""
-    values = {
-        "selection": None if given(config.judge) else given(config.selection) or None,
-        "returns": given(config.returns) or None,
-        "temperature": config.temperature,
-        "value_scale": config.value_scale,
-    }
-    return given(values)
+def _of_policy(config: EvalConfig) -> dict[str, Any]:
+    """The entries of the spec that were given; a judge takes the selection for itself."""
+    values = config.of_policy()
+    if config.judge:
+        values.pop("selection", None)
+    return values
 
 
 def rank_candidates(policy: DiffusionPolicy, config: EvalConfig) -> None:
@@ -145,17 +134,14 @@ def rank_candidates(policy: DiffusionPolicy, config: EvalConfig) -> None:
     from diffpolicy.learn.values import PlanValue
     from diffpolicy.policies.best_of_n import Selection, Selector
 
-    settings = given(config.judge)
-    if not settings:
+    if not config.judge:
         return
-    path, pessimism = settings.pop("path", None), settings.pop("pessimism", 1.0)
-    if settings:
-        raise ConfigError(f"judge has no setting {min(settings)!r}; it has path and pessimism")
+    check_known(config.judge, ("path", "pessimism"), "judge")
+    path, pessimism = config.judge.get("path"), config.judge.get("pessimism", 1.0)
+    check_range("[0, inf)", **{"judge.pessimism": pessimism})
     if path is None:
-        raise ConfigError("judge.pessimism is of a value of plans: give judge.path=RUN/value")
-    if isinstance(pessimism, bool) or not isinstance(pessimism, int | float) or pessimism < 0:
-        raise ConfigError(f"judge.pessimism must be a number, 0 or more, got {pessimism!r}")
-    if given(config.streaming) or policy.spec.layout != "action":
+        raise ConfigError("judge is a value of plans: give judge.path=RUN/value")
+    if config.streaming or policy.spec.layout != "action":
         raise ConfigError(
             "judge chooses among plans of actions that are made at once; it does not go with "
             "streaming, or with plans that hold observations"
@@ -170,7 +156,7 @@ def rank_candidates(policy: DiffusionPolicy, config: EvalConfig) -> None:
                 f"{path} values plans with {name}={own}, and this policy acts with {of_policy}; "
                 "give the value of a tuning of this policy, or leave n_action_steps as it was"
             )
-    chosen = Selection.from_config(given(config.selection))
+    chosen = Selection.from_config(config.selection)
     policy.selector = Selector(chosen, value.ranking(policy.normalizer))
 
 
@@ -181,15 +167,13 @@ def acting_policy(policy: DiffusionPolicy, config: EvalConfig) -> Any:
     from diffpolicy.policies.streaming import Streaming
     from diffpolicy.rollout.latency import DelayedPolicy, LinearLatency
 
-    streaming, chunking = given(config.streaming), given(config.chunking)
+    streaming, chunking = config.streaming, config.chunking
     if streaming and chunking:
         raise ConfigError("streaming and chunking exclude each other; give one of them")
     if chunking and config.backend != "eager":
         raise ConfigError("chunking guides the network at every step and runs on backend=eager")
     if config.deterministic and config.backend != "eager":
         raise ConfigError("backend=... compiles the stochastic loops; leave deterministic out")
-    if not _latency_settings(config) and (config.replan, config.arrival) != ("due", "aligned"):
-        raise ConfigError("replan and arrival are about late plans; give latency_ms as well")
     acting: Any = policy.streaming(Streaming.from_config(streaming)) if streaming else policy
     if config.backend != "eager":
         from diffpolicy.runtime.compile import compile_planner
@@ -208,11 +192,6 @@ def acting_policy(policy: DiffusionPolicy, config: EvalConfig) -> Any:
     options: dict[str, Any] = {"replan": config.replan, "arrival": config.arrival}
     options |= {"hold_ticks": config.hold_ticks, "safe_action": config.safe_action or None}
     return DelayedPolicy(acting, latency, config.control_ms, **options)
-
-
-def given(values: dict[str, Any]) -> dict[str, Any]:
-    """The entries that were given."""
-    return {k: v for k, v in values.items() if v is not None}
 
 
 def _latency_settings(config: EvalConfig) -> dict[str, float]:
@@ -239,7 +218,7 @@ def _environment(config: EvalConfig, trained_for: str | None) -> EnvConfig:
     """The run's environment (from its config.yaml, else the policy's id) with overrides."""
     from diffpolicy.rollout.trust import stored_env_id
 
-    own = given(config.env)
+    own = {k: v for k, v in config.env.items() if v is not None}
     values: dict[str, Any] = {} if trained_for is None else {"id": trained_for}
     with contextlib.suppress(*([ConfigError] if "id" in own else [])):
         values = dict(recorded_env(config.checkpoint) or values)

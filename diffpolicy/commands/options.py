@@ -61,11 +61,6 @@ def subcommand(arguments: Sequence[str], commands: Mapping[str, C], command: str
     return commands[first]
 
 
-def quoted(text: str) -> str:
-    """A path as a value of ``key=value``, whatever characters are in it."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def _value(text: str) -> Any:
     if text in ("True", "False"):
         return text == "True"
@@ -89,6 +84,11 @@ def _bare(text: str) -> Any:
     if isinstance(found, dict):
         return {str(k): _value(v) if isinstance(v, str) else v for k, v in found.items()}
     return [_value(v) if isinstance(v, str) else v for v in found]
+
+
+def indented(text: str) -> str:
+    """A text four columns to the right, without empty lines at its ends."""
+    return "\n".join("    " + line for line in text.strip().splitlines())
 
 
 def groups_help(names: Sequence[str]) -> str:

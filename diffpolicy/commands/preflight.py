@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,25 +131,20 @@ def check_training(config: TrainConfig) -> None:
         ConfigError: settings that cannot be used.
         ValueError: likewise.
     """
-    from diffpolicy.commands.train import policy_shape, trainer_config
+    from diffpolicy.commands.runs import trainer_settings
     from diffpolicy.learn.learning import Learning, check_learning
-    from diffpolicy.policies.diffusion import PolicySpec, Sampler
+    from diffpolicy.policies.diffusion import PolicySpec
 
-    if trainer_config(config).tensorboard:
+    if trainer_settings(config.trainer, config.seed).tensorboard:
         check_installed(("tensorboard",), "trainer.tensorboard=true")
     learning = Learning.from_config(config.learning)
-    if config.policy.type != "diffusion":
-        raise ConfigError(f"unknown policy.type {config.policy.type!r}; expected 'diffusion'")
-    sampler = Sampler(**asdict(config.sampler))
-    # These need the dimensions of the data.
-    shape = {**policy_shape(config), "rti": None, "grippers": (), "goal": (), "constant": ()}
-    spec = PolicySpec.from_config(
-        {"obs_dim": 1, "action_dim": 1, "sampler": asdict(sampler), **shape}
-    )
+    # What is left out needs the dimensions of the data.
+    shape = {**config.spec(), "rti": None, "grippers": (), "goal": (), "constant": ()}
+    spec = PolicySpec.from_config({"obs_dim": 1, "action_dim": 1, **shape})
     denoiser = spec.make_denoiser()
     spec.make_heads()
     check_learning(spec, learning)
-    sampler.make().rows(denoiser.process, sampler.grid(denoiser.process))
+    spec.sampler.make().rows(denoiser.process, spec.sampler.grid(denoiser.process))
 
 
 __all__ = [

@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from diffpolicy.commands.options import parse
-from diffpolicy.config import ConfigError, TrainConfig, build, keys_given, read_yaml
-from diffpolicy.config_policy_tuning import PolicyTuningConfig
-from diffpolicy.config_sequences import FinetuneConfig, SequenceTrainConfig
+from diffpolicy.commands.runs import trainer_settings
+from diffpolicy.config import (
+    KINDS,
+    ConfigError,
+    PolicyTuningConfig,
+    SequenceTrainConfig,
+    SequenceTuningConfig,
+    build,
+    keys_given,
+    read_run,
+)
 from diffpolicy.files import write_atomic
 from diffpolicy.settings import near_miss
 
@@ -43,13 +51,13 @@ def run(arguments: Sequence[str]) -> int:
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml")
-    plain = upgraded(read_yaml(file))
+    plain = upgraded(read_run(file))
     for section in ("env", "task"):
         if isinstance(plain.get(section), dict):
             stored_env_id(str(plain[section].get("id")), file, instead="")
     plain["run_dir"] = str(run_dir)  # a run may have been moved
     _change(plain, options, run_dir)
-    go_on = _command(plain, options)
+    go_on = _command(plain)
     recorded, trained = file.read_text(encoding="utf-8"), _trained(run_dir)
     try:
         return go_on()
@@ -83,8 +91,6 @@ def _change(plain: dict[str, Any], options: Mapping[str, Any], run_dir: Path) ->
         ConfigError: a value that the trainer does not take, or a tuning whose later rounds began
             with what the earlier ones have learned.
     """
-    from diffpolicy.commands.train_sequences import trainer_settings
-
     new = {key.removeprefix("trainer."): value for key, value in options.items()}
     before = trainer_settings(plain.get("trainer") or {}, plain.get("seed", 0))
     plain["trainer"] = {**(plain.get("trainer") or {}), **new}
@@ -100,28 +106,24 @@ def _change(plain: dict[str, Any], options: Mapping[str, Any], run_dir: Path) ->
         print(f"{run_dir} goes on with trainer.{name}={found} (it was {was})")
 
 
-def _command(plain: dict[str, Any], changes: Mapping[str, Any]) -> Callable[[], int]:
+def _command(plain: dict[str, Any]) -> Callable[[], int]:
     """The command that a run is of, ready to go on with this configuration."""
-    if "preference" in plain:
-        from diffpolicy.commands.finetune_policy import finetune_policy
+    config = build(KINDS[plain["run"]], plain)
+    if isinstance(config, PolicyTuningConfig):
+        from diffpolicy.commands.tune_plans import tune_plans
 
-        tuning = build(PolicyTuningConfig, plain)
-        return lambda: finetune_policy(tuning, resume=True)
-    if "pretrained" in plain:
-        from diffpolicy.commands.finetune import finetune, refuse_idle
+        return lambda: tune_plans(config, resume=True)
+    if isinstance(config, SequenceTuningConfig):
+        from diffpolicy.commands.tune_sequences import tune_sequences
 
-        config = build(FinetuneConfig, plain)
-        refuse_idle(config, list(changes))
-        return lambda: finetune(config, resume=True)
-    if "task" in plain:
+        return lambda: tune_sequences(config, resume=True)
+    if isinstance(config, SequenceTrainConfig):
         from diffpolicy.commands.train_sequences import train_sequences
 
-        pretraining = build(SequenceTrainConfig, plain)
-        return lambda: train_sequences(pretraining, resume=True)
+        return lambda: train_sequences(config, resume=True)
     from diffpolicy.commands.train import train
 
-    training = build(TrainConfig, plain)
-    return lambda: train(training, resume=True)
+    return lambda: train(config, resume=True)
 
 
 def _trained(run_dir: Path) -> dict[Path, bytes]:

@@ -74,8 +74,8 @@ def d4rl_store(source: str, path: Path, transforms: tuple[str, ...]) -> EpisodeS
     except FileNotFoundError as error:
         if not path.exists():  # else the store may be all that is left of it
             raise ConfigError(
-                f"{error}. Data of our own experiments (maze2d_*, sb3_*) are made by `diffpolicy "
-                "generate`; its --help and the comment in the experiment's file say how"
+                f"{error}. Data of our own experiments (maze2d_*, sb3_*) are made by "
+                "`python scripts/generate.py`, see the comment in the experiment's file"
             ) from None
         found = None
     if path.exists():

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpolicy.commands.one_writer import one_writer
-from diffpolicy.commands.options import groups_help
+from diffpolicy.commands import sweep
+from diffpolicy.commands.options import groups_help, indented
 from diffpolicy.commands.preflight import (
     check_environment,
     check_training,
@@ -20,10 +19,24 @@ from diffpolicy.commands.preflight import (
     choose_rendering,
     pick_device,
 )
+from diffpolicy.commands.runs import (
+    check_new,
+    one_writer,
+    print_config,
+    print_result,
+    stopped,
+    trainer_settings,
+    write_config,
+)
 from diffpolicy.commands.stores import d4rl_score, env_spec, open_store
-from diffpolicy.config import ConfigError, EvaluationConfig, TrainConfig, config_dir, load_train
-from diffpolicy.config_sequences import SequenceTrainConfig, is_sequences, load_sequence_train
-from diffpolicy.files import write_atomic
+from diffpolicy.config import (
+    ConfigError,
+    EvaluationConfig,
+    SequenceTrainConfig,
+    TrainConfig,
+    config_dir,
+    load_run,
+)
 
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy
@@ -57,45 +70,36 @@ Trains a policy on demonstrations and evaluates it. An experiment is a tested se
 any of them can be overridden: diffpolicy train experiment=demo trainer.steps=2000
 
 With task=..., or an experiment of one, it trains a masked diffusion model of sequences instead, and
-the oracles of its reward; `diffpolicy finetune` goes on from there. `diffpolicy train task=tfbind8
---print-config` shows what can be set.
+the oracles of its reward; `diffpolicy tune` and `diffpolicy prefer` go on from there.
+`diffpolicy train task=tfbind8 --print-config` shows what can be set.
 
 {groups_help(GROUPS)}
 
 settings:
-{_indented(settings)}
+{indented(settings)}
 
 trainer.KEY (also policy.KEY, network.KEY, sampler.KEY, evaluation.KEY ...):
-{_indented(trainer)}
+{indented(trainer)}
 
 --print-config shows the composed configuration and stops.
+--multirun seed=0,1,2 trainer.lr=1e-3,1e-4 runs every combination (Hydra's sweepers and launchers).
 Results: RUN/metrics.csv, curve.png, eval.json, checkpoints/ (last, best), and with video
 rollouts.mp4 and contact_sheet.png. The last line printed is `RESULT {{json}}`."""
 
 
-def _indented(text: str) -> str:
-    return "\n".join("    " + line for line in text.splitlines())
-
-
 def run(arguments: Sequence[str]) -> int:
     """Compose the configuration and train."""
+    if sweep.asked(arguments):
+        return sweep.multirun("train", arguments, run)
     overrides = [a for a in arguments if a != "--print-config"]
-    if is_sequences(overrides):
-        return _run_sequences(overrides, show=len(overrides) < len(arguments))
-    config = load_train(overrides)
+    config = load_run("train", overrides)
     if len(overrides) < len(arguments):
-        print(_yaml(config))
-        return 0
-    return train(config)
-
-
-def _run_sequences(overrides: Sequence[str], *, show: bool) -> int:
+        return print_config(config)
+    if isinstance(config, TrainConfig):
+        return train(config)
     from diffpolicy.commands.train_sequences import train_sequences
 
-    config = load_sequence_train(overrides)
-    if show:
-        print(_yaml(config))
-        return 0
+    assert isinstance(config, SequenceTrainConfig)
     return train_sequences(config)
 
 
@@ -103,8 +107,7 @@ def _run_sequences(overrides: Sequence[str], *, show: bool) -> int:
 def train(config: TrainConfig, *, resume: bool = False) -> int:
     """Run one training configuration from data to scores."""
     began = time.perf_counter()
-    run_dir = Path(config.run_dir)
-    _check_run_dir(run_dir, config, resume)
+    run_dir = check_new(config, resume=resume)
     check_writable(run_dir, *(() if Path(config.data.path).exists() else [config.data.path]))
     device = pick_device(config.device, config.threads)
     choose_rendering(config.evaluation.video_episodes)
@@ -123,8 +126,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> int:
         learn(policy, config, store, validate, resume=resume)
     outcome = policy.last_training
     if outcome is not None and outcome.interrupted:
-        print(f"stopped at step {outcome.step}; continue with `diffpolicy resume {run_dir}`")
-        return 130
+        return stopped(run_dir, outcome.step)
     if not group.first:
         return 0
     train_s = 0.0 if outcome is None else outcome.train_s
@@ -137,8 +139,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> int:
     }
     if result:
         report |= d4rl_score(store.attrs, store.num_steps, env_spec(config), result, run_dir)
-    report["total_s"] = round(time.perf_counter() - began, 1)
-    print("RESULT " + json.dumps(report))
+    print_result(report, began)
     return 0
 
 
@@ -147,33 +148,6 @@ def _group() -> Any:
     from diffpolicy.training.distributed import Group
 
     return Group()
-
-
-def policy_shape(config: TrainConfig) -> dict[str, Any]:
-    """What a policy's spec takes over from the configuration unchanged."""
-    policy = config.policy
-    return {
-        "horizon": policy.horizon,
-        "n_obs_steps": policy.n_obs_steps,
-        "n_action_steps": policy.n_action_steps,
-        "network": config.network,
-        "process": config.process,
-        "prediction": policy.prediction,
-        "clip": policy.clip,
-        "cond_dropout": policy.cond_dropout,
-        "level_law": policy.level_law,
-        "rti": policy.rti,
-        "truncated": policy.truncated,
-        "grippers": policy.grippers,
-        "layout": policy.layout,
-        "goal": policy.goal,
-        "constant": policy.constant,
-        "returns": policy.returns,
-        "value_scale": policy.value_scale,
-        "temperature": policy.temperature,
-        "heads": policy.heads,
-        "selection": policy.selection,
-    }
 
 
 def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> DiffusionPolicy:
@@ -186,8 +160,7 @@ def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> Diffus
         check_fields(store)
     low, high = _action_bounds(config, store)
     spec = {
-        **policy_shape(config),
-        "sampler": asdict(config.sampler),
+        **config.spec(),
         "action_low": low,
         "action_high": high,
         "env_id": config.env.id,
@@ -196,7 +169,7 @@ def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> Diffus
         store,
         spec=spec,
         normalize=config.data.normalize,
-        anchors=config.policy.anchors,
+        anchors=config.policy.get("anchors"),
         seed=config.seed,
         device=device,
     )
@@ -283,10 +256,10 @@ def learn(
     from diffpolicy.learn.learning import Learning
     from diffpolicy.training.run_files import has_run
 
-    trainer = trainer_config(config)
+    trainer = trainer_settings(config.trainer, config.seed)
     if _group().first:
         said = replace(config, process=dict(policy.spec.process))
-        write_atomic(Path(config.run_dir) / "config.yaml", _yaml(said))
+        write_config(said)
     policy.learn(
         store,
         trainer,
@@ -298,14 +271,6 @@ def learn(
         resume=resume and has_run(config.run_dir),
         overwrite=config.overwrite,
     )
-
-
-def trainer_config(config: TrainConfig) -> Any:
-    """The trainer's settings, with a clear error for an unknown one."""
-    from diffpolicy.config import build
-    from diffpolicy.training.settings import TrainerConfig
-
-    return build(TrainerConfig, {**config.trainer, "seed": config.seed}, "trainer.")
 
 
 def final_evaluation(config: TrainConfig, run_dir: Path, device: str) -> EvalResult | None:
@@ -396,21 +361,3 @@ def _curve(config: TrainConfig, run_dir: Path) -> None:
         )
     except (ImportError, ValueError) as error:
         print(f"note: no curve.png: {error}")
-
-
-def _check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
-    from diffpolicy.training.run_files import clear_run, has_run
-
-    if has_run(run_dir) and not resume and not config.overwrite:
-        raise ConfigError(
-            f"{run_dir} already holds a run; continue it with `diffpolicy resume {run_dir}`, "
-            "replace it with overwrite=true, or choose another run_dir"
-        )
-    if not resume:
-        clear_run(run_dir, only_check=True)
-
-
-def _yaml(config: TrainConfig | SequenceTrainConfig) -> str:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))

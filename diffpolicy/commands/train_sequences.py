@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpolicy.commands.one_writer import one_writer
 from diffpolicy.commands.preflight import check_installed, check_writable, pick_device
-from diffpolicy.config import ConfigError, build
-from diffpolicy.config_sequences import SequenceTrainConfig
+from diffpolicy.commands.runs import (
+    check_new,
+    one_writer,
+    print_result,
+    stopped,
+    trainer_settings,
+    write_config,
+)
+from diffpolicy.config import ConfigError, SequenceTrainConfig
 from diffpolicy.files import write_atomic
 
 if TYPE_CHECKING:
@@ -27,8 +32,7 @@ def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int
     from diffpolicy.training.run_files import has_run
 
     began = time.perf_counter()
-    run_dir = Path(config.run_dir)
-    check_new(run_dir, overwrite=config.overwrite, resume=resume)
+    run_dir = check_new(config, resume=resume)
     check_writable(run_dir)
     device = pick_device(config.device, config.threads)
     trainer = trainer_settings(config.trainer, config.seed)
@@ -40,7 +44,7 @@ def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int
     tokens, labels = task.training_data()
     if config.label_quantiles and labels is None:
         raise ConfigError(f"{config.task.name} has no labels, so label_quantiles has no effect")
-    write_config(run_dir, config)
+    write_config(config)
     model.learn(
         tokens,
         trainer,
@@ -53,8 +57,7 @@ def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int
     training = model.last_training
     assert training is not None
     if training.interrupted:
-        print(f"stopped at step {training.step}; continue with `diffpolicy resume {run_dir}`")
-        return 130
+        return stopped(run_dir, training.step)
     oracles = configured_oracles(config, task, run_dir, device, overwrite=config.overwrite)
     row = _report(config, model, task, oracles)
     write_atomic(run_dir / "report.json", json.dumps(row, indent=1) + "\n")
@@ -62,9 +65,8 @@ def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int
         "task": config.name,
         "train_s": round(training.train_s, 1),
         **summary(row["metrics"]),
-        "total_s": round(time.perf_counter() - began, 1),
     }
-    print("RESULT " + json.dumps(short))
+    print_result(short, began)
     return 0
 
 
@@ -97,34 +99,6 @@ def configured_oracles(
         overwrite=overwrite,
         device=device,
     )
-
-
-def trainer_settings(values: dict[str, Any], seed: int, where: str = "trainer.") -> Any:
-    """Settings of a trainer, with a clear error for an unknown one."""
-    from diffpolicy.training.settings import TrainerConfig
-
-    return build(TrainerConfig, {**values, "seed": seed}, where)
-
-
-def check_new(run_dir: Path, *, overwrite: bool, resume: bool) -> None:
-    """Raise unless a run may be written to ``run_dir``."""
-    from diffpolicy.training.run_files import clear_run, has_run
-
-    written = has_run(run_dir) or (run_dir / "report.json").exists()
-    if written and not resume and not overwrite:
-        raise ConfigError(
-            f"{run_dir} already holds a run; continue it with `diffpolicy resume {run_dir}`, "
-            "replace it with overwrite=true, or choose another run_dir"
-        )
-    if not resume:
-        clear_run(run_dir, only_check=True)
-
-
-def write_config(run_dir: Path, config: Any) -> None:
-    """Keep the configuration beside the run."""
-    from omegaconf import OmegaConf
-
-    write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffpolicy.config import ConfigError
-from diffpolicy.config_policy_tuning import PolicyTuningConfig
+from diffpolicy.config import ConfigError, PolicyTuningConfig
 
 ROLLOUTS, PREFERENCES, VALUE = "rollouts.zarr", "preferences.jsonl", "value"
 PLANS, PLAN_PAIRS = "plans.zarr", "plans.jsonl"

@@ -311,8 +311,9 @@ def measured_apart(variant: str, case: Case) -> dict[str, float | None]:
     """Peak bytes of one gradient in a new process: see :func:`peaks`."""
     code = "import sys; from benches.reward_gradients import child; child(sys.argv[1])"
     given = json.dumps({"variant": variant, "case": asdict(case)})
+    place = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", code, given], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, given], capture_output=True, text=True, check=False, env=place
     )
     if done.returncode != 0:
         raise RuntimeError(f"measuring the memory of {variant!r} failed:\n{done.stderr[-2000:]}")

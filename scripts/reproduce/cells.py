@@ -213,7 +213,7 @@ def _evaluated(cell: Cell, config: TrainConfig, run_dir: Path) -> dict[str, Any]
         return {"status": "interrupted", "reason": reason}
     returns = [episode["return"] for episode in found["episodes"]]
     trained = _trained(run_dir)
-    summary, selection = found["summary"], config.policy.selection or {}
+    summary, selection = found["summary"], config.policy.get("selection") or {}
     return {
         "status": "done",
         **_scored(cell, config, found, returns),

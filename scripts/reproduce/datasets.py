@@ -190,9 +190,9 @@ class Toy:
             small += ["network.down_dims=[8,16]", "policy.horizon=8", "sampler.num_steps=3"]
         else:
             small += ["network.width=16", "network.depth=1"]
-        if config.policy.selection:
+        if config.policy.get("selection"):
             small.append("policy.selection.num_candidates=2")
-        if "value" in config.policy.heads:
+        if "value" in config.policy.get("heads", {}):
             small.append("policy.heads.value.base.down_dims=[8,16]")
         return small
 

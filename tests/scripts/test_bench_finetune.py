@@ -12,7 +12,6 @@ import torch
 from benches import reward_gradients as bench_finetune
 from benches import sampling as bench
 from benches.reward_gradients import Case, LiveBytes, difference, gradients, peaks, run
-from diffpolicy.cli import main
 from diffpolicy.config import ConfigError
 
 SMALL = Case(length=9, width=8, batch=3, steps=5, relaxed=2)
@@ -127,7 +126,6 @@ def test_bad_options(argument, message):
         run([argument])
 
 
-def test_help_tells_of_it(capsys):
+def test_help_tells_of_it():
     assert "python scripts/bench.py finetune" in bench.help_text()
-    assert main(["bench", "--help"]) == 0
-    assert "relaxed=12" in capsys.readouterr().out
+    assert "relaxed=12" in bench.help_text()

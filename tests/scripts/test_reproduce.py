@@ -78,15 +78,15 @@ def test_planners_get_their_published_settings_and_no_checkpoint_is_chosen(tmp_p
     wanted = Reproduction(("halfcheetah-medium-v2",), ("decision_diffuser",), (0, 1))
     first, second = plan(wanted, tmp_path)
     policy = first.config.policy
-    assert (policy.returns["target"], policy.horizon) == (1.1, 32)
-    assert first.config.sampler.guidance_scale == 3.2
+    assert (policy["returns"]["target"], policy["horizon"]) == (1.1, 32)
+    assert first.config.sampler["guidance_scale"] == 3.2
     assert first.config.evaluation.val_episodes == 0
     assert first.config.trainer["eval_every"] is None
     assert second.config.seed == 1
     mine = Reproduction(
         ("halfcheetah-medium-v2",), ("diffuser",), (0,), ("policy.value_scale=0.5",)
     )
-    assert plan(mine, tmp_path)[0].config.policy.value_scale == 0.5
+    assert plan(mine, tmp_path)[0].config.policy["value_scale"] == 0.5
 
 
 def test_overrides_that_no_cell_takes_are_an_error_and_others_are_reported(tmp_path):

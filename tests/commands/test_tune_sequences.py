@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffpolicy import cli
-from diffpolicy.commands import finetune
+from diffpolicy.commands import tune_sequences
 from diffpolicy.config import read_yaml
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.training.identity import ResumeWarning
@@ -54,9 +54,9 @@ def result_of(text: str) -> dict[str, object]:
 
 def tuned(pretrained: Path, run: Path, *extra: str) -> int:
     steps = ["trainer.steps=4", "trainer.eval_every=2", "eval_draws=16"]
-    training = [] if "finetune=none" in extra else [*QUICK, *steps]
+    training = [] if "method=none" in extra else [*QUICK, *steps]
     where = [f"pretrained={pretrained}", f"run_dir={run}", "threads=1", "draws=64"]
-    return cli.main(["finetune", *training, *where, *extra])
+    return cli.main(["tune", *training, *where, *extra])
 
 
 def test_pretraining_leaves_a_model_and_a_report(pretrained):
@@ -71,12 +71,10 @@ def test_pretraining_leaves_a_model_and_a_report(pretrained):
     "method", ["drakes", "drakes_soft", "policy_gradient", "wdce", "vidd", "sdpo"]
 )
 def test_every_method_runs_from_the_command_line(method, pretrained, tmp_path, capsys):
-    buffer = ["finetune.buffer=64", "finetune.refresh=32"]
+    buffer = ["method.buffer=64", "method.refresh=32"]
     extra = buffer if method in ("wdce", "vidd", "sdpo") else []
-    extra += ["finetune.num_steps=6", "finetune.relaxation.relaxed_steps=2"] * (
-        method == "drakes_soft"
-    )
-    assert tuned(pretrained, tmp_path / "run", f"finetune={method}", *extra) == 0
+    extra += ["method.num_steps=6", "method.relaxation.relaxed_steps=2"] * (method == "drakes_soft")
+    assert tuned(pretrained, tmp_path / "run", f"method={method}", *extra) == 0
     result = result_of(capsys.readouterr().out)
     assert np.isfinite(result["progress"])
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -89,7 +87,7 @@ def test_every_method_runs_from_the_command_line(method, pretrained, tmp_path, c
 
 @pytest.mark.parametrize("guidance", ["reward", "best_of_n", "smc", "tds", "svdd"])
 def test_every_guidance_runs_and_raises_the_reward(guidance, pretrained, tmp_path, capsys):
-    extra = ["finetune=none", f"guidance={guidance}", "draws=256"]
+    extra = ["method=none", f"guidance={guidance}", "draws=256"]
     assert tuned(pretrained, tmp_path / "run", *extra) == 0
     result = result_of(capsys.readouterr().out)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -99,33 +97,33 @@ def test_every_guidance_runs_and_raises_the_reward(guidance, pretrained, tmp_pat
 
 
 def test_rollouts_can_be_reused(pretrained, tmp_path):
-    assert tuned(pretrained, tmp_path, "finetune=policy_gradient", "finetune.epochs=2") == 0
+    assert tuned(pretrained, tmp_path, "method=policy_gradient", "method.epochs=2") == 0
 
 
 def test_figures_are_exact_of_the_sampler_that_is_known_alone(pretrained, tmp_path):
-    assert tuned(pretrained, tmp_path, "finetune=drakes", "num_steps=1") == 0
+    assert tuned(pretrained, tmp_path, "method=drakes", "num_steps=1") == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["exact"] is None
     assert report["after"]["kl_kind"] == "path"
 
 
 def test_a_black_box_refuses_what_needs_gradients(pretrained, tmp_path, monkeypatch, capsys):
-    known = finetune.open_configured
+    known = tune_sequences.open_configured
 
     def black_box(config: object) -> object:
         task = known(config)
         task.kind = "black_box"
         return task
 
-    monkeypatch.setattr(finetune, "open_configured", black_box)
+    monkeypatch.setattr(tune_sequences, "open_configured", black_box)
     for arguments, message in (
-        (["finetune=drakes"], "without gradient"),
-        (["finetune=none", "guidance=smc"], "guidance.estimate=hard"),
-        (["finetune=vidd"], "finetune.value=mode"),
+        (["method=drakes"], "without gradient"),
+        (["method=none", "guidance=smc"], "guidance.estimate=hard"),
+        (["method=vidd"], "method.value=mode"),
     ):
         assert tuned(pretrained, tmp_path / "run", *arguments) == 1
         assert message in capsys.readouterr().err
-    hard = ["finetune=none", "guidance=smc", "guidance.estimate=hard"]
+    hard = ["method=none", "guidance=smc", "guidance.estimate=hard"]
     assert tuned(pretrained, tmp_path / "run", *hard) == 0
 
 
@@ -133,22 +131,20 @@ def test_classes_and_classifier_free_guidance(tmp_path, pretrained, capsys):
     run = tmp_path / "classes"
     classes = ["label_quantiles=[0.75]", "cond_dropout=0.2", "trainer.steps=400", "trainer.lr=1e-2"]
     assert cli.main(["train", *TASK, *QUICK, *classes, "draws=64", f"run_dir={run}"]) == 0
-    extra = ["finetune=none", "guidance=cfg", "guidance.scale=3", "draws=256"]
+    extra = ["method=none", "guidance=cfg", "guidance.scale=3", "draws=256"]
     assert tuned(run, tmp_path / "guided", *extra) == 0
     report = json.loads((tmp_path / "guided" / "report.json").read_text())
     assert report["after"]["reward"]["mean"] > report["before"]["reward"]["mean"]
-    assert tuned(run, tmp_path / "tuned", "finetune=drakes") == 0
-    buffer = ["finetune.buffer=64", "finetune.refresh=32"]
-    assert tuned(run, tmp_path / "weighted", "finetune=wdce", *buffer) == 0
+    assert tuned(run, tmp_path / "tuned", "method=drakes") == 0
+    buffer = ["method.buffer=64", "method.refresh=32"]
+    assert tuned(run, tmp_path / "weighted", "method=wdce", *buffer) == 0
 
 
 def test_interrupted_tuning_resumes_to_the_same_weights(pretrained, tmp_path, monkeypatch, capsys):
     from diffpolicy.training.trainer import Trainer
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert (
-        tuned(pretrained, whole, "finetune=wdce", "finetune.buffer=64", "finetune.refresh=32") == 0
-    )
+    assert tuned(pretrained, whole, "method=wdce", "method.buffer=64", "method.refresh=32") == 0
     step = Trainer._train_step
 
     def stop_after_two(self: Trainer) -> None:
@@ -157,7 +153,7 @@ def test_interrupted_tuning_resumes_to_the_same_weights(pretrained, tmp_path, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_train_step", stop_after_two)
-        extra = ("finetune=wdce", "finetune.buffer=64", "finetune.refresh=32")
+        extra = ("method=wdce", "method.buffer=64", "method.refresh=32")
         assert tuned(pretrained, cut, *extra) == 130
     assert "diffpolicy resume" in capsys.readouterr().out
     assert cli.main(["resume", str(cut)]) == 0
@@ -170,14 +166,14 @@ def test_runs_of_sequences_go_on_for_longer(pretrained, tmp_path, capsys):
     shutil.copytree(pretrained, base)
     with pytest.warns(ResumeWarning, match="steps=62"):
         assert cli.main(["resume", str(base), "trainer.steps=62"]) == 0
-    assert tuned(base, run, "finetune=drakes") == 0
+    assert tuned(base, run, "method=drakes") == 0
     with pytest.warns(ResumeWarning, match="steps=6"):
         assert cli.main(["resume", str(run), "trainer.steps=6"]) == 0
     for folder, steps in ((base, 62), (run, 6)):
         assert read_yaml(folder / "config.yaml")["trainer"]["steps"] == steps
         assert (folder / "checkpoints" / "last").read_text() == f"{steps:07d}\n"
     assert json.loads((run / "report.json").read_text())["settings"]["trainer"]["steps"] == 6
-    assert tuned(base, tmp_path / "drawn", "finetune=none", "guidance=best_of_n") == 0
+    assert tuned(base, tmp_path / "drawn", "method=none", "guidance=best_of_n") == 0
     capsys.readouterr()
     assert cli.main(["resume", str(tmp_path / "drawn"), "trainer.steps=9"]) == 1
     assert "no effect with finetune=none" in capsys.readouterr().err
@@ -185,9 +181,9 @@ def test_runs_of_sequences_go_on_for_longer(pretrained, tmp_path, capsys):
 
 def test_runs_compare_in_one_table(pretrained, tmp_path, capsys):
     for seed in (0, 1):
-        assert tuned(pretrained, tmp_path / f"{seed}", "finetune=drakes", f"seed={seed}") == 0
+        assert tuned(pretrained, tmp_path / f"{seed}", "method=drakes", f"seed={seed}") == 0
     runs = [str(tmp_path / "0"), str(tmp_path / "1")]
-    assert cli.main(["finetune", "compare", *runs, f"output={tmp_path / 'both'}"]) == 0
+    assert cli.main(["tune", "compare", *runs, f"output={tmp_path / 'both'}"]) == 0
     assert "drakes" in capsys.readouterr().out
     assert (tmp_path / "both" / "report.json").is_file()
 
@@ -195,11 +191,11 @@ def test_runs_compare_in_one_table(pretrained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["finetune=none"], "nothing to do"),
-        (["finetune=none", "guidance=smc", "trainer.lr=1"], "trainer.lr has no effect"),
-        (["finetune=none", "guidance=svdd", "kl_weight=1"], "kl_weight has no effect"),
-        (["finetune.relaxed=3"], "no setting 'relaxed'"),
-        (["finetune.type=magic"], "unknown finetune"),
+        (["method=none"], "nothing to do"),
+        (["method=none", "guidance=smc", "trainer.lr=1"], "trainer.lr has no effect"),
+        (["method=none", "guidance=svdd", "kl_weight=1"], "kl_weight has no effect"),
+        (["method.relaxed=3"], "no setting 'relaxed'"),
+        (["method.type=magic"], "unknown finetune"),
         (["guidance=cfg"], "cond_dropout"),
         (["kl_weight=-1"], "kl_weight"),
         (["guidance=smc", "guidance.particle=3"], "particle"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from diffpolicy import DiffusionPolicy, cli
-from diffpolicy.config_policy_tuning import load_policy_tuning
+from diffpolicy.config import load_run
 from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.report.tuning import read_tuning_report
@@ -27,8 +27,8 @@ QUICK = ["trainer.progress=false", "trainer.batch_size=16", "trainer.warmup_step
 COLLECT = ["collect.episodes=2", "collect.points=2", "collect.branches=3", "collect.lookahead=8"]
 UNSCORED = ["evaluation.episodes=0", "evaluation.val_episodes=0"]
 ONLINE = [
-    "preference=dpo",
-    "preference.online={candidates: 2, num_steps: 2}",
+    "method=dpo",
+    "method.online={candidates: 2, num_steps: 2}",
     "judge={lookahead: 5, members: 2, width: 16, trainer: {steps: 5, batch_size: 8}}",
     "collect.kind=episodes",
     "collect.episodes=3",
@@ -55,7 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tuned(trained: Path, run: Path, *extra: str) -> int:
     where = [f"pretrained={trained / 'run'}", f"run_dir={run}", "nfe=[1,4]"]
     steps = [] if any(e.startswith("trainer.steps") for e in extra) else ["trainer.steps=4"]
-    return cli.main(["finetune", *where, *FEW, *QUICK, *steps, *extra])
+    return cli.main(["prefer", *where, *FEW, *QUICK, *steps, *extra])
 
 
 def result_of(text: str) -> dict:
@@ -64,7 +64,7 @@ def result_of(text: str) -> dict:
 
 def test_rollouts_become_pairs_and_pairs_a_report(trained, tmp_path, capsys):
     run = tmp_path / "dpo"
-    assert tuned(trained, run, "preference=dpo", *COLLECT) == 0
+    assert tuned(trained, run, "method=dpo", *COLLECT) == 0
     result = result_of(capsys.readouterr().out)
     assert result["method"] == "dpo"
     assert set(result["before"]) == set(result["after"]) == {"1", "4"}
@@ -76,7 +76,7 @@ def test_rollouts_become_pairs_and_pairs_a_report(trained, tmp_path, capsys):
     assert "difference" in (run / "report.md").read_text()
     assert (run / "preferences.jsonl").is_file()
     DiffusionPolicy.from_pretrained(run)
-    assert tuned(trained, run, "preference=dpo", *COLLECT) == 1
+    assert tuned(trained, run, "method=dpo", *COLLECT) == 1
     assert "already holds a run" in capsys.readouterr().err
 
 
@@ -93,7 +93,7 @@ def test_own_plans_are_compared_by_what_rollouts_led_to(trained, tmp_path):
 def test_own_plans_are_drawn_once_for_every_loss(trained, tmp_path, capsys):
     """The pairs of one run's plans are a preference file for others."""
     run, plans = tmp_path / "dpo", "plans={every: 6, candidates: 3, num_steps: 2}"
-    own = ["preference=dpo", plans, *ONLINE[2:]]
+    own = ["method=dpo", plans, *ONLINE[2:]]
     assert tuned(trained, run, *own, *UNSCORED) == 0
     pairs = PreferenceSet.open(run / "plans.jsonl")
     rollouts = EpisodeStore.open(run / "rollouts.zarr")
@@ -102,9 +102,9 @@ def test_own_plans_are_drawn_once_for_every_loss(trained, tmp_path, capsys):
     summary = read_tuning_report(run)["training"]["rounds"][0]["preferences"]
     assert summary["sources"] == {"value": len(pairs)}
     file = f"preferences={run / 'plans.jsonl'}"
-    assert tuned(trained, tmp_path / "kto", "preference=kto", file, *UNSCORED) == 0
+    assert tuned(trained, tmp_path / "kto", "method=kto", file, *UNSCORED) == 0
     before = (run / "report.json").read_bytes()
-    own = ["preference=dpo", plans, ONLINE[2], file, "overwrite=true"]
+    own = ["method=dpo", plans, ONLINE[2], file, "overwrite=true"]
     for where in (run, tmp_path / "again"):  # nothing is removed, nothing written
         capsys.readouterr()
         assert tuned(trained, where, *own, *UNSCORED) == 1
@@ -117,7 +117,7 @@ def test_given_rollouts_serve_a_judge(trained, tmp_path, rollouts):
     """For pairs of own plans, and for plans that are compared while the policy is tuned."""
     file = f"preferences={rollouts / 'preferences.jsonl'}"
     plans = "plans={every: 6, candidates: 3, num_steps: 2}"
-    assert tuned(trained, tmp_path / "sft", "preference=sft", plans, ONLINE[2], file) == 0
+    assert tuned(trained, tmp_path / "sft", "method=sft", plans, ONLINE[2], file) == 0
     assert tuned(trained, tmp_path / "dpo", *ONLINE[:3], file, *UNSCORED) == 0
 
 
@@ -130,7 +130,7 @@ def test_drawing_plans_goes_on(trained, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr("diffpolicy.learn.plan_pairs._written", killed)
-        assert tuned(trained, run, "preference=dpo", plans, *ONLINE[2:], *UNSCORED) == 130
+        assert tuned(trained, run, "method=dpo", plans, *ONLINE[2:], *UNSCORED) == 130
     assert (run / "plans.zarr").exists()
     assert not (run / "plans.jsonl").exists()
     assert cli.main(["resume", str(run)]) == 0
@@ -139,7 +139,7 @@ def test_drawing_plans_goes_on(trained, tmp_path, monkeypatch):
 
 def test_every_round_draws_its_own_plans(trained, tmp_path):
     run, plans = tmp_path / "run", "plans={every: 6, candidates: 3, num_steps: 2}"
-    assert tuned(trained, run, "preference=dpo", plans, "rounds=2", *ONLINE[2:], *UNSCORED) == 0
+    assert tuned(trained, run, "method=dpo", plans, "rounds=2", *ONLINE[2:], *UNSCORED) == 0
     scores = [
         [r.info["scores"] for r in PreferenceSet.open(run / f"round_{n}" / "plans.jsonl").records]
         for n in range(2)
@@ -149,25 +149,25 @@ def test_every_round_draws_its_own_plans(trained, tmp_path):
 
 def test_answers_of_a_person_are_not_taken_for_plans(trained, tmp_path, capsys, rollouts):
     run = tmp_path / "run"
-    assert tuned(trained, run, "preference=bc", *UNSCORED) == 0
+    assert tuned(trained, run, "method=bc", *UNSCORED) == 0
     shutil.copy(rollouts / "preferences.jsonl", run / "plans.jsonl")
-    assert tuned(trained, run, "preference=bc", *UNSCORED, "overwrite=true") == 1
+    assert tuned(trained, run, "method=bc", *UNSCORED, "overwrite=true") == 1
     assert "something else than pairs of plans" in capsys.readouterr().err
 
 
 def test_runs_that_come_from_each_other(trained, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
-    assert tuned(trained, first, "preference=bc", *UNSCORED) == 0
-    assert tuned(trained, second, "preference=bc", f"pretrained={first}", *UNSCORED) == 0
-    again = ["preference=bc", f"pretrained={second}", "overwrite=true", *UNSCORED]
+    assert tuned(trained, first, "method=bc", *UNSCORED) == 0
+    assert tuned(trained, second, "method=bc", f"pretrained={first}", *UNSCORED) == 0
+    again = ["method=bc", f"pretrained={second}", "overwrite=true", *UNSCORED]
     assert tuned(trained, first, *again) == 1  # it would remove what second comes from
     assert "is a part of the run" in capsys.readouterr().err
     file = first / "config.yaml"
     file.write_text(file.read_text().replace(str(trained / "run"), str(second)))
-    assert tuned(trained, tmp_path / "third", "preference=bc", f"pretrained={first}") == 1
+    assert tuned(trained, tmp_path / "third", "method=bc", f"pretrained={first}") == 1
     assert "each was tuned from the next" in capsys.readouterr().err
     file.write_text(file.read_text().replace(str(second), str(tmp_path / "gone")))
-    assert tuned(trained, tmp_path / "third", "preference=bc", f"pretrained={first}") == 1
+    assert tuned(trained, tmp_path / "third", "method=bc", f"pretrained={first}") == 1
     assert f"was tuned from {tmp_path / 'gone'}" in capsys.readouterr().err
     scored = ["eval", f"checkpoint={second}", *FEW]
     assert cli.main(scored) == 1
@@ -179,10 +179,10 @@ def test_both_anchors_need_demonstrations(trained, tmp_path, capsys, rollouts):
     (trained / "demos.zarr").rename(moved)
     try:
         file = f"preferences={rollouts / 'preferences.jsonl'}"
-        assert tuned(trained, tmp_path / "a", "preference=dpo", file) == 1
-        assert "preference.anchor=chosen" in capsys.readouterr().err
+        assert tuned(trained, tmp_path / "a", "method=dpo", file) == 1
+        assert "method.anchor=chosen" in capsys.readouterr().err
         found = f"demonstrations={moved}"
-        assert tuned(trained, tmp_path / "b", "preference=dpo", file, found, *UNSCORED) == 0
+        assert tuned(trained, tmp_path / "b", "method=dpo", file, found, *UNSCORED) == 0
     finally:
         moved.rename(trained / "demos.zarr")
 
@@ -210,13 +210,13 @@ def test_candidates_are_ranked_by_the_value_of_a_tuning(trained, tmp_path, capsy
 
 @pytest.mark.filterwarnings("ignore:the gradient of the first 3 steps")  # all comparisons tie
 def test_pso_compares_its_own_chains_by_what_rollouts_led_to(trained, tmp_path):
-    pso = ["preference=pso_online", "preference.num_steps=2", *ONLINE[2:]]
+    pso = ["method=pso_online", "method.num_steps=2", *ONLINE[2:]]
     assert tuned(trained, tmp_path / "run", *pso, *UNSCORED) == 0
 
 
 def test_rounds_tune_the_newest_policy(trained, tmp_path, capsys):
     run = tmp_path / "rounds"
-    extra = ["preference=dpo", "rounds=2", *COLLECT, "adapters={type: lora, rank: 2}"]
+    extra = ["method=dpo", "rounds=2", *COLLECT, "adapters={type: lora, rank: 2}"]
     assert tuned(trained, run, *extra) == 0
     seeds = [
         {a["seed"] for a in EpisodeStore.open(run / f"round_{n}" / "rollouts.zarr").episode_attrs}
@@ -228,10 +228,10 @@ def test_rounds_tune_the_newest_policy(trained, tmp_path, capsys):
 
 def test_a_given_file_takes_the_place_of_what_an_experiment_makes():
     given = ["experiment=pusht_dpo", "preferences=answers.jsonl"]
-    config = load_policy_tuning(given)
+    config = load_run("prefer", given)
     assert (config.collect, config.judge, config.plans, config.rounds) == (None, None, None, 1)
-    assert load_policy_tuning([*given, "judge.lookahead=8"]).plans is not None
-    config = load_policy_tuning([*given, "judge.reward=dense", "plans.every=6"])
+    assert load_run("prefer", [*given, "judge.lookahead=8"]).plans is not None
+    config = load_run("prefer", [*given, "judge.reward=dense", "plans.every=6"])
     assert config.collect is None
     assert config.judge["lookahead"] > 1
     assert config.plans["every"] == 6
@@ -240,8 +240,8 @@ def test_a_given_file_takes_the_place_of_what_an_experiment_makes():
 def test_a_tuned_policy_is_tuned_on(trained, tmp_path, capsys):
     """Its environment and demonstrations are those that it was trained with."""
     first, second = tmp_path / "first", tmp_path / "second"
-    assert tuned(trained, first, "preference=bc") == 0
-    assert tuned(trained, second, "preference=bc", f"pretrained={first}") == 0
+    assert tuned(trained, first, "method=bc") == 0
+    assert tuned(trained, second, "method=bc", f"pretrained={first}") == 0
     after, before = (read_tuning_report(run)["episodes"] for run in (first, second))
     assert before["before"]["4"] == after["after"]["4"]
     capsys.readouterr()
@@ -251,20 +251,20 @@ def test_a_tuned_policy_is_tuned_on(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["bc", "dro"])
 def test_demonstrations_are_those_of_the_run(method, trained, tmp_path):
-    assert tuned(trained, tmp_path / method, f"preference={method}") == 0
+    assert tuned(trained, tmp_path / method, f"method={method}") == 0
 
 
 @pytest.mark.parametrize("method", ["ipo", "kto", "margin", "pso", "sft"])
 def test_other_methods_read_a_preference_file(method, trained, tmp_path, rollouts):
     file = rollouts / "preferences.jsonl"
-    extra = [f"preference={method}", f"preferences={file}", "evaluation.episodes=0"]
+    extra = [f"method={method}", f"preferences={file}", "evaluation.episodes=0"]
     assert tuned(trained, tmp_path / method, *extra, "evaluation.val_episodes=0") == 0
 
 
 @pytest.fixture(scope="module")
 def rollouts(trained, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("rollouts") / "run"
-    assert tuned(trained, run, "preference=dpo", *COLLECT, *UNSCORED) == 0
+    assert tuned(trained, run, "method=dpo", *COLLECT, *UNSCORED) == 0
     return run
 
 
@@ -273,13 +273,13 @@ def test_runs_are_compared_by_episode(trained, tmp_path, capsys, rollouts):
     for method in ("bc", "sft"):
         for seed in (1, 2):
             runs.append(str(tmp_path / f"{method}_{seed}"))
-            extra = [f"preference={method}", f"seed={seed}"]
+            extra = [f"method={method}", f"seed={seed}"]
             if method == "sft":
                 extra.append(f"preferences={rollouts / 'preferences.jsonl'}")
             assert tuned(trained, Path(runs[-1]), *extra) == 0
     capsys.readouterr()
     output = tmp_path / "compared"
-    assert cli.main(["finetune", "compare", *runs, f"output={output}"]) == 0
+    assert cli.main(["prefer", "compare", *runs, f"output={output}"]) == 0
     text = capsys.readouterr().out
     assert "| before | 2 |" in text
     assert "minus bc" in text
@@ -289,34 +289,34 @@ def test_runs_are_compared_by_episode(trained, tmp_path, capsys, rollouts):
     gap = rows["sft"]["minus_baseline"]["4"]["value"]
     assert gap == pytest.approx(np.mean(scores[2:]) - np.mean(scores[:2]))
     assert rows["bc"]["minus_baseline"] == {}
-    assert cli.main(["finetune", "compare", runs[0], runs[0], f"output={output}"]) == 1
+    assert cli.main(["prefer", "compare", runs[0], runs[0], f"output={output}"]) == 1
     assert "two reports are of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["preference=dpo"], "learns from preferences"),
-        (["preference=dpo", "preferences=a.jsonl", *COLLECT], "not both"),
-        (["preference=dpo", "rounds=2"], "need collect"),
-        (["preference=dpo", "preference.beta=1"], "no setting 'beta'"),
-        (["preference=dpo", *COLLECT, "collect.branchs=3"], "did you mean 'collect.branches'"),
-        (["preference=dpo", *COLLECT, "collect.seed=99999"], "below 100,000"),
-        (["preference=dpo", *COLLECT, "collect.kind=some"], "collect.kind must be one of"),
-        (["preference=dpo", *COLLECT, "collect.points=two"], "collect.points must be int"),
-        (["preference=dpo", *COLLECT, "collect.repeats=2"], "collect.repeats: only for"),
-        (["preference=dpo", *COLLECT, "collect.branches=1"], "at least 2"),
-        (["preference=dpo", *COLLECT, "collect.score=os:getcwd"], "imports no code"),
-        (["preference=dpo", *COLLECT, "preference.online=true"], "must be a group of settings"),
-        (["preference=dpo", *COLLECT, "judge.lookahead=5"], "give both or neither"),
-        (["preference=pso", *COLLECT, "preference.online=yes please"], "must be true or false"),
+        (["method=dpo"], "learns from preferences"),
+        (["method=dpo", "preferences=a.jsonl", *COLLECT], "not both"),
+        (["method=dpo", "rounds=2"], "need collect"),
+        (["method=dpo", "method.beta=1"], "no setting 'beta'"),
+        (["method=dpo", *COLLECT, "collect.branchs=3"], "did you mean 'collect.branches'"),
+        (["method=dpo", *COLLECT, "collect.seed=99999"], "below 100,000"),
+        (["method=dpo", *COLLECT, "collect.kind=some"], "collect.kind must be one of"),
+        (["method=dpo", *COLLECT, "collect.points=two"], "collect.points must be int"),
+        (["method=dpo", *COLLECT, "collect.repeats=2"], "collect.repeats: only for"),
+        (["method=dpo", *COLLECT, "collect.branches=1"], "at least 2"),
+        (["method=dpo", *COLLECT, "collect.score=os:getcwd"], "imports no code"),
+        (["method=dpo", *COLLECT, "method.online=true"], "must be a group of settings"),
+        (["method=dpo", *COLLECT, "judge.lookahead=5"], "give both or neither"),
+        (["method=pso", *COLLECT, "method.online=yes please"], "must be true or false"),
         ([*ONLINE, "judge=null"], "give both or neither"),
         ([*ONLINE, "plans={every: 2}"], "plans are pairs of own plans"),
-        (["preference=dpo", "plans={every: 2}", *COLLECT], "give both or neither"),
-        (["preference=dpo", "plans={every: 90}", *ONLINE[2:]], "no episode is longer than 20"),
+        (["method=dpo", "plans={every: 2}", *COLLECT], "give both or neither"),
+        (["method=dpo", "plans={every: 90}", *ONLINE[2:]], "no episode is longer than 20"),
         ([*ONLINE, "collect.min_gap=1"], "collect.min_gap has no effect"),
-        (["preference=dpo", "preference.anchor_weight=0", *COLLECT], "for no anchor also"),
-        (["preference=dpo", "plans={evry: 2}", *ONLINE[2:]], "plans has no setting 'evry'"),
+        (["method=dpo", "method.anchor_weight=0", *COLLECT], "for no anchor also"),
+        (["method=dpo", "plans={evry: 2}", *ONLINE[2:]], "plans has no setting 'evry'"),
         ([*ONLINE, "judge.reward=dense"], "no method dense_reward"),
         ([*ONLINE, "judge.reward=mine"], "judge.reward must be one of"),
         ([*ONLINE, "judge.lookahead=0"], "judge: lookahead must be at least 1"),
@@ -326,18 +326,18 @@ def test_runs_are_compared_by_episode(trained, tmp_path, capsys, rollouts):
         ([*ONLINE, "judge.pessimism=-1"], "judge.pessimism must be a number"),
         ([*ONLINE, "judge.trainer.step=3"], "unknown key 'judge.trainer.step'"),
         ([*ONLINE, "windows=2"], "windows has no effect"),
-        (["preference=bc", *COLLECT], "collect has no effect: bc reads no pairs"),
-        (["preference=dro", "preferences=a.jsonl"], "preferences has no effect"),
-        (["preference=dro", "windows=2"], "windows has no effect"),
+        (["method=bc", *COLLECT], "collect has no effect: bc reads no pairs"),
+        (["method=dro", "preferences=a.jsonl"], "preferences has no effect"),
+        (["method=dro", "windows=2"], "windows has no effect"),
         (
-            ["preference=dpo", *COLLECT, "preference.anchor_weight=0", "demonstrations=a.zarr"],
+            ["method=dpo", *COLLECT, "method.anchor_weight=0", "demonstrations=a.zarr"],
             "demonstrations has no effect",
         ),
-        (["experiment=pusht_dpo", "preference=bc", "collect.points=2"], "collect has no effect"),
-        (["preference=bc", "nfe=[0]"], "nfe must be"),
-        (["preference=bc", "pretrained=nowhere"], "no trained policy in nowhere"),
-        (["preference=bc", "adapters={type: lora, rank: 0}"], "rank"),
-        (["experiment=tfbind8_drakes", "preference=dpo"], "experiment of sequences"),
+        (["experiment=pusht_dpo", "method=bc", "collect.points=2"], "collect has no effect"),
+        (["method=bc", "nfe=[0]"], "nfe must be"),
+        (["method=bc", "pretrained=nowhere"], "no trained policy in nowhere"),
+        (["method=bc", "adapters={type: lora, rank: 0}"], "rank"),
+        (["experiment=tfbind8_drakes", "method=dpo"], "experiment of sequences"),
     ],
 )
 def test_what_cannot_be_done_is_said(extra, message, trained, tmp_path, capsys):
@@ -367,25 +367,25 @@ def test_another_run_replaces_all_of_an_earlier_one(trained, tmp_path, capsys):
     assert tuned(trained, run, *ONLINE, *COLLECT[:1], *few, *rounds) == 0
     assert tuned(trained, run, *ONLINE, *few) == 1
     assert "already holds a run" in capsys.readouterr().err
-    assert tuned(trained, run, "preference=dpo", *COLLECT, *few, "overwrite=true") == 0
+    assert tuned(trained, run, "method=dpo", *COLLECT, *few, "overwrite=true") == 0
     assert not list(run.glob("round_*"))
     assert same(run / "policy", newest(run))
     before = weights_of(run)
     other = ["collect.kind=branches", "collect.episodes=1", "collect.points=1"]
-    assert tuned(trained, run, "preference=ipo", *other, "overwrite=true", "trainer.lr=0.1") == 0
+    assert tuned(trained, run, "method=ipo", *other, "overwrite=true", "trainer.lr=0.1") == 0
     assert same(run / "policy", newest(run))
     assert any(not torch.equal(before[k], v) for k, v in weights_of(run).items())
     store = EpisodeStore.open(run / "rollouts.zarr")
     assert {attrs["seed"] for attrs in store.episode_attrs} == {50_000}
     assert store.attrs["rollouts"]["settings"]["branches"] == 6
     assert (run / "score_by_nfe.png").is_file()
-    assert tuned(trained, run, "preference=bc", "overwrite=true", *UNSCORED) == 0
+    assert tuned(trained, run, "method=bc", "overwrite=true", *UNSCORED) == 0
     left = {path.name for path in run.iterdir()}
     assert not left & {"rollouts.zarr", "preferences.jsonl", "score_by_nfe.png"}
 
 
 def test_what_a_person_said_or_a_run_reads_is_not_overwritten(trained, tmp_path, capsys):
-    run, dpo = tmp_path / "run", ["preference=dpo", "overwrite=true", *UNSCORED]
+    run, dpo = tmp_path / "run", ["method=dpo", "overwrite=true", *UNSCORED]
     assert tuned(trained, run, *dpo, *COLLECT) == 0
     pairs = PreferenceSet.open(run / "preferences.jsonl")
     assert tuned(trained, run, *dpo, f"preferences={pairs.path}") == 1
@@ -396,7 +396,7 @@ def test_what_a_person_said_or_a_run_reads_is_not_overwritten(trained, tmp_path,
     assert "answers of a person" in capsys.readouterr().err
     assert len(PreferenceSet.open(run / "rollouts_human.jsonl").pairs()) == 1
     assert (run / "policy").is_dir()
-    assert tuned(trained, trained / "run", "preference=bc", "overwrite=true") == 1
+    assert tuned(trained, trained / "run", "method=bc", "overwrite=true") == 1
     assert "pretrained=" in capsys.readouterr().err
     assert (trained / "run" / "checkpoints").is_dir()
 
@@ -436,7 +436,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(trained, tmp_path, monke
 
 def test_a_finished_run_is_only_scored_again(trained, tmp_path, capsys):
     run = tmp_path / "run"
-    assert tuned(trained, run, "preference=bc", "trainer.eval_every=2", "trainer.lr=0.01") == 0
+    assert tuned(trained, run, "method=bc", "trainer.eval_every=2", "trainer.lr=0.01") == 0
     first = result_of(capsys.readouterr().out)
     DiffusionPolicy.from_pretrained(trained / "run").save(run / "policy")
     assert cli.main(["resume", str(run)]) == 0
@@ -447,7 +447,7 @@ def test_a_finished_run_is_only_scored_again(trained, tmp_path, capsys):
 
 def test_the_baseline_of_an_experiment_needs_no_rollouts(trained, tmp_path, capsys):
     run = tmp_path / "run"
-    assert tuned(trained, run, "experiment=pusht_dpo", "preference=bc", *UNSCORED) == 0
+    assert tuned(trained, run, "experiment=pusht_dpo", "method=bc", *UNSCORED) == 0
     said = "left out of the experiment: collect, judge, plans; bc reads none"
     assert said in capsys.readouterr().out.splitlines()
     assert not (run / "rollouts.zarr").exists()
@@ -471,7 +471,7 @@ def test_pairs_of_a_tuned_policy_are_of_its_environment(rollouts, tmp_path, caps
 
 def test_one_process_tunes(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert tuned(trained, tmp_path / "run", "preference=dpo", *COLLECT) == 1
+    assert tuned(trained, tmp_path / "run", "method=dpo", *COLLECT) == 1
     assert "by one process" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -479,7 +479,7 @@ def test_one_process_tunes(trained, tmp_path, monkeypatch, capsys):
 def test_how_rollouts_are_collected_is_kept_with_them(trained, tmp_path):
     run = tmp_path / "run"
     own = ["collect.score=max_reward", "collect.noise_seed=3"]
-    assert tuned(trained, run, "preference=dpo", *COLLECT, *own, *UNSCORED) == 0
+    assert tuned(trained, run, "method=dpo", *COLLECT, *own, *UNSCORED) == 0
     preferences = PreferenceSet.open(run / "preferences.jsonl")
     assert preferences.attrs["scoring"]["score"] == "max_reward"
     assert preferences.store.attrs["rollouts"]["settings"]["seed"] == 3
@@ -487,7 +487,7 @@ def test_how_rollouts_are_collected_is_kept_with_them(trained, tmp_path):
 
 def test_a_tuning_goes_on_for_longer(trained, tmp_path, capsys):
     run = tmp_path / "run"
-    assert tuned(trained, run, "preference=bc", *UNSCORED) == 0
+    assert tuned(trained, run, "method=bc", *UNSCORED) == 0
     with pytest.warns(ResumeWarning, match="steps=6"):
         assert cli.main(["resume", str(run), "trainer.steps=6"]) == 0
     assert newest(run).name == "0000006"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.collecting import Collecting
+from diffpolicy.commands.runs import trainer_settings
 from diffpolicy.commands.stores import env_spec
 from diffpolicy.commands.train import make_workers
-from diffpolicy.commands.train_sequences import trainer_settings
 from diffpolicy.commands.tuning_folder import PLAN_PAIRS, PLANS, PREFERENCES, ROLLOUTS, VALUE
-from diffpolicy.config import ConfigError, TrainConfig
-from diffpolicy.config_policy_tuning import PolicyTuningConfig
+from diffpolicy.config import ConfigError, PolicyTuningConfig, TrainConfig
+from diffpolicy.settings import check_choice, check_known, check_range, setting_names
 
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy
@@ -23,12 +22,13 @@ if TYPE_CHECKING:
     from diffpolicy.training.settings import TrainerConfig
 
 REWARDS = ("store", "dense")
-SCORING = ("score", "discount", "after_end", "pairs", "min_gap", "span")  # of pairs of rollouts
 JUDGE_TRAINER = {"steps": 2500, "batch_size": 512, "lr": 1e-3, "weight_decay": 1e-2}
 OF_POLICY = ("obs_dim", "action_dim", "n_obs_steps", "n_action_steps")
 
 
-def check_rollouts(config: PolicyTuningConfig, base: TrainConfig, policy: DiffusionPolicy) -> None:
+def check(
+    config: PolicyTuningConfig, base: TrainConfig, policy: DiffusionPolicy, *, judged: bool
+) -> None:
     """Find what is wrong with collecting and judging before anything runs.
 
     Raises:
@@ -42,11 +42,10 @@ def check_rollouts(config: PolicyTuningConfig, base: TrainConfig, policy: Diffus
         for number in range(config.rounds):
             rollout_seeds(config, number)
     longest = base.env.max_episode_steps
-    if config.judge is not None:
+    if judged:
         new_judge(config, policy)
         dense_reward(config, base)
-        _check_scoring(config.collect or {})
-        longest = _check_store(config) or longest
+        longest = _longest(config) or longest
     if config.plans is not None:
         every = PlanPairs.from_config(config.plans, policy.spec).every
         if longest is not None and every // 2 >= longest:
@@ -56,22 +55,8 @@ def check_rollouts(config: PolicyTuningConfig, base: TrainConfig, policy: Diffus
             )
 
 
-def _check_scoring(collect: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` for settings of pairs of rollouts, where there are none."""
-    usual = Collecting()
-    idle = [n for n in SCORING if collect.get(n, getattr(usual, n)) != getattr(usual, n)]
-    if idle:
-        raise ConfigError(
-            f"collect.{idle[0]} has no effect: with judge own plans are compared, not rollouts"
-        )
-
-
-def _check_store(config: PolicyTuningConfig) -> int | None:
-    """The longest of given rollouts, which must hold what a judge learns from.
-
-    Raises:
-        ConfigError: they do not.
-    """
+def _longest(config: PolicyTuningConfig) -> int | None:
+    """The longest of given rollouts, which must hold what a judge learns from."""
     from diffpolicy.data.preferences.set import PreferenceSet
 
     if config.preferences is None:
@@ -102,16 +87,57 @@ def rollout_seeds(config: PolicyTuningConfig, number: int) -> range:
     return seeds
 
 
-def collected(
+def make(
     config: PolicyTuningConfig,
     base: TrainConfig,
     policy: DiffusionPolicy,
     folder: Path,
     number: int,
-) -> PreferenceSet | None:
+    *,
+    judged: bool,
+) -> dict[str, Any] | None:
+    """What a round learns from, made where it is not there yet.
+
+    Args:
+        config: of the tuning.
+        base: of the run that it began from.
+        policy: the newest one.
+        folder: of the round.
+        number: of the round.
+        judged: whether the policy's own plans are judged.
+
+    Returns:
+        Entries of :class:`~diffpolicy.learn.material.TuningData`: comparisons as they are or of own
+        plans (``plans``), or the value of plans as the reward. ``None`` if it was stopped.
+    """
+    if not judged:
+        return {"preferences": _collected(config, base, policy, folder, number, compared=True)}
+    path = (config.judge or {}).get("path")
+    given = path is not None and config.preferences is None and config.collect is None
+    rollouts = None
+    if not given:
+        rollouts = _collected(config, base, policy, folder, number, compared=False).store
+    value = _judge(config, base, policy, rollouts, folder)
+    if value is None:
+        return None
+    if config.plans is None:
+        return {"reward": value, "observations": rollouts}
+    assert rollouts is not None  # pairs of plans are of their observations
+    return {"preferences": _plans(config, policy, value, rollouts, folder)}
+
+
+def _collected(
+    config: PolicyTuningConfig,
+    base: TrainConfig,
+    policy: DiffusionPolicy,
+    folder: Path,
+    number: int,
+    *,
+    compared: bool,
+) -> PreferenceSet:
     """The comparisons of a round: a file, or pairs from rollouts of the newest policy.
 
-    With a judge rollouts are not compared: the set is empty, and its store holds them.
+    Rollouts that are not compared have an empty set, whose store holds them.
     """
     from diffpolicy.data.preferences.set import PreferenceSet
     from diffpolicy.data.store import EpisodeStore
@@ -119,19 +145,18 @@ def collected(
 
     if config.preferences is not None:
         return PreferenceSet.open(config.preferences)
-    if config.collect is None:
-        return None
-    begun = any((folder / name).exists() for name in ("checkpoints", VALUE))
-    if begun and config.judge is not None:  # what is learned from stays as it is
-        return PreferenceSet(EpisodeStore.open(folder / ROLLOUTS))
-    if begun and (folder / PREFERENCES).exists():
-        return PreferenceSet.open(folder / PREFERENCES)
-    settings = Collecting.of(config.collect, "collect.").settings(config.seed)
+    if any((folder / name).exists() for name in ("checkpoints", VALUE)):
+        # Training has begun: what it learns from stays as it is.
+        if not compared:
+            return PreferenceSet(EpisodeStore.open(folder / ROLLOUTS))
+        if (folder / PREFERENCES).exists():
+            return PreferenceSet.open(folder / PREFERENCES)
+    settings = Collecting.of(config.collect or {}, "collect.").settings(config.seed)
     seeds = rollout_seeds(config, number)
     folder.mkdir(parents=True, exist_ok=True)
     where: dict[str, Any] = {
         "store_path": folder / ROLLOUTS,
-        "prefs_path": None if config.judge is not None else folder / PREFERENCES,
+        "prefs_path": folder / PREFERENCES if compared else None,
         "workers": make_workers(config.evaluation, 1_000_000),
     }
     if isinstance(settings, Branching):
@@ -142,34 +167,30 @@ def collected(
 def new_judge(
     config: PolicyTuningConfig, policy: DiffusionPolicy
 ) -> tuple[PlanValue, TrainerConfig]:
-    """An untrained value of plans, and the settings of its trainer.
+    """A value of plans, untrained unless it is read, and the settings of its trainer.
 
     Raises:
         ConfigError: unknown settings, or values out of range.
         ValueError: likewise.
     """
     from diffpolicy.learn.values import PlanValue, PlanValueSpec
-    from diffpolicy.settings import check_known, setting_names
 
     values = dict(config.judge or {})
-    trainer = values.pop("trainer", None) or {}
-    pessimism = values.pop("pessimism", 1.0)
-    reward = values.pop("reward", "store")
-    if reward not in REWARDS:
-        raise ConfigError(
-            f"judge.reward must be one of {list(REWARDS)} (what the rollouts earned, or the "
-            f"environment's dense_reward), got {reward!r}"
-        )
+    own = [name for name in setting_names(PlanValueSpec) if name not in OF_POLICY]
+    check_known(values, [*own, "path", "reward", "pessimism", "trainer"], "judge")
+    path, reward = values.pop("path", None), values.pop("reward", "store")
+    pessimism, trainer = values.pop("pessimism", 1.0), values.pop("trainer", None) or {}
+    check_choice("judge.reward", reward, REWARDS)
+    check_range("[0, inf)", **{"judge.pessimism": pessimism})
     if not isinstance(trainer, dict):
         raise ConfigError(f"judge.trainer must be a group of settings, got {trainer!r}")
-    if isinstance(pessimism, bool) or not isinstance(pessimism, int | float) or pessimism < 0:
-        raise ConfigError(f"judge.pessimism must be a number, 0 or more, got {pessimism!r}")
-    own = [name for name in setting_names(PlanValueSpec) if name not in OF_POLICY]
-    check_known(values, [*own, "reward", "pessimism", "trainer"], "judge")
     settings = trainer_settings({**JUDGE_TRAINER, **trainer}, config.seed, "judge.trainer.")
     try:
-        value = PlanValue.for_policy(policy, seed=config.seed, **values)
-    except (TypeError, ValueError) as error:
+        if path is not None:
+            value = PlanValue.from_pretrained(path, device=policy.device)
+        else:
+            value = PlanValue.for_policy(policy, seed=config.seed, **values)
+    except TypeError as error:
         raise ConfigError(f"judge: {error}") from None
     value.pessimism = float(pessimism)
     return value, settings
@@ -183,41 +204,31 @@ def dense_reward(config: PolicyTuningConfig, base: TrainConfig) -> DenseReward |
     """
     from diffpolicy.rollout.record.dense import DenseReward
 
-    if (config.judge or {}).get("reward", "store") == "store":
-        return None
-    return DenseReward(env_spec(base))
+    dense = (config.judge or {}).get("reward") == "dense"
+    return DenseReward(env_spec(base)) if dense else None
 
 
-def judged(
+def _judge(
     config: PolicyTuningConfig,
     base: TrainConfig,
     policy: DiffusionPolicy,
-    preferences: PreferenceSet | None,
+    rollouts: EpisodeStore | None,
     folder: Path,
-) -> dict[str, Any] | None:
-    """What there is to learn from: comparisons as they are, or by a value learned from rollouts.
+) -> PlanValue | None:
+    """The value of plans, learned from rollouts unless it is read; ``None`` if it was stopped.
 
-    Learning of the value goes on where an earlier call in ``folder`` was stopped.
-
-    Returns:
-        Entries of :class:`~diffpolicy.learn.preference_data.PreferenceData`: the preferences, which
-        are of the policy's own plans with ``plans``; or the value, for methods with ``online``.
-        ``None`` if it was stopped.
+    Learning goes on where an earlier call in ``folder`` was stopped.
     """
     from diffpolicy.training.run_files import has_run
 
-    if config.judge is None or preferences is None:
-        return {"preferences": preferences}
     value, settings = new_judge(config, policy)
-    rollouts = preferences.store
+    if (config.judge or {}).get("path") is not None:
+        return value
+    assert rollouts is not None
     place = folder / VALUE
     value.learn(dense_reward(config, base), rollouts, settings, place, resume=has_run(place))
     assert value.last_training is not None
-    if value.last_training.interrupted:
-        return None
-    if config.plans is None:
-        return {"preferences": None, "reward": value, "observations": rollouts}
-    return {"preferences": _plans(config, policy, value, rollouts, folder)}
+    return None if value.last_training.interrupted else value
 
 
 def _plans(
@@ -245,4 +256,4 @@ def _plans(
     )
 
 
-__all__ = ["check_rollouts", "collected", "dense_reward", "judged", "new_judge", "rollout_seeds"]
+__all__ = ["check", "dense_reward", "make", "new_judge", "rollout_seeds"]

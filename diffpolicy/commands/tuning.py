@@ -1,0 +1,109 @@
+"""What `diffpolicy tune` and `diffpolicy prefer` share: kinds of run, help, comparison."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffpolicy.commands import sweep
+from diffpolicy.commands.options import groups_help, indented
+from diffpolicy.commands.runs import print_config
+from diffpolicy.config import (
+    ConfigError,
+    PolicyTuningConfig,
+    SequenceTuningConfig,
+    config_dir,
+    load_run,
+)
+
+HELP = """\
+settings of policies (also method, collect, judge, plans, trainer and evaluation.KEY):
+{plans}
+
+settings of sequence models (also method.KEY, guidance.KEY, trainer.KEY):
+{sequences}
+
+{groups}
+
+collect.KEY: kind, episodes, seed, noise_seed, repeats, points, every, branches, lookahead,
+common_noise, score, discount, after_end, pairs, min_gap and span are those of `diffpolicy data
+prefs collect`. The collect.episodes=50 starts, from env seed collect.seed=50000 on, are others for
+every seed and round; noise_seed is the tuning's seed unless it is given.
+
+judge.KEY: path=RUN/value, a value that an earlier tuning has left; or reward=store (what rollouts
+earned) or dense (the environment's dense_reward); lookahead=16 steps whose rewards count,
+discount=1, width=128, depth=2, members=5, layer_norm=true; trainer.KEY. pessimism=1 standard
+deviations over the members are taken off.
+plans.KEY: every=16 steps of an episode from one observation to the next, candidates=16 plans for
+each; num_steps, solver, options and spacing are the policy's sampler's unless they are given.
+With preferences=FILE nothing is collected, and judge and plans of an experiment are left out unless
+some judge.KEY or plans.KEY is given: the judge then learns from the rollouts of that file.
+
+--print-config shows the composed configuration and stops; --multirun seed=0,1,2 runs them all.
+Results: RUN/report.md with pictures, report.json, metrics.csv, checkpoints/; of policies also
+policy/, rollouts.zarr and preferences.jsonl (pairs of rollouts) where there were collected, value/
+of a judge, and plans.zarr and plans.jsonl (with rounds=N, what is of one round in RUN/round_K).
+The last line printed is `RESULT {{json}}`."""
+
+
+def help_of(intro: str) -> str:
+    """The help of a tuning command: what it is for, then what both have in common."""
+    settings = {
+        name: indented((config_dir() / f"tuning_{name}.yaml").read_text().split("\n", 1)[1])
+        for name in ("plans", "sequences")
+    }
+    return f"{intro}\n\n{HELP}".format(**settings, groups=groups_help(("method", "guidance")))
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Compose the configuration and tune."""
+    if arguments and arguments[0] == "compare":
+        return compare(command, arguments[1:])
+    if sweep.asked(arguments):
+        return sweep.multirun(command, arguments, lambda one: run(command, one))
+    overrides = [a for a in arguments if a != "--print-config"]
+    config = load_run(command, overrides)
+    if len(overrides) < len(arguments):
+        return print_config(config)
+    if isinstance(config, PolicyTuningConfig):
+        from diffpolicy.commands.tune_plans import tune_plans
+
+        return tune_plans(config)
+    from diffpolicy.commands.tune_sequences import tune_sequences
+
+    assert isinstance(config, SequenceTuningConfig)
+    return tune_sequences(config)
+
+
+def compare(command: str, arguments: Sequence[str]) -> int:
+    """`compare RUN... output=DIR`, of sequence models or of policies.
+
+    Raises:
+        ConfigError: no runs, or options of something else.
+    """
+    runs = [a for a in arguments if "=" not in a]
+    options = dict(a.split("=", 1) for a in arguments if "=" in a)
+    if not runs or not {"output"} <= set(options) <= {"output", "baseline"}:
+        raise ConfigError(
+            f"usage: diffpolicy {command} compare RUN [RUN ...] output=DIR [baseline=METHOD]"
+        )
+    if of_policies(runs[0]):
+        from diffpolicy.report.tuning_comparison import compare_tunings
+
+        print(compare_tunings(runs, **options).read_text())
+        return 0
+    if "baseline" in options:
+        raise ConfigError("baseline=METHOD is of policies; leave it out")
+    from diffpolicy.report.sequence_comparison import compare_report
+
+    print(compare_report(runs, options["output"]).with_suffix(".md").read_text())
+    return 0
+
+
+def of_policies(run: str) -> bool:
+    """Whether the report of a run is of a policy's tuning."""
+    from diffpolicy.report.tuning import FORMAT
+
+    file = Path(run) / "report.json" if Path(run).is_dir() else Path(run)
+    return file.is_file() and json.loads(file.read_text()).get("format") == FORMAT
