@@ -114,11 +114,10 @@ UNREAD: dict[str, Any] = {
 
 def unread_settings(config: PolicyTuningConfig) -> list[str]:
     """The settings of ``UNREAD`` that were made and that the method does not look at."""
-    from diffpolicy.learn.preferences.methods import TYPES, has_anchor, needs
+    from diffpolicy.learn.methods import method_of
 
-    if config.preference.get("type") not in ("cloning", *TYPES):
-        return []  # check_method says what it could be
-    need = needs(config.preference)
+    method = method_of(config.preference, "prefer")
+    need = method.reads()
     pairs, online = bool(need & {"pairs", "labels"}), "observations" in need
     looked_at = {
         "preferences": pairs or online,
@@ -127,7 +126,7 @@ def unread_settings(config: PolicyTuningConfig) -> list[str]:
         "plans": pairs,
         "windows": pairs,
         "rounds": pairs or online,
-        "demonstrations": "demonstrations" in need or has_anchor(config.preference),
+        "demonstrations": "demonstrations" in need or method.clones_demonstrations,
     }
     return [n for n, unset in UNREAD.items() if getattr(config, n) != unset and not looked_at[n]]
 

@@ -177,9 +177,9 @@ class _Run:
 
     def _data(self, found: dict[str, Any]) -> Any:
         from diffpolicy.learn.learning import Learning
-        from diffpolicy.learn.preference_data import PreferenceData
+        from diffpolicy.learn.material import TuningData
 
-        return PreferenceData(
+        return TuningData(
             demonstrations=self.demonstrations,
             max_episodes=self.base.data.max_episodes,
             windows=self.config.windows,

@@ -200,7 +200,7 @@ def judged(
     Learning of the value goes on where an earlier call in ``folder`` was stopped.
 
     Returns:
-        Entries of :class:`~diffpolicy.learn.preference_data.PreferenceData`: the preferences, which
+        Entries of :class:`~diffpolicy.learn.material.TuningData`: the preferences, which
         are of the policy's own plans with ``plans``; or the value, for methods with ``online``.
         ``None`` if it was stopped.
     """

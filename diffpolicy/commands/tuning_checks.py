@@ -36,20 +36,20 @@ def check_tuning(
 ) -> None:
     """Find what is wrong with the settings before anything runs."""
     from diffpolicy.learn.adapters import add_adapters
-    from diffpolicy.learn.preference_data import check_preferable
-    from diffpolicy.learn.preferences.methods import check_method, is_online, needs
+    from diffpolicy.learn.material import TuningData, check_fits
+    from diffpolicy.learn.methods import method_of
 
     trainer_settings(config.trainer, config.seed)
-    check_preferable(policy.spec)
-    check_method(config.preference, policy.denoiser)
-    compared = is_online(config.preference) or config.plans is not None
+    method = method_of(config.preference, "prefer")
+    check_fits(method, policy.spec, policy.normalizer, policy.denoiser, TuningData())
+    need = method.reads()
+    compared = "reward" in need or config.plans is not None
     if compared != (config.judge is not None):
         raise ConfigError(
             "preference.online and plans compare own plans by judge=..., and judge serves nothing "
             "else: give both or neither"
         )
     check_read(config)
-    need = needs(config.preference)
     if need & {"pairs", "labels"} and config.preferences is None and config.collect is None:
         raise ConfigError(
             f"{method_name(config)} learns from preferences: give preferences=FILE, or collect="
