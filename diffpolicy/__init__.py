@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from diffpolicy.data.normalize import Normalizer
     from diffpolicy.data.store import EpisodeStore
     from diffpolicy.learn.learning import Learning
+    from diffpolicy.learn.material import TuningData
     from diffpolicy.policies.ensemble import TemporalEnsemble
     from diffpolicy.rollout.env_spec import EnvSpec
     from diffpolicy.rollout.evaluate import evaluate
@@ -39,6 +40,7 @@ _HOMES = {
     **dict.fromkeys(("RTI", "Truncated", "Anchors", "Chunking", "Streaming"), "diffpolicy.api"),
     "TrainerConfig": "diffpolicy.api",
     "Learning": "diffpolicy.learn.learning",
+    "TuningData": "diffpolicy.learn.material",
     "TemporalEnsemble": "diffpolicy.policies.ensemble",
     "DelayedPolicy": "diffpolicy.rollout.latency",
     "Normalizer": "diffpolicy.data.normalize",
@@ -66,6 +68,7 @@ __all__ = [
     "TemporalEnsemble",
     "TrainerConfig",
     "Truncated",
+    "TuningData",
     "Workers",
     "__version__",
     "collect",

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.data.fields import check_vector
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.data.windows import Windows
-from diffpolicy.learn.learning import fitted_returns
-from diffpolicy.learn.trainable import TrainablePolicy
+from diffpolicy.data.windows import split_episodes
+from diffpolicy.learn.adapters import add_adapters, merge_adapters, merged_state
+from diffpolicy.learn.learning import Learning, examples, fit_anchors, fitted_returns, objective
+from diffpolicy.learn.material import PlanMaterial, TuningData
+from diffpolicy.learn.method import Method
+from diffpolicy.learn.methods import method_of
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array
+from diffpolicy.policies.changes import check_same_weights, merged_config
 from diffpolicy.policies.choose_level import choose_level, demonstrations, observation_step
 from diffpolicy.policies.chunking import Chunking, RealTimeChunking
-from diffpolicy.policies.diffusion import PolicySpec, Sampler
+from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
 from diffpolicy.policies.level_report import LevelReport
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.spec import Gripper
@@ -30,19 +35,21 @@ from diffpolicy.policies.truncated import Truncated
 from diffpolicy.policies.upgrade import upgraded
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.policy_files import FORMAT, VERSION, find_policy, policy_files
+from diffpolicy.training.rollback import unchanged_on_error
 from diffpolicy.training.settings import TrainerConfig
+from diffpolicy.training.trainer import Source, Trainer, TrainResult
 
 
-class DiffusionPolicy(TrainablePolicy):
-    """A diffusion policy (Chi et al. 2023): ``from_dataset``, ``learn``, ``predict``, ``save``.
-
-    ``load``.
+class DiffusionPolicy(DiffusionPlanner):
+    """A diffusion policy (Chi et al. 2023) that learns, acts, and is saved and loaded.
 
     Example:
         >>> policy = DiffusionPolicy.from_dataset("data/demos.zarr")
         >>> policy.learn("data/demos.zarr", TrainerConfig(steps=5000), run_dir="runs/mine")
         >>> action, state = policy.predict(obs)
     """
+
+    last_training: TrainResult | None = None
 
     @classmethod
     def from_dataset(
@@ -104,6 +111,224 @@ class DiffusionPolicy(TrainablePolicy):
             fitted = fit_anchors(full, store, normalizer, **{"seed": seed, **anchors})
         return cls(full, denoiser.to(device), normalizer, fitted, heads.to(device))
 
+    def learn(
+        self,
+        store: EpisodeStore | str | os.PathLike[str],
+        config: TrainerConfig,
+        run_dir: str | os.PathLike[str],
+        *,
+        val_fraction: float = 0.02,
+        max_episodes: int | None = None,
+        learning: Learning | None = None,
+        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> Self:
+        """Train denoiser and heads on stored episodes; ends with the averaged (EMA) weights.
+
+        Args:
+            store: the demonstrations, or their path.
+            config: steps, batch size, learning rate, ...
+            run_dir: where metrics and checkpoints go.
+            val_fraction: fraction of the episodes held out for the validation loss.
+            max_episodes: use the first so many episodes only.
+            learning: what is learned beyond behaviour cloning: actor-critics, weights of losses.
+            evaluate: called with a policy directory and the step; returns metrics, of which
+                ``score`` decides the best checkpoint.
+            resume: continue the run in ``run_dir`` exactly where it stopped.
+            overwrite: replace an earlier run in ``run_dir``.
+
+        Returns:
+            self; ``last_training`` tells the steps done, seconds, and whether it was interrupted.
+        """
+        episodes = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
+        count = min(episodes.num_episodes, max_episodes or episodes.num_episodes)
+        train, val = split_episodes(count, val_fraction, config.seed)
+        how = Learning() if learning is None else learning
+        normal = self.normalizer.to("cpu")
+        source = examples(self.spec, normal, episodes, how, train.tolist())
+        held_out = examples(self.spec, normal, episodes, how, val.tolist()) if len(val) else None
+        return self.fit(
+            objective(self, how),
+            source,
+            config,
+            run_dir,
+            val_source=held_out,
+            evaluate=evaluate,
+            about={"learning": how},
+            resume=resume,
+            overwrite=overwrite,
+        )
+
+    def fit(
+        self,
+        objective: nn.Module,
+        source: Source,
+        config: TrainerConfig,
+        run_dir: str | os.PathLike[str],
+        *,
+        val_source: Source | None = None,
+        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
+        about: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> Self:
+        """Train with any objective of this policy; if that fails, nothing has changed.
+
+        Args:
+            objective: ``forward(batch, generator) -> LossOutput``, a module that holds what it
+                trains as ``denoiser`` and, if it trains heads, as ``heads``: this policy's own.
+            source: examples for it.
+            config: settings of the trainer.
+            run_dir: where metrics and checkpoints go.
+            val_source: held-out examples.
+            evaluate: as in :meth:`learn`.
+            about: what else the result depends on: a resumed run must say the same.
+            resume: continue the run in ``run_dir`` exactly where it stopped.
+            overwrite: replace it.
+
+        Returns:
+            self; ``last_training`` tells the steps done, seconds, and whether it was interrupted.
+
+        Raises:
+            ValueError: an objective that trains another denoiser.
+        """
+        if getattr(objective, "denoiser", None) is not self.denoiser:
+            raise ValueError(
+                f"{type(objective).__name__} must train this policy's own denoiser: build it with "
+                "policy.denoiser"
+            )
+        own = {"policy": self.spec, "normalizer": self.normalizer, "anchors": self.anchors}
+        with unchanged_on_error(self.denoiser, self.heads):
+            result = Trainer(
+                objective,
+                source,
+                config,
+                run_dir,
+                export=self._bundle,
+                val_source=val_source,
+                evaluate=evaluate,
+                identity={**own, **(about or {})},
+                resume=resume,
+                overwrite=overwrite,
+            ).fit()
+            objective.load_state_dict(result.ema)
+            self.denoiser.eval()
+            self.heads.eval()
+        self.last_training = result
+        self._loops = self._made_loops()  # compiled ones hold the old weights
+        return self
+
+    def tune(
+        self,
+        data: TuningData,
+        method: Method | Mapping[str, Any],
+        config: TrainerConfig,
+        run_dir: str | os.PathLike[str],
+        *,
+        adapters: Mapping[str, Any] | None = None,
+        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> Self:
+        """Tune by a reward of the policy's own plans: DRaFT, AlignProp.
+
+        Args:
+            data: a ``reward``, and ``observations`` (or ``demonstrations``) that plans are drawn
+                for.
+            method: of :data:`diffpolicy.learn.methods.METHODS`, or its plain values.
+            config: of the trainer.
+            run_dir: where metrics and checkpoints go.
+            adapters: tune these few weights alone, see
+                :func:`~diffpolicy.learn.adapters.add_adapters`; they are merged at the end.
+            evaluate: as in :meth:`learn`.
+            resume: continue the run in ``run_dir``.
+            overwrite: replace it.
+
+        Example:
+            >>> near = lambda action, obs: -(action - obs[:, -1:, :2]).square().sum((1, 2))
+            >>> data = TuningData.of(reward=near, observations="data/demos.zarr")
+            >>> draft = {"type": "plan_chain", "grad_steps": 1}
+            >>> policy.tune(data, draft, TrainerConfig(steps=200, lr=1e-4), "runs/tuned")
+
+        Raises:
+            ValueError: a method of comparisons, a policy that it cannot tune, or data that lack
+                what it reads.
+        """
+        made = method_of(method, "tune")
+        return self._tuned(made, data, config, run_dir, adapters, evaluate, resume, overwrite)
+
+    def prefer(
+        self,
+        data: TuningData,
+        method: Method | Mapping[str, Any],
+        config: TrainerConfig,
+        run_dir: str | os.PathLike[str],
+        *,
+        adapters: Mapping[str, Any] | None = None,
+        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> Self:
+        """Tune by comparisons: Diffusion-DPO, PSO, DRO and their relatives.
+
+        The policy as it is now is the reference. Arguments are those of :meth:`tune`; what the
+        data must hold depends on the method.
+
+        Example:
+            >>> data = TuningData.of("data/pairs.jsonl", "data/demos.zarr")
+            >>> dpo = {"type": "dpo", "kl_beta": 0.3}
+            >>> policy.prefer(data, dpo, TrainerConfig(steps=500, lr=1e-4), "runs/preferred")
+
+        Raises:
+            ValueError: a method of rewards, a policy that it cannot tune, or data that lack what
+                it reads.
+        """
+        made = method_of(method, "prefer")
+        return self._tuned(made, data, config, run_dir, adapters, evaluate, resume, overwrite)
+
+    def _tuned(
+        self,
+        method: Method,
+        data: TuningData,
+        config: TrainerConfig,
+        run_dir: str | os.PathLike[str],
+        adapters: Mapping[str, Any] | None,
+        evaluate: Callable[[Path, int], Mapping[str, float]] | None,
+        resume: bool,
+        overwrite: bool,
+    ) -> Self:
+        material = PlanMaterial(self.spec, self.normalizer, data, config.seed)
+        material.check(method)
+        with unchanged_on_error(self.denoiser, self.heads):
+            if adapters is not None:
+                add_adapters(self.denoiser, adapters)
+            self.fit(
+                method.objective(self.denoiser, material),
+                method.source(material),
+                config,
+                run_dir,
+                evaluate=evaluate,
+                about={"method": method},
+                resume=resume,
+                overwrite=overwrite,
+            )
+            if adapters is not None:
+                merge_adapters(self.denoiser)
+                self.denoiser.eval()
+                self._loops = self._made_loops()
+        return self
+
+    def _bundle(self, objective_state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The files of this policy with other weights; heads that are not trained stay."""
+        parts = [
+            {k.removeprefix(p): v for k, v in objective_state.items() if k.startswith(p)}
+            for p in ("denoiser.", "heads.")
+        ]
+        weights = merged_state(self.denoiser, parts[0])
+        heads = parts[1] or self.heads.state_dict()
+        return policy_files(self.spec, weights, self.normalizer, self.anchors, heads)
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the policy as a directory: ``config.json``, safetensors files, and their hashes."""
         weights, heads = self.denoiser.state_dict(), self.heads.state_dict()
@@ -120,24 +345,7 @@ class DiffusionPolicy(TrainablePolicy):
         Raises:
             ValueError: settings that do not fit, or that would need other weights.
         """
-        fixed = {"obs_dim", "action_dim", "horizon", "n_obs_steps", "network", "process"}
-        fixed |= {"prediction", "cond_dropout", "level_law", "trained_action_steps"}
-        fixed |= {"layout", "goal", "constant", "heads"}
-        wrong = sorted(set(changes) & fixed)
-        scaled = [
-            {g for g in s if g.mode == "scale"}
-            for s in (self.spec.grippers, changes.get("grippers", self.spec.grippers))
-        ]
-        if scaled[0] != scaled[1]:
-            wrong.append("a gripper of mode 'scale'")
-        if self.spec.network.get("type") == "anchored" and self.spec.truncated is not None:
-            other = changes.get("truncated", self.spec.truncated)
-            if other is None or other.t_start != self.spec.truncated.t_start:
-                wrong.append("the level that a network of type 'anchored' starts from")
-        if (changes.get("returns", self.spec.returns) is None) != (self.spec.returns is None):
-            wrong.append("whether plans are conditioned on returns")
-        if wrong:
-            raise ValueError(f"{wrong[0]} belongs to the weights; train a policy with another one")
+        check_same_weights(self.spec, changes)
         spec = replace(self.spec, **changes)
         return type(self)(spec, self.denoiser, self.normalizer, self.anchors, self.heads)
 
@@ -291,29 +499,17 @@ class DiffusionPolicy(TrainablePolicy):
 
     @classmethod
     def load(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        device: str | torch.device = "cpu",
-        sampler: Mapping[str, Any] | None = None,
-        n_action_steps: int | None = None,
-        rti: Mapping[str, Any] | None = None,
-        truncated: Mapping[str, Any] | None = None,
-        settings: Mapping[str, Any] | None = None,
+        cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu", **changes: Any
     ) -> Self:
         """Read a policy directory, verifying every hash.
 
         Args:
             path: a directory written by :meth:`save` or a checkpoint's ``policy``.
             device: where the weights go.
-            sampler: replacements for entries of the stored sampler.
-            n_action_steps: replacement for the actions executed per plan.
-            rti: replacements for entries of the stored warm starts; ``{}`` keeps them, and
-                ``{"t_start": ...}`` is enough for a policy without.
-            truncated: the same for plans from guesses; a policy has one or the other.
-            settings: replacements for other entries of the spec that do not touch the weights:
-                ``selection`` and ``returns`` (merged with the stored ones), ``temperature``,
-                ``value_scale``.
+            changes: other entries of the spec that do not touch the weights, as plain values.
+                Groups of settings are merged with the stored ones: ``sampler={"num_steps": 4}``.
+                Another solver drops the options of the old one, and ``rti={"t_start": 0.3}`` takes
+                the place of ``truncated`` as ``truncated={...}`` does of ``rti``.
 
         Raises:
             ValueError: not a policy, a damaged file, or settings that do not fit.
@@ -322,68 +518,26 @@ class DiffusionPolicy(TrainablePolicy):
         config = upgraded(files["config.json"])
         if config.pop("format", None) != FORMAT or config.pop("version", None) != VERSION:
             raise ValueError(f"{path} is not a diffpolicy policy of version {VERSION}")
-        normalizer = Normalizer.from_parts(
-            config.pop("normalizer"), files["normalizer.safetensors"]
-        )
-        if sampler:
-            # Options belong to one solver: a new solver does not inherit those of the old one.
-            kept = (
-                config["sampler"]
-                if "solver" not in sampler
-                else {**config["sampler"], "options": {}}
-            )
-            config["sampler"] = {**kept, **sampler}
-        if n_action_steps is not None:
-            config["n_action_steps"] = n_action_steps
-        for name, other, changes in (("rti", "truncated", rti), ("truncated", "rti", truncated)):
-            if changes:
-                config[name] = {**(config.get(name) or {}), **changes}
-                config[other] = None
-        _replace_settings(config, settings or {})
-        anchors = None
-        if config.get("anchors") is not None:
-            anchors = Anchors.from_parts(config["anchors"], files["anchors.safetensors"])
-        config.pop("anchors", None)
+        parts = config.pop("normalizer"), files["normalizer.safetensors"]
+        normalizer = Normalizer.from_parts(*parts)
+        anchors, stored = None, config.pop("anchors", None)
+        if stored is not None:
+            anchors = Anchors.from_parts(stored, files["anchors.safetensors"])
         spec = PolicySpec.from_config(config)
-        denoiser = spec.make_denoiser()
+        denoiser, heads = spec.make_denoiser(), spec.make_heads()
         denoiser.load_state_dict(files["model.safetensors"])
-        heads = spec.make_heads()
         if len(heads):
             heads.load_state_dict(files["heads.safetensors"])
+        if changes:
+            changed = PolicySpec.from_config(merged_config(config, changes))
+            check_same_weights(spec, {f.name: getattr(changed, f.name) for f in fields(changed)})
+            spec = changed
         return cls(spec, denoiser.to(device), normalizer, anchors, heads.to(device))
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
-        """:meth:`load`, from a policy, a checkpoint or a run directory (its best checkpoint.
-
-        Else its last).
-        """
+        """Load a policy directory, a checkpoint, or the best (else the last) one of a run."""
         return cls.load(find_policy(path), **options)
-
-
-def _replace_settings(config: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    """Replace entries of a stored spec that do not touch the weights."""
-    for name, value in settings.items():
-        if name not in ("selection", "returns", "temperature", "value_scale"):
-            raise ValueError(f"{name!r} cannot be replaced when a policy is loaded")
-        if name == "returns" and config.get(name) is None:
-            raise ValueError("this policy was trained without returns as a condition")
-        merged = isinstance(value, Mapping)
-        config[name] = {**(config.get(name) or {}), **value} if merged else value
-
-
-def fit_anchors(
-    spec: PolicySpec, store: EpisodeStore, normalizer: Normalizer, **options: Any
-) -> Anchors:
-    """Anchors over the windows of a store, for plans of the shape that ``spec`` says."""
-    windows = Windows(
-        store,
-        horizon=spec.horizon,
-        n_obs_steps=spec.n_obs_steps,
-        n_action_steps=spec.n_action_steps,
-        normalizer=normalizer.to("cpu"),
-    )
-    return Anchors.fit(windows, normalizer, **options)
 
 
 __all__ = [

@@ -32,7 +32,8 @@ from diffpolicy.commands.options import parse
 from diffpolicy.config import KINDS, build, compose
 from diffpolicy.core import one_hot
 from diffpolicy.guidance import RewardGuidance
-from diffpolicy.learn.reward.methods import make_tuning
+from diffpolicy.learn.material import SequenceMaterial
+from diffpolicy.learn.methods import make_method
 from diffpolicy.sequences.exact import ExactLaw, StateSpace, exact_scores
 from diffpolicy.sequences.metrics import quartiles
 from diffpolicy.sequences.model import SequenceModel
@@ -292,13 +293,9 @@ def gradients(bench: Bench, options: dict[str, Any], *, batches: int = 40) -> li
     exact = _flat(torch.autograd.grad(objective, parameters, allow_unused=True), parameters)
     rows = []
     for name, config in ESTIMATORS.items():
-        loss = make_tuning(
-            {**config, "kl_weight": kl_weight},
-            moved.denoiser,
-            task.reward,
-            batch_size=size,
-            reference=start.denoiser,
-        )
+        material = SequenceMaterial(task.reward, start.denoiser, size)
+        method = make_method({**config, "kl_weight": kl_weight})
+        loss = method.objective(moved.denoiser, material)
         generator = torch.Generator().manual_seed(1)
         found = []
         for _ in range(batches):

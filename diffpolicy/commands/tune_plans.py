@@ -91,9 +91,9 @@ class _Run:
 
     @property
     def method(self) -> Method:
-        from diffpolicy.learn.methods import make_method
+        from diffpolicy.learn.methods import method_of
 
-        return make_method(self.config.method)
+        return method_of(self.config.method, self.config.run)
 
     @property
     def judged(self) -> bool:
@@ -114,11 +114,11 @@ class _Run:
     def check(self, policy: DiffusionPolicy) -> None:
         """Find what is wrong with the settings before anything runs."""
         from diffpolicy.learn.adapters import add_adapters
-        from diffpolicy.learn.material import check_tuning
+        from diffpolicy.learn.material import TuningData, check_fits
 
         config, method = self.config, self.method
         trainer_settings(config.trainer, config.seed)
-        check_tuning(method, config.run, policy.spec, policy.denoiser)
+        check_fits(method, policy.spec, policy.normalizer, policy.denoiser, TuningData())
         nothing = self.rollouts and config.preferences is None and config.collect is None
         valued = (config.judge or {}).get("path") is not None and config.plans is None
         if nothing and not (self.judged and valued):

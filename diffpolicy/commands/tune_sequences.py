@@ -110,23 +110,16 @@ def _pretrained(run_dir: str, device: Any) -> SequenceModel:
 
 def _check(config: SequenceTuningConfig, model: SequenceModel) -> None:
     """Find what is wrong with the settings before anything runs."""
-    from diffpolicy.learn.reward.methods import METHODS, make_tuning
+    from diffpolicy.learn.material import SequenceMaterial
+    from diffpolicy.learn.methods import method_of
     from diffpolicy.sequences.guided import check_guidance
 
     trainer = trainer_settings(config.trainer, config.seed)
     check_guidance(config.guidance, model)
-    if config.method.get("type") not in ("none", *METHODS):
-        raise ConfigError(
-            f"unknown method.type {config.method.get('type')!r}; expected one of "
-            f"{('none', *METHODS)}"
-        )
     if config.method["type"] != "none":
-        make_tuning(
-            {**config.method, "kl_weight": config.kl_weight},
-            model.copy().denoiser,
-            lambda x: x.sum((1, 2)),
-            batch_size=trainer.batch_size,
-        )
+        method = method_of({**config.method, "kl_weight": config.kl_weight}, config.run.split()[0])
+        material = SequenceMaterial(lambda x: x.sum((1, 2)), None, trainer.batch_size)
+        method.objective(model.copy().denoiser, material)
     elif config.guidance["type"] == "none":
         raise ConfigError("method=none and guidance=none leave nothing to do; choose one")
     if config.num_steps is None and not model.spec.time_free:

@@ -1,7 +1,4 @@
-"""Losses and estimators; needs torch and numpy alone.
-
-Loops (rollouts, data collection) are passed in.
-"""
+"""Learning: methods by name, their losses and estimators, and what they read."""
 
 from diffpolicy.learn.actor_critic.algorithms import ALGORITHMS, ActorCritic
 from diffpolicy.learn.actor_critic.loss import ActorCriticLoss
@@ -12,61 +9,61 @@ from diffpolicy.learn.adapters import (
     merge_adapters,
     merged_state,
 )
-from diffpolicy.learn.cloning.denoising import DenoisingLoss, LossOutput, denoising_error
+from diffpolicy.learn.cloning.denoising import Cloning, DenoisingLoss, LossOutput, denoising_error
 from diffpolicy.learn.cloning.masked import MaskedDenoisingLoss, elbo, masked_cross_entropy
 from diffpolicy.learn.cloning.planners import DraftLoss, InverseDynamicsLoss, SumOfLosses, ValueLoss
-from diffpolicy.learn.preferences.dpo import PreferenceLoss
-from diffpolicy.learn.preferences.dro import Ranking, RankingLoss
+from diffpolicy.learn.method import Method
+from diffpolicy.learn.methods import METHODS, make_method
+from diffpolicy.learn.preferences.dpo import DPO, PreferenceLoss
+from diffpolicy.learn.preferences.dro import DRO, DROLoss
 from diffpolicy.learn.preferences.few_step import FewStep
 from diffpolicy.learn.preferences.formulas import Preference, feedback_loss, preference_loss
-from diffpolicy.learn.preferences.items import Items
-from diffpolicy.learn.preferences.methods import make_preference
-from diffpolicy.learn.preferences.online import OwnPlans, OwnPlansLoss
-from diffpolicy.learn.preferences.online_sequences import Labelled, LabelledLoss
-from diffpolicy.learn.preferences.pso import PairwiseLoss
-from diffpolicy.learn.preferences.pso_formulas import Pairwise
+from diffpolicy.learn.preferences.online import OnlineDPOLoss, OwnPlans
+from diffpolicy.learn.preferences.pso import PSO, PSOLoss, SequencePSO
 from diffpolicy.learn.preferences.scores import DenoisingScore, MaskedScore, make_score
-from diffpolicy.learn.reward.adjoint import probability_flow
-from diffpolicy.learn.reward.advantages import PolicyGradient
-from diffpolicy.learn.reward.masked_chain import MaskedChain
-from diffpolicy.learn.reward.methods import METHODS, make_tuning
+from diffpolicy.learn.preferences.sequence_dpo import SequenceDPO, SequenceDPOLoss
+from diffpolicy.learn.reward.masked_chain import MaskedChain, Pathwise
 from diffpolicy.learn.reward.pathwise import RewardLoss
 from diffpolicy.learn.reward.plan_chain import PlanChain
-from diffpolicy.learn.reward.policy_gradient import PolicyGradientLoss
+from diffpolicy.learn.reward.policy_gradient import PolicyGradient, PolicyGradientLoss
 from diffpolicy.learn.reward.rollouts import MaskedRollout, draw_rollout
 from diffpolicy.learn.reward.stepwise import Stepwise, StepwiseLoss
 from diffpolicy.learn.reward.weighted import WeightedDenoising, WeightedDenoisingLoss
 
 __all__ = [
     "ALGORITHMS",
+    "DPO",
+    "DRO",
     "METHODS",
+    "PSO",
     "ActorCritic",
     "ActorCriticLoss",
+    "Cloning",
+    "DROLoss",
     "DenoisingLoss",
     "DenoisingScore",
     "DraftLoss",
     "FewStep",
     "InverseDynamicsLoss",
-    "Items",
-    "Labelled",
-    "LabelledLoss",
     "LossOutput",
     "MaskedChain",
     "MaskedDenoisingLoss",
     "MaskedRollout",
     "MaskedScore",
+    "Method",
+    "OnlineDPOLoss",
     "OwnPlans",
-    "OwnPlansLoss",
-    "Pairwise",
-    "PairwiseLoss",
+    "PSOLoss",
+    "Pathwise",
     "PlanChain",
     "PolicyGradient",
     "PolicyGradientLoss",
     "Preference",
     "PreferenceLoss",
-    "Ranking",
-    "RankingLoss",
     "RewardLoss",
+    "SequenceDPO",
+    "SequenceDPOLoss",
+    "SequencePSO",
     "Stepwise",
     "StepwiseLoss",
     "SumOfLosses",
@@ -80,12 +77,10 @@ __all__ = [
     "elbo",
     "feedback_loss",
     "has_adapters",
-    "make_preference",
+    "make_method",
     "make_score",
-    "make_tuning",
     "masked_cross_entropy",
     "merge_adapters",
     "merged_state",
     "preference_loss",
-    "probability_flow",
 ]

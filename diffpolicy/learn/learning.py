@@ -23,6 +23,7 @@ from diffpolicy.learn.actor_critic.loss import ActorCritic, ActorCriticLoss
 from diffpolicy.learn.cloning.anchored import AnchoredLoss
 from diffpolicy.learn.cloning.denoising import DenoisingLoss
 from diffpolicy.learn.cloning.planners import DraftLoss, InverseDynamicsLoss, SumOfLosses, ValueLoss
+from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.planners import Returns
 from diffpolicy.policies.spec import PolicySpec
@@ -132,6 +133,20 @@ def fitted_returns(returns: Returns, store: EpisodeStore) -> Returns:
             f"all returns of {store.name} are {high}: a policy cannot be conditioned on them"
         )
     return replace(returns, low=low, high=high)
+
+
+def fit_anchors(
+    spec: PolicySpec, store: EpisodeStore, normalizer: Normalizer, **options: Any
+) -> Anchors:
+    """Anchors over the windows of a store, for plans of the shape that ``spec`` says."""
+    windows = Windows(
+        store,
+        horizon=spec.horizon,
+        n_obs_steps=spec.n_obs_steps,
+        n_action_steps=spec.n_action_steps,
+        normalizer=normalizer.to("cpu"),
+    )
+    return Anchors.fit(windows, normalizer, **options)
 
 
 class PlanExamples:

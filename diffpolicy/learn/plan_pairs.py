@@ -1,12 +1,12 @@
 """Pairs of a policy's own plans, compared by what they are worth and kept as preferences.
 
-The offline form of :class:`~diffpolicy.learn.preferences.online.OwnPlansLoss`: plans are drawn
+The offline form of :class:`~diffpolicy.learn.preferences.online.OnlineDPOLoss`: plans are drawn
 once, and every method that reads pairs or labels learns from the same ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -24,14 +24,26 @@ from diffpolicy.data.preferences.records import Pair, Span
 from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore, FieldSpec
 from diffpolicy.data.windows import Windows
-from diffpolicy.learn.plan_rewards import PlanReward, in_own_units
 from diffpolicy.learn.preferences.online import OwnPlans, draw_plans
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.settings import check_known, setting_names
 
+PlanReward = Callable[[Tensor, Tensor], Tensor]
 SOURCE, MADE_BY = "value", "plans"
 BLOCK = 256  # observations whose plans are drawn at once
 NOT_READ = ("drawn_by", "label_scale")  # of OwnPlans: the policy draws, the greater value wins
+
+
+def in_own_units(reward: PlanReward, spec: PolicySpec, normalizer: Normalizer) -> PlanReward:
+    """``reward(action [B, H, A], obs [B, To, O])`` in the data's units, for normalised plans."""
+
+    def scored(plan: Tensor, cond: Tensor) -> Tensor:
+        history = cond.view(len(cond), spec.n_obs_steps, spec.obs_dim)
+        return reward(
+            normalizer.unnormalize("action", plan), normalizer.unnormalize("obs", history)
+        )
+
+    return scored
 
 
 class Planner(Protocol):
@@ -285,4 +297,12 @@ def _written(
     return PreferenceSet.open(prefs_path)
 
 
-__all__ = ["PlanPairs", "check_readable", "check_replaceable", "pair_plans", "sizes_of"]
+__all__ = [
+    "PlanPairs",
+    "PlanReward",
+    "check_readable",
+    "check_replaceable",
+    "in_own_units",
+    "pair_plans",
+    "sizes_of",
+]

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.learn.adapters import adapters_off, has_adapters
-from diffpolicy.learn.preferences.scores import check_no_dropout
-from diffpolicy.learn.reward.pathwise import frozen_copy
+
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+D = TypeVar("D", bound=BaseDenoiser)
+
+
+def frozen_copy(denoiser: D) -> D:
+    """A copy in evaluation mode whose parameters take no gradient: the reference of a tuning."""
+    return copy.deepcopy(denoiser).requires_grad_(requires_grad=False).eval()
+
+
+def dropout_of(module: nn.Module) -> float:
+    """The share of its inputs that one layer drops in training mode."""
+    share = module.p if isinstance(module, DROPOUT) else getattr(module, "dropout", 0.0)
+    return float(share) if isinstance(share, int | float) else 0.0
+
+
+def check_no_dropout(denoiser: nn.Module) -> None:
+    """Raise ``ValueError`` if two evaluations at the same noise may differ."""
+    for module in denoiser.modules():
+        if dropout_of(module) > 0:
+            raise ValueError(
+                "two denoisers are compared at the same noise, which dropout="
+                f"{dropout_of(module)} in {type(module).__name__} makes random; pre-train with "
+                "dropout=0"
+            )
+
+
+def check_separate(denoiser: BaseDenoiser, reference: BaseDenoiser) -> None:
+    """Raise ``ValueError`` if a reference shares weights with what is tuned."""
+    own = {id(p) for p in reference.parameters()}
+    if any(id(p) in own for p in denoiser.parameters()):
+        raise ValueError(
+            "the reference shares weights with the denoiser; give it its own, "
+            "reference=frozen_copy(denoiser), or None"
+        )
 
 
 class Referenced(nn.Module):
@@ -39,11 +73,10 @@ class Referenced(nn.Module):
         elif reference is not None:
             if not needed:
                 raise ValueError("these settings look at no reference; leave reference=None")
-            _check_separate(denoiser, reference)
+            check_separate(denoiser, reference)
             check_no_dropout(reference)
-        self.denoiser, self.reference = denoiser, reference
-        if reference is not None:
             reference.requires_grad_(requires_grad=False).eval()
+        self.denoiser, self.reference = denoiser, reference
 
     def train(self, mode: bool = True) -> Self:
         """Training mode, of all but the reference."""
@@ -63,13 +96,39 @@ class Referenced(nn.Module):
                     yield self.denoiser
 
 
-def _check_separate(denoiser: BaseDenoiser, reference: BaseDenoiser) -> None:
-    own = {id(p) for p in reference.parameters()}
-    if any(id(p) in own for p in denoiser.parameters()):
-        raise ValueError(
-            "the reference shares weights with the denoiser; give it its own, "
-            "reference=frozen_copy(denoiser), or None"
-        )
+class BesideReference(nn.Module):
+    """An objective that holds the frozen, pre-trained denoiser beside the one that is tuned.
+
+    Chains evaluate the two in turns, so that here the reference has weights of its own always.
+
+    Args:
+        denoiser: what is tuned.
+        reference: frozen here, and always in evaluation mode; None: a copy of ``denoiser`` as it
+            is now.
+
+    Raises:
+        ValueError: a reference that shares weights with the denoiser.
+    """
+
+    def __init__(self, denoiser: BaseDenoiser, reference: BaseDenoiser | None) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.reference = frozen_copy(denoiser) if reference is None else reference
+        check_separate(denoiser, self.reference)
+        self.reference.requires_grad_(requires_grad=False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, of all but the reference."""
+        super().train(mode)
+        self.reference.eval()
+        return self
 
 
-__all__ = ["Referenced"]
+__all__ = [
+    "BesideReference",
+    "Referenced",
+    "check_no_dropout",
+    "check_separate",
+    "dropout_of",
+    "frozen_copy",
+]

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffpolicy.learn.reward.methods import make_tuning
+from diffpolicy.learn.material import SequenceMaterial
+from diffpolicy.learn.method import Method
+from diffpolicy.learn.methods import make_method
 from diffpolicy.sequences.evaluate import Evaluation, path_kl
 from diffpolicy.sequences.exact import (
     ExactLaw,
@@ -46,7 +48,7 @@ class Tuned(NamedTuple):
 def tune(
     pretrained: SequenceModel,
     oracles: Oracles,
-    method: Mapping[str, Any],
+    method: Method | Mapping[str, Any],
     config: TrainerConfig,
     run_dir: str | os.PathLike[str],
     *,
@@ -62,7 +64,8 @@ def tune(
     Args:
         pretrained: left as it is. One with classes is tuned unconditionally.
         oracles: the reward, and the one that is only watched.
-        method: see :func:`diffpolicy.learn.reward.methods.make_tuning`.
+        method: a method of sequences, or values for
+            :func:`diffpolicy.learn.methods.make_method`.
         config: of the trainer; ``batch_size`` is how many sequences an update draws.
         run_dir: metrics and checkpoints.
         eval_draws: sequences of an evaluation.
@@ -74,13 +77,11 @@ def tune(
         ValueError: unknown settings, or ones that do not fit.
     """
     model, reward = pretrained.copy(), _Counted(oracles.reward)
-    objective = make_tuning(
-        method,
-        model.denoiser,
-        reward,
-        batch_size=config.batch_size,
-        reference=pretrained.copy().denoiser,
-    ).to(model.device)
+    made = method if isinstance(method, Method) else make_method(method)
+    if made.items != "sequences":
+        raise ValueError(f"{type(made).__name__} tunes {made.items}, and this is of sequences")
+    material = SequenceMaterial(reward, pretrained.copy().denoiser, config.batch_size)
+    objective = made.objective(model.denoiser, material).to(model.device)
     blank = model.expand_cond(None, 1)
     source = Draws(max(65_536, config.batch_size), None if blank is None else blank[0].cpu())
     watch = _Watch(pretrained, oracles, eval_draws, num_steps, config.seed)

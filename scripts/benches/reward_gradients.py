@@ -224,8 +224,9 @@ def networks(case: Case) -> tuple[Any, Any, nn.Module]:
 def gradients(case: Case) -> dict[str, Callable[[], list[Tensor]]]:
     """By variant, a function that computes one gradient; the same in all three."""
     from diffpolicy.core.reveal import Relaxation
+    from diffpolicy.learn.reference import frozen_copy
     from diffpolicy.learn.reward.masked_chain import MaskedChain
-    from diffpolicy.learn.reward.pathwise import RewardLoss, frozen_copy
+    from diffpolicy.learn.reward.pathwise import RewardLoss
 
     denoiser, reference, reward = networks(case)
 

@@ -25,7 +25,7 @@ from diffpolicy.learn.adapters import (
     merged_state,
 )
 from diffpolicy.learn.cloning.denoising import DenoisingLoss
-from diffpolicy.learn.reward.pathwise import frozen_copy
+from diffpolicy.learn.reference import frozen_copy
 from diffpolicy.networks import make_network
 from diffpolicy.training.checkpoint import read_bundle
 from diffpolicy.training.settings import TrainerConfig

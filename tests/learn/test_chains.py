@@ -26,9 +26,9 @@ from diffpolicy.core import (
     sample,
 )
 from diffpolicy.core.solvers import Memory
+from diffpolicy.learn.reference import frozen_copy
 from diffpolicy.learn.reward.chains import chain_with_kl, differentiable_chain
 from diffpolicy.learn.reward.path_kl import gaussian_step_kl, masked_step_kl
-from diffpolicy.learn.reward.pathwise import frozen_copy
 from diffpolicy.networks import make_network
 
 B, L, V, K = 4, 3, 2, 5

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from diffpolicy.core import LogLinear, MaskedDenoiser
-from diffpolicy.learn import make_tuning
+from diffpolicy.learn import make_method
 from diffpolicy.learn.cloning.masked import MaskedDenoisingLoss
+from diffpolicy.learn.material import SequenceMaterial
 from diffpolicy.networks import make_network
 
 METHODS = {
@@ -23,8 +24,8 @@ METHODS = {
         "refresh": 16,
     },
     "stepwise": {"type": "stepwise", "num_steps": 3, "buffer": 16, "refresh": 16},
-    "preference": {"type": "preference", "num_steps": 3, "buffer": 16, "refresh": 16},
-    "pso": {"type": "pso", "num_steps": 3},
+    "sequence_dpo": {"type": "sequence_dpo", "num_steps": 3, "buffer": 16, "refresh": 16},
+    "sequence_pso": {"type": "sequence_pso", "num_steps": 3},
 }
 
 
@@ -50,7 +51,9 @@ def double_denoiser(*, time_free: bool) -> MaskedDenoiser:
 @pytest.mark.parametrize("name", METHODS)
 def test_reward_tuning(name: str, time_free: bool) -> None:
     denoiser = double_denoiser(time_free=time_free)
-    objective = make_tuning(METHODS[name], denoiser, Weighed(), batch_size=16)
+    objective = make_method(METHODS[name]).objective(
+        denoiser, SequenceMaterial(Weighed(), batch_size=16)
+    )
     batch = {"index": torch.arange(16), "cond": torch.randn(16, 2)}
     optimizer = torch.optim.SGD(denoiser.parameters(), lr=0.1)
     for step in range(3):

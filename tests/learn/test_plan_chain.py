@@ -16,7 +16,7 @@ from diffpolicy.core.masking import LogLinear
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.reward.masked_chain import MaskedChain
 from diffpolicy.learn.reward.pathwise import RewardLoss
-from diffpolicy.learn.reward.plan_chain import PRESETS, PlanChain, plan_chain
+from diffpolicy.learn.reward.plan_chain import PlanChain
 from diffpolicy.networks import make_network
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Trainer
@@ -197,35 +197,6 @@ def test_truncation_follows_its_law():
     assert drawn.std().item() == pytest.approx(5, abs=0.3)
 
 
-def test_the_discrete_adjoint_of_euler_is_autograd_through_ddim(network):
-    plain = gradient(network, critic, PlanChain(6), cond=COND)
-    euler = PlanChain.adjoint(
-        num_steps=6, spacing="t", options={"method": "euler", "adjoint": "discrete"}
-    )
-    found = gradient(network, critic, euler, cond=COND)
-    torch.testing.assert_close(found[0], plain[0], rtol=1e-9, atol=1e-12)
-    same(found[1], plain[1], rtol=1e-8, atol=1e-11)
-
-
-def test_the_continuous_adjoint_approaches_autograd(network):
-    def errors(num_steps):
-        found = [
-            gradient(
-                network,
-                critic,
-                PlanChain.adjoint(num_steps=num_steps, options={"adjoint": adjoint}),
-                cond=COND,
-            )[1]
-            for adjoint in ("continuous", "none")
-        ]
-        flat = [torch.cat([v.flatten() for v in g.values() if v is not None]) for g in found]
-        return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
-
-    coarse, fine = errors(8), errors(24)
-    assert fine < 3e-3
-    assert fine < 0.2 * coarse
-
-
 # Divergence
 
 
@@ -318,7 +289,6 @@ CHAINS = {
     "alignprop": PlanChain.alignprop(
         num_steps=8, shape=(1, 1), spread=(0.4, 0.2), checkpoint=False
     ),
-    "adjoint": PlanChain.adjoint(num_steps=6, shape=(1, 1), options={"method": "midpoint"}),
 }
 
 
@@ -431,42 +401,26 @@ def test_a_policy_is_tuned_by_a_critic(tmp_path):
 # Choices
 
 
-def test_presets_are_chains_and_take_changes():
-    assert set(PRESETS) == {"draft_k", "draft_lv", "alignprop", "adjoint"}
-    for name in PRESETS:
-        assert plan_chain(name, num_steps=7).num_steps == 7
-    assert plan_chain("draft_k", grad_steps=3) == PlanChain.draft_k(3)
-    assert plan_chain("draft_lv") == PlanChain.draft_lv(2)
-    assert plan_chain("alignprop") == PlanChain.alignprop()
-    assert plan_chain("adjoint").gradient == "adjoint"
-    with pytest.raises(ValueError, match="unknown plan chain 'refl'"):
-        plan_chain("refl")
-    with pytest.raises(ValueError, match="has no setting 'k'"):
-        plan_chain("draft_k", k=2)
+def test_published_chains_take_changes():
+    assert PlanChain.draft_k(3) == PlanChain(grad_steps=3)
+    assert PlanChain.draft_lv(2, num_steps=7) == PlanChain(num_steps=7, grad_steps=1, renoise=2)
+    align = PlanChain.alignprop(checkpoint=False)
+    assert align == PlanChain(truncation="gaussian", options={"eta": 1.0})
 
 
 BAD = {
     "spacing": ({"spacing": "even"}, "unknown spacing 'even'"),
     "truncation": ({"truncation": "beta"}, "unknown truncation 'beta'"),
-    "gradient": ({"gradient": "sde"}, "unknown gradient 'sde'"),
     "solver": ({"solver": "ode45"}, "unknown solver 'ode45'"),
     "option": ({"options": {"order": 2}}, "has no setting 'order'"),
     "num_steps": ({"num_steps": 0}, "num_steps must be at least 1"),
-    "grad_steps": ({"grad_steps": 11}, "from 1 to the chain's 10 evaluations"),
-    "none": ({"grad_steps": 0}, "from 1 to the chain's 10 evaluations"),
-    "heun": ({"solver": "heun", "grad_steps": 20}, "chain's 19 evaluations"),
+    "grad_steps": ({"grad_steps": 11}, r"grad_steps must be in \[1, 10\]"),
+    "none": ({"grad_steps": 0}, r"grad_steps must be in \[1, 10\]"),
+    "heun": ({"solver": "heun", "grad_steps": 20}, r"grad_steps must be in \[1, 19\]"),
     "both": ({"truncation": "uniform", "grad_steps": 2}, "draws grad_steps itself"),
     "spread": ({"truncation": "gaussian", "spread": (1.5, 0.1)}, "a mean in"),
     "renoise": ({"renoise": 2}, "set grad_steps=1"),
     "shape": ({"shape": (3,)}, "shape must be"),
-    "adjoint k": ({"gradient": "adjoint", "grad_steps": 2}, "the whole ODE"),
-    "adjoint solver": ({"gradient": "adjoint", "solver": "ddpm"}, "leave out solver"),
-    "adjoint checkpoint": ({"gradient": "adjoint", "checkpoint": True}, "nothing to checkpoint"),
-    "adjoint option": ({"gradient": "adjoint", "options": {"eta": 1}}, "has no option 'eta'"),
-    "adjoint method": (
-        {"gradient": "adjoint", "options": {"method": "heun"}},
-        "unknown method 'heun'",
-    ),
 }
 
 
@@ -477,9 +431,7 @@ def test_bad_settings(case):
         PlanChain(**settings)
 
 
-@pytest.mark.parametrize(
-    "chain", [PlanChain(), PlanChain(solver="dpmpp_2m_sde"), PlanChain.adjoint()]
-)
+@pytest.mark.parametrize("chain", [PlanChain(), PlanChain(solver="dpmpp_2m_sde")])
 def test_a_divergence_needs_noisy_steps_without_memory(network, chain):
     with pytest.raises(ValueError, match="use solver='ddpm'"):
         RewardLoss(network, critic, chain, kl_weight=0.1)
@@ -499,9 +451,6 @@ def test_denoisers_that_do_not_fit(network):
         PlanChain().check(MixtureDenoiser(make_process("vp_cosine"), one))
     with pytest.raises(ValueError, match="the network makes plans"):
         PlanChain(shape=(4, 4)).check(network)
-    dropping = Denoiser(nn.Sequential(nn.Dropout(0.1)), network.process, "x0")
-    with pytest.raises(ValueError, match="dropout=0"):
-        PlanChain.adjoint(shape=(3, 2)).check(dropping)
 
 
 def test_levels_are_those_a_discrete_process_is_trained_at():

@@ -12,8 +12,8 @@ from diffpolicy import DiffusionPolicy, TrainerConfig
 from diffpolicy.data.preferences.examples import PairExamples
 from diffpolicy.data.preferences.set import PreferenceSet, check_preferences
 from diffpolicy.data.store import EpisodeStore, FieldSpec
+from diffpolicy.learn.material import TuningData
 from diffpolicy.learn.plan_pairs import PlanPairs, pair_plans
-from diffpolicy.learn.preference_data import PreferenceData
 from diffpolicy.learn.preferences.online import OwnPlans
 from diffpolicy.learn.values import PlanValue
 from diffpolicy.rollout.env_spec import EnvSpec
@@ -178,9 +178,9 @@ def test_policies_that_plan_otherwise_cannot_read_them(policy, episodes, tmp_pat
     found = paired(policy, episodes, tmp_path)
     spec = {"horizon": 6, "n_obs_steps": 2, "n_action_steps": 2, "network": {"type": "mlp"}}
     other = DiffusionPolicy.from_dataset(episodes, spec=spec)
-    dpo = {"type": "preference", "loss": "dpo"}
+    dpo = {"type": "dpo"}
     with pytest.raises(ValueError, match=r"plans of a policy with .*'n_action_steps': 3"):
-        other.prefer(PreferenceData(found), dpo, TrainerConfig(steps=1), tmp_path / "run")
+        other.prefer(TuningData(found), dpo, TrainerConfig(steps=1), tmp_path / "run")
 
 
 def test_worths_are_numbers(policy, episodes, tmp_path):
@@ -231,8 +231,8 @@ def test_episodes_without_an_observation_to_draw_for(policy, episodes, tmp_path)
 @pytest.mark.parametrize(
     "method",
     [
-        {"type": "preference", "loss": "dpo", "kl_beta": 1.0},
-        {"type": "preference", "loss": "kto", "kl_beta": 1.0},
+        {"type": "dpo", "kl_beta": 1.0},
+        {"type": "dpo", "loss": "kto", "kl_beta": 1.0},
         {"type": "cloning", "data": "chosen"},
     ],
     ids=["dpo", "kto", "chosen"],
@@ -245,7 +245,7 @@ def test_plans_become_more_worth(method, policy, episodes, tmp_path):
     config = TrainerConfig(
         steps=60, batch_size=16, lr=2e-3, warmup_steps=1, progress=False, ema_power=None
     )
-    tuned.prefer(PreferenceData(found), method, config, tmp_path / "run")
+    tuned.prefer(TuningData(found), method, config, tmp_path / "run")
     assert tuned.predict(obs)[0].mean() > before + 0.1
 
 

@@ -8,6 +8,7 @@ import torch
 
 from diffpolicy import DiffusionPolicy, TrainerConfig
 from diffpolicy.data.store import EpisodeStore
+from diffpolicy.learn.material import TuningData
 from diffpolicy.learn.reward.plan_chain import PlanChain
 
 QUICK = {"batch_size": 32, "warmup_steps": 1, "progress": False}
@@ -40,16 +41,17 @@ def push(action: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("chain", "kl_weight"),
-    [(None, 0.0), (PlanChain(num_steps=4, solver="ddpm"), 1e-3)],
+    "method",
+    [PlanChain(grad_steps=1), PlanChain(num_steps=4, solver="ddpm", kl_weight=1e-3)],
     ids=["draft_1", "whole chain with KL"],
 )
-def test_plans_follow_the_reward(chain, kl_weight, policy, store, tmp_path):
+def test_plans_follow_the_reward(method, policy, store, tmp_path):
     policy.learn(store, TrainerConfig(steps=150, lr=3e-3, **QUICK), tmp_path / "run")
     obs = store.read("obs", 0, 60)
     before = np.abs(policy.predict(obs, deterministic=True)[0] - 0.5).mean()
     config = TrainerConfig(steps=60, lr=3e-3, ema_power=None, **QUICK)
-    policy.tune(push, store, config, tmp_path / "tuned", chain=chain, kl_weight=kl_weight)
+    data = TuningData(reward=push, observations=store)
+    policy.tune(data, method, config, tmp_path / "tuned")
     after = np.abs(policy.predict(obs, deterministic=True)[0] - 0.5).mean()
     assert after < 0.5 * before
     loaded = DiffusionPolicy.from_pretrained(tmp_path / "tuned")
@@ -62,5 +64,6 @@ def test_plans_of_states_are_refused(policy, store, tmp_path):
     planner = DiffusionPolicy.from_dataset(
         store, spec={**spec, "network": {"type": "mlp", "width": 16, "depth": 1}}
     )
+    data = TuningData(reward=push, observations=store)
     with pytest.raises(ValueError, match="layout='trajectory'"):
-        planner.tune(push, store, TrainerConfig(steps=1, **QUICK), tmp_path / "run")
+        planner.tune(data, PlanChain(), TrainerConfig(steps=1, **QUICK), tmp_path / "run")

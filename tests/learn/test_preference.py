@@ -21,7 +21,7 @@ from diffpolicy.core import Denoiser, VPCosine
 from diffpolicy.learn.adapters import add_adapters
 from diffpolicy.learn.preferences.dpo import Preference, PreferenceLoss
 from diffpolicy.learn.preferences.scores import DenoisingScore, MaskedScore
-from diffpolicy.learn.reward.pathwise import frozen_copy
+from diffpolicy.learn.reference import frozen_copy
 from diffpolicy.networks.mlp import MLP
 from diffpolicy.sequences.exact import ExactLaw, divergence, optimum
 

@@ -13,11 +13,13 @@ from diffpolicy.data.preferences.set import Pair, PreferenceSet, Span
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.adapters import has_adapters
 from diffpolicy.learn.cloning.denoising import DenoisingLoss
-from diffpolicy.learn.preference_data import Mixed, PreferenceData, preference_objective
+from diffpolicy.learn.material import PlanMaterial, TuningData
+from diffpolicy.learn.methods import make_method, method_of
 from diffpolicy.learn.preferences.items import batch_items
+from diffpolicy.training.sources import Mixed
 
 QUICK = {"batch_size": 32, "warmup_steps": 1, "progress": False, "ema_power": None}
-DPO = {"type": "preference", "loss": "dpo", "kl_beta": 0.3}
+DPO = {"type": "dpo", "kl_beta": 0.3}
 EPISODE = 8
 
 
@@ -81,7 +83,7 @@ def test_what_is_preferred_becomes_likelier(method, least, trained, store, prefe
     policy = DiffusionPolicy.load(trained)
     before = share_above(policy)
     assert 0.3 < before < 0.7
-    data = PreferenceData(preferences, store)
+    data = TuningData(preferences, store)
     policy.prefer(data, method, TrainerConfig(steps=80, lr=2e-3, **QUICK), tmp_path / "run")
     assert share_above(policy) > least
     loaded = DiffusionPolicy.from_pretrained(tmp_path / "run")
@@ -94,7 +96,7 @@ def test_what_is_preferred_becomes_likelier(method, least, trained, store, prefe
 def test_adapters_are_merged_at_the_end(adapters, trained, store, preferences, tmp_path):
     policy = DiffusionPolicy.load(trained)
     config = TrainerConfig(steps=80, lr=5e-3, **QUICK)
-    policy.prefer(PreferenceData(preferences), DPO, config, tmp_path / "run", adapters=adapters)
+    policy.prefer(TuningData(preferences), DPO, config, tmp_path / "run", adapters=adapters)
     assert share_above(policy) > 0.6
     assert not has_adapters(policy.denoiser)
     assert set(policy.denoiser.state_dict()) == set(
@@ -115,7 +117,7 @@ def test_experts_are_ranked_above_own_plans(trained, store, tmp_path):
     policy = DiffusionPolicy.load(trained)
     config = TrainerConfig(steps=80, lr=2e-3, **QUICK)
     method = {"type": "dro", "margin": 0.001}
-    policy.prefer(PreferenceData(demonstrations=experts), method, config, tmp_path / "run")
+    policy.prefer(TuningData(demonstrations=experts), method, config, tmp_path / "run")
     assert share_above(policy) > 0.75
 
 
@@ -125,7 +127,7 @@ def test_an_interrupted_run_goes_on_exactly(trained, preferences, tmp_path):
         for steps, resume in parts:
             policy = DiffusionPolicy.load(trained)
             config = TrainerConfig(steps=steps, lr=1e-3, lr_schedule="constant", **QUICK)
-            data, run = PreferenceData(preferences), tmp_path / name
+            data, run = TuningData(preferences), tmp_path / name
             policy.prefer(data, DPO, config, run, adapters={"type": "lora"}, resume=resume)
         results.append(policy.denoiser.state_dict())
     for key, value in results[0].items():
@@ -137,33 +139,32 @@ def test_an_interrupted_run_goes_on_exactly(trained, preferences, tmp_path):
     [
         (DPO, {}, "learns from preferences"),
         ({"type": "dro"}, {}, "learns from demonstrations"),
-        ({"type": "cloning", "data": "all"}, {}, "must be one of"),
-        ({"type": "cloning", "steps": 3}, {}, "no setting 'steps'"),
-        ({"type": "ppo"}, {}, "unknown preference type 'ppo'"),
-        ({**DPO, "beta": 3}, {}, "no setting 'beta'"),
-        ({**DPO, "anchor": "chosen"}, {}, "no effect with anchor_weight=0"),
-        ({**DPO, "anchor": "best", "anchor_weight": 1.0}, {}, "anchor must be one of"),
-        ({"type": "pso", "online": True}, {}, "reward"),
-        ({"type": "pso", "online": "yes"}, {}, "must be true or false"),
-        ({**DPO, "online": {}}, {}, "by a reward: give one"),
-        ({**DPO, "online": True}, {}, "must be a group of settings"),
-        ({**DPO, "online": False}, {}, "learns from preferences"),
-        ({**DPO, "online": {}}, {"reward": len}, "give data.observations or"),
-        ({**DPO, "online": {"candidate": 2}}, {"reward": len}, "no setting 'candidate'"),
-        ({**DPO, "loss": "kto", "online": {"candidates": 2}}, {"reward": len}, "in pairs"),
+        ({"type": "cloning", "data": "all"}, {}, "unknown data 'all'; expected one of"),
+        ({"type": "cloning", "steps": 3}, {}, "unknown key 'cloning.steps'"),
+        ({"type": "ppo"}, {}, "unknown method 'ppo'; expected one of .* did you mean 'pso'"),
+        ({"loss": "dpo"}, {}, "a method needs a type"),
+        ({"type": "plan_chain"}, {}, r"method of 'tune', not of 'prefer': use policy\.tune"),
+        ({"type": "sequence_dpo"}, {}, "tunes models of sequences, not policies"),
+        ({**DPO, "beta": 3}, {}, r"unknown key 'dpo\.beta'; did you mean 'dpo\.kl_beta'"),
+        ({**DPO, "score": {"draw": 3}}, {}, r"key 'dpo\.score\.draw'"),
+        ({**DPO, "anchor": "best", "anchor_weight": 1.0}, {}, "unknown anchor 'best'"),
+        ({"type": "pso", "online": True}, {}, "learns from reward"),
+        ({"type": "pso", "online": "yes"}, {}, r"pso\.online must be bool"),
+        ({**DPO, "online": {}}, {}, "learns from reward"),
+        ({**DPO, "online": True}, {}, r"dpo\.online must be OwnPlans or null"),
+        ({**DPO, "online": {}}, {"reward": len}, "give observations or"),
+        ({**DPO, "online": {"candidate": 2}}, {"reward": len}, r"key 'dpo\.online\.candidate'"),
     ],
 )
 def test_what_is_missing_is_said(method, data, message, trained):
     policy = DiffusionPolicy.load(trained)
     with pytest.raises(ValueError, match=message):
-        preference_objective(
-            policy.spec, policy.denoiser, policy.normalizer, method, PreferenceData(**data)
-        )
+        objective_of(policy, method, TuningData(**data))
 
 
 def test_online_pso_follows_a_reward(trained, store, tmp_path):
     policy = DiffusionPolicy.load(trained)
-    data = PreferenceData(demonstrations=store, reward=lambda action, obs: action.mean((1, 2)))
+    data = TuningData(demonstrations=store, reward=lambda action, obs: action.mean((1, 2)))
     method = {"type": "pso", "online": True, "kl_beta": 0.3}
     policy.prefer(data, method, TrainerConfig(steps=80, lr=2e-3, **QUICK), tmp_path / "run")
     assert share_above(policy) > 0.65
@@ -178,7 +179,7 @@ def test_own_plans_are_compared_by_a_reward(trained, store, tmp_path):
         seen.append((action.shape, obs.shape))
         return action.mean((1, 2))
 
-    data = PreferenceData(demonstrations=store, reward=reward)
+    data = TuningData(demonstrations=store, reward=reward)
     method = {**DPO, "online": {"candidates": 3, "num_steps": 4}}
     policy.prefer(data, method, TrainerConfig(steps=60, lr=2e-3, **QUICK), tmp_path / "run")
     assert share_above(policy) > 0.7
@@ -186,7 +187,9 @@ def test_own_plans_are_compared_by_a_reward(trained, store, tmp_path):
 
 
 def objective_of(policy, method, data):
-    return preference_objective(policy.spec, policy.denoiser, policy.normalizer, method, data)
+    made, material = method_of(method, "prefer"), PlanMaterial(policy.spec, policy.normalizer, data)
+    material.check(made)
+    return made.objective(policy.denoiser, material), made.source(material)
 
 
 def upwards(action, obs):
@@ -202,7 +205,7 @@ def upwards(action, obs):
 )
 def test_own_plans_are_compared_by_what_is_executed_of_them(method, trained, store):
     policy = DiffusionPolicy.load(trained).with_settings(n_action_steps=2)
-    data = PreferenceData(demonstrations=store, reward=upwards)
+    data = TuningData(demonstrations=store, reward=upwards)
     objective, source = objective_of(policy, method, data)
     batch = source.gather(torch.arange(5))
     if method["type"] == "pso":
@@ -216,9 +219,9 @@ def test_own_plans_are_compared_by_what_is_executed_of_them(method, trained, sto
 def test_own_chains_are_no_anchor(trained, store):
     policy = DiffusionPolicy.load(trained)
     method = {"type": "pso", "online": True, "anchor_weight": 1.0}
-    with pytest.raises(ValueError, match="its anchor is demonstrations"):
-        objective_of(policy, method, PreferenceData(reward=upwards, observations=store))
-    data = PreferenceData(None, store, reward=upwards, observations=store)
+    with pytest.raises(ValueError, match="learns from demonstrations"):
+        objective_of(policy, method, TuningData(reward=upwards, observations=store))
+    data = TuningData(None, store, reward=upwards, observations=store)
     _, source = objective_of(policy, method, data)
     assert "anchor_action" in source.gather(torch.arange(3))
 
@@ -230,15 +233,13 @@ def test_a_policy_of_another_training_is_refused(how, trained, preferences):
     for name, value in how.items():
         object.__setattr__(spec, name, value)
     with pytest.raises(ValueError, match="trained at one level per plan"):
-        preference_objective(
-            spec, policy.denoiser, policy.normalizer, DPO, PreferenceData(preferences)
-        )
+        PlanMaterial(spec, policy.normalizer, TuningData(preferences)).check(make_method(DPO))
 
 
 @pytest.mark.parametrize("mask_padding", [False, True])
 def test_padding_is_cloned_as_the_policy_was_trained(mask_padding, trained, store, preferences):
     policy = DiffusionPolicy.load(trained)
-    data = PreferenceData(preferences, store, mask_padding=mask_padding)
+    data = TuningData(preferences, store, mask_padding=mask_padding)
     loss, source = objective_of(policy, {"type": "cloning", "data": "demonstrations"}, data)
     batch = source.gather(torch.arange(EPISODE))  # every step of an episode
     assert not batch["valid"].all()
@@ -267,7 +268,7 @@ def test_padding_is_cloned_as_the_policy_was_trained(mask_padding, trained, stor
 def test_data_from_paths(store, preferences, tmp_path):
     made = PreferenceSet.create(tmp_path / "p.jsonl", store)
     made.extend(preferences.pairs())
-    data = PreferenceData.of(made.path, store.path, observations=store.path, mask_padding=True)
+    data = TuningData.of(made.path, store.path, observations=store.path, mask_padding=True)
     assert len(data.preferences.pairs()) == 20
     assert data.demonstrations.num_episodes == data.observations.num_episodes == 40
     assert data.mask_padding

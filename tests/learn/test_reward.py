@@ -9,8 +9,9 @@ from torch import nn
 
 from diffpolicy.core import Denoiser, Relaxation, VPCosine
 from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.learn.reference import frozen_copy
 from diffpolicy.learn.reward.masked_chain import MaskedChain
-from diffpolicy.learn.reward.pathwise import Finished, RewardLoss, frozen_copy
+from diffpolicy.learn.reward.pathwise import Finished, RewardLoss
 from diffpolicy.networks import make_network
 from diffpolicy.sequences.exact import ExactLaw, exact_scores
 

@@ -17,6 +17,8 @@ import torch
 from diffpolicy import DiffusionPolicy, TrainerConfig
 from diffpolicy.data.preferences.set import Pair, PreferenceSet, Span
 from diffpolicy.data.store import EpisodeStore
+from diffpolicy.learn.material import TuningData
+from diffpolicy.learn.reward.plan_chain import PlanChain
 from diffpolicy.learn.values import PlanValue, PreferenceLearning, RewardModel
 from diffpolicy.learn.values.plans import mean_of_next
 from diffpolicy.learn.values.validation import RewardCandidate, cross_validate, interval_by_episode
@@ -262,7 +264,12 @@ def test_policies_are_tuned_and_candidates_ranked_by_it(value, store, tmp_path):
     assert homeward() > before + 0.2
     policy.selector = None
     tuned = TrainerConfig(steps=60, lr=3e-3, ema_power=None, **TRAINER)
-    policy.tune(value, store, tuned, tmp_path / "tuned")
+    policy.tune(
+        TuningData(reward=value, observations=store),
+        PlanChain(grad_steps=1),
+        tuned,
+        tmp_path / "tuned",
+    )
     assert homeward() > before + 0.2
 
 

@@ -17,9 +17,9 @@ from diffpolicy.learn.preferences.items import Items
 from diffpolicy.learn.preferences.scores import (
     DenoisingScore,
     MaskedScore,
-    check_no_dropout,
     make_score,
 )
+from diffpolicy.learn.reference import check_no_dropout
 from diffpolicy.networks.mlp import MLP
 from diffpolicy.networks.sequence import SequenceCNN
 

@@ -164,8 +164,8 @@ def test_all_rows_are_used_before_any_twice():
     ("settings", "message"),
     [
         ({"kl_weight": 0.0}, "kl_weight must be positive"),
-        ({"labels": "firm"}, "labels must be one of"),
-        ({"beta": "t"}, "beta must be one of"),
+        ({"labels": "firm"}, "unknown labels 'firm'"),
+        ({"beta": "t"}, "unknown beta 't'"),
         ({"group_size": 1}, "group_size must be at least 2"),
         ({"group_size": 3}, "group_size=3 must divide refresh"),
         ({"remasks": 0}, "remasks must be at least 1"),

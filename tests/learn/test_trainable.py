@@ -15,8 +15,7 @@ from diffpolicy.data.transitions import Transitions
 from diffpolicy.data.windows import Windows
 from diffpolicy.learn.adapters import has_adapters
 from diffpolicy.learn.learning import Learning
-from diffpolicy.learn.preference_data import PreferenceData
-from diffpolicy.learn.reward.plan_chain import PlanChain
+from diffpolicy.learn.material import TuningData
 from diffpolicy.learn.values import RewardModel
 from diffpolicy.sequences.model import SequenceModel, SequenceSpec
 from diffpolicy.training.identity import describe, differences, flatten
@@ -29,7 +28,8 @@ SPEC = {
     "n_action_steps": 2,
     "network": {"type": "mlp", "width": 16, "depth": 1},
 }
-DPO = {"type": "preference", "loss": "dpo", "kl_beta": 0.3}
+DPO = {"type": "dpo", "kl_beta": 0.3}
+DRAFT = {"type": "plan_chain", "grad_steps": 1}
 
 
 def make_store(episodes: int = 6, seed: int = 0) -> EpisodeStore:
@@ -49,6 +49,10 @@ def make_policy(store: EpisodeStore, **options) -> DiffusionPolicy:
 
 def near(action, obs):
     return -(action - obs[:, -1:]).square().sum((1, 2))
+
+
+def rewarded(store: EpisodeStore, reward=near) -> TuningData:
+    return TuningData(reward=reward, observations=store)
 
 
 def preferences(store: EpisodeStore, flip: int = -1) -> PreferenceSet:
@@ -96,22 +100,22 @@ class TestResume:
 
     def test_rewards(self, store, tmp_path):
         policy = make_policy(store)
-        copy.deepcopy(policy).tune(near, store, CONFIG, tmp_path)
-        copy.deepcopy(policy).tune(near, store, CONFIG, tmp_path, resume=True)
+        copy.deepcopy(policy).tune(rewarded(store), DRAFT, CONFIG, tmp_path)
+        copy.deepcopy(policy).tune(rewarded(store), DRAFT, CONFIG, tmp_path, resume=True)
+        other = rewarded(store, lambda a, obs: 2 * near(a, obs))
         with pytest.raises(ValueError, match=r"objective\._reward"):
-            policy.tune(lambda a, obs: 2 * near(a, obs), store, CONFIG, tmp_path, resume=True)
-        chain = PlanChain(num_steps=4, grad_steps=1)
+            policy.tune(other, DRAFT, CONFIG, tmp_path, resume=True)
         with pytest.raises(ValueError, match=r"objective\.chain\.num_steps was 10, is 4"):
-            policy.tune(near, store, CONFIG, tmp_path, chain=chain, resume=True)
+            policy.tune(rewarded(store), {**DRAFT, "num_steps": 4}, CONFIG, tmp_path, resume=True)
 
     def test_preferences(self, store, tmp_path):
         policy = make_policy(store)
-        data = PreferenceData(preferences(store))
+        data = TuningData(preferences(store))
         copy.deepcopy(policy).prefer(data, DPO, CONFIG, tmp_path)
         copy.deepcopy(policy).prefer(data, DPO, CONFIG, tmp_path, resume=True)
         with pytest.raises(ValueError, match=r"method\.kl_beta was 0\.3, is 1\.0"):
             policy.prefer(data, {**DPO, "kl_beta": 1.0}, CONFIG, tmp_path, resume=True)
-        flipped = PreferenceData(preferences(store, flip=3))  # one judgement of eight
+        flipped = TuningData(preferences(store, flip=3))  # one judgement of eight
         with pytest.raises(ValueError, match=r"source\.main\.pairs was"):
             policy.prefer(flipped, DPO, CONFIG, tmp_path, resume=True)
 
@@ -182,13 +186,13 @@ class TestFailure:
         before, obs = weights_of(policy.denoiser), store.read("obs", 0, 5)
         acts = policy.predict(obs, deterministic=True)[0]
         fail_at(monkeypatch, 2, error)
-        data = PreferenceData(preferences(store))
+        data = TuningData(preferences(store))
         for number, run in enumerate(
             [
                 lambda path: policy.learn(store, CONFIG, path),
-                lambda path: policy.tune(near, store, CONFIG, path),
+                lambda path: policy.tune(rewarded(store), DRAFT, CONFIG, path),
                 lambda path: policy.prefer(data, DPO, CONFIG, path, adapters={"type": "lora"}),
-                lambda path: policy.prefer(PreferenceData(), DPO, CONFIG, path, adapters={}),
+                lambda path: policy.prefer(TuningData(), DPO, CONFIG, path, adapters={}),
             ]
         ):
             with pytest.raises((type(error), ValueError)):
@@ -218,10 +222,9 @@ class TestFailure:
 
 
 def test_a_reward_without_a_gradient_is_refused(store, tmp_path):
+    data = rewarded(store, lambda action, obs: near(action, obs).detach())
     with pytest.raises(ValueError, match=r"this reward has no gradient.*\.detach\(\)"):
-        make_policy(store).tune(
-            lambda action, obs: near(action, obs).detach(), store, CONFIG, tmp_path, kl_weight=0
-        )
+        make_policy(store).tune(data, DRAFT, CONFIG, tmp_path)
 
 
 def loaded_whole(policy, other):

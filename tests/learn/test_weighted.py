@@ -244,7 +244,7 @@ def test_reward_is_asked_for_new_sequences_alone():
     ("settings", "message"),
     [
         ({"kl_weight": 0.0}, "kl_weight must be positive"),
-        ({"target": "all"}, "target must be one of"),
+        ({"target": "all"}, "unknown target 'all'"),
         ({"value": "draw"}, "no effect with target='sequence'"),
         ({"anchored": False}, "no effect with target='sequence'"),
         ({"buffer": 10, "refresh": 4}, "must divide buffer"),

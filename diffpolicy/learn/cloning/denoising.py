@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,11 @@ from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import stratified
 from diffpolicy.core.ramp import Ramp
 from diffpolicy.guidance.layout import Layout
+from diffpolicy.learn.method import Method, Source
+from diffpolicy.settings import check_choice, check_range
 
 LEVEL_LAWS = ("row", "position", "dim")
+CLONED = ("demonstrations", "chosen", "both")
 
 
 class LossOutput(NamedTuple):
@@ -77,9 +81,9 @@ def denoising_error(
 
 
 class DenoisingLoss(nn.Module):
-    """The training objective of diffusion policies: behaviour cloning as denoising (Ho et al.
+    """The training objective of diffusion policies: behaviour cloning as denoising.
 
-    2020, eq. 14).
+    It is that of Ho et al. 2020, eq. 14.
 
     ``forward(batch, generator)`` takes a batch with ``obs [B, To, O]`` and ``action [B, H, A]``,
     both normalised, and optionally ``valid [B, H]`` and ``return [B, 1]``, a further part of the
@@ -124,10 +128,8 @@ class DenoisingLoss(nn.Module):
         weights: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= cond_dropout < 1:
-            raise ValueError(f"cond_dropout must be in [0, 1), got {cond_dropout}")
-        if not 0 <= constant_fraction <= 1:
-            raise ValueError(f"constant_fraction must be in [0, 1], got {constant_fraction}")
+        check_range("[0, 1)", cond_dropout=cond_dropout)
+        check_range("[0, 1]", constant_fraction=constant_fraction)
         check_level_law(level_law, denoiser, ramp)
         self.denoiser = denoiser
         self.cond_dropout = cond_dropout
@@ -254,3 +256,46 @@ def check_level_law(level_law: str, denoiser: Denoiser, ramp: Ramp | None) -> No
     horizon = getattr(network, "horizon", None)
     if ramp is not None and horizon not in (None, ramp.horizon):
         raise ValueError(f"the ramp has horizon={ramp.horizon}, the network {horizon}")
+
+
+@dataclass(frozen=True)
+class Cloning(Method):
+    """Behaviour cloning of demonstrations, of preferred items, or of both, as many of each.
+
+    Args:
+        data: ``"demonstrations"``, ``"chosen"`` (filtered behaviour cloning) or ``"both"``.
+
+    Raises:
+        ValueError: other data.
+    """
+
+    command: ClassVar[str] = "prefer"
+    items: ClassVar[str] = "plans"
+
+    data: str = "demonstrations"
+
+    def __post_init__(self) -> None:
+        check_choice("data", self.data, CLONED)
+
+    def reads(self) -> frozenset[str]:
+        """What is cloned: demonstrations, pairs (whose chosen items are), or both."""
+        chosen = {"pairs"} if self.data != "demonstrations" else set()
+        demonstrations = {"demonstrations"} if self.data != "chosen" else set()
+        return frozenset(chosen | demonstrations)
+
+    def objective(self, denoiser: Any, material: Any) -> nn.Module:
+        """See :class:`DenoisingLoss`; the steps beside an item are never cloned."""
+        return DenoisingLoss(
+            denoiser,
+            cond_dropout=material.spec.cond_dropout,
+            mask_padding=material.data.mask_padding or self.data != "demonstrations",
+        )
+
+    def source(self, material: Any) -> Source:
+        """The windows of what is cloned, in turns."""
+        sources = []
+        if self.data != "demonstrations":
+            sources.append(material.chosen())
+        if self.data != "chosen":
+            sources.append(material.demonstrations())
+        return material.in_turns(*sources)  # type: ignore[no-any-return]

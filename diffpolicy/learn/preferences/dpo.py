@@ -8,17 +8,54 @@ One objective for continuous plans and for masked sequences: a loss of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masking import MaskingProcess
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.preferences.formulas import LOSSES, Preference, feedback_loss, preference_loss
+from diffpolicy.learn.method import Method
+from diffpolicy.learn.preferences.formulas import Preference, feedback_loss, preference_loss
 from diffpolicy.learn.preferences.items import Draw, Items, batch_items, joined
-from diffpolicy.learn.preferences.scores import Score, make_score
+from diffpolicy.learn.preferences.online import OnlineDPOLoss, OwnPlans
+from diffpolicy.learn.preferences.scores import DenoisingScore, Score, make_score
 from diffpolicy.learn.reference import Referenced
+
+
+@dataclass(frozen=True)
+class DPO(Preference, Method):
+    """Diffusion-DPO, IPO, KTO or a margin, on given comparisons of plans or on those of own plans.
+
+    The settings of the loss are those of
+    :class:`~diffpolicy.learn.preferences.formulas.Preference`.
+
+    Args:
+        score: how plans are scored; None: as the defaults say.
+        online: compare the policy's own plans by a reward, drawn so, in place of given pairs.
+    """
+
+    command: ClassVar[str] = "prefer"
+    items: ClassVar[str] = "plans"
+
+    score: DenoisingScore | None = None
+    online: OwnPlans | None = None
+
+    def reads(self) -> frozenset[str]:
+        """Pairs, labels, or what is needed to compare own plans."""
+        if self.online is not None:
+            return frozenset({"observations", "reward"})
+        return frozenset({"pairs" if self.paired else "labels"})
+
+    def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
+        """See :class:`PreferenceLoss`."""
+        loss = PreferenceLoss(denoiser, self, self.score)
+        if self.online is None:
+            return loss
+        steps = material.steps.to(next(denoiser.parameters()).device)
+        return OnlineDPOLoss(loss, self.online, reward=material.reward, steps=steps)
 
 
 class PreferenceLoss(Referenced):
@@ -169,10 +206,4 @@ def _share(members: Tensor) -> Tensor:
     return members * (len(members) / members.sum().clamp_min(1))
 
 
-__all__ = [
-    "LOSSES",
-    "Preference",
-    "PreferenceLoss",
-    "feedback_loss",
-    "preference_loss",
-]
+__all__ = ["DPO", "Preference", "PreferenceLoss", "feedback_loss", "preference_loss"]

@@ -9,25 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.method import Method
 from diffpolicy.learn.preferences.few_step import FewStep
 from diffpolicy.learn.preferences.masked_steps import MaskedSteps
 from diffpolicy.learn.preferences.negatives import Contrast, contrast_plans, contrast_sequences
-from diffpolicy.learn.reference import Referenced
+from diffpolicy.learn.reference import Referenced, frozen_copy
 from diffpolicy.learn.reward.path_kl import categorical_kl
-from diffpolicy.learn.reward.pathwise import frozen_copy
+from diffpolicy.settings import check_choice, check_range
 
 NEGATIVES = ("prediction", "noised")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranking(FewStep):
+class DRO(FewStep, Method):
     """Diffusion-DRO and the sampler that draws its negatives.
 
     With the errors ``L_exp`` of a demonstration and ``L_own`` of the policy's own item, at the same
@@ -80,6 +82,9 @@ class Ranking(FewStep):
         ValueError: values out of range, unknown names, or a combination that is behaviour cloning.
     """
 
+    command: ClassVar[str] = "prefer"
+    items: ClassVar[str] = "plans"
+
     num_steps: int | None = 10
     solver: str = "dpmpp_2m"
     margin: float | None = 0.001
@@ -90,14 +95,9 @@ class Ranking(FewStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.negative not in NEGATIVES:
-            raise ValueError(f"negative must be one of {NEGATIVES}, got {self.negative!r}")
-        if self.margin is not None and not 0 <= self.margin < float("inf"):
-            raise ValueError(f"margin must be 0 or more, or None, got {self.margin}")
-        if min(self.states, self.sync_every) < 1:
-            raise ValueError(
-                f"states and sync_every must be at least 1, got {self.states}, {self.sync_every}"
-            )
+        check_choice("negative", self.negative, NEGATIVES)
+        check_range("[0, inf)", margin=self.margin)
+        check_range("[1, inf)", states=self.states, sync_every=self.sync_every)
         if self.num_steps is not None and self.states > self.num_steps:
             raise ValueError(
                 f"states={self.states} is more than the {self.num_steps} of a chain; lower it"
@@ -105,12 +105,20 @@ class Ranking(FewStep):
         if self.margin is None and self.negative == "prediction" and self.sync_every == 1:
             raise ValueError(
                 "with margin=None, negative='prediction' and sync_every=1 the negatives have no "
-                "effect, which leaves behaviour cloning: use DenoisingLoss, or set a margin, "
+                "effect, which leaves behaviour cloning: use the method cloning, or set a margin, "
                 "negative='noised', or more updates between synchronisations"
             )
 
+    def reads(self) -> frozenset[str]:
+        """Demonstrations alone."""
+        return frozenset({"demonstrations"})
 
-class RankingLoss(Referenced):
+    def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
+        """See :class:`DROLoss`."""
+        return DROLoss(denoiser, self)
+
+
+class DROLoss(Referenced):
     """Diffusion-DRO as an objective of the trainer, for plans and for masked sequences.
 
     ``forward(batch, generator)`` takes demonstrations: ``obs [B, To, O]`` and ``action [B, H, A]``,
@@ -140,17 +148,15 @@ class RankingLoss(Referenced):
     def __init__(
         self,
         denoiser: BaseDenoiser,
-        settings: Ranking | None = None,
+        settings: DRO | None = None,
         *,
         reference: BaseDenoiser | None = None,
     ) -> None:
-        settings = settings or Ranking()
+        settings = settings or DRO()
         super().__init__(denoiser, reference, needed=settings.margin is not None)
         self.settings = settings
         self.masked: MaskedSteps | None = None
         if isinstance(denoiser, MaskedDenoiser):
-            if not settings.jitter:
-                raise ValueError("jitter=False has no effect on masked sequences; leave it True")
             self.masked = MaskedSteps(denoiser, settings)
             if settings.states > self.masked.length:
                 raise ValueError(
@@ -162,7 +168,7 @@ class RankingLoss(Referenced):
         self.own = frozen_copy(denoiser) if settings.sync_every > 1 else None
         self.register_buffer("age", torch.zeros((), dtype=torch.long))
 
-    def train(self, mode: bool = True) -> RankingLoss:
+    def train(self, mode: bool = True) -> DROLoss:
         """Training mode, of all but the reference and the copy."""
         super().train(mode)
         if self.own is not None:
@@ -260,7 +266,7 @@ class RankingLoss(Referenced):
         return (categorical_kl(target, log_p) * masks).sum(1) / masks.sum(1)
 
 
-def _check_plans(denoiser: BaseDenoiser, settings: Ranking) -> None:
+def _check_plans(denoiser: BaseDenoiser, settings: DRO) -> None:
     settings.check_plans()
     if not isinstance(denoiser, Denoiser):
         raise ValueError(
@@ -281,4 +287,4 @@ def _check_plans(denoiser: BaseDenoiser, settings: Ranking) -> None:
     settings.grid(denoiser.process, settings.num_steps - settings.jitter)
 
 
-__all__ = ["Ranking", "RankingLoss"]
+__all__ = ["DRO", "DROLoss"]

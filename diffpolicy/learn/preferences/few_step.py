@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from diffpolicy.core.sampling import Trajectory, sample
 from diffpolicy.core.solvers import DDIM, Row, Solver, make_solver
 from diffpolicy.core.starts import SPACINGS, Start, levels, prior_start
 from diffpolicy.learn.preferences.items import Items, joined
-from diffpolicy.settings import settings_of
+from diffpolicy.settings import check_choice, check_range
 
 LOG_ROOT_2PI = 0.9189385332046727  # log sqrt(2 pi)
 
@@ -47,20 +47,9 @@ class FewStep:
     spacing: str = "t"
 
     def __post_init__(self) -> None:
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
-        if self.spacing not in SPACINGS:
-            raise ValueError(f"unknown spacing {self.spacing!r}; expected one of {SPACINGS}")
+        check_range("[1, inf)", num_steps=self.num_steps)
+        check_choice("spacing", self.spacing, SPACINGS)
         self.make_solver()
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """From plain values.
-
-        Raises:
-            ValueError: an unknown setting, with the valid ones.
-        """
-        return settings_of(cls, config, cls.__name__)
 
     def make_solver(self) -> Solver:
         """The solver of plans; refuses unknown names and options."""
@@ -81,14 +70,7 @@ class FewStep:
             )
 
     def check_masked(self, denoiser: MaskedDenoiser) -> None:
-        """Raise ``ValueError`` for what masked chains have no use for."""
-        plain = type(self)(num_steps=self.num_steps)
-        for name in ("solver", "options", "spacing"):
-            if getattr(self, name) != getattr(plain, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no effect on masked sequences, which are "
-                    f"revealed by their own rule; leave out {name}"
-                )
+        """Raise ``ValueError`` unless this samples such sequences."""
         if self.num_steps is None and not denoiser.time_free:
             raise ValueError("a denoiser that depends on the level needs num_steps=K")
 

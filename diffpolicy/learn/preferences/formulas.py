@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.settings import settings_of
+from diffpolicy.settings import check_choice, check_range
 
 LOSSES = ("dpo", "ipo", "kto", "margin")
 ANCHORS = ("demonstrations", "chosen", "both")
 SATURATED = 0.01  # the slope of a loss below which an example no longer counts
-
-
-def check_anchor(anchor: str, weight: float) -> None:
-    """Raise ``ValueError`` for an unknown anchor, or one without effect."""
-    if anchor not in ANCHORS:
-        raise ValueError(f"anchor must be one of {ANCHORS}, got {anchor!r}")
-    if anchor != "demonstrations" and weight == 0:
-        raise ValueError(
-            f"anchor={anchor!r} has no effect with anchor_weight=0; set the weight, or for no "
-            "anchor also anchor='demonstrations'"
-        )
 
 
 @dataclass(frozen=True)
@@ -83,39 +69,17 @@ class Preference:
     anchor: str = "demonstrations"
 
     def __post_init__(self) -> None:
-        check_anchor(self.anchor, self.anchor_weight)
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {LOSSES}, got {self.loss!r}")
-        for name, holds, expected in (
-            ("kl_beta", self.kl_beta > 0, "positive"),
-            ("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)"),
-            ("margin", self.margin >= 0, "0 or more"),
-            ("good_weight", self.good_weight > 0, "positive"),
-            ("bad_weight", self.bad_weight > 0, "positive"),
-            ("anchor_weight", self.anchor_weight >= 0, "0 or more"),
-        ):
-            if not (holds and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
-        for name, default, loss in (
-            ("label_smoothing", 0.0, "dpo"),
-            ("margin", 0.0, "margin"),
-            ("good_weight", 1.0, "kto"),
-            ("bad_weight", 1.0, "kto"),
-        ):
-            if getattr(self, name) != default and self.loss != loss:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} has no effect with loss={self.loss!r}; it "
-                    f"belongs to loss={loss!r}"
-                )
+        check_choice("anchor", self.anchor, ANCHORS)
+        check_choice("loss", self.loss, LOSSES)
+        positive = {n: getattr(self, n) for n in ("kl_beta", "good_weight", "bad_weight")}
+        check_range("(0, inf)", **positive)
+        check_range("[0, inf)", margin=self.margin, anchor_weight=self.anchor_weight)
+        check_range("[0, 0.5)", label_smoothing=self.label_smoothing)
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """From plain values.
-
-        Raises:
-            ValueError: an unknown setting, with the valid ones.
-        """
-        return settings_of(cls, config, "preference")
+    @property
+    def clones_demonstrations(self) -> bool:
+        """Whether demonstrations are cloned beside, where there are some."""
+        return self.anchor_weight > 0 and self.anchor != "chosen"
 
     @property
     def paired(self) -> bool:
@@ -219,7 +183,6 @@ __all__ = [
     "ANCHORS",
     "LOSSES",
     "Preference",
-    "check_anchor",
     "feedback_loss",
     "preference_loss",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +15,7 @@ from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampling import sample
 from diffpolicy.core.starts import prior_start
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.preferences.dpo import PreferenceLoss
 from diffpolicy.learn.preferences.few_step import FewStep, evaluating, plan_shape
-from diffpolicy.learn.preferences.formulas import Preference
-from diffpolicy.learn.preferences.scores import Score
 from diffpolicy.learn.reference import Referenced
 
 DRAWN_BY = ("denoiser", "reference")
@@ -116,7 +113,7 @@ def draw_plans(
     return Drawn(plans.view(-1, many, *plans.shape[1:]), worth.view(-1, many))
 
 
-class OwnPlansLoss(Referenced):
+class OnlineDPOLoss(Referenced):
     """A preference loss on pairs of the present policy's plans, judged by a reward.
 
     ``forward(batch, generator)`` takes ``obs [B, To, O]`` (normalised), the observations that plans
@@ -127,45 +124,38 @@ class OwnPlansLoss(Referenced):
     all candidates) and ``lead`` (of the best over the worst).
 
     Args:
-        denoiser: what is tuned.
-        preference: which loss; a paired one.
-        score: how plans are scored; ``None``: the default.
-        reward: ``(plans [N, H, D], cond [N, C]) -> [N]``, called without gradients.
+        loss: a :class:`~diffpolicy.learn.preferences.dpo.PreferenceLoss` of pairs, whose denoiser
+            is tuned and whose reference, if it looks at one, is this one's.
         settings: how plans are drawn.
+        reward: ``(plans [N, H, D], cond [N, C]) -> [N]``, called without gradients.
         steps: bool ``[H]``, the positions that are scored: those that are executed. ``None``: all.
-        reference: see :class:`~diffpolicy.learn.reference.Referenced`.
 
     Raises:
-        ValueError: a loss of single items, a denoiser of sequences, or what
-            :class:`~diffpolicy.learn.preferences.dpo.PreferenceLoss` refuses.
+        ValueError: a loss of single items, or a denoiser of sequences.
     """
 
     steps: Tensor | None
 
     def __init__(
         self,
-        denoiser: BaseDenoiser,
-        preference: Preference,
-        score: Score | None,
+        loss: Any,
+        settings: OwnPlans | None = None,
         *,
         reward: Reward,
-        settings: OwnPlans | None = None,
         steps: Tensor | None = None,
-        reference: BaseDenoiser | None = None,
     ) -> None:
-        needed = preference.needs_reference or (settings or OwnPlans()).drawn_by == "reference"
-        super().__init__(denoiser, reference, needed=needed)
+        self.settings = settings = settings or OwnPlans()
+        denoiser, preference = loss.denoiser, loss.settings
+        needed = preference.needs_reference or settings.drawn_by == "reference"
+        super().__init__(denoiser, loss.reference, needed=needed)
         if not preference.paired or not isinstance(denoiser.process, GaussianProcess):
             raise ValueError(
                 f"own plans are compared in pairs; got loss={preference.loss!r} under "
                 f"{type(denoiser.process).__name__}. Choose dpo, ipo or margin, and for sequences "
-                "finetune=dpo"
+                "the method sequence_dpo"
             )
-        self.settings = settings = settings or OwnPlans()
-        # Without a reference of its own the inner loss looks at the adapters switched off.
-        looked_at = self.reference if preference.needs_reference else None
-        self._loss = [PreferenceLoss(denoiser, preference, score, reference=looked_at)]
-        self._reward = [reward]  # a list: a reward that is a module is not part of this one
+        self._loss = [loss]  # lists: neither the loss nor a reward is a further part of this one
+        self._reward = [reward]
         settings.grid(denoiser.process)  # refuses levels that are too close, now
         self.register_buffer("steps", steps, persistent=False)
 
@@ -208,4 +198,4 @@ class OwnPlansLoss(Referenced):
         return pairs, {"reward": reward.mean(), "lead": lead.mean()}
 
 
-__all__ = ["Drawn", "OwnPlans", "OwnPlansLoss", "draw_plans"]
+__all__ = ["Drawn", "OnlineDPOLoss", "OwnPlans", "draw_plans"]

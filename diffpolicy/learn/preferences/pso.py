@@ -8,27 +8,151 @@ log-probability of the sampler's own transitions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.preferences.few_step import PlanSteps, plan_shape
+from diffpolicy.learn.method import Method, Source
+from diffpolicy.learn.preferences.few_step import FewStep, PlanSteps, plan_shape
+from diffpolicy.learn.preferences.formulas import ANCHORS
 from diffpolicy.learn.preferences.items import Items, batch_items
 from diffpolicy.learn.preferences.masked_steps import MaskedSteps
-from diffpolicy.learn.preferences.pso_formulas import Pairwise, pairwise_loss
+from diffpolicy.learn.preferences.pso_formulas import pso_loss
 from diffpolicy.learn.preferences.scores import make_score
 from diffpolicy.learn.reference import Referenced
+from diffpolicy.settings import check_choice, check_range
 
+COMPARED = ("step", "path")
 Reward = Callable[..., Tensor]
 
 
-class PairwiseLoss(Referenced):
+@dataclass(frozen=True, kw_only=True)
+class PSO(FewStep, Method):
+    """PSO and the sampler whose moves it compares.
+
+    With ``l_k = log p(x_next | x) - log p_ref(x_next | x)`` of step k, summed over the scored
+    entries of an item, the loss of a pair is the mean over k of ``-log sigmoid(kl_beta (l_k(chosen)
+    - l_k(rejected)))``, each ``l_k`` clamped. Released code takes the mean of log-probabilities
+    over the D entries of a state instead: its ``beta = 50`` is ``kl_beta = 50 / D`` here (1.6 for
+    16 actions of 2 numbers).
+
+    ``compare="path"`` adds up ``l_k`` over steps first: the loss is then that of DPO on whole
+    chains. With items labelled by a Bradley-Terry model of a reward r, which prefers 1 to 2 with
+    chance ``sigmoid((r_1 - r_2) / s)``, its optimum is ``p_ref(chain) exp(r / (s kl_beta)) / Z``,
+    with one Z per start and order of reveals, which the chains of a pair share. If Z depends on
+    neither, as for a masked reference that is one law in every order, then the items have the law
+    ``p_ref exp(r / (s kl_beta)) / Z``. Comparing steps has no such closed form. Where policy and
+    reference agree its gradient is that of the chance to win against another draw of the policy
+    (by REINFORCE), and it ends where clamps and ``kl_beta`` hold it. If the greater reward always
+    wins, they alone do.
+
+    Args:
+        online: pairs are drawn from the policy and judged by a reward, rather than given.
+        kl_beta: in sum units, positive; larger stays closer to the reference.
+        clip: in (0, 1): ``exp(l_k / D)``, the ratio per scored entry (number or token; the
+            geometric mean), is clamped to ``1 -+ clip``, and beyond it has no gradient. None: not
+            clamped. That of released code, for any D.
+        compare: ``"step"`` (as published) or ``"path"``.
+        label_scale: online: None: the greater reward wins. A number s, in units of the reward: the
+            loss is the expected one for labels with chance ``sigmoid((r_1 - r_2) / s)``.
+        shared_start: online, of plans: both chains begin in the same noise.
+        anchor_weight: of the behaviour-cloning error at the sampler's own levels that is added:
+            mean squared error per entry (nats per token of sequences).
+        anchor: what it is the error of: ``"demonstrations"`` (the chosen items, or those of the
+            batch, where there are none), ``"chosen"``, or ``"both"``, the sum of what is there; the
+            latter two of given pairs.
+
+    Raises:
+        ValueError: values out of range, unknown names.
+    """
+
+    command: ClassVar[str] = "prefer"
+    items: ClassVar[str] = "plans"
+
+    online: bool = False
+    kl_beta: float = 1.0
+    clip: float | None = 0.1
+    compare: str = "step"
+    label_scale: float | None = None
+    shared_start: bool = True
+    anchor_weight: float = 0.0
+    anchor: str = "demonstrations"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("anchor", self.anchor, ANCHORS)
+        check_choice("compare", self.compare, COMPARED)
+        check_range("(0, inf)", kl_beta=self.kl_beta, label_scale=self.label_scale)
+        check_range("(0, 1)", clip=self.clip)
+        check_range("[0, inf)", anchor_weight=self.anchor_weight)
+        if self.online and self.anchor != "demonstrations":
+            raise ValueError(
+                "online PSO has no chosen items to clone but its own chains; set "
+                "anchor='demonstrations'"
+            )
+
+    def reads(self) -> frozenset[str]:
+        """Pairs, or what is needed to compare own chains.
+
+        Own chains are cloned as demonstrations alone: own plans would be the policy's rollouts.
+        """
+        if not self.online:
+            return frozenset({"pairs"})
+        anchor = {"demonstrations"} if self.clones_demonstrations else set()
+        return frozenset({"observations", "reward", *anchor})
+
+    @property
+    def clones_demonstrations(self) -> bool:
+        """Whether demonstrations are cloned beside, where there are some."""
+        return self.anchor_weight > 0 and self.anchor != "chosen"
+
+    def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
+        """See :class:`PSOLoss`."""
+        return PSOLoss(denoiser, self, reward=material.reward if self.online else None)
+
+    def source(self, material: Any) -> Source:
+        """Pairs, or observations with the positions that are executed; demonstrations beside."""
+        if not self.online:
+            return super().source(material)
+        main = material.executed()
+        return material.mixed(main, demonstrations=self.clones_demonstrations)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequencePSO(PSO):
+    """PSO on own sequences whose labels make ``p_ref exp(r / kl_weight)`` the optimum of chains.
+
+    Args:
+        kl_weight: alpha, reward per nat; ``label_scale`` is ``kl_weight / kl_beta`` unless given.
+    """
+
+    items: ClassVar[str] = "sequences"
+
+    online: bool = True
+    kl_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_range("(0, inf)", kl_weight=self.kl_weight)
+        super().__post_init__()
+
+    def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
+        """See :class:`PSOLoss`."""
+        scale = self.label_scale
+        if scale is None:
+            scale = self.kl_weight / self.kl_beta
+        settings = replace(self, label_scale=scale)
+        reference = material.reference
+        return PSOLoss(denoiser, settings, reward=material.reward, reference=reference)
+
+
+class PSOLoss(Referenced):
     """PSO as an objective of the trainer, for plans and for masked sequences.
 
     Offline, ``forward(batch, generator)`` takes pairs of items as
@@ -75,15 +199,16 @@ class PairwiseLoss(Referenced):
     def __init__(
         self,
         denoiser: BaseDenoiser,
-        settings: Pairwise | None = None,
+        settings: PSO | None = None,
         *,
         reward: Reward | None = None,
         reference: BaseDenoiser | None = None,
     ) -> None:
         super().__init__(denoiser, reference)
-        self.settings = settings = settings or Pairwise()
+        self.settings = settings = settings or PSO()
         self.masked = isinstance(denoiser, MaskedDenoiser)
-        self._check_form(has_reward=reward is not None)
+        if settings.online and reward is None:
+            raise ValueError("online=True draws pairs that a reward judges; give reward=...")
         self.steps: Any
         levels = None
         if isinstance(denoiser, MaskedDenoiser):
@@ -126,7 +251,7 @@ class PairwiseLoss(Referenced):
         policy = self.steps.log_prob(self.denoiser, both)
         with self.as_reference() as reference:
             other = self.steps.log_prob(reference, both)
-        return pairwise_loss(self.settings, policy, other, chance)
+        return pso_loss(self.settings, policy, other, chance)
 
     @torch.no_grad()
     def draw(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Any, Tensor]:
@@ -242,20 +367,5 @@ class PairwiseLoss(Referenced):
             raise ValueError(f"anchor_weight needs a batch with {wanted}; got {sorted(batch)}")
         return items
 
-    def _check_form(self, *, has_reward: bool) -> None:
-        settings = self.settings
-        if settings.online != has_reward:
-            raise ValueError(
-                "online=True draws pairs that a reward judges; give PairwiseLoss a reward=..."
-                if settings.online
-                else "given pairs are labelled already, a reward has no effect; leave it None, or "
-                "set online=True"
-            )
-        if self.masked and not settings.shared_start:
-            raise ValueError(
-                "shared_start=False has no effect on sequences, which all start from masks; leave "
-                "it True"
-            )
 
-
-__all__ = ["Pairwise", "PairwiseLoss", "pairwise_loss"]
+__all__ = ["PSO", "PSOLoss", "SequencePSO"]

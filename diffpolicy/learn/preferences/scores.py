@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
@@ -20,7 +20,6 @@ from diffpolicy.core.masking import MaskingProcess
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
 from diffpolicy.learn.preferences.items import Draw, Items
-from diffpolicy.learn.reward.adjoint import DROPOUT
 from diffpolicy.learn.reward.replay import remask
 from diffpolicy.settings import settings_of
 
@@ -267,17 +266,6 @@ def make_score(config: Mapping[str, Any] | None, denoiser: BaseDenoiser) -> Scor
     return score
 
 
-def check_no_dropout(denoiser: nn.Module) -> None:
-    """Raise ``ValueError`` if two evaluations at the same noise may differ."""
-    for module in denoiser.modules():
-        share = module.p if isinstance(module, DROPOUT) else getattr(module, "dropout", 0.0)
-        if isinstance(share, int | float) and share > 0:
-            raise ValueError(
-                f"two denoisers are compared at the same noise, which dropout={share} in "
-                f"{type(module).__name__} makes random; pre-train with dropout=0"
-            )
-
-
 def _stratified(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Uniform in [0, 1): even along the first dimension, or along the second where that is one."""
     along = 0 if shape[0] > 1 else 1
@@ -299,6 +287,5 @@ __all__ = [
     "Items",
     "MaskedScore",
     "Score",
-    "check_no_dropout",
     "make_score",
 ]

@@ -23,7 +23,7 @@ from diffpolicy.core.reveal import RevealRow
 from diffpolicy.core.sampling import Grid, Trajectory, prepare, sample
 from diffpolicy.core.solvers import Memory, Solver
 from diffpolicy.core.starts import Start
-from diffpolicy.learn.reward.adjoint import DROPOUT
+from diffpolicy.learn.reference import dropout_of
 from diffpolicy.learn.reward.path_kl import StepKL, masked_step_kl
 
 
@@ -217,10 +217,7 @@ def _reusable(meter: _Meter, split: int, reference: BaseDenoiser, x: Tensor) -> 
 
 def _has_dropout(denoiser: nn.Module) -> bool:
     """Whether two evaluations of a state differ."""
-    return any(
-        m.training and (getattr(m, "dropout", 0.0) or (isinstance(m, DROPOUT) and m.p > 0))
-        for m in denoiser.modules()
-    )
+    return any(module.training and dropout_of(module) > 0 for module in denoiser.modules())
 
 
 def _run_rows_alone(meter: _Meter, x: Tensor, noise: Tensor, cond: Tensor | None) -> Tensor:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import hard_one_hot
 from diffpolicy.core.reveal import Ancestral, Relaxation, Scheduled, reveals
 from diffpolicy.core.starts import levels, prior_start
+from diffpolicy.learn.method import Method
+from diffpolicy.learn.reference import check_no_dropout
 from diffpolicy.learn.reward.chains import chain_with_kl, differentiable_chain
 from diffpolicy.learn.reward.path_kl import masked_step_kl, released_step_kl
-from diffpolicy.learn.reward.pathwise import Finished
+from diffpolicy.learn.reward.pathwise import Finished, RewardLoss
+from diffpolicy.settings import check_choice, check_range
 
 KLS = ("path", "drakes_released")
 
@@ -55,12 +59,8 @@ class MaskedChain:
     reference_graph: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "kl_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 or null, got {value}")
-        if self.kl not in KLS:
-            raise ValueError(f"unknown kl {self.kl!r}; expected one of {KLS}")
+        check_range("[1, inf)", num_steps=self.num_steps, kl_steps=self.kl_steps)
+        check_choice("kl", self.kl, KLS)
         if self.joint and self.num_steps is None:
             raise ValueError("joint=True draws reveals step by step and needs num_steps")
         if self.kl == "drakes_released" and not self.joint:
@@ -156,3 +156,39 @@ class MaskedChain:
             return tokens
         hard = hard_one_hot(tokens.detach())
         return hard + (tokens - tokens.detach())
+
+
+@dataclass(frozen=True)
+class Pathwise(MaskedChain, Method):
+    """Reward back-propagation through the chain with a path KL (DRAKES).
+
+    The settings of the chain are those of :class:`MaskedChain`.
+
+    Args:
+        kl_weight: of the path divergence from the pre-trained model, in units of reward.
+        kl_warmup: optimiser steps over which it rises linearly from 0.
+    """
+
+    items: ClassVar[str] = "sequences"
+
+    kl_weight: float = 0.1
+    kl_warmup: int = 0
+
+    def reads(self) -> frozenset[str]:
+        """A reward with a gradient, of own sequences."""
+        return frozenset({"reward"})
+
+    def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
+        """See :class:`~diffpolicy.learn.reward.pathwise.RewardLoss`."""
+        check_no_dropout(denoiser)
+        return RewardLoss(
+            denoiser,
+            material.reward,
+            self,
+            kl_weight=self.kl_weight,
+            kl_warmup=self.kl_warmup,
+            reference=material.reference,
+        )
+
+
+__all__ = ["MaskedChain", "Pathwise"]

@@ -1,22 +1,23 @@
 """Reward back-propagation: tuning a generator by the gradient of a reward of what it samples.
 
 ``loss = -reward(x0) + kl_weight KL(path || path of the reference)`` for sequences (DRAKES, Wang et
-al. 2025) and for continuous plans (DRaFT, Clark et al. 2024; AlignProp, Prabhudesai et al. 2023;
-AdjointDPM, Pan et al. 2024): the chain differs, the objective does not.
+al. 2025) and for continuous plans (DRaFT, Clark et al. 2024; AlignProp, Prabhudesai et al. 2023):
+the chain differs, the objective does not.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.reference import BesideReference
+from diffpolicy.settings import check_range
 
 Reward = Callable[..., Tensor]
 
@@ -57,15 +58,7 @@ class RewardChain(Protocol):
         """Raise ``ValueError`` unless the chain can run with this denoiser."""
 
 
-def frozen_copy(denoiser: BaseDenoiser) -> BaseDenoiser:
-    """A copy in evaluation mode whose parameters take no gradient: the reference of a tuning."""
-    reference = copy.deepcopy(denoiser).eval()
-    for parameter in reference.parameters():
-        parameter.requires_grad = False
-    return reference
-
-
-class RewardLoss(nn.Module):
+class RewardLoss(BesideReference):
     """Reward back-propagation as an objective of the trainer.
 
     ``forward(batch, generator)`` samples one item per entry of ``index [B]``, under ``cond [B, C]``
@@ -99,34 +92,16 @@ class RewardLoss(nn.Module):
         kl_warmup: int = 0,
         reference: BaseDenoiser | None = None,
     ) -> None:
-        super().__init__()
-        if kl_weight < 0 or kl_warmup < 0:
-            raise ValueError(
-                f"kl_weight and kl_warmup must not be negative, got {kl_weight}, {kl_warmup}"
-            )
+        super().__init__(denoiser, reference)
+        check_range("[0, inf)", kl_weight=kl_weight, kl_warmup=kl_warmup)
         chain.check(denoiser)
         problem = getattr(chain, "kl_problem", None) if kl_weight > 0 else None
         if problem is not None:
             raise ValueError(problem)
-        self.denoiser = denoiser
-        self.reference = frozen_copy(denoiser) if reference is None else reference
-        own = {id(p) for p in self.reference.parameters()}
-        if any(id(p) in own for p in denoiser.parameters()):
-            raise ValueError(
-                "the reference shares weights with the denoiser; give it its own, "
-                "reference=frozen_copy(denoiser), or None"
-            )
-        self.reference.requires_grad_(requires_grad=False).eval()
         self._reward = [reward]  # a list: a reward that is a module is not part of this one
         self.chain = chain
         self.kl_weight, self.kl_warmup = float(kl_weight), kl_warmup
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
-
-    def train(self, mode: bool = True) -> Self:
-        """Training mode, of all but the reference."""
-        super().train(mode)
-        self.reference.eval()
-        return self
 
     def after_step(self) -> None:
         """Count optimiser steps, for ``kl_warmup``."""

@@ -1,45 +1,38 @@
 """Continuous plans sampled with a graph, for :class:`~diffpolicy.learn.reward.pathwise.RewardLoss`.
 
 Tunes a diffusion policy by a differentiable critic or simulator: DRaFT-K and DRaFT-LV (Clark et al.
-2024, arXiv 2309.17400), AlignProp (Prabhudesai et al. 2023, arXiv 2310.03739), and the adjoint of
-the probability-flow ODE (AdjointDPM, Pan et al. 2024, arXiv 2307.10711).
+2024, arXiv 2309.17400) and AlignProp (Prabhudesai et al. 2023, arXiv 2310.03739).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.solvers import DDIM, Solver, make_solver
 from diffpolicy.core.starts import SPACINGS, explicit_levels, levels, prior_start, truncated_start
-from diffpolicy.learn.reward.adjoint import ADJOINTS, DROPOUT, probability_flow
+from diffpolicy.learn.method import Method
 from diffpolicy.learn.reward.chains import chain_with_kl, differentiable_chain
 from diffpolicy.learn.reward.path_kl import gaussian_step_kl
-from diffpolicy.learn.reward.pathwise import Finished
-from diffpolicy.learn.reward.runge_kutta import METHODS
+from diffpolicy.learn.reward.pathwise import Finished, RewardLoss
+from diffpolicy.settings import check_choice, check_range
 
 TRUNCATIONS = ("fixed", "uniform", "gaussian")
-GRADIENTS = ("autograd", "adjoint")
-ADJOINT_OPTIONS = ("method", "adjoint", "rtol", "atol")
-
-# By name, for configs: fields that differ from the defaults.
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "draft_k": {"grad_steps": 1},
-    "draft_lv": {"grad_steps": 1, "renoise": 2},
-    "alignprop": {"truncation": "gaussian", "options": {"eta": 1.0}, "checkpoint": True},
-    "adjoint": {"gradient": "adjoint", "spacing": "karras"},
-}
+KL_PROBLEM = (
+    "paths have a divergence to the reference's only if steps add noise and have no memory: use "
+    "solver='ddpm' (or 'ddim' with options={'eta': ...} above 0), or set kl_weight=0"
+)
 
 
 @dataclass(frozen=True)
-class PlanChain:
-    """Plans sampled from pure noise, and through which evaluations the gradient flows.
+class PlanChain(Method):
+    """Plans sampled from pure noise, and through which evaluations the reward's gradient flows.
 
     A divergence to a reference (``kl_weight`` above 0) exists for steps that add noise and have no
     memory: ``ddpm``, or ``ddim`` with ``eta`` above 0. It is that of the paths up to the last step,
@@ -48,8 +41,7 @@ class PlanChain:
     Args:
         num_steps: K.
         solver: a name of :func:`~diffpolicy.core.solvers.make_solver`.
-        options: of the solver; with ``gradient="adjoint"`` those of
-            :func:`~diffpolicy.learn.reward.adjoint.probability_flow` (method, adjoint, rtol, atol).
+        options: of the solver.
         spacing: of the levels, see :func:`~diffpolicy.core.starts.levels`.
         grad_steps: how many of the last evaluations carry a graph (DRaFT-K); ``None``: all.
         truncation: ``"fixed"``, as ``grad_steps`` says, or their number is drawn for every batch:
@@ -60,14 +52,17 @@ class PlanChain:
             a graph. AlignProp: 8 and 5 of 50.
         renoise: n of DRaFT-LV: plans are sampled without a graph, noised n times to the last level
             and denoised in one step with a graph; their rewards are averaged. 0: off.
-        gradient: ``"autograd"``, or ``"adjoint"``: the probability-flow ODE, in memory that does
-            not grow with the steps.
         checkpoint: recompute evaluations with a graph in the backward pass: least memory.
         shape: ``[H, D]`` of a plan; ``None``: that of the denoiser's network.
+        kl_weight: of the path divergence from the denoiser as it is now, in units of reward.
+        kl_warmup: optimiser steps over which ``kl_weight`` rises linearly from 0.
 
     Raises:
         ValueError: values out of range, or that make no sense together.
     """
+
+    command: ClassVar[str] = "tune"
+    items: ClassVar[str] = "plans"
 
     num_steps: int = 10
     solver: str = "ddim"
@@ -77,113 +72,61 @@ class PlanChain:
     truncation: str = "fixed"
     spread: tuple[float, float] = (0.16, 0.1)
     renoise: int = 0
-    gradient: str = "autograd"
     checkpoint: bool = False
     shape: tuple[int, int] | None = None
+    kl_weight: float = 0.0
+    kl_warmup: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("spacing", SPACINGS),
-            ("truncation", TRUNCATIONS),
-            ("gradient", GRADIENTS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; expected one of {known}")
-        if self.num_steps < 1 or self.renoise < 0:
-            raise ValueError(
-                f"num_steps must be at least 1 and renoise not negative, got {self.num_steps} and "
-                f"{self.renoise}"
-            )
+        check_choice("spacing", self.spacing, SPACINGS)
+        check_choice("truncation", self.truncation, TRUNCATIONS)
+        check_range("[1, inf)", num_steps=self.num_steps)
+        check_range("[0, inf)", renoise=self.renoise)
         if self.shape is not None and (len(self.shape) != 2 or min(self.shape) < 1):
             raise ValueError(f"shape must be [H, D] of a plan, got {self.shape}")
-        if self.gradient == "adjoint":
-            self._check_adjoint()
-        else:
-            self._check_truncation()
-
-    def _check_truncation(self) -> None:
         nfe = self._solver().nfe(self.num_steps)  # refuses an unknown solver or option
-        if self.grad_steps is not None and not 1 <= self.grad_steps <= nfe:
-            raise ValueError(
-                f"grad_steps must be from 1 to the chain's {nfe} evaluations, or null for all; got "
-                f"{self.grad_steps}"
-            )
+        check_range(f"[1, {nfe}]", grad_steps=self.grad_steps)
         if self.truncation != "fixed" and (self.grad_steps is not None or self.renoise):
             raise ValueError(
                 f"truncation={self.truncation!r} draws grad_steps itself; leave grad_steps null "
                 "and renoise 0"
             )
-        if self.truncation == "gaussian":
-            mean, std = self.spread
-            if not (0 < mean <= 1 and std > 0):
-                raise ValueError(
-                    "spread is a mean in (0, 1] and a standard deviation above 0, as shares of the "
-                    f"chain; got {self.spread}"
-                )
+        if len(self.spread) != 2 or not (0 < self.spread[0] <= 1 and self.spread[1] > 0):
+            raise ValueError(
+                "spread is a mean in (0, 1] and a standard deviation above 0, as shares of the "
+                f"chain; got {self.spread}"
+            )
         if self.renoise and self.grad_steps != 1:
             raise ValueError(
                 f"renoise={self.renoise} differentiates the last step alone; set grad_steps=1"
             )
 
-    def _check_adjoint(self) -> None:
-        if self.grad_steps is not None or self.truncation != "fixed" or self.renoise:
-            raise ValueError(
-                "gradient='adjoint' differentiates the whole ODE; leave out grad_steps, truncation "
-                "and renoise, or set gradient='autograd'"
-            )
-        if self.checkpoint:
-            raise ValueError(
-                "gradient='adjoint' stores no activations, there is nothing to checkpoint; leave "
-                "out checkpoint"
-            )
-        if self.solver != "ddim":
-            raise ValueError(
-                f"gradient='adjoint' solves the ODE with options={{'method': ...}}, not with "
-                f"solver={self.solver!r}; leave out solver"
-            )
-        unknown = sorted(set(self.options) - set(ADJOINT_OPTIONS))
-        if unknown:
-            raise ValueError(
-                f"gradient='adjoint' has no option {unknown[0]!r}; it has {ADJOINT_OPTIONS}"
-            )
-        for name, known in (("method", sorted(METHODS)), ("adjoint", ADJOINTS)):
-            if name in self.options and self.options[name] not in known:
-                raise ValueError(
-                    f"unknown {name} {self.options[name]!r}; expected one of {tuple(known)}"
-                )
-
     @classmethod
     def draft_k(cls, k: int = 1, **settings: Any) -> Self:
         """DRaFT-K: the gradient of the last ``k`` evaluations."""
-        return cls(**{**PRESETS["draft_k"], "grad_steps": k, **settings})
+        return cls(**{"grad_steps": k, **settings})
 
     @classmethod
     def draft_lv(cls, n: int = 2, **settings: Any) -> Self:
         """DRaFT-LV: the last step's gradient, averaged over ``n`` draws of its noise."""
-        return cls(**{**PRESETS["draft_lv"], "renoise": n, **settings})
+        return cls(**{"grad_steps": 1, "renoise": n, **settings})
 
     @classmethod
     def alignprop(cls, **settings: Any) -> Self:
         """AlignProp: stochastic DDIM, checkpointed, truncated at random."""
-        return cls(**{**PRESETS["alignprop"], **settings})
+        chain = {"truncation": "gaussian", "options": {"eta": 1.0}, "checkpoint": True}
+        return cls(**{**chain, **settings})
 
-    @classmethod
-    def adjoint(cls, **settings: Any) -> Self:
-        """AdjointDPM: the adjoint of the probability-flow ODE."""
-        return cls(**{**PRESETS["adjoint"], **settings})
+    def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
+        """See :class:`~diffpolicy.learn.reward.pathwise.RewardLoss`."""
+        weight, warmup = self.kl_weight, self.kl_warmup
+        return RewardLoss(denoiser, material.reward, self, kl_weight=weight, kl_warmup=warmup)
 
     @property
     def kl_problem(self) -> str | None:
         """Why these paths have no divergence to a reference's, and what to do; ``None``: ok."""
-        if self.gradient == "autograd":
-            solver = self._solver()
-            if isinstance(solver, DDIM) and solver.stochastic:
-                return None
-        return (
-            "paths have a divergence to the reference's only if steps add noise and have no memory:"
-            " use solver='ddpm' (or 'ddim' with options={'eta': ...} above 0) and "
-            "gradient='autograd', or set kl_weight=0"
-        )
+        solver = self._solver()
+        return None if isinstance(solver, DDIM) and solver.stochastic else KL_PROBLEM
 
     def check(self, denoiser: BaseDenoiser) -> None:
         """Raise ``ValueError`` unless the chain can run with this denoiser."""
@@ -193,13 +136,6 @@ class PlanChain:
                 "MaskedChain"
             )
         self._shape(denoiser)
-        if self.gradient == "adjoint" and any(
-            isinstance(m, DROPOUT) and m.p > 0 for m in denoiser.modules()
-        ):
-            raise ValueError(
-                "dropout makes another ODE of every evaluation; build the network with dropout=0, "
-                "or set gradient='autograd'"
-            )
 
     def run(
         self,
@@ -220,43 +156,25 @@ class PlanChain:
         like = torch.zeros(
             (size, *self._shape(denoiser)), device=generator.device, dtype=weight.dtype
         )
-        process = denoiser.process
+        process, solver = denoiser.process, self._solver()
         start = prior_start(process, process.draw_noise(like.shape, generator, like))
-        t_min = 1e-3 if self.gradient == "adjoint" else None  # where its integration ends
-        grid = levels(start, self.num_steps, spacing=self.spacing, process=process, t_min=t_min)
-        if self.gradient == "adjoint":
-            x0 = probability_flow(denoiser, start, grid, cond=cond, **self.options)
-            return Finished(x0, like.new_zeros(size), {})
-        solver = self._solver()
+        grid = levels(start, self.num_steps, spacing=self.spacing, process=process)
         count, noise = solver.nfe(self.num_steps), None
         if solver.stochastic:
             noise = process.draw_noise((count, *like.shape), generator, like)
         steps = 0 if self.renoise else self._drawn_steps(count, generator)
+        how: dict[str, Any] = {
+            "noise": noise,
+            "cond": cond,
+            "grad_steps": steps,
+            "checkpoint": self.checkpoint,
+        }
         kl = like.new_zeros(size)
         if reference is None:
-            x0 = differentiable_chain(
-                denoiser,
-                solver,
-                start,
-                grid,
-                noise=noise,
-                cond=cond,
-                grad_steps=steps,
-                checkpoint=self.checkpoint,
-            )
+            x0 = differentiable_chain(denoiser, solver, start, grid, **how)
         else:
-            assert noise is not None  # kl_problem
             x0, kl, _, _ = chain_with_kl(
-                denoiser,
-                reference,
-                solver,
-                start,
-                grid,
-                step_kl=gaussian_step_kl,
-                noise=noise,
-                cond=cond,
-                grad_steps=steps,
-                checkpoint=self.checkpoint,
+                denoiser, reference, solver, start, grid, step_kl=gaussian_step_kl, **how
             )
         if self.renoise:
             x0 = self._denoised_again(denoiser, solver, x0, grid, cond, generator)
@@ -320,18 +238,3 @@ class PlanChain:
             raise ValueError(f"the network makes plans {found}, the chain has shape={self.shape}")
         height, width = found if self.shape is None else self.shape
         return int(height), int(width)  # type: ignore[arg-type]
-
-
-def plan_chain(name: str, **settings: Any) -> PlanChain:
-    """A chain of ``PRESETS`` by name with some settings changed, for configs.
-
-    Raises:
-        ValueError: an unknown name, or settings that a chain does not have or take.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"unknown plan chain {name!r}; expected one of {sorted(PRESETS)}")
-    known = list(PlanChain.__dataclass_fields__)
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ValueError(f"a plan chain has no setting {unknown[0]!r}; it has {', '.join(known)}")
-    return replace(PlanChain(**PRESETS[name]), **settings)

@@ -3,15 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.reward.advantages import Play, PolicyGradient, judge
+from diffpolicy.learn.method import Method
+from diffpolicy.learn.reward.advantages import Play, judge
 from diffpolicy.learn.reward.rollouts import MaskedRollout, draw_rollout, state_log_probs, step_kl
 from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceTuning, shared_cond
+from diffpolicy.settings import check_choice, check_range
+
+KLS = ("path", "reward")
+BASELINES = ("leave_one_out", "mean", "group")
+RATIOS = ("token", "sequence")
+
+
+@dataclass(frozen=True)
+class PolicyGradient(Method):
+    """Which policy gradient.
+
+    The objective is ``J = E r - kl_weight KL(path || path of the reference)``; a reveal is an
+    action, the state it was made in a state.
+
+    Args:
+        kl_weight: in units of reward per nat; 0: the reference is not evaluated.
+        kl: how the KL enters. ``"reward"``: the log-ratio of each reveal is a cost (DPOK, Fan et
+            al. 2023). ``"path"``: the closed-form KL of each step is a loss, and a cost to the
+            reveals before it. The same J; ``"path"`` has less variance.
+        baseline: ``"mean"`` over the rows; ``"leave_one_out"`` without the row itself (RLOO),
+            which has no bias; ``"group"``: mean over groups of rows that share a condition (GRPO,
+            Shao et al. 2024). Each step has its own baseline. The two means hold the row itself,
+            which makes the expected gradient ``(n - 1) / n`` of that of J with n rows, the KL's
+            part like the reward's.
+        group_size: consecutive rows that share a condition, of ``group`` (needed) and
+            ``leave_one_out`` (None: the whole batch).
+        normalize: divide rewards by their standard deviation in the group (not below 0.001), as
+            in GRPO; ``kl_weight`` is then in units of that per nat, so that groups of equal
+            rewards are held by the KL as firmly as others.
+        ratio: ``"token"``: every reveal has its probability ratio, and only the costs that come
+            after it (exact, and less variance). ``"sequence"``: one ratio and return per row.
+        clip: of the ratio, to ``[1 - clip, 1 + clip]`` (PPO); with ``epochs`` > 1.
+        epochs: updates on the same rollout, which is then part of the objective's state.
+        rows: batch size, of which a rollout is kept with ``epochs`` > 1; None: that of the trainer.
+        num_steps: see :func:`diffpolicy.learn.reward.rollouts.draw_rollout`.
+        grad_states: states of each rollout, uniformly drawn, that the gradient passes through in
+            an update; None: all. Without bias, cheaper, more variance.
+
+    Raises:
+        ValueError: an unknown choice, a value out of range, or settings that do not go together.
+    """
+
+    items: ClassVar[str] = "sequences"
+
+    kl_weight: float = 0.1
+    kl: str = "path"
+    baseline: str = "leave_one_out"
+    group_size: int | None = None
+    normalize: bool = False
+    ratio: str = "token"
+    clip: float = 0.2
+    epochs: int = 1
+    rows: int | None = None
+    num_steps: int | None = None
+    grad_states: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("kl", self.kl, KLS)
+        check_choice("baseline", self.baseline, BASELINES)
+        check_choice("ratio", self.ratio, RATIOS)
+        check_range("[0, inf)", kl_weight=self.kl_weight)
+        check_range("(0, inf)", clip=self.clip)
+        at_least_1 = {n: getattr(self, n) for n in ("epochs", "num_steps", "grad_states", "rows")}
+        check_range("[1, inf)", **at_least_1)
+        check_range("[2, inf)", group_size=self.group_size)
+        if self.baseline == "group" and self.group_size is None:
+            raise ValueError("baseline='group' needs group_size=N, rows that share a condition")
+        if self.baseline == "mean" and self.group_size is not None:
+            raise ValueError("baseline='mean' is over all rows; use baseline='group'")
+        if self.grad_states is not None and self.ratio == "sequence":
+            raise ValueError("the ratio of a sequence needs all its states: leave grad_states out")
+
+    def share(self, rows: int) -> float:
+        """The part of J's gradient that the baseline leaves of it, with batches of ``rows``."""
+        return 1.0 if self.baseline == "leave_one_out" else 1 - 1 / (self.group_size or rows)
+
+    def reads(self) -> frozenset[str]:
+        """A reward, of own sequences."""
+        return frozenset({"reward"})
+
+    def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
+        """See :class:`PolicyGradientLoss`."""
+        assert isinstance(denoiser, MaskedDenoiser)
+        settings = replace(self, rows=self.rows or material.batch_size)
+        return PolicyGradientLoss(denoiser, material.reference, material.reward, settings)
 
 
 class PolicyGradientLoss(SequenceTuning):
@@ -61,7 +150,9 @@ class PolicyGradientLoss(SequenceTuning):
                 f"grad_states={settings.grad_states} is more than the {most} evaluations of a "
                 "rollout"
             )
-        if settings.rows is not None:
+        if settings.epochs > 1:
+            if settings.rows is None:
+                raise ValueError("epochs > 1 keeps a rollout of rows=<batch size>; give rows")
             self._check_rows(settings.rows)
             self._keep(settings.rows)
 
@@ -177,7 +268,7 @@ class PolicyGradientLoss(SequenceTuning):
             raise ValueError(
                 f"baseline={self.settings.baseline!r} needs at least 2 rows; got a batch of 1"
             )
-        if rows is not None and self.training and size != rows:
+        if self.settings.epochs > 1 and self.training and size != rows:
             raise ValueError(f"rows={rows} must be the batch size, which is {size}")
 
     def _keep(self, rows: int) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
+from diffpolicy.learn.reference import BesideReference, check_no_dropout
 from diffpolicy.learn.reward.replay import Replay
 
 Reward = Callable[[Tensor], Tensor]
@@ -32,7 +32,7 @@ class Kept(Protocol):
         """Optimiser steps between that."""
 
 
-class SequenceTuning(nn.Module):
+class SequenceTuning(BesideReference):
     """What the objectives of this kind share: who is trained, the frozen reference, the reward.
 
     Call :meth:`after_step` after every optimiser step.
@@ -48,32 +48,21 @@ class SequenceTuning(nn.Module):
         ValueError: a reference of other sizes, or one that shares weights with the denoiser.
     """
 
+    denoiser: MaskedDenoiser
+    reference: MaskedDenoiser
+
     def __init__(
         self, denoiser: MaskedDenoiser, reference: MaskedDenoiser | None, reward: Reward
     ) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.reference = copy.deepcopy(denoiser) if reference is None else reference
+        super().__init__(denoiser, reference)
+        check_no_dropout(denoiser)
         for name, mine, theirs in (
             ("vocab_size", denoiser.vocab_size, self.reference.vocab_size),
             ("length", denoiser.network.horizon, self.reference.network.horizon),
         ):
             if mine != theirs:
                 raise ValueError(f"the denoiser has {name}={mine}, the reference {theirs}")
-        other = {id(p) for p in self.reference.parameters()}
-        if any(id(p) in other for p in denoiser.parameters()):
-            raise ValueError(
-                "the reference shares weights with the denoiser; give it its own, "
-                "reference=copy.deepcopy(denoiser), or None"
-            )
-        self.reference.requires_grad_(requires_grad=False).eval()
         self._reward = [reward]
-
-    def train(self, mode: bool = True) -> Self:
-        """Training mode, of all but the reference."""
-        super().train(mode)
-        self.reference.eval()
-        return self
 
     def after_step(self) -> None:
         """Tell the objective that an optimiser step was made."""

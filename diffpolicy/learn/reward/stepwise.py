@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
+from diffpolicy.learn.method import Method
 from diffpolicy.learn.reward.replay import check_replay, remask
 from diffpolicy.learn.reward.rollouts import draw_rollout
 from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceTuning, shared_cond
+from diffpolicy.settings import check_choice, check_range
 
 LABELS = ("soft", "hard")
 BETAS = ("constant", "bound")
 
 
 @dataclass(frozen=True)
-class Stepwise:
+class Stepwise(Method):
     """Groups of sequences and how their rewards are compared (Han et al., arXiv 2507.04832).
 
     The loss of a group is the cross-entropy from the softmax of rewards to that of the implicit
@@ -49,6 +53,8 @@ class Stepwise:
         ValueError: an unknown choice, or a value out of range.
     """
 
+    items: ClassVar[str] = "sequences"
+
     kl_weight: float = 0.1
     group_size: int = 8
     labels: str = "soft"
@@ -60,18 +66,21 @@ class Stepwise:
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("labels", LABELS), ("beta", BETAS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name, holds, expected in (
-            ("kl_weight", self.kl_weight > 0, "positive"),
-            ("group_size", self.group_size >= 2, "at least 2"),
-            ("remasks", self.remasks >= 1, "at least 1"),
-            ("num_steps", self.num_steps is None or self.num_steps >= 1, "at least 1 or None"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+        check_choice("labels", self.labels, LABELS)
+        check_choice("beta", self.beta, BETAS)
+        check_range("(0, inf)", kl_weight=self.kl_weight)
+        check_range("[2, inf)", group_size=self.group_size)
+        check_range("[1, inf)", remasks=self.remasks, num_steps=self.num_steps)
         check_replay(self.buffer, self.refresh, self.refresh_every, self.group_size)
+
+    def reads(self) -> frozenset[str]:
+        """A reward, of own sequences."""
+        return frozenset({"reward"})
+
+    def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
+        """See :class:`StepwiseLoss`."""
+        assert isinstance(denoiser, MaskedDenoiser)
+        return StepwiseLoss(denoiser, material.reference, material.reward, self)
 
 
 class StepwiseLoss(SequenceTuning):

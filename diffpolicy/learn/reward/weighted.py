@@ -5,25 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import hard_one_hot, one_hot
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
+from diffpolicy.learn.method import Method
 from diffpolicy.learn.reward.importance import effective_fraction, resample, settle
 from diffpolicy.learn.reward.replay import check_replay, remask
 from diffpolicy.learn.reward.rollouts import MAX_STATES, MaskedRollout, draw_rollout
 from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceTuning, shared_cond
+from diffpolicy.settings import check_choice, check_range
 
 TARGETS = ("sequence", "soft_value")
 VALUES = ("mean", "mode", "draw")
 
 
 @dataclass(frozen=True)
-class WeightedDenoising:
+class WeightedDenoising(Method):
     """What is weighted, by what, and how sequences are kept.
 
     Args:
@@ -55,8 +59,10 @@ class WeightedDenoising:
             that drew, and drifts further at every refresh.
 
     Raises:
-        ValueError: an unknown choice, a value out of range, or a setting that would have no effect.
+        ValueError: an unknown choice, a value out of range, or sizes that do not divide.
     """
+
+    items: ClassVar[str] = "sequences"
 
     kl_weight: float = 0.1
     target: str = "sequence"
@@ -73,26 +79,24 @@ class WeightedDenoising:
     anchored: bool = True
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("target", TARGETS),
-            ("pick", ("resample", "uniform")),
-            ("value", VALUES),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name, holds, expected in (
-            ("kl_weight", self.kl_weight > 0, "positive"),
-            ("remasks", self.remasks >= 1, "at least 1"),
-            ("max_weight", self.max_weight is None or self.max_weight > 1, "above 1, or None"),
-            ("min_ess", self.min_ess is None or 0 < self.min_ess < 1, "in (0, 1), or None"),
-            ("num_steps", self.num_steps is None or self.num_steps >= 1, "at least 1 or None"),
-            ("group_size", self.group_size is None or self.group_size >= 2, "at least 2 or None"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+        check_choice("target", self.target, TARGETS)
+        check_choice("pick", self.pick, ("resample", "uniform"))
+        check_choice("value", self.value, VALUES)
+        check_range("(0, inf)", kl_weight=self.kl_weight)
+        check_range("[1, inf)", remasks=self.remasks, num_steps=self.num_steps)
+        check_range("(1, inf)", max_weight=self.max_weight)
+        check_range("(0, 1)", min_ess=self.min_ess)
+        check_range("[2, inf)", group_size=self.group_size)
         check_replay(self.buffer, self.refresh, self.refresh_every, self.group_size or 1)
-        if self.target == "sequence" and (self.value, self.anchored) != ("mean", True):
-            raise ValueError("value and anchored have no effect with target='sequence'")
+
+    def reads(self) -> frozenset[str]:
+        """A reward, of own sequences."""
+        return frozenset({"reward"})
+
+    def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
+        """See :class:`WeightedDenoisingLoss`."""
+        assert isinstance(denoiser, MaskedDenoiser)
+        return WeightedDenoisingLoss(denoiser, material.reference, material.reward, self)
 
 
 class WeightedDenoisingLoss(SequenceTuning):

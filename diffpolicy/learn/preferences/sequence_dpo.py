@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.method import Method
 from diffpolicy.learn.preferences.dpo import PreferenceLoss
 from diffpolicy.learn.preferences.formulas import Preference
 from diffpolicy.learn.preferences.scores import MaskedScore
 from diffpolicy.learn.reward.replay import check_replay
 from diffpolicy.learn.reward.rollouts import draw_rollout
 from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceTuning, shared_cond
-from diffpolicy.settings import check_known, setting_names
+from diffpolicy.settings import check_choice, check_range
 
 DRAWN_BY = ("denoiser", "reference")
 
 
 @dataclass(frozen=True)
-class Labelled:
+class SequenceDPO(Preference, Method):
     """Which preference loss, who draws the sequences, and how they are labelled.
+
+    The settings of the loss are those of
+    :class:`~diffpolicy.learn.preferences.formulas.Preference`, ``kl_beta`` in nats.
 
     Two sequences are labelled by a Bradley-Terry model, ``P(1 above 2) = sigmoid((r_1 - r_2) / s)``
     with ``s = kl_weight / kl_beta``: the optimum of ``dpo`` is then ``p_ref exp(r / kl_weight)``,
@@ -33,7 +38,6 @@ class Labelled:
     ``sigmoid((r - mean) / s)``.
 
     Args:
-        preference: the loss; its ``kl_beta`` is in nats.
         kl_weight: alpha, reward per nat, positive.
         draws: masks of each pair that its scores are averaged over.
         drawn_by: ``"denoiser"``: the present one, so that comparisons follow it (online).
@@ -47,7 +51,9 @@ class Labelled:
         ValueError: an unknown choice, or a value out of range.
     """
 
-    preference: Preference
+    command: ClassVar[str] = "prefer"
+    items: ClassVar[str] = "sequences"
+
     kl_weight: float = 0.1
     draws: int = 4
     drawn_by: str = "denoiser"
@@ -57,38 +63,29 @@ class Labelled:
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.drawn_by not in DRAWN_BY:
-            raise ValueError(f"drawn_by must be one of {DRAWN_BY}, got {self.drawn_by!r}")
-        for name, holds, expected in (
-            ("kl_weight", self.kl_weight > 0, "positive"),
-            ("draws", self.draws >= 1, "at least 1"),
-            ("num_steps", self.num_steps is None or self.num_steps >= 1, "at least 1 or None"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+        super().__post_init__()
+        check_choice("drawn_by", self.drawn_by, DRAWN_BY)
+        check_range("(0, inf)", kl_weight=self.kl_weight)
+        check_range("[1, inf)", draws=self.draws, num_steps=self.num_steps)
         check_replay(self.buffer, self.refresh, self.refresh_every)
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """From plain values, those of the loss among them.
+    def reads(self) -> frozenset[str]:
+        """A reward, which labels own sequences."""
+        return frozenset({"reward"})
 
-        Raises:
-            ValueError: an unknown setting, with the valid ones.
-        """
-        own = set(setting_names(cls)) - {"preference"}
-        theirs = set(setting_names(Preference))
-        check_known(config, sorted(own | theirs), "preference")
-        loss = Preference(**{k: v for k, v in config.items() if k in theirs})
-        return cls(loss, **{k: v for k, v in config.items() if k in own})
+    def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
+        """See :class:`SequenceDPOLoss`."""
+        assert isinstance(denoiser, MaskedDenoiser)
+        return SequenceDPOLoss(denoiser, material.reference, material.reward, self)
 
     @property
     def label_scale(self) -> float:
         """s, in units of the reward."""
-        return self.kl_weight / self.preference.kl_beta
+        return self.kl_weight / self.kl_beta
 
 
-class LabelledLoss(SequenceTuning):
-    """A preference loss on labelled sequences from a replay buffer (see :class:`Labelled`).
+class SequenceDPOLoss(SequenceTuning):
+    """A preference loss on labelled sequences from a replay buffer (see :class:`SequenceDPO`).
 
     ``forward(batch, generator)`` takes ``index [B]`` and optionally ``cond [B, C]``; B pairs (or
     sequences, for ``kto``) are compared. Sequences, pairs, labels and masks come from
@@ -113,14 +110,14 @@ class LabelledLoss(SequenceTuning):
         denoiser: MaskedDenoiser,
         reference: MaskedDenoiser | None,
         reward: Reward,
-        settings: Labelled,
+        settings: SequenceDPO,
     ) -> None:
         super().__init__(denoiser, reference, reward)
         self.settings = settings
         self.evaluations(settings.num_steps)  # refuses what cannot be drawn
-        looked_at = self.reference if settings.preference.needs_reference else None
+        looked_at = self.reference if settings.needs_reference else None
         score = MaskedScore(draws=settings.draws)
-        loss = PreferenceLoss(denoiser, settings.preference, score, reference=looked_at)
+        loss = PreferenceLoss(denoiser, settings, score, reference=looked_at)
         self._loss = [loss]  # a list: its denoisers are those of this module
         self.replay = self.make_replay(settings)
 
@@ -129,7 +126,7 @@ class LabelledLoss(SequenceTuning):
         if rows:
             self.replay.write(self.draw(rows, batch, generator))
         size = len(batch["index"])
-        paired = self.settings.preference.paired
+        paired = self.settings.paired
         labelled = self.pairs(size, generator) if paired else self.labels(size, generator)
         out = self._loss[0](labelled, generator)
         metrics = {"reward": self.replay["reward"].mean(), "kl": self.replay["kl"].mean()}
@@ -193,4 +190,4 @@ class LabelledLoss(SequenceTuning):
         return u.to(self.replay["reward"].device)
 
 
-__all__ = ["Labelled", "LabelledLoss"]
+__all__ = ["SequenceDPO", "SequenceDPOLoss"]

@@ -1,0 +1,289 @@
+"""What a method learns from: stores of episodes, preferences and rewards, and the batches of them.
+
+Every method runs in the trainer that behaviour cloning runs in. They differ in their loss and in
+what they read: pairs, good and bad items, demonstrations, or a reward of plans that are drawn.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.preferences.examples import LabelExamples, PairExamples
+from diffpolicy.data.preferences.set import PreferenceSet
+from diffpolicy.data.store import EpisodeStore
+from diffpolicy.learn.learning import Learning, examples
+from diffpolicy.learn.method import Method
+from diffpolicy.learn.plan_pairs import PlanReward, check_readable, in_own_units, sizes_of
+from diffpolicy.policies.spec import PolicySpec
+from diffpolicy.training.sources import ChosenWindows, Executed, Mixed, Turns
+from diffpolicy.training.trainer import Source
+
+
+@dataclass(frozen=True)
+class TuningData:
+    """What a policy is tuned on; a method reads some of it.
+
+    Args:
+        preferences: pairs, rankings or labels over windows of an episode store.
+        demonstrations: episodes: of ``cloning`` and ``dro``, and the anchor of the others.
+        max_episodes: use the first so many demonstrations only.
+        reward: of methods that draw plans, ``(action [B, H, A], obs [B, To, O]) -> [B]`` in the
+            data's own units: a critic, a model of the dynamics, or a simulator; differentiable for
+            those that back-propagate it.
+        observations: episodes whose observations plans are drawn for; ``None``: the demonstrations.
+        windows: at most so many windows of a segment in one example (see
+            :class:`~diffpolicy.data.preferences.examples.PairExamples`); None: all.
+        mask_padding: leave edge-padded positions of demonstrations out, where these are cloned:
+            what the policy was trained with (``learning.mask_padding``).
+    """
+
+    preferences: PreferenceSet | None = None
+    demonstrations: EpisodeStore | None = None
+    max_episodes: int | None = None
+    reward: PlanReward | None = None
+    observations: EpisodeStore | None = None
+    windows: int | None = None
+    mask_padding: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        preferences: PreferenceSet | str | os.PathLike[str] | None = None,
+        demonstrations: EpisodeStore | str | os.PathLike[str] | None = None,
+        *,
+        observations: EpisodeStore | str | os.PathLike[str] | None = None,
+        **others: Any,
+    ) -> TuningData:
+        """The same from paths; ``others`` are the other arguments of the class."""
+        if preferences is not None and not isinstance(preferences, PreferenceSet):
+            preferences = PreferenceSet.open(preferences)
+        demonstrations, observations = (
+            EpisodeStore.open(store) if isinstance(store, str | os.PathLike) else store
+            for store in (demonstrations, observations)
+        )
+        return cls(preferences, demonstrations, observations=observations, **others)
+
+
+@dataclass(frozen=True)
+class PlanMaterial:
+    """The data of a tuning as one policy sees them, normalised.
+
+    Args:
+        spec: of the policy.
+        normalizer: of the policy.
+        data: what there is to learn from.
+        seed: of the order of demonstrations.
+    """
+
+    spec: PolicySpec
+    normalizer: Normalizer
+    data: TuningData
+    seed: int = 0
+
+    @property
+    def reward(self) -> PlanReward:
+        """``(plans [B, H, A], cond [B, To * O]) -> [B]``, of normalised plans and observations.
+
+        Raises:
+            ValueError: the data have none.
+        """
+        if self.data.reward is None:
+            raise ValueError(
+                "this method judges the policy's own plans: give a reward, "
+                "TuningData(reward=lambda action, obs: ...)"
+            )
+        return in_own_units(self.data.reward, self.spec, self.normalizer)
+
+    @property
+    def steps(self) -> Tensor:
+        """Which positions of a plan are executed, bool ``[H]``."""
+        steps = torch.zeros(self.spec.horizon, dtype=torch.bool)
+        steps[self.spec.n_obs_steps - 1 :][: self.spec.n_action_steps] = True
+        return steps
+
+    def pairs(self) -> PairExamples:
+        """Chosen and rejected segments."""
+        return PairExamples(self._preferences(), **self._windows())
+
+    def labels(self) -> LabelExamples:
+        """Segments that are good or bad."""
+        return LabelExamples(self._preferences(), **self._windows())
+
+    def chosen(self) -> Source:
+        """The windows of chosen segments, each by itself."""
+        return ChosenWindows(self.pairs())
+
+    def demonstrations(self) -> Source:
+        """Windows of the demonstrations."""
+        store = self._given(self.data.demonstrations, "demonstrations")
+        return self._of_episodes(store, self.data.max_episodes)
+
+    def observations(self) -> Source:
+        """Windows of the episodes whose observations plans are drawn for."""
+        if self.data.observations is None:
+            return self.demonstrations()
+        return self._of_episodes(self.data.observations, None)
+
+    def executed(self) -> Source:
+        """Those, with ``steps [B, H]``: which positions of a plan are executed."""
+        return Executed(self.observations(), self.steps)
+
+    def conditions(self) -> Source:
+        """Those as ``index [B]`` and ``cond [B, To * O]``, for losses that draw plans."""
+        return Conditions(self.observations())
+
+    def mixed(self, main: Source, *, demonstrations: bool = False) -> Source:
+        """Examples, with demonstrations beside them if these are wanted and there are some."""
+        wanted = demonstrations and self.data.demonstrations is not None
+        anchor = self.demonstrations() if wanted else None
+        return Mixed(main, anchor, seed=self.seed, mask_padding=self.data.mask_padding)
+
+    def in_turns(self, *sources: Source) -> Source:
+        """As many examples of each source."""
+        return Turns([Mixed(source, None, seed=self.seed) for source in sources])
+
+    def source(self, method: Method) -> Source:
+        """The first that a method reads, of pairs, labels, observations and demonstrations."""
+        reads = method.reads()
+        if method.command == "tune":
+            return self.conditions()
+        name = next(n for n in ("pairs", "labels", "observations", "demonstrations") if n in reads)
+        main: Source = getattr(self, name)()
+        return self.mixed(main, demonstrations=method.clones_demonstrations)
+
+    def check(self, method: Method) -> None:
+        """Raise ``ValueError`` if a method cannot tune this policy, or lacks data."""
+        check_policy(self.spec, method)
+        reads, data = method.reads(), self.data
+        if reads & {"pairs", "labels"}:
+            self._given(data.preferences, "preferences")
+        if "reward" in reads:
+            self._given(data.reward, "reward")
+        if "observations" in reads and data.observations is None and data.demonstrations is None:
+            raise ValueError(
+                "plans are drawn for observations: give observations or demonstrations, "
+                "TuningData(observations=...)"
+            )
+        if "demonstrations" in reads:
+            self._given(data.demonstrations, "demonstrations")
+
+    def _given(self, value: Any, name: str) -> Any:
+        if value is None:
+            raise ValueError(
+                f"this method learns from {name}, which the data lack: TuningData({name}=...)"
+            )
+        return value
+
+    def _preferences(self) -> PreferenceSet:
+        found: PreferenceSet = self._given(self.data.preferences, "preferences")
+        check_readable(found, self.spec)
+        return found
+
+    def _windows(self) -> dict[str, Any]:
+        normal = self.normalizer.to("cpu")
+        return {"normalizer": normal, "windows": self.data.windows, **sizes_of(self.spec)}
+
+    def _of_episodes(self, store: EpisodeStore, most: int | None) -> Source:
+        count = min(store.num_episodes, most or store.num_episodes)
+        normal = self.normalizer.to("cpu")
+        return examples(self.spec, normal, store, Learning(), list(range(count)))
+
+
+@dataclass(frozen=True)
+class SequenceMaterial:
+    """What a sequence model is tuned by.
+
+    Args:
+        reward: of one-hot sequences ``[B, L, V] -> [B]``; differentiable for ``pathwise``.
+        reference: the pre-trained denoiser; ``None``: a copy of the one that is tuned, as it is.
+        batch_size: rows of an update.
+    """
+
+    reward: Callable[[Tensor], Tensor]
+    reference: MaskedDenoiser | None = None
+    batch_size: int = 64
+
+
+class Conditions:
+    """The observations of a source of windows: what plans are sampled for.
+
+    ``gather`` gives ``index`` int64 ``[B]`` and ``cond [B, To * O]``, normalised.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def gather(self, indices: Tensor) -> dict[str, Tensor]:
+        """A batch."""
+        return {"index": indices, "cond": self.source.gather(indices)["obs"].flatten(1)}
+
+
+def check_policy(spec: PolicySpec, method: Method) -> None:
+    """Raise ``ValueError`` unless a policy is one that a method can tune.
+
+    Raises:
+        ValueError: plans that hold observations or are conditioned on a return, or a policy trained
+            at other levels, or from other starts, than losses of comparisons look at.
+    """
+    if method.items != "plans":
+        raise ValueError(
+            f"{type(method).__name__} tunes models of {method.items}, not policies; use "
+            "diffpolicy.sequences.tuning.tune"
+        )
+    if spec.layout != "action" or spec.returns is not None:
+        raise ValueError(
+            "tuning draws and compares plans of actions given observations; this policy has "
+            f"layout={spec.layout!r}, returns={spec.returns}"
+        )
+    anchored = spec.network.get("type") == "anchored"
+    if method.command == "prefer" and (spec.level_law != "row" or anchored):
+        raise ValueError(
+            "preferences tune policies that were trained at one level per plan, from pure noise on "
+            f"(level_law='row', no network of type 'anchored'); this one has level_law="
+            f"{spec.level_law!r} and network.type={spec.network.get('type')!r}, whose training is "
+            "another. Train it without, tune that, and act with streaming or anchors afterwards"
+        )
+
+
+def check_fits(
+    method: Method, spec: PolicySpec, normalizer: Normalizer, denoiser: Any, data: TuningData
+) -> None:
+    """Raise ``ValueError`` if a method cannot tune a denoiser, before there are any data.
+
+    Args:
+        method: which.
+        spec: of the policy.
+        normalizer: of the policy.
+        denoiser: left as it is.
+        data: what there is so far; where a reward is missing another stands in.
+    """
+    check_policy(spec, method)
+    if data.reward is None:
+        data = replace(data, reward=_sum_of_actions)
+    method.objective(copy.deepcopy(denoiser), PlanMaterial(spec, normalizer, data))
+
+
+def _sum_of_actions(action: Tensor, obs: Tensor) -> Tensor:
+    return action.flatten(1).sum(1)
+
+
+__all__ = [
+    "Conditions",
+    "PlanMaterial",
+    "SequenceMaterial",
+    "TuningData",
+    "check_fits",
+    "check_policy",
+]

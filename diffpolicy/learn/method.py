@@ -1,0 +1,80 @@
+"""What a tuning method is: its settings, what it reads, its objective and the source of batches."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from diffpolicy.core.denoiser import BaseDenoiser
+
+READABLE = ("pairs", "labels", "observations", "demonstrations", "reward")
+
+
+class Source(Protocol):
+    """What the trainer draws its batches from."""
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+
+    def gather(self, indices: Tensor, /) -> dict[str, Tensor]:
+        """The examples of these indices as a batch."""
+
+
+class Method:
+    """A way to tune a denoiser; subclasses are frozen dataclasses whose fields are the settings.
+
+    A method is one file with such a class and its loss, and a line of
+    :data:`diffpolicy.learn.methods.METHODS`.
+
+    Attributes:
+        command: ``"tune"`` (by a reward) or ``"prefer"`` (by comparisons): who offers it.
+        items: ``"plans"`` of policies or ``"sequences"``: what it tunes.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Mine(Method):
+        ...     command: ClassVar[str] = "prefer"
+        ...     margin: float = 0.1
+        ...     def reads(self): return frozenset({"pairs"})
+        ...     def objective(self, denoiser, material): return MyLoss(denoiser, self.margin)
+        >>> METHODS["mine"] = Mine
+        >>> policy.prefer(data, {"type": "mine", "margin": 0.2}, config, "runs/mine")
+    """
+
+    command: ClassVar[str] = "tune"
+    items: ClassVar[str] = "plans"
+
+    def reads(self) -> frozenset[str]:
+        """What the method cannot do without, some of ``READABLE``."""
+        return frozenset({"reward", "observations"})
+
+    @property
+    def clones_demonstrations(self) -> bool:
+        """Whether behaviour cloning of demonstrations is added, where there are some."""
+        return False
+
+    def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
+        """The loss, a module that holds what is tuned as its ``denoiser``.
+
+        Its ``forward(batch, generator)`` returns a
+        :class:`~diffpolicy.learn.cloning.denoising.LossOutput`.
+
+        Args:
+            denoiser: what is tuned.
+            material: what there is to learn from: a
+                :class:`~diffpolicy.learn.material.PlanMaterial`, or of sequences a
+                :class:`~diffpolicy.learn.material.SequenceMaterial`.
+
+        Raises:
+            ValueError: settings that do not fit the denoiser.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no objective(denoiser, material)")
+
+    def source(self, material: Any) -> Source:
+        """The batches of a method of plans: by default what :meth:`reads` says."""
+        source: Source = material.source(self)
+        return source
+
+
+__all__ = ["READABLE", "Method", "Source"]

@@ -1,0 +1,78 @@
+"""Tuning methods by name: the closed list that configurations choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffpolicy.learn.cloning.denoising import Cloning
+from diffpolicy.learn.method import Method
+from diffpolicy.learn.preferences.dpo import DPO
+from diffpolicy.learn.preferences.dro import DRO
+from diffpolicy.learn.preferences.pso import PSO, SequencePSO
+from diffpolicy.learn.preferences.sequence_dpo import SequenceDPO
+from diffpolicy.learn.reward.masked_chain import Pathwise
+from diffpolicy.learn.reward.plan_chain import PlanChain
+from diffpolicy.learn.reward.policy_gradient import PolicyGradient
+from diffpolicy.learn.reward.stepwise import Stepwise
+from diffpolicy.learn.reward.weighted import WeightedDenoising
+from diffpolicy.settings import ConfigError, check_choice, from_values
+
+METHODS: dict[str, type[Method]] = {
+    "plan_chain": PlanChain,
+    "pathwise": Pathwise,
+    "policy_gradient": PolicyGradient,
+    "weighted": WeightedDenoising,
+    "stepwise": Stepwise,
+    "cloning": Cloning,
+    "dpo": DPO,
+    "pso": PSO,
+    "dro": DRO,
+    "sequence_dpo": SequenceDPO,
+    "sequence_pso": SequencePSO,
+}
+"""Every method by the name that configurations give as ``type``; entries may be added."""
+
+
+def make_method(values: Mapping[str, Any]) -> Method:
+    """A method from plain values.
+
+    Args:
+        values: ``type`` (a name of :data:`METHODS`), a ``name`` that is not looked at, and the
+            settings of the method, groups of them as nested values.
+
+    Example:
+        >>> make_method({"type": "dpo", "loss": "ipo", "score": {"draws": 2}})
+
+    Raises:
+        ValueError: an unknown method or setting, with the nearest known one.
+    """
+    given = dict(values)
+    if "type" not in given:
+        raise ConfigError(f"a method needs a type, one of {', '.join(METHODS)}; got {given}")
+    kind = given.pop("type")
+    given.pop("name", None)
+    check_choice("method", kind, METHODS)
+    return from_values(METHODS[kind], given, f"{kind}.")
+
+
+def method_of(method: Method | Mapping[str, Any], command: str) -> Method:
+    """A method, made from plain values where needed, that a command offers.
+
+    Args:
+        method: a method, or values for :func:`make_method`.
+        command: ``"tune"`` or ``"prefer"``.
+
+    Raises:
+        ValueError: a method of the other command.
+    """
+    made = method if isinstance(method, Method) else make_method(method)
+    if made.command != command:
+        raise ValueError(
+            f"{type(made).__name__} is a method of {made.command!r}, not of {command!r}: use "
+            f"policy.{made.command}(...) or `diffpolicy {made.command}`"
+        )
+    return made
+
+
+__all__ = ["METHODS", "make_method", "method_of"]
