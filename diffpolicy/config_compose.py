@@ -134,7 +134,14 @@ def experiment_values(name: str) -> dict[str, Any]:
 def keys_given(overrides: Sequence[str]) -> dict[str, str]:
     """What was given as ``key=value``, by key; ``--``, ``+`` and ``++`` before it do not count."""
     plain = (o.removeprefix("--").lstrip("+") for o in overrides)
-    return dict(o.split("=", 1) for o in plain if "=" in o)
+    return dict(o.split("=", 1) for o in plain if is_setting(o))
+
+
+def is_setting(argument: str) -> bool:
+    """Whether an argument is ``key=value``, and not a path that has a ``=`` in it."""
+    key = argument.partition("=")[0]
+    named = all(c.isalnum() or c in "_.-@/~+:" for c in key) and key[:1] not in "./"
+    return "=" in argument and named and not os.path.exists(argument)
 
 
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -356,6 +363,7 @@ __all__ = [
     "config_dir",
     "experiment_values",
     "group_choices",
+    "is_setting",
     "keys_given",
     "normal_override",
     "own_config_dir",

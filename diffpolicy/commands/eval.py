@@ -14,7 +14,7 @@ from diffpolicy.commands.options import groups_help, indented
 from diffpolicy.commands.runs import print_result
 from diffpolicy.commands.stores import d4rl_score
 from diffpolicy.config import ConfigError, EnvConfig, EvalConfig, build, config_dir, load_eval
-from diffpolicy.config_compose import quoted
+from diffpolicy.config_compose import is_setting, quoted
 from diffpolicy.settings import check_known, check_range
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def output_of(config: EvalConfig) -> Path:
 
 def _named(arguments: Sequence[str]) -> list[str]:
     """``RUN`` alone means ``checkpoint=RUN``."""
-    plain = [a for a in arguments if "=" not in a and not a.startswith("-")]
+    plain = [a for a in arguments if not is_setting(a) and not a.startswith("-")]
     rest = [a for a in arguments if a not in plain[:1]]
     return [*(f"checkpoint={quoted(run)}" for run in plain[:1]), *rest]
 

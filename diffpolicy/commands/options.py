@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from diffpolicy.config import ConfigError, group_choices
+from diffpolicy.config_compose import is_setting
 from diffpolicy.settings import near_miss
 
 C = TypeVar("C")
@@ -25,8 +26,8 @@ def parse(
     values = dict(defaults)
     waiting = list(positional)
     for argument in arguments:
-        key, equals, text = argument.removeprefix("--").partition("=")
-        if not equals:
+        key, _, text = argument.removeprefix("--").partition("=")
+        if not is_setting(argument):
             if not waiting:
                 raise ConfigError(
                     f"unexpected argument {argument!r}; options are given as key=value"

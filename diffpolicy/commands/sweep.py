@@ -36,6 +36,7 @@ def multirun(command: str, arguments: Sequence[str], run: Callable[[Sequence[str
         The worst exit status of the runs of this process.
     """
     import hydra
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
     given = [a for a in arguments if a not in FLAGS]
@@ -46,6 +47,7 @@ def multirun(command: str, arguments: Sequence[str], run: Callable[[Sequence[str
 
     def job(_config: object) -> None:
         overrides = list(HydraConfig.get().overrides.task)
+        GlobalHydra.instance().clear()  # the command composes its configuration itself
         if "run_dir" not in keys_given(overrides):
             values = keys_given(overrides)
             ends = "".join(f"_{key.split('.')[-1]}{values[key]}" for key in swept if key in values)

@@ -60,6 +60,8 @@ def tune_plans(config: PolicyTuningConfig, *, resume: bool = False) -> int:
     if config.overwrite and not resume:
         clear(run_dir, _inputs(config, run.demonstrations))
     write_config(config)
+    if not run.rollouts and (config.collect or config.preferences):
+        print(f"{config.method_name} reads demonstrations alone: nothing is collected or compared")
     trained = []
     with ExitStack() as stack:
         base.evaluation = config.evaluation
@@ -131,11 +133,12 @@ class _Run:
                 f"{config.method_name} compares own plans by a judge: give judge={{reward: store}}"
                 ", or judge.path=RUN/value of an earlier tuning"
             )
-        cloned = method.reads() >= {"demonstrations"} or config.method.get("anchor") == "both"
-        if cloned and self.demonstrations is None:
+        both = config.method.get("anchor") == "both"
+        if self.demonstrations is None and (both or "demonstrations" in method.reads()):
+            other = ", or method.anchor=chosen" if both else ""
             raise ConfigError(
                 f"{config.method_name} learns from demonstrations, and those of the pre-trained "
-                "run are not there; give demonstrations=STORE"
+                f"run are not there; give demonstrations=STORE{other}"
             )
         if self.rollouts:
             own_pairs.check(config, self.base, policy, judged=self.judged)

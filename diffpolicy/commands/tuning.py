@@ -14,8 +14,10 @@ from diffpolicy.config import (
     PolicyTuningConfig,
     SequenceTuningConfig,
     config_dir,
+    keys_given,
     load_run,
 )
+from diffpolicy.config_compose import is_setting
 
 HELP = """\
 settings of policies (also method, collect, judge, plans, trainer and evaluation.KEY):
@@ -82,8 +84,8 @@ def compare(command: str, arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: no runs, or options of something else.
     """
-    runs = [a for a in arguments if "=" not in a]
-    options = dict(a.split("=", 1) for a in arguments if "=" in a)
+    runs = [a for a in arguments if not is_setting(a)]
+    options = keys_given(arguments)
     if not runs or not {"output"} <= set(options) <= {"output", "baseline"}:
         raise ConfigError(
             f"usage: diffpolicy {command} compare RUN [RUN ...] output=DIR [baseline=METHOD]"

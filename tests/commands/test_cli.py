@@ -198,19 +198,62 @@ def test_a_run_is_not_overwritten_and_a_finished_one_resumes_to_the_same_score(t
     assert (folder / "run" / "metrics.csv").read_bytes() == metrics
 
 
+SHORT = [
+    *("env=pointmaze_umaze", "evaluation=none", "network.width=8", "network.depth=1"),
+    *("trainer.steps=6", "trainer.batch_size=8", "trainer.progress=false", "threads=1"),
+]
+
+
+def write_numbers(path: Path) -> None:
+    """A store of three episodes of noise."""
+    rng = np.random.default_rng(0)
+    fields = {"obs": rng.uniform(-1, 1, (60, 3)), "action": rng.uniform(-1, 1, (60, 2))}
+    fields = {name: rows.astype(np.float32) for name, rows in fields.items()}
+    EpisodeStore.from_arrays(fields, [20, 40, 60], path=path)
+
+
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps on numbers."""
     folder = tmp_path_factory.mktemp("short")
-    rng = np.random.default_rng(0)
-    fields = {"obs": rng.uniform(-1, 1, (60, 3)), "action": rng.uniform(-1, 1, (60, 2))}
-    fields = {name: rows.astype(np.float32) for name, rows in fields.items()}
-    EpisodeStore.from_arrays(fields, [20, 40, 60], path=folder / "demos.zarr")
+    write_numbers(folder / "demos.zarr")
     where = ["data=store", f"data.path={folder / 'demos.zarr'}", f"run_dir={folder / 'run'}"]
-    shape = ["env=pointmaze_umaze", "evaluation=none", "network.width=8", "network.depth=1"]
-    quick = ["trainer.steps=6", "trainer.batch_size=8", "trainer.progress=false", "threads=1"]
-    assert run("train", *where, *shape, *quick) == 0
+    assert run("train", *where, *SHORT) == 0
     return folder / "run"
+
+
+@pytest.mark.parametrize("name", ["a=b", "a b", "a,b", "~a", "é{x}", "it's", "[1] (2)"])
+def test_paths_may_have_any_characters(name, tmp_path, capsys):
+    store, folder = tmp_path / name / "demos.zarr", tmp_path / name / "run"
+    store.parent.mkdir()
+    write_numbers(store)
+    assert run("train", "data=store", f"data.path={store}", f"run_dir={folder}", *SHORT) == 0
+    assert read_yaml(folder / "config.yaml")["data"]["path"] == str(store)
+    assert run("resume", str(folder)) == 0
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_run("train", ["data=store", "data.path=~/demos.zarr", "run_dir=~/run"])
+    assert config.data.path == f"{tmp_path}/demos.zarr"
+    assert config.run_dir == f"{tmp_path}/run"
+
+
+def test_a_sweep_runs_every_combination(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_numbers(tmp_path / "demos.zarr")
+    swept = ["seed=0,1", "trainer.lr=1e-3,x", "name=swept"]
+    given = ["data=store", f"data.path={tmp_path / 'demos.zarr'}", *SHORT]
+    assert run("train", "--multirun", *given, *swept) == 1  # a rate of x is refused
+    said = capsys.readouterr()
+    assert "trainer.lr must be float" in said.err
+    runs = tmp_path / "runs"
+    for seed in (0, 1):
+        assert read_yaml(runs / f"swept_seed{seed}_lr0.001" / "config.yaml")["seed"] == seed
+    assert {p.name for p in runs.iterdir()} == {
+        *(f"swept_seed{seed}_lr0.001" for seed in (0, 1)),
+        "multirun",
+    }
 
 
 def test_a_run_goes_on_for_longer_and_at_another_rate(short, capsys):
