@@ -49,7 +49,8 @@ SMALL = {
     "experiment=pusht_40": [*TINY, *TUNE, "network.width=16", "env.max_episode_steps=40"],
     "preferences=runs/pusht_dpo/plans.jsonl": PREFER,
     "preferences=data/pusht_rollouts_human.jsonl": PREFER,
-    "preference=bc": PREFER,
+    "method=bc": PREFER,
+    "method=draft_k": [*PREFER, "collect.episodes=2", "judge.width=8", "judge.trainer.steps=2"],
     "judge.path=runs/pusht_dpo/value": [*SHORT[:3], "selection.num_candidates=2"],
     "experiment=pusht_dpo": [
         *PREFER,
@@ -81,13 +82,12 @@ SMALL = {
     "experiment=maze2d_umaze": [*TINY, "network.width=16"],
     "experiment=d4rl_hopper_medium_expert": [*TINY, "env.max_episode_steps=20"],
     "experiment=tfbind8": [*TUNE, "trainer.steps=4", "draws=32"],
-    "finetune=none": ["draws=32", "threads=1"],
+    "method=none": ["draws=32", "threads=1"],
     "experiment=tfbind8_drakes": [*TUNE, "trainer.steps=2", "draws=32", "eval_draws=16"],
     "experiment=dna": [*TUNE, "trainer.steps=4", "draws=32", "oracles.trainer.steps=4"],
     "experiment=dna_drakes": [*TUNE, "trainer.steps=1", "draws=16", "eval_draws=16"],
     "pointmaze": ["steps=700"],
     "eval": ["evaluation.episodes=1", "evaluation.num_workers=0"],
-    "bench": ["rounds=1", "only=gather"],
     "doctor": ["probe=false"],
     "resume": [],
     "rti": ["episodes=2", "num_steps=1"],
@@ -138,16 +138,16 @@ def write_hopper(path: Path) -> None:
 
 @pytest.mark.mujoco
 @pytest.mark.filterwarnings("ignore::diffpolicy.training.identity.ResumeWarning")
-def test_readme_commands(tmp_path, monkeypatch):
+def test_commands(tmp_path, monkeypatch):
     pytest.importorskip("gymnasium_robotics", reason="needs the robotics extra")
     monkeypatch.chdir(tmp_path)
     found = [
         c
-        for c in commands("README.md")
+        for c in commands("README.md") + commands("docs/guide.md")
         if c[0] not in ("import-checkpoint", "serve")
-        and c not in commands("README.md", "Push-T with the human demonstrations")
-        and c not in commands("README.md", "Sequences, tuned by a reward")
-        and c not in commands("README.md", "Preferences")
+        and c not in commands("docs/guide.md", "Push-T with the human demonstrations")
+        and c not in commands("docs/guide.md", "Sequences, tuned by a reward")
+        and c not in commands("docs/guide.md", "Preferences")
     ]
     assert len(found) >= 7
     longer = ["trainer.steps=3000", "trainer.steps=6"]
@@ -164,37 +164,37 @@ def test_readme_commands(tmp_path, monkeypatch):
         assert status == 0 or command[0] == "doctor", command
 
 
-def test_readme_sequence_commands(tmp_path, monkeypatch):
+def test_sequence_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = commands("README.md", "Sequences, tuned by a reward")
+    found = commands("docs/guide.md", "Sequences, tuned by a reward")
     assert len(found) == 7
-    tuned_by_labels = next(c for c in commands("README.md") if "experiment=tfbind8_dpo" in c)
+    tuned_by_labels = next(c for c in commands("docs/guide.md") if "experiment=tfbind8_dpo" in c)
     for command in [*found, tuned_by_labels]:
         assert cli.main(tiny(command)) == 0, command
 
 
-def test_readme_pusht_commands(tmp_path, monkeypatch):
+def test_pusht_commands(tmp_path, monkeypatch):
     pytest.importorskip("gym_pusht", reason="needs the pusht extra")
     if not PUSHT.is_file():
         pytest.skip(f"the human demonstrations are not at {PUSHT}")
     monkeypatch.chdir(tmp_path)
     shutil.copy(PUSHT, tmp_path)
-    found = commands("README.md", "Push-T with the human demonstrations")
+    found = commands("docs/guide.md", "Push-T with the human demonstrations")
     assert len(found) == 2
     for command in found:
         assert cli.main(tiny(command)) == 0, command
 
 
-def test_readme_pusht_preference_commands(tmp_path, monkeypatch):
+def test_pusht_preference_commands(tmp_path, monkeypatch):
     pytest.importorskip("gym_pusht", reason="needs the pusht extra")
     pytest.importorskip("imageio_ffmpeg", reason="needs the media extra")
     if not PUSHT.is_file():
         pytest.skip(f"the human demonstrations are not at {PUSHT}")
     monkeypatch.chdir(tmp_path)
     shutil.copy(PUSHT, tmp_path)
-    convert = commands("README.md", "Push-T with the human demonstrations")[0]
+    convert = commands("docs/guide.md", "Push-T with the human demonstrations")[0]
     assert cli.main(convert) == 0
-    found = [c for c in commands("README.md", "Preferences") if "pusht" in " ".join(c)]
+    found = [c for c in commands("docs/guide.md", "Preferences") if "pusht" in " ".join(c)]
     assert len(found) == 11
     for command in found:
         if command[:3] == ["data", "prefs", "serve"]:  # a person would answer; tested by itself
@@ -204,7 +204,7 @@ def test_readme_pusht_preference_commands(tmp_path, monkeypatch):
 
 
 @pytest.mark.mujoco
-def test_readme_door_commands(tmp_path, monkeypatch):
+def test_door_commands(tmp_path, monkeypatch):
     pytest.importorskip("gymnasium_robotics", reason="needs the robotics extra")
     if not all(path.is_file() for path in DOOR):
         pytest.skip(f"the demonstrations and labels are not at {DOOR[0].parent}")
@@ -216,26 +216,27 @@ def test_readme_door_commands(tmp_path, monkeypatch):
         for name, key in (("indices_1", "index_1"), ("indices_2", "index_2")):
             (folder / f"{name}_len_50.pkl").write_bytes(pickle.dumps(labels[key]))
         (folder / "human_label_len_50.pkl").write_bytes(pickle.dumps(labels["human_label"]))
-    found = [c for c in commands("README.md", "Preferences") if "door" in " ".join(c)]
+    found = [c for c in commands("docs/guide.md", "Preferences") if "door" in " ".join(c)]
     assert len(found) == 4
     for command in found:
         assert cli.main(tiny(command)) == 0, command
 
 
 @pytest.mark.mujoco
-def test_readme_python(tmp_path, monkeypatch, capsys):
+def test_python(tmp_path, monkeypatch, capsys):
     pytest.importorskip("gymnasium_robotics", reason="needs the robotics extra")
     monkeypatch.chdir(tmp_path)
-    code = "\n".join(blocks("README.md", "python"))
+    code = "\n".join(blocks("README.md", "python") + blocks("docs/guide.md", "python"))
     for long, short in (
         ("range(50)", "range(3)"),
         ("steps=1500", "steps=60, warmup_steps=5, batch_size=32"),
         ("steps=500", "steps=3, warmup_steps=1, batch_size=8"),
+        ("steps=200", "steps=3, warmup_steps=1, batch_size=8"),
         ("300_020", "300_001"),
     ):
         assert long in code
         code = code.replace(long, short)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "README.md and docs/guide.md", "exec"), {})
     assert "value" in capsys.readouterr().out
 
 
@@ -247,7 +248,7 @@ def test_concepts_python():
 
 
 def test_make_targets_named_in_the_documents_exist():
-    text = "".join((ROOT / n).read_text() for n in ("README.md", "CONTRIBUTING.md"))
+    text = "".join((ROOT / n).read_text() for n in ("README.md", "docs/guide.md", "CONTRIBUTING.md"))
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.M)):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
