@@ -97,7 +97,7 @@ def _collect(arguments: Sequence[str]) -> int:
     from diffpolicy.api import DiffusionPolicy
     from diffpolicy.commands.preflight import check_writable, pick_device
     from diffpolicy.rollout.pool.workers import Workers
-    from diffpolicy.rollout.record.branches import collect_branches, collect_episodes
+    from diffpolicy.rollout.record.branches import collect_rollouts
 
     defaults: dict[str, Any] = {
         "checkpoint": None,
@@ -122,8 +122,7 @@ def _collect(arguments: Sequence[str]) -> int:
     spec = _collecting_env(options, policy.spec.env_id)
     target = Path(options["target"])
     check_writable(target, Path(options["prefs"] or target).parent)
-    collect: Any = collect_branches if how.kind == "branches" else collect_episodes
-    preferences = collect(
+    preferences = collect_rollouts(
         policy,
         spec,
         range(how.seed, how.seed + how.episodes),
@@ -141,7 +140,7 @@ def _collect(arguments: Sequence[str]) -> int:
 
 def _collecting_env(options: Mapping[str, Any], trained_for: str | None) -> Any:
     """The environment given; else that of the run; else the id that the policy knows."""
-    from diffpolicy.rollout.trust import stored_env_id
+    from diffpolicy.rollout.env_spec import stored_env_id
 
     if options["env"] is not None:
         return _env(options)

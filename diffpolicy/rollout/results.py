@@ -57,6 +57,14 @@ class EpisodeRecord:
     error: str | None = None
     failed_attempts: tuple[str, ...] = ()
 
+    @classmethod
+    def failed(
+        cls, seed: int, error: str, attempts: int, failed_attempts: tuple[str, ...]
+    ) -> EpisodeRecord:
+        """The record of an episode that could not be run: a failure without numbers."""
+        nan, no = math.nan, False
+        return cls(seed, nan, nan, 0, no, no, no, no, 0, 0, attempts, error, failed_attempts)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; the return is called ``return``, what is not known is None."""
         values = asdict(self)

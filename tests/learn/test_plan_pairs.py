@@ -17,7 +17,7 @@ from diffpolicy.learn.preference_data import PreferenceData
 from diffpolicy.learn.preferences.online import OwnPlans
 from diffpolicy.learn.values import PlanValue
 from diffpolicy.rollout.env_spec import EnvSpec
-from diffpolicy.rollout.record.dense import DenseReward
+from diffpolicy.rollout.record.steps import DenseReward
 
 LENGTHS = (9, 3, 14)
 
