@@ -118,7 +118,8 @@ def _ant(silent: bool) -> D4RLEnvironment:
 
 
 def _adroit(agent: str, info: DatasetInfo) -> D4RLEnvironment:
-    fixed = _release("gymnasium-robotics") >= _ROBOTICS_FIXED
+    numbers = re.findall(r"\d+", _version("gymnasium-robotics") or "")
+    fixed = tuple(int(n) for n in numbers[:3]) >= _ROBOTICS_FIXED
     version = "v2" if fixed else "v1"
     env = EnvSpec(f"gymnasium_robotics:{_ADROIT[agent]}-{version}", {}, info.max_episode_steps)
     if agent == "pen":
@@ -183,15 +184,9 @@ class ScoreLabel:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {
-            "dataset": self.dataset,
-            "transforms": list(self.transforms),
-            "env": dict(self.env),
-            "versions": dict(self.versions),
-            "references": {"min": self.ref_min, "max": self.ref_max, "source": self.reference},
-            "comparable": self.comparable,
-            "note": self.note,
-        }
+        values = {**vars(self), "transforms": list(self.transforms), "env": dict(self.env)}
+        low, high, source = (values.pop(name) for name in ("ref_min", "ref_max", "reference"))
+        return {**values, "references": {"min": low, "max": high, "source": source}}
 
     def __str__(self) -> str:
         """One line for a table."""
@@ -264,40 +259,32 @@ def score(
 
 
 def _matched(
-    dataset: str,
-    environment: D4RLEnvironment | EnvSpec | None,
-    constant_columns: Sequence[int],
+    dataset: str, environment: D4RLEnvironment | EnvSpec | None, constant_columns: Sequence[int]
 ) -> D4RLEnvironment:
     if isinstance(environment, D4RLEnvironment):
         return environment
     try:
-        matches = [evaluation_env(dataset, constant_columns=constant_columns)]
+        match = evaluation_env(dataset, constant_columns=constant_columns)
     except NoEnvironmentError:
         if environment is None:
             raise
-        matches = []
-    if environment is None:
-        return matches[0]
-    for match in matches:
-        if match.env == environment:
+    else:
+        if environment in (None, match.env):
             return match
+    assert environment is not None
     return D4RLEnvironment(environment, False, "this environment is not the one of the dataset")
 
 
-def _release(package: str) -> tuple[int, ...]:
+def _version(package: str) -> str | None:
     try:
-        version = importlib.metadata.version(package)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return ()
-    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+        return None
 
 
 def _versions(env: EnvSpec) -> dict[str, str]:
     robotics = "gymnasium_robotics" in env.id or "diffpolicy_envs" in env.id
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in (*_PACKAGES, *(["gymnasium-robotics"] if robotics else [])):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    names = (*_PACKAGES, *(["gymnasium-robotics"] if robotics else []))
+    found = {name: _version(name) for name in names}
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python, **{name: known for name, known in found.items() if known}}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -17,9 +16,8 @@ from diffpolicy.rollout.pool.slots import EnvSlot, Outcome
 from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
 from diffpolicy.rollout.record.steps import difference, read_obs
 from diffpolicy.rollout.results import EpisodeVideo
-from diffpolicy.rollout.video import write_mp4
-
-_GREEN, _RED, _GREY = (46, 160, 67), (218, 54, 51), (128, 128, 128)
+from diffpolicy.rollout.video import GREEN, GREY, RED, framed, write_mp4
+from diffpolicy.settings import check_range
 
 
 class ClipError(ValueError):
@@ -65,10 +63,8 @@ class ClipRenderer:
         before: int = 0,
         after: int = 0,
     ) -> None:
-        if side < 1 or before < 0 or after < 0:
-            raise ValueError(
-                f"side must be 1 or more, before and after 0 or more; got {side}, {before}, {after}"
-            )
+        check_range("[1, inf)", side=side)
+        check_range("[0, inf)", before=before, after=after)
         self.store, self._side, self._margin = store, side, (before, after)
         self._ends, self._lengths = store.episode_ends, store.episode_lengths
         self._spec = _environment(store) if env is None else env
@@ -104,12 +100,7 @@ class ClipRenderer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _wider(self, span: Span) -> Span:
@@ -219,10 +210,7 @@ def _environment(store: EpisodeStore) -> EnvSpec | None:
 def _is_pictures(store: EpisodeStore) -> bool:
     spec = store.fields.get("img")
     return (
-        spec is not None
-        and spec.dtype == "uint8"
-        and len(spec.shape) == 3
-        and 3 in (spec.shape[0], spec.shape[2])
+        spec is not None and spec.dtype == "uint8" and len(spec.shape) == 3 and 3 in spec.shape[::2]
     )
 
 
@@ -239,7 +227,7 @@ def side_by_side(
         border: width of the frames in pixels.
 
     Returns:
-        ``[max(F), height + 2 border, 2 (width + 2 border), 3]`` uint8.
+        ``[max(F), height + 2 border, 2 (width + 2 border), 3]`` uint8; odd sides are one longer.
 
     Raises:
         ValueError: sizes that differ.
@@ -249,13 +237,9 @@ def side_by_side(
     count = max(len(left), len(right))
     halves = []
     for name, clip in (("left", left), ("right", right)):
-        colour = _GREY if better is None else _GREEN if better == name else _RED
-        shape = (count, clip.shape[1] + 2 * border, clip.shape[2] + 2 * border, 3)
-        half = np.empty(shape, np.uint8)
-        half[:] = colour
-        held = np.concatenate([clip, np.repeat(clip[-1:], count - len(clip), axis=0)])
-        half[:, border : border + clip.shape[1], border : border + clip.shape[2]] = held
-        halves.append(half)
+        held = np.pad(clip, [(0, count - len(clip)), (0, 0), (0, 0), (0, 0)], mode="edge")
+        colour = GREY if better is None else GREEN if better == name else RED
+        halves.append(framed(held, colour, border))
     return np.concatenate(halves, axis=2)
 
 
@@ -278,7 +262,7 @@ def write_pair(path: str | Path, video: EpisodeVideo, *, fps: int = 10) -> Path:
     Raises:
         ImportError: imageio or its ffmpeg is missing (with the pip command).
     """
-    held = np.concatenate([video.frames, np.repeat(video.frames[-1:], fps, axis=0)])
+    held = np.pad(video.frames, [(0, fps), (0, 0), (0, 0), (0, 0)], mode="edge")
     return write_mp4(path, [video._replace(frames=held)], fps=fps)
 
 
