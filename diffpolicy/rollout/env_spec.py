@@ -84,7 +84,7 @@ class EnvSpec:
         return {**vars(self), "kwargs": dict(self.kwargs)}
 
     def make(self, render_mode: str | None = None) -> gym.Env[Any, Any]:
-        """Makes the environment and checks that it fits.
+        """Make the environment and check that it fits.
 
         Args:
             render_mode: passed on to the environment, e.g. ``"rgb_array"``.
@@ -173,7 +173,6 @@ class EnvInfo:
     Attributes:
         spec: the environment.
         obs: what an observation is made of.
-        action_dim: A.
         action_low: ``[A]`` float32, rounded inwards; may hold -inf.
         action_high: ``[A]`` float32, rounded inwards; may hold inf.
         max_episode_steps: the step limit.
@@ -183,12 +182,16 @@ class EnvInfo:
 
     spec: EnvSpec
     obs: ObsFields
-    action_dim: int
     action_low: np.ndarray
     action_high: np.ndarray
     max_episode_steps: int
     has_expert: bool
     versions: dict[str, str]
+
+    @property
+    def action_dim(self) -> int:
+        """A."""
+        return len(self.action_low)
 
     @property
     def obs_dim(self) -> int:
@@ -214,7 +217,7 @@ class EnvInfo:
 
 
 def describe(spec: EnvSpec) -> EnvInfo:
-    """Makes the environment once, in this process, and says what it is.
+    """Make the environment once, in this process, and say what it is.
 
     Raises:
         EnvSpecError: as :meth:`EnvSpec.make`.
@@ -235,7 +238,6 @@ def inspect_env(spec: EnvSpec, env: gym.Env[Any, Any]) -> EnvInfo:
     return EnvInfo(
         spec=spec,
         obs=obs_fields(env.observation_space),
-        action_dim=int(box.shape[0]),
         action_low=low,
         action_high=high,
         max_episode_steps=limit,

@@ -62,7 +62,7 @@ def evaluate(
     plan_batch: int | None = None,
     progress: bool = True,
 ) -> EvalResult:
-    """Runs one episode per seed and scores them.
+    """Run one episode per seed and score them.
 
     All running rows go into one ``policy.act`` per step. A row whose episode ends takes the next
     seed, and the policy forgets that row and is given the new seed. A policy of this library plans
@@ -195,7 +195,7 @@ class _Run(RowLoop[_Episode]):
         return chosen
 
     def stepped(self, row: int, outcome: Outcome) -> bool:
-        """Notes what a step brought; whether the episode is over."""
+        """Note what a step brought; whether the episode is over."""
         episode, threshold = self.running[row], self.threshold
         episode.rewards.append(outcome.reward)
         episode.successes.append(

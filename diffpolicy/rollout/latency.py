@@ -310,7 +310,7 @@ class DelayedPolicy:
     def _begin(
         self, state: DelayedState, rows: Array, deterministic: bool
     ) -> tuple[DelayedState, Array]:
-        """Begins plans for ``rows``; also the rows whose plan is there at once."""
+        """Begin plans for ``rows``; also the rows whose plan is there at once."""
         before = state.running.take(rows)
         starts_warm = self.policy.starts_warm(before)
         kind = starts_warm.astype(np.int64)

@@ -99,21 +99,21 @@ class RowLoop(abc.ABC, Generic[E]):
 
     @abc.abstractmethod
     def stepped(self, row: int, outcome: Outcome) -> bool:
-        """Notes what a step brought; whether the episode is over.
+        """Note what a step brought; whether the episode is over.
 
         ``obs`` holds what the row saw before, ``outcome.action`` what was done.
         """
 
     @abc.abstractmethod
     def gave_up(self, episode: E, why: str) -> None:
-        """Notes that an episode failed for good."""
+        """Note that an episode failed for good."""
 
     def actions(self, rows: list[int]) -> np.ndarray:
         """``[len(rows), A]``: the policy's."""
         return self.act(rows)
 
     def step(self, rows: list[int]) -> dict[int, Outcome | Failure]:
-        """Takes a step in some rows; an outcome tells the action."""
+        """Take a step in some rows; an outcome tells the action."""
         actions = self.actions(rows)
         results = self.pool.step(actions, rows, frames=[self.films(row) for row in rows])
         return {
@@ -122,14 +122,14 @@ class RowLoop(abc.ABC, Generic[E]):
         }
 
     def began(self, row: int, outcome: Outcome) -> None:
-        """Notes what a reset brought."""
+        """Note what a reset brought."""
 
     def films(self, row: int) -> Drawn:
         """Whether a picture of the row's next reset or step is wanted."""
         return False
 
     def loop(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Runs until no episode is left; ``tick`` is called after every step of all rows."""
+        """Run until no episode is left; ``tick`` is called after every step of all rows."""
         self._fill()
         while self.running:
             rows = sorted(self.running)
@@ -183,7 +183,7 @@ class RowLoop(abc.ABC, Generic[E]):
         return self._again.popleft() if self._again else self.upcoming()
 
     def _fill(self) -> None:
-        """Gives each free row the next episode, until every row has one or none is left."""
+        """Give each free row the next episode, until every row has one or none is left."""
         while len(self.running) < len(self._rows):
             begun: list[int] = []
             for row in self._rows:
@@ -209,7 +209,7 @@ class RowLoop(abc.ABC, Generic[E]):
                     self.began(row, result)
 
     def _failed(self, row: int, failure: Failure) -> None:
-        """Puts the episode of a row back, or gives it up."""
+        """Put the episode of a row back, or give it up."""
         episode = self.running.pop(row)
         text = str(failure)
         if failure.kind == "gone":

@@ -55,7 +55,7 @@ class GlChoice(NamedTuple):
 
 
 def choose_gl_backend(timeout: float = 60.0) -> GlChoice:
-    """Finds a backend that MuJoCo can draw with, and sets ``MUJOCO_GL`` for it.
+    """Find a backend that MuJoCo can draw with, and set ``MUJOCO_GL`` for it.
 
     Call it before mujoco is imported; workers inherit the choice. Each candidate is tried in a
     process of its own, because a broken one can crash. A ``MUJOCO_GL`` that is set already is the
@@ -117,7 +117,7 @@ def _why_not(backend: str, timeout: float) -> str | None:
 
 
 def write_mp4(path: str | Path, videos: Sequence[EpisodeVideo], *, fps: int = 20) -> Path:
-    """Writes the episodes one after the other, each in a frame of green (success) or red.
+    """Write the episodes one after the other, each in a frame of green (success) or red.
 
     Args:
         path: of the film.
@@ -141,7 +141,7 @@ def write_mp4(path: str | Path, videos: Sequence[EpisodeVideo], *, fps: int = 20
 
 
 def contact_sheet(path: str | Path, videos: Sequence[EpisodeVideo], *, columns: int = 6) -> Path:
-    """Writes one picture: a row per episode, key frames from left to right.
+    """Write one picture: a row per episode, key frames from left to right.
 
     The frames are evenly spaced and include the first and the last; the border is green for a
     success, red for a failure and grey where the task does not say.
@@ -198,7 +198,7 @@ class Media(NamedTuple):
 
 
 def save_media(directory: str | Path, videos: Sequence[EpisodeVideo], *, fps: int = 20) -> Media:
-    """Writes ``rollouts.mp4`` and ``contact_sheet.png``; what cannot be written becomes a note."""
+    """Write ``rollouts.mp4`` and ``contact_sheet.png``; what cannot be written becomes a note."""
     paths: list[Path] = []
     notes: list[str] = []
     folder = Path(directory)

@@ -343,7 +343,6 @@ def test_messages(tmp_path, fake_policy):
     for bad, text in (
         ({"score": "best"}, r"unknown score 'best'; expected one of"),
         ({"discount": 0.0}, "discount"),
-        ({"score": max, "discount": 0.5}, "in your function"),
         ({"min_gap": -1.0}, "min_gap"),
         ({"pairs": "some"}, "unknown pairs"),
         ({"after_end": "stop"}, "unknown after_end"),

@@ -114,7 +114,7 @@ def _episodes(path):
 def test_a_fault_costs_its_episode_alone(kind, tmp_path):
     clean = _collect(tmp_path / "clean.zarr", range(8))
     fault = {"kind": kind, "seed": 4, "step": 1}
-    workers = Workers(num_envs=2, num_workers=2, timeout=1.5 if kind == "hang" else 30)
+    workers = Workers(num_envs=2, num_workers=2, timeout=1.0 if kind == "hang" else 30)
     spec = EnvSpec(EXPERT.id, {"fault": fault})
     store = _collect(tmp_path / "a.zarr", range(8), spec=spec, workers=workers)
     assert _contents(store) == [c for c in _contents(clean) if c[0]["seed"] != 4]

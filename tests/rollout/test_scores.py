@@ -143,7 +143,7 @@ def test_bad_input():
         paired_difference([0.5], [0.1], method="sign")
     with pytest.raises(ValueError, match=r"successes must be in \[0, 3\], got 4"):
         wilson_interval(4, 3)
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got 95"):
         wilson_interval(1, 3, confidence=95)
     with pytest.raises(ValueError, match="one value per episode"):
         mean_interval(np.zeros((2, 2)))

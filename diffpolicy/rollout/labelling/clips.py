@@ -90,7 +90,7 @@ class ClipRenderer:
         return np.concatenate([self._span(self._wider(span)) for span in segment])
 
     def close(self) -> None:
-        """Ends the environment; harmless when called twice."""
+        """End the environment; harmless when called twice."""
         if self._pool is not None:
             self._pool.close()
         if self._slot is not None:
@@ -257,7 +257,7 @@ def pair_video(
 
 
 def write_pair(path: str | Path, video: EpisodeVideo, *, fps: int = 10) -> Path:
-    """Writes the film of a pair; its last frame stays for a second.
+    """Write the film of a pair; its last frame stays for a second.
 
     Raises:
         ImportError: imageio or its ffmpeg is missing (with the pip command).

@@ -115,7 +115,7 @@ def propose(store: EpisodeStore, *, count: int, length: int, seed: int = 0) -> l
 def write_page(
     folder: str | Path, questions: Sequence[Question], renderer: ClipRenderer, *, fps: int = 10
 ) -> dict[str, str]:
-    """Writes ``index.html``, the films, and the questions for :func:`read_answers`.
+    """Write ``index.html``, the films, and the questions for :func:`read_answers`.
 
     Args:
         folder: there must be nothing yet.

@@ -55,7 +55,7 @@ class Progress:
         self._memory = mmap.mmap(file, self.SIZE)
 
     def at(self, place: int) -> None:
-        """Notes that the row at ``place`` of the command is worked on from now on."""
+        """Note that the row at ``place`` of the command is worked on from now on."""
         self._LAYOUT.pack_into(self._memory, 0, place, time.monotonic())
 
     def read(self) -> tuple[int, float]:
@@ -141,7 +141,7 @@ class WorkerProcess:
     def order(
         self, name: str, values: Mapping[str, Any], *, rows: Sequence[int], timeout: float
     ) -> None:
-        """Sends a command for some rows; one reply for all of them is due.
+        """Send a command for some rows; one reply for all of them is due.
 
         Args:
             name: what is to be done.
@@ -161,7 +161,7 @@ class WorkerProcess:
         wire.send(self.sock, {"do": name, "rows": list(rows), "values": plain}, arrays)
 
     def greet(self, timeout: float) -> None:
-        """Notes that it has started; a command that waited for that begins now."""
+        """Note that it has started; a command that waited for that begins now."""
         self.greeted = True
         self._begin(timeout)
 
@@ -174,7 +174,7 @@ class WorkerProcess:
         self._patient_from, self._limit = time.monotonic(), min(timeout, self._limit)
 
     def end(self, grace: float = 0.0) -> str:
-        """Ends the process and all that it started; says how it ended. Harmless when repeated.
+        """End the process and all that it started, and say how it ended. Harmless when repeated.
 
         Args:
             grace: seconds to leave for ending by itself before it is killed.

@@ -15,9 +15,17 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from diffpolicy.data.observation import Obs, ObsFields, store_field
+from diffpolicy.data.observation import Obs, ObsFields
 from diffpolicy.rollout.env_spec import EnvSpec, obs_fields
-from diffpolicy.rollout.pool.values import as_flag, as_observation, as_reward, as_success, to_native
+from diffpolicy.rollout.pool.values import (
+    as_flag,
+    as_observation,
+    as_reward,
+    as_success,
+    from_columns,
+    to_columns,
+    to_native,
+)
 
 # Second words of the seeds of an expert's two generators.
 _EXPERT_STREAM, _NOISE_STREAM = 1, 2
@@ -61,19 +69,15 @@ class Outcome(NamedTuple):
 
     def to_flat(self) -> dict[str, Any]:
         """The outcome as values and arrays by name, for a message."""
-        flat = self._asdict()
-        if isinstance(self.obs, Mapping):
-            del flat["obs"]
-            flat |= {store_field(name): array for name, array in self.obs.items()}
-        return flat
+        own = self._asdict()
+        del own["obs"]
+        return {**own, **to_columns(self.obs)}
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> Outcome:
         """The outcome that :meth:`to_flat` made values of."""
-        own = {name: value for name, value in flat.items() if name in cls._fields}
-        if "obs" not in own:
-            own["obs"] = {name[len("obs.") :]: flat[name] for name in flat if name not in own}
-        return cls(**own)
+        own = {name: flat[name] for name in cls._fields if name in flat}
+        return cls(**{**own, "obs": from_columns(flat)})
 
 
 @dataclass
@@ -142,11 +146,11 @@ class EnvSlot:
         return self._env
 
     def make(self) -> None:
-        """Makes the environment now, if there is none yet."""
+        """Make the environment now, if there is none yet."""
         _ = self.env
 
     def reset(self, seed: int, frame: Drawn = False) -> Outcome:
-        """Begins the episode of ``seed``."""
+        """Begin the episode of ``seed``."""
         obs, info = self.env.reset(seed=seed)
         self._fields = obs_fields(self.env.observation_space)
         self._done, self._seed, self._expert = False, seed, None
@@ -155,7 +159,7 @@ class EnvSlot:
         return Outcome(seen, 0.0, False, False, as_success(info), picture, note)
 
     def step(self, action: np.ndarray, frame: Drawn = False) -> Outcome:
-        """Takes ``action [A]``; there is no automatic reset.
+        """Take ``action [A]``; there is no automatic reset.
 
         Raises:
             RuntimeError: the episode has ended, or none was begun.
@@ -173,7 +177,7 @@ class EnvSlot:
         return Outcome(seen, value, *ended, as_success(info), picture, note)
 
     def expert_step(self, noise: float, frame: Drawn = False) -> Outcome:
-        """Takes the action of the environment's scripted expert, made noisier.
+        """Take the action of the environment's scripted expert, made noisier.
 
         The clean action is told; executed is ``clip(clean + N(0, noise^2))``, which shows the
         expert how to recover.
@@ -199,7 +203,7 @@ class EnvSlot:
         return None, self._note or "the pool was made without frames"
 
     def close(self) -> None:
-        """Closes the environment; the next use makes it anew."""
+        """Close the environment; the next use makes it anew."""
         env, self._env = self._env, None
         self._done = True
         if env is not None:
@@ -227,7 +231,7 @@ def _shrink(frame: np.ndarray, side: int) -> np.ndarray:
 def run_command(
     slot: EnvSlot, name: str, values: Mapping[str, Values], place: int
 ) -> Outcome | None:
-    """Carries one command out for one row.
+    """Carry one command out for one row.
 
     Args:
         slot: of the row.

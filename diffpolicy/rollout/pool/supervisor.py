@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from diffpolicy.data.observation import ObsField, ObsFields
+from diffpolicy.data.observation import ObsField
 from diffpolicy.rollout.env_spec import EnvInfo, EnvSpec, EnvSpecError
 from diffpolicy.rollout.pool import wire
 from diffpolicy.rollout.pool.process import WorkerProcess
 from diffpolicy.rollout.pool.slots import Outcome
+from diffpolicy.rollout.pool.values import from_columns
 from diffpolicy.settings import check_range, named_settings
 
 _MAX_FAILED_STARTS = 3
@@ -144,13 +145,13 @@ class Supervisor:
             raise
 
     def send(self, index: int, name: str, values: Mapping[str, Any], rows: Sequence[int]) -> None:
-        """Sends a command for some rows of a process, see :meth:`WorkerProcess.order`."""
+        """Send a command for some rows of a process, see :meth:`WorkerProcess.order`."""
         # A process that is gone is noticed when its answer is read, which also tells how it ended.
         with contextlib.suppress(OSError):
             self.processes[index].order(name, values, rows=rows, timeout=self._workers.timeout)
 
     def spread(self, count: int) -> None:
-        """Deals the rows to ``count`` processes; those that are not there yet are started."""
+        """Deal the rows to ``count`` processes; those that are not there yet are started."""
         # Neighbouring rows go to different processes, so the last episodes are spread evenly too.
         for index in range(count):
             rows = range(index, self._workers.num_envs, count)
@@ -163,7 +164,7 @@ class Supervisor:
             self.events()
 
     def hurry(self, timeout: float) -> None:
-        """Makes the answers that are due now due within ``timeout`` seconds, if they were not."""
+        """Make the answers that are due now due within ``timeout`` seconds, if they were not."""
         for process in self.processes:
             if process.greeted:
                 process.hurry(timeout)
@@ -173,7 +174,7 @@ class Supervisor:
         return any(process.pending for process in self.processes)
 
     def events(self) -> list[tuple[int, Result]]:
-        """Waits for the next answers or failures: ``(row, what came)``, maybe none."""
+        """Wait for the next answers or failures: ``(row, what came)``, maybe none."""
         awaited = [process for process in self.processes if process.awaited]
         due = min((process.deadline for process in awaited), default=0.0)
         patience = min(max(due - time.monotonic(), 0.0), _GLANCE_S)
@@ -194,12 +195,12 @@ class Supervisor:
         return happened
 
     def abandon(self) -> None:
-        """Replaces the processes that are at work, because nobody waits for their answers."""
+        """Replace the processes that are at work, because nobody waits for their answers."""
         for process in [process for process in self.processes if process.pending]:
             self._fail(process, "timed out", "was not waited for")
 
     def close(self) -> None:
-        """Ends all processes; harmless when called twice."""
+        """End all processes; harmless when called twice."""
         for process in self.processes:
             with contextlib.suppress(OSError):
                 wire.send(process.sock, {"do": "close"}, {})
@@ -245,22 +246,15 @@ class Supervisor:
         process.greet(self._workers.timeout)
         self._started = True
         self._failed_starts[index] = 0
-        self.info = EnvInfo(
-            spec=self._spec,
-            obs=_fields(values["obs"]),
-            action_dim=len(arrays["action_low"]),
-            action_low=arrays["action_low"],
-            action_high=arrays["action_high"],
-            max_episode_steps=values["max_episode_steps"],
-            has_expert=values["has_expert"],
-            versions=values["versions"],
-        )
+        fields = {name: ObsField(**field) for name, field in values["obs"].items()}
+        own = {"spec": self._spec, "obs": from_columns(fields)}
+        self.info = EnvInfo(**{**values, **arrays, **own})
         return []
 
     def _fail(
         self, process: WorkerProcess, kind: Literal["raised", "timed out", "died"], text: str
     ) -> list[tuple[int, Result]]:
-        """Gives a process up, puts a new one in its place, and says what it means for the rows."""
+        """Give a process up, put a new one in its place, and say what it means for the rows."""
         index = self.owner[process.rows[0]]
         # A process that has not started was not at work on any row, so none is to blame.
         culprit = process.culprit
@@ -280,12 +274,6 @@ class Supervisor:
             why = f"{text} {'between two commands' if process.greeted else 'while it started'}"
         lost = Failure("lost", why)
         return [(row, Failure(kind, text) if row == culprit else lost) for row in process.rows]
-
-
-def _fields(told: Mapping[str, Mapping[str, Any]]) -> ObsFields:
-    """What observations are made of, from their fields by the names that they have in stores."""
-    fields = {name: ObsField(**field) for name, field in told.items()}
-    return fields["obs"] if "obs" in fields else {n[len("obs.") :]: f for n, f in fields.items()}
 
 
 def _result(flat: Mapping[str, Any]) -> Result:

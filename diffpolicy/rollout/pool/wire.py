@@ -21,7 +21,7 @@ Message = tuple[dict[str, Any], dict[str, np.ndarray]]  # values and arrays
 
 
 def send(sock: socket.socket, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Sends one message.
+    """Send one message.
 
     Args:
         sock: a connected stream socket.
@@ -44,7 +44,7 @@ def send(sock: socket.socket, values: Mapping[str, Any], arrays: Mapping[str, np
 
 
 def receive(sock: socket.socket, timeout: float | None = None) -> Message:
-    """Receives one whole message.
+    """Receive one whole message.
 
     Args:
         sock: a connected stream socket.

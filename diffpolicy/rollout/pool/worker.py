@@ -57,17 +57,14 @@ def _send_hello(sock: socket.socket, spec: EnvSpec, slot: EnvSlot) -> None:
         told = {"fatal": str(error), "trace": traceback.format_exc(), "type": type(error).__name__}
         wire.send(sock, told, {})
         raise EOFError from None
-    values = {
-        "obs": {name: asdict(field) for name, field in by_store_field(info.obs).items()},
-        "max_episode_steps": info.max_episode_steps,
-        "has_expert": info.has_expert,
-        "versions": info.versions,
-    }
-    wire.send(sock, values, {"action_low": info.action_low, "action_high": info.action_high})
+    fields = {name: asdict(field) for name, field in by_store_field(info.obs).items()}
+    values = {**vars(info), "spec": None, "obs": fields}
+    bounds = {name: values.pop(name) for name in ("action_low", "action_high")}
+    wire.send(sock, values, bounds)
 
 
 def _answer(slot: EnvSlot, name: str, values: dict[str, Any], place: int) -> dict[str, Any]:
-    """Carries one command out for one row; the reply, with the traceback if it raised."""
+    """Carry one command out for one row; the reply, with the traceback if it raised."""
     try:
         outcome = run_command(slot, name, values, place)
         return {} if outcome is None else outcome.to_flat()
@@ -111,7 +108,7 @@ def _die_with_parent() -> None:
 
 
 def _end_group() -> None:
-    """Ends this process and whatever its environments have started, when no pool is left to do so.
+    """End this process and whatever its environments have started, when no pool is left to do so.
 
     The pool has made it the leader of a group; run by hand it is in somebody else's.
     """

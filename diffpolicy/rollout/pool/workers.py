@@ -104,7 +104,7 @@ class WorkerPool:
     # ------------------------------------------------------------------ what users call
 
     def make(self, rows: Sequence[int]) -> None:
-        """Makes the environments of ``rows`` now, in all processes at once; else resets do.
+        """Make the environments of ``rows`` now, in all processes at once; else resets do.
 
         What cannot be made is told by the reset, which tries again.
         """
@@ -114,7 +114,7 @@ class WorkerPool:
     def reset(
         self, rows: Sequence[int], seeds: Sequence[int], *, frames: Sequence[Drawn] | None = None
     ) -> dict[int, Outcome | Failure]:
-        """Begins an episode in each of ``rows``, with its seed.
+        """Begin an episode in each of ``rows``, with its seed.
 
         Args:
             rows: each in 0..num_envs-1, no two alike.
@@ -133,7 +133,7 @@ class WorkerPool:
     def step_async(
         self, actions: np.ndarray, rows: Sequence[int], *, frames: Sequence[Drawn] | None = None
     ) -> None:
-        """Begins a step in each of ``rows``; ``actions [len(rows), A]`` in environment units."""
+        """Begin a step in each of ``rows``; ``actions [len(rows), A]`` in environment units."""
         expected = (len(rows), self.info.action_dim)
         if np.shape(actions) != expected:
             raise ValueError(f"actions must have shape {expected}, got {np.shape(actions)}")
@@ -143,7 +143,7 @@ class WorkerPool:
         self._order("step", rows, {"action": array, "frame": _flags(frames, len(rows))})
 
     def step_wait(self, timeout: float | None = None) -> dict[int, Outcome | Failure]:
-        """Ends the step that :meth:`step_async` began.
+        """End the step that :meth:`step_async` began.
 
         Args:
             timeout: seconds that one row may take; None: that of ``workers``. A row that takes
@@ -191,7 +191,7 @@ class WorkerPool:
         return self.step_wait()
 
     def close(self) -> None:
-        """Ends all workers; harmless when called twice."""
+        """End all workers; harmless when called twice."""
         self._closed = True
         if self._supervisor is not None:
             self._supervisor.close()
@@ -207,7 +207,7 @@ class WorkerPool:
     # ------------------------------------------------------------------ how many processes
 
     def _choose(self, supervisor: Supervisor) -> None:
-        """Starts the other processes, unless a step is so cheap that they would not pay.
+        """Start the other processes, unless a step is so cheap that they would not pay.
 
         One process remains in any case: an environment that hangs here could not be ended.
         """

@@ -14,7 +14,7 @@ from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.env_spec import EnvSpec
 from diffpolicy.rollout.pool.slots import Outcome
 from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
-from diffpolicy.rollout.record.steps import open_record
+from diffpolicy.rollout.record.steps import InOrder, open_record
 from diffpolicy.rollout.record.tracks import Job, Recorder, Track
 from diffpolicy.rollout.rows import AllFailedError, distinct
 from diffpolicy.settings import check_choice, check_range
@@ -33,7 +33,7 @@ def collect(
     keep: Keep = "success",
     progress: bool = True,
 ) -> EpisodeStore:
-    """Runs the environment's scripted expert once per seed and stores the episodes.
+    """Run the environment's scripted expert once per seed and store the episodes.
 
     The expert runs inside the worker processes. Episodes are appended one by one in the order of
     the seeds, so the store depends on the seeds alone, and a run that was killed goes on where it
@@ -118,17 +118,13 @@ class _Report:
         known = stored | set(self.failed)
         self.todo = [seed for seed in seeds if seed not in known]
         self.kept = len(stored & set(seeds))
-        self._finished: dict[int, Track | str] = {}
-        self._position = 0
+        self._order = InOrder(self.todo)
         bar.reset(len(self.todo))
 
     def add(self, job: Job, result: Track | str) -> list[Job]:
-        """Keeps a result, and stores those that are next in the order of the seeds."""
-        self._finished[job.seed] = result
-        while self._position < len(self.todo) and self.todo[self._position] in self._finished:
-            seed = self.todo[self._position]
-            self._store_one(seed, self._finished.pop(seed))
-            self._position += 1
+        """Keep a result, and store those that are next in the order of the seeds."""
+        for seed, known in self._order.add(job.seed, result):
+            self._store_one(seed, known)
             self._bar.update()
             self._bar.set_postfix(kept=self.kept, refresh=False)
         return []
@@ -168,7 +164,7 @@ class _Report:
 
 
 def _refuse(report: _Report, seeds: list[int]) -> None:
-    """Raises, and says why no episode was kept."""
+    """Raise, and say why no episode was kept."""
     errors = [why for why in report.failed.values() if why != _NO_SUCCESS]
     if errors and len(errors) == len(report.failed):
         raise AllFailedError(

@@ -15,7 +15,7 @@ import numpy as np
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.env_spec import EnvInfo
 from diffpolicy.rollout.record.pairing import Scoring
-from diffpolicy.rollout.record.steps import open_record
+from diffpolicy.rollout.record.steps import InOrder, open_record
 from diffpolicy.rollout.record.tracks import Job, ObservingPolicy, Track
 from diffpolicy.settings import check_range
 
@@ -134,7 +134,7 @@ class Families:
         stored = {int(attrs["seed"]) for attrs in store.episode_attrs}
         before: dict[str, str] = store.attrs["rollouts"]["failed"]
         self.failed = {k: why for k, why in before.items() if int(k.split("/")[0]) in stored}
-        self._position = 0
+        self._order = InOrder(seeds)
 
     def first_jobs(self) -> Iterator[Job]:
         """The base episode of each seed, or all its episodes."""
@@ -146,7 +146,7 @@ class Families:
                 yield Job((seed, -1, k), seed, stream)
 
     def done(self, job: Job, result: Track | str) -> list[Job]:
-        """Keeps a track; what follows from a base episode are its branches."""
+        """Keep a track; what follows from a base episode are its branches."""
         further: list[Job] = []
         if isinstance(result, str):
             self.failed["/".join(map(str, job.key))] = result
@@ -155,7 +155,10 @@ class Families:
             if isinstance(self._settings, Branching) and job.prefix is None:
                 further = self._branches(self._settings, job.seed, result)
         self._missing[job.seed] += len(further) - 1
-        self._append_finished()
+        if not self._missing[job.seed]:
+            for _, tracks in self._order.add(job.seed, self._tracks.pop(job.seed)):
+                self._append(tracks)
+                self._bar.update()
         return further
 
     def _branches(self, settings: Branching, seed: int, base: Track) -> list[Job]:
@@ -176,17 +179,7 @@ class Families:
             ]
         return jobs[::-1]  # the longest first, so that rows run dry together
 
-    def _append_finished(self) -> None:
-        while self._position < len(self._seeds):
-            seed = self._seeds[self._position]
-            if self._missing.get(seed, 1) > 0:
-                return
-            self._position += 1
-            self._append(seed)
-            self._bar.update()
-
-    def _append(self, seed: int) -> None:
-        tracks = self._tracks.pop(seed)
+    def _append(self, tracks: dict[tuple[int, ...], tuple[Job, Track]]) -> None:
         if not tracks:
             return
         parts: list[dict[str, np.ndarray]] = []

@@ -59,8 +59,6 @@ class Scoring:
     def __post_init__(self) -> None:
         if not callable(self.score):
             check_choice("score", self.score, get_args(Score))
-        elif self.discount != 1:
-            raise ValueError("discount is for the named scores; discount in your function instead")
         check_choice("after_end", self.after_end, ("zero", "hold"))
         check_choice("pairs", self.pairs, get_args(Choose))
         check_range("(0, 1]", discount=self.discount)
@@ -182,7 +180,7 @@ class _Rollouts:
 
 
 def write_pairs(store: EpisodeStore, prefs_path: str | Path, scoring: Scoring) -> PreferenceSet:
-    """Writes the pairs of :func:`rollout_records` to a preference file, replacing an earlier one.
+    """Write the pairs of :func:`rollout_records` to a preference file, replacing an earlier one.
 
     Args:
         store: of rollouts, complete.
@@ -209,7 +207,7 @@ def write_pairs(store: EpisodeStore, prefs_path: str | Path, scoring: Scoring) -
 
 
 def check_target(prefs_path: str | Path) -> None:
-    """Raises ``FileExistsError`` if a preference file holds what no rollout can replace."""
+    """Raise ``FileExistsError`` if a preference file holds what no rollout can replace."""
     path = Path(prefs_path)
     if not path.exists():
         return

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffpolicy.data.observation import Obs, by_store_field, store_field
+from diffpolicy.data.observation import Obs, by_store_field
 from diffpolicy.data.store import EpisodeStore, FieldSpec
 from diffpolicy.rollout.env_spec import EnvInfo, EnvSpec
+from diffpolicy.rollout.pool.values import from_columns, to_columns
 
 METHOD = "dense_reward"
 
@@ -60,30 +62,41 @@ def open_record(
     return store
 
 
-def as_columns(obs: Obs) -> dict[str, np.ndarray]:
-    """Observations of some steps under the names of their fields in a store."""
-    if isinstance(obs, Mapping):
-        return {store_field(name): array for name, array in obs.items()}
-    return {"obs": obs}
-
-
 def read_obs(store: EpisodeStore, start: int, stop: int) -> Obs:
     """The observations of the rows ``start`` to ``stop`` of a store: one array, or by name."""
-    if "obs" in store.fields:
-        return store.read("obs", start, stop)
-    names = [name for name in store.fields if name.startswith("obs.")]
-    return {name[len("obs.") :]: store.read(name, start, stop) for name in names}
+    names = [name for name in store.fields if name == "obs" or name.startswith("obs.")]
+    obs: Obs = from_columns({name: store.read(name, start, stop) for name in names})
+    return obs
 
 
 def difference(known: Obs, got: Obs) -> str:
     """Where two single observations differ first, in words; empty if they are the same numbers."""
-    mine, other = as_columns(known), as_columns(got)
+    mine, other = to_columns(known), to_columns(got)
     for name, array in mine.items():
         if not np.array_equal(array, other[name]):
             entry = int(np.flatnonzero(array != other[name])[0])
             values = array.flat[entry], other[name].flat[entry]
             return f"entry {entry} of {name} was {values[0]} and is {values[1]} now"
     return ""
+
+
+class InOrder:
+    """Hands out what is known of seeds in the order of the seeds, whichever was known first.
+
+    Args:
+        seeds: in their order.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._left = deque(seeds)
+        self._known: dict[int, Any] = {}
+
+    def add(self, seed: int, value: Any) -> Iterator[tuple[int, Any]]:
+        """Note what is known of a seed; all that is next in order, ``(seed, value)``."""
+        self._known[seed] = value
+        while self._left and self._left[0] in self._known:
+            following = self._left.popleft()
+            yield following, self._known.pop(following)
 
 
 class DenseReward:

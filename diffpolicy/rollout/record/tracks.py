@@ -11,8 +11,9 @@ import numpy as np
 
 from diffpolicy.data.observation import Obs, stack, take
 from diffpolicy.rollout.pool.slots import Outcome
+from diffpolicy.rollout.pool.values import to_columns
 from diffpolicy.rollout.pool.workers import Failure, WorkerPool
-from diffpolicy.rollout.record.steps import as_columns, difference
+from diffpolicy.rollout.record.steps import difference
 from diffpolicy.rollout.rows import Episode, Policy, RowLoop, planning_in_batches
 
 
@@ -76,7 +77,7 @@ class Track(NamedTuple):
     def columns(self, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """Some steps under the names of their fields in a store."""
         names = ("action", "reward", "terminated", "truncated", "success")
-        columns = {**as_columns(self.obs), **{name: getattr(self, name) for name in names}}
+        columns = {**to_columns(self.obs), **{name: getattr(self, name) for name in names}}
         return {name: column[rows] for name, column in columns.items()}
 
     @property
@@ -148,7 +149,7 @@ class Recorder(RowLoop[Running]):
         self.steps = 0
 
     def run(self, jobs: Iterable[Job], on_done: Done) -> None:
-        """Runs all jobs, which are taken one at a time, when a row is free.
+        """Run all jobs, which are taken one at a time, when a row is free.
 
         Raises:
             ValueError: the policy's actions are not finite or have the wrong shape.
