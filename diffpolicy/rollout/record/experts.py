@@ -11,12 +11,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.rollout.env_spec import EnvSpec
+from diffpolicy.rollout.env_spec import EnvSpec, only_here
 from diffpolicy.rollout.pool.slots import Outcome
 from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
 from diffpolicy.rollout.record.steps import InOrder, open_record
 from diffpolicy.rollout.record.tracks import Job, Recorder, Track
-from diffpolicy.rollout.rows import AllFailedError, distinct
+from diffpolicy.rollout.rows import AllFailedError, distinct, fitting
 from diffpolicy.settings import check_choice, check_range
 
 Keep = Literal["success", "all"]
@@ -70,7 +70,10 @@ def collect(
     check_range("[0, inf)", noise=noise)
     check_choice("keep", keep, ("success", "all"))
     path, asked = Path(store_path), Workers() if workers is None else workers
-    few = replace(asked, num_envs=min(asked.num_envs, len(numbers)))
+    processes = asked.count(min(asked.num_envs, len(numbers)))
+    few = fitting(asked, len(numbers), plan_batch=max(processes, 1))
+    if not only_here(spec):
+        few = replace(few, num_workers=processes)
     with WorkerPool(spec, few) as pool:
         if not pool.info.has_expert:
             raise ValueError(
