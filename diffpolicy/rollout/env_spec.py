@@ -190,12 +190,12 @@ class EnvInfo:
 
     @property
     def action_dim(self) -> int:
-        """A."""
+        """Length A of an action."""
         return len(self.action_low)
 
     @property
     def obs_dim(self) -> int:
-        """O, of an environment that observes one vector.
+        """Length O of an observation that is one vector.
 
         Raises:
             EnvSpecError: it observes several things, or an image.

@@ -89,7 +89,7 @@ def choose_gl_backend(timeout: float = 60.0) -> GlChoice:
 
 
 def _why_not(backend: str, timeout: float) -> str | None:
-    """None if the backend works, else one line that says why not."""
+    """One line that says why a backend does not work; None if it does."""
     library = _LIBRARIES.get(backend)
     if library is not None and ctypes.util.find_library(library) is None:
         return f"the library lib{library} is not installed"
