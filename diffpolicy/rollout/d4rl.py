@@ -12,7 +12,7 @@ import importlib.metadata
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -156,50 +156,6 @@ def _maze2d(info: DatasetInfo) -> D4RLEnvironment:
     return D4RLEnvironment(env, False, note)
 
 
-@dataclass(frozen=True)
-class ScoreLabel:
-    """What a normalised score is a score of.
-
-    Attributes:
-        dataset: id of the dataset.
-        transforms: transforms of the training data.
-        env: the environment, as `EnvSpec.to_dict`.
-        versions: versions of the packages that can change a score.
-        ref_min: return that is scored 0.
-        ref_max: return that is scored 100.
-        reference: where the reference returns come from.
-        comparable: whether the score may stand beside D4RL's published ones.
-        note: what differs, or what makes them alike.
-    """
-
-    dataset: str
-    transforms: tuple[str, ...]
-    env: Mapping[str, Any]
-    versions: Mapping[str, str]
-    ref_min: float
-    ref_max: float
-    reference: str = SOURCE
-    comparable: bool = False
-    note: str = field(default="")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        values = {**vars(self), "transforms": list(self.transforms), "env": dict(self.env)}
-        low, high, source = (values.pop(name) for name in ("ref_min", "ref_max", "reference"))
-        return {**values, "references": {"min": low, "max": high, "source": source}}
-
-    def __str__(self) -> str:
-        """One line for a table."""
-        made = f" ({', '.join(self.transforms)})" if self.transforms else ""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        kwargs = f" {dict(self.env['kwargs'])}" if self.env.get("kwargs") else ""
-        verdict = "comparable" if self.comparable else "not comparable"
-        return (
-            f"{self.dataset}{made} in {self.env['id']}{kwargs}, {verdict} with D4RL: {self.note}; "
-            f"references {self.ref_min:g}..{self.ref_max:g} of {self.reference}; {versions}"
-        )
-
-
 def score(
     dataset: str,
     returns: ArrayLike,
@@ -225,7 +181,10 @@ def score(
 
     Returns:
         JSON values: ``score`` and ``return``, each a 95 % Student's t interval of the mean over the
-        episodes (`Interval.to_dict`); ``scores`` of every episode; and ``label``.
+        episodes (`Interval.to_dict`); ``scores`` of every episode; and ``label``, what they are
+        scores of: ``dataset``, its ``transforms``, ``env``, ``versions``, ``references`` (returns
+        that are scored 0 and 100), whether it is ``comparable`` with D4RL's published scores, and a
+        ``note`` of what differs or makes them alike.
 
     Raises:
         ValueError: no such dataset, no reference returns for it, no episodes, or a return that is
@@ -237,24 +196,21 @@ def score(
         raise ValueError(f"returns must be finite numbers [n], one an episode; got {returns!r}")
     scores = normalized_score(dataset, sample)
     info = lookup(dataset)
-    assert info.ref_min is not None
-    assert info.ref_max is not None
     matched = _matched(dataset, environment, constant_columns)
-    label = ScoreLabel(
-        dataset=info.id,
-        transforms=tuple(transforms),
-        env=matched.env.to_dict(),
-        versions=_versions(matched.env) if versions is None else versions,
-        ref_min=info.ref_min,
-        ref_max=info.ref_max,
-        comparable=matched.comparable and not doubts,
-        note="; ".join([matched.note, *doubts]),
-    )
+    label = {
+        "dataset": info.id,
+        "transforms": list(transforms),
+        "env": matched.env.to_dict(),
+        "versions": dict(_versions(matched.env) if versions is None else versions),
+        "references": {"min": info.ref_min, "max": info.ref_max, "source": SOURCE},
+        "comparable": matched.comparable and not doubts,
+        "note": "; ".join([matched.note, *doubts]),
+    }
     return {
         "score": mean_interval(scores).to_dict(),
         "return": mean_interval(sample).to_dict(),
         "scores": scores.tolist(),
-        "label": label.to_dict(),
+        "label": label,
     }
 
 

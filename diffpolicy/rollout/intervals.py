@@ -107,19 +107,6 @@ def bootstrap_interval(
     return Interval(value, float(low), float(high), n)
 
 
-def interquartile_mean(values: ArrayLike) -> float:
-    """Mean of the middle half (Agarwal et al. 2021): robust to a few outliers.
-
-    It uses more of the sample than a median. A quarter of the values, rounded down, is cut at each
-    end.
-    """
-    sample = np.sort(_sample(values))
-    if len(sample) == 0:
-        return math.nan
-    cut = len(sample) // 4
-    return float(sample[cut : len(sample) - cut].mean())
-
-
 def paired_difference(
     a: ArrayLike,
     b: ArrayLike,

@@ -97,12 +97,6 @@ class DelayedState:
         """Plans begun so far ``[N]``."""
         return np.where(self.wait > 0, self.pending.plans, self.running.plans)
 
-    @property
-    def seam_jump(self) -> Array:
-        """Mean action jump where a plan replaced another ``[N]``, environment units; 0: none."""
-        mean: Array = self.totals["seam_sum"] / np.maximum(self.totals["seams"], 1)
-        return mean
-
     def take(self, rows: Array | Sequence[int]) -> DelayedState:
         """The state of some rows (indices or a bool mask)."""
         parts = self.running.take(rows), self.pending.take(rows)

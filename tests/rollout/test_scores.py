@@ -7,7 +7,6 @@ import pytest
 
 from diffpolicy.rollout.intervals import (
     bootstrap_interval,
-    interquartile_mean,
     mean_interval,
     paired_difference,
     student_quantile,
@@ -84,12 +83,6 @@ def test_bootstrap_is_seeded_and_near_the_t_interval():
     assert first.high == pytest.approx(exact.high, abs=0.02)
     median = bootstrap_interval(values, lambda v: float(np.median(v)), resamples=500)
     assert median.low < np.median(values) < median.high
-
-
-def test_interquartile_mean_cuts_a_quarter_at_each_end():
-    assert interquartile_mean([100, 1, 2, 3, 4, 5, 6, -100]) == pytest.approx(3.5)
-    assert interquartile_mean([1, 2, 9]) == 4.0  # too few to cut
-    assert math.isnan(interquartile_mean([]))
 
 
 def test_paired_rates_by_hand():
