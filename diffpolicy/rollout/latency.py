@@ -43,20 +43,14 @@ Latency = Callable[[PlanRequest], Any]
 
 @dataclass(frozen=True)
 class LinearLatency:
-    """Latency that grows with the network evaluations a plan took.
-
-    Args:
-        base_ms: of a plan without any evaluation.
-        per_nfe_ms: of each evaluation.
-    """
+    """Latency that grows with the evaluations: ``base_ms`` and ``per_nfe_ms`` for each."""
 
     base_ms: float
     per_nfe_ms: float
 
     def __call__(self, request: PlanRequest) -> Array:
         """Milliseconds ``[n]``."""
-        total: Array = self.base_ms + self.per_nfe_ms * np.asarray(request.nfe, np.float64)
-        return total
+        return np.asarray(self.base_ms + self.per_nfe_ms * request.nfe, np.float64)
 
 
 @dataclass(frozen=True)
@@ -216,10 +210,8 @@ class DelayedPolicy:
     ) -> DelayedState:
         """Make rows cold for a new episode; a plan under way is dropped, the totals go on.
 
-        Args:
-            state: memory of N rows.
-            done: bool ``[N]``, the rows to reset.
-            seeds: new random streams for those rows, as in ``ChunkedPolicy.forget``.
+        ``done`` is bool ``[N]``, the rows to reset; ``seeds`` are new random streams for those
+        rows, as in ``ChunkedPolicy.forget``.
         """
         done = np.asarray(done, bool)
         busy = np.flatnonzero(state.wait > 0)
@@ -275,12 +267,11 @@ class DelayedPolicy:
     def statistics(self, state: DelayedState) -> dict[str, Any]:
         """Totals over all rows and episodes of a state, ready for JSON.
 
-        Returns:
-            ``ticks``, ``starved_ticks``, ``safe_ticks`` of them, ``plans`` begun, ``adopted``,
-            ``nfe``; ``delays``: how many plans took 0, 1, ... ticks (the last entry: so many that
-            nothing of the plan was left), first plans left out; ``seam_jump`` and ``plan_jump``:
-            mean and max Euclidean length (environment units) of ``a(k) - a(k - 1)`` where a plan
-            was adopted at tick ``k``, and within plans.
+        ``ticks``, ``starved_ticks``, ``safe_ticks`` of them, ``plans`` begun, ``adopted``, ``nfe``;
+        ``delays``: how many plans took 0, 1, ... ticks (the last entry: so many that nothing of the
+        plan was left), first plans left out; ``seam_jump`` and ``plan_jump``: mean and max
+        Euclidean length (environment units) of ``a(k) - a(k - 1)`` where a plan was adopted at tick
+        ``k``, and within plans.
         """
         sums = {name: state.totals[name].sum() for name in (*_SUMS, "seam_sum", "inner_sum")}
         most = {name: state.totals[name].max(initial=0) for name in ("seam_max", "inner_max")}
@@ -291,11 +282,9 @@ class DelayedPolicy:
 
         return {
             "ticks": int(sums["ticks"]),
-            "starved_ticks": int(sums["starved"]),
-            "safe_ticks": int(sums["safe"]),
-            "plans": int(np.sum(state.plans)),
+            **{f"{name}_ticks": int(sums[name]) for name in ("starved", "safe")},
+            **{name: int(np.sum(getattr(state, name))) for name in ("plans", "nfe")},
             "adopted": int(sums["adopted"]),
-            "nfe": int(np.sum(state.nfe)),
             "delays": state.totals["delays"].sum(axis=0).tolist(),
             "seam_jump": jump("seam", "seams"),
             "plan_jump": jump("inner", "inner"),
@@ -382,10 +371,8 @@ class DelayedPolicy:
     def _ticks(self, latency_ms: Any, count: int) -> Array:
         values = np.asarray(latency_ms, np.float64)
         if values.shape not in ((), (count,)) or np.isnan(values).any():
-            raise ValueError(
-                f"latency_ms must return a number of milliseconds per plan, [{count}]; got "
-                f"{latency_ms!r}"
-            )
+            wanted = f"a number of milliseconds per plan, [{count}]"
+            raise ValueError(f"latency_ms must return {wanted}; got {latency_ms!r}")
         # A latency of 0.15 s at a period of 0.05 s is 3 ticks, not the 4 that rounding may make.
         ticks = np.ceil(np.maximum(values, 0) / self.control_ms * (1 - 1e-12))
         ceiling = np.iinfo(np.int32).max
@@ -399,9 +386,8 @@ def _latency(value: float | Mapping[str, float] | Latency) -> Latency:
         constant = _number(value)
         return lambda request: np.full(len(request.seed), constant)
     if set(value) != {"cold", "warm"}:
-        raise ValueError(
-            f"latency_ms as a mapping needs exactly 'cold' and 'warm', got {sorted(value)}"
-        )
+        got = sorted(value)
+        raise ValueError(f"latency_ms as a mapping needs exactly 'cold' and 'warm', got {got}")
     cold, warm = _number(value["cold"]), _number(value["warm"])
     return lambda request: np.where(request.warm, warm, cold)
 
