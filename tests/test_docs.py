@@ -198,10 +198,10 @@ def test_pusht_preference_commands(tmp_path, monkeypatch):
     convert = commands("docs/guide.md", "Push-T with the human demonstrations")[0]
     assert cli.main(convert) == 0
     found = [c for c in commands("docs/guide.md", "Preferences") if "pusht" in " ".join(c)]
-    assert len(found) == 11
+    assert len(found) == 12
     for command in found:
-        if command[:3] == ["data", "prefs", "serve"]:  # a person would answer; tested by itself
-            shutil.copy(command[3], command[3].replace(".jsonl", "_human.jsonl"))
+        if command[:3] == ["data", "prefs", "import"]:  # a person answers; tested by itself
+            shutil.copy("data/pusht_rollouts.jsonl", command[5])
             continue
         assert cli.main(tiny(command)) == 0, command
 

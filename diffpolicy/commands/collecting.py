@@ -8,15 +8,12 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.config import ConfigError, build
+from diffpolicy.settings import check_choice, check_range
 
 if TYPE_CHECKING:
     from diffpolicy.rollout.record.branches import Branching, Repeats
 
 KINDS = ("branches", "episodes")
-OF_KIND = {
-    "branches": ("points", "every", "branches", "lookahead", "common_noise"),
-    "episodes": ("repeats",),
-}
 
 
 @dataclass
@@ -49,20 +46,13 @@ class Collecting:
             where: before their names in messages; of a configuration's section, not empty.
 
         Raises:
-            ConfigError: an unknown option, a value of a wrong type, or an option of another kind.
+            ConfigError: an unknown option, or a value of a wrong type.
+            ValueError: a value out of its range.
         """
         made = build(cls, values, where)
-        if made.kind not in KINDS:
-            raise ConfigError(f"{where}kind must be one of {list(KINDS)}, got {made.kind!r}")
-        if made.episodes < 1 or made.seed < 0:
-            raise ConfigError(
-                f"{where}episodes must be at least 1 and {where}seed 0 or more, got "
-                f"{made.episodes} and {made.seed}"
-            )
-        for kind, names in OF_KIND.items():
-            given = [n for n in names if getattr(made, n) != getattr(cls, n)]
-            if given and kind != made.kind:
-                raise ConfigError(f"{', '.join(where + n for n in given)}: only for kind={kind}")
+        check_choice(f"{where}kind", made.kind, KINDS)
+        check_range("[1, inf)", episodes=made.episodes)
+        check_range("[0, inf)", seed=made.seed)
         if where and ":" in made.score:
             raise ConfigError(
                 f"{where}score must be a name: a configuration imports no code. For a function of "
@@ -84,13 +74,15 @@ class Collecting:
         from diffpolicy.rollout.record.branches import Branching, Repeats
         from diffpolicy.rollout.record.pairing import Scoring
 
-        values = {f.name: getattr(self, f.name) for f in fields(Scoring)}
-        scoring = Scoring(**{**values, "score": score_function(self.score)})
+        def own(kind: type[Any], **more: Any) -> Any:
+            names = {f.name for f in fields(kind)} & vars(self).keys()
+            return kind(**{**{name: getattr(self, name) for name in names}, **more})
+
+        scoring = own(Scoring, score=score_function(self.score))
         seed = noise_seed if self.noise_seed is None else self.noise_seed
         if self.kind == "episodes":
             return Repeats(self.repeats, seed, scoring)
-        names = {name: getattr(self, name) for name in OF_KIND["branches"]}
-        return Branching(**names, seed=seed, scoring=scoring)
+        return own(Branching, seed=seed, scoring=scoring)  # type: ignore[no-any-return]
 
 
 def score_function(text: str) -> Any:

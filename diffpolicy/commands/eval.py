@@ -216,7 +216,7 @@ def _data_attrs(checkpoint: str) -> tuple[dict[str, Any], int | None]:
 
 def _environment(config: EvalConfig, trained_for: str | None) -> EnvConfig:
     """The run's environment (from its config.yaml, else the policy's id) with overrides."""
-    from diffpolicy.rollout.trust import stored_env_id
+    from diffpolicy.rollout.env_spec import stored_env_id
 
     own = {k: v for k, v in config.env.items() if v is not None}
     values: dict[str, Any] = {} if trained_for is None else {"id": trained_for}

@@ -60,7 +60,7 @@ def pretraining(run: str) -> TrainConfig:
         ConfigError: no run of a policy.
         EnvSpecError: its environment is of a package that is not known (see ``trust_env``).
     """
-    from diffpolicy.rollout.trust import stored_env_id
+    from diffpolicy.rollout.env_spec import stored_env_id
 
     first = lineage(run)[-1]
     values = read_config(first)

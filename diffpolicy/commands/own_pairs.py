@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffpolicy.data.preferences.set import PreferenceSet
     from diffpolicy.data.store import EpisodeStore
     from diffpolicy.learn.values import PlanValue
-    from diffpolicy.rollout.record.dense import DenseReward
+    from diffpolicy.rollout.record.steps import DenseReward
     from diffpolicy.training.settings import TrainerConfig
 
 REWARDS = ("store", "dense")
@@ -141,7 +141,7 @@ def _collected(
     """
     from diffpolicy.data.preferences.set import PreferenceSet
     from diffpolicy.data.store import EpisodeStore
-    from diffpolicy.rollout.record.branches import Branching, collect_branches, collect_episodes
+    from diffpolicy.rollout.record.branches import collect_rollouts
 
     if config.preferences is not None:
         return PreferenceSet.open(config.preferences)
@@ -154,14 +154,15 @@ def _collected(
     settings = Collecting.of(config.collect or {}, "collect.").settings(config.seed)
     seeds = rollout_seeds(config, number)
     folder.mkdir(parents=True, exist_ok=True)
-    where: dict[str, Any] = {
-        "store_path": folder / ROLLOUTS,
-        "prefs_path": folder / PREFERENCES if compared else None,
-        "workers": make_workers(config.evaluation, 1_000_000),
-    }
-    if isinstance(settings, Branching):
-        return collect_branches(policy, env_spec(base), seeds, settings=settings, **where)
-    return collect_episodes(policy, env_spec(base), seeds, settings=settings, **where)
+    return collect_rollouts(
+        policy,
+        env_spec(base),
+        seeds,
+        store_path=folder / ROLLOUTS,
+        prefs_path=folder / PREFERENCES if compared else None,
+        settings=settings,
+        workers=make_workers(config.evaluation, 1_000_000),
+    )
 
 
 def new_judge(
@@ -202,7 +203,7 @@ def dense_reward(config: PolicyTuningConfig, base: TrainConfig) -> DenseReward |
     Raises:
         ValueError: the environment has no dense reward.
     """
-    from diffpolicy.rollout.record.dense import DenseReward
+    from diffpolicy.rollout.record.steps import DenseReward
 
     dense = (config.judge or {}).get("reward") == "dense"
     return DenseReward(env_spec(base)) if dense else None

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.collecting import Collecting
@@ -19,7 +16,7 @@ from diffpolicy.config import ConfigError
 if TYPE_CHECKING:
     from diffpolicy.data.preferences.set import PreferenceSet
     from diffpolicy.rollout.labelling.clips import ClipRenderer
-    from diffpolicy.rollout.labelling.questions import Question
+    from diffpolicy.rollout.labelling.page import Question
 
 
 def help_text() -> str:
@@ -29,7 +26,8 @@ usage: diffpolicy data prefs collect TARGET.zarr checkpoint=RUN [key=value] ...
        diffpolicy data prefs import STORE LABELS TARGET.jsonl [key=value] ...
        diffpolicy data prefs info FILE.jsonl
        diffpolicy data prefs render FILE.jsonl FOLDER [key=value] ...
-       diffpolicy data prefs serve FILE.jsonl|STORE [key=value] ...
+       diffpolicy data prefs page FILE.jsonl|STORE FOLDER [key=value] ...
+       diffpolicy data prefs import FOLDER ANSWERS.json TARGET.jsonl [overwrite=true]
 
 A preference file is JSON lines beside an episode store: pairs of segments, the better one first.
 
@@ -61,13 +59,14 @@ info     counts, lengths, sources, agreement with the rewards; what is doubtful.
 render   pair_N.mp4, the better one on the left in green, and contact_sheet.png.
          pairs=null (numbers, [0,5]) or count=6 of them, side=256, fps=10, before=0 and after=0
          further steps.
-serve    a page on 127.0.0.1 that shows two clips and keeps a person's choice (keys 1, 2, 0 tie, s
-         skip, u undo). Asked are the pairs of a file, or count=100 pairs of length=50 steps drawn
-         from a store (of the same seed, where episodes have one; draw_seed=0). Answers go to
-         answers=FILE_human.jsonl, each at once; a restart goes on where it stopped. port=8770 (0:
-         any), side=256, before=0, after=0.
+page     a page (FOLDER/index.html, to open in a browser) that shows two clips at a time and asks a
+         person which is better (keys 1, 2, 0 tie, s skip, u undo, space again, d download). Asked
+         are the pairs of a file, or count=100 pairs of length=50 steps drawn from a store (of the
+         same seed, where episodes have one; draw_seed=0). The browser keeps the answers; once
+         downloaded, `import FOLDER ANSWERS.json TARGET.jsonl` makes a preference file of them.
+         side=256, fps=10, before=0, after=0.
 
-render and serve draw frames of the store (a field img), else repeat the episode from its seed and
+render and page draw frames of the store (a field img), else repeat the episode from its seed and
 actions, else (recorded demonstrations have no seed) need env=ID with show_observation(obs); env,
 kwargs and max_episode_steps choose another environment than the store's."""
 
@@ -79,7 +78,7 @@ def run(arguments: Sequence[str]) -> int:
         "import": _import,
         "info": _info,
         "render": _render,
-        "serve": _serve,
+        "page": _page,
     }
     chosen = subcommand(arguments, commands, "data prefs")
     try:
@@ -97,7 +96,7 @@ def _collect(arguments: Sequence[str]) -> int:
     from diffpolicy.api import DiffusionPolicy
     from diffpolicy.commands.preflight import check_writable, pick_device
     from diffpolicy.rollout.pool.workers import Workers
-    from diffpolicy.rollout.record.branches import collect_branches, collect_episodes
+    from diffpolicy.rollout.record.branches import collect_rollouts
 
     defaults: dict[str, Any] = {
         "checkpoint": None,
@@ -122,8 +121,7 @@ def _collect(arguments: Sequence[str]) -> int:
     spec = _collecting_env(options, policy.spec.env_id)
     target = Path(options["target"])
     check_writable(target, Path(options["prefs"] or target).parent)
-    collect: Any = collect_branches if how.kind == "branches" else collect_episodes
-    preferences = collect(
+    preferences = collect_rollouts(
         policy,
         spec,
         range(how.seed, how.seed + how.episodes),
@@ -141,7 +139,7 @@ def _collect(arguments: Sequence[str]) -> int:
 
 def _collecting_env(options: Mapping[str, Any], trained_for: str | None) -> Any:
     """The environment given; else that of the run; else the id that the policy knows."""
-    from diffpolicy.rollout.trust import stored_env_id
+    from diffpolicy.rollout.env_spec import stored_env_id
 
     if options["env"] is not None:
         return _env(options)
@@ -166,18 +164,18 @@ def _import(arguments: Sequence[str]) -> int:
     from diffpolicy.data.preferences.labels import read_label_file
     from diffpolicy.data.preferences.set import PreferenceSet
     from diffpolicy.data.store import EpisodeStore
+    from diffpolicy.rollout.labelling.page import QUESTIONS, read_answers
 
     defaults = {"labels": "human", "length": None, "index": None, "overwrite": False}
     options = parse(arguments, ["store", "source", "target"], defaults)
-    store = EpisodeStore.open(options["store"])
-    pairs = read_label_file(
-        options["source"],
-        store,
-        kind=options["labels"],
-        length=options["length"],
-        index=options["index"],
-    )
-    attrs = {"made_by": "import", "labels": options["labels"]}
+    how = {"kind": options["labels"], "length": options["length"], "index": options["index"]}
+    if (Path(options["store"]) / QUESTIONS).exists():
+        store, pairs = read_answers(options["store"], options["source"])
+        attrs = {"made_by": "labelling"}
+    else:
+        store = EpisodeStore.open(options["store"])
+        pairs = read_label_file(options["source"], store, **how)
+        attrs = {"made_by": "import", "labels": options["labels"]}
     preferences = PreferenceSet.create(
         options["target"], store, attrs=attrs, overwrite=options["overwrite"]
     )
@@ -247,59 +245,26 @@ def _render(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _serve(arguments: Sequence[str]) -> int:
-    from diffpolicy.rollout.labelling.page import LabelServer
-    from diffpolicy.rollout.labelling.questions import Answers
+def _page(arguments: Sequence[str]) -> int:
+    from diffpolicy.rollout.labelling.page import write_page
 
     drawn = {"count": 100, "length": 50, "draw_seed": 0}
-    defaults = {"answers": None, "port": 8770, **drawn, **_CLIPS}
-    options = parse(arguments, ["source"], defaults)
-    source = Path(options["source"])
-    store, questions = _questions(source, options)
-    target = Path(options["answers"] or source.with_name(f"{source.stem}_human.jsonl"))
-    if target.resolve() == source.resolve():
-        raise ConfigError("answers must be another file than the one whose pairs are asked")
+    options = parse(arguments, ["source", "folder"], {"fps": 10, **drawn, **_CLIPS})
+    store, questions = _questions(Path(options["source"]), options)
+    folder = Path(options["folder"])
     with _renderer(options, store) as renderer:
-        answers = Answers(target, store, questions)
-        done = len(answers.questions) - len(answers.waiting())
-        try:
-            server = LabelServer(answers, renderer, port=options["port"])
-        except OSError as error:
-            raise ConfigError(
-                f"port={options['port']}: {error.strerror}; port=0 takes any"
-            ) from None
-        print(f"{done} of {len(answers.questions)} answered; answers go to {target}")
-        print(f"open {server.url} (Ctrl-C ends)", flush=True)
-        try:
-            with _stopping():
-                server.serve_forever()
-        except KeyboardInterrupt:
-            print(f"\n{len(answers.answered)} of {len(answers.questions)} answered")
-        finally:
-            server.close()
+        left_out = write_page(folder, questions, renderer, fps=options["fps"])
+    for key, why in left_out.items():
+        print(f"left out question {key}: {why}")
+    print(f"{len(questions) - len(left_out)} questions in {folder / 'index.html'}")
+    print(f"then: diffpolicy data prefs import {folder} answers.json TARGET.jsonl")
     return 0
-
-
-@contextmanager
-def _stopping() -> Iterator[None]:
-    """SIGINT and SIGTERM end the page, also where a shell that put it in the background hid one."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _questions(source: Path, options: Mapping[str, Any]) -> tuple[Any, list[Question]]:
     from diffpolicy.data.preferences.set import PreferenceSet
     from diffpolicy.data.store import EpisodeStore
-    from diffpolicy.rollout.labelling.questions import propose, questions_of
+    from diffpolicy.rollout.labelling.page import propose, questions_of
 
     if not source.exists():
         raise ConfigError(f"neither a preference file nor a store at {source}")

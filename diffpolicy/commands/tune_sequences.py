@@ -89,7 +89,7 @@ def tune_sequences(config: SequenceTuningConfig, *, resume: bool = False) -> int
 
 def pretraining(run_dir: str) -> SequenceTrainConfig:
     """The configuration that a pre-trained run was made with."""
-    from diffpolicy.rollout.trust import stored_env_id
+    from diffpolicy.rollout.env_spec import stored_env_id
 
     file = Path(run_dir) / "config.yaml"
     if not file.is_file():

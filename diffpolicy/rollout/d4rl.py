@@ -12,7 +12,7 @@ import importlib.metadata
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,8 @@ def _ant(silent: bool) -> D4RLEnvironment:
 
 
 def _adroit(agent: str, info: DatasetInfo) -> D4RLEnvironment:
-    fixed = _release("gymnasium-robotics") >= _ROBOTICS_FIXED
+    numbers = re.findall(r"\d+", _version("gymnasium-robotics") or "")
+    fixed = tuple(int(n) for n in numbers[:3]) >= _ROBOTICS_FIXED
     version = "v2" if fixed else "v1"
     env = EnvSpec(f"gymnasium_robotics:{_ADROIT[agent]}-{version}", {}, info.max_episode_steps)
     if agent == "pen":
@@ -155,56 +156,6 @@ def _maze2d(info: DatasetInfo) -> D4RLEnvironment:
     return D4RLEnvironment(env, False, note)
 
 
-@dataclass(frozen=True)
-class ScoreLabel:
-    """What a normalised score is a score of.
-
-    Attributes:
-        dataset: id of the dataset.
-        transforms: transforms of the training data.
-        env: the environment, as `EnvSpec.to_dict`.
-        versions: versions of the packages that can change a score.
-        ref_min: return that is scored 0.
-        ref_max: return that is scored 100.
-        reference: where the reference returns come from.
-        comparable: whether the score may stand beside D4RL's published ones.
-        note: what differs, or what makes them alike.
-    """
-
-    dataset: str
-    transforms: tuple[str, ...]
-    env: Mapping[str, Any]
-    versions: Mapping[str, str]
-    ref_min: float
-    ref_max: float
-    reference: str = SOURCE
-    comparable: bool = False
-    note: str = field(default="")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            "dataset": self.dataset,
-            "transforms": list(self.transforms),
-            "env": dict(self.env),
-            "versions": dict(self.versions),
-            "references": {"min": self.ref_min, "max": self.ref_max, "source": self.reference},
-            "comparable": self.comparable,
-            "note": self.note,
-        }
-
-    def __str__(self) -> str:
-        """One line for a table."""
-        made = f" ({', '.join(self.transforms)})" if self.transforms else ""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        kwargs = f" {dict(self.env['kwargs'])}" if self.env.get("kwargs") else ""
-        verdict = "comparable" if self.comparable else "not comparable"
-        return (
-            f"{self.dataset}{made} in {self.env['id']}{kwargs}, {verdict} with D4RL: {self.note}; "
-            f"references {self.ref_min:g}..{self.ref_max:g} of {self.reference}; {versions}"
-        )
-
-
 def score(
     dataset: str,
     returns: ArrayLike,
@@ -230,7 +181,10 @@ def score(
 
     Returns:
         JSON values: ``score`` and ``return``, each a 95 % Student's t interval of the mean over the
-        episodes (`Interval.to_dict`); ``scores`` of every episode; and ``label``.
+        episodes (`Interval.to_dict`); ``scores`` of every episode; and ``label``, what they are
+        scores of: ``dataset``, its ``transforms``, ``env``, ``versions``, ``references`` (returns
+        that are scored 0 and 100), whether it is ``comparable`` with D4RL's published scores, and a
+        ``note`` of what differs or makes them alike.
 
     Raises:
         ValueError: no such dataset, no reference returns for it, no episodes, or a return that is
@@ -242,62 +196,51 @@ def score(
         raise ValueError(f"returns must be finite numbers [n], one an episode; got {returns!r}")
     scores = normalized_score(dataset, sample)
     info = lookup(dataset)
-    assert info.ref_min is not None
-    assert info.ref_max is not None
     matched = _matched(dataset, environment, constant_columns)
-    label = ScoreLabel(
-        dataset=info.id,
-        transforms=tuple(transforms),
-        env=matched.env.to_dict(),
-        versions=_versions(matched.env) if versions is None else versions,
-        ref_min=info.ref_min,
-        ref_max=info.ref_max,
-        comparable=matched.comparable and not doubts,
-        note="; ".join([matched.note, *doubts]),
-    )
+    label = {
+        "dataset": info.id,
+        "transforms": list(transforms),
+        "env": matched.env.to_dict(),
+        "versions": dict(_versions(matched.env) if versions is None else versions),
+        "references": {"min": info.ref_min, "max": info.ref_max, "source": SOURCE},
+        "comparable": matched.comparable and not doubts,
+        "note": "; ".join([matched.note, *doubts]),
+    }
     return {
         "score": mean_interval(scores).to_dict(),
         "return": mean_interval(sample).to_dict(),
         "scores": scores.tolist(),
-        "label": label.to_dict(),
+        "label": label,
     }
 
 
 def _matched(
-    dataset: str,
-    environment: D4RLEnvironment | EnvSpec | None,
-    constant_columns: Sequence[int],
+    dataset: str, environment: D4RLEnvironment | EnvSpec | None, constant_columns: Sequence[int]
 ) -> D4RLEnvironment:
     if isinstance(environment, D4RLEnvironment):
         return environment
     try:
-        matches = [evaluation_env(dataset, constant_columns=constant_columns)]
+        match = evaluation_env(dataset, constant_columns=constant_columns)
     except NoEnvironmentError:
         if environment is None:
             raise
-        matches = []
-    if environment is None:
-        return matches[0]
-    for match in matches:
-        if match.env == environment:
+    else:
+        if environment in (None, match.env):
             return match
+    assert environment is not None
     return D4RLEnvironment(environment, False, "this environment is not the one of the dataset")
 
 
-def _release(package: str) -> tuple[int, ...]:
+def _version(package: str) -> str | None:
     try:
-        version = importlib.metadata.version(package)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return ()
-    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+        return None
 
 
 def _versions(env: EnvSpec) -> dict[str, str]:
     robotics = "gymnasium_robotics" in env.id or "diffpolicy_envs" in env.id
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in (*_PACKAGES, *(["gymnasium-robotics"] if robotics else [])):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    names = (*_PACKAGES, *(["gymnasium-robotics"] if robotics else []))
+    found = {name: _version(name) for name in names}
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python, **{name: known for name, known in found.items() if known}}

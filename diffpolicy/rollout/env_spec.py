@@ -5,45 +5,43 @@ Only gymnasium and numpy are imported here, because every worker process imports
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.metadata
+import itertools
 import json
+import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from diffpolicy.data.observation import ObsField, ObsFields, by_store_field, of_space
 from diffpolicy.extras import pip_hint
 from diffpolicy.policies.bounds import inward_bounds
 
-# Ids that exist only once their package was imported: (how the id starts, the package).
-_HOMES = (
-    ("diffpolicy/", "diffpolicy_envs"),
-    ("gym_pusht/", "gym_pusht"),
-    *(
-        (name, "gymnasium_robotics")
-        for name in ("Fetch", "PointMaze", "AntMaze", "Adroit", "Franka", "HandM")
-    ),
-)
-# Distributions whose version can change a score.
-_VERSIONED = (
-    "diffpolicy",
-    "gymnasium",
-    "mujoco",
-    "gymnasium-robotics",
-    "gym-pusht",
-    "pymunk",
-    "numpy",
-)
+# Distributions whose version can change any score; MuJoCo's simulator is part of Gymnasium's own
+# environments. Others are named by the environment: ``metadata["packages"]``.
+_VERSIONED = ("diffpolicy", "gymnasium", "mujoco", "numpy")
+_NUMBERS = itertools.count()
+
+TRUST_VARIABLE = "DIFFPOLICY_TRUST_ENVS"
+KNOWN = ("diffpolicy_envs", "gymnasium", "gymnasium_robotics", "gym_pusht", "gym_aloha", "gym_xarm")
+"""Packages whose environments a file may name without the user having named them.
+
+``module:Name-v0`` imports ``module``, which is running its code.
+"""
+# Gymnasium's adapters, whose arguments name, and import, an environment of another library.
+_ADAPTERS = ("GymV21Environment", "GymV26Environment")
 
 
 class EnvSpecError(ValueError):
-    """The environment cannot be made, or its spaces are not flat boxes."""
+    """The environment cannot be made, or its spaces are of a kind that no policy is for."""
 
 
 @dataclass(frozen=True)
@@ -83,21 +81,17 @@ class EnvSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON values; ``EnvSpec(**spec.to_dict())`` is the spec again."""
-        return {
-            "id": self.id,
-            "kwargs": dict(self.kwargs),
-            "max_episode_steps": self.max_episode_steps,
-        }
+        return {**vars(self), "kwargs": dict(self.kwargs)}
 
     def make(self, render_mode: str | None = None) -> gym.Env[Any, Any]:
-        """Makes the environment and checks that it fits.
+        """Make the environment and check that it fits.
 
         Args:
             render_mode: passed on to the environment, e.g. ``"rgb_array"``.
 
         Returns:
-            An environment with a one-dimensional ``Box`` of observations and of actions and a step
-            limit.
+            An environment with a step limit, a one-dimensional ``Box`` of actions, and observations
+            as :func:`obs_fields` accepts them.
 
         Raises:
             EnvSpecError: the id does not exist (with close matches), its package is missing (with
@@ -108,11 +102,8 @@ class EnvSpec:
         name = self.id.split(":", 1)[-1]
         if name not in gym.registry:
             raise EnvSpecError(_unknown_id(self.id, name))
-        kwargs = dict(self.kwargs)
-        if render_mode is not None:
-            kwargs["render_mode"] = render_mode
-        if self.max_episode_steps is not None:
-            kwargs["max_episode_steps"] = self.max_episode_steps
+        limit = {"max_episode_steps": self.max_episode_steps, "render_mode": render_mode}
+        kwargs = {**self.kwargs, **{k: v for k, v in limit.items() if v is not None}}
         try:
             env: gym.Env[Any, Any] = gym.make(name, disable_env_checker=True, **kwargs)
         except (ImportError, gym.error.DependencyNotInstalled) as error:
@@ -122,17 +113,48 @@ class EnvSpec:
         except (TypeError, gym.error.Error) as error:
             raise EnvSpecError(f"{self.id!r} cannot be made with {kwargs}: {error}") from error
         try:
-            _check_spaces(self.id, env)
-            if step_limit(env) is None:
-                raise EnvSpecError(
-                    f"{self.id!r} has no step limit, so an episode might never end: give "
-                    "max_episode_steps (env.max_episode_steps=N at the command line; a function "
-                    "that makes environments returns gymnasium.wrappers.TimeLimit(env, N))."
-                )
-        except EnvSpecError:
+            _check(env)
+        except ValueError as error:
             env.close()
-            raise
+            raise EnvSpecError(f"{self.id!r}: {error}") from None
         return env
+
+
+def _check(env: gym.Env[Any, Any]) -> None:
+    """Raise ``ValueError`` unless the environment is one of the kind that policies are for."""
+    obs_fields(env.observation_space)
+    action = env.action_space
+    if not isinstance(action, spaces.Box) or len(action.shape) != 1:
+        raise ValueError(
+            f"it takes actions of {action}; a one-dimensional Box is needed (continuous control)"
+        )
+    inward_bounds(action.low, action.high)
+    if step_limit(env) is None:
+        raise ValueError(
+            "it has no step limit, so an episode might never end: give max_episode_steps "
+            "(env.max_episode_steps=N at the command line; a function that makes environments "
+            "returns gymnasium.wrappers.TimeLimit(env, N))"
+        )
+
+
+def obs_fields(space: spaces.Space[Any]) -> ObsFields:
+    """What an environment's observations are made of.
+
+    A flat ``Box`` is one vector and becomes float32, whatever its own type. A picture
+    ``[height, width, C]`` of bytes, and the entries of a ``Dict`` of Boxes, keep their types.
+
+    Raises:
+        ValueError: a space of another kind.
+    """
+    fields = of_space(space)
+    if isinstance(fields, ObsField) and fields.role != "image":
+        if len(fields.shape) != 1:
+            raise ValueError(
+                f"it observes {space}; a one-dimensional Box, an image of bytes or a Dict of Boxes "
+                "is needed. Register an id that wraps it in gymnasium.wrappers.FlattenObservation"
+            )
+        return replace(fields, dtype="float32")
+    return fields
 
 
 def step_limit(env: gym.Env[Any, Any]) -> int | None:
@@ -150,8 +172,7 @@ class EnvInfo:
 
     Attributes:
         spec: the environment.
-        obs_dim: O.
-        action_dim: A.
+        obs: what an observation is made of.
         action_low: ``[A]`` float32, rounded inwards; may hold -inf.
         action_high: ``[A]`` float32, rounded inwards; may hold inf.
         max_episode_steps: the step limit.
@@ -160,13 +181,31 @@ class EnvInfo:
     """
 
     spec: EnvSpec
-    obs_dim: int
-    action_dim: int
+    obs: ObsFields
     action_low: np.ndarray
     action_high: np.ndarray
     max_episode_steps: int
     has_expert: bool
     versions: dict[str, str]
+
+    @property
+    def action_dim(self) -> int:
+        """Length A of an action."""
+        return len(self.action_low)
+
+    @property
+    def obs_dim(self) -> int:
+        """Length O of an observation that is one vector.
+
+        Raises:
+            EnvSpecError: it observes several things, or an image.
+        """
+        if not isinstance(self.obs, ObsField) or len(self.obs.shape) != 1:
+            raise EnvSpecError(
+                f"{self.spec.id!r} observes {sorted(by_store_field(self.obs))}; one vector is "
+                "needed here. Register an id that wraps it in gymnasium.wrappers.FlattenObservation"
+            )
+        return self.obs.size
 
     def labels(self) -> dict[str, Any]:
         """The part that belongs beside a score, as JSON values."""
@@ -178,7 +217,7 @@ class EnvInfo:
 
 
 def describe(spec: EnvSpec) -> EnvInfo:
-    """Makes the environment once, in this process, and says what it is.
+    """Make the environment once, in this process, and say what it is.
 
     Raises:
         EnvSpecError: as :meth:`EnvSpec.make`.
@@ -192,34 +231,30 @@ def describe(spec: EnvSpec) -> EnvInfo:
 
 def inspect_env(spec: EnvSpec, env: gym.Env[Any, Any]) -> EnvInfo:
     """:func:`describe` for an environment that was made already."""
-    box = env.action_space
+    box, limit = env.action_space, step_limit(env)
     assert isinstance(box, spaces.Box)
-    assert env.observation_space.shape is not None
-    limit = step_limit(env)
     assert limit is not None
     low, high = inward_bounds(box.low, box.high)
     return EnvInfo(
         spec=spec,
-        obs_dim=int(env.observation_space.shape[0]),
-        action_dim=int(box.shape[0]),
+        obs=obs_fields(env.observation_space),
         action_low=low,
         action_high=high,
         max_episode_steps=limit,
         has_expert=env.has_wrapper_attr("expert_action"),
-        versions=_versions(),
+        versions=_versions(spec, env),
     )
 
 
-def _versions() -> dict[str, str]:
+def _versions(spec: EnvSpec, env: gym.Env[Any, Any]) -> dict[str, str]:
+    """Versions of what the environment really loaded; an unused simulator says nothing."""
+    home = spec.id.split(":")[0].split(".")[0]
+    named = (*_VERSIONED, *env.metadata.get("packages", ()), *([home] if ":" in spec.id else []))
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in _VERSIONED:
-        # Only what this environment really loaded: an installed simulator that was not used says
-        # nothing.
+    for name in named:
         if name == "diffpolicy" or name.replace("-", "_") in sys.modules:
-            try:
-                found[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[name.replace("_", "-")] = importlib.metadata.version(name)
     return found
 
 
@@ -237,40 +272,78 @@ def _import_home(env_id: str) -> None:
 
 
 def _unknown_id(env_id: str, name: str) -> str:
-    message = f"No environment {env_id!r} is registered."
-    known = list(gym.registry)
-    close = difflib.get_close_matches(name, known, n=4, cutoff=0.6)
-    if close:
-        message += f" Close matches: {', '.join(close)}."
-    if ":" not in env_id:
-        home = next((home for start, home in _HOMES if name.startswith(start)), None)
-        if home is None:
-            message += " If a package registers it on import, write 'package:Name-v0'."
-        else:
-            message += f" It may be registered by the package {home}: write '{home}:{name}'."
-            message += pip_hint(home)
-    return message
+    close = difflib.get_close_matches(name, list(gym.registry), n=4, cutoff=0.6)
+    near = f" Close matches: {', '.join(close)}." if close else ""
+    message = f"No environment {env_id!r} is registered.{near}"
+    if ":" in env_id:
+        return message
+    space = name.split("/")[0]
+    homes = [name for name in KNOWN if name.startswith(space)] if "/" in name else []
+    return (
+        f"{message} If a package registers it on import, write '{(homes or ['package'])[0]}:{name}'"
+        f" (packages that do: {', '.join(KNOWN)}).{pip_hint(homes[0]) if homes else ''}"
+    )
 
 
-def _check_spaces(env_id: str, env: gym.Env[Any, Any]) -> None:
-    obs, action = env.observation_space, env.action_space
-    wrap = "Register an id that wraps it in gymnasium.wrappers.FlattenObservation"
-    if isinstance(obs, spaces.Dict | spaces.Tuple):
-        raise EnvSpecError(
-            f"{env_id!r} observes a {type(obs).__name__} space {obs}; a flat Box is needed. {wrap} "
-            "(for goal environments, the ids of diffpolicy_envs are examples)."
-        )
-    if not isinstance(obs, spaces.Box) or len(obs.shape) != 1:
-        raise EnvSpecError(
-            f"{env_id!r} observes {obs}; a one-dimensional Box is needed. {wrap}, or ask the "
-            "environment for a state observation."
-        )
-    if not isinstance(action, spaces.Box) or len(action.shape) != 1:
-        raise EnvSpecError(
-            f"{env_id!r} takes actions of {action}; a one-dimensional Box is needed (continuous "
-            "control)."
-        )
-    try:
-        inward_bounds(action.low, action.high)
-    except ValueError as error:
-        raise EnvSpecError(f"{env_id!r}: {error}. Mend the Box of its action_space.") from None
+def as_spec(env: EnvSpec | str | Callable[..., gym.Env[Any, Any]]) -> EnvSpec:
+    """An environment as a spec: one already, an id, or a function that makes it.
+
+    A function is registered under an id of this process, so that it runs here and in no worker; it
+    must make a new environment at every call, and one with a step limit (see
+    ``gymnasium.wrappers.TimeLimit``).
+
+    Example:
+        >>> evaluate(policy, lambda: TimeLimit(MyRobot(), 100), range(300_000, 300_020))
+    """
+    if isinstance(env, EnvSpec):
+        return env
+    if isinstance(env, str):
+        return EnvSpec(env)
+    if not callable(env):
+        raise TypeError(f"expected an EnvSpec, an id or a function that makes one, got {env!r}")
+    name = "".join(c if c.isalnum() else "_" for c in getattr(env, "__name__", "env")).strip("_")
+    env_id = f"here/{name or 'env'}-v{next(_NUMBERS)}"
+    gym.register(env_id, entry_point=env)
+    return EnvSpec(env_id)
+
+
+def only_here(spec: EnvSpec) -> bool:
+    """Whether other processes cannot know the environment: it was registered in this one."""
+    if ":" in spec.id or spec.id not in gym.registry:
+        return False
+    entry = gym.registry[spec.id].entry_point
+    if not isinstance(entry, str):
+        return True
+    plugins = importlib.metadata.entry_points(group="gymnasium.envs")
+    everywhere = {"gymnasium", *(plugin.value.split(":")[0].split(".")[0] for plugin in plugins)}
+    return entry.split(":")[0].split(".")[0] not in everywhere
+
+
+def stored_env_id(env_id: str, source: object, *, instead: str = "env.id=") -> str:
+    """The id of an environment that was read from a file, if it may be run.
+
+    Args:
+        env_id: what the file says.
+        source: the file, for the message.
+        instead: the argument by which the user can name it; empty: there is none.
+
+    Returns:
+        ``env_id``.
+
+    Raises:
+        EnvSpecError: it imports a package that is not known and that the user does not trust (the
+            variable ``DIFFPOLICY_TRUST_ENVS`` names packages, or is ``true`` for all; on the
+            command line ``trust_env=`` sets it).
+    """
+    module, colon, name = env_id.rpartition(":")
+    package = module.split(".")[0]
+    trusted = {name.strip() for name in os.environ.get(TRUST_VARIABLE, "").split(",")} - {""}
+    safe = package in KNOWN if colon else True
+    if (safe and not name.startswith(_ADAPTERS)) or package in trusted or "true" in trusted:
+        return env_id
+    name_it = f"{instead}{env_id}, or " if instead else ""
+    raise EnvSpecError(
+        f"{source} names the environment {env_id!r}, which imports {package or name!r}: code that "
+        f"you did not choose. If you know it, say {name_it}trust_env={package or 'true'} (from "
+        f"Python: {TRUST_VARIABLE}={package or 'true'} in the environment)"
+    )

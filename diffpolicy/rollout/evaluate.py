@@ -16,19 +16,20 @@ import gymnasium as gym
 import numpy as np
 from tqdm.auto import tqdm
 
-from diffpolicy.rollout.env_spec import EnvSpec
-from diffpolicy.rollout.local import as_spec
-from diffpolicy.rollout.pool.slots import Outcome
-from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
+from diffpolicy.rollout.env_spec import EnvSpec, as_spec
+from diffpolicy.rollout.pool.slots import Drawn, Outcome
+from diffpolicy.rollout.pool.workers import WorkerPool, Workers
 from diffpolicy.rollout.results import EpisodeRecord, EpisodeVideo, EvalResult, summarise
 from diffpolicy.rollout.rows import (
     AllFailedError,
     Episode,
     Policy,
     RowLoop,
+    distinct,
     fitting,
     planning_in_batches,
 )
+from diffpolicy.settings import check_range
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ class VideoOptions:
     side: int = 256
 
     def __post_init__(self) -> None:
-        if min(self.episodes, self.stride, self.side) < 1:
-            raise ValueError(f"video options must be at least 1, got {self}")
+        check_range("[1, inf)", **asdict(self))
 
 
 def evaluate(
@@ -62,7 +62,7 @@ def evaluate(
     plan_batch: int | None = None,
     progress: bool = True,
 ) -> EvalResult:
-    """Runs one episode per seed and scores them.
+    """Run one episode per seed and score them.
 
     All running rows go into one ``policy.act`` per step. A row whose episode ends takes the next
     seed, and the policy forgets that row and is given the new seed. A policy of this library plans
@@ -97,11 +97,7 @@ def evaluate(
             have the wrong shape.
     """
     spec = as_spec(spec)
-    numbers = [int(seed) for seed in seeds]
-    if not numbers:
-        raise ValueError("no seeds to evaluate on")
-    if len(set(numbers)) != len(numbers):
-        raise ValueError("seeds must differ: an episode that is counted twice is no evidence")
+    numbers = distinct(seeds)
     side = 0 if video is None else video.side
     planner = planning_in_batches(policy, plan_batch)
     rows = getattr(planner, "plan_batch", plan_batch)
@@ -119,17 +115,14 @@ def evaluate(
 
 @dataclass
 class _Episode(Episode):
-    """An episode under way in some row."""
+    """An episode under way in some row; the totals are less those of the row when it began."""
 
-    begun: bool = False
-    rewards: list[float] = field(default_factory=list)
-    successes: list[bool | None] = field(default_factory=list)
-    frames: list[np.ndarray] = field(default_factory=list)
-    nfe: int = 0
-    plans: int = 0
-
-    def again(self, *failed: str) -> _Episode:
-        return _Episode(self.seed, self.seed, self.attempts + len(failed), (*self.failed, *failed))
+    rewards: list[float] = field(default_factory=list, init=False)
+    successes: list[bool | None] = field(default_factory=list, init=False)
+    frames: list[np.ndarray] = field(default_factory=list, init=False)
+    begun: bool = field(default=False, init=False)
+    nfe: int = field(default=0, init=False)
+    plans: int = field(default=0, init=False)
 
 
 class _Run(RowLoop[_Episode]):
@@ -164,8 +157,9 @@ class _Run(RowLoop[_Episode]):
         ) as bar:
 
             def tick() -> None:
-                bar.update(len(self.records) - bar.n)
-                bar.set_postfix(self._postfix(), refresh=False)
+                if len(self.records) > bar.n:
+                    bar.set_postfix(self._postfix(), refresh=False)
+                    bar.update(len(self.records) - bar.n)
 
             self.loop(tick)
         records = tuple(self.records[seed] for seed in self.seeds)
@@ -200,24 +194,19 @@ class _Run(RowLoop[_Episode]):
             self.calls.append((seconds, planned))
         return chosen
 
-    def stepped(self, row: int, action: np.ndarray, result: Outcome) -> bool:
-        """Notes what a step brought; whether the episode is over."""
-        episode = self.running[row]
-        self.obs[row] = result.obs
-        episode.step += 1
-        episode.rewards.append(result.reward)
-        threshold = self.threshold
+    def stepped(self, row: int, outcome: Outcome) -> bool:
+        """Note what a step brought; whether the episode is over."""
+        episode, threshold = self.running[row], self.threshold
+        episode.rewards.append(outcome.reward)
         episode.successes.append(
-            result.success if threshold is None else result.reward >= threshold
+            outcome.success if threshold is None else outcome.reward >= threshold
         )
-        self._keep_frame(row, result)
-        if not (result.terminated or result.truncated):
-            return False
-        if episode.frames and result.frame is None:
-            # The end decides, so it is drawn even between two frames; no reset has wiped it out.
-            last = self.pool.render([row])[row]
-            if not isinstance(last, Failure):
-                episode.frames.append(last)
+        self._keep_frame(row, outcome)
+        if outcome.done:
+            self._ended(row, episode, outcome)
+        return outcome.done
+
+    def _ended(self, row: int, episode: _Episode, outcome: Outcome) -> None:
         said = [one for one in episode.successes if one is not None]
         record = EpisodeRecord(
             seed=episode.seed,
@@ -226,8 +215,8 @@ class _Run(RowLoop[_Episode]):
             length=len(episode.rewards),
             success=any(said) if said else None,
             final_success=episode.successes[-1],
-            terminated=result.terminated,
-            truncated=result.truncated,
+            terminated=outcome.terminated,
+            truncated=outcome.truncated,
             nfe=episode.nfe + int(np.asarray(self.state.nfe)[row]),
             plans=episode.plans + int(np.asarray(self.state.plans)[row]),
             attempts=episode.attempts,
@@ -237,39 +226,27 @@ class _Run(RowLoop[_Episode]):
         if episode.frames:
             frames = np.stack(episode.frames)
             self.videos[episode.seed] = EpisodeVideo(episode.seed, record.success, frames)
-        return True
 
     def gave_up(self, episode: _Episode, why: str) -> None:
-        nan = math.nan
-        self.records[episode.seed] = EpisodeRecord(
-            seed=episode.seed,
-            episode_return=nan,
-            max_reward=nan,
-            length=0,
-            success=False,
-            final_success=False,
-            terminated=False,
-            truncated=False,
-            nfe=0,
-            plans=0,
-            attempts=episode.attempts,
-            error=why,
-            failed_attempts=episode.failed,
+        self.records[episode.seed] = EpisodeRecord.failed(
+            episode.seed, why, episode.attempts, episode.failed
         )
 
-    def films(self, row: int) -> bool:
+    def films(self, row: int) -> Drawn:
         episode = self.running[row]
         # Drawing may be what killed the first attempt, so it is not tried again.
         if self.video is None or episode.seed not in self.filmed or episode.attempts > 1:
             return False
-        # Asked before a reset, and before the step that will be number len(rewards) + 1.
-        return not episode.begun or (len(episode.rewards) + 1) % self.video.stride == 0
+        # Asked before a reset, and before the step that will be number step + 1. The end decides,
+        # so it is drawn even between two frames.
+        due = not episode.begun or (episode.step + 1) % self.video.stride == 0
+        return True if due else "end"
 
-    def _keep_frame(self, row: int, result: Outcome) -> None:
-        if result.frame is not None:
-            self.running[row].frames.append(result.frame)
-        elif result.note:
-            self.notes[f"no video: {result.note}"] = None
+    def _keep_frame(self, row: int, outcome: Outcome) -> None:
+        if outcome.frame is not None:
+            self.running[row].frames.append(outcome.frame)
+        elif outcome.note:
+            self.notes[f"no video: {outcome.note}"] = None
 
     def _note_errors(self, records: Sequence[EpisodeRecord]) -> None:
         errors = [record.error for record in records if record.error is not None]

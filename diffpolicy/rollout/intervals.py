@@ -1,17 +1,19 @@
 """Scores with their uncertainty: a number without an interval is not a result.
 
-Everything is plain numpy, deterministic (the bootstrap is seeded) and works on per-episode values.
+Everything is deterministic (the bootstrap is seeded) and works on per-episode values.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import NormalDist
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import ndtri, stdtrit
+
+from diffpolicy.settings import check_choice, check_range
 
 Method = Literal["auto", "t", "bootstrap", "newcombe"]
 
@@ -47,11 +49,11 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
         n: number of trials; 0 gives NaN.
         confidence: in (0, 1).
     """
-    if not 0 <= successes <= n:
-        raise ValueError(f"successes must lie in 0..n, got {successes} of {n}")
+    check_range(f"[0, {n}]", successes=successes)
     if n == 0:
         return Interval(math.nan, math.nan, math.nan, 0)
-    z = _normal_quantile(confidence)
+    check_range("(0, 1)", confidence=confidence)
+    z = float(ndtri((1 + confidence) / 2))
     rate = successes / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
@@ -105,19 +107,6 @@ def bootstrap_interval(
     return Interval(value, float(low), float(high), n)
 
 
-def interquartile_mean(values: ArrayLike) -> float:
-    """Mean of the middle half (Agarwal et al. 2021): robust to a few outliers.
-
-    It uses more of the sample than a median. A quarter of the values, rounded down, is cut at each
-    end.
-    """
-    sample = np.sort(_sample(values))
-    if len(sample) == 0:
-        return math.nan
-    cut = len(sample) // 4
-    return float(sample[cut : len(sample) - cut].mean())
-
-
 def paired_difference(
     a: ArrayLike,
     b: ArrayLike,
@@ -148,22 +137,22 @@ def paired_difference(
     binary = bool(np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all())
     if method == "newcombe" and not binary:
         raise ValueError("method 'newcombe' is for values of 0 and 1; use 't' or 'bootstrap'")
+    check_choice("method", method, get_args(Method))
     if len(first) == 0:
         return Interval(math.nan, math.nan, math.nan, 0)
     if method == "newcombe" or (method == "auto" and binary):
         return _newcombe(first, second, confidence)
     if method == "bootstrap":
         return bootstrap_interval(first - second, confidence=confidence, seed=seed)
-    if method in ("t", "auto"):
-        return mean_interval(first - second, confidence)
-    raise ValueError(f"unknown method {method!r}; expected auto, t, bootstrap or newcombe")
+    return mean_interval(first - second, confidence)
 
 
 def _newcombe(a: np.ndarray, b: np.ndarray, confidence: float) -> Interval:
     """Newcombe 1998 (Statistics in Medicine 17:2635), method 10: square and add."""
     n = len(a)
-    both, only_a = float(np.sum(a * b)), float(np.sum(a * (1 - b)))
-    only_b, none = float(np.sum((1 - a) * b)), float(np.sum((1 - a) * (1 - b)))
+    both, only_a, only_b, none = (
+        float(np.sum(x * y)) for x, y in ((a, b), (a, 1 - b), (1 - a, b), (1 - a, 1 - b))
+    )
     of_a = wilson_interval(int(both + only_a), n, confidence)
     of_b = wilson_interval(int(both + only_b), n, confidence)
     margins = (both + only_a) * (only_b + none) * (both + only_b) * (only_a + none)
@@ -187,44 +176,8 @@ def _newcombe(a: np.ndarray, b: np.ndarray, confidence: float) -> Interval:
 
 def student_quantile(confidence: float, df: int) -> float:
     """The t with ``P(|T| <= t) = confidence`` for Student's distribution with ``df`` >= 1."""
-    _check_confidence(confidence)
-    low, high = 0.0, 1.0
-    while _student_central(high, df) < confidence:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        if _student_central(middle, df) < confidence:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def _student_central(t: float, df: int) -> float:
-    """``P(|T| <= t)``, a finite sum for whole ``df`` (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    theta = math.atan(t / math.sqrt(df))
-    cos2 = math.cos(theta) ** 2
-    term, total = 1.0, 1.0
-    if df % 2 == 0:
-        for k in range(1, df // 2):
-            term *= (2 * k - 1) / (2 * k) * cos2
-            total += term
-        return math.sin(theta) * total
-    for k in range(1, (df - 1) // 2):
-        term *= 2 * k / (2 * k + 1) * cos2
-        total += term
-    tail = math.sin(theta) * math.cos(theta) * total if df > 1 else 0.0
-    return 2 / math.pi * (theta + tail)
-
-
-def _normal_quantile(confidence: float) -> float:
-    _check_confidence(confidence)
-    return NormalDist().inv_cdf((1 + confidence) / 2)
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    check_range("(0, 1)", confidence=confidence)
+    return float(stdtrit(df, (1 + confidence) / 2))
 
 
 def _sample(values: ArrayLike | Sequence[float]) -> np.ndarray:

@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from diffpolicy.data.observation import put, take
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.holding import hold_limit, holds
+from diffpolicy.settings import check_choice, check_range, check_shape
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,14 @@ Latency = Callable[[PlanRequest], Any]
 
 @dataclass(frozen=True)
 class LinearLatency:
-    """Latency that grows with the network evaluations a plan took.
-
-    Args:
-        base_ms: of a plan without any evaluation.
-        per_nfe_ms: of each evaluation.
-    """
+    """Latency that grows with the evaluations: ``base_ms`` and ``per_nfe_ms`` for each."""
 
     base_ms: float
     per_nfe_ms: float
 
     def __call__(self, request: PlanRequest) -> Array:
         """Milliseconds ``[n]``."""
-        total: Array = self.base_ms + self.per_nfe_ms * np.asarray(request.nfe, np.float64)
-        return total
+        return np.asarray(self.base_ms + self.per_nfe_ms * request.nfe, np.float64)
 
 
 @dataclass(frozen=True)
@@ -95,30 +91,22 @@ class DelayedState:
         """Plans begun so far ``[N]``."""
         return np.where(self.wait > 0, self.pending.plans, self.running.plans)
 
-    @property
-    def seam_jump(self) -> Array:
-        """Mean action jump where a plan replaced another ``[N]``, environment units; 0: none."""
-        mean: Array = self.totals["seam_sum"] / np.maximum(self.totals["seams"], 1)
-        return mean
-
     def take(self, rows: Array | Sequence[int]) -> DelayedState:
         """The state of some rows (indices or a bool mask)."""
-        totals = {name: value[rows] for name, value in self.totals.items()}
-        return DelayedState(
-            self.running.take(rows),
-            self.pending.take(rows),
-            **{name: getattr(self, name)[rows] for name in _ARRAYS},
-            totals=totals,
-        )
+        parts = self.running.take(rows), self.pending.take(rows)
+        return DelayedState(*parts, **take(self._arrays(), rows), totals=take(self.totals, rows))
 
     def put(self, rows: Array | Sequence[int], other: DelayedState) -> DelayedState:
         """This state with ``rows`` replaced by those of ``other``."""
         return DelayedState(
             self.running.put(rows, other.running),
             self.pending.put(rows, other.pending),
-            **{n: _merged(getattr(self, n), rows, getattr(other, n)) for n in _ARRAYS},
-            totals={k: _merged(v, rows, other.totals[k]) for k, v in self.totals.items()},
+            **put(self._arrays(), rows, other._arrays()),
+            totals=put(self.totals, rows, other.totals),
         )
+
+    def _arrays(self) -> dict[str, Array]:
+        return {name: getattr(self, name) for name in _ARRAYS}
 
 
 _ARRAYS = ("wait", "expected", "action", "acted", "starved")
@@ -180,31 +168,19 @@ class DelayedPolicy:
         replan: Literal["due", "always"] = "due",
         arrival: Literal["aligned", "start"] = "aligned",
     ) -> None:
-        if not 0 < control_ms < np.inf:
-            raise ValueError(
-                f"control_ms must be a positive number of milliseconds, got {control_ms}"
-            )
-        if replan not in ("due", "always"):
-            raise ValueError(f"replan must be 'due' or 'always', got {replan!r}")
-        if arrival not in ("aligned", "start"):
-            raise ValueError(f"arrival must be 'aligned' or 'start', got {arrival!r}")
+        check_range("(0, inf)", control_ms=control_ms)
+        check_choice("replan", replan, ("due", "always"))
+        check_choice("arrival", arrival, ("aligned", "start"))
         self.policy, self.control_ms, self.replan = policy, float(control_ms), replan
         self.aligned = arrival == "aligned"
         self.latency = _latency(latency_ms)
         self.hold_ticks = hold_limit(policy, hold_ticks)
-        self.safe_action = self._safe(
-            np.zeros(policy.action_dim) if safe_action is None else safe_action
-        )
+        wanted = np.zeros(policy.action_dim) if safe_action is None else safe_action
+        self.safe_action = np.asarray(wanted, np.float64)
+        check_shape("safe_action", self.safe_action.shape, (policy.action_dim,))
+        if not np.isfinite(self.safe_action).all():
+            raise ValueError(f"safe_action must be finite numbers, got {safe_action!r}")
         self.max_delay = policy.horizon - policy.n_obs_steps + 1  # a plan is stale from here on
-
-    def _safe(self, action: Any) -> Array:
-        safe = np.asarray(action, np.float64)
-        if safe.shape != (self.policy.action_dim,) or not np.isfinite(safe).all():
-            raise ValueError(
-                f"safe_action must be {self.policy.action_dim} finite numbers (action_dim, "
-                f"environment units), got {action!r}"
-            )
-        return safe
 
     def with_plan_batch(self, size: int | None) -> DelayedPolicy:
         """This policy, planning in batches of constant size (see ``ChunkedPolicy``)."""
@@ -234,10 +210,8 @@ class DelayedPolicy:
     ) -> DelayedState:
         """Make rows cold for a new episode; a plan under way is dropped, the totals go on.
 
-        Args:
-            state: memory of N rows.
-            done: bool ``[N]``, the rows to reset.
-            seeds: new random streams for those rows, as in ``ChunkedPolicy.forget``.
+        ``done`` is bool ``[N]``, the rows to reset; ``seeds`` are new random streams for those
+        rows, as in ``ChunkedPolicy.forget``.
         """
         done = np.asarray(done, bool)
         busy = np.flatnonzero(state.wait > 0)
@@ -253,12 +227,12 @@ class DelayedPolicy:
         return state.put(rows, fresh)
 
     def act(
-        self, obs: Array, state: DelayedState, *, deterministic: bool = False
+        self, obs: Any, state: DelayedState, *, deterministic: bool = False
     ) -> tuple[Array, DelayedState]:
         """One action per environment.
 
         Args:
-            obs: ``[N, O]``.
+            obs: ``[N, O]``, or what else the policy observes.
             state: memory of N rows.
             deterministic: as in ``ChunkedPolicy.act``.
 
@@ -274,7 +248,7 @@ class DelayedPolicy:
         if len(busy):
             # The pending plan lives through the same ticks as the running one, so whatever a
             # policy does in `observe` and `execute` has been done when the plan is adopted.
-            shadow = policy.observe(np.asarray(obs)[busy], pending.take(busy))
+            shadow = policy.observe(take(obs, busy), pending.take(busy))
             pending = pending.put(busy, shadow)
         wait = np.maximum(state.wait - 1, 0)
         adopted = (state.wait > 0) & (wait == 0)
@@ -293,12 +267,11 @@ class DelayedPolicy:
     def statistics(self, state: DelayedState) -> dict[str, Any]:
         """Totals over all rows and episodes of a state, ready for JSON.
 
-        Returns:
-            ``ticks``, ``starved_ticks``, ``safe_ticks`` of them, ``plans`` begun, ``adopted``,
-            ``nfe``; ``delays``: how many plans took 0, 1, ... ticks (the last entry: so many that
-            nothing of the plan was left), first plans left out; ``seam_jump`` and ``plan_jump``:
-            mean and max Euclidean length (environment units) of ``a(k) - a(k - 1)`` where a plan
-            was adopted at tick ``k``, and within plans.
+        ``ticks``, ``starved_ticks``, ``safe_ticks`` of them, ``plans`` begun, ``adopted``, ``nfe``;
+        ``delays``: how many plans took 0, 1, ... ticks (the last entry: so many that nothing of the
+        plan was left), first plans left out; ``seam_jump`` and ``plan_jump``: mean and max
+        Euclidean length (environment units) of ``a(k) - a(k - 1)`` where a plan was adopted at tick
+        ``k``, and within plans.
         """
         sums = {name: state.totals[name].sum() for name in (*_SUMS, "seam_sum", "inner_sum")}
         most = {name: state.totals[name].max(initial=0) for name in ("seam_max", "inner_max")}
@@ -309,11 +282,9 @@ class DelayedPolicy:
 
         return {
             "ticks": int(sums["ticks"]),
-            "starved_ticks": int(sums["starved"]),
-            "safe_ticks": int(sums["safe"]),
-            "plans": int(np.sum(state.plans)),
+            **{f"{name}_ticks": int(sums[name]) for name in ("starved", "safe")},
+            **{name: int(np.sum(getattr(state, name))) for name in ("plans", "nfe")},
             "adopted": int(sums["adopted"]),
-            "nfe": int(np.sum(state.nfe)),
             "delays": state.totals["delays"].sum(axis=0).tolist(),
             "seam_jump": jump("seam", "seams"),
             "plan_jump": jump("inner", "inner"),
@@ -322,7 +293,7 @@ class DelayedPolicy:
     def _begin(
         self, state: DelayedState, rows: Array, deterministic: bool
     ) -> tuple[DelayedState, Array]:
-        """Begins plans for ``rows``; also the rows whose plan is there at once."""
+        """Begin plans for ``rows``; also the rows whose plan is there at once."""
         before = state.running.take(rows)
         starts_warm = self.policy.starts_warm(before)
         kind = starts_warm.astype(np.int64)
@@ -346,8 +317,8 @@ class DelayedPolicy:
             state,
             running=state.running.put(rows[at_once], planned.take(at_once)),
             pending=state.pending.put(rows[late], planned.take(late)),
-            wait=_merged(state.wait, rows, delay),
-            expected=_merged(state.expected, rows, expectations),
+            wait=put(state.wait, rows, delay),
+            expected=put(state.expected, rows, expectations),
             totals={**state.totals, "delays": histogram},
         )
         return new, rows[at_once]
@@ -384,10 +355,13 @@ class DelayedPolicy:
         jump = np.linalg.norm(actions - state.action, axis=1)
         known = state.acted & ~starved  # a held action makes no jump of a plan's
         seam, inner = known & adopted, known & ~adopted
-        totals["ticks"] = totals["ticks"] + 1
-        totals["starved"] = totals["starved"] + starved
-        totals["safe"] = totals["safe"] + safe
-        totals["adopted"] = totals["adopted"] + adopted
+        for name, more in (
+            ("ticks", 1),
+            ("starved", starved),
+            ("safe", safe),
+            ("adopted", adopted),
+        ):
+            totals[name] = totals[name] + more
         for name, count, rows in (("seam", "seams", seam), ("inner", "inner", inner)):
             totals[count] = totals[count] + rows
             totals[f"{name}_sum"] = totals[f"{name}_sum"] + np.where(rows, jump, 0)
@@ -397,34 +371,25 @@ class DelayedPolicy:
     def _ticks(self, latency_ms: Any, count: int) -> Array:
         values = np.asarray(latency_ms, np.float64)
         if values.shape not in ((), (count,)) or np.isnan(values).any():
-            raise ValueError(
-                f"latency_ms must return a number of milliseconds per plan, [{count}]; got "
-                f"{latency_ms!r}"
-            )
+            wanted = f"a number of milliseconds per plan, [{count}]"
+            raise ValueError(f"latency_ms must return {wanted}; got {latency_ms!r}")
         # A latency of 0.15 s at a period of 0.05 s is 3 ticks, not the 4 that rounding may make.
         ticks = np.ceil(np.maximum(values, 0) / self.control_ms * (1 - 1e-12))
         ceiling = np.iinfo(np.int32).max
         return np.broadcast_to(np.minimum(ticks, ceiling).astype(np.int64), (count,))
 
 
-def _merged(mine: Array, rows: Array | Sequence[int], theirs: Array) -> Array:
-    out = mine.copy()
-    out[rows] = theirs
-    return out
-
-
 def _latency(value: float | Mapping[str, float] | Latency) -> Latency:
     if callable(value):
         return value
-    if isinstance(value, Mapping):
-        if set(value) != {"cold", "warm"}:
-            raise ValueError(
-                f"latency_ms as a mapping needs exactly 'cold' and 'warm', got {sorted(value)}"
-            )
-        cold, warm = _number(value["cold"]), _number(value["warm"])
-        return lambda request: np.where(request.warm, warm, cold)
-    constant = _number(value)
-    return lambda request: np.full(len(request.seed), constant)
+    if not isinstance(value, Mapping):
+        constant = _number(value)
+        return lambda request: np.full(len(request.seed), constant)
+    if set(value) != {"cold", "warm"}:
+        got = sorted(value)
+        raise ValueError(f"latency_ms as a mapping needs exactly 'cold' and 'warm', got {got}")
+    cold, warm = _number(value["cold"]), _number(value["warm"])
+    return lambda request: np.where(request.warm, warm, cold)
 
 
 def _number(value: Any) -> float:

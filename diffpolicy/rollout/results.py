@@ -57,6 +57,14 @@ class EpisodeRecord:
     error: str | None = None
     failed_attempts: tuple[str, ...] = ()
 
+    @classmethod
+    def failed(
+        cls, seed: int, error: str, attempts: int, failed_attempts: tuple[str, ...]
+    ) -> EpisodeRecord:
+        """The record of an episode that could not be run: a failure without numbers."""
+        nan, no = math.nan, False
+        return cls(seed, nan, nan, 0, no, no, no, no, 0, 0, attempts, error, failed_attempts)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; the return is called ``return``, what is not known is None."""
         values = asdict(self)
@@ -89,19 +97,13 @@ class EvalResult:
 
     def metrics(self) -> dict[str, float]:
         """The summary as flat numbers for a metrics file; what is not known is left out."""
-        flat: dict[str, float] = {}
+        flat: dict[str, Any] = {}
+        ends = {"": "value", "_low": "low", "_high": "high"}
         for name in ("success", "final_success", "max_reward", "return", "length"):
-            part = self.summary[name]
-            if part is not None:
-                flat |= {
-                    name: part["value"],
-                    f"{name}_low": part["low"],
-                    f"{name}_high": part["high"],
-                }
-        flat |= {
-            name: self.summary[name]
-            for name in ("n_episodes", "n_errors", "nfe_per_plan", "wall_s")
-        }
+            part = self.summary[name] or {}
+            flat |= {name + end: part.get(key) for end, key in ends.items()}
+        names = ("n_episodes", "n_errors", "nfe_per_plan", "wall_s")
+        flat |= {name: self.summary[name] for name in names}
         if self.summary["ms_per_plan"] is not None:
             flat["ms_per_plan"] = self.summary["ms_per_plan"]["mean"]
         return {name: float(value) for name, value in flat.items() if value is not None}
@@ -117,7 +119,7 @@ class EvalResult:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Writes ``eval.json`` (whole or not at all) and returns its path.
+        """Write ``eval.json`` (whole or not at all) and return its path.
 
         Args:
             path: a directory, or a file name that ends in ``.json``. An earlier evaluation there is
@@ -176,10 +178,8 @@ def summarise(
     return {
         "n_episodes": len(records),
         "n_errors": len(records) - len(sound),
-        "success": _rate([r.success for r in records], [r.success for r in sound]),
-        "final_success": _rate(
-            [r.final_success for r in records], [r.final_success for r in sound]
-        ),
+        "success": _rate(records, sound, "success"),
+        "final_success": _rate(records, sound, "final_success"),
         "max_reward": mean_interval([r.max_reward for r in sound]).to_dict(),
         "return": mean_interval([r.episode_return for r in sound]).to_dict(),
         "length": mean_interval([float(r.length) for r in sound]).to_dict(),
@@ -194,10 +194,14 @@ def summarise(
     }
 
 
-def _rate(everyone: list[bool | None], sound: list[bool | None]) -> dict[str, Any] | None:
-    if all(one is None for one in sound):  # also if there is none: nobody has earned a 0
-        return None
-    return wilson_interval(sum(one is True for one in everyone), len(everyone)).to_dict()
+def _rate(
+    everyone: Sequence[EpisodeRecord], sound: Sequence[EpisodeRecord], name: str
+) -> dict[str, Any] | None:
+    if all(getattr(one, name) is None for one in sound):
+        return None  # also if there is none: nobody has earned a 0
+    return wilson_interval(
+        sum(getattr(one, name) is True for one in everyone), len(everyone)
+    ).to_dict()
 
 
 def _times(ms: list[float]) -> dict[str, float] | None:

@@ -6,13 +6,14 @@ import abc
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
+from diffpolicy.data.observation import Obs, stack
 from diffpolicy.policies.batches import ON_CPU, usual_batch
-from diffpolicy.rollout.pool.slots import Outcome
+from diffpolicy.rollout.pool.slots import Drawn, Outcome
 from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
 
 
@@ -20,32 +21,18 @@ class AllFailedError(ValueError):
     """Not one episode could be run, so there is nothing to report but why."""
 
 
-class RowState(Protocol):
-    """What a loop needs of a policy's state: rows, and running totals per row."""
-
-    @property
-    def nfe(self) -> Any:
-        """``[N]`` network evaluations so far."""
-
-    @property
-    def plans(self) -> Any:
-        """``[N]`` plans made so far."""
-
-    def take(self, rows: Any) -> Self:
-        """The state of some rows."""
-
-    def put(self, rows: Any, other: Self) -> Self:
-        """The state with some rows replaced."""
-
-
 class Policy(Protocol):
-    """What a loop needs of a policy (see :mod:`diffpolicy.policies`)."""
+    """What a loop needs of a policy (see :mod:`diffpolicy.policies`).
+
+    Its state has ``take(rows)`` and ``put(rows, other)``, and the totals ``nfe [N]`` (network
+    evaluations so far) and ``plans [N]``.
+    """
 
     def initial_state(self, seeds: Sequence[int]) -> Any:
         """Memory of ``len(seeds)`` rows."""
 
-    def act(self, obs: np.ndarray, state: Any, *, deterministic: bool = False) -> Any:
-        """``(actions [N, A], new state)`` for ``obs [N, O]``."""
+    def act(self, obs: Any, state: Any, *, deterministic: bool = False) -> Any:
+        """``(actions [N, A], new state)`` for ``obs``, N rows of an :data:`Obs`."""
 
     def forget(self, state: Any, done: np.ndarray, seeds: Sequence[int] | None = None) -> Any:
         """The state with the rows of ``done [N]`` empty again, each with a seed (row order)."""
@@ -53,7 +40,9 @@ class Policy(Protocol):
 
 @dataclass
 class Episode:
-    """An episode that waits for a row or runs in one; subclasses keep what becomes of it.
+    """An episode that waits for a row or runs in one.
+
+    Subclasses keep what becomes of it in fields that the constructor does not take.
 
     Attributes:
         seed: of the environment's reset.
@@ -67,14 +56,11 @@ class Episode:
     policy_seed: int
     attempts: int = 1
     failed: tuple[str, ...] = ()
-    step: int = 0
+    step: int = field(default=0, init=False)
 
     def again(self, *failed: str) -> Self:
-        """The same episode from its beginning; an attempt more if the last one failed.
-
-        Each kind of episode says what of it is kept.
-        """
-        raise NotImplementedError
+        """The same episode from its beginning; an attempt more if the last one failed."""
+        return replace(self, attempts=self.attempts + len(failed), failed=(*self.failed, *failed))
 
 
 E = TypeVar("E", bound=Episode)
@@ -87,61 +73,74 @@ class RowLoop(abc.ABC, Generic[E]):
     had any more is given up, and the others go on.
 
     Args:
-        policy: who acts, see :func:`planning_in_batches`.
+        policy: who acts, see :func:`planning_in_batches`; None where :meth:`step` needs none.
         pool: where.
 
     Attributes:
         running: the episodes under way, by row.
         state: the policy's memory of all rows.
-        obs: what the rows saw last ``[N, O]``.
+        obs: what the rows saw last, one by one.
         lost: why rows were given up, empty if none was.
     """
 
     def __init__(self, policy: Any, pool: WorkerPool) -> None:
         self.policy, self.pool = policy, pool
         self.running: dict[int, E] = {}
+        self.obs: dict[int, Obs] = {}
         self.lost = ""
         self._rows = list(range(pool.num_envs))
         self._again: deque[E] = deque()
         # Every row is forgotten before it is used, so these seeds never show.
-        self.state = policy.initial_state([0] * pool.num_envs)
-        self.obs = np.zeros((pool.num_envs, pool.info.obs_dim), np.float32)
+        self.state: Any = None if policy is None else policy.initial_state([0] * pool.num_envs)
 
     @abc.abstractmethod
     def upcoming(self) -> E | None:
         """The next episode; ``None``: there is none for now."""
 
     @abc.abstractmethod
-    def actions(self, rows: list[int]) -> np.ndarray:
-        """``[len(rows), A]``; :meth:`act` asks the policy."""
+    def stepped(self, row: int, outcome: Outcome) -> bool:
+        """Note what a step brought; whether the episode is over.
 
-    @abc.abstractmethod
-    def stepped(self, row: int, action: np.ndarray, outcome: Outcome) -> bool:
-        """Notes what a step brought; whether the episode is over."""
+        ``obs`` holds what the row saw before, ``outcome.action`` what was done.
+        """
 
     @abc.abstractmethod
     def gave_up(self, episode: E, why: str) -> None:
-        """Notes that an episode failed for good."""
+        """Note that an episode failed for good."""
+
+    def actions(self, rows: list[int]) -> np.ndarray:
+        """``[len(rows), A]``: the policy's."""
+        return self.act(rows)
+
+    def step(self, rows: list[int]) -> dict[int, Outcome | Failure]:
+        """Take a step in some rows; an outcome tells the action."""
+        actions = self.actions(rows)
+        results = self.pool.step(actions, rows, frames=[self.films(row) for row in rows])
+        return {
+            row: result if isinstance(result, Failure) else result._replace(action=action)
+            for action, (row, result) in zip(actions, results.items(), strict=True)
+        }
 
     def began(self, row: int, outcome: Outcome) -> None:
-        """Notes what a reset brought."""
+        """Note what a reset brought."""
 
-    def films(self, row: int) -> bool:
-        """Whether the next picture of a row is wanted."""
+    def films(self, row: int) -> Drawn:
+        """Whether a picture of the row's next reset or step is wanted."""
         return False
 
     def loop(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Runs until no episode is left; ``tick`` is called after every step of all rows."""
+        """Run until no episode is left; ``tick`` is called after every step of all rows."""
         self._fill()
         while self.running:
             rows = sorted(self.running)
-            actions = self.actions(rows)
-            results = self.pool.step(actions, rows, frames=[self.films(row) for row in rows])
-            for place, row in enumerate(rows):
-                result = results[row]
+            for row, result in self.step(rows).items():
                 if isinstance(result, Failure):
                     self._failed(row, result)
-                elif self.stepped(row, actions[place], result):
+                    continue
+                self.running[row].step += 1
+                over = self.stepped(row, result)
+                self.obs[row] = result.obs
+                if over:
                     del self.running[row]
             # Also rows that had nothing to do: one episode may bring many others.
             self._fill()
@@ -150,7 +149,7 @@ class RowLoop(abc.ABC, Generic[E]):
             self.gave_up(left, self.lost)
 
     def act(self, rows: list[int], deterministic: bool = False) -> np.ndarray:
-        """The policy's actions in some rows.
+        """The policy's actions ``[len(rows), A]`` in some rows.
 
         Raises:
             ValueError: actions that are not finite or have the wrong shape.
@@ -158,7 +157,7 @@ class RowLoop(abc.ABC, Generic[E]):
         whole = len(rows) == self.pool.num_envs
         numbers = np.array(rows)
         state = self.state if whole else self.state.take(numbers)
-        chosen, state = self.policy.act(self.obs[rows].copy(), state, deterministic=deterministic)
+        chosen, state = self.policy.act(self.seen(rows), state, deterministic=deterministic)
         self.state = state if whole else self.state.put(numbers, state)
         actions = np.asarray(chosen)
         expected = (len(rows), self.pool.info.action_dim)
@@ -175,11 +174,16 @@ class RowLoop(abc.ABC, Generic[E]):
             )
         return actions
 
+    def seen(self, rows: Sequence[int]) -> Obs:
+        """What some rows saw last, as one batch of its own memory."""
+        batch: Obs = stack([self.obs[row] for row in rows])
+        return batch
+
     def _following(self) -> E | None:
         return self._again.popleft() if self._again else self.upcoming()
 
     def _fill(self) -> None:
-        """Gives each free row the next episode, until every row has one or none is left."""
+        """Give each free row the next episode, until every row has one or none is left."""
         while len(self.running) < len(self._rows):
             begun: list[int] = []
             for row in self._rows:
@@ -191,10 +195,11 @@ class RowLoop(abc.ABC, Generic[E]):
                 return
             seeds = [self.running[row].seed for row in begun]
             results = self.pool.reset(begun, seeds, frames=[self.films(row) for row in begun])
-            done = np.zeros(self.pool.num_envs, bool)
-            done[begun] = True
-            fresh = [self.running[row].policy_seed for row in begun]
-            self.state = self.policy.forget(self.state, done, seeds=fresh)
+            if self.policy is not None:
+                done = np.zeros(self.pool.num_envs, bool)
+                done[begun] = True
+                fresh = [self.running[row].policy_seed for row in begun]
+                self.state = self.policy.forget(self.state, done, seeds=fresh)
             for row in begun:
                 result = results[row]
                 if isinstance(result, Failure):
@@ -204,7 +209,7 @@ class RowLoop(abc.ABC, Generic[E]):
                     self.began(row, result)
 
     def _failed(self, row: int, failure: Failure) -> None:
-        """Puts the episode of a row back, or gives it up."""
+        """Put the episode of a row back, or give it up."""
         episode = self.running.pop(row)
         text = str(failure)
         if failure.kind == "gone":
@@ -245,3 +250,21 @@ def fitting(workers: Workers | None, episodes: int, plan_batch: int | None = Non
     asked = Workers() if workers is None else workers
     useful = min(episodes, max(plan_batch or ON_CPU, math.ceil(episodes / 8)))
     return replace(asked, num_envs=max(min(asked.num_envs, useful), 1))
+
+
+def distinct(seeds: Sequence[int]) -> list[int]:
+    """Seeds of environments, as numbers.
+
+    Raises:
+        ValueError: there are none, or some are alike or negative.
+    """
+    numbers = [int(seed) for seed in seeds]
+    if not numbers:
+        raise ValueError("there are no seeds, so there is no episode to run")
+    if len(set(numbers)) != len(numbers):
+        raise ValueError(
+            "seeds must differ: the same seed is the same episode, and no new evidence"
+        )
+    if min(numbers) < 0:
+        raise ValueError(f"seeds must be 0 or more, got {min(numbers)}")
+    return numbers

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from diffpolicy.files import atomic_file
+from diffpolicy.settings import check_range
 
 if TYPE_CHECKING:
     from diffpolicy.rollout.results import EpisodeVideo
@@ -38,7 +39,7 @@ renderer = mujoco.Renderer(model, 32, 32)
 renderer.update_scene(data)
 assert renderer.render().max() > 0
 """
-_GREEN, _RED, _GREY = (46, 160, 67), (218, 54, 51), (128, 128, 128)
+GREEN, RED, GREY = (46, 160, 67), (218, 54, 51), (128, 128, 128)
 
 
 class GlChoice(NamedTuple):
@@ -54,7 +55,7 @@ class GlChoice(NamedTuple):
 
 
 def choose_gl_backend(timeout: float = 60.0) -> GlChoice:
-    """Finds a backend that MuJoCo can draw with, and sets ``MUJOCO_GL`` for it.
+    """Find a backend that MuJoCo can draw with, and set ``MUJOCO_GL`` for it.
 
     Call it before mujoco is imported; workers inherit the choice. Each candidate is tried in a
     process of its own, because a broken one can crash. A ``MUJOCO_GL`` that is set already is the
@@ -88,7 +89,7 @@ def choose_gl_backend(timeout: float = 60.0) -> GlChoice:
 
 
 def _why_not(backend: str, timeout: float) -> str | None:
-    """None if the backend works, else one line that says why not."""
+    """One line that says why a backend does not work; None if it does."""
     library = _LIBRARIES.get(backend)
     if library is not None and ctypes.util.find_library(library) is None:
         return f"the library lib{library} is not installed"
@@ -116,7 +117,7 @@ def _why_not(backend: str, timeout: float) -> str | None:
 
 
 def write_mp4(path: str | Path, videos: Sequence[EpisodeVideo], *, fps: int = 20) -> Path:
-    """Writes the episodes one after the other, each in a frame of green (success) or red.
+    """Write the episodes one after the other, each in a frame of green (success) or red.
 
     Args:
         path: of the film.
@@ -135,12 +136,12 @@ def write_mp4(path: str | Path, videos: Sequence[EpisodeVideo], *, fps: int = 20
     with _written(path, ".mp4") as partial, imageio.get_writer(partial, fps=fps, **codec) as writer:
         for video in videos:
             for frame in video.frames:
-                writer.append_data(_framed(frame, video.success))
+                writer.append_data(_judged(frame, video.success))
     return Path(path)
 
 
 def contact_sheet(path: str | Path, videos: Sequence[EpisodeVideo], *, columns: int = 6) -> Path:
-    """Writes one picture: a row per episode, key frames from left to right.
+    """Write one picture: a row per episode, key frames from left to right.
 
     The frames are evenly spaced and include the first and the last; the border is green for a
     success, red for a failure and grey where the task does not say.
@@ -156,13 +157,12 @@ def contact_sheet(path: str | Path, videos: Sequence[EpisodeVideo], *, columns: 
     """
     image_module, draw_module = _import("PIL.Image"), _import("PIL.ImageDraw")
     _require_pictures(videos)
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
+    check_range("[1, inf)", columns=columns)
     rows = []
     for video in videos:
         picks = np.linspace(0, len(video.frames) - 1, columns).round().astype(int)
-        cells = [_framed(video.frames[pick], video.success, border=4) for pick in picks]
-        strip = image_module.fromarray(np.concatenate(cells, axis=1))
+        cells = _judged(video.frames[picks], video.success)
+        strip = image_module.fromarray(np.concatenate(list(cells), axis=1))
         label = image_module.new("RGB", (strip.width, 16), (255, 255, 255))
         ends = {True: "success", False: "failure", None: ""}[video.success]
         text = f"seed {video.seed}  {ends}  {len(video.frames)} frames"
@@ -198,7 +198,7 @@ class Media(NamedTuple):
 
 
 def save_media(directory: str | Path, videos: Sequence[EpisodeVideo], *, fps: int = 20) -> Media:
-    """Writes ``rollouts.mp4`` and ``contact_sheet.png``; what cannot be written becomes a note."""
+    """Write ``rollouts.mp4`` and ``contact_sheet.png``; what cannot be written becomes a note."""
     paths: list[Path] = []
     notes: list[str] = []
     folder = Path(directory)
@@ -222,14 +222,18 @@ def _require_pictures(videos: Sequence[EpisodeVideo]) -> None:
         raise ValueError("there are no pictures to write")
 
 
-def _framed(frame: np.ndarray, success: bool | None, border: int = 4) -> np.ndarray:
-    colour = {True: _GREEN, False: _RED, None: _GREY}[success]
-    height, width = frame.shape[:2]
-    shape = (height + 2 * border + height % 2, width + 2 * border + width % 2, 3)
-    out = np.empty(shape, np.uint8)
+def framed(frames: np.ndarray, colour: Sequence[int], border: int = 4) -> np.ndarray:
+    """Pictures ``[..., height, width, 3]`` in a frame of a colour, with sides of even length."""
+    height, width = frames.shape[-3:-1]
+    shape = (*frames.shape[:-3], height + 2 * border + height % 2, width + 2 * border + width % 2)
+    out = np.empty((*shape, 3), np.uint8)
     out[:] = colour
-    out[border : border + height, border : border + width] = frame
+    out[..., border : border + height, border : border + width, :] = frames
     return out
+
+
+def _judged(frames: np.ndarray, success: bool | None) -> np.ndarray:
+    return framed(frames, {True: GREEN, False: RED, None: GREY}[success])
 
 
 def _import(name: str) -> Any:

@@ -60,6 +60,7 @@ class PushTEnv(FlatEnv):
     metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
         **FlatEnv.metadata,
         "render_fps": 10,
+        "packages": ["gym-pusht", "pymunk"],
     }
 
     def __init__(

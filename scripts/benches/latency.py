@@ -263,11 +263,10 @@ def score_all(planners: Planners, options: dict[str, Any]) -> dict[str, Any]:
     """Mean score of every policy with its interval, on the same episodes."""
     from omegaconf import OmegaConf
 
-    from diffpolicy.rollout.env_spec import EnvSpec
+    from diffpolicy.rollout.env_spec import EnvSpec, stored_env_id
     from diffpolicy.rollout.evaluate import evaluate
     from diffpolicy.rollout.intervals import mean_interval, wilson_interval
     from diffpolicy.rollout.pool.workers import WorkerPool, Workers
-    from diffpolicy.rollout.trust import stored_env_id
 
     file = Path(options["checkpoint"]) / "config.yaml"
     if not file.is_file():

@@ -1,11 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -106,15 +101,13 @@ def test_collect_whole_episodes(checkpoint, tmp_path):
         ([], "expected one of"),
         (["label"], "expected one of"),
         (["collect", "a.zarr"], "collect needs checkpoint=RUN"),
-        (["collect", "a.zarr", "checkpoint=x", "kind=some"], "kind must be one of"),
-        (["collect", "a.zarr", "checkpoint=x", "kind=episodes", "lookahead=9"], "lookahead: only"),
-        (["collect", "a.zarr", "checkpoint=x", "repeats=9"], "repeats: only for kind=episodes"),
-        (["collect", "a.zarr", "checkpoint=x", "score=best"], "score must be one of"),
+        (["collect", "a.zarr", "checkpoint=x", "kind=some"], "unknown kind 'some'"),
+        (["collect", "a.zarr", "checkpoint=x", "score=best"], "unknown score 'best'"),
         (["collect", "a.zarr", "checkpoint=x", "score=nowhere:f"], "write MODULE:FUNCTION"),
         (["collect", "a.zarr", "checkpoint=x", "look=1"], "did you mean 'lookahead'"),
         (["collect", "a.zarr", "checkpoint=x", "branches=1"], "branches must be at least 2"),
         (["info", "absent.jsonl"], "no preference file"),
-        (["serve", "absent.jsonl"], "neither a preference file nor a store"),
+        (["page", "absent.jsonl", "out"], "neither a preference file nor a store"),
         (["render", "absent.jsonl", "out"], "no preference file"),
     ],
 )
@@ -127,7 +120,7 @@ def test_messages(arguments, text, capsys, tmp_path, monkeypatch):
 def test_help(capsys):
     assert main(["data", "prefs", "--help"]) == 0
     told = capsys.readouterr().out
-    for word in ("collect", "import", "info", "render", "serve", "common_noise", "127.0.0.1"):
+    for word in ("collect", "import", "info", "render", "page", "common_noise"):
         assert word in told
 
 
@@ -188,40 +181,25 @@ def test_render(pictures, tmp_path, capsys):
     assert "numbered 0..1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("source", "number"), [("asked.jsonl", signal.SIGINT), ("demos.zarr", signal.SIGTERM)]
-)
-def test_serve_until_interrupted(pictures, tmp_path, source, number):
-    target = tmp_path / "answers.jsonl"
-    command = [sys.executable, "-u", "-m", "diffpolicy.cli", "data", "prefs", "serve"]
-    options = [str(pictures / source), f"answers={target}", "port=0", "count=2", "length=2"]
-    process = subprocess.Popen(
-        command + options, stdout=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1"}
-    )
-    try:
-        assert process.stdout.readline() == f"0 of 2 answered; answers go to {target}\n"
-        url = process.stdout.readline().split()[1]
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        page = direct.open(url, timeout=20).read().decode()
-        token = page.split('name="token" content="')[1].split('"')[0]
-        state = json.load(direct.open(url + "api/state", timeout=20))
-        clips = json.load(direct.open(url + f"api/clips/{state['question']}", timeout=20))
-        assert clips["left"]["frames"] in (2, 3)
-        body = {"question": state["question"], "choice": "left", "seconds": 1}
-        headers = {"Content-Type": "application/json", "X-Token": token}
-        request = urllib.request.Request(url + "api/answer", json.dumps(body).encode(), headers)
-        assert json.load(direct.open(request, timeout=20))["answered"] == 1
-        process.send_signal(number)
-        rest, _ = process.communicate(timeout=20)
-        assert (process.returncode, rest.strip()) == (0, "1 of 2 answered")
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-    assert PreferenceSet.open(target).records[0].info["question"] == state["question"]
-
-
-def test_answers_never_go_into_the_file_that_is_asked(pictures, capsys):
-    asked = pictures / "asked.jsonl"
-    assert _run("serve", asked, f"answers={asked}") == 1
-    assert "another file" in capsys.readouterr().err
+@pytest.mark.parametrize("source", ["asked.jsonl", "demos.zarr"])
+def test_a_page_and_its_answers(pictures, tmp_path, source, capsys):
+    pytest.importorskip("imageio_ffmpeg", reason="needs the media extra")
+    folder, target = tmp_path / "page", tmp_path / "human.jsonl"
+    made = ("page", pictures / source, folder, "count=2", "length=2", "side=16")
+    assert _run(*made) == 0
+    assert f"2 questions in {folder / 'index.html'}" in capsys.readouterr().out
+    assert _run(*made) == 1
+    assert "choose another folder" in capsys.readouterr().err
+    text = (folder / "index.html").read_text()
+    page = json.loads(text.split('type="application/json">')[1].split("</script>")[0])
+    (key, _) = page["questions"]
+    answer = {"question": key, "choice": "left", "seconds": 1, "when": "2026-01-02T03:04:05Z"}
+    values = {"format": "diffpolicy-answers", "page": page["page"], "answers": [answer]}
+    (tmp_path / "answers.json").write_text(json.dumps(values))
+    imported = ("import", folder, tmp_path / "answers.json", target)
+    assert _run(*imported) == 0
+    assert f"{target}: 1 pairs, 0 ties" in capsys.readouterr().out
+    (record,) = PreferenceSet.open(target).records
+    assert (record.source, record.info["question"]) == ("human", key)
+    assert _run(*imported) == 1  # answers are not overwritten
+    assert "exists" in capsys.readouterr().err

@@ -16,8 +16,7 @@ import pytest
 from diffpolicy import RTI, DiffusionPolicy, EnvSpec, EpisodeStore, Workers, cli, evaluate
 from diffpolicy.commands.options import parse
 from diffpolicy.config import ConfigError, compose, load_train, read_yaml
-from diffpolicy.rollout.env_spec import EnvSpecError
-from diffpolicy.rollout.trust import stored_env_id
+from diffpolicy.rollout.env_spec import EnvSpecError, stored_env_id
 
 HERE = Path(__file__).parent
 EXPERIMENT = """\

@@ -93,12 +93,54 @@ class FakeModules(FakePoint):
         return np.array(["torch" in sys.modules, "zarr" in sys.modules, float(os.getpid())])
 
 
-class FakeDict(FakePoint):
-    """Observes a dict."""
+class FakeDict(FakeExpertPoint):
+    """Observes a dict of a float64 vector, a float32 goal, bytes of a picture and whole numbers."""
+
+    def __init__(self, fault=None, render_mode=None):
+        super().__init__(fault, render_mode)
+        self.observation_space = spaces.Dict(
+            {
+                "state": spaces.Box(-np.inf, np.inf, (2,), np.float64),
+                "desired_goal": spaces.Box(-1, 1, (2,), np.float32),
+                "camera": spaces.Box(0, 255, (6, 8, 3), np.uint8),
+                "clock": spaces.Box(0, 1000, (1,), np.int64),
+            }
+        )
+
+    def _obs(self):
+        return {
+            "state": self.x.copy(),
+            "desired_goal": np.zeros(2, np.float32),
+            "camera": np.full((6, 8, 3), self.t % 256, np.uint8),
+            "clock": np.array([self.t]),
+        }
+
+
+class FakeImage(FakePoint):
+    """Observes a picture alone."""
 
     def __init__(self):
         super().__init__()
-        self.observation_space = spaces.Dict({"x": self.observation_space})
+        self.observation_space = spaces.Box(0, 255, (6, 8, 3), np.uint8)
+
+    def _obs(self):
+        return np.full((6, 8, 3), self.t % 256, np.uint8)
+
+
+class FakeGrid(FakePoint):
+    """Observes a matrix of numbers, which is neither a vector nor a picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Box(-1, 1, (2, 2), np.float32)
+
+
+class FakeTuple(FakePoint):
+    """Observes a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Tuple([self.observation_space])
 
 
 class FakeDiscrete(FakePoint):
@@ -176,6 +218,9 @@ for _name, _limit in (
     ("ExpertPoint", 12),
     ("Modules", 12),
     ("Dict", 12),
+    ("Image", 12),
+    ("Grid", 12),
+    ("Tuple", 12),
     ("Discrete", 12),
     ("Odd", 3),
     ("Chaos", 60),

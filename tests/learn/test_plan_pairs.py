@@ -17,7 +17,7 @@ from diffpolicy.learn.plan_pairs import PlanPairs, pair_plans
 from diffpolicy.learn.preferences.online import OwnPlans
 from diffpolicy.learn.values import PlanValue
 from diffpolicy.rollout.env_spec import EnvSpec
-from diffpolicy.rollout.record.dense import DenseReward
+from diffpolicy.rollout.record.steps import DenseReward
 
 LENGTHS = (9, 3, 14)
 

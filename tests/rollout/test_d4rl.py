@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from diffpolicy.data.d4rl import DATASETS
-from diffpolicy.rollout import d4rl
 from diffpolicy.rollout.d4rl import D4RLEnvironment, NoEnvironmentError, evaluation_env, score
 from diffpolicy.rollout.env_spec import EnvSpec
 
@@ -117,17 +116,6 @@ def test_other_environments_do_not_compare():
     assert kitchen["scores"] == [100.0]
     assert not kitchen["label"]["comparable"]
     assert "gymnasium" in score("hopper-medium-v2", np.zeros(3))["label"]["versions"]
-
-
-def test_a_label_is_one_line():
-    env = EnvSpec("Ant-v4", {"use_contact_forces": True}).to_dict()
-    label = d4rl.ScoreLabel(
-        "ant-medium-v2", ("reward_scale:2",), env, {"mujoco": "3.3.0"}, -325.6, 3879.7
-    )
-    assert str(label) == (
-        "ant-medium-v2 (reward_scale:2) in Ant-v4 {'use_contact_forces': True}, not comparable "
-        "with D4RL: ; references -325.6..3879.7 of D4RL d4rl/infos.py; mujoco 3.3.0"
-    )
 
 
 def test_bad_returns():

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.server
 import json
 import os
 import shutil
 import subprocess
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,11 +13,10 @@ import urllib.request
 import numpy as np
 import pytest
 
-from diffpolicy.data.preferences.set import PreferenceSet, Span
+from diffpolicy.data.preferences.set import Span
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.labelling.clips import ClipRenderer
-from diffpolicy.rollout.labelling.page import LabelServer
-from diffpolicy.rollout.labelling.questions import Answers, make_question
+from diffpolicy.rollout.labelling.page import make_question, read_answers, write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
@@ -35,6 +31,7 @@ _FLAGS = (
     "--disable-quic",
     "--disable-dev-shm-usage",
     "--no-first-run",
+    "--allow-file-access-from-files",  # else the test could not look at a film of the page
     "--no-proxy-server",
     "--disable-background-networking",
     "--disable-component-update",
@@ -45,9 +42,13 @@ _FLAGS = (
 class Browser:
     """As much of WebDriver as a person has hands for."""
 
-    def __init__(self, address, profile):
+    def __init__(self, address, profile, downloads):
         self._address = address
-        options = {"binary": CHROMIUM, "args": [*_FLAGS, f"--user-data-dir={profile}"]}
+        options = {
+            "binary": CHROMIUM,
+            "args": [*_FLAGS, f"--user-data-dir={profile}"],
+            "prefs": {"download.default_directory": str(downloads)},
+        }
         wish = {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}
         self._session = ""
         made = self._send("POST", "/session", {"capabilities": wish})
@@ -104,7 +105,12 @@ _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+def downloads(tmp_path_factory):
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory, downloads):
     profile = tmp_path_factory.mktemp("profile")
     driver = subprocess.Popen(
         [DRIVER, "--port=0"],
@@ -116,7 +122,7 @@ def browser(tmp_path_factory):
     try:
         line = next(text for text in driver.stdout if "started successfully on port" in text)
         port = int(line.rsplit("port", 1)[1].strip(" .\n"))
-        running = Browser(f"http://127.0.0.1:{port}", profile)
+        running = Browser(f"http://127.0.0.1:{port}", profile, downloads)
         yield running
         running.quit()
     finally:
@@ -127,130 +133,96 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def labels(tmp_path):
-    """Eight episodes, each in a colour of its own, and four questions about them."""
+    """A page about eight episodes, each in a grey of its own, with four questions."""
+    pytest.importorskip("imageio_ffmpeg", reason="needs the media extra")
     img = np.zeros((8 * 4, 32, 32, 3), np.uint8)
-    img[..., 0] = (np.repeat(np.arange(8), 4) * 30)[:, None, None]
-    img[..., 1] = (np.arange(32) * 8)[:, None, None]
+    img[:] = (np.repeat(np.arange(8), 4) * 30)[:, None, None, None]
     arrays = {"obs": np.zeros((32, 1)), "action": np.zeros((32, 1)), "img": img}
     ends = np.arange(1, 9) * 4
     store = EpisodeStore.from_arrays(arrays, ends, path=tmp_path / "demos.zarr")
     asked = [make_question((Span(2 * i, 0, 4),), (Span(2 * i + 1, 0, 4),)) for i in range(4)]
-
-    @contextlib.contextmanager
-    def serve():
-        answers = Answers(tmp_path / "answers.jsonl", store, asked)
-        with ClipRenderer(store) as renderer, LabelServer(answers, renderer) as server:
-            yield server
-
-    return serve, asked, tmp_path / "answers.jsonl"
+    with ClipRenderer(store) as renderer:
+        write_page(tmp_path / "page", asked, renderer)
+    return tmp_path / "page", asked
 
 
 _READY = "return document.body.dataset.ready === arguments[0]"
-_RED = """
-const canvas = document.getElementById(arguments[0]);
-return canvas.getContext('2d').getImageData(5, 5, 1, 1).data[0]"""
+_GREY = """
+const clip = document.getElementById('clip'), canvas = document.createElement('canvas');
+[canvas.width, canvas.height] = [clip.videoWidth, clip.videoHeight];
+const context = canvas.getContext('2d');
+context.drawImage(clip, 0, 0);
+const x = canvas.width * (arguments[0] === 'left' ? 1 : 3) / 4;
+return context.getImageData(x, canvas.height / 2, 1, 1).data[0];"""
 
 
-def _choices(path):
+def _choices(folder, file):
     return [
-        (record.info["question"], "tie" if record.tie else record.info["shown"])
-        for record in PreferenceSet.open(path).records
+        (pair.info["question"], "tie" if pair.tie else pair.info["shown"])
+        for pair in read_answers(folder, file)[1]
     ]
 
 
-def test_a_person_labels_in_a_browser(browser, labels):
-    serve, asked, path = labels
-    keys = [question.key for question in asked]
-    with serve() as server:
-        browser.open(server.url)
-        browser.until(_READY, keys[0])
-        # each side shows the segment that it stands for
-        assert browser.run(_RED, "left") == 30 * asked[0].left[0].episode
-        assert browser.run(_RED, "right") == 30 * asked[0].right[0].episode
-        assert "0 of 4 answered" in browser.text()
-        browser.press("1")
-        browser.until(_READY, keys[1])
-        assert _choices(path) == [(keys[0], "left")]  # on the disk before the next question
-        assert browser.run(_RED, "left") == 30 * asked[1].left[0].episode
-        browser.click("#choose-right")
-        browser.until(_READY, keys[2])
-        browser.press("0")
-        browser.until(_READY, keys[3])
-        assert _choices(path) == [(keys[0], "left"), (keys[1], "right"), (keys[2], "tie")]
-        assert "3 of 4 answered" in browser.text()
-        browser.press("u")
-        browser.until(_READY, keys[2])
-        assert len(_choices(path)) == 2
-        browser.press("s")
-        browser.until(_READY, keys[3])
-        assert "2 of 4 answered, 1 skipped" in browser.text()
-    seconds = PreferenceSet.open(path).records[0].info["seconds"]
-    assert 0 < seconds < 60
+def test_a_person_labels_in_a_browser(browser, labels, downloads):
+    folder, asked = labels
+    keys, url = [question.key for question in asked], (folder / "index.html").as_uri()
+    browser.open(url)
+    browser.until(_READY, keys[0])
+    for side in ("left", "right"):  # each side shows the segment that it stands for
+        (span,) = getattr(asked[0], side)
+        assert abs(browser.run(_GREY, side) - 30 * span.episode) < 10
+    assert "0 of 4 answered" in browser.text()
+    assert browser.run("return document.getElementById('undo').disabled")
+    browser.press("1")
+    browser.until(_READY, keys[1])
+    browser.click("#choose-right")
+    browser.until(_READY, keys[2])
+    browser.press("0")
+    browser.until(_READY, keys[3])
+    assert "3 of 4 answered" in browser.text()
+    browser.press("u")
+    browser.until(_READY, keys[2])
+    browser.press("s")
+    browser.until(_READY, keys[3])
+    assert "2 of 4 answered, 1 skipped" in browser.text()
 
-    with serve() as server:  # the next day
-        browser.open(server.url)
-        browser.until(_READY, keys[2])
-        assert "2 of 4 answered" in browser.text()
-        assert browser.run("return document.getElementById('undo').disabled")
-        browser.press("2")
-        browser.until(_READY, keys[3])
-        browser.press("2")
-        browser.until("return document.body.dataset.question === 'done'")
-        assert "All answered" in browser.text()
-    assert _choices(path)[2:] == [(keys[2], "right"), (keys[3], "right")]
-
-
-def test_the_page_says_when_an_answer_was_not_saved(browser, labels):
-    serve, asked, path = labels
-    with serve() as server:
-        browser.open(server.url)
-        browser.until(_READY, asked[0].key)
-    browser.press("1")  # the server has gone
-    browser.until("return document.getElementById('message').textContent.includes('Not saved')")
-    assert _choices(path) == []
-    assert browser.run("return document.body.dataset.question") == asked[0].key
+    browser.open("about:blank")  # the next day: what was skipped is asked again
+    browser.open(url)
+    browser.until(_READY, keys[2])
+    assert "2 of 4 answered" in browser.text()
+    browser.press("u")  # also an answer of the day before can be taken back
+    browser.until(_READY, keys[1])
+    for key, following in (("2", keys[2]), ("2", keys[3])):
+        browser.press(key)
+        browser.until(_READY, following)
+    browser.press("0")
+    browser.until("return document.body.dataset.question === 'done'")
+    assert "All answered" in browser.text()
+    browser.press("d")
+    end = time.monotonic() + 20
+    while not list(downloads.glob("*.json")) and time.monotonic() < end:
+        time.sleep(0.05)
+    (file,) = downloads.glob("*.json")
+    expected = list(zip(keys, ("left", "right", "right", "tie"), strict=True))
+    assert _choices(folder, file) == expected
+    assert all(0 < pair.info["seconds"] < 60 for pair in read_answers(folder, file)[1])
 
 
-class _Elsewhere(http.server.BaseHTTPRequestHandler):
-    """A page of another site: it may send, but not with headers of its own."""
-
-    def do_GET(self):
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html")
-        self.end_headers()
-        self.wfile.write(b"<!doctype html><p>hello")
-
-    def log_message(self, *_):
-        pass
-
-
-def test_another_site_cannot_answer(browser, labels, monkeypatch):
-    serve, asked, path = labels
-    seen = []
-    check = LabelServer.check_writer
-
-    def watched(self, host, origin, token):
-        seen.append((origin, token))
-        return check(self, host, origin, token)
-
-    monkeypatch.setattr(LabelServer, "check_writer", watched)
-    other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Elsewhere)
-    thread = threading.Thread(target=other.serve_forever)
-    thread.start()
-    try:
-        with serve() as server:
-            origin = f"http://127.0.0.1:{other.server_address[1]}"
-            browser.open(origin)
-            body = {"question": asked[0].key, "choice": "left", "seconds": 1}
-            send = """
-            const plain = {method: 'POST', mode: 'no-cors', body: arguments[1]};
-            return fetch(arguments[0] + 'api/answer', plain).then(() => true, () => true)"""
-            assert browser.run(send, server.url, json.dumps(body))
-            assert seen == [(origin, None)]  # it arrived, and was refused
-            read = "return fetch(arguments[0]).then(() => 'read', () => 'hidden')"
-            assert browser.run(read, server.url) == "hidden"  # so is the page with the token
-    finally:
-        other.shutdown()
-        thread.join()
-        other.server_close()
-    assert _choices(path) == []
+def test_pages_keep_their_answers_apart_and_say_what_cannot_be_played(browser, labels, tmp_path):
+    folder, asked = labels
+    other = tmp_path / "other"
+    with ClipRenderer(EpisodeStore.open(tmp_path / "demos.zarr")) as renderer:
+        write_page(other, asked[1:], renderer)
+    browser.open((folder / "index.html").as_uri())
+    browser.run("localStorage.clear(); location.reload()")
+    browser.until(_READY, asked[0].key)
+    browser.press("1")
+    browser.until(_READY, asked[1].key)
+    browser.open((other / "index.html").as_uri())
+    browser.until(_READY, asked[1].key)
+    assert "0 of 3 answered" in browser.text()
+    (other / "clips" / f"{asked[2].key}.mp4").unlink()
+    browser.press("1")
+    browser.until("return document.getElementById('message').textContent.includes('be played')")
+    browser.press("s")
+    browser.until(_READY, asked[3].key)

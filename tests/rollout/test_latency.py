@@ -304,7 +304,6 @@ def test_seam_jumps_are_told_from_jumps_within_plans():
         "count": 2,
     }
     assert stats["plan_jump"] == {"mean": 1.0, "max": 1.0, "count": 9}
-    assert state.seam_jump.tolist() == [pytest.approx(17**0.5)]
     assert stats["adopted"] == stats["plans"] == 3
 
 
@@ -314,12 +313,12 @@ def test_seam_jumps_are_told_from_jumps_within_plans():
         ({"latency_ms": {"cold": 1}}, "exactly 'cold' and 'warm'"),
         ({"latency_ms": np.nan}, "finite number of milliseconds"),
         ({"latency_ms": "fast"}, "finite number of milliseconds"),
-        ({"control_ms": 0}, "control_ms must be a positive number"),
+        ({"control_ms": 0}, "control_ms must be positive"),
         ({"hold_ticks": -1}, "number of ticks >= 0"),
-        ({"safe_action": [1.0]}, "2 finite numbers"),
-        ({"safe_action": [1.0, np.inf]}, "2 finite numbers"),
-        ({"replan": "never"}, "'due' or 'always'"),
-        ({"arrival": "never"}, "'aligned' or 'start'"),
+        ({"safe_action": [1.0]}, r"safe_action must be \[2\], got \[1\]"),
+        ({"safe_action": [1.0, np.inf]}, "must be finite numbers"),
+        ({"replan": "never"}, "unknown replan 'never'"),
+        ({"arrival": "never"}, "unknown arrival 'never'"),
     ],
 )
 def test_bad_arguments(options, message):

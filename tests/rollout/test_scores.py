@@ -7,7 +7,6 @@ import pytest
 
 from diffpolicy.rollout.intervals import (
     bootstrap_interval,
-    interquartile_mean,
     mean_interval,
     paired_difference,
     student_quantile,
@@ -86,12 +85,6 @@ def test_bootstrap_is_seeded_and_near_the_t_interval():
     assert median.low < np.median(values) < median.high
 
 
-def test_interquartile_mean_cuts_a_quarter_at_each_end():
-    assert interquartile_mean([100, 1, 2, 3, 4, 5, 6, -100]) == pytest.approx(3.5)
-    assert interquartile_mean([1, 2, 9]) == 4.0  # too few to cut
-    assert math.isnan(interquartile_mean([]))
-
-
 def test_paired_rates_by_hand():
     # 48 and 38 of 50, with 36 pairs both, 12 and 2 one-sided, none neither.
     (l1, u1), (l2, u2) = wilson_interval(48, 50)[1:3], wilson_interval(38, 50)[1:3]
@@ -141,9 +134,9 @@ def test_bad_input():
         paired_difference([0.5], [0.1], method="newcombe")
     with pytest.raises(ValueError, match="unknown method"):
         paired_difference([0.5], [0.1], method="sign")
-    with pytest.raises(ValueError, match=r"0\.\.n, got 4 of 3"):
+    with pytest.raises(ValueError, match=r"successes must be in \[0, 3\], got 4"):
         wilson_interval(4, 3)
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got 95"):
         wilson_interval(1, 3, confidence=95)
     with pytest.raises(ValueError, match="one value per episode"):
         mean_interval(np.zeros((2, 2)))

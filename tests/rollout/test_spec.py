@@ -43,11 +43,12 @@ def test_without_a_limit_one_must_be_given():
     ("spec", "message"),
     [
         (EnvSpec("Pendulum-v11"), "Close matches: Pendulum-v1"),
-        (EnvSpec("FetchPickAndPlac-v4"), "gymnasium_robotics:FetchPickAndPlac-v4"),
+        (EnvSpec("FetchPickAndPlac-v4"), "package:FetchPickAndPlac-v4.*gymnasium_robotics"),
         (EnvSpec("diffpolicy/Nothing-v0"), "diffpolicy_envs:diffpolicy/Nothing-v0"),
         (EnvSpec("no_such_module:Thing-v0"), "module 'no_such_module', which cannot be imported"),
         (EnvSpec(POINT, {"wrong": 1}), "unexpected keyword argument 'wrong'"),
-        (EnvSpec("rollout_fake_envs:rollout_fakes/Dict-v0"), "FlattenObservation"),
+        (EnvSpec("rollout_fake_envs:rollout_fakes/Grid-v0"), "FlattenObservation"),
+        (EnvSpec("rollout_fake_envs:rollout_fakes/Tuple-v0"), "must be a Box"),
         (EnvSpec("rollout_fake_envs:rollout_fakes/Discrete-v0"), "continuous control"),
     ],
 )

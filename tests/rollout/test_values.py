@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from diffpolicy.data.observation import ObsField
 from diffpolicy.policies.bounds import inward_bounds
 from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError, describe
 from diffpolicy.rollout.pool.slots import EnvSlot
@@ -55,10 +56,10 @@ def test_what_can_be_read_is_read_and_the_rest_says_what_came():
     assert as_flag(np.array([True]), "terminated") is True
     with pytest.raises(ValueError, match="terminated='no'"):
         as_flag("no", "terminated")
-    assert as_observation(np.ones((1, 3)), (3,)).shape == (3,)
-    assert as_observation(7.0, (1,)).tolist() == [7]
+    assert as_observation(np.ones((1, 3)), ObsField((3,))).shape == (3,)
+    assert as_observation(7.0, ObsField((1,))).tolist() == [7]
     with pytest.raises(ValueError, match=r"shape \(2,\), not \(3,\)"):
-        as_observation(np.ones(2), (3,))
+        as_observation(np.ones(2), ObsField((3,)))
 
 
 @pytest.mark.parametrize(

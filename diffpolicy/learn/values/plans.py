@@ -220,7 +220,7 @@ class PlanValue:
 
         Args:
             reward: says what each step is worth: a reward model, or an environment's
-                :class:`~diffpolicy.rollout.record.dense.DenseReward`; ``None``: the field
+                :class:`~diffpolicy.rollout.record.steps.DenseReward`; ``None``: the field
                 ``reward`` of the store.
             store: the episodes.
             config: of the trainer.

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
+from diffpolicy.data.observation import Obs, concat, count, take
 from diffpolicy.data.preferences.set import Segment, Span
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.rollout.env_spec import EnvSpec
+from diffpolicy.rollout.env_spec import EnvSpec, stored_env_id
 from diffpolicy.rollout.pool.slots import EnvSlot, Outcome
 from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
+from diffpolicy.rollout.record.steps import difference, read_obs
 from diffpolicy.rollout.results import EpisodeVideo
-from diffpolicy.rollout.trust import stored_env_id
-from diffpolicy.rollout.video import write_mp4
-
-_GREEN, _RED, _GREY = (46, 160, 67), (218, 54, 51), (128, 128, 128)
+from diffpolicy.rollout.video import GREEN, GREY, RED, framed, write_mp4
+from diffpolicy.settings import check_range
 
 
 class ClipError(ValueError):
@@ -64,10 +63,8 @@ class ClipRenderer:
         before: int = 0,
         after: int = 0,
     ) -> None:
-        if side < 1 or before < 0 or after < 0:
-            raise ValueError(
-                f"side must be 1 or more, before and after 0 or more; got {side}, {before}, {after}"
-            )
+        check_range("[1, inf)", side=side)
+        check_range("[0, inf)", before=before, after=after)
         self.store, self._side, self._margin = store, side, (before, after)
         self._ends, self._lengths = store.episode_ends, store.episode_lengths
         self._spec = _environment(store) if env is None else env
@@ -93,7 +90,7 @@ class ClipRenderer:
         return np.concatenate([self._span(self._wider(span)) for span in segment])
 
     def close(self) -> None:
-        """Ends the environment; harmless when called twice."""
+        """End the environment; harmless when called twice."""
         if self._pool is not None:
             self._pool.close()
         if self._slot is not None:
@@ -103,12 +100,7 @@ class ClipRenderer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _wider(self, span: Span) -> Span:
@@ -117,9 +109,13 @@ class ClipRenderer:
         last = min(span.start + span.length + after, int(self._lengths[span.episode]))
         return Span(span.episode, first, last - first)
 
-    def _rows(self, name: str, episode: int, start: int, stop: int) -> np.ndarray:
+    def _place(self, episode: int, start: int, stop: int) -> tuple[int, int]:
+        """The rows of the store of some steps of an episode."""
         first = int(self._ends[episode] - self._lengths[episode])
-        return self.store.read(name, first + start, first + stop)
+        return first + start, first + stop
+
+    def _rows(self, name: str, episode: int, start: int, stop: int) -> np.ndarray:
+        return self.store.read(name, *self._place(episode, start, stop))
 
     def _span(self, span: Span) -> np.ndarray:
         start, stop = span.start, span.start + span.length
@@ -129,46 +125,30 @@ class ClipRenderer:
             step = -(-max(whole.shape[1:3]) // self._side)
             return np.ascontiguousarray(whole[:, ::step, ::step])
         if "seed" not in self.store.episode_attrs[span.episode]:
-            return self._shown(self._rows("obs", span.episode, start, stop))
+            return self._shown(read_obs(self.store, *self._place(span.episode, start, stop)))
         return self._replayed(span)
 
     def _replayed(self, span: Span) -> np.ndarray:
         attrs = self.store.episode_attrs[span.episode]
-        stop = span.start + span.length
-        obs = self._rows("obs", span.episode, 0, stop)
-        actions = self._rows("action", span.episode, 0, stop)
-        first = span.start
+        first, stop = span.start, span.start + span.length
+        parts = [(span.episode, 0, stop)]
         if attrs.get("kind") == "branch":
             # Its rows begin some steps before the branch point; the base episode has all of them.
             skipped = attrs["step"] - attrs["start"]
-            obs = np.concatenate([self._rows("obs", attrs["base"], 0, skipped), obs])
-            actions = np.concatenate([self._rows("action", attrs["base"], 0, skipped), actions])
+            parts.insert(0, (attrs["base"], 0, skipped))
             first += skipped
+        obs = concat([read_obs(self.store, *self._place(*part)) for part in parts])
+        actions = np.concatenate([self._rows("action", *part) for part in parts])
         pool = self._replay_pool()
-        outcome = pool.reset([0], [attrs["seed"]], frames=[first == 0])[0]
-        pictures = []
-        for step in range(len(obs)):
-            pictures.append(self._repeated(outcome, obs[step], span.episode, step, step >= first))
-            if step + 1 < len(obs):
-                wanted = [step + 1 >= first]
-                outcome = pool.step(actions[step][None], [0], frames=wanted)[0]
-        return np.stack([picture for picture in pictures if picture is not None])
-
-    def _repeated(
-        self, outcome: Outcome | Failure, known: np.ndarray, episode: int, step: int, drawn: bool
-    ) -> np.ndarray | None:
-        if isinstance(outcome, Failure):
-            raise ClipError(f"episode {episode} cannot be repeated: step {step} {outcome}")
-        if not np.array_equal(outcome.obs, known):
-            raise ClipError(
-                f"episode {episode} cannot be shown: from its seed and with its actions the "
-                f"environment came to another observation at step {step} than the store has. The "
-                "stored actions are not those executed (collected with noise?), the environment "
-                "does not repeat itself, or its version changed"
-            )
-        if drawn and outcome.frame is None:
-            raise ClipError(f"the environment draws no picture: {outcome.note}")
-        return outcome.frame
+        outcome: Outcome | Failure = pool.reset([0], [attrs["seed"]], frames=[first == 0])[0]
+        pictures: list[np.ndarray] = []
+        for step in range(len(actions)):
+            outcome = _repeated(outcome, take(obs, step), span.episode, step)
+            if step >= first:
+                pictures.append(_picture(outcome.frame, outcome.note))
+            if step + 1 < len(actions):
+                outcome = pool.step(actions[step][None], [0], frames=[step + 1 >= first])[0]
+        return np.stack(pictures)
 
     def _replay_pool(self) -> WorkerPool:
         if self._pool is None:
@@ -178,7 +158,7 @@ class ClipRenderer:
             self._pool = WorkerPool(self._spec, workers, frame_side=self._side)
         return self._pool
 
-    def _shown(self, observations: np.ndarray) -> np.ndarray:
+    def _shown(self, observations: Obs) -> np.ndarray:
         assert self._spec is not None
         if self._slot is None:
             self._slot = EnvSlot(self._spec, self._side)
@@ -192,13 +172,30 @@ class ClipRenderer:
             )
         show = env.get_wrapper_attr("show_observation")
         pictures = []
-        for observation in observations:
-            show(observation)
-            picture, note = self._slot.render()
-            if picture is None:
-                raise ClipError(f"the environment draws no picture: {note}")
-            pictures.append(picture)
+        for step in range(count(observations)):
+            show(take(observations, step))
+            pictures.append(_picture(*self._slot.render()))
         return np.stack(pictures)
+
+
+def _repeated(outcome: Outcome | Failure, known: Obs, episode: int, step: int) -> Outcome:
+    """A repeated step, if what it observes is what the store has."""
+    if isinstance(outcome, Failure):
+        raise ClipError(f"episode {episode} cannot be repeated: step {step} {outcome}")
+    if difference(known, outcome.obs):
+        raise ClipError(
+            f"episode {episode} cannot be shown: from its seed and with its actions the "
+            f"environment came to another observation at step {step} than the store has. The "
+            "stored actions are not those executed (collected with noise?), the environment "
+            "does not repeat itself, or its version changed"
+        )
+    return outcome
+
+
+def _picture(frame: np.ndarray | None, note: str) -> np.ndarray:
+    if frame is None:
+        raise ClipError(f"the environment draws no picture: {note}")
+    return frame
 
 
 def _environment(store: EpisodeStore) -> EnvSpec | None:
@@ -213,10 +210,7 @@ def _environment(store: EpisodeStore) -> EnvSpec | None:
 def _is_pictures(store: EpisodeStore) -> bool:
     spec = store.fields.get("img")
     return (
-        spec is not None
-        and spec.dtype == "uint8"
-        and len(spec.shape) == 3
-        and 3 in (spec.shape[0], spec.shape[2])
+        spec is not None and spec.dtype == "uint8" and len(spec.shape) == 3 and 3 in spec.shape[::2]
     )
 
 
@@ -233,7 +227,7 @@ def side_by_side(
         border: width of the frames in pixels.
 
     Returns:
-        ``[max(F), height + 2 border, 2 (width + 2 border), 3]`` uint8.
+        ``[max(F), height + 2 border, 2 (width + 2 border), 3]`` uint8; odd sides are one longer.
 
     Raises:
         ValueError: sizes that differ.
@@ -243,13 +237,9 @@ def side_by_side(
     count = max(len(left), len(right))
     halves = []
     for name, clip in (("left", left), ("right", right)):
-        colour = _GREY if better is None else _GREEN if better == name else _RED
-        shape = (count, clip.shape[1] + 2 * border, clip.shape[2] + 2 * border, 3)
-        half = np.empty(shape, np.uint8)
-        half[:] = colour
-        held = np.concatenate([clip, np.repeat(clip[-1:], count - len(clip), axis=0)])
-        half[:, border : border + clip.shape[1], border : border + clip.shape[2]] = held
-        halves.append(half)
+        held = np.pad(clip, [(0, count - len(clip)), (0, 0), (0, 0), (0, 0)], mode="edge")
+        colour = GREY if better is None else GREEN if better == name else RED
+        halves.append(framed(held, colour, border))
     return np.concatenate(halves, axis=2)
 
 
@@ -267,12 +257,12 @@ def pair_video(
 
 
 def write_pair(path: str | Path, video: EpisodeVideo, *, fps: int = 10) -> Path:
-    """Writes the film of a pair; its last frame stays for a second.
+    """Write the film of a pair; its last frame stays for a second.
 
     Raises:
         ImportError: imageio or its ffmpeg is missing (with the pip command).
     """
-    held = np.concatenate([video.frames, np.repeat(video.frames[-1:], fps, axis=0)])
+    held = np.pad(video.frames, [(0, fps), (0, 0), (0, 0), (0, 0)], mode="edge")
     return write_mp4(path, [video._replace(frames=held)], fps=fps)
 
 

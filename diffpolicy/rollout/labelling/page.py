@@ -1,217 +1,258 @@
-"""A web page on this machine that shows two clips and keeps a person's choice.
+"""A page that asks a person which of two clips is better, and the file of answers that it gives.
 
-Nothing but the standard library. The server listens on 127.0.0.1 alone, serves no files (its few
-addresses are a fixed table), and takes answers only with the page's own token from the page's own
-origin, so that no other site that is open in the browser can answer.
+The page is a folder: an HTML file that any browser opens, and a film for every question. Nothing is
+served and nothing is sent; the browser keeps the answers until the person downloads them.
 """
 
 from __future__ import annotations
 
-import math
-import secrets
-import threading
-from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
-from http import HTTPStatus
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
-from types import TracebackType
-from typing import Any, Protocol, Self
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffpolicy.data.preferences.set import Segment
-from diffpolicy.rollout.labelling.questions import Answers, Question
-from diffpolicy.rollout.labelling.requests import HOST, LabelHTTPServer, RequestError
-from diffpolicy.rollout.labelling.sheets import Sheet, frame_sheet
+from diffpolicy.data.preferences.set import Pair, PreferenceSet, Segment, Span
+from diffpolicy.data.store import EpisodeStore
+from diffpolicy.files import replaced_directory
+from diffpolicy.rollout.labelling.clips import ClipRenderer, pair_video, write_pair
+from diffpolicy.settings import ConfigError, check_choice, check_range, from_values
 
-_KEPT_CLIPS = 8  # questions whose clips are kept: the one on show, the next, and some to undo to
-
-
-class Frames(Protocol):
-    """Draws segments, such as :class:`~diffpolicy.rollout.labelling.clips.ClipRenderer`."""
-
-    def frames(self, segment: Segment) -> np.ndarray:
-        """``[F, height, width, 3]`` uint8."""
+CHOICES = ("left", "right", "tie")
+QUESTIONS = "questions.jsonl"
+"""The questions of a page, as ties of a preference file, which knows its store."""
 
 
-class LabelServer:
-    """Serves the page until :meth:`close`.
-
-    Use it as a context manager, or call :meth:`start` or :meth:`serve_forever`.
-
-    Args:
-        answers: the questions, and where the answers go.
-        frames: draws the clips; always called by the same thread.
-        port: of 127.0.0.1; 0 takes a free one.
+class Question(NamedTuple):
+    """Two segments to compare.
 
     Attributes:
-        url: of the page.
-        port: the one it listens on.
-        closed: whether it has stopped answering.
-
-    Raises:
-        OSError: the port is taken.
+        key: names the pair, whichever side its segments are on.
+        left: shown on the left.
+        right: shown on the right.
     """
 
-    def __init__(self, answers: Answers, frames: Frames, *, port: int = 0) -> None:
-        self._answers, self._frames = answers, frames
-        self._token = secrets.token_urlsafe(24)
-        self._answering = threading.Lock()
-        # One thread for all drawing: a graphics context belongs to the thread that made it.
-        self._drawing = ThreadPoolExecutor(1, "clips")
-        self._clips: OrderedDict[str, tuple[Sheet, Sheet] | str] = OrderedDict()
-        self._thread: threading.Thread | None = None
-        self._server = LabelHTTPServer(self, port)
-        self.closed = False
-        self.port = int(self._server.server_address[1])
-        self.url = f"http://{HOST}:{self.port}/"
+    key: str
+    left: Segment
+    right: Segment
 
-    def start(self) -> Self:
-        """Serves in a thread of its own and returns at once."""
-        self._thread = threading.Thread(target=self.serve_forever, daemon=True)
-        self._thread.start()
-        return self
 
-    def serve_forever(self) -> None:
-        """Serves until another thread calls :meth:`close`, or an interrupt."""
-        self._server.serve_forever(poll_interval=0.1)
+def make_question(one: Segment, other: Segment) -> Question:
+    """The question of a pair.
 
-    def close(self) -> None:
-        """Ends serving; no answer is lost, because each is on the disk when it is confirmed."""
-        self.closed = True  # for connections that are still open
-        if self._thread is not None:
-            self._server.shutdown()
-            self._thread.join()
-            self._thread = None
-        self._server.server_close()
-        self._drawing.shutdown(cancel_futures=True)
+    Which segment is on the left is decided by a digest of the two: the same at every start, and
+    telling nothing about which of them was called better before.
+    """
+    low, high = sorted((one, other))
+    digest = hashlib.sha256(json.dumps([low, high]).encode()).digest()
+    sides = (low, high) if digest[-1] % 2 == 0 else (high, low)
+    return Question(digest[:8].hex(), *sides)
 
-    def __enter__(self) -> Self:
-        return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+def questions_of(preferences: PreferenceSet) -> list[Question]:
+    """The pairs of a file as questions, ties included, each once."""
+    found = [make_question(p.chosen, p.rejected) for p in preferences.pairs(ties=True)]
+    return list({question.key: question for question in found}.values())
 
-    # ------------------------------------------------------------------ what the page asks
 
-    def page(self, nonce: str) -> bytes:
-        """The page, with its token and a nonce for its own script and style."""
-        text = (
-            resources.files("diffpolicy.rollout.labelling")
-            .joinpath("labelling.html")
-            .read_text("utf-8")
+def propose(store: EpisodeStore, *, count: int, length: int, seed: int = 0) -> list[Question]:
+    """Unlabelled pairs of a store.
+
+    Where several episodes have the same attribute ``seed`` only such are compared (they start
+    alike, so what differs is what was done), else any two episodes. Both segments of a pair begin
+    at the same step of their episodes in the first case, and anywhere in the second.
+
+    Args:
+        store: the episodes.
+        count: at most so many pairs.
+        length: steps of a segment; shorter where an episode is.
+        seed: of the draws.
+
+    Returns:
+        The questions, each once.
+
+    Raises:
+        ValueError: fewer than two episodes, or a number below 1.
+    """
+    check_range("[1, inf)", count=count, length=length)
+    if store.num_episodes < 2:
+        raise ValueError(f"{store.name} has {store.num_episodes} episodes; two can be compared")
+    rng = np.random.default_rng(seed)
+    lengths = store.episode_lengths
+    families: dict[Any, list[int]] = {}
+    for episode, attrs in enumerate(store.episode_attrs):
+        families.setdefault(attrs.get("seed"), []).append(episode)
+    alike = [members for key, members in families.items() if key is not None and len(members) > 1]
+    found: dict[str, Question] = {}
+    for _ in range(20 * count):  # draws that come twice are not counted
+        if len(found) == count:
+            break
+        if alike:
+            members = alike[int(rng.integers(len(alike)))]
+            pair = [members[i] for i in rng.choice(len(members), 2, replace=False)]
+            latest = max(int(min(lengths[pair])) - length, 0)
+            starts = [int(rng.integers(latest + 1))] * 2
+        else:
+            pair = rng.choice(store.num_episodes, 2, replace=False).tolist()
+            starts = [int(rng.integers(max(int(lengths[e]) - length, 0) + 1)) for e in pair]
+        one, other = (
+            (Span(e, start, min(length, int(lengths[e]) - start)),)
+            for e, start in zip(pair, starts, strict=True)
         )
-        return text.replace("__TOKEN__", self._token).replace("__NONCE__", nonce).encode()
+        question = make_question(one, other)
+        found.setdefault(question.key, question)
+    return list(found.values())
 
-    def state(self) -> dict[str, Any]:
-        """The next question and how many are answered."""
-        with self._answering:
-            waiting = self._answers.waiting()
-            return {
-                "question": waiting[0].key if waiting else None,
-                "total": len(self._answers.questions),
-                "answered": len(self._answers.answered),
-                "skipped": self._answers.skipped,
-                "undoable": self._answers.undoable,
-            }
 
-    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Keeps an answer and returns the next state."""
-        key, choice, seconds = (body.get(name) for name in ("question", "choice", "seconds"))
-        number = isinstance(seconds, int | float) and math.isfinite(seconds) and seconds >= 0
-        if not (isinstance(key, str) and isinstance(choice, str) and number):
-            raise RequestError(
-                HTTPStatus.BAD_REQUEST, "expected question (text), choice (text), seconds (>= 0)"
-            )
-        with self._answering:
+# ------------------------------------------------------------------------------------- the page
+
+
+def write_page(
+    folder: str | Path, questions: Sequence[Question], renderer: ClipRenderer, *, fps: int = 10
+) -> dict[str, str]:
+    """Write ``index.html``, the films, and the questions for :func:`read_answers`.
+
+    Args:
+        folder: there must be nothing yet.
+        questions: in the order they are asked.
+        renderer: draws the clips.
+        fps: steps shown per second.
+
+    Returns:
+        Why questions were left out, by their keys: their clips could not be drawn.
+
+    Raises:
+        FileExistsError: the folder exists.
+        ImportError: imageio or its ffmpeg is missing (with the pip command).
+        ValueError: there are no questions, or none can be shown.
+    """
+    target = Path(folder)
+    if target.exists():
+        raise FileExistsError(f"{target} exists, and is not replaced; choose another folder")
+    if not questions:
+        raise ValueError("there is nothing to ask: no pairs")
+    left_out: dict[str, str] = {}
+    with replaced_directory(target) as partial:
+        for question in questions:
             try:
-                self._answers.answer(key, choice, float(seconds))  # type: ignore[arg-type]
-            except KeyError:
-                raise RequestError(HTTPStatus.NOT_FOUND, f"no question {key!r}") from None
-            except ValueError as error:
-                raise RequestError(HTTPStatus.CONFLICT, str(error)) from None
-        return self.state()
+                film = pair_video(renderer, question.left, question.right, None)
+            except Exception as error:  # whatever a simulator may raise: the others are asked
+                left_out[question.key] = str(error) or type(error).__name__
+            else:
+                write_pair(partial / "clips" / f"{question.key}.mp4", film, fps=fps)
+        shown = [question for question in questions if question.key not in left_out]
+        if not shown:
+            raise ValueError(f"no pair can be shown: {next(iter(left_out.values()))}")
+        kept = PreferenceSet.create(partial / QUESTIONS, renderer.store, attrs={"made_by": "page"})
+        kept.extend(Pair(q.left, q.right, tie=True, source="question") for q in shown)
+        (partial / "index.html").write_text(_html([question.key for question in shown]), "utf-8")
+    return left_out
 
-    def undo(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Takes the last answer back and returns the state with its question."""
-        with self._answering:
-            try:
-                key = self._answers.undo()
-            except ValueError as error:
-                raise RequestError(HTTPStatus.CONFLICT, str(error)) from None
-        return {**self.state(), "question": key}
 
-    def clips(self, key: str) -> dict[str, Any]:
-        """Sizes and addresses of a question's clips."""
-        left, right = self._drawn(key)
-        self._draw_next(key)
-        return {
-            side: {
-                "url": f"/clips/{key}/{side}.png",
-                "frames": sheet.frames,
-                "columns": sheet.columns,
-                "width": sheet.width,
-                "height": sheet.height,
-            }
-            for side, sheet in (("left", left), ("right", right))
-        }
+def _page_id(keys: Sequence[str]) -> str:
+    return hashlib.sha256(" ".join(keys).encode()).hexdigest()[:16]
 
-    def picture(self, key: str, side: str) -> bytes:
-        """The PNG with all frames of a clip."""
-        return self._drawn(key)[side == "right"].png
 
-    # ------------------------------------------------------------------ drawing
+def _html(keys: Sequence[str]) -> str:
+    package = resources.files("diffpolicy.rollout.labelling")
+    text = package.joinpath("labelling.html").read_text("utf-8")
+    return text.replace("__PAGE__", json.dumps({"page": _page_id(keys), "questions": list(keys)}))
 
-    def _drawn(self, key: str) -> tuple[Sheet, Sheet]:
-        question = self._answers.questions.get(key)
-        if question is None:
-            raise RequestError(HTTPStatus.NOT_FOUND, f"no question {key!r}")
-        found = self._drawing.submit(self._kept, question).result()
-        if isinstance(found, str):
-            raise RequestError(HTTPStatus.UNPROCESSABLE_ENTITY, found)
-        return found
 
-    def _kept(self, question: Question) -> tuple[Sheet, Sheet] | str:
-        """The clips of a question, drawn unless they were drawn lately; or why they cannot be."""
-        if question.key not in self._clips:
-            self._clips[question.key] = self._draw(question)
-        self._clips.move_to_end(question.key)
-        while len(self._clips) > _KEPT_CLIPS:
-            self._clips.popitem(last=False)
-        return self._clips[question.key]
+# ---------------------------------------------------------------------------------- the answers
 
-    def _draw(self, question: Question) -> tuple[Sheet, Sheet] | str:
-        try:
-            left, right = (self._frames.frames(s) for s in (question.left, question.right))
-            return frame_sheet(left), frame_sheet(right)
-        except Exception as error:
-            # Whatever a simulator may raise: the page says it, and the person goes on.
-            return str(error) or type(error).__name__
 
-    def _draw_next(self, key: str) -> None:
-        """Draws the question after this one while the person looks at it."""
-        with self._answering:
-            later = [q for q in self._answers.waiting() if q.key != key][:1]
-        for question in later:
-            self._drawing.submit(self._kept, question)
+@dataclass(frozen=True)
+class Answer:
+    """A person's answer to a question.
 
-    # ------------------------------------------------------------------ who may ask
+    Attributes:
+        question: key of the question.
+        choice: ``"left"``, ``"right"`` or ``"tie"``.
+        seconds: that the question was looked at.
+        when: time of the answer (ISO 8601).
+    """
 
-    def check_host(self, host: str | None) -> None:
-        """Refuses names that lead here: a site could point its own name at this machine."""
-        if host not in (f"{HOST}:{self.port}", f"localhost:{self.port}"):
-            raise RequestError(HTTPStatus.FORBIDDEN, f"open {self.url}")
+    question: str
+    choice: str
+    seconds: float
+    when: str
 
-    def check_writer(self, host: str | None, origin: str | None, token: str | None) -> None:
-        """Refuses answers that do not come from the page."""
-        if origin is not None and origin != f"http://{host}":
-            raise RequestError(HTTPStatus.FORBIDDEN, "answers come from the page alone")
-        if token is None or not secrets.compare_digest(token.encode(), self._token.encode()):
-            raise RequestError(
-                HTTPStatus.FORBIDDEN, "the page is of an earlier start of the server; reload it"
-            )
+    def __post_init__(self) -> None:
+        check_choice("choice", self.choice, CHOICES)
+        check_range("[0, inf)", seconds=self.seconds)
+        datetime.datetime.fromisoformat(self.when)
+
+
+@dataclass(frozen=True)
+class _AnswerFile:
+    """What the page gives to download."""
+
+    format: str
+    page: str
+    answers: list[Any]
+
+
+def read_answers(folder: str | Path, file: str | Path) -> tuple[EpisodeStore, list[Pair]]:
+    """The answers that a page gave, checked, as pairs of ``source="human"``.
+
+    Their ``info`` holds ``question`` (its key), ``shown`` (where the chosen one was), ``seconds``
+    and ``when``.
+
+    Args:
+        folder: that :func:`write_page` made.
+        file: that the page gave to download.
+
+    Raises:
+        FileNotFoundError: there is no such page, file or store.
+        ValueError: no file of answers, or one of another page; or an answer that is damaged, to an
+            unknown question, or given twice.
+    """
+    asked = PreferenceSet.open(Path(folder) / QUESTIONS)
+    questions = {question.key: question for question in questions_of(asked)}
+    path = Path(file)
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from None
+    if not isinstance(values, Mapping) or values.get("format") != "diffpolicy-answers":
+        raise ValueError(f"{path} does not hold the answers that a page gives to download")
+    found = from_values(_AnswerFile, values, f"{path}: ")
+    if found.page != _page_id(list(questions)):
+        raise ValueError(f"{path} answers the questions of another page than the one in {folder}")
+    pairs: dict[str, Pair] = {}
+    for i, entry in enumerate(found.answers):
+        where = f"{path}: answers[{i}]"
+        answer = _answer(entry, where)
+        if answer.question not in questions:
+            raise ValueError(f"{where}: the page has no question {answer.question!r}")
+        if answer.question in pairs:
+            raise ValueError(f"{where}: question {answer.question!r} is answered twice")
+        pairs[answer.question] = _pair(questions[answer.question], answer)
+    return asked.store, list(pairs.values())
+
+
+def _answer(entry: Any, where: str) -> Answer:
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{where} must be an object, got {entry!r}")
+    try:
+        return from_values(Answer, entry, f"{where}.")
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _pair(question: Question, answer: Answer) -> Pair:
+    chosen, rejected = question.left, question.right
+    if answer.choice == "right":
+        chosen, rejected = rejected, chosen
+    info = {"question": question.key, "seconds": answer.seconds, "when": answer.when}
+    tie = answer.choice == "tie"
+    shown = {} if tie else {"shown": answer.choice}
+    return Pair(chosen, rejected, tie, source="human", info={**info, **shown})

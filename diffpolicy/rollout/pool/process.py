@@ -55,7 +55,7 @@ class Progress:
         self._memory = mmap.mmap(file, self.SIZE)
 
     def at(self, place: int) -> None:
-        """Notes that the row at ``place`` of the command is worked on from now on."""
+        """Note that the row at ``place`` of the command is worked on from now on."""
         self._LAYOUT.pack_into(self._memory, 0, place, time.monotonic())
 
     def read(self) -> tuple[int, float]:
@@ -139,18 +139,13 @@ class WorkerProcess:
         return self.pending[place if since >= self._asked else 0]
 
     def order(
-        self,
-        command: Mapping[str, Any],
-        arrays: Mapping[str, np.ndarray],
-        *,
-        rows: Sequence[int],
-        timeout: float,
+        self, name: str, values: Mapping[str, Any], *, rows: Sequence[int], timeout: float
     ) -> None:
-        """Sends a command for some rows; one reply for all of them is due.
+        """Send a command for some rows; one reply for all of them is due.
 
         Args:
-            command: what is to be done.
-            arrays: that go with it.
+            name: what is to be done.
+            values: arguments, a list or an array of one per row each.
             rows: in which.
             timeout: seconds that one row may take.
 
@@ -159,14 +154,18 @@ class WorkerProcess:
         """
         self.pending = tuple(rows)
         if self.greeted:
-            self._asked = self._patient_from = time.monotonic()
-            self._limit = timeout
+            self._begin(timeout)
+        arrays = {key: value for key, value in values.items() if isinstance(value, np.ndarray)}
+        plain = {key: value for key, value in values.items() if key not in arrays}
         self.sock.settimeout(timeout)
-        wire.send(self.sock, {**command, "rows": list(rows)}, arrays)
+        wire.send(self.sock, {"do": name, "rows": list(rows), "values": plain}, arrays)
 
     def greet(self, timeout: float) -> None:
-        """Notes that it has started; a command that waited for that begins now."""
+        """Note that it has started; a command that waited for that begins now."""
         self.greeted = True
+        self._begin(timeout)
+
+    def _begin(self, timeout: float) -> None:
         self._asked = self._patient_from = time.monotonic()
         self._limit = timeout
 
@@ -175,7 +174,7 @@ class WorkerProcess:
         self._patient_from, self._limit = time.monotonic(), min(timeout, self._limit)
 
     def end(self, grace: float = 0.0) -> str:
-        """Ends the process and all that it started; says how it ended. Harmless when repeated.
+        """End the process and all that it started, and say how it ended. Harmless when repeated.
 
         Args:
             grace: seconds to leave for ending by itself before it is killed.
@@ -193,18 +192,17 @@ class WorkerProcess:
         code = self.proc.returncode
         if not ended_itself:
             self._how = "was killed by the pool"
-        elif code is not None and code < 0:
-            self._how = f"was killed by signal {_signal_name(-code)}"
+        elif code < 0:
+            self._how = f"was killed by signal {signal.Signals(-code).name} ({-code})"
         else:
             self._how = f"ended with exit code {code}"
         return self._how
 
     def _wait(self, timeout: float) -> bool:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.proc.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+            return True
+        return False
 
 
 def _shared_memory() -> IO[bytes]:
@@ -215,13 +213,6 @@ def _shared_memory() -> IO[bytes]:
         file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - whoever asks closes it
     file.write(bytes(Progress.SIZE))
     return file
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return f"{signal.Signals(number).name} ({number})"
-    except ValueError:
-        return str(number)
 
 
 def _headless() -> dict[str, str]:

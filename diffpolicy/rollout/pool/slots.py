@@ -7,28 +7,41 @@ never load torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from diffpolicy.rollout.env_spec import EnvSpec
-from diffpolicy.rollout.pool.values import as_flag, as_observation, as_reward, as_success, to_native
-from diffpolicy.rollout.pool.wire import Message
+from diffpolicy.data.observation import Obs, ObsFields
+from diffpolicy.rollout.env_spec import EnvSpec, obs_fields
+from diffpolicy.rollout.pool.values import (
+    as_flag,
+    as_observation,
+    as_reward,
+    as_success,
+    from_columns,
+    to_columns,
+    to_native,
+)
 
-_EXPERT_STREAM, _NOISE_STREAM = (
-    1,
-    2,
-)  # second words of the seeds of a demonstration's two generators
+# Second words of the seeds of an expert's two generators.
+_EXPERT_STREAM, _NOISE_STREAM = 1, 2
+
+Drawn = bool | Literal["end"]
+"""Whether a picture is wanted; ``"end"``: only if the step ends the episode."""
+
+Values = Sequence[Any] | np.ndarray
+"""An argument of a command, for every row one."""
 
 
 class Outcome(NamedTuple):
     """What came of a reset or a step of one environment.
 
     Attributes:
-        obs: ``[O]`` float32.
+        obs: ``[O]`` float32, or as the environment's fields say.
         reward: 0 for a reset.
         terminated: Gymnasium's.
         truncated: Gymnasium's.
@@ -36,39 +49,65 @@ class Outcome(NamedTuple):
             neither.
         frame: ``[height, width, 3]`` uint8 if one was asked for and could be drawn.
         note: why no frame could be drawn, else empty.
+        action: the clean action ``[A]`` float32 of a step of the environment's expert, which chose
+            it; None for other steps.
     """
 
-    obs: np.ndarray
+    obs: Obs
     reward: float
     terminated: bool
     truncated: bool
     success: bool | None
     frame: np.ndarray | None = None
     note: str = ""
+    action: np.ndarray | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the episode is over."""
+        return self.terminated or self.truncated
+
+    def to_flat(self) -> dict[str, Any]:
+        """The outcome as values and arrays by name, for a message."""
+        own = self._asdict()
+        del own["obs"]
+        return {**own, **to_columns(self.obs)}
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> Outcome:
+        """The outcome that :meth:`to_flat` made values of."""
+        own = {name: flat[name] for name in cls._fields if name in flat}
+        return cls(**{**own, "obs": from_columns(flat)})
 
 
-class Demonstration(NamedTuple):
-    """One whole episode of the environment's scripted expert.
+@dataclass
+class _Expert:
+    """The environment's scripted expert, for one episode."""
 
-    Attributes:
-        seed: of the environment's reset.
-        obs: ``[T, O]`` float32, what was seen before each action.
-        action: ``[T, A]`` float32, the expert's clean action (what was executed may be noisier).
-        reward: ``[T]`` float32.
-        terminated: ``[T]`` bool.
-        truncated: ``[T]`` bool.
-        success: at any step; None if the environment never says.
-        final_success: at the last step; None if the environment never says.
-    """
+    action: Any
+    mask: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    rng: np.random.Generator
+    noise: np.random.Generator
 
-    seed: int
-    obs: np.ndarray
-    action: np.ndarray
-    reward: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    success: bool | None
-    final_success: bool | None
+    @classmethod
+    def of(cls, env: gym.Env[Any, Any], seed: int) -> _Expert:
+        mask = np.ones(())
+        if env.has_wrapper_attr("expert_noise_mask"):
+            mask = np.asarray(env.get_wrapper_attr("expert_noise_mask"), np.float64)
+        space = _box(env)
+        rngs = (np.random.default_rng([seed, word]) for word in (_EXPERT_STREAM, _NOISE_STREAM))
+        bounds = space.low.astype(np.float64), space.high.astype(np.float64)
+        return cls(env.get_wrapper_attr("expert_action"), mask, *bounds, *rngs)
+
+    def choose(self, noise: float) -> tuple[np.ndarray, np.ndarray]:
+        """The clean action and the one to execute: ``clip(clean + N(0, noise^2))``."""
+        clean = np.clip(np.asarray(self.action(self.rng), np.float64), self.low, self.high)
+        if not np.isfinite(clean).all():
+            raise ValueError(f"the expert's action {clean} is not finite")
+        noisy = clean + noise * self.mask * self.noise.standard_normal(clean.shape)
+        return clean, np.clip(noisy, self.low, self.high)
 
 
 class EnvSlot:
@@ -85,8 +124,11 @@ class EnvSlot:
         self._render = frame_side > 0
         self._side = frame_side
         self._env: gym.Env[Any, Any] | None = None
+        self._fields: ObsFields = {}
         self._note = ""
         self._done = True
+        self._seed = 0
+        self._expert: _Expert | None = None
 
     @property
     def env(self) -> gym.Env[Any, Any]:
@@ -104,95 +146,54 @@ class EnvSlot:
         return self._env
 
     def make(self) -> None:
-        """Makes the environment now, if there is none yet."""
+        """Make the environment now, if there is none yet."""
         _ = self.env
 
-    def reset(self, seed: int, frame: bool = False) -> Outcome:
-        """Begins the episode of ``seed``."""
+    def reset(self, seed: int, frame: Drawn = False) -> Outcome:
+        """Begin the episode of ``seed``."""
         obs, info = self.env.reset(seed=seed)
-        self._done = False
-        picture, note = self._frame(frame)
-        return Outcome(self._checked(obs), 0.0, False, False, as_success(info), picture, note)
+        self._fields = obs_fields(self.env.observation_space)
+        self._done, self._seed, self._expert = False, seed, None
+        picture, note = self.render() if frame is True else (None, "")
+        seen = as_observation(obs, self._fields)
+        return Outcome(seen, 0.0, False, False, as_success(info), picture, note)
 
-    def step(self, action: np.ndarray, frame: bool = False) -> Outcome:
-        """Takes ``action [A]``; there is no automatic reset.
+    def step(self, action: np.ndarray, frame: Drawn = False) -> Outcome:
+        """Take ``action [A]``; there is no automatic reset.
 
         Raises:
             RuntimeError: the episode has ended, or none was begun.
         """
         if self._done:
             raise RuntimeError("step() after the end of an episode; call reset() first")
-        space = self.env.action_space
-        assert isinstance(space, spaces.Box)
-        obs, reward, terminated, truncated, info = self.env.step(to_native(action, space))
+        native = to_native(action, _box(self.env))
+        obs, reward, terminated, truncated, info = self.env.step(native)
         ended = as_flag(terminated, "terminated"), as_flag(truncated, "truncated")
         self._done = any(ended)
         value = as_reward(reward)
-        picture, note = self._frame(frame)
-        return Outcome(self._checked(obs), value, *ended, as_success(info), picture, note)
+        wanted = self._done if frame == "end" else frame
+        picture, note = self.render() if wanted else (None, "")
+        seen = as_observation(obs, self._fields)
+        return Outcome(seen, value, *ended, as_success(info), picture, note)
 
-    def render(self) -> tuple[np.ndarray | None, str]:
-        """A picture ``[height, width, 3]`` uint8, or None and why not."""
-        return self._frame(True)
+    def expert_step(self, noise: float, frame: Drawn = False) -> Outcome:
+        """Take the action of the environment's scripted expert, made noisier.
 
-    def expert(self, seed: int, noise: float, beat: Callable[[], None]) -> Demonstration:
-        """Runs the environment's scripted expert for the whole episode of ``seed``.
-
-        The clean action is stored; executed is ``clip(clean + N(0, noise^2))``, which shows the
+        The clean action is told; executed is ``clip(clean + N(0, noise^2))``, which shows the
         expert how to recover.
 
         Args:
-            seed: of the reset, and of the generators of the expert and of the noise.
             noise: standard deviation, on the dimensions of the environment's ``expert_noise_mask``
                 (default: all).
-            beat: called after every step, to show that the worker is alive.
+            frame: as for :meth:`step`.
         """
-        env = self.env
-        expert_action = env.get_wrapper_attr("expert_action")
-        mask = np.ones(())
-        if env.has_wrapper_attr("expert_noise_mask"):
-            mask = np.asarray(env.get_wrapper_attr("expert_noise_mask"), np.float64)
-        rng = np.random.default_rng([seed, _EXPERT_STREAM])
-        noise_rng = np.random.default_rng([seed, _NOISE_STREAM])
-        low, high = _bounds(env)
-        outcome = self.reset(seed)
-        seen: list[np.ndarray] = []
-        taken: list[np.ndarray] = []
-        outcomes: list[Outcome] = []
-        while not self._done:
-            clean = np.clip(np.asarray(expert_action(rng), np.float64), low, high)
-            if not np.isfinite(clean).all():
-                raise ValueError(f"the expert's action {clean} at step {len(taken)} is not finite")
-            executed = np.clip(
-                clean + noise * mask * noise_rng.standard_normal(clean.shape), low, high
-            )
-            seen.append(outcome.obs)
-            taken.append(clean.astype(np.float32))
-            outcome = self.step(executed)
-            outcomes.append(outcome)
-            beat()
-        says = [one.success for one in outcomes if one.success is not None]
-        return Demonstration(
-            seed=seed,
-            obs=np.stack(seen),
-            action=np.stack(taken),
-            reward=np.array([one.reward for one in outcomes], np.float32),
-            terminated=np.array([one.terminated for one in outcomes]),
-            truncated=np.array([one.truncated for one in outcomes]),
-            success=any(says) if says else None,
-            final_success=outcomes[-1].success,
-        )
+        if self._expert is None:
+            self._expert = _Expert.of(self.env, self._seed)
+        clean, executed = self._expert.choose(noise)
+        return self.step(executed, frame)._replace(action=clean.astype(np.float32))
 
-    def close(self) -> None:
-        """Closes the environment; the next use makes it anew."""
-        env, self._env = self._env, None
-        self._done = True
-        if env is not None:
-            env.close()
-
-    def _frame(self, wanted: bool) -> tuple[np.ndarray | None, str]:
-        if not wanted:
-            return None, ""
+    def render(self) -> tuple[np.ndarray | None, str]:
+        """A picture ``[height, width, 3]`` uint8, or None and why not."""
         if self._render:
             try:
                 return _shrink(np.asarray(self.env.render(), np.uint8), self._side), ""
@@ -201,10 +202,17 @@ class EnvSlot:
                 self._render = False
         return None, self._note or "the pool was made without frames"
 
-    def _checked(self, obs: Any) -> np.ndarray:
-        shape = self.env.observation_space.shape
-        assert shape is not None
-        return as_observation(obs, shape)
+    def close(self) -> None:
+        """Close the environment; the next use makes it anew."""
+        env, self._env = self._env, None
+        self._done = True
+        if env is not None:
+            env.close()
+
+
+def _box(env: gym.Env[Any, Any]) -> spaces.Box:
+    assert isinstance(env.action_space, spaces.Box)
+    return env.action_space
 
 
 def _shrink(frame: np.ndarray, side: int) -> np.ndarray:
@@ -220,36 +228,24 @@ def _shrink(frame: np.ndarray, side: int) -> np.ndarray:
     return small
 
 
-def _bounds(env: gym.Env[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
-    assert isinstance(env.action_space, spaces.Box)
-    return env.action_space.low.astype(np.float64), env.action_space.high.astype(np.float64)
-
-
 def run_command(
-    slot: EnvSlot,
-    command: dict[str, Any],
-    arrays: dict[str, np.ndarray],
-    index: int,
-    beat: Callable[[], None],
-) -> Message:
-    """Carries one command out for one row; the reply as a message."""
-    name = command["do"]
+    slot: EnvSlot, name: str, values: Mapping[str, Values], place: int
+) -> Outcome | None:
+    """Carry one command out for one row.
+
+    Args:
+        slot: of the row.
+        name: ``"make"``, ``"reset"``, ``"step"`` or ``"expert"``.
+        values: arguments of all rows of the command, by name.
+        place: of the row among them.
+    """
     if name == "make":
         slot.make()
-        return {}, {}
-    if name == "reset":
-        return _packed(slot.reset(command["seeds"][index], command["frames"][index]))
-    if name == "step":
-        return _packed(slot.step(arrays["actions"][index], command["frames"][index]))
-    if name == "render":
-        frame, note = slot.render()
-        return {"note": note}, {} if frame is None else {"frame": frame}
-    if name == "expert":
-        return _packed(slot.expert(command["seeds"][index], command["noise"], beat))
-    raise ValueError(f"unknown command {name!r}")
-
-
-def _packed(result: Outcome | Demonstration) -> Message:
-    items: dict[str, Any] = result._asdict()
-    arrays = {name: value for name, value in items.items() if isinstance(value, np.ndarray)}
-    return {k: v for k, v in items.items() if k not in arrays}, arrays
+        return None
+    own = {key: value[place] for key, value in values.items()}
+    acts: dict[str, Callable[..., Outcome]] = {
+        "reset": slot.reset,
+        "step": slot.step,
+        "expert": slot.expert_step,
+    }
+    return acts[name](**own)

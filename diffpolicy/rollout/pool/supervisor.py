@@ -13,11 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from diffpolicy.data.observation import ObsField
 from diffpolicy.rollout.env_spec import EnvInfo, EnvSpec, EnvSpecError
 from diffpolicy.rollout.pool import wire
 from diffpolicy.rollout.pool.process import WorkerProcess
-from diffpolicy.rollout.pool.wire import Message
-from diffpolicy.settings import named_settings
+from diffpolicy.rollout.pool.slots import Outcome
+from diffpolicy.rollout.pool.values import from_columns
+from diffpolicy.settings import check_range, named_settings
 
 _MAX_FAILED_STARTS = 3
 _GLANCE_S = 0.5  # how often a silent process is looked after
@@ -53,6 +55,10 @@ class Failure(NamedTuple):
         return self.kind in ("lost", "gone")
 
 
+Result = Outcome | Failure | None
+"""What a row answers; None: nothing but that it is done."""
+
+
 @named_settings
 @dataclass(frozen=True)
 class Workers:
@@ -79,20 +85,13 @@ class Workers:
     retries: int = 1
 
     def __post_init__(self) -> None:
-        if self.num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {self.num_envs}")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers must be None, 0 or more, got {self.num_workers}")
-        if not (self.timeout > 0 and self.start_timeout > 0):
-            raise ValueError(f"timeouts must be positive, got {self.timeout}, {self.start_timeout}")
-        if self.retries < 0:
-            raise ValueError(f"retries must be 0 or more, got {self.retries}")
+        check_range("[1, inf)", num_envs=self.num_envs)
+        check_range("[0, inf)", num_workers=self.num_workers, retries=self.retries)
+        check_range("(0, inf)", timeout=self.timeout, start_timeout=self.start_timeout)
 
     def count(self, num_envs: int) -> int:
         """The number of processes for ``num_envs`` environments."""
-        if self.num_workers is None:
-            return min(num_envs, _cores())
-        return min(num_envs, self.num_workers)
+        return min(num_envs, _cores() if self.num_workers is None else self.num_workers)
 
 
 def _cores() -> int:
@@ -145,20 +144,14 @@ class Supervisor:
             self.close()
             raise
 
-    def send(
-        self,
-        process: WorkerProcess,
-        command: Mapping[str, Any],
-        arrays: Mapping[str, np.ndarray],
-        rows: Sequence[int],
-    ) -> None:
-        """Sends a command for some rows of a process."""
+    def send(self, index: int, name: str, values: Mapping[str, Any], rows: Sequence[int]) -> None:
+        """Send a command for some rows of a process, see :meth:`WorkerProcess.order`."""
         # A process that is gone is noticed when its answer is read, which also tells how it ended.
         with contextlib.suppress(OSError):
-            process.order(command, arrays, rows=rows, timeout=self._workers.timeout)
+            self.processes[index].order(name, values, rows=rows, timeout=self._workers.timeout)
 
     def spread(self, count: int) -> None:
-        """Deals the rows to ``count`` processes; those that are not there yet are started."""
+        """Deal the rows to ``count`` processes; those that are not there yet are started."""
         # Neighbouring rows go to different processes, so the last episodes are spread evenly too.
         for index in range(count):
             rows = range(index, self._workers.num_envs, count)
@@ -171,7 +164,7 @@ class Supervisor:
             self.events()
 
     def hurry(self, timeout: float) -> None:
-        """Makes the answers that are due now due within ``timeout`` seconds, if they were not."""
+        """Make the answers that are due now due within ``timeout`` seconds, if they were not."""
         for process in self.processes:
             if process.greeted:
                 process.hurry(timeout)
@@ -180,13 +173,13 @@ class Supervisor:
         """Whether an answer is due."""
         return any(process.pending for process in self.processes)
 
-    def events(self) -> list[tuple[int, Message | Failure]]:
-        """Waits for the next answers or failures: ``(row, what came)``, maybe none."""
+    def events(self) -> list[tuple[int, Result]]:
+        """Wait for the next answers or failures: ``(row, what came)``, maybe none."""
         awaited = [process for process in self.processes if process.awaited]
         due = min((process.deadline for process in awaited), default=0.0)
         patience = min(max(due - time.monotonic(), 0.0), _GLANCE_S)
         ready = [key.data for key, _ in self._selector.select(patience)]
-        happened: list[tuple[int, Message | Failure]] = []
+        happened: list[tuple[int, Result]] = []
         for process in ready:
             happened += self._read(process)
         now = time.monotonic()
@@ -202,12 +195,12 @@ class Supervisor:
         return happened
 
     def abandon(self) -> None:
-        """Replaces the processes that are at work, because nobody waits for their answers."""
+        """Replace the processes that are at work, because nobody waits for their answers."""
         for process in [process for process in self.processes if process.pending]:
             self._fail(process, "timed out", "was not waited for")
 
     def close(self) -> None:
-        """Ends all processes; harmless when called twice."""
+        """End all processes; harmless when called twice."""
         for process in self.processes:
             with contextlib.suppress(OSError):
                 wire.send(process.sock, {"do": "close"}, {})
@@ -225,7 +218,7 @@ class Supervisor:
         self._selector.register(process.sock, selectors.EVENT_READ, process)
         return process
 
-    def _read(self, process: WorkerProcess) -> list[tuple[int, Message | Failure]]:
+    def _read(self, process: WorkerProcess) -> list[tuple[int, Result]]:
         try:
             values, arrays = wire.receive(process.sock, self._workers.timeout)
         except TimeoutError:
@@ -235,18 +228,15 @@ class Supervisor:
         if not process.greeted:
             return self._greet(process, values, arrays)
         rows, process.pending = process.pending, ()
-        answers: list[tuple[int, Message | Failure]] = []
-        for row, (own, parts) in zip(rows, wire.split(values, arrays), strict=True):
-            if "error" in own:
-                self.live.discard(row)
-                answers.append((row, Failure("raised", own["error"])))
-            else:
-                answers.append((row, (own, parts)))
-        return answers
+        answers = [_result(flat) for flat in wire.unpack_rows((values, arrays))]
+        self.live -= {
+            row for row, result in zip(rows, answers, strict=True) if isinstance(result, Failure)
+        }
+        return list(zip(rows, answers, strict=True))
 
     def _greet(
         self, process: WorkerProcess, values: dict[str, Any], arrays: dict[str, np.ndarray]
-    ) -> list[tuple[int, Message | Failure]]:
+    ) -> list[tuple[int, Result]]:
         index = self.owner[process.rows[0]]
         if "fatal" in values:
             if not self._started:
@@ -256,22 +246,15 @@ class Supervisor:
         process.greet(self._workers.timeout)
         self._started = True
         self._failed_starts[index] = 0
-        self.info = EnvInfo(
-            spec=self._spec,
-            obs_dim=values["obs_dim"],
-            action_dim=len(arrays["action_low"]),
-            action_low=arrays["action_low"],
-            action_high=arrays["action_high"],
-            max_episode_steps=values["max_episode_steps"],
-            has_expert=values["has_expert"],
-            versions=values["versions"],
-        )
+        fields = {name: ObsField(**field) for name, field in values["obs"].items()}
+        own = {"spec": self._spec, "obs": from_columns(fields)}
+        self.info = EnvInfo(**{**values, **arrays, **own})
         return []
 
     def _fail(
         self, process: WorkerProcess, kind: Literal["raised", "timed out", "died"], text: str
-    ) -> list[tuple[int, Message | Failure]]:
-        """Gives a process up, puts a new one in its place, and says what it means for the rows."""
+    ) -> list[tuple[int, Result]]:
+        """Give a process up, put a new one in its place, and say what it means for the rows."""
         index = self.owner[process.rows[0]]
         # A process that has not started was not at work on any row, so none is to blame.
         culprit = process.culprit
@@ -291,6 +274,12 @@ class Supervisor:
             why = f"{text} {'between two commands' if process.greeted else 'while it started'}"
         lost = Failure("lost", why)
         return [(row, Failure(kind, text) if row == culprit else lost) for row in process.rows]
+
+
+def _result(flat: Mapping[str, Any]) -> Result:
+    if "error" in flat:
+        return Failure("raised", flat["error"])
+    return Outcome.from_flat(flat) if flat else None
 
 
 def _end_all(processes: list[WorkerProcess], selector: selectors.BaseSelector) -> None:

@@ -8,10 +8,13 @@ came.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+
+from diffpolicy.data.observation import Obs, ObsField, ObsFields, store_field
 
 _SUCCESS_KEYS = ("is_success", "success")
 
@@ -65,27 +68,59 @@ def as_flag(value: Any, name: str) -> bool:
     return bool(number)
 
 
-def as_observation(value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """An observation ``[O]`` float32 of its own memory; axes of length one do not matter.
+def as_observation(value: Any, fields: ObsFields) -> Obs:
+    """An observation in memory of its own, each array in the type that its field says.
+
+    Axes of length one do not matter.
 
     Raises:
-        ValueError: another shape, or numbers that are not finite.
+        ValueError: an entry is missing or has another shape, or numbers are not finite.
     """
+    if isinstance(fields, ObsField):
+        return _as_array(value, fields, "an observation")
+    if not isinstance(value, Mapping) or not fields.keys() <= value.keys():
+        got = sorted(value) if isinstance(value, Mapping) else type(value).__name__
+        raise ValueError(f"the environment returned {got}, not observations {sorted(fields)}")
+    return {
+        name: _as_array(value[name], field, f"an observation {name!r}")
+        for name, field in fields.items()
+    }
+
+
+def to_columns(obs: Any) -> dict[str, Any]:
+    """What an observation is made of, under the names that its fields have in stores.
+
+    The observation may be of arrays or of their fields.
+    """
+    if isinstance(obs, Mapping):
+        return {store_field(name): part for name, part in obs.items()}
+    return {"obs": obs}
+
+
+def from_columns(columns: Mapping[str, Any]) -> Any:
+    """The observation among some columns, see :func:`to_columns`; other columns are left out."""
+    if "obs" in columns:
+        return columns["obs"]
+    start = store_field("-")[:-1]
+    return {n.removeprefix(start): part for n, part in columns.items() if n.startswith(start)}
+
+
+def _as_array(value: Any, field: ObsField, what: str) -> np.ndarray:
     try:
-        array = np.array(value, np.float32)  # some environments go on writing to their own buffer
+        array = np.array(value, field.dtype)  # some environments go on writing to their own buffer
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"the environment returned an observation that is no array of numbers: {error}"
+            f"the environment returned {what} that is no array of numbers: {error}"
         ) from None
-    if array.shape != shape:
-        if array.squeeze().shape != tuple(n for n in shape if n != 1):
+    if array.shape != field.shape:
+        if array.squeeze().shape != tuple(n for n in field.shape if n != 1):
             raise ValueError(
-                f"the environment returned an observation of shape {array.shape}, not {shape}"
+                f"the environment returned {what} of shape {array.shape}, not {field.shape}"
             )
-        array = array.reshape(shape)
-    if not np.isfinite(array).all():
+        array = array.reshape(field.shape)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = np.flatnonzero(~np.isfinite(array)).tolist()
-        raise ValueError(f"the environment returned an observation that is not finite at {bad}")
+        raise ValueError(f"the environment returned {what} that is not finite at {bad}")
     return array
 
 

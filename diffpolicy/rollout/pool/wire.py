@@ -18,26 +18,24 @@ import numpy as np
 
 _LENGTHS = struct.Struct(">IQ")
 Message = tuple[dict[str, Any], dict[str, np.ndarray]]  # values and arrays
-_DTYPES = frozenset({"bool", "uint8", "int32", "int64", "float32", "float64"})
 
 
 def send(sock: socket.socket, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Sends one message.
+    """Send one message.
 
     Args:
         sock: a connected stream socket.
         values: JSON values.
-        arrays: bool, uint8, int32, int64, float32 or float64 arrays.
+        arrays: of numbers or truth values.
 
     Raises:
         TypeError: an array of another type.
         OSError: the peer is gone.
     """
-    parts = []
-    layout = []
+    parts, layout = [], []
     for name, array in arrays.items():
-        if array.dtype.name not in _DTYPES:
-            raise TypeError(f"array {name!r} has dtype {array.dtype}, expected {sorted(_DTYPES)}")
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"array {name!r} has dtype {array.dtype}, expected plain numbers")
         layout.append([name, array.dtype.name, list(array.shape)])
         parts.append(np.ascontiguousarray(array).tobytes())
     header = json.dumps([dict(values), layout]).encode()
@@ -45,10 +43,8 @@ def send(sock: socket.socket, values: Mapping[str, Any], arrays: Mapping[str, np
     sock.sendall(_LENGTHS.pack(len(header), len(payload)) + header + payload)
 
 
-def receive(
-    sock: socket.socket, timeout: float | None = None
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Receives one whole message.
+def receive(sock: socket.socket, timeout: float | None = None) -> Message:
+    """Receive one whole message.
 
     Args:
         sock: a connected stream socket.
@@ -68,37 +64,53 @@ def receive(
     arrays = {}
     offset = 0
     for name, dtype, shape in layout:
-        if dtype not in _DTYPES:
-            raise TypeError(f"array {name!r} has dtype {dtype}, expected {sorted(_DTYPES)}")
         array = np.frombuffer(payload, np.dtype(dtype), count=math.prod(shape), offset=offset)
         offset += array.nbytes
         arrays[name] = array.reshape(shape)
     return values, arrays
 
 
-def send_all(sock: socket.socket, messages: Sequence[Message]) -> None:
-    """Sends some messages as one, see :func:`send`; :func:`split` undoes it."""
-    arrays = {f"{i} {name}": a for i, (_, own) in enumerate(messages) for name, a in own.items()}
-    send(sock, {"all": [values for values, _ in messages]}, arrays)
+def pack_rows(rows: Sequence[Mapping[str, Any]]) -> Message:
+    """Values and arrays by name, of several rows, as one message; :func:`unpack_rows` undoes it.
+
+    A message of columns is much smaller to describe than one of rows: alike arrays of all rows
+    travel as one stack.
+    """
+    columns: dict[str, tuple[list[int], list[Any]]] = {}
+    stacks: dict[tuple[Any, ...], tuple[list[int], list[np.ndarray]]] = {}
+    for place, row in enumerate(rows):
+        for name, value in row.items():
+            if isinstance(value, np.ndarray):
+                places, arrays = stacks.setdefault((name, value.shape, value.dtype), ([], []))
+                places.append(place)
+                arrays.append(value)
+            else:
+                places, values = columns.setdefault(name, ([], []))
+                places.append(place)
+                values.append(value)
+    layout = [[name, places] for (name, *_), (places, _) in stacks.items()]
+    stacked = {str(i): np.stack(arrays) for i, (_, arrays) in enumerate(stacks.values())}
+    return {"count": len(rows), "columns": columns, "stacks": layout}, stacked
 
 
-def split(values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[Message]:
-    """The messages that :func:`send_all` sent as one."""
-    messages: list[Message] = [(own, {}) for own in values["all"]]
-    for key, array in arrays.items():
-        index, name = key.split(" ", 1)
-        messages[int(index)][1][name] = array
-    return messages
+def unpack_rows(message: Message) -> list[dict[str, Any]]:
+    """The rows that :func:`pack_rows` made a message of."""
+    header, arrays = message
+    rows: list[dict[str, Any]] = [{} for _ in range(header["count"])]
+    for name, (places, values) in header["columns"].items():
+        for place, value in zip(places, values, strict=True):
+            rows[place][name] = value
+    for i, (name, places) in enumerate(header["stacks"]):
+        for place, array in zip(places, arrays[str(i)], strict=True):
+            rows[place][name] = array
+    return rows
 
 
 def _receive_exactly(sock: socket.socket, count: int, deadline: float | None) -> bytearray:
     data = bytearray(count)
     view = memoryview(data)
     while view:
-        if deadline is not None:
-            sock.settimeout(max(deadline - time.monotonic(), 1e-3))
-        else:
-            sock.settimeout(None)
+        sock.settimeout(None if deadline is None else max(deadline - time.monotonic(), 1e-3))
         got = sock.recv_into(view)
         if got == 0:
             raise EOFError("the peer closed the connection")

@@ -5,16 +5,17 @@ Only gymnasium and numpy are imported: a worker has to start fast and small.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import threading
 import traceback
+from dataclasses import asdict
 from typing import Any, NoReturn
 
-import numpy as np
-
+from diffpolicy.data.observation import by_store_field
 from diffpolicy.rollout.env_spec import EnvSpec, inspect_env
 from diffpolicy.rollout.pool import wire
 from diffpolicy.rollout.pool.process import Progress
@@ -39,8 +40,9 @@ def run_worker(sock: socket.socket, progress: Progress) -> bool:
             replies = []
             for place, row in enumerate(command["rows"]):
                 progress.at(place)
-                replies.append(_answer(slots[row], command, arrays, place, progress))
-            wire.send_all(sock, replies)
+                values = {**command["values"], **arrays}
+                replies.append(_answer(slots[row], command["do"], values, place))
+            wire.send(sock, *wire.pack_rows(replies))
     except (EOFError, OSError):
         return False  # the pool is gone, and so is the reason to live
     finally:
@@ -49,46 +51,28 @@ def run_worker(sock: socket.socket, progress: Progress) -> bool:
 
 
 def _send_hello(sock: socket.socket, spec: EnvSpec, slot: EnvSlot) -> None:
-    values: dict[str, Any]
     try:
         info = inspect_env(spec, slot.env)
     except Exception as error:
-        values = {"fatal": str(error), "trace": traceback.format_exc()}
-        values["type"] = type(error).__name__
-        wire.send(sock, values, {})
+        told = {"fatal": str(error), "trace": traceback.format_exc(), "type": type(error).__name__}
+        wire.send(sock, told, {})
         raise EOFError from None
-    values = {
-        "obs_dim": info.obs_dim,
-        "max_episode_steps": info.max_episode_steps,
-        "has_expert": info.has_expert,
-        "versions": info.versions,
-    }
-    wire.send(sock, values, {"action_low": info.action_low, "action_high": info.action_high})
+    fields = {name: asdict(field) for name, field in by_store_field(info.obs).items()}
+    values = {**vars(info), "spec": None, "obs": fields}
+    bounds = {name: values.pop(name) for name in ("action_low", "action_high")}
+    wire.send(sock, values, bounds)
 
 
-def _answer(
-    slot: EnvSlot,
-    command: dict[str, Any],
-    arrays: dict[str, np.ndarray],
-    place: int,
-    progress: Progress,
-) -> wire.Message:
-    """Carries one command out for one row; the reply, with the traceback if it raised."""
+def _answer(slot: EnvSlot, name: str, values: dict[str, Any], place: int) -> dict[str, Any]:
+    """Carry one command out for one row; the reply, with the traceback if it raised."""
     try:
-        # Whole episodes can outlast the pool's timeout, which is meant for one step.
-        return run_command(slot, command, arrays, place, lambda: progress.at(place))
+        outcome = run_command(slot, name, values, place)
+        return {} if outcome is None else outcome.to_flat()
     except Exception:
         trace = traceback.format_exc()
-        _close_quietly(slot)
-        return {"error": trace}, {}
-
-
-def _close_quietly(slot: EnvSlot) -> None:
-    try:
-        slot.close()
-    except Exception:
-        # The first error is the one that matters, and it is being reported; this one comes of it.
-        traceback.print_exc()
+        with contextlib.suppress(Exception):  # comes of the error that is being reported
+            slot.close()
+        return {"error": trace}
 
 
 def main(fd: int, progress_fd: int) -> NoReturn:
@@ -124,7 +108,7 @@ def _die_with_parent() -> None:
 
 
 def _end_group() -> None:
-    """Ends this process and whatever its environments have started, when no pool is left to do so.
+    """End this process and whatever its environments have started, when no pool is left to do so.
 
     The pool has made it the leader of a group; run by hand it is in somebody else's.
     """

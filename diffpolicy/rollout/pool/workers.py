@@ -22,17 +22,15 @@ import contextlib
 import math
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError, inspect_env
-from diffpolicy.rollout.local import only_here
-from diffpolicy.rollout.pool.slots import Demonstration, EnvSlot, Outcome, run_command
-from diffpolicy.rollout.pool.supervisor import Failure, Supervisor, WorkerError, Workers
-from diffpolicy.rollout.pool.wire import Message
+from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError, inspect_env, only_here
+from diffpolicy.rollout.pool.slots import Drawn, EnvSlot, Outcome, Values, run_command
+from diffpolicy.rollout.pool.supervisor import Failure, Result, Supervisor, WorkerError, Workers
 
 #: Seconds of a step, its message included, below which environments share one process.
 CHEAP_S = 0.5e-3
@@ -88,7 +86,7 @@ class WorkerPool:
             self.num_workers = 0
         self.frame_side = frame_side
         self._ordered: list[int] = []
-        self._results: dict[int, Message | Failure] = {}
+        self._results: dict[int, Result] = {}
         self._slots: dict[int, EnvSlot] = {}
         self._closed = False
         self._supervisor: Supervisor | None = None
@@ -106,92 +104,94 @@ class WorkerPool:
     # ------------------------------------------------------------------ what users call
 
     def make(self, rows: Sequence[int]) -> None:
-        """Makes the environments of ``rows`` now, in all processes at once; else resets do.
+        """Make the environments of ``rows`` now, in all processes at once; else resets do.
 
         What cannot be made is told by the reset, which tries again.
         """
-        self._order("make", rows, {}, {})
-        self._wait(None)
+        self._order("make", rows, {})
+        self.step_wait()
 
     def reset(
-        self, rows: Sequence[int], seeds: Sequence[int], *, frames: Sequence[bool] | None = None
+        self, rows: Sequence[int], seeds: Sequence[int], *, frames: Sequence[Drawn] | None = None
     ) -> dict[int, Outcome | Failure]:
-        """Begins an episode in each of ``rows``, with its seed.
+        """Begin an episode in each of ``rows``, with its seed.
 
         Args:
             rows: each in 0..num_envs-1, no two alike.
             seeds: as many environment seeds.
-            frames: per row, whether a picture is wanted.
+            frames: per row, whether a picture is wanted (``"end"``: only of an episode's end).
         """
         if len(rows) != len(seeds):
             raise ValueError(f"got {len(rows)} rows but {len(seeds)} seeds")
-        numbers = [int(seed) for seed in seeds]
-        self._order("reset", rows, {"seeds": numbers, "frames": _flags(frames, len(rows))}, {})
-        return {row: _outcome(result) for row, result in self._wait(None).items()}
+        values: dict[str, Values] = {
+            "seed": [int(seed) for seed in seeds],
+            "frame": _flags(frames, len(rows)),
+        }
+        self._order("reset", rows, values)
+        return self.step_wait()
 
     def step_async(
-        self, actions: np.ndarray, rows: Sequence[int], *, frames: Sequence[bool] | None = None
+        self, actions: np.ndarray, rows: Sequence[int], *, frames: Sequence[Drawn] | None = None
     ) -> None:
-        """Begins a step in each of ``rows``; ``actions [len(rows), A]`` in environment units."""
+        """Begin a step in each of ``rows``; ``actions [len(rows), A]`` in environment units."""
         expected = (len(rows), self.info.action_dim)
         if np.shape(actions) != expected:
             raise ValueError(f"actions must have shape {expected}, got {np.shape(actions)}")
         array = np.asarray(actions)
         if array.dtype != np.float64:
             array = array.astype(np.float32)
-        self._order("step", rows, {"frames": _flags(frames, len(rows))}, {"actions": array})
+        self._order("step", rows, {"action": array, "frame": _flags(frames, len(rows))})
 
     def step_wait(self, timeout: float | None = None) -> dict[int, Outcome | Failure]:
-        """Ends the step that :meth:`step_async` began.
+        """End the step that :meth:`step_async` began.
 
         Args:
             timeout: seconds that one row may take; None: that of ``workers``. A row that takes
                 longer is given up with its process, which is replaced.
         """
-        return {row: _outcome(result) for row, result in self._wait(timeout).items()}
+        supervisor = self._supervisor
+        try:
+            if supervisor is not None:
+                if timeout is not None:
+                    supervisor.hurry(timeout)
+                while supervisor.busy():
+                    self._results.update(supervisor.events())
+            found = {row: self._results[row] for row in self._ordered}
+            return {row: result for row, result in found.items() if result is not None}
+        except BaseException:
+            if supervisor is not None:  # an interrupt must not leave stale answers behind
+                supervisor.abandon()
+            raise
+        finally:
+            self._ordered = []
 
     def step(
-        self, actions: np.ndarray, rows: Sequence[int], *, frames: Sequence[bool] | None = None
+        self, actions: np.ndarray, rows: Sequence[int], *, frames: Sequence[Drawn] | None = None
     ) -> dict[int, Outcome | Failure]:
         """:meth:`step_async` and :meth:`step_wait`."""
         self.step_async(actions, rows, frames=frames)
         return self.step_wait()
 
-    def render(self, rows: Sequence[int]) -> dict[int, np.ndarray | Failure]:
-        """A picture ``[height, width, 3]`` uint8 of each row, or why there is none."""
-        self._order("render", rows, {}, {})
-        pictures: dict[int, np.ndarray | Failure] = {}
-        for row, result in self._wait(None).items():
-            if isinstance(result, Failure):
-                pictures[row] = result
-            else:
-                values, arrays = result
-                pictures[row] = arrays.get("frame", Failure("raised", values["note"]))
-        return pictures
-
-    def run_expert(
-        self, seeds: Iterable[int], *, noise: float = 0.0
-    ) -> Iterator[tuple[int, Demonstration | Failure]]:
-        """Runs one whole episode of the environment's scripted expert per seed.
+    def expert_step(
+        self, noise: float, rows: Sequence[int], *, frames: Sequence[Drawn] | None = None
+    ) -> dict[int, Outcome | Failure]:
+        """A step in each of ``rows`` with the action of the environment's scripted expert.
 
         Args:
-            seeds: of the episodes; taken one at a time, when a worker is free.
             noise: standard deviation added to the executed actions (see
-                :meth:`~diffpolicy.rollout.pool.slots.EnvSlot.expert`).
-
-        Yields:
-            ``(seed, demonstration or failure)`` in the order in which they finish.
+                :meth:`~diffpolicy.rollout.pool.slots.EnvSlot.expert_step`).
+            rows: as for :meth:`reset`.
+            frames: likewise.
         """
-        command = {"do": "expert", "noise": float(noise)}
-        if self._supervisor is not None:
-            yield from _run_expert(self._supervisor, iter(seeds), command)
-            return
-        for seed in seeds:
-            done = self._run_serially({**command, "seeds": [int(seed)]}, {}, 0, 0)
-            yield int(seed), _demonstration(done)
+        values: dict[str, Values] = {
+            "noise": [float(noise)] * len(rows),
+            "frame": _flags(frames, len(rows)),
+        }
+        self._order("expert", rows, values)
+        return self.step_wait()
 
     def close(self) -> None:
-        """Ends all workers; harmless when called twice."""
+        """End all workers; harmless when called twice."""
         self._closed = True
         if self._supervisor is not None:
             self._supervisor.close()
@@ -207,7 +207,7 @@ class WorkerPool:
     # ------------------------------------------------------------------ how many processes
 
     def _choose(self, supervisor: Supervisor) -> None:
-        """Starts the other processes, unless a step is so cheap that they would not pay.
+        """Start the other processes, unless a step is so cheap that they would not pay.
 
         One process remains in any case: an environment that hangs here could not be ended.
         """
@@ -226,7 +226,7 @@ class WorkerPool:
         action = np.clip(0.0, self.info.action_low, self.info.action_high)[None]
         outcome, seconds = self.reset([0], [0])[0], math.inf
         for _ in range(5):
-            if isinstance(outcome, Failure) or outcome.terminated or outcome.truncated:
+            if isinstance(outcome, Failure) or outcome.done:
                 break
             began = time.perf_counter()
             outcome = self.step(action, [0])[0]
@@ -236,13 +236,7 @@ class WorkerPool:
 
     # ------------------------------------------------------------------ one command
 
-    def _order(
-        self,
-        name: str,
-        rows: Sequence[int],
-        values: Mapping[str, Sequence[Any]],
-        arrays: Mapping[str, np.ndarray],
-    ) -> None:
+    def _order(self, name: str, rows: Sequence[int], values: Mapping[str, Values]) -> None:
         if self._ordered:
             raise RuntimeError("the last command was not waited for: call step_wait() first")
         if len(set(rows)) != len(rows) or not all(0 <= row < self.num_envs for row in rows):
@@ -252,18 +246,12 @@ class WorkerPool:
         self._ordered = [int(row) for row in rows]
         self._results = {}
         if self._supervisor is not None:
-            self._order_from(self._supervisor, name, values, arrays)
+            self._order_from(self._supervisor, name, values)
             return
         for place, row in enumerate(self._ordered):
-            self._results[row] = self._run_serially({"do": name, **values}, arrays, place, row)
+            self._results[row] = self._run_serially(name, values, place, row)
 
-    def _order_from(
-        self,
-        supervisor: Supervisor,
-        name: str,
-        values: Mapping[str, Sequence[Any]],
-        arrays: Mapping[str, np.ndarray],
-    ) -> None:
+    def _order_from(self, supervisor: Supervisor, name: str, values: Mapping[str, Values]) -> None:
         parts: dict[int, list[int]] = {}
         for place, row in enumerate(self._ordered):
             gone = supervisor.processes[supervisor.owner[row]].gone
@@ -275,91 +263,30 @@ class WorkerPool:
                 text = "no episode was begun in this row since its worker started"
                 self._results[row] = Failure("lost", text)
         for index, places in parts.items():
-            command = {key: [value[place] for place in places] for key, value in values.items()}
             mine = [self._ordered[place] for place in places]
             if name == "reset":
                 supervisor.live.update(mine)
-            supervisor.send(
-                supervisor.processes[index],
-                {"do": name, **command},
-                {key: value[places] for key, value in arrays.items()},
-                mine,
-            )
-
-    def _wait(self, timeout: float | None) -> dict[int, Message | Failure]:
-        supervisor = self._supervisor
-        try:
-            if supervisor is not None:
-                if timeout is not None:
-                    supervisor.hurry(timeout)
-                while supervisor.busy():
-                    self._results.update(supervisor.events())
-            return {row: self._results[row] for row in self._ordered}
-        except BaseException:
-            if supervisor is not None:  # an interrupt must not leave stale answers behind
-                supervisor.abandon()
-            raise
-        finally:
-            self._ordered = []
+            own = {
+                key: value[places] if isinstance(value, np.ndarray) else [value[i] for i in places]
+                for key, value in values.items()
+            }
+            supervisor.send(index, name, own, mine)
 
     def _run_serially(
-        self, command: Mapping[str, Any], arrays: Mapping[str, np.ndarray], place: int, row: int
-    ) -> Message | Failure:
-        slot = self._slots[row]
+        self, name: str, values: Mapping[str, Values], place: int, row: int
+    ) -> Result:
         try:
-            return run_command(slot, dict(command), dict(arrays), place, lambda: None)
+            return run_command(self._slots[row], name, values, place)
         except Exception:
             trace = traceback.format_exc()
             with contextlib.suppress(Exception):  # comes of the error that is being reported
-                slot.close()
+                self._slots[row].close()
             return Failure("raised", trace)
 
 
-def _run_expert(
-    supervisor: Supervisor, seeds: Iterator[int], command: Mapping[str, Any]
-) -> Iterator[tuple[int, Demonstration | Failure]]:
-    """One episode at a time in the first row of every process."""
-    running: dict[int, int] = {}
-    try:
-        while True:
-            here = [i for i, process in enumerate(supervisor.processes) if not process.gone]
-            if not here:
-                raise WorkerError(supervisor.processes[0].gone)
-            for index in [i for i in here if i not in running]:
-                upcoming = next(seeds, None)
-                if upcoming is None:
-                    break
-                running[index] = int(upcoming)
-                process = supervisor.processes[index]
-                job = {**command, "seeds": [running[index]]}
-                supervisor.send(process, job, {}, process.rows[:1])
-            if not running:
-                return
-            for row, result in supervisor.events():
-                index = supervisor.owner[row]
-                if index in running and row == supervisor.processes[index].rows[0]:
-                    yield running.pop(index), _demonstration(result)
-    finally:
-        supervisor.abandon()  # if the caller stopped early
-
-
-def _flags(frames: Sequence[bool] | None, count: int) -> list[bool]:
+def _flags(frames: Sequence[Drawn] | None, count: int) -> list[Drawn]:
     if frames is None:
         return [False] * count
     if len(frames) != count:
         raise ValueError(f"frames must have {count} entries, got {len(frames)}")
-    return [bool(frame) for frame in frames]
-
-
-def _outcome(result: Message | Failure) -> Outcome | Failure:
-    if isinstance(result, Failure):
-        return result
-    values, arrays = result
-    return Outcome(**{"frame": None, **values, **arrays})
-
-
-def _demonstration(result: Message | Failure) -> Demonstration | Failure:
-    if isinstance(result, Failure):
-        return result
-    values, arrays = result
-    return Demonstration(**{**values, **arrays})
+    return list(frames)

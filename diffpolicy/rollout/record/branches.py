@@ -15,38 +15,43 @@ from diffpolicy.data.store import EpisodeStore
 from diffpolicy.policies.batches import usual_batch
 from diffpolicy.rollout.env_spec import EnvSpec
 from diffpolicy.rollout.pool.workers import WorkerPool, Workers
-from diffpolicy.rollout.record.branching import Branching, Repeats
-from diffpolicy.rollout.record.families import Families, open_rollouts
+from diffpolicy.rollout.record.families import Branching, Families, Repeats, open_rollouts
 from diffpolicy.rollout.record.pairing import check_target, write_pairs
-from diffpolicy.rollout.record.repeats import ObservingPolicy, TrackRunner
-from diffpolicy.rollout.rows import AllFailedError, fitting
+from diffpolicy.rollout.record.tracks import ObservingPolicy, TrackRunner
+from diffpolicy.rollout.rows import AllFailedError, distinct, fitting
 
-__all__ = ["Branching", "Repeats", "collect_branches", "collect_episodes"]
+__all__ = ["Branching", "Repeats", "collect_rollouts"]
 
 
-def collect_branches(
+def collect_rollouts(
     policy: ObservingPolicy,
     spec: EnvSpec,
     seeds: Sequence[int],
     *,
     store_path: str | Path,
     prefs_path: str | Path | None,
-    settings: Branching | None = None,
+    settings: Branching | Repeats,
     workers: Workers | None = None,
     progress: bool = True,
 ) -> PreferenceSet:
-    """Pairs of branches that start from the same observation of the policy's own episodes.
+    """Rollouts of a policy that can be compared, and pairs of them.
 
-    One base episode per seed is recorded. At each branch point, N rows repeat its actions from
-    ``reset(seed)`` (what they see must be the same numbers), then plan anew there, each with its
-    own noise, from the observation history that the base episode had, and go on for ``lookahead``
-    steps. All rows that act are in one policy call per step.
+    :class:`Branching`: one base episode per seed is recorded. At each branch point, N rows repeat
+    its actions from ``reset(seed)`` (what they see must be the same numbers), then plan anew there,
+    each with its own noise, from the observation history that the base episode had, and go on for
+    ``lookahead`` steps. Pairs are of chunks from a branch point on.
 
-    Stored are the base episodes (``kind="base"``) and every branch (``kind="branch"``) with the To
-    - 1 observations before its branch point; ``start`` says where it begins. Further attributes of
-    an episode: ``seed``, ``step`` (the branch point), ``branch``, ``base`` (the index of the base
-    episode), ``policy_seed``, ``return``, ``max_reward``, ``success``, ``says_success``. Fields:
-    those of :func:`~diffpolicy.rollout.record.experts.collect`, and ``success`` per step.
+    :class:`Repeats`: whole episodes of each seed, which differ in the policy's noise. The
+    environment need not repeat itself beyond its reset. Pairs are of whole episodes, unless
+    ``scoring.span`` says otherwise.
+
+    All rows that act are in one policy call per step. Stored are the base episodes
+    (``kind="base"``), the whole ones (``kind="episode"``) and every branch (``kind="branch"``) with
+    the To - 1 observations before its branch point; ``start`` says where it begins. Further
+    attributes of an episode: ``seed``, ``step`` (the branch point), ``branch``, ``base`` (the index
+    of the base episode), ``policy_seed``, ``return``, ``max_reward``, ``success``,
+    ``says_success``. Fields: those of :func:`~diffpolicy.rollout.record.experts.collect`, and
+    ``success`` per step.
 
     A run that was killed goes on where it stopped when it is called again: seeds that are in the
     store are skipped. The store's attribute ``rollouts`` says what failed. The preference file is
@@ -54,76 +59,30 @@ def collect_branches(
 
     Args:
         policy: makes chunks and can look on (every :class:`DiffusionPolicy`).
-        spec: an environment that repeats itself, given its seed and actions.
+        spec: the environment; for branches one that repeats itself, given its seed and actions.
         seeds: of the environment, no two alike. They should be those of no evaluation.
         store_path: the episode store; made if it does not exist.
         prefs_path: the preference file; None: rollouts are not compared.
-        settings: branch points, branches, lookahead, scoring.
+        settings: which rollouts, and how they are scored.
         workers: environments (rows of a policy call; 50 to 100 use a network well), processes,
             retries.
         progress: whether to show a bar.
 
     Returns:
-        The pairs. Each is one chunk from the branch point on. Without ``prefs_path`` an empty set,
-        whose store holds the rollouts.
+        The pairs. Without ``prefs_path`` an empty set, whose store holds the rollouts.
 
     Raises:
         ReplayError: the environment does not repeat itself.
-        EnvSpecError: the environment cannot be made.
-        FileExistsError: the preference file was made by somebody else.
-        ValueError: seeds that repeat, a store made with other settings, no pair at all.
-    """
-    how = Branching() if settings is None else settings
-    return _collect(policy, spec, seeds, store_path, prefs_path, how, workers, progress)
-
-
-def collect_episodes(
-    policy: ObservingPolicy,
-    spec: EnvSpec,
-    seeds: Sequence[int],
-    *,
-    store_path: str | Path,
-    prefs_path: str | Path | None,
-    settings: Repeats | None = None,
-    workers: Workers | None = None,
-    progress: bool = True,
-) -> PreferenceSet:
-    """Pairs of whole episodes that start from the same state.
-
-    As :func:`collect_branches`, but without branch points: ``settings.episodes`` episodes of each
-    seed (``kind="episode"``), which differ in the policy's noise. The environment need not repeat
-    itself beyond its reset.
-
-    Returns:
-        The pairs, of whole episodes unless ``settings.scoring.span`` says otherwise.
-
-    Raises:
         AllFailedError: every rollout failed.
         EnvSpecError: the environment cannot be made.
         FileExistsError: the preference file was made by somebody else.
         ValueError: seeds that repeat, a store made with other settings, no pair at all.
+
+    Example:
+        >>> collect_rollouts(policy, EnvSpec("diffpolicy_envs:diffpolicy/PushT-v0"), range(50),
+        ...     store_path="r.zarr", prefs_path="r.jsonl", settings=Branching(lookahead=40))
     """
-    how = Repeats() if settings is None else settings
-    return _collect(policy, spec, seeds, store_path, prefs_path, how, workers, progress)
-
-
-def _collect(
-    policy: ObservingPolicy,
-    spec: EnvSpec,
-    seeds: Sequence[int],
-    store_path: str | Path,
-    prefs_path: str | Path | None,
-    settings: Branching | Repeats,
-    workers: Workers | None,
-    progress: bool,
-) -> PreferenceSet:
-    numbers = [int(seed) for seed in seeds]
-    if not numbers:
-        raise ValueError("no seeds to collect from")
-    if len(set(numbers)) != len(numbers):
-        raise ValueError("seeds must differ: the same seed is the same start")
-    if min(numbers) < 0:
-        raise ValueError(f"seeds must be 0 or more, got {min(numbers)}")
+    numbers = distinct(seeds)
     if prefs_path is not None:
         check_target(prefs_path)
     path = Path(store_path)

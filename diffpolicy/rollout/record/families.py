@@ -1,21 +1,104 @@
-"""Which rollouts belong together, and the store that they go to."""
+"""Which rollouts belong together: how many of each kind, and the store that they go to."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffpolicy.data.store import EpisodeStore, FieldSpec
+from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.env_spec import EnvInfo
-from diffpolicy.rollout.record.branching import Branching, Repeats
-from diffpolicy.rollout.record.repeats import Job, ObservingPolicy, Prefix, Track
+from diffpolicy.rollout.record.pairing import Scoring
+from diffpolicy.rollout.record.steps import InOrder, open_record
+from diffpolicy.rollout.record.tracks import Job, ObservingPolicy, Track
+from diffpolicy.settings import check_range
 
-_BASE, _BRANCH, _COMMON = 1, 2, 3  # third words of the seeds of a policy's random streams
+# Third words of the seeds of a policy's random streams, and of the branch points.
+_BASE, _BRANCH, _COMMON, _POINTS = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class Branching:
+    """How rollouts branch off the episodes of a policy.
+
+    Args:
+        points: branch points per episode: one at random in each of so many equal parts of it.
+        every: instead of ``points``: branch at steps 0, every, 2 every, ...
+        branches: at each point.
+        lookahead: steps of a branch (fewer where the episode ends).
+        common_noise: whether the branches of a point share the policy's noise after their first
+            plan (common random numbers), so that they differ because of that plan alone.
+        seed: of all the policy's noise and of the branch points; the environment's seeds are
+            given beside it.
+        scoring: which branch is better.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    points: int = 4
+    every: int | None = None
+    branches: int = 6
+    lookahead: int = 40
+    common_noise: bool = True
+    seed: int = 0
+    scoring: Scoring = field(default_factory=Scoring)
+
+    def __post_init__(self) -> None:
+        check_range("[1, inf)", points=self.points, lookahead=self.lookahead, every=self.every)
+        check_range("[2, inf)", branches=self.branches)
+        check_range("[0, inf)", seed=self.seed)
+
+    def collected(self) -> dict[str, Any]:
+        """What decides the rollouts, as JSON values; the scoring does not."""
+        values = asdict(self)
+        del values["scoring"]
+        return {**values, "points": None if self.every else self.points}
+
+    def steps(self, seed: int, length: int, n_action_steps: int) -> list[int]:
+        """The branch points of the episode of ``seed``, ascending.
+
+        No point is so late that the episode had no whole chunk left; an episode that is shorter
+        than a chunk has the point 0.
+        """
+        last = max(length - n_action_steps, 0)
+        if self.every is not None:
+            return list(range(0, last + 1, self.every))
+        rng = np.random.default_rng([self.seed, seed, _POINTS])
+        edges = np.linspace(0, last + 1, self.points + 1)
+        return sorted({int(rng.uniform(low, high)) for low, high in pairwise(edges)})
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Several episodes of each environment seed, with other noise of the policy.
+
+    Args:
+        episodes: of each seed.
+        seed: of the policy's noise.
+        scoring: which episode is better.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    episodes: int = 4
+    seed: int = 0
+    scoring: Scoring = field(default_factory=Scoring)
+
+    def __post_init__(self) -> None:
+        check_range("[2, inf)", episodes=self.episodes)
+        check_range("[0, inf)", seed=self.seed)
+
+    def collected(self) -> dict[str, Any]:
+        """What decides the rollouts, as JSON values; the scoring does not."""
+        return {"episodes": self.episodes, "seed": self.seed}
 
 
 def policy_seed(*words: int) -> int:
@@ -51,7 +134,7 @@ class Families:
         stored = {int(attrs["seed"]) for attrs in store.episode_attrs}
         before: dict[str, str] = store.attrs["rollouts"]["failed"]
         self.failed = {k: why for k, why in before.items() if int(k.split("/")[0]) in stored}
-        self._position = 0
+        self._order = InOrder(seeds)
 
     def first_jobs(self) -> Iterator[Job]:
         """The base episode of each seed, or all its episodes."""
@@ -63,7 +146,7 @@ class Families:
                 yield Job((seed, -1, k), seed, stream)
 
     def done(self, job: Job, result: Track | str) -> list[Job]:
-        """Keeps a track; what follows from a base episode are its branches."""
+        """Keep a track; what follows from a base episode are its branches."""
         further: list[Job] = []
         if isinstance(result, str):
             self.failed["/".join(map(str, job.key))] = result
@@ -72,13 +155,15 @@ class Families:
             if isinstance(self._settings, Branching) and job.prefix is None:
                 further = self._branches(self._settings, job.seed, result)
         self._missing[job.seed] += len(further) - 1
-        self._append_finished()
+        if not self._missing[job.seed]:
+            for _, tracks in self._order.add(job.seed, self._tracks.pop(job.seed)):
+                self._append(tracks)
+                self._bar.update()
         return further
 
     def _branches(self, settings: Branching, seed: int, base: Track) -> list[Job]:
         jobs = []
         for step in settings.steps(seed, len(base.reward), self._chunk):
-            prefix = Prefix(base.obs[: step + 1], base.action[:step], base.reward[:step])
             common = policy_seed(settings.seed, seed, _COMMON, step)
             jobs += [
                 Job(
@@ -86,41 +171,27 @@ class Families:
                     seed=seed,
                     policy_seed=policy_seed(settings.seed, seed, _BRANCH, step, branch),
                     later_seed=common if settings.common_noise else None,
-                    prefix=prefix,
+                    prefix=base,
+                    replayed=step,
                     limit=settings.lookahead,
                 )
                 for branch in range(settings.branches)
             ]
         return jobs[::-1]  # the longest first, so that rows run dry together
 
-    def _append_finished(self) -> None:
-        while self._position < len(self._seeds):
-            seed = self._seeds[self._position]
-            if self._missing.get(seed, 1) > 0:
-                return
-            self._position += 1
-            self._append(seed)
-            self._bar.update()
-
-    def _append(self, seed: int) -> None:
-        tracks = self._tracks.pop(seed)
+    def _append(self, tracks: dict[tuple[int, ...], tuple[Job, Track]]) -> None:
         if not tracks:
             return
-        index = self._store.num_episodes
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in _FIELDS}
-        lines, lengths = [], []
-        base = next((t for job, t in tracks.values() if job.prefix is None), None)
+        parts: list[dict[str, np.ndarray]] = []
+        lines, lengths, index = [], [], self._store.num_episodes
         for _, (job, track) in sorted(tracks.items()):
-            step, branch = job.key[1:]
-            start = min(self._history, max(step, 0))
-            for name in _FIELDS:
-                rows = getattr(track, name)
-                if start:
-                    rows = np.concatenate([getattr(base, name)[step - start : step], rows])
-                columns[name].append(rows)
+            start = min(self._history, job.replayed)
+            if job.prefix is not None:  # what the policy saw before its first plan comes along
+                parts.append(job.prefix.columns(slice(job.replayed - start, job.replayed)))
+            parts.append(track.columns())
             lengths.append(start + len(track.reward))
-            lines.append(_attributes(self._settings, job, track, step, branch, start, index))
-        arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
+            lines.append(_attributes(self._settings, job, track, start, index))
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         self._store.extend(arrays, np.cumsum(lengths), lines)
 
     def write_report(self, steps: int) -> None:
@@ -130,31 +201,21 @@ class Families:
         self._store.update_attrs({"rollouts": {**made, **report}})
 
 
-_FIELDS = ("obs", "action", "reward", "terminated", "truncated", "success")
-
-
 def _attributes(
-    settings: Branching | Repeats,
-    job: Job,
-    track: Track,
-    step: int,
-    branch: int,
-    start: int,
-    base: int,
+    settings: Branching | Repeats, job: Job, track: Track, start: int, base: int
 ) -> dict[str, Any]:
+    _, step, branch = job.key
     kind = "episode" if isinstance(settings, Repeats) else "base" if step < 0 else "branch"
-    said = bool(track.success.any()) if track.says_success else None
-    place = {"step": step, "base": base} if kind == "branch" else {}
     return {
         "seed": job.seed,
         "kind": kind,
         "start": start,
-        **place,
+        **({"step": step, "base": base} if kind == "branch" else {}),
         **({} if kind == "base" else {"branch": branch}),
         "policy_seed": job.policy_seed,
         "return": float(np.sum(track.reward, dtype=np.float64)),
         "max_reward": float(track.reward.max()),
-        "success": said,
+        "success": track.ever_succeeded,
         "says_success": track.says_success,
     }
 
@@ -167,49 +228,18 @@ def open_rollouts(
     Raises:
         ValueError: it was made with another environment, policy or other settings.
     """
-    identity = {
-        "env_id": info.spec.id,
-        "env_kwargs": dict(info.spec.kwargs),
-        "max_episode_steps": info.max_episode_steps,
-    }
     made = {
         "kind": "branches" if isinstance(settings, Branching) else "episodes",
         "settings": settings.collected(),
         "n_obs_steps": policy.n_obs_steps,
         "n_action_steps": policy.n_action_steps,
-        "sampler": _sampler(policy),
+        "sampler": None,
         "policy": _fingerprint(policy),
     }
-    if not path.exists():
-        fields = {
-            "obs": FieldSpec((info.obs_dim,), "float32"),
-            "action": FieldSpec((info.action_dim,), "float32"),
-            "reward": FieldSpec((), "float32"),
-            **{name: FieldSpec((), "bool") for name in ("terminated", "truncated", "success")},
-        }
-        rollouts = {**made, "failed": {}, "env_steps": 0}
-        attrs = {**identity, "versions": info.versions, "rollouts": rollouts}
-        return EpisodeStore.create(path, fields, attrs=attrs)
-    store = EpisodeStore.open(path, "a")
-    was = store.attrs.get("rollouts", {})
-    asked = {**identity, **made}
-    found = {n: store.attrs.get(n, was.get(n)) for n in asked}
-    if found != asked:
-        store.close()
-        raise ValueError(
-            f"{path} was collected with {found}, not with {asked}; choose another path, or the "
-            "same settings and policy to go on with it"
-        )
-    return store
-
-
-def _sampler(policy: ObservingPolicy) -> dict[str, Any] | None:
-    """How the policy draws plans, as JSON values."""
     spec = getattr(policy, "spec", None)
-    if spec is None:
-        return None
-    found: dict[str, Any] = json.loads(json.dumps(spec.to_config()["sampler"]))
-    return found
+    if spec is not None:
+        made["sampler"] = json.loads(json.dumps(spec.to_config()["sampler"]))
+    return open_record(path, info, made, rollouts=True)
 
 
 def _fingerprint(policy: ObservingPolicy) -> str | None:

@@ -18,6 +18,7 @@ from diffpolicy.data.preferences.file import read_contents
 from diffpolicy.data.preferences.scored import Choose, from_scores
 from diffpolicy.data.preferences.set import PreferenceSet, Record, Span
 from diffpolicy.data.store import EpisodeStore
+from diffpolicy.settings import check_choice, check_range
 
 ScoreFunction = Callable[[np.ndarray, np.ndarray], float]
 Score = Literal["return", "max_reward", "success"]
@@ -56,25 +57,13 @@ class Scoring:
     span: int | None = None
 
     def __post_init__(self) -> None:
-        names = get_args(Score)
-        if not callable(self.score) and self.score not in names:
-            raise ValueError(
-                f"score must be one of {list(names)} or a function (rewards, successes) -> "
-                f"float, got {self.score!r}"
-            )
-        if not 0 < self.discount <= 1:
-            raise ValueError(f"discount must lie in (0, 1], got {self.discount}")
-        if callable(self.score) and self.discount != 1:
-            raise ValueError("discount is for the named scores; discount in your function instead")
-        if self.after_end not in ("zero", "hold"):
-            raise ValueError(f"after_end must be 'zero' or 'hold', got {self.after_end!r}")
-        kinds = get_args(Choose)
-        if self.pairs not in kinds:
-            raise ValueError(f"pairs must be one of {list(kinds)}, got {self.pairs!r}")
-        if not self.min_gap >= 0:
-            raise ValueError(f"min_gap must be 0 or more, got {self.min_gap}")
-        if self.span is not None and self.span < 1:
-            raise ValueError(f"span must be at least 1, got {self.span}")
+        if not callable(self.score):
+            check_choice("score", self.score, get_args(Score))
+        check_choice("after_end", self.after_end, ("zero", "hold"))
+        check_choice("pairs", self.pairs, get_args(Choose))
+        check_range("(0, 1]", discount=self.discount)
+        check_range("[0, inf)", min_gap=self.min_gap)
+        check_range("[1, inf)", span=self.span)
 
     @property
     def name(self) -> str:
@@ -85,14 +74,7 @@ class Scoring:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; a function is named."""
-        return {
-            "score": self.name,
-            "discount": self.discount,
-            "after_end": self.after_end,
-            "pairs": self.pairs,
-            "min_gap": self.min_gap,
-            "span": self.span,
-        }
+        return {**vars(self), "score": self.name}
 
     def rate(
         self, rewards: np.ndarray, successes: np.ndarray, lookahead: int | None = None
@@ -198,7 +180,7 @@ class _Rollouts:
 
 
 def write_pairs(store: EpisodeStore, prefs_path: str | Path, scoring: Scoring) -> PreferenceSet:
-    """Writes the pairs of :func:`rollout_records` to a preference file, replacing an earlier one.
+    """Write the pairs of :func:`rollout_records` to a preference file, replacing an earlier one.
 
     Args:
         store: of rollouts, complete.
@@ -225,7 +207,7 @@ def write_pairs(store: EpisodeStore, prefs_path: str | Path, scoring: Scoring) -
 
 
 def check_target(prefs_path: str | Path) -> None:
-    """Raises ``FileExistsError`` if a preference file holds what no rollout can replace."""
+    """Raise ``FileExistsError`` if a preference file holds what no rollout can replace."""
     path = Path(prefs_path)
     if not path.exists():
         return
