@@ -10,20 +10,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffpolicy.data.check import Issue, check_store, format_issue, info
     from diffpolicy.data.conversion import convert
-    from diffpolicy.data.d4rl import (
-        D4RLFile,
-        load_d4rl,
-        normalized_score,
-        qlearning_dataset,
-        sequence_dataset,
-    )
+    from diffpolicy.data.d4rl.catalogue import normalized_score
+    from diffpolicy.data.d4rl.file import D4RLFile, load_d4rl
+    from diffpolicy.data.d4rl.views import qlearning_dataset, sequence_dataset
     from diffpolicy.data.damage import StoreDamagedError
     from diffpolicy.data.fields import FieldSpec
     from diffpolicy.data.normalize import Normalizer
     from diffpolicy.data.preferences.check import check_preferences
     from diffpolicy.data.preferences.examples import LabelExamples, PairExamples
-    from diffpolicy.data.preferences.labels import read_label_file
-    from diffpolicy.data.preferences.published import from_indices, qlearning_rows
+    from diffpolicy.data.preferences.published import (
+        from_indices,
+        qlearning_rows,
+        read_label_file,
+    )
     from diffpolicy.data.preferences.records import Label, Pair, Ranking, Span
     from diffpolicy.data.preferences.scored import by_return, from_scores
     from diffpolicy.data.preferences.set import PreferenceSet
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from diffpolicy.data.windows import Windows, split_episodes
 
 _HOMES = {
-    "D4RLFile": "d4rl",
+    "D4RLFile": "d4rl.file",
     "EpisodeStore": "store",
     "FieldSpec": "fields",
     "Issue": "check",
@@ -57,12 +56,12 @@ _HOMES = {
     "from_indices": "preferences.published",
     "from_scores": "preferences.scored",
     "info": "check",
-    "load_d4rl": "d4rl",
-    "normalized_score": "d4rl",
-    "qlearning_dataset": "d4rl",
+    "load_d4rl": "d4rl.file",
+    "normalized_score": "d4rl.catalogue",
+    "qlearning_dataset": "d4rl.views",
     "qlearning_rows": "preferences.published",
-    "read_label_file": "preferences.labels",
-    "sequence_dataset": "d4rl",
+    "read_label_file": "preferences.published",
+    "sequence_dataset": "d4rl.views",
     "split_episodes": "windows",
 }
 

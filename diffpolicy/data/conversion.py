@@ -11,7 +11,7 @@ import numpy as np
 from diffpolicy.data import store_layout as layout
 from diffpolicy.data.check import check_store
 from diffpolicy.data.fields import FieldSpec
-from diffpolicy.data.formats import EpisodeSource, Format, get_format
+from diffpolicy.data.formats import EpisodeSource, get_format
 from diffpolicy.data.left_out import announce, checked_gaps, issue_lines, left_out
 from diffpolicy.data.selection import Choice, Selection, select
 from diffpolicy.data.store import EpisodeStore
@@ -88,10 +88,10 @@ def convert(
             "such as format=minari"
         )
     layout.clear_target(goal, overwrite=overwrite, remove=False)
-    name, module = get_format(format, origin)
-    reader = module.open_source(origin)
+    name, kind = get_format(format, origin)
+    reader = kind(origin)
     try:
-        mapping = _mapping(reader, module, fields)
+        mapping = _mapping(reader, fields)
         used = [n for group in mapping.values() for n in group]
         selection = select(reader, exclude, keep, max_episodes)
         selection, doubts = checked_gaps(reader, used, selection, allow_missing=allow_missing)
@@ -150,11 +150,11 @@ def _write_checked(job: _Job, selection: Selection) -> tuple[Selection, list[str
 
 
 def _mapping(
-    reader: EpisodeSource, module: Format, fields: Mapping[str, str | Sequence[str]] | None
+    reader: EpisodeSource, fields: Mapping[str, str | Sequence[str]] | None
 ) -> dict[str, list[str]]:
-    chosen: dict[str, str | Sequence[str]] = {**module.default_fields(reader), **(fields or {})}
+    chosen: dict[str, str | Sequence[str]] = {**reader.default_fields(), **(fields or {})}
     lists = {k: [v] if isinstance(v, str) else list(v) for k, v in chosen.items()}
-    follow = getattr(module, "next_fields", None)
+    follow = getattr(reader, "next_fields", None)
     if follow is not None and "next_obs" not in (fields or {}):  # it is made of what makes obs
         lists.pop("next_obs", None)
         lists |= {"next_obs": names} if (names := follow(lists.get("obs", []))) else {}

@@ -130,26 +130,10 @@ def find_breaks(raw: RawFile) -> NDArray[np.bool_]:
     return found
 
 
-def check_ends(raw: RawFile, dataset_limit: int | None, asked: int | None) -> None:
-    """Make sure that something says where a file's episodes end; see `read_episodes`.
-
-    Raises:
-        ValueError: Nothing does.
-    """
-    if asked is not None and asked < 1:
-        raise ValueError(f"max_episode_steps must be at least 1; got {asked}")
-    known = "timeouts" in raw or "next_observations" in raw
-    if dataset_limit is None and asked is None and not known:
-        raise ValueError(
-            f"{raw.path} has neither timeouts nor next_observations, so nothing says where its "
-            "episodes end; say the step limit of its environment: max_episode_steps=N"
-        )
-
-
 def read_episodes(
     raw: RawFile, dataset_limit: int | None, asked: int | None
 ) -> tuple[Episodes, str]:
-    """The trajectories of a file, by what it holds, and how they were found.
+    """Find the trajectories of a file by what it holds.
 
     Args:
         raw: The file.
@@ -157,13 +141,12 @@ def read_episodes(
         asked: The step limit that the user gave.
 
     Returns:
-        The trajectories, and a note in words; empty where the file's own flags were used.
+        The trajectories, and in words how they were found; empty where the file's own flags say.
 
     Raises:
         ValueError: A step limit is given for a file with flags, or the rows are in no order.
     """
     timeouts = raw.read("timeouts") if "timeouts" in raw else None
-    terminals = raw.read("terminals")
     said = timeouts is not None and bool(timeouts.any())
     if asked is not None and said:
         raise ValueError(
@@ -173,11 +156,12 @@ def read_episodes(
     limit = asked or (None if timeouts is not None else dataset_limit)
     follows = "next_observations" in raw and dataset_limit is None and not said
     breaks = find_breaks(raw) if follows else None
+    terminals = raw.read("terminals")
     if limit is None and breaks is None:
         return find_episodes(terminals, timeouts), ""
-    how = [f"cut every {limit} steps" if limit else ""]
+    how = [f"cut every {limit} steps"] if limit else []
     how += ["cut where the next row does not begin with next_observations"] if follows else []
-    note = f"the file has no timeouts: episodes were {' and '.join(h for h in how if h)}"
+    note = f"the file has no timeouts: episodes were {' and '.join(how)}"
     return find_episodes(terminals, None, limit, breaks), note
 
 

@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from diffpolicy.data.d4rl.catalogue import DatasetInfo, by_file, lookup
-from diffpolicy.data.d4rl.signature import misfit
+from diffpolicy.data.d4rl.catalogue import DatasetInfo, by_file, lookup, misfit
 
 if TYPE_CHECKING:
     from diffpolicy.data.d4rl.raw import RawFile

@@ -9,30 +9,30 @@ step outside of it is.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 
 from diffpolicy.data.preferences.records import episodes_of
 from diffpolicy.data.windows import Windows
+from diffpolicy.settings import check_range
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
     from diffpolicy.data.normalize import Normalizer
     from diffpolicy.data.preferences.records import Label, Pair, Segment
     from diffpolicy.data.preferences.set import PreferenceSet
-    from diffpolicy.data.store import EpisodeStore
 
 
 class _Table(NamedTuple):
     """The windows of every example.
 
     Attributes:
-        index: int64 `[N, W]`; places that are not used repeat the first one.
-        scored: int64 `[N, W]` executed steps that are scored, 0..Ta; 0 where not used.
+        window: int64 ``[N, W]``; places that are not used repeat the first one.
+        scored: int64 ``[N, W]`` executed steps that are scored, 0..Ta; 0 where not used.
     """
 
     window: Tensor
@@ -40,20 +40,43 @@ class _Table(NamedTuple):
 
 
 class _Examples:
-    """Windows of segments, by name: what pairs and labels have in common."""
+    """Windows of segments, by name: what pairs and labels have in common.
+
+    Args:
+        preferences: Whose store the segments are of.
+        records: What is made examples of.
+        sides: Which segment of a record stands under which name.
+        most: At most so many windows of a segment in an example; None: all.
+        lengths: See ``Windows``: ``horizon``, ``n_obs_steps``, ``n_action_steps``, ``normalizer``.
+    """
 
     def __init__(
         self,
-        store: EpisodeStore,
-        windows: Windows,
-        sides: dict[str, list[Segment]],
+        preferences: PreferenceSet,
+        records: Sequence[Pair | Label],
+        sides: dict[str, Callable[[Any], Segment]],
         most: int | None,
+        **lengths: Any,
     ) -> None:
-        self._windows = windows
-        lengths = store.episode_lengths[windows.episodes]
-        begins = (lengths.cumsum() - lengths).tolist()  # each step is now exactly once
-        first = dict(zip(windows.episodes.tolist(), begins, strict=True))
-        self._parts, self._tables = _tables(sides, first, windows.n_action_steps, most)
+        check_range("[1, inf)", windows=most)
+        # All windows of the episodes that were judged: each step of them is now exactly once.
+        used = sorted({e for record in records for e in episodes_of(record)})
+        self._windows = Windows(preferences.store, episodes=used, **lengths)
+        steps = preferences.store.episode_lengths[self._windows.episodes]
+        begins = (steps.cumsum() - steps).tolist()
+        first = dict(zip(self._windows.episodes.tolist(), begins, strict=True))
+        every = self._windows.n_action_steps
+        laid = {
+            name: [_laid_out(segment(record), first, every) for record in records]
+            for name, segment in sides.items()
+        }
+        longest = max(len(windows) for segments in laid.values() for windows in segments)
+        self._parts = 1 if most is None else -(-longest // most)
+        width = -(-longest // self._parts)
+        self._tables = {
+            name: _filled([w for s in segments for w in _parts(s, self._parts)], width)
+            for name, segments in laid.items()
+        }
         self._flags: dict[str, Tensor] = {}
 
     @property
@@ -154,13 +177,16 @@ class PairExamples(_Examples):
         if not self.pairs:
             reason = "has no pairs to learn from (ties are left out unless ties=True)"
             raise ValueError(f"{preferences!r} {reason}; LabelExamples reads good and bad labels")
-        used = _used(self.pairs)
-        plans = _windows(preferences, used, horizon, n_obs_steps, n_action_steps, normalizer)
-        sides = {
-            "chosen_": [pair.chosen for pair in self.pairs],
-            "rejected_": [pair.rejected for pair in self.pairs],
-        }
-        super().__init__(preferences.store, plans, sides, windows)
+        super().__init__(
+            preferences,
+            self.pairs,
+            {"chosen_": lambda pair: pair.chosen, "rejected_": lambda pair: pair.rejected},
+            windows,
+            horizon=horizon,
+            n_obs_steps=n_obs_steps,
+            n_action_steps=n_action_steps,
+            normalizer=normalizer,
+        )
         if ties:
             self._flags = {"tie": torch.tensor([pair.tie for pair in self.pairs])}
 
@@ -200,62 +226,17 @@ class LabelExamples(_Examples):
         if not self.labels:
             hint = "" if pairs else "; pairs=True takes the segments of pairs as labels"
             raise ValueError(f"{preferences!r} has no good or bad labels to learn from{hint}")
-        used = _used(self.labels)
-        plans = _windows(preferences, used, horizon, n_obs_steps, n_action_steps, normalizer)
-        super().__init__(preferences.store, plans, {"": [x.item for x in self.labels]}, windows)
-        self._flags = {"good": torch.tensor([x.good for x in self.labels])}
-
-
-def _used(records: Sequence[Pair | Label]) -> list[int]:
-    return sorted({e for record in records for e in episodes_of(record)})
-
-
-def _windows(
-    preferences: PreferenceSet,
-    episodes: list[int],
-    horizon: int,
-    n_obs_steps: int,
-    n_action_steps: int,
-    normalizer: Normalizer | None,
-) -> Windows:
-    """All windows of the episodes that were judged: each step of them is now exactly once."""
-    return Windows(
-        preferences.store,
-        horizon=horizon,
-        n_obs_steps=n_obs_steps,
-        n_action_steps=n_action_steps,
-        normalizer=normalizer,
-        episodes=episodes,
-    )
-
-
-def _tables(
-    sides: dict[str, list[Segment]], first: dict[int, int], every: int, most: int | None
-) -> tuple[int, dict[str, _Table]]:
-    """Windows and scored steps of every example.
-
-    Args:
-        sides: Segments by name, as many of each.
-        first: Episode -> its first window.
-        every: Ta, the steps from one window to the next.
-        most: At most so many windows in an example.
-
-    Returns:
-        P, the examples of a segment, and a table of each side with rows `i P + part`.
-    """
-    if most is not None and most < 1:
-        raise ValueError(f"windows must be at least 1, or None for all of a segment; got {most}")
-    laid = {
-        name: [_laid_out(segment, first, every) for segment in segments]
-        for name, segments in sides.items()
-    }
-    longest = max(len(windows) for segments in laid.values() for windows in segments)
-    parts = 1 if most is None else -(-longest // most)
-    width = -(-longest // parts)
-    return parts, {
-        name: _filled([windows for s in segments for windows in _parts(s, parts)], width)
-        for name, segments in laid.items()
-    }
+        super().__init__(
+            preferences,
+            self.labels,
+            {"": lambda label: label.item},
+            windows,
+            horizon=horizon,
+            n_obs_steps=n_obs_steps,
+            n_action_steps=n_action_steps,
+            normalizer=normalizer,
+        )
+        self._flags = {"good": torch.tensor([label.good for label in self.labels])}
 
 
 def _laid_out(segment: Segment, first: dict[int, int], every: int) -> list[tuple[int, int]]:

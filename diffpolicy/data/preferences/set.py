@@ -10,12 +10,12 @@ import logging
 import os
 import threading
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from diffpolicy.data.fields import jsonable
 from diffpolicy.data.preferences import file as files
 from diffpolicy.data.preferences.check import check_preferences, doubts, summarize
 from diffpolicy.data.preferences.file import PreferenceFileError
@@ -27,15 +27,15 @@ from diffpolicy.data.preferences.records import (
     Record,
     Segment,
     Span,
-    check_finite,
-    check_range,
+    check_fits,
+    checked_json,
     episodes_of,
     record_to_json,
     rows_of_segment,
-    segments_of,
 )
 from diffpolicy.data.preferences.split import split_records
 from diffpolicy.data.store import EpisodeStore
+from diffpolicy.settings import check_choice
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -84,8 +84,7 @@ class PreferenceSet:
         attrs: Mapping[str, Any] | None = None,
     ) -> None:
         self._store = store
-        self._attrs: dict[str, Any] = jsonable(dict(attrs or {}), "attrs")
-        check_finite(self._attrs, "attrs")
+        self._attrs = checked_json(attrs or {}, "attrs")
         self._path: Path | None = None
         self._tail: files.Tail | None = None
         self._lock = threading.Lock()
@@ -139,11 +138,7 @@ class PreferenceSet:
                 ) from error
         made = cls(store, attrs=attrs)
         made._mark = files.mark_of(store)
-        header = {"format": files.FORMAT, "version": files.VERSION}
-        place = files.relative_place(store.path, target)
-        files.write_header(
-            target, header | {"store": place, **made._mark._asdict(), "attrs": made._attrs}
-        )
+        files.write_header(target, store.path, made._mark, made._attrs)
         made._path, made._tail = target, files.Tail(target, files.read_contents(target))
         return made
 
@@ -173,7 +168,6 @@ class PreferenceSet:
         found = files.open_store(target, contents, store)
         made = cls(found, attrs=contents.header.get("attrs"))
         made._mark = contents.mark
-        files.check_mark(contents.mark, found, f"{target}, line 1")
         for number, value in files.parsed(contents, found):
             if isinstance(value, ValueError):
                 raise PreferenceFileError(f"{target}, line {number}: {value}") from value
@@ -242,8 +236,7 @@ class PreferenceSet:
         for record in added:
             if not isinstance(record, Pair | Ranking | Label):
                 raise ValueError(f"records are Pair, Ranking or Label; got {record!r:.80}")
-            for segment in segments_of(record):
-                check_range(segment, lengths)
+            check_fits(record, lengths)
         if not added:
             return
         with self._lock:
@@ -251,7 +244,7 @@ class PreferenceSet:
             if max(max(episodes_of(r)) for r in added) >= mark.episodes:  # the store has grown
                 mark = files.mark_of(self._store, content=self._tail is not None)
             if self._tail is not None:
-                grown = [{"kind": "store", **mark._asdict()}] if mark != self._mark else []
+                grown = [{"kind": "store", **asdict(mark)}] if mark != self._mark else []
                 self._tail.write(grown + [record_to_json(r) for r in added])
             self._mark = mark
             self._records.extend(added)
@@ -273,8 +266,7 @@ class PreferenceSet:
         Raises:
             ValueError: `rankings` is neither.
         """
-        if rankings not in ("all", "adjacent"):
-            raise ValueError(f"rankings must be 'all' or 'adjacent'; got {rankings!r}")
+        check_choice("rankings", rankings, ("all", "adjacent"))
         made: list[Pair] = []
         for record in self._records:
             if isinstance(record, Ranking):

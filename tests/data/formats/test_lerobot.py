@@ -9,6 +9,7 @@ import pytest
 
 from diffpolicy.data import check_store, convert
 from diffpolicy.data.formats import get_format, lerobot
+from diffpolicy.data.formats.lerobot import LeRobotDirectory
 
 pa = pytest.importorskip("pyarrow", reason='pyarrow is not installed (extra "lerobot")')
 pq = pytest.importorskip("pyarrow.parquet")
@@ -172,7 +173,7 @@ def test_chosen_fields(tmp_path):
     np.testing.assert_array_equal(store.episode(1)["obs"], flat)
     np.testing.assert_array_equal(store.episode(1)["task"], [1, 1, 1, 1])
     np.testing.assert_array_equal(store.episode(1)["terminated"], want["next.done"])
-    source = lerobot.open_source(root)
+    source = LeRobotDirectory(root)
     assert source.fields["pose"].shape == (2, 3)
     assert source.fields["next.done"].dtype == "bool"
     assert "index" not in source.fields
@@ -195,7 +196,7 @@ def test_what_done_means(tmp_path, present, terminated):
     arrays |= {name: np.array([False, False, value]) for name, value in present.items()}
     flag = {"dtype": "bool", "shape": [1]}
     features = {k: v for k, v in FEATURES.items() if k in arrays} | dict.fromkeys(present, flag)
-    got = lerobot.open_source(write_v2(tmp_path / "d", [arrays], features)).episode(0)
+    got = LeRobotDirectory(write_v2(tmp_path / "d", [arrays], features)).episode(0)
     assert got["terminated"].tolist() == [False, False, terminated]
     assert got["truncated"].tolist() == [False, False, not terminated]
 
@@ -204,8 +205,8 @@ def test_demonstrations_without_rewards(tmp_path):
     names = ["observation.state", "action", "episode_index"]
     arrays = {k: v for k, v in episode(0).items() if k in names}
     features = {k: FEATURES[k] for k in names}
-    source = lerobot.open_source(write_v2(tmp_path / "d", [arrays], features))
-    assert lerobot.default_fields(source) == {"obs": ["observation.state"], "action": "action"}
+    source = LeRobotDirectory(write_v2(tmp_path / "d", [arrays], features))
+    assert source.default_fields() == {"obs": ["observation.state"], "action": "action"}
     assert source.episode(0, ["terminated", "truncated"])["truncated"].tolist() == [0, 0, 1]
     del features["observation.state"], arrays["observation.state"]
     root = write_v2(tmp_path / "images", [arrays], features)
@@ -216,11 +217,11 @@ def test_demonstrations_without_rewards(tmp_path):
 def test_ids_are_looked_up(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path))
     write_v2(tmp_path / "lerobot/pusht", [episode(0)])
-    assert lerobot.open_source(Path("lerobot/pusht")).attrs["dataset"] == "lerobot/pusht"
+    assert LeRobotDirectory(Path("lerobot/pusht")).attrs["dataset"] == "lerobot/pusht"
     snapshot = tmp_path / "hub/datasets--me--cups/snapshots/abc"
     write_v2(snapshot, [episode(0)])
     assert lerobot.locate("me/cups") == snapshot
-    assert lerobot.open_source(Path("me/cups")).attrs["dataset"] == "me/cups"
+    assert LeRobotDirectory(Path("me/cups")).attrs["dataset"] == "me/cups"
     with pytest.raises(
         FileNotFoundError, match=r"(?s)me/plates.*HF_LEROBOT_HOME.*hf download me/p"
     ):
@@ -295,7 +296,7 @@ def test_damaged_data(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"episode_000001.parquet lacks the columns \['action'\]"):
         convert(root, target)
     with pytest.raises(ValueError, match=r"has no field \['speed'\]; it has \['action'"):
-        lerobot.open_source(root).episode(0, ["speed"])
+        LeRobotDirectory(root).episode(0, ["speed"])
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ImportError, match=r'pip install "diffpolicy\[lerobot\]"'):
         convert(root, target)
