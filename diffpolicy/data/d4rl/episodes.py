@@ -73,16 +73,11 @@ def find_episodes(
     Returns:
         The trajectories, the last of which may be partial. (With `breaks` alone it is taken for a
         whole one if it is as long as the longest.)
-
-    Raises:
-        ValueError: Nothing says where trajectories end.
     """
     n = len(terminals)
     terminal = np.asarray(terminals, bool)
     if timeouts is not None:
         ends = np.flatnonzero(terminal | np.asarray(timeouts, bool)) + 1
-    elif max_episode_steps is None and breaks is None:
-        raise ValueError("without timeouts the step limit of the environment is needed")
     else:
         last = terminal if breaks is None else terminal | breaks
         ends = np.unique(np.append(np.flatnonzero(last) + 1, n))

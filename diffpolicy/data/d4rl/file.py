@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -117,7 +117,7 @@ class D4RLFile(EpisodeSource):
         self.transforms = list(transforms)
         self._keep_partial = keep_partial
         self._asked_limit = max_episode_steps
-        self.raw = RawFile(Path(path))
+        self.raw = self._file = RawFile(Path(path))
         self.name = str(self.raw.path)
         try:
             self.info, self._foreign = identify(self.raw, dataset)
@@ -362,16 +362,6 @@ class D4RLFile(EpisodeSource):
         )
         announce(made.name, made.attrs)
         return made
-
-    def close(self) -> None:
-        """Close the file."""
-        self.raw.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     # -- inside --------------------------------------------------------------------------------
 

@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from diffpolicy.data.d4rl.raw import RawFile
 
 _SUFFIXES = (".hdf5", ".h5")
-_MUJOCO = re.compile(r"(halfcheetah|hopper|walker2d|ant)-(medium|expert)-v\d")
-_ADROIT = re.compile(r"(pen|door|hammer|relocate)-(human|cloned|expert)-v\d")
-_MAZE = re.compile(r"maze2d-(open|umaze|medium|large)(-dense)?-v\d")
-_ANTMAZE = re.compile(r"antmaze-(umaze(?:-diverse)?|(?:medium|large)-(?:play|diverse))-v\d")
-_KITCHEN = re.compile(r"kitchen-(complete|partial|mixed)-v\d")
+# Minari's dataset of the same task, by a pattern of D4RL's id.
+_MINARI = (
+    (r"(halfcheetah|hopper|walker2d|ant)-(medium|expert)-v\d", r"mujoco/\1/\2-v0"),
+    (r"(pen|door|hammer|relocate)-(human|cloned|expert)-v\d", r"D4RL/\1/\2-v2"),
+    (r"maze2d-(open|umaze|medium|large)(-dense)?-v\d", r"D4RL/pointmaze/\1\2-v2"),
+    (r"antmaze-(umaze(?:-diverse)?|(?:medium|large)-(?:play|diverse))-v\d", r"D4RL/antmaze/\1-v1"),
+    (r"kitchen-(complete|partial|mixed)-v\d", r"D4RL/kitchen/\1-v2"),
+)
 
 
 class Found(NamedTuple):
@@ -115,10 +118,8 @@ def identify(raw: RawFile, dataset: str | None) -> tuple[DatasetInfo | None, str
             "own files under another name; for data of your own leave it out, and say "
             "max_episode_steps=N if the file has no timeouts"
         )
-    return (
-        None,
-        f"the file has the name of {info.id}'s, but {wrong}: it is taken for data of its own",
-    )
+    note = f"the file has the name of {info.id}'s, but {wrong}: it is taken for data of its own"
+    return None, note
 
 
 def _missing(info: DatasetInfo, folder: Path) -> str:
@@ -134,15 +135,6 @@ def _missing(info: DatasetInfo, folder: Path) -> str:
 
 
 def minari_name(dataset: str) -> str | None:
-    """Minari's dataset of the same task, which holds other data, if there is one."""
-    if m := _MUJOCO.fullmatch(dataset):
-        return f"mujoco/{m[1]}/{m[2]}-v0"
-    if m := _ADROIT.fullmatch(dataset):
-        return f"D4RL/{m[1]}/{m[2]}-v2"
-    if m := _MAZE.fullmatch(dataset):
-        return f"D4RL/pointmaze/{m[1]}{m[2] or ''}-v2"
-    if m := _ANTMAZE.fullmatch(dataset):
-        return f"D4RL/antmaze/{m[1]}-v1"
-    if m := _KITCHEN.fullmatch(dataset):
-        return f"D4RL/kitchen/{m[1]}-v2"
-    return None
+    """Return Minari's dataset of the same task, which holds other data, if there is one."""
+    found = ((re.fullmatch(pattern, dataset), name) for pattern, name in _MINARI)
+    return next((match.expand(name) for match, name in found if match), None)

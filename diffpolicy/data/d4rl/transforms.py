@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from diffpolicy.data.d4rl.episodes import Episodes
-from diffpolicy.settings import near_miss
+from diffpolicy.settings import check_choice, check_range
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,24 +83,20 @@ def parse_transforms(transforms: Sequence[str]) -> tuple[Transform, ...]:
 
 def _parse(text: str) -> Transform:
     name, colon, number = text.partition(":")
-    if name not in _DEFAULTS:
-        hint = near_miss(name, _DEFAULTS)
-        raise ValueError(f"unknown transform {text!r}; choose of {sorted(_DEFAULTS)}{hint}")
+    check_choice("transform", name, _DEFAULTS)
     value = _DEFAULTS[name]
-    if not colon:
-        if value is not None and math.isnan(value):
-            raise ValueError(f"{name} needs a number: write '{name}:<x>'")
-        return Transform(name, value)
-    if value is None:
+    if value is None and colon:
         raise ValueError(f"{name} takes no number; got {text!r}")
-    try:
-        chosen = float(number)
-    except ValueError:
-        chosen = math.nan
-    if not math.isfinite(chosen) or (name in ("split_goals", "reward_scale") and chosen <= 0):
-        kind = "finite" if name == "reward_shift" else "positive"
-        raise ValueError(f"{name} needs a {kind} number; got {number!r}")
-    return Transform(name, chosen)
+    if colon:
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"{name} needs a finite number: write '{name}:<x>'; got {text!r}")
+    if name in ("split_goals", "reward_scale"):
+        check_range("(0, inf)", **{name: value})
+    return Transform(name, value)
 
 
 def reward_map(
@@ -148,7 +144,7 @@ class Trips(NamedTuple):
 
     Attributes:
         episodes: the trips.
-        reached: `[N]` whether a row's position is at the row's goal.
+        reached: ``[N]`` whether a row's position is at the row's goal.
     """
 
     episodes: Episodes

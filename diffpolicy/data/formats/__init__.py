@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from diffpolicy.extras import EXTRAS
 from diffpolicy.settings import check_choice
@@ -57,6 +57,7 @@ class EpisodeSource(ABC):
     """
 
     name: str
+    _file: Any = None
 
     @abstractmethod
     def __init__(self, path: Path) -> None:
@@ -109,9 +110,16 @@ class EpisodeSource(ABC):
         """List the rows of these fields that were never written, or got lost, and read as zeros."""
         return []
 
-    @abstractmethod
     def close(self) -> None:
         """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def _names(self, fields: Iterable[str] | None) -> list[str]:
         """The fields that are asked for; default all.

@@ -109,10 +109,6 @@ class ArraysFile(EpisodeSource):
         first = int(self._ends[index - 1]) if index else 0
         return {n: self._array(n)[first : int(self._ends[index])] for n in self._names(fields)}
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
     def _array(self, name: str) -> NDArray[Any]:
         if name not in self._loaded:
             self._loaded[name] = self._file[name]

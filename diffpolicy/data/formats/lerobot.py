@@ -157,10 +157,6 @@ class LeRobotDirectory(EpisodeSource):
         made = part | _ends(part, entry.length)
         return {n: made[n] for n in names}
 
-    def close(self) -> None:
-        """Let go of what was read."""
-        self._cache = None
-
     # -- metadata -----------------------------------------------------------------------------
 
     def _listed(self) -> list[_Episode]:

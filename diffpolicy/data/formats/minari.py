@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from diffpolicy.data.hdf5 import Hdf5Group
-
 _METADATA = "metadata.json"
 _HDF5 = "main_data.hdf5"
 # Fields of an episode, and what minari calls them.
@@ -70,7 +68,7 @@ class MinariDataset(EpisodeSource):
         self.name = str(self._data)
         minari = require("minari.dataset.minari_storage", "reading Minari datasets")
         self._metadata = _read_metadata(self._data)
-        self._file: Hdf5Group | None = None  # to look at what minari does not tell
+        # The HDF5 file is looked at for what minari does not tell.
         if self._metadata.get("data_format") == "hdf5":
             self._file = open_hdf5(self._data / _HDF5, "reading Minari datasets")
         try:
@@ -166,11 +164,6 @@ class MinariDataset(EpisodeSource):
                 )
             found[name] = rows[1:] if name != column else rows[:steps]
         return found | {name: found[name].astype(bool) for name in _ENDS if name in found}
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
 
     # -- inside -------------------------------------------------------------------------------
 

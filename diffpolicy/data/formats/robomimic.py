@@ -145,10 +145,6 @@ class RobomimicFile(EpisodeSource):
             result[field] = rows
         return result
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
 
 def _described(data: Hdf5Group) -> dict[str, Any]:
     """The environment that the demonstrations were recorded in, where the file says it."""
