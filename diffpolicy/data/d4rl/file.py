@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from diffpolicy.data.check import Issue
     from diffpolicy.data.formats import Gap
-    from diffpolicy.data.issue import Issue
     from diffpolicy.data.selection import Choice
     from diffpolicy.data.store import EpisodeStore
 
@@ -296,8 +296,7 @@ class D4RLFile:
             ValueError: Values that are not finite, or no such extra field.
         """
         from diffpolicy.data.d4rl.writing import write_store
-        from diffpolicy.data.left_out import announce, checked_gaps
-        from diffpolicy.data.selection import select
+        from diffpolicy.data.selection import announce, checked_gaps, select
 
         chosen = select(self, exclude, keep, max_episodes)
         used = [*self._main_fields, *extras]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffpolicy.data.issue import Issue
+from diffpolicy.data.check import Issue
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,20 +8,19 @@ import numpy as np
 from zarr.storage import MemoryStore
 
 from diffpolicy.data import store_layout as layout
-from diffpolicy.data.check import check_store
+from diffpolicy.data.check import check_store, format_issue
 from diffpolicy.data.d4rl.rows import block_ends, blocks
 from diffpolicy.data.fields import jsonable
-from diffpolicy.data.issue import format_issue
-from diffpolicy.data.left_out import issue_lines, left_out
+from diffpolicy.data.selection import issue_lines, left_out
 from diffpolicy.data.store import EpisodeStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from diffpolicy.data.check import Issue
     from diffpolicy.data.d4rl.file import D4RLFile
     from diffpolicy.data.fields import FieldSpec
-    from diffpolicy.data.issue import Issue
     from diffpolicy.data.selection import Selection
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from diffpolicy.data.issue import Issue
+from diffpolicy.data.check import Issue
 from diffpolicy.data.preferences import file as files
 from diffpolicy.data.preferences.records import (
     Label,

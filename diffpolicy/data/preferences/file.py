@@ -32,9 +32,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from diffpolicy.data.blocks import content_digest
 from diffpolicy.data.preferences.records import check_range, record_from_json, segments_of
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.data.store_digest import content_digest
 from diffpolicy.files import write_atomic
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Mark(NamedTuple):
         episodes: Their number E.
         steps: Their steps together.
         ends: SHA-256 (hexadecimal) of their cumulative ends as little-endian int64.
-        content: Digest of their values (`diffpolicy.data.store_digest`); None in memory, and in
+        content: Digest of their values (`diffpolicy.data.blocks`); None in memory, and in
             files of earlier versions, which cannot tell stores of equal lengths apart.
     """
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from diffpolicy.data.issue import Issue
+    from diffpolicy.data.check import Issue
 
 __all__ = [
     "Label",
