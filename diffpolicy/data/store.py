@@ -19,34 +19,24 @@ published; `finalize` cuts them to size.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from zarr.storage import LocalStore, MemoryStore
 
 from diffpolicy.data import opening
 from diffpolicy.data import store_layout as layout
-from diffpolicy.data.damage import StoreDamagedError, StrictStore
-from diffpolicy.data.fields import (
-    FieldSpec,
-    checked_rows,
-    field_specs,
-    jsonable,
-    user_attrs,
-)
+from diffpolicy.data.fields import FieldSpec, checked_rows, field_specs, jsonable, user_attrs
+from diffpolicy.data.opening import StoreDamagedError, StrictStore
 from diffpolicy.data.reader import EpisodeReader
-from diffpolicy.data.session import Session
 from diffpolicy.data.statistics import checksum, compute_statistics
 from diffpolicy.files import WriterLock, naming
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Mapping, Sequence
-    from types import TracebackType
-
-    from numpy.typing import NDArray
+from diffpolicy.settings import check_choice, check_range
 
 __all__ = ["EpisodeStore", "FieldSpec", "StoreDamagedError"]
 
@@ -64,7 +54,7 @@ class EpisodeStore(EpisodeReader):
         super().__init__(group, path)
         self._writable = writable
         self._tails: dict[str, layout.Tail] | None = None
-        self._session = Session(path) if writable and path is not None else None
+        self._session = layout.Session(path) if writable and path is not None else None
 
     # -- making one ---------------------------------------------------------------------------
 
@@ -123,8 +113,7 @@ class EpisodeStore(EpisodeReader):
                 cannot be read.
             BusyError: (to append) Another process is writing to it; names it.
         """
-        if mode not in ("r", "a"):
-            raise ValueError(f"mode must be 'r' (read) or 'a' (append); got {mode!r}")
+        check_choice("mode", mode, ("r", "a"))
         target = Path(path)
         group = opening.open_group(target, writable=mode == "a")
         try:
@@ -172,11 +161,6 @@ class EpisodeStore(EpisodeReader):
             FileExistsError: Something is at `path`.
         """
         columns = {name: np.asarray(value) for name, value in arrays.items()}
-        for name, column in columns.items():
-            if column.ndim == 0:
-                raise ValueError(
-                    f"field {name!r} must be an array [T, ...]; got the number {column}"
-                )
         specs = {
             name: FieldSpec(c.shape[1:], "float32" if c.dtype == np.float64 else str(c.dtype))
             for name, c in columns.items()
@@ -199,8 +183,7 @@ class EpisodeStore(EpisodeReader):
         chunk_rows: int | None,
     ) -> EpisodeStore:
         user = user_attrs(attrs)
-        if chunk_rows is not None and chunk_rows < 1:
-            raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
+        check_range("[1, inf)", chunk_rows=chunk_rows)
         fields: Any = {k: {"shape": list(s.shape), "dtype": s.dtype} for k, s in specs.items()}
         own = {"format": opening.FORMAT, "version": opening.VERSION, "fields": fields}
         with naming(path or "memory"):
@@ -224,9 +207,8 @@ class EpisodeStore(EpisodeReader):
         Raises:
             ValueError: Fields, shapes, lengths, types or values that do not fit; nothing was added.
         """
-        columns = {name: np.asarray(value) for name, value in arrays.items()}
-        length = min((len(c) for c in columns.values() if c.ndim), default=0)
-        self._extend(columns, np.array([length]), [episode_attrs])
+        length = min((len(a) for a in arrays.values() if np.ndim(a)), default=0)
+        self.extend(arrays, [length], [episode_attrs])
         return self.num_episodes - 1
 
     def extend(
@@ -245,11 +227,25 @@ class EpisodeStore(EpisodeReader):
         Raises:
             ValueError: As for `append`.
         """
+        self._require_writable()
         ends = np.asarray(episode_ends)
         attrs = [{}] * len(ends) if episode_attrs is None else episode_attrs
         if len(attrs) != len(ends):
             raise ValueError(f"{len(ends)} episodes need as many attributes; got {len(attrs)}")
-        self._extend({name: np.asarray(value) for name, value in arrays.items()}, ends, attrs)
+        columns = {name: np.asarray(value) for name, value in arrays.items()}
+        rows = checked_rows(self._fields, columns, ends)
+        lines = "".join(json.dumps(jsonable(a, "episode_attrs")) + "\n" for a in attrs)
+        self._begin()
+        tails, self._tails = self._tails or self._open_tails(), None
+        for name, values in rows.items():
+            tails[f"data/{name}"].append(values)
+        tails["meta/episode_attrs"].append(np.frombuffer(lines.encode(), np.uint8))
+        new_ends = ends.astype(np.int64) + self.num_steps
+        tails["meta/episode_ends"].append(new_ends)
+        self._ends = np.concatenate([self._ends, new_ends])
+        self._episode_attrs = None
+        # Kept only now: after a failure (a full disk) the next call starts from what is published.
+        self._tails = tails
 
     def update_attrs(self, attrs: Mapping[str, Any]) -> None:
         """Add to the store's attributes.
@@ -295,17 +291,10 @@ class EpisodeStore(EpisodeReader):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:  # leave quickly; what was appended is published already
-            self._end()
-            self._finalizer()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:  # leave quickly; what was appended is published already
+            self._tails = None
+        self.close()
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -327,38 +316,14 @@ class EpisodeStore(EpisodeReader):
         if self._session is not None:
             self._session.end()
 
-    def _extend(
-        self,
-        columns: Mapping[str, NDArray[Any]],
-        ends: NDArray[Any],
-        attrs: Sequence[Mapping[str, Any]],
-    ) -> None:
-        """Write rows of one or more episodes, then publish them; `ends` count from 0."""
-        self._require_writable()
-        rows = checked_rows(self._fields, columns, ends)
-        lines = "".join(json.dumps(jsonable(a, "episode_attrs")) + "\n" for a in attrs)
-        self._begin()
-        tails, self._tails = self._tails or self._open_tails(), None
-        for name, values in rows.items():
-            tails[f"data/{name}"].append(values)
-        tails["meta/episode_attrs"].append(np.frombuffer(lines.encode(), np.uint8))
-        new_ends = ends.astype(np.int64) + self.num_steps
-        tails["meta/episode_ends"].append(new_ends)
-        self._ends = np.concatenate([self._ends, new_ends])
-        self._episode_attrs = None
-        # Kept only now: after a failure (a full disk) the next call starts from what is published.
-        self._tails = tails
-
     def _open_tails(self) -> dict[str, layout.Tail]:
         group, name = self._group, self.name
-        attrs, ends = (
-            opening.child_array(group, f"meta/episode_{part}", name) for part in ("attrs", "ends")
-        )
-        lines = opening.read_growing(attrs, f"{name}/meta/episode_attrs", name)
         tails = {f"data/{k}": layout.Tail(a, self.num_steps) for k, a in self._arrays.items()}
-        tails["meta/episode_attrs"] = layout.Tail(
-            attrs, opening.bytes_of_lines(lines, self.num_episodes)
-        )
+        place = "meta/episode_attrs"
+        attrs = opening.child_array(group, place, name)
+        lines = opening.read_growing(attrs, f"{name}/{place}", name)
+        tails[place] = layout.Tail(attrs, opening.bytes_of_lines(lines, self.num_episodes))
+        ends = opening.child_array(group, "meta/episode_ends", name)
         tails["meta/episode_ends"] = layout.Tail(ends, self.num_episodes)
         return tails
 

@@ -1,18 +1,21 @@
-"""How a store lies on disk: fields, zarr arrays, crash-safe appending to them."""
+"""How a store lies on disk: its arrays, crash-safe appending to them, and whose turn it is."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
+import zarr
+from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from diffpolicy.data.damage import StoreDamagedError, reason
-from diffpolicy.data.opening import FORMAT, UNPUBLISHED
+from diffpolicy.data.fields import FieldSpec
+from diffpolicy.data.opening import FORMAT, UNPUBLISHED, StoreDamagedError, ZarrArray, reason
 from diffpolicy.files import (
     ForeignFilesError,
     WriterLock,
@@ -20,24 +23,51 @@ from diffpolicy.files import (
     naming,
     remove_owned,
     replaced_directory,
+    sync,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
-
-    import zarr
-    from numpy.typing import NDArray
-
-    from diffpolicy.data.fields import FieldSpec
-    from diffpolicy.data.opening import ZarrArray
-
-__all__ = ["StoreDamagedError", "Tail", "clear_target", "create_arrays", "sync_to_disk"]
 
 _CHUNK_BYTES = 2**18
 _MAX_CHUNK_ROWS = 4096
 _ENDS_CHUNK = 1024
 _ATTRS_CHUNK = 2**14
+
+
+class Session:
+    """One handle's turn to write to a store, from its first append until it is finalized.
+
+    Other processes are refused meanwhile, with the name of this one. Another handle of the same
+    thread may take its turn; each then finds out that what it knows of the store is old.
+
+    Args:
+        path: The store.
+    """
+
+    _latest: ClassVar[dict[Path, Session]] = {}
+
+    def __init__(self, path: Path) -> None:
+        what = "appending to it (until it finalizes or closes the store)"
+        self._lock = WriterLock(path, what, wait_s=2.0)
+        self._active = False
+
+    def begin(self) -> bool:
+        """Take the turn, or go on with it; return whether the store must be read anew.
+
+        Raises:
+            BusyError: Another process is writing.
+        """
+        going_on = self._active and self._latest.get(self._lock.path) is self
+        if not self._active:
+            self._lock.acquire()
+        self._active, self._latest[self._lock.path] = True, self
+        return not going_on
+
+    def end(self) -> None:
+        """Let others write."""
+        if self._active:
+            self._active = False
+            if self._latest.get(self._lock.path) is self:
+                del self._latest[self._lock.path]
+            self._lock.release()
 
 
 class Tail:
@@ -63,7 +93,7 @@ class Tail:
             ) from error
 
     def append(self, rows: NDArray[Any]) -> None:
-        """Write `rows` behind the last one."""
+        """Write ``rows`` behind the last one."""
         self._resize(-(-(self._length + len(rows)) // self._chunk) * self._chunk)
         step = self.PIECE * self._chunk
         for start in range(0, len(rows), step):
@@ -81,24 +111,23 @@ class Tail:
         block[:kept], block[kept:used] = self._buffer, rows
         block[used:] = self._array.fill_value
         first = self._length - kept
-        with naming(_place(self._array.store_path)):
+        with _naming(self._array.store_path):
             self._array[first : first + size] = block
         self._length += len(rows)
         self._buffer = block[used - used % self._chunk : used].copy()
 
     def _resize(self, rows: int) -> None:
         if self._array.shape[0] != rows:
-            with naming(_place(self._array.store_path)):
+            with _naming(self._array.store_path):
                 self._array.resize((rows, *self._array.shape[1:]))
 
 
 def create_arrays(
     group: zarr.Group, specs: Mapping[str, FieldSpec], chunk_rows: int | None
 ) -> None:
-    """Create the empty arrays of a store in `group`."""
+    """Create the empty arrays of a store in ``group``."""
     for name, spec in specs.items():
-        row_bytes = int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
-        rows = chunk_rows or min(_MAX_CHUNK_ROWS, max(1, _CHUNK_BYTES // row_bytes))
+        rows = chunk_rows or min(_MAX_CHUNK_ROWS, max(1, _CHUNK_BYTES // spec.row_bytes))
         # A float chunk that got lost reads as NaN, never as plausible zeros.
         fill = np.nan if np.dtype(spec.dtype).kind == "f" else 0
         _create_array(group, f"data/{name}", (rows, *spec.shape), spec.dtype, fill)
@@ -109,7 +138,7 @@ def create_arrays(
 def _create_array(
     group: zarr.Group, name: str, chunks: tuple[int, ...], dtype: str, fill: float
 ) -> None:
-    with naming(_place(group.store_path / name)):
+    with _naming(group.store_path / name):
         group.create_array(
             name,
             shape=(0, *chunks[1:]),
@@ -120,12 +149,12 @@ def _create_array(
         )
 
 
-def _place(place: object) -> str:
-    return str(place).removeprefix("file://")
+def _naming(place: object) -> contextlib.AbstractContextManager[None]:
+    return naming(str(place).removeprefix("file://"))
 
 
 def clear_target(target: Path, *, overwrite: bool, remove: bool = True) -> None:
-    """Make sure that a store can be made at `target`; with `remove=False` only ask.
+    """Make sure that a store can be made at ``target``; with ``remove=False`` only ask.
 
     Raises:
         FileExistsError: Something is there which may not be replaced.
@@ -156,9 +185,7 @@ def _owned(target: Path) -> Callable[[str], bool]:
     try:
         attributes = json.loads((target / "zarr.json").read_bytes())["attributes"]
         fields = list(attributes["fields"]) if attributes["format"] == FORMAT else []
-    except (ValueError, KeyError, TypeError):
-        fields = []
-    except OSError:  # nothing there
+    except (OSError, ValueError, KeyError, TypeError):  # nothing there, or damaged
         fields = []
     if not fields:
         return lambda name: False
@@ -173,19 +200,13 @@ def _owned(target: Path) -> Callable[[str], bool]:
 
 
 def partial_files(target: Path) -> list[Path]:
-    """The half-written files of a store, which zarr names by 32 hexadecimal digits."""
+    """Return the half-written files of a store, which zarr names by 32 hexadecimal digits."""
     found = target.rglob("*.partial")
     return [path for path in found if re.fullmatch(r".+\.[0-9a-f]{32}\.partial", path.name)]
 
 
 def sync_to_disk(root: Path) -> None:
-    """Ask the system to bring every file and directory under `root` to the disk."""
+    """Ask the system to bring every file and directory under ``root`` to the disk."""
     for path in [root, *root.rglob("*")]:
-        if os.name != "posix" and path.is_dir():  # only POSIX opens directories
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            with naming(path):
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with naming(path):
+            sync(path)

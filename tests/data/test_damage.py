@@ -220,7 +220,8 @@ def test_bounds_that_are_none(tmp_path, low, high, message):
 def test_rows_that_are_no_vectors(tmp_path):
     flat, square = np.ones(20, np.float32), np.ones((20, 4, 4), np.float32)
     for arrays, fix in (
-        ({"obs": square, "action": flat[:, None]}, "reshape"),
+        ({"obs": square, "action": square}, "reshape"),
+        ({"obs": flat, "action": flat[:, None]}, r"array\[:, None\]"),
         ({"obs": flat[:, None], "action": flat}, r"array\[:, None\]"),
     ):
         with pytest.raises(ValueError, match=rf"must be \[T, D\], one vector a step.*{fix}"):

@@ -2,7 +2,7 @@
 
 - ``catalogue``: the 155 dataset ids with file names, step limits, reference scores and sizes;
 - ``location``: where a dataset's file is looked for;
-- ``file``: [`D4RLFile`][diffpolicy.data.d4rl.file.D4RLFile], a lazy reader of whole episodes;
+- ``file``: :class:`~diffpolicy.data.d4rl.file.D4RLFile`, a lazy reader of whole episodes;
 - ``transforms``: named changes of rewards and episodes, recorded with everything made of them;
 - ``views``: what D4RL's ``qlearning_dataset`` and ``sequence_dataset`` return.
 """

@@ -1,13 +1,13 @@
 """The 155 D4RL datasets: ids, file names, step limits and the 147 published reference scores.
 
-The table `catalogue.csv` restates D4RL's `d4rl/infos.py` (ids, base names of the files, reference
-returns) and the step limits of its environment registrations, in full precision. D4RL publishes no
-hashes of its files, so there are none here; a file that broke off while it was downloaded is still
-noticed, because HDF5 records its own length. A file is taken for a dataset's if its name is and its
-rows have the sizes of the dataset's environment; whether scores may stand beside published ones
-also asks for the number of rows (Fu et al. 2020, table of datasets; the locomotion data of versions
-1 and 2 as they are published). Published files have up to one row in a hundred less than the round
-number. Nothing in this module needs numpy.
+The table ``catalogue.csv`` restates D4RL's ``d4rl/infos.py`` (ids, base names of the files,
+reference returns) and the step limits of its environment registrations, in full precision. D4RL
+publishes no hashes of its files, so there are none here; a file that broke off while it was
+downloaded is still noticed, because HDF5 records its own length. A file is taken for a dataset's if
+its name is and its rows have the sizes of the dataset's environment; whether scores may stand
+beside published ones also asks for the number of rows (Fu et al. 2020, table of datasets; the
+locomotion data of versions 1 and 2 as they are published). Published files have up to one row in a
+hundred less than the round number. Nothing in this module needs numpy.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class DatasetInfo:
     """One dataset of D4RL.
 
     Attributes:
-        id: such as `"hopper-medium-v2"`.
+        id: such as ``"hopper-medium-v2"``.
         file: base name of its HDF5 file, different for every dataset.
         max_episode_steps: the step limit of its environment in D4RL.
         ref_min: return of the reference random policy, scored 0; None where D4RL gives none.
@@ -118,7 +118,7 @@ _BY_FILE = {info.file: info for info in DATASETS.values()}
 
 
 def lookup(dataset: str) -> DatasetInfo:
-    """What is known about a dataset.
+    """Look up what is known about a dataset.
 
     Args:
         dataset: Its id.
@@ -139,7 +139,7 @@ def lookup(dataset: str) -> DatasetInfo:
 
 
 def by_file(name: str) -> DatasetInfo | None:
-    """The dataset whose file has this base name, if there is one."""
+    """Find the dataset whose file has this base name, if there is one."""
     return _BY_FILE.get(name)
 
 
@@ -150,7 +150,7 @@ def normalized_score(
     dataset: str, episode_return: NDArray[Any] | list[float]
 ) -> NDArray[np.float64]: ...
 def normalized_score(dataset: str, episode_return: Any) -> Any:
-    """D4RL's normalised score, `100 * (R - min) / (max - min)` (Fu et al. 2020, section 6).
+    """Compute the score ``100 * (R - min) / (max - min)`` of Fu et al. (2020), section 6.
 
     0 is the reference random policy and 100 the reference expert; it may lie outside.
 
@@ -180,7 +180,7 @@ def normalized_score(dataset: str, episode_return: Any) -> Any:
 
 
 def misfit(info: DatasetInfo, observation: tuple[int, ...], action: tuple[int, ...]) -> str | None:
-    """Why rows of these shapes cannot be the dataset's; None if they can, or nothing is known."""
+    """Tell why rows of these shapes cannot be the dataset's; None if they can, or if unknown."""
     family, _, rest = info.id.partition("-")
     sizes = _SIZES.get(f"bullet-{rest.partition('-')[0]}" if family == "bullet" else family)
     if sizes is None or (observation, action) == ((sizes[0],), (sizes[1],)):
@@ -192,7 +192,7 @@ def misfit(info: DatasetInfo, observation: tuple[int, ...], action: tuple[int, .
 
 
 def doubts(info: DatasetInfo, rows: int | None) -> list[str]:
-    """What speaks against data of so many rows being all of a dataset; empty if nothing does.
+    """List what speaks against data of so many rows being all of a dataset.
 
     Rows that nobody counted (``None``) do.
     """

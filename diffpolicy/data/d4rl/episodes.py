@@ -18,10 +18,10 @@ class Episodes(NamedTuple):
     """The trajectories of a file, back to back.
 
     Attributes:
-        ends: `[E]` int64 cumulative ends: trajectory i is rows `ends[i-1]..ends[i]-1`.
-        terminated: `[E]` whether its last step led to a terminal state.
-        truncated: `[E]` whether its last step was cut off (a time-out, or a change of goal). Both
-            may hold only after `split_goals`: the goal was reached and the trip was cut there.
+        ends: ``[E]`` int64 cumulative ends: trajectory i is rows ``ends[i-1]..ends[i]-1``.
+        terminated: ``[E]`` whether its last step led to a terminal state.
+        truncated: ``[E]`` whether its last step was cut off (a time-out, or a change of goal). Both
+            may hold only after ``split_goals``: the goal was reached and the trip was cut there.
         partial: whether the last trajectory is unfinished: the file ends in the middle of it.
     """
 
@@ -32,11 +32,11 @@ class Episodes(NamedTuple):
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        """`[E]` first rows."""
+        """``[E]`` first rows."""
         return np.concatenate([np.zeros(1, np.int64), self.ends[:-1]])
 
     def sums(self, values: NDArray[Any]) -> NDArray[np.float64]:
-        """`[E]` sums of `values` `[N]` over each of them, in float64."""
+        """Sum ``values`` ``[N]`` over each of them: ``[E]``, in float64."""
         if not len(self.ends):
             return np.zeros(0)
         found: NDArray[np.float64] = np.add.reduceat(
@@ -45,7 +45,7 @@ class Episodes(NamedTuple):
         return found
 
     def first(self, count: int) -> Episodes:
-        """Only the first `count` of them."""
+        """Keep only the first ``count`` of them."""
         partial = self.partial and count >= len(self.ends)
         return Episodes(self.ends[:count], self.terminated[:count], self.truncated[:count], partial)
 
@@ -58,20 +58,21 @@ def find_episodes(
 ) -> Episodes:
     """Split a file's rows into trajectories, each with how it ended.
 
-    A trajectory ends where `terminals` or `timeouts` says so; where both do, the state was terminal
-    and the step limit did not matter. A file without `timeouts` leaves the time-outs to be counted:
-    every `max_episode_steps` rows after a start. (D4RL's own functions count one row less after the
-    first trajectory; `views` does as they do.)
+    A trajectory ends where ``terminals`` or ``timeouts`` says so; where both do, the state was
+    terminal and the step limit did not matter. A file without ``timeouts`` leaves the time-outs to
+    be counted: every ``max_episode_steps`` rows after a start. (D4RL's own functions count one row
+    less after the first trajectory; ``views`` does as they do.)
 
     Args:
-        terminals: `[N]`, true in steps that lead to a terminal state.
-        timeouts: `[N]`, true in steps after which the recording was cut off; None if not recorded.
-        max_episode_steps: The step limit, needed without `timeouts` and `breaks`.
-        breaks: `[N]`, true in steps that the next row does not follow on (see `find_breaks`); only
-            without `timeouts`.
+        terminals: ``[N]``, true in steps that lead to a terminal state.
+        timeouts: ``[N]``, true in steps after which the recording was cut off; None if not
+            recorded.
+        max_episode_steps: The step limit, needed without ``timeouts`` and ``breaks``.
+        breaks: ``[N]``, true in steps that the next row does not follow on (see ``find_breaks``);
+            only without ``timeouts``.
 
     Returns:
-        The trajectories, the last of which may be partial. (With `breaks` alone it is taken for a
+        The trajectories, the last of which may be partial. (With ``breaks`` alone it is taken for a
         whole one if it is as long as the longest.)
     """
     n = len(terminals)
@@ -97,13 +98,13 @@ def find_episodes(
 
 
 def find_breaks(raw: RawFile) -> NDArray[np.bool_]:
-    """Where `next_observations` and the observations of the next row differ: a reset lies between.
+    """Mark the rows whose ``next_observations`` the next row does not begin with (a reset).
 
     Args:
-        raw: A file with `next_observations`.
+        raw: A file with ``next_observations``.
 
     Returns:
-        `[N]`; the last row, which nothing follows, is not marked.
+        ``[N]``; the last row, which nothing follows, is not marked.
 
     Raises:
         ValueError: Most rows do not follow on: they are in no order of time.
@@ -161,7 +162,7 @@ def read_episodes(
 
 
 def _cut(stops: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
-    """Ends after cutting each of the segments that end at `stops` every `limit` rows."""
+    """Ends after cutting each of the segments that end at ``stops`` every ``limit`` rows."""
     starts = np.concatenate([[0], stops[:-1]])
     pieces = -(-(stops - starts) // limit)
     first = np.repeat(np.cumsum(pieces) - pieces, pieces)

@@ -344,8 +344,7 @@ class D4RLFile(EpisodeSource):
             ValueError: Values that are not finite, or no such extra field.
         """
         from diffpolicy.data.d4rl.writing import write_store
-        from diffpolicy.data.left_out import announce, checked_gaps
-        from diffpolicy.data.selection import select
+        from diffpolicy.data.selection import announce, checked_gaps, select
 
         chosen = select(self, exclude, keep, max_episodes)
         used = [*self.main_fields, *extras]

@@ -36,16 +36,16 @@ class Found(NamedTuple):
 
 
 def datasets_dir(data_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of D4RL's files: `data_dir`, else `$D4RL_DATASET_DIR`, else `~/.d4rl/datasets`."""
+    """Return ``data_dir``, else ``$D4RL_DATASET_DIR``, else ``~/.d4rl/datasets``."""
     chosen = data_dir or os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
     return Path(chosen).expanduser()
 
 
 def scan(data_dir: str | os.PathLike[str] | None = None) -> list[Found]:
-    """The HDF5 files in a folder and in the folders directly below it.
+    """List the HDF5 files in a folder and in the folders directly below it.
 
     Args:
-        data_dir: The folder; default as `datasets_dir`.
+        data_dir: The folder; default as ``datasets_dir``.
 
     Returns:
         The files, sorted by name, those of the folder itself first; empty if there is no folder.
@@ -58,12 +58,12 @@ def scan(data_dir: str | os.PathLike[str] | None = None) -> list[Found]:
 def find_dataset(
     id_or_path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None
 ) -> Found:
-    """The file of a dataset.
+    """Find the file of a dataset.
 
     Args:
-        id_or_path: An id such as `"hopper-medium-v2"`, or the path of a file. A file whose base
+        id_or_path: An id such as ``"hopper-medium-v2"``, or the path of a file. A file whose base
             name is D4RL's is recognised by it, wherever it lies.
-        data_dir: Where to look for an id; default `$D4RL_DATASET_DIR`, else `~/.d4rl/datasets`.
+        data_dir: Where to look for an id; default ``$D4RL_DATASET_DIR``, else ``~/.d4rl/datasets``.
 
     Returns:
         The file, and the dataset where it is known.
@@ -90,7 +90,7 @@ def find_dataset(
 
 
 def identify(raw: RawFile, dataset: str | None) -> tuple[DatasetInfo | None, str]:
-    """The dataset of a file, by its base name or as it is said to be; its rows must fit.
+    """Find the dataset of a file, by its base name or as it is said to be; its rows must fit.
 
     Returns:
         The dataset, or None; and a note if the file has the name of one that it is not.

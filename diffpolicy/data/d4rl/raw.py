@@ -93,11 +93,11 @@ class RawFile:
         return [(n, *rows) for n in there for rows in unwritten_rows(self._members[n])]
 
     def row_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one row."""
+        """Return the shape of one row."""
         return () if name in FLAT else tuple(self._members[name].shape[1:])
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """The type in the file."""
+        """Return the type in the file."""
         found: np.dtype[Any] = self._members[name].dtype
         return found
 
@@ -110,7 +110,7 @@ class RawFile:
         return squeezed(name, read_rows(self._members[name], f"{self.path}: {name}", start, stop))
 
     def notes(self) -> dict[str, Any]:
-        """What the file says of itself: root attributes, and short values under ``metadata/``."""
+        """Return the file's root attributes, and short values under ``metadata/``."""
         said = {
             name.removeprefix("metadata/"): member[()]
             for name, member in self._members.items()

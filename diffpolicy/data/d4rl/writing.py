@@ -10,7 +10,7 @@ from zarr.storage import MemoryStore
 from diffpolicy.data import store_layout as layout
 from diffpolicy.data.check import check_store
 from diffpolicy.data.fields import jsonable
-from diffpolicy.data.left_out import issue_lines, left_out
+from diffpolicy.data.selection import issue_lines, left_out
 from diffpolicy.data.store import EpisodeStore
 
 if TYPE_CHECKING:

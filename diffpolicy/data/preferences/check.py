@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffpolicy.data.issue import Issue, Severity
+from diffpolicy.data.check import Issue, Severity
 from diffpolicy.data.preferences import file as files
 from diffpolicy.data.preferences.records import (
     Label,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def check_preferences(
     path: str | os.PathLike[str], store: EpisodeStore | str | os.PathLike[str] | None = None
 ) -> list[Issue]:
-    """Everything that is wrong with a preference file.
+    """List everything that is wrong with a preference file.
 
     Args:
         path: The file.
@@ -68,7 +68,7 @@ def check_preferences(
 
 
 def summarize(preferences: PreferenceSet) -> dict[str, Any]:
-    """See `PreferenceSet.summary`."""
+    """Count everything; see ``PreferenceSet.summary``."""
     pairs = [r for r in preferences.records if isinstance(r, Pair)]
     labels = preferences.labels()
     segments = {s for r in preferences.records for s in segments_of(r)}
@@ -93,7 +93,7 @@ def summarize(preferences: PreferenceSet) -> dict[str, Any]:
 
 
 def doubts(name: str, records: Sequence[Record]) -> Iterator[Issue]:
-    """Warnings of records that come twice or contradict each other."""
+    """Warn of records that come twice or contradict each other."""
     seen: dict[Any, int] = {}
 
     def issue(message: str, fix: str) -> Issue:

@@ -1,9 +1,9 @@
 """Pairs and labels as batches of plans, for the objectives that learn from preferences.
 
-A segment becomes windows: in each of its spans one window at every `n_action_steps`-th step, where
-the policy would have planned. Of a window the actions that are executed and lie in the span are
-scored. So every step of a segment is scored exactly once, by the window that executed it, and no
-step outside of it is.
+A segment becomes windows: in each of its spans one window at every ``n_action_steps``-th step,
+where the policy would have planned. Of a window the actions that are executed and lie in the span
+are scored. So every step of a segment is scored exactly once, by the window that executed it, and
+no step outside of it is.
 """
 
 from __future__ import annotations
@@ -81,24 +81,24 @@ class _Examples:
 
     @property
     def parts(self) -> int:
-        """P, examples of each record: rows `i P .. i P + P - 1` are record i."""
+        """P, examples of each record: rows ``i P .. i P + P - 1`` are record i."""
         return self._parts
 
     def __len__(self) -> int:
         return len(next(iter(self._tables.values())).window)
 
     def gather(self, indices: Tensor) -> dict[str, Tensor]:
-        """A batch.
+        """Gather a batch.
 
         Args:
-            indices: `[B]` int64, each in 0..len-1.
+            indices: ``[B]`` int64, each in 0..len-1.
 
         Returns:
-            `obs [B, W, To, O]` and `action [B, W, H, A]` float32, normalised, and
-            `steps [B, W, H]` bool, True where a position is scored; of pairs each of them under
-            `chosen_...` and `rejected_...`. W is the largest number of windows in any example;
+            ``obs [B, W, To, O]`` and ``action [B, W, H, A]`` float32, normalised, and
+            ``steps [B, W, H]`` bool, True where a position is scored; of pairs each of them under
+            ``chosen_...`` and ``rejected_...``. W is the largest number of windows in any example;
             rows that fill up to it repeat the first window and have no scored step. Beside them
-            `good [B]` bool of labels, and `tie [B]` bool of pairs if ties were asked for.
+            ``good [B]`` bool of labels, and ``tie [B]`` bool of pairs if ties were asked for.
 
         Raises:
             IndexError: An index is out of range (on the CPU).
@@ -120,7 +120,7 @@ class _Examples:
         return batch
 
     def to(self, device: torch.device | str) -> Self:
-        """The same examples with batches on `device`; in memory, the data move there too."""
+        """Return the same examples, whose batches (and data in memory) are on ``device``."""
         moved = copy.copy(self)
         moved._windows = self._windows.to(device)
         moved._tables = {k: _Table(*(t.to(device) for t in v)) for k, v in self._tables.items()}
@@ -139,10 +139,11 @@ class PairExamples(_Examples):
     """Pairs of segments, normalised: a source of the trainer.
 
     All windows of a segment are given together, because what is compared is the sum over a segment.
-    For long segments that is much to compute; `windows` bounds it. A pair is then P examples, each
-    with every P-th window of both segments, P the least number that keeps the longest segment
-    within `windows`. That is the same in every epoch, in which every window comes (of a segment of
-    fewer than P windows one comes again). A score is then a sum over about `1 / P` of a segment.
+    For long segments that is much to compute; ``windows`` bounds it. A pair is then P examples,
+    each with every P-th window of both segments, P the least number that keeps the longest segment
+    within ``windows``. That is the same in every epoch, in which every window comes (of a segment
+    of fewer than P windows one comes again). A score is then a sum over about ``1 / P`` of a
+    segment.
 
     Args:
         preferences: The pairs, and the rankings as the pairs they stand for.
@@ -151,14 +152,14 @@ class PairExamples(_Examples):
         n_action_steps: Ta, the actions executed of a plan.
         normalizer: Applied to the fields it knows; None leaves all as it is.
         windows: At most so many windows of a segment in an example; None: all.
-        ties: Also the pairs in which neither was better; a batch then has `tie`.
-        rankings: See `PreferenceSet.pairs`.
+        ties: Also the pairs in which neither was better; a batch then has ``tie``.
+        rankings: See ``PreferenceSet.pairs``.
 
     Attributes:
         pairs: The pairs, in the order of the examples.
 
     Raises:
-        ValueError: No pair, or what `Windows` refuses.
+        ValueError: No pair, or what ``Windows`` refuses.
     """
 
     def __init__(
@@ -200,7 +201,7 @@ class LabelExamples(_Examples):
         n_obs_steps: To, the observations a policy sees.
         n_action_steps: Ta, the actions executed of a plan.
         normalizer: Applied to the fields it knows; None leaves all as it is.
-        windows: See `PairExamples`.
+        windows: See ``PairExamples``.
         pairs: Also the chosen segments of pairs and rankings as good ones, and the rejected ones
             as bad.
 
@@ -208,7 +209,7 @@ class LabelExamples(_Examples):
         labels: The labels, in the order of the examples.
 
     Raises:
-        ValueError: No label, or what `Windows` refuses.
+        ValueError: No label, or what ``Windows`` refuses.
     """
 
     def __init__(
@@ -249,7 +250,7 @@ def _laid_out(segment: Segment, first: dict[int, int], every: int) -> list[tuple
 
 
 def _parts(windows: list[tuple[int, int]], parts: int) -> list[list[tuple[int, int]]]:
-    """Every `parts`-th window, from each of the first ones; never none."""
+    """Every ``parts``-th window, from each of the first ones; never none."""
     return [windows[part % min(parts, len(windows)) :: parts] for part in range(parts)]
 
 

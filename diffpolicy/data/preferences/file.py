@@ -33,9 +33,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from diffpolicy.data.blocks import content_digest
 from diffpolicy.data.preferences.records import check_fits, record_from_json
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.data.store_digest import content_digest
 from diffpolicy.files import write_atomic
 from diffpolicy.settings import ConfigError, from_values
 
@@ -67,7 +67,7 @@ class Mark:
         episodes: Their number E.
         steps: Their steps together.
         ends: SHA-256 (hexadecimal) of their cumulative ends as little-endian int64.
-        content: Digest of their values (``diffpolicy.data.store_digest``); None in memory, and in
+        content: Digest of their values (``diffpolicy.data.blocks``); None in memory, and in
             files of earlier versions, which cannot tell stores of equal lengths apart.
     """
 
@@ -178,6 +178,21 @@ def read_contents(path: Path) -> Contents:
     numbered = [(i, line) for i, line in enumerate(lines, start=2) if line.strip()]
     mark = Mark(header["episodes"], header["steps"], header["ends"], header.get("content"))
     return Contents(header, mark, numbered, kept, len(data), closed)
+
+
+def check_overwritten(path: Path, *, overwrite: bool) -> None:
+    """Raise ``FileExistsError`` unless what is there is a preference file that may be replaced."""
+    if not overwrite:
+        raise FileExistsError(
+            f"{path} exists; choose another path, or overwrite=True (at the command line "
+            "overwrite=true)"
+        )
+    try:
+        read_contents(path)
+    except (FileNotFoundError, PreferenceFileError) as error:
+        raise FileExistsError(
+            f"{path} exists and is not a preference file, so it is not overwritten"
+        ) from error
 
 
 def _checked_header(path: Path, line: bytes) -> dict[str, Any]:

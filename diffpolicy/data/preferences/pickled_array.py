@@ -1,6 +1,6 @@
 """A reader of pickled arrays that runs nothing of the pickle: ``pickled_array.py SOURCE TARGET``.
 
-A pickle is a program. `read_pickled_array` has it read in a process of its own, isolated and with
+A pickle is a program. ``read_pickled_array`` has it read in a process of its own, isolated and with
 little memory, by an unpickler that knows numbers, texts, lists and numpy's arrays of numbers, and
 refuses every other name; what comes back is a plain npy file. As a script this module needs numpy
 alone and imports nothing of this package.
@@ -103,7 +103,7 @@ class _Reader(pickle.Unpickler):
 
 
 def numbers(data: bytes) -> npt.NDArray[Any]:
-    """The array that a pickle holds: numpy's, or a list of numbers.
+    """Return the array that a pickle holds: numpy's, or a list of numbers.
 
     Raises:
         RefusedError: It holds anything else.

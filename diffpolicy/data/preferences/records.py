@@ -44,18 +44,18 @@ Segment = tuple[Span, ...]
 
 @dataclass(frozen=True)
 class Pair:
-    """Of two segments one was preferred, or neither.
+    """Two segments of which one was preferred, or neither.
 
     Attributes:
         chosen: The better one.
         rejected: The other one.
-        tie: Neither is better; `chosen` and `rejected` are then in no order.
-        source: Who or what judged, such as `"human"` or `"return"`.
+        tie: Neither is better; ``chosen`` and ``rejected`` are then in no order.
+        source: Who or what judged, such as ``"human"`` or ``"return"``.
         info: JSON values to keep with it (finite numbers).
 
     Raises:
-        ValueError: A segment, `source` or `info` that is none, or the same segment twice without
-            a tie.
+        ValueError: A segment, ``source`` or ``info`` that is none, or the same segment twice
+            without a tie.
     """
 
     chosen: Segment
@@ -103,7 +103,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Label:
-    """One segment was judged good or bad.
+    """One segment that was judged good or bad.
 
     Attributes:
         item: The segment.
@@ -112,7 +112,7 @@ class Label:
         info: JSON values to keep with it.
 
     Raises:
-        ValueError: A segment that is none, or `good` that is not True or False.
+        ValueError: A segment that is none, or ``good`` that is not True or False.
     """
 
     item: Segment
@@ -134,14 +134,14 @@ _KINDS: dict[str, type[Pair] | type[Ranking] | type[Label]] = {
 
 
 def segments_of(record: Record) -> tuple[Segment, ...]:
-    """The segments that a record judges."""
+    """Return the segments that a record judges."""
     if isinstance(record, Pair):
         return record.chosen, record.rejected
     return record.items if isinstance(record, Ranking) else (record.item,)
 
 
 def episodes_of(record: Record) -> set[int]:
-    """The episodes that a record judges anything of."""
+    """Return the episodes that a record judges anything of."""
     return {span.episode for segment in segments_of(record) for span in segment}
 
 
@@ -165,12 +165,12 @@ def episode_values(
 
 
 def segment_of_rows(rows: NDArray[np.integer], episode_ends: NDArray[np.int64]) -> Segment:
-    """The segment that consists of given rows of a store, in their order.
+    """Return the segment that consists of given rows of a store, in their order.
 
     Args:
-        rows: `[n]` rows, counted over all episodes; where the next row is not the following one,
+        rows: ``[n]`` rows, counted over all episodes; where the next row is not the following one,
             or belongs to another episode, a new span begins.
-        episode_ends: `[E]` cumulative ends.
+        episode_ends: ``[E]`` cumulative ends.
 
     Raises:
         ValueError: No row, or a row that the store does not have.
@@ -189,7 +189,7 @@ def segment_of_rows(rows: NDArray[np.integer], episode_ends: NDArray[np.int64]) 
 
 
 def rows_of_segment(segment: Segment, episode_ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows of a segment, counted over all episodes, int64 `[n]`."""
+    """Return the rows of a segment, counted over all episodes, int64 ``[n]``."""
     starts = np.concatenate([[0], episode_ends])
     return np.concatenate(
         [np.arange(s.length, dtype=np.int64) + starts[s.episode] + s.start for s in segment]
@@ -212,7 +212,7 @@ def check_fits(record: Record, lengths: NDArray[np.int64]) -> None:
 
 
 def describe(segment: Segment) -> str:
-    """A segment for messages: `episode 3 steps 10..59`."""
+    """Describe a segment for messages: ``episode 3 steps 10..59``."""
     return " and ".join(f"episode {e} steps {s}..{s + n - 1}" for e, s, n in segment)
 
 
@@ -239,10 +239,10 @@ def record_from_json(value: Any) -> Record:
 
 
 def checked_segment(value: Any, name: str) -> Segment:
-    """A segment with plain integers.
+    """Return a segment with plain integers.
 
     Raises:
-        ValueError: It is not one span or more of (episode, start, length); `name` is in the
+        ValueError: It is not one span or more of (episode, start, length); ``name`` is in the
             message.
     """
     wanted = (

@@ -40,13 +40,13 @@ def from_scores(
     min_gap: float = 0.0,
     source: str = "score",
 ) -> list[Record]:
-    """Preferences for the segments with higher scores.
+    """Prefer the segments with higher scores.
 
     Only segments of the same group are compared: what started elsewhere may have been easier.
 
     Args:
         segments: N segments.
-        scores: `[N]`, higher is better.
+        scores: ``[N]``, higher is better.
         groups: N values; equal ones are a group. Default: all are one.
         choose: Of each group the best against the worst ("best_worst", one pair); each two
             ("all"); or one ranking of those that differ ("ranking").
@@ -55,8 +55,8 @@ def from_scores(
         source: Kept with every record.
 
     Returns:
-        Pairs or rankings, group by group as they first come; `info` holds `scores`, in the order
-        of the record's segments.
+        Pairs or rankings, group by group as they first come; ``info`` holds ``scores``, in the
+        order of the record's segments.
 
     Raises:
         ValueError: Lengths that differ, scores that are not finite, or a setting that is none.
@@ -92,21 +92,21 @@ def by_return(
     choose: Choose = "best_worst",
     min_gap: float = 0.0,
 ) -> list[Record]:
-    """Preferences between whole episodes that started from the same state.
+    """Compare whole episodes that started from the same state.
 
     Args:
-        store: Episodes, with a field `reward` of one number a step unless `score` is "success".
-        score: "return", the sum of `discount^t r_t`; "max_reward"; "success", the episode's
-            attribute of that name (1 or 0); or a function of the rewards `[T]` float64 and the
+        store: Episodes, with a field ``reward`` of one number a step unless ``score`` is "success".
+        score: "return", the sum of ``discount^t r_t``; "max_reward"; "success", the episode's
+            attribute of that name (1 or 0); or a function of the rewards ``[T]`` float64 and the
             episode's attributes.
         group: The episode attribute that says which episodes started alike, such as the
             environment's seed; None compares any two.
         discount: In (0, 1]; of "return" alone.
-        choose: See `from_scores`.
-        min_gap: See `from_scores`.
+        choose: See ``from_scores``.
+        min_gap: See ``from_scores``.
 
     Returns:
-        See `from_scores`; the source is the score's name.
+        See ``from_scores``; the source is the score's name.
 
     Raises:
         ValueError: No field or attribute of that name, or a setting that is none.

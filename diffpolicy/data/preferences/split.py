@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 def split_records(
     store: EpisodeStore, records: Sequence[Record], folds: int, seed: int, group: str | None
 ) -> list[tuple[list[Record], list[Record]]]:
-    """Per fold the records to train on and the held-out ones; see `split_by_episode`.
+    """Split records, fold by fold, into those to train on and those held out.
 
     Raises:
-        ValueError: As for `split_by_episode`.
+        ValueError: As for ``split_by_episode``.
     """
     fold_of = deal_episodes(store, records, folds, seed, group)
     folds_of = [{fold_of[e] for e in episodes_of(r)} for r in records]
@@ -46,7 +46,7 @@ def split_records(
 def deal_episodes(
     store: EpisodeStore, records: Sequence[Record], folds: int, seed: int, group: str | None
 ) -> dict[int, int]:
-    """The fold in which each episode is held out.
+    """Choose the fold in which each episode is held out.
 
     Episodes that were compared stay together as long as that makes no unit larger than a fold;
     larger ones fall apart into episodes, or into groups of one attribute. The units are dealt in
@@ -95,7 +95,7 @@ def _same_attribute(store: EpisodeStore, used: Sequence[int], name: str) -> list
 
 
 def _joined(members: Sequence[int], links: Iterable[Sequence[int]]) -> list[list[int]]:
-    """The connected components of `members`, each ascending, where every link joins its own."""
+    """The connected components of ``members``, each ascending, where every link joins its own."""
     place = {member: i for i, member in enumerate(members)}
     edges = [(place[link[0]], place[other]) for link in links for other in link[1:]]
     rows, columns = np.array(edges, int).reshape(-1, 2).T
