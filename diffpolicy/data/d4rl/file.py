@@ -21,8 +21,7 @@ from diffpolicy.data.d4rl.transforms import (
     split_at_goals,
 )
 from diffpolicy.data.fields import FieldSpec
-from diffpolicy.data.formats import EpisodeSource, Gap
-from diffpolicy.data.hdf5 import open_hdf5
+from diffpolicy.data.formats import EpisodeSource, Gap, hdf5_names
 from diffpolicy.settings import check_range
 
 if TYPE_CHECKING:
@@ -50,10 +49,7 @@ def load_d4rl(
     id_or_path: str | os.PathLike[str],
     *,
     data_dir: str | os.PathLike[str] | None = None,
-    dataset: str | None = None,
-    transforms: Sequence[str] = (),
-    keep_partial: bool = True,
-    max_episode_steps: int | None = None,
+    **options: Any,
 ) -> D4RLFile:
     """Open a dataset of D4RL, by its id or by its file; the d4rl package is not needed.
 
@@ -61,12 +57,8 @@ def load_d4rl(
         id_or_path: Such as ``"hopper-medium-v2"``, or the path of a file in D4RL's layout.
         data_dir: Where to look for an id; default ``$D4RL_DATASET_DIR``, else
             ``~/.d4rl/datasets``.
-        dataset: The id of a file that was renamed; others are recognised by their base name.
-        transforms: Names of changes to make, see ``diffpolicy.data.d4rl.transforms``.
-        keep_partial: Keep the unfinished trajectory at the end of a file, marked ``partial: true``.
-        max_episode_steps: The step limit of the environment, where the file has no timeouts. A file
-            of your own needs it only if it has no ``next_observations`` either, which show where
-            the next row does not follow on.
+        options: ``dataset``, ``transforms``, ``keep_partial`` and ``max_episode_steps`` of
+            ``D4RLFile``.
 
     Returns:
         The open file. Nothing but its structure was read.
@@ -80,13 +72,7 @@ def load_d4rl(
         >>> with load_d4rl("hopper-medium-v2") as file:
         ...     store = file.to_store("hopper.zarr")
     """
-    return D4RLFile(
-        find_dataset(id_or_path, data_dir).path,
-        dataset=dataset,
-        transforms=transforms,
-        keep_partial=keep_partial,
-        max_episode_steps=max_episode_steps,
-    )
+    return D4RLFile(find_dataset(id_or_path, data_dir).path, **options)
 
 
 class D4RLFile(EpisodeSource):
@@ -94,8 +80,16 @@ class D4RLFile(EpisodeSource):
 
     Fields: ``obs`` ``[T, ...]`` and ``action`` ``[T, A]`` and ``reward`` ``[T]``, all float32;
     ``terminated`` and ``truncated`` ``[T]`` bool, true at most in the last row; ``next_obs`` if the
-    file has it; and ``infos/<name>`` in their own types (float64 as float32). See ``load_d4rl`` for
-    the arguments.
+    file has it; and ``infos/<name>`` in their own types (float64 as float32).
+
+    Args:
+        path: The file.
+        dataset: The id of a file that was renamed; others are recognised by their base name.
+        transforms: Names of changes to make, see ``diffpolicy.data.d4rl.transforms``.
+        keep_partial: Keep the unfinished trajectory at the end of a file, marked ``partial: true``.
+        max_episode_steps: The step limit of the environment, where the file has no timeouts. A file
+            of your own needs it only if it has no ``next_observations`` either, which show where
+            the next row does not follow on.
 
     Attributes:
         raw: The arrays as they are in the file.
@@ -165,16 +159,7 @@ class D4RLFile(EpisodeSource):
     @staticmethod
     def matches(path: Path) -> bool:
         """Tell whether ``path`` is an HDF5 file with D4RL's arrays at its top."""
-        if path.suffix not in (".hdf5", ".h5") or not path.is_file():
-            return False
-        try:
-            file = open_hdf5(path, "reading D4RL files")
-        except (ImportError, ValueError):
-            return False
-        try:
-            return set(REQUIRED) <= set(file.keys())
-        finally:
-            file.close()
+        return set(REQUIRED) <= set(hdf5_names(path) or ())
 
     # -- what it is ----------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ def write_store(
     """Make a store of the chosen episodes; see ``D4RLFile.to_store``."""
     if not source.num_episodes:
         raise ValueError(f"{source.name} holds no whole episode; keep the partial one")
-    names = [*source.main_fields, *_checked_extras(source, extras)]
+    names = source._names([*source.main_fields, *extras])
     specs = {name.replace("/", "."): source.fields[name] for name in names}
     if path is not None:
         layout.clear_target(path, overwrite=overwrite, remove=False)
@@ -77,16 +77,6 @@ def write_store(
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
-
-
-def _checked_extras(source: D4RLFile, extras: Sequence[str]) -> list[str]:
-    if isinstance(extras, str):
-        raise ValueError(f"extras is a list of fields, such as [{extras!r}]")
-    there = [name for name in source.fields if name.startswith("infos/")]
-    unknown = [name for name in extras if name not in there]
-    if unknown:
-        raise ValueError(f"{source.name} has no field {unknown}; further fields are {there}")
-    return list(extras)
 
 
 def _resumed(

@@ -7,15 +7,17 @@ name it in ``FORMATS``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from diffpolicy.data.hdf5 import open_hdf5
 from diffpolicy.extras import EXTRAS
 from diffpolicy.settings import check_choice
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -121,6 +123,19 @@ class EpisodeSource(ABC):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Say whatever a library raises of a damaged file as one kind of error."""
+        try:
+            yield
+        except (ImportError, FileNotFoundError):
+            raise  # their messages say what is missing
+        except Exception as error:
+            raise ValueError(
+                f"{self.name}: {what} cannot be read, so it is damaged: download or copy it again "
+                f"(a clone needs `git lfs pull`). {error!r}"
+            ) from error
+
     def _names(self, fields: Iterable[str] | None) -> list[str]:
         """The fields that are asked for; default all.
 
@@ -165,6 +180,23 @@ def _format(name: str) -> Format:
     module, _, kind = FORMATS[name].partition(":")
     found: Format = getattr(import_module(module), kind)
     return found
+
+
+def hdf5_names(path: Path) -> list[str] | None:
+    """List what is at the top of an HDF5 file: nothing of other files, None if it cannot be opened.
+
+    Nothing of it is read, so that formats can tell whether it is theirs.
+    """
+    if path.suffix not in (".hdf5", ".h5") or not path.is_file():
+        return []
+    try:
+        file = open_hdf5(path, "reading HDF5 files")
+    except (ImportError, ValueError):
+        return None
+    try:
+        return file.keys()
+    finally:
+        file.close()
 
 
 def require(module: str, what: str) -> Any:

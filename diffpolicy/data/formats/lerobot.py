@@ -2,7 +2,8 @@
 
 ``meta/info.json`` describes the features. In versions 2.x every episode has a file
 (``data/chunk-000/episode_000000.parquet``) and a line in ``meta/episodes.jsonl``; in 3.0 files hold
-many episodes (``data/chunk-000/file-000.parquet``) and ``meta/episodes/`` says which.
+many episodes (``data/chunk-000/file-000.parquet``), and ``meta/episodes/`` lists them. Either way
+every row says in ``episode_index`` which episode it is of.
 
 LeRobot keeps as many observations as actions: nothing is known after the last action, and so there
 is no ``next_obs``. ``next.done`` says that an episode ended, by termination or by time-out alike
@@ -22,7 +23,7 @@ import json
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,38 +31,24 @@ from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.formats import EpisodeSource, require
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
 
 _INFO = "meta/info.json"
-_DATA_PATHS = {
-    2: "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
-    3: "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-}
 # They number rows and are no data of their own.
 _INDICES = ("index", "episode_index", "frame_index")
 _ENDS = ("next.done", "next.truncated", "next.success")
 _MADE = ("terminated", "truncated")  # of the ends, by this module
-_LISTED = ("episode_index", "length", "tasks", "data/chunk_index", "data/file_index")
 _AGAIN = "download the dataset again (a clone needs `git lfs pull`)"
-
-
-class _Episode(NamedTuple):
-    """One line of the list of episodes."""
-
-    number: int
-    length: int
-    tasks: list[str]
-    file: Path
 
 
 class LeRobotDirectory(EpisodeSource):
     """A dataset's directory, its episodes in numerical order.
 
     Fields are the numeric columns, as ``[T]`` where a row has one number, and ``terminated`` and
-    ``truncated`` (see the module). Images, videos and text are not read; ``unread`` names them. One
-    file at a time is held in memory, and of it only the columns asked for.
+    ``truncated`` (see the module). Images, videos and text are not read; ``unread`` names them. A
+    column is read as a whole when it is first asked for.
 
     Args:
         path: The directory, or an id such as ``lerobot/pusht`` that is looked up in LeRobot's
@@ -69,27 +56,20 @@ class LeRobotDirectory(EpisodeSource):
 
     Raises:
         ImportError: pyarrow is not installed.
-        FileNotFoundError: Nothing is there, or data files are missing.
-        ValueError: Another version, or damaged metadata.
+        FileNotFoundError: Nothing is there.
+        ValueError: Another version, or damaged metadata or files.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._parquet = require("pyarrow.parquet", "reading LeRobot datasets")
+        self._arrow = require("pyarrow.dataset", "reading LeRobot datasets")
         self._root = locate(path)
         self.name = str(self._root)
         self._info = _read_info(self._root)
-        self._episodes = self._listed()
-        self.episode_attrs = [
-            {"episode_index": e.number, "tasks": list(e.tasks)} for e in self._episodes
-        ]
-        files = {e.file for e in self._episodes}
-        if missing := sorted(file for file in files if not file.is_file()):
-            raise FileNotFoundError(
-                f"{path}: {len(missing)} of {len(files)} data files are missing, such as "
-                f"{missing[0].relative_to(self._root)}; {_AGAIN}"
-            )
+        self._lengths = self._list()
+        with self._reading("the data"):
+            self._table = self._arrow.dataset(self._root / "data", format="parquet")
+        self._loaded: dict[str, NDArray[Any]] = {}
         self._look()
-        self._cache: tuple[Path, set[str], dict[str, NDArray[Any]]] | None = None
 
     @staticmethod
     def matches(path: Path) -> bool:
@@ -118,7 +98,7 @@ class LeRobotDirectory(EpisodeSource):
             "lerobot_version": self._info["codebase_version"],
             "fps": self._info.get("fps"),
             "robot_type": self._info.get("robot_type"),
-            "tasks": sorted({task for e in self._episodes for task in e.tasks}),
+            "tasks": sorted({task for known in self.episode_attrs for task in known["tasks"]}),
             "names": {
                 name: features[name]["names"]
                 for name in self.fields
@@ -134,71 +114,61 @@ class LeRobotDirectory(EpisodeSource):
             first, _, stop = str(text).partition(":")
             if first.isdecimal() and stop.isdecimal():
                 said = range(int(first), int(stop))
-                found[str(name)] = [i for i, e in enumerate(self._episodes) if e.number in said]
+                numbers = (known["episode_index"] for known in self.episode_attrs)
+                found[str(name)] = [i for i, number in enumerate(numbers) if number in said]
         return found
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
         """Read ``[T, *shape]`` of each of the ``fields`` (default all) of one episode.
 
         Raises:
-            ValueError: No such field, or the file is damaged or contradicts the metadata.
+            ValueError: No such field, or the files are damaged or contradict the metadata.
         """
-        names, entry = self._names(fields), self._episodes[index]
+        names, length = self._names(fields), self._lengths[index]
+        number = self.episode_attrs[index]["episode_index"]
+        rows = np.flatnonzero(self._column("episode_index") == number)
+        if len(rows) != length or not length or rows[-1] - rows[0] != length - 1:
+            raise ValueError(
+                f"{self.name}: episode {number} has {len(rows)} rows; the list of episodes says "
+                f"{length}, back to back. The dataset is damaged: {_AGAIN}"
+            )
         columns = {n for n in names if n not in _MADE}
         ends = {n for n in _ENDS if n in self.fields and set(_MADE) & set(names)}
-        table = self._table(entry.file, {"episode_index"} | columns | ends)
-        rows = np.flatnonzero(table["episode_index"] == entry.number)
-        if len(rows) != entry.length or not len(rows) or rows[-1] - rows[0] != len(rows) - 1:
-            raise ValueError(
-                f"{entry.file}: episode {entry.number} has {len(rows)} rows; the list of episodes "
-                f"says {entry.length}, back to back. The dataset is damaged: {_AGAIN}"
-            )
-        part = {n: values[rows[0] : rows[-1] + 1] for n, values in table.items()}
-        made = part | _ends(part, entry.length)
+        part = {n: self._column(n)[rows[0] : rows[-1] + 1] for n in columns | ends}
+        made = part | _ends(part, length)
         return {n: made[n] for n in names}
 
-    # -- metadata -----------------------------------------------------------------------------
+    # -- inside -------------------------------------------------------------------------------
 
-    def _listed(self) -> list[_Episode]:
-        """The list of episodes, by their numbers."""
-        major = _major(self._info)
-        rows = _lines(self._root / "meta/episodes.jsonl") if major == 2 else self._list_tables()
+    def _list(self) -> list[int]:
+        """Read the list of episodes into ``episode_attrs``; return their lengths."""
+        if _major(self._info) == 2:
+            rows = _lines(self._root / "meta/episodes.jsonl")
+        else:
+            with self._reading("the list of episodes"):
+                found = self._arrow.dataset(self._root / "meta/episodes", format="parquet")
+                columns = {"episode_index", "length", "tasks"} & set(found.schema.names)
+                rows = found.to_table(columns=sorted(columns)).to_pylist()
         try:
-            episodes = sorted(self._entry(row) for row in rows)
-        except (KeyError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"{self.name}: the list of episodes or data_path lacks {error}"
-            ) from None
-        count, said = len({e.number for e in episodes}), self._info.get("total_episodes")
-        if not episodes or said not in (None, len(episodes)) or count != len(episodes):
-            raise ValueError(
-                f"{self.name}: the list of episodes has {len(episodes)} entries for {count} "
-                f"episodes; {_INFO} says {said}. The dataset is damaged or empty: {_AGAIN}"
+            known = sorted(
+                (int(row["episode_index"]), int(row["length"]), row.get("tasks") or [])
+                for row in rows
             )
-        return episodes
-
-    def _list_tables(self) -> list[dict[str, Any]]:
-        folder = self._root / "meta/episodes"
-        files = sorted(folder.glob("*/*.parquet"))
-        if not files:
-            raise FileNotFoundError(f"no list of episodes at {folder}; {_AGAIN}")
-        return [row for file in files for row in self._read(file, _LISTED).to_pylist()]
-
-    def _entry(self, row: Mapping[str, Any]) -> _Episode:
-        major, index = _major(self._info), int(row["episode_index"])
-        chunk = index // int(self._info.get("chunks_size", 1000))
-        places = {"episode_index": index, "episode_chunk": chunk}
-        if major == 3:
-            places = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
-        inner = Path(str(self._info.get("data_path") or _DATA_PATHS[major]).format(**places))
-        if inner.is_absolute() or ".." in inner.parts:
-            raise ValueError(f"{self.name}: data_path leads out of the dataset: {str(inner)!r}")
-        return _Episode(index, int(row["length"]), list(row.get("tasks") or []), self._root / inner)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.name}: the list of episodes lacks {error}") from None
+        count, said = len({number for number, *_ in known}), self._info.get("total_episodes")
+        if not known or said not in (None, len(known)) or count != len(known):
+            raise ValueError(
+                f"{self.name}: the list of episodes has {len(known)} entries for {count} episodes; "
+                f"{_INFO} says {said}. The dataset is damaged or empty: {_AGAIN}"
+            )
+        self.episode_attrs = [
+            {"episode_index": number, "tasks": list(tasks)} for number, _, tasks in known
+        ]
+        return [length for _, length, _ in known]
 
     def _look(self) -> None:
         """Tell which features are fields, and which are not read."""
-        file = self._episodes[0].file
-        present = self._read(file, ()).column_names
         fields: dict[str, FieldSpec] = {}
         unread: dict[str, str] = {}
         for name, feature in self._info["features"].items():
@@ -207,37 +177,30 @@ class LeRobotDirectory(EpisodeSource):
             if not _is_number(feature.get("dtype")):
                 unread[name] = f"{feature.get('dtype')}: only columns of numbers are read"
                 continue
-            if name not in present:
-                raise ValueError(f"{file} lacks the column {name!r} of {_INFO}; it has {present}")
             shape = tuple(feature.get("shape") or ())
             fields[name] = FieldSpec(() if shape == (1,) else shape, feature["dtype"])
+        there = self._table.schema.names
+        if lacks := sorted({"episode_index", *fields} - set(there)):
+            raise ValueError(
+                f"{self.name}: the data lack the columns {lacks} of {_INFO}; they have {there}"
+            )
         self.fields = fields | dict.fromkeys(_MADE, FieldSpec((), "bool"))
         self.unread = unread
 
-    # -- Parquet ------------------------------------------------------------------------------
-
-    def _table(self, file: Path, names: set[str]) -> dict[str, NDArray[Any]]:
-        """The columns of a file as arrays; the last file is kept, since 3.0 packs episodes."""
-        if self._cache is None or self._cache[:2] != (file, names):
-            self._cache = None  # before the next one is read
-            table = self._read(file, sorted(names))
-            if lacks := sorted(names - set(table.column_names)):
-                raise ValueError(f"{file} lacks the columns {lacks}")
-            specs = {**self.fields, "episode_index": FieldSpec((), "int64")}
-            self._cache = (file, names, {n: _array(table, n, specs[n], file) for n in names})
-        return self._cache[2]
-
-    def _read(self, file: Path, columns: Sequence[str]) -> Any:
-        """Those of the columns that a file has, as a table; none given: all, without rows."""
-        try:
-            with self._parquet.ParquetFile(file) as opened:
-                schema = opened.schema_arrow
-                if not columns:
-                    return schema.empty_table()
-                there = [name for name in columns if name in schema.names]
-                return opened.read(columns=there, use_threads=False)
-        except (ValueError, OSError) as error:  # pyarrow's own errors are kinds of these
-            raise ValueError(f"{file} is not a whole Parquet file ({error}); {_AGAIN}") from error
+    def _column(self, name: str) -> NDArray[Any]:
+        """``[rows, *shape]`` of a column of numbers, or of (nested) lists of them."""
+        if name not in self._loaded:
+            spec = self.fields.get(name, FieldSpec((), "int64"))
+            with self._reading("the data"):
+                column = self._table.to_table(columns=[name]).column(name).combine_chunks()
+            try:
+                self._loaded[name] = _array(column, spec)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.name}, column {name!r}: expected numbers of shape {list(spec.shape)} "
+                    f"in every row, as {_INFO} says; got {column.type} {error}"
+                ) from None
+        return self._loaded[name]
 
 
 def datasets_root() -> Path:
@@ -295,7 +258,7 @@ def _read_info(root: Path) -> dict[str, Any]:
     lacks = [k for k in ("codebase_version", "features") if k not in info]
     if lacks or not isinstance(info["features"], dict):
         raise ValueError(f"{path} is not LeRobot's: it lacks {lacks or 'a table of features'}")
-    if _major(info) not in _DATA_PATHS:
+    if _major(info) not in (2, 3):
         raise ValueError(
             f"{root} has LeRobot's version {info['codebase_version']!r}; this reads v2.0, v2.1 and "
             "v3.0. Convert it with LeRobot's own scripts"
@@ -320,23 +283,21 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _array(table: Any, name: str, spec: FieldSpec, file: Path) -> NDArray[Any]:
-    """``[rows, *shape]`` of a column of numbers, or of (nested) lists of them."""
-    column = table.column(name).combine_chunks()
+def _array(column: Any, spec: FieldSpec) -> NDArray[Any]:
+    """A column as an array of a shape; ``ValueError`` if rows differ in size or are missing."""
+    count = len(column)
     column = getattr(column, "storage", column)  # of an extension type, such as Array2D
-    wanted, fits = list(spec.shape), True
+    sizes = list(spec.shape)
     while hasattr(column, "value_lengths"):
+        size = sizes.pop(0) if sizes else 1
         lengths = np.unique(column.value_lengths().to_numpy(zero_copy_only=False))
-        size = wanted.pop(0) if wanted else 1
-        fits = fits and column.null_count == 0 and bool((lengths == size).all())
+        if column.null_count or (lengths != size).any():
+            raise ValueError(f"with other sizes or gaps: {lengths.tolist()}")
         column = column.flatten()
     values = np.asarray(column.to_numpy(zero_copy_only=False))
-    if not fits or wanted or column.null_count or values.dtype.kind not in "fiub":
-        raise ValueError(
-            f"{file}, column {name!r}: expected numbers of shape {list(spec.shape)} in every row, "
-            f"as {_INFO} says; got {table.column(name).type}, with other sizes or gaps"
-        )
-    return values.reshape(table.num_rows, *spec.shape).astype(spec.dtype, copy=False)
+    if sizes or column.null_count or values.dtype.kind not in "fiub":
+        raise ValueError("with gaps, or not of numbers")
+    return values.reshape(count, *spec.shape).astype(spec.dtype, copy=False)
 
 
 def _is_number(dtype: Any) -> bool:

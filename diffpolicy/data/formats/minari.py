@@ -13,7 +13,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,16 +175,6 @@ class MinariDataset(EpisodeSource):
                 f"{self.name} has {there} episodes, but its metadata say {said}: an interrupted "
                 f"download or collection. {_AGAIN}"
             )
-
-    @contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
-        """Say whatever minari raises of a damaged dataset as one kind of error."""
-        try:
-            yield
-        except ImportError:
-            raise  # its message says which package reads this kind of file
-        except Exception as error:
-            raise ValueError(f"{self.name}: {what} cannot be read: {error!r}. {_AGAIN}") from error
 
     def _columns(self, index: int) -> dict[str, NDArray[Any]]:
         """Every leaf of an episode, by its name as a field."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffpolicy.data.fields import FieldSpec
-from diffpolicy.data.formats import EpisodeSource, Gap
+from diffpolicy.data.formats import EpisodeSource, Gap, hdf5_names
 from diffpolicy.data.hdf5 import Hdf5Group, open_hdf5, read_rows, unwritten_rows
 
 if TYPE_CHECKING:
@@ -57,16 +57,8 @@ class RobomimicFile(EpisodeSource):
     @staticmethod
     def matches(path: Path) -> bool:
         """Tell whether it is an HDF5 file with a group ``data``, or one that cannot be opened."""
-        if not path.is_file() or path.suffix not in (".hdf5", ".h5"):
-            return False
-        try:
-            file = open_hdf5(path, "reading robomimic files")
-        except (ImportError, ValueError):
-            return True  # opening it says what is wrong
-        try:
-            return "data" in file.keys()  # noqa: SIM118
-        finally:
-            file.close()
+        names = hdf5_names(path)
+        return names is None or "data" in names  # opening it says what is wrong
 
     def default_fields(self) -> dict[str, str | list[str]]:
         """Name the benchmark's low-dimensional observation, if all of it is there; ``actions``."""

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from diffpolicy.data.normalize import Normalizer
     from diffpolicy.data.preferences.records import Label, Pair, Segment
     from diffpolicy.data.preferences.set import PreferenceSet
 
@@ -47,7 +46,7 @@ class _Examples:
         records: What is made examples of.
         sides: Which segment of a record stands under which name.
         most: At most so many windows of a segment in an example; None: all.
-        lengths: See ``Windows``: ``horizon``, ``n_obs_steps``, ``n_action_steps``, ``normalizer``.
+        plans: See ``PairExamples``.
     """
 
     def __init__(
@@ -56,12 +55,12 @@ class _Examples:
         records: Sequence[Pair | Label],
         sides: dict[str, Callable[[Any], Segment]],
         most: int | None,
-        **lengths: Any,
+        **plans: Any,
     ) -> None:
         check_range("[1, inf)", windows=most)
         # All windows of the episodes that were judged: each step of them is now exactly once.
         used = sorted({e for record in records for e in episodes_of(record)})
-        self._windows = Windows(preferences.store, episodes=used, **lengths)
+        self._windows = Windows(preferences.store, episodes=used, **plans)
         steps = preferences.store.episode_lengths[self._windows.episodes]
         begins = (steps.cumsum() - steps).tolist()
         first = dict(zip(self._windows.episodes.tolist(), begins, strict=True))
@@ -147,13 +146,10 @@ class PairExamples(_Examples):
 
     Args:
         preferences: The pairs, and the rankings as the pairs they stand for.
-        horizon: H, the steps in a window.
-        n_obs_steps: To, the observations a policy sees.
-        n_action_steps: Ta, the actions executed of a plan.
-        normalizer: Applied to the fields it knows; None leaves all as it is.
         windows: At most so many windows of a segment in an example; None: all.
         ties: Also the pairs in which neither was better; a batch then has ``tie``.
         rankings: See ``PreferenceSet.pairs``.
+        plans: ``horizon``, ``n_obs_steps``, ``n_action_steps`` and ``normalizer`` of ``Windows``.
 
     Attributes:
         pairs: The pairs, in the order of the examples.
@@ -166,13 +162,10 @@ class PairExamples(_Examples):
         self,
         preferences: PreferenceSet,
         *,
-        horizon: int,
-        n_obs_steps: int,
-        n_action_steps: int,
-        normalizer: Normalizer | None = None,
         windows: int | None = None,
         ties: bool = False,
         rankings: Literal["all", "adjacent"] = "all",
+        **plans: Any,
     ) -> None:
         self.pairs: tuple[Pair, ...] = tuple(preferences.pairs(ties=ties, rankings=rankings))
         if not self.pairs:
@@ -183,10 +176,7 @@ class PairExamples(_Examples):
             self.pairs,
             {"chosen_": lambda pair: pair.chosen, "rejected_": lambda pair: pair.rejected},
             windows,
-            horizon=horizon,
-            n_obs_steps=n_obs_steps,
-            n_action_steps=n_action_steps,
-            normalizer=normalizer,
+            **plans,
         )
         if ties:
             self._flags = {"tie": torch.tensor([pair.tie for pair in self.pairs])}
@@ -197,13 +187,10 @@ class LabelExamples(_Examples):
 
     Args:
         preferences: The labels.
-        horizon: H, the steps in a window.
-        n_obs_steps: To, the observations a policy sees.
-        n_action_steps: Ta, the actions executed of a plan.
-        normalizer: Applied to the fields it knows; None leaves all as it is.
         windows: See ``PairExamples``.
         pairs: Also the chosen segments of pairs and rankings as good ones, and the rejected ones
             as bad.
+        plans: See ``PairExamples``.
 
     Attributes:
         labels: The labels, in the order of the examples.
@@ -216,12 +203,9 @@ class LabelExamples(_Examples):
         self,
         preferences: PreferenceSet,
         *,
-        horizon: int,
-        n_obs_steps: int,
-        n_action_steps: int,
-        normalizer: Normalizer | None = None,
         windows: int | None = None,
         pairs: bool = True,
+        **plans: Any,
     ) -> None:
         self.labels: tuple[Label, ...] = tuple(preferences.labels(pairs=pairs))
         if not self.labels:
@@ -232,10 +216,7 @@ class LabelExamples(_Examples):
             self.labels,
             {"": lambda label: label.item},
             windows,
-            horizon=horizon,
-            n_obs_steps=n_obs_steps,
-            n_action_steps=n_action_steps,
-            normalizer=normalizer,
+            **plans,
         )
         self._flags = {"good": torch.tensor([label.good for label in self.labels])}
 

@@ -247,12 +247,8 @@ def test_damaged_metadata(tmp_path):
     refused("[]", r"info.json is not LeRobot's: it lacks \['codebase_version', 'features'\]")
     refused({"codebase_version": "v1.6"}, r"version 'v1.6'; this reads v2.0, v2.1 and v3.0")
     refused({"total_episodes": 5}, r"has 2 entries for 2 episodes; .* says 5")
-    refused({"data_path": "../{episode_index}.parquet"}, r"leads out of the dataset")
-    refused({"data_path": "{video_key}.parquet"}, r"data_path lacks 'video_key'")
     extra = {"dtype": "float32", "shape": [3], "names": None}
-    refused(
-        {"features": FEATURES | {"force": extra}}, r"lacks the column 'force' of meta/info.json"
-    )
+    refused({"features": FEATURES | {"force": extra}}, r"lack the columns \['force'\] of meta/info")
     sizes = {"action": {"dtype": "float32", "shape": [3]}}
     refused({"features": FEATURES | sizes}, r"column 'action': expected numbers of shape \[3\]")
     (root / "meta/info.json").write_text(info)
@@ -270,15 +266,13 @@ def test_damaged_data(tmp_path, monkeypatch):
     file = root / "data/chunk-000/episode_000001.parquet"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"episode_000001.parquet is not a whole Parquet file"):
+    with pytest.raises(ValueError, match=r"the data cannot be read.*episode_000001.parquet"):
         convert(root, target)
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(ValueError, match=r"is not a whole Parquet file .*git lfs pull"):
+    with pytest.raises(ValueError, match=r"the data cannot be read.*git lfs pull"):
         convert(root, target)
     file.unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"1 of 2 data files are missing, such as data/chunk"
-    ):
+    with pytest.raises(ValueError, match=r"episode 1 has 0 rows; the list of episodes says 4"):
         convert(root, target)
     pq.write_table(table([episode(1)]).slice(0, 3), file)
     with pytest.raises(ValueError, match=r"episode 1 has 3 rows; the list of episodes says 4"):
@@ -290,14 +284,14 @@ def test_damaged_data(tmp_path, monkeypatch):
         pa.array([[0.0, 1.0], None, [0.0, 1.0], [0.0, 1.0]], pa.list_(pa.float32())),
     )
     pq.write_table(gaps, file)
-    with pytest.raises(ValueError, match=r"column 'action': expected numbers .* or gaps"):
+    with pytest.raises(ValueError, match=r"column 'action': expected numbers .* gaps"):
         convert(root, target)
     pq.write_table(table([episode(1)]).drop_columns(["action"]), file)
-    with pytest.raises(ValueError, match=r"episode_000001.parquet lacks the columns \['action'\]"):
+    with pytest.raises(ValueError, match=r"column 'action': expected numbers .* gaps"):
         convert(root, target)
     with pytest.raises(ValueError, match=r"has no field \['speed'\]; it has \['action'"):
         LeRobotDirectory(root).episode(0, ["speed"])
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.dataset", None)
     with pytest.raises(ImportError, match=r'pip install "diffpolicy\[lerobot\]"'):
         convert(root, target)
     assert not target.exists()

@@ -230,13 +230,13 @@ def test_damaged_files(write, tmp_path, monkeypatch):
         file["episode_1"].create_dataset("rewards", (4,), np.float32)
 
     refused("episode 1 has 4 rows of observation for 4 steps; expected 5", cut)
-    refused("episode 1 cannot be read: KeyError", lambda f: f.__delitem__("episode_1/actions"))
-    refused("episode 0 cannot be read: KeyError", lambda f: f.__delitem__("episode_0/rewards"))
+    refused("episode 1 cannot be read.*KeyError", lambda f: f.__delitem__("episode_1/actions"))
+    refused("episode 0 cannot be read.*KeyError", lambda f: f.__delitem__("episode_0/rewards"))
     refused(r"episode_1/rewards: rows \[\(0, 4\)\] were never written", unwritten)
     refused("has 1 episodes, but its metadata say 2", lambda f: f.__delitem__("episode_1"))
     modify = lambda f: f["episode_1"].attrs.modify("total_steps", 9)  # noqa: E731
     refused("episode 1 has 4 rewards; expected 9", modify)
-    refused("cannot be read: KeyError", lambda f: None, data_format="zip")
+    refused("cannot be read.*KeyError", lambda f: None, data_format="zip")
     # minari would make the environment for want of a space, and so run what the dataset names.
     refused(r"lacks \['action_space'\]", lambda f: None, action_space=...)
     (tmp_path / "d" / "metadata.json").write_text("{")
