@@ -27,49 +27,6 @@ SOURCE = "D4RL d4rl/infos.py"
 """Where the reference scores come from, for labels."""
 
 
-# Sizes of a row of observations and of actions.
-_SIZES = {
-    "hopper": (11, 3),
-    "halfcheetah": (17, 6),
-    "walker2d": (17, 6),
-    "ant": (111, 8),
-    "maze2d": (4, 2),
-    "antmaze": (29, 8),
-    "pen": (45, 24),
-    "hammer": (46, 26),
-    "relocate": (39, 30),
-    "door": (39, 28),
-    "kitchen": (60, 9),
-    "bullet-hopper": (15, 3),
-    "bullet-halfcheetah": (26, 6),
-    "bullet-walker2d": (22, 6),
-    "bullet-ant": (28, 8),
-    "bullet-maze2d": (4, 2),
-}
-# Rows of datasets, by a pattern of their ids; the first that matches counts.
-_ROWS: tuple[tuple[str, int], ...] = (
-    (r"pen-human-v\d", 5_000),
-    (r"hammer-human-v\d", 11_310),
-    (r"relocate-human-v\d", 9_942),
-    (r"door-human-v\d", 6_729),
-    (r"pen-(cloned|expert)-v\d", 500_000),
-    (r"(hammer|relocate|door)-(cloned|expert)-v\d", 1_000_000),
-    (r"kitchen-complete-v\d", 3_680),
-    (r"kitchen-(partial|mixed)-v\d", 136_950),
-    (r"antmaze-.*", 1_000_000),
-    (r"maze2d-umaze(-dense)?-v1", 1_000_000),
-    (r"maze2d-medium(-dense)?-v1", 2_000_000),
-    (r"maze2d-large(-dense)?-v1", 4_000_000),
-    (r"hopper-medium-replay-v0", 200_920),
-    (r"halfcheetah-medium-replay-v0", 101_000),
-    (r"walker2d-medium-replay-v0", 100_930),
-    (r"hopper-medium-replay-v[12]", 402_000),
-    (r"halfcheetah-medium-replay-v[12]", 202_000),
-    (r"(walker2d|ant)-medium-replay-v[12]", 302_000),
-    (r"(halfcheetah|walker2d)-medium-expert-v\d", 2_000_000),
-    (r"(hopper|ant)-medium-expert-v[12]", 2_000_000),
-    (r"(hopper|halfcheetah|walker2d|ant)-(random|medium|expert|full-replay)-v\d", 1_000_000),
-)
 _TOLERANCE = 0.01
 
 
@@ -97,8 +54,12 @@ class DatasetInfo:
         return self.ref_min is not None
 
 
+def _table(name: str) -> list[dict[str, str]]:
+    text = files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
+
+
 def _read() -> dict[str, DatasetInfo]:
-    text = files(__package__).joinpath("catalogue.csv").read_text(encoding="utf-8")
     return {
         row["id"]: DatasetInfo(
             row["id"],
@@ -107,7 +68,7 @@ def _read() -> dict[str, DatasetInfo]:
             float(row["ref_min"]) if row["ref_min"] else None,
             float(row["ref_max"]) if row["ref_max"] else None,
         )
-        for row in csv.DictReader(text.splitlines())
+        for row in _table("catalogue.csv")
     }
 
 
@@ -115,6 +76,10 @@ DATASETS: dict[str, DatasetInfo] = _read()
 """Every dataset by its id, in D4RL's order."""
 
 _BY_FILE = {info.file: info for info in DATASETS.values()}
+# Sizes of a row of observations and of actions, by the family of datasets.
+_SIZES = {r["family"]: (int(r["observation"]), int(r["action"])) for r in _table("sizes.csv")}
+# Rows of datasets, by a pattern of their ids; the first that matches counts.
+_ROWS = [(row["pattern"], int(row["rows"])) for row in _table("rows.csv")]
 
 
 def lookup(dataset: str) -> DatasetInfo:

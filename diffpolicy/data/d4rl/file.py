@@ -331,19 +331,12 @@ class D4RLFile(EpisodeSource):
         from diffpolicy.data.d4rl.writing import write_store
         from diffpolicy.data.selection import announce, checked_gaps, select
 
+        names = self._names([*self.main_fields, *extras])
         chosen = select(self, exclude, keep, max_episodes)
-        used = [*self.main_fields, *extras]
-        chosen, found = checked_gaps(self, used, chosen, allow_missing=allow_missing)
-        part = {} if max_episodes is None else {"max_episodes": max_episodes}
-        made = write_store(
-            self,
-            None if path is None else Path(path),
-            chosen,
-            extras=extras,
-            attrs={**part, **(attrs or {})},
-            doubts=found,
-            overwrite=overwrite,
-        )
+        chosen, doubts = checked_gaps(self, names, chosen, allow_missing=allow_missing)
+        attrs = ({} if max_episodes is None else {"max_episodes": max_episodes}) | dict(attrs or {})
+        place = None if path is None else Path(path)
+        made = write_store(self, place, chosen, names, attrs, doubts, overwrite=overwrite)
         announce(made.name, made.attrs)
         return made
 

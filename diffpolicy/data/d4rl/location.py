@@ -80,12 +80,9 @@ def find_dataset(
         raise FileNotFoundError(f"no file at {path}")
     info = lookup(str(id_or_path))
     folder = datasets_dir(data_dir)
-    here = folder / info.file
-    if here.is_file():
-        return Found(here, info)
-    below = [found for found in scan(folder) if found.info == info]
-    if below:
-        return below[0]
+    for found in scan(folder):
+        if found.info == info:
+            return found
     raise FileNotFoundError(_missing(info, folder))
 
 

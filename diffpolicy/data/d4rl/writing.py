@@ -36,16 +36,15 @@ def write_store(
     source: D4RLFile,
     path: Path | None,
     selection: Selection,
-    *,
-    extras: Sequence[str],
+    names: Sequence[str],
     attrs: Mapping[str, Any],
     doubts: Sequence[str],
+    *,
     overwrite: bool,
 ) -> EpisodeStore:
-    """Make a store of the chosen episodes; see ``D4RLFile.to_store``."""
+    """Make a store of these fields of the chosen episodes; see ``D4RLFile.to_store``."""
     if not source.num_episodes:
         raise ValueError(f"{source.name} holds no whole episode; keep the partial one")
-    names = source._names([*source.main_fields, *extras])
     specs = {name.replace("/", "."): source.fields[name] for name in names}
     if path is not None:
         layout.clear_target(path, overwrite=overwrite, remove=False)

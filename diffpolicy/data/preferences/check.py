@@ -50,7 +50,7 @@ def check_preferences(
 
     try:
         contents = files.read_contents(target)
-        found = files.open_store(target, contents, store)
+        found = files.open_store(contents, store)
     except files.PreferenceFileError as error:
         return [issue("error", str(error).removeprefix(f"{target}, "), "see the message")]
     issues = [

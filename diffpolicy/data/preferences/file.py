@@ -29,7 +29,7 @@ import re
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -87,18 +87,21 @@ class _Header(Mark):
     attrs: dict[str, Any] = field(default_factory=dict)
 
 
-class Contents(NamedTuple):
-    """What a file holds.
+@dataclass
+class Contents:
+    """What a file holds; more is appended to a file that nobody else writes.
 
     Attributes:
+        path: The file.
         header: The first line.
         mark: The store when the file was made, from the header.
-        lines: The other whole lines, each with its number from 1.
+        lines: The other whole lines that were read, each with its number from 1.
         kept: Bytes of all whole lines.
         size: Bytes of the file, a torn last line included.
         closed: Whether the last whole line ends with a newline.
     """
 
+    path: Path
     header: dict[str, Any]
     mark: Mark
     lines: list[tuple[int, bytes]]
@@ -106,20 +109,7 @@ class Contents(NamedTuple):
     size: int
     closed: bool
 
-
-class Tail:
-    """Appends lines to a file that nobody else writes.
-
-    Args:
-        path: The file.
-        contents: What it held when it was read.
-    """
-
-    def __init__(self, path: Path, contents: Contents) -> None:
-        self._path = path
-        self._kept, self._size, self._closed = contents.kept, contents.size, contents.closed
-
-    def write(self, values: list[dict[str, Any]]) -> None:
+    def append(self, values: list[dict[str, Any]]) -> None:
         """Append JSON lines; when this returns they are on the disk.
 
         Raises:
@@ -127,26 +117,26 @@ class Tail:
             OSError: The disk is full, or the file cannot be written; nothing was added.
         """
         data = b"".join(_encoded(value) for value in values)
-        data = data if self._closed else b"\n" + data
-        with self._path.open("r+b", buffering=0) as file:
+        data = data if self.closed else b"\n" + data
+        with self.path.open("r+b", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            if size != self._size:
+            if size != self.size:
                 raise PreferenceFileError(
-                    f"{self._path} had {self._size} bytes when it was read and has {size} now: "
+                    f"{self.path} had {self.size} bytes when it was read and has {size} now: "
                     "another program writes to it. Stop one of them and open the file again"
                 )
             try:
-                file.truncate(self._kept)
-                file.seek(self._kept)
+                file.truncate(self.kept)
+                file.seek(self.kept)
                 _write_all(file, data)
                 os.fsync(file.fileno())
             except OSError:
                 with contextlib.suppress(OSError):
-                    file.truncate(self._kept)
-                    self._size = self._kept
+                    file.truncate(self.kept)
+                    self.size = self.kept
                 raise
-        self._kept = self._size = self._kept + len(data)
-        self._closed = True
+        self.kept = self.size = self.kept + len(data)
+        self.closed = True
 
 
 def _write_all(file: Any, data: bytes) -> None:
@@ -177,7 +167,7 @@ def read_contents(path: Path) -> Contents:
     header = _checked_header(path, first)
     numbered = [(i, line) for i, line in enumerate(lines, start=2) if line.strip()]
     mark = Mark(header["episodes"], header["steps"], header["ends"], header.get("content"))
-    return Contents(header, mark, numbered, kept, len(data), closed)
+    return Contents(path, header, mark, numbered, kept, len(data), closed)
 
 
 def check_overwritten(path: Path, *, overwrite: bool) -> None:
@@ -218,7 +208,7 @@ def _checked_header(path: Path, line: bytes) -> dict[str, Any]:
 
 
 def open_store(
-    path: Path, contents: Contents, store: EpisodeStore | str | os.PathLike[str] | None
+    contents: Contents, store: EpisodeStore | str | os.PathLike[str] | None
 ) -> EpisodeStore:
     """Open the episodes of a file: those given, or those that its header names.
 
@@ -227,15 +217,15 @@ def open_store(
         PreferenceFileError: They are not those that the file was made for.
     """
     if store is None:
-        place = path.parent / contents.header["store"]
+        place = contents.path.parent / contents.header["store"]
         if not place.exists():
             raise FileNotFoundError(
-                f"{path} belongs to the store {contents.header['store']}, which is not at {place}; "
-                "say where it is with store=..."
+                f"{contents.path} belongs to the store {contents.header['store']}, which is not at "
+                f"{place}; say where it is with store=..."
             )
         store = place
     found = EpisodeStore.open(store) if isinstance(store, str | os.PathLike) else store
-    _check_mark(contents.mark, found, f"{path}, line 1")
+    _check_mark(contents.mark, found, f"{contents.path}, line 1")
     return found
 
 

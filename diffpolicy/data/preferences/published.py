@@ -120,9 +120,8 @@ def qlearning_rows(store: EpisodeStore) -> NDArray[np.int64]:
     split = any(str(t).startswith("split_goals") for t in attrs.get("transforms", []))
     if split or attrs.get("left_out_episodes"):
         raise ValueError(
-            f"{store.name} {'was split at goals' if split else 'leaves out episodes'}, and the "
-            "labels count the rows of whole trajectories; make a store of all of the source as it "
-            "is"
+            f"{store.name} {'was split at goals' if split else 'leaves out episodes'}, but labels "
+            "count the rows of whole trajectories; make a store of all of the source as it is"
         )
     last = np.zeros(store.num_steps, bool)
     last[ends - 1] = True
@@ -179,16 +178,14 @@ def read_label_file(
                 return arrays[name]
         raise ValueError(
             f"{target} has no array {' or '.join(names)}; it has {sorted(arrays)}. Labels are "
-            "index_1, index_2, <kind>_label, and perhaps seg_len (else give length=N) and "
-            "raw_index_map"
+            "index_1, index_2, <kind>_label, perhaps seg_len (else give length=N), raw_index_map"
         )
 
     rows = arrays.get("raw_index_map") if index is None else None
     if rows is None and index is None and not pickled:
         raise ValueError(
-            f"{target} has no raw_index_map, so what its indices count must be said: "
-            "index=qlearning (transitions of D4RL's qlearning_dataset, as in Uni-RLHF and "
-            "Preference Transformer) or index=rows (rows of the store)"
+            f"{target} has no raw_index_map, so what its indices count must be said: index="
+            "qlearning (transitions of D4RL's qlearning_dataset) or index=rows (of the store)"
         )
     if rows is None and index != "rows":
         rows = qlearning_rows(store)

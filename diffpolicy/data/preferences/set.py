@@ -91,7 +91,7 @@ class PreferenceSet:
         self.store = store
         self._attrs = checked_json(attrs or {}, "attrs")
         self.path: Path | None = None
-        self._tail: files.Tail | None = None
+        self._file: files.Contents | None = None
         self._lock = threading.Lock()
         self._mark = files.mark_of(store, content=False)
         self._records: list[Record] = []
@@ -134,7 +134,7 @@ class PreferenceSet:
         made = cls(store, attrs=attrs)
         made._mark = files.mark_of(store)
         files.write_header(target, store.path, made._mark, made._attrs)
-        made.path, made._tail = target, files.Tail(target, files.read_contents(target))
+        made.path, made._file = target, files.read_contents(target)
         return made
 
     @classmethod
@@ -160,7 +160,7 @@ class PreferenceSet:
         """
         target = Path(path)
         contents = files.read_contents(target)
-        found = files.open_store(target, contents, store)
+        found = files.open_store(contents, store)
         made = cls(found, attrs=contents.header.get("attrs"))
         made._mark = contents.mark
         for number, value in files.parsed(contents, found):
@@ -170,7 +170,7 @@ class PreferenceSet:
                 made._mark = value
             else:
                 made._records.append(value)
-        made.path, made._tail = target, files.Tail(target, contents)
+        made.path, made._file = target, contents
         if contents.mark.content is None:
             _log.warning("%s: %s", target, files.NO_CONTENT)
         return made
@@ -227,10 +227,10 @@ class PreferenceSet:
         with self._lock:
             mark = self._mark
             if max(max(episodes_of(r)) for r in added) >= mark.episodes:  # the store has grown
-                mark = files.mark_of(self.store, content=self._tail is not None)
-            if self._tail is not None:
+                mark = files.mark_of(self.store, content=self._file is not None)
+            if self._file is not None:
                 grown = [{"kind": "store", **asdict(mark)}] if mark != self._mark else []
-                self._tail.write(grown + [record_to_json(r) for r in added])
+                self._file.append(grown + [record_to_json(r) for r in added])
             self._mark = mark
             self._records.extend(added)
 

@@ -184,6 +184,10 @@ def test_tuples_indices_images_and_texts(write, tmp_path):
     store = convert(data, tmp_path / "i.zarr", fields=chosen)
     np.testing.assert_allclose(store.read("camera"), images[:-1], atol=2)
     assert list(store.attrs["unread"]) == ["observation.mission"]
+    named = {"obs.state": "observation.state", "obs.camera": "observation.rgb"}
+    store = convert(data, tmp_path / "n.zarr", fields=named)
+    assert store.fields["obs.camera"].shape == (40, 48, 3)
+    assert {"next_obs.state", "next_obs.camera"} <= set(store.fields)
     with pytest.raises(ValueError, match="does not say what 'obs' is"):
         convert(data, tmp_path / "j.zarr")
 
