@@ -208,14 +208,13 @@ def check(obs: Any, fields: ObsFields, *, lead: tuple[int | str, ...] = ("N",)) 
         fields: what it is made of.
         lead: the dimensions before a row's own; letters stand for any size.
     """
+    if isinstance(obs, Mapping) == isinstance(fields, ObsField):
+        expected = "one array" if isinstance(fields, ObsField) else f"{sorted(fields)} by name"
+        got = sorted(obs) if isinstance(obs, Mapping) else type(obs).__name__
+        raise ValueError(f"the observation must be {expected}, got {got}")
     if isinstance(fields, ObsField):
-        if isinstance(obs, Mapping):
-            raise ValueError(f"expected one array of shape {fields.shape}, got {sorted(obs)}")
         check_shape("the observation", obs.shape, (*lead, *fields.shape))
         return
-    if not isinstance(obs, Mapping):
-        kind = type(obs).__name__
-        raise ValueError(f"expected observations by name, {sorted(fields)}; got {kind}")
     for name, field in fields.items():
         if name not in obs:
             hint = near_miss(name, obs, listing="there are")

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import zarr
@@ -50,11 +51,17 @@ class EpisodeStore(EpisodeReader):
     others are refused. Any number may read, also meanwhile.
     """
 
+    _latest: ClassVar[weakref.WeakValueDictionary[Path, EpisodeStore]] = (
+        weakref.WeakValueDictionary()
+    )
+
     def __init__(self, group: zarr.Group, path: Path | None, *, writable: bool) -> None:
         super().__init__(group, path)
         self._writable = writable
         self._tails: dict[str, layout.Tail] | None = None
-        self._session = layout.Session(path) if writable and path is not None else None
+        what = "appending to it (until it finalizes or closes the store)"
+        self._lock = WriterLock(path, what, wait_s=2.0) if writable and path is not None else None
+        self._active = False
 
     # -- making one ---------------------------------------------------------------------------
 
@@ -122,7 +129,7 @@ class EpisodeStore(EpisodeReader):
             group.store.close()
             raise
         if mode == "a":
-            if not store._native:
+            if not store.is_native:
                 store.close()
                 raise ValueError(
                     f"{target} is a Diffusion Policy replay buffer, which is only read; make a "
@@ -276,8 +283,8 @@ class EpisodeStore(EpisodeReader):
             if self.num_steps:
                 values = compute_statistics(self)
                 self._put({"statistics": values, "statistics_crc32": checksum(values)})
-            if self._path is not None:
-                layout.sync_to_disk(self._path)
+            if self.path is not None:
+                layout.sync_to_disk(self.path)
         finally:
             self._end()
 
@@ -303,18 +310,30 @@ class EpisodeStore(EpisodeReader):
             raise ValueError(f"{self.name} is open for reading; use EpisodeStore.open(path, 'a')")
 
     def _begin(self) -> None:
-        """Become the one writer, and know what others have written before."""
+        """Become the one writer, and know what others have written before.
+
+        Other processes are refused meanwhile, with the name of this one. Another handle of the same
+        thread may take its turn; each then finds out that what it knows of the store is old.
+        """
         self._require_writable()
-        if self._session is not None and self._session.begin():
-            self._finalizer()
-            assert self._path is not None
-            super().__init__(opening.open_group(self._path, writable=True), self._path)
-            self._tails = None
+        if self._lock is None or self.path is None:  # in memory
+            return
+        if self._active and self._latest.get(self._lock.path) is self:
+            return
+        if not self._active:
+            self._lock.acquire()
+        self._active, self._latest[self._lock.path] = True, self
+        self._finalizer()
+        super().__init__(opening.open_group(self.path, writable=True), self.path)
+        self._tails = None
 
     def _end(self) -> None:
         """Let others write."""
-        if self._session is not None:
-            self._session.end()
+        if self._lock is not None and self._active:
+            self._active = False
+            if self._latest.get(self._lock.path) is self:
+                del self._latest[self._lock.path]
+            self._lock.release()
 
     def _open_tails(self) -> dict[str, layout.Tail]:
         group, name = self._group, self.name

@@ -1,4 +1,4 @@
-"""How a store lies on disk: its arrays, crash-safe appending to them, and whose turn it is."""
+"""How a store lies on disk: its arrays, and crash-safe appending to them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import zarr
@@ -30,44 +30,6 @@ _CHUNK_BYTES = 2**18
 _MAX_CHUNK_ROWS = 4096
 _ENDS_CHUNK = 1024
 _ATTRS_CHUNK = 2**14
-
-
-class Session:
-    """One handle's turn to write to a store, from its first append until it is finalized.
-
-    Other processes are refused meanwhile, with the name of this one. Another handle of the same
-    thread may take its turn; each then finds out that what it knows of the store is old.
-
-    Args:
-        path: The store.
-    """
-
-    _latest: ClassVar[dict[Path, Session]] = {}
-
-    def __init__(self, path: Path) -> None:
-        what = "appending to it (until it finalizes or closes the store)"
-        self._lock = WriterLock(path, what, wait_s=2.0)
-        self._active = False
-
-    def begin(self) -> bool:
-        """Take the turn, or go on with it; return whether the store must be read anew.
-
-        Raises:
-            BusyError: Another process is writing.
-        """
-        going_on = self._active and self._latest.get(self._lock.path) is self
-        if not self._active:
-            self._lock.acquire()
-        self._active, self._latest[self._lock.path] = True, self
-        return not going_on
-
-    def end(self) -> None:
-        """Let others write."""
-        if self._active:
-            self._active = False
-            if self._latest.get(self._lock.path) is self:
-                del self._latest[self._lock.path]
-            self._lock.release()
 
 
 class Tail:

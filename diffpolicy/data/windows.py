@@ -13,9 +13,7 @@ are, and gathered frame by frame.
 from __future__ import annotations
 
 import copy
-import errno
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -405,8 +403,6 @@ def _reserve(handle: int, path: Path, size: int) -> None:
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle, 0, size)
-        elif shutil.disk_usage(path.parent).free < size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         else:
             os.truncate(handle, size)
     except OSError as error:
