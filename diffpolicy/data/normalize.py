@@ -38,7 +38,7 @@ class Normalizer:
 
     A dimension whose range is below 1e-4 is constant: its scale is 1 and its constant becomes 0.
 
-    Build one with :meth:`fit` or :meth:`from_parts`; nothing about it changes afterwards.
+    Build one with :meth:`fit`` or :meth:``from_parts`; nothing about it changes afterwards.
 
     Args:
         modes: The mode of each field.
@@ -100,7 +100,7 @@ class Normalizer:
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Normalizer:
-        """Rebuild from what :meth:`to_config` and :meth:`to_tensors` returned.
+        """Rebuild from what :meth:`to_config`` and :meth:``to_tensors` returned.
 
         Args:
             config: ``{"fields": {name: {"mode": ..., "shape": [...]}}}``.

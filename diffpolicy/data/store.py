@@ -1,19 +1,17 @@
 """The episode store: whole episodes, back to back, in a zarr group.
 
-Layout (that of Diffusion Policy's replay buffers, in zarr format 3):
+Layout (that of Diffusion Policy's replay buffers, in zarr format 3)::
 
-```
-store.zarr/
-  zarr.json            attributes: format, version, fields, statistics, and the user's own
-  data/<field>         [T, *shape] rows of all episodes, chunked along T, zstd + crc32c
-  meta/episode_ends    [E] int64, cumulative; -1 where nothing is published yet
-  meta/episode_attrs   JSON lines (UTF-8 bytes), one line an episode
-```
+    store.zarr/
+      zarr.json            attributes: format, version, fields, statistics, and the user's own
+      data/<field>         [T, *shape] rows of all episodes, chunked along T, zstd + crc32c
+      meta/episode_ends    [E] int64, cumulative; -1 where nothing is published yet
+      meta/episode_attrs   JSON lines (UTF-8 bytes), one line an episode
 
 An episode is appended by writing its rows, then its line of attributes, and last of all its end:
 one file, replaced atomically. Until then nobody sees the episode, so a writer that is killed
 loses that one and no other. While a store is being written its arrays are longer than what is
-published; `finalize` cuts them to size.
+published; ``finalize`` cuts them to size.
 """
 
 from __future__ import annotations
@@ -45,10 +43,10 @@ __all__ = ["EpisodeStore", "FieldSpec", "StoreDamagedError"]
 class EpisodeStore(EpisodeReader):
     """Episodes on disk (or in memory): append whole ones, read rows of any field.
 
-    Build one with `create`, `open` or `from_arrays`. Used as a context manager it is finalized on
-    leaving (but not when an exception leaves). `obs[t]` is what the policy saw before `action[t]`.
-    One process writes at a time, from its first append until it finalizes or closes the store;
-    others are refused. Any number may read, also meanwhile.
+    Build one with :meth:`create`, :meth:`open` or :meth:`from_arrays`. Used as a context manager it
+    is finalized on leaving (but not when an exception leaves). ``obs[t]``, or all ``obs.NAME[t]``,
+    is what the policy saw before ``action[t]``. One process writes at a time, from its first append
+    until it finalizes or closes the store; others are refused. Any number may read, also meanwhile.
     """
 
     _latest: ClassVar[weakref.WeakValueDictionary[Path, EpisodeStore]] = (
@@ -78,18 +76,18 @@ class EpisodeStore(EpisodeReader):
         """Create an empty store to append to.
 
         Args:
-            path: A directory that does not exist yet, by custom `something.zarr`.
-            fields: Row shape (float32) or `FieldSpec` of each field. To train on it a store needs
-                `obs` and `action`.
-            attrs: JSON values kept with the store, such as `{"env_id": ...}`.
+            path: A directory that does not exist yet, by custom ``something.zarr``.
+            fields: Row shape (float32) or ``FieldSpec`` of each field. To train on it a store needs
+                ``obs`` and ``action``.
+            attrs: JSON values kept with the store, such as ``{"env_id": ...}``.
             chunk_rows: Rows in a chunk; default as many as fit 256 KiB, at most 4096.
-            overwrite: Replace the store that is at `path`. Anything else there is left alone.
+            overwrite: Replace the store that is at ``path``. Anything else there is left alone.
 
         Returns:
             The store, open for appending.
 
         Raises:
-            FileExistsError: Something is at `path`.
+            FileExistsError: Something is at ``path``.
             ValueError: No fields, a bad name, shape or attribute.
         """
         target = Path(path)
@@ -107,8 +105,8 @@ class EpisodeStore(EpisodeReader):
 
         Args:
             path: The store.
-            mode: `"r"` to read, `"a"` to append. Opening with `"a"` discards the rows of an episode
-                that a killed writer did not finish.
+            mode: ``"r"`` to read, ``"a"`` to append. Opening with ``"a"`` discards the rows of an
+                episode that a killed writer did not finish.
 
         Returns:
             The store.
@@ -154,8 +152,8 @@ class EpisodeStore(EpisodeReader):
         """Make a store, with statistics, of arrays you have.
 
         Args:
-            arrays: Per field `[T, ...]`; float64 is stored as float32.
-            episode_ends: `[E]` cumulative ends: episode i is rows `ends[i-1]..ends[i]-1`.
+            arrays: Per field ``[T, ...]``; float64 is stored as float32.
+            episode_ends: ``[E]`` cumulative ends: episode i is rows ``ends[i-1]..ends[i]-1``.
             path: Where to write it; None keeps it in memory.
             attrs: JSON values kept with the store.
 
@@ -165,7 +163,7 @@ class EpisodeStore(EpisodeReader):
         Raises:
             ValueError: Lengths that differ, ends that do not increase strictly up to T, or values
                 that are not finite.
-            FileExistsError: Something is at `path`.
+            FileExistsError: Something is at ``path``.
         """
         columns = {name: np.asarray(value) for name, value in arrays.items()}
         specs = {
@@ -205,8 +203,8 @@ class EpisodeStore(EpisodeReader):
         """Add one whole episode. When this returns, killing the process does not lose it.
 
         Args:
-            arrays: Every field of the store, `[T, *shape]` with one T >= 1, finite.
-            **episode_attrs: JSON values to keep with the episode, such as `seed=3, success=True`.
+            arrays: Every field of the store, ``[T, *shape]`` with one T >= 1, finite.
+            **episode_attrs: JSON values to keep with the episode, such as ``seed=3, success=True``.
 
         Returns:
             The episode's index.
@@ -227,12 +225,12 @@ class EpisodeStore(EpisodeReader):
         """Add several whole episodes at once, which is faster than one by one.
 
         Args:
-            arrays: Every field of the store, `[T, *shape]`, the episodes back to back.
-            episode_ends: `[E]` their ends, counted from 0 in these arrays.
-            episode_attrs: E mappings; default `{}` each.
+            arrays: Every field of the store, ``[T, *shape]``, the episodes back to back.
+            episode_ends: ``[E]`` their ends, counted from 0 in these arrays.
+            episode_attrs: E mappings; default ``{}`` each.
 
         Raises:
-            ValueError: As for `append`.
+            ValueError: As for ``append``.
         """
         self._require_writable()
         ends = np.asarray(episode_ends)
