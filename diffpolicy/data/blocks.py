@@ -20,15 +20,14 @@ _DIGEST_BYTES = 2**25
 _known: weakref.WeakKeyDictionary[EpisodeStore, list[bytes]] = weakref.WeakKeyDictionary()
 
 
-def block_rows(store: EpisodeStore, field: str) -> int:
+def block_rows(chunk: int, row_bytes: int) -> int:
     """Return the rows of a block: whole chunks, a few megabytes together."""
-    chunk = store.chunk_rows(field)
-    return chunk * max(1, BLOCK_BYTES // (store.fields[field].row_bytes * chunk))
+    return chunk * max(1, BLOCK_BYTES // (row_bytes * chunk))
 
 
 def row_blocks(store: EpisodeStore, field: str) -> Iterator[tuple[int, int]]:
     """Yield ranges ``(start, stop)`` of a field's rows that are whole blocks, in order."""
-    step = block_rows(store, field)
+    step = block_rows(store.chunk_rows(field), store.fields[field].row_bytes)
     for start in range(0, store.num_steps, step):
         yield start, min(start + step, store.num_steps)
 
@@ -46,7 +45,8 @@ def read_blocks(
     Yields:
         ``(start, stop, values)`` in order: ``values`` are those of ``rows[start:stop]``.
     """
-    chunk, most = store.chunk_rows(field), block_rows(store, field)
+    chunk = store.chunk_rows(field)
+    most = block_rows(chunk, store.fields[field].row_bytes)
     place = 0
     while place < len(rows):
         # Up to the first chunk that is not needed, and a block at most.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from diffpolicy.data import store_layout as layout
 from diffpolicy.data.check import check_store
-from diffpolicy.data.fields import FieldSpec, common_length
+from diffpolicy.data.fields import FieldSpec, checked_rows
 from diffpolicy.data.formats import EpisodeSource, get_format
 from diffpolicy.data.observation import is_obs
 from diffpolicy.data.selection import (
@@ -163,7 +163,7 @@ class _Job:
         size = 0
         for columns, known in self._episodes(selection, failed):
             if store is None:
-                specs = {k: FieldSpec(c.shape[1:], str(c.dtype)) for k, c in columns.items()}
+                specs = _specs(columns)
                 store = EpisodeStore.create(self.partial, specs, attrs=self.attrs, overwrite=True)
             block.append((columns, known))
             size += sum(c.nbytes for c in columns.values())
@@ -182,12 +182,13 @@ class _Job:
         """Columns and attributes of each episode; ``failed`` receives those that are left out."""
         names = sorted({n for group in self.mapping.values() for n in group})
         known = self.reader.episode_attrs
-        shapes: dict[str, tuple[int, ...]] = {}
+        specs: dict[str, FieldSpec] = {}  # of the first episode: the others' are to be the same
         for index in selection.episodes:
             try:
                 raw = self.reader.episode(index, names)
                 columns = {k: self._column(k, raw) for k in self.mapping}
-                _check_columns(columns, shapes or {k: c.shape[1:] for k, c in columns.items()})
+                found = _specs(columns)
+                columns = checked_rows(specs or found, columns, np.array([len(columns["action"])]))
             except ValueError as error:
                 if not selection.failed_check:
                     raise ValueError(
@@ -196,7 +197,7 @@ class _Job:
                     ) from error
                 failed[index] = str(error)
                 continue
-            shapes = shapes or {k: c.shape[1:] for k, c in columns.items()}
+            specs = specs or found
             yield columns, known[index]
 
     def _column(self, name: str, raw: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
@@ -260,17 +261,8 @@ def _check_vector(name: str, part: str, spec: FieldSpec) -> None:
         )
 
 
-def _check_columns(columns: Columns, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    common_length(columns)
-    for name, column in columns.items():
-        if column.shape[1:] != shapes[name]:
-            raise ValueError(
-                f"field {name!r} has rows of shape {list(column.shape[1:])}, in the first episode "
-                f"{list(shapes[name])}"
-            )
-        if column.dtype.kind == "f" and not np.isfinite(column).all():
-            row = int(np.argwhere(~np.isfinite(column))[0][0])
-            raise ValueError(f"field {name!r} is not finite at step {row}")
+def _specs(columns: Columns) -> dict[str, FieldSpec]:
+    return {k: FieldSpec(c.shape[1:], str(c.dtype)) for k, c in columns.items()}
 
 
 def _write_block(store: EpisodeStore, block: list[tuple[Columns, Mapping[str, Any]]]) -> None:

@@ -117,7 +117,9 @@ def checked_rows(
             f"the store has the fields {sorted(fields)}; got {sorted(columns)}. Give each of them, "
             "and no other"
         )
-    length = common_length(columns)
+    lengths = {name: len(c) if c.ndim else None for name, c in columns.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"every field must have one row a step; got the lengths {lengths}")
     if ends.ndim != 1 or len(ends) == 0 or ends.dtype.kind not in "iu":
         raise ValueError(
             f"episode_ends must be a non-empty vector of integers; got shape {list(ends.shape)}, "
@@ -130,21 +132,9 @@ def checked_rows(
             f"episode {index} has {steps[index]} steps; episode_ends must increase strictly and "
             "every episode needs at least one step"
         )
-    if ends[-1] != length:
-        raise ValueError(f"episode_ends says {ends[-1]} steps, but the arrays have {length}")
+    if ends[-1] not in lengths.values():
+        raise ValueError(f"episode_ends says {ends[-1]} steps, but the fields have {lengths}")
     return {name: _checked_column(name, fields[name], column) for name, column in columns.items()}
-
-
-def common_length(columns: Mapping[str, NDArray[Any]]) -> int | None:
-    """Return the number of rows that all columns have.
-
-    Raises:
-        ValueError: They have different numbers of rows.
-    """
-    lengths = {name: len(c) if c.ndim else None for name, c in columns.items()}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"every field must have one row a step; got the lengths {lengths}")
-    return next(iter(lengths.values()))
 
 
 def _checked_column(name: str, spec: FieldSpec, column: NDArray[Any]) -> NDArray[Any]:

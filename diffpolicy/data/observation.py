@@ -7,13 +7,13 @@ servers) goes through the functions here, so that it need not know which of both
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from diffpolicy.data.fields import FieldSpec
 from diffpolicy.settings import check_choice, check_shape, near_miss
 
 Array = np.ndarray[Any, Any]
@@ -27,7 +27,7 @@ ROLES = ("state", "image", "task", "goal")
 
 
 @dataclass(frozen=True)
-class ObsField:
+class ObsField(FieldSpec):
     """One array of an observation, without its batch.
 
     Args:
@@ -36,21 +36,14 @@ class ObsField:
         role: what it is for: ``"state"``, ``"image"``, ``"task"`` or ``"goal"``.
 
     Raises:
-        ValueError: an unknown role.
+        ValueError: an unknown role, or what :class:`~diffpolicy.data.fields.FieldSpec` refuses.
     """
 
-    shape: tuple[int, ...]
-    dtype: str = "float32"
     role: str = "state"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        super().__post_init__()
         check_choice("role", self.role, ROLES)
-
-    @property
-    def size(self) -> int:
-        """Numbers in one row."""
-        return math.prod(self.shape)
 
 
 ObsFields = ObsField | Mapping[str, ObsField]
@@ -62,7 +55,7 @@ def of_space(space: Any, roles: Mapping[str, str] | None = None) -> ObsFields:
 
     Args:
         space: the space.
-        roles: by name, where a field is not ``"state"``. Images (three dimensions of bytes) are
+        roles: by name, where a field is not ``"state"``. Images (grids of bytes) are
             ``"image"``, and a ``Dict``'s ``desired_goal`` is a ``"goal"``, unless said otherwise.
 
     Raises:
@@ -95,10 +88,9 @@ def _fields(named: Mapping[str, Any], roles: Mapping[str, str] | None) -> ObsFie
     """Fields of what has ``shape`` and ``dtype``; the name ``""`` stands for a single array."""
     found = {}
     for name, one in named.items():
-        image = len(one.shape) == 3 and str(one.dtype) == "uint8"
-        usual = "image" if image else "goal" if name == "desired_goal" else "state"
-        role = (roles or {}).get(name, usual)
-        found[name] = ObsField(tuple(one.shape), str(one.dtype), role)
+        spec = FieldSpec(one.shape, str(one.dtype))
+        usual = "image" if spec.is_image else "goal" if name == "desired_goal" else "state"
+        found[name] = ObsField(spec.shape, spec.dtype, (roles or {}).get(name, usual))
     return found[""] if list(found) == [""] else found
 
 
@@ -208,39 +200,15 @@ def check(obs: Any, fields: ObsFields, *, lead: tuple[int | str, ...] = ("N",)) 
         fields: what it is made of.
         lead: the dimensions before a row's own; letters stand for any size.
     """
+    if isinstance(obs, Mapping) == isinstance(fields, ObsField):
+        expected = "one array" if isinstance(fields, ObsField) else f"{sorted(fields)} by name"
+        got = sorted(obs) if isinstance(obs, Mapping) else type(obs).__name__
+        raise ValueError(f"the observation must be {expected}, got {got}")
     if isinstance(fields, ObsField):
-        if isinstance(obs, Mapping):
-            raise ValueError(f"expected one array of shape {fields.shape}, got {sorted(obs)}")
         check_shape("the observation", obs.shape, (*lead, *fields.shape))
         return
-    if not isinstance(obs, Mapping):
-        kind = type(obs).__name__
-        raise ValueError(f"expected observations by name, {sorted(fields)}; got {kind}")
     for name, field in fields.items():
         if name not in obs:
             hint = near_miss(name, obs, listing="there are")
             raise ValueError(f"the observation has no {name!r}{hint}")
         check_shape(f"observation {name!r}", obs[name].shape, (*lead, *field.shape))
-
-
-__all__ = [
-    "ROLES",
-    "Obs",
-    "ObsField",
-    "ObsFields",
-    "by_store_field",
-    "check",
-    "concat",
-    "count",
-    "each",
-    "from_fields",
-    "is_obs",
-    "obs_fields",
-    "of_space",
-    "of_store",
-    "put",
-    "stack",
-    "store_field",
-    "take",
-    "to_fields",
-]

@@ -21,15 +21,20 @@ class EpisodeReader:
     """What a store holds, of our own layout or of Diffusion Policy's.
 
     Use it through :class:`~diffpolicy.data.store.EpisodeStore`.
+
+    Attributes:
+        path: Where it is; None in memory.
+        name: The path, or a stand-in, for messages.
+        is_native: Whether it is ours, and not a Diffusion Policy replay buffer.
     """
 
     def __init__(self, group: zarr.Group, path: Path | None) -> None:
-        self._group = group
-        self._path = path
-        self._native = opening.is_native(group, self.name)
-        self._arrays = opening.field_arrays(group, path, self.name, native=self._native)
+        self._group, self.path = group, path
+        self.name = "<episodes in memory>" if path is None else str(path)
+        self.is_native = native = opening.is_native(group, self.name)
+        self._arrays = opening.field_arrays(group, path, self.name, native=native)
         self._fields = {k: FieldSpec(a.shape[1:], str(a.dtype)) for k, a in self._arrays.items()}
-        self._ends = opening.published_ends(group, self.name, native=self._native)
+        self._ends = opening.published_ends(group, self.name, native=native)
         for name, array in self._arrays.items():
             if array.shape[0] < self.num_steps:
                 raise StoreDamagedError(
@@ -39,21 +44,6 @@ class EpisodeReader:
         self._episode_attrs: list[dict[str, Any]] | None = None
         # A zip keeps its file open; close it with the last reference, as a file object does.
         self._finalizer = weakref.finalize(self, group.store.close)
-
-    @property
-    def path(self) -> Path | None:
-        """Where it is; None in memory."""
-        return self._path
-
-    @property
-    def name(self) -> str:
-        """The path, or a stand-in, for messages."""
-        return str(self._path) if self._path is not None else "<episodes in memory>"
-
-    @property
-    def is_native(self) -> bool:
-        """Whether it is ours, and not a Diffusion Policy replay buffer."""
-        return self._native
 
     @property
     def num_episodes(self) -> int:
@@ -94,7 +84,7 @@ class EpisodeReader:
         """
         if problem := statistics_problem(self._group.attrs, self._fields, self.num_steps):
             fix = f"run `diffpolicy data info --update-statistics {self.name}`"
-            if not self._native:
+            if not self.is_native:
                 fix = f"run `diffpolicy data convert {self.name} TARGET.zarr` and use that"
             raise ValueError(f"{self.name}/zarr.json: {problem}; {fix}")
         return cast("dict[str, dict[str, Any]]", self._group.attrs["statistics"])
@@ -104,7 +94,7 @@ class EpisodeReader:
         """What ``append`` was told of each episode (seed, success, ...); ``{}`` where nothing."""
         if self._episode_attrs is None:
             count, known = self.num_episodes, []
-            if self._native:
+            if self.is_native:
                 known = opening.episode_lines(self._group, count, self.name)
             self._episode_attrs = known + [{}] * (count - len(known))
         return [dict(a) for a in self._episode_attrs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from diffpolicy.data.blocks import BLOCK_BYTES
+from diffpolicy.data.blocks import block_rows
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.opening import MissingChunkError, ZarrArray, reason
 from diffpolicy.data.statistics import RunningStatistics, has_statistics
@@ -77,7 +76,7 @@ def scan_field(
     first_rows: dict[int, NDArray[Any]] = {}
     spec = FieldSpec(array.shape[1:], str(array.dtype))
     running = RunningStatistics(array.name, spec.shape, rows)
-    for start, block in _blocks(array, rows):
+    for start, block in _blocks(array, rows, spec.row_bytes):
         stop = block.stop if isinstance(block, Damage) else start + len(block)
         first, final = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
         if isinstance(block, Damage):
@@ -98,11 +97,12 @@ def scan_field(
     return result
 
 
-def _blocks(array: ZarrArray, rows: int) -> Iterator[tuple[int, NDArray[Any] | Damage]]:
+def _blocks(
+    array: ZarrArray, rows: int, row_bytes: int
+) -> Iterator[tuple[int, NDArray[Any] | Damage]]:
     """Blocks of whole chunks; where one cannot be read, its chunks one by one."""
     chunk = int((array.shards or array.chunks)[0])
-    row_bytes = max(1, math.prod(array.shape[1:]) * array.dtype.itemsize)
-    step = chunk * max(1, BLOCK_BYTES // (row_bytes * chunk))
+    step = block_rows(chunk, row_bytes)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         block = _read(array, start, stop)

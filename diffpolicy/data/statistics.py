@@ -28,7 +28,7 @@ class RunningStatistics:
     """Minimum, maximum, mean, standard deviation and quantiles of rows that arrive in blocks.
 
     Mean and variance are merged block by block (Chan, Golub & LeVeque 1979, eq. 2.1) in float64.
-    The 1 % and 99 % quantiles are exact as long as a field has at most `MAX_SAMPLED_VALUES`
+    The 1 % and 99 % quantiles are exact as long as a field has at most ``MAX_SAMPLED_VALUES``
     values, and beyond that those of every k-th row.
 
     Args:
@@ -52,7 +52,7 @@ class RunningStatistics:
         """Take the next rows.
 
         Args:
-            rows: `[n, *shape]`.
+            rows: ``[n, *shape]``.
 
         Raises:
             ValueError: A value is not finite.
@@ -78,7 +78,7 @@ class RunningStatistics:
         self.count = total
 
     def result(self) -> dict[str, Any]:
-        """The statistics as JSON values: lists of the row's shape, and `count`.
+        """Return the statistics as JSON values: lists of the row's shape, and ``count``.
 
         Raises:
             ValueError: No row came.
@@ -107,15 +107,15 @@ def has_statistics(spec: FieldSpec) -> bool:
 def compute_statistics(
     store: EpisodeStore, fields: Iterable[str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Statistics of each field over all published rows.
+    """Compute statistics of each field over all published rows.
 
     Args:
         store: Any open store, also a Diffusion Policy replay buffer.
-        fields: Which fields; default all but images, and rows of over `MAX_VALUES_PER_ROW` numbers.
+        fields: Which fields; default all but images and rows of thousands of numbers.
 
     Returns:
-        For each field `min`, `max`, `mean`, `std`, `q01`, `q99` (nested lists of the row's shape)
-        and `count`.
+        For each field ``min``, ``max``, ``mean``, ``std``, ``q01``, ``q99`` (nested lists of the
+        row's shape) and ``count``.
 
     Raises:
         ValueError: A value is not finite, or the store is empty.
@@ -131,10 +131,10 @@ def compute_statistics(
 
 
 def usual_step(store: EpisodeStore, field: str = "obs") -> NDArray[np.float32]:
-    """The usual largest change of each entry of a field between two steps of an episode.
+    """Return the usual largest change of each entry of a field between two steps of an episode.
 
     The 0.999 quantile over the steps, and at least a thousandth of the entry's range. Of a field
-    with more than `MAX_SAMPLED_VALUES` values it is that of evenly spaced blocks of rows, so that
+    with more than ``MAX_SAMPLED_VALUES`` values it is that of evenly spaced blocks of rows, so that
     neither memory nor time grows with the store.
 
     Args:
@@ -142,7 +142,7 @@ def usual_step(store: EpisodeStore, field: str = "obs") -> NDArray[np.float32]:
         field: A field whose rows are vectors.
 
     Returns:
-        float32 `[D]`; the largest float32 where an entry never changes.
+        float32 ``[D]``; the largest float32 where an entry never changes.
     """
     width = store.fields[field].size
     stride = -(-store.num_steps * width // MAX_SAMPLED_VALUES) or 1
@@ -211,12 +211,3 @@ def _damage(values: Mapping[str, Any], spec: FieldSpec | None) -> str | None:
     ordered = (low <= q01 + slack) & (q01 <= q99 + slack) & (q99 <= high + slack)
     ordered &= (low <= mean + slack) & (mean <= high + slack) & (std >= 0)
     return None if ordered.all() else "min <= q01 <= q99 <= max does not hold, or mean lies outside"
-
-
-__all__ = [
-    "RunningStatistics",
-    "checksum",
-    "compute_statistics",
-    "statistics_problem",
-    "usual_step",
-]

@@ -1,28 +1,27 @@
 """The episode store: whole episodes, back to back, in a zarr group.
 
-Layout (that of Diffusion Policy's replay buffers, in zarr format 3):
+Layout (that of Diffusion Policy's replay buffers, in zarr format 3)::
 
-```
-store.zarr/
-  zarr.json            attributes: format, version, fields, statistics, and the user's own
-  data/<field>         [T, *shape] rows of all episodes, chunked along T, zstd + crc32c
-  meta/episode_ends    [E] int64, cumulative; -1 where nothing is published yet
-  meta/episode_attrs   JSON lines (UTF-8 bytes), one line an episode
-```
+    store.zarr/
+      zarr.json            attributes: format, version, fields, statistics, and the user's own
+      data/<field>         [T, *shape] rows of all episodes, chunked along T, zstd + crc32c
+      meta/episode_ends    [E] int64, cumulative; -1 where nothing is published yet
+      meta/episode_attrs   JSON lines (UTF-8 bytes), one line an episode
 
 An episode is appended by writing its rows, then its line of attributes, and last of all its end:
 one file, replaced atomically. Until then nobody sees the episode, so a writer that is killed
 loses that one and no other. While a store is being written its arrays are longer than what is
-published; `finalize` cuts them to size.
+published; ``finalize`` cuts them to size.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import zarr
@@ -44,17 +43,23 @@ __all__ = ["EpisodeStore", "FieldSpec", "StoreDamagedError"]
 class EpisodeStore(EpisodeReader):
     """Episodes on disk (or in memory): append whole ones, read rows of any field.
 
-    Build one with `create`, `open` or `from_arrays`. Used as a context manager it is finalized on
-    leaving (but not when an exception leaves). `obs[t]` is what the policy saw before `action[t]`.
-    One process writes at a time, from its first append until it finalizes or closes the store;
-    others are refused. Any number may read, also meanwhile.
+    Build one with :meth:`create`, :meth:`open` or :meth:`from_arrays`. Used as a context manager it
+    is finalized on leaving (but not when an exception leaves). ``obs[t]``, or all ``obs.NAME[t]``,
+    is what the policy saw before ``action[t]``. One process writes at a time, from its first append
+    until it finalizes or closes the store; others are refused. Any number may read, also meanwhile.
     """
+
+    _latest: ClassVar[weakref.WeakValueDictionary[Path, EpisodeStore]] = (
+        weakref.WeakValueDictionary()
+    )
 
     def __init__(self, group: zarr.Group, path: Path | None, *, writable: bool) -> None:
         super().__init__(group, path)
         self._writable = writable
         self._tails: dict[str, layout.Tail] | None = None
-        self._session = layout.Session(path) if writable and path is not None else None
+        what = "appending to it (until it finalizes or closes the store)"
+        self._lock = WriterLock(path, what, wait_s=2.0) if writable and path is not None else None
+        self._active = False
 
     # -- making one ---------------------------------------------------------------------------
 
@@ -71,18 +76,18 @@ class EpisodeStore(EpisodeReader):
         """Create an empty store to append to.
 
         Args:
-            path: A directory that does not exist yet, by custom `something.zarr`.
-            fields: Row shape (float32) or `FieldSpec` of each field. To train on it a store needs
-                `obs` and `action`.
-            attrs: JSON values kept with the store, such as `{"env_id": ...}`.
+            path: A directory that does not exist yet, by custom ``something.zarr``.
+            fields: Row shape (float32) or ``FieldSpec`` of each field. To train on it a store needs
+                ``obs`` and ``action``.
+            attrs: JSON values kept with the store, such as ``{"env_id": ...}``.
             chunk_rows: Rows in a chunk; default as many as fit 256 KiB, at most 4096.
-            overwrite: Replace the store that is at `path`. Anything else there is left alone.
+            overwrite: Replace the store that is at ``path``. Anything else there is left alone.
 
         Returns:
             The store, open for appending.
 
         Raises:
-            FileExistsError: Something is at `path`.
+            FileExistsError: Something is at ``path``.
             ValueError: No fields, a bad name, shape or attribute.
         """
         target = Path(path)
@@ -100,8 +105,8 @@ class EpisodeStore(EpisodeReader):
 
         Args:
             path: The store.
-            mode: `"r"` to read, `"a"` to append. Opening with `"a"` discards the rows of an episode
-                that a killed writer did not finish.
+            mode: ``"r"`` to read, ``"a"`` to append. Opening with ``"a"`` discards the rows of an
+                episode that a killed writer did not finish.
 
         Returns:
             The store.
@@ -122,7 +127,7 @@ class EpisodeStore(EpisodeReader):
             group.store.close()
             raise
         if mode == "a":
-            if not store._native:
+            if not store.is_native:
                 store.close()
                 raise ValueError(
                     f"{target} is a Diffusion Policy replay buffer, which is only read; make a "
@@ -147,8 +152,8 @@ class EpisodeStore(EpisodeReader):
         """Make a store, with statistics, of arrays you have.
 
         Args:
-            arrays: Per field `[T, ...]`; float64 is stored as float32.
-            episode_ends: `[E]` cumulative ends: episode i is rows `ends[i-1]..ends[i]-1`.
+            arrays: Per field ``[T, ...]``; float64 is stored as float32.
+            episode_ends: ``[E]`` cumulative ends: episode i is rows ``ends[i-1]..ends[i]-1``.
             path: Where to write it; None keeps it in memory.
             attrs: JSON values kept with the store.
 
@@ -158,7 +163,7 @@ class EpisodeStore(EpisodeReader):
         Raises:
             ValueError: Lengths that differ, ends that do not increase strictly up to T, or values
                 that are not finite.
-            FileExistsError: Something is at `path`.
+            FileExistsError: Something is at ``path``.
         """
         columns = {name: np.asarray(value) for name, value in arrays.items()}
         specs = {
@@ -198,8 +203,8 @@ class EpisodeStore(EpisodeReader):
         """Add one whole episode. When this returns, killing the process does not lose it.
 
         Args:
-            arrays: Every field of the store, `[T, *shape]` with one T >= 1, finite.
-            **episode_attrs: JSON values to keep with the episode, such as `seed=3, success=True`.
+            arrays: Every field of the store, ``[T, *shape]`` with one T >= 1, finite.
+            **episode_attrs: JSON values to keep with the episode, such as ``seed=3, success=True``.
 
         Returns:
             The episode's index.
@@ -220,12 +225,12 @@ class EpisodeStore(EpisodeReader):
         """Add several whole episodes at once, which is faster than one by one.
 
         Args:
-            arrays: Every field of the store, `[T, *shape]`, the episodes back to back.
-            episode_ends: `[E]` their ends, counted from 0 in these arrays.
-            episode_attrs: E mappings; default `{}` each.
+            arrays: Every field of the store, ``[T, *shape]``, the episodes back to back.
+            episode_ends: ``[E]`` their ends, counted from 0 in these arrays.
+            episode_attrs: E mappings; default ``{}`` each.
 
         Raises:
-            ValueError: As for `append`.
+            ValueError: As for ``append``.
         """
         self._require_writable()
         ends = np.asarray(episode_ends)
@@ -276,8 +281,8 @@ class EpisodeStore(EpisodeReader):
             if self.num_steps:
                 values = compute_statistics(self)
                 self._put({"statistics": values, "statistics_crc32": checksum(values)})
-            if self._path is not None:
-                layout.sync_to_disk(self._path)
+            if self.path is not None:
+                layout.sync_to_disk(self.path)
         finally:
             self._end()
 
@@ -303,18 +308,30 @@ class EpisodeStore(EpisodeReader):
             raise ValueError(f"{self.name} is open for reading; use EpisodeStore.open(path, 'a')")
 
     def _begin(self) -> None:
-        """Become the one writer, and know what others have written before."""
+        """Become the one writer, and know what others have written before.
+
+        Other processes are refused meanwhile, with the name of this one. Another handle of the same
+        thread may take its turn; each then finds out that what it knows of the store is old.
+        """
         self._require_writable()
-        if self._session is not None and self._session.begin():
-            self._finalizer()
-            assert self._path is not None
-            super().__init__(opening.open_group(self._path, writable=True), self._path)
-            self._tails = None
+        if self._lock is None or self.path is None:  # in memory
+            return
+        if self._active and self._latest.get(self._lock.path) is self:
+            return
+        if not self._active:
+            self._lock.acquire()
+        self._active, self._latest[self._lock.path] = True, self
+        self._finalizer()
+        super().__init__(opening.open_group(self.path, writable=True), self.path)
+        self._tails = None
 
     def _end(self) -> None:
         """Let others write."""
-        if self._session is not None:
-            self._session.end()
+        if self._lock is not None and self._active:
+            self._active = False
+            if self._latest.get(self._lock.path) is self:
+                del self._latest[self._lock.path]
+            self._lock.release()
 
     def _open_tails(self) -> dict[str, layout.Tail]:
         group, name = self._group, self.name

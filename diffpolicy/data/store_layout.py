@@ -1,4 +1,4 @@
-"""How a store lies on disk: its arrays, crash-safe appending to them, and whose turn it is."""
+"""How a store lies on disk: its arrays, and crash-safe appending to them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import zarr
@@ -30,44 +30,7 @@ _CHUNK_BYTES = 2**18
 _MAX_CHUNK_ROWS = 4096
 _ENDS_CHUNK = 1024
 _ATTRS_CHUNK = 2**14
-
-
-class Session:
-    """One handle's turn to write to a store, from its first append until it is finalized.
-
-    Other processes are refused meanwhile, with the name of this one. Another handle of the same
-    thread may take its turn; each then finds out that what it knows of the store is old.
-
-    Args:
-        path: The store.
-    """
-
-    _latest: ClassVar[dict[Path, Session]] = {}
-
-    def __init__(self, path: Path) -> None:
-        what = "appending to it (until it finalizes or closes the store)"
-        self._lock = WriterLock(path, what, wait_s=2.0)
-        self._active = False
-
-    def begin(self) -> bool:
-        """Take the turn, or go on with it; return whether the store must be read anew.
-
-        Raises:
-            BusyError: Another process is writing.
-        """
-        going_on = self._active and self._latest.get(self._lock.path) is self
-        if not self._active:
-            self._lock.acquire()
-        self._active, self._latest[self._lock.path] = True, self
-        return not going_on
-
-    def end(self) -> None:
-        """Let others write."""
-        if self._active:
-            self._active = False
-            if self._latest.get(self._lock.path) is self:
-                del self._latest[self._lock.path]
-            self._lock.release()
+_PIECE = 16  # chunks written at once, which bounds the memory
 
 
 class Tail:
@@ -76,8 +39,6 @@ class Tail:
     The array grows by whole chunks and each chunk is written whole, so that an append costs one
     file an array and never reads; the file is replaced atomically, so its old rows are safe.
     """
-
-    PIECE = 16  # chunks written at once, which bounds the memory
 
     def __init__(self, array: ZarrArray, length: int) -> None:
         self._array = array
@@ -95,7 +56,7 @@ class Tail:
     def append(self, rows: NDArray[Any]) -> None:
         """Write ``rows`` behind the last one."""
         self._resize(-(-(self._length + len(rows)) // self._chunk) * self._chunk)
-        step = self.PIECE * self._chunk
+        step = _PIECE * self._chunk
         for start in range(0, len(rows), step):
             self._append_piece(rows[start : start + step])
 
@@ -126,27 +87,23 @@ def create_arrays(
     group: zarr.Group, specs: Mapping[str, FieldSpec], chunk_rows: int | None
 ) -> None:
     """Create the empty arrays of a store in ``group``."""
+    arrays: dict[str, tuple[int, FieldSpec, float]] = {}  # rows of a chunk, rows, fill value
     for name, spec in specs.items():
         rows = chunk_rows or min(_MAX_CHUNK_ROWS, max(1, _CHUNK_BYTES // spec.row_bytes))
         # A float chunk that got lost reads as NaN, never as plausible zeros.
-        fill = np.nan if np.dtype(spec.dtype).kind == "f" else 0
-        _create_array(group, f"data/{name}", (rows, *spec.shape), spec.dtype, fill)
-    _create_array(group, "meta/episode_attrs", (_ATTRS_CHUNK,), "uint8", 0)
-    _create_array(group, "meta/episode_ends", (_ENDS_CHUNK,), "int64", UNPUBLISHED)
-
-
-def _create_array(
-    group: zarr.Group, name: str, chunks: tuple[int, ...], dtype: str, fill: float
-) -> None:
-    with _naming(group.store_path / name):
-        group.create_array(
-            name,
-            shape=(0, *chunks[1:]),
-            chunks=chunks,
-            dtype=dtype,
-            fill_value=fill,
-            compressors=[ZstdCodec(level=1), Crc32cCodec()],
-        )
+        arrays[f"data/{name}"] = rows, spec, np.nan if spec.dtype.startswith("float") else 0
+    arrays["meta/episode_attrs"] = _ATTRS_CHUNK, FieldSpec((), "uint8"), 0
+    arrays["meta/episode_ends"] = _ENDS_CHUNK, FieldSpec((), "int64"), UNPUBLISHED
+    for name, (rows, spec, fill) in arrays.items():
+        with _naming(group.store_path / name):
+            group.create_array(
+                name,
+                shape=(0, *spec.shape),
+                chunks=(rows, *spec.shape),
+                dtype=spec.dtype,
+                fill_value=fill,
+                compressors=[ZstdCodec(level=1), Crc32cCodec()],
+            )
 
 
 def _naming(place: object) -> contextlib.AbstractContextManager[None]:
@@ -176,7 +133,7 @@ def clear_target(target: Path, *, overwrite: bool, remove: bool = True) -> None:
 
 
 def replaced(target: Path) -> contextlib.AbstractContextManager[Path]:
-    """Yield a directory for a new store, which then takes the place of one of ours at `target`."""
+    """Yield a directory for a new store, which then replaces one of ours at ``target``."""
     return replaced_directory(target, owned=_owned(target))
 
 

@@ -13,9 +13,7 @@ are, and gathered frame by frame.
 from __future__ import annotations
 
 import copy
-import errno
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -387,36 +385,25 @@ def _on_disk(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         OSError: The disk is full, with the file's name.
     """
     handle, name = tempfile.mkstemp(prefix="diffpolicy-windows-")
-    path = Path(name)
-    try:
-        _reserve(handle, path, int(np.prod(shape)) * dtype.itemsize)
-        mapped = np.memmap(path, dtype, "r+", shape=shape)
-    except BaseException:
-        path.unlink()
-        raise
-    finally:
-        os.close(handle)
-    if os.name == "posix":  # the mapping outlives the name
-        path.unlink()
-    return mapped
-
-
-def _reserve(handle: int, path: Path, size: int) -> None:
+    size = int(np.prod(shape)) * dtype.itemsize
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle, 0, size)
-        elif shutil.disk_usage(path.parent).free < size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         else:
             os.truncate(handle, size)
+        return np.memmap(name, dtype, "r+", shape=shape)
     except OSError as error:
         raise OSError(
             error.errno,
             f"{os.strerror(error.errno or 0)}: windows streamed from the disk need "
             f"{size / 2**20:.0f} MiB there. Set TMPDIR to a folder of a disk with more room, or "
             "train on fewer episodes",
-            str(path),
+            name,
         ) from error
+    finally:
+        os.close(handle)
+        if os.name == "posix":  # the mapping outlives the name
+            os.unlink(name)
 
 
 def _free_memory() -> int:

@@ -163,11 +163,11 @@ def test_appending_is_not_quadratic(tmp_path):
     seconds = []
     for _ in range(4):
         start = time.process_time()
-        for _ in range(50):
+        for _ in range(25):
             store.append(arrays)
         seconds.append(time.process_time() - start)
     store.close()
-    assert store.num_steps == 200 * 50
+    assert store.num_steps == 100 * 50
     assert min(seconds[2:]) < 3 * min(seconds[:2])
 
 
@@ -389,7 +389,7 @@ def test_from_arrays_refuses_bad_ends():
     for ends, message in (
         ([5, 5, 10], "episode 1 has 0 steps"),
         ([7, 5, 10], "episode 1 has -2 steps"),
-        ([5, 9], "says 9 steps, but the arrays have 10"),
+        ([5, 9], r"says 9 steps, but the fields have .*10"),
         ([], "non-empty vector of integers"),
         ([5.0, 10.0], "non-empty vector of integers"),
     ):

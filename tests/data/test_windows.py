@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from data_array_store import ArrayStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ def numbered_store(lengths):
     step = np.concatenate([np.arange(n) for n in lengths])
     obs = np.stack([episode, step], 1).astype(np.float32)
     action = np.arange(len(step), dtype=np.float32)[:, None]
-    return EpisodeStore.from_arrays({"obs": obs, "action": action}, np.cumsum(lengths))
+    return ArrayStore({"obs": obs, "action": action}, np.cumsum(lengths))
 
 
 def looped_windows(store, horizon, n_obs_steps, pad_after, episodes):
