@@ -11,6 +11,7 @@ EXTRAS = {
     "mujoco": "mujoco",
     "h5py": "hdf5",
     "pyarrow": "lerobot",
+    "minari": "minari",
     "matplotlib": "media",
     "PIL": "media",
     "imageio": "media",

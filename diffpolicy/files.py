@@ -78,9 +78,9 @@ def atomic_file(path: str | os.PathLike[str], suffix: str | None = None) -> Iter
     try:
         with naming(target):
             yield partial
-            _sync(partial)
+            sync(partial)
             partial.replace(target)
-            _sync(target.parent)
+            sync(target.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -131,8 +131,8 @@ def replaced_directory(
                 write_manifest(partial, {name: {} for name in _files(partial)})
             for folder, _, names in os.walk(partial):
                 for name in names:
-                    _sync(Path(folder, name))
-                _sync(Path(folder))
+                    sync(Path(folder, name))
+                sync(Path(folder))
             check_owned(target, owned)  # again: something may have been put there meanwhile
             _swap(partial, target)
         finally:
@@ -149,7 +149,7 @@ def _swap(partial: Path, target: Path) -> None:
         if old.exists():
             old.rename(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     _discard(old, target)
 
 
@@ -321,7 +321,8 @@ def _files(folder: Path) -> Iterator[str]:
             yield f"{inside.as_posix()}/"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Ask the system to bring a file, or a directory's entries, to the disk."""
     if os.name != "posix" and path.is_dir():  # only POSIX opens directories
         return
     handle = os.open(path, os.O_RDONLY)
@@ -346,6 +347,7 @@ __all__ = [
     "remove_owned",
     "replaced_directory",
     "settled",
+    "sync",
     "write_atomic",
     "write_json",
     "write_manifest",

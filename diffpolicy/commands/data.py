@@ -85,7 +85,7 @@ def _open(path: str) -> Any:
 
 
 def _info(arguments: Sequence[str]) -> int:
-    from diffpolicy.data.check import info
+    from diffpolicy.data.reader import info
 
     plain = [a for a in arguments if a != "--update-statistics"]
     store = _open(parse(plain, ["store"], {})["store"])

@@ -161,7 +161,7 @@ def _env(options: Mapping[str, Any]) -> Any:
 
 
 def _import(arguments: Sequence[str]) -> int:
-    from diffpolicy.data.preferences.labels import read_label_file
+    from diffpolicy.data.preferences.published import read_label_file
     from diffpolicy.data.preferences.set import PreferenceSet
     from diffpolicy.data.store import EpisodeStore
     from diffpolicy.rollout.labelling.page import QUESTIONS, read_answers

@@ -65,7 +65,9 @@ def d4rl_store(source: str, path: Path, transforms: tuple[str, ...]) -> EpisodeS
         ConfigError: no such dataset, or a store at ``path`` that was made of something else. (One
             that was made of an earlier state of the same file is set aside, and made anew.)
     """
-    from diffpolicy.data.d4rl import find_dataset, load_d4rl, parse_transforms
+    from diffpolicy.data.d4rl.file import load_d4rl
+    from diffpolicy.data.d4rl.location import find_dataset
+    from diffpolicy.data.d4rl.transforms import parse_transforms
     from diffpolicy.data.store import EpisodeStore
 
     asked = parse_transforms(transforms)
@@ -99,7 +101,7 @@ def d4rl_store(source: str, path: Path, transforms: tuple[str, ...]) -> EpisodeS
 
 def _check_made_of(store: EpisodeStore, source: str, asked: Sequence[Transform]) -> None:
     """Make sure that a store was made of this source, of all of it, and in this way."""
-    from diffpolicy.data.d4rl import parse_transforms
+    from diffpolicy.data.d4rl.transforms import parse_transforms
 
     attrs, path = store.attrs, store.name
     if attrs.get("max_episodes") or attrs.get("left_out_episodes"):
@@ -177,8 +179,7 @@ def d4rl_score(
         result: of the rollouts.
         folder: where ``score.json`` goes, which says more.
     """
-    from diffpolicy.data.d4rl import DATASETS
-    from diffpolicy.data.d4rl.signature import doubts
+    from diffpolicy.data.d4rl.catalogue import DATASETS, doubts
     from diffpolicy.rollout.d4rl import score
 
     dataset = attrs.get("dataset")

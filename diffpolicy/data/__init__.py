@@ -1,104 +1,68 @@
 """Episodes in, windows out: storage, checks, normalisation, preferences, batched gathering.
 
 The names below are loaded on first use, so that a deployed policy, which needs only the
-[`Normalizer`][diffpolicy.data.normalize.Normalizer], does not pay for importing zarr.
+:class:`~diffpolicy.data.normalize.Normalizer`, does not pay for importing zarr.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffpolicy.data.check import Issue, check_store, format_issue, info
-    from diffpolicy.data.conversion import convert
-    from diffpolicy.data.d4rl import (
-        D4RLFile,
-        load_d4rl,
-        normalized_score,
-        qlearning_dataset,
-        sequence_dataset,
-    )
-    from diffpolicy.data.damage import StoreDamagedError
-    from diffpolicy.data.fields import FieldSpec
-    from diffpolicy.data.normalize import Normalizer
-    from diffpolicy.data.preferences.check import check_preferences
-    from diffpolicy.data.preferences.examples import LabelExamples, PairExamples
-    from diffpolicy.data.preferences.labels import read_label_file
-    from diffpolicy.data.preferences.published import from_indices, qlearning_rows
-    from diffpolicy.data.preferences.records import Label, Pair, Ranking, Span
-    from diffpolicy.data.preferences.scored import by_return, from_scores
-    from diffpolicy.data.preferences.set import PreferenceSet
-    from diffpolicy.data.statistics import compute_statistics
-    from diffpolicy.data.store import EpisodeStore
-    from diffpolicy.data.transitions import Transitions
-    from diffpolicy.data.windows import Windows, split_episodes
+    from diffpolicy.data.check import Issue as Issue
+    from diffpolicy.data.check import check_store as check_store
+    from diffpolicy.data.check import format_issue as format_issue
+    from diffpolicy.data.conversion import convert as convert
+    from diffpolicy.data.d4rl.catalogue import normalized_score as normalized_score
+    from diffpolicy.data.d4rl.file import D4RLFile as D4RLFile
+    from diffpolicy.data.d4rl.file import load_d4rl as load_d4rl
+    from diffpolicy.data.d4rl.views import qlearning_dataset as qlearning_dataset
+    from diffpolicy.data.d4rl.views import sequence_dataset as sequence_dataset
+    from diffpolicy.data.fields import FieldSpec as FieldSpec
+    from diffpolicy.data.normalize import Normalizer as Normalizer
+    from diffpolicy.data.opening import StoreDamagedError as StoreDamagedError
+    from diffpolicy.data.preferences.check import check_preferences as check_preferences
+    from diffpolicy.data.preferences.examples import LabelExamples as LabelExamples
+    from diffpolicy.data.preferences.examples import PairExamples as PairExamples
+    from diffpolicy.data.preferences.published import from_indices as from_indices
+    from diffpolicy.data.preferences.published import qlearning_rows as qlearning_rows
+    from diffpolicy.data.preferences.published import read_label_file as read_label_file
+    from diffpolicy.data.preferences.records import Label as Label
+    from diffpolicy.data.preferences.records import Pair as Pair
+    from diffpolicy.data.preferences.records import Ranking as Ranking
+    from diffpolicy.data.preferences.records import Span as Span
+    from diffpolicy.data.preferences.scored import by_return as by_return
+    from diffpolicy.data.preferences.scored import from_scores as from_scores
+    from diffpolicy.data.preferences.set import PreferenceSet as PreferenceSet
+    from diffpolicy.data.reader import info as info
+    from diffpolicy.data.statistics import compute_statistics as compute_statistics
+    from diffpolicy.data.store import EpisodeStore as EpisodeStore
+    from diffpolicy.data.transitions import Transitions as Transitions
+    from diffpolicy.data.windows import Windows as Windows
+    from diffpolicy.data.windows import split_episodes as split_episodes
 
-_HOMES = {
-    "D4RLFile": "d4rl",
-    "EpisodeStore": "store",
-    "FieldSpec": "fields",
-    "Issue": "check",
-    "Label": "preferences.records",
-    "LabelExamples": "preferences.examples",
-    "Normalizer": "normalize",
-    "Pair": "preferences.records",
-    "PairExamples": "preferences.examples",
-    "PreferenceSet": "preferences.set",
-    "Ranking": "preferences.records",
-    "Span": "preferences.records",
-    "StoreDamagedError": "damage",
-    "Transitions": "transitions",
-    "Windows": "windows",
-    "by_return": "preferences.scored",
-    "check_preferences": "preferences.check",
-    "check_store": "check",
-    "compute_statistics": "statistics",
-    "convert": "conversion",
-    "format_issue": "check",
-    "from_indices": "preferences.published",
-    "from_scores": "preferences.scored",
-    "info": "check",
-    "load_d4rl": "d4rl",
-    "normalized_score": "d4rl",
-    "qlearning_dataset": "d4rl",
-    "qlearning_rows": "preferences.published",
-    "read_label_file": "preferences.labels",
-    "sequence_dataset": "d4rl",
-    "split_episodes": "windows",
+_NAMES = {
+    "check": ["Issue", "check_store", "format_issue"],
+    "conversion": ["convert"],
+    "d4rl.catalogue": ["normalized_score"],
+    "d4rl.file": ["D4RLFile", "load_d4rl"],
+    "d4rl.views": ["qlearning_dataset", "sequence_dataset"],
+    "fields": ["FieldSpec"],
+    "normalize": ["Normalizer"],
+    "opening": ["StoreDamagedError"],
+    "preferences.check": ["check_preferences"],
+    "preferences.examples": ["LabelExamples", "PairExamples"],
+    "preferences.published": ["from_indices", "qlearning_rows", "read_label_file"],
+    "preferences.records": ["Label", "Pair", "Ranking", "Span"],
+    "preferences.scored": ["by_return", "from_scores"],
+    "preferences.set": ["PreferenceSet"],
+    "reader": ["info"],
+    "statistics": ["compute_statistics"],
+    "store": ["EpisodeStore"],
+    "transitions": ["Transitions"],
+    "windows": ["Windows", "split_episodes"],
 }
-
-__all__ = [
-    "D4RLFile",
-    "EpisodeStore",
-    "FieldSpec",
-    "Issue",
-    "Label",
-    "LabelExamples",
-    "Normalizer",
-    "Pair",
-    "PairExamples",
-    "PreferenceSet",
-    "Ranking",
-    "Span",
-    "StoreDamagedError",
-    "Transitions",
-    "Windows",
-    "by_return",
-    "check_preferences",
-    "check_store",
-    "compute_statistics",
-    "convert",
-    "format_issue",
-    "from_indices",
-    "from_scores",
-    "info",
-    "load_d4rl",
-    "normalized_score",
-    "qlearning_dataset",
-    "qlearning_rows",
-    "read_label_file",
-    "sequence_dataset",
-    "split_episodes",
-]
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

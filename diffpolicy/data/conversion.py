@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffpolicy.data import store_layout as layout
 from diffpolicy.data.check import check_store
-from diffpolicy.data.fields import FieldSpec
-from diffpolicy.data.formats import EpisodeSource, Format, get_format
-from diffpolicy.data.left_out import announce, checked_gaps, issue_lines, left_out
-from diffpolicy.data.selection import Choice, Selection, select
+from diffpolicy.data.fields import FieldSpec, checked_rows
+from diffpolicy.data.formats import EpisodeSource, get_format
+from diffpolicy.data.observation import is_obs
+from diffpolicy.data.selection import (
+    Choice,
+    Selection,
+    announce,
+    checked_gaps,
+    issue_lines,
+    left_out,
+    select,
+)
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.files import WriterLock
 
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from numpy.typing import NDArray
-
 # Episodes are handed to the store in blocks of about so many bytes.
 _BLOCK_BYTES = 2**25
-# What a policy and its critics are given: float32 vectors.
+# What a state-only policy and its critics are given: float32 vectors.
 _OBSERVATIONS = ("obs", "next_obs")
 _VECTORS = (*_OBSERVATIONS, "action")
 # Rows of two sizes are few key points or short histories, unless both are at least so large.
 _IMAGE_SIDE = 12
 
-Columns = dict[str, "NDArray[Any]"]
+Columns = dict[str, NDArray[Any]]
+Fields = Mapping[str, str | Sequence[str]]
 
 
 def convert(
@@ -39,7 +45,7 @@ def convert(
     target: str | os.PathLike[str],
     *,
     format: str = "auto",
-    fields: Mapping[str, str | Sequence[str]] | None = None,
+    fields: Fields | None = None,
     transform: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
     max_episodes: int | None = None,
     exclude: Choice | None = None,
@@ -50,34 +56,35 @@ def convert(
 ) -> EpisodeStore:
     """Convert a file or directory into an episode store with statistics.
 
-    The store appears at `target` when it is complete and was checked, not before. What it lacks of
-    the source, and what is doubtful, is logged, and kept in its attributes: `left_out` (fields),
-    `unread` (what is no field), `left_out_episodes` and `warnings`.
+    The store appears at ``target`` when it is complete and was checked, not before. What it lacks
+    of the source, and what is doubtful, is logged, and kept in its attributes: ``left_out``
+    (fields), ``unread`` (what is no field), ``left_out_episodes`` and ``warnings``.
 
     Args:
-        source: What to read: a path, or with `format` "minari" or "lerobot" a dataset's id.
-        target: The store to make, by custom `something.zarr`.
-        format: A format's name, or `"auto"` to look.
+        source: What to read: a path, or with ``format`` "minari" or "lerobot" a dataset's id.
+        target: The store to make, by custom ``something.zarr``.
+        format: A format's name, or ``"auto"`` to look.
         fields: The target's fields, each made of one source field or of several, which are
-            flattened and concatenated: `{"obs": ["state"], "action": "action"}`. What is not said
-            of `obs` and `action` comes from the format. Both become float32 vectors; other fields
-            keep their shape and type (float64 becomes float32).
-        transform: Applied to `obs` `[T, O]` of each episode; returns `[T, O']`. Also to `next_obs`,
-            where the format knows the observation after each step.
+            flattened and concatenated: ``{"obs": ["state"], "action": "action"}``. What is not said
+            of ``obs`` and ``action`` comes from the format. Both become float32 vectors; other
+            fields keep their shape and type (float64 becomes float32). Several observations are
+            named ``obs.NAME``: ``{"obs.joints": "state", "obs.camera": "img"}``.
+        transform: Applied to ``obs`` ``[T, O]`` of each episode; returns ``[T, O']``. Also to
+            ``next_obs``, where the format knows the observation after each step.
         max_episodes: Stop after so many.
-        exclude: Episodes to leave out: numbers, `"mask:NAME"` or `"failed_check"`, or a list of
-            these; see `diffpolicy.data.selection`.
-        keep: Episodes to store; default all. Numbers, `"mask:train"`, or a list.
+        exclude: Episodes to leave out: numbers, ``"mask:NAME"`` or ``"failed_check"``, or a list of
+            these; see :mod:`diffpolicy.data.selection`.
+        keep: Episodes to store; default all. Numbers, ``"mask:train"``, or a list.
         allow_missing: Read chunks that are not there as zeros, which zarr and HDF5 may leave out.
-        attrs: JSON values to keep with the store, such as `{"env_id": ...}`.
-        overwrite: Replace the store that is at `target`.
+        attrs: JSON values to keep with the store, such as ``{"env_id": ...}``.
+        overwrite: Replace the store that is at ``target``.
 
     Returns:
         The new store, open for reading.
 
     Raises:
         FileNotFoundError: No source.
-        FileExistsError: Something is at `target`.
+        FileExistsError: Something is at ``target``.
         ValueError: An unknown format, field or episode, a source that is damaged, or an episode
             that cannot be stored; the message names it.
     """
@@ -88,17 +95,17 @@ def convert(
             "such as format=minari"
         )
     layout.clear_target(goal, overwrite=overwrite, remove=False)
-    name, module = get_format(format, origin)
-    reader = module.open_source(origin)
+    name, kind = get_format(format, origin)
+    reader = kind(origin)
     try:
-        mapping = _mapping(reader, module, fields)
+        mapping = _mapping(reader, fields or {})
         used = [n for group in mapping.values() for n in group]
         selection = select(reader, exclude, keep, max_episodes)
         selection, doubts = checked_gaps(reader, used, selection, allow_missing=allow_missing)
-        kept = dict(reader.attrs) | {"source": {"name": origin.name, "format": name}}
+        kept = {**reader.attrs, "source": {"name": origin.name, "format": name}, **(attrs or {})}
         with WriterLock(goal, "converting to it"), layout.replaced(goal) as partial:
-            job = _Job(reader, mapping, transform, partial, goal, kept | dict(attrs or {}))
-            selection, found = _write_checked(job, selection)
+            job = _Job(reader, mapping, transform, partial, goal, kept)
+            selection, found = job.write_checked(selection)
             lacks: dict[str, Any] = dict(left_out(reader, used, selection))
             if doubts or found:
                 lacks["warnings"] = [*doubts, *found]
@@ -122,44 +129,112 @@ class _Job:
     goal: Path
     attrs: Mapping[str, Any]
 
+    def write_checked(self, selection: Selection) -> tuple[Selection, list[str]]:
+        """Write the episodes and look at every value of what was written.
 
-def _write_checked(job: _Job, selection: Selection) -> tuple[Selection, list[str]]:
-    """Write the episodes and look at every value of what was written.
+        Returns:
+            The episodes that were written, and what is doubtful about them.
 
-    Returns:
-        The episodes that were written, and what is doubtful about them.
+        Raises:
+            ValueError: Something is wrong with one, and it is not to be left out for that.
+        """
+        while True:
+            selection = self._write(selection)
+            issues = check_store(self.partial)
+            failed = {
+                selection.episodes[issue.episode]: issue.message
+                for issue in reversed(issues)
+                if issue.episode is not None and issue.episode < len(selection.episodes)
+            }
+            if not (selection.failed_check and failed):
+                break
+            selection = selection.without(failed)  # of many alike not all are named: look again
+        lines = issue_lines(issues, str(self.partial), str(self.goal))
+        for issue, line in zip(issues, lines, strict=True):
+            if issue.severity == "error":
+                raise ValueError(line)
+        return selection, lines
 
-    Raises:
-        ValueError: Something is wrong with one, and it is not to be left out for that.
-    """
-    while True:
-        selection = _write(job, selection)
-        issues = check_store(job.partial)
-        lines = issue_lines(issues, str(job.partial), str(job.goal))
-        failed = {
-            selection.episodes[issue.episode]: issue.message
-            for issue in reversed(issues)
-            if issue.episode is not None and issue.episode < len(selection.episodes)
-        }
-        if not (selection.failed_check and failed):
-            break
-        selection = selection.without(failed)  # of many alike not all are named: look again
-    if wrong := [text for i, text in zip(issues, lines, strict=True) if i.severity == "error"]:
-        raise ValueError(wrong[0])
-    return selection, lines
+    def _write(self, selection: Selection) -> Selection:
+        """Write the episodes to a new store; return those that were written."""
+        store: EpisodeStore | None = None
+        block: list[tuple[Columns, Mapping[str, Any]]] = []
+        failed: dict[int, str] = {}
+        size = 0
+        for columns, known in self._episodes(selection, failed):
+            if store is None:
+                specs = _specs(columns)
+                store = EpisodeStore.create(self.partial, specs, attrs=self.attrs, overwrite=True)
+            block.append((columns, known))
+            size += sum(c.nbytes for c in columns.values())
+            if size > _BLOCK_BYTES:
+                _write_block(store, block)
+                block, size = [], 0
+        selection = selection.without(failed)
+        assert store is not None
+        _write_block(store, block)
+        store.close()
+        return selection
+
+    def _episodes(
+        self, selection: Selection, failed: dict[int, str]
+    ) -> Iterator[tuple[Columns, Mapping[str, Any]]]:
+        """Columns and attributes of each episode; ``failed`` receives those that are left out."""
+        names = sorted({n for group in self.mapping.values() for n in group})
+        known = self.reader.episode_attrs
+        specs: dict[str, FieldSpec] = {}  # of the first episode: the others' are to be the same
+        for index in selection.episodes:
+            try:
+                raw = self.reader.episode(index, names)
+                columns = {k: self._column(k, raw) for k in self.mapping}
+                found = _specs(columns)
+                columns = checked_rows(specs or found, columns, np.array([len(columns["action"])]))
+            except ValueError as error:
+                if not selection.failed_check:
+                    raise ValueError(
+                        f"{self.reader.name}, episode {index}: {error}; leave it out with "
+                        f"exclude=[{index}], or all such with exclude=failed_check"
+                    ) from error
+                failed[index] = str(error)
+                continue
+            specs = specs or found
+            yield columns, known[index]
+
+    def _column(self, name: str, raw: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """The column ``name`` of an episode, of one part or several."""
+        parts = [raw[part] for part in self.mapping[name]]
+        lengths = [len(p) for p in parts]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"the parts of {name!r} have different lengths: {lengths}")
+        flat = name in _VECTORS or len(parts) > 1
+        column = np.concatenate([p.reshape(len(p), -1) for p in parts], 1) if flat else parts[0]
+        if name in _VECTORS or column.dtype == np.float64:
+            with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is reported
+                column = column.astype(np.float32)
+        if self.transform is None or name not in _OBSERVATIONS:
+            return column
+        changed = np.asarray(self.transform(column))
+        if changed.ndim != 2 or len(changed) != len(column):
+            raise ValueError(
+                f"transform must turn [T, O] = {list(column.shape)} into [T, O']; got "
+                f"{list(changed.shape)}"
+            )
+        return changed.astype(np.float32)
 
 
-def _mapping(
-    reader: EpisodeSource, module: Format, fields: Mapping[str, str | Sequence[str]] | None
-) -> dict[str, list[str]]:
-    chosen: dict[str, str | Sequence[str]] = {**module.default_fields(reader), **(fields or {})}
+def _mapping(reader: EpisodeSource, fields: Fields) -> dict[str, list[str]]:
+    """Of which source fields each field of the store is made."""
+    default = reader.default_fields()
+    if any(name.startswith("obs.") for name in fields):
+        default = {name: made_of for name, made_of in default.items() if not is_obs(name)}
+    chosen: dict[str, str | Sequence[str]] = {**default, **fields}
     lists = {k: [v] if isinstance(v, str) else list(v) for k, v in chosen.items()}
-    follow = getattr(module, "next_fields", None)
-    if follow is not None and "next_obs" not in (fields or {}):  # it is made of what makes obs
+    follow = getattr(reader, "next_fields", None)
+    if follow is not None and "next_obs" not in fields:  # it is made of what makes obs
         lists.pop("next_obs", None)
-        lists |= {"next_obs": names} if (names := follow(lists.get("obs", []))) else {}
-    for name in ("obs", "action"):
-        if not lists.get(name):
+        lists |= {f"next_{k}": n for k, v in lists.items() if is_obs(k) and (n := follow(v))}
+    for name, there in {"obs": any(map(is_obs, lists)), "action": "action" in lists}.items():
+        if not there or not lists.get(name, [name]):
             raise ValueError(
                 f"{reader.name} does not say what {name!r} is; choose of its fields "
                 f"{sorted(reader.fields)}, for example {name}=[NAME, NAME] at the command line, "
@@ -181,104 +256,17 @@ def _check_vector(name: str, part: str, spec: FieldSpec) -> None:
         raise ValueError(
             f"{name!r} is a vector, but {part!r} is an image or a grid, {spec.dtype} "
             f"{list(spec.shape)} in each row; keep it as a field of its own, such as "
-            f"fields={{{part}:{part}}}, and make {name!r} of vectors"
+            f"fields={{{part}:{part}}}, and make {name!r} of vectors; or name the observations, "
+            f"such as fields={{obs.{part}:{part}, obs.state:...}}"
         )
 
 
-def _episodes(
-    job: _Job, selection: Selection, failed: dict[int, str]
-) -> Iterator[tuple[Columns, dict[str, Any]]]:
-    """The columns and attributes of each episode; `failed` receives those that are left out."""
-    names = sorted({n for group in job.mapping.values() for n in group})
-    known = job.reader.episode_attrs
-    shapes: dict[str, tuple[int, ...]] = {}
-    for index in selection.episodes:
-        try:
-            columns = _columns(job, job.reader.episode(index, names))
-            _check_columns(columns, shapes or {k: c.shape[1:] for k, c in columns.items()})
-        except ValueError as error:
-            if not selection.failed_check:
-                raise ValueError(
-                    f"{job.reader.name}, episode {index}: {error}; leave it out with "
-                    f"exclude=[{index}], or all such with exclude=failed_check"
-                ) from error
-            failed[index] = str(error)
-            continue
-        shapes = shapes or {k: c.shape[1:] for k, c in columns.items()}
-        yield columns, dict(known[index])
+def _specs(columns: Columns) -> dict[str, FieldSpec]:
+    return {k: FieldSpec(c.shape[1:], str(c.dtype)) for k, c in columns.items()}
 
 
-def _columns(job: _Job, raw: Mapping[str, NDArray[Any]]) -> Columns:
-    columns = {k: _column(k, {n: raw[n] for n in group}) for k, group in job.mapping.items()}
-    if job.transform is not None:
-        for name in (n for n in _OBSERVATIONS if n in columns):
-            columns[name] = _transformed(job.transform, columns[name])
-    return columns
-
-
-def _column(name: str, named: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    parts = list(named.values())
-    lengths = [len(p) for p in parts]
-    if len(set(lengths)) > 1:
-        raise ValueError(f"the parts of {name!r} have different lengths: {lengths}")
-    flat = name in _VECTORS or len(parts) > 1
-    column = np.concatenate([p.reshape(len(p), -1) for p in parts], 1) if flat else parts[0]
-    if name in _VECTORS or column.dtype == np.float64:
-        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is reported
-            column = column.astype(np.float32)
-    return column
-
-
-def _transformed(
-    transform: Callable[[NDArray[Any]], NDArray[Any]], obs: NDArray[Any]
-) -> NDArray[np.float32]:
-    result = np.asarray(transform(obs))
-    if result.ndim != 2 or len(result) != len(obs):
-        raise ValueError(
-            f"transform must turn [T, O] = {list(obs.shape)} into [T, O']; got {list(result.shape)}"
-        )
-    return result.astype(np.float32)
-
-
-def _check_columns(columns: Columns, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    lengths = {name: len(column) for name, column in columns.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"every field must have one row a step; got the lengths {lengths}")
-    for name, column in columns.items():
-        if column.shape[1:] != shapes[name]:
-            raise ValueError(
-                f"field {name!r} has rows of shape {list(column.shape[1:])}, in the first episode "
-                f"{list(shapes[name])}"
-            )
-        if column.dtype.kind == "f" and not np.isfinite(column).all():
-            row = int(np.argwhere(~np.isfinite(column))[0][0])
-            raise ValueError(f"field {name!r} is not finite at step {row}")
-
-
-def _write(job: _Job, selection: Selection) -> Selection:
-    """Write the episodes to a new store; those that were written."""
-    store: EpisodeStore | None = None
-    block: list[tuple[Columns, dict[str, Any]]] = []
-    size = 0
-    failed: dict[int, str] = {}
-    for columns, known in _episodes(job, selection, failed):
-        if store is None:
-            specs = {k: FieldSpec(c.shape[1:], str(c.dtype)) for k, c in columns.items()}
-            store = EpisodeStore.create(job.partial, specs, attrs=job.attrs, overwrite=True)
-        block.append((columns, known))
-        size += sum(c.nbytes for c in columns.values())
-        if size > _BLOCK_BYTES:
-            _write_block(store, block)
-            block, size = [], 0
-    selection = selection.without(failed)
-    assert store is not None
+def _write_block(store: EpisodeStore, block: list[tuple[Columns, Mapping[str, Any]]]) -> None:
     if block:
-        _write_block(store, block)
-    store.close()
-    return selection
-
-
-def _write_block(store: EpisodeStore, block: list[tuple[Columns, dict[str, Any]]]) -> None:
-    arrays = {k: np.concatenate([c[k] for c, _ in block]) for k in store.fields}
-    ends = np.cumsum([len(c["obs"]) for c, _ in block])
-    store.extend(arrays, ends, [known for _, known in block])
+        arrays = {k: np.concatenate([c[k] for c, _ in block]) for k in store.fields}
+        ends = np.cumsum([len(c["action"]) for c, _ in block])
+        store.extend(arrays, ends, [known for _, known in block])

@@ -1,21 +1,18 @@
-"""What may be put into a store: fields, rows and attributes, checked on the way in."""
+"""What may be put into a store: fields, rows, attributes and bounds, checked on the way in."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-from diffpolicy.data.bounds import checked_bounds
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from numpy.typing import NDArray
+from numpy.typing import NDArray
 
 # Attribute names that the store uses itself.
 RESERVED_ATTRS = ("format", "version", "fields", "statistics", "statistics_crc32")
+NUMBERS = "fiub"  # numpy's kinds of plain numbers
 
 
 @dataclass(frozen=True)
@@ -23,8 +20,8 @@ class FieldSpec:
     """One field of a store.
 
     Args:
-        shape: Shape of one row, `()` for a number.
-        dtype: A numpy name of a number type, such as `"float32"`, `"uint8"`, `"bool"`.
+        shape: Shape of one row, ``()`` for a number.
+        dtype: A numpy name of a number type, such as ``"float32"``, ``"uint8"``, ``"bool"``.
 
     Raises:
         ValueError: A shape with a size below 1, or a dtype that is not a plain number.
@@ -38,21 +35,79 @@ class FieldSpec:
         object.__setattr__(self, "dtype", np.dtype(self.dtype).name)
         if any(n < 1 for n in self.shape):
             raise ValueError(f"every size in a field's shape must be at least 1; got {self.shape}")
-        if np.dtype(self.dtype).kind not in "fiub":
+        if np.dtype(self.dtype).kind not in NUMBERS:
             raise ValueError(
                 f"a field holds plain numbers (float, int, uint, bool); got dtype {self.dtype!r}"
             )
+
+    @property
+    def size(self) -> int:
+        """Numbers in one row."""
+        return math.prod(self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.size * np.dtype(self.dtype).itemsize
+
+    @property
+    def is_image(self) -> bool:
+        """Whether rows are grids of bytes."""
+        return len(self.shape) >= 2 and self.dtype == "uint8"
+
+
+def field_specs(fields: Mapping[str, tuple[int, ...] | FieldSpec]) -> dict[str, FieldSpec]:
+    """Return fields as specs.
+
+    Raises:
+        ValueError: No field, a name that is no plain word, or actions that are no vectors.
+    """
+    if not fields:
+        raise ValueError('a store needs fields, such as {"obs": (17,), "action": (6,)}')
+    for name in fields:
+        if not name.replace("_", "").replace(".", "").isalnum() or name.startswith("."):
+            raise ValueError(f"field names are letters, digits, '_' and '.'; got {name!r}")
+    specs = {k: v if isinstance(v, FieldSpec) else FieldSpec(tuple(v)) for k, v in fields.items()}
+    check_rows_train(specs, "this store")
+    return specs
+
+
+def check_rows_train(fields: Mapping[str, FieldSpec], where: str) -> None:
+    """Raise ``ValueError`` unless actions are vectors, and observations vectors or images."""
+    if "obs" in fields and not fields["obs"].shape:
+        check_vector("obs", (), where)
+    if "action" in fields:
+        check_vector("action", fields["action"].shape, where)
+
+
+def check_vector(name: str, shape: tuple[int, ...], where: str) -> None:
+    """Make sure that a field holds one vector a step, for what cannot use images.
+
+    Args:
+        name: ``"obs"`` or ``"action"``.
+        shape: Of its rows.
+        where: What holds it, for the message.
+
+    Raises:
+        ValueError: Its rows have another shape.
+    """
+    if len(shape) != 1:
+        fix = "array.reshape(len(array), -1)" if shape else "array[:, None]"
+        raise ValueError(
+            f"{name!r} must be [T, D], one vector a step; in {where} its rows have the shape "
+            f"{list(shape)}. Store it as {fix}"
+        )
 
 
 def checked_rows(
     fields: Mapping[str, FieldSpec], columns: Mapping[str, NDArray[Any]], ends: NDArray[Any]
 ) -> dict[str, NDArray[Any]]:
-    """The columns in the store's types.
+    """Return the columns in the store's types.
 
     Args:
         fields: The store's fields.
-        columns: `[T, *shape]` each.
-        ends: `[E]` cumulative ends of the episodes in these columns.
+        columns: ``[T, *shape]`` each.
+        ends: ``[E]`` cumulative ends of the episodes in these columns.
 
     Raises:
         ValueError: Anything that does not fit, with the field, the row and the fix.
@@ -65,12 +120,6 @@ def checked_rows(
     lengths = {name: len(c) if c.ndim else None for name, c in columns.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"every field must have one row a step; got the lengths {lengths}")
-    length = next(iter(lengths.values()))
-    _check_ends(ends, length)
-    return {name: _checked_column(name, fields[name], column) for name, column in columns.items()}
-
-
-def _check_ends(ends: NDArray[Any], length: int | None) -> None:
     if ends.ndim != 1 or len(ends) == 0 or ends.dtype.kind not in "iu":
         raise ValueError(
             f"episode_ends must be a non-empty vector of integers; got shape {list(ends.shape)}, "
@@ -83,8 +132,9 @@ def _check_ends(ends: NDArray[Any], length: int | None) -> None:
             f"episode {index} has {steps[index]} steps; episode_ends must increase strictly and "
             "every episode needs at least one step"
         )
-    if ends[-1] != length:
-        raise ValueError(f"episode_ends says {ends[-1]} steps, but the arrays have {length}")
+    if ends[-1] not in lengths.values():
+        raise ValueError(f"episode_ends says {ends[-1]} steps, but the fields have {lengths}")
+    return {name: _checked_column(name, fields[name], column) for name, column in columns.items()}
 
 
 def _checked_column(name: str, spec: FieldSpec, column: NDArray[Any]) -> NDArray[Any]:
@@ -100,57 +150,18 @@ def _checked_column(name: str, spec: FieldSpec, column: NDArray[Any]) -> NDArray
         )
     with np.errstate(over="ignore"):  # too large for float32 is reported below, as infinite
         values = column.astype(spec.dtype, copy=False)
-    if values.dtype.kind == "f":
-        finite = np.isfinite(values).reshape(len(values), -1)
-        if not finite.all():
-            row, dim = (int(i) for i in np.argwhere(~finite)[0])
-            raise ValueError(
-                f"field {name!r} is not finite at row {row}, value {dim}: "
-                f"{column[row].flat[dim]}. Drop or repair the episode before storing it"
-            )
+    finite = np.isfinite(values).reshape(len(values), -1) if values.dtype.kind == "f" else None
+    if finite is not None and not finite.all():
+        row, dim = (int(i) for i in np.argwhere(~finite)[0])
+        raise ValueError(
+            f"field {name!r} is not finite at row {row}, value {dim}: "
+            f"{column[row].flat[dim]}. Drop or repair the episode before storing it"
+        )
     return values
 
 
-def field_specs(fields: Mapping[str, tuple[int, ...] | FieldSpec]) -> dict[str, FieldSpec]:
-    """Fields as specs.
-
-    Raises:
-        ValueError: No field, or a name that is no plain word.
-    """
-    if not fields:
-        raise ValueError('a store needs fields, such as {"obs": (17,), "action": (6,)}')
-    for name in fields:
-        if not name.replace("_", "").replace(".", "").isalnum() or name.startswith("."):
-            raise ValueError(f"field names are letters, digits, '_' and '.'; got {name!r}")
-    specs = {k: v if isinstance(v, FieldSpec) else FieldSpec(tuple(v)) for k, v in fields.items()}
-    for name in ("obs", "action"):
-        if name in specs:
-            check_vector(name, specs[name].shape, "this store")
-    return specs
-
-
-def check_vector(name: str, shape: tuple[int, ...], where: str) -> None:
-    """Make sure that a field to train on holds one vector a step.
-
-    Args:
-        name: `"obs"` or `"action"`.
-        shape: Of its rows.
-        where: What holds it, for the message.
-
-    Raises:
-        ValueError: Its rows have another shape.
-    """
-    if len(shape) != 1:
-        fix = "array[:, None]" if not shape else "array.reshape(len(array), -1)"
-        raise ValueError(
-            f"{name!r} must be [T, D], one vector a step; in {where} its rows have the shape "
-            f"{list(shape)}. Store it as {fix}"
-            + (", or images under another name" if len(shape) > 1 else "")
-        )
-
-
 def user_attrs(attrs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Attributes as JSON values.
+    """Return attributes as JSON values.
 
     Raises:
         ValueError: One is not JSON, or has a name the store uses itself.
@@ -164,10 +175,10 @@ def user_attrs(attrs: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def jsonable(value: Any, where: str) -> Any:
-    """`value` with numpy's numbers and arrays as plain ones.
+    """Return ``value`` with numpy's numbers and arrays as plain ones.
 
     Raises:
-        ValueError: Something in it is not JSON; `where` names it in the message.
+        ValueError: Something in it is not JSON; ``where`` names it in the message.
     """
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
@@ -178,3 +189,47 @@ def jsonable(value: Any, where: str) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(f"{where} must be JSON (numbers, text, lists); got {type(value).__name__}")
+
+
+def checked_bounds(
+    low: Any, high: Any, shape: tuple[int, ...] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Return the lower and upper bounds of actions, of the shape of one row.
+
+    Args:
+        low: A number or one for each entry; None: there is no lower bound. May be infinite.
+        high: Likewise.
+        shape: Of one row; None: whatever shape the two have together.
+
+    Returns:
+        Both, or None if neither was given.
+
+    Raises:
+        ValueError: They are no numbers, do not fit the shape, or a lower one is above the upper.
+    """
+    if low is None and high is None:
+        return None
+    given = {"action_low": -np.inf if low is None else low}
+    given["action_high"] = np.inf if high is None else high
+    sides = []
+    for name, side in given.items():
+        try:
+            value = np.asarray(side, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} must be numbers, one for each action; got {side!r}") from None
+        if np.isnan(value).any():
+            raise ValueError(f"{name} must be numbers; got {value.tolist()}, with NaN in it")
+        sides.append(value)
+    try:
+        target = np.broadcast_shapes(*(v.shape for v in sides)) if shape is None else shape
+        lower, upper = (np.broadcast_to(value, target) for value in sides)
+    except ValueError:
+        shapes = " and ".join(str(list(v.shape)) for v in sides if v.shape)
+        fit = "each other" if shape is None else f"actions of shape {list(shape)}"
+        raise ValueError(f"action bounds of shape {shapes} do not fit {fit}") from None
+    if (lower > upper).any():
+        raise ValueError(
+            f"action_low must not be above action_high; got {lower.tolist()} and {upper.tolist()}: "
+            "swap the two where they are"
+        )
+    return lower, upper

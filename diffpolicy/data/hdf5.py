@@ -4,30 +4,27 @@ An HDF5 file may point elsewhere: a link into another file, an array whose numbe
 file (external storage), an array put together of others (a virtual dataset). Whoever opens such a
 file copies what it points to, which may be any file of this machine. Here they are refused.
 
-Chunks that were never written read as zeros; `unwritten_rows` says which rows those are.
+Chunks that were never written read as zeros; :func:`unwritten_rows` says which rows those are.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from numpy.typing import NDArray
+from numpy.typing import NDArray
 
 # Soft links may lead to soft links, and in a circle.
 _MOST_LINKS = 16
 
 
 def import_h5py(what: str) -> Any:
-    """The module h5py; ``what`` needs it, for the message.
+    """Return the module h5py; ``what`` needs it, for the message.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: It is not installed.
     """
     try:
         import h5py
@@ -41,7 +38,7 @@ def open_hdf5(path: Path, what: str) -> Hdf5Group:
 
     Args:
         path: The file.
-        what: What is being done, for a message, such as `"reading D4RL files"`.
+        what: What is being done, for a message, such as ``"reading D4RL files"``.
 
     Returns:
         Its root.
@@ -74,23 +71,15 @@ class Hdf5Group:
     def __init__(self, group: Any, path: Path) -> None:
         self._group = group
         self._path = path
-
-    @property
-    def name(self) -> str:
-        """The way from the root."""
-        return str(self._group.name)
-
-    @property
-    def attrs(self) -> Any:
-        """The attributes."""
-        return self._group.attrs
+        self.name = str(group.name)
+        self.attrs = group.attrs
 
     def keys(self) -> list[str]:
-        """Names of the members."""
+        """Return the names of the members."""
         return list(self._group)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+        return iter(self._group)
 
     def __len__(self) -> int:
         return len(self._group)
@@ -105,7 +94,7 @@ class Hdf5Group:
         return found
 
     def get(self, name: str) -> Any:
-        """A member, by a path of names below this group; None if there is none.
+        """Return a member, by a path of names below this group; None if there is none.
 
         Raises:
             ValueError: It lies in another file, or in several.
@@ -115,17 +104,21 @@ class Hdf5Group:
             return None
         if hasattr(found, "keys"):
             return Hdf5Group(found, self._path)
-        _check_storage(found, self._path)
+        elsewhere = [file for file, *_ in found.external or ()]
+        if found.is_virtual:
+            elsewhere += [s.file_name for s in found.virtual_sources() if s.file_name != "."]
+        if elsewhere:
+            self._refuse(found.name, elsewhere[0])
         return found
 
     def items(self) -> Iterator[tuple[str, Any]]:
-        """Names and members; a link that leads nowhere is passed over."""
-        for name in self.keys():
+        """Yield names and members; a link that leads nowhere is passed over."""
+        for name in self._group:
             if (member := self.get(name)) is not None:
                 yield name, member
 
     def datasets(self, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-        """Every dataset below, with its path."""
+        """Yield the paths and datasets below."""
         if depth > _MOST_LINKS:
             raise ValueError(f"{self._path}: {self.name} is nested more than {_MOST_LINKS} deep")
         for name, member in self.items():
@@ -152,14 +145,20 @@ class Hdf5Group:
             elif isinstance(link, h5py.HardLink):
                 node = node[part]
             else:
-                _refuse(
-                    self._path, f"{node.name.rstrip('/')}/{part}", getattr(link, "filename", "?")
-                )
+                place = f"{node.name.rstrip('/')}/{part}"
+                self._refuse(place, getattr(link, "filename", "?"))
         return node
+
+    def _refuse(self, name: str, elsewhere: str) -> None:
+        raise ValueError(
+            f"{self._path}: {name} lies in another file, {elsewhere!r}, which is not read: a file "
+            "of data must not reach for other files of this machine. If it is yours, write one "
+            "whole file: with h5py.File(old) as a, h5py.File(new, 'w') as b: b[name] = a[name][()]"
+        )
 
 
 def read_rows(dataset: Any, where: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-    """Rows `start..stop-1` (default all) of a dataset.
+    """Return rows ``start..stop-1`` (default all) of a dataset.
 
     Raises:
         ValueError: The file is damaged there; ``where`` names the array in the message.
@@ -173,37 +172,17 @@ def read_rows(dataset: Any, where: str, start: int = 0, stop: int | None = None)
 
 
 def unwritten_rows(dataset: Any) -> list[tuple[int, int]]:
-    """The ranges of rows (first, one past the last) that were never written and read as zeros."""
+    """Return ranges (first, one past the last) of rows that were never written: read as zeros."""
     if not dataset.ndim or not dataset.size:
         return []
     if dataset.chunks is None:
         stored = dataset.id.get_storage_size() > 0 or dataset.is_virtual
         return [] if stored else [(0, len(dataset))]
-    expected = int(
-        np.prod([-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)])
-    )
-    count = dataset.id.get_num_chunks()
-    if count == expected:
+    count, chunk, total = dataset.id.get_num_chunks(), dataset.chunks[0], len(dataset)
+    grid = [-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)]
+    if count == np.prod(grid):
         return []
-    rows = -(-dataset.shape[0] // dataset.chunks[0])
     offsets = [dataset.id.get_chunk_info(i).chunk_offset[0] for i in range(count)]
-    written = np.bincount(np.array(offsets, int) // dataset.chunks[0], minlength=rows)
-    lost = np.flatnonzero(written < expected // rows) * dataset.chunks[0]
-    return [(int(a), min(int(a) + dataset.chunks[0], len(dataset))) for a in lost]
-
-
-def _check_storage(dataset: Any, path: Path) -> None:
-    if dataset.external:
-        _refuse(path, dataset.name, dataset.external[0][0])
-    if dataset.is_virtual:
-        for source in dataset.virtual_sources():
-            if source.file_name != ".":
-                _refuse(path, dataset.name, source.file_name)
-
-
-def _refuse(path: Path, name: str, elsewhere: str) -> None:
-    raise ValueError(
-        f"{path}: {name} lies in another file, {elsewhere!r}, which is not read: a file of data "
-        "must not reach for other files of this machine. If it is yours, write one whole file: "
-        "with h5py.File(old) as a, h5py.File(new, 'w') as b: b[name] = a[name][()]"
-    )
+    written = np.bincount(np.array(offsets, int) // chunk, minlength=grid[0])
+    lost = (np.flatnonzero(written < np.prod(grid[1:])) * chunk).tolist()
+    return [(first, min(first + chunk, total)) for first in lost]

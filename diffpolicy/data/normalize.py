@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Literal, overload
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from numpy.typing import NDArray
-    from torch import Tensor
+from diffpolicy.settings import check_choice, check_shape
 
 Mode = Literal["minmax", "gaussian", "quantile", "identity"]
-MODES: tuple[Mode, ...] = ("minmax", "gaussian", "quantile", "identity")
+MODES: tuple[Mode, ...] = get_args(Mode)
 # Dimensions whose values span less than this are constant: dividing by the span would only blow up
 # sensor noise (the same threshold as Diffusion Policy's).
 CONSTANT_RANGE = 1e-4
+_AFFINE = ("scale", "offset")
+_PARTS = ("min", "max", "mean", "std", "q01", "q99")
+X = TypeVar("X", Tensor, NDArray[Any])
 
 
 class Normalizer:
-    """A frozen affine map per field: `normalised = x * scale + offset`.
+    """A frozen affine map per field: ``normalised = x * scale + offset``.
+
+    Fields have the names that they have in stores, such as ``obs``, ``obs.joints``, ``action``.
 
     Modes:
 
-    - `minmax`: the data's minimum and maximum become -1 and 1.
-    - `quantile`: the 1 % and 99 % quantiles become -1 and 1; the tails lie outside. A dimension
-      whose quantiles coincide although its range does not (a rare flag) is mapped as by `minmax`.
-    - `gaussian`: mean 0, standard deviation 1.
-    - `identity`: unchanged.
+    - ``minmax``: the data's minimum and maximum become -1 and 1.
+    - ``quantile``: the 1 % and 99 % quantiles become -1 and 1; the tails lie outside. A dimension
+      whose quantiles coincide although its range does not (a rare flag) is mapped as by ``minmax``.
+    - ``gaussian``: mean 0, standard deviation 1.
+    - ``identity``: unchanged.
 
     A dimension whose range is below 1e-4 is constant: its scale is 1 and its constant becomes 0.
 
-    Build one with `fit` or `from_parts`; nothing about it changes afterwards.
+    Build one with :meth:`fit`` or :meth:``from_parts`; nothing about it changes afterwards.
 
     Args:
         modes: The mode of each field.
@@ -55,7 +59,7 @@ class Normalizer:
                 f"{sorted(modes)}, {sorted(scale)} and {sorted(offset)}"
             )
         for field, mode in modes.items():
-            _check_mode(field, mode)
+            check_choice(f"mode of field {field!r}:", mode, MODES)
             _check_affine(field, scale[field], offset[field])
         self._modes = dict(modes)
         self._scale = {k: scale[k].detach().to(torch.float32).contiguous() for k in modes}
@@ -72,8 +76,8 @@ class Normalizer:
         """Fit to a store's statistics.
 
         Args:
-            statistics: Per field `min`, `max`, `mean`, `std`, `q01`, `q99`, as `EpisodeStore`
-                keeps them.
+            statistics: Per field ``min``, ``max``, ``mean``, ``std``, ``q01``, ``q99``, as
+                ``EpisodeStore`` keeps them.
             modes: The fields to normalise, and how.
 
         Returns:
@@ -85,11 +89,10 @@ class Normalizer:
         """
         scale, offset = {}, {}
         for field, mode in modes.items():
-            _check_mode(field, mode)
             if field not in statistics:
                 raise ValueError(
                     f"no statistics for field {field!r}; there are some for {sorted(statistics)}. "
-                    "Fields with thousands of numbers a row (images) have none."
+                    "Images have none."
                 )
             a, b = _fit_field(field, statistics[field], mode)
             scale[field], offset[field] = torch.from_numpy(a), torch.from_numpy(b)
@@ -97,11 +100,11 @@ class Normalizer:
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Normalizer:
-        """Rebuild from what `to_config` and `to_tensors` returned.
+        """Rebuild from what :meth:`to_config`` and :meth:``to_tensors` returned.
 
         Args:
-            config: `{"fields": {name: {"mode": ..., "shape": [...]}}}`.
-            tensors: `{"name.scale": ..., "name.offset": ...}`.
+            config: ``{"fields": {name: {"mode": ..., "shape": [...]}}}``.
+            tensors: ``{"name.scale": ..., "name.offset": ...}``.
 
         Returns:
             The normaliser, on the tensors' device.
@@ -109,25 +112,20 @@ class Normalizer:
         Raises:
             ValueError: A tensor is missing, or its shape is not the config's.
         """
-        modes: dict[str, Mode] = {}
-        scale: dict[str, Tensor] = {}
-        offset: dict[str, Tensor] = {}
-        for field, part in config["fields"].items():
-            for kind, target in (("scale", scale), ("offset", offset)):
-                key = f"{field}.{kind}"
-                if key not in tensors:
-                    raise ValueError(
-                        f"the normaliser's tensors lack {key!r} (there are {sorted(tensors)}); "
-                        "the file belongs to another policy or was cut short"
-                    )
-                if list(tensors[key].shape) != list(part["shape"]):
-                    raise ValueError(
-                        f"normaliser tensor {key!r} has shape {list(tensors[key].shape)}, its "
-                        f"config says {list(part['shape'])}; the two files do not belong together"
-                    )
-                target[field] = tensors[key]
-            modes[field] = part["mode"]
-        return cls(modes, scale, offset)
+        fields = config["fields"]
+        for key, part in ((f"{k}.{kind}", v) for k, v in fields.items() for kind in _AFFINE):
+            if key not in tensors:
+                raise ValueError(
+                    f"the normaliser's tensors lack {key!r} (there are {sorted(tensors)}); "
+                    "the file belongs to another policy or was cut short"
+                )
+            if list(tensors[key].shape) != list(part["shape"]):
+                raise ValueError(
+                    f"normaliser tensor {key!r} has shape {list(tensors[key].shape)}, its "
+                    f"config says {list(part['shape'])}; the two files do not belong together"
+                )
+        scale, offset = ({k: tensors[f"{k}.{kind}"] for k in fields} for kind in _AFFINE)
+        return cls({k: part["mode"] for k, part in fields.items()}, scale, offset)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -140,46 +138,38 @@ class Normalizer:
         return dict(self._modes)
 
     def shape(self, field: str) -> tuple[int, ...]:
-        """The shape of one row of `field`."""
+        """Return the shape of one row of ``field``."""
         return tuple(self._scale[self._known(field)].shape)
 
     def is_unit_range(self, field: str) -> bool:
-        """Whether the fitted data lie in [-1, 1] after `normalize`: true of `minmax` alone."""
+        """Return whether fitted data lie in [-1, 1] once normalised: those of ``minmax``."""
         return self._modes[self._known(field)] == "minmax"
 
-    @overload
-    def normalize(self, field: str, x: Tensor) -> Tensor: ...
-    @overload
-    def normalize(self, field: str, x: NDArray[Any]) -> NDArray[Any]: ...
-    def normalize(self, field: str, x: Tensor | NDArray[Any]) -> Tensor | NDArray[Any]:
+    def normalize(self, field: str, x: X) -> X:
         """Map from data units.
 
         Args:
             field: The field.
-            x: `[..., *shape]`, tensor or array, on the normaliser's device.
+            x: ``[..., *shape]``, tensor or array, on the normaliser's device.
 
         Returns:
-            `x * scale + offset`, of x's kind.
+            ``x * scale + offset``, of x's kind.
 
         Raises:
             ValueError: An unknown field, or a shape that does not end in the field's.
         """
         scale, offset = self._parts(field, x)
-        y: Tensor | NDArray[Any] = x * scale + offset
+        y: X = x * scale + offset
         return y
 
-    @overload
-    def unnormalize(self, field: str, x: Tensor) -> Tensor: ...
-    @overload
-    def unnormalize(self, field: str, x: NDArray[Any]) -> NDArray[Any]: ...
-    def unnormalize(self, field: str, x: Tensor | NDArray[Any]) -> Tensor | NDArray[Any]:
-        """Map back to data units: the inverse of `normalize`, with the same arguments."""
+    def unnormalize(self, field: str, x: X) -> X:
+        """Map back to data units: the inverse of :meth:`normalize`, with the same arguments."""
         scale, offset = self._parts(field, x)
-        y: Tensor | NDArray[Any] = (x - offset) / scale
+        y: X = (x - offset) / scale
         return y
 
     def scaled(self, field: str, dim: int, factor: float) -> Normalizer:
-        """The same normaliser with one dimension of a field's range multiplied by `factor`.
+        """Return a normaliser with one dimension of a field's range multiplied by ``factor``.
 
         Args:
             field: A field whose rows are vectors.
@@ -203,28 +193,25 @@ class Normalizer:
         return Normalizer(self._modes, scale, offset)
 
     def to(self, device: torch.device | str) -> Normalizer:
-        """The same normaliser with its tensors on `device`."""
+        """Return the same normaliser with its tensors on ``device``."""
         other = copy.copy(self)  # with its copies on the host, and checked already
         other._scale = {k: v.to(device) for k, v in self._scale.items()}
         other._offset = {k: v.to(device) for k, v in self._offset.items()}
         return other
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """`{"obs.scale": ..., "obs.offset": ..., ...}`, for a safetensors file."""
+        """Return ``{"obs.scale": ..., "obs.offset": ..., ...}``, for a safetensors file."""
         scales = {f"{k}.scale": v for k, v in self._scale.items()}
         return scales | {f"{k}.offset": v for k, v in self._offset.items()}
 
     def identity(self) -> dict[str, Any]:
-        """What this normaliser is, for telling one training run from another."""
+        """Return what this normaliser is, for telling one training run from another."""
         return {**self._modes, **self.to_tensors()}
 
     def to_config(self) -> dict[str, Any]:
-        """The JSON half: mode and shape of each field."""
-        return {
-            "fields": {
-                k: {"mode": m, "shape": list(self._scale[k].shape)} for k, m in self._modes.items()
-            }
-        }
+        """Return the JSON half: mode and shape of each field."""
+        shapes = {k: list(v.shape) for k, v in self._scale.items()}
+        return {"fields": {k: {"mode": m, "shape": shapes[k]} for k, m in self._modes.items()}}
 
     def __repr__(self) -> str:
         inner = ", ".join(f"{k}: {m} {list(self._scale[k].shape)}" for k, m in self._modes.items())
@@ -249,16 +236,8 @@ class Normalizer:
         return self._scale[field], self._offset[field]
 
 
-def _check_mode(field: str, mode: str) -> None:
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r} for field {field!r}; choose one of {list(MODES)}")
-
-
 def _check_affine(field: str, scale: Tensor, offset: Tensor) -> None:
-    if scale.shape != offset.shape:
-        raise ValueError(
-            f"scale {list(scale.shape)} and offset {list(offset.shape)} of field {field!r} differ"
-        )
+    check_shape(f"the offset of field {field!r}", offset.shape, scale.shape)
     usable = torch.isfinite(scale) & torch.isfinite(offset) & (scale != 0)
     if not bool(usable.all()):
         raise ValueError(
@@ -270,24 +249,19 @@ def _check_affine(field: str, scale: Tensor, offset: Tensor) -> None:
 def _fit_field(
     field: str, statistics: Mapping[str, Any], mode: Mode
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    low, high, mean, std, q01, q99 = (
-        np.asarray(statistics[k], dtype=np.float64)
-        for k in ("min", "max", "mean", "std", "q01", "q99")
-    )
-    if not all(np.isfinite(v).all() for v in (low, high, mean, std, q01, q99)):
+    parts = [np.asarray(statistics[k], dtype=np.float64) for k in _PARTS]
+    if not all(np.isfinite(part).all() for part in parts):
         raise ValueError(
             f"the statistics of field {field!r} are not finite; run `diffpolicy data check` on the "
             "store, repair it, then `diffpolicy data info --update-statistics`"
         )
+    low, high, mean, std, q01, q99 = parts
     if mode == "identity":
         return np.ones(low.shape, np.float32), np.zeros(low.shape, np.float32)
     constant = high - low < CONSTANT_RANGE
-    if mode == "gaussian":
-        center, half = mean, std
-    else:
-        if mode == "quantile":
-            usable = q99 - q01 >= CONSTANT_RANGE
-            low, high = np.where(usable, q01, low), np.where(usable, q99, high)
-        center, half = (low + high) / 2, (high - low) / 2
+    if mode == "quantile":
+        usable = q99 - q01 >= CONSTANT_RANGE
+        low, high = np.where(usable, q01, low), np.where(usable, q99, high)
+    center, half = (mean, std) if mode == "gaussian" else ((low + high) / 2, (high - low) / 2)
     scale = np.where(constant, 1.0, 1.0 / np.where(constant, 1.0, half))
     return np.asarray(scale, np.float32), np.asarray(-center * scale, np.float32)

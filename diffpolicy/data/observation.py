@@ -7,13 +7,13 @@ servers) goes through the functions here, so that it need not know which of both
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from diffpolicy.data.fields import FieldSpec
 from diffpolicy.settings import check_choice, check_shape, near_miss
 
 Array = np.ndarray[Any, Any]
@@ -27,7 +27,7 @@ ROLES = ("state", "image", "task", "goal")
 
 
 @dataclass(frozen=True)
-class ObsField:
+class ObsField(FieldSpec):
     """One array of an observation, without its batch.
 
     Args:
@@ -36,21 +36,14 @@ class ObsField:
         role: what it is for: ``"state"``, ``"image"``, ``"task"`` or ``"goal"``.
 
     Raises:
-        ValueError: an unknown role.
+        ValueError: an unknown role, or what :class:`~diffpolicy.data.fields.FieldSpec` refuses.
     """
 
-    shape: tuple[int, ...]
-    dtype: str = "float32"
     role: str = "state"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        super().__post_init__()
         check_choice("role", self.role, ROLES)
-
-    @property
-    def size(self) -> int:
-        """Numbers in one row."""
-        return math.prod(self.shape)
 
 
 ObsFields = ObsField | Mapping[str, ObsField]
@@ -58,65 +51,120 @@ ObsFields = ObsField | Mapping[str, ObsField]
 
 
 def of_space(space: Any, roles: Mapping[str, str] | None = None) -> ObsFields:
-    """The fields of a Gymnasium observation space: a ``Box``, or a ``Dict`` of them.
+    """Return the fields of a Gymnasium observation space: a ``Box``, or a ``Dict`` of them.
 
     Args:
         space: the space.
-        roles: by name, where a field is not ``"state"``. Images (three dimensions of bytes) are
+        roles: by name, where a field is not ``"state"``. Images (grids of bytes) are
             ``"image"``, and a ``Dict``'s ``desired_goal`` is a ``"goal"``, unless said otherwise.
 
     Raises:
         ValueError: a space of another kind, with the name of the entry.
     """
     inner = getattr(space, "spaces", None)
-    if not isinstance(inner, Mapping):
-        return _field(space, "", (roles or {}).get("", None))
-    return {name: _field(one, name, (roles or {}).get(name)) for name, one in inner.items()}
+    named = inner if isinstance(inner, Mapping) else {"": space}
+    for name, one in named.items():
+        if not hasattr(one, "low") or getattr(one, "shape", None) is None:
+            where = f"entry {name!r} of the observation" if name else "the observation"
+            raise ValueError(
+                f"{where} must be a Box (or a Dict of Boxes), got {one}; wrap the environment, for "
+                "example in gymnasium.wrappers.FlattenObservation"
+            )
+    return _fields(named, roles)
 
 
-def _field(space: Any, name: str, role: str | None) -> ObsField:
-    if not hasattr(space, "low") or getattr(space, "shape", None) is None:
-        where = f"entry {name!r} of the observation" if name else "the observation"
-        raise ValueError(
-            f"{where} must be a Box (or a Dict of Boxes), got {space}; wrap the environment, for "
-            "example in gymnasium.wrappers.FlattenObservation"
-        )
-    image = len(space.shape) == 3 and space.dtype == np.uint8
-    usual = "image" if image else "goal" if name == "desired_goal" else "state"
-    return ObsField(tuple(space.shape), str(space.dtype), role or usual)
+def of_store(store: Any, roles: Mapping[str, str] | None = None) -> ObsFields:
+    """Return the fields of a store's observations, ``obs`` or all ``obs.NAME``.
+
+    Args:
+        store: An episode store, or whatever has ``fields`` with shapes and types by name.
+        roles: As for :func:`of_space`.
+    """
+    names = obs_fields(store)
+    return _fields({name[4:]: store.fields[name] for name in names}, roles)
+
+
+def _fields(named: Mapping[str, Any], roles: Mapping[str, str] | None) -> ObsFields:
+    """Fields of what has ``shape`` and ``dtype``; the name ``""`` stands for a single array."""
+    found = {}
+    for name, one in named.items():
+        spec = FieldSpec(one.shape, str(one.dtype))
+        usual = "image" if spec.is_image else "goal" if name == "desired_goal" else "state"
+        found[name] = ObsField(spec.shape, spec.dtype, (roles or {}).get(name, usual))
+    return found[""] if list(found) == [""] else found
 
 
 def store_field(name: str) -> str:
-    """The name that a field has in episode stores and normalisers: ``obs``, or ``obs.NAME``."""
+    """Return the name of a field in episode stores and normalisers: ``obs``, or ``obs.NAME``."""
     return f"obs.{name}" if name else "obs"
 
 
+def is_obs(field: str) -> bool:
+    """Return whether a store's field is (a part of) the observation."""
+    return field == "obs" or field.startswith("obs.")
+
+
+def obs_fields(store: Any) -> list[str]:
+    """Return the names of a store's observations: ``["obs"]``, or its ``obs.NAME`` in their order.
+
+    A store that has ``obs`` is read by that alone. Without either the list is empty.
+    """
+    return ["obs"] if "obs" in store.fields else [name for name in store.fields if is_obs(name)]
+
+
+def from_fields(batch: Mapping[str, Any], key: str = "obs") -> Any:
+    """Return the observation in a batch or episode of a store's fields.
+
+    Args:
+        batch: Arrays or tensors by the names that they have in stores.
+        key: ``"obs"``, ``"next_obs"``, or either behind a prefix, such as ``"chosen_obs"``.
+
+    Returns:
+        The array ``key``, or those of ``key.NAME`` by name.
+
+    Raises:
+        KeyError: There is neither.
+    """
+    parts = {k.removeprefix(f"{key}."): v for k, v in batch.items() if k.startswith(f"{key}.")}
+    return parts if parts and key not in batch else batch[key]
+
+
+def to_fields(obs: Any, key: str = "obs") -> dict[str, Any]:
+    """Return the arrays of an observation by their names in stores, as :func:`from_fields` reads.
+
+    Example:
+        >>> to_fields({"joints": 1, "camera": 2})
+        {'obs.joints': 1, 'obs.camera': 2}
+    """
+    if isinstance(obs, Mapping):
+        return {f"{key}.{name}": array for name, array in obs.items()}
+    return {key: obs}
+
+
 def by_store_field(fields: ObsFields) -> dict[str, ObsField]:
-    """The fields under the names that they have in stores, in their order."""
-    if isinstance(fields, ObsField):
-        return {"obs": fields}
-    return {store_field(name): field for name, field in fields.items()}
+    """Return the fields under the names that they have in stores, in their order."""
+    return to_fields(fields)
 
 
 def each(function: Callable[[Any], Any], obs: Any) -> Any:
-    """An observation of what ``function`` makes of every array."""
+    """Return an observation of what ``function`` makes of every array."""
     if isinstance(obs, Mapping):
         return {name: function(array) for name, array in obs.items()}
     return function(obs)
 
 
 def count(obs: Any) -> int:
-    """Rows N."""
+    """Return the number N of rows."""
     return len(next(iter(obs.values())) if isinstance(obs, Mapping) else obs)
 
 
 def take(obs: Any, rows: Any) -> Any:
-    """The given rows: a new observation."""
+    """Return the given rows as a new observation."""
     return each(lambda array: array[rows], obs)
 
 
 def put(obs: Any, rows: Any, other: Any) -> Any:
-    """A copy whose given rows are those of ``other``."""
+    """Return a copy whose given rows are those of ``other``."""
 
     def replaced(array: Array, values: Array) -> Array:
         out = array.copy()
@@ -129,12 +177,12 @@ def put(obs: Any, rows: Any, other: Any) -> Any:
 
 
 def stack(rows: Sequence[Any]) -> Any:
-    """One batch from single observations (without a batch dimension), in their order."""
+    """Return one batch of single observations (without a batch dimension), in their order."""
     return _joined(np.stack, rows)
 
 
 def concat(parts: Sequence[Any]) -> Any:
-    """One batch from several."""
+    """Return one batch of several."""
     return _joined(np.concatenate, parts)
 
 
@@ -152,34 +200,15 @@ def check(obs: Any, fields: ObsFields, *, lead: tuple[int | str, ...] = ("N",)) 
         fields: what it is made of.
         lead: the dimensions before a row's own; letters stand for any size.
     """
+    if isinstance(obs, Mapping) == isinstance(fields, ObsField):
+        expected = "one array" if isinstance(fields, ObsField) else f"{sorted(fields)} by name"
+        got = sorted(obs) if isinstance(obs, Mapping) else type(obs).__name__
+        raise ValueError(f"the observation must be {expected}, got {got}")
     if isinstance(fields, ObsField):
-        if isinstance(obs, Mapping):
-            raise ValueError(f"expected one array of shape {fields.shape}, got {sorted(obs)}")
         check_shape("the observation", obs.shape, (*lead, *fields.shape))
         return
-    if not isinstance(obs, Mapping):
-        kind = type(obs).__name__
-        raise ValueError(f"expected observations by name, {sorted(fields)}; got {kind}")
     for name, field in fields.items():
         if name not in obs:
             hint = near_miss(name, obs, listing="there are")
             raise ValueError(f"the observation has no {name!r}{hint}")
         check_shape(f"observation {name!r}", obs[name].shape, (*lead, *field.shape))
-
-
-__all__ = [
-    "ROLES",
-    "Obs",
-    "ObsField",
-    "ObsFields",
-    "by_store_field",
-    "check",
-    "concat",
-    "count",
-    "each",
-    "of_space",
-    "put",
-    "stack",
-    "store_field",
-    "take",
-]

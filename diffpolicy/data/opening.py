@@ -5,37 +5,96 @@ from __future__ import annotations
 import contextlib
 import json
 import zipfile
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore, ZipStore
+from numpy.typing import NDArray
+from zarr.abc.store import ByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore, WrapperStore, ZipStore
 
-from diffpolicy.data.damage import (
-    MissingChunkError,
-    StoreDamagedError,
-    StrictStore,
-    reading,
-    reason,
-)
-from diffpolicy.data.fields import FieldSpec
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from numpy.typing import NDArray
-    from zarr.abc.store import Store
+from diffpolicy.data.fields import NUMBERS, FieldSpec
 
 FORMAT = "diffpolicy-episodes"
 VERSION = 1
 UNPUBLISHED = -1
+_LAYOUT = "Expected data/<field> arrays and meta/episode_ends"
+_METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 
 ZarrArray = zarr.Array[Any]
 
 
+class StoreDamagedError(ValueError):
+    """What was published cannot be read back: a file is missing, cut short or altered."""
+
+
+class MissingChunkError(Exception):
+    """A chunk that is not there; zarr would make up its values."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the chunk {key} is missing")
+        self.key = key
+
+
+class StrictStore(WrapperStore[Any]):
+    """Files in which a missing chunk is an error, whatever its type.
+
+    By itself zarr reads it as fill values: a ``terminated`` that got lost would say False and
+    train.
+    """
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        value: Buffer | None = await self._store.get(key, prototype, byte_range)
+        if value is None and not key.endswith(_METADATA):
+            raise MissingChunkError(key)
+        return value
+
+    def __str__(self) -> str:
+        return str(self._store)
+
+
+@contextlib.contextmanager
+def reading(what: str, where: str) -> Iterator[None]:
+    """Say of any error inside that ``what``, of the store ``where``, is damaged.
+
+    zarr, its codecs, zip files, JSON and the system each raise their own, and none names the file.
+
+    Raises:
+        StoreDamagedError: Whatever was raised inside.
+    """
+    try:
+        yield
+    except StoreDamagedError:
+        raise
+    except Exception as error:
+        raise StoreDamagedError(
+            f"{what} cannot be read ({reason(error)}): copy it again from where the store is whole;"
+            f" `diffpolicy data check {where}` names every damaged file and its episodes"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """Return what an error says, in a few words."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return f"it is no JSON: {text}"
+    if isinstance(error, KeyError):
+        return f"{text} is missing in it"
+    if isinstance(error, MissingChunkError):
+        return (
+            f"{text}. If its writer leaves out chunks of zeros, as zarr does by default, let it "
+            "write them with write_empty_chunks=True"
+        )
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 def open_group(path: Path, *, writable: bool = False) -> zarr.Group:
-    """Open the zarr group at `path`, a directory or a zip, of either zarr format.
+    """Open the zarr group at ``path``, a directory or a zip, of either zarr format.
 
     Raises:
         FileNotFoundError: Nothing is there.
@@ -50,7 +109,7 @@ def open_group(path: Path, *, writable: bool = False) -> zarr.Group:
         raise ValueError(f"{path} is a file, which is only read; unpack it to append to it")
     backend: Store = ZipStore(path, mode="r") if path.is_file() else LocalStore(path)
     try:
-        mode: Literal["r", "r+"] = "r+" if writable else "r"
+        mode: Any = "r+" if writable else "r"
         return zarr.open_group(StrictStore(backend), mode=mode, use_consolidated=False)
     except Exception as error:  # zarr, zipfile and json each raise their own
         with contextlib.suppress(AttributeError):  # a zip that never opened cannot be closed
@@ -64,39 +123,34 @@ def open_group(path: Path, *, writable: bool = False) -> zarr.Group:
 
 
 def is_native(group: zarr.Group, where: str) -> bool:
-    """Whether the group is a store of ours, and not a Diffusion Policy replay buffer.
+    """Return whether the group is a store of ours, and not a Diffusion Policy replay buffer.
 
     Raises:
         StoreDamagedError: It was one of ours, but no longer says so.
         ValueError: It is of a later version.
     """
-    attrs = group.attrs
     for name in ("data", "meta"):  # of which other programs need the metadata, if we do not
         if not isinstance(_member(group, name, where), zarr.Group):
             raise StoreDamagedError(
-                f"{where} is not an episode store: {where}/{name} is no zarr group. Expected "
-                "data/<field> arrays and meta/episode_ends; if its metadata file (zarr.json, "
-                ".zgroup) was lost, copy it again"
+                f"{where} is not an episode store: {where}/{name} is no zarr group. {_LAYOUT}; if "
+                "its metadata file (zarr.json, .zgroup) was lost, copy it again"
             )
-    if attrs.get("format") != FORMAT:
-        with reading(f"{where}/zarr.json", where):
-            if "meta/episode_attrs" in group:
-                raise ValueError(f"'format' must be {FORMAT!r}; got {attrs.get('format')!r}")
-        return False
-    version = attrs.get("version")
-    if isinstance(version, int) and version > VERSION:
+    form, version = group.attrs.get("format"), group.attrs.get("version")
+    if form == FORMAT and isinstance(version, int) and version > VERSION:
         raise ValueError(
             f"{where} is of version {version} of the format, but this diffpolicy reads up to "
             f"{VERSION}; update it: pip install --upgrade diffpolicy"
         )
     with reading(f"{where}/zarr.json", where):
-        if version != VERSION:
+        if form != FORMAT and "meta/episode_attrs" in group:
+            raise ValueError(f"'format' must be {FORMAT!r}; got {form!r}")
+        if form == FORMAT and version != VERSION:
             raise ValueError(f"'version' must be {VERSION}; got {version!r}")
-    return True
+    return form == FORMAT
 
 
 def child_array(group: zarr.Group, name: str, where: str) -> ZarrArray:
-    """The array `name` of `group`.
+    """Return the array ``name`` of ``group``.
 
     Raises:
         StoreDamagedError: There is none, or its metadata are damaged.
@@ -104,8 +158,8 @@ def child_array(group: zarr.Group, name: str, where: str) -> ZarrArray:
     member = _member(group, name, where)
     if not isinstance(member, zarr.Array):
         raise StoreDamagedError(
-            f"{where} is not an episode store: it has no array {name!r}. Expected data/<field> "
-            "arrays and meta/episode_ends; copy the files of this one again, or remove its folder"
+            f"{where} is not an episode store: it has no array {name!r}. {_LAYOUT}; copy the files "
+            "of this one again, or remove its folder"
         )
     # By default zarr leaves out a chunk of fill values, and then a lost one looks the same.
     return member.with_config({"write_empty_chunks": True})
@@ -121,27 +175,24 @@ def _member(group: zarr.Group, name: str, where: str) -> ZarrArray | zarr.Group 
 
 
 def field_names(group: zarr.Group, path: Path | None, where: str) -> list[str]:
-    """The names under data/, whatever is there.
+    """Return the names under data/, whatever is there.
 
     Raises:
         StoreDamagedError: They cannot be listed.
     """
-    if path is not None and path.is_file():
+    if path is None:
+        return sorted(name for name, _ in group["data"].members())  # type: ignore[union-attr]
+    if path.is_file():
         with reading(str(path), where), zipfile.ZipFile(path) as archive:
             parts = [name.split("/") for name in archive.namelist()]
         return sorted({p[1] for p in parts if p[0] == "data" and len(p) > 2})
-    if path is not None:
-        folder = path / "data"
-        found = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
-        return sorted(name for name in found if not name.startswith("."))
-    data = group["data"]
-    return sorted(data.array_keys()) if isinstance(data, zarr.Group) else []
+    return sorted(p.name for p in path.glob("data/[!.]*") if p.is_dir())
 
 
 def field_arrays(
     group: zarr.Group, path: Path | None, where: str, *, native: bool
 ) -> dict[str, ZarrArray]:
-    """The fields' arrays, by name; of a replay buffer those that hold rows of numbers.
+    """Return the fields' arrays, by name; of a replay buffer those that hold rows of numbers.
 
     Raises:
         StoreDamagedError: One cannot be opened, or is not what the store was made for.
@@ -161,14 +212,13 @@ def field_arrays(
             arrays[name] = array
     if not arrays:
         raise ValueError(
-            f"{where} is not an episode store: it has no arrays under data/. Expected data/<field> "
-            "arrays and meta/episode_ends"
+            f"{where} is not an episode store: it has no arrays under data/. {_LAYOUT}"
         )
     return arrays
 
 
 def declared_fields(attrs: Mapping[str, Any], where: str) -> dict[str, FieldSpec]:
-    """The fields that a store of ours was made for.
+    """Return the fields that a store of ours was made for.
 
     Raises:
         StoreDamagedError: Its attributes do not say.
@@ -177,13 +227,8 @@ def declared_fields(attrs: Mapping[str, Any], where: str) -> dict[str, FieldSpec
         return {n: FieldSpec(tuple(v["shape"]), v["dtype"]) for n, v in attrs["fields"].items()}
 
 
-def spec_of(array: ZarrArray) -> FieldSpec:
-    """The field that an array holds."""
-    return FieldSpec(tuple(array.shape[1:]), str(array.dtype))
-
-
 def misfit(array: ZarrArray, spec: FieldSpec) -> str | None:
-    """How an array differs from what the store was made for, if it does."""
+    """Return how an array differs from what the store was made for, if it does."""
     if array.ndim and tuple(array.shape[1:]) == spec.shape and str(array.dtype) == spec.dtype:
         return None
     return (
@@ -193,8 +238,8 @@ def misfit(array: ZarrArray, spec: FieldSpec) -> str | None:
 
 
 def unusable(array: ZarrArray) -> str | None:
-    """Why an array cannot be a field, if it cannot: one row of plain numbers a step."""
-    if array.dtype.kind not in "fiub":
+    """Return why an array cannot be a field, if it cannot: one row of plain numbers a step."""
+    if array.dtype.kind not in NUMBERS:
         return f"dtype {array.dtype} is not a number type (float, int, uint or bool)"
     if array.ndim == 0:
         return "it is a single number, not one row a step"
@@ -204,49 +249,42 @@ def unusable(array: ZarrArray) -> str | None:
 
 
 def read_growing(array: ZarrArray, file: str, where: str) -> NDArray[Any]:
-    """All of a vector that grows by whole chunks; the last of them may not be written yet.
+    """Read all of a vector that grows by whole chunks; the last of them may not be written yet.
 
     Raises:
         StoreDamagedError: Anything else about it.
     """
-    chunk = int(array.chunks[0]) if array.ndim == 1 else 0
     with reading(file, where):
-        try:
-            return np.asarray(array[:])
-        except MissingChunkError:
-            if not chunk or array.shape[0] % chunk:  # cut to size: nothing is missing in it
-                raise
-        parts: list[NDArray[Any]] = []
-        gap: MissingChunkError | None = None
-        for start in range(0, array.shape[0], chunk):
+        if array.ndim != 1:
+            return np.asarray(array[...])
+        stop, chunk = array.shape[0], array.chunks[0]
+        while stop and stop % chunk == 0:  # else it was cut to size, and nothing is missing
             try:
-                parts.append(np.asarray(array[start : start + chunk]))
-            except MissingChunkError as error:
-                gap = gap or error
-            else:
-                if gap is not None:
-                    raise gap
-        return np.concatenate(parts) if parts else np.zeros(0, array.dtype)
+                array[stop - chunk : stop]
+                break
+            except MissingChunkError:
+                stop -= chunk
+        return np.asarray(array[:stop])
 
 
 def raw_ends(group: zarr.Group, where: str, *, native: bool) -> NDArray[np.int64]:
-    """The episodes' ends as they are stored, without what is not published yet.
+    """Return the episodes' ends as they are stored, without what is not published yet.
 
     Raises:
         StoreDamagedError: They cannot be read, or are no vector of integers.
     """
     file = f"{where}/meta/episode_ends"
-    array = child_array(group, "meta/episode_ends", where)
-    raw = read_growing(array, file, where)
+    raw = read_growing(child_array(group, "meta/episode_ends", where), file, where)
     with reading(file, where):
         if raw.ndim != 1 or raw.dtype.kind not in "iu":
             raise ValueError(f"it must be a vector of integers; it is {raw.ndim}-d {raw.dtype}")
     ends = raw.astype(np.int64)
-    return ends[: _published(ends)] if native else ends
+    published = np.flatnonzero(ends != UNPUBLISHED) if native else np.arange(len(ends))
+    return ends[: published.max(initial=-1) + 1]
 
 
 def published_ends(group: zarr.Group, where: str, *, native: bool) -> NDArray[np.int64]:
-    """The ends of the published episodes.
+    """Return the ends of the published episodes.
 
     Raises:
         StoreDamagedError: They cannot be read, do not increase strictly from above 0, or some of
@@ -259,7 +297,7 @@ def published_ends(group: zarr.Group, where: str, *, native: bool) -> NDArray[np
             f"{where}: meta/episode_ends must increase strictly, but episode {bad[0]} ends at row "
             f"{ends[bad[0]]} after {ends[bad[0] - 1] if bad[0] else 0}; run `diffpolicy data check`"
         )
-    total = int(ends[-1]) if len(ends) else 0
+    total = int(ends.max(initial=0))
     if native and (lost := _known_steps(group.attrs) - total) > 0:
         raise StoreDamagedError(
             f"{where}/meta/episode_ends lost episodes: it counts {total} steps, {lost} fewer than "
@@ -270,34 +308,27 @@ def published_ends(group: zarr.Group, where: str, *, native: bool) -> NDArray[np
 
 def _known_steps(attrs: Mapping[str, Any]) -> int:
     """How many steps the store had when its statistics were computed; 0 if that is unknown."""
-    stored = attrs.get("statistics")
+    stored: Any = attrs.get("statistics")
     values = stored.values() if isinstance(stored, dict) else ()
     counts = {v.get("count") for v in values if isinstance(v, dict)}
     count = counts.pop() if len(counts) == 1 else 0  # else they are damaged themselves
     return count if isinstance(count, int) else 0
 
 
-def _published(ends: NDArray[np.int64]) -> int:
-    """How many entries are left without the unpublished ones at the end."""
-    published = np.flatnonzero(ends != UNPUBLISHED)
-    return int(published[-1]) + 1 if len(published) else 0
-
-
 def bytes_of_lines(raw: NDArray[Any], count: int) -> int:
-    """Where line `count` of JSON lines (bytes) ends."""
+    """Return where line ``count`` of JSON lines (bytes) ends."""
     newlines = np.flatnonzero(raw == ord("\n"))
     return int(newlines[count - 1]) + 1 if 0 < count <= len(newlines) else 0
 
 
 def episode_lines(group: zarr.Group, count: int, where: str) -> list[dict[str, Any]]:
-    """The attributes of the first `count` episodes, as far as there are any.
+    """Return the attributes of the first ``count`` episodes, as far as there are any.
 
     Raises:
         StoreDamagedError: They cannot be read.
     """
     file = f"{where}/meta/episode_attrs"
-    array = child_array(group, "meta/episode_attrs", where)
-    raw = read_growing(array, file, where)
+    raw = read_growing(child_array(group, "meta/episode_attrs", where), file, where)
     with reading(file, where):
         lines = raw.tobytes().rstrip(b"\0").split(b"\n")[:count]
         values = [json.loads(line) for line in lines]

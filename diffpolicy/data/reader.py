@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+import zarr
+from numpy.typing import NDArray
 
 from diffpolicy.data import opening
-from diffpolicy.data.damage import StoreDamagedError, reading
-from diffpolicy.data.fields import RESERVED_ATTRS
-from diffpolicy.data.statistics import damaged_statistics
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
-    import zarr
-    from numpy.typing import NDArray
-
-    from diffpolicy.data.fields import FieldSpec
+from diffpolicy.data.fields import RESERVED_ATTRS, FieldSpec
+from diffpolicy.data.opening import StoreDamagedError, reading
+from diffpolicy.data.statistics import statistics_problem
 
 
 class EpisodeReader:
     """What a store holds, of our own layout or of Diffusion Policy's.
 
-    Use it through [`EpisodeStore`][diffpolicy.data.store.EpisodeStore].
+    Use it through :class:`~diffpolicy.data.store.EpisodeStore`.
+
+    Attributes:
+        path: Where it is; None in memory.
+        name: The path, or a stand-in, for messages.
+        is_native: Whether it is ours, and not a Diffusion Policy replay buffer.
     """
 
     def __init__(self, group: zarr.Group, path: Path | None) -> None:
-        self._group = group
-        self._path = path
-        self._native = opening.is_native(group, self.name)
-        self._arrays = opening.field_arrays(group, path, self.name, native=self._native)
-        self._fields = {name: opening.spec_of(a) for name, a in self._arrays.items()}
-        self._ends = opening.published_ends(group, self.name, native=self._native)
+        self._group, self.path = group, path
+        self.name = "<episodes in memory>" if path is None else str(path)
+        self.is_native = native = opening.is_native(group, self.name)
+        self._arrays = opening.field_arrays(group, path, self.name, native=native)
+        self._fields = {k: FieldSpec(a.shape[1:], str(a.dtype)) for k, a in self._arrays.items()}
+        self._ends = opening.published_ends(group, self.name, native=native)
         for name, array in self._arrays.items():
             if array.shape[0] < self.num_steps:
                 raise StoreDamagedError(
@@ -46,21 +46,6 @@ class EpisodeReader:
         self._finalizer = weakref.finalize(self, group.store.close)
 
     @property
-    def path(self) -> Path | None:
-        """Where it is; None in memory."""
-        return self._path
-
-    @property
-    def name(self) -> str:
-        """The path, or a stand-in, for messages."""
-        return str(self._path) if self._path is not None else "<episodes in memory>"
-
-    @property
-    def is_native(self) -> bool:
-        """Whether it is ours, and not a Diffusion Policy replay buffer."""
-        return self._native
-
-    @property
     def num_episodes(self) -> int:
         """Published episodes."""
         return len(self._ends)
@@ -68,21 +53,21 @@ class EpisodeReader:
     @property
     def num_steps(self) -> int:
         """Rows of all published episodes together."""
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._ends.max(initial=0))
 
     @property
     def episode_ends(self) -> NDArray[np.int64]:
-        """`[E]` cumulative ends (a copy)."""
+        """``[E]`` cumulative ends (a copy)."""
         return self._ends.copy()
 
     @property
     def episode_lengths(self) -> NDArray[np.int64]:
-        """`[E]` numbers of steps."""
+        """``[E]`` numbers of steps."""
         return np.diff(self._ends, prepend=0)
 
     @property
     def fields(self) -> dict[str, FieldSpec]:
-        """Name -> row shape and dtype (a copy)."""
+        """Name -> row shape and dtype (a copy), in the order of the names."""
         return dict(self._fields)
 
     @property
@@ -92,45 +77,34 @@ class EpisodeReader:
 
     @property
     def statistics(self) -> dict[str, dict[str, Any]]:
-        """Per field `min`, `max`, `mean`, `std`, `q01`, `q99` (lists) and `count`.
+        """Per field ``min``, ``max``, ``mean``, ``std``, ``q01``, ``q99`` (lists) and ``count``.
 
         Raises:
             ValueError: There are none, or episodes were appended since.
         """
-        stored: Any = self._group.attrs.get("statistics")
-        if self._native:
+        if problem := statistics_problem(self._group.attrs, self._fields, self.num_steps):
             fix = f"run `diffpolicy data info --update-statistics {self.name}`"
-        else:
-            fix = f"run `diffpolicy data convert {self.name} TARGET.zarr` and use that"
-        if not stored:
-            raise ValueError(f"{self.name} has no statistics, which normalisers need; {fix}")
-        digest = self._group.attrs.get("statistics_crc32")
-        if problem := damaged_statistics(stored, self._fields, digest):
+            if not self.is_native:
+                fix = f"run `diffpolicy data convert {self.name} TARGET.zarr` and use that"
             raise ValueError(f"{self.name}/zarr.json: {problem}; {fix}")
-        for name, values in stored.items():
-            if values["count"] != self.num_steps:
-                raise ValueError(
-                    f"{self.name}: the statistics of {name!r} cover {values['count']} steps of "
-                    f"{self.num_steps}; {fix}"
-                )
-        return cast("dict[str, dict[str, Any]]", stored)
+        return cast("dict[str, dict[str, Any]]", self._group.attrs["statistics"])
 
     @property
     def episode_attrs(self) -> list[dict[str, Any]]:
-        """What `append` was told of each episode (seed, success, ...); `{}` where nothing."""
+        """What ``append`` was told of each episode (seed, success, ...); ``{}`` where nothing."""
         if self._episode_attrs is None:
             count, known = self.num_episodes, []
-            if self._native:
+            if self.is_native:
                 known = opening.episode_lines(self._group, count, self.name)
             self._episode_attrs = known + [{}] * (count - len(known))
         return [dict(a) for a in self._episode_attrs]
 
     def chunk_rows(self, field: str) -> int:
-        """Rows in one chunk of `field`."""
+        """Return the rows in one chunk of ``field``."""
         return int(self._array(field).chunks[0])
 
     def read(self, field: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Rows of one field.
+        """Read rows of one field.
 
         Args:
             field: The field.
@@ -138,7 +112,7 @@ class EpisodeReader:
             stop: One past the last row; default all published ones.
 
         Returns:
-            `[n, *shape]`; the range is cut to what is published, as Python slices are.
+            ``[n, *shape]``; the range is cut to what is published, as Python slices are.
 
         Raises:
             KeyError: No such field.
@@ -146,19 +120,18 @@ class EpisodeReader:
         """
         array = self._array(field)
         first, last, _ = slice(start, stop).indices(self.num_steps)
-        rows = f"{self.name}: field {field!r}, rows {first}..{last - 1}"
-        with reading(rows, self.name):
+        with reading(f"{self.name}: field {field!r}, rows {first}..{last - 1}", self.name):
             return np.asarray(array[first : max(first, last)])
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
-        """One episode.
+        """Read one episode.
 
         Args:
             index: Which, 0..num_episodes-1.
             fields: Which fields; default all.
 
         Returns:
-            `[T, *shape]` of each field.
+            ``[T, *shape]`` of each field.
 
         Raises:
             IndexError: No such episode.
@@ -183,3 +156,51 @@ class EpisodeReader:
         if field not in self._arrays:
             raise KeyError(f"{self.name} has no field {field!r}; it has {sorted(self._arrays)}")
         return self._arrays[field]
+
+
+def info(store: EpisodeReader) -> dict[str, Any]:
+    """Return a store in figures, as JSON values.
+
+    Args:
+        store: An open store.
+
+    Returns:
+        ``path``, ``format`` (``diffpolicy`` or ``replay_zarr``), ``episodes``, ``steps``,
+        ``length`` (``min``, ``mean``, ``max``), ``fields`` (name -> ``shape``, ``dtype``),
+        ``bytes_on_disk``, ``attrs``, ``episode_attrs`` (the number of episodes that have each, and
+        the mean of flags and numbers), ``has_statistics``.
+    """
+    lengths = store.episode_lengths if len(store) else np.zeros(1, np.int64)
+    files: Iterable[Path] = ()
+    if store.path is not None:
+        files = [store.path] if store.path.is_file() else store.path.rglob("*")
+    try:
+        has_statistics = bool(store.statistics)
+    except ValueError:
+        has_statistics = False
+    return {
+        "path": store.name,
+        "format": "diffpolicy" if store.is_native else "replay_zarr",
+        "episodes": store.num_episodes,
+        "steps": store.num_steps,
+        "length": {
+            "min": int(lengths.min()),
+            "mean": float(lengths.mean()),
+            "max": int(lengths.max()),
+        },
+        "fields": {k: {"shape": list(s.shape), "dtype": s.dtype} for k, s in store.fields.items()},
+        "bytes_on_disk": sum(f.stat().st_size for f in files if f.is_file()),
+        "attrs": store.attrs,
+        "episode_attrs": _summary(store.episode_attrs),
+        "has_statistics": has_statistics,
+    }
+
+
+def _summary(attrs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    result: dict[str, dict[str, Any]] = {}
+    for key in dict.fromkeys(k for a in attrs for k in a):
+        values = [a[key] for a in attrs if key in a]
+        result[key] = {"count": len(values)}
+        if all(isinstance(v, bool | int | float) for v in values):
+            result[key]["mean"] = float(np.mean(values))
+    return result

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffpolicy.data.fields import FieldSpec
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from numpy.typing import NDArray
-
-    from diffpolicy.data.store import EpisodeStore
+from diffpolicy.data.store import EpisodeStore
+from diffpolicy.settings import check_range
 
 
 def returns_to_go(store: EpisodeStore, discount: float) -> NDArray[np.float32]:
-    """`sum_k discount^k r_{t+k}` to the end of each step's episode, float32 `[T]`.
+    """Return ``sum_k discount^k r_{t+k}`` to the end of each step's episode, float32 ``[T]``.
 
     An episode that a time limit ended counts up to there, as in Diffuser and Decision Diffuser.
 
     Args:
-        store: Episodes with a field `reward`.
+        store: Episodes with a field ``reward``.
         discount: In (0, 1].
 
     Raises:
-        ValueError: A discount out of range, or no field `reward`.
+        ValueError: A discount out of range, or no field ``reward``.
     """
-    if not 0 < discount <= 1:
-        raise ValueError(f"discount must be in (0, 1], got {discount}")
+    check_range("(0, 1]", discount=discount)
     if "reward" not in store.fields:
         raise ValueError(
             f"returns need a field 'reward'; {store.name} has {sorted(store.fields)}. Collect or "
@@ -37,18 +33,16 @@ def returns_to_go(store: EpisodeStore, discount: float) -> NDArray[np.float32]:
         )
     reward = store.read("reward", 0, store.num_steps).astype(np.float64).reshape(-1)
     out = np.empty(len(reward), np.float32)
-    begin = 0
-    for end in store.episode_ends.tolist():
-        total = 0.0
-        for step in range(end - 1, begin - 1, -1):
-            total = reward[step] + discount * total
-            out[step] = total
-        begin = end
+    last = set((store.episode_ends - 1).tolist())
+    total = 0.0
+    for step in reversed(range(len(reward))):
+        total = reward[step] + discount * (0.0 if step in last else total)
+        out[step] = total
     return out
 
 
 def with_fields(store: EpisodeStore, arrays: Mapping[str, NDArray[Any]]) -> EpisodeStore:
-    """The store, for reading, with further fields `[T, *shape]` that are held in memory.
+    """Return the store, for reading, with further fields ``[T, *shape]`` that are held in memory.
 
     Raises:
         ValueError: An array of another length than the store, or a name that it has.
@@ -67,17 +61,14 @@ class _Derived:
 
     def __init__(self, store: EpisodeStore, arrays: Mapping[str, NDArray[Any]]) -> None:
         self._store, self._extra = store, dict(arrays)
+        extra = {k: FieldSpec(tuple(a.shape[1:]), str(a.dtype)) for k, a in arrays.items()}
+        self.fields = {**store.fields, **extra}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    @property
-    def fields(self) -> dict[str, FieldSpec]:
-        extra = {k: FieldSpec(tuple(a.shape[1:]), str(a.dtype)) for k, a in self._extra.items()}
-        return {**self._store.fields, **extra}
-
     def chunk_rows(self, field: str) -> int:
-        return self._store.chunk_rows("obs" if field in self._extra else field)
+        return self._store.chunk_rows("action" if field in self._extra else field)
 
     def read(self, field: str, start: int, stop: int) -> NDArray[Any]:
         if field in self._extra:

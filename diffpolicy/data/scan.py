@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from diffpolicy.data.damage import MissingChunkError, reason
-from diffpolicy.data.statistics import MAX_VALUES_PER_ROW, RunningStatistics
+from diffpolicy.data.blocks import block_rows
+from diffpolicy.data.fields import FieldSpec
+from diffpolicy.data.opening import MissingChunkError, ZarrArray, reason
+from diffpolicy.data.statistics import RunningStatistics, has_statistics
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from numpy.typing import NDArray
-
-    from diffpolicy.data.opening import ZarrArray
-
-_BLOCK_BYTES = 2**22
+Bounds = tuple[NDArray[Any], NDArray[Any]]
 
 
-@dataclass(frozen=True)
-class Damage:
-    """Rows `start..stop-1` that cannot be read, why, and the chunk that is `missing`, if one is."""
+class Damage(NamedTuple):
+    """Rows ``start..stop-1`` that cannot be read, why, and the chunk that is ``missing``."""
 
     start: int
     stop: int
@@ -36,11 +32,11 @@ class FieldScan:
     """What one pass over a field found.
 
     Attributes:
+        changed: ``[E]`` whether the field changes within the episode.
+        whole: ``[E]`` whether all of the episode could be read.
         damage: Ranges of rows that cannot be read.
-        not_finite: `[K]` rows with a value that is not finite.
-        outside: `[M]` rows with a value outside the bounds.
-        changed: `[E]` whether the field changes within the episode.
-        whole: `[E]` whether all of the episode could be read.
+        not_finite: ``[K]`` rows with a value that is not finite.
+        outside: ``[M]`` rows with a value outside the bounds.
         digests: Per episode, a hash of its rows.
         statistics: Of all rows that can be read and are finite, as a store keeps them; None if
             there are none, or the rows are images.
@@ -48,10 +44,10 @@ class FieldScan:
 
     changed: NDArray[np.bool_]
     whole: NDArray[np.bool_]
-    digests: list[bytes] = field(default_factory=list)
     damage: list[Damage] = field(default_factory=list)
     not_finite: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     outside: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    digests: list[bytes] = field(default_factory=list)
     statistics: dict[str, Any] | None = None
 
     @property
@@ -61,53 +57,52 @@ class FieldScan:
 
 
 def scan_field(
-    array: ZarrArray,
-    ends: NDArray[np.int64],
-    bounds: tuple[NDArray[Any], NDArray[Any]] | None = None,
+    array: ZarrArray, ends: NDArray[np.int64], bounds: Bounds | None = None
 ) -> FieldScan:
     """Read a numeric field from front to back.
 
     Args:
-        array: `[T, *shape]`.
-        ends: `[E]` cumulative ends, strictly increasing.
+        array: ``[T, *shape]``.
+        ends: ``[E]`` cumulative ends, strictly increasing.
         bounds: Lower and upper limits that broadcast to a row, if its values have any.
 
     Returns:
         What was found.
     """
-    rows = min(int(array.shape[0]), int(ends[-1]) if len(ends) else 0)
+    rows = min(int(array.shape[0]), int(ends.max(initial=0)))
     result = FieldScan(np.zeros(len(ends), np.bool_), np.ones(len(ends), np.bool_))
+    result.whole[ends > array.shape[0]] = False
     hashes = [hashlib.blake2b(digest_size=16) for _ in ends]
-    last: tuple[int, NDArray[Any]] | None = None
-    width = int(np.prod(array.shape[1:]))
-    running = RunningStatistics(array.name, tuple(array.shape[1:]), rows)
-    for start, block in _blocks(array, rows):
+    first_rows: dict[int, NDArray[Any]] = {}
+    spec = FieldSpec(array.shape[1:], str(array.dtype))
+    running = RunningStatistics(array.name, spec.shape, rows)
+    for start, block in _blocks(array, rows, spec.row_bytes):
+        stop = block.stop if isinstance(block, Damage) else start + len(block)
+        first, final = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
         if isinstance(block, Damage):
             result.damage.append(block)
-            first, final = np.searchsorted(ends, [block.start, block.stop - 1], side="right")
             result.whole[first : final + 1] = False
             continue
-        flat = block.reshape(len(block), -1)
         good = _look_at_values(result, start, block, bounds)
-        if width <= MAX_VALUES_PER_ROW and len(good):
+        if has_statistics(spec):
             running.update(good)
-            result.statistics = {}
-        _hash_episodes(hashes, ends, start, flat)
-        before = last[1] if last is not None and last[0] == start - 1 else flat[0]
-        _look_for_change(result.changed, ends, start, np.concatenate([before[None], flat]))
-        last = (start + len(flat) - 1, flat[-1])
-    result.whole[ends > array.shape[0]] = False
+        flat = np.ascontiguousarray(block).reshape(len(block), -1)
+        cuts = np.clip(ends[first:final] - start, 0, None)
+        for index, part in enumerate(np.split(flat, cuts), first):
+            hashes[index].update(part.tobytes())
+            begun = first_rows.setdefault(index, part[0])
+            result.changed[index] |= bool((part != begun).any())
     result.digests = [h.digest() for h in hashes]
-    if result.statistics is not None:
-        result.statistics = running.result()
+    result.statistics = running.result() if running.count else None
     return result
 
 
-def _blocks(array: ZarrArray, rows: int) -> Iterator[tuple[int, NDArray[Any] | Damage]]:
+def _blocks(
+    array: ZarrArray, rows: int, row_bytes: int
+) -> Iterator[tuple[int, NDArray[Any] | Damage]]:
     """Blocks of whole chunks; where one cannot be read, its chunks one by one."""
     chunk = int((array.shards or array.chunks)[0])
-    row_bytes = max(1, int(np.prod(array.shape[1:])) * array.dtype.itemsize)
-    step = chunk * max(1, _BLOCK_BYTES // (row_bytes * chunk))
+    step = block_rows(chunk, row_bytes)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         block = _read(array, start, stop)
@@ -128,42 +123,16 @@ def _read(array: ZarrArray, start: int, stop: int) -> NDArray[Any] | Damage:
 
 
 def _look_at_values(
-    result: FieldScan,
-    start: int,
-    block: NDArray[Any],
-    bounds: tuple[NDArray[Any], NDArray[Any]] | None,
+    result: FieldScan, start: int, block: NDArray[Any], bounds: Bounds | None
 ) -> NDArray[Any]:
-    """Note what is not finite or outside the bounds; the finite rows."""
+    """Note the rows with values that should not be; return those that are finite."""
     finite = np.ones(len(block), np.bool_)
     if block.dtype.kind == "f":
         finite = np.isfinite(block).reshape(len(block), -1).all(axis=1)
-        bad = start + np.flatnonzero(~finite)
-        result.not_finite = np.concatenate([result.not_finite, bad])
+    result.not_finite = np.append(result.not_finite, start + np.flatnonzero(~finite))
     if bounds is not None:
         # Bounds and data may have been rounded to float32 on different ways.
         low, high = (b + sign * 1e-5 * np.abs(b) for b, sign in zip(bounds, (-1, 1), strict=True))
-        outside = (block < low) | (block > high)
-        rows = start + np.flatnonzero(outside.reshape(len(block), -1).any(axis=1) & finite)
-        result.outside = np.concatenate([result.outside, rows])
+        outside = ((block < low) | (block > high)).reshape(len(block), -1).any(axis=1)
+        result.outside = np.append(result.outside, start + np.flatnonzero(outside & finite))
     return block if finite.all() else block[finite]
-
-
-def _hash_episodes(
-    hashes: list[Any], ends: NDArray[np.int64], start: int, flat: NDArray[Any]
-) -> None:
-    stop = start + len(flat)
-    first, final = np.searchsorted(ends, [start, stop - 1], side="right")
-    for index in range(int(first), min(int(final) + 1, len(ends))):
-        begin = max(start, int(ends[index - 1]) if index else 0)
-        part = flat[begin - start : min(stop, int(ends[index])) - start]
-        hashes[index].update(np.ascontiguousarray(part).tobytes())
-
-
-def _look_for_change(
-    changed: NDArray[np.bool_], ends: NDArray[np.int64], start: int, rows: NDArray[Any]
-) -> None:
-    """Mark episodes that change; `rows` begin with the row before `start`."""
-    differs = (rows[1:] != rows[:-1]).any(axis=1)
-    episode = np.searchsorted(ends, np.arange(start, start + len(differs)), side="right")
-    differs &= ~np.isin(np.arange(start, start + len(differs)), np.append(ends, 0))
-    changed[episode[differs]] = True

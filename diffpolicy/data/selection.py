@@ -1,26 +1,34 @@
-"""Which episodes of a source are stored, and which are left out: one option for all formats.
+"""Which episodes of a source are stored, and what of it is left out: the same for all formats.
+
+Episodes are named by
 
 - a number, or a list of numbers: episodes by their place in the source, from 0;
-- `"mask:<name>"`: the episodes of a list that the source has under this name (robomimic's filter
-  keys, LeRobot's splits), or those with a true value of that name (`success`);
-- `"failed_check"` (to leave out only): every episode that cannot be stored, and every one that
-  `diffpolicy data check` would name.
+- ``"mask:<name>"``: the episodes of a list that the source has under this name (robomimic's filter
+  keys, LeRobot's splits), or those with a true value of that name (``success``);
+- ``"failed_check"`` (to leave out only): every episode that cannot be stored, and every one that
+  ``diffpolicy data check`` would name.
+
+What a conversion leaves out or doubts is kept in the store's attributes, and said every time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from diffpolicy.data.formats import EpisodeSource
+from diffpolicy.data.check import Issue, format_issue
+from diffpolicy.data.formats import EpisodeSource, Gap
+from diffpolicy.settings import check_range
 
 Choice = int | str | Sequence[int | str]
-"""Episodes as they are named by `exclude` and `keep`."""
+"""Episodes as they are named by ``exclude`` and ``keep``."""
 
 FAILED_CHECK = "failed_check"
 _MASK = "mask:"
+_MOST = 8  # of a kind are listed in a message; the store's attributes hold all
+_log = logging.getLogger("diffpolicy.data")
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Selection:
     failed_check: bool = False
 
     def without(self, failed: Mapping[int, str]) -> Selection:
-        """The same but for these episodes.
+        """Return the same but for these episodes.
 
         Raises:
             ValueError: None is left.
@@ -71,8 +79,7 @@ def select(
     Raises:
         ValueError: No such episode or mask, or nothing is left.
     """
-    if max_episodes is not None and max_episodes < 1:
-        raise ValueError(f"max_episodes must be at least 1; got {max_episodes}")
+    check_range("[1, inf)", max_episodes=max_episodes)
     items = _items(exclude)
     drop = {i: text for item in items for i, text in _episodes(source, item, "exclude").items()}
     wanted = range(source.num_episodes)
@@ -114,12 +121,87 @@ def _episodes(source: EpisodeSource, item: int | str, option: str) -> dict[int, 
 
 
 def _masked(source: EpisodeSource, name: str) -> Sequence[int]:
-    own = source.masks
+    own, attrs = source.masks, source.episode_attrs
     if name in own:
         return own[name]
-    attrs = source.episode_attrs
-    if any(isinstance(known.get(name), bool) for known in attrs):
-        return [i for i, known in enumerate(attrs) if known.get(name) is True]
     flags = {key for known in attrs for key, value in known.items() if isinstance(value, bool)}
-    there = sorted({*own, *flags})
-    raise ValueError(f"{source.name} has no mask {name!r}; it has {there or 'none'}")
+    if name not in flags:
+        there = sorted({*own, *flags})
+        raise ValueError(f"{source.name} has no mask {name!r}; it has {there or 'none'}")
+    return [i for i, known in enumerate(attrs) if known.get(name) is True]
+
+
+def left_out(
+    source: EpisodeSource, used: Iterable[str], selection: Selection
+) -> dict[str, dict[str, str]]:
+    """Return attributes for what a store lacks of its source, each name or number with a reason.
+
+    Returns:
+        ``left_out``: fields that could be stored, ``unread``: what is none, ``left_out_episodes``;
+        those of them that are not empty.
+    """
+    others = {name: spec for name, spec in source.fields.items() if name not in set(used)}
+    found = {
+        "left_out": {name: f"{spec.dtype} {list(spec.shape)}" for name, spec in others.items()},
+        "unread": dict(source.unread),
+        "left_out_episodes": {str(i): text for i, text in sorted(selection.left_out.items())},
+    }
+    return {name: values for name, values in found.items() if values}
+
+
+def checked_gaps(
+    source: EpisodeSource, used: Iterable[str], selection: Selection, *, allow_missing: bool
+) -> tuple[Selection, list[str]]:
+    """See to the rows of a source that were never written, or got lost, and read as zeros.
+
+    Returns:
+        The episodes that remain, and warnings of what was let through.
+
+    Raises:
+        ValueError: There are such rows, and nothing says what to do with them.
+    """
+    chosen = set(selection.episodes)
+    gaps = [g for g in source.gaps(sorted(set(used))) if chosen & set(range(g.first, g.last + 1))]
+    if gaps and allow_missing and hasattr(source, "fill_gaps"):
+        source.fill_gaps()  # zarr's files, which are otherwise read strictly
+    if not gaps or allow_missing:
+        return selection, [f"{_told(source, g)} (let through)" for g in gaps]
+    if selection.failed_check:
+        failed = {i: g.reason for g in reversed(gaps) for i in range(g.first, g.last + 1)}
+        return selection.without(failed), []
+    more = f" (and {len(gaps) - 1} more)" if len(gaps) > 1 else ""
+    raise ValueError(
+        f"{_told(source, gaps[0])}{more}. Copy the source again from where it is whole; or leave "
+        "these episodes out with exclude=failed_check; or, if whoever wrote it leaves out chunks "
+        "of zeros, as zarr and HDF5 may, give allow_missing=true (from Python True)"
+    )
+
+
+def _told(source: EpisodeSource, gap: Gap) -> str:
+    return f"{source.name}, episodes {gap.first}..{gap.last}: {gap.reason}"
+
+
+def issue_lines(issues: Iterable[Issue], partial: str, target: str) -> list[str]:
+    """Return findings about a store without its name yet, under the name that it will have."""
+    return [format_issue(issue).replace(partial, target) for issue in issues]
+
+
+def announce(target: str, attrs: Mapping[str, Any]) -> None:
+    """Say what a store lacks of its source, and what is doubtful, in a log message each."""
+    if fields := attrs.get("left_out"):
+        _log.warning("%s leaves out %s. To keep one: fields={NAME:NAME}", target, _listed(fields))
+    if unread := attrs.get("unread"):
+        _log.warning("%s cannot hold %s", target, _listed(unread))
+    if episodes := attrs.get("left_out_episodes"):
+        _log.warning("%s leaves out %d episodes: %s", target, len(episodes), _listed(episodes))
+    lines = attrs.get("warnings", [])
+    for line in lines[:_MOST]:
+        _log.warning("%s", line)
+    if len(lines) > _MOST:
+        _log.warning("%d warnings in all, see `diffpolicy data info %s`", len(lines), target)
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    texts = [f"{name} ({reason})" for name, reason in reasons.items()]
+    more = f", and {len(texts) - _MOST} more" if len(texts) > _MOST else ""
+    return ", ".join(texts[:_MOST]) + more

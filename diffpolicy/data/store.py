@@ -1,52 +1,41 @@
 """The episode store: whole episodes, back to back, in a zarr group.
 
-Layout (that of Diffusion Policy's replay buffers, in zarr format 3):
+Layout (that of Diffusion Policy's replay buffers, in zarr format 3)::
 
-```
-store.zarr/
-  zarr.json            attributes: format, version, fields, statistics, and the user's own
-  data/<field>         [T, *shape] rows of all episodes, chunked along T, zstd + crc32c
-  meta/episode_ends    [E] int64, cumulative; -1 where nothing is published yet
-  meta/episode_attrs   JSON lines (UTF-8 bytes), one line an episode
-```
+    store.zarr/
+      zarr.json            attributes: format, version, fields, statistics, and the user's own
+      data/<field>         [T, *shape] rows of all episodes, chunked along T, zstd + crc32c
+      meta/episode_ends    [E] int64, cumulative; -1 where nothing is published yet
+      meta/episode_attrs   JSON lines (UTF-8 bytes), one line an episode
 
 An episode is appended by writing its rows, then its line of attributes, and last of all its end:
 one file, replaced atomically. Until then nobody sees the episode, so a writer that is killed
 loses that one and no other. While a store is being written its arrays are longer than what is
-published; `finalize` cuts them to size.
+published; ``finalize`` cuts them to size.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from zarr.storage import LocalStore, MemoryStore
 
 from diffpolicy.data import opening
 from diffpolicy.data import store_layout as layout
-from diffpolicy.data.damage import StoreDamagedError, StrictStore
-from diffpolicy.data.fields import (
-    FieldSpec,
-    checked_rows,
-    field_specs,
-    jsonable,
-    user_attrs,
-)
+from diffpolicy.data.fields import FieldSpec, checked_rows, field_specs, jsonable, user_attrs
+from diffpolicy.data.opening import StoreDamagedError, StrictStore
 from diffpolicy.data.reader import EpisodeReader
-from diffpolicy.data.session import Session
 from diffpolicy.data.statistics import checksum, compute_statistics
 from diffpolicy.files import WriterLock, naming
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Mapping, Sequence
-    from types import TracebackType
-
-    from numpy.typing import NDArray
+from diffpolicy.settings import check_choice, check_range
 
 __all__ = ["EpisodeStore", "FieldSpec", "StoreDamagedError"]
 
@@ -54,17 +43,23 @@ __all__ = ["EpisodeStore", "FieldSpec", "StoreDamagedError"]
 class EpisodeStore(EpisodeReader):
     """Episodes on disk (or in memory): append whole ones, read rows of any field.
 
-    Build one with `create`, `open` or `from_arrays`. Used as a context manager it is finalized on
-    leaving (but not when an exception leaves). `obs[t]` is what the policy saw before `action[t]`.
-    One process writes at a time, from its first append until it finalizes or closes the store;
-    others are refused. Any number may read, also meanwhile.
+    Build one with :meth:`create`, :meth:`open` or :meth:`from_arrays`. Used as a context manager it
+    is finalized on leaving (but not when an exception leaves). ``obs[t]``, or all ``obs.NAME[t]``,
+    is what the policy saw before ``action[t]``. One process writes at a time, from its first append
+    until it finalizes or closes the store; others are refused. Any number may read, also meanwhile.
     """
+
+    _latest: ClassVar[weakref.WeakValueDictionary[Path, EpisodeStore]] = (
+        weakref.WeakValueDictionary()
+    )
 
     def __init__(self, group: zarr.Group, path: Path | None, *, writable: bool) -> None:
         super().__init__(group, path)
         self._writable = writable
         self._tails: dict[str, layout.Tail] | None = None
-        self._session = Session(path) if writable and path is not None else None
+        what = "appending to it (until it finalizes or closes the store)"
+        self._lock = WriterLock(path, what, wait_s=2.0) if writable and path is not None else None
+        self._active = False
 
     # -- making one ---------------------------------------------------------------------------
 
@@ -81,18 +76,18 @@ class EpisodeStore(EpisodeReader):
         """Create an empty store to append to.
 
         Args:
-            path: A directory that does not exist yet, by custom `something.zarr`.
-            fields: Row shape (float32) or `FieldSpec` of each field. To train on it a store needs
-                `obs` and `action`.
-            attrs: JSON values kept with the store, such as `{"env_id": ...}`.
+            path: A directory that does not exist yet, by custom ``something.zarr``.
+            fields: Row shape (float32) or ``FieldSpec`` of each field. To train on it a store needs
+                ``obs`` and ``action``.
+            attrs: JSON values kept with the store, such as ``{"env_id": ...}``.
             chunk_rows: Rows in a chunk; default as many as fit 256 KiB, at most 4096.
-            overwrite: Replace the store that is at `path`. Anything else there is left alone.
+            overwrite: Replace the store that is at ``path``. Anything else there is left alone.
 
         Returns:
             The store, open for appending.
 
         Raises:
-            FileExistsError: Something is at `path`.
+            FileExistsError: Something is at ``path``.
             ValueError: No fields, a bad name, shape or attribute.
         """
         target = Path(path)
@@ -110,8 +105,8 @@ class EpisodeStore(EpisodeReader):
 
         Args:
             path: The store.
-            mode: `"r"` to read, `"a"` to append. Opening with `"a"` discards the rows of an episode
-                that a killed writer did not finish.
+            mode: ``"r"`` to read, ``"a"`` to append. Opening with ``"a"`` discards the rows of an
+                episode that a killed writer did not finish.
 
         Returns:
             The store.
@@ -123,8 +118,7 @@ class EpisodeStore(EpisodeReader):
                 cannot be read.
             BusyError: (to append) Another process is writing to it; names it.
         """
-        if mode not in ("r", "a"):
-            raise ValueError(f"mode must be 'r' (read) or 'a' (append); got {mode!r}")
+        check_choice("mode", mode, ("r", "a"))
         target = Path(path)
         group = opening.open_group(target, writable=mode == "a")
         try:
@@ -133,7 +127,7 @@ class EpisodeStore(EpisodeReader):
             group.store.close()
             raise
         if mode == "a":
-            if not store._native:
+            if not store.is_native:
                 store.close()
                 raise ValueError(
                     f"{target} is a Diffusion Policy replay buffer, which is only read; make a "
@@ -158,8 +152,8 @@ class EpisodeStore(EpisodeReader):
         """Make a store, with statistics, of arrays you have.
 
         Args:
-            arrays: Per field `[T, ...]`; float64 is stored as float32.
-            episode_ends: `[E]` cumulative ends: episode i is rows `ends[i-1]..ends[i]-1`.
+            arrays: Per field ``[T, ...]``; float64 is stored as float32.
+            episode_ends: ``[E]`` cumulative ends: episode i is rows ``ends[i-1]..ends[i]-1``.
             path: Where to write it; None keeps it in memory.
             attrs: JSON values kept with the store.
 
@@ -169,14 +163,9 @@ class EpisodeStore(EpisodeReader):
         Raises:
             ValueError: Lengths that differ, ends that do not increase strictly up to T, or values
                 that are not finite.
-            FileExistsError: Something is at `path`.
+            FileExistsError: Something is at ``path``.
         """
         columns = {name: np.asarray(value) for name, value in arrays.items()}
-        for name, column in columns.items():
-            if column.ndim == 0:
-                raise ValueError(
-                    f"field {name!r} must be an array [T, ...]; got the number {column}"
-                )
         specs = {
             name: FieldSpec(c.shape[1:], "float32" if c.dtype == np.float64 else str(c.dtype))
             for name, c in columns.items()
@@ -199,8 +188,7 @@ class EpisodeStore(EpisodeReader):
         chunk_rows: int | None,
     ) -> EpisodeStore:
         user = user_attrs(attrs)
-        if chunk_rows is not None and chunk_rows < 1:
-            raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
+        check_range("[1, inf)", chunk_rows=chunk_rows)
         fields: Any = {k: {"shape": list(s.shape), "dtype": s.dtype} for k, s in specs.items()}
         own = {"format": opening.FORMAT, "version": opening.VERSION, "fields": fields}
         with naming(path or "memory"):
@@ -215,8 +203,8 @@ class EpisodeStore(EpisodeReader):
         """Add one whole episode. When this returns, killing the process does not lose it.
 
         Args:
-            arrays: Every field of the store, `[T, *shape]` with one T >= 1, finite.
-            **episode_attrs: JSON values to keep with the episode, such as `seed=3, success=True`.
+            arrays: Every field of the store, ``[T, *shape]`` with one T >= 1, finite.
+            **episode_attrs: JSON values to keep with the episode, such as ``seed=3, success=True``.
 
         Returns:
             The episode's index.
@@ -224,9 +212,8 @@ class EpisodeStore(EpisodeReader):
         Raises:
             ValueError: Fields, shapes, lengths, types or values that do not fit; nothing was added.
         """
-        columns = {name: np.asarray(value) for name, value in arrays.items()}
-        length = min((len(c) for c in columns.values() if c.ndim), default=0)
-        self._extend(columns, np.array([length]), [episode_attrs])
+        length = min((len(a) for a in arrays.values() if np.ndim(a)), default=0)
+        self.extend(arrays, [length], [episode_attrs])
         return self.num_episodes - 1
 
     def extend(
@@ -238,18 +225,32 @@ class EpisodeStore(EpisodeReader):
         """Add several whole episodes at once, which is faster than one by one.
 
         Args:
-            arrays: Every field of the store, `[T, *shape]`, the episodes back to back.
-            episode_ends: `[E]` their ends, counted from 0 in these arrays.
-            episode_attrs: E mappings; default `{}` each.
+            arrays: Every field of the store, ``[T, *shape]``, the episodes back to back.
+            episode_ends: ``[E]`` their ends, counted from 0 in these arrays.
+            episode_attrs: E mappings; default ``{}`` each.
 
         Raises:
-            ValueError: As for `append`.
+            ValueError: As for ``append``.
         """
+        self._require_writable()
         ends = np.asarray(episode_ends)
         attrs = [{}] * len(ends) if episode_attrs is None else episode_attrs
         if len(attrs) != len(ends):
             raise ValueError(f"{len(ends)} episodes need as many attributes; got {len(attrs)}")
-        self._extend({name: np.asarray(value) for name, value in arrays.items()}, ends, attrs)
+        columns = {name: np.asarray(value) for name, value in arrays.items()}
+        rows = checked_rows(self._fields, columns, ends)
+        lines = "".join(json.dumps(jsonable(a, "episode_attrs")) + "\n" for a in attrs)
+        self._begin()
+        tails, self._tails = self._tails or self._open_tails(), None
+        for name, values in rows.items():
+            tails[f"data/{name}"].append(values)
+        tails["meta/episode_attrs"].append(np.frombuffer(lines.encode(), np.uint8))
+        new_ends = ends.astype(np.int64) + self.num_steps
+        tails["meta/episode_ends"].append(new_ends)
+        self._ends = np.concatenate([self._ends, new_ends])
+        self._episode_attrs = None
+        # Kept only now: after a failure (a full disk) the next call starts from what is published.
+        self._tails = tails
 
     def update_attrs(self, attrs: Mapping[str, Any]) -> None:
         """Add to the store's attributes.
@@ -280,8 +281,8 @@ class EpisodeStore(EpisodeReader):
             if self.num_steps:
                 values = compute_statistics(self)
                 self._put({"statistics": values, "statistics_crc32": checksum(values)})
-            if self._path is not None:
-                layout.sync_to_disk(self._path)
+            if self.path is not None:
+                layout.sync_to_disk(self.path)
         finally:
             self._end()
 
@@ -295,17 +296,10 @@ class EpisodeStore(EpisodeReader):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:  # leave quickly; what was appended is published already
-            self._end()
-            self._finalizer()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:  # leave quickly; what was appended is published already
+            self._tails = None
+        self.close()
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -314,51 +308,39 @@ class EpisodeStore(EpisodeReader):
             raise ValueError(f"{self.name} is open for reading; use EpisodeStore.open(path, 'a')")
 
     def _begin(self) -> None:
-        """Become the one writer, and know what others have written before."""
+        """Become the one writer, and know what others have written before.
+
+        Other processes are refused meanwhile, with the name of this one. Another handle of the same
+        thread may take its turn; each then finds out that what it knows of the store is old.
+        """
         self._require_writable()
-        if self._session is not None and self._session.begin():
-            self._finalizer()
-            assert self._path is not None
-            super().__init__(opening.open_group(self._path, writable=True), self._path)
-            self._tails = None
+        if self._lock is None or self.path is None:  # in memory
+            return
+        if self._active and self._latest.get(self._lock.path) is self:
+            return
+        if not self._active:
+            self._lock.acquire()
+        self._active, self._latest[self._lock.path] = True, self
+        self._finalizer()
+        super().__init__(opening.open_group(self.path, writable=True), self.path)
+        self._tails = None
 
     def _end(self) -> None:
         """Let others write."""
-        if self._session is not None:
-            self._session.end()
-
-    def _extend(
-        self,
-        columns: Mapping[str, NDArray[Any]],
-        ends: NDArray[Any],
-        attrs: Sequence[Mapping[str, Any]],
-    ) -> None:
-        """Write rows of one or more episodes, then publish them; `ends` count from 0."""
-        self._require_writable()
-        rows = checked_rows(self._fields, columns, ends)
-        lines = "".join(json.dumps(jsonable(a, "episode_attrs")) + "\n" for a in attrs)
-        self._begin()
-        tails, self._tails = self._tails or self._open_tails(), None
-        for name, values in rows.items():
-            tails[f"data/{name}"].append(values)
-        tails["meta/episode_attrs"].append(np.frombuffer(lines.encode(), np.uint8))
-        new_ends = ends.astype(np.int64) + self.num_steps
-        tails["meta/episode_ends"].append(new_ends)
-        self._ends = np.concatenate([self._ends, new_ends])
-        self._episode_attrs = None
-        # Kept only now: after a failure (a full disk) the next call starts from what is published.
-        self._tails = tails
+        if self._lock is not None and self._active:
+            self._active = False
+            if self._latest.get(self._lock.path) is self:
+                del self._latest[self._lock.path]
+            self._lock.release()
 
     def _open_tails(self) -> dict[str, layout.Tail]:
         group, name = self._group, self.name
-        attrs, ends = (
-            opening.child_array(group, f"meta/episode_{part}", name) for part in ("attrs", "ends")
-        )
-        lines = opening.read_growing(attrs, f"{name}/meta/episode_attrs", name)
         tails = {f"data/{k}": layout.Tail(a, self.num_steps) for k, a in self._arrays.items()}
-        tails["meta/episode_attrs"] = layout.Tail(
-            attrs, opening.bytes_of_lines(lines, self.num_episodes)
-        )
+        place = "meta/episode_attrs"
+        attrs = opening.child_array(group, place, name)
+        lines = opening.read_growing(attrs, f"{name}/{place}", name)
+        tails[place] = layout.Tail(attrs, opening.bytes_of_lines(lines, self.num_episodes))
+        ends = opening.child_array(group, "meta/episode_ends", name)
         tails["meta/episode_ends"] = layout.Tail(ends, self.num_episodes)
         return tails
 

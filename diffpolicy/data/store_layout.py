@@ -1,18 +1,21 @@
-"""How a store lies on disk: fields, zarr arrays, crash-safe appending to them."""
+"""How a store lies on disk: its arrays, and crash-safe appending to them."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import zarr
+from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from diffpolicy.data.damage import StoreDamagedError, reason
-from diffpolicy.data.opening import FORMAT, UNPUBLISHED
+from diffpolicy.data.fields import FieldSpec
+from diffpolicy.data.opening import FORMAT, UNPUBLISHED, StoreDamagedError, ZarrArray, reason
 from diffpolicy.files import (
     ForeignFilesError,
     WriterLock,
@@ -20,24 +23,14 @@ from diffpolicy.files import (
     naming,
     remove_owned,
     replaced_directory,
+    sync,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
-
-    import zarr
-    from numpy.typing import NDArray
-
-    from diffpolicy.data.fields import FieldSpec
-    from diffpolicy.data.opening import ZarrArray
-
-__all__ = ["StoreDamagedError", "Tail", "clear_target", "create_arrays", "sync_to_disk"]
 
 _CHUNK_BYTES = 2**18
 _MAX_CHUNK_ROWS = 4096
 _ENDS_CHUNK = 1024
 _ATTRS_CHUNK = 2**14
+_PIECE = 16  # chunks written at once, which bounds the memory
 
 
 class Tail:
@@ -46,8 +39,6 @@ class Tail:
     The array grows by whole chunks and each chunk is written whole, so that an append costs one
     file an array and never reads; the file is replaced atomically, so its old rows are safe.
     """
-
-    PIECE = 16  # chunks written at once, which bounds the memory
 
     def __init__(self, array: ZarrArray, length: int) -> None:
         self._array = array
@@ -63,9 +54,9 @@ class Tail:
             ) from error
 
     def append(self, rows: NDArray[Any]) -> None:
-        """Write `rows` behind the last one."""
+        """Write ``rows`` behind the last one."""
         self._resize(-(-(self._length + len(rows)) // self._chunk) * self._chunk)
-        step = self.PIECE * self._chunk
+        step = _PIECE * self._chunk
         for start in range(0, len(rows), step):
             self._append_piece(rows[start : start + step])
 
@@ -81,51 +72,46 @@ class Tail:
         block[:kept], block[kept:used] = self._buffer, rows
         block[used:] = self._array.fill_value
         first = self._length - kept
-        with naming(_place(self._array.store_path)):
+        with _naming(self._array.store_path):
             self._array[first : first + size] = block
         self._length += len(rows)
         self._buffer = block[used - used % self._chunk : used].copy()
 
     def _resize(self, rows: int) -> None:
         if self._array.shape[0] != rows:
-            with naming(_place(self._array.store_path)):
+            with _naming(self._array.store_path):
                 self._array.resize((rows, *self._array.shape[1:]))
 
 
 def create_arrays(
     group: zarr.Group, specs: Mapping[str, FieldSpec], chunk_rows: int | None
 ) -> None:
-    """Create the empty arrays of a store in `group`."""
+    """Create the empty arrays of a store in ``group``."""
+    arrays: dict[str, tuple[int, FieldSpec, float]] = {}  # rows of a chunk, rows, fill value
     for name, spec in specs.items():
-        row_bytes = int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
-        rows = chunk_rows or min(_MAX_CHUNK_ROWS, max(1, _CHUNK_BYTES // row_bytes))
+        rows = chunk_rows or min(_MAX_CHUNK_ROWS, max(1, _CHUNK_BYTES // spec.row_bytes))
         # A float chunk that got lost reads as NaN, never as plausible zeros.
-        fill = np.nan if np.dtype(spec.dtype).kind == "f" else 0
-        _create_array(group, f"data/{name}", (rows, *spec.shape), spec.dtype, fill)
-    _create_array(group, "meta/episode_attrs", (_ATTRS_CHUNK,), "uint8", 0)
-    _create_array(group, "meta/episode_ends", (_ENDS_CHUNK,), "int64", UNPUBLISHED)
+        arrays[f"data/{name}"] = rows, spec, np.nan if spec.dtype.startswith("float") else 0
+    arrays["meta/episode_attrs"] = _ATTRS_CHUNK, FieldSpec((), "uint8"), 0
+    arrays["meta/episode_ends"] = _ENDS_CHUNK, FieldSpec((), "int64"), UNPUBLISHED
+    for name, (rows, spec, fill) in arrays.items():
+        with _naming(group.store_path / name):
+            group.create_array(
+                name,
+                shape=(0, *spec.shape),
+                chunks=(rows, *spec.shape),
+                dtype=spec.dtype,
+                fill_value=fill,
+                compressors=[ZstdCodec(level=1), Crc32cCodec()],
+            )
 
 
-def _create_array(
-    group: zarr.Group, name: str, chunks: tuple[int, ...], dtype: str, fill: float
-) -> None:
-    with naming(_place(group.store_path / name)):
-        group.create_array(
-            name,
-            shape=(0, *chunks[1:]),
-            chunks=chunks,
-            dtype=dtype,
-            fill_value=fill,
-            compressors=[ZstdCodec(level=1), Crc32cCodec()],
-        )
-
-
-def _place(place: object) -> str:
-    return str(place).removeprefix("file://")
+def _naming(place: object) -> contextlib.AbstractContextManager[None]:
+    return naming(str(place).removeprefix("file://"))
 
 
 def clear_target(target: Path, *, overwrite: bool, remove: bool = True) -> None:
-    """Make sure that a store can be made at `target`; with `remove=False` only ask.
+    """Make sure that a store can be made at ``target``; with ``remove=False`` only ask.
 
     Raises:
         FileExistsError: Something is there which may not be replaced.
@@ -147,7 +133,7 @@ def clear_target(target: Path, *, overwrite: bool, remove: bool = True) -> None:
 
 
 def replaced(target: Path) -> contextlib.AbstractContextManager[Path]:
-    """Yield a directory for a new store, which then takes the place of one of ours at `target`."""
+    """Yield a directory for a new store, which then replaces one of ours at ``target``."""
     return replaced_directory(target, owned=_owned(target))
 
 
@@ -156,9 +142,7 @@ def _owned(target: Path) -> Callable[[str], bool]:
     try:
         attributes = json.loads((target / "zarr.json").read_bytes())["attributes"]
         fields = list(attributes["fields"]) if attributes["format"] == FORMAT else []
-    except (ValueError, KeyError, TypeError):
-        fields = []
-    except OSError:  # nothing there
+    except (OSError, ValueError, KeyError, TypeError):  # nothing there, or damaged
         fields = []
     if not fields:
         return lambda name: False
@@ -173,19 +157,13 @@ def _owned(target: Path) -> Callable[[str], bool]:
 
 
 def partial_files(target: Path) -> list[Path]:
-    """The half-written files of a store, which zarr names by 32 hexadecimal digits."""
+    """Return the half-written files of a store, which zarr names by 32 hexadecimal digits."""
     found = target.rglob("*.partial")
     return [path for path in found if re.fullmatch(r".+\.[0-9a-f]{32}\.partial", path.name)]
 
 
 def sync_to_disk(root: Path) -> None:
-    """Ask the system to bring every file and directory under `root` to the disk."""
+    """Ask the system to bring every file and directory under ``root`` to the disk."""
     for path in [root, *root.rglob("*")]:
-        if os.name != "posix" and path.is_dir():  # only POSIX opens directories
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            with naming(path):
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with naming(path):
+            sync(path)

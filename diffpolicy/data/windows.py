@@ -1,48 +1,46 @@
 """Training windows of episodes, gathered a batch at a time.
 
-A window belongs to one step of an episode, its "now". It covers `horizon` steps, from
-`n_obs_steps - 1` before now onwards; its first `n_obs_steps` observations are what the policy sees,
-the last of them being now's. Where a window reaches over an end of its episode, the frame at that
-end is repeated, as in Diffusion Policy (Chi et al. 2023).
+A window belongs to one step of an episode, its "now". It covers ``horizon`` steps, from
+``n_obs_steps - 1`` before now onwards; its first ``n_obs_steps`` observations are what the policy
+sees, the last of them being now's. Where a window reaches over an end of its episode, the frame at
+that end is repeated, as in Diffusion Policy (Chi et al. 2023).
 
-Each episode is laid out once with its edges repeated. Every window is then one run of memory, and
-a batch is one `index_select` over overlapping runs.
+Of vectors each episode is laid out once with its edges repeated. Every window is then one run of
+memory, and a batch is one ``index_select`` over overlapping runs. Images are held once, as they
+are, and gathered frame by frame.
 """
 
 from __future__ import annotations
 
 import copy
-import errno
 import os
-import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from diffpolicy.data.blocks import read_blocks
-from diffpolicy.data.fields import check_vector
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from diffpolicy.data.normalize import Normalizer
-    from diffpolicy.data.store import EpisodeStore
+from diffpolicy.data.fields import FieldSpec, check_rows_train
+from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.observation import is_obs, obs_fields
+from diffpolicy.data.store import EpisodeStore
+from diffpolicy.settings import check_range
 
 _MEMORY_SHARE = 0.5  # of what is free, above which windows are streamed from the disk
+Ints = NDArray[np.int64]
 
 
 class Windows:
     """All windows of a store's episodes, normalised.
 
     By default every step of every episode is now exactly once. Diffusion Policy leaves out the
-    last `horizon - n_obs_steps - pad_after` steps of each episode; `pad_after=n_action_steps - 1`
-    gives its set of windows.
+    last ``horizon - n_obs_steps - pad_after`` steps of each episode;
+    ``pad_after=n_action_steps - 1`` gives its set of windows.
 
     Args:
         store: The episodes.
@@ -50,9 +48,9 @@ class Windows:
         n_obs_steps: To, the observations a policy sees; 1..H.
         n_action_steps: Ta, the actions executed of a plan; 1..H-To+1.
         normalizer: Applied to the fields it knows; the other fields are returned as they are.
-        episodes: Indices of the episodes to use (see `split_episodes`); default all.
-        fields: The first one is the observation, of which a batch holds To steps; of the others
-            it holds H.
+        episodes: Indices of the episodes to use (see :func:`split_episodes`); default all.
+        fields: What a batch holds; default the store's observations (``obs``, or all ``obs.NAME``)
+            and ``action``. The first one and all observations have To steps, the others H.
         in_memory: True holds everything in memory; False streams it from a temporary file (made
             once, decompressed and normalised, in the directory TMPDIR names), which the system
             maps into memory as needed; None decides by what is free.
@@ -75,87 +73,104 @@ class Windows:
         n_action_steps: int,
         normalizer: Normalizer | None = None,
         episodes: Sequence[int] | NDArray[np.integer] | None = None,
-        fields: Sequence[str] = ("obs", "action"),
+        fields: Sequence[str] | None = None,
         in_memory: bool | None = None,
         pad_after: int | None = None,
         whole: bool = False,
     ) -> None:
-        _check_sizes(horizon, n_obs_steps, n_action_steps)
-        self.horizon = horizon
-        self.n_obs_steps = n_obs_steps
-        self.n_action_steps = n_action_steps
-        self.pad_after = _checked_pad(pad_after, horizon - n_obs_steps)
-        _check_fields(store, fields, normalizer)
-        self.fields = tuple(fields)
+        check_sizes(horizon, n_obs_steps)
+        limit = horizon - n_obs_steps  # the steps of a plan after now
+        check_range(f"[1, {limit + 1}]", n_action_steps=n_action_steps)
+        check_range(f"[0, {limit}]", pad_after=pad_after)
+        self.horizon, self.n_obs_steps, self.n_action_steps = horizon, n_obs_steps, n_action_steps
+        self.pad_after = limit if pad_after is None else pad_after
+        self.fields = _checked_fields(store, fields, normalizer)
         self.episodes = checked_episodes(store, episodes)
-        ends = store.episode_ends[self.episodes]
-        self._first_row = ends - store.episode_lengths[self.episodes]
         self._lengths = store.episode_lengths[self.episodes]
+        self._device = torch.device("cpu")
+        used, valid = self._lay_out()
 
-        # Padded layout: To-1 copies of the first row, the episode, pad_after copies of the last.
-        front = n_obs_steps - 1
+        rows = episode_rows(store, self.episodes)
+        specs = {name: store.fields[name] for name in self.fields}
+        self._shapes = {
+            name: (n_obs_steps if not whole and _seen(name, self.fields) else horizon, *spec.shape)
+            for name, spec in specs.items()
+        }
+        raw = {name: is_raw(name, spec, normalizer) for name, spec in specs.items()}
+        size = sum(
+            len(rows) * spec.row_bytes if raw[name] else 4 * len(used) * spec.size
+            for name, spec in specs.items()
+        )
+        self.in_memory = size <= _MEMORY_SHARE * _free_memory() if in_memory is None else in_memory
+        self._runs, self._frames = {}, {}
+        for name in self.fields:
+            wanted = rows if raw[name] else rows[used]
+            table = load_rows(store, {name: wanted}, normalizer, in_memory=self.in_memory)
+            if raw[name]:
+                self._frames[name] = table
+            else:
+                self._runs[name] = _runs(table, self._shapes[name][0])
+        self._valid = _runs(valid[:, None], horizon)
+        self._used = torch.from_numpy(used) if self._frames else torch.zeros(0, dtype=torch.int64)
+
+    def _lay_out(self) -> tuple[Ints, Tensor]:
+        """Pad every episode: To-1 copies of the first row, its rows, pad_after copies of the last.
+
+        Returns:
+            Per place of the padded episodes, back to back, the row of the episodes' own that is
+            there, and whether it is no copy.
+        """
+        front = self.n_obs_steps - 1
         sizes = self._lengths + front + self.pad_after
-        self._counts = np.maximum(sizes - horizon + 1, 0)
+        self._counts = np.maximum(sizes - self.horizon + 1, 0)
         if self._counts.sum() == 0:
             raise ValueError(
-                f"no window of {horizon} steps fits: the longest of {len(sizes)} episodes has "
+                f"no window of {self.horizon} steps fits: the longest of {len(sizes)} episodes has "
                 f"{self._lengths.max(initial=0)} steps, padded by {front} before and "
                 f"{self.pad_after} after. Use a shorter horizon or a larger pad_after"
             )
+        # Window k of an episode begins at place k of its padded rows.
         offsets = np.cumsum(sizes) - sizes
         self._starts = torch.from_numpy(np.repeat(offsets, self._counts) + ranges(self._counts))
         step = ranges(sizes) - front
         length = np.repeat(self._lengths, sizes)
-        source = np.repeat(self._first_row, sizes) + np.clip(step, 0, length - 1)
+        first = np.repeat(np.cumsum(self._lengths) - self._lengths, sizes)
         valid = torch.from_numpy((step >= 0) & (step < length))
-
-        shapes = {name: store.fields[name].shape for name in fields}
-        self._shapes = {
-            k: (n_obs_steps if k == fields[0] and not whole else horizon, *s)
-            for k, s in shapes.items()
-        }
-        size = 4 * len(source) * sum(int(np.prod(s)) for s in shapes.values())
-        self.in_memory = size <= _MEMORY_SHARE * _free_memory() if in_memory is None else in_memory
-        self._device = torch.device("cpu")
-        self._runs = {
-            name: _runs(
-                load_rows(store, name, source, normalizer, in_memory=self.in_memory),
-                self._shapes[name][0],
-            )
-            for name in fields
-        }
-        self._valid = _runs(valid[:, None], horizon)
+        return first + np.clip(step, 0, length - 1), valid
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def gather(self, indices: Tensor) -> dict[str, Tensor]:
-        """A batch of windows.
+        """Return a batch of windows.
 
         Args:
-            indices: `[B]` int64, each in 0..len-1.
+            indices: ``[B]`` int64, each in 0..len-1.
 
         Returns:
-            Per field `[B, To or H, *shape]` float32, normalised: `obs` `[B, To, O]` and `action`
-            `[B, H, A]`; and `valid` `[B, H]` bool, False where an edge was repeated. All new
-            tensors, on the windows' device.
+            Per field ``[B, To or H, *shape]``: vectors as float32, normalised, such as ``obs``
+            ``[B, To, O]`` and ``action`` ``[B, H, A]``; images in the store's type. And ``valid``
+            ``[B, H]`` bool, False where an edge was repeated. All new tensors, on the windows'
+            device.
 
         Raises:
             IndexError: An index is out of range (on the CPU).
         """
-        indices = indices.to(self._starts.device)
-        starts = self._starts.index_select(0, indices)
+        starts = self._starts.index_select(0, indices.to(self._starts.device))
         batch = {
             name: runs.index_select(0, starts).view(-1, *self._shapes[name])
             for name, runs in self._runs.items()
         }
+        for name, frames in self._frames.items():
+            steps = torch.arange(self._shapes[name][0], device=starts.device)
+            places = (starts[:, None] + steps).flatten()
+            rows = self._used.index_select(0, places).to(frames.device)
+            batch[name] = frames.index_select(0, rows).view(-1, *self._shapes[name])
         batch["valid"] = self._valid.index_select(0, starts)
-        if self._starts.device != self._device:  # streamed: the rows come from the disk
-            batch = {name: value.to(self._device) for name, value in batch.items()}
-        return batch
+        return {name: value.to(self._device) for name, value in batch.items()}
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Where window `index` is: its episode in the store, and its now, a step of that episode.
+        """Return where window ``index`` is: its episode, and its now, a step of that episode.
 
         Raises:
             IndexError: No such window.
@@ -167,18 +182,21 @@ class Windows:
         return int(self.episodes[place]), index - int(ends[place] - self._counts[place])
 
     def identity(self) -> dict[str, Any]:
-        """What these windows are, for telling one training run from another: sizes and rows."""
-        rows = {name: _rows(runs) for name, runs in self._runs.items()}
+        """Return what these windows are, for telling one run from another: sizes and rows."""
+        rows = {name: _rows(runs) for name, runs in self._runs.items()} | self._frames
         counts = {"windows": len(self), "episodes": len(self.episodes), "lengths": self._lengths}
         sizes = ("horizon", "n_obs_steps", "n_action_steps", "pad_after")
         return {**counts, **{name: getattr(self, name) for name in sizes}, **rows}
 
     def to(self, device: torch.device | str) -> Windows:
-        """The same windows with batches on `device`; in memory, the data move there too."""
+        """Return the same windows with batches on ``device``.
+
+        In memory, the data move there too, but for images, of which there is usually not room.
+        """
         moved = copy.copy(self)
         moved._device = torch.device(device)
         if self.in_memory:
-            moved._starts = self._starts.to(device)
+            moved._starts, moved._used = self._starts.to(device), self._used.to(device)
             moved._runs = {k: _moved(v, device) for k, v in self._runs.items()}
             moved._valid = _moved(self._valid, device)
         return moved
@@ -190,9 +208,7 @@ class Windows:
         )
 
 
-def split_episodes(
-    num_episodes: int, val_fraction: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split_episodes(num_episodes: int, val_fraction: float, seed: int) -> tuple[Ints, Ints]:
     """Split by episode, so that no validation window overlaps a training one.
 
     Args:
@@ -207,8 +223,7 @@ def split_episodes(
     Raises:
         ValueError: A fraction outside the range, or fewer than two episodes to split.
     """
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction must be in [0, 1); got {val_fraction}")
+    check_range("[0, 1)", val_fraction=val_fraction)
     if num_episodes < (2 if val_fraction else 1):
         raise ValueError(f"{num_episodes} episodes cannot be split; set val_fraction=0")
     count = 0
@@ -218,53 +233,50 @@ def split_episodes(
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def _check_sizes(horizon: int, n_obs_steps: int, n_action_steps: int) -> None:
-    if horizon < 1 or not 1 <= n_obs_steps <= horizon:
-        raise ValueError(
-            f"n_obs_steps must be in 1..horizon; got n_obs_steps={n_obs_steps}, horizon={horizon}"
-        )
-    limit = horizon - n_obs_steps + 1
-    if not 1 <= n_action_steps <= limit:
-        raise ValueError(
-            f"n_action_steps must be in 1..{limit} (horizon - n_obs_steps + 1: the plan from now "
-            f"on); got {n_action_steps} with horizon={horizon}, n_obs_steps={n_obs_steps}"
-        )
+def check_sizes(horizon: int, n_obs_steps: int) -> None:
+    """Raise ``ValueError`` unless a window of H steps has room for To observations."""
+    check_range("[1, inf)", horizon=horizon)
+    check_range(f"[1, {horizon}]", n_obs_steps=n_obs_steps)
 
 
-def _checked_pad(pad_after: int | None, limit: int) -> int:
-    if pad_after is None:
-        return limit
-    if not 0 <= pad_after <= limit:
-        raise ValueError(
-            f"pad_after must be in 0..{limit} (horizon - n_obs_steps); got {pad_after}"
-        )
-    return pad_after
-
-
-def _check_fields(
-    store: EpisodeStore, fields: Sequence[str], normalizer: Normalizer | None
-) -> None:
-    missing = [name for name in fields if name not in store.fields]
-    if missing or not fields:
+def _checked_fields(
+    store: EpisodeStore, fields: Sequence[str] | None, normalizer: Normalizer | None
+) -> tuple[str, ...]:
+    names = (*(obs_fields(store) or ["obs"]), "action") if fields is None else tuple(fields)
+    missing = [name for name in names if name not in store.fields]
+    if missing or not names:
         raise ValueError(
             f"{store.name} has no field {missing}; it has {sorted(store.fields)}. Training needs "
             "obs and action: `diffpolicy data convert` makes them of other fields"
         )
-    for name in fields:
+    check_rows_train({name: store.fields[name] for name in names}, store.name)
+    for name in names:
         shape = store.fields[name].shape
-        if name in ("obs", "action"):
-            check_vector(name, shape, store.name)
         if normalizer and name in normalizer.fields and normalizer.shape(name) != shape:
             raise ValueError(
                 f"the normaliser was fitted to {name!r} of shape {list(normalizer.shape(name))}, "
                 f"but {store.name} holds {list(shape)}; fit it to this store"
             )
+    return names
+
+
+def _seen(name: str, fields: Sequence[str]) -> bool:
+    """Whether a field is (a part of) the observation."""
+    return name == fields[0] or is_obs(name)
+
+
+def is_raw(name: str, spec: FieldSpec, normalizer: Normalizer | None) -> bool:
+    """Return whether a field's rows stay as they are: images, and what ``obs.NAME`` counts."""
+    if normalizer is not None and name in normalizer.fields:
+        return False
+    whole_numbers = name != "obs" and is_obs(name) and not spec.dtype.startswith("float")
+    return len(spec.shape) >= 2 or whole_numbers
 
 
 def checked_episodes(
     store: EpisodeStore, episodes: Sequence[int] | NDArray[np.integer] | None
-) -> NDArray[np.int64]:
-    """Indices of the episodes to use, ascending; all of the store's unless given.
+) -> Ints:
+    """Return the indices of the episodes to use, ascending; all of the store's unless given.
 
     Raises:
         ValueError: An index out of range, or one that comes twice.
@@ -281,58 +293,90 @@ def checked_episodes(
     return chosen
 
 
-def ranges(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """0..n-1 for each n of `counts`, one after the other."""
+def ranges(counts: Ints) -> Ints:
+    """Return 0..n-1 for each n of ``counts``, one after the other."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
+def episode_rows(store: EpisodeStore, episodes: Ints) -> Ints:
+    """Return the store's rows of some episodes, one episode after the other."""
+    lengths = store.episode_lengths[episodes]
+    return np.repeat(store.episode_ends[episodes] - lengths, lengths) + ranges(lengths)
+
+
 def _runs(rows: Tensor, length: int) -> Tensor:
-    """View `[T, ...]` as the overlapping runs of `length` rows: `[T-length+1, length * D]`."""
-    flat = rows.reshape(len(rows), -1)
-    width = flat.shape[1]
-    return flat.as_strided((len(flat) - length + 1, length * width), (width, 1))
+    """View ``[T, D]`` as the overlapping runs of ``length`` rows: ``[T-length+1, length * D]``."""
+    width = rows.shape[1]
+    return rows.as_strided((len(rows) - length + 1, length * width), (width, 1))
 
 
 def _rows(runs: Tensor) -> Tensor:
-    """The rows `[T, D]` that overlapping runs are made of."""
+    """View overlapping runs as the rows ``[T, D]`` that they are made of."""
     (count, size), width = runs.shape, runs.stride(0)
     return runs.as_strided((count - 1 + size // width, width), (width, 1))
 
 
 def _moved(runs: Tensor, device: torch.device | str) -> Tensor:
-    """Runs on another device, still overlapping (a plain `.to` would write each of them out)."""
+    """Runs on another device, still overlapping (a plain ``.to`` would write each of them out)."""
     return _runs(_rows(runs).to(device), runs.shape[1] // runs.stride(0))
 
 
 def load_rows(
     store: EpisodeStore,
-    field: str,
-    source: NDArray[np.int64],
+    parts: dict[str, Ints],
     normalizer: Normalizer | None,
     *,
-    in_memory: bool,
+    in_memory: bool = True,
 ) -> Tensor:
-    """Rows `source` of a field, normalised, as float32 `[len(source), D]`."""
-    width = int(np.prod(store.fields[field].shape))
-    rows = torch.empty(len(source), width) if in_memory else _on_disk(len(source), width)
-    for start, stop, values in read_blocks(store, field, source):
-        block = torch.from_numpy(values.astype(np.float32))
-        if normalizer is not None and field in normalizer.fields:
-            block = normalizer.normalize(field, block)
-        block = block.reshape(stop - start, width)
-        if not bool(torch.isfinite(block).all()):
-            row = int(source[start + int(torch.isfinite(block).all(1).logical_not().nonzero()[0])])
-            episode = int(np.searchsorted(store.episode_ends, row, side="right"))
-            raise ValueError(
-                f"{store.name}: field {field!r} is not finite at row {row} (episode {episode}); "
-                f"`diffpolicy data check {store.name}` lists every such row"
-            )
-        rows[start:stop] = block
-    return rows
+    """Read rows of a field, and of others that are laid out like it, into one table.
+
+    Args:
+        store: The episodes.
+        parts: Per field the rows to read of it, ascending. The first one's name says how all of
+            them are normalised.
+        normalizer: Applied if it knows that name.
+        in_memory: Otherwise the table lies in a temporary file.
+
+    Returns:
+        float32 ``[n, D]``, or of images ``[n, *shape]`` in their own type.
+
+    Raises:
+        ValueError: A value is not finite; the message says where.
+    """
+    field = next(iter(parts))
+    spec = store.fields[field]
+    raw = is_raw(field, spec, normalizer)
+    shape = (sum(map(len, parts.values())), *(spec.shape if raw else (spec.size,)))
+    dtype = np.dtype(spec.dtype if raw else np.float32)
+    table = torch.from_numpy(np.empty(shape, dtype) if in_memory else _on_disk(shape, dtype))
+    place = 0
+    for name, rows in parts.items():
+        for start, stop, values in read_blocks(store, name, rows):
+            block = torch.from_numpy(values.astype(dtype, copy=False))
+            if normalizer is not None and field in normalizer.fields:
+                block = normalizer.normalize(field, block)
+            check_finite(store, name, rows[start:stop], block)
+            table[place : place + stop - start] = block.reshape(-1, *shape[1:])
+            place += stop - start
+    return table
 
 
-def _on_disk(rows: int, width: int) -> Tensor:
-    """A float32 tensor `[rows, width]` in a temporary file that goes when the tensor does.
+def check_finite(store: EpisodeStore, field: str, rows: Ints, values: Tensor) -> None:
+    """Raise ``ValueError`` unless the values of some rows of a field are finite; names the row."""
+    if not values.is_floating_point():
+        return
+    finite = torch.isfinite(values.reshape(len(values), -1)).all(1)
+    if not bool(finite.all()):
+        row = int(rows[int(finite.int().argmin())])
+        episode = int(np.searchsorted(store.episode_ends, row, side="right"))
+        raise ValueError(
+            f"{store.name}: field {field!r} is not finite at row {row} (episode {episode}); "
+            f"`diffpolicy data check {store.name}` lists every such row"
+        )
+
+
+def _on_disk(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Map a temporary file that goes when the array does.
 
     Its place on the disk is taken at once: where a file has holes and the disk fills, the system
     kills the process (SIGBUS) at whatever row it is.
@@ -341,44 +385,32 @@ def _on_disk(rows: int, width: int) -> Tensor:
         OSError: The disk is full, with the file's name.
     """
     handle, name = tempfile.mkstemp(prefix="diffpolicy-windows-")
-    path = Path(name)
-    try:
-        _reserve(handle, path, 4 * rows * width)
-        tensor = torch.from_numpy(np.memmap(path, np.float32, "r+", shape=(rows, width)))
-    except BaseException:
-        path.unlink()
-        raise
-    finally:
-        os.close(handle)
-    if os.name == "posix":  # the mapping outlives the name
-        path.unlink()
-    return tensor
-
-
-def _reserve(handle: int, path: Path, size: int) -> None:
+    size = int(np.prod(shape)) * dtype.itemsize
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle, 0, size)
-            return
-        free = shutil.disk_usage(path.parent).free
-        if free < size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.truncate(handle, size)
+        else:
+            os.truncate(handle, size)
+        return np.memmap(name, dtype, "r+", shape=shape)
     except OSError as error:
         raise OSError(
             error.errno,
             f"{os.strerror(error.errno or 0)}: windows streamed from the disk need "
             f"{size / 2**20:.0f} MiB there. Set TMPDIR to a folder of a disk with more room, or "
             "train on fewer episodes",
-            str(path),
+            name,
         ) from error
+    finally:
+        os.close(handle)
+        if os.name == "posix":  # the mapping outlives the name
+            os.unlink(name)
 
 
 def _free_memory() -> int:
     """Bytes of memory that are free, as far as the system tells."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        fields: Mapping[str, str] = dict(line.split(":", 1) for line in lines)
+        fields = dict(line.split(":", 1) for line in lines)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return 2**33

@@ -14,7 +14,7 @@ from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import GaussianProcess, explicit_process, make_process
 from diffpolicy.core.solvers import Solver, make_solver
 from diffpolicy.core.starts import Start, levels
-from diffpolicy.data.bounds import checked_bounds
+from diffpolicy.data.fields import checked_bounds
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.networks import make_network

@@ -176,7 +176,7 @@ def score(
         transforms: transforms of the training data.
         constant_columns: see `evaluation_env`, which is asked for the matching environment.
         doubts: what speaks against the training data being all of the dataset, such as
-            `diffpolicy.data.d4rl.signature.doubts` finds; with one the label is not comparable.
+            `diffpolicy.data.d4rl.catalogue.doubts` finds; with one the label is not comparable.
         versions: of the packages; default those installed that the environment needs.
 
     Returns:

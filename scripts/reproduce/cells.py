@@ -244,8 +244,7 @@ def _scored(
 ) -> dict[str, Any]:
     """The score of every episode, what it is, and whether it compares with published ones."""
     from diffpolicy.commands.stores import env_spec
-    from diffpolicy.data.d4rl.catalogue import lookup
-    from diffpolicy.data.d4rl.signature import doubts
+    from diffpolicy.data.d4rl.catalogue import doubts, lookup
     from diffpolicy.data.store import EpisodeStore
     from diffpolicy.rollout.d4rl import score
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from diffpolicy.commands import doctor_checks as doctor
-from diffpolicy.data.d4rl import DATASETS
+from diffpolicy.data.d4rl.catalogue import DATASETS
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from diffpolicy.data.d4rl import DATASETS, find_dataset, lookup, normalized_score, scan
-from diffpolicy.data.d4rl.catalogue import by_file
+from diffpolicy.data.d4rl.catalogue import DATASETS, by_file, lookup, normalized_score
+from diffpolicy.data.d4rl.location import find_dataset, scan
 
 _ANT = "Ant_maze"
 _SIZES = ("umaze", "medium", "large")

@@ -150,7 +150,7 @@ def test_bad_input(tmp_path):
     data = make(0, timeouts=False)
     with pytest.raises(ValueError, match="give max_episode_steps"):
         qlearning_dataset(data)
-    with pytest.raises(ValueError, match="at least 1; got 0"):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
         qlearning_dataset(data, max_episode_steps=0)
     with pytest.raises(ValueError, match=r"\['terminals'\] are missing"):
         next(sequence_dataset({k: v for k, v in data.items() if k != "terminals"}))

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from diffpolicy.data import EpisodeStore, convert, load_d4rl, qlearning_dataset
-from diffpolicy.data.preferences.labels import read_label_file
 from diffpolicy.data.preferences.pickled_array import RefusedError, numbers, read_pickled_array
-from diffpolicy.data.preferences.published import from_indices, qlearning_rows
+from diffpolicy.data.preferences.published import from_indices, qlearning_rows, read_label_file
 from diffpolicy.data.preferences.set import Pair, PreferenceSet, Span
 
 DOOR = Path(__file__).parents[3] / "shared" / "data" / "adroit_door_human"
@@ -59,8 +58,8 @@ def test_without_a_map_and_with_two_columns(store):
     [
         ({"label": [0, 2]}, r"label must be 0 .* or -1 \(neither\); got 2 in row 1"),
         ({"label": [0]}, "must have the same length; got 2, 2 and 1"),
-        ({"label": [[0, 1, 0]] * 2}, r"label \[N, 2\] must be two finite numbers a row"),
-        ({"label": ["a", "b"]}, "label must be .* numbers; got shape"),
+        ({"label": [[0, 1, 0]] * 2}, r"label must be \[N\] or \[N, 2\] finite numbers"),
+        ({"label": ["a", "b"]}, "label must be .* finite numbers; got shape"),
         ({"index_1": [0.5, 1.0]}, "index_1 must be a vector of whole numbers; got shape"),
         (
             {"index_2": [3, 7]},
@@ -68,7 +67,7 @@ def test_without_a_map_and_with_two_columns(store):
         ),
         ({"index_2": [3, -1]}, "row 1 of the labels: a segment of 4 from index -1"),
         ({"index_2": [0, 1]}, "row 0 of the labels: chosen and rejected are the same segment"),
-        ({"length": 0}, "length must be at least 1; got 0"),
+        ({"length": 0}, "length must be at least 1, got 0"),
         (
             {"raw_index_map": [*KEPT[:6], 12]},
             "row 0 of the labels: .*rows must be in 0..11; got 3.",
@@ -89,7 +88,7 @@ def test_files(store, tmp_path):
     assert read_label_file(path, store, length=1, index="rows")[0].chosen == (Span(0, 4, 1),)
     with pytest.raises(ValueError, match="what its indices count must be said: index=qlearning"):
         read_label_file(path, store)
-    with pytest.raises(ValueError, match="index must be one of"):
+    with pytest.raises(ValueError, match="unknown index 'raw'; expected one of"):
         read_label_file(path, store, index="raw")
     with pytest.raises(ValueError, match=r"has no array robot_label; it has .*'seg_len'"):
         read_label_file(path, store, kind="robot", index="rows")

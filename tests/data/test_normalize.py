@@ -119,7 +119,7 @@ def test_bad_input():
         normalizer.normalize("obs", x)
     with pytest.raises(ValueError, match=r"rows of shape \[4\]; got .*\[4000, 3\]"):
         normalizer.normalize("x", x[:, :3])
-    with pytest.raises(ValueError, match="unknown mode 'maxmin'"):
+    with pytest.raises(ValueError, match="unknown mode of field 'x': 'maxmin'"):
         Normalizer.fit(statistics, {"x": "maxmin"})
     with pytest.raises(ValueError, match=r"no statistics for field 'obs'.*\['x'\]"):
         Normalizer.fit(statistics, {"obs": "minmax"})

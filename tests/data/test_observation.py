@@ -3,9 +3,25 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
-from diffpolicy.data import observation
+from diffpolicy.data import (
+    EpisodeStore,
+    Normalizer,
+    Pair,
+    PairExamples,
+    PreferenceSet,
+    Span,
+    Transitions,
+    Windows,
+    check_store,
+    convert,
+    observation,
+)
+from diffpolicy.data.blocks import content_digest
 from diffpolicy.data.observation import ObsField
+from diffpolicy.data.returns import with_fields
+from diffpolicy.data.transitions import check_fields
 
 BOX = gym.spaces.Box(-1, 1, (3,), np.float32)
 IMAGE = gym.spaces.Box(0, 255, (4, 4, 3), np.uint8)
@@ -70,3 +86,115 @@ def test_what_does_not_fit_is_named():
         observation.check(np.zeros((2, 3)), fields)
     with pytest.raises(ValueError, match="one array"):
         observation.check(named(2), ObsField((3,)))
+
+
+def camera_store(lengths, path=None, next_obs=False):
+    """Two observations a step, of which each value says the row that it is of."""
+    row = np.arange(sum(lengths))
+    arrays = {
+        "obs.state": np.stack([row, -row, 0 * row], 1).astype(np.float32),
+        "obs.camera": np.broadcast_to(row[:, None, None, None], (len(row), 8, 8, 3)),
+        "action": row[:, None].astype(np.float32),
+        "reward": np.ones(len(row), np.float32),
+        "terminated": np.isin(row, np.cumsum(lengths) - 1),
+    }
+    arrays["obs.camera"] = arrays["obs.camera"].astype(np.uint8)
+    if next_obs:
+        arrays |= {f"next_{k}": arrays[k] + 100 for k in ("obs.state", "obs.camera")}
+    return EpisodeStore.from_arrays(arrays, np.cumsum(lengths), path=path)
+
+
+def test_a_store_of_several_observations_keeps_their_types(tmp_path):
+    path = tmp_path / "s.zarr"
+    camera_store([9, 6], path).close()
+    store = EpisodeStore.open(path)
+    assert observation.obs_fields(store) == ["obs.camera", "obs.state"]
+    found = observation.of_store(store)
+    assert found["camera"] == ObsField((8, 8, 3), "uint8", "image")
+    assert found["state"] == ObsField((3,), "float32", "state")
+    assert store.read("obs.camera").dtype == np.uint8
+    assert sorted(store.statistics) == ["action", "obs.state", "reward", "terminated"]
+    assert [i for i in check_store(path) if i.severity == "error"] == []
+    digest = content_digest(store)
+    changed = camera_store([9, 6])
+    assert content_digest(changed) == digest
+    obs = observation.from_fields(store.episode(1))
+    assert sorted(obs) == ["camera", "state"]
+    assert sorted(observation.to_fields(obs)) == observation.obs_fields(store)
+    plain = EpisodeStore.from_arrays({"obs": np.ones((4, 2)), "action": np.ones((4, 1))}, [4])
+    assert observation.obs_fields(plain) == ["obs"]
+    assert observation.of_store(plain) == ObsField((2,))
+    assert observation.from_fields(plain.episode(0)).shape == (4, 2)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_windows_gather_images_by_index_in_their_type(in_memory):
+    store = camera_store([5, 1, 9])
+    modes = {"obs.state": "gaussian", "action": "minmax"}
+    normalizer = Normalizer.fit(store.statistics, modes)
+    sizes = {"horizon": 4, "n_obs_steps": 2, "n_action_steps": 2, "episodes": [0, 2]}
+    windows = Windows(store, **sizes, normalizer=normalizer, in_memory=in_memory)
+    assert windows.fields == ("obs.camera", "obs.state", "action")
+    batch = windows.gather(torch.tensor([0, 7, 13, 7]))
+    assert batch["obs.camera"].shape == (4, 2, 8, 8, 3)
+    assert batch["obs.camera"].dtype == torch.uint8
+    seen = [[0, 0], [7, 8], [13, 14], [7, 8]]  # rows, edges repeated
+    assert batch["obs.camera"][:, :, 3, 3, 0].tolist() == seen
+    state = normalizer.unnormalize("obs.state", batch["obs.state"])
+    torch.testing.assert_close(state[..., 0], torch.tensor(seen).float())
+    frames = windows._frames["obs.camera"]  # held once a row: never in padded runs
+    assert frames.shape == (14, 8, 8, 3)
+    assert frames.dtype == torch.uint8
+    whole = Windows(store, **sizes, whole=True).gather(torch.tensor([0]))
+    assert whole["obs.camera"].shape == (1, 4, 8, 8, 3)
+    assert "obs.camera" in windows.identity()
+
+
+@pytest.mark.parametrize("next_obs", [True, False])
+def test_transitions_of_several_observations(next_obs):
+    store = camera_store([4, 3], next_obs=next_obs)
+    data = Transitions(store, horizon=2, n_obs_steps=2, discount=0.5)
+    batch = data.to("cpu").gather(torch.tensor([0, 3]))
+    assert batch["next_obs.camera"].dtype == torch.uint8
+    assert batch["obs.camera"][:, :, 0, 0, 0].tolist() == [[0, 0], [2, 3]]
+    last = 103 if next_obs else 3
+    assert batch["next_obs.camera"][:, :, 0, 0, 0].tolist() == [[0, 1], [3, last]]
+    assert batch["next_obs.state"][:, :, 0].tolist() == [[0, 1], [3, last]]
+
+
+def test_one_image_is_an_observation_too():
+    image = np.arange(6 * 4 * 4 * 3, dtype=np.uint8).reshape(6, 4, 4, 3)
+    store = EpisodeStore.from_arrays({"obs": image, "action": np.ones((6, 1))}, [6])
+    windows = Windows(store, horizon=2, n_obs_steps=1, n_action_steps=1)
+    batch = windows.gather(torch.arange(6))
+    np.testing.assert_array_equal(batch["obs"][:, 0], image)
+    with pytest.raises(ValueError, match="not what follows each of"):
+        check_fields(_with_one_next(camera_store([3])))
+
+
+def _with_one_next(store):
+    return with_fields(store, {"next_obs.state": store.read("obs.state")})
+
+
+def test_preferences_give_all_observations_of_a_side():
+    pair = Pair((Span(0, 0, 4),), (Span(1, 0, 4),))
+    preferences = PreferenceSet(camera_store([6, 6]), [pair])
+    examples = PairExamples(preferences, horizon=4, n_obs_steps=2, n_action_steps=2)
+    batch = examples.gather(torch.tensor([0]))
+    assert batch["chosen_obs.camera"].shape == (1, 2, 2, 8, 8, 3)
+    chosen = observation.from_fields(batch, "rejected_obs")
+    assert sorted(chosen) == ["camera", "state"]
+
+
+def test_named_observations_are_converted(tmp_path, write_replay):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "state": rng.normal(size=(20, 3)).astype(np.float32),
+        "img": rng.integers(0, 255, (20, 8, 8, 3), dtype=np.uint8),
+        "action": rng.normal(size=(20, 2)).astype(np.float32),
+    }
+    write_replay(tmp_path / "r.zarr", arrays, [8, 20])
+    fields = {"obs.joints": "state", "obs.camera": "img"}
+    store = convert(tmp_path / "r.zarr", tmp_path / "s.zarr", fields=fields)
+    assert sorted(store.fields) == ["action", "obs.camera", "obs.joints"]
+    np.testing.assert_array_equal(store.read("obs.camera"), arrays["img"])

@@ -178,9 +178,9 @@ def test_bad_input():
         PairExamples(tie, **sizes)
     with pytest.raises(ValueError, match="has no good or bad labels to learn from"):
         LabelExamples(tie, **sizes)
-    with pytest.raises(ValueError, match=r"windows must be at least 1, or None .*; got 0"):
+    with pytest.raises(ValueError, match=r"windows must be at least 1, got 0"):
         PairExamples(tie, **sizes, ties=True, windows=0)
-    with pytest.raises(ValueError, match=r"n_action_steps must be in 1..3"):
+    with pytest.raises(ValueError, match=r"n_action_steps must be in \[1, 3\]"):
         PairExamples(tie, horizon=3, n_obs_steps=1, n_action_steps=4, ties=True)
     examples = PairExamples(tie, **sizes, ties=True)
     for index in (-1, 1):

@@ -87,7 +87,7 @@ def test_pairs_and_labels(store):
         Label(A, True, "human", RECORDS[0].info),
         Label(B, False, "human", RECORDS[0].info),
     ]
-    with pytest.raises(ValueError, match="'all' or 'adjacent'; got 'some'"):
+    with pytest.raises(ValueError, match="unknown rankings 'some'; expected one of all, adjacent"):
         kept.pairs(rankings="some")
 
 
@@ -228,16 +228,12 @@ def test_another_store_is_an_error(file, make_store):
 @pytest.mark.parametrize(
     ("number", "changes", "message"),
     [
-        (2, {"kind": "rating"}, r"'kind' must be one of \['label', 'pair', 'ranking'\]; got 'rati"),
-        (2, {"kind": ...}, "'kind' must be one of"),
-        (
-            2,
-            {"rejected": ...},
-            r"a pair has \['chosen', 'rejected'\] and .*'rejected'\] is missing",
-        ),
-        (2, {"weight": 2}, r"got also \['weight'\]"),
-        (2, {"chosen": []}, r"chosen must be a segment, one or more spans .*; got \[\]"),
-        (2, {"chosen": [[0, 0]]}, r"all whole numbers; got \[0, 0\] in it"),
+        (2, {"kind": "rating"}, "unknown kind 'rating'; expected one of pair, ranking, label"),
+        (2, {"kind": ...}, "unknown kind None"),
+        (2, {"rejected": ...}, "a pair needs 'rejected'"),
+        (2, {"weight": 2}, "a pair has no setting 'weight'; it has chosen, rejected"),
+        (2, {"chosen": []}, r"chosen must be a segment, one or more spans .*; got \(\)"),
+        (2, {"chosen": [[0, 0]]}, r"of whole numbers .*; got \[0, 0\] in it"),
         (2, {"chosen": [[0, 0.5, 3]]}, r"got \[0, 0.5, 3\] in it"),
         (2, {"chosen": [[0, -1, 3]]}, r"start >= 0 and length >= 1; got \[0, -1, 3\]"),
         (2, {"chosen": [[0, 0, 0]]}, r"length >= 1; got \[0, 0, 0\]"),
@@ -245,7 +241,7 @@ def test_another_store_is_an_error(file, make_store):
         (2, {"chosen": [[6, 0, 4]]}, r"episode 6 steps 0..3: the store has the episodes 0..5"),
         (2, {"chosen": [[1, 2, 4]]}, "chosen and rejected are the same segment"),
         (2, {"source": 3}, "source must be text; got 3"),
-        (2, {"info": [1]}, r"info must be a mapping of JSON values; got \[1\]"),
+        (2, {"info": [1]}, r"info must be a mapping of JSON values; got \(1,\)"),
         (3, {"tie": "yes"}, "tie must be true or false; got 'yes'"),
         (4, {"items": [[[0, 0, 4]]]}, "items must be two segments or more, best first"),
         (4, {"items": [[[0, 0, 4]], [[0, 0, 4]]]}, "one comes twice in the ranking"),
@@ -272,7 +268,7 @@ def test_lines_that_are_not_json(file):
     messages = [issue.message for issue in check_preferences(file)]
     assert [m[:7] for m in messages] == ["line 2:", "line 3:", "line 4:", "line 5:"]
     assert "expected one JSON object; got b'[1, 2'" in messages[1]
-    assert "info.x must hold finite numbers; got inf" in messages[2]
+    assert "info must hold finite numbers; got {'x': [inf]}" in messages[2]
     assert "expected a JSON object with a 'kind'; got []" in messages[3]
 
 
@@ -280,12 +276,12 @@ def test_lines_that_are_not_json(file):
     ("changes", "message"),
     [
         ({"version": 3}, "version 3 of the format, but this diffpolicy reads up to 2; update it"),
-        ({"version": "1"}, "'version' must be 1..2; got '1'"),
+        ({"version": "1"}, "version must be int, got '1'"),
         ({"format": "other"}, "expected a header with 'format': 'diffpolicy-preferences'"),
-        ({"store": ...}, "expected the text 'store'"),
-        ({"attrs": 3}, "object 'attrs'"),
-        ({"steps": 1.5}, "expected whole numbers 'episodes' and 'steps'"),
-        ({"ends": "ab"}, "the SHA-256 'ends'"),
+        ({"store": ...}, "missing key 'store'"),
+        ({"attrs": 3}, "attrs must be dict, got 3"),
+        ({"steps": 1.5}, "steps must be int, got 1.5"),
+        ({"ends": "ab"}, r"made for a store of 6 episodes .*ends ab"),
         ({"ends": "0" * 64}, "made for a store of 6 episodes and 60 steps"),
     ],
 )
@@ -317,7 +313,7 @@ def test_create_refuses(store, file, tmp_path):
     memory = EpisodeStore.from_arrays({"obs": np.zeros((3, 1))}, [3])
     with pytest.raises(ValueError, match="needs a store on the disk"):
         PreferenceSet.create(tmp_path / "m.jsonl", memory)
-    with pytest.raises(ValueError, match=r"attrs.x must hold finite numbers; got nan"):
+    with pytest.raises(ValueError, match=r"attrs must hold finite numbers; got {'x': nan}"):
         PreferenceSet.create(tmp_path / "m.jsonl", store, attrs={"x": float("nan")})
     assert not (tmp_path / "m.jsonl").exists()
 
@@ -332,7 +328,7 @@ def test_records_that_do_not_fit_are_not_added(file):
     assert file.read_bytes() == before
     with pytest.raises(ValueError, match=r"got a single span: write \(Span\("):
         Label(Span(0, 0, 1), good=True)
-    with pytest.raises(ValueError, match=r"info.x must hold finite numbers; got inf"):
+    with pytest.raises(ValueError, match=r"info must hold finite numbers; got {'x': \[1.0, inf\]}"):
         Label(A, good=True, info={"x": np.array([1.0, np.inf])})
     with pytest.raises(ValueError, match=r"rows must be in 0..9; got 4..10"):
         segment_of_rows(np.arange(4, 11), np.array([10]))
@@ -414,13 +410,13 @@ def test_episodes_of_one_attribute_stay_together(make_store, make_episode):
     kept = PreferenceSet(EpisodeStore.open(path), random_pairs(store, 300))
     for train, held in kept.split_by_episode(2, seed=0, group="start"):
         assert not {e % 4 for e in episodes(train)} & {e % 4 for e in episodes(held)}
-    with pytest.raises(ValueError, match=r"episode 0 has no attribute 'seed' .*it has \['start'\]"):
+    with pytest.raises(ValueError, match=r"episode 0 has no attribute 'seed'; it has \['start'\]"):
         kept.split_by_episode(2, seed=0, group="seed")
 
 
 def test_splits_that_cannot_be(store):
     kept = PreferenceSet(store, [Pair(A, B)])
-    with pytest.raises(ValueError, match="folds must be at least 2; got 1"):
+    with pytest.raises(ValueError, match="folds must be at least 2, got 1"):
         kept.split_by_episode(1, 0)
     with pytest.raises(ValueError, match="2 episodes, 2 of them independent; 3 folds need as many"):
         kept.split_by_episode(3, 0)

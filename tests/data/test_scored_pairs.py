@@ -91,17 +91,15 @@ def test_bad_input(store):
         ValueError, match=r"scores must be finite; got nan for episode 0 steps 2..2"
     ):
         from_scores(SEGMENTS[:3], [1.0, 2.0, np.nan])
-    with pytest.raises(ValueError, match="min_gap must be a finite number >= 0; got -1"):
+    with pytest.raises(ValueError, match="min_gap must be at least 0, got -1"):
         from_scores([], [], min_gap=-1)
-    with pytest.raises(ValueError, match=r"choose must be .* got 'best'"):
+    with pytest.raises(ValueError, match=r"unknown choose 'best'; expected one of best_worst"):
         from_scores([], [], choose="best")
     with pytest.raises(ValueError, match=r"episode 0 has no attribute 'start'; it has \['seed', "):
         by_return(store, group="start")
-    with pytest.raises(ValueError, match=r"discount must be in \(0, 1\]; got 0"):
+    with pytest.raises(ValueError, match=r"discount must be in \(0, 1\], got 0"):
         by_return(store, discount=0)
-    with pytest.raises(ValueError, match="discount belongs to score='return'"):
-        by_return(store, score="success", discount=0.9)
-    with pytest.raises(ValueError, match=r"score must be one of .* or a function; got 'length'"):
+    with pytest.raises(ValueError, match=r"unknown score 'length'; expected one of return"):
         by_return(store, score="length")
     bare = EpisodeStore.from_arrays({"obs": np.zeros((2, 1))}, [1, 2])
     with pytest.raises(ValueError, match=r"needs a field 'reward' .*it has|needs a field 'reward'"):

@@ -9,8 +9,7 @@ import pytest
 from diffpolicy.commands.data import run
 from diffpolicy.config import ConfigError
 from diffpolicy.data import EpisodeStore, convert, load_d4rl
-from diffpolicy.data.d4rl.catalogue import lookup
-from diffpolicy.data.d4rl.signature import doubts, misfit
+from diffpolicy.data.d4rl.catalogue import doubts, lookup, misfit
 
 h5py = pytest.importorskip("h5py", reason="half of the formats are HDF5")
 
@@ -270,6 +269,7 @@ def test_no_file_reaches_for_another(tmp_path, arrays, reach, format):
     elif format == "robomimic":
         path, name = robomimic(tmp_path / "r.hdf5", arrays), "data/demo_0/actions"
     else:
+        pytest.importorskip("minari")
         path, name = tmp_path / "main_data.hdf5", "episode_0/actions"
         with h5py.File(path, "w") as file:
             group = file.create_group("episode_0")
@@ -277,6 +277,10 @@ def test_no_file_reaches_for_another(tmp_path, arrays, reach, format):
             for step in ("rewards", "terminations", "truncations"):
                 group[step] = np.zeros(60)
             group["actions"] = 0
+        box = {"type": "Box", "dtype": "float64", "low": [-1] * 3, "high": [1] * 3, "shape": [3]}
+        known = {f"{part}_space": json.dumps(box) for part in ("observation", "action")}
+        known |= {"data_format": "hdf5", "total_episodes": 1}
+        (tmp_path / "metadata.json").write_text(json.dumps(known))
     with h5py.File(path, "a") as file:
         del file[name]
         reach(file, name, secret)

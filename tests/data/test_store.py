@@ -163,18 +163,19 @@ def test_appending_is_not_quadratic(tmp_path):
     seconds = []
     for _ in range(4):
         start = time.process_time()
-        for _ in range(50):
+        for _ in range(25):
             store.append(arrays)
         seconds.append(time.process_time() - start)
     store.close()
-    assert store.num_steps == 200 * 50
+    assert store.num_steps == 100 * 50
     assert min(seconds[2:]) < 3 * min(seconds[:2])
 
 
 WRITER = """
     import os, signal, sys
     import numpy as np
-    from diffpolicy.data import EpisodeStore, layout
+    from diffpolicy.data import EpisodeStore
+    from diffpolicy.data import store_layout as layout
 
     path, kill_at = sys.argv[1], int(sys.argv[2])
 
@@ -353,7 +354,7 @@ def test_open_names_what_is_wrong(make_store, tmp_path):
     with pytest.raises(ValueError, match="not an episode store"):
         EpisodeStore.open(tmp_path / "text.zip")
     path = make_store()
-    with pytest.raises(ValueError, match="mode must be"):
+    with pytest.raises(ValueError, match="unknown mode 'w'"):
         EpisodeStore.open(path, "w")
     store = EpisodeStore.open(path)
     with pytest.raises(ValueError, match="open for reading"):
@@ -388,7 +389,7 @@ def test_from_arrays_refuses_bad_ends():
     for ends, message in (
         ([5, 5, 10], "episode 1 has 0 steps"),
         ([7, 5, 10], "episode 1 has -2 steps"),
-        ([5, 9], "says 9 steps, but the arrays have 10"),
+        ([5, 9], r"says 9 steps, but the fields have .*10"),
         ([], "non-empty vector of integers"),
         ([5.0, 10.0], "non-empty vector of integers"),
     ):

@@ -3,33 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from data_array_store import ArrayStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffpolicy.data import EpisodeStore, FieldSpec, Normalizer, Windows
-from diffpolicy.data.transitions import Transitions
-
-
-class Arrays:
-    """What transitions ask of a store, of arrays in memory: a store in zarr takes a while."""
-
-    name = "<arrays>"
-
-    def __init__(self, arrays, episode_ends):
-        self._arrays, self.episode_ends = arrays, np.asarray(episode_ends)
-        self.fields = {k: FieldSpec(v.shape[1:], str(v.dtype)) for k, v in arrays.items()}
-        self.episode_lengths = np.diff(self.episode_ends, prepend=0)
-        self.num_episodes, self.num_steps = len(self.episode_ends), int(self.episode_ends[-1])
-
-    def read(self, field, start=0, stop=None):
-        return self._arrays[field][start:stop]
-
-    def chunk_rows(self, field):
-        return 4
+from diffpolicy.data import EpisodeStore, Normalizer, Transitions, Windows
 
 
 def numbered_store(
-    lengths, *, flags=None, next_obs=True, truncated=True, column=False, kind=Arrays
+    lengths, *, flags=None, next_obs=True, truncated=True, column=False, kind=ArrayStore
 ):
     """Every value says which row it is of; ``flags`` per row: 0, 1 terminated, 2 truncated, 3."""
     count = sum(lengths)
@@ -218,7 +200,7 @@ def with_changes(**changes):
             del arrays[name]
         else:
             arrays[name] = change
-    return Arrays(arrays, store.episode_ends)
+    return ArrayStore(arrays, store.episode_ends)
 
 
 NAN = np.array([0, 0, np.nan, 0, 0], np.float32)
@@ -234,8 +216,8 @@ NAN = np.array([0, 0, np.nan, 0, 0], np.float32)
         ({"obs": np.stack([NAN, NAN], 1)}, {}, "'obs' is not finite at row 2"),
         ({"reward": np.zeros((5, 2), np.float32)}, {}, "'reward' must be one number per step"),
         ({"next_obs": np.zeros((5, 3), np.float32)}, {}, "next_obs has rows of shape"),
-        ({}, {"horizon": 0}, "n_obs_steps must be in 1..horizon"),
-        ({}, {"n_obs_steps": 3}, "n_obs_steps must be in 1..horizon"),
+        ({}, {"horizon": 0}, "horizon must be at least 1"),
+        ({}, {"n_obs_steps": 3}, r"n_obs_steps must be in \[1, 2\]"),
         ({}, {"discount": 0.0}, r"discount must be in \(0, 1\], got 0.0"),
         ({}, {"reward_scale": -1.0}, "reward_scale must be positive"),
         ({}, {"episodes": [2]}, "episodes must be in 0..1"),

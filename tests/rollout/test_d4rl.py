@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from diffpolicy.data.d4rl import DATASETS
+from diffpolicy.data.d4rl.catalogue import DATASETS
 from diffpolicy.rollout.d4rl import D4RLEnvironment, NoEnvironmentError, evaluation_env, score
 from diffpolicy.rollout.env_spec import EnvSpec
 

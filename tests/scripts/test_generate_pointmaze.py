@@ -127,7 +127,7 @@ def test_the_u_maze(tmp_path):
 @pytest.mark.mujoco
 def test_our_reader_splits_the_run_at_its_goals(tmp_path):
     pytest.importorskip("gymnasium_robotics", exc_type=ImportError)
-    from diffpolicy.data.d4rl import load_d4rl
+    from diffpolicy.data import load_d4rl
 
     path = generate_pointmaze(MazeRun(UMAZE, steps=300), tmp_path / "u.hdf5", progress=False)
     arrays, _ = read(path)

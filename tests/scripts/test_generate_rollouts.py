@@ -124,7 +124,7 @@ def test_pickled_arrays_are_refused(tmp_path, sources):
 
 
 def test_our_reader_reads_it(tmp_path, sources):
-    from diffpolicy.data.d4rl import load_d4rl
+    from diffpolicy.data import load_d4rl
 
     with load_d4rl(generate_rollouts([tmp_path / "medium.npz"], tmp_path / "a.hdf5")) as file:
         assert file.num_episodes == 3

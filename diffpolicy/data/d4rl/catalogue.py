@@ -1,15 +1,20 @@
 """The 155 D4RL datasets: ids, file names, step limits and the 147 published reference scores.
 
-The table `catalogue.csv` restates D4RL's `d4rl/infos.py` (ids, base names of the files, reference
-returns) and the step limits of its environment registrations, in full precision. D4RL publishes no
-hashes of its files, so there are none here; a file that broke off while it was downloaded is still
-noticed, because HDF5 records its own length. Nothing in this module needs numpy.
+The table ``catalogue.csv`` restates D4RL's ``d4rl/infos.py`` (ids, base names of the files,
+reference returns) and the step limits of its environment registrations, in full precision. D4RL
+publishes no hashes of its files, so there are none here; a file that broke off while it was
+downloaded is still noticed, because HDF5 records its own length. A file is taken for a dataset's if
+its name is and its rows have the sizes of the dataset's environment; whether scores may stand
+beside published ones also asks for the number of rows (Fu et al. 2020, table of datasets; the
+locomotion data of versions 1 and 2 as they are published). Published files have up to one row in a
+hundred less than the round number. Nothing in this module needs numpy.
 """
 
 from __future__ import annotations
 
 import csv
 import difflib
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, overload
@@ -22,12 +27,15 @@ SOURCE = "D4RL d4rl/infos.py"
 """Where the reference scores come from, for labels."""
 
 
+_TOLERANCE = 0.01
+
+
 @dataclass(frozen=True)
 class DatasetInfo:
     """One dataset of D4RL.
 
     Attributes:
-        id: such as `"hopper-medium-v2"`.
+        id: such as ``"hopper-medium-v2"``.
         file: base name of its HDF5 file, different for every dataset.
         max_episode_steps: the step limit of its environment in D4RL.
         ref_min: return of the reference random policy, scored 0; None where D4RL gives none.
@@ -46,8 +54,12 @@ class DatasetInfo:
         return self.ref_min is not None
 
 
+def _table(name: str) -> list[dict[str, str]]:
+    text = files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
+
+
 def _read() -> dict[str, DatasetInfo]:
-    text = files(__package__).joinpath("catalogue.csv").read_text(encoding="utf-8")
     return {
         row["id"]: DatasetInfo(
             row["id"],
@@ -56,7 +68,7 @@ def _read() -> dict[str, DatasetInfo]:
             float(row["ref_min"]) if row["ref_min"] else None,
             float(row["ref_max"]) if row["ref_max"] else None,
         )
-        for row in csv.DictReader(text.splitlines())
+        for row in _table("catalogue.csv")
     }
 
 
@@ -64,10 +76,14 @@ DATASETS: dict[str, DatasetInfo] = _read()
 """Every dataset by its id, in D4RL's order."""
 
 _BY_FILE = {info.file: info for info in DATASETS.values()}
+# Sizes of a row of observations and of actions, by the family of datasets.
+_SIZES = {r["family"]: (int(r["observation"]), int(r["action"])) for r in _table("sizes.csv")}
+# Rows of datasets, by a pattern of their ids; the first that matches counts.
+_ROWS = [(row["pattern"], int(row["rows"])) for row in _table("rows.csv")]
 
 
 def lookup(dataset: str) -> DatasetInfo:
-    """What is known about a dataset.
+    """Look up what is known about a dataset.
 
     Args:
         dataset: Its id.
@@ -88,7 +104,7 @@ def lookup(dataset: str) -> DatasetInfo:
 
 
 def by_file(name: str) -> DatasetInfo | None:
-    """The dataset whose file has this base name, if there is one."""
+    """Find the dataset whose file has this base name, if there is one."""
     return _BY_FILE.get(name)
 
 
@@ -99,7 +115,7 @@ def normalized_score(
     dataset: str, episode_return: NDArray[Any] | list[float]
 ) -> NDArray[np.float64]: ...
 def normalized_score(dataset: str, episode_return: Any) -> Any:
-    """D4RL's normalised score, `100 * (R - min) / (max - min)` (Fu et al. 2020, section 6).
+    """Compute the score ``100 * (R - min) / (max - min)`` of Fu et al. (2020), section 6.
 
     0 is the reference random policy and 100 the reference expert; it may lie outside.
 
@@ -126,3 +142,30 @@ def normalized_score(dataset: str, episode_return: Any) -> Any:
         episode_return = np.asarray(episode_return, np.float64)
     score = 100.0 * ((episode_return - info.ref_min) / (info.ref_max - info.ref_min))
     return score if getattr(score, "ndim", 0) else float(score)
+
+
+def misfit(info: DatasetInfo, observation: tuple[int, ...], action: tuple[int, ...]) -> str | None:
+    """Tell why rows of these shapes cannot be the dataset's; None if they can, or if unknown."""
+    family, _, rest = info.id.partition("-")
+    sizes = _SIZES.get(f"bullet-{rest.partition('-')[0]}" if family == "bullet" else family)
+    if sizes is None or (observation, action) == ((sizes[0],), (sizes[1],)):
+        return None
+    return (
+        f"rows of observations {list(observation)} and actions {list(action)}, where {info.id!r} "
+        f"has [{sizes[0]}] and [{sizes[1]}]"
+    )
+
+
+def doubts(info: DatasetInfo, rows: int | None) -> list[str]:
+    """List what speaks against data of so many rows being all of a dataset.
+
+    Rows that nobody counted (``None``) do.
+    """
+    if rows is None:
+        return ["the data are no longer there, so their rows were not counted"]
+    known = next((n for pattern, n in _ROWS if re.fullmatch(pattern, info.id)), None)
+    if known is None:
+        return [f"how many rows D4RL's file of {info.id} has is not known here"]
+    if abs(rows - known) > _TOLERANCE * known:
+        return [f"the data have {rows} rows, D4RL's {info.id} has {known}"]
+    return []

@@ -18,10 +18,10 @@ class Episodes(NamedTuple):
     """The trajectories of a file, back to back.
 
     Attributes:
-        ends: `[E]` int64 cumulative ends: trajectory i is rows `ends[i-1]..ends[i]-1`.
-        terminated: `[E]` whether its last step led to a terminal state.
-        truncated: `[E]` whether its last step was cut off (a time-out, or a change of goal). Both
-            may hold only after `split_goals`: the goal was reached and the trip was cut there.
+        ends: ``[E]`` int64 cumulative ends: trajectory i is rows ``ends[i-1]..ends[i]-1``.
+        terminated: ``[E]`` whether its last step led to a terminal state.
+        truncated: ``[E]`` whether its last step was cut off (a time-out, or a change of goal). Both
+            may hold only after ``split_goals``: the goal was reached and the trip was cut there.
         partial: whether the last trajectory is unfinished: the file ends in the middle of it.
     """
 
@@ -32,11 +32,11 @@ class Episodes(NamedTuple):
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        """`[E]` first rows."""
+        """``[E]`` first rows."""
         return np.concatenate([np.zeros(1, np.int64), self.ends[:-1]])
 
     def sums(self, values: NDArray[Any]) -> NDArray[np.float64]:
-        """`[E]` sums of `values` `[N]` over each of them, in float64."""
+        """Sum ``values`` ``[N]`` over each of them: ``[E]``, in float64."""
         if not len(self.ends):
             return np.zeros(0)
         found: NDArray[np.float64] = np.add.reduceat(
@@ -45,7 +45,7 @@ class Episodes(NamedTuple):
         return found
 
     def first(self, count: int) -> Episodes:
-        """Only the first `count` of them."""
+        """Keep only the first ``count`` of them."""
         partial = self.partial and count >= len(self.ends)
         return Episodes(self.ends[:count], self.terminated[:count], self.truncated[:count], partial)
 
@@ -58,31 +58,27 @@ def find_episodes(
 ) -> Episodes:
     """Split a file's rows into trajectories, each with how it ended.
 
-    A trajectory ends where `terminals` or `timeouts` says so; where both do, the state was terminal
-    and the step limit did not matter. A file without `timeouts` leaves the time-outs to be counted:
-    every `max_episode_steps` rows after a start. (D4RL's own functions count one row less after the
-    first trajectory; `views` does as they do.)
+    A trajectory ends where ``terminals`` or ``timeouts`` says so; where both do, the state was
+    terminal and the step limit did not matter. A file without ``timeouts`` leaves the time-outs to
+    be counted: every ``max_episode_steps`` rows after a start. (D4RL's own functions count one row
+    less after the first trajectory; ``views`` does as they do.)
 
     Args:
-        terminals: `[N]`, true in steps that lead to a terminal state.
-        timeouts: `[N]`, true in steps after which the recording was cut off; None if not recorded.
-        max_episode_steps: The step limit, needed without `timeouts` and `breaks`.
-        breaks: `[N]`, true in steps that the next row does not follow on (see `find_breaks`); only
-            without `timeouts`.
+        terminals: ``[N]``, true in steps that lead to a terminal state.
+        timeouts: ``[N]``, true in steps after which the recording was cut off; None if not
+            recorded.
+        max_episode_steps: The step limit, needed without ``timeouts`` and ``breaks``.
+        breaks: ``[N]``, true in steps that the next row does not follow on (see ``find_breaks``);
+            only without ``timeouts``.
 
     Returns:
-        The trajectories, the last of which may be partial. (With `breaks` alone it is taken for a
+        The trajectories, the last of which may be partial. (With ``breaks`` alone it is taken for a
         whole one if it is as long as the longest.)
-
-    Raises:
-        ValueError: Nothing says where trajectories end.
     """
     n = len(terminals)
     terminal = np.asarray(terminals, bool)
     if timeouts is not None:
         ends = np.flatnonzero(terminal | np.asarray(timeouts, bool)) + 1
-    elif max_episode_steps is None and breaks is None:
-        raise ValueError("without timeouts the step limit of the environment is needed")
     else:
         last = terminal if breaks is None else terminal | breaks
         ends = np.unique(np.append(np.flatnonzero(last) + 1, n))
@@ -102,13 +98,13 @@ def find_episodes(
 
 
 def find_breaks(raw: RawFile) -> NDArray[np.bool_]:
-    """Where `next_observations` and the observations of the next row differ: a reset lies between.
+    """Mark the rows whose ``next_observations`` the next row does not begin with (a reset).
 
     Args:
-        raw: A file with `next_observations`.
+        raw: A file with ``next_observations``.
 
     Returns:
-        `[N]`; the last row, which nothing follows, is not marked.
+        ``[N]``; the last row, which nothing follows, is not marked.
 
     Raises:
         ValueError: Most rows do not follow on: they are in no order of time.
@@ -130,26 +126,10 @@ def find_breaks(raw: RawFile) -> NDArray[np.bool_]:
     return found
 
 
-def check_ends(raw: RawFile, dataset_limit: int | None, asked: int | None) -> None:
-    """Make sure that something says where a file's episodes end; see `read_episodes`.
-
-    Raises:
-        ValueError: Nothing does.
-    """
-    if asked is not None and asked < 1:
-        raise ValueError(f"max_episode_steps must be at least 1; got {asked}")
-    known = "timeouts" in raw or "next_observations" in raw
-    if dataset_limit is None and asked is None and not known:
-        raise ValueError(
-            f"{raw.path} has neither timeouts nor next_observations, so nothing says where its "
-            "episodes end; say the step limit of its environment: max_episode_steps=N"
-        )
-
-
 def read_episodes(
     raw: RawFile, dataset_limit: int | None, asked: int | None
 ) -> tuple[Episodes, str]:
-    """The trajectories of a file, by what it holds, and how they were found.
+    """Find the trajectories of a file by what it holds.
 
     Args:
         raw: The file.
@@ -157,13 +137,12 @@ def read_episodes(
         asked: The step limit that the user gave.
 
     Returns:
-        The trajectories, and a note in words; empty where the file's own flags were used.
+        The trajectories, and in words how they were found; empty where the file's own flags say.
 
     Raises:
         ValueError: A step limit is given for a file with flags, or the rows are in no order.
     """
     timeouts = raw.read("timeouts") if "timeouts" in raw else None
-    terminals = raw.read("terminals")
     said = timeouts is not None and bool(timeouts.any())
     if asked is not None and said:
         raise ValueError(
@@ -173,16 +152,17 @@ def read_episodes(
     limit = asked or (None if timeouts is not None else dataset_limit)
     follows = "next_observations" in raw and dataset_limit is None and not said
     breaks = find_breaks(raw) if follows else None
+    terminals = raw.read("terminals")
     if limit is None and breaks is None:
         return find_episodes(terminals, timeouts), ""
-    how = [f"cut every {limit} steps" if limit else ""]
+    how = [f"cut every {limit} steps"] if limit else []
     how += ["cut where the next row does not begin with next_observations"] if follows else []
-    note = f"the file has no timeouts: episodes were {' and '.join(h for h in how if h)}"
+    note = f"the file has no timeouts: episodes were {' and '.join(how)}"
     return find_episodes(terminals, None, limit, breaks), note
 
 
 def _cut(stops: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
-    """Ends after cutting each of the segments that end at `stops` every `limit` rows."""
+    """Ends after cutting each of the segments that end at ``stops`` every ``limit`` rows."""
     starts = np.concatenate([[0], stops[:-1]])
     pieces = -(-(stops - starts) // limit)
     first = np.repeat(np.cumsum(pieces) - pieces, pieces)

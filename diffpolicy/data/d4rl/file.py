@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffpolicy.data.d4rl.description import describe, gaps_of, notes_of
-from diffpolicy.data.d4rl.episodes import Episodes, check_ends, read_episodes
-from diffpolicy.data.d4rl.inspection import UNBOUNDED, Inspection
+from diffpolicy.data.d4rl.catalogue import SOURCE
+from diffpolicy.data.d4rl.episodes import Episodes, read_episodes
 from diffpolicy.data.d4rl.location import find_dataset, identify
-from diffpolicy.data.d4rl.raw import RawFile
-from diffpolicy.data.d4rl.rows import GOAL, SOURCES, block_ends, blocks, kept_type, read_field
+from diffpolicy.data.d4rl.raw import REQUIRED, RawFile
 from diffpolicy.data.d4rl.transforms import (
     RewardMap,
     Trips,
@@ -23,39 +21,44 @@ from diffpolicy.data.d4rl.transforms import (
     split_at_goals,
 )
 from diffpolicy.data.fields import FieldSpec
+from diffpolicy.data.formats import EpisodeSource, Gap, hdf5_names
+from diffpolicy.settings import check_range
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from diffpolicy.data.formats import Gap
-    from diffpolicy.data.issue import Issue
     from diffpolicy.data.selection import Choice
     from diffpolicy.data.store import EpisodeStore
+
+_GOAL = "infos/goal"  # the goal that was pursued in each row, in the maze files
+# The array that each field is made of.
+_SOURCES = {
+    "obs": "observations",
+    "action": "actions",
+    "reward": "rewards",
+    "next_obs": "next_observations",
+}
+_VECTORS = ("obs", "action", "next_obs")
+_ENDS = ("terminated", "truncated")
 
 
 def load_d4rl(
     id_or_path: str | os.PathLike[str],
     *,
     data_dir: str | os.PathLike[str] | None = None,
-    dataset: str | None = None,
-    transforms: Sequence[str] = (),
-    keep_partial: bool = True,
-    max_episode_steps: int | None = None,
+    **options: Any,
 ) -> D4RLFile:
     """Open a dataset of D4RL, by its id or by its file; the d4rl package is not needed.
 
     Args:
-        id_or_path: Such as `"hopper-medium-v2"`, or the path of a file in D4RL's layout.
-        data_dir: Where to look for an id; default `$D4RL_DATASET_DIR`, else `~/.d4rl/datasets`.
-        dataset: The id of a file that was renamed; others are recognised by their base name.
-        transforms: Names of changes to make, see `diffpolicy.data.d4rl.transforms`.
-        keep_partial: Keep the unfinished trajectory at the end of a file, marked `partial: true`.
-        max_episode_steps: The step limit of the environment, where the file has no timeouts. A file
-            of your own needs it only if it has no `next_observations` either, which show where
-            the next row does not follow on.
+        id_or_path: Such as ``"hopper-medium-v2"``, or the path of a file in D4RL's layout.
+        data_dir: Where to look for an id; default ``$D4RL_DATASET_DIR``, else
+            ``~/.d4rl/datasets``.
+        options: ``dataset``, ``transforms``, ``keep_partial`` and ``max_episode_steps`` of
+            ``D4RLFile``.
 
     Returns:
         The open file. Nothing but its structure was read.
@@ -64,28 +67,34 @@ def load_d4rl(
         ImportError: h5py is not installed.
         FileNotFoundError: The file is not there; the message says what to put where.
         ValueError: An unknown id or transform, or no whole D4RL file.
+
+    Example:
+        >>> with load_d4rl("hopper-medium-v2") as file:
+        ...     store = file.to_store("hopper.zarr")
     """
-    found = find_dataset(id_or_path, data_dir)
-    return D4RLFile(
-        found.path,
-        dataset=dataset,
-        transforms=transforms,
-        keep_partial=keep_partial,
-        max_episode_steps=max_episode_steps,
-    )
+    return D4RLFile(find_dataset(id_or_path, data_dir).path, **options)
 
 
-class D4RLFile:
+class D4RLFile(EpisodeSource):
     """An open D4RL file: whole episodes, read when asked for.
 
-    Fields: `obs` `[T, ...]` and `action` `[T, A]` and `reward` `[T]`, all float32; `terminated` and
-    `truncated` `[T]` bool, true at most in the last row; `next_obs` if the file has it; and
-    `infos/<name>` in their own types (float64 as float32). See `load_d4rl` for the arguments.
+    Fields: ``obs`` ``[T, ...]`` and ``action`` ``[T, A]`` and ``reward`` ``[T]``, all float32;
+    ``terminated`` and ``truncated`` ``[T]`` bool, true at most in the last row; ``next_obs`` if the
+    file has it; and ``infos/<name>`` in their own types (float64 as float32).
+
+    Args:
+        path: The file.
+        dataset: The id of a file that was renamed; others are recognised by their base name.
+        transforms: Names of changes to make, see ``diffpolicy.data.d4rl.transforms``.
+        keep_partial: Keep the unfinished trajectory at the end of a file, marked ``partial: true``.
+        max_episode_steps: The step limit of the environment, where the file has no timeouts. A file
+            of your own needs it only if it has no ``next_observations`` either, which show where
+            the next row does not follow on.
 
     Attributes:
-        raw: the arrays as they are in the file.
-        info: what the catalogue says of the dataset; None for a file of another name.
-        transforms: names of the transforms, as they were given.
+        raw: The arrays as they are in the file.
+        info: What the catalogue says of the dataset; None for a file of another name.
+        transforms: Names of the transforms, as they were given.
     """
 
     def __init__(
@@ -97,53 +106,41 @@ class D4RLFile:
         keep_partial: bool = True,
         max_episode_steps: int | None = None,
     ) -> None:
-        self._transforms = parse_transforms(transforms)
+        check_range("[1, inf)", max_episode_steps=max_episode_steps)
+        self._changes = parse_transforms(transforms)
         self.transforms = list(transforms)
         self._keep_partial = keep_partial
-        self.raw = RawFile(Path(path))
+        self._asked_limit = max_episode_steps
+        self.raw = self._file = RawFile(Path(path))
+        self.name = str(self.raw.path)
         try:
             self.info, self._foreign = identify(self.raw, dataset)
-            self._limit = max_episode_steps
             self._check()
         except ValueError:
             self.raw.close()
             raise
+        self.fields = self._fields()
 
     def _check(self) -> None:
-        try:
-            check_ends(self.raw, self._dataset_limit, self._limit)
-        except ValueError as error:
-            raise ValueError(f"{error}{self._foreign and f' ({self._foreign})'}") from error
-        goal = self.raw.row_shape(GOAL) if GOAL in self.raw.names else ()
-        if self._splits and (len(goal) != 1 or goal[0] > self._obs_shape[0]):
+        known = "timeouts" in self.raw or "next_observations" in self.raw
+        if not known and self.step_limit is None:
             raise ValueError(
-                f"split_goals needs {GOAL} [N, G], a goal position for each row; {self.name} has "
-                f"{sorted(self.raw.names)}"
+                f"{self.name} has neither timeouts nor next_observations, so nothing says where "
+                "its episodes end; say the step limit of its environment: max_episode_steps=N"
+                f"{self._foreign and f' ({self._foreign})'}"
             )
+        if self.splits:
+            goal = self.raw.row_shape(_GOAL) if _GOAL in self.raw.names else ()
+            if len(goal) != 1 or goal[0] > self.raw.row_shape("observations")[0]:
+                raise ValueError(
+                    f"split_goals needs {_GOAL} [N, G], a goal position for each row; {self.name} "
+                    f"has {sorted(self.raw.names)}"
+                )
 
-    # -- what it is ----------------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        """The path."""
-        return str(self.raw.path)
-
-    @property
-    def num_episodes(self) -> int:
-        """How many episodes there are, the partial one included if it is kept."""
-        return len(self.episodes.ends)
-
-    @property
-    def num_steps(self) -> int:
-        """How many steps they have in all."""
-        return int(self.episodes.ends[-1]) if self.num_episodes else 0
-
-    @property
-    def fields(self) -> dict[str, FieldSpec]:
-        """Name -> row shape and dtype."""
-        shape = self._obs_shape
-        if self._splits:
-            shape = (shape[0] + self.raw.row_shape(GOAL)[0],)
+    def _fields(self) -> dict[str, FieldSpec]:
+        shape = self.raw.row_shape("observations") or (1,)
+        if self.splits:
+            shape = (shape[0] + self.raw.row_shape(_GOAL)[0],)
         found = {
             "obs": FieldSpec(shape),
             "action": FieldSpec(self.raw.row_shape("actions") or (1,)),
@@ -155,22 +152,64 @@ class D4RLFile:
             found["next_obs"] = FieldSpec(shape)
         for name in self.raw.names:
             if name.startswith("infos/"):
-                found[name] = FieldSpec(
-                    self.raw.row_shape(name), kept_type(self.raw.dtype(name)).name
-                )
+                kept = _kept_type(self.raw.dtype(name)).name
+                found[name] = FieldSpec(self.raw.row_shape(name), kept)
         return found
 
+    @staticmethod
+    def matches(path: Path) -> bool:
+        """Tell whether ``path`` is an HDF5 file with D4RL's arrays at its top."""
+        return set(REQUIRED) <= set(hdf5_names(path) or ())
+
+    # -- what it is ----------------------------------------------------------------------------
+
     @property
+    def main_fields(self) -> list[str]:
+        """The fields that a step consists of, without further ``infos/``."""
+        return [name for name in self.fields if not name.startswith("infos/")]
+
+    def default_fields(self) -> dict[str, str | list[str]]:
+        """Name all that a step consists of, as a store calls it."""
+        return {name: name for name in self.main_fields}
+
+    @property
+    def step_limit(self) -> int | None:
+        """The step limit that the user gave, or that of the dataset."""
+        return self._asked_limit or (self.info.max_episode_steps if self.info else None)
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps the episodes have in all."""
+        return int(self.episodes.ends[-1]) if self.num_episodes else 0
+
+    @cached_property
     def attrs(self) -> dict[str, Any]:
         """What belongs beside every score: dataset, transforms, references, notes of the file.
 
-        `dataset` is the id, or for a file that is none of D4RL's its name without `.hdf5`.
+        ``dataset`` is the id, or for a file that is none of D4RL's its name without ``.hdf5``.
         """
-        return describe(self)
+        info, said = self.info, self.raw.notes()
+        low, high = (info.ref_min, info.ref_max) if info else (None, None)
+        known = {"env_id": said["env_id"]} if isinstance(said.get("env_id"), str) else {}
+        return known | {
+            "origin": "d4rl",
+            "dataset": info.id if info else self.raw.path.stem,
+            "file": self.raw.path.name,
+            "file_bytes": self.raw.path.stat().st_size,
+            "file_sha256": self.digest,
+            "transforms": list(self.transforms),
+            "reward_scale": self.reward_map.scale,
+            "reward_shift": self.reward_map.shift,
+            "goal_radius": self._goal_radius,
+            "references": {"min": low, "max": high, "source": SOURCE},
+            "max_episode_steps": self.step_limit,
+            "notes": self.notes,
+            "metadata": said,
+        }
 
-    @property
+    @cached_property
     def episode_attrs(self) -> list[dict[str, Any]]:
-        """`{"partial": True}` for an unfinished last episode, `{}` for the others."""
+        """``{"partial": True}`` for an unfinished last episode, ``{}`` for the others."""
         found: list[dict[str, Any]] = [{} for _ in self.episodes.ends]
         if self.episodes.partial:
             found[-1] = {"partial": True}
@@ -179,7 +218,14 @@ class D4RLFile:
     @property
     def notes(self) -> list[str]:
         """What was decided while reading, in words."""
-        return notes_of(self)
+        how = self._found[1]
+        if how and self.info is not None and self._asked_limit is None:
+            how += f", the limit of {self.info.id}"
+        found = [text for text in (how, self._foreign) if text]
+        if self._whole.episodes.partial:
+            what = "kept, marked partial" if self._keep_partial else "left out"
+            found.append(f"the file ends within an episode, which was {what}")
+        return found
 
     @cached_property
     def digest(self) -> str:
@@ -187,30 +233,26 @@ class D4RLFile:
         with self.raw.path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
-    @property
+    @cached_property
     def unread(self) -> dict[str, str]:
-        """The arrays that are no field, with the reason; `metadata/` is in `attrs`."""
-        layout = {*SOURCES.values(), "terminals", "timeouts"}
+        """The arrays that are no field, with the reason; ``metadata/`` is in ``attrs``."""
+        layout = {*_SOURCES.values(), "terminals", "timeouts"}
         others = [n for n in self.raw.names if n not in layout and not n.startswith("infos/")]
         return {
             **dict.fromkeys(self.raw.odd_names, "no row of numbers for each step"),
             **dict.fromkeys(others, "not of D4RL's layout; as infos/NAME it can be an extra field"),
         }
 
-    @property
-    def masks(self) -> dict[str, list[int]]:
-        """None; see `episode_attrs`."""
-        return {}
-
     def gaps(self, fields: Sequence[str]) -> list[Gap]:
-        """Chunks that were never written."""
-        names = {SOURCES.get(name, name) for name in fields} | {"terminals", "timeouts"}
-        return gaps_of(self, sorted(names))
-
-    @property
-    def returns(self) -> NDArray[np.float64]:
-        """`[E]` undiscounted returns of the episodes, of untransformed rewards."""
-        return self.episodes.sums(self._raw_rewards)
+        """List the rows that were never written, as ranges of episodes."""
+        names = {_SOURCES.get(name, name) for name in fields} | {"terminals", "timeouts"}
+        ends, found = self.episodes.ends, []
+        for name, start, stop in self.raw.unwritten(sorted(names)):
+            first, last = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
+            if first < len(ends):
+                reason = f"{name}: rows {start}..{stop - 1} were never written, and read as zeros"
+                found.append(Gap(first, min(last, len(ends) - 1), reason))
+        return found
 
     # -- episodes ------------------------------------------------------------------------------
 
@@ -221,21 +263,19 @@ class D4RLFile:
         keep = self._keep_partial or not whole.partial
         return whole if keep else whole.first(len(whole.ends) - 1)
 
+    @property
+    def returns(self) -> NDArray[np.float64]:
+        """``[E]`` undiscounted returns of the episodes, of untransformed rewards."""
+        return self.episodes.sums(self._raw_rewards)
+
     @cached_property
     def reward_map(self) -> RewardMap:
-        """What `transforms` make of a reward (after `split_goals` has computed it anew)."""
+        """What ``transforms`` make of a reward (after ``split_goals`` has computed it anew)."""
         lengths = np.diff(self.episodes.ends, prepend=0)
-        return reward_map(self._transforms, self.episodes.sums(self._base_rewards), lengths)
+        return reward_map(self._changes, self.episodes.sums(self._base_rewards), lengths)
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
-        """One episode.
-
-        Args:
-            index: Its place in the file.
-            fields: Which fields; default all.
-
-        Returns:
-            `[T, *shape]` of each field.
+        """Read ``[T, *shape]`` of each of the ``fields`` (default all) of one episode.
 
         Raises:
             IndexError: There is no such episode.
@@ -245,19 +285,12 @@ class D4RLFile:
             raise IndexError(
                 f"{self.name} has the episodes 0..{self.num_episodes - 1}; got {index}"
             )
-        return self._rows(index, index + 1, list(self.fields) if fields is None else list(fields))
+        return self.columns(index, index + 1, self._names(fields))
 
-    def check(self) -> list[Issue]:
-        """Look at every value: finite, actions within [-1, 1], no episode twice.
-
-        Returns:
-            What was found; errors are what training cannot use.
-        """
-        return self._inspected.issues()
-
-    def failed_episodes(self) -> dict[int, str]:
-        """Number and fault of each episode that cannot be used, or is a copy of an earlier one."""
-        return dict(self._inspected.failed)
+    def columns(self, first: int, last: int, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+        """Read these fields of the episodes ``first..last-1``, back to back."""
+        start, stop = int(self.episodes.starts[first]), int(self.episodes.ends[last - 1])
+        return {name: self._column(name, start, stop) for name in names}
 
     def to_store(
         self,
@@ -268,128 +301,98 @@ class D4RLFile:
         keep: Choice | None = None,
         allow_missing: bool = False,
         extras: Sequence[str] = (),
-        attrs: dict[str, Any] | None = None,
+        attrs: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> EpisodeStore:
         """Make an episode store with statistics; every value is checked on the way.
 
-        On disk the store appears at `path` when it is complete, not before; after an interruption
+        On disk the store appears at ``path`` when it is complete, not before; after an interruption
         the same call goes on where it stopped.
 
         Args:
             path: Where to write it; None keeps it in memory.
             max_episodes: Stop after so many.
-            exclude: Episodes to leave out, see `diffpolicy.data.selection`.
+            exclude: Episodes to leave out, see ``diffpolicy.data.selection``.
             keep: Episodes to store; default all.
             allow_missing: Read chunks that were never written as zeros.
-            extras: Further fields, such as `["infos/qpos"]`, stored as `infos.qpos`.
-            attrs: JSON values to keep with the store, besides those of `attrs`.
-            overwrite: Replace the store that is at `path`.
+            extras: Further fields, such as ``["infos/qpos"]``, stored as ``infos.qpos``.
+            attrs: JSON values to keep with the store, besides those of ``attrs``.
+            overwrite: Replace the store that is at ``path``.
 
         Returns:
             The store. Its fields are obs, action, reward, terminated, truncated and, where the file
-            has it, next_obs. Its attributes are those of the file, and `warnings` (what
-            `check` found) and `constant_obs_columns`.
+            has it, next_obs. Its attributes are those of the file, and ``warnings`` (what is
+            doubtful about the values) and ``constant_obs_columns``.
 
         Raises:
-            FileExistsError: Something is at `path`.
+            FileExistsError: Something is at ``path``.
             ValueError: Values that are not finite, or no such extra field.
         """
         from diffpolicy.data.d4rl.writing import write_store
-        from diffpolicy.data.left_out import announce, checked_gaps
-        from diffpolicy.data.selection import select
+        from diffpolicy.data.selection import announce, checked_gaps, select
 
+        names = self._names([*self.main_fields, *extras])
         chosen = select(self, exclude, keep, max_episodes)
-        used = [*self._main_fields, *extras]
-        chosen, found = checked_gaps(self, used, chosen, allow_missing=allow_missing)
-        part = {} if max_episodes is None else {"max_episodes": max_episodes}
-        made = write_store(
-            self,
-            None if path is None else Path(path),
-            chosen,
-            extras=extras,
-            attrs={**part, **(attrs or {})},
-            doubts=found,
-            overwrite=overwrite,
-        )
+        chosen, doubts = checked_gaps(self, names, chosen, allow_missing=allow_missing)
+        attrs = ({} if max_episodes is None else {"max_episodes": max_episodes}) | dict(attrs or {})
+        place = None if path is None else Path(path)
+        made = write_store(self, place, chosen, names, attrs, doubts, overwrite=overwrite)
         announce(made.name, made.attrs)
         return made
-
-    def close(self) -> None:
-        """Close the file."""
-        self.raw.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     # -- inside --------------------------------------------------------------------------------
 
     @property
     def _goal_radius(self) -> float | None:
-        return next((t.value for t in self._transforms if t.name == "split_goals"), None)
+        return next((t.value for t in self._changes if t.name == "split_goals"), None)
 
     @property
-    def _splits(self) -> bool:
+    def splits(self) -> bool:
+        """Whether trajectories were split at their goals."""
         return self._goal_radius is not None
-
-    @property
-    def _obs_shape(self) -> tuple[int, ...]:
-        return self.raw.row_shape("observations") or (1,)
-
-    @property
-    def _main_fields(self) -> list[str]:
-        return [name for name in self.fields if not name.startswith("infos/")]
-
-    @cached_property
-    def _inspected(self) -> Inspection:
-        inspection = self._inspection()
-        for first, last in blocks(self, 0, self.num_episodes):
-            columns = self._rows(first, last, self._main_fields)
-            start = int(self.episodes.starts[first])
-            inspection.add(columns, block_ends(self, first, last), first, start)
-        return inspection
-
-    def _inspection(self) -> Inspection:
-        family = self.info.id.split("-")[0] if self.info else ""
-        return Inspection(self.name, bounded=family not in UNBOUNDED)
 
     @cached_property
     def _raw_rewards(self) -> NDArray[Any]:
         return self.raw.read("rewards")
 
-    @property
-    def _dataset_limit(self) -> int | None:
-        return self.info.max_episode_steps if self.info else None
-
     @cached_property
     def _found(self) -> tuple[Episodes, str]:
         """The trajectories, and how they were found."""
-        return read_episodes(self.raw, self._dataset_limit, self._limit)
+        of_dataset = self.info.max_episode_steps if self.info else None
+        return read_episodes(self.raw, of_dataset, self._asked_limit)
 
     @cached_property
     def _whole(self) -> Trips:
         """The episodes, the partial one included; and where goals were reached."""
-        episodes, _ = self._found
         radius = self._goal_radius
         if radius is None:
-            return Trips(episodes, np.zeros(0, bool))
-        goals = self.raw.read(GOAL)
-        size = goals.shape[1]
-        positions = self.raw.read("observations")[:, :size]
-        return split_at_goals(episodes, positions, goals, radius)
+            return Trips(self._found[0], np.zeros(0, bool))
+        goals = self.raw.read(_GOAL)
+        positions = self.raw.read("observations")[:, : goals.shape[1]]
+        return split_at_goals(self._found[0], positions, goals, radius)
 
     @property
     def _base_rewards(self) -> NDArray[Any]:
-        """`[N]` rewards before they are scaled or shifted."""
-        return self._whole.reached.astype(np.float32) if self._splits else self._raw_rewards
+        """``[N]`` rewards before they are scaled or shifted."""
+        return self._whole.reached.astype(np.float32) if self.splits else self._raw_rewards
 
-    def _rows(self, first: int, last: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """The fields of the episodes `first..last-1`, back to back."""
-        unknown = sorted(set(names) - set(self.fields))
-        if unknown:
-            raise ValueError(f"{self.name} has no field {unknown}; it has {sorted(self.fields)}")
-        start, stop = int(self.episodes.starts[first]), int(self.episodes.ends[last - 1])
-        return {name: read_field(self, name, start, stop) for name in names}
+    def _column(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows ``start..stop-1`` of one field."""
+        if name == "reward":
+            return self.reward_map(self._base_rewards[start:stop]).astype(np.float32)
+        if name in _ENDS:
+            flags: NDArray[np.bool_] = getattr(self.episodes, name)
+            return np.isin(np.arange(start, stop), self.episodes.ends[flags] - 1)
+        values = self.raw.read(_SOURCES.get(name, name), start, stop)
+        if name not in _VECTORS:
+            return values.astype(_kept_type(values.dtype), copy=False)
+        if self.splits and name != "action":
+            values = np.concatenate([values, self.raw.read(_GOAL, start, stop)], 1)
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is reported
+            column = values.astype(np.float32)
+        return column if column.ndim > 1 else column[:, None]
+
+
+def _kept_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type in which further fields are kept: float64 as float32."""
+    return np.dtype(np.float32) if dtype == np.float64 else dtype

@@ -7,18 +7,20 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from diffpolicy.data.d4rl.catalogue import DatasetInfo, by_file, lookup
-from diffpolicy.data.d4rl.signature import misfit
+from diffpolicy.data.d4rl.catalogue import DatasetInfo, by_file, lookup, misfit
 
 if TYPE_CHECKING:
     from diffpolicy.data.d4rl.raw import RawFile
 
 _SUFFIXES = (".hdf5", ".h5")
-_MUJOCO = re.compile(r"(halfcheetah|hopper|walker2d|ant)-(medium|expert)-v\d")
-_ADROIT = re.compile(r"(pen|door|hammer|relocate)-(human|cloned|expert)-v\d")
-_MAZE = re.compile(r"maze2d-(open|umaze|medium|large)(-dense)?-v\d")
-_ANTMAZE = re.compile(r"antmaze-(umaze(?:-diverse)?|(?:medium|large)-(?:play|diverse))-v\d")
-_KITCHEN = re.compile(r"kitchen-(complete|partial|mixed)-v\d")
+# Minari's dataset of the same task, by a pattern of D4RL's id.
+_MINARI = (
+    (r"(halfcheetah|hopper|walker2d|ant)-(medium|expert)-v\d", r"mujoco/\1/\2-v0"),
+    (r"(pen|door|hammer|relocate)-(human|cloned|expert)-v\d", r"D4RL/\1/\2-v2"),
+    (r"maze2d-(open|umaze|medium|large)(-dense)?-v\d", r"D4RL/pointmaze/\1\2-v2"),
+    (r"antmaze-(umaze(?:-diverse)?|(?:medium|large)-(?:play|diverse))-v\d", r"D4RL/antmaze/\1-v1"),
+    (r"kitchen-(complete|partial|mixed)-v\d", r"D4RL/kitchen/\1-v2"),
+)
 
 
 class Found(NamedTuple):
@@ -34,16 +36,16 @@ class Found(NamedTuple):
 
 
 def datasets_dir(data_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of D4RL's files: `data_dir`, else `$D4RL_DATASET_DIR`, else `~/.d4rl/datasets`."""
+    """Return ``data_dir``, else ``$D4RL_DATASET_DIR``, else ``~/.d4rl/datasets``."""
     chosen = data_dir or os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
     return Path(chosen).expanduser()
 
 
 def scan(data_dir: str | os.PathLike[str] | None = None) -> list[Found]:
-    """The HDF5 files in a folder and in the folders directly below it.
+    """List the HDF5 files in a folder and in the folders directly below it.
 
     Args:
-        data_dir: The folder; default as `datasets_dir`.
+        data_dir: The folder; default as ``datasets_dir``.
 
     Returns:
         The files, sorted by name, those of the folder itself first; empty if there is no folder.
@@ -56,12 +58,12 @@ def scan(data_dir: str | os.PathLike[str] | None = None) -> list[Found]:
 def find_dataset(
     id_or_path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None
 ) -> Found:
-    """The file of a dataset.
+    """Find the file of a dataset.
 
     Args:
-        id_or_path: An id such as `"hopper-medium-v2"`, or the path of a file. A file whose base
+        id_or_path: An id such as ``"hopper-medium-v2"``, or the path of a file. A file whose base
             name is D4RL's is recognised by it, wherever it lies.
-        data_dir: Where to look for an id; default `$D4RL_DATASET_DIR`, else `~/.d4rl/datasets`.
+        data_dir: Where to look for an id; default ``$D4RL_DATASET_DIR``, else ``~/.d4rl/datasets``.
 
     Returns:
         The file, and the dataset where it is known.
@@ -78,17 +80,14 @@ def find_dataset(
         raise FileNotFoundError(f"no file at {path}")
     info = lookup(str(id_or_path))
     folder = datasets_dir(data_dir)
-    here = folder / info.file
-    if here.is_file():
-        return Found(here, info)
-    below = [found for found in scan(folder) if found.info == info]
-    if below:
-        return below[0]
+    for found in scan(folder):
+        if found.info == info:
+            return found
     raise FileNotFoundError(_missing(info, folder))
 
 
 def identify(raw: RawFile, dataset: str | None) -> tuple[DatasetInfo | None, str]:
-    """The dataset of a file, by its base name or as it is said to be; its rows must fit.
+    """Find the dataset of a file, by its base name or as it is said to be; its rows must fit.
 
     Returns:
         The dataset, or None; and a note if the file has the name of one that it is not.
@@ -116,10 +115,8 @@ def identify(raw: RawFile, dataset: str | None) -> tuple[DatasetInfo | None, str
             "own files under another name; for data of your own leave it out, and say "
             "max_episode_steps=N if the file has no timeouts"
         )
-    return (
-        None,
-        f"the file has the name of {info.id}'s, but {wrong}: it is taken for data of its own",
-    )
+    note = f"the file has the name of {info.id}'s, but {wrong}: it is taken for data of its own"
+    return None, note
 
 
 def _missing(info: DatasetInfo, folder: Path) -> str:
@@ -135,15 +132,6 @@ def _missing(info: DatasetInfo, folder: Path) -> str:
 
 
 def minari_name(dataset: str) -> str | None:
-    """Minari's dataset of the same task, which holds other data, if there is one."""
-    if m := _MUJOCO.fullmatch(dataset):
-        return f"mujoco/{m[1]}/{m[2]}-v0"
-    if m := _ADROIT.fullmatch(dataset):
-        return f"D4RL/{m[1]}/{m[2]}-v2"
-    if m := _MAZE.fullmatch(dataset):
-        return f"D4RL/pointmaze/{m[1]}{m[2] or ''}-v2"
-    if m := _ANTMAZE.fullmatch(dataset):
-        return f"D4RL/antmaze/{m[1]}-v1"
-    if m := _KITCHEN.fullmatch(dataset):
-        return f"D4RL/kitchen/{m[1]}-v2"
-    return None
+    """Return Minari's dataset of the same task, which holds other data, if there is one."""
+    found = ((re.fullmatch(pattern, dataset), name) for pattern, name in _MINARI)
+    return next((match.expand(name) for match, name in found if match), None)

@@ -1,11 +1,11 @@
 """Named changes of a dataset's rewards and episodes, off by default and recorded with the data.
 
-- `antmaze_reward`: r - 1, as offline RL papers train on AntMaze's sparse rewards;
-- `reward_scale:<x>`: x * r;
-- `reward_shift:<x>`: r + x;
-- `normalize_reward`: 1000 / (max - min) * r over the episodes' returns, as papers in the line of
+- ``antmaze_reward``: r - 1, as offline RL papers train on AntMaze's sparse rewards;
+- ``reward_scale:<x>``: x * r;
+- ``reward_shift:<x>``: r + x;
+- ``normalize_reward``: 1000 / (max - min) * r over the episodes' returns, as papers in the line of
   IQL (Kostrikov et al. 2022, appendix) train on locomotion;
-- `split_goals` or `split_goals:<radius>`: one episode for each goal, see `split_at_goals`.
+- ``split_goals`` or ``split_goals:<radius>``: one episode for each goal, see ``split_at_goals``.
 
 They apply in the order given. Scores are always those of untransformed rewards.
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from diffpolicy.data.d4rl.episodes import Episodes
-from diffpolicy.settings import near_miss
+from diffpolicy.settings import check_choice, check_range
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Transform(NamedTuple):
 
 
 class RewardMap(NamedTuple):
-    """What a reward becomes: `scale * r + shift`."""
+    """What a reward becomes: ``scale * r + shift``."""
 
     scale: float = 1.0
     shift: float = 0.0
@@ -64,14 +64,14 @@ def parse_transforms(transforms: Sequence[str]) -> tuple[Transform, ...]:
     """Read and check the names of transforms.
 
     Args:
-        transforms: Such as `["split_goals", "reward_scale:0.1"]`.
+        transforms: Such as ``["split_goals", "reward_scale:0.1"]``.
 
     Returns:
         The transforms, in the same order.
 
     Raises:
         ValueError: An unknown name, a value that is missing, needless or no number, or
-            `split_goals` anywhere but first, because it computes the rewards anew.
+            ``split_goals`` anywhere but first, because it computes the rewards anew.
     """
     if isinstance(transforms, str):
         raise ValueError(f"transforms is a list of names, such as [{transforms!r}]")
@@ -83,41 +83,37 @@ def parse_transforms(transforms: Sequence[str]) -> tuple[Transform, ...]:
 
 def _parse(text: str) -> Transform:
     name, colon, number = text.partition(":")
-    if name not in _DEFAULTS:
-        hint = near_miss(name, _DEFAULTS)
-        raise ValueError(f"unknown transform {text!r}; choose of {sorted(_DEFAULTS)}{hint}")
+    check_choice("transform", name, _DEFAULTS)
     value = _DEFAULTS[name]
-    if not colon:
-        if value is not None and math.isnan(value):
-            raise ValueError(f"{name} needs a number: write '{name}:<x>'")
-        return Transform(name, value)
-    if value is None:
+    if value is None and colon:
         raise ValueError(f"{name} takes no number; got {text!r}")
-    try:
-        chosen = float(number)
-    except ValueError:
-        chosen = math.nan
-    if not math.isfinite(chosen) or (name in ("split_goals", "reward_scale") and chosen <= 0):
-        kind = "finite" if name == "reward_shift" else "positive"
-        raise ValueError(f"{name} needs a {kind} number; got {number!r}")
-    return Transform(name, chosen)
+    if colon:
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"{name} needs a finite number: write '{name}:<x>'; got {text!r}")
+    if name in ("split_goals", "reward_scale"):
+        check_range("(0, inf)", **{name: value})
+    return Transform(name, value)
 
 
 def reward_map(
     transforms: Sequence[Transform], returns: NDArray[np.float64], lengths: NDArray[np.int64]
 ) -> RewardMap:
-    """The transforms of rewards as one affine map.
+    """Put the transforms of rewards into one affine map.
 
     Args:
         transforms: What to apply, in order; those that do not change rewards are passed over.
-        returns: `[E]` sums of the untransformed rewards of each episode.
-        lengths: `[E]` their numbers of steps.
+        returns: ``[E]`` sums of the untransformed rewards of each episode.
+        lengths: ``[E]`` their numbers of steps.
 
     Returns:
         The map.
 
     Raises:
-        ValueError: `normalize_reward` where all episodes have the same return.
+        ValueError: ``normalize_reward`` where all episodes have the same return.
     """
     scale, shift = 1.0, 0.0
     for name, value in transforms:
@@ -148,7 +144,7 @@ class Trips(NamedTuple):
 
     Attributes:
         episodes: the trips.
-        reached: `[N]` whether a row's position is at the row's goal.
+        reached: ``[N]`` whether a row's position is at the row's goal.
     """
 
     episodes: Episodes
@@ -160,19 +156,19 @@ def split_at_goals(
 ) -> Trips:
     """Cut trajectories that pursue one goal after the other into one episode for each goal.
 
-    D4RL's maze files hold long trajectories of a controller whose goal, `infos/goal`, changes on
+    D4RL's maze files hold long trajectories of a controller whose goal, ``infos/goal``, changes on
     the way, while their rewards are those of one fixed goal. For policies that are told the goal
     the data become goal-conditioned: the goal is appended to the observation, the reward of a row
-    is 1 if its position lies within `radius` of its goal and else 0 (as D4RL labels its sparse
+    is 1 if its position lies within ``radius`` of its goal and else 0 (as D4RL labels its sparse
     mazes, but with the goal that was pursued), and an episode ends where the goal changes. Such an
-    end is `truncated`, and `terminated` as well if the goal was reached in its last row. The last
-    piece of a trajectory keeps the way in which the trajectory ended, and is `terminated` too if
-    its goal was reached.
+    end is ``truncated``, and ``terminated`` as well if the goal was reached in its last row. The
+    last piece of a trajectory keeps the way in which the trajectory ended, and is ``terminated``
+    too if its goal was reached.
 
     Args:
         episodes: The trajectories.
-        positions: `[N, G]` the first G numbers of each observation.
-        goals: `[N, G]` the goal pursued in each row.
+        positions: ``[N, G]`` the first G numbers of each observation.
+        goals: ``[N, G]`` the goal pursued in each row.
         radius: In the unit of the positions (metres).
 
     Returns:

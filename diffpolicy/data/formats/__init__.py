@@ -1,33 +1,38 @@
 """Foreign formats, each read through the same few members.
 
-A format is a module with three functions; to add one, write the module and name it in `FORMATS`:
-
-- `matches(path) -> bool`: whether `path` looks like it (cheap, never raises);
-- `open_source(path) -> EpisodeSource`: open it, or say why not;
-- `default_fields(source) -> dict`: which of its fields make `obs` and `action`.
+A format is a subclass of :class:`EpisodeSource` in a module of its own; to add one, write it and
+name it in ``FORMATS``.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from functools import cached_property
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from diffpolicy.data.hdf5 import open_hdf5
+from diffpolicy.extras import EXTRAS
+from diffpolicy.settings import check_choice
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from diffpolicy.data.fields import FieldSpec
 
 FORMATS: dict[str, str] = {
-    "minari": "diffpolicy.data.formats.minari",
-    "lerobot": "diffpolicy.data.formats.lerobot",
-    "replay_zarr": "diffpolicy.data.formats.replay_zarr",
-    "d4rl": "diffpolicy.data.formats.d4rl",
-    "robomimic": "diffpolicy.data.formats.robomimic",
-    "arrays": "diffpolicy.data.formats.arrays",
+    "minari": "diffpolicy.data.formats.minari:MinariDataset",
+    "lerobot": "diffpolicy.data.formats.lerobot:LeRobotDirectory",
+    "replay_zarr": "diffpolicy.data.formats.replay_zarr:ReplayBuffer",
+    "d4rl": "diffpolicy.data.d4rl.file:D4RLFile",
+    "robomimic": "diffpolicy.data.formats.robomimic:RobomimicFile",
+    "arrays": "diffpolicy.data.formats.arrays:ArraysFile",
 }
+"""Where the class of each format is; the first that matches a file reads it."""
 
 
 class Gap(NamedTuple):
@@ -44,82 +49,165 @@ class Gap(NamedTuple):
     reason: str
 
 
-class EpisodeSource(Protocol):
-    """Episodes that can be read one after the other."""
+class EpisodeSource(ABC):
+    """Episodes of a file or directory, read one after the other.
 
-    @property
-    def name(self) -> str:
-        """The path, for messages."""
+    A format settles the properties below when it opens a file, or when they are asked for.
+
+    Attributes:
+        name: The path, for messages.
+    """
+
+    name: str
+    _file: Any = None
+
+    @abstractmethod
+    def __init__(self, path: Path) -> None:
+        """Open it, or say why not."""
+
+    @staticmethod
+    @abstractmethod
+    def matches(path: Path) -> bool:
+        """Tell whether ``path`` looks like this format; cheap, never raises."""
+
+    @abstractmethod
+    def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Read ``[T, *shape]`` of each of the ``fields`` (default all) of one episode."""
+
+    @abstractmethod
+    def default_fields(self) -> dict[str, str | list[str]]:
+        """Name the fields that make ``obs`` and ``action``, as far as the format settles them."""
+
+    @cached_property
+    def fields(self) -> Mapping[str, FieldSpec]:
+        """Name -> row shape and dtype."""
+        return {}
+
+    @cached_property
+    def attrs(self) -> Mapping[str, Any]:
+        """JSON values that describe the whole."""
+        return {}
+
+    @cached_property
+    def episode_attrs(self) -> Sequence[Mapping[str, Any]]:
+        """JSON values that describe each episode."""
+        return []
+
+    @cached_property
+    def unread(self) -> Mapping[str, str]:
+        """What the source holds and no field is made of, each with the reason."""
+        return {}
+
+    @cached_property
+    def masks(self) -> Mapping[str, Sequence[int]]:
+        """Named lists of episodes, such as a training split."""
+        return {}
 
     @property
     def num_episodes(self) -> int:
         """How many there are."""
-
-    @property
-    def fields(self) -> Mapping[str, FieldSpec]:
-        """Name -> row shape and dtype."""
-
-    @property
-    def attrs(self) -> Mapping[str, Any]:
-        """JSON values that describe the whole."""
-
-    @property
-    def episode_attrs(self) -> Sequence[Mapping[str, Any]]:
-        """JSON values that describe each episode."""
-
-    @property
-    def unread(self) -> Mapping[str, str]:
-        """What the source holds and no field is made of, each with the reason."""
-
-    @property
-    def masks(self) -> Mapping[str, Sequence[int]]:
-        """Named lists of episodes, such as a training split."""
+        return len(self.episode_attrs)
 
     def gaps(self, fields: Sequence[str]) -> list[Gap]:
-        """Rows of these fields that were never written, or got lost, and read as zeros."""
-
-    def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
-        """`[T, *shape]` of each of the `fields` (default all) of one episode."""
+        """List the rows of these fields that were never written, or got lost, and read as zeros."""
+        return []
 
     def close(self) -> None:
         """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Say whatever a library raises of a damaged file as one kind of error."""
+        try:
+            yield
+        except (ImportError, FileNotFoundError):
+            raise  # their messages say what is missing
+        except Exception as error:
+            raise ValueError(
+                f"{self.name}: {what} cannot be read, so it is damaged: download or copy it again "
+                f"(a clone needs `git lfs pull`). {error!r}"
+            ) from error
+
+    def _names(self, fields: Iterable[str] | None) -> list[str]:
+        """The fields that are asked for; default all.
+
+        Raises:
+            ValueError: There is no such field.
+        """
+        names = list(self.fields if fields is None else fields)
+        if unknown := sorted(set(names) - set(self.fields)):
+            raise ValueError(f"{self.name} has no field {unknown}; it has {sorted(self.fields)}")
+        return names
 
 
-class Format(Protocol):
-    """What a format's module offers."""
-
-    def matches(self, path: Path) -> bool:
-        """Whether `path` looks like this format."""
-
-    def open_source(self, path: Path) -> EpisodeSource:
-        """Open it."""
-
-    def default_fields(self, source: EpisodeSource) -> dict[str, str | list[str]]:
-        """The fields that make `obs` and `action`, as far as the format settles them."""
+Format = type[EpisodeSource]
 
 
 def get_format(name: str, path: Path) -> tuple[str, Format]:
     """Find a format by its name, or by looking at a file.
 
     Args:
-        name: A key of `FORMATS`, or `"auto"`.
+        name: A key of ``FORMATS``, or ``"auto"``.
         path: The file or directory to look at.
 
     Returns:
-        The format's name and module.
+        The format's name and class.
 
     Raises:
         ValueError: No such format, or none that matches.
     """
     if name != "auto":
-        if name not in FORMATS:
-            raise ValueError(f"unknown format {name!r}; choose 'auto' or one of {sorted(FORMATS)}")
-        return name, cast("Format", import_module(FORMATS[name]))
-    for candidate, module in FORMATS.items():
-        found = cast("Format", import_module(module))
-        if found.matches(path):
+        check_choice("format", name, ["auto", *FORMATS])
+        return name, _format(name)
+    for candidate in FORMATS:
+        if (found := _format(candidate)).matches(path):
             return candidate, found
     raise ValueError(
         f"{path} looks like none of the formats {sorted(FORMATS)}; if it is one of them, name it "
         "with format=..."
     )
+
+
+def _format(name: str) -> Format:
+    module, _, kind = FORMATS[name].partition(":")
+    found: Format = getattr(import_module(module), kind)
+    return found
+
+
+def hdf5_names(path: Path) -> list[str] | None:
+    """List what is at the top of an HDF5 file: nothing of other files, None if it cannot be opened.
+
+    Nothing of it is read, so that formats can tell whether it is theirs.
+    """
+    if path.suffix not in (".hdf5", ".h5") or not path.is_file():
+        return []
+    try:
+        file = open_hdf5(path, "reading HDF5 files")
+    except (ImportError, ValueError):
+        return None
+    try:
+        return file.keys()
+    finally:
+        file.close()
+
+
+def require(module: str, what: str) -> Any:
+    """Import an optional module; ``what`` needs it, for the message.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        hint = f'pip install "diffpolicy[{EXTRAS[package]}]"'
+        raise ImportError(f"{what} needs {package}: {hint}") from error

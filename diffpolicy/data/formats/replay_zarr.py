@@ -1,4 +1,4 @@
-"""Diffusion Policy replay buffers: `data/<field>` and `meta/episode_ends` in a zarr group.
+"""Diffusion Policy replay buffers: ``data/<field>`` and ``meta/episode_ends`` in a zarr group.
 
 Zarr format 2 or 3, a directory or a zip; our own stores have the same layout and are read too.
 """
@@ -13,23 +13,21 @@ import numpy as np
 import zarr
 from zarr.storage import LocalStore, ZipStore
 
-from diffpolicy.data.formats import Gap
+from diffpolicy.data.formats import EpisodeSource, Gap
 from diffpolicy.data.store import EpisodeStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from diffpolicy.data.fields import FieldSpec
-    from diffpolicy.data.formats import EpisodeSource
     from diffpolicy.data.opening import ZarrArray
 
 _OWN = ("episode_ends", "episode_attrs")
 
 
-class ReplayBuffer:
+class ReplayBuffer(EpisodeSource):
     """An open replay buffer.
 
     Args:
@@ -41,104 +39,56 @@ class ReplayBuffer:
     """
 
     def __init__(self, path: Path) -> None:
-        self._store = EpisodeStore.open(path)
+        self._store = store = EpisodeStore.open(path)
         self._path = path
-        self._files: set[str] | None = None
         self._filled: zarr.Group | None = None
+        self._files: set[str] | None = None
         if path.is_file():
             with zipfile.ZipFile(path) as archive:
                 self._files = set(archive.namelist())
+        self.name, self.fields, self.attrs = store.name, store.fields, store.attrs
+        self.episode_attrs = store.episode_attrs
         try:
-            self._surplus = {} if self._store.is_native else self._rows_behind()
+            self.unread = self._left_over()
         except ValueError:
-            self._store.close()
+            store.close()
             raise
 
-    def _rows_behind(self) -> dict[str, int]:
-        """How many rows follow the last episode, where there are any."""
-        total = self._store.num_steps
-        surplus = {k: int(a.shape[0]) - total for k, a in self._store._arrays.items()}
-        if surplus and set(surplus.values()) == {1}:
-            raise ValueError(
-                f"{self._path}: every field has {total + 1} rows, but the last episode ends at "
-                f"{total}: episode_ends look like the indices of the last rows. They must be "
-                "one past them: write meta/episode_ends + 1, such as "
-                "g = zarr.open_group(PATH, mode='r+'); e = g['meta/episode_ends']; e[:] = e[:] + 1"
-            )
-        return {name: rows for name, rows in surplus.items() if rows}
+    @staticmethod
+    def matches(path: Path) -> bool:
+        """Tell whether ``path`` is a zarr directory or a zip."""
+        if path.is_dir():
+            return any((path / name).exists() for name in (".zgroup", ".zattrs", "zarr.json"))
+        return path.suffix == ".zip"
 
-    @property
-    def name(self) -> str:
-        """The path."""
-        return self._store.name
-
-    @property
-    def is_native(self) -> bool:
-        """Whether it is a store of ours."""
-        return self._store.is_native
-
-    @property
-    def num_episodes(self) -> int:
-        """How many there are."""
-        return self._store.num_episodes
-
-    @property
-    def fields(self) -> dict[str, FieldSpec]:
-        """The arrays of numbers under `data/`."""
-        return self._store.fields
-
-    @property
-    def attrs(self) -> dict[str, Any]:
-        """The group's attributes."""
-        return self._store.attrs
-
-    @property
-    def episode_attrs(self) -> list[dict[str, Any]]:
-        """What a store of ours knows of each episode."""
-        return self._store.episode_attrs
-
-    @property
-    def unread(self) -> dict[str, str]:
-        """Arrays that do not hold numbers, groups, and rows behind the last episode."""
-        found = {}
-        for folder in ("data", "meta"):
-            group = self._store._group.get(folder)
-            members = group.members() if isinstance(group, zarr.Group) else ()
-            for name, member in members:
-                if not isinstance(member, zarr.Array):
-                    found[f"{folder}/{name}"] = "a group, not an array"
-                elif folder == "meta" and name not in _OWN:
-                    found[f"meta/{name}"] = f"{member.dtype} {list(member.shape)}"
-                elif folder == "data" and name not in self.fields:
-                    found[f"data/{name}"] = f"{member.dtype}, not numbers"
-        for name, rows in self._surplus.items():
-            found[f"the last {rows} rows of {name}"] = "they belong to no episode"
-        return found
-
-    @property
-    def masks(self) -> Mapping[str, Sequence[int]]:
-        """None; see `episode_attrs`."""
-        return {}
+    def default_fields(self) -> dict[str, str | list[str]]:
+        """Name all fields of a store of ours; else ``obs``, or ``state``, and ``action``."""
+        if self._store.is_native:
+            return {name: name for name in self.fields}
+        names = [n for n in ("obs", "state") if n in self.fields]
+        obs: dict[str, str | list[str]] = {"obs": names[:1]} if names else {}
+        return obs | ({"action": "action"} if "action" in self.fields else {})
 
     def gaps(self, fields: Sequence[str]) -> list[Gap]:
-        """Chunks whose file is missing."""
-        ends = self._store.episode_ends
+        """List the chunks whose file is missing."""
+        ends, steps = self._store.episode_ends, self._store.num_steps
         found = []
         for name in fields:
-            for start, stop, place in _chunks(
-                name, self._store._arrays[name], self._store.num_steps
-            ):
+            for start, stop, place in _chunks(name, self._store._arrays[name], steps):
                 if not self._exists(place):
                     first, last = np.searchsorted(ends, [start, stop - 1], side="right")
                     reason = f"{place} is missing, so rows {start}..{stop - 1} would be made up"
                     found.append(Gap(int(first), int(last), reason))
         return found
 
-    def _exists(self, place: str) -> bool:
-        return place in self._files if self._files is not None else (self._path / place).exists()
+    def fill_gaps(self) -> None:
+        """Read what is missing as zarr does by itself from now on: as fill values."""
+        path = self._path
+        backend = ZipStore(path, mode="r") if path.is_file() else LocalStore(path)
+        self._filled = zarr.open_group(backend, mode="r", use_consolidated=False)
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
-        """`[T, *shape]` of each of the `fields` (default all) of one episode."""
+        """Read ``[T, *shape]`` of each of the ``fields`` (default all) of one episode."""
         if self._filled is None:
             return self._store.episode(index, fields)
         ends = self._store.episode_ends
@@ -146,17 +96,45 @@ class ReplayBuffer:
         arrays = {n: self._filled[f"data/{n}"] for n in (self.fields if fields is None else fields)}
         return {n: np.asarray(a[rows]) for n, a in arrays.items() if isinstance(a, zarr.Array)}
 
-    def fill_gaps(self) -> None:
-        """From now on read what is missing as zarr does by itself: as fill values."""
-        path = self._path
-        backend = ZipStore(path, mode="r") if path.is_file() else LocalStore(path)
-        self._filled = zarr.open_group(backend, mode="r", use_consolidated=False)
-
     def close(self) -> None:
         """Let go of the files."""
         self._store.close()
         if self._filled is not None:
             self._filled.store.close()
+
+    def _exists(self, place: str) -> bool:
+        return place in self._files if self._files is not None else (self._path / place).exists()
+
+    def _left_over(self) -> dict[str, str]:
+        """Arrays that do not hold numbers, groups, and rows behind the last episode."""
+        found = {}
+        for folder in ("data", "meta"):
+            group = self._store._group.get(folder)
+            for name, member in group.members() if isinstance(group, zarr.Group) else ():
+                if not isinstance(member, zarr.Array):
+                    found[f"{folder}/{name}"] = "a group, not an array"
+                elif folder == "meta" and name not in _OWN:
+                    found[f"meta/{name}"] = f"{member.dtype} {list(member.shape)}"
+                elif folder == "data" and name not in self.fields:
+                    found[f"data/{name}"] = f"{member.dtype}, not numbers"
+        for name, rows in self._surplus().items():
+            found[f"the last {rows} rows of {name}"] = "they belong to no episode"
+        return found
+
+    def _surplus(self) -> dict[str, int]:
+        """How many rows follow the last episode, where there are any (a writer was killed)."""
+        if self._store.is_native:
+            return {}
+        total = self._store.num_steps
+        surplus = {k: int(a.shape[0]) - total for k, a in self._store._arrays.items()}
+        if surplus and set(surplus.values()) == {1}:
+            raise ValueError(
+                f"{self.name}: every field has {total + 1} rows, but the last episode ends at "
+                f"{total}: episode_ends look like the indices of the last rows. They must be "
+                "one past them: write meta/episode_ends + 1, such as "
+                "g = zarr.open_group(PATH, mode='r+'); e = g['meta/episode_ends']; e[:] = e[:] + 1"
+            )
+        return {name: rows for name, rows in surplus.items() if rows}
 
 
 def _chunks(name: str, array: ZarrArray, rows: int) -> Iterator[tuple[int, int, str]]:
@@ -168,24 +146,3 @@ def _chunks(name: str, array: ZarrArray, rows: int) -> Iterator[tuple[int, int, 
         for rest in product(*inner):
             key = array.metadata.encode_chunk_key((index, *rest))
             yield start, min(start + sizes[0], rows), f"data/{name}/{key}"
-
-
-def matches(path: Path) -> bool:
-    """Whether `path` is a zarr directory or a zip."""
-    if path.is_dir():
-        return any((path / name).exists() for name in (".zgroup", ".zattrs", "zarr.json"))
-    return path.suffix == ".zip"
-
-
-def open_source(path: Path) -> ReplayBuffer:
-    """Open one; see `ReplayBuffer`."""
-    return ReplayBuffer(path)
-
-
-def default_fields(source: EpisodeSource) -> dict[str, str | list[str]]:
-    """All of a store of ours; else `obs`, or `state`, and `action`."""
-    if getattr(source, "is_native", False):
-        return {name: name for name in source.fields}
-    names = [n for n in ("obs", "state") if n in source.fields]
-    obs: dict[str, str | list[str]] = {"obs": names[:1]} if names else {}
-    return obs | ({"action": "action"} if "action" in source.fields else {})

@@ -1,6 +1,6 @@
-"""Robomimic HDF5 demonstrations: `data/demo_<i>/{obs/<key>, actions, rewards, dones}`.
+"""Robomimic HDF5 demonstrations: ``data/demo_<i>/{obs/<key>, actions, rewards, dones}``.
 
-Filter keys, `mask/<name>` with names of demonstrations, are masks: `keep="mask:train"`.
+Filter keys, ``mask/<name>`` with names of demonstrations, are masks: ``keep="mask:train"``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffpolicy.data.fields import FieldSpec
-from diffpolicy.data.formats import Gap
+from diffpolicy.data.formats import EpisodeSource, Gap, hdf5_names
 from diffpolicy.data.hdf5 import Hdf5Group, open_hdf5, read_rows, unwritten_rows
 
 if TYPE_CHECKING:
@@ -21,20 +21,16 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from diffpolicy.data.formats import EpisodeSource
-
 # The low-dimensional observation of the robomimic benchmark, in the order Diffusion Policy uses.
 LOW_DIM_KEYS = ("object", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 _TOP_LEVEL = ("actions", "rewards", "dones", "states")
 
 
-class RobomimicFile:
-    """An open file.
+class RobomimicFile(EpisodeSource):
+    """An open file, its demonstrations in numerical order (``demo_2`` before ``demo_10``).
 
-    Its fields are the keys under `obs/` by their names, `next_obs/<key>`, and actions, rewards,
-    dones, states and other arrays of a demonstration.
-
-    Demonstrations are in numerical order (`demo_2` before `demo_10`).
+    Its fields are those of the first demonstration: the keys under ``obs/`` by their names,
+    ``next_obs/<key>``, and actions, rewards, dones, states and other arrays.
 
     Args:
         path: The HDF5 file.
@@ -47,7 +43,7 @@ class RobomimicFile:
 
     def __init__(self, path: Path) -> None:
         self._file = open_hdf5(path, "reading robomimic files")
-        self._path = path
+        self.name = str(path)
         data = self._file.get("data")
         names = [n for n in data if _number(n) is not None] if isinstance(data, Hdf5Group) else []
         if not names:
@@ -55,36 +51,41 @@ class RobomimicFile:
             raise ValueError(f"{path} is not a robomimic file: it has no data/demo_<i> groups")
         self._data = data
         self._demos = sorted(names, key=lambda n: _number(n) or 0)
+        self.attrs = _described(data)
+        self.episode_attrs = [{"demo": name} for name in self._demos]
 
-    @property
-    def name(self) -> str:
-        """The path."""
-        return str(self._path)
+    @staticmethod
+    def matches(path: Path) -> bool:
+        """Tell whether it is an HDF5 file with a group ``data``, or one that cannot be opened."""
+        names = hdf5_names(path)
+        return names is None or "data" in names  # opening it says what is wrong
 
-    @property
-    def num_episodes(self) -> int:
-        """How many demonstrations there are."""
-        return len(self._demos)
+    def default_fields(self) -> dict[str, str | list[str]]:
+        """Name the benchmark's low-dimensional observation, if all of it is there; ``actions``."""
+        has_all = all(key in self.fields for key in LOW_DIM_KEYS)
+        obs: dict[str, str | list[str]] = {"obs": list(LOW_DIM_KEYS)} if has_all else {}
+        return obs | ({"action": "actions"} if "actions" in self.fields else {})
 
     @cached_property
     def fields(self) -> dict[str, FieldSpec]:
         """The numeric fields of the first demonstration."""
         return {
-            _field(place): FieldSpec(tuple(m.shape[1:]), str(m.dtype))
-            for place, m in self._data[self._demos[0]].datasets()
-            if m.dtype.kind in "fiub" and m.ndim
+            _field(place): FieldSpec(tuple(array.shape[1:]), str(array.dtype))
+            for place, array in self._data[self._demos[0]].datasets()
+            if _is_rows(array)
         }
 
-    @property
+    @cached_property
     def unread(self) -> dict[str, str]:
         """What of the first demonstration is not made of numbers; and the filter keys."""
         found = {
-            place: f"{m.dtype}, not a row of numbers a step"
-            for place, m in self._data[self._demos[0]].datasets()
-            if m.dtype.kind not in "fiub" or not m.ndim
+            place: f"{array.dtype}, not a row of numbers a step"
+            for place, array in self._data[self._demos[0]].datasets()
+            if not _is_rows(array)
         }
-        keys = {f"mask/{n}": f"a filter key, to choose by: keep=mask:{n}" for n in self.masks}
-        return found | keys
+        return found | {
+            f"mask/{name}": f"a filter key, to choose by: keep=mask:{name}" for name in self.masks
+        }
 
     @cached_property
     def masks(self) -> dict[str, list[int]]:
@@ -93,103 +94,61 @@ class RobomimicFile:
         place = {name: i for i, name in enumerate(self._demos)}
         found = {}
         for key, names in group.items() if isinstance(group, Hdf5Group) else ():
-            said = [
-                n.decode() if isinstance(n, bytes) else str(n) for n in np.atleast_1d(names[()])
-            ]
+            said = [n.decode() if isinstance(n, bytes) else n for n in np.atleast_1d(names[()])]
             if lacking := [n for n in said if n not in place]:
                 raise ValueError(
-                    f"{self._path}: mask/{key} names {lacking[0]!r}, which is not there"
+                    f"{self.name}: mask/{key} names {lacking[0]!r}, which is not there"
                 )
             found[key] = sorted(place[n] for n in said)
         return found
 
     def gaps(self, fields: Sequence[str]) -> list[Gap]:
-        """Chunks that were never written."""
-        return [
-            Gap(index, index, f"{demo}/{place}: rows {rows} were never written, and read as zeros")
-            for index, demo in enumerate(self._demos)
-            for place, member in (_find(self._data[demo], name) for name in fields)
-            if member is not None
-            for rows in [unwritten_rows(member)]
-            if rows
-        ]
-
-    @property
-    def attrs(self) -> dict[str, Any]:
-        """The environment the demonstrations were recorded in, where the file says it."""
-        text = self._data.attrs.get("env_args")
-        try:
-            return {"env_args": json.loads(text)} if text else {}
-        except (TypeError, ValueError):
-            return {"env_args": str(text)}
-
-    @property
-    def episode_attrs(self) -> list[dict[str, Any]]:
-        """The name of each demonstration in the file."""
-        return [{"demo": name} for name in self._demos]
+        """List the chunks that were never written."""
+        found = []
+        for index, demo in enumerate(self._demos):
+            for place, array in (_find(self._data[demo], name) for name in fields):
+                if array is not None and (rows := unwritten_rows(array)):
+                    reason = f"{demo}/{place}: rows {rows} were never written, and read as zeros"
+                    found.append(Gap(index, index, reason))
+        return found
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
-        """One demonstration.
-
-        Args:
-            index: Its place in numerical order.
-            fields: Which fields; default all of the first demonstration.
-
-        Returns:
-            `[T, *shape]` of each field.
+        """Read ``[T, *shape]`` of each field (default all) of one demonstration.
 
         Raises:
-            ValueError: The demonstration lacks a field.
+            ValueError: The demonstration lacks a field, or has other rows than it says.
         """
-        demo = self._data[self._demos[index]]
+        demo, name = self._data[self._demos[index]], self._demos[index]
         said = demo.attrs.get("num_samples")
         result = {}
-        for name in self.fields if fields is None else fields:
-            place, member = _find(demo, name)
-            if member is None:
+        for field in self.fields if fields is None else fields:
+            place, array = _find(demo, field)
+            if array is None:
                 raise ValueError(
-                    f"{self._path}: {self._demos[index]} has no {place!r}; under obs/ it has "
+                    f"{self.name}: {name} has no {place!r}; under obs/ it has "
                     f"{sorted(demo.get('obs') or ())}"
                 )
-            result[name] = read_rows(member, f"{self._path}: {self._demos[index]}/{place}")
-            if said is not None and len(result[name]) != int(said):
+            rows = read_rows(array, f"{self.name}: {name}/{place}")
+            if said is not None and len(rows) != int(said):
                 raise ValueError(
-                    f"{self._path}: {self._demos[index]}/{place} has {len(result[name])} "
-                    f"rows, but its num_samples says {said}"
+                    f"{self.name}: {name}/{place} has {len(rows)} rows, but its num_samples says "
+                    f"{said}"
                 )
+            result[field] = rows
         return result
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
-
-def matches(path: Path) -> bool:
-    """Whether `path` is an HDF5 file with a group `data`, or one that `open_source` refuses."""
-    if not path.is_file() or path.suffix not in (".hdf5", ".h5"):
-        return False
+def _described(data: Hdf5Group) -> dict[str, Any]:
+    """The environment that the demonstrations were recorded in, where the file says it."""
+    text = data.attrs.get("env_args")
     try:
-        file = open_hdf5(path, "reading robomimic files")
-    except (ImportError, ValueError):
-        return True  # opening it says what is wrong
-    try:
-        return isinstance(file.get("data"), Hdf5Group)
-    except ValueError:
-        return True
-    finally:
-        file.close()
+        return {"env_args": json.loads(text)} if text else {}
+    except (TypeError, ValueError):
+        return {"env_args": str(text)}
 
 
-def open_source(path: Path) -> RobomimicFile:
-    """Open a file; see `RobomimicFile`."""
-    return RobomimicFile(path)
-
-
-def default_fields(source: EpisodeSource) -> dict[str, str | list[str]]:
-    """The benchmark's low-dimensional observation, if all of it is there; and `actions`."""
-    has_all = all(key in source.fields for key in LOW_DIM_KEYS)
-    obs: dict[str, str | list[str]] = {"obs": list(LOW_DIM_KEYS)} if has_all else {}
-    return obs | ({"action": "actions"} if "actions" in source.fields else {})
+def _is_rows(array: Any) -> bool:
+    return array.ndim > 0 and array.dtype.kind in "fiub"
 
 
 def _number(name: str) -> int | None:
@@ -202,12 +161,12 @@ def _find(demo: Hdf5Group, field: str) -> tuple[str, Any]:
     plain = field in _TOP_LEVEL or "/" in field
     places = (field,) if plain else (f"obs/{field}", field)
     for place in places:
-        if (member := demo.get(place)) is not None:
-            return place, member
+        if (array := demo.get(place)) is not None:
+            return place, array
     return places[0], None
 
 
 def _field(place: str) -> str:
-    """What a place in a demonstration is called as a field: the keys under `obs/` by themselves."""
+    """What a place in a demonstration is called as a field: keys under ``obs/`` by themselves."""
     key = place.removeprefix("obs/")
     return place if "/" in key or key in _TOP_LEVEL else key

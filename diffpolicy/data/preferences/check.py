@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffpolicy.data.issue import Issue
+from diffpolicy.data.check import Issue, Severity
 from diffpolicy.data.preferences import file as files
 from diffpolicy.data.preferences.records import (
     Label,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def check_preferences(
     path: str | os.PathLike[str], store: EpisodeStore | str | os.PathLike[str] | None = None
 ) -> list[Issue]:
-    """Everything that is wrong with a preference file.
+    """List everything that is wrong with a preference file.
 
     Args:
         path: The file.
@@ -44,29 +44,31 @@ def check_preferences(
         FileNotFoundError: No file, or no store.
     """
     target = Path(path)
+
+    def issue(severity: Severity, message: str, fix: str) -> Issue:
+        return Issue(severity, str(target), None, None, None, message, fix)
+
     try:
         contents = files.read_contents(target)
-        found = files.open_store(target, contents, store)
-        files.check_mark(contents.mark, found, f"{target}, line 1")
+        found = files.open_store(contents, store)
     except files.PreferenceFileError as error:
-        text = str(error).removeprefix(f"{target}, ")
-        return [_issue("error", target, text, "see the message")]
+        return [issue("error", str(error).removeprefix(f"{target}, "), "see the message")]
     issues = [
-        _issue("error", target, f"line {number}: {value}", "correct the line, or remove it")
+        issue("error", f"line {number}: {value}", "correct the line, or remove it")
         for number, value in files.parsed(contents, found)
         if isinstance(value, ValueError)
     ]
     if contents.mark.content is None:
         fix = "none needed if the store was never made anew"
-        issues.append(_issue("warning", target, f"line 1: {files.NO_CONTENT}", fix))
-    if contents.kept < contents.size:
-        text = f"the last {contents.size - contents.kept} bytes are a torn line"
-        issues.append(_issue("warning", target, text, "none needed: the next append removes it"))
+        issues.append(issue("warning", f"line 1: {files.NO_CONTENT}", fix))
+    if torn := contents.size - contents.kept:
+        fix = "none needed: the next append removes it"
+        issues.append(issue("warning", f"the last {torn} bytes are a torn line", fix))
     return issues
 
 
 def summarize(preferences: PreferenceSet) -> dict[str, Any]:
-    """See `PreferenceSet.summary`."""
+    """Count everything; see ``PreferenceSet.summary``."""
     pairs = [r for r in preferences.records if isinstance(r, Pair)]
     labels = preferences.labels()
     segments = {s for r in preferences.records for s in segments_of(r)}
@@ -91,26 +93,26 @@ def summarize(preferences: PreferenceSet) -> dict[str, Any]:
 
 
 def doubts(name: str, records: Sequence[Record]) -> Iterator[Issue]:
-    """Warnings of records that come twice or contradict each other."""
+    """Warn of records that come twice or contradict each other."""
     seen: dict[Any, int] = {}
+
+    def issue(message: str, fix: str) -> Issue:
+        return Issue("warning", name, None, None, None, message, fix)
+
     for number, record in enumerate(records):
         key: Any = (type(record), segments_of(record), getattr(record, "good", None))
         if key in seen:
             text = f"record {number} is record {seen[key]} again"
-            yield _issue("warning", name, text, "remove one, unless two people judged it")
+            yield issue(text, "remove one, unless two people judged it")
         seen.setdefault(key, number)
         other = _opposite(record)
         if other in seen:
             what = " / ".join(describe(s) for s in segments_of(record))
             text = f"records {seen[other]} and {number} contradict each other ({what})"
-            yield _issue("warning", name, text, "none needed if people disagree")
+            yield issue(text, "none needed if people disagree")
 
 
 def _opposite(record: Record) -> Any:
     if isinstance(record, Pair) and not record.tie:
         return Pair, (record.rejected, record.chosen), None
     return (Label, (record.item,), not record.good) if isinstance(record, Label) else None
-
-
-def _issue(severity: Literal["error", "warning"], file: object, message: str, fix: str) -> Issue:
-    return Issue(severity, str(file), None, None, None, message, fix)

@@ -1,38 +1,37 @@
 """Pairs and labels as batches of plans, for the objectives that learn from preferences.
 
-A segment becomes windows: in each of its spans one window at every `n_action_steps`-th step, where
-the policy would have planned. Of a window the actions that are executed and lie in the span are
-scored. So every step of a segment is scored exactly once, by the window that executed it, and no
-step outside of it is.
+A segment becomes windows: in each of its spans one window at every ``n_action_steps``-th step,
+where the policy would have planned. Of a window the actions that are executed and lie in the span
+are scored. So every step of a segment is scored exactly once, by the window that executed it, and
+no step outside of it is.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 
 from diffpolicy.data.preferences.records import episodes_of
 from diffpolicy.data.windows import Windows
+from diffpolicy.settings import check_range
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from diffpolicy.data.normalize import Normalizer
     from diffpolicy.data.preferences.records import Label, Pair, Segment
     from diffpolicy.data.preferences.set import PreferenceSet
-    from diffpolicy.data.store import EpisodeStore
 
 
 class _Table(NamedTuple):
     """The windows of every example.
 
     Attributes:
-        index: int64 `[N, W]`; places that are not used repeat the first one.
-        scored: int64 `[N, W]` executed steps that are scored, 0..Ta; 0 where not used.
+        window: int64 ``[N, W]``; places that are not used repeat the first one.
+        scored: int64 ``[N, W]`` executed steps that are scored, 0..Ta; 0 where not used.
     """
 
     window: Tensor
@@ -40,42 +39,65 @@ class _Table(NamedTuple):
 
 
 class _Examples:
-    """Windows of segments, by name: what pairs and labels have in common."""
+    """Windows of segments, by name: what pairs and labels have in common.
+
+    Args:
+        preferences: Whose store the segments are of.
+        records: What is made examples of.
+        sides: Which segment of a record stands under which name.
+        most: At most so many windows of a segment in an example; None: all.
+        plans: See ``PairExamples``.
+    """
 
     def __init__(
         self,
-        store: EpisodeStore,
-        windows: Windows,
-        sides: dict[str, list[Segment]],
+        preferences: PreferenceSet,
+        records: Sequence[Pair | Label],
+        sides: dict[str, Callable[[Any], Segment]],
         most: int | None,
+        **plans: Any,
     ) -> None:
-        self._windows = windows
-        lengths = store.episode_lengths[windows.episodes]
-        begins = (lengths.cumsum() - lengths).tolist()  # each step is now exactly once
-        first = dict(zip(windows.episodes.tolist(), begins, strict=True))
-        self._parts, self._tables = _tables(sides, first, windows.n_action_steps, most)
+        check_range("[1, inf)", windows=most)
+        # All windows of the episodes that were judged: each step of them is now exactly once.
+        used = sorted({e for record in records for e in episodes_of(record)})
+        self._windows = Windows(preferences.store, episodes=used, **plans)
+        steps = preferences.store.episode_lengths[self._windows.episodes]
+        begins = (steps.cumsum() - steps).tolist()
+        first = dict(zip(self._windows.episodes.tolist(), begins, strict=True))
+        every = self._windows.n_action_steps
+        laid = {
+            name: [_laid_out(segment(record), first, every) for record in records]
+            for name, segment in sides.items()
+        }
+        longest = max(len(windows) for segments in laid.values() for windows in segments)
+        self._parts = 1 if most is None else -(-longest // most)
+        width = -(-longest // self._parts)
+        self._tables = {
+            name: _filled([w for s in segments for w in _parts(s, self._parts)], width)
+            for name, segments in laid.items()
+        }
         self._flags: dict[str, Tensor] = {}
 
     @property
     def parts(self) -> int:
-        """P, examples of each record: rows `i P .. i P + P - 1` are record i."""
+        """P, examples of each record: rows ``i P .. i P + P - 1`` are record i."""
         return self._parts
 
     def __len__(self) -> int:
         return len(next(iter(self._tables.values())).window)
 
     def gather(self, indices: Tensor) -> dict[str, Tensor]:
-        """A batch.
+        """Gather a batch.
 
         Args:
-            indices: `[B]` int64, each in 0..len-1.
+            indices: ``[B]`` int64, each in 0..len-1.
 
         Returns:
-            `obs [B, W, To, O]` and `action [B, W, H, A]` float32, normalised, and
-            `steps [B, W, H]` bool, True where a position is scored; of pairs each of them under
-            `chosen_...` and `rejected_...`. W is the largest number of windows in any example;
+            ``obs [B, W, To, O]`` and ``action [B, W, H, A]`` float32, normalised, and
+            ``steps [B, W, H]`` bool, True where a position is scored; of pairs each of them under
+            ``chosen_...`` and ``rejected_...``. W is the largest number of windows in any example;
             rows that fill up to it repeat the first window and have no scored step. Beside them
-            `good [B]` bool of labels, and `tie [B]` bool of pairs if ties were asked for.
+            ``good [B]`` bool of labels, and ``tie [B]`` bool of pairs if ties were asked for.
 
         Raises:
             IndexError: An index is out of range (on the CPU).
@@ -97,7 +119,7 @@ class _Examples:
         return batch
 
     def to(self, device: torch.device | str) -> Self:
-        """The same examples with batches on `device`; in memory, the data move there too."""
+        """Return the same examples, whose batches (and data in memory) are on ``device``."""
         moved = copy.copy(self)
         moved._windows = self._windows.to(device)
         moved._tables = {k: _Table(*(t.to(device) for t in v)) for k, v in self._tables.items()}
@@ -116,51 +138,46 @@ class PairExamples(_Examples):
     """Pairs of segments, normalised: a source of the trainer.
 
     All windows of a segment are given together, because what is compared is the sum over a segment.
-    For long segments that is much to compute; `windows` bounds it. A pair is then P examples, each
-    with every P-th window of both segments, P the least number that keeps the longest segment
-    within `windows`. That is the same in every epoch, in which every window comes (of a segment of
-    fewer than P windows one comes again). A score is then a sum over about `1 / P` of a segment.
+    For long segments that is much to compute; ``windows`` bounds it. A pair is then P examples,
+    each with every P-th window of both segments, P the least number that keeps the longest segment
+    within ``windows``. That is the same in every epoch, in which every window comes (of a segment
+    of fewer than P windows one comes again). A score is then a sum over about ``1 / P`` of a
+    segment.
 
     Args:
         preferences: The pairs, and the rankings as the pairs they stand for.
-        horizon: H, the steps in a window.
-        n_obs_steps: To, the observations a policy sees.
-        n_action_steps: Ta, the actions executed of a plan.
-        normalizer: Applied to the fields it knows; None leaves all as it is.
         windows: At most so many windows of a segment in an example; None: all.
-        ties: Also the pairs in which neither was better; a batch then has `tie`.
-        rankings: See `PreferenceSet.pairs`.
+        ties: Also the pairs in which neither was better; a batch then has ``tie``.
+        rankings: See ``PreferenceSet.pairs``.
+        plans: ``horizon``, ``n_obs_steps``, ``n_action_steps`` and ``normalizer`` of ``Windows``.
 
     Attributes:
         pairs: The pairs, in the order of the examples.
 
     Raises:
-        ValueError: No pair, or what `Windows` refuses.
+        ValueError: No pair, or what ``Windows`` refuses.
     """
 
     def __init__(
         self,
         preferences: PreferenceSet,
         *,
-        horizon: int,
-        n_obs_steps: int,
-        n_action_steps: int,
-        normalizer: Normalizer | None = None,
         windows: int | None = None,
         ties: bool = False,
         rankings: Literal["all", "adjacent"] = "all",
+        **plans: Any,
     ) -> None:
         self.pairs: tuple[Pair, ...] = tuple(preferences.pairs(ties=ties, rankings=rankings))
         if not self.pairs:
             reason = "has no pairs to learn from (ties are left out unless ties=True)"
             raise ValueError(f"{preferences!r} {reason}; LabelExamples reads good and bad labels")
-        used = _used(self.pairs)
-        plans = _windows(preferences, used, horizon, n_obs_steps, n_action_steps, normalizer)
-        sides = {
-            "chosen_": [pair.chosen for pair in self.pairs],
-            "rejected_": [pair.rejected for pair in self.pairs],
-        }
-        super().__init__(preferences.store, plans, sides, windows)
+        super().__init__(
+            preferences,
+            self.pairs,
+            {"chosen_": lambda pair: pair.chosen, "rejected_": lambda pair: pair.rejected},
+            windows,
+            **plans,
+        )
         if ties:
             self._flags = {"tie": torch.tensor([pair.tie for pair in self.pairs])}
 
@@ -170,92 +187,38 @@ class LabelExamples(_Examples):
 
     Args:
         preferences: The labels.
-        horizon: H, the steps in a window.
-        n_obs_steps: To, the observations a policy sees.
-        n_action_steps: Ta, the actions executed of a plan.
-        normalizer: Applied to the fields it knows; None leaves all as it is.
-        windows: See `PairExamples`.
+        windows: See ``PairExamples``.
         pairs: Also the chosen segments of pairs and rankings as good ones, and the rejected ones
             as bad.
+        plans: See ``PairExamples``.
 
     Attributes:
         labels: The labels, in the order of the examples.
 
     Raises:
-        ValueError: No label, or what `Windows` refuses.
+        ValueError: No label, or what ``Windows`` refuses.
     """
 
     def __init__(
         self,
         preferences: PreferenceSet,
         *,
-        horizon: int,
-        n_obs_steps: int,
-        n_action_steps: int,
-        normalizer: Normalizer | None = None,
         windows: int | None = None,
         pairs: bool = True,
+        **plans: Any,
     ) -> None:
         self.labels: tuple[Label, ...] = tuple(preferences.labels(pairs=pairs))
         if not self.labels:
             hint = "" if pairs else "; pairs=True takes the segments of pairs as labels"
             raise ValueError(f"{preferences!r} has no good or bad labels to learn from{hint}")
-        used = _used(self.labels)
-        plans = _windows(preferences, used, horizon, n_obs_steps, n_action_steps, normalizer)
-        super().__init__(preferences.store, plans, {"": [x.item for x in self.labels]}, windows)
-        self._flags = {"good": torch.tensor([x.good for x in self.labels])}
-
-
-def _used(records: Sequence[Pair | Label]) -> list[int]:
-    return sorted({e for record in records for e in episodes_of(record)})
-
-
-def _windows(
-    preferences: PreferenceSet,
-    episodes: list[int],
-    horizon: int,
-    n_obs_steps: int,
-    n_action_steps: int,
-    normalizer: Normalizer | None,
-) -> Windows:
-    """All windows of the episodes that were judged: each step of them is now exactly once."""
-    return Windows(
-        preferences.store,
-        horizon=horizon,
-        n_obs_steps=n_obs_steps,
-        n_action_steps=n_action_steps,
-        normalizer=normalizer,
-        episodes=episodes,
-    )
-
-
-def _tables(
-    sides: dict[str, list[Segment]], first: dict[int, int], every: int, most: int | None
-) -> tuple[int, dict[str, _Table]]:
-    """Windows and scored steps of every example.
-
-    Args:
-        sides: Segments by name, as many of each.
-        first: Episode -> its first window.
-        every: Ta, the steps from one window to the next.
-        most: At most so many windows in an example.
-
-    Returns:
-        P, the examples of a segment, and a table of each side with rows `i P + part`.
-    """
-    if most is not None and most < 1:
-        raise ValueError(f"windows must be at least 1, or None for all of a segment; got {most}")
-    laid = {
-        name: [_laid_out(segment, first, every) for segment in segments]
-        for name, segments in sides.items()
-    }
-    longest = max(len(windows) for segments in laid.values() for windows in segments)
-    parts = 1 if most is None else -(-longest // most)
-    width = -(-longest // parts)
-    return parts, {
-        name: _filled([windows for s in segments for windows in _parts(s, parts)], width)
-        for name, segments in laid.items()
-    }
+        super().__init__(
+            preferences,
+            self.labels,
+            {"": lambda label: label.item},
+            windows,
+            **plans,
+        )
+        self._flags = {"good": torch.tensor([label.good for label in self.labels])}
 
 
 def _laid_out(segment: Segment, first: dict[int, int], every: int) -> list[tuple[int, int]]:
@@ -268,7 +231,7 @@ def _laid_out(segment: Segment, first: dict[int, int], every: int) -> list[tuple
 
 
 def _parts(windows: list[tuple[int, int]], parts: int) -> list[list[tuple[int, int]]]:
-    """Every `parts`-th window, from each of the first ones; never none."""
+    """Every ``parts``-th window, from each of the first ones; never none."""
     return [windows[part % min(parts, len(windows)) :: parts] for part in range(parts)]
 
 

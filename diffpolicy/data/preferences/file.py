@@ -10,11 +10,11 @@
 {"kind": "store", "episodes": 31, "steps": 8210, "ends": "...", "content": "..."}
 ```
 
-Each line ends with `,"crc32":"<8 digits>"}`, the CRC-32 of the line without it, which is checked
+Each line ends with ``,"crc32":"<8 digits>"}``, the CRC-32 of the line without it, which is checked
 when the file is read. A line without one is read too, as older files have them; whoever corrects a
-line by hand removes that member. The header is one line; a span is `[episode, start, length]`. The
-last kind of line says that the store has grown since, and stands before the first record of a new
-episode. Records are only ever appended, with one write and one fsync, so that a writer that is
+line by hand removes that member. The header is one line; a span is ``[episode, start, length]``.
+The last kind of line says that the store has grown since, and stands before the first record of a
+new episode. Records are only ever appended, with one write and one fsync, so that a writer that is
 killed leaves at most one torn line at the end; readers pass over it and the next writer removes it.
 One writer at a time, any number of readers.
 """
@@ -27,15 +27,17 @@ import json
 import os
 import re
 import zlib
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffpolicy.data.preferences.records import check_range, record_from_json, segments_of
+from diffpolicy.data.blocks import content_digest
+from diffpolicy.data.preferences.records import check_fits, record_from_json
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.data.store_digest import content_digest
 from diffpolicy.files import write_atomic
+from diffpolicy.settings import ConfigError, from_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
 FORMAT = "diffpolicy-preferences"
 VERSION = 2  # 1 had no checksums
 _CHECKED = re.compile(rb',"crc32":"([0-9a-f]{8})"}')
-_HEADER = {"format", "version", "store", "attrs"}
 NO_CONTENT = (
     "made by an earlier version, without a digest of the store's values: that the store is the one "
     "it was made for is known by the episodes' lengths alone"
@@ -58,14 +59,15 @@ class PreferenceFileError(ValueError):
     """A preference file is not one, is damaged, or does not belong to the store."""
 
 
-class Mark(NamedTuple):
+@dataclass(frozen=True)
+class Mark:
     """Which episodes a store had.
 
     Attributes:
         episodes: Their number E.
         steps: Their steps together.
         ends: SHA-256 (hexadecimal) of their cumulative ends as little-endian int64.
-        content: Digest of their values (`diffpolicy.data.store_digest`); None in memory, and in
+        content: Digest of their values (``diffpolicy.data.blocks``); None in memory, and in
             files of earlier versions, which cannot tell stores of equal lengths apart.
     """
 
@@ -75,18 +77,31 @@ class Mark(NamedTuple):
     content: str | None = None
 
 
-class Contents(NamedTuple):
-    """What a file holds.
+@dataclass(frozen=True, kw_only=True)
+class _Header(Mark):
+    """The members of the first line: the mark of the store when the file was made, and more."""
+
+    format: str
+    version: int
+    store: str
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Contents:
+    """What a file holds; more is appended to a file that nobody else writes.
 
     Attributes:
+        path: The file.
         header: The first line.
         mark: The store when the file was made, from the header.
-        lines: The other whole lines, each with its number from 1.
+        lines: The other whole lines that were read, each with its number from 1.
         kept: Bytes of all whole lines.
         size: Bytes of the file, a torn last line included.
         closed: Whether the last whole line ends with a newline.
     """
 
+    path: Path
     header: dict[str, Any]
     mark: Mark
     lines: list[tuple[int, bytes]]
@@ -94,47 +109,40 @@ class Contents(NamedTuple):
     size: int
     closed: bool
 
-
-class Tail:
-    """Appends lines to a file that nobody else writes.
-
-    Args:
-        path: The file.
-        contents: What it held when it was read.
-    """
-
-    def __init__(self, path: Path, contents: Contents) -> None:
-        self._path = path
-        self._kept, self._size, self._closed = contents.kept, contents.size, contents.closed
-
-    def write(self, values: list[dict[str, Any]]) -> None:
+    def append(self, values: list[dict[str, Any]]) -> None:
         """Append JSON lines; when this returns they are on the disk.
 
         Raises:
             PreferenceFileError: Somebody else wrote to the file since it was read.
             OSError: The disk is full, or the file cannot be written; nothing was added.
         """
-        data = b"".join(encoded(value) for value in values)
-        with self._path.open("r+b", buffering=0) as file:
+        data = b"".join(_encoded(value) for value in values)
+        data = data if self.closed else b"\n" + data
+        with self.path.open("r+b", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            if size != self._size:
+            if size != self.size:
                 raise PreferenceFileError(
-                    f"{self._path} had {self._size} bytes when it was read and has {size} now: "
+                    f"{self.path} had {self.size} bytes when it was read and has {size} now: "
                     "another program writes to it. Stop one of them and open the file again"
                 )
-            data = data if self._closed else b"\n" + data
             try:
-                file.truncate(self._kept)
-                file.seek(self._kept)
+                file.truncate(self.kept)
+                file.seek(self.kept)
                 _write_all(file, data)
                 os.fsync(file.fileno())
             except OSError:
                 with contextlib.suppress(OSError):
-                    file.truncate(self._kept)
-                    self._size = self._kept
+                    file.truncate(self.kept)
+                    self.size = self.kept
                 raise
-            self._kept = self._size = self._kept + len(data)
-            self._closed = True
+        self.kept = self.size = self.kept + len(data)
+        self.closed = True
+
+
+def _write_all(file: Any, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def read_contents(path: Path) -> Contents:
@@ -155,74 +163,109 @@ def read_contents(path: Path) -> Contents:
     # Torn is what a killed writer left; a line with its checksum was whole, and is damaged.
     if not closed and not _is_json(last) and not _CHECKED.search(last):
         kept, closed = data.rfind(b"\n") + 1, True
-    lines = data[:kept].removesuffix(b"\n").split(b"\n") if kept else []
-    header = _checked_header(path, lines[0] if lines else b"")
-    mark = mark_from_json(header, f"{path}, line 1", _HEADER)
-    numbered = [(i, line) for i, line in enumerate(lines[1:], start=2) if line.strip()]
-    return Contents(header, mark, numbered, kept, len(data), closed)
+    first, *lines = data[:kept].removesuffix(b"\n").split(b"\n")
+    header = _checked_header(path, first)
+    numbered = [(i, line) for i, line in enumerate(lines, start=2) if line.strip()]
+    mark = Mark(header["episodes"], header["steps"], header["ends"], header.get("content"))
+    return Contents(path, header, mark, numbered, kept, len(data), closed)
+
+
+def check_overwritten(path: Path, *, overwrite: bool) -> None:
+    """Raise ``FileExistsError`` unless what is there is a preference file that may be replaced."""
+    if not overwrite:
+        raise FileExistsError(
+            f"{path} exists; choose another path, or overwrite=True (at the command line "
+            "overwrite=true)"
+        )
+    try:
+        read_contents(path)
+    except (FileNotFoundError, PreferenceFileError) as error:
+        raise FileExistsError(
+            f"{path} exists and is not a preference file, so it is not overwritten"
+        ) from error
+
+
+def _checked_header(path: Path, line: bytes) -> dict[str, Any]:
+    try:
+        header = _parsed_line(line)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise PreferenceFileError(
+            f"{path}, line 1: expected a header with 'format': {FORMAT!r}; got {line[:60]!r}. "
+            "It is not a preference file, or its beginning was lost"
+        )
+    try:
+        version = from_values(_Header, header).version
+    except ConfigError as error:
+        raise PreferenceFileError(f"{path}, line 1: {error}") from None
+    if not 1 <= version <= VERSION:
+        raise PreferenceFileError(
+            f"{path}, line 1: version {version} of the format, but this diffpolicy reads up to "
+            f"{VERSION}; update it: pip install --upgrade diffpolicy"
+        )
+    return header
 
 
 def open_store(
-    path: Path, contents: Contents, store: EpisodeStore | str | os.PathLike[str] | None
+    contents: Contents, store: EpisodeStore | str | os.PathLike[str] | None
 ) -> EpisodeStore:
-    """The episodes of a file: those given, or those that its header names.
+    """Open the episodes of a file: those given, or those that its header names.
 
     Raises:
         FileNotFoundError: There are none.
+        PreferenceFileError: They are not those that the file was made for.
     """
     if store is None:
-        place = path.parent / contents.header["store"]
+        place = contents.path.parent / contents.header["store"]
         if not place.exists():
             raise FileNotFoundError(
-                f"{path} belongs to the store {contents.header['store']}, which is not at {place}; "
-                "say where it is with store=..."
+                f"{contents.path} belongs to the store {contents.header['store']}, which is not at "
+                f"{place}; say where it is with store=..."
             )
-        return EpisodeStore.open(place)
-    return EpisodeStore.open(store) if isinstance(store, str | os.PathLike) else store
+        store = place
+    found = EpisodeStore.open(store) if isinstance(store, str | os.PathLike) else store
+    _check_mark(contents.mark, found, f"{contents.path}, line 1")
+    return found
 
 
-def relative_place(store: Path, file: Path) -> str:
-    """The way from a file's folder to a store, for the header."""
-    try:
-        return Path(os.path.relpath(store.resolve(), file.parent.resolve())).as_posix()
-    except ValueError:  # another drive: there is no way from here to there
-        return store.resolve().as_posix()
-
-
-def write_header(path: Path, header: dict[str, Any]) -> None:
+def write_header(path: Path, store: Path, mark: Mark, attrs: dict[str, Any]) -> None:
     """Make a file that has only a header, in place of what is there."""
-    write_atomic(path, encoded(header))
+    try:
+        place = Path(os.path.relpath(store.resolve(), path.parent.resolve())).as_posix()
+    except ValueError:  # another drive: there is no way from here to there
+        place = store.resolve().as_posix()
+    header = {"format": FORMAT, "version": VERSION, "store": place, **asdict(mark), "attrs": attrs}
+    write_atomic(path, _encoded(header))
 
 
 def parsed(
     contents: Contents, store: EpisodeStore
 ) -> Iterator[tuple[int, Record | Mark | ValueError]]:
-    """The number of each line, and what it holds or what is wrong with it."""
+    """Yield the number of each line, and what it holds or what is wrong with it."""
     lengths = store.episode_lengths
     for number, line in contents.lines:
         try:
-            value = parse_line(line)
+            value = _parsed_line(line)
             if isinstance(value, dict) and value.get("kind") == "store":
-                mark = mark_from_json(value, "a 'store' line", {"kind"})
-                check_mark(mark, store, "a 'store' line")
+                mark = from_values(Mark, {k: v for k, v in value.items() if k != "kind"})
+                _check_mark(mark, store, "a 'store' line")
                 yield number, mark
-                continue
-            record = record_from_json(value)
-            for segment in segments_of(record):
-                check_range(segment, lengths)
+            else:
+                record = record_from_json(value)
+                check_fits(record, lengths)
+                yield number, record
         except ValueError as error:
             yield number, error
-        else:
-            yield number, record
 
 
-def encoded(value: dict[str, Any]) -> bytes:
+def _encoded(value: dict[str, Any]) -> bytes:
     """One line of a file."""
     line = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
     return line[:-1] + f',"crc32":"{zlib.crc32(line):08x}"}}\n'.encode()
 
 
-def parse_line(line: bytes) -> Any:
+def _parsed_line(line: bytes) -> Any:
     """The JSON value of a line.
 
     Raises:
@@ -250,96 +293,9 @@ def parse_line(line: bytes) -> Any:
     return value
 
 
-def mark_of(store: EpisodeStore, episodes: int | None = None, *, content: bool = True) -> Mark:
-    """Which episodes a store has; with `episodes` only the first so many.
-
-    Without `content` their values are not read.
-    """
-    ends: NDArray[np.int64] = store.episode_ends[:episodes]
-    digest = hashlib.sha256(ends.astype("<i8").tobytes()).hexdigest()
-    values = content_digest(store, len(ends)) if content else None
-    return Mark(len(ends), int(ends[-1]) if len(ends) else 0, digest, values)
-
-
-def mark_from_json(value: dict[str, Any], where: str, others: set[str]) -> Mark:
-    """A mark of the header or of a `store` line, which may have the `others` as members too.
-
-    Raises:
-        PreferenceFileError: One of its three members is missing or of another type, or there is a
-            member that nobody knows.
-    """
-    if unknown := sorted(set(value) - others - set(Mark._fields)):
-        raise PreferenceFileError(
-            f"{where}: unknown members {unknown}; the line was altered. Copy the file again, or "
-            "correct the line"
-        )
-    ends, content = value.get("ends", ""), value.get("content")
-    mark = Mark(value.get("episodes", -1), value.get("steps", -1), ends, content)
-    numbers, digests = (mark.episodes, mark.steps), (ends, ends if content is None else content)
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
-    if not whole or not all(isinstance(d, str) and len(d) == 64 for d in digests):
-        raise PreferenceFileError(
-            f"{where}: expected whole numbers 'episodes' and 'steps' and the SHA-256 'ends' (and "
-            f"'content') of the store; got { ({k: value.get(k) for k in Mark._fields}) }"
-        )
-    return mark
-
-
-def check_mark(mark: Mark, store: EpisodeStore, where: str) -> None:
-    """Make sure that a store (which may have grown since) is the one that a file was made for.
-
-    Raises:
-        PreferenceFileError: Its first episodes are others.
-    """
-    found = mark_of(store, mark.episodes, content=False)
-    if found == mark._replace(content=None):
-        if mark.content not in (None, content_digest(store, mark.episodes)):
-            raise PreferenceFileError(
-                f"{where}: made for a store whose first {mark.episodes} episodes have the same "
-                f"lengths as those of {store.name}, but other values: it was made anew, or changed "
-                "since. Open it with the store that it was made for (store=...), or make the "
-                "preferences again"
-            )
-    else:
-        raise PreferenceFileError(
-            f"{where}: made for a store of {mark.episodes} episodes and {mark.steps} steps (ends "
-            f"{mark.ends[:12]}...), but the first {found.episodes} episodes of {store.name} have "
-            f"{found.steps} steps (ends {found.ends[:12]}...). Open it with the store that it was "
-            "made for (store=...), or make the preferences again"
-        )
-
-
-def _checked_header(path: Path, line: bytes) -> dict[str, Any]:
-    try:
-        header = parse_line(line)
-    except ValueError:
-        header = None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise PreferenceFileError(
-            f"{path}, line 1: expected a header with 'format': {FORMAT!r}; got {line[:60]!r}. "
-            "It is not a preference file, or its beginning was lost"
-        )
-    version = header.get("version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise PreferenceFileError(
-            f"{path}, line 1: 'version' must be 1..{VERSION}; got {version!r}"
-        )
-    if version > VERSION:
-        raise PreferenceFileError(
-            f"{path}, line 1: version {version} of the format, but this diffpolicy reads up to "
-            f"{VERSION}; update it: pip install --upgrade diffpolicy"
-        )
-    if not isinstance(header.get("store"), str) or not isinstance(header.get("attrs", {}), dict):
-        raise PreferenceFileError(
-            f"{path}, line 1: expected the text 'store' (the store's path from the file's folder) "
-            f"and the object 'attrs'; got {header.get('store')!r} and {header.get('attrs')!r:.60}"
-        )
-    return header
-
-
 def _is_json(line: bytes) -> bool:
     try:
-        parse_line(line)
+        _parsed_line(line)
     except ValueError:
         return False
     return True
@@ -349,7 +305,38 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"numbers must be finite; got {name}")
 
 
-def _write_all(file: Any, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+def mark_of(store: EpisodeStore, episodes: int | None = None, *, content: bool = True) -> Mark:
+    """Tell which episodes a store has; with ``episodes`` only the first so many.
+
+    Without ``content`` their values are not read.
+    """
+    ends: NDArray[np.int64] = store.episode_ends[:episodes]
+    digest = hashlib.sha256(ends.astype("<i8").tobytes()).hexdigest()
+    values = content_digest(store, len(ends)) if content else None
+    return Mark(len(ends), int(ends[-1]) if len(ends) else 0, digest, values)
+
+
+def _check_mark(mark: Mark, store: EpisodeStore, where: str) -> None:
+    """Make sure that a store (which may have grown since) is the one that a file was made for.
+
+    Raises:
+        PreferenceFileError: Its first episodes are others.
+    """
+    found = mark_of(store, mark.episodes, content=False)
+    if (found.episodes, found.steps, found.ends) != (mark.episodes, mark.steps, mark.ends):
+        differs = (
+            f"made for a store of {mark.episodes} episodes and {mark.steps} steps (ends "
+            f"{mark.ends[:12]}...), but the first {found.episodes} episodes of {store.name} have "
+            f"{found.steps} steps (ends {found.ends[:12]}...)"
+        )
+    elif mark.content not in (None, content_digest(store, mark.episodes)):
+        differs = (
+            f"made for a store whose first {mark.episodes} episodes have the same lengths as those "
+            f"of {store.name}, but other values: it was made anew, or changed since"
+        )
+    else:
+        return
+    raise PreferenceFileError(
+        f"{where}: {differs}. Open it with the store that it was made for (store=...), or make the "
+        "preferences again"
+    )

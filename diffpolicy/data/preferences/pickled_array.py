@@ -1,6 +1,6 @@
 """A reader of pickled arrays that runs nothing of the pickle: ``pickled_array.py SOURCE TARGET``.
 
-A pickle is a program. `read_pickled_array` has it read in a process of its own, isolated and with
+A pickle is a program. ``read_pickled_array`` has it read in a process of its own, isolated and with
 little memory, by an unpickler that knows numbers, texts, lists and numpy's arrays of numbers, and
 refuses every other name; what comes back is a plain npy file. As a script this module needs numpy
 alone and imports nothing of this package.
@@ -23,7 +23,6 @@ import numpy.typing as npt
 MOST_BYTES = 1 << 26  # of a file; published labels are a few kilobytes
 _TIMEOUT = 60.0
 _MEMORY = 1 << 30
-_NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
 
 
 class RefusedError(Exception):
@@ -35,22 +34,22 @@ class _Type:
 
     def __init__(self, name: Any, *_options: Any) -> None:
         self.name = str(name)
-        self.swapped = False
+        self.order: Any = "="
 
     def __setstate__(self, state: Any) -> None:
-        self.swapped = state[1] == (">" if sys.byteorder == "little" else "<")
+        self.order = state[1]
 
     def dtype(self) -> np.dtype[Any]:
         if self.name.lstrip("<>=|")[:1] not in ("f", "i", "u", "b", "?"):
             raise RefusedError(f"it holds {self.name!r:.40}, not numbers")
-        found = np.dtype(self.name)
-        return found.newbyteorder("S") if self.swapped else found
+        return np.dtype(self.name).newbyteorder(self.order)
 
 
 class _Array:
     """An array as the pickle describes it."""
 
-    state: tuple[Any, ...] = ()
+    def __init__(self, *_arguments: Any) -> None:
+        self.state: Any = ()
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -60,12 +59,7 @@ class _Array:
         if not isinstance(kind, _Type) or not isinstance(data, bytes):
             raise RefusedError("it holds Python objects, not numbers")
         flat: npt.NDArray[Any] = np.frombuffer(data, kind.dtype())
-        sizes = tuple(int(n) for n in shape)
-        return flat.reshape(sizes[::-1]).T if fortran else flat.reshape(sizes)
-
-
-def _reconstruct(*_arguments: Any) -> _Array:
-    return _Array()
+        return flat.reshape(shape, order="F" if fortran else "C")
 
 
 def _frombuffer(data: Any, kind: Any, shape: Any, order: Any, *_options: Any) -> _Array:
@@ -84,29 +78,32 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
+# What an array's pickle names, under numpy's module names of before and after 2.0.
+_KNOWN = {
+    ("numpy", "ndarray"): "ndarray",
+    ("numpy", "dtype"): _Type,
+    ("_codecs", "encode"): _encode,
+}
+for _core in ("numpy.core", "numpy._core"):
+    _KNOWN[f"{_core}.multiarray", "_reconstruct"] = _Array
+    _KNOWN[f"{_core}.multiarray", "scalar"] = _scalar
+    _KNOWN[f"{_core}.numeric", "_frombuffer"] = _frombuffer
+
+
 class _Reader(pickle.Unpickler):
     """An unpickler that resolves the names of numpy's arrays and no other."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = {
-            ("numpy", "ndarray"): "ndarray",
-            ("numpy", "dtype"): _Type,
-            ("_codecs", "encode"): _encode,
-            **{(place, "_reconstruct"): _reconstruct for place in _NUMPY},
-            **{(place, "scalar"): _scalar for place in _NUMPY},
-            ("numpy.core.numeric", "_frombuffer"): _frombuffer,
-            ("numpy._core.numeric", "_frombuffer"): _frombuffer,
-        }
-        if (module, name) not in known:
+        if (module, name) not in _KNOWN:
             raise RefusedError(f"it names {f'{module}.{name}'!r:.80}, which is no part of an array")
-        return known[module, name]
+        return _KNOWN[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
         raise RefusedError("it refers to something outside of it")
 
 
 def numbers(data: bytes) -> npt.NDArray[Any]:
-    """The array that a pickle holds: numpy's, or a list of numbers.
+    """Return the array that a pickle holds: numpy's, or a list of numbers.
 
     Raises:
         RefusedError: It holds anything else.
@@ -131,8 +128,6 @@ def read_pickled_array(path: Path) -> npt.NDArray[Any]:
         FileNotFoundError: No file.
         ValueError: It holds something else, or is too large.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}")
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, too many for a list of labels")
     with tempfile.TemporaryDirectory() as folder:
@@ -151,24 +146,17 @@ def read_pickled_array(path: Path) -> npt.NDArray[Any]:
         return array
 
 
-def _limit() -> None:
-    """Bound the memory and the files of this process."""
+def main() -> NoReturn:
+    """Run as a script; a refusal is one line on standard error and status 1."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
         resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MOST_BYTES, 2 * MOST_BYTES))
-
-
-def main() -> NoReturn:
-    """Run as a script; a refusal is one line on standard error and status 1."""
-    _limit()
     try:
         np.save(sys.argv[2], numbers(Path(sys.argv[1]).read_bytes()), allow_pickle=False)
-    except RefusedError as error:
-        sys.exit(str(error))
-    except MemoryError:
-        sys.exit("it needs more memory than a list of labels can")
+    except (RefusedError, MemoryError) as error:
+        sys.exit(str(error) or "it needs more memory than a list of labels can")
     except Exception as error:  # whatever a damaged or hostile pickle provokes
         sys.exit(f"damaged ({type(error).__name__}: {error})")
     sys.exit(0)

@@ -7,17 +7,22 @@ segment that goes on from one episode into the next, as in some published label 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from diffpolicy.data.fields import jsonable
+from diffpolicy.settings import check_choice, settings_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
+
+    from diffpolicy.data.store import EpisodeStore
 
 
 class Span(NamedTuple):
@@ -39,18 +44,18 @@ Segment = tuple[Span, ...]
 
 @dataclass(frozen=True)
 class Pair:
-    """Of two segments one was preferred, or neither.
+    """Two segments of which one was preferred, or neither.
 
     Attributes:
         chosen: The better one.
         rejected: The other one.
-        tie: Neither is better; `chosen` and `rejected` are then in no order.
-        source: Who or what judged, such as `"human"` or `"return"`.
+        tie: Neither is better; ``chosen`` and ``rejected`` are then in no order.
+        source: Who or what judged, such as ``"human"`` or ``"return"``.
         info: JSON values to keep with it (finite numbers).
 
     Raises:
-        ValueError: A segment, `source` or `info` that is none, or the same segment twice without
-            a tie.
+        ValueError: A segment, ``source`` or ``info`` that is none, or the same segment twice
+            without a tie.
     """
 
     chosen: Segment
@@ -60,10 +65,8 @@ class Pair:
     info: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        _set(self, chosen=checked_segment(self.chosen, "chosen"))
-        _set(self, rejected=checked_segment(self.rejected, "rejected"))
-        _set(self, tie=_checked_flag(self.tie, "tie"))
-        _check_remarks(self)
+        _settle(self, chosen=self.chosen, rejected=self.rejected)
+        object.__setattr__(self, "tie", _checked_flag(self.tie, "tie"))
         if self.chosen == self.rejected and not self.tie:
             raise ValueError(
                 f"chosen and rejected are the same segment, {describe(self.chosen)}; two different "
@@ -94,13 +97,13 @@ class Ranking:
         items = tuple(checked_segment(s, f"items[{i}]") for i, s in enumerate(self.items))
         if len(set(items)) != len(items):
             raise ValueError("items must be different segments; one comes twice in the ranking")
-        _set(self, items=items)
-        _check_remarks(self)
+        object.__setattr__(self, "items", items)
+        _settle(self)
 
 
 @dataclass(frozen=True)
 class Label:
-    """One segment was judged good or bad.
+    """One segment that was judged good or bad.
 
     Attributes:
         item: The segment.
@@ -109,7 +112,7 @@ class Label:
         info: JSON values to keep with it.
 
     Raises:
-        ValueError: A segment that is none, or `good` that is not True or False.
+        ValueError: A segment that is none, or ``good`` that is not True or False.
     """
 
     item: Segment
@@ -118,9 +121,8 @@ class Label:
     info: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        _set(self, item=checked_segment(self.item, "item"))
-        _set(self, good=_checked_flag(self.good, "good"))
-        _check_remarks(self)
+        _settle(self, item=self.item)
+        object.__setattr__(self, "good", _checked_flag(self.good, "good"))
 
 
 Record = Pair | Ranking | Label
@@ -129,29 +131,46 @@ _KINDS: dict[str, type[Pair] | type[Ranking] | type[Label]] = {
     "ranking": Ranking,
     "label": Label,
 }
-_REQUIRED = {"pair": ("chosen", "rejected"), "ranking": ("items",), "label": ("item", "good")}
-_OPTIONAL = {"pair": ("tie", "source", "info")}
 
 
 def segments_of(record: Record) -> tuple[Segment, ...]:
-    """The segments that a record judges."""
+    """Return the segments that a record judges."""
     if isinstance(record, Pair):
         return record.chosen, record.rejected
     return record.items if isinstance(record, Ranking) else (record.item,)
 
 
 def episodes_of(record: Record) -> set[int]:
-    """The episodes that a record judges anything of."""
+    """Return the episodes that a record judges anything of."""
     return {span.episode for segment in segments_of(record) for span in segment}
 
 
+def episode_values(
+    store: EpisodeStore, name: str, episodes: Iterable[int] | None = None
+) -> list[Any]:
+    """Return an attribute of each of these episodes, by default of all.
+
+    Raises:
+        ValueError: One of them has no such attribute.
+    """
+    attrs, found = store.episode_attrs, []
+    for episode in range(len(attrs)) if episodes is None else episodes:
+        if name not in attrs[episode]:
+            raise ValueError(
+                f"{store.name}: episode {episode} has no attribute {name!r}; it has "
+                f"{sorted(attrs[episode])}"
+            )
+        found.append(attrs[episode][name])
+    return found
+
+
 def segment_of_rows(rows: NDArray[np.integer], episode_ends: NDArray[np.int64]) -> Segment:
-    """The segment that consists of given rows of a store, in their order.
+    """Return the segment that consists of given rows of a store, in their order.
 
     Args:
-        rows: `[n]` rows, counted over all episodes; where the next row is not the following one,
+        rows: ``[n]`` rows, counted over all episodes; where the next row is not the following one,
             or belongs to another episode, a new span begins.
-        episode_ends: `[E]` cumulative ends.
+        episode_ends: ``[E]`` cumulative ends.
 
     Raises:
         ValueError: No row, or a row that the store does not have.
@@ -170,52 +189,42 @@ def segment_of_rows(rows: NDArray[np.integer], episode_ends: NDArray[np.int64]) 
 
 
 def rows_of_segment(segment: Segment, episode_ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows of a segment, counted over all episodes, int64 `[n]`."""
+    """Return the rows of a segment, counted over all episodes, int64 ``[n]``."""
     starts = np.concatenate([[0], episode_ends])
     return np.concatenate(
         [np.arange(s.length, dtype=np.int64) + starts[s.episode] + s.start for s in segment]
     )
 
 
-def check_range(segment: Segment, lengths: NDArray[np.int64]) -> None:
-    """Compare a segment with the store's episodes.
-
-    Args:
-        segment: The segment.
-        lengths: `[E]` steps of each episode.
+def check_fits(record: Record, lengths: NDArray[np.int64]) -> None:
+    """Compare a record with the lengths ``[E]`` of the store's episodes.
 
     Raises:
-        ValueError: An episode or a step that the store does not have.
+        ValueError: It judges an episode or a step that the store does not have.
     """
-    for span in segment:
+    for span in itertools.chain(*segments_of(record)):
+        where = describe((span,))
         if span.episode >= len(lengths):
-            raise ValueError(
-                f"{describe((span,))}: the store has the episodes 0..{len(lengths) - 1}"
-            )
-        if span.start + span.length > lengths[span.episode]:
-            raise ValueError(
-                f"{describe((span,))}: episode {span.episode} has the steps "
-                f"0..{lengths[span.episode] - 1}"
-            )
+            raise ValueError(f"{where}: the store has the episodes 0..{len(lengths) - 1}")
+        steps = int(lengths[span.episode])
+        if span.start + span.length > steps:
+            raise ValueError(f"{where}: episode {span.episode} has the steps 0..{steps - 1}")
 
 
 def describe(segment: Segment) -> str:
-    """A segment for messages: `episode 3 steps 10..59`."""
+    """Describe a segment for messages: ``episode 3 steps 10..59``."""
     return " and ".join(f"episode {e} steps {s}..{s + n - 1}" for e, s, n in segment)
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
-    """A record as the JSON object that stands in a file; what is default is left out."""
-    kind = next(name for name, made in _KINDS.items() if isinstance(record, made))
-    values = {name: getattr(record, name) for name in _REQUIRED[kind]}
-    for name in _OPTIONAL.get(kind, ("source", "info")):
-        value = getattr(record, name)
-        values |= {name: dict(value) if name == "info" else value} if value else {}
-    return {"kind": kind, **values}
+    """Return a record as the JSON object that stands in a file, without what is default."""
+    values = {entry.name: getattr(record, entry.name) for entry in fields(record)}
+    given = {k: v for k, v in values.items() if v or k not in ("tie", "source", "info")}
+    return {"kind": type(record).__name__.lower(), **given}
 
 
 def record_from_json(value: Any) -> Record:
-    """The record that a JSON object of a file stands for.
+    """Return the record that a JSON object of a file stands for.
 
     Raises:
         ValueError: It is no record; the message says what was expected and what came.
@@ -223,68 +232,57 @@ def record_from_json(value: Any) -> Record:
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object with a 'kind'; got {value!r:.80}")
     kind = value.get("kind")
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise ValueError(f"'kind' must be one of {sorted(_KINDS)}; got {kind!r:.80}")
-    required, optional = _REQUIRED[kind], _OPTIONAL.get(kind, ("source", "info"))
-    given = set(value) - {"kind"}
-    missing, unknown = sorted(set(required) - given), sorted(given - {*required, *optional})
-    if missing or unknown:
-        raise ValueError(
-            f"a {kind} has {list(required)} and may have {list(optional)}; "
-            + (f"{missing} is missing" if missing else f"got also {unknown}")
-        )
-    return _KINDS[kind](**{name: value[name] for name in given})
+    check_choice("kind", kind, _KINDS)
+    values = {name: part for name, part in value.items() if name != "kind"}
+    made: Record = settings_of(_KINDS[str(kind)], values, f"a {kind}")
+    return made
 
 
 def checked_segment(value: Any, name: str) -> Segment:
-    """A segment with plain integers.
+    """Return a segment with plain integers.
 
     Raises:
-        ValueError: It is not one span or more of (episode, start, length); `name` is in the
+        ValueError: It is not one span or more of (episode, start, length); ``name`` is in the
             message.
     """
-    wanted = f"{name} must be a segment, one or more spans (episode, start, length)"
-    if not isinstance(value, tuple | list) or not value:
-        raise ValueError(f"{wanted}; got {value!r:.80}")
+    wanted = (
+        f"{name} must be a segment, one or more spans (episode, start, length) of whole numbers "
+        "with episode >= 0, start >= 0 and length >= 1"
+    )
     if isinstance(value, Span):
         raise ValueError(f"{wanted}; got a single span: write ({value!r},)")
-    spans = []
+    if not isinstance(value, tuple | list) or not value:
+        raise ValueError(f"{wanted}; got {value!r:.80}")
     for part in value:
-        if not isinstance(part, tuple | list) or len(part) != 3 or not all(map(_whole, part)):
-            raise ValueError(f"{wanted}, all whole numbers; got {part!r:.80} in it")
-        span = Span(*(int(n) for n in part))
-        if span.episode < 0 or span.start < 0 or span.length < 1:
-            raise ValueError(
-                f"{wanted} with episode >= 0, start >= 0 and length >= 1; got {list(span)} in it"
-            )
-        spans.append(span)
-    return tuple(spans)
+        numbers = isinstance(part, tuple | list) and len(part) == 3 and all(map(_whole, part))
+        if not numbers or min(part[:2]) < 0 or part[2] < 1:
+            raise ValueError(f"{wanted}; got {part!r:.80} in it")
+    return tuple(Span(*map(int, part)) for part in value)
 
 
-def check_finite(value: Any, where: str) -> None:
-    """Make sure that JSON values hold no infinity and no NaN.
+def checked_json(value: Any, name: str) -> dict[str, Any]:
+    """Return a mapping as plain JSON values.
 
     Raises:
-        ValueError: They do; `where` names the place.
+        ValueError: Something in it is not JSON, or is not finite.
     """
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where} must hold finite numbers; got {value}")
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            check_finite(part, f"{where}.{key}")
-    elif isinstance(value, Iterable) and not isinstance(value, str):
-        for part in value:
-            check_finite(part, where)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a mapping of JSON values; got {value!r:.80}")
+    plain: dict[str, Any] = jsonable(dict(value), name)
+    try:
+        json.dumps(plain, allow_nan=False)
+    except ValueError:
+        raise ValueError(f"{name} must hold finite numbers; got {plain!r:.80}") from None
+    return plain
 
 
-def _check_remarks(record: Record) -> None:
+def _settle(record: Record, **segments: Any) -> None:
+    """Check what all records have, and these segments, while a frozen one is being made."""
     if not isinstance(record.source, str):
         raise ValueError(f"source must be text; got {record.source!r:.80}")
-    if not isinstance(record.info, Mapping):
-        raise ValueError(f"info must be a mapping of JSON values; got {record.info!r:.80}")
-    info = jsonable(dict(record.info), "info")
-    check_finite(info, "info")
-    _set(record, info=info)
+    object.__setattr__(record, "info", checked_json(record.info, "info"))
+    for name, value in segments.items():
+        object.__setattr__(record, name, checked_segment(value, name))
 
 
 def _checked_flag(value: Any, name: str) -> bool:
@@ -295,9 +293,3 @@ def _checked_flag(value: Any, name: str) -> bool:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _set(record: Record, **values: Any) -> None:
-    """Settle an attribute while the frozen record is being made."""
-    for name, value in values.items():
-        object.__setattr__(record, name, value)

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from diffpolicy.data.preferences.records import Pair, Ranking, Record, Segment, Span, describe
+from diffpolicy.data.preferences.records import (
+    Pair,
+    Ranking,
+    Record,
+    Segment,
+    Span,
+    describe,
+    episode_values,
+)
+from diffpolicy.settings import check_choice, check_range
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
@@ -31,13 +40,13 @@ def from_scores(
     min_gap: float = 0.0,
     source: str = "score",
 ) -> list[Record]:
-    """Preferences for the segments with higher scores.
+    """Prefer the segments with higher scores.
 
     Only segments of the same group are compared: what started elsewhere may have been easier.
 
     Args:
         segments: N segments.
-        scores: `[N]`, higher is better.
+        scores: ``[N]``, higher is better.
         groups: N values; equal ones are a group. Default: all are one.
         choose: Of each group the best against the worst ("best_worst", one pair); each two
             ("all"); or one ranking of those that differ ("ranking").
@@ -46,8 +55,8 @@ def from_scores(
         source: Kept with every record.
 
     Returns:
-        Pairs or rankings, group by group as they first come; `info` holds `scores`, in the order
-        of the record's segments.
+        Pairs or rankings, group by group as they first come; ``info`` holds ``scores``, in the
+        order of the record's segments.
 
     Raises:
         ValueError: Lengths that differ, scores that are not finite, or a setting that is none.
@@ -59,15 +68,11 @@ def from_scores(
             f"{len(segments)} segments need as many scores and groups; got scores "
             f"{list(values.shape)} and {len(keys)} groups"
         )
-    if not np.isfinite(values).all():
-        place = int(np.argmin(np.isfinite(values)))
-        raise ValueError(
-            f"scores must be finite; got {values[place]} for {describe(segments[place])}"
-        )
-    if not (np.isfinite(min_gap) and min_gap >= 0):
-        raise ValueError(f"min_gap must be a finite number >= 0; got {min_gap}")
-    if choose not in ("best_worst", "all", "ranking"):
-        raise ValueError(f"choose must be 'best_worst', 'all' or 'ranking'; got {choose!r}")
+    for place in np.flatnonzero(~np.isfinite(values)).tolist():
+        where = describe(segments[place])
+        raise ValueError(f"scores must be finite; got {values[place]} for {where}")
+    check_range("[0, inf)", min_gap=min_gap)
+    check_choice("choose", choose, get_args(Choose))
     members: dict[Hashable, list[int]] = {}
     for place, key in enumerate(keys):
         members.setdefault(key, []).append(place)
@@ -87,36 +92,33 @@ def by_return(
     choose: Choose = "best_worst",
     min_gap: float = 0.0,
 ) -> list[Record]:
-    """Preferences between whole episodes that started from the same state.
+    """Compare whole episodes that started from the same state.
 
     Args:
-        store: Episodes, with a field `reward` of one number a step unless `score` is "success".
-        score: "return", the sum of `discount^t r_t`; "max_reward"; "success", the episode's
-            attribute of that name (1 or 0); or a function of the rewards `[T]` float64 and the
+        store: Episodes, with a field ``reward`` of one number a step unless ``score`` is "success".
+        score: "return", the sum of ``discount^t r_t``; "max_reward"; "success", the episode's
+            attribute of that name (1 or 0); or a function of the rewards ``[T]`` float64 and the
             episode's attributes.
         group: The episode attribute that says which episodes started alike, such as the
             environment's seed; None compares any two.
-        discount: In (0, 1]; of "return".
-        choose: See `from_scores`.
-        min_gap: See `from_scores`.
+        discount: In (0, 1]; of "return" alone.
+        choose: See ``from_scores``.
+        min_gap: See ``from_scores``.
 
     Returns:
-        See `from_scores`; the source is the score's name.
+        See ``from_scores``; the source is the score's name.
 
     Raises:
         ValueError: No field or attribute of that name, or a setting that is none.
     """
-    name, scorer = _scorer(score, discount)
-    attrs = store.episode_attrs
+    check_range("(0, 1]", discount=discount)
+    if not callable(score):
+        check_choice("score", score, get_args(EpisodeScore))
+    name = getattr(score, "__name__", "scorer") if callable(score) else score
     groups = None
     if group is not None:
-        found = [_attribute(store, index, known, group) for index, known in enumerate(attrs)]
-        groups = [json.dumps(value, sort_keys=True) for value in found]
-    rewards = _rewards(store, needed=score != "success")
-    if score == "success":
-        for index, known in enumerate(attrs):
-            _attribute(store, index, known, "success")
-    values = [float(scorer(r, a)) for r, a in zip(rewards, attrs, strict=True)]
+        groups = [json.dumps(v, sort_keys=True) for v in episode_values(store, group)]
+    values = _episode_scores(store, score, discount)
     whole: list[Segment] = [(Span(i, 0, n),) for i, n in enumerate(store.episode_lengths.tolist())]
     return from_scores(whole, values, groups=groups, choose=choose, min_gap=min_gap, source=name)
 
@@ -147,27 +149,21 @@ def _record(segments: list[Segment], scores: list[float], source: str, choose: C
     return Pair(segments[0], segments[1], source=source, info=info)
 
 
-def _scorer(score: EpisodeScore | Scorer, discount: float) -> tuple[str, Scorer]:
-    if not 0 < discount <= 1:
-        raise ValueError(f"discount must be in (0, 1]; got {discount}")
-    if discount != 1 and score != "return":
-        raise ValueError(f"discount belongs to score='return'; got {discount} with {score!r}")
-    if callable(score):
-        return getattr(score, "__name__", "scorer"), score
-    known: dict[str, Scorer] = {
-        "return": lambda rewards, _: float(rewards @ discount ** np.arange(len(rewards))),
-        "max_reward": lambda rewards, _: float(rewards.max()),
-        "success": lambda _, attrs: float(bool(attrs["success"])),
-    }
-    if score not in known:
-        raise ValueError(f"score must be one of {sorted(known)} or a function; got {score!r}")
-    return score, known[score]
+def _episode_scores(
+    store: EpisodeStore, score: EpisodeScore | Scorer, discount: float
+) -> list[float]:
+    if score == "success":
+        return [float(bool(value)) for value in episode_values(store, "success")]
+    rewards = _rewards(store)
+    if score == "return":
+        return [float(r @ discount ** np.arange(len(r))) for r in rewards]
+    if score == "max_reward":
+        return [float(r.max()) for r in rewards]
+    return [float(score(r, attrs)) for r, attrs in zip(rewards, store.episode_attrs, strict=True)]
 
 
-def _rewards(store: EpisodeStore, *, needed: bool) -> list[NDArray[np.float64]]:
-    """The rewards of each episode; nothing of each if they are not needed."""
-    if not needed:
-        return [np.zeros(0)] * store.num_episodes
+def _rewards(store: EpisodeStore) -> list[NDArray[np.float64]]:
+    """The rewards of each episode."""
     spec = store.fields.get("reward")
     if spec is None or int(np.prod(spec.shape)) != 1:
         raise ValueError(
@@ -177,11 +173,3 @@ def _rewards(store: EpisodeStore, *, needed: bool) -> list[NDArray[np.float64]]:
         )
     rewards = store.read("reward", 0, store.num_steps).astype(np.float64).reshape(-1)
     return np.split(rewards, store.episode_ends[:-1])
-
-
-def _attribute(store: EpisodeStore, episode: int, attrs: dict[str, Any], name: str) -> Any:
-    if name not in attrs:
-        raise ValueError(
-            f"{store.name}: episode {episode} has no attribute {name!r}; it has {sorted(attrs)}"
-        )
-    return attrs[name]

@@ -1,7 +1,7 @@
 """Preferences over windows of stored episodes: pairs, rankings, and good or bad labels.
 
 A preference file lies beside an episode store and refers to its episodes by number;
-`diffpolicy.data.preferences.file` describes it. `PreferenceSet` reads and appends to one.
+``diffpolicy.data.preferences.file`` describes it. ``PreferenceSet`` reads and appends to one.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import logging
 import os
 import threading
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from diffpolicy.data.fields import jsonable
 from diffpolicy.data.preferences import file as files
 from diffpolicy.data.preferences.check import check_preferences, doubts, summarize
 from diffpolicy.data.preferences.file import PreferenceFileError
@@ -27,22 +27,22 @@ from diffpolicy.data.preferences.records import (
     Record,
     Segment,
     Span,
-    check_finite,
-    check_range,
+    check_fits,
+    checked_json,
     episodes_of,
     record_to_json,
     rows_of_segment,
-    segments_of,
 )
 from diffpolicy.data.preferences.split import split_records
 from diffpolicy.data.store import EpisodeStore
+from diffpolicy.settings import check_choice
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
-    from diffpolicy.data.issue import Issue
+    from diffpolicy.data.check import Issue
 
 __all__ = [
     "Label",
@@ -64,12 +64,17 @@ _log = logging.getLogger("diffpolicy.data")
 class PreferenceSet:
     """Preferences over the episodes of one store, in memory or in a file.
 
-    Make a file with `create`, read one with `open`; the constructor keeps the records in memory.
+    Make a file with ``create``, read one with ``open``; the constructor keeps the records in
+    memory.
 
     Args:
         store: The episodes.
         records: What is known of them.
         attrs: JSON values that describe the whole.
+
+    Attributes:
+        store: The episodes.
+        path: The file; None in memory.
 
     Raises:
         ValueError: A record of episodes or steps that the store does not have, or attributes that
@@ -83,11 +88,10 @@ class PreferenceSet:
         *,
         attrs: Mapping[str, Any] | None = None,
     ) -> None:
-        self._store = store
-        self._attrs: dict[str, Any] = jsonable(dict(attrs or {}), "attrs")
-        check_finite(self._attrs, "attrs")
-        self._path: Path | None = None
-        self._tail: files.Tail | None = None
+        self.store = store
+        self._attrs = checked_json(attrs or {}, "attrs")
+        self.path: Path | None = None
+        self._file: files.Contents | None = None
         self._lock = threading.Lock()
         self._mark = files.mark_of(store, content=False)
         self._records: list[Record] = []
@@ -105,17 +109,17 @@ class PreferenceSet:
         """Make an empty file to append to.
 
         Args:
-            path: The file, by custom `something.jsonl` beside the store: the two can then be moved
-                together.
+            path: The file, by custom ``something.jsonl`` beside the store: the two can then be
+                moved together.
             store: The episodes, on the disk.
             attrs: JSON values that describe the whole.
-            overwrite: Replace the preference file at `path`. Anything else there is left alone.
+            overwrite: Replace the preference file at ``path``. Anything else there is left alone.
 
         Returns:
             The set, for appending.
 
         Raises:
-            FileExistsError: Something is at `path`.
+            FileExistsError: Something is at ``path``.
             ValueError: A store in memory, or attributes that are not JSON.
         """
         target = Path(path)
@@ -126,25 +130,11 @@ class PreferenceSet:
                 "PreferenceSet(store, records)"
             )
         if target.exists():
-            if not overwrite:
-                raise FileExistsError(
-                    f"{target} exists; choose another path, or overwrite=True (at the command line "
-                    "overwrite=true)"
-                )
-            try:
-                files.read_contents(target)
-            except (FileNotFoundError, PreferenceFileError) as error:
-                raise FileExistsError(
-                    f"{target} exists and is not a preference file, so it is not overwritten"
-                ) from error
+            files.check_overwritten(target, overwrite=overwrite)
         made = cls(store, attrs=attrs)
         made._mark = files.mark_of(store)
-        header = {"format": files.FORMAT, "version": files.VERSION}
-        place = files.relative_place(store.path, target)
-        files.write_header(
-            target, header | {"store": place, **made._mark._asdict(), "attrs": made._attrs}
-        )
-        made._path, made._tail = target, files.Tail(target, files.read_contents(target))
+        files.write_header(target, store.path, made._mark, made._attrs)
+        made.path, made._file = target, files.read_contents(target)
         return made
 
     @classmethod
@@ -166,14 +156,13 @@ class PreferenceSet:
         Raises:
             FileNotFoundError: No file, or no store.
             PreferenceFileError: The first line that is wrong, with what was expected and what came
-                (`check_preferences` lists all); or a store of other episodes.
+                (``check_preferences`` lists all); or a store of other episodes.
         """
         target = Path(path)
         contents = files.read_contents(target)
-        found = files.open_store(target, contents, store)
+        found = files.open_store(contents, store)
         made = cls(found, attrs=contents.header.get("attrs"))
         made._mark = contents.mark
-        files.check_mark(contents.mark, found, f"{target}, line 1")
         for number, value in files.parsed(contents, found):
             if isinstance(value, ValueError):
                 raise PreferenceFileError(f"{target}, line {number}: {value}") from value
@@ -181,25 +170,15 @@ class PreferenceSet:
                 made._mark = value
             else:
                 made._records.append(value)
-        made._path, made._tail = target, files.Tail(target, contents)
+        made.path, made._file = target, contents
         if contents.mark.content is None:
             _log.warning("%s: %s", target, files.NO_CONTENT)
         return made
 
     @property
-    def path(self) -> Path | None:
-        """The file; None in memory."""
-        return self._path
-
-    @property
     def name(self) -> str:
         """The path, or a stand-in, for messages."""
-        return str(self._path) if self._path is not None else "<preferences in memory>"
-
-    @property
-    def store(self) -> EpisodeStore:
-        """The episodes."""
-        return self._store
+        return str(self.path) if self.path is not None else "<preferences in memory>"
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -217,7 +196,7 @@ class PreferenceSet:
     def __repr__(self) -> str:
         kinds = Counter(type(r).__name__ for r in self._records)
         counts = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "empty"
-        return f"PreferenceSet({self.name}: {counts}; of {self._store.name})"
+        return f"PreferenceSet({self.name}: {counts}; of {self.store.name})"
 
     def append(self, record: Record) -> None:
         """Add one record. When this returns, killing the process does not lose it.
@@ -234,47 +213,45 @@ class PreferenceSet:
         Killed while it writes, the first of them are in the file.
 
         Raises:
-            ValueError: As for `append`; nothing was added.
-            PreferenceFileError: As for `append`.
+            ValueError: As for ``append``; nothing was added.
+            PreferenceFileError: As for ``append``.
         """
         added = list(records)
-        lengths = self._store.episode_lengths
+        lengths = self.store.episode_lengths
         for record in added:
             if not isinstance(record, Pair | Ranking | Label):
                 raise ValueError(f"records are Pair, Ranking or Label; got {record!r:.80}")
-            for segment in segments_of(record):
-                check_range(segment, lengths)
+            check_fits(record, lengths)
         if not added:
             return
         with self._lock:
             mark = self._mark
             if max(max(episodes_of(r)) for r in added) >= mark.episodes:  # the store has grown
-                mark = files.mark_of(self._store, content=self._tail is not None)
-            if self._tail is not None:
-                grown = [{"kind": "store", **mark._asdict()}] if mark != self._mark else []
-                self._tail.write(grown + [record_to_json(r) for r in added])
+                mark = files.mark_of(self.store, content=self._file is not None)
+            if self._file is not None:
+                grown = [{"kind": "store", **asdict(mark)}] if mark != self._mark else []
+                self._file.append(grown + [record_to_json(r) for r in added])
             self._mark = mark
             self._records.extend(added)
 
     def pairs(
         self, *, ties: bool = False, rankings: Literal["all", "adjacent"] = "all"
     ) -> list[Pair]:
-        """The pairs, and those that the rankings stand for.
+        """Return the pairs, and those that the rankings stand for.
 
         Args:
             ties: Also those in which neither was better.
             rankings: A ranking of n segments is n (n - 1) / 2 pairs, each of its items above each
                 later one ("all"), or n - 1, each above the next ("adjacent"). The places of the
-                two are in the pair's `info`: `{"places": [0, 2], "of": 4}`.
+                two are in the pair's ``info``: ``{"places": [0, 2], "of": 4}``.
 
         Returns:
             The pairs in the order of the records.
 
         Raises:
-            ValueError: `rankings` is neither.
+            ValueError: ``rankings`` is neither.
         """
-        if rankings not in ("all", "adjacent"):
-            raise ValueError(f"rankings must be 'all' or 'adjacent'; got {rankings!r}")
+        check_choice("rankings", rankings, ("all", "adjacent"))
         made: list[Pair] = []
         for record in self._records:
             if isinstance(record, Ranking):
@@ -284,10 +261,10 @@ class PreferenceSet:
         return made
 
     def labels(self, *, pairs: bool = False) -> list[Label]:
-        """The good and bad labels.
+        """Return the good and bad labels.
 
         Args:
-            pairs: Also the chosen segments of `pairs()` as good ones and the rejected as bad ones
+            pairs: Also the chosen segments of ``pairs()`` as good ones and the rejected as bad ones
                 (a segment that comes in several pairs is labelled several times).
         """
         made = [r for r in self._records if isinstance(r, Label)]
@@ -297,14 +274,14 @@ class PreferenceSet:
         return made
 
     def rows(self, segment: Segment) -> NDArray[np.int64]:
-        """The rows of a segment in the store, counted over all episodes, int64 `[n]`."""
-        return rows_of_segment(segment, self._store.episode_ends)
+        """Return the rows of a segment in the store, counted over all episodes, int64 ``[n]``."""
+        return rows_of_segment(segment, self.store.episode_ends)
 
     def agreement(self, scores: NDArray[np.floating]) -> float:
-        """The share of the pairs whose chosen segment has the larger sum of a step-wise score.
+        """Return the share of the pairs whose chosen segment has the larger sum of a score.
 
         Args:
-            scores: `[T]`, one number for each step of the store, such as its rewards.
+            scores: ``[T]``, one number for each step of the store, such as its rewards.
 
         Returns:
             0..1; equal sums count half; NaN without pairs.
@@ -313,9 +290,9 @@ class PreferenceSet:
             ValueError: Another length.
         """
         values = np.asarray(scores, np.float64).reshape(-1)
-        if len(values) != self._store.num_steps:
+        if len(values) != self.store.num_steps:
             raise ValueError(
-                f"scores must have one number for each of {self._store.num_steps} steps; got "
+                f"scores must have one number for each of {self.store.num_steps} steps; got "
                 f"{np.asarray(scores).shape}"
             )
         gaps = [
@@ -325,23 +302,23 @@ class PreferenceSet:
         return float(np.mean((np.sign(gaps) + 1) / 2)) if gaps else float("nan")
 
     def check(self) -> list[Issue]:
-        """What is wrong with the set, or probably not meant.
+        """List what is wrong with the set, or probably not meant.
 
         Returns:
-            Of a file all that `check_preferences` finds; and warnings of records that come twice,
+            Of a file all that ``check_preferences`` finds; and warnings of records that come twice,
             and of pairs that were judged both ways.
         """
-        found = check_preferences(self._path, self._store) if self._path is not None else []
+        found = check_preferences(self.path, self.store) if self.path is not None else []
         return found + list(doubts(self.name, self._records))
 
     def summary(self) -> dict[str, Any]:
-        """Counts of everything, for people.
+        """Count everything, for people.
 
         Returns:
-            `records, pairs, ties, rankings, good, bad`; `sources` (name -> records); `episodes`
-            used; `segments` different ones, `crossing` those of more than one span, their
-            `length` (shortest, longest; in steps); and `reward_agreement` (see `agreement`) where
-            the store has a field `reward` of one number a step.
+            ``records, pairs, ties, rankings, good, bad``; ``sources`` (name -> records);
+            ``episodes`` used; ``segments`` different ones, ``crossing`` those of more than one
+            span, their ``length`` (shortest, longest; in steps); and ``reward_agreement`` (see
+            ``agreement``) where the store has a field ``reward`` of one number a step.
         """
         return summarize(self)
 
@@ -354,27 +331,27 @@ class PreferenceSet:
         training, one of its held-out episodes alone is held out, and one that straddles is in
         neither. Where episodes were compared only within small groups (those that start from one
         state), a group stays together and nothing is lost. Where any two were compared, about
-        `1 / folds` of all pairs are held out over all folds together: fewer folds hold out more.
+        ``1 / folds`` of all pairs are held out over all folds together: fewer folds hold out more.
 
         Args:
             folds: K, at least 2.
             seed: Decides which episode is held out when.
-            group: An episode attribute, such as `"seed"`: episodes with the same value stay on the
-                same side although they were never compared.
+            group: An episode attribute, such as ``"seed"``: episodes with the same value stay on
+                the same side although they were never compared.
 
         Returns:
-            K times (training, held out), each in memory; `attrs["split"]` of both says
-            `{"fold", "folds", "seed", "dropped"}`, the last how many records straddle.
+            K times (training, held out), each in memory; ``attrs["split"]`` of both says
+            ``{"fold", "folds", "seed", "dropped"}``, the last how many records straddle.
 
         Raises:
             ValueError: Fewer than 2 folds, or a fold without a record to train on or to hold out.
         """
         made = []
-        for fold, sides in enumerate(split_records(self._store, self._records, folds, seed, group)):
+        for fold, sides in enumerate(split_records(self.store, self._records, folds, seed, group)):
             dropped = len(self._records) - len(sides[0]) - len(sides[1])
             split = {"fold": fold, "folds": folds, "seed": seed, "dropped": dropped}
             attrs = {**self._attrs, "split": split}
-            train, held_out = (PreferenceSet(self._store, side, attrs=attrs) for side in sides)
+            train, held_out = (PreferenceSet(self.store, side, attrs=attrs) for side in sides)
             made.append((train, held_out))
         return made
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from diffpolicy.data.preferences.records import episodes_of
+from diffpolicy.data.preferences.records import episode_values, episodes_of
+from diffpolicy.settings import check_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -19,10 +23,10 @@ if TYPE_CHECKING:
 def split_records(
     store: EpisodeStore, records: Sequence[Record], folds: int, seed: int, group: str | None
 ) -> list[tuple[list[Record], list[Record]]]:
-    """Per fold the records to train on and the held-out ones; see `split_by_episode`.
+    """Split records, fold by fold, into those to train on and those held out.
 
     Raises:
-        ValueError: As for `split_by_episode`.
+        ValueError: As for ``split_by_episode``.
     """
     fold_of = deal_episodes(store, records, folds, seed, group)
     folds_of = [{fold_of[e] for e in episodes_of(r)} for r in records]
@@ -42,7 +46,7 @@ def split_records(
 def deal_episodes(
     store: EpisodeStore, records: Sequence[Record], folds: int, seed: int, group: str | None
 ) -> dict[int, int]:
-    """The fold in which each episode is held out.
+    """Choose the fold in which each episode is held out.
 
     Episodes that were compared stay together as long as that makes no unit larger than a fold;
     larger ones fall apart into episodes, or into groups of one attribute. The units are dealt in
@@ -62,8 +66,7 @@ def deal_episodes(
         ValueError: Fewer than 2 folds or fewer units than folds, or no such attribute.
     """
     used = sorted({e for r in records for e in episodes_of(r)})
-    if folds < 2:
-        raise ValueError(f"folds must be at least 2; got {folds}")
+    check_range("[2, inf)", folds=folds)
     atoms = _joined(used, _same_attribute(store, used, group) if group is not None else [])
     compared = _joined(used, [*atoms, *(sorted(episodes_of(r)) for r in records)])
     limit = len(used) / folds
@@ -74,10 +77,7 @@ def deal_episodes(
             f"the records are of {len(used)} episodes, {len(units)} of them independent; {folds} "
             "folds need as many. Use fewer folds, or more episodes"
         )
-    weight = dict.fromkeys(used, 0)
-    for record in records:
-        for episode in episodes_of(record):
-            weight[episode] += 1
+    weight = Counter(episode for record in records for episode in episodes_of(record))
     load = [0] * folds
     fold_of: dict[int, int] = {}
     for place in np.random.default_rng(seed).permutation(len(units)).tolist():
@@ -88,33 +88,20 @@ def deal_episodes(
 
 
 def _same_attribute(store: EpisodeStore, used: Sequence[int], name: str) -> list[list[int]]:
-    attrs = store.episode_attrs
     groups: dict[str, list[int]] = {}
-    for episode in used:
-        if name not in attrs[episode]:
-            raise ValueError(
-                f"{store.name}: episode {episode} has no attribute {name!r} to group by; it has "
-                f"{sorted(attrs[episode])}"
-            )
-        groups.setdefault(json.dumps(attrs[episode][name], sort_keys=True), []).append(episode)
+    for episode, value in zip(used, episode_values(store, name, used), strict=True):
+        groups.setdefault(json.dumps(value, sort_keys=True), []).append(episode)
     return list(groups.values())
 
 
 def _joined(members: Sequence[int], links: Iterable[Sequence[int]]) -> list[list[int]]:
-    """The connected components of `members`, each ascending, where every link joins its own."""
-    root = {m: m for m in members}
-
-    def find(member: int) -> int:
-        while root[member] != member:
-            root[member] = root[root[member]]
-            member = root[member]
-        return member
-
-    for link in links:
-        for other in link[1:]:
-            a, b = sorted((find(link[0]), find(other)))
-            root[b] = a
+    """The connected components of ``members``, each ascending, where every link joins its own."""
+    place = {member: i for i, member in enumerate(members)}
+    edges = [(place[link[0]], place[other]) for link in links for other in link[1:]]
+    rows, columns = np.array(edges, int).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(place), len(place)))
+    _, component = connected_components(graph, directed=False)
     parts: dict[int, list[int]] = {}
-    for member in members:
-        parts.setdefault(find(member), []).append(member)
+    for member, number in zip(members, component.tolist(), strict=True):
+        parts.setdefault(number, []).append(member)
     return list(parts.values())
