@@ -20,16 +20,16 @@ from torch import Tensor
 from diffpolicy.data.fields import check_rows_train
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import obs_fields
-from diffpolicy.data.store import EpisodeStore
-from diffpolicy.data.windows import (
+from diffpolicy.data.rows import (
     Ints,
     check_finite,
-    check_sizes,
     checked_episodes,
     episode_rows,
     is_raw,
     load_rows,
 )
+from diffpolicy.data.store import EpisodeStore
+from diffpolicy.data.windows import check_sizes
 from diffpolicy.settings import check_range
 
 Floats = NDArray[np.float64]

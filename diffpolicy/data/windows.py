@@ -13,10 +13,7 @@ are, and gathered frame by frame.
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,15 +21,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffpolicy.data.blocks import read_blocks
-from diffpolicy.data.fields import FieldSpec, check_rows_train
+from diffpolicy.data.fields import check_rows_train
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import is_obs, obs_fields
+from diffpolicy.data.rows import (
+    Ints,
+    checked_episodes,
+    episode_rows,
+    free_memory,
+    is_raw,
+    load_rows,
+    ranges,
+)
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_range
 
 _MEMORY_SHARE = 0.5  # of what is free, above which windows are streamed from the disk
-Ints = NDArray[np.int64]
 
 
 class Windows:
@@ -101,7 +105,7 @@ class Windows:
             len(rows) * spec.row_bytes if raw[name] else 4 * len(used) * spec.size
             for name, spec in specs.items()
         )
-        self.in_memory = size <= _MEMORY_SHARE * _free_memory() if in_memory is None else in_memory
+        self.in_memory = size <= _MEMORY_SHARE * free_memory() if in_memory is None else in_memory
         self._runs, self._frames = {}, {}
         for name in self.fields:
             wanted = rows if raw[name] else rows[used]
@@ -265,45 +269,6 @@ def _seen(name: str, fields: Sequence[str]) -> bool:
     return name == fields[0] or is_obs(name)
 
 
-def is_raw(name: str, spec: FieldSpec, normalizer: Normalizer | None) -> bool:
-    """Return whether a field's rows stay as they are: images, and what ``obs.NAME`` counts."""
-    if normalizer is not None and name in normalizer.fields:
-        return False
-    whole_numbers = name != "obs" and is_obs(name) and not spec.dtype.startswith("float")
-    return len(spec.shape) >= 2 or whole_numbers
-
-
-def checked_episodes(
-    store: EpisodeStore, episodes: Sequence[int] | NDArray[np.integer] | None
-) -> Ints:
-    """Return the indices of the episodes to use, ascending; all of the store's unless given.
-
-    Raises:
-        ValueError: An index out of range, or one that comes twice.
-    """
-    if episodes is None:
-        return np.arange(store.num_episodes)
-    chosen = np.sort(np.asarray(episodes, dtype=np.int64))
-    if len(chosen) and (chosen[0] < 0 or chosen[-1] >= store.num_episodes):
-        raise ValueError(
-            f"episodes must be in 0..{store.num_episodes - 1}; got {chosen[0]}..{chosen[-1]}"
-        )
-    if len(np.unique(chosen)) != len(chosen):
-        raise ValueError("episodes must be different from each other; some come twice")
-    return chosen
-
-
-def ranges(counts: Ints) -> Ints:
-    """Return 0..n-1 for each n of ``counts``, one after the other."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
-def episode_rows(store: EpisodeStore, episodes: Ints) -> Ints:
-    """Return the store's rows of some episodes, one episode after the other."""
-    lengths = store.episode_lengths[episodes]
-    return np.repeat(store.episode_ends[episodes] - lengths, lengths) + ranges(lengths)
-
-
 def _runs(rows: Tensor, length: int) -> Tensor:
     """View ``[T, D]`` as the overlapping runs of ``length`` rows: ``[T-length+1, length * D]``."""
     width = rows.shape[1]
@@ -319,98 +284,3 @@ def _rows(runs: Tensor) -> Tensor:
 def _moved(runs: Tensor, device: torch.device | str) -> Tensor:
     """Runs on another device, still overlapping (a plain ``.to`` would write each of them out)."""
     return _runs(_rows(runs).to(device), runs.shape[1] // runs.stride(0))
-
-
-def load_rows(
-    store: EpisodeStore,
-    parts: dict[str, Ints],
-    normalizer: Normalizer | None,
-    *,
-    in_memory: bool = True,
-) -> Tensor:
-    """Read rows of a field, and of others that are laid out like it, into one table.
-
-    Args:
-        store: The episodes.
-        parts: Per field the rows to read of it, ascending. The first one's name says how all of
-            them are normalised.
-        normalizer: Applied if it knows that name.
-        in_memory: Otherwise the table lies in a temporary file.
-
-    Returns:
-        float32 ``[n, D]``, or of images ``[n, *shape]`` in their own type.
-
-    Raises:
-        ValueError: A value is not finite; the message says where.
-    """
-    field = next(iter(parts))
-    spec = store.fields[field]
-    raw = is_raw(field, spec, normalizer)
-    shape = (sum(map(len, parts.values())), *(spec.shape if raw else (spec.size,)))
-    dtype = np.dtype(spec.dtype if raw else np.float32)
-    table = torch.from_numpy(np.empty(shape, dtype) if in_memory else _on_disk(shape, dtype))
-    place = 0
-    for name, rows in parts.items():
-        for start, stop, values in read_blocks(store, name, rows):
-            block = torch.from_numpy(values.astype(dtype, copy=False))
-            if normalizer is not None and field in normalizer.fields:
-                block = normalizer.normalize(field, block)
-            check_finite(store, name, rows[start:stop], block)
-            table[place : place + stop - start] = block.reshape(-1, *shape[1:])
-            place += stop - start
-    return table
-
-
-def check_finite(store: EpisodeStore, field: str, rows: Ints, values: Tensor) -> None:
-    """Raise ``ValueError`` unless the values of some rows of a field are finite; names the row."""
-    if not values.is_floating_point():
-        return
-    finite = torch.isfinite(values.reshape(len(values), -1)).all(1)
-    if not bool(finite.all()):
-        row = int(rows[int(finite.int().argmin())])
-        episode = int(np.searchsorted(store.episode_ends, row, side="right"))
-        raise ValueError(
-            f"{store.name}: field {field!r} is not finite at row {row} (episode {episode}); "
-            f"`diffpolicy data check {store.name}` lists every such row"
-        )
-
-
-def _on_disk(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Map a temporary file that goes when the array does.
-
-    Its place on the disk is taken at once: where a file has holes and the disk fills, the system
-    kills the process (SIGBUS) at whatever row it is.
-
-    Raises:
-        OSError: The disk is full, with the file's name.
-    """
-    handle, name = tempfile.mkstemp(prefix="diffpolicy-windows-")
-    size = int(np.prod(shape)) * dtype.itemsize
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, size)
-        else:
-            os.truncate(handle, size)
-        return np.memmap(name, dtype, "r+", shape=shape)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{os.strerror(error.errno or 0)}: windows streamed from the disk need "
-            f"{size / 2**20:.0f} MiB there. Set TMPDIR to a folder of a disk with more room, or "
-            "train on fewer episodes",
-            name,
-        ) from error
-    finally:
-        os.close(handle)
-        if os.name == "posix":  # the mapping outlives the name
-            os.unlink(name)
-
-
-def _free_memory() -> int:
-    """Bytes of memory that are free, as far as the system tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 2**33

@@ -171,7 +171,7 @@ def test_memory_decides(make_store, monkeypatch):
     store = EpisodeStore.open(make_store())
     sizes = {"horizon": 4, "n_obs_steps": 2, "n_action_steps": 2}
     assert Windows(store, **sizes).in_memory
-    monkeypatch.setattr("diffpolicy.data.windows._free_memory", lambda: 1000)
+    monkeypatch.setattr("diffpolicy.data.windows.free_memory", lambda: 1000)
     assert not Windows(store, **sizes).in_memory
 
 
