@@ -7,12 +7,13 @@ the rules and not by rounding.
 from __future__ import annotations
 
 import itertools
-import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
+
+from diffpolicy.settings import check_range
 
 NS_PER_MS = 1_000_000
 Job = Callable[[], Any]
@@ -80,8 +81,7 @@ class RealClock:
     """
 
     def __init__(self, *, spin_ms: float = 0.2) -> None:
-        if not 0 <= spin_ms < math.inf:
-            raise ValueError(f"spin_ms must be a number of milliseconds >= 0, got {spin_ms}")
+        check_range("[0, inf)", spin_ms=spin_ms)
         self._spin_ns = int(spin_ms * NS_PER_MS)
 
     def now_ns(self) -> int:
@@ -232,8 +232,8 @@ def _attempt(job: Job, submitted_ns: int, caught: type[BaseException] = Exceptio
 
 def _forever(name: str, values_ms: Iterable[float]) -> Iterator[int]:
     values = [float(value) for value in values_ms]
-    if not values or not all(0 <= value < math.inf for value in values):
-        raise ValueError(
-            f"{name} must be finite numbers of milliseconds >= 0, at least one, got {values[:8]}"
-        )
+    if not values:
+        raise ValueError(f"{name} must be at least one number of milliseconds")
+    for value in values:
+        check_range("[0, inf)", **{name: value})
     return itertools.cycle([round(value * NS_PER_MS) for value in values])
