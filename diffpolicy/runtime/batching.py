@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -82,8 +81,7 @@ class Batcher:
         self.window_s, self.deterministic = window_s, deterministic
         self.requests = self.policy_calls = self.largest_batch = 0
         self.sessions: set[Session] = set()
-        self._waiting: deque[_Waiting] = deque()
-        self._arrived, self._complete = asyncio.Event(), asyncio.Event()
+        self._waiting: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="diffpolicy-serve")
 
     def open(self) -> Session:
@@ -151,15 +149,8 @@ class Batcher:
     async def _planned(self, session: Session, obs: Obs, chunk: bool) -> Array:
         session.due = True
         answer: asyncio.Future[Array] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(session, obs, chunk, answer))
-        self._arrived.set()
-        if self._all_asked():
-            self._complete.set()
+        self._waiting.put_nowait(_Waiting(session, obs, chunk, answer))
         return await answer
-
-    def _all_asked(self) -> bool:
-        due = sum(s.due for s in self.sessions)
-        return len(self._waiting) >= min(due, self.max_batch)
 
     async def warm_up(self) -> None:
         """Call the policy once, so that no client waits for what a first call sets up.
@@ -172,19 +163,23 @@ class Batcher:
     async def run(self) -> None:
         """Serve until cancelled."""
         while True:
-            await self._arrived.wait()
-            self._complete.clear()
-            if self.window_s > 0 and not self._all_asked():
-                try:
-                    async with asyncio.timeout(self.window_s):
-                        await self._complete.wait()
-                except TimeoutError:
-                    pass
-            count = min(len(self._waiting), self.max_batch)
-            batch = [self._waiting.popleft() for _ in range(count)]
-            if not self._waiting:
-                self._arrived.clear()
+            batch = await self._gathered()
             await self._guarded([w for w in batch if not w.answer.done()])
+
+    async def _gathered(self) -> list[_Waiting]:
+        """The requests of one call: those that are there, and those that come within the window."""
+        batch = [await self._waiting.get()]
+        until = asyncio.get_running_loop().time() + self.window_s
+        while len(batch) < self.max_batch:
+            due = sum(session.due for session in self.sessions)
+            if self._waiting.empty() and len(batch) >= due:
+                break
+            try:
+                async with asyncio.timeout_at(until):
+                    batch.append(await self._waiting.get())
+            except TimeoutError:
+                break
+        return batch
 
     def stop(self) -> None:
         """Wait for the call in progress and end the thread."""

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from diffpolicy.settings import check_range
 
@@ -33,42 +33,6 @@ class Outcome(NamedTuple):
     latency_ns: int
 
 
-class Runner(Protocol):
-    """Runs one job at a time beside the control loop.
-
-    Attributes:
-        blocked_ns: real time that callers spent inside :meth:`poll` and :meth:`call` so far, for
-            jobs or waiting for them.
-    """
-
-    blocked_ns: int
-
-    def submit(self, job: Job) -> None:
-        """Begins a job; the one before it must have been polled."""
-
-    def poll(self, wait_ns: int = 0) -> Outcome | None:
-        """The outcome of the submitted job if it has one within ``wait_ns``, once."""
-
-    def call(self, job: Job) -> Outcome:
-        """Runs a job at once, in the caller's time."""
-
-    def close(self, timeout_s: float = 5.0) -> bool:
-        """Ends the background work; whether it ended in time."""
-
-
-class Clock(Protocol):
-    """What a control loop needs of time."""
-
-    def now_ns(self) -> int:
-        """The time, from any origin."""
-
-    def sleep_until(self, at_ns: int) -> None:
-        """Returns at ``at_ns``, at once if that has passed."""
-
-    def runner(self) -> Runner:
-        """A runner whose jobs take this clock's time."""
-
-
 class RealClock:
     """The monotonic clock of the machine, and a worker thread.
 
@@ -85,18 +49,26 @@ class RealClock:
         self._spin_ns = int(spin_ms * NS_PER_MS)
 
     def now_ns(self) -> int:
+        """The time, from any origin."""
         return time.perf_counter_ns()
 
     def sleep_until(self, at_ns: int) -> None:
+        """Return at ``at_ns``, at once if that has passed."""
         while (left := at_ns - time.perf_counter_ns()) > 0:
             time.sleep(max(left - self._spin_ns, 0) * 1e-9)
 
     def runner(self) -> ThreadRunner:
+        """A runner whose jobs take this clock's time."""
         return ThreadRunner()
 
 
 class ThreadRunner:
-    """Runs jobs in one daemon thread, which starts with the first of them."""
+    """Runs one job at a time beside the control loop, in a daemon thread.
+
+    Attributes:
+        blocked_ns: real time that callers spent inside :meth:`poll` and :meth:`call` so far, for
+            jobs or waiting for them.
+    """
 
     def __init__(self) -> None:
         self.blocked_ns = 0
@@ -107,6 +79,7 @@ class ThreadRunner:
         self._closed = False
 
     def submit(self, job: Job) -> None:
+        """Begin a job; the one before it must have been polled."""
         if self._closed:
             raise RuntimeError("this runner is closed; make a new executor")
         if self._thread is None:
@@ -116,6 +89,7 @@ class ThreadRunner:
         self._jobs.put((job, time.perf_counter_ns()))
 
     def poll(self, wait_ns: int = 0) -> Outcome | None:
+        """The outcome of the submitted job if it has one within ``wait_ns``, once."""
         if wait_ns > 0:
             began = time.perf_counter_ns()
             self._ended.wait(wait_ns * 1e-9)
@@ -127,12 +101,14 @@ class ThreadRunner:
         return outcome
 
     def call(self, job: Job) -> Outcome:
+        """Run a job at once, in the caller's time."""
         began = time.perf_counter_ns()
         outcome = _attempt(job, began)
         self.blocked_ns += outcome.latency_ns
         return outcome
 
     def close(self, timeout_s: float = 5.0) -> bool:
+        """End the background work; whether it ended in time."""
         self._closed = True
         if self._thread is None:
             return True
@@ -219,6 +195,9 @@ class VirtualRunner:
         outcome = _attempt(job, began)
         self.blocked_ns += outcome.latency_ns
         return outcome._replace(latency_ns=latency_ns)
+
+
+Clock = RealClock | VirtualClock
 
 
 def _attempt(job: Job, submitted_ns: int, caught: type[BaseException] = Exception) -> Outcome:

@@ -347,7 +347,10 @@ def test_noise_comes_from_the_seed(one_export):
     ("arguments", "message"),
     [
         ({"history": np.zeros((2, 3))}, r"history must be \[n, 2, 3\]"),
-        ({"history": np.full((1, 2, 3), np.nan)}, "history holds values that are not finite"),
+        (
+            {"history": np.full((1, 2, 3), np.nan)},
+            "history holds no rows, or values that are not finite",
+        ),
         ({"last": None}, "warm loop of this policy needs 'last_plan'"),
         ({"last": np.zeros((1, 7, 2))}, r"last_plan must be \[1, 8, 2\], got \[1, 7, 2\]"),
         ({"shift": np.array([-1])}, "shift must not be negative, got -1"),
@@ -414,7 +417,7 @@ def test_what_is_not_an_export_is_refused(damaged_copy, tmp_path):
     with pytest.raises(ValueError, match="is not the contract of an exported policy"):
         load_exported(damaged_copy)
     (damaged_copy / "contract.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="is not the contract of an exported policy"):
         load_exported(damaged_copy)
 
 
