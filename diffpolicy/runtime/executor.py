@@ -128,11 +128,11 @@ class RealTimeExecutor:
         self.close()
 
     def close(self, timeout_s: float = 5.0) -> bool:
-        """Ends the worker thread; ``False`` if a plan is still running after ``timeout_s``."""
+        """End the worker thread; ``False`` if a plan is still running after ``timeout_s``."""
         return self._planning.runner.close(timeout_s)
 
     def reset(self, seed: int | None = None) -> None:
-        """Begins another episode: no plan, no history; a plan under way is dropped when it comes.
+        """Begin another episode: no plan, no history; a plan under way is dropped when it comes.
 
         The policy's own memory is made anew with the next plan, in the worker thread; a policy that
         raises there, or hangs, costs plans and not the loop.
@@ -150,7 +150,7 @@ class RealTimeExecutor:
         self._tick, self._epoch_ns = -1, -1
 
     def warm_up(self, obs: Array, plans: int = 3, *, keep: bool = True) -> tuple[float, ...]:
-        """Makes plans before time starts, so that caches, threads and compilers are ready.
+        """Make plans before time starts, so that caches, threads and compilers are ready.
 
         The first is cold, the others are warm; then the refinement, if there is one. Begins another
         episode, in which the first plan is kept: it is executed from the first tick on, as if it
@@ -183,7 +183,7 @@ class RealTimeExecutor:
         duration_s: float | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> ExecutorReport:
-        """Runs the loop from an episode's start until one of the ends given.
+        """Run the loop from an episode's start until one of the ends given.
 
         It begins with :meth:`warm_up`'s plan, if that was just called.
 
@@ -271,7 +271,7 @@ class RealTimeExecutor:
         return tick, late
 
     def _observe(self, obs: Any) -> bool:
-        """Appends an observation; whether it is a good one."""
+        """Append an observation; whether it is a good one."""
         try:
             seen = np.array(obs, np.float32)
             good = seen.shape == (self.policy.obs_dim,) and all(map(math.isfinite, seen.tolist()))

@@ -130,12 +130,12 @@ class Planning:
         self.degraded, self._overdue, self._failures = False, False, 0
 
     def _keep(self, track: Track) -> None:
-        """Adopts a plan; what the episode's memory begins with is that of the plan from now on."""
+        """Adopt a plan; what the episode's memory begins with is that of the plan from now on."""
         self.track, self._memory = track, track.state
         self._seed, self._used = None, 0
 
     def update(self, tick: int, trail: Sequence[Array], *, seen: bool) -> None:
-        """Takes over a plan that has come, begins one if due, and watches the deadline.
+        """Take over a plan that has come, begin one if due, and watch the deadline.
 
         Args:
             tick: of now.
@@ -180,7 +180,7 @@ class Planning:
         return refined
 
     def warm_up(self, obs: Array, plans: int, *, keep: bool) -> tuple[float, ...]:
-        """Makes a cold plan, which is kept, warm ones and a refinement; see the executor."""
+        """Make a cold plan, which is kept, warm ones and a refinement; see the executor."""
         seen = self.maker.policy.observe(np.asarray(obs, np.float32)[None], self._memory)
         trail = (seen.history[0, -1],)
         track, first, taken = None, None, []

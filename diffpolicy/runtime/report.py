@@ -47,7 +47,7 @@ class LatencyHistogram:
         self.count, self._total, self._longest = 0, 0, 0
 
     def add(self, latency_ns: int) -> None:
-        """Counts one latency in nanoseconds."""
+        """Count one latency in nanoseconds."""
         self.count += 1
         self._total += latency_ns
         if latency_ns > self._longest:
@@ -166,7 +166,7 @@ class ExecutorReport:
         return asdict(self)
 
     def to_json(self, path: str | Path) -> Path:
-        """Writes the report, all or nothing.
+        """Write the report, all or nothing.
 
         Returns:
             ``path``.
@@ -175,7 +175,7 @@ class ExecutorReport:
         return write_atomic(target, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     def plot(self, path: str | Path, *, title: str = "") -> Path:
-        """Draws the histograms of plan latency and tick overhead, with p50, p99 and the budget.
+        """Draw the histograms of plan latency and tick overhead, with p50, p99 and the budget.
 
         Args:
             path: of the picture; its ending says the format (``.png``, ``.svg``, ``.pdf``).
@@ -229,7 +229,7 @@ class Meter:
         self._errors: deque[str] = deque(maxlen=10)
 
     def failed(self, kind: str, message: str) -> None:
-        """Counts a failure and keeps its message."""
+        """Count a failure and keep its message."""
         self.counts[kind] += 1
         self._errors.append(message[:500])
 
