@@ -56,12 +56,8 @@ def cuda_graph(module: nn.Module, example: Sequence[Tensor], threads: int) -> Ru
     Raises:
         ValueError: the loop is not on a CUDA device.
     """
+    _check_device("cuda_graph", "cuda", "'onnxruntime' or 'openvino' on a CPU", example)
     device = example[0].device
-    if device.type != "cuda":
-        raise ValueError(
-            f"backend 'cuda_graph' records CUDA kernels, and this policy is on {device}; load it "
-            "with device='cuda', or use 'onnxruntime' or 'openvino' on a CPU"
-        )
     buffers = [tensor.clone() for tensor in example]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.no_grad():
@@ -87,7 +83,7 @@ def cuda_graph(module: nn.Module, example: Sequence[Tensor], threads: int) -> Ru
 
 def onnxruntime(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
     """The whole loop as one ONNX graph on ONNX Runtime's CPU provider."""
-    _on_cpu("onnxruntime", example)
+    _check_device("onnxruntime", "cpu", "'cuda_graph'", example)
     session = cpu_session(_graph(module, example), threads)
     wanted = {entry.name for entry in session.get_inputs()}
     return lambda *inputs: torch.from_numpy(session.run(None, _feed(inputs, wanted))[0])
@@ -95,7 +91,7 @@ def onnxruntime(module: nn.Module, example: Sequence[Tensor], threads: int) -> R
 
 def openvino(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
     """The whole loop as one ONNX graph, compiled by OpenVINO for this CPU in float32."""
-    _on_cpu("openvino", example)
+    _check_device("openvino", "cpu", "'cuda_graph'", example)
     core = _openvino_core()
     model = core.read_model(_graph(module, example))
     options = {
@@ -205,10 +201,10 @@ def _inference(module: nn.Module) -> Run:
     return run
 
 
-def _on_cpu(backend: str, example: Sequence[Tensor]) -> None:
+def _check_device(backend: str, kind: str, instead: str, example: Sequence[Tensor]) -> None:
     device = example[0].device
-    if device.type != "cpu":
+    if device.type != kind:
         raise ValueError(
-            f"backend {backend!r} runs on the CPU, and this policy is on {device}; load it with "
-            "device='cpu', or use 'cuda_graph'"
+            f"backend {backend!r} runs on {kind}, and this policy is on {device}; load it with "
+            f"device={kind!r}, or use {instead}"
         )

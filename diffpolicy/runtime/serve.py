@@ -239,14 +239,14 @@ class PolicyServer:
     def _reclaim(self) -> bool:
         """Hang up on the client that was silent for longest; whether there was one to be had."""
         after, now = self.config.reclaim_after_s, asyncio.get_running_loop().time()
-        silent = [
-            (session.silent_since, id(connection), connection)
+        silent = {
+            connection: now - session.silent_since
             for connection, session in self._clients.items()
             if session.silent_since is not None
-        ]
-        if after is None or not silent or now - min(silent)[0] < after:
+        }
+        if after is None or max(silent.values(), default=0.0) < after:
             return False
-        oldest = min(silent)[2]
+        oldest = max(silent, key=silent.__getitem__)
         self._leave(oldest)
         reason = f"no request for {after} seconds while another client wanted the place"
         task = asyncio.create_task(oldest.close(_TOO_SILENT, reason))

@@ -277,7 +277,7 @@ def test_cuda_graph(network, solver):
 
 
 def test_cuda_graph_needs_cuda():
-    with pytest.raises(ValueError, match="records CUDA kernels, and this policy is on cpu"):
+    with pytest.raises(ValueError, match="'cuda_graph' runs on cuda, and this policy is on cpu"):
         compile_loop(compiled_test_planner().loop("cold"), backend="cuda_graph", batch_size=1)
 
 
