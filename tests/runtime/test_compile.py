@@ -148,7 +148,8 @@ def test_graphs_do_not_grow_with_the_evaluations(network, backend, exported_once
         monkeypatch.setattr(
             backends, "to_onnx", lambda *a, trace=trace: graphs.append(trace(*a)) or graphs[-1]
         )
-        loop = compiled_test_planner(network, Sampler("dpmpp_2m", steps)).loop("cold")
+        sampler = Sampler(solver="dpmpp_2m", num_steps=steps)
+        loop = compiled_test_planner(network, sampler).loop("cold")
         compiled = compile_loop(loop, backend=backend, batch_size=2, threads=1)
         inputs = example_inputs(loop, 2, seed=7)
         torch.testing.assert_close(compiled(*inputs), eager_plans(loop, inputs), atol=5e-5, rtol=0)
@@ -246,7 +247,7 @@ def test_results_are_not_overwritten_by_the_next_call():
 @pytest.mark.slow
 def test_torch_compile(monkeypatch):
     """The compiler takes the loop; every layer of a network would cost it seconds more."""
-    planner = compiled_test_planner(sampler=Sampler("ddim", 1))
+    planner = compiled_test_planner(sampler=Sampler(num_steps=1))
     monkeypatch.setattr(
         planner.denoiser.network,
         "forward",
