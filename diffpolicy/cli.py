@@ -23,7 +23,7 @@ COMMANDS = {
     "anchors": "give a policy truncated starts from anchors of the demonstrations",
     "data": "info, check, convert or collect episode stores",
     "export": "write a policy as ONNX files with a contract, for deployment",
-    "serve": "answer observations with actions over TCP, for many clients at a time",
+    "serve": "answer observations with actions over a WebSocket, for many clients at a time",
     "import-checkpoint": "turn a LeRobot or Diffusion Policy checkpoint into one of ours",
     "doctor": "versions, devices, rendering, and known-broken combinations with their fix",
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from typing import Any
 
 EXTRAS = {
     "gymnasium_robotics": "robotics",
@@ -23,6 +25,8 @@ EXTRAS = {
     "sb3_contrib": "tqc",
     "tensorboard": "tensorboard",
     "seqfold": "rna",
+    "websockets": "serve",
+    "msgpack": "serve",
 }
 """The extra that installs a package, by the package's module."""
 
@@ -35,6 +39,22 @@ def installed(module: str) -> bool:
         return False
 
 
+def need(module: str) -> Any:
+    """Import a module of an optional package.
+
+    Raises:
+        ImportError: it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(
+            f"this needs the package {package!r}, which is not installed; "
+            f'run: pip install "diffpolicy[{EXTRAS[package]}]"'
+        ) from error
+
+
 def pip_hint(text: str) -> str:
     """How to install what a message names, if it is an optional package that is missing."""
     for module, extra in EXTRAS.items():
@@ -43,4 +63,4 @@ def pip_hint(text: str) -> str:
     return ""
 
 
-__all__ = ["EXTRAS", "installed", "pip_hint"]
+__all__ = ["EXTRAS", "installed", "need", "pip_hint"]

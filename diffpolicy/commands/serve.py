@@ -8,21 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.options import parse
-from diffpolicy.config import ConfigError
+from diffpolicy.commands.preflight import pick_device
+from diffpolicy.settings import ConfigError, from_values
 
 if TYPE_CHECKING:
     from diffpolicy.runtime.serve import PolicyServer
 
-DEFAULTS: dict[str, Any] = {
+_SETTINGS = {
     "host": "127.0.0.1",
     "port": 5555,
-    "token_file": None,
     "max_clients": 16,
     "max_batch": 64,
     "batch_window_ms": 1.0,
     "idle_timeout_s": 600,
     "reclaim_after_s": 30,
     "deterministic": False,
+}
+DEFAULTS: dict[str, Any] = {
+    **_SETTINGS,
+    "token_file": None,
     "solver": None,
     "num_steps": None,
     "n_action_steps": None,
@@ -31,17 +35,14 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-_LIMITS = ("max_clients", "max_batch", "idle_timeout_s", "reclaim_after_s")
-
-
 def help_text() -> str:
     """The text of `diffpolicy serve --help`."""
     return """\
 usage: diffpolicy serve checkpoint=RUN [key=value] ...
 
-Serves a policy over TCP until Ctrl-C or SIGTERM: clients send observations and get actions. The
-server keeps the memory of every client's episode; requests that wait at the same time are answered
-by one call of the policy. Prints one line with the address when clients can connect.
+Serves a policy over a WebSocket until Ctrl-C or SIGTERM: clients send observations and get actions.
+The server keeps the memory of every client's episode; requests that wait at the same time are
+answered by one call of the policy. Prints one line with the address when clients can connect.
 
     host=127.0.0.1       address to listen on; any but loopback needs token_file
     port=5555            TCP port; 0 takes a free one, which is printed
@@ -58,8 +59,9 @@ by one call of the policy. Prints one line with the address when clients can con
     device=auto          cpu, cuda or auto
     threads=             CPU threads of the network
 
-The connection is not encrypted; between machines prefer a tunnel to loopback (ssh -L). The bytes
-are documented in diffpolicy/runtime/wire_format.py, for clients in other languages. In Python:
+The connection is not encrypted; between machines prefer a tunnel to loopback (ssh -L). The messages
+(msgpack) are documented in diffpolicy/runtime/wire_format.py, for clients in other languages. Both
+ends need `pip install "diffpolicy[serve]"`. In Python:
 
     from diffpolicy.runtime.client import PolicyClient
 
@@ -76,24 +78,14 @@ examples:
 def run(arguments: Sequence[str]) -> int:
     """Load the policy and serve it until told to stop."""
     options = parse(arguments, ["checkpoint"], DEFAULTS)
-    if type(options["deterministic"]) is not bool:
-        raise ConfigError(f"deterministic must be true or false, got {options['deterministic']!r}")
 
     from diffpolicy.api import DiffusionPolicy
-    from diffpolicy.commands.preflight import pick_device
-    from diffpolicy.runtime.serve import serve
-    from diffpolicy.runtime.serve_config import Limits, ServeConfig
+    from diffpolicy.runtime.serve import ServeConfig, serve
 
     # Before the policy is loaded: a wrong address should be refused at once.
-    limits = {n: options[n] for n in _LIMITS}
-    config = ServeConfig(
-        host=str(options["host"]),
-        port=options["port"],
-        token=_token(options["token_file"]),
-        batch_window_ms=options["batch_window_ms"],
-        deterministic=options["deterministic"],
-        limits=Limits(**limits),
-    )
+    settings = {name: options[name] for name in _SETTINGS}
+    settings |= {"token": _token(options["token_file"]), "host": str(options["host"])}
+    config = from_values(ServeConfig, settings)
     policy = DiffusionPolicy.from_pretrained(
         options["checkpoint"],
         device=pick_device(options["device"], options["threads"]),

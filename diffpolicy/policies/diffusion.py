@@ -385,10 +385,14 @@ class DiffusionPlanner(ChunkedPolicy):
 
     def shifted(self, state: PolicyState) -> Array:
         """The last plans shifted by the steps executed ``[n, H, D]``, as guesses of new ones."""
-        tail = "hold" if self.spec.rti is None else self.spec.rti.tail
-        steps = torch.from_numpy(self.executed(state))
         last = torch.from_numpy(state.plan[..., : self.layout.dim])
-        guess: Array = shift_plan(last, steps, tail=tail).numpy()
+        guess: Array = self.moved(last, torch.from_numpy(self.executed(state))).numpy()
+        return guess
+
+    def moved(self, last: Tensor, steps: Tensor) -> Tensor:
+        """Normalised plans ``[n, H, D]`` of which ``steps`` ``[n]`` were executed, as guesses."""
+        tail = "hold" if self.spec.rti is None else self.spec.rti.tail
+        guess = shift_plan(last, steps, tail=tail)
         for gripper in self.spec.grippers:
             guess = gripper.guess(guess)
         return guess

@@ -19,7 +19,7 @@ from diffpolicy.data.normalize import Normalizer
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.networks import make_network
 from diffpolicy.networks.heads import make_head
-from diffpolicy.policies.base import Array, check_horizon
+from diffpolicy.policies.base import check_horizon
 from diffpolicy.policies.best_of_n import Selection
 from diffpolicy.policies.bounds import inward_bounds
 from diffpolicy.policies.planners import Returns, check_planning, head_config
@@ -98,19 +98,26 @@ class Gripper:
                 f"a gripper needs dim >= 0, mode in {GRIPPER_MODES} and factor >= 1; got {self}"
             )
 
-    def snap(self, normalised: Array) -> Array:
-        """``normalised`` ``[..., A]`` with this dimension set to the nearer end of its data."""
-        out = normalised.copy()
-        end = 1 / self.factor if self.mode == "scale" else 1.0
-        out[..., self.dim] = np.where(normalised[..., self.dim] > 0, end, -end)
-        return out
+    @property
+    def executed(self) -> float:
+        """The normalised value, or minus it, that is executed: an end of the data."""
+        return 1 / self.factor if self.mode == "scale" else 1.0
 
-    def guess(self, plan: Array) -> Array:
+    def snap(self, normalised: Any) -> Any:
+        """``normalised`` ``[..., A]`` with this dimension set to the nearer end of its data."""
+        return self._set(normalised, self.executed)
+
+    def guess(self, plan: Any) -> Any:
         """The guess ``[..., A]`` that a warm start takes to its level."""
-        if self.mode == "scale":
-            return plan
-        out = plan.copy()
-        out[..., self.dim] = np.where(plan[..., self.dim] > 0, 1.0, -1.0) / self.factor
+        return plan if self.mode == "scale" else self._set(plan, 1 / self.factor)
+
+    def _set(self, values: Any, end: float) -> Any:
+        """An array, or a tensor (in a loop that is written to a file), with this dimension set."""
+        if isinstance(values, Tensor):
+            chosen = torch.arange(values.shape[-1], device=values.device) == self.dim
+            return torch.where(chosen, torch.where(values > 0, end, -end), values)
+        out = values.copy()
+        out[..., self.dim] = np.where(values[..., self.dim] > 0, end, -end)
         return out
 
 

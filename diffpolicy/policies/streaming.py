@@ -275,9 +275,8 @@ class StreamingPlanner(DiffusionPlanner):
         noise = self.draw_noise(state, loop.draws + 1, deterministic)
         steps = np.minimum(self.executed(state), self.n_action_steps)
         moved = torch.from_numpy(steps).to(self.device)
-        buffer = shift_plan(torch.from_numpy(state.memory["buffer"]).to(self.device), moved)
-        keep, add = self._renoise
-        buffer = keep[moved] * buffer + add[moved] * noise[-1]
+        last = torch.from_numpy(state.memory["buffer"]).to(self.device)
+        buffer = self.moved_up(last, moved, noise[-1])
         if cold.any():
             start = torch.from_numpy(self._constant).to(self.device).expand_as(buffer)
             filled = self._noised(start, 1.0, noise[-1])
@@ -285,6 +284,11 @@ class StreamingPlanner(DiffusionPlanner):
             buffer = torch.where(chosen, filled, buffer)
         both = loop(self._history(state), buffer, noise[:-1]).cpu().numpy()
         return both[:, : self.horizon], both[:, self.horizon :]
+
+    def moved_up(self, last: Tensor, steps: Tensor, noise: Tensor) -> Tensor:
+        """Buffers ``[n, H, A]`` after ``steps`` ``[n]`` actions, at a tick's first levels."""
+        keep, add = self._renoise
+        return keep[steps] * shift_plan(last, steps) + add[steps] * noise
 
     def _noised(self, x0: Tensor, phase: float, noise: Tensor) -> Tensor:
         """A clean plan noised to the levels of a tick's start (phase 1) or end (0)."""

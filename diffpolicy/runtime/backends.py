@@ -8,8 +8,6 @@ returns a function of the same tensors. Nothing here checks shapes or pads rows;
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,39 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpolicy.extras import installed, need
 from diffpolicy.runtime.exported import cpu_session
 from diffpolicy.runtime.rolled import rolled
 
 Run = Callable[..., Tensor]  # of the example's tensors, in their order
 Builder = Callable[[nn.Module, Sequence[Tensor], int], Run]
 
-# The packages that a backend cannot do without, and the extra that brings them.
-REQUIRES = {
-    "onnxruntime": (("onnx", "onnxruntime"), "onnx"),
-    "openvino": (("onnx", "openvino"), "openvino"),
-}
+# The packages that a backend cannot do without.
+REQUIRES = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 OPSET = 17  # the first with LayerNormalization; old enough for every runtime in use
-
-
-def need(package: str, extra: str) -> Any:
-    """Import an optional package.
-
-    Raises:
-        ImportError: it is not installed; says how to install it.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ImportError(
-            f"this needs the package {package!r}, which is not installed; "
-            f'run: pip install "diffpolicy[{extra}]"'
-        ) from None
 
 
 def missing(backend: str) -> list[str]:
     """The packages that ``backend`` lacks here."""
-    packages, _ = REQUIRES.get(backend, ((), ""))
-    return [name for name in packages if importlib.util.find_spec(name) is None]
+    return [name for name in REQUIRES.get(backend, ()) if not installed(name)]
 
 
 def eager(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
@@ -76,12 +56,8 @@ def cuda_graph(module: nn.Module, example: Sequence[Tensor], threads: int) -> Ru
     Raises:
         ValueError: the loop is not on a CUDA device.
     """
+    _check_device("cuda_graph", "cuda", "'onnxruntime' or 'openvino' on a CPU", example)
     device = example[0].device
-    if device.type != "cuda":
-        raise ValueError(
-            f"backend 'cuda_graph' records CUDA kernels, and this policy is on {device}; load it "
-            "with device='cuda', or use 'onnxruntime' or 'openvino' on a CPU"
-        )
     buffers = [tensor.clone() for tensor in example]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.no_grad():
@@ -107,25 +83,17 @@ def cuda_graph(module: nn.Module, example: Sequence[Tensor], threads: int) -> Ru
 
 def onnxruntime(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
     """The whole loop as one ONNX graph on ONNX Runtime's CPU provider."""
-    _on_cpu("onnxruntime", example)
-    names = [f"input_{i}" for i in range(len(example))]
-    session = cpu_session(_graph(module, example, names), threads)
+    _check_device("onnxruntime", "cpu", "'cuda_graph'", example)
+    session = cpu_session(_graph(module, example), threads)
     wanted = {entry.name for entry in session.get_inputs()}
-
-    def run(*inputs: Tensor) -> Tensor:
-        pairs = zip(names, inputs, strict=True)
-        feed = {name: tensor.contiguous().numpy() for name, tensor in pairs if name in wanted}
-        return torch.from_numpy(session.run(None, feed)[0])
-
-    return run
+    return lambda *inputs: torch.from_numpy(session.run(None, _feed(inputs, wanted))[0])
 
 
 def openvino(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
     """The whole loop as one ONNX graph, compiled by OpenVINO for this CPU in float32."""
-    _on_cpu("openvino", example)
+    _check_device("openvino", "cpu", "'cuda_graph'", example)
     core = _openvino_core()
-    names = [f"input_{i}" for i in range(len(example))]
-    model = core.read_model(_graph(module, example, names))
+    model = core.read_model(_graph(module, example))
     options = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
@@ -135,16 +103,21 @@ def openvino(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
     wanted = {name for port in model.inputs for name in port.get_names()}
 
     def run(*inputs: Tensor) -> Tensor:
-        pairs = zip(names, inputs, strict=True)
-        feed = {name: tensor.contiguous().numpy() for name, tensor in pairs if name in wanted}
-        result = request.infer(feed, share_inputs=True, share_outputs=True)
+        result = request.infer(_feed(inputs, wanted), share_inputs=True, share_outputs=True)
         return torch.from_numpy(result[0].copy())  # the next call overwrites the shared output
 
     return run
 
 
-def _graph(module: nn.Module, example: Sequence[Tensor], names: Sequence[str]) -> bytes:
+def _feed(inputs: Sequence[Tensor], wanted: set[str]) -> dict[str, Any]:
+    """The inputs that are left in a graph, by name: the exporter drops those that do not matter."""
+    named = {f"input_{i}": tensor for i, tensor in enumerate(inputs)}
+    return {name: named[name].contiguous().numpy() for name in named if name in wanted}
+
+
+def _graph(module: nn.Module, example: Sequence[Tensor]) -> bytes:
     """The ONNX graph of a loop: its step once where that pays and the network allows it."""
+    names = [f"input_{i}" for i in range(len(example))]
     form = rolled(module, example)
     try:
         return to_onnx(form, example, names, ["plan"])
@@ -186,7 +159,7 @@ def to_onnx(
     Raises:
         ImportError: the package ``onnx`` is missing.
     """
-    need("onnx", "onnx")
+    need("onnx")
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
         # Shape checks are Python branches on constants, which the tracer reports one by one, and
@@ -216,7 +189,7 @@ def _openvino_core() -> Any:
     that stack with the last model of its core. With several cores the thread is left with a stack
     that is gone, and the next signal (a SIGTERM to a server) kills the process.
     """
-    return need("openvino", "openvino").Core()
+    return need("openvino").Core()
 
 
 def _inference(module: nn.Module) -> Run:
@@ -228,10 +201,10 @@ def _inference(module: nn.Module) -> Run:
     return run
 
 
-def _on_cpu(backend: str, example: Sequence[Tensor]) -> None:
+def _check_device(backend: str, kind: str, instead: str, example: Sequence[Tensor]) -> None:
     device = example[0].device
-    if device.type != "cpu":
+    if device.type != kind:
         raise ValueError(
-            f"backend {backend!r} runs on the CPU, and this policy is on {device}; load it with "
-            "device='cpu', or use 'cuda_graph'"
+            f"backend {backend!r} runs on {kind}, and this policy is on {device}; load it with "
+            f"device={kind!r}, or use {instead}"
         )

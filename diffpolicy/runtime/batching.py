@@ -11,32 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import numpy as np
 
+from diffpolicy.data import observation
+from diffpolicy.data.observation import Obs, ObsField, ObsFields
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.runtime.wire_format import WireError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Idle:
-    """A client's silence.
-
-    Attributes:
-        since: the event loop's time when it began.
-        timer: what ends it.
-        lost: its place was given to another client.
-    """
-
-    since: float
-    timer: asyncio.Timeout
-    lost: bool = False
 
 
 @dataclass(eq=False)
@@ -47,21 +33,21 @@ class Session:
         state: its memory, one row.
         due: it has acted in this episode and needs a plan next, so a batch may wait for it.
         actions: actions handed out.
-        idle: the wait for its next request while there is none under way; ``None`` while there is.
+        silent_since: the event loop's time since when it asks nothing; ``None`` while it does.
     """
 
     state: PolicyState
     due: bool = False
     actions: int = 0
-    idle: Idle | None = None
+    silent_since: float | None = None
 
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A request: observations ``[k, O]`` in; one action, or with ``chunk`` all of a new plan."""
+    """A request: observations ``[k, ...]``; asks for an action, or with ``chunk`` a whole plan."""
 
     session: Session
-    obs: Array
+    obs: Obs
     chunk: bool
     answer: asyncio.Future[Array]
 
@@ -71,15 +57,13 @@ class Batcher:
 
     Args:
         policy: what acts; it is never changed.
-        max_sessions: most sessions at a time.
         max_batch: most rows in one call.
-        reclaim_after_s: when all places are taken, the session that has been idle for longest, and
-            at least for so many seconds, makes room; ``None``: none does.
         window_s: how long the first request waits for others, in seconds. It waits no longer once
             every session that is due for a plan has asked.
         deterministic: passed to the policy.
 
     Attributes:
+        sessions: the open ones.
         requests: requests for actions so far.
         policy_calls: calls that made plans so far.
         largest_batch: most requests that shared one.
@@ -89,55 +73,26 @@ class Batcher:
         self,
         policy: ChunkedPolicy,
         *,
-        max_sessions: int,
         max_batch: int,
-        reclaim_after_s: float | None = None,
         window_s: float = 0.001,
         deterministic: bool = False,
     ) -> None:
-        self.policy, self.max_sessions, self.max_batch = policy, max_sessions, max_batch
-        self.reclaim_after_s = reclaim_after_s
+        self.policy, self.max_batch = policy, max_batch
         self.window_s, self.deterministic = window_s, deterministic
         self.requests = self.policy_calls = self.largest_batch = 0
-        self._sessions: set[Session] = set()
-        self._waiting: deque[_Waiting] = deque()
-        self._arrived, self._complete = asyncio.Event(), asyncio.Event()
+        self.sessions: set[Session] = set()
+        self._waiting: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="diffpolicy-serve")
 
-    @property
-    def clients(self) -> int:
-        """Open sessions."""
-        return len(self._sessions)
-
     def open(self) -> Session:
-        """A cold session with random stream 0.
-
-        Raises:
-            WireError: ``busy``.
-        """
-        if self.clients >= self.max_sessions and not self._reclaim():
-            raise WireError("busy", f"all {self.clients} places for clients are taken; try later")
+        """A cold session with random stream 0."""
         session = Session(self.policy.initial_state([0]))
-        self._sessions.add(session)
+        self.sessions.add(session)
         return session
 
-    def _reclaim(self) -> bool:
-        """Frees the place of the session that has been idle for longest; whether there was one."""
-        silent = [(s.idle.since, s.idle, s) for s in self._sessions if s.idle is not None]
-        if self.reclaim_after_s is None or not silent:
-            return False
-        now = asyncio.get_running_loop().time()
-        since, idle, session = min(silent, key=lambda entry: entry[0])
-        if now - since < self.reclaim_after_s:
-            return False
-        idle.lost = True
-        idle.timer.reschedule(now)
-        self.close(session)
-        return True
-
     def close(self, session: Session) -> None:
-        """Free the session's place; an answer still being computed for it goes nowhere."""
-        self._sessions.discard(session)
+        """Forget a session; an answer still being computed for it goes nowhere."""
+        self.sessions.discard(session)
 
     def reset(self, session: Session, seed: int | None = None) -> None:
         """Begin a new episode of one session; without ``seed`` its random stream goes on."""
@@ -151,18 +106,19 @@ class Batcher:
             "actions": session.actions,
             "plans": int(session.state.plans[0]),
             "nfe": int(session.state.nfe[0]),
-            "clients": self.clients,
+            "clients": len(self.sessions),
             "requests": self.requests,
             "policy_calls": self.policy_calls,
             "largest_batch": self.largest_batch,
         }
 
-    async def ask(self, session: Session, obs: Array, *, chunk: bool = False) -> Array:
-        """The action ``[A]`` for ``obs`` ``[1, O]``, or with ``chunk`` a new plan's ``[Ta, A]``.
+    async def ask(self, session: Session, obs: Obs, *, chunk: bool = False) -> Array:
+        """The action ``[A]`` for ``obs``, or with ``chunk`` a new plan's ``[Ta, A]``.
 
         Args:
             session: who asks; one request of a session at a time.
-            obs: finite float32 observations since its last request, oldest first.
+            obs: finite observations ``[k, ...]`` since its last request, oldest first; one of them
+                unless ``chunk``.
             chunk: make a new plan and count all its actions as executed.
 
         Raises:
@@ -180,9 +136,9 @@ class Batcher:
         session.actions += len(answer) if chunk else 1
         return answer
 
-    def _from_plan(self, session: Session, obs: Array) -> Array | None:
+    def _from_plan(self, session: Session, obs: Obs) -> Array | None:
         """The action of the plan at hand, or ``None`` (and no change) where a plan is needed."""
-        state = self.policy.observe(obs, session.state)
+        state = self.policy.observe(obs, session.state)  # type: ignore[arg-type]
         if self.policy.needs_plan(state)[0]:
             return None
         actions, session.state = self.policy.execute(state)
@@ -190,18 +146,11 @@ class Batcher:
         answer: Array = np.asarray(actions[0], np.float32)
         return answer
 
-    async def _planned(self, session: Session, obs: Array, chunk: bool) -> Array:
+    async def _planned(self, session: Session, obs: Obs, chunk: bool) -> Array:
         session.due = True
         answer: asyncio.Future[Array] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(session, obs, chunk, answer))
-        self._arrived.set()
-        if self._all_asked():
-            self._complete.set()
+        self._waiting.put_nowait(_Waiting(session, obs, chunk, answer))
         return await answer
-
-    def _all_asked(self) -> bool:
-        due = sum(s.due for s in self._sessions)
-        return len(self._waiting) >= min(due, self.max_batch)
 
     async def warm_up(self) -> None:
         """Call the policy once, so that no client waits for what a first call sets up.
@@ -209,25 +158,28 @@ class Batcher:
         Raises:
             Exception: whatever the policy raises.
         """
-        blank = np.zeros((1, self.policy.obs_dim), np.float32)
-        await self._call([blank], [False], self.policy.initial_state([0]))
+        await self._call([blank(observed(self.policy))], [False], self.policy.initial_state([0]))
 
     async def run(self) -> None:
         """Serve until cancelled."""
         while True:
-            await self._arrived.wait()
-            self._complete.clear()
-            if self.window_s > 0 and not self._all_asked():
-                try:
-                    async with asyncio.timeout(self.window_s):
-                        await self._complete.wait()
-                except TimeoutError:
-                    pass
-            count = min(len(self._waiting), self.max_batch)
-            batch = [self._waiting.popleft() for _ in range(count)]
-            if not self._waiting:
-                self._arrived.clear()
+            batch = await self._gathered()
             await self._guarded([w for w in batch if not w.answer.done()])
+
+    async def _gathered(self) -> list[_Waiting]:
+        """The requests of one call: those that are there, and those that come within the window."""
+        batch = [await self._waiting.get()]
+        until = asyncio.get_running_loop().time() + self.window_s
+        while len(batch) < self.max_batch:
+            due = sum(session.due for session in self.sessions)
+            if self._waiting.empty() and len(batch) >= due:
+                break
+            try:
+                async with asyncio.timeout_at(until):
+                    batch.append(await self._waiting.get())
+            except TimeoutError:
+                break
+        return batch
 
     def stop(self) -> None:
         """Wait for the call in progress and end the thread."""
@@ -261,11 +213,24 @@ class Batcher:
                 waiting.answer.set_result(answer)
 
     async def _call(
-        self, obs: list[Array], chunk: list[bool], rows: PolicyState
+        self, obs: list[Obs], chunk: list[bool], rows: PolicyState
     ) -> tuple[list[Array], PolicyState]:
         return await asyncio.get_running_loop().run_in_executor(
             self._thread, answer_rows, self.policy, obs, chunk, rows, self.deterministic
         )
+
+
+def observed(policy: ChunkedPolicy) -> ObsFields:
+    """What a policy observes in one step: one array ``[O]``, or what its spec names."""
+    named: ObsFields | None = getattr(getattr(policy, "spec", None), "observations", None)
+    return named or ObsField((policy.obs_dim,))
+
+
+def blank(fields: ObsFields) -> Obs:
+    """One observation of zeros."""
+    if isinstance(fields, ObsField):
+        return np.zeros((1, *fields.shape), fields.dtype)
+    return {name: np.zeros((1, *one.shape), one.dtype) for name, one in fields.items()}
 
 
 def stacked(states: Sequence[PolicyState]) -> PolicyState:
@@ -280,7 +245,7 @@ def stacked(states: Sequence[PolicyState]) -> PolicyState:
 
 def answer_rows(
     policy: ChunkedPolicy,
-    obs: Sequence[Array],
+    obs: Sequence[Obs],
     chunk: Sequence[bool],
     state: PolicyState,
     deterministic: bool,
@@ -289,7 +254,7 @@ def answer_rows(
 
     Args:
         policy: what acts.
-        obs: per request ``[k, O]``, oldest first.
+        obs: per request ``[k, ...]``, oldest first.
         chunk: requests for all actions of a new plan instead of one action.
         state: memory of n rows.
         deterministic: passed to the policy.
@@ -297,25 +262,23 @@ def answer_rows(
     Returns:
         Per request ``[A]``, or with ``chunk`` ``[Ta, A]``, float32; and the new memory.
     """
-    last = np.stack([o[-1] for o in obs])
-    if not any(chunk):
-        actions, state = policy.act(last, state, deterministic=deterministic)
-        return list(np.asarray(actions, np.float32)), state
-    for age in range(max(map(len, obs)) - 1, 0, -1):
-        rows = [i for i, o in enumerate(obs) if len(o) > age]
-        seen = policy.observe(np.stack([obs[i][-1 - age] for i in rows]), state.take(rows))
-        state = state.put(rows, seen)
-    state = policy.observe(last, state)
+    steps = [observation.count(o) for o in obs]
+    for age in range(max(steps) - 1, -1, -1):  # the oldest first; requests with fewer begin later
+        rows = [i for i, count in enumerate(steps) if count > age]
+        seen = observation.stack([observation.take(obs[i], -1 - age) for i in rows])
+        state = state.put(rows, policy.observe(seen, state.take(rows)))
     due = np.flatnonzero(policy.needs_plan(state) | np.asarray(chunk))
-    state = policy.replan(state, due, deterministic=deterministic)
+    if len(due):
+        state = policy.replan(state, due, deterministic=deterministic)
     actions, state = policy.execute(state)
     answers = list(np.asarray(actions, np.float32))
     whole = np.flatnonzero(chunk)
-    steps, rest = [actions[whole]], state.take(whole)
+    if not len(whole):
+        return answers, state
+    plans, rest = [actions[whole]], state.take(whole)
     for _ in range(policy.n_action_steps - 1):
         actions, rest = policy.execute(rest)
-        steps.append(actions)
-    plans = np.stack(steps, axis=1).astype(np.float32)
-    for row, plan in zip(whole.tolist(), plans, strict=True):
-        answers[row] = plan
+        plans.append(actions)
+    for row, plan in zip(whole.tolist(), np.stack(plans, axis=1), strict=True):
+        answers[row] = plan.astype(np.float32)
     return answers, state.put(whole, rest)

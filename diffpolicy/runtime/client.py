@@ -1,4 +1,4 @@
-"""A small client of `diffpolicy serve`: a socket and NumPy, nothing of the policy.
+"""A small client of `diffpolicy serve`: a WebSocket and NumPy, nothing of the policy.
 
 with PolicyClient(port=5555) as client:
     client.reset(seed=3)
@@ -7,31 +7,33 @@ with PolicyClient(port=5555) as client:
 
 from __future__ import annotations
 
-import socket
-from types import TracebackType
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from diffpolicy.runtime.wire_format import (
-    FATAL_CODES,
-    PROTOCOL,
-    Message,
-    WireError,
-    body_length,
-    decode,
-    encode,
-)
+from diffpolicy.data.observation import each
+from diffpolicy.extras import need
+from diffpolicy.runtime.wire_format import VERSION, WireError, decode, encode
+
+connect = need("websockets.sync.client").connect
+_errors = need("websockets.exceptions")
 
 Array = npt.NDArray[Any]
+Observed = npt.ArrayLike | Mapping[str, npt.ArrayLike]
+
+_MAX_REPLY_BYTES = 1 << 26
+_BUSY = 1013  # WebSocket's "try again later"
 
 
 class ServerError(RuntimeError):
     """The server refused a request, or its reply cannot be used.
 
     Attributes:
-        code: one of :data:`diffpolicy.runtime.wire_format.ERROR_CODES`, or ``bad_reply``.
+        code: one of :data:`diffpolicy.runtime.wire_format.ERROR_CODES`; ``unauthorized`` or
+            ``busy`` of a connection; or ``bad_reply``.
         message: one line.
     """
 
@@ -52,8 +54,9 @@ class PolicyClient:
         timeout: seconds to wait for the connection and for each reply.
 
     Attributes:
-        contract: what the server said of its policy: ``obs_dim``, ``action_dim``, ``horizon``,
-            ``n_obs_steps``, ``n_action_steps``, ``action_low``, ``action_high`` and more.
+        contract: what the server said of its policy: ``observation``, ``obs_dim``, ``action_dim``,
+            ``horizon``, ``n_obs_steps``, ``n_action_steps``, ``action_low``, ``action_high`` and
+            more.
 
     Raises:
         ConnectionError: no server there.
@@ -68,31 +71,38 @@ class PolicyClient:
         *,
         timeout: float = 10.0,
     ) -> None:
-        self._where = f"{host}:{port}"
+        self._where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._timeout = timeout
-        self._socket: socket.socket | None = None
+        self._closing = ExitStack()
+        self._connection: Any = None
         try:
-            self._socket = socket.create_connection((host, port), timeout)
-        except OSError as error:
+            self._connection = self._closing.enter_context(self._connect(token))
+        except _errors.InvalidStatus as error:
+            status, said = error.response.status_code, error.response.body.decode(errors="replace")
+            code = "unauthorized" if status == 401 else "bad_reply"
+            raise ServerError(code, f"{self._where}: {said.strip()[:300]}") from None
+        except (OSError, _errors.InvalidHandshake) as error:
             raise ConnectionError(
-                f"no policy server at {self._where} ({error.strerror or error}); start one with: "
+                f"no policy server at {self._where} ({error}); start one with: "
                 f"diffpolicy serve checkpoint=RUN host={host} port={port}"
             ) from error
-        # Requests are small and wait for their reply: never hold one back to fill a packet.
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._limit = 1 << 26  # until the server has told its own
-        greeting = {"version": PROTOCOL, **({} if token is None else {"token": token})}
-        try:
-            reply = self._ask(Message("hello", greeting), "hello")
-            self.contract = dict(reply.fields)
-            self._shape = (int(self.contract["action_dim"]),)
-            self._chunk = (int(self.contract["n_action_steps"]), *self._shape)
-        except (KeyError, TypeError, ValueError) as error:
-            self._drop()
-            raise ServerError("bad_reply", f"{self._where} sent no contract") from error
-        except BaseException:
-            self._drop()
-            raise
+        self.contract = self._receive("the greeting")
+        if self.contract.get("version") != VERSION:
+            self.close()
+            raise ServerError("bad_reply", f"{self._where} sent no contract of version {VERSION}")
+        self._chunk = self.contract["n_action_steps"], self.contract["action_dim"]
+
+    def _connect(self, token: str | None) -> Any:
+        return connect(
+            f"ws://{self._where}",
+            additional_headers={"Authorization": f"Bearer {token}"} if token else None,
+            open_timeout=self._timeout,
+            close_timeout=1.0,
+            ping_interval=None,  # the server asks whether the connection is alive
+            max_size=_MAX_REPLY_BYTES,
+            compression=None,
+            proxy=None,
+        )
 
     def reset(self, seed: int | None = None) -> None:
         """Begin a new episode.
@@ -106,19 +116,22 @@ class PolicyClient:
             ServerError: the server refused.
             ConnectionError: the connection is lost; connect again.
         """
-        self._ask(Message("reset", {} if seed is None else {"seed": int(seed)}), "ok")
+        self._ask("ok", "reset", **({} if seed is None else {"seed": int(seed)}))
 
-    def act(self, obs: npt.ArrayLike) -> Array:
-        """The action ``[A]``, float32 in environment units, for the observation ``[O]``.
+    def act(self, obs: Observed) -> Array:
+        """The action ``[A]``, float32 in environment units, for one observation.
+
+        Args:
+            obs: the observation ``[O]``, or arrays by name where the policy observes several.
 
         Raises:
-            ServerError: the server refused, e.g. ``bad_shape`` or ``non_finite``.
+            ServerError: the server refused, e.g. ``bad_observation``.
             ConnectionError: the connection is lost; connect again.
         """
-        reply = self._ask(Message("act", {}, {"obs": _array(obs)}), "act")
-        return self._checked(reply, "action", self._shape)
+        reply = self._ask("act", "act", obs=each(_array, obs))
+        return self._checked(reply, "action", self._chunk[1:])
 
-    def plan(self, obs: npt.ArrayLike) -> Array:
+    def plan(self, obs: Observed) -> Array:
         """A new plan's actions ``[Ta, A]``, to be executed from now on.
 
         Args:
@@ -126,10 +139,10 @@ class PolicyClient:
                 ``k <= n_obs_steps``. A policy that sees several observations wants them all.
 
         Raises:
-            ServerError: the server refused, e.g. ``bad_shape`` or ``non_finite``.
+            ServerError: the server refused, e.g. ``bad_observation``.
             ConnectionError: the connection is lost; connect again.
         """
-        reply = self._ask(Message("plan", {}, {"obs": _array(obs)}), "plan")
+        reply = self._ask("plan", "plan", obs=each(_array, obs))
         return self._checked(reply, "actions", self._chunk)
 
     def stats(self) -> dict[str, int]:
@@ -138,93 +151,74 @@ class PolicyClient:
         ``actions``, ``plans``, ``nfe``; ``clients``, ``requests``, ``policy_calls``,
         ``largest_batch``.
         """
-        return dict(self._ask(Message("stats"), "stats").fields)
+        reply = self._ask("stats", "stats")
+        return {name: count for name, count in reply.items() if name != "type"}
 
     def close(self) -> None:
-        """Say goodbye and close the connection; twice does no harm."""
-        if self._socket is None:
-            return
-        try:
-            self._ask(Message("close"), "ok")
-        except (OSError, ServerError):
-            pass  # it is gone, which is what was wanted
-        finally:
-            self._drop()
+        """Close the connection; twice does no harm."""
+        self._connection = None
+        self._closing.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _ask(self, message: Message, wanted: str) -> Message:
+    def _ask(self, wanted: str, request: str, **entries: Any) -> dict[str, Any]:
         """Send a request and read its reply, of type ``wanted``."""
-        if self._socket is None:
+        if self._connection is None:
             raise ConnectionError(f"the connection to {self._where} is closed; make a new client")
         try:
-            self._socket.sendall(encode(message))
-            reply = self._receive(self._socket)
-        except TimeoutError as error:
-            self._drop()  # a late reply must not be taken for the next one's
-            raise ConnectionError(
-                f"{self._where} did not answer {message.type} within {self._timeout} seconds; "
-                "connect again, with a longer timeout if the policy is slow"
-            ) from error
-        except OSError as error:
-            self._drop()
-            raise ConnectionError(f"lost the connection to {self._where}: {error}") from error
-        except WireError as error:
-            self._drop()
-            raise ServerError("bad_reply", f"{self._where}: {error.message}") from error
-        except BaseException:  # Ctrl-C in the middle leaves half a frame behind
-            self._drop()
-            raise
-        if reply.type == "error":
-            code = str(reply.fields.get("code", "bad_reply"))
-            if code in FATAL_CODES:
-                self._drop()
-            raise ServerError(code, str(reply.fields.get("message", "no message")))
-        if reply.type != wanted:
-            self._drop()
+            self._connection.send(encode({"type": request, **entries}))
+        except _errors.ConnectionClosed as error:
+            raise self._lost(error) from error
+        reply = self._receive(request)
+        if reply.get("type") == "error":
+            code, message = reply.get("code", "bad_reply"), reply.get("message", "no message")
+            raise ServerError(str(code), str(message))
+        if reply.get("type") != wanted:
+            self.close()
             raise ServerError("bad_reply", f"{self._where} answered something else than {wanted}")
         return reply
 
-    def _receive(self, connection: socket.socket) -> Message:
-        prefix = _exactly(connection, 4)
-        return decode(bytes(_exactly(connection, body_length(bytes(prefix), self._limit))))
+    def _receive(self, what: str) -> dict[str, Any]:
+        try:
+            return decode(self._connection.recv(self._timeout))
+        except TimeoutError as error:
+            self.close()  # a late reply must not be taken for the next one's
+            raise ConnectionError(
+                f"{self._where} did not answer {what} within {self._timeout} seconds; "
+                "connect again, with a longer timeout if the policy is slow"
+            ) from error
+        except _errors.ConnectionClosed as error:
+            raise self._lost(error) from error
+        except WireError as error:
+            self.close()
+            raise ServerError("bad_reply", f"{self._where}: {error.message}") from error
+        except BaseException:  # Ctrl-C leaves a reply behind
+            self.close()
+            raise
 
-    def _checked(self, reply: Message, name: str, shape: tuple[int, ...]) -> Array:
-        """The reply's tensor, if a robot may execute it."""
-        tensor = reply.tensors.get(name)
-        if tensor is None or tensor.shape != shape or tensor.dtype != np.float32:
+    def _lost(self, error: Any) -> Exception:
+        """What a connection that has ended means, by what the server said last."""
+        self.close()
+        if error.rcvd is not None and error.rcvd.code == _BUSY:
+            return ServerError("busy", error.rcvd.reason)
+        why = error.rcvd.reason if error.rcvd is not None and error.rcvd.reason else error
+        return ConnectionError(f"lost the connection to {self._where}: {why}")
+
+    def _checked(self, reply: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Array:
+        """The reply's array, if a robot may execute it."""
+        array = reply.get(name)
+        if not isinstance(array, np.ndarray) or (array.shape, array.dtype) != (shape, np.float32):
             raise ServerError("bad_reply", f"{self._where} sent no float32 {name} {list(shape)}")
-        if not np.isfinite(tensor).all():
+        if not np.isfinite(array).all():
             raise ServerError("bad_reply", f"{self._where} sent {name} that are not finite")
-        return tensor
-
-    def _drop(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        return array
 
 
 def _array(obs: npt.ArrayLike) -> Array:
     out = np.asarray(obs)
-    # Lists of whole numbers are meant as observations too.
-    return out.astype(np.float32) if out.dtype.kind in "iub" else out
-
-
-def _exactly(connection: socket.socket, count: int) -> bytearray:
-    out = bytearray(count)
-    view, at = memoryview(out), 0
-    while at < count:
-        got = connection.recv_into(view[at:])
-        if got == 0:
-            raise ConnectionResetError("the server hung up")
-        at += got
-    return out
+    # Lists of whole numbers are meant as observations too; bytes are those of an image.
+    return out.astype(np.float32) if out.dtype.kind in "ib" else out

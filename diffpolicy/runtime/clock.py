@@ -7,12 +7,13 @@ the rules and not by rounding.
 from __future__ import annotations
 
 import itertools
-import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
+
+from diffpolicy.settings import check_range
 
 NS_PER_MS = 1_000_000
 Job = Callable[[], Any]
@@ -32,42 +33,6 @@ class Outcome(NamedTuple):
     latency_ns: int
 
 
-class Runner(Protocol):
-    """Runs one job at a time beside the control loop.
-
-    Attributes:
-        blocked_ns: real time that callers spent inside :meth:`poll` and :meth:`call` so far, for
-            jobs or waiting for them.
-    """
-
-    blocked_ns: int
-
-    def submit(self, job: Job) -> None:
-        """Begins a job; the one before it must have been polled."""
-
-    def poll(self, wait_ns: int = 0) -> Outcome | None:
-        """The outcome of the submitted job if it has one within ``wait_ns``, once."""
-
-    def call(self, job: Job) -> Outcome:
-        """Runs a job at once, in the caller's time."""
-
-    def close(self, timeout_s: float = 5.0) -> bool:
-        """Ends the background work; whether it ended in time."""
-
-
-class Clock(Protocol):
-    """What a control loop needs of time."""
-
-    def now_ns(self) -> int:
-        """The time, from any origin."""
-
-    def sleep_until(self, at_ns: int) -> None:
-        """Returns at ``at_ns``, at once if that has passed."""
-
-    def runner(self) -> Runner:
-        """A runner whose jobs take this clock's time."""
-
-
 class RealClock:
     """The monotonic clock of the machine, and a worker thread.
 
@@ -80,23 +45,30 @@ class RealClock:
     """
 
     def __init__(self, *, spin_ms: float = 0.2) -> None:
-        if not 0 <= spin_ms < math.inf:
-            raise ValueError(f"spin_ms must be a number of milliseconds >= 0, got {spin_ms}")
+        check_range("[0, inf)", spin_ms=spin_ms)
         self._spin_ns = int(spin_ms * NS_PER_MS)
 
     def now_ns(self) -> int:
+        """The time, from any origin."""
         return time.perf_counter_ns()
 
     def sleep_until(self, at_ns: int) -> None:
+        """Return at ``at_ns``, at once if that has passed."""
         while (left := at_ns - time.perf_counter_ns()) > 0:
             time.sleep(max(left - self._spin_ns, 0) * 1e-9)
 
     def runner(self) -> ThreadRunner:
+        """A runner whose jobs take this clock's time."""
         return ThreadRunner()
 
 
 class ThreadRunner:
-    """Runs jobs in one daemon thread, which starts with the first of them."""
+    """Runs one job at a time beside the control loop, in a daemon thread.
+
+    Attributes:
+        blocked_ns: real time that callers spent inside :meth:`poll` and :meth:`call` so far, for
+            jobs or waiting for them.
+    """
 
     def __init__(self) -> None:
         self.blocked_ns = 0
@@ -107,6 +79,7 @@ class ThreadRunner:
         self._closed = False
 
     def submit(self, job: Job) -> None:
+        """Begin a job; the one before it must have been polled."""
         if self._closed:
             raise RuntimeError("this runner is closed; make a new executor")
         if self._thread is None:
@@ -116,6 +89,7 @@ class ThreadRunner:
         self._jobs.put((job, time.perf_counter_ns()))
 
     def poll(self, wait_ns: int = 0) -> Outcome | None:
+        """The outcome of the submitted job if it has one within ``wait_ns``, once."""
         if wait_ns > 0:
             began = time.perf_counter_ns()
             self._ended.wait(wait_ns * 1e-9)
@@ -127,12 +101,14 @@ class ThreadRunner:
         return outcome
 
     def call(self, job: Job) -> Outcome:
+        """Run a job at once, in the caller's time."""
         began = time.perf_counter_ns()
         outcome = _attempt(job, began)
         self.blocked_ns += outcome.latency_ns
         return outcome
 
     def close(self, timeout_s: float = 5.0) -> bool:
+        """End the background work; whether it ended in time."""
         self._closed = True
         if self._thread is None:
             return True
@@ -221,6 +197,9 @@ class VirtualRunner:
         return outcome._replace(latency_ns=latency_ns)
 
 
+Clock = RealClock | VirtualClock
+
+
 def _attempt(job: Job, submitted_ns: int, caught: type[BaseException] = Exception) -> Outcome:
     error: BaseException | None
     try:
@@ -232,8 +211,8 @@ def _attempt(job: Job, submitted_ns: int, caught: type[BaseException] = Exceptio
 
 def _forever(name: str, values_ms: Iterable[float]) -> Iterator[int]:
     values = [float(value) for value in values_ms]
-    if not values or not all(0 <= value < math.inf for value in values):
-        raise ValueError(
-            f"{name} must be finite numbers of milliseconds >= 0, at least one, got {values[:8]}"
-        )
+    if not values:
+        raise ValueError(f"{name} must be at least one number of milliseconds")
+    for value in values:
+        check_range("[0, inf)", **{name: value})
     return itertools.cycle([round(value * NS_PER_MS) for value in values])

@@ -15,10 +15,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from diffpolicy.extras import need
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.plan_loop import PlanLoop
-from diffpolicy.policies.streaming import StreamingPlanner
-from diffpolicy.runtime.backends import BUILDERS, REQUIRES, Run, missing
+from diffpolicy.runtime.backends import BUILDERS, REQUIRES, Run, eager, missing
+from diffpolicy.settings import check_choice, check_range, check_shape
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,10 @@ class CompiledLoop:
     def __init__(
         self, loop: PlanLoop, backend: str, batch_size: int, *, threads: int | None = None
     ) -> None:
-        _check_request(backend, batch_size, threads)
+        check_choice("backend", backend, BUILDERS)
+        check_range("[1, inf)", batch_size=batch_size, threads=threads)
+        for package in REQUIRES.get(backend, ()):
+            need(package)
         self.backend, self.batch_size = backend, batch_size
         self.nfe, self.draws, self.uses_guess = loop.nfe, loop.draws, loop.uses_guess
         self.obs_shape, self.device = loop.obs_shape, loop.device
@@ -74,9 +78,9 @@ class CompiledLoop:
         self._loop = loop
         self._ways: dict[int, Run] = {}  # by number of groups
         example = example_inputs(loop, batch_size)
-        self._run: Run = BUILDERS[backend](
-            loop, example, torch.get_num_threads() if threads is None else threads
-        )
+        threads = torch.get_num_threads() if threads is None else threads
+        self._run: Run = BUILDERS[backend](loop, example, threads)
+        self._eagerly = eager(loop, example, threads)
         self._made_of = loop.grid.weight_versions()
         self.error = self.verify()
 
@@ -112,18 +116,14 @@ class CompiledLoop:
             self._ways[groups] = ways[min(taken, key=taken.__getitem__)]
         return self._ways[groups](*inputs)
 
-    def _eagerly(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
-        with torch.inference_mode():
-            plans: Tensor = self._loop(history, guess, noise)
-            return plans
-
     def _in_groups(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
-        plans, count = [], len(history)
-        for first in range(0, count, self.batch_size):
-            rows = slice(first, first + self.batch_size)
-            parts = (history[rows], guess[rows], noise[:, rows])
-            kept = len(parts[0])
-            plans.append(self._run(*self._padded(*parts, kept))[:kept])
+        count, size = len(history), self.batch_size
+        plans = []
+        for first in range(0, count, size):
+            rows = torch.arange(first, first + size, device=history.device)
+            rows = rows.clamp(max=count - 1)  # the last one fills its group up
+            made = self._run(history[rows], guess[rows], noise[:, rows])
+            plans.append(made[: count - first])
         return torch.cat(plans) if plans else guess.clone()
 
     def verify(self, trials: int = 3, *, seed: int = 0) -> float:
@@ -143,44 +143,31 @@ class CompiledLoop:
         for trial in range(trials):
             inputs = example_inputs(self._loop, self.batch_size, seed=seed + trial)
             got.append(self._run(*inputs))
-            with torch.inference_mode():
-                expected.append(self._loop(*inputs))
-                nudged.append(self._loop(*(value * (1 + 2**-22) for value in inputs)))
+            expected.append(self._eagerly(*inputs))
+            nudged.append(self._eagerly(*(value * (1 + 2**-22) for value in inputs)))
         answer = torch.cat(expected)
         rounding = min(float((torch.cat(nudged) - answer).abs().max()), 0.01)
         return check_close(torch.cat(got), answer, f"{self.backend!r}", rounding=rounding)
 
     def _count(self, history: Tensor, guess: Tensor, noise: Tensor) -> int:
+        """Rows n of inputs whose shapes and types are checked."""
         n, plan = len(history), (self.horizon, self.action_dim)
-        wanted = ((n, *self.obs_shape), (n, *plan), (self.draws, n, *plan))
-        for name, value, shape in zip(_NAMES, (history, guess, noise), wanted, strict=True):
-            if value.shape != shape or value.dtype != torch.float32:
-                raise ValueError(
-                    f"{name} must be float32 of shape {list(shape)}, got {value.dtype} "
-                    f"{list(value.shape)}"
-                )
+        wanted = {
+            "history": (history, (n, *self.obs_shape)),
+            "guess": (guess, (n, *plan)),
+            "noise": (noise, (self.draws, n, *plan)),
+        }
+        for name, (value, shape) in wanted.items():
+            check_shape(name, value.shape, shape)
+            if value.dtype != torch.float32:
+                raise ValueError(f"{name} must be float32, got {value.dtype}")
         return n
-
-    def _padded(
-        self, history: Tensor, guess: Tensor, noise: Tensor, kept: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        spare = self.batch_size - kept
-        if spare == 0:
-            return history, guess, noise
-        return (
-            torch.cat([history, history[-1:].expand(spare, -1, -1)]),
-            torch.cat([guess, guess[-1:].expand(spare, -1, -1)]),
-            torch.cat([noise, noise[:, -1:].expand(-1, spare, -1, -1)], dim=1),
-        )
 
     def __repr__(self) -> str:
         return (
             f"CompiledLoop({self.backend}, batch_size={self.batch_size}, nfe={self.nfe}, "
             f"error={self.error:.1e})"
         )
-
-
-_NAMES = ("history", "guess", "noise")
 
 
 def compile_loop(
@@ -315,16 +302,11 @@ def compile_planner(
     if planner.spec.selection is not None:
         batch_size *= planner.spec.selection.num_candidates
     loops = {}
-    for kind in loop_kinds(planner):
+    for kind in planner.kinds:
         rows = batch_size if kind == "draft" else batch_size * many
         loop = planner.loop(kind)
         loops[kind] = compile_loop(loop, backend=backend, batch_size=rows, threads=threads)
     return planner.with_loops(loops)
-
-
-def loop_kinds(planner: DiffusionPlanner) -> tuple[str, ...]:
-    """The kinds of loop that a policy runs, for ``planner.loop``."""
-    return ("cold", "warm") if isinstance(planner, StreamingPlanner) else planner.kinds
 
 
 def example_inputs(loop: PlanLoop, batch: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -367,21 +349,3 @@ def check_close(got: Tensor, expected: Tensor, who: str, *, rounding: float = 0.
             f"{limit:.0e}); it is refused. Use backend='eager', or another version of the package"
         )
     return error
-
-
-def _check_request(backend: str, batch_size: int, threads: int | None) -> None:
-    if backend not in BUILDERS:
-        raise ValueError(
-            f"unknown backend {backend!r}; expected one of {('auto', *BUILDERS)} "
-            f"(installed here: {available_backends()})"
-        )
-    for name, value in (("batch_size", batch_size), ("threads", threads)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    absent = missing(backend)
-    if absent:
-        _, extra = REQUIRES[backend]
-        raise ImportError(
-            f"backend {backend!r} needs {' and '.join(absent)}, not installed here; "
-            f'run: pip install "diffpolicy[{extra}]"'
-        )

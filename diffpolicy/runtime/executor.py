@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
+from diffpolicy.policies.base import Array, ChunkedPolicy
 from diffpolicy.policies.holding import hold_limit, holds
 from diffpolicy.runtime.clock import NS_PER_MS, Clock, RealClock
 from diffpolicy.runtime.planner import Planning, Timing
 from diffpolicy.runtime.report import ExecutorReport, Meter
 from diffpolicy.runtime.schedule import ActionLimits, TrackMaker
 
-__all__ = ["RUNGS", "ActionLimits", "Decision", "RealTimeExecutor", "Timing", "measure_overhead"]
+__all__ = ["RUNGS", "ActionLimits", "Decision", "RealTimeExecutor", "Timing"]
 
 RUNGS = ("rest", "refine", "hold", "safe")
 
@@ -128,11 +128,11 @@ class RealTimeExecutor:
         self.close()
 
     def close(self, timeout_s: float = 5.0) -> bool:
-        """Ends the worker thread; ``False`` if a plan is still running after ``timeout_s``."""
+        """End the worker thread; ``False`` if a plan is still running after ``timeout_s``."""
         return self._planning.runner.close(timeout_s)
 
     def reset(self, seed: int | None = None) -> None:
-        """Begins another episode: no plan, no history; a plan under way is dropped when it comes.
+        """Begin another episode: no plan, no history; a plan under way is dropped when it comes.
 
         The policy's own memory is made anew with the next plan, in the worker thread; a policy that
         raises there, or hangs, costs plans and not the loop.
@@ -150,7 +150,7 @@ class RealTimeExecutor:
         self._tick, self._epoch_ns = -1, -1
 
     def warm_up(self, obs: Array, plans: int = 3, *, keep: bool = True) -> tuple[float, ...]:
-        """Makes plans before time starts, so that caches, threads and compilers are ready.
+        """Make plans before time starts, so that caches, threads and compilers are ready.
 
         The first is cold, the others are warm; then the refinement, if there is one. Begins another
         episode, in which the first plan is kept: it is executed from the first tick on, as if it
@@ -183,7 +183,7 @@ class RealTimeExecutor:
         duration_s: float | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> ExecutorReport:
-        """Runs the loop from an episode's start until one of the ends given.
+        """Run the loop from an episode's start until one of the ends given.
 
         It begins with :meth:`warm_up`'s plan, if that was just called.
 
@@ -271,7 +271,7 @@ class RealTimeExecutor:
         return tick, late
 
     def _observe(self, obs: Any) -> bool:
-        """Appends an observation; whether it is a good one."""
+        """Append an observation; whether it is a good one."""
         try:
             seen = np.array(obs, np.float32)
             good = seen.shape == (self.policy.obs_dim,) and all(map(math.isfinite, seen.tolist()))
@@ -310,52 +310,14 @@ class RealTimeExecutor:
         return self.limits.safe, "safe", None
 
 
-def measure_overhead(ticks: int = 20_000, *, rate_hz: float = 1000.0) -> dict[str, Any]:
-    """What the executor itself costs per tick, with the real clock and a policy that does nothing.
-
-    Args:
-        ticks: how many.
-        rate_hz: ticks per second.
-
-    Returns:
-        ``p50_ms``, ``p99_ms``, ``p999_ms``, ``max_ms``, ``mean_ms`` of the tick overhead,
-        ``late_p99_ms`` of how late ticks began, ``rate_hz``, and ``ticks``, without skipped ones.
-    """
-    limits = ActionLimits(np.zeros(7), low=-1, high=1)
-    with RealTimeExecutor(_Idle(), Timing(rate_hz), limits) as executor:
-        obs = np.zeros(20, np.float32)
-        executor.warm_up(obs)
-        report = executor.run(lambda: obs, lambda action: None, ticks=ticks)
-    cost = report.tick_overhead
-    return {
-        "ticks": report.ticks,
-        "rate_hz": rate_hz,
-        **{n: getattr(cost, n) for n in ("p50_ms", "p99_ms", "p999_ms", "max_ms", "mean_ms")},
-        "late_p99_ms": report.lateness.p99_ms,
-    }
-
-
-class _Idle(ChunkedPolicy):
-    """Plans of zeros."""
-
-    def __init__(self) -> None:
-        super().__init__(obs_dim=20, action_dim=7, horizon=16, n_obs_steps=2, n_action_steps=8)
-
-    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
-        return np.zeros_like(state.plan), np.zeros(len(state), np.int64)
-
-    def to_actions(self, normalised: Array) -> Array:
-        return normalised
-
-
 def _checked_ladder(ladder: Sequence[str]) -> tuple[str, ...]:
     rungs = tuple(ladder)
-    if any(rung not in RUNGS for rung in rungs) or rungs != tuple(r for r in RUNGS if r in rungs):
+    in_order = rungs == tuple(rung for rung in RUNGS if rung in rungs)
+    if not in_order or not rungs or rungs[-1] not in ("hold", "safe"):
         raise ValueError(
-            f"a ladder is made of {list(RUNGS)} in this order, each at most once; got {list(rungs)}"
+            f"a ladder is made of {list(RUNGS)} in this order, each at most once, and ends in "
+            f"'hold' or 'safe'; got {list(rungs)}"
         )
-    if not rungs or rungs[-1] not in ("hold", "safe"):
-        raise ValueError(f"a ladder must end in 'hold' or 'safe', got {list(rungs)}")
     return rungs if rungs[-1] == "safe" else (*rungs, "safe")
 
 

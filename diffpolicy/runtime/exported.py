@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from diffpolicy.extras import need
+from diffpolicy.settings import check_shape
+
 Array = npt.NDArray[Any]
 FORMAT, VERSION = "diffpolicy-export", 1
 CONTRACT = "contract.json"
@@ -85,7 +88,7 @@ class ExportedPolicy:
         Raises:
             ValueError: wrong shapes or values that are not finite.
         """
-        history = self._checked("history", history)
+        history = self._checked(history)
         count = len(history)
         if len(self._warm) != count or "warm" not in self._sessions:
             self._warm, self._last = np.zeros(count, bool), None
@@ -146,7 +149,7 @@ class ExportedPolicy:
             ValueError: an unknown kind, a missing input, wrong shapes or values not finite.
         """
         entry = self._entry(kind)
-        history = self._checked("history", history)
+        history = self._checked(history)
         count = len(history)
         if noise is None:
             sizes = self.contract["policy"]
@@ -178,17 +181,11 @@ class ExportedPolicy:
             raise ValueError(f"this export has no {kind!r} loop; it has {sorted(loops)}")
         return loops[kind]
 
-    def _checked(self, name: str, value: Array) -> Array:
-        sizes = self.contract["policy"]
-        shape = (sizes["n_obs_steps"], sizes["obs_dim"])
-        value = np.asarray(value, np.float32)
-        if value.ndim != 3 or value.shape[1:] != shape or len(value) == 0:
-            raise ValueError(
-                f"{name} must be [n, {shape[0]}, {shape[1]}] (rows, observation steps, obs_dim) "
-                f"with n at least 1, got {list(value.shape)}"
-            )
-        if not np.isfinite(value).all():
-            raise ValueError(f"{name} holds values that are not finite")
+    def _checked(self, history: Array) -> Array:
+        value, sizes = np.asarray(history, np.float32), self.contract["policy"]
+        check_shape("history", value.shape, ("n", sizes["n_obs_steps"], sizes["obs_dim"]))
+        if not len(value) or not np.isfinite(value).all():
+            raise ValueError("history holds no rows, or values that are not finite")
         return value
 
 
@@ -210,10 +207,11 @@ def read_contract(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is not an exported policy: it has no {CONTRACT}")
     try:
         contract = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); export the policy anew") from None
-    if not isinstance(contract, dict) or contract.get("format") != FORMAT:
-        raise ValueError(f"{file} is not the contract of an exported policy")
+        known = contract["format"] == FORMAT
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"{file} is not the contract of an exported policy; export it anew")
     if contract.get("version") != VERSION:
         raise ValueError(
             f"{file} has version {contract.get('version')!r}; this diffpolicy reads {VERSION}. "
@@ -221,7 +219,7 @@ def read_contract(folder: Path) -> dict[str, Any]:
         )
     if contract.get("checksum") != checksum(contract):
         raise ValueError(f"{file} was changed after the export; export the policy anew")
-    return contract
+    return dict(contract)
 
 
 def checksum(contract: Mapping[str, Any]) -> str:
@@ -257,13 +255,7 @@ def cpu_session(model: bytes, threads: int) -> Any:
     Raises:
         ImportError: the package ``onnxruntime`` is missing.
     """
-    try:
-        import onnxruntime  # type: ignore[import-untyped,unused-ignore]
-    except ImportError:
-        raise ImportError(
-            "an exported policy runs on the package 'onnxruntime', which is not installed; "
-            'run: pip install "diffpolicy[onnx]"'
-        ) from None
+    onnxruntime = need("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -286,9 +278,8 @@ def _joined(parts: Sequence[tuple[Array, ExportedPlan]]) -> ExportedPlan:
 def _fitted(port: Mapping[str, Any], value: Array, count: int) -> Array:
     """``value`` in the port's dtype, refused if its shape is not the port's for ``count`` rows."""
     value = np.ascontiguousarray(value, port["dtype"])
-    shape = tuple(count if size == "batch" else size for size in port["axes"])
-    if value.shape != shape:
-        raise ValueError(f"{port['name']} must be {list(shape)}, got {list(value.shape)}")
+    shape = [count if size == "batch" else size for size in port["axes"]]
+    check_shape(port["name"], value.shape, shape)
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise ValueError(f"{port['name']} holds values that are not finite")
     if value.dtype.kind == "i" and (value < 0).any():

