@@ -67,10 +67,9 @@ def run(arguments: Sequence[str]) -> int:
         config.checkpoint,
         device=device,
         sampler=given(config.sampler),
-        n_action_steps=config.n_action_steps,
         rti=given(config.rti),
         truncated=given(config.truncated),
-        settings=_settings(config),
+        **_settings(config),
     )
     if config.plain:
         policy = policy.with_settings(rti=None, truncated=None)
@@ -130,6 +129,7 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
         "returns": given(config.returns) or None,
         "temperature": config.temperature,
         "value_scale": config.value_scale,
+        "n_action_steps": config.n_action_steps,
     }
     return given(values)
 
