@@ -16,8 +16,13 @@ from diffpolicy.data import EpisodeStore
 from diffpolicy.data.transitions import Transitions
 from diffpolicy.learn import denoising_error
 from diffpolicy.learn.actor_critic.actors import SamplingChain, denoise_once
-from diffpolicy.learn.actor_critic.critics import expectile_error, normalized_value
-from diffpolicy.learn.actor_critic.loss import ALGORITHMS, ActorCritic, ActorCriticLoss
+from diffpolicy.learn.actor_critic.loss import (
+    ALGORITHMS,
+    ActorCritic,
+    ActorCriticLoss,
+    expectile_error,
+    normalized_value,
+)
 from diffpolicy.networks import make_network
 from diffpolicy.networks.critics import QEnsemble, StateValue
 

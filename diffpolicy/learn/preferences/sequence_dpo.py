@@ -12,20 +12,18 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Method
 from diffpolicy.learn.preferences.dpo import PreferenceLoss
 from diffpolicy.learn.preferences.formulas import Preference
 from diffpolicy.learn.preferences.scores import MaskedScore
 from diffpolicy.learn.reward.replay import check_replay
-from diffpolicy.learn.reward.rollouts import draw_rollout
-from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceTuning, shared_cond
+from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceMethod, SequenceTuning
 from diffpolicy.settings import check_choice, check_range
 
 DRAWN_BY = ("denoiser", "reference")
 
 
 @dataclass(frozen=True)
-class SequenceDPO(Preference, Method):
+class SequenceDPO(Preference, SequenceMethod):
     """Which preference loss, who draws the sequences, and how they are labelled.
 
     The settings of the loss are those of
@@ -52,7 +50,6 @@ class SequenceDPO(Preference, Method):
     """
 
     command: ClassVar[str] = "prefer"
-    items: ClassVar[str] = "sequences"
 
     kl_weight: float = 0.1
     draws: int = 4
@@ -68,10 +65,6 @@ class SequenceDPO(Preference, Method):
         check_range("(0, inf)", kl_weight=self.kl_weight)
         check_range("[1, inf)", draws=self.draws, num_steps=self.num_steps)
         check_replay(self.buffer, self.refresh, self.refresh_every)
-
-    def reads(self) -> frozenset[str]:
-        """A reward, which labels own sequences."""
-        return frozenset({"reward"})
 
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """See :class:`SequenceDPOLoss`."""
@@ -119,7 +112,8 @@ class SequenceDPOLoss(SequenceTuning):
         score = MaskedScore(draws=settings.draws)
         loss = PreferenceLoss(denoiser, settings, score, reference=looked_at)
         self._loss = [loss]  # a list: its denoisers are those of this module
-        self.replay = self.make_replay(settings)
+        sizes = settings.buffer, settings.refresh, settings.refresh_every
+        self.replay = self.make_replay(sizes)
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         rows = self.replay.due(training=self.training)
@@ -140,20 +134,11 @@ class SequenceDPOLoss(SequenceTuning):
         self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
         """New rows of the buffer."""
-        own = self.settings.drawn_by == "denoiser"
-        rollout = draw_rollout(
-            self.denoiser if own else self.reference,
-            rows,
-            generator=generator,
-            num_steps=self.settings.num_steps,
-            reference=self.reference,
-            cond=shared_cond(batch, rows, rows),
-        )
-        new = {"tokens": rollout.tokens, "reward": self.score(rollout.tokens)}
-        new["kl"] = rollout.path_kl
-        if rollout.cond is not None:
-            new["cond"] = rollout.cond
-        return new
+        own, num_steps = self.settings.drawn_by == "denoiser", self.settings.num_steps
+        drawer = self.denoiser if own else self.reference
+        return self.roll_out(
+            rows, batch, generator, num_steps=num_steps, group_size=rows, denoiser=drawer
+        )[1]
 
     def pairs(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """``size`` pairs of the buffer with their labels, as a batch of the loss."""

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
+from diffpolicy.learn.method import Method
 from diffpolicy.learn.reference import BesideReference, check_no_dropout
 from diffpolicy.learn.reward.replay import Replay
+from diffpolicy.learn.reward.rollouts import MaskedRollout, draw_rollout
 
 Reward = Callable[[Tensor], Tensor]
 
 
-class Kept(Protocol):
-    """How many sequences are kept, and how many are replaced how often."""
+class SequenceMethod(Method):
+    """A method that tunes a model of sequences by a reward of its own."""
 
-    @property
-    def buffer(self) -> int:
-        """Sequences."""
+    items: ClassVar[str] = "sequences"
 
-    @property
-    def refresh(self) -> int:
-        """Sequences replaced at a time."""
-
-    @property
-    def refresh_every(self) -> int:
-        """Optimiser steps between that."""
+    def reads(self) -> frozenset[str]:
+        """A reward, of own sequences."""
+        return frozenset({"reward"})
 
 
 class SequenceTuning(BesideReference):
@@ -80,10 +76,12 @@ class SequenceTuning(BesideReference):
 
     def make_replay(
         self,
-        settings: Kept,
+        sizes: tuple[int, int, int],
         more: Mapping[str, tuple[Sequence[int], torch.dtype]] | None = None,
     ) -> Replay:
         """A buffer of own sequences, on the denoiser's device.
+
+        ``sizes`` are its rows, how many are replaced at once, and the optimiser steps between.
 
         Its columns are ``tokens``, ``reward``, ``kl``, ``cond`` where the network takes one, and
         ``more``.
@@ -96,7 +94,7 @@ class SequenceTuning(BesideReference):
         }
         if self.cond_dim:
             columns["cond"] = ((self.cond_dim,), torch.float32)
-        replay = Replay(settings.buffer, settings.refresh, settings.refresh_every, columns)
+        replay = Replay(*sizes, columns)
         return replay.to(next(self.denoiser.parameters()).device)
 
     def evaluations(self, num_steps: int | None) -> int:
@@ -110,6 +108,41 @@ class SequenceTuning(BesideReference):
                 raise ValueError("a denoiser that depends on the level needs num_steps=K")
             return self.length
         return min(num_steps, self.length) if self.denoiser.time_free else num_steps
+
+    @torch.no_grad()
+    def roll_out(
+        self,
+        rows: int,
+        batch: Mapping[str, Tensor],
+        generator: torch.Generator,
+        *,
+        num_steps: int | None,
+        group_size: int,
+        denoiser: MaskedDenoiser | None = None,
+    ) -> tuple[MaskedRollout, dict[str, Tensor]]:
+        """Sequences of the present denoiser, and what the buffer keeps of them.
+
+        Args:
+            rows: how many.
+            batch: has their conditions, if any (see :func:`shared_cond`).
+            generator: of orders and tokens.
+            num_steps: see :func:`~diffpolicy.learn.reward.rollouts.draw_rollout`.
+            group_size: rows that share a condition.
+            denoiser: who draws instead.
+        """
+        rollout = draw_rollout(
+            self.denoiser if denoiser is None else denoiser,
+            rows,
+            generator=generator,
+            num_steps=num_steps,
+            reference=self.reference,
+            cond=shared_cond(batch, rows, group_size),
+        )
+        new = {"tokens": rollout.tokens, "reward": self.score(rollout.tokens)}
+        new["kl"] = rollout.path_kl
+        if rollout.cond is not None:
+            new["cond"] = rollout.cond
+        return rollout, new
 
     @torch.no_grad()
     def score(self, tokens: Tensor) -> Tensor:
@@ -139,4 +172,4 @@ def shared_cond(batch: Mapping[str, Tensor], rows: int, group_size: int) -> Tens
     return cond[(torch.arange(rows, device=cond.device) // group_size) % len(cond)]
 
 
-__all__ = ["Reward", "SequenceTuning", "shared_cond"]
+__all__ = ["Reward", "SequenceMethod", "SequenceTuning", "shared_cond"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,15 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import hard_one_hot, one_hot
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
-from diffpolicy.learn.method import Method
-from diffpolicy.learn.reward.importance import effective_fraction, resample, settle
-from diffpolicy.learn.reward.replay import check_replay, remask
-from diffpolicy.learn.reward.rollouts import MAX_STATES, MaskedRollout, draw_rollout
-from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceTuning, shared_cond
+from diffpolicy.learn.reward.replay import (
+    check_replay,
+    effective_fraction,
+    remask,
+    resample,
+    settle,
+)
+from diffpolicy.learn.reward.rollouts import MAX_STATES, MaskedRollout
+from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceMethod, SequenceTuning
 from diffpolicy.settings import check_choice, check_range
 
 TARGETS = ("sequence", "soft_value")
@@ -27,7 +31,7 @@ VALUES = ("mean", "mode", "draw")
 
 
 @dataclass(frozen=True)
-class WeightedDenoising(Method):
+class WeightedDenoising(SequenceMethod):
     """What is weighted, by what, and how sequences are kept.
 
     Args:
@@ -62,8 +66,6 @@ class WeightedDenoising(Method):
         ValueError: an unknown choice, a value out of range, or sizes that do not divide.
     """
 
-    items: ClassVar[str] = "sequences"
-
     kl_weight: float = 0.1
     target: str = "sequence"
     buffer: int = 512
@@ -88,10 +90,6 @@ class WeightedDenoising(Method):
         check_range("(0, 1)", min_ess=self.min_ess)
         check_range("[2, inf)", group_size=self.group_size)
         check_replay(self.buffer, self.refresh, self.refresh_every, self.group_size or 1)
-
-    def reads(self) -> frozenset[str]:
-        """A reward, of own sequences."""
-        return frozenset({"reward"})
 
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """See :class:`WeightedDenoisingLoss`."""
@@ -137,7 +135,8 @@ class WeightedDenoisingLoss(SequenceTuning):
         }
         if settings.target == "soft_value":
             more["groups"] = ((self.length,), torch.long)
-        self.replay = self.make_replay(settings, more)
+        sizes = settings.buffer, settings.refresh, settings.refresh_every
+        self.replay = self.make_replay(sizes, more)
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         settings, replay = self.settings, self.replay
@@ -173,18 +172,9 @@ class WeightedDenoisingLoss(SequenceTuning):
     ) -> dict[str, Tensor]:
         """New rows of the buffer, drawn by the present denoiser."""
         settings = self.settings
-        rollout = draw_rollout(
-            self.denoiser,
-            rows,
-            generator=generator,
-            num_steps=settings.num_steps,
-            reference=self.reference,
-            cond=shared_cond(batch, rows, settings.group_size or 1),
-        )
-        reward = self.score(rollout.tokens)
-        new = {"tokens": rollout.tokens, "reward": reward, "kl": rollout.path_kl}
-        if rollout.cond is not None:
-            new["cond"] = rollout.cond
+        group, num_steps = settings.group_size or 1, settings.num_steps
+        rollout, new = self.roll_out(rows, batch, generator, num_steps=num_steps, group_size=group)
+        reward = new["reward"]
         if settings.target == "sequence":
             new["log_weight"] = (reward / settings.kl_weight - rollout.log_ratio).unsqueeze(1)
         else:
