@@ -11,6 +11,14 @@ from diffpolicy.core.denoiser import BaseDenoiser
 READABLE = ("pairs", "labels", "observations", "demonstrations", "reward")
 
 
+def check_rewards(reward: Tensor, items: Tensor) -> None:
+    """Raise ``ValueError`` unless there is one number for each item."""
+    if reward.shape != items.shape[:1]:
+        raise ValueError(
+            f"a reward returns one number per item, [{len(items)}]; got {list(reward.shape)}"
+        )
+
+
 class Source(Protocol):
     """What the trainer draws its batches from."""
 
@@ -77,4 +85,4 @@ class Method:
         return source
 
 
-__all__ = ["READABLE", "Method", "Source"]
+__all__ = ["READABLE", "Method", "Source", "check_rewards"]

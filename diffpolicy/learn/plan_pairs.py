@@ -26,7 +26,7 @@ from diffpolicy.data.store import EpisodeStore, FieldSpec
 from diffpolicy.data.windows import Windows
 from diffpolicy.learn.preferences.online import OwnPlans, draw_plans
 from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.settings import check_known, setting_names
+from diffpolicy.settings import check_known, from_values, setting_names
 
 PlanReward = Callable[[Tensor, Tensor], Tensor]
 SOURCE, MADE_BY = "value", "plans"
@@ -105,10 +105,7 @@ class PlanPairs:
         if config.get("solver", sampler.solver) != sampler.solver:
             values["options"] = {}
         values |= {name: value for name, value in config.items() if name != "every"}
-        try:
-            return cls(config.get("every", cls.every), OwnPlans(**values))
-        except TypeError as error:
-            raise ValueError(f"plans: {error}") from None
+        return cls(config.get("every", cls.every), from_values(OwnPlans, values, "plans."))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""

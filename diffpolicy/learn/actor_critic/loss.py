@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
-from diffpolicy.learn.actor_critic.actors import SamplingChain, denoise_once, standard_normal
+from diffpolicy.learn.actor_critic.actors import SamplingChain, denoise_once
 from diffpolicy.learn.actor_critic.algorithms import ALGORITHMS, ActorCritic
-from diffpolicy.learn.cloning.denoising import LossOutput, denoising_error
+from diffpolicy.learn.cloning.denoising import LossOutput, denoising_error, standard_normal
 
 
 class ActorCriticLoss(nn.Module):

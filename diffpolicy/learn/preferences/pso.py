@@ -19,7 +19,7 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Method, Source
+from diffpolicy.learn.method import Method, Source, check_rewards
 from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps, PlanSteps, plan_shape
 from diffpolicy.learn.preferences.formulas import ANCHORS
 from diffpolicy.learn.preferences.items import Items, batch_items, pair_items
@@ -324,10 +324,7 @@ class PSOLoss(Referenced):
         reward = self._reward[0]
         assert reward is not None
         value = reward(items) if cond is None else reward(items, cond)
-        if value.shape != items.shape[:1]:
-            raise ValueError(
-                f"a reward returns one number per item, [{len(items)}]; got {list(value.shape)}"
-            )
+        check_rewards(value, items)
         return value.detach().to(items)
 
     def _anchor_items(self, batch: Mapping[str, Tensor]) -> list[Items]:

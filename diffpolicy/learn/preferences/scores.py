@@ -18,6 +18,7 @@ from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import MaskingProcess
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
+from diffpolicy.learn.cloning.denoising import standard_normal
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
 from diffpolicy.learn.preferences.items import Draw, Items
 from diffpolicy.learn.reward.replay import remask
@@ -109,13 +110,11 @@ class DenoisingScore:
         x0, pairs = items.x0, self.draws % 2 == 0
         draws = self.draws // 2 if pairs else self.draws
         t, weight = self._levels(denoiser.process, (draws, len(x0), 1, 1), generator)
-        noise = torch.randn(
-            (draws, *x0.shape), generator=generator, device=generator.device, dtype=x0.dtype
-        )
+        noise = standard_normal((draws, *x0.shape), x0, generator)
         if pairs:
             t, noise = torch.cat([t, t]), torch.cat([noise, -noise])
         t = t.to(x0.device, x0.dtype)
-        return Draw(t, noise.to(x0.device), torch.full_like(t[..., 0, 0], weight))
+        return Draw(t, noise, torch.full_like(t[..., 0, 0], weight))
 
     def _levels(
         self, process: GaussianProcess, shape: tuple[int, ...], generator: torch.Generator

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
-from diffpolicy.learn.method import Method
+from diffpolicy.learn.method import Method, check_rewards
 from diffpolicy.learn.reference import BesideReference, check_no_dropout
 from diffpolicy.learn.reward.replay import Replay
 from diffpolicy.learn.reward.rollouts import MaskedRollout, draw_rollout
@@ -154,10 +154,7 @@ class SequenceTuning(BesideReference):
     def score_soft(self, x: Tensor) -> Tensor:
         """The reward of ``x [B, L, V]``, checked for its shape."""
         value = self._reward[0](x)
-        if value.shape != (len(x),):
-            raise ValueError(
-                f"a reward maps [{len(x)}, L, V] to [{len(x)}]; got {list(value.shape)}"
-            )
+        check_rewards(value, x)
         return value.to(x)
 
 

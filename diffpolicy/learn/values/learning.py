@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from diffpolicy.data.preferences.records import episodes_of
 from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.statistics import RunningStatistics
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.settings import settings_of
+from diffpolicy.settings import check_choice, check_range, settings_of
 from diffpolicy.training.settings import mix_seed
 
 
@@ -47,12 +47,9 @@ class PreferenceLearning:
     val_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        if self.windows is not None and self.windows < 1:
-            raise ValueError(f"windows must be at least 1 or null, got {self.windows}")
-        if not 0 <= self.val_fraction <= 0.5:
-            raise ValueError(f"val_fraction must be in [0, 0.5], got {self.val_fraction}")
+        check_range("[0, 0.5)", label_smoothing=self.label_smoothing)
+        check_range("[1, inf)", windows=self.windows)
+        check_range("[0, 0.5]", val_fraction=self.val_fraction)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PreferenceLearning:
@@ -124,9 +121,8 @@ def fit_normalizer(store: EpisodeStore, episodes: list[int], mode: str) -> Norma
     Raises:
         ValueError: an unknown mode, or no such fields.
     """
-    if mode not in MODES:
-        raise ValueError(f"normalize must be one of {list(MODES)}, got {mode!r}")
-    chosen: Mode = mode
+    check_choice("normalize", mode, MODES)
+    chosen = cast("Mode", mode)
     statistics: dict[str, dict[str, Any]] = {}
     for name in ("obs", "action"):
         if name not in store.fields:
