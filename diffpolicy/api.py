@@ -65,13 +65,10 @@ class DiffusionPolicy(DiffusionPlanner):
 
         Args:
             store: fields ``obs [T, O]`` and ``action [T, A]``, with statistics; or its path.
-            spec: entries of :class:`~diffpolicy.policies.diffusion.PolicySpec` other than the two
-                dimensions.
-            normalize: mode per field, ``minmax`` (default), ``gaussian``, ``quantile``,
-                ``identity``.
-            anchors: settings of :meth:`Anchors.fit <diffpolicy.policies.anchors.Anchors.fit>`
-                (``count``, ``relative_to``, ``top_m``) for a policy with ``truncated``; ``None``:
-                no anchors.
+            spec: entries of :class:`~diffpolicy.policies.spec.PolicySpec` but the two dimensions.
+            normalize: mode per field, ``minmax`` where none is given, see ``data.normalize.MODES``.
+            anchors: settings of :meth:`Anchors.fit <diffpolicy.policies.anchors.Anchors.fit>`, for
+                a policy with ``truncated``.
             seed: of the initial weights, and of the anchors.
             device: where the weights live.
 
@@ -122,15 +119,13 @@ class DiffusionPolicy(DiffusionPlanner):
         count = min(episodes.num_episodes, max_episodes or episodes.num_episodes)
         train, val = split_episodes(count, val_fraction, config.seed)
         how = Learning() if learning is None else learning
-        normal = self.normalizer.to("cpu")
-        source = examples(self.spec, normal, episodes, how, train.tolist())
-        held_out = examples(self.spec, normal, episodes, how, val.tolist()) if len(val) else None
+        shared = self.spec, self.normalizer.to("cpu"), episodes, how
         return self.fit(
             objective(self, how),
-            source,
+            examples(*shared, train.tolist()),
             config,
             run_dir,
-            val_source=held_out,
+            val_source=examples(*shared, val.tolist()) if len(val) else None,
             evaluate=evaluate,
             about={"learning": how},
             resume=resume,
@@ -211,14 +206,9 @@ class DiffusionPolicy(DiffusionPlanner):
             >>> data = TuningData.of(reward=near, observations="data/demos.zarr")
             >>> draft = {"type": "plan_chain", "grad_steps": 1}
             >>> policy.tune(data, draft, TrainerConfig(steps=200, lr=1e-4), "runs/tuned")
-
-        Raises:
-            ValueError: a method of comparisons, a policy that it cannot tune, or data that lack
-                what it reads.
         """
-        made = method_of(method, "tune")
         how = {"evaluate": evaluate, "resume": resume, "overwrite": overwrite}
-        return tuned(self, made, data, config, run_dir, adapters=adapters, **how)
+        return tuned(self, method_of(method, "tune"), data, config, run_dir, adapters, **how)
 
     def prefer(
         self,
@@ -241,14 +231,9 @@ class DiffusionPolicy(DiffusionPlanner):
             >>> data = TuningData.of("data/pairs.jsonl", "data/demos.zarr")
             >>> dpo = {"type": "dpo", "kl_beta": 0.3}
             >>> policy.prefer(data, dpo, TrainerConfig(steps=500, lr=1e-4), "runs/preferred")
-
-        Raises:
-            ValueError: a method of rewards, a policy that it cannot tune, or data that lack what
-                it reads.
         """
-        made = method_of(method, "prefer")
         how = {"evaluate": evaluate, "resume": resume, "overwrite": overwrite}
-        return tuned(self, made, data, config, run_dir, adapters=adapters, **how)
+        return tuned(self, method_of(method, "prefer"), data, config, run_dir, adapters, **how)
 
     def _bundle(self, objective_state: Mapping[str, Tensor]) -> dict[str, Any]:
         """The files of this policy with other weights; heads that are not trained stay."""
@@ -262,9 +247,8 @@ class DiffusionPolicy(DiffusionPlanner):
 
     def save(self, path: Place) -> Path:
         """Write the policy as a directory: ``config.json``, safetensors files, and their hashes."""
-        weights, heads = self.denoiser.state_dict(), self.heads.state_dict()
-        files = policy_files(self.spec, weights, self.normalizer, self.anchors, heads)
-        write_bundle(Path(path), files)
+        state = {f"denoiser.{name}": value for name, value in self.denoiser.state_dict().items()}
+        write_bundle(Path(path), self._bundle(state))
         return Path(path)
 
     def with_settings(self, **changes: Any) -> Self:
@@ -325,20 +309,14 @@ class DiffusionPolicy(DiffusionPlanner):
         """
         settings = self.spec.truncated
         if settings is None:
-            raise ValueError(
-                "this policy has no truncated settings; begin with with_anchors(store)"
-            )
+            raise ValueError("a policy without truncated settings: begin with with_anchors(store)")
         demos = demonstrations(open_store(store), episodes, seed=seed)
         report = choose_level(self, demos, settings, seed=seed)
         assert isinstance(report.t_start, float)  # one for all dimensions
         return self.with_settings(truncated=replace(settings, t_start=report.t_start)), report
 
     def with_anchors(
-        self,
-        store: Stored,
-        *,
-        truncated: Truncated | None = None,
-        **fit: Any,
+        self, store: Stored, *, truncated: Truncated | None = None, **fit: Any
     ) -> Self:
         """A truncated policy on the same weights: anchors by k-means over a store's plans.
 
@@ -371,10 +349,7 @@ class DiffusionPolicy(DiffusionPlanner):
         return compile_planner(self, backend=backend, batch_size=batch_size, threads=threads)
 
     def streaming(self, settings: Streaming | None = None) -> StreamingPlanner:
-        """Streaming diffusion on these weights, which need training at levels per position.
-
-        (``level_law="position"``).
-        """
+        """Streaming diffusion on these weights, trained with ``level_law="position"``."""
         spec = replace(self.spec, rti=None, truncated=None, heads={}, selection=None)
         return StreamingPlanner(spec, self.denoiser, self.normalizer, streaming=settings)
 
@@ -385,13 +360,8 @@ class DiffusionPolicy(DiffusionPlanner):
     def plans(self, history: Array, *, seed: int = 0) -> tuple[Array, Array]:
         """All candidate plans of a truncated policy, with their scores.
 
-        Args:
-            history: raw observations ``[N, To, O]``, oldest first.
-            seed: of the noise.
-
-        Returns:
-            Actions ``[N, M, H, A]`` in environment units, and scores ``[N, M]``, the higher the
-            better within a row.
+        For raw observations ``history [N, To, O]``, oldest first: actions ``[N, M, H, A]`` in
+        environment units, and scores ``[N, M]``, the higher the better within a row.
         """
         state = self.initial_state(range(seed, seed + len(history)))
         for step in range(self.n_obs_steps):

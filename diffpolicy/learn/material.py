@@ -286,7 +286,6 @@ def tuned(
     data: TuningData,
     config: TrainerConfig,
     run_dir: str | os.PathLike[str],
-    *,
     adapters: Mapping[str, Any] | None = None,
     **how: Any,
 ) -> P:
@@ -300,6 +299,9 @@ def tuned(
         run_dir: where metrics and checkpoints go.
         adapters: tune these few weights alone; they are merged at the end.
         how: further arguments of :meth:`diffpolicy.DiffusionPolicy.fit`.
+
+    Raises:
+        ValueError: a policy that the method cannot tune, or data that lack what it reads.
     """
     material = PlanMaterial(policy.spec, policy.normalizer, data, config.seed)
     material.check(method)

@@ -396,9 +396,7 @@ def test_errors():
         InverseDynamicsLoss(head_of("inverse"), 2)(
             {**windows(), "obs": torch.zeros(6, 2, O)}, seeded()
         )
-    with pytest.raises(
-        ValueError, match="max_pairs must be at least 1|n_obs_steps must be at least 1"
-    ):
+    with pytest.raises(ValueError, match="n_obs_steps must be at least 1"):
         InverseDynamicsLoss(head_of("inverse"), 0)
     denoiser, inverse = denoiser_of(state), head_of("inverse")
     with pytest.raises(ValueError, match="needs at least one"):

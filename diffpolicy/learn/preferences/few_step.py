@@ -6,7 +6,7 @@ at its own levels and nowhere else, which keeps its few-step ability.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -319,22 +319,6 @@ def rows_alone(x0: Tensor, cond: Tensor | None, steps: Tensor | None) -> Items:
     return Items(x0, cond, steps, torch.arange(len(x0), device=x0.device), len(x0))
 
 
-def plan_shape(denoiser: BaseDenoiser) -> tuple[int, int]:
-    """``(H, D)`` of the plans that a denoiser's network makes.
-
-    Raises:
-        ValueError: a denoiser that does not tell.
-    """
-    network = getattr(denoiser, "network", None)
-    found: Sequence[Any] = (getattr(network, "horizon", None), getattr(network, "dim", None))
-    if None in found:
-        raise ValueError(
-            f"{type(denoiser).__name__} has no network that tells the shape of a plan; give its "
-            "network the attributes horizon and dim"
-        )
-    return int(found[0]), int(found[1])
-
-
 def _mean(row: Row, x: Tensor, x0_hat: Tensor) -> Tensor:
     """Of the next state."""
     return row.a.to(x) * x + row.b[0].to(x) * x0_hat
@@ -352,6 +336,5 @@ __all__ = [
     "PlanPaths",
     "PlanSteps",
     "evaluating",
-    "plan_shape",
     "rows_alone",
 ]

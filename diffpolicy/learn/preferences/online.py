@@ -15,8 +15,8 @@ from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampling import sample
 from diffpolicy.core.starts import prior_start
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import check_rewards
-from diffpolicy.learn.preferences.few_step import FewStep, evaluating, plan_shape
+from diffpolicy.learn.method import check_rewards, plan_shape
+from diffpolicy.learn.preferences.few_step import FewStep, evaluating
 from diffpolicy.learn.reference import Referenced
 from diffpolicy.settings import check_choice, check_range
 

@@ -19,12 +19,12 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Method, Source, check_rewards
-from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps, PlanSteps, plan_shape
+from diffpolicy.learn.method import Method, Source, check_rewards, plan_shape
+from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps, PlanSteps
 from diffpolicy.learn.preferences.formulas import ANCHORS
 from diffpolicy.learn.preferences.items import Items, batch_items, pair_items
 from diffpolicy.learn.preferences.pso_formulas import pso_loss
-from diffpolicy.learn.preferences.scores import drawn_error, make_score
+from diffpolicy.learn.preferences.scores import DenoisingScore, MaskedScore, Score, drawn_error
 from diffpolicy.learn.reference import Referenced
 from diffpolicy.settings import check_choice, check_range
 
@@ -213,20 +213,22 @@ class PSOLoss(Referenced):
         if settings.online and reward is None:
             raise ValueError("online=True draws pairs that a reward judges; give reward=...")
         self.steps: Any
-        levels = None
+        score: Score = MaskedScore()
         if isinstance(denoiser, MaskedDenoiser):
             self.steps = MaskedSteps(denoiser, settings)
         elif isinstance(denoiser.process, GaussianProcess):
             self.steps = PlanSteps(denoiser.process, settings)
             if settings.online:
                 plan_shape(denoiser)  # refuses a denoiser that does not tell
-            levels = {"levels": tuple(self.steps.levels[:-1].flatten().tolist())}
+            score = DenoisingScore(levels=tuple(self.steps.levels[:-1].flatten().tolist()))
         else:
             raise ValueError(
                 f"PSO takes plans under Gaussian noise or a MaskedDenoiser, got "
                 f"{type(denoiser).__name__} under {type(denoiser.process).__name__}"
             )
-        self.anchor = make_score(levels, denoiser) if settings.anchor_weight > 0 else None
+        self.anchor = score if settings.anchor_weight > 0 else None
+        if self.anchor is not None:
+            self.anchor.check(denoiser)
         self._reward = [reward]  # a list: a reward that is a module is not part of this one
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
