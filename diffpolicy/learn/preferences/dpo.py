@@ -21,7 +21,7 @@ from diffpolicy.learn.method import Method
 from diffpolicy.learn.preferences.formulas import Preference, feedback_loss, preference_loss
 from diffpolicy.learn.preferences.items import Draw, Items, batch_items, joined, pair_items
 from diffpolicy.learn.preferences.online import OnlineDPOLoss, OwnPlans
-from diffpolicy.learn.preferences.scores import DenoisingScore, Score, drawn_error, make_score
+from diffpolicy.learn.preferences.scores import DenoisingScore, Score, default_score, drawn_error
 from diffpolicy.learn.reference import Referenced
 
 
@@ -108,7 +108,7 @@ class PreferenceLoss(Referenced):
         settings = settings or Preference()
         super().__init__(denoiser, reference, needed=settings.needs_reference)
         self.settings = settings
-        self.score = make_score(None, denoiser) if score is None else score
+        self.score = default_score(denoiser) if score is None else score
         for each in (denoiser, *([] if reference is None else [reference])):
             self.score.check(each)
         self.masked = isinstance(denoiser.process, MaskingProcess)

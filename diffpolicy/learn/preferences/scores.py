@@ -7,9 +7,8 @@ difference would drown in the variance of either.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from diffpolicy.learn.cloning.denoising import standard_normal
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
 from diffpolicy.learn.preferences.items import Draw, Items
 from diffpolicy.learn.reward.replay import remask
-from diffpolicy.settings import check_choice, check_range, settings_of
+from diffpolicy.settings import check_choice, check_range
 
 WEIGHTINGS = ("own", "elbo")
 LOG_SNR = (-7.0, 7.0)  # of the bound: from all but pure noise to a blur of 0.03
@@ -238,24 +237,9 @@ class MaskedScore:
         return -score / items.entries().clamp_min(1)
 
 
-def make_score(config: Mapping[str, Any] | None, denoiser: BaseDenoiser) -> Score:
-    """The score of a denoiser's kind, from plain values.
-
-    Args:
-        config: settings of :class:`DenoisingScore` for plans, of :class:`MaskedScore` for
-            sequences; None: the defaults.
-        denoiser: tells which.
-
-    Raises:
-        ValueError: an unknown setting, or one that does not fit the denoiser.
-    """
-    masked = isinstance(denoiser.process, MaskingProcess)
-    kind: type[Any] = MaskedScore if masked else DenoisingScore
-    values = dict(config or {})
-    what = "sequences" if masked else "plans"
-    score: Score = settings_of(kind, values, f"a score of {what}")
-    score.check(denoiser)
-    return score
+def default_score(denoiser: BaseDenoiser) -> Score:
+    """The score of a denoiser's kind, of plans or of sequences, with its default settings."""
+    return MaskedScore() if isinstance(denoiser.process, MaskingProcess) else DenoisingScore()
 
 
 def drawn_error(
@@ -281,6 +265,6 @@ __all__ = [
     "Items",
     "MaskedScore",
     "Score",
+    "default_score",
     "drawn_error",
-    "make_score",
 ]
