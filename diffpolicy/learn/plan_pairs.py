@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.preferences.file import PreferenceFileError, read_contents
 from diffpolicy.data.preferences.records import Pair, Span
@@ -25,6 +24,7 @@ from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore, FieldSpec
 from diffpolicy.data.windows import Windows
 from diffpolicy.learn.preferences.online import OwnPlans, draw_plans
+from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.settings import check_known, from_values, setting_names
 
@@ -44,21 +44,6 @@ def in_own_units(reward: PlanReward, spec: PolicySpec, normalizer: Normalizer) -
         )
 
     return scored
-
-
-class Planner(Protocol):
-    """What is needed of a policy."""
-
-    spec: PolicySpec
-    normalizer: Normalizer
-
-    @property
-    def denoiser(self) -> BaseDenoiser:
-        """What draws plans."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights live."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +99,7 @@ class PlanPairs:
 
 
 def pair_plans(
-    policy: Planner,
+    policy: DiffusionPlanner,
     reward: PlanReward,
     episodes: EpisodeStore,
     *,

@@ -182,7 +182,7 @@ def test_bad_input_is_refused():
         SequenceTuning(denoiser, denoiser, torch.sum)
     with pytest.raises(ValueError, match="vocab_size=2, the reference 3"):
         SequenceTuning(denoiser, table_denoiser(3, 3), torch.sum)
-    with pytest.raises(ValueError, match=r"a reward maps \[2, L, V\] to \[2\]; got \[\]"):
+    with pytest.raises(ValueError, match=r"one number per item, \[2\]; got \[\]"):
         SequenceTuning(denoiser, None, torch.sum).score(torch.zeros(2, 3, dtype=torch.long))
 
 

@@ -245,8 +245,6 @@ def test_reward_is_asked_for_new_sequences_alone():
     [
         ({"kl_weight": 0.0}, "kl_weight must be positive"),
         ({"target": "all"}, "unknown target 'all'"),
-        ({"value": "draw"}, "no effect with target='sequence'"),
-        ({"anchored": False}, "no effect with target='sequence'"),
         ({"buffer": 10, "refresh": 4}, "must divide buffer"),
         ({"group_size": 3}, "group_size=3 must divide refresh"),
         ({"min_ess": 1.0}, "min_ess must be in"),

@@ -16,7 +16,7 @@ from diffpolicy.learn.preferences.dpo import PreferenceLoss
 from diffpolicy.learn.preferences.formulas import Preference
 from diffpolicy.learn.preferences.scores import MaskedScore
 from diffpolicy.learn.reward.replay import check_replay
-from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceMethod, SequenceTuning
+from diffpolicy.learn.reward.sequence_tuning import ReplayTuning, Reward, SequenceMethod
 from diffpolicy.settings import check_choice, check_range
 
 DRAWN_BY = ("denoiser", "reference")
@@ -77,7 +77,7 @@ class SequenceDPO(Preference, SequenceMethod):
         return self.kl_weight / self.kl_beta
 
 
-class SequenceDPOLoss(SequenceTuning):
+class SequenceDPOLoss(ReplayTuning):
     """A preference loss on labelled sequences from a replay buffer (see :class:`SequenceDPO`).
 
     ``forward(batch, generator)`` takes ``index [B]`` and optionally ``cond [B, C]``; B pairs (or
@@ -105,40 +105,30 @@ class SequenceDPOLoss(SequenceTuning):
         reward: Reward,
         settings: SequenceDPO,
     ) -> None:
-        super().__init__(denoiser, reference, reward)
-        self.settings = settings
-        self.evaluations(settings.num_steps)  # refuses what cannot be drawn
+        super().__init__(denoiser, reference, reward, settings)
         looked_at = self.reference if settings.needs_reference else None
         score = MaskedScore(draws=settings.draws)
         loss = PreferenceLoss(denoiser, settings, score, reference=looked_at)
         self._loss = [loss]  # a list: its denoisers are those of this module
-        sizes = settings.buffer, settings.refresh, settings.refresh_every
-        self.replay = self.make_replay(sizes)
+
+    def group_size(self, rows: int) -> int:
+        return rows
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
-        rows = self.replay.due(training=self.training)
-        if rows:
-            self.replay.write(self.draw(rows, batch, generator))
+        kept = self.refill(batch, generator)
         size = len(batch["index"])
         paired = self.settings.paired
         labelled = self.pairs(size, generator) if paired else self.labels(size, generator)
         out = self._loss[0](labelled, generator)
-        metrics = {"reward": self.replay["reward"].mean(), "kl": self.replay["kl"].mean()}
-        return LossOutput(out.loss, {**metrics, **out.metrics})
-
-    def after_step(self) -> None:
-        self.replay.tick()
+        return LossOutput(out.loss, {**kept, **out.metrics})
 
     @torch.no_grad()
     def draw(
         self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
         """New rows of the buffer."""
-        own, num_steps = self.settings.drawn_by == "denoiser", self.settings.num_steps
-        drawer = self.denoiser if own else self.reference
-        return self.roll_out(
-            rows, batch, generator, num_steps=num_steps, group_size=rows, denoiser=drawer
-        )[1]
+        drawer = self.denoiser if self.settings.drawn_by == "denoiser" else self.reference
+        return self.roll_out(rows, batch, generator, drawer)[1]
 
     def pairs(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """``size`` pairs of the buffer with their labels, as a batch of the loss."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -110,41 +110,6 @@ class SequenceTuning(BesideReference):
         return min(num_steps, self.length) if self.denoiser.time_free else num_steps
 
     @torch.no_grad()
-    def roll_out(
-        self,
-        rows: int,
-        batch: Mapping[str, Tensor],
-        generator: torch.Generator,
-        *,
-        num_steps: int | None,
-        group_size: int,
-        denoiser: MaskedDenoiser | None = None,
-    ) -> tuple[MaskedRollout, dict[str, Tensor]]:
-        """Sequences of the present denoiser, and what the buffer keeps of them.
-
-        Args:
-            rows: how many.
-            batch: has their conditions, if any (see :func:`shared_cond`).
-            generator: of orders and tokens.
-            num_steps: see :func:`~diffpolicy.learn.reward.rollouts.draw_rollout`.
-            group_size: rows that share a condition.
-            denoiser: who draws instead.
-        """
-        rollout = draw_rollout(
-            self.denoiser if denoiser is None else denoiser,
-            rows,
-            generator=generator,
-            num_steps=num_steps,
-            reference=self.reference,
-            cond=shared_cond(batch, rows, group_size),
-        )
-        new = {"tokens": rollout.tokens, "reward": self.score(rollout.tokens)}
-        new["kl"] = rollout.path_kl
-        if rollout.cond is not None:
-            new["cond"] = rollout.cond
-        return rollout, new
-
-    @torch.no_grad()
     def score(self, tokens: Tensor) -> Tensor:
         """The reward of clean tokens ``[B, L]``, ``[B]``."""
         clean = one_hot(tokens, self.denoiser.vocab_size)[..., :-1]
@@ -158,6 +123,73 @@ class SequenceTuning(BesideReference):
         return value.to(x)
 
 
+class ReplayTuning(SequenceTuning):
+    """An objective that learns from a buffer of own sequences, which is part of its state.
+
+    ``settings`` say ``buffer``, ``refresh`` and ``refresh_every``, and ``num_steps``.
+    """
+
+    def __init__(
+        self,
+        denoiser: MaskedDenoiser,
+        reference: MaskedDenoiser | None,
+        reward: Reward,
+        settings: Any,
+    ) -> None:
+        super().__init__(denoiser, reference, reward)
+        self.settings = settings
+        self.evaluations(settings.num_steps)  # refuses what cannot be drawn
+        sizes = settings.buffer, settings.refresh, settings.refresh_every
+        self.replay = self.make_replay(sizes, self.columns())
+
+    def columns(self) -> Mapping[str, tuple[Sequence[int], torch.dtype]]:
+        """Further columns of the buffer."""
+        return {}
+
+    def group_size(self, rows: int) -> int:
+        """How many of ``rows`` new sequences share a condition."""
+        return 1
+
+    def after_step(self) -> None:
+        self.replay.tick()
+
+    def refill(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Replace the oldest sequences when it is time, and say how good those kept are."""
+        rows = self.replay.due(training=self.training)
+        if rows:
+            self.replay.write(self.draw(rows, batch, generator))
+        return {"reward": self.replay["reward"].mean(), "kl": self.replay["kl"].mean()}
+
+    @torch.no_grad()
+    def draw(
+        self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """New rows of the buffer."""
+        return self.roll_out(rows, batch, generator)[1]
+
+    def roll_out(
+        self,
+        rows: int,
+        batch: Mapping[str, Tensor],
+        generator: torch.Generator,
+        denoiser: MaskedDenoiser | None = None,
+    ) -> tuple[MaskedRollout, dict[str, Tensor]]:
+        """Sequences of the present (or another) denoiser, and what the buffer keeps of them."""
+        rollout = draw_rollout(
+            self.denoiser if denoiser is None else denoiser,
+            rows,
+            generator=generator,
+            num_steps=self.settings.num_steps,
+            reference=self.reference,
+            cond=shared_cond(batch, rows, self.group_size(rows)),
+        )
+        new = {"tokens": rollout.tokens, "reward": self.score(rollout.tokens)}
+        new["kl"] = rollout.path_kl
+        if rollout.cond is not None:
+            new["cond"] = rollout.cond
+        return rollout, new
+
+
 def shared_cond(batch: Mapping[str, Tensor], rows: int, group_size: int) -> Tensor | None:
     """Conditions ``[rows, C]`` of which each group of consecutive rows shares one.
 
@@ -169,4 +201,4 @@ def shared_cond(batch: Mapping[str, Tensor], rows: int, group_size: int) -> Tens
     return cond[(torch.arange(rows, device=cond.device) // group_size) % len(cond)]
 
 
-__all__ = ["Reward", "SequenceMethod", "SequenceTuning", "shared_cond"]
+__all__ = ["ReplayTuning", "Reward", "SequenceMethod", "SequenceTuning", "shared_cond"]

@@ -14,7 +14,7 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
 from diffpolicy.learn.reward.replay import check_replay, remask
-from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceMethod, SequenceTuning
+from diffpolicy.learn.reward.sequence_tuning import ReplayTuning, Reward, SequenceMethod
 from diffpolicy.settings import check_choice, check_range
 
 LABELS = ("soft", "hard")
@@ -75,7 +75,7 @@ class Stepwise(SequenceMethod):
         return StepwiseLoss(denoiser, material.reference, material.reward, self)
 
 
-class StepwiseLoss(SequenceTuning):
+class StepwiseLoss(ReplayTuning):
     """Cross-entropy of rewards to implicit rewards within groups (see :class:`Stepwise`).
 
     ``forward(batch, generator)`` takes ``index [B]``, B a multiple of ``group_size``, and
@@ -105,20 +105,17 @@ class StepwiseLoss(SequenceTuning):
         reward: Reward,
         settings: Stepwise | None = None,
     ) -> None:
-        super().__init__(denoiser, reference, reward)
-        self.settings = settings = settings or Stepwise()
-        self.evaluations(settings.num_steps)  # refuses what cannot be drawn
-        sizes = settings.buffer, settings.refresh, settings.refresh_every
-        self.replay = self.make_replay(sizes)
+        super().__init__(denoiser, reference, reward, settings or Stepwise())
+
+    def group_size(self, rows: int) -> int:
+        return int(self.settings.group_size)
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         settings, replay = self.settings, self.replay
         size, group = len(batch["index"]), settings.group_size
         if size % group:
             raise ValueError(f"group_size={group} must divide the batch of {size} rows")
-        rows = replay.due(training=self.training)
-        if rows:
-            replay.write(self.draw(rows, batch, generator))
+        kept = self.refill(batch, generator)
         picked = self._picked(size, generator)
         tokens, reward = replay["tokens"][picked], replay["reward"][picked]
         cond = replay["cond"][picked] if self.cond_dim else None
@@ -127,23 +124,11 @@ class StepwiseLoss(SequenceTuning):
         top = gain.detach().gather(1, best.view(-1, 1, 1).expand(-1, 1, gain.shape[-1]))
         others = gain.detach()
         metrics = {
-            "reward": replay["reward"].mean(),
-            "kl": replay["kl"].mean(),
+            **kept,
             "accuracy": (top >= others.amax(1, keepdim=True)).float().mean(),
             "margin": settings.kl_weight * (top - others.mean(1, keepdim=True)).mean(),
         }
         return LossOutput(loss.repeat_interleave(group), metrics)
-
-    def after_step(self) -> None:
-        self.replay.tick()
-
-    @torch.no_grad()
-    def draw(
-        self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """New rows of the buffer, drawn by the present denoiser."""
-        group, num_steps = self.settings.group_size, self.settings.num_steps
-        return self.roll_out(rows, batch, generator, num_steps=num_steps, group_size=group)[1]
 
     def _implicit(self, tokens: Tensor, cond: Tensor | None, generator: torch.Generator) -> Tensor:
         """``beta_t (log p - log p_ref)`` of grouped rows at each of their masks, ``[G, N, R]``."""

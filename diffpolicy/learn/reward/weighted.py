@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from diffpolicy.learn.reward.replay import (
     settle,
 )
 from diffpolicy.learn.reward.rollouts import MAX_STATES, MaskedRollout
-from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceMethod, SequenceTuning
+from diffpolicy.learn.reward.sequence_tuning import ReplayTuning, Reward, SequenceMethod
 from diffpolicy.settings import check_choice, check_range
 
 TARGETS = ("sequence", "soft_value")
@@ -97,7 +97,7 @@ class WeightedDenoising(SequenceMethod):
         return WeightedDenoisingLoss(denoiser, material.reference, material.reward, self)
 
 
-class WeightedDenoisingLoss(SequenceTuning):
+class WeightedDenoisingLoss(ReplayTuning):
     """Masked cross-entropy on a replay buffer of the denoiser's own weighted sequences.
 
     ``forward(batch, generator)`` takes ``index [B]`` and optionally ``cond [B, C]``, the first
@@ -126,23 +126,21 @@ class WeightedDenoisingLoss(SequenceTuning):
         reward: Reward,
         settings: WeightedDenoising | None = None,
     ) -> None:
-        super().__init__(denoiser, reference, reward)
-        self.settings = settings = settings or WeightedDenoising()
-        evaluations = self.evaluations(settings.num_steps)
-        steps = evaluations if settings.target == "soft_value" else 1
-        more: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "log_weight": ((steps,), torch.float32)
-        }
-        if settings.target == "soft_value":
-            more["groups"] = ((self.length,), torch.long)
-        sizes = settings.buffer, settings.refresh, settings.refresh_every
-        self.replay = self.make_replay(sizes, more)
+        super().__init__(denoiser, reference, reward, settings or WeightedDenoising())
+
+    def columns(self) -> Mapping[str, tuple[Sequence[int], torch.dtype]]:
+        if self.settings.target == "sequence":
+            return {"log_weight": ((1,), torch.float32)}
+        steps = self.evaluations(self.settings.num_steps)
+        groups = ((self.length,), torch.long)
+        return {"log_weight": ((steps,), torch.float32), "groups": groups}
+
+    def group_size(self, rows: int) -> int:
+        return self.settings.group_size or 1
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         settings, replay = self.settings, self.replay
-        rows = replay.due(training=self.training)
-        if rows:
-            replay.write(self.draw(rows, batch, generator))
+        kept = self.refill(batch, generator)
         weights, power = settle(
             replay["log_weight"],
             group_size=settings.group_size,
@@ -155,16 +153,12 @@ class WeightedDenoisingLoss(SequenceTuning):
         else:
             loss = self._steps(size, weights, generator)
         metrics = {
-            "reward": replay["reward"].mean(),
-            "kl": replay["kl"].mean(),
+            **kept,
             "ess": effective_fraction(weights.unsqueeze(0), replay["log_weight"].unsqueeze(0)),
             "max_weight": weights.max(),
             "power": power,
         }
         return LossOutput(loss, metrics)
-
-    def after_step(self) -> None:
-        self.replay.tick()
 
     @torch.no_grad()
     def draw(
@@ -172,8 +166,7 @@ class WeightedDenoisingLoss(SequenceTuning):
     ) -> dict[str, Tensor]:
         """New rows of the buffer, drawn by the present denoiser."""
         settings = self.settings
-        group, num_steps = settings.group_size or 1, settings.num_steps
-        rollout, new = self.roll_out(rows, batch, generator, num_steps=num_steps, group_size=group)
+        rollout, new = self.roll_out(rows, batch, generator)
         reward = new["reward"]
         if settings.target == "sequence":
             new["log_weight"] = (reward / settings.kl_weight - rollout.log_ratio).unsqueeze(1)
