@@ -18,7 +18,6 @@ from diffpolicy.learn.learning import Learning, examples, objective
 from diffpolicy.learn.making import fit_anchors, fitted_spec, open_store, read_policy
 from diffpolicy.learn.material import TuningData, tuned
 from diffpolicy.learn.method import Method
-from diffpolicy.learn.methods import method_of
 from diffpolicy.policies.base import Array
 from diffpolicy.policies.changes import check_same_weights
 from diffpolicy.policies.choose_level import choose_level, demonstrations, observation_step
@@ -208,7 +207,7 @@ class DiffusionPolicy(DiffusionPlanner):
             >>> policy.tune(data, draft, TrainerConfig(steps=200, lr=1e-4), "runs/tuned")
         """
         how = {"evaluate": evaluate, "resume": resume, "overwrite": overwrite}
-        return tuned(self, method_of(method, "tune"), data, config, run_dir, adapters, **how)
+        return tuned(self, "tune", method, data, config, run_dir, adapters, **how)
 
     def prefer(
         self,
@@ -233,7 +232,7 @@ class DiffusionPolicy(DiffusionPlanner):
             >>> policy.prefer(data, dpo, TrainerConfig(steps=500, lr=1e-4), "runs/preferred")
         """
         how = {"evaluate": evaluate, "resume": resume, "overwrite": overwrite}
-        return tuned(self, method_of(method, "prefer"), data, config, run_dir, adapters, **how)
+        return tuned(self, "prefer", method, data, config, run_dir, adapters, **how)
 
     def _bundle(self, objective_state: Mapping[str, Tensor]) -> dict[str, Any]:
         """The files of this policy with other weights; heads that are not trained stay."""

@@ -204,13 +204,14 @@ def _pretrained(run_dir: str, device: Any) -> SequenceModel:
 def _check(config: FinetuneConfig, model: SequenceModel) -> None:
     """Find what is wrong with the settings before anything runs."""
     from diffpolicy.learn.material import SequenceMaterial
-    from diffpolicy.learn.methods import make_method
+    from diffpolicy.learn.methods import method_of
     from diffpolicy.sequences.guided import check_guidance
 
     trainer = trainer_settings(config.trainer, config.seed)
     check_guidance(config.guidance, model)
     if config.finetune["type"] != "none":
-        method = make_method({**config.finetune, "kl_weight": config.kl_weight})
+        values = {**config.finetune, "kl_weight": config.kl_weight}
+        method = method_of(values, items="sequences")
         material = SequenceMaterial(lambda x: x.sum((1, 2)), None, trainer.batch_size)
         method.objective(model.copy().denoiser, material)
     elif config.guidance["type"] == "none":

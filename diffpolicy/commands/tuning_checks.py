@@ -40,7 +40,7 @@ def check_tuning(
     from diffpolicy.learn.methods import method_of
 
     trainer_settings(config.trainer, config.seed)
-    method = method_of(config.preference, "prefer")
+    method = method_of(config.preference, "prefer", items="plans")
     check_fits(method, policy.spec, policy.normalizer, policy.denoiser, TuningData())
     need = method.reads()
     compared = "reward" in need or config.plans is not None

@@ -23,6 +23,7 @@ from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.adapters import add_adapters, merge_adapters
 from diffpolicy.learn.learning import Learning, examples
 from diffpolicy.learn.method import Method
+from diffpolicy.learn.methods import method_of
 from diffpolicy.learn.plan_pairs import PlanReward, check_readable, in_own_units, sizes_of
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.training.rollback import unchanged_on_error
@@ -242,11 +243,6 @@ def check_policy(spec: PolicySpec, method: Method) -> None:
         ValueError: plans that hold observations or are conditioned on a return, or a policy trained
             at other levels, or from other starts, than losses of comparisons look at.
     """
-    if method.items != "plans":
-        raise ValueError(
-            f"{type(method).__name__} tunes models of {method.items}, not policies; use "
-            "diffpolicy.sequences.tuning.tune"
-        )
     if spec.layout != "action" or spec.returns is not None:
         raise ValueError(
             "tuning draws and compares plans of actions given observations; this policy has "
@@ -282,7 +278,8 @@ def check_fits(
 
 def tuned(
     policy: P,
-    method: Method,
+    command: str,
+    method: Method | Mapping[str, Any],
     data: TuningData,
     config: TrainerConfig,
     run_dir: str | os.PathLike[str],
@@ -293,7 +290,8 @@ def tuned(
 
     Args:
         policy: a :class:`diffpolicy.DiffusionPolicy`.
-        method: which.
+        command: ``"tune"`` or ``"prefer"``.
+        method: of that command, or its plain values.
         data: what there is to learn from.
         config: of the trainer.
         run_dir: where metrics and checkpoints go.
@@ -303,14 +301,15 @@ def tuned(
     Raises:
         ValueError: a policy that the method cannot tune, or data that lack what it reads.
     """
+    made = method_of(method, command, items="plans")
     material = PlanMaterial(policy.spec, policy.normalizer, data, config.seed)
-    material.check(method)
+    material.check(made)
     denoiser = policy.denoiser
     with unchanged_on_error(denoiser, policy.heads):
         if adapters is not None:
             add_adapters(denoiser, adapters)
-        objective, source = method.objective(denoiser, material), method.source(material)
-        policy.fit(objective, source, config, run_dir, about={"method": method}, **how)
+        objective, source = made.objective(denoiser, material), made.source(material)
+        policy.fit(objective, source, config, run_dir, about={"method": made}, **how)
         if adapters is not None:
             merge_adapters(denoiser)
             denoiser.eval()

@@ -342,7 +342,7 @@ class RewardModel:
     def right(self, preferences: PreferenceSet, pairs: Sequence[Pair]) -> NDArray[Any]:
         """Whether the chosen segment of each pair has the larger mean reward, ``[P]``.
 
-        1 it has, 0 the rejected one has, 1/2 they are equal.
+        The answer is 1 if it has, 0 if the rejected one has, and 1/2 if they are equal.
         """
         return ((self._gaps(preferences, pairs).mean(0).sign() + 1) / 2).numpy()
 
