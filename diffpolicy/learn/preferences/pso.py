@@ -334,7 +334,8 @@ class PSOLoss(Referenced):
         demos = batch_items(batch, "anchor", masked=self.masked)
         if self.settings.online:
             if demos is None:  # those that the chains take their conditions of
-                whole = {f"anchor_{name}": value for name, value in batch.items()}
+                own = [name for name in ("obs", "action", "tokens", "cond") if name in batch]
+                whole = {f"anchor_{name}": batch[name] for name in own}
                 demos = batch_items(whole, "anchor", masked=self.masked)
             if demos is None:
                 wanted = "anchor_tokens" if self.masked else "anchor_obs and anchor_action"
