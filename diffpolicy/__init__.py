@@ -10,35 +10,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffpolicy.api import (
-        RTI,
-        Anchors,
-        Chunking,
-        DiffusionPolicy,
-        Gripper,
-        PolicySpec,
-        Sampler,
-        Streaming,
-        TrainerConfig,
-        Truncated,
-    )
+    from diffpolicy.api import DiffusionPolicy
     from diffpolicy.data.normalize import Normalizer
     from diffpolicy.data.store import EpisodeStore
     from diffpolicy.learn.learning import Learning
     from diffpolicy.learn.material import TuningData
+    from diffpolicy.policies.anchors import Anchors
+    from diffpolicy.policies.chunking import Chunking
     from diffpolicy.policies.ensemble import TemporalEnsemble
+    from diffpolicy.policies.rti import RTI
+    from diffpolicy.policies.spec import Gripper, PolicySpec, Sampler
+    from diffpolicy.policies.streaming import Streaming
+    from diffpolicy.policies.truncated import Truncated
     from diffpolicy.rollout.env_spec import EnvSpec
     from diffpolicy.rollout.evaluate import evaluate
     from diffpolicy.rollout.latency import DelayedPolicy
     from diffpolicy.rollout.pool.workers import Workers
     from diffpolicy.rollout.record.experts import collect
+    from diffpolicy.training.settings import TrainerConfig
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    **dict.fromkeys(("DiffusionPolicy", "PolicySpec", "Gripper", "Sampler"), "diffpolicy.api"),
-    **dict.fromkeys(("RTI", "Truncated", "Anchors", "Chunking", "Streaming"), "diffpolicy.api"),
-    "TrainerConfig": "diffpolicy.api",
+    "DiffusionPolicy": "diffpolicy.api",
+    **dict.fromkeys(("PolicySpec", "Gripper", "Sampler"), "diffpolicy.policies.spec"),
+    "RTI": "diffpolicy.policies.rti",
+    "Truncated": "diffpolicy.policies.truncated",
+    "Anchors": "diffpolicy.policies.anchors",
+    "Chunking": "diffpolicy.policies.chunking",
+    "Streaming": "diffpolicy.policies.streaming",
+    "TrainerConfig": "diffpolicy.training.settings",
     "Learning": "diffpolicy.learn.learning",
     "TuningData": "diffpolicy.learn.material",
     "TemporalEnsemble": "diffpolicy.policies.ensemble",

@@ -4,40 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.core.denoiser import Denoiser
-from diffpolicy.data.fields import check_vector
-from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import split_episodes
-from diffpolicy.learn.adapters import add_adapters, merge_adapters, merged_state
-from diffpolicy.learn.learning import Learning, examples, fit_anchors, fitted_returns, objective
-from diffpolicy.learn.material import PlanMaterial, TuningData
+from diffpolicy.learn.adapters import merged_state
+from diffpolicy.learn.learning import Learning, examples, objective
+from diffpolicy.learn.making import fit_anchors, fitted_spec, open_store, read_policy
+from diffpolicy.learn.material import TuningData, tuned
 from diffpolicy.learn.method import Method
-from diffpolicy.learn.methods import method_of
-from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array
-from diffpolicy.policies.changes import check_same_weights, merged_config
+from diffpolicy.policies.changes import check_same_weights
 from diffpolicy.policies.choose_level import choose_level, demonstrations, observation_step
 from diffpolicy.policies.chunking import Chunking, RealTimeChunking
-from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
+from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.level_report import LevelReport
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.spec import Gripper
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
-from diffpolicy.policies.upgrade import upgraded
-from diffpolicy.training.checkpoint import read_bundle, write_bundle
-from diffpolicy.training.policy_files import FORMAT, VERSION, find_policy, policy_files
+from diffpolicy.training.checkpoint import write_bundle
+from diffpolicy.training.policy_files import find_policy, policy_files
 from diffpolicy.training.rollback import unchanged_on_error
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Source, Trainer, TrainResult
+
+Place = str | os.PathLike[str]
+Stored = EpisodeStore | str | os.PathLike[str]
+Evaluate = Callable[[Path, int], Mapping[str, float]]
 
 
 class DiffusionPolicy(DiffusionPlanner):
@@ -54,7 +52,7 @@ class DiffusionPolicy(DiffusionPlanner):
     @classmethod
     def from_dataset(
         cls,
-        store: EpisodeStore | str | os.PathLike[str],
+        store: Stored,
         *,
         spec: Mapping[str, Any] | None = None,
         normalize: Mapping[str, str] | None = None,
@@ -66,61 +64,36 @@ class DiffusionPolicy(DiffusionPlanner):
 
         Args:
             store: fields ``obs [T, O]`` and ``action [T, A]``, with statistics; or its path.
-            spec: entries of :class:`~diffpolicy.policies.diffusion.PolicySpec` other than the two
-                dimensions.
-            normalize: mode per field, ``minmax`` (default), ``gaussian``, ``quantile``,
-                ``identity``.
-            anchors: settings of :meth:`Anchors.fit <diffpolicy.policies.anchors.Anchors.fit>`
-                (``count``, ``relative_to``, ``top_m``) for a policy with ``truncated``; ``None``:
-                no anchors.
+            spec: entries of :class:`~diffpolicy.policies.spec.PolicySpec` but the two dimensions.
+            normalize: mode per field, ``minmax`` where none is given, see ``data.normalize.MODES``.
+            anchors: settings of :meth:`Anchors.fit <diffpolicy.policies.anchors.Anchors.fit>`, for
+                a policy with ``truncated``.
             seed: of the initial weights, and of the anchors.
             device: where the weights live.
 
         Raises:
             ValueError: a missing field or statistics, or settings that do not fit together.
         """
-        store = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
-        absent = [name for name in ("obs", "action") if name not in store.fields]
-        if absent:
-            raise ValueError(
-                f"store {store.name} has no field {absent[0]!r} (it has {sorted(store.fields)}); "
-                "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
-            )
-        for name in ("obs", "action"):
-            check_vector(name, store.fields[name].shape, store.name)
-        dims = {
-            "obs_dim": store.fields["obs"].shape[0],
-            "action_dim": store.fields["action"].shape[0],
-        }
-        known = {"observation_step": observation_step(store), **(spec or {})}
-        if known.get("level_law") == "position":
-            known["trained_action_steps"] = known.get("n_action_steps", PolicySpec.n_action_steps)
-        full = PolicySpec.from_config({**known, **dims})
-        if full.returns is not None:
-            full = replace(full, returns=fitted_returns(full.returns, store))
-        modes: dict[str, Any] = {"obs": "minmax", "action": "minmax", **(normalize or {})}
-        normalizer = Normalizer.fit(store.statistics, modes)
-        for gripper in full.grippers:
-            if gripper.mode == "scale":
-                normalizer = normalizer.scaled("action", gripper.dim, 1 / gripper.factor)
+        opened = open_store(store)
+        full, normalizer = fitted_spec(opened, spec or {}, normalize or {})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             denoiser, heads = full.make_denoiser(), full.make_heads()
         fitted = None
         if anchors is not None:
-            fitted = fit_anchors(full, store, normalizer, **{"seed": seed, **anchors})
+            fitted = fit_anchors(full, opened, normalizer, **{"seed": seed, **anchors})
         return cls(full, denoiser.to(device), normalizer, fitted, heads.to(device))
 
     def learn(
         self,
-        store: EpisodeStore | str | os.PathLike[str],
+        store: Stored,
         config: TrainerConfig,
-        run_dir: str | os.PathLike[str],
+        run_dir: Place,
         *,
         val_fraction: float = 0.02,
         max_episodes: int | None = None,
         learning: Learning | None = None,
-        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
+        evaluate: Evaluate | None = None,
         resume: bool = False,
         overwrite: bool = False,
     ) -> Self:
@@ -141,19 +114,17 @@ class DiffusionPolicy(DiffusionPlanner):
         Returns:
             self; ``last_training`` tells the steps done, seconds, and whether it was interrupted.
         """
-        episodes = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
+        episodes = open_store(store)
         count = min(episodes.num_episodes, max_episodes or episodes.num_episodes)
         train, val = split_episodes(count, val_fraction, config.seed)
         how = Learning() if learning is None else learning
-        normal = self.normalizer.to("cpu")
-        source = examples(self.spec, normal, episodes, how, train.tolist())
-        held_out = examples(self.spec, normal, episodes, how, val.tolist()) if len(val) else None
+        shared = self.spec, self.normalizer.to("cpu"), episodes, how
         return self.fit(
             objective(self, how),
-            source,
+            examples(*shared, train.tolist()),
             config,
             run_dir,
-            val_source=held_out,
+            val_source=examples(*shared, val.tolist()) if len(val) else None,
             evaluate=evaluate,
             about={"learning": how},
             resume=resume,
@@ -165,30 +136,21 @@ class DiffusionPolicy(DiffusionPlanner):
         objective: nn.Module,
         source: Source,
         config: TrainerConfig,
-        run_dir: str | os.PathLike[str],
+        run_dir: Place,
         *,
         val_source: Source | None = None,
-        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
+        evaluate: Evaluate | None = None,
         about: Mapping[str, Any] | None = None,
         resume: bool = False,
         overwrite: bool = False,
     ) -> Self:
         """Train with any objective of this policy; if that fails, nothing has changed.
 
-        Args:
-            objective: ``forward(batch, generator) -> LossOutput``, a module that holds what it
-                trains as ``denoiser`` and, if it trains heads, as ``heads``: this policy's own.
-            source: examples for it.
-            config: settings of the trainer.
-            run_dir: where metrics and checkpoints go.
-            val_source: held-out examples.
-            evaluate: as in :meth:`learn`.
-            about: what else the result depends on: a resumed run must say the same.
-            resume: continue the run in ``run_dir`` exactly where it stopped.
-            overwrite: replace it.
-
-        Returns:
-            self; ``last_training`` tells the steps done, seconds, and whether it was interrupted.
+        ``objective`` is a module that holds what it trains as ``denoiser`` and, if it trains heads,
+        as ``heads``, this policy's own; its ``forward(batch, generator)`` returns a
+        :class:`~diffpolicy.learn.cloning.denoising.LossOutput`. ``source`` gives its examples and
+        ``val_source`` held-out ones; ``about`` is what else the result depends on, which a resumed
+        run must say again. The rest, and what is returned, is as in :meth:`learn`.
 
         Raises:
             ValueError: an objective that trains another denoiser.
@@ -224,49 +186,38 @@ class DiffusionPolicy(DiffusionPlanner):
         data: TuningData,
         method: Method | Mapping[str, Any],
         config: TrainerConfig,
-        run_dir: str | os.PathLike[str],
+        run_dir: Place,
         *,
         adapters: Mapping[str, Any] | None = None,
-        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
+        evaluate: Evaluate | None = None,
         resume: bool = False,
         overwrite: bool = False,
     ) -> Self:
         """Tune by a reward of the policy's own plans: DRaFT, AlignProp.
 
-        Args:
-            data: a ``reward``, and ``observations`` (or ``demonstrations``) that plans are drawn
-                for.
-            method: of :data:`diffpolicy.learn.methods.METHODS`, or its plain values.
-            config: of the trainer.
-            run_dir: where metrics and checkpoints go.
-            adapters: tune these few weights alone, see
-                :func:`~diffpolicy.learn.adapters.add_adapters`; they are merged at the end.
-            evaluate: as in :meth:`learn`.
-            resume: continue the run in ``run_dir``.
-            overwrite: replace it.
+        ``method`` is one of :data:`diffpolicy.learn.methods.METHODS`, or its plain values. The data
+        hold a ``reward``, and ``observations`` (or ``demonstrations``) that plans are drawn for.
+        With ``adapters`` these few weights alone are tuned, and merged at the end, see
+        :func:`~diffpolicy.learn.adapters.add_adapters`. The rest is as in :meth:`fit`.
 
         Example:
             >>> near = lambda action, obs: -(action - obs[:, -1:, :2]).square().sum((1, 2))
             >>> data = TuningData.of(reward=near, observations="data/demos.zarr")
             >>> draft = {"type": "plan_chain", "grad_steps": 1}
             >>> policy.tune(data, draft, TrainerConfig(steps=200, lr=1e-4), "runs/tuned")
-
-        Raises:
-            ValueError: a method of comparisons, a policy that it cannot tune, or data that lack
-                what it reads.
         """
-        made = method_of(method, "tune")
-        return self._tuned(made, data, config, run_dir, adapters, evaluate, resume, overwrite)
+        how = {"evaluate": evaluate, "resume": resume, "overwrite": overwrite}
+        return tuned(self, "tune", method, data, config, run_dir, adapters, **how)
 
     def prefer(
         self,
         data: TuningData,
         method: Method | Mapping[str, Any],
         config: TrainerConfig,
-        run_dir: str | os.PathLike[str],
+        run_dir: Place,
         *,
         adapters: Mapping[str, Any] | None = None,
-        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
+        evaluate: Evaluate | None = None,
         resume: bool = False,
         overwrite: bool = False,
     ) -> Self:
@@ -279,45 +230,9 @@ class DiffusionPolicy(DiffusionPlanner):
             >>> data = TuningData.of("data/pairs.jsonl", "data/demos.zarr")
             >>> dpo = {"type": "dpo", "kl_beta": 0.3}
             >>> policy.prefer(data, dpo, TrainerConfig(steps=500, lr=1e-4), "runs/preferred")
-
-        Raises:
-            ValueError: a method of rewards, a policy that it cannot tune, or data that lack what
-                it reads.
         """
-        made = method_of(method, "prefer")
-        return self._tuned(made, data, config, run_dir, adapters, evaluate, resume, overwrite)
-
-    def _tuned(
-        self,
-        method: Method,
-        data: TuningData,
-        config: TrainerConfig,
-        run_dir: str | os.PathLike[str],
-        adapters: Mapping[str, Any] | None,
-        evaluate: Callable[[Path, int], Mapping[str, float]] | None,
-        resume: bool,
-        overwrite: bool,
-    ) -> Self:
-        material = PlanMaterial(self.spec, self.normalizer, data, config.seed)
-        material.check(method)
-        with unchanged_on_error(self.denoiser, self.heads):
-            if adapters is not None:
-                add_adapters(self.denoiser, adapters)
-            self.fit(
-                method.objective(self.denoiser, material),
-                method.source(material),
-                config,
-                run_dir,
-                evaluate=evaluate,
-                about={"method": method},
-                resume=resume,
-                overwrite=overwrite,
-            )
-            if adapters is not None:
-                merge_adapters(self.denoiser)
-                self.denoiser.eval()
-                self._loops = self._made_loops()
-        return self
+        how = {"evaluate": evaluate, "resume": resume, "overwrite": overwrite}
+        return tuned(self, "prefer", method, data, config, run_dir, adapters, **how)
 
     def _bundle(self, objective_state: Mapping[str, Tensor]) -> dict[str, Any]:
         """The files of this policy with other weights; heads that are not trained stay."""
@@ -329,11 +244,10 @@ class DiffusionPolicy(DiffusionPlanner):
         heads = parts[1] or self.heads.state_dict()
         return policy_files(self.spec, weights, self.normalizer, self.anchors, heads)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: Place) -> Path:
         """Write the policy as a directory: ``config.json``, safetensors files, and their hashes."""
-        weights, heads = self.denoiser.state_dict(), self.heads.state_dict()
-        files = policy_files(self.spec, weights, self.normalizer, self.anchors, heads)
-        write_bundle(Path(path), files)
+        state = {f"denoiser.{name}": value for name, value in self.denoiser.state_dict().items()}
+        write_bundle(Path(path), self._bundle(state))
         return Path(path)
 
     def with_settings(self, **changes: Any) -> Self:
@@ -351,7 +265,7 @@ class DiffusionPolicy(DiffusionPlanner):
 
     def choose_rti(
         self,
-        store: EpisodeStore | str | os.PathLike[str],
+        store: Stored,
         *,
         num_steps: int = 3,
         n_action_steps: int = 1,
@@ -372,74 +286,46 @@ class DiffusionPolicy(DiffusionPlanner):
         Returns:
             The policy with these settings, and why the level was chosen.
         """
-        opened = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
+        opened, base = open_store(store), self
         if settings.get("innovation") is not None and self.spec.observation_step is None:
             base = self.with_settings(observation_step=observation_step(opened))
-        else:
-            base = self
         base = base.with_settings(rti=None, truncated=None, n_action_steps=n_action_steps)
         rti = RTI(t_start=1.0, num_steps=num_steps, **settings)
         report = choose_level(base, demonstrations(opened, episodes, seed=seed), rti, seed=seed)
         return base.with_settings(rti=replace(rti, t_start=report.t_start)), report
 
     def choose_truncated(
-        self,
-        store: EpisodeStore | str | os.PathLike[str],
-        *,
-        episodes: int = 60,
-        seed: int = 0,
+        self, store: Stored, *, episodes: int = 60, seed: int = 0
     ) -> tuple[Self, LevelReport]:
         """A truncated policy with its start level chosen from demonstrations, as for warm starts.
 
         The default level of :meth:`with_anchors` covers the anchors' quantisation error and no
-        more; where the plan depends much on the state, a higher one is better.
-
-        Args:
-            store: demonstrations, or their path.
-            episodes: demonstrations used.
-            seed: of their choice and of the noise.
-
-        Returns:
-            The policy with that level, and why it was chosen.
+        more; where the plan depends much on the state, a higher one is better. Arguments and result
+        are those of :meth:`choose_rti`.
 
         Raises:
             ValueError: a policy without truncated settings.
         """
         settings = self.spec.truncated
         if settings is None:
-            raise ValueError(
-                "this policy has no truncated settings; begin with with_anchors(store)"
-            )
-        opened = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
-        demos = demonstrations(opened, episodes, seed=seed)
+            raise ValueError("a policy without truncated settings: begin with with_anchors(store)")
+        demos = demonstrations(open_store(store), episodes, seed=seed)
         report = choose_level(self, demos, settings, seed=seed)
         assert isinstance(report.t_start, float)  # one for all dimensions
-        chosen = replace(settings, t_start=report.t_start)
-        return self.with_settings(truncated=chosen), report
+        return self.with_settings(truncated=replace(settings, t_start=report.t_start)), report
 
     def with_anchors(
-        self,
-        store: EpisodeStore | str | os.PathLike[str],
-        *,
-        truncated: Truncated | None = None,
-        count: int = 20,
-        relative_to: tuple[int | None, ...] | None = None,
-        top_m: int | None = None,
-        seed: int = 0,
+        self, store: Stored, *, truncated: Truncated | None = None, **fit: Any
     ) -> Self:
         """A truncated policy on the same weights: anchors by k-means over a store's plans.
 
         Args:
             store: demonstrations, or their path.
             truncated: how plans are drawn from the anchors.
-            count: anchors, see :meth:`diffpolicy.policies.anchors.Anchors.fit`.
-            relative_to: observation that each action dimension is relative to.
-            top_m: anchors offered per state, the most probable ones; ``None``: all.
-            seed: of the clustering.
+            fit: ``count``, ``relative_to``, ``top_m`` and ``seed`` of
+                :meth:`Anchors.fit <diffpolicy.policies.anchors.Anchors.fit>`.
         """
-        opened = store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
-        options = {"count": count, "relative_to": relative_to, "top_m": top_m, "seed": seed}
-        anchors = fit_anchors(self.spec, opened, self.normalizer, **options)
+        anchors = fit_anchors(self.spec, open_store(store), self.normalizer, **fit)
         spec = replace(self.spec, rti=None, truncated=truncated or Truncated())
         return type(self)(spec, self.denoiser, self.normalizer, anchors, self.heads)
 
@@ -449,13 +335,9 @@ class DiffusionPolicy(DiffusionPlanner):
         """The same policy with its sampling loops compiled, each checked against eager.
 
         Compile last: a policy made from this one (``with_settings``, ``chunked``, ...) has eager
-        loops again. So has ``deterministic=True`` with a stochastic sampler.
-
-        Args:
-            backend: see :func:`diffpolicy.runtime.compile.available_backends`; ``"auto"`` measures
-                them and takes the fastest.
-            batch_size: rows solved at once.
-            threads: of CPU backends.
+        loops again. So has ``deterministic=True`` with a stochastic sampler. ``backend`` is one of
+        :func:`diffpolicy.runtime.compile.available_backends` or ``"auto"``, the fastest measured;
+        ``batch_size`` rows are solved at once, with ``threads`` of CPU backends.
 
         Raises:
             ImportError: a backend that is not installed, with the command that does it.
@@ -466,10 +348,7 @@ class DiffusionPolicy(DiffusionPlanner):
         return compile_planner(self, backend=backend, batch_size=batch_size, threads=threads)
 
     def streaming(self, settings: Streaming | None = None) -> StreamingPlanner:
-        """Streaming diffusion on these weights, which need training at levels per position.
-
-        (``level_law="position"``).
-        """
+        """Streaming diffusion on these weights, trained with ``level_law="position"``."""
         spec = replace(self.spec, rti=None, truncated=None, heads={}, selection=None)
         return StreamingPlanner(spec, self.denoiser, self.normalizer, streaming=settings)
 
@@ -480,13 +359,8 @@ class DiffusionPolicy(DiffusionPlanner):
     def plans(self, history: Array, *, seed: int = 0) -> tuple[Array, Array]:
         """All candidate plans of a truncated policy, with their scores.
 
-        Args:
-            history: raw observations ``[N, To, O]``, oldest first.
-            seed: of the noise.
-
-        Returns:
-            Actions ``[N, M, H, A]`` in environment units, and scores ``[N, M]``, the higher the
-            better within a row.
+        For raw observations ``history [N, To, O]``, oldest first: actions ``[N, M, H, A]`` in
+        environment units, and scores ``[N, M]``, the higher the better within a row.
         """
         state = self.initial_state(range(seed, seed + len(history)))
         for step in range(self.n_obs_steps):
@@ -498,9 +372,7 @@ class DiffusionPolicy(DiffusionPlanner):
         return self.to_actions(shaped), found.scores.cpu().numpy()
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu", **changes: Any
-    ) -> Self:
+    def load(cls, path: Place, *, device: str | torch.device = "cpu", **changes: Any) -> Self:
         """Read a policy directory, verifying every hash.
 
         Args:
@@ -514,44 +386,13 @@ class DiffusionPolicy(DiffusionPlanner):
         Raises:
             ValueError: not a policy, a damaged file, or settings that do not fit.
         """
-        files = read_bundle(Path(path))
-        config = upgraded(files["config.json"])
-        if config.pop("format", None) != FORMAT or config.pop("version", None) != VERSION:
-            raise ValueError(f"{path} is not a diffpolicy policy of version {VERSION}")
-        parts = config.pop("normalizer"), files["normalizer.safetensors"]
-        normalizer = Normalizer.from_parts(*parts)
-        anchors, stored = None, config.pop("anchors", None)
-        if stored is not None:
-            anchors = Anchors.from_parts(stored, files["anchors.safetensors"])
-        spec = PolicySpec.from_config(config)
-        denoiser, heads = spec.make_denoiser(), spec.make_heads()
-        denoiser.load_state_dict(files["model.safetensors"])
-        if len(heads):
-            heads.load_state_dict(files["heads.safetensors"])
-        if changes:
-            changed = PolicySpec.from_config(merged_config(config, changes))
-            check_same_weights(spec, {f.name: getattr(changed, f.name) for f in fields(changed)})
-            spec = changed
+        spec, denoiser, normalizer, anchors, heads = read_policy(Path(path), changes)
         return cls(spec, denoiser.to(device), normalizer, anchors, heads.to(device))
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+    def from_pretrained(cls, path: Place, **options: Any) -> Self:
         """Load a policy directory, a checkpoint, or the best (else the last) one of a run."""
         return cls.load(find_policy(path), **options)
 
 
-__all__ = [
-    "RTI",
-    "Anchors",
-    "Chunking",
-    "Denoiser",
-    "DiffusionPolicy",
-    "Gripper",
-    "PolicySpec",
-    "Sampler",
-    "Streaming",
-    "TrainerConfig",
-    "Truncated",
-    "find_policy",
-    "policy_files",
-]
+__all__ = ["DiffusionPolicy"]

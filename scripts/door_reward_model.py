@@ -27,7 +27,7 @@ import torch
 from diffpolicy.commands.options import parse
 from diffpolicy.data.preferences.set import PreferenceSet, from_indices
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.learn.values.validation import RewardCandidate, cross_validate, learn_candidate
+from reward_validation import RewardCandidate, cross_validate, learn_candidate
 
 DEFAULTS: dict[str, Any] = {
     "data": None,

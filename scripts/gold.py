@@ -28,8 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from diffpolicy import DiffusionPolicy, EpisodeStore, TrainerConfig, cli
-from diffpolicy.api import RTI, Streaming
+from diffpolicy import RTI, DiffusionPolicy, EpisodeStore, Streaming, TrainerConfig, cli
 from generators.command import run as generate
 
 Hashes = dict[str, str]

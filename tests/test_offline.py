@@ -103,7 +103,7 @@ def test_actor_critics_take_the_rewarded_mode(tmp_path, settings, heads):
     assert again.spec == policy.spec
     np.testing.assert_array_equal(again.act(obs, again.initial_state(range(100)))[0], actions)
     more = DiffusionPolicy.from_pretrained(
-        tmp_path / "run", settings={"selection": {"num_candidates": 2, "rank": "softmax"}}
+        tmp_path / "run", selection={"num_candidates": 2, "rank": "softmax"}
     )
     assert more.spec.selection == Selection(2, "softmax")
 
@@ -224,9 +224,6 @@ def test_heads_and_learning_must_agree(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "learning", "message"),
     [
-        ({}, {"next_obs_weight": 10.0}, "next_obs_weight has no effect"),
-        ({}, {"reward_scale": 2.0}, "reward_scale has no effect"),
-        ({"layout": "trajectory"}, {"value_levels": "clean"}, "value_levels has no effect"),
         ({"layout": "trajectory"}, {"actor_critic": {}}, "learn plans of actions"),
         ({"cond_dropout": 0.1}, {"actor_critic": {}}, "learn plans of actions"),
     ],
@@ -279,7 +276,7 @@ def test_what_belongs_to_the_weights_stays(planner):
     policy, folder = planner
     with pytest.raises(ValueError, match="conditioned on returns belongs to the weights"):
         policy.with_settings(returns=None)
-    target = DiffusionPolicy.from_pretrained(folder / "run", settings={"returns": {"target": 0.5}})
+    target = DiffusionPolicy.from_pretrained(folder / "run", returns={"target": 0.5})
     assert target.spec.returns.target == 0.5
-    with pytest.raises(ValueError, match="'horizon' cannot be replaced"):
-        DiffusionPolicy.from_pretrained(folder / "run", settings={"horizon": 4})
+    with pytest.raises(ValueError, match="horizon belongs to the weights"):
+        DiffusionPolicy.from_pretrained(folder / "run", horizon=4)

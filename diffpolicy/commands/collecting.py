@@ -1,4 +1,4 @@
-"""How pairs are collected from rollouts: what `data prefs collect` and `finetune` share."""
+"""How pairs are collected from rollouts: what `data prefs collect`, `tune` and `prefer` share."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from diffpolicy.commands.options import parse
+from diffpolicy.commands.options import given, parse
 from diffpolicy.commands.preflight import check_installed, check_writable
 
 DEFAULTS = {
@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     policy = DiffusionPolicy.from_pretrained(
         options["checkpoint"],
         sampler={k: v for k, v in sampler.items() if v is not None},
-        n_action_steps=options["n_action_steps"],
+        **given(options, "n_action_steps"),
     )
     names = ("batch_size", "dynamic_batch", "deterministic", "rate_hz", "overwrite")
     result = export_policy(policy, options["output"], **{name: options[name] for name in names})

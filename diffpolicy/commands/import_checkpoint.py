@@ -21,9 +21,9 @@ kind: auto, lerobot or diffusion_policy."""
 
 def run(arguments: Sequence[str]) -> int:
     """Import one checkpoint."""
-    from diffpolicy.api import policy_files
     from diffpolicy.policies.foreign.published import read_checkpoint
     from diffpolicy.training.checkpoint import write_bundle
+    from diffpolicy.training.policy_files import policy_files
 
     options = parse(arguments, ["source", "target"], {"kind": "auto"})
     policy = read_checkpoint(options["source"], kind=options["kind"])

@@ -47,6 +47,11 @@ def parse(
     return values
 
 
+def given(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Those of some options that are not null."""
+    return {name: options[name] for name in names if options[name] is not None}
+
+
 def subcommand(arguments: Sequence[str], commands: Mapping[str, C], command: str) -> C:
     """What the first argument chooses of ``commands``.
 

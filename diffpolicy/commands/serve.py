@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpolicy.commands.options import parse
+from diffpolicy.commands.options import given, parse
 from diffpolicy.commands.preflight import pick_device
 from diffpolicy.settings import ConfigError, from_values
 
@@ -89,8 +89,8 @@ def run(arguments: Sequence[str]) -> int:
     policy = DiffusionPolicy.from_pretrained(
         options["checkpoint"],
         device=pick_device(options["device"], options["threads"]),
-        sampler={n: options[n] for n in ("solver", "num_steps") if options[n] is not None},
-        n_action_steps=options["n_action_steps"],
+        sampler=given(options, "solver", "num_steps"),
+        **given(options, "n_action_steps"),
     )
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
 

@@ -117,7 +117,8 @@ def _check(config: SequenceTuningConfig, model: SequenceModel) -> None:
     trainer = trainer_settings(config.trainer, config.seed)
     check_guidance(config.guidance, model)
     if config.method["type"] != "none":
-        method = method_of({**config.method, "kl_weight": config.kl_weight}, config.run.split()[0])
+        values = {**config.method, "kl_weight": config.kl_weight}
+        method = method_of(values, config.run.split()[0], items="sequences")
         material = SequenceMaterial(lambda x: x.sum((1, 2)), None, trainer.batch_size)
         method.objective(model.copy().denoiser, material)
     elif config.guidance["type"] == "none":

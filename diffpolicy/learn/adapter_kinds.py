@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpolicy.settings import check_range
+
 
 class Adapter(nn.Module, ABC):
     """A change of one weight, from numbers of its own.
@@ -118,8 +120,7 @@ class Lora:
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"rank must be a positive integer, got {self.rank!r}")
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"scale (alpha / rank) must be above 0, got {self.scale}")
+        check_range("(0, inf)", scale=self.scale)
         _check_targets(self.targets)
 
     def takes(self, weight: Tensor) -> bool:
@@ -156,11 +157,7 @@ class Sara:
     targets: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.quantile < 1:
-            raise ValueError(
-                "quantile is the share of a layer's weights that are trained, in (0, 1); got "
-                f"{self.quantile}"
-            )
+        check_range("(0, 1)", quantile=self.quantile)
         _check_targets(self.targets)
 
     def takes(self, weight: Tensor) -> bool:

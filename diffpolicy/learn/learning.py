@@ -6,7 +6,7 @@ Behaviour cloning, planners and actor-critics share the trainer; they differ in 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -23,11 +23,9 @@ from diffpolicy.learn.actor_critic.loss import ActorCritic, ActorCriticLoss
 from diffpolicy.learn.cloning.anchored import AnchoredLoss
 from diffpolicy.learn.cloning.denoising import DenoisingLoss
 from diffpolicy.learn.cloning.planners import DraftLoss, InverseDynamicsLoss, SumOfLosses, ValueLoss
-from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.diffusion import DiffusionPlanner
-from diffpolicy.policies.planners import Returns
 from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.settings import named_settings, settings_of
+from diffpolicy.settings import check_range, named_settings, settings_of
 from diffpolicy.training.trainer import Source
 
 
@@ -65,8 +63,7 @@ class Learning:
     mask_padding: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.discount <= 1:
-            raise ValueError(f"learning.discount must be in (0, 1], got {self.discount}")
+        check_range("(0, 1]", discount=self.discount)
         scale = self.reward_scale
         if isinstance(scale, str) and scale != "return_range":
             raise ValueError(f"reward_scale must be a number or 'return_range', got {scale!r}")
@@ -87,9 +84,8 @@ class Learning:
 
 
 def check_learning(spec: PolicySpec, learning: Learning) -> None:
-    """Raise ``ValueError`` for a policy that cannot be learned so, or a setting without effect."""
-    plain, heads = Learning(), set(spec.heads)
-    critics = {"critic", "state_value"} & heads
+    """Raise ``ValueError`` for a policy that cannot be learned so."""
+    critics = {"critic", "state_value"} & set(spec.heads)
     if learning.actor_critic is None and critics:
         raise ValueError(
             f"the heads {sorted(critics)} are trained by learning.actor_critic; set it, or leave "
@@ -103,50 +99,6 @@ def check_learning(spec: PolicySpec, learning: Learning) -> None:
             f"layout={spec.layout!r}, level_law={spec.level_law!r}, cond_dropout="
             f"{spec.cond_dropout}"
         )
-    critic, value = learning.actor_critic is not None, "value" in heads
-    planning = spec.layout != "action"
-    used = {
-        "discount": critic or (value and spec.returns is None),
-        "reward_scale": critic,
-        "reward_shift": critic,
-        "first_action_weight": spec.layout == "trajectory",
-        "next_obs_weight": planning,
-        "value_levels": value,
-    }
-    idle = [n for n, use in used.items() if not use and getattr(learning, n) != getattr(plain, n)]
-    if idle:
-        raise ValueError(
-            f"learning.{idle[0]} has no effect on a policy of layout {spec.layout!r} with the "
-            f"heads {sorted(heads)} and returns={spec.returns}; leave it out"
-        )
-
-
-def fitted_returns(returns: Returns, store: EpisodeStore) -> Returns:
-    """The range of returns that r = 0 and r = 1 stand for, from the data where it is not given."""
-    if returns.low is not None and returns.high is not None:
-        return returns
-    found = returns_to_go(store, returns.discount)
-    low = float(found.min()) if returns.low is None else returns.low
-    high = float(found.max()) if returns.high is None else returns.high
-    if not low < high:
-        raise ValueError(
-            f"all returns of {store.name} are {high}: a policy cannot be conditioned on them"
-        )
-    return replace(returns, low=low, high=high)
-
-
-def fit_anchors(
-    spec: PolicySpec, store: EpisodeStore, normalizer: Normalizer, **options: Any
-) -> Anchors:
-    """Anchors over the windows of a store, for plans of the shape that ``spec`` says."""
-    windows = Windows(
-        store,
-        horizon=spec.horizon,
-        n_obs_steps=spec.n_obs_steps,
-        n_action_steps=spec.n_action_steps,
-        normalizer=normalizer.to("cpu"),
-    )
-    return Anchors.fit(windows, normalizer, **options)
 
 
 class PlanExamples:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,12 +20,18 @@ from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.preferences.examples import LabelExamples, PairExamples
 from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
+from diffpolicy.learn.adapters import add_adapters, merge_adapters
 from diffpolicy.learn.learning import Learning, examples
 from diffpolicy.learn.method import Method
+from diffpolicy.learn.methods import method_of
 from diffpolicy.learn.plan_pairs import PlanReward, check_readable, in_own_units, sizes_of
 from diffpolicy.policies.spec import PolicySpec
+from diffpolicy.training.rollback import unchanged_on_error
+from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.sources import ChosenWindows, Executed, Mixed, Turns
 from diffpolicy.training.trainer import Source
+
+P = TypeVar("P", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -237,11 +243,6 @@ def check_policy(spec: PolicySpec, method: Method) -> None:
         ValueError: plans that hold observations or are conditioned on a return, or a policy trained
             at other levels, or from other starts, than losses of comparisons look at.
     """
-    if method.items != "plans":
-        raise ValueError(
-            f"{type(method).__name__} tunes models of {method.items}, not policies; use "
-            "diffpolicy.sequences.tuning.tune"
-        )
     if spec.layout != "action" or spec.returns is not None:
         raise ValueError(
             "tuning draws and compares plans of actions given observations; this policy has "
@@ -275,6 +276,46 @@ def check_fits(
     method.objective(copy.deepcopy(denoiser), PlanMaterial(spec, normalizer, data))
 
 
+def tuned(
+    policy: P,
+    command: str,
+    method: Method | Mapping[str, Any],
+    data: TuningData,
+    config: TrainerConfig,
+    run_dir: str | os.PathLike[str],
+    adapters: Mapping[str, Any] | None = None,
+    **how: Any,
+) -> P:
+    """Tune a policy by a method; if that fails, nothing has changed.
+
+    Args:
+        policy: a :class:`diffpolicy.DiffusionPolicy`.
+        command: ``"tune"`` or ``"prefer"``.
+        method: of that command, or its plain values.
+        data: what there is to learn from.
+        config: of the trainer.
+        run_dir: where metrics and checkpoints go.
+        adapters: tune these few weights alone; they are merged at the end.
+        how: further arguments of :meth:`diffpolicy.DiffusionPolicy.fit`.
+
+    Raises:
+        ValueError: a policy that the method cannot tune, or data that lack what it reads.
+    """
+    made = method_of(method, command, items="plans")
+    material = PlanMaterial(policy.spec, policy.normalizer, data, config.seed)
+    material.check(made)
+    denoiser = policy.denoiser
+    with unchanged_on_error(denoiser, policy.heads):
+        if adapters is not None:
+            add_adapters(denoiser, adapters)
+        objective, source = made.objective(denoiser, material), made.source(material)
+        policy.fit(objective, source, config, run_dir, about={"method": made}, **how)
+        if adapters is not None:
+            merge_adapters(denoiser)
+            denoiser.eval()
+    return policy
+
+
 def _sum_of_actions(action: Tensor, obs: Tensor) -> Tensor:
     return action.flatten(1).sum(1)
 
@@ -286,4 +327,5 @@ __all__ = [
     "TuningData",
     "check_fits",
     "check_policy",
+    "tuned",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -9,6 +10,30 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 
 READABLE = ("pairs", "labels", "observations", "demonstrations", "reward")
+
+
+def check_rewards(reward: Tensor, items: Tensor) -> None:
+    """Raise ``ValueError`` unless there is one number for each item."""
+    if reward.shape != items.shape[:1]:
+        raise ValueError(
+            f"a reward returns one number per item, [{len(items)}]; got {list(reward.shape)}"
+        )
+
+
+def plan_shape(denoiser: BaseDenoiser) -> tuple[int, int]:
+    """``(H, D)`` of the plans that a denoiser's network makes.
+
+    Raises:
+        ValueError: a denoiser that does not tell.
+    """
+    network = getattr(denoiser, "network", None)
+    found: Sequence[Any] = (getattr(network, "horizon", None), getattr(network, "dim", None))
+    if None in found:
+        raise ValueError(
+            f"{type(denoiser).__name__} has no network that tells the shape of a plan; give its "
+            "network the attributes horizon and dim"
+        )
+    return int(found[0]), int(found[1])
 
 
 class Source(Protocol):
@@ -77,4 +102,4 @@ class Method:
         return source
 
 
-__all__ = ["READABLE", "Method", "Source"]
+__all__ = ["READABLE", "Method", "Source", "check_rewards", "plan_shape"]

@@ -56,21 +56,31 @@ def make_method(values: Mapping[str, Any]) -> Method:
     return from_values(METHODS[kind], given, f"{kind}.")
 
 
-def method_of(method: Method | Mapping[str, Any], command: str) -> Method:
-    """A method, made from plain values where needed, that a command offers.
+def method_of(
+    method: Method | Mapping[str, Any], command: str | None = None, *, items: str | None = None
+) -> Method:
+    """A method, made from plain values where needed, that does what is asked for.
 
     Args:
         method: a method, or values for :func:`make_method`.
-        command: ``"tune"`` or ``"prefer"``.
+        command: ``"tune"`` or ``"prefer"``; None: either.
+        items: ``"plans"`` or ``"sequences"``; None: either.
 
     Raises:
-        ValueError: a method of the other command.
+        ValueError: a method of the other command, or of other items.
     """
     made = method if isinstance(method, Method) else make_method(method)
-    if made.command != command:
+    name = type(made).__name__
+    if command not in (None, made.command):
         raise ValueError(
-            f"{type(made).__name__} is a method of {made.command!r}, not of {command!r}: use "
+            f"{name} is a method of {made.command!r}, not of {command!r}: use "
             f"policy.{made.command}(...) or `diffpolicy {made.command}`"
+        )
+    if items not in (None, made.items):
+        fitting = [key for key, kind in METHODS.items() if kind.items == items]
+        raise ValueError(
+            f"{name} tunes models of {made.items}, not {items}; methods of {items} are "
+            f"{', '.join(fitting)}"
         )
     return made
 

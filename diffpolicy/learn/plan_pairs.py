@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.preferences.file import PreferenceFileError, read_contents
 from diffpolicy.data.preferences.records import Pair, Span
@@ -25,8 +24,9 @@ from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore, FieldSpec
 from diffpolicy.data.windows import Windows
 from diffpolicy.learn.preferences.online import OwnPlans, draw_plans
+from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.settings import check_known, setting_names
+from diffpolicy.settings import check_known, from_values, setting_names
 
 PlanReward = Callable[[Tensor, Tensor], Tensor]
 SOURCE, MADE_BY = "value", "plans"
@@ -44,21 +44,6 @@ def in_own_units(reward: PlanReward, spec: PolicySpec, normalizer: Normalizer) -
         )
 
     return scored
-
-
-class Planner(Protocol):
-    """What is needed of a policy."""
-
-    spec: PolicySpec
-    normalizer: Normalizer
-
-    @property
-    def denoiser(self) -> BaseDenoiser:
-        """What draws plans."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights live."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +90,7 @@ class PlanPairs:
         if config.get("solver", sampler.solver) != sampler.solver:
             values["options"] = {}
         values |= {name: value for name, value in config.items() if name != "every"}
-        try:
-            return cls(config.get("every", cls.every), OwnPlans(**values))
-        except TypeError as error:
-            raise ValueError(f"plans: {error}") from None
+        return cls(config.get("every", cls.every), from_values(OwnPlans, values, "plans."))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -117,7 +99,7 @@ class PlanPairs:
 
 
 def pair_plans(
-    policy: Planner,
+    policy: DiffusionPlanner,
     reward: PlanReward,
     episodes: EpisodeStore,
     *,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffpolicy.learn.material import SequenceMaterial
 from diffpolicy.learn.method import Method
-from diffpolicy.learn.methods import make_method
+from diffpolicy.learn.methods import method_of
 from diffpolicy.sequences.evaluate import Evaluation, path_kl
 from diffpolicy.sequences.exact import (
     ExactLaw,
@@ -77,9 +77,7 @@ def tune(
         ValueError: unknown settings, or ones that do not fit.
     """
     model, reward = pretrained.copy(), _Counted(oracles.reward)
-    made = method if isinstance(method, Method) else make_method(method)
-    if made.items != "sequences":
-        raise ValueError(f"{type(made).__name__} tunes {made.items}, and this is of sequences")
+    made = method_of(method, items="sequences")
     material = SequenceMaterial(reward, pretrained.copy().denoiser, config.batch_size)
     objective = made.objective(model.denoiser, material).to(model.device)
     blank = model.expand_cond(None, 1)

@@ -18,7 +18,7 @@ from diffpolicy.config import ConfigError, read_yaml
 from diffpolicy.files import write_atomic
 
 if TYPE_CHECKING:
-    from diffpolicy.api import DiffusionPolicy
+    from diffpolicy import DiffusionPolicy
 
 DEFAULTS: dict[str, Any] = {
     "checkpoint": None,
@@ -106,7 +106,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def variants(options: dict[str, Any]) -> tuple[Planners, list[str]]:
     """The policies of the table by name, and what a reader must know about them."""
-    from diffpolicy.api import RTI, DiffusionPolicy, Sampler, Truncated
+    from diffpolicy import RTI, DiffusionPolicy, Sampler, Truncated
     from diffpolicy.commands.rti import demonstrations_of
     from diffpolicy.data.store import EpisodeStore
 
@@ -141,7 +141,7 @@ def variants(options: dict[str, Any]) -> tuple[Planners, list[str]]:
 
 def streaming_policy(options: dict[str, Any]) -> tuple[Planners, list[str]]:
     """The streaming row, which needs weights trained for it."""
-    from diffpolicy.api import DiffusionPolicy, Streaming
+    from diffpolicy import DiffusionPolicy, Streaming
 
     name, settings = "streaming-3", Streaming(steps_per_chunk=3)
     if options["streaming_checkpoint"] is not None:
@@ -155,7 +155,7 @@ def streaming_policy(options: dict[str, Any]) -> tuple[Planners, list[str]]:
 
 def untrained(network: str, *, streaming: bool = False) -> tuple[DiffusionPolicy, Any]:
     """A policy of Push-T's shapes with random weights, and synthetic demonstrations."""
-    from diffpolicy.api import DiffusionPolicy
+    from diffpolicy import DiffusionPolicy
     from diffpolicy.data.store import EpisodeStore
 
     if network not in NETWORKS:

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffpolicy import cli
-from diffpolicy.api import RTI, DiffusionPolicy, Gripper, Truncated
+from diffpolicy import RTI, DiffusionPolicy, Gripper, Truncated, cli
 from diffpolicy.data.store import EpisodeStore
 
 ENV = "diffpolicy_envs:diffpolicy/PointMazeUMaze-v0"
@@ -201,7 +200,7 @@ def test_switches_are_true_or_false(trained, tmp_path, capsys):
 
 
 def test_anchored_and_streaming_policies_learn_and_act(trained, tmp_path):
-    from diffpolicy.api import TrainerConfig
+    from diffpolicy import TrainerConfig
 
     store = EpisodeStore.open(trained / "demos.zarr")
     quick = TrainerConfig(steps=3, batch_size=16, warmup_steps=1, progress=False)

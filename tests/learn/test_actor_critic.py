@@ -16,8 +16,13 @@ from diffpolicy.data import EpisodeStore
 from diffpolicy.data.transitions import Transitions
 from diffpolicy.learn import denoising_error
 from diffpolicy.learn.actor_critic.actors import SamplingChain, denoise_once
-from diffpolicy.learn.actor_critic.critics import expectile_error, normalized_value
-from diffpolicy.learn.actor_critic.loss import ALGORITHMS, ActorCritic, ActorCriticLoss
+from diffpolicy.learn.actor_critic.loss import (
+    ALGORITHMS,
+    ActorCritic,
+    ActorCriticLoss,
+    expectile_error,
+    normalized_value,
+)
 from diffpolicy.networks import make_network
 from diffpolicy.networks.critics import QEnsemble, StateValue
 
@@ -492,20 +497,15 @@ def test_presets_are_the_published_combinations():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"actor": "sac"}, r"actor must be one of \('bc', 'chain', 'one_step'\).*got 'sac'"),
-        ({"critic": "cql"}, "critic one of"),
-        ({"eta": 0.0}, r"eta must be positive \(0 is actor='bc'\), got 0.0"),
+        ({"actor": "sac"}, "unknown actor 'sac'"),
+        ({"critic": "cql"}, "unknown critic 'cql'"),
+        ({"eta": 0.0}, "eta must be positive, got 0.0"),
         ({"actor": "bc", "critic": "iql", "expectile": 1.0}, r"expectile must be in \(0, 1\)"),
         ({"target_rate": 0.0}, r"target_rate must be in \(0, 1\], got 0.0"),
         ({"max_q_backup": -1}, "max_q_backup must be at least 0"),
         ({"num_steps": 0}, "num_steps must be at least 1"),
-        ({"grad_steps": 0}, "grad_steps must be at least 1 or None"),
+        ({"grad_steps": 0}, "grad_steps must be at least 1"),
         ({"solver": "magic"}, "unknown solver 'magic'"),
-        ({"expectile": 0.9}, "expectile=0.9 has no effect.*belongs to the critic 'iql'"),
-        ({"actor": "bc", "eta": 2.0}, "eta=2.0 has no effect"),
-        ({"actor": "one_step", "grad_steps": 2}, "belongs to the actor 'chain'"),
-        ({"actor": "bc", "critic": "iql", "num_steps": 3}, "num_steps=3 has no effect"),
-        ({"critic": "iql", "max_q_backup": 4}, "belongs to the critic 'td'"),
         ({"etta": 1.0}, r"no setting 'etta'; .*did you mean 'eta'"),
     ],
 )

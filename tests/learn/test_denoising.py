@@ -131,7 +131,9 @@ def test_training_at_levels_per_position_learns():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"unknown level_law 'chunk'.*'position'"):
+    with pytest.raises(
+        ValueError, match="unknown level_law 'chunk'; expected one of row"
+    ):
         DenoisingLoss(mlp_denoiser(), level_law="chunk")
     with pytest.raises(ValueError, match=r"MLP takes \['row'\].*'t_kind': 'position'.*unet1d"):
         DenoisingLoss(mlp_denoiser(), level_law="position", ramp=RAMP)

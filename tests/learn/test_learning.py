@@ -29,7 +29,7 @@ def learned(tmp_path_factory):
     }
     policy = DiffusionPolicy.from_dataset(store, spec=spec)
     folder = tmp_path_factory.mktemp("learning")
-    config = TrainerConfig(steps=1500, batch_size=128, lr=2e-3, warmup_steps=50, progress=False)
+    config = TrainerConfig(steps=700, batch_size=128, lr=4e-3, warmup_steps=50, progress=False)
     return policy.learn(store, config, folder / "run"), folder
 
 

@@ -447,7 +447,7 @@ def test_denoisers_that_do_not_fit(network):
     with pytest.raises(ValueError, match="use PlanChain"):
         MaskedChain(num_steps=2).check(network)
     one = Mixture(torch.ones(1), torch.zeros(1, 1), torch.ones(1, 1, 1))
-    with pytest.raises(ValueError, match="give shape"):
+    with pytest.raises(ValueError, match="attributes horizon and dim"):
         PlanChain().check(MixtureDenoiser(make_process("vp_cosine"), one))
     with pytest.raises(ValueError, match="the network makes plans"):
         PlanChain(shape=(4, 4)).check(network)

@@ -339,9 +339,9 @@ def test_objectives_that_cannot_work():
 @pytest.mark.parametrize(
     ("kind", "masked", "batch", "message"),
     [
-        ("kto", False, plan_batch(), r"loss='kto' on plans needs .* obs, action and good; got"),
+        ("kto", False, plan_batch(), "loss='kto' needs a batch with obs, action and good; got"),
         ("dpo", False, plan_batch(single=True), "chosen_obs, chosen_action"),
-        ("dpo", True, plan_batch(), "on sequences needs a batch with chosen and rejected"),
+        ("dpo", True, plan_batch(), "pairs of sequences need a batch with chosen, rejected"),
         ("kto", True, {"tokens": torch.zeros(2, 3).long()}, "tokens and good"),
     ],
 )

@@ -144,7 +144,11 @@ def test_an_interrupted_run_goes_on_exactly(trained, preferences, tmp_path):
         ({"type": "ppo"}, {}, "unknown method 'ppo'; expected one of .* did you mean 'pso'"),
         ({"loss": "dpo"}, {}, "a method needs a type"),
         ({"type": "plan_chain"}, {}, r"method of 'tune', not of 'prefer': use policy\.tune"),
-        ({"type": "sequence_dpo"}, {}, "tunes models of sequences, not policies"),
+        (
+            {"type": "sequence_dpo"},
+            {},
+            "tunes models of sequences, not plans",
+        ),
         ({**DPO, "beta": 3}, {}, r"unknown key 'dpo\.beta'; did you mean 'dpo\.kl_beta'"),
         ({**DPO, "score": {"draw": 3}}, {}, r"key 'dpo\.score\.draw'"),
         ({**DPO, "anchor": "best", "anchor_weight": 1.0}, {}, "unknown anchor 'best'"),
@@ -187,7 +191,8 @@ def test_own_plans_are_compared_by_a_reward(trained, store, tmp_path):
 
 
 def objective_of(policy, method, data):
-    made, material = method_of(method, "prefer"), PlanMaterial(policy.spec, policy.normalizer, data)
+    made = method_of(method, "prefer", items="plans")
+    material = PlanMaterial(policy.spec, policy.normalizer, data)
     material.check(made)
     return made.objective(policy.denoiser, material), made.source(material)
 

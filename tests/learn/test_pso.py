@@ -530,7 +530,7 @@ def test_bad_batches_and_rewards():
     with pytest.raises(ValueError, match="needs a batch with one of"):
         online({"chosen_action": torch.zeros(4, 1, 1, 1)}, seeded())
     given = PSOLoss(policy)
-    with pytest.raises(ValueError, match="set online=True and give reward"):
+    with pytest.raises(ValueError, match="pairs of plans need a batch with chosen_obs"):
         given({"index": torch.arange(4)}, seeded())
     plans = torch.zeros(4, 2, 1, 1).double()
     with pytest.raises(ValueError, match="pad the shorter segments"):

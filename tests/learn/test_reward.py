@@ -254,7 +254,7 @@ class TestObjective:
 
     @pytest.mark.parametrize("settings", [{"kl_weight": -1.0}, {"kl_weight": 1, "kl_warmup": -1}])
     def test_weights_are_not_negative(self, settings):
-        with pytest.raises(ValueError, match="must not be negative"):
+        with pytest.raises(ValueError, match="must be at least 0"):
             RewardLoss(multilinear_denoiser(2, 3), TableReward(2, 3), MaskedChain(), **settings)
 
 
@@ -356,7 +356,7 @@ class TestMaskedChain:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"num_steps": 0}, "num_steps must be at least 1 or null, got 0"),
+            ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
             ({"kl_steps": 0}, "kl_steps must be at least 1"),
             ({"kl": "forward"}, "unknown kl 'forward'; expected one of"),
             ({"joint": True}, "joint=True draws reveals step by step and needs num_steps"),

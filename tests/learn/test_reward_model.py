@@ -20,9 +20,9 @@ from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.material import TuningData
 from diffpolicy.learn.reward.plan_chain import PlanChain
 from diffpolicy.learn.values import PlanValue, PreferenceLearning, RewardModel
-from diffpolicy.learn.values.plans import mean_of_next
-from diffpolicy.learn.values.validation import RewardCandidate, cross_validate, interval_by_episode
+from diffpolicy.learn.values.learning import mean_of_next
 from diffpolicy.policies.best_of_n import Selection, Selector
+from reward_validation import RewardCandidate, cross_validate, interval_by_episode
 
 EPISODES, STEPS, LENGTH = 40, 30, 10
 TRAINER = {"warmup_steps": 10, "checkpoint_every": None, "progress": False, "batch_size": 64}

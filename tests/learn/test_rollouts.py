@@ -11,8 +11,8 @@ from finetune_tables import all_paths, rollout_of, sequences, table_denoiser
 from diffpolicy.core import Cosine, MaskedDenoiser
 from diffpolicy.learn.reward.replay import Replay, remask
 from diffpolicy.learn.reward.rollouts import (
+    at_reveal,
     draw_rollout,
-    reveal_log_probs,
     state_log_probs,
     step_kl,
 )
@@ -86,7 +86,7 @@ def test_evaluated_again_log_probs_are_those_of_the_draw(num_steps, time_free):
     )
     assert kept.log_p.requires_grad
     assert not kept.log_reference.requires_grad
-    again = reveal_log_probs(denoiser, kept)
+    again = at_reveal(state_log_probs(denoiser, kept), kept)
     torch.testing.assert_close(again, kept.log_p)
     torch.testing.assert_close(kept.log_ratio, torch.zeros(6), atol=1e-5, rtol=0)
     mine, theirs = (
@@ -182,7 +182,7 @@ def test_bad_input_is_refused():
         SequenceTuning(denoiser, denoiser, torch.sum)
     with pytest.raises(ValueError, match="vocab_size=2, the reference 3"):
         SequenceTuning(denoiser, table_denoiser(3, 3), torch.sum)
-    with pytest.raises(ValueError, match=r"a reward maps \[2, L, V\] to \[2\]; got \[\]"):
+    with pytest.raises(ValueError, match=r"one number per item, \[2\]; got \[\]"):
         SequenceTuning(denoiser, None, torch.sum).score(torch.zeros(2, 3, dtype=torch.long))
 
 

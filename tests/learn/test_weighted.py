@@ -9,7 +9,7 @@ import pytest
 import torch
 from finetune_tables import all_paths, rollout_of, sequences, table_denoiser
 
-from diffpolicy.learn.reward.importance import effective_fraction, resample, settle
+from diffpolicy.learn.reward.replay import effective_fraction, resample, settle
 from diffpolicy.learn.reward.weighted import WeightedDenoising, WeightedDenoisingLoss
 from diffpolicy.sequences.exact import ExactLaw
 
@@ -245,8 +245,6 @@ def test_reward_is_asked_for_new_sequences_alone():
     [
         ({"kl_weight": 0.0}, "kl_weight must be positive"),
         ({"target": "all"}, "unknown target 'all'"),
-        ({"value": "draw"}, "no effect with target='sequence'"),
-        ({"anchored": False}, "no effect with target='sequence'"),
         ({"buffer": 10, "refresh": 4}, "must divide buffer"),
         ({"group_size": 3}, "group_size=3 must divide refresh"),
         ({"min_ess": 1.0}, "min_ess must be in"),

@@ -11,6 +11,7 @@ from diffpolicy.core.sampling import prepare, sample
 from diffpolicy.core.solvers import Row, Solver, make_solver
 from diffpolicy.core.starts import Start, levels, prior_start
 from diffpolicy.learn.actor_critic.algorithms import ActorCritic
+from diffpolicy.learn.cloning.denoising import standard_normal
 
 
 class _Table(Solver):
@@ -109,9 +110,3 @@ def denoise_once(
         return error.mean(-1), x0_hat
     weight = valid.to(error.dtype)
     return (error * weight).sum(-1) / weight.sum(-1).clamp_min(1), x0_hat
-
-
-def standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal of ``shape``, on the device and in the dtype of ``like``."""
-    drawn = torch.randn(shape, generator=generator, device=generator.device, dtype=like.dtype)
-    return drawn.to(like.device)

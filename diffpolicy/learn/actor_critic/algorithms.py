@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self
 
 from diffpolicy.core.solvers import make_solver
-from diffpolicy.settings import named_settings, settings_of
+from diffpolicy.settings import check_choice, check_range, named_settings, settings_of
 
 ACTORS = ("bc", "chain", "one_step")
 CRITICS = ("td", "iql")
@@ -17,8 +17,6 @@ CRITICS = ("td", "iql")
 @dataclass(frozen=True)
 class ActorCritic:
     """Which actor-critic, and its settings; the discount is the data's.
-
-    A setting that the chosen actor and critic do not use must keep its default.
 
     Args:
         actor: ``"bc"``: denoising alone; the critic chooses among candidates when acting.
@@ -41,7 +39,7 @@ class ActorCritic:
         mask_padding: leave positions out of the denoising error that ``valid`` says are padding.
 
     Raises:
-        ValueError: an unknown choice, a value out of range, or a setting that would have no effect.
+        ValueError: an unknown choice, or a value out of range.
     """
 
     actor: str = "chain"
@@ -57,42 +55,14 @@ class ActorCritic:
     mask_padding: bool = False
 
     def __post_init__(self) -> None:
-        if self.actor not in ACTORS or self.critic not in CRITICS:
-            raise ValueError(
-                f"actor must be one of {ACTORS} and critic one of {CRITICS}, got {self.actor!r} "
-                f"and {self.critic!r}"
-            )
-        for name, holds, expected in (
-            ("eta", self.eta > 0, "positive (0 is actor='bc')"),
-            ("expectile", 0 < self.expectile < 1, "in (0, 1)"),
-            ("target_rate", 0 < self.target_rate <= 1, "in (0, 1]"),
-            ("max_q_backup", self.max_q_backup >= 0, "at least 0"),
-            ("num_steps", self.num_steps >= 1, "at least 1"),
-            ("grad_steps", self.grad_steps is None or self.grad_steps >= 1, "at least 1 or None"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+        check_choice("actor", self.actor, ACTORS)
+        check_choice("critic", self.critic, CRITICS)
+        check_range("(0, inf)", eta=self.eta)
+        check_range("(0, 1)", expectile=self.expectile)
+        check_range("(0, 1]", target_rate=self.target_rate)
+        check_range("[0, inf)", max_q_backup=self.max_q_backup)
+        check_range("[1, inf)", num_steps=self.num_steps, grad_steps=self.grad_steps)
         make_solver(self.solver)
-        for entry in fields(self):
-            user = self._user(entry.name)
-            if user is not None and getattr(self, entry.name) != entry.default:
-                raise ValueError(
-                    f"{entry.name}={getattr(self, entry.name)!r} has no effect with actor="
-                    f"{self.actor!r} and critic={self.critic!r}; it belongs to {user}"
-                )
-
-    def _user(self, name: str) -> str | None:
-        """Who uses the setting, if the chosen pair does not."""
-        used, user = {
-            "eta": (self.actor != "bc", "the actors 'chain' and 'one_step'"),
-            "expectile": (self.critic == "iql", "the critic 'iql'"),
-            "max_q_backup": (self.critic == "td", "the critic 'td'"),
-            "solver": (self.samples, "the actor 'chain' and the critic 'td'"),
-            "num_steps": (self.samples, "the actor 'chain' and the critic 'td'"),
-            "grad_steps": (self.actor == "chain", "the actor 'chain'"),
-            "checkpoint": (self.actor == "chain", "the actor 'chain'"),
-        }.get(name, (True, ""))
-        return None if used else user
 
     @property
     def samples(self) -> bool:

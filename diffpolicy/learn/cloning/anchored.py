@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
-from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.cloning.denoising import LossOutput, standard_normal
+from diffpolicy.settings import check_choice, check_range
 
 Guesses = Callable[[Tensor], Tensor]
 CLASSIFICATIONS = ("focal", "bce")
@@ -65,19 +66,12 @@ class AnchoredLoss(nn.Module):
                 f"AnchoredLoss needs a network with a confidence head (type 'anchored' with base="
                 f"{{...}}), got {type(denoiser.network).__name__}"
             )
-        if not 0 < t_max <= 1:
-            raise ValueError(f"t_max must be in (0, 1], got {t_max}")
-        if classification not in CLASSIFICATIONS or reconstruction not in RECONSTRUCTIONS:
-            raise ValueError(
-                f"classification must be one of {CLASSIFICATIONS} and reconstruction one of "
-                f"{RECONSTRUCTIONS}, got {classification!r} and {reconstruction!r}"
-            )
-        if negatives is not None and negatives < 1:
-            raise ValueError(f"negatives must be at least 1 or None, got {negatives}")
-        if class_weight < 0 or recon_weight <= 0:
-            raise ValueError(
-                f"need class_weight >= 0 and recon_weight > 0, got {class_weight}, {recon_weight}"
-            )
+        check_choice("classification", classification, CLASSIFICATIONS)
+        check_choice("reconstruction", reconstruction, RECONSTRUCTIONS)
+        check_range("(0, 1]", t_max=t_max)
+        check_range("[1, inf)", negatives=negatives)
+        check_range("[0, inf)", class_weight=class_weight)
+        check_range("(0, inf)", recon_weight=recon_weight)
         self.denoiser = denoiser
         self.anchors: Tensor | None
         self.register_buffer("anchors", guesses if isinstance(guesses, Tensor) else None)
@@ -97,9 +91,7 @@ class AnchoredLoss(nn.Module):
         weight = weight / weight.sum(1, keepdim=True).clamp_min(1)
         guess = self._guess(batch)
         distance = (guess - plan[:, None]).square().mean(-1).mul(weight[:, None]).sum(-1)
-        guess, scale = self._chosen(
-            guess, distance.argmin(1), generator
-        )  # the positive comes first
+        guess, scale = self._chosen(guess, distance.argmin(1), generator)  # the positive is first
         answers = self._answers(guess, batch, generator)
         target = torch.zeros(guess.shape[:2], device=plan.device, dtype=plan.dtype)
         target[:, 0] = 1
@@ -144,9 +136,7 @@ class AnchoredLoss(nn.Module):
         """Per stage the denoised positive ``[B, H, A]`` and the logits ``[B, 1 + k]``."""
         denoiser, (count, many) = self.denoiser, guess.shape[:2]
         t = self._levels(count, generator).to(guess)
-        noise = torch.randn(
-            guess.shape, generator=generator, device=generator.device, dtype=guess.dtype
-        ).to(guess.device)
+        noise = standard_normal(guess.shape, guess, generator)
         x_t = denoiser.process.add_noise(guess, t[..., None], noise).flatten(0, 1)
         rows = t.repeat_interleave(many, dim=0)
         cond = None

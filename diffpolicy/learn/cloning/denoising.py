@@ -32,6 +32,12 @@ class LossOutput(NamedTuple):
     metrics: Mapping[str, Tensor]
 
 
+def standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal of ``shape``, on the device and in the dtype of ``like``."""
+    drawn = torch.randn(shape, generator=generator, device=generator.device, dtype=like.dtype)
+    return drawn.to(like.device)
+
+
 def denoising_error(
     denoiser: Denoiser,
     x0: Tensor,
@@ -168,9 +174,7 @@ class DenoisingLoss(nn.Module):
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         x0, cond = clean_plan(batch, self.layout)
         t = self.draw_levels(x0.shape[0], x0.shape[2], generator).to(x0.device, x0.dtype)
-        noise = torch.randn(
-            x0.shape, generator=generator, device=generator.device, dtype=x0.dtype
-        ).to(x0.device)
+        noise = standard_normal(x0.shape, x0, generator)
         if cond is not None and self.cond_dropout > 0:
             keep = (
                 torch.rand(len(x0), 1, generator=generator, device=generator.device)
@@ -237,8 +241,7 @@ def _checked_weights(weights: Tensor, layout: Layout | None, network: nn.Module)
 
 def check_level_law(level_law: str, denoiser: Denoiser, ramp: Ramp | None) -> None:
     """Raise ``ValueError`` unless the denoiser's network can be trained at such levels."""
-    if level_law not in LEVEL_LAWS:
-        raise ValueError(f"unknown level_law {level_law!r}; expected one of {LEVEL_LAWS}")
+    check_choice("level_law", level_law, LEVEL_LAWS)
     if (ramp is not None) != (level_law == "position"):
         raise ValueError(
             "level_law='position' needs ramp=Ramp(horizon, n_obs_steps, n_action_steps), and no "

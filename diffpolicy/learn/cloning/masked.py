@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.settings import check_range
 
 
 def masked_cross_entropy(
@@ -75,8 +76,7 @@ class MaskedDenoisingLoss(nn.Module):
 
     def __init__(self, denoiser: MaskedDenoiser, *, cond_dropout: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= cond_dropout < 1:
-            raise ValueError(f"cond_dropout must be in [0, 1), got {cond_dropout}")
+        check_range("[0, 1)", cond_dropout=cond_dropout)
         self.denoiser = denoiser
         self.cond_dropout = cond_dropout
 
@@ -119,8 +119,7 @@ def elbo(
     Returns:
         ``[N]``.
     """
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")
+    check_range("[1, inf)", draws=draws)
     total = torch.zeros(len(tokens), device=tokens.device)
     for draw in range(draws):
         u = torch.rand(len(tokens), generator=generator, device=tokens.device)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.guidance.value import head_value
-from diffpolicy.learn.cloning.denoising import LossOutput, clean_plan
+from diffpolicy.learn.cloning.denoising import LossOutput, clean_plan, standard_normal
+from diffpolicy.settings import check_choice, check_range
 
 VALUE_LEVELS = ("all", "clean")
 
@@ -40,10 +41,7 @@ class InverseDynamicsLoss(nn.Module):
 
     def __init__(self, head: nn.Module, n_obs_steps: int = 1, *, max_pairs: int | None = 8) -> None:
         super().__init__()
-        if n_obs_steps < 1 or (max_pairs is not None and max_pairs < 1):
-            raise ValueError(
-                f"n_obs_steps and max_pairs must be positive, got {n_obs_steps} and {max_pairs}"
-            )
+        check_range("[1, inf)", n_obs_steps=n_obs_steps, max_pairs=max_pairs)
         self.head, self.n_obs_steps, self.max_pairs = head, n_obs_steps, max_pairs
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
@@ -61,10 +59,7 @@ class InverseDynamicsLoss(nn.Module):
             pairs = order[: self.max_pairs].to(obs.device)
         error = (self.head(obs[:, pairs], obs[:, pairs + 1]) - action[:, pairs]).square().mean(-1)
         valid = batch.get("valid")
-        if valid is None:
-            return LossOutput(error.mean(-1), {})
-        weight = (valid[:, now + pairs] & valid[:, now + pairs + 1]).to(error.dtype)
-        return LossOutput((error * weight).sum(-1) / weight.sum(-1).clamp_min(1), {})
+        return LossOutput(_mean_of_pairs(error, valid, now + pairs), {})
 
 
 class ValueLoss(nn.Module):
@@ -96,8 +91,7 @@ class ValueLoss(nn.Module):
         self, head: nn.Module, process: GaussianProcess, layout: Layout, levels: str = "all"
     ) -> None:
         super().__init__()
-        if levels not in VALUE_LEVELS:
-            raise ValueError(f"levels must be one of {VALUE_LEVELS}, got {levels!r}")
+        check_choice("levels", levels, VALUE_LEVELS)
         _check_sizes(head, "value", horizon=layout.horizon, dim=layout.dim)
         zero = float(process.network_time(torch.zeros((), dtype=torch.float64)))
         clean = getattr(head, "clean_time", zero)
@@ -116,10 +110,8 @@ class ValueLoss(nn.Module):
             x_t, t = x0, x0.new_zeros(1, 1, 1)
         else:
             t = self.process.sample_t((len(x0), 1, 1), generator).to(x0.device, x0.dtype)
-            noise = torch.randn(
-                x0.shape, generator=generator, device=generator.device, dtype=x0.dtype
-            )
-            x_t = self.process.add_noise(x0, t, noise.to(x0.device))
+            noise = standard_normal(x0.shape, x0, generator)
+            x_t = self.process.add_noise(x0, t, noise)
             x_t = torch.where(self.known, x0, x_t)
         target = batch["return_to_go"][:, self.layout.n_obs_steps - 1]
         return LossOutput((self.value(x_t, t, cond) - target).square(), {})
@@ -154,10 +146,11 @@ class DraftLoss(nn.Module):
         next_states, next_returns = self.head(*before)
         error = (next_states - states[:, 1:]).square().mean(-1)
         valid = batch.get("valid")
-        loss = _mean_of_pairs(error, valid, 0)
+        first = torch.arange(error.shape[1], device=error.device)
+        loss = _mean_of_pairs(error, valid, first)
         metrics = {"state": loss.detach().mean()}
         if told is not None:
-            of_return = _mean_of_pairs((next_returns - told[:, 1:]).square()[..., 0], valid, 0)
+            of_return = _mean_of_pairs((next_returns - told[:, 1:]).square()[..., 0], valid, first)
             metrics["return"] = of_return.detach().mean()
             loss = loss + of_return
         return LossOutput(loss, metrics)
@@ -212,11 +205,11 @@ class SumOfLosses(nn.Module):
         return self
 
 
-def _mean_of_pairs(error: Tensor, valid: Tensor | None, first: int) -> Tensor:
-    """The mean of ``error [B, P]`` over those of P successive pairs that hold no padding."""
+def _mean_of_pairs(error: Tensor, valid: Tensor | None, first: Tensor) -> Tensor:
+    """The mean of ``error [B, P]`` over pairs, of ``first [P]`` and the next, without padding."""
     if valid is None:
         return error.mean(-1)
-    weight = (valid[:, first:-1] & valid[:, first + 1 :]).to(error.dtype)
+    weight = (valid[:, first] & valid[:, first + 1]).to(error.dtype)
     return (error * weight).sum(-1) / weight.sum(-1).clamp_min(1)
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.settings import check_range
 
 
 class StepRewards(Protocol):
@@ -44,7 +45,7 @@ def bradley_terry_loss(
     Raises:
         ValueError: label smoothing out of range.
     """
-    _check_smoothing(label_smoothing)
+    check_range("[0, 0.5)", label_smoothing=label_smoothing)
     wanted = torch.full_like(gap, 1 - label_smoothing)
     if tie is not None:
         wanted = torch.where(tie, 0.5, wanted)
@@ -93,7 +94,7 @@ class BradleyTerryLoss(nn.Module):
 
     def __init__(self, network: nn.Module, *, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        _check_smoothing(label_smoothing)
+        check_range("[0, 0.5)", label_smoothing=label_smoothing)
         self.network, self.label_smoothing = network, label_smoothing
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
@@ -119,10 +120,3 @@ def _metrics(gap: Tensor, tie: Tensor | None) -> dict[str, Tensor]:
         "gap": mean.mean(),
         "disagreement": gap.std(0, correction=0).mean(),
     }
-
-
-def _check_smoothing(value: float) -> None:
-    if not 0 <= value < 0.5:
-        raise ValueError(
-            f"label_smoothing is the share of labels taken to be wrong, in [0, 0.5); got {value}"
-        )

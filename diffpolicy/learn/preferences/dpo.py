@@ -19,9 +19,9 @@ from diffpolicy.core.masking import MaskingProcess
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import Method
 from diffpolicy.learn.preferences.formulas import Preference, feedback_loss, preference_loss
-from diffpolicy.learn.preferences.items import Draw, Items, batch_items, joined
+from diffpolicy.learn.preferences.items import Draw, Items, batch_items, joined, pair_items
 from diffpolicy.learn.preferences.online import OnlineDPOLoss, OwnPlans
-from diffpolicy.learn.preferences.scores import DenoisingScore, Score, make_score
+from diffpolicy.learn.preferences.scores import DenoisingScore, Score, default_score, drawn_error
 from diffpolicy.learn.reference import Referenced
 
 
@@ -108,7 +108,7 @@ class PreferenceLoss(Referenced):
         settings = settings or Preference()
         super().__init__(denoiser, reference, needed=settings.needs_reference)
         self.settings = settings
-        self.score = make_score(None, denoiser) if score is None else score
+        self.score = default_score(denoiser) if score is None else score
         for each in (denoiser, *([] if reference is None else [reference])):
             self.score.check(each)
         self.masked = isinstance(denoiser.process, MaskingProcess)
@@ -122,9 +122,7 @@ class PreferenceLoss(Referenced):
             return out
         demonstrations = batch_items(batch, "anchor", masked=self.masked)
         if demonstrations is not None and self.settings.anchor != "chosen":
-            draw = self.score.draw(self.denoiser, demonstrations, generator)
-            policy = self.score(self.denoiser, demonstrations, draw)
-            error = self.score.error(demonstrations, policy)
+            error = drawn_error(self.score, self.denoiser, demonstrations, generator)
             anchors = error + anchors if self.settings.anchor == "both" else error
         metrics = {**out.metrics, "anchor": anchors.detach().mean()}
         return LossOutput(out.loss + self.settings.anchor_weight * anchors, metrics)
@@ -133,13 +131,7 @@ class PreferenceLoss(Referenced):
         self, batch: Mapping[str, Tensor], generator: torch.Generator
     ) -> tuple[LossOutput, Tensor]:
         """The loss of pairs, and the errors of the chosen items ``[B]``."""
-        chosen, rejected = (self._items(batch, name) for name in ("chosen", "rejected"))
-        if chosen.x0.shape != rejected.x0.shape:
-            raise ValueError(
-                "chosen and rejected share their noise and must be of one shape; got rows "
-                f"{list(chosen.x0.shape)} and {list(rejected.x0.shape)}; pad the shorter segments "
-                "with windows whose steps are all False"
-            )
+        chosen, rejected = pair_items(batch, masked=self.masked)
         draw = self.score.draw(self.denoiser, chosen, generator).twice()
         both = joined(chosen, rejected)
         policy, reference = self._scores(both, draw)
@@ -159,7 +151,10 @@ class PreferenceLoss(Referenced):
         self, batch: Mapping[str, Tensor], generator: torch.Generator
     ) -> tuple[LossOutput, Tensor]:
         """The loss of single items, and the errors of the good ones, with mean as theirs."""
-        items = self._items(batch, "")
+        items = batch_items(batch, "", masked=self.masked)
+        if items is None or "good" not in batch:
+            wanted = "tokens and good" if self.masked else "obs, action and good"
+            raise ValueError(f"loss='kto' needs a batch with {wanted}; got {sorted(batch)}")
         good = batch["good"].bool()
         draw = self.score.draw(self.denoiser, items, generator)
         policy, reference = self._scores(items, draw)
@@ -180,25 +175,6 @@ class PreferenceLoss(Referenced):
             return policy, None
         with self.as_reference() as reference:
             return policy, self.score(reference, items, draw)
-
-    def _items(self, batch: Mapping[str, Tensor], name: str) -> Items:
-        items = batch_items(batch, name, masked=self.masked)
-        missing = self.settings.paired is False and "good" not in batch
-        if items is None or missing:
-            wanted = _KEYS[self.settings.paired, self.masked]
-            raise ValueError(
-                f"loss={self.settings.loss!r} on {'sequences' if self.masked else 'plans'} needs a "
-                f"batch with {wanted}; got {sorted(batch)}"
-            )
-        return items
-
-
-_KEYS = {
-    (True, False): "chosen_obs, chosen_action, rejected_obs and rejected_action",
-    (True, True): "chosen and rejected",
-    (False, False): "obs, action and good",
-    (False, True): "tokens and good",
-}
 
 
 def _share(members: Tensor) -> Tensor:

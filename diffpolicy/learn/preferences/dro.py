@@ -18,8 +18,7 @@ from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import Method
-from diffpolicy.learn.preferences.few_step import FewStep
-from diffpolicy.learn.preferences.masked_steps import MaskedSteps
+from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps
 from diffpolicy.learn.preferences.negatives import Contrast, contrast_plans, contrast_sequences
 from diffpolicy.learn.reference import Referenced, frozen_copy
 from diffpolicy.learn.reward.path_kl import categorical_kl

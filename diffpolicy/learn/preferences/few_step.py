@@ -1,4 +1,4 @@
-"""Moves of few-step samplers: drawn, or bridged to given plans, and their log-probabilities.
+"""Moves of few-step samplers: drawn, or bridged to given items, and their log-probabilities.
 
 A chain of K steps is a policy of K moves. Losses on these moves change the sampler that is used,
 at its own levels and nowhere else, which keeps its few-step ability.
@@ -6,7 +6,7 @@ at its own levels and nowhere else, which keeps its few-step ability.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.reveal import reveals
 from diffpolicy.core.sampling import Trajectory, sample
 from diffpolicy.core.solvers import DDIM, Row, Solver, make_solver
 from diffpolicy.core.starts import SPACINGS, Start, levels, prior_start
 from diffpolicy.learn.preferences.items import Items, joined
+from diffpolicy.learn.reward.rollouts import MaskedRollout, at_reveal, run_order, state_log_probs
 from diffpolicy.settings import check_choice, check_range
 
 LOG_ROOT_2PI = 0.9189385332046727  # log sqrt(2 pi)
@@ -228,6 +230,78 @@ class PlanSteps:
         return (after.square() - (row.a * before).square()).clamp_min(0).sqrt()
 
 
+class MaskedSteps:
+    """The steps of a masked sampler: which tokens its reveals draw.
+
+    The order of reveals does not look at tokens, so its probability cancels in ratios and is left
+    out.
+
+    Args:
+        denoiser: tells sizes and whether rows may advance on their own.
+        sampler: its ``num_steps``.
+
+    Raises:
+        ValueError: settings without effect here, or ``num_steps=None`` with a denoiser that depends
+            on the level.
+    """
+
+    def __init__(self, denoiser: MaskedDenoiser, sampler: FewStep) -> None:
+        sampler.check_masked(denoiser)
+        self.process, self.time_free = denoiser.process, denoiser.time_free
+        self.length = int(denoiser.network.horizon)  # type: ignore[arg-type]
+        self.vocab_size, self.num_steps = denoiser.vocab_size, sampler.num_steps
+
+    def order(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """When each position is revealed ``[size, L]``, and the grid."""
+        shape = (size, self.length, self.vocab_size + 1)
+        start = prior_start(self.process, torch.zeros(shape, device=generator.device))
+        return reveals(
+            self.process, start, self.num_steps, time_free=self.time_free, generator=generator
+        )
+
+    @torch.no_grad()
+    def draw(
+        self,
+        denoiser: MaskedDenoiser,
+        order: tuple[Tensor, Tensor],
+        generator: torch.Generator,
+        *,
+        cond: Tensor | None = None,
+    ) -> MaskedRollout:
+        """Run the sampler in a given order; ``log_p`` is that of the reveals, without a graph."""
+        with evaluating(denoiser):
+            return run_order(denoiser, order, cond=cond, generator=generator)[0]
+
+    def bridge(
+        self, tokens: Tensor, order: tuple[Tensor, Tensor], *, cond: Tensor | None = None
+    ) -> MaskedRollout:
+        """Chains that end in given ``tokens [B, L]``; nobody drew them, so ``log_p`` is empty."""
+        groups, grid = order
+        nothing = torch.empty(0, device=tokens.device)
+        return MaskedRollout(tokens, groups, len(grid) - 1, grid, self.vocab_size, nothing, cond)
+
+    def log_prob(self, denoiser: MaskedDenoiser, rollout: MaskedRollout) -> Moves:
+        """Of all steps as one batch."""
+        log_p = at_reveal(state_log_probs(denoiser, rollout), rollout)
+        zero = log_p.new_zeros(len(log_p), rollout.nfe)
+        entries = zero.scatter_add(1, rollout.groups, torch.ones_like(log_p))
+        return Moves(zero.scatter_add(1, rollout.groups, log_p), entries)
+
+    def pair(self, first: MaskedRollout, second: MaskedRollout) -> MaskedRollout:
+        """Both, the second's rows after the first's; ``log_p`` is left empty."""
+        cond = None
+        if first.cond is not None and second.cond is not None:
+            cond = torch.cat([first.cond, second.cond])
+        order = torch.cat([first.groups, second.groups]), first.levels
+        return self.bridge(torch.cat([first.tokens, second.tokens]), order, cond=cond)
+
+    def take(self, rollout: MaskedRollout, rows: Tensor) -> MaskedRollout:
+        """Some of the chains; ``log_p`` is left empty."""
+        cond = None if rollout.cond is None else rollout.cond[rows]
+        order = rollout.groups[rows], rollout.levels
+        return self.bridge(rollout.tokens[rows], order, cond=cond)
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for a block: a chain is drawn from the policy, not from its dropout."""
@@ -245,22 +319,6 @@ def rows_alone(x0: Tensor, cond: Tensor | None, steps: Tensor | None) -> Items:
     return Items(x0, cond, steps, torch.arange(len(x0), device=x0.device), len(x0))
 
 
-def plan_shape(denoiser: BaseDenoiser) -> tuple[int, int]:
-    """``(H, D)`` of the plans that a denoiser's network makes.
-
-    Raises:
-        ValueError: a denoiser that does not tell.
-    """
-    network = getattr(denoiser, "network", None)
-    found: Sequence[Any] = (getattr(network, "horizon", None), getattr(network, "dim", None))
-    if None in found:
-        raise ValueError(
-            f"{type(denoiser).__name__} has no network that tells the shape of a plan; give its "
-            "network the attributes horizon and dim"
-        )
-    return int(found[0]), int(found[1])
-
-
 def _mean(row: Row, x: Tensor, x0_hat: Tensor) -> Tensor:
     """Of the next state."""
     return row.a.to(x) * x + row.b[0].to(x) * x0_hat
@@ -273,10 +331,10 @@ def _std(row: Row) -> Tensor:
 
 __all__ = [
     "FewStep",
+    "MaskedSteps",
     "Moves",
     "PlanPaths",
     "PlanSteps",
     "evaluating",
-    "plan_shape",
     "rows_alone",
 ]

@@ -92,6 +92,29 @@ def batch_items(batch: Mapping[str, Tensor], name: str, *, masked: bool) -> Item
     )
 
 
+def pair_items(batch: Mapping[str, Tensor], *, masked: bool) -> tuple[Items, Items]:
+    """The chosen and the rejected items of a batch, which share their noise.
+
+    Raises:
+        ValueError: a batch without, or items of two shapes.
+    """
+    chosen, rejected = (batch_items(batch, name, masked=masked) for name in ("chosen", "rejected"))
+    if chosen is None or rejected is None:
+        sides = ("chosen", "rejected")
+        wanted = sides if masked else [f"{s}_{part}" for s in sides for part in ("obs", "action")]
+        raise ValueError(
+            f"pairs of {'sequences' if masked else 'plans'} need a batch with {', '.join(wanted)}; "
+            f"got {sorted(batch)}"
+        )
+    if chosen.x0.shape != rejected.x0.shape:
+        raise ValueError(
+            "chosen and rejected share their noise and must be of one shape; got rows "
+            f"{list(chosen.x0.shape)} and {list(rejected.x0.shape)}; pad the shorter segments "
+            "with windows whose steps are all False"
+        )
+    return chosen, rejected
+
+
 def joined(first: Items, second: Items) -> Items:
     """Both, the second's items after the first's: one evaluation of a network for all."""
     parts = [
@@ -104,4 +127,4 @@ def joined(first: Items, second: Items) -> Items:
     return Items(x0, cond, steps, item, first.count + second.count)
 
 
-__all__ = ["Draw", "Items", "batch_items", "joined"]
+__all__ = ["Draw", "Items", "batch_items", "joined", "pair_items"]

@@ -12,8 +12,7 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
 from diffpolicy.core.sampling import Trajectory, sample
 from diffpolicy.core.starts import Start
-from diffpolicy.learn.preferences.few_step import FewStep, evaluating
-from diffpolicy.learn.preferences.masked_steps import MaskedSteps
+from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps, evaluating
 
 LOWEST = 1e-3  # level of a jittered chain; the noise of a lower one cannot be told from the plan
 

@@ -15,8 +15,10 @@ from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampling import sample
 from diffpolicy.core.starts import prior_start
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.preferences.few_step import FewStep, evaluating, plan_shape
+from diffpolicy.learn.method import check_rewards, plan_shape
+from diffpolicy.learn.preferences.few_step import FewStep, evaluating
 from diffpolicy.learn.reference import Referenced
+from diffpolicy.settings import check_choice, check_range
 
 DRAWN_BY = ("denoiser", "reference")
 Reward = Callable[..., Tensor]
@@ -51,14 +53,9 @@ class OwnPlans(FewStep):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_plans()
-        if type(self.candidates) is not int or self.candidates < 2:
-            raise ValueError(
-                f"candidates must be a whole number, at least 2 to compare, got {self.candidates!r}"
-            )
-        if self.drawn_by not in DRAWN_BY:
-            raise ValueError(f"drawn_by must be one of {DRAWN_BY}, got {self.drawn_by!r}")
-        if self.label_scale is not None and not self.label_scale > 0:
-            raise ValueError(f"label_scale must be positive, or None, got {self.label_scale}")
+        check_choice("drawn_by", self.drawn_by, DRAWN_BY)
+        check_range("[2, inf)", candidates=self.candidates)
+        check_range("(0, inf)", label_scale=self.label_scale)
 
 
 class Drawn(NamedTuple):
@@ -104,10 +101,7 @@ def draw_plans(
         plans = sample(denoiser, solver, begin, levels, cond=cond, generator=generator)
     assert isinstance(plans, Tensor)
     worth = reward(plans, cond)
-    if worth.shape != plans.shape[:1]:
-        raise ValueError(
-            f"a reward returns one number per plan, [{len(plans)}]; got {list(worth.shape)}"
-        )
+    check_rewards(worth, plans)
     if not worth.isfinite().all():
         raise ValueError(f"{int((~worth.isfinite()).sum())} of {len(worth)} rewards are not finite")
     return Drawn(plans.view(-1, many, *plans.shape[1:]), worth.view(-1, many))

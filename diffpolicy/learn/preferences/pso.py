@@ -19,13 +19,12 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Method, Source
-from diffpolicy.learn.preferences.few_step import FewStep, PlanSteps, plan_shape
+from diffpolicy.learn.method import Method, Source, check_rewards, plan_shape
+from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps, PlanSteps
 from diffpolicy.learn.preferences.formulas import ANCHORS
-from diffpolicy.learn.preferences.items import Items, batch_items
-from diffpolicy.learn.preferences.masked_steps import MaskedSteps
+from diffpolicy.learn.preferences.items import Items, batch_items, pair_items
 from diffpolicy.learn.preferences.pso_formulas import pso_loss
-from diffpolicy.learn.preferences.scores import make_score
+from diffpolicy.learn.preferences.scores import DenoisingScore, MaskedScore, Score, drawn_error
 from diffpolicy.learn.reference import Referenced
 from diffpolicy.settings import check_choice, check_range
 
@@ -142,6 +141,10 @@ class SequencePSO(PSO):
         check_range("(0, inf)", kl_weight=self.kl_weight)
         super().__post_init__()
 
+    def reads(self) -> frozenset[str]:
+        """A reward, of own sequences."""
+        return frozenset({"reward"})
+
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """See :class:`PSOLoss`."""
         scale = self.label_scale
@@ -192,8 +195,8 @@ class PSOLoss(Referenced):
         reference: see :class:`~diffpolicy.learn.reference.Referenced`.
 
     Raises:
-        ValueError: a sampler whose steps have no density, settings that have no effect here, and
-            what :class:`~diffpolicy.learn.reference.Referenced` refuses.
+        ValueError: a sampler whose steps have no density, and what
+            :class:`~diffpolicy.learn.reference.Referenced` refuses.
     """
 
     def __init__(
@@ -210,20 +213,22 @@ class PSOLoss(Referenced):
         if settings.online and reward is None:
             raise ValueError("online=True draws pairs that a reward judges; give reward=...")
         self.steps: Any
-        levels = None
+        score: Score = MaskedScore()
         if isinstance(denoiser, MaskedDenoiser):
             self.steps = MaskedSteps(denoiser, settings)
         elif isinstance(denoiser.process, GaussianProcess):
             self.steps = PlanSteps(denoiser.process, settings)
             if settings.online:
                 plan_shape(denoiser)  # refuses a denoiser that does not tell
-            levels = {"levels": tuple(self.steps.levels[:-1].flatten().tolist())}
+            score = DenoisingScore(levels=tuple(self.steps.levels[:-1].flatten().tolist()))
         else:
             raise ValueError(
                 f"PSO takes plans under Gaussian noise or a MaskedDenoiser, got "
                 f"{type(denoiser).__name__} under {type(denoiser.process).__name__}"
             )
-        self.anchor = make_score(levels, denoiser) if settings.anchor_weight > 0 else None
+        self.anchor = score if settings.anchor_weight > 0 else None
+        if self.anchor is not None:
+            self.anchor.check(denoiser)
         self._reward = [reward]  # a list: a reward that is a module is not part of this one
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
@@ -233,8 +238,12 @@ class PSOLoss(Referenced):
             out = self.compare(*self.bridge(batch, generator))
         if self.anchor is None:
             return out
-        errors = [self._error(items, generator) for items in self._anchor_items(batch)]
-        error = torch.stack(errors).sum(0)
+        error = torch.stack(
+            [
+                drawn_error(self.anchor, self.denoiser, items, generator)
+                for items in self._anchor_items(batch)
+            ]
+        ).sum(0)
         loss = out.loss + self.settings.anchor_weight * error
         return LossOutput(loss, {**out.metrics, "anchor": error.detach().mean()})
 
@@ -283,22 +292,7 @@ class PSOLoss(Referenced):
 
     def bridge(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Any, Any]:
         """Chains that end in the chosen, and in the rejected items of a batch."""
-        pair = [batch_items(batch, name, masked=self.masked) for name in ("chosen", "rejected")]
-        chosen, rejected = pair
-        if chosen is None or rejected is None:
-            wanted = "chosen and rejected"
-            if not self.masked:
-                wanted = "chosen_obs, chosen_action, rejected_obs and rejected_action"
-            raise ValueError(
-                f"PSO on given pairs needs a batch with {wanted}; got {sorted(batch)}. To draw "
-                "pairs from the policy set online=True and give reward=..."
-            )
-        if chosen.x0.shape != rejected.x0.shape:
-            raise ValueError(
-                "chosen and rejected share their noise and must be of one shape; got rows "
-                f"{list(chosen.x0.shape)} and {list(rejected.x0.shape)}; pad the shorter segments "
-                "with windows whose steps are all False"
-            )
+        chosen, rejected = pair_items(batch, masked=self.masked)
         if self.masked:
             order = self.steps.order(len(chosen.x0), generator)
             first, second = (
@@ -332,40 +326,26 @@ class PSOLoss(Referenced):
         reward = self._reward[0]
         assert reward is not None
         value = reward(items) if cond is None else reward(items, cond)
-        if value.shape != items.shape[:1]:
-            raise ValueError(
-                f"a reward returns one number per item, [{len(items)}]; got {list(value.shape)}"
-            )
+        check_rewards(value, items)
         return value.detach().to(items)
-
-    def _error(self, items: Items, generator: torch.Generator) -> Tensor:
-        assert self.anchor is not None
-        draw = self.anchor.draw(self.denoiser, items, generator)
-        return self.anchor.error(items, self.anchor(self.denoiser, items, draw))
 
     def _anchor_items(self, batch: Mapping[str, Tensor]) -> list[Items]:
         """What is cloned, one kind or two."""
         demos = batch_items(batch, "anchor", masked=self.masked)
         if self.settings.online:
-            return [self._of_batch(batch) if demos is None else demos]
+            if demos is None:  # those that the chains take their conditions of
+                own = [name for name in ("obs", "action", "tokens", "cond") if name in batch]
+                whole = {f"anchor_{name}": batch[name] for name in own}
+                demos = batch_items(whole, "anchor", masked=self.masked)
+            if demos is None:
+                wanted = "anchor_tokens" if self.masked else "anchor_obs and anchor_action"
+                raise ValueError(f"anchor_weight needs a batch with {wanted}; got {sorted(batch)}")
+            return [demos]
         chosen = batch_items(batch, "chosen", masked=self.masked)
         assert chosen is not None  # it was compared
         if demos is None or self.settings.anchor == "chosen":
             return [chosen]
         return [demos, chosen] if self.settings.anchor == "both" else [demos]
-
-    def _of_batch(self, batch: Mapping[str, Tensor]) -> Items:
-        """The demonstrations that online chains take their conditions of."""
-        items = None
-        if self.masked:
-            items = batch_items(batch, "", masked=True)
-        elif {"obs", "action"} <= batch.keys():
-            whole = {"anchor_obs": batch["obs"], "anchor_action": batch["action"]}
-            items = batch_items(whole, "anchor", masked=False)
-        if items is None:
-            wanted = "anchor_tokens" if self.masked else "anchor_obs and anchor_action"
-            raise ValueError(f"anchor_weight needs a batch with {wanted}; got {sorted(batch)}")
-        return items
 
 
 __all__ = ["PSO", "PSOLoss", "SequencePSO"]

@@ -7,9 +7,8 @@ difference would drown in the variance of either.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +17,11 @@ from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import MaskingProcess
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
+from diffpolicy.learn.cloning.denoising import standard_normal
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
 from diffpolicy.learn.preferences.items import Draw, Items
 from diffpolicy.learn.reward.replay import remask
-from diffpolicy.settings import settings_of
+from diffpolicy.settings import check_choice, check_range
 
 WEIGHTINGS = ("own", "elbo")
 LOG_SNR = (-7.0, 7.0)  # of the bound: from all but pure noise to a blur of 0.03
@@ -70,7 +70,7 @@ class DenoisingScore:
             It is the likelihood of plans with the noise of the upper end.
 
     Raises:
-        ValueError: a choice that does not exist, is out of range, or would have no effect.
+        ValueError: a choice that does not exist, or a value out of range.
     """
 
     weighting: str = "own"
@@ -79,21 +79,14 @@ class DenoisingScore:
     log_snr: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {self.weighting!r}")
-        _check_draws(self.draws)
+        check_choice("weighting", self.weighting, WEIGHTINGS)
+        check_range("[1, inf)", draws=self.draws)
         if self.levels is not None:
             object.__setattr__(self, "levels", tuple(float(t) for t in self.levels))
-            if self.weighting != "own":
-                raise ValueError(
-                    "levels go with weighting='own': the bound of 'elbo' integrates over all levels"
-                )
             if not self.levels or not all(0 < t <= 1 for t in self.levels):
                 raise ValueError(f"levels must be in (0, 1], at least one, got {self.levels}")
         if self.log_snr is not None:
             object.__setattr__(self, "log_snr", tuple(float(v) for v in self.log_snr))
-            if self.weighting != "elbo":
-                raise ValueError("log_snr has no effect with weighting='own'; leave it None")
             if len(self.log_snr) != 2 or not self.log_snr[0] < self.log_snr[1]:
                 raise ValueError(f"log_snr must be two rising numbers, got {self.log_snr}")
 
@@ -116,13 +109,11 @@ class DenoisingScore:
         x0, pairs = items.x0, self.draws % 2 == 0
         draws = self.draws // 2 if pairs else self.draws
         t, weight = self._levels(denoiser.process, (draws, len(x0), 1, 1), generator)
-        noise = torch.randn(
-            (draws, *x0.shape), generator=generator, device=generator.device, dtype=x0.dtype
-        )
+        noise = standard_normal((draws, *x0.shape), x0, generator)
         if pairs:
             t, noise = torch.cat([t, t]), torch.cat([noise, -noise])
         t = t.to(x0.device, x0.dtype)
-        return Draw(t, noise.to(x0.device), torch.full_like(t[..., 0, 0], weight))
+        return Draw(t, noise, torch.full_like(t[..., 0, 0], weight))
 
     def _levels(
         self, process: GaussianProcess, shape: tuple[int, ...], generator: torch.Generator
@@ -206,7 +197,7 @@ class MaskedScore:
     draws: int = 1
 
     def __post_init__(self) -> None:
-        _check_draws(self.draws)
+        check_range("[1, inf)", draws=self.draws)
 
     def check(self, denoiser: BaseDenoiser) -> None:
         if not isinstance(denoiser, MaskedDenoiser):
@@ -246,24 +237,16 @@ class MaskedScore:
         return -score / items.entries().clamp_min(1)
 
 
-def make_score(config: Mapping[str, Any] | None, denoiser: BaseDenoiser) -> Score:
-    """The score of a denoiser's kind, from plain values.
+def default_score(denoiser: BaseDenoiser) -> Score:
+    """The score of a denoiser's kind, of plans or of sequences, with its default settings."""
+    return MaskedScore() if isinstance(denoiser.process, MaskingProcess) else DenoisingScore()
 
-    Args:
-        config: settings of :class:`DenoisingScore` for plans, of :class:`MaskedScore` for
-            sequences; None: the defaults.
-        denoiser: tells which.
 
-    Raises:
-        ValueError: an unknown setting, or one that does not fit the denoiser.
-    """
-    masked = isinstance(denoiser.process, MaskingProcess)
-    kind: type[Any] = MaskedScore if masked else DenoisingScore
-    values = dict(config or {})
-    what = "sequences" if masked else "plans"
-    score: Score = settings_of(kind, values, f"a score of {what}")
-    score.check(denoiser)
-    return score
+def drawn_error(
+    score: Score, denoiser: BaseDenoiser, items: Items, generator: torch.Generator
+) -> Tensor:
+    """The error ``[B]`` of items at levels and noise of their own, for cloning them."""
+    return score.error(items, score(denoiser, items, score.draw(denoiser, items, generator)))
 
 
 def _stratified(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -276,16 +259,12 @@ def _stratified(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return (u + strata.view([-1 if i == along else 1 for i in range(len(shape))])) / shape[along]
 
 
-def _check_draws(draws: int) -> None:
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")
-
-
 __all__ = [
     "DenoisingScore",
     "Draw",
     "Items",
     "MaskedScore",
     "Score",
-    "make_score",
+    "default_score",
+    "drawn_error",
 ]

@@ -12,20 +12,18 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Method
 from diffpolicy.learn.preferences.dpo import PreferenceLoss
 from diffpolicy.learn.preferences.formulas import Preference
 from diffpolicy.learn.preferences.scores import MaskedScore
 from diffpolicy.learn.reward.replay import check_replay
-from diffpolicy.learn.reward.rollouts import draw_rollout
-from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceTuning, shared_cond
+from diffpolicy.learn.reward.sequence_tuning import ReplayTuning, Reward, SequenceMethod
 from diffpolicy.settings import check_choice, check_range
 
 DRAWN_BY = ("denoiser", "reference")
 
 
 @dataclass(frozen=True)
-class SequenceDPO(Preference, Method):
+class SequenceDPO(Preference, SequenceMethod):
     """Which preference loss, who draws the sequences, and how they are labelled.
 
     The settings of the loss are those of
@@ -52,7 +50,6 @@ class SequenceDPO(Preference, Method):
     """
 
     command: ClassVar[str] = "prefer"
-    items: ClassVar[str] = "sequences"
 
     kl_weight: float = 0.1
     draws: int = 4
@@ -69,10 +66,6 @@ class SequenceDPO(Preference, Method):
         check_range("[1, inf)", draws=self.draws, num_steps=self.num_steps)
         check_replay(self.buffer, self.refresh, self.refresh_every)
 
-    def reads(self) -> frozenset[str]:
-        """A reward, which labels own sequences."""
-        return frozenset({"reward"})
-
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """See :class:`SequenceDPOLoss`."""
         assert isinstance(denoiser, MaskedDenoiser)
@@ -84,7 +77,7 @@ class SequenceDPO(Preference, Method):
         return self.kl_weight / self.kl_beta
 
 
-class SequenceDPOLoss(SequenceTuning):
+class SequenceDPOLoss(ReplayTuning):
     """A preference loss on labelled sequences from a replay buffer (see :class:`SequenceDPO`).
 
     ``forward(batch, generator)`` takes ``index [B]`` and optionally ``cond [B, C]``; B pairs (or
@@ -112,48 +105,30 @@ class SequenceDPOLoss(SequenceTuning):
         reward: Reward,
         settings: SequenceDPO,
     ) -> None:
-        super().__init__(denoiser, reference, reward)
-        self.settings = settings
-        self.evaluations(settings.num_steps)  # refuses what cannot be drawn
+        super().__init__(denoiser, reference, reward, settings)
         looked_at = self.reference if settings.needs_reference else None
         score = MaskedScore(draws=settings.draws)
         loss = PreferenceLoss(denoiser, settings, score, reference=looked_at)
         self._loss = [loss]  # a list: its denoisers are those of this module
-        self.replay = self.make_replay(settings)
+
+    def group_size(self, rows: int) -> int:
+        return rows
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
-        rows = self.replay.due(training=self.training)
-        if rows:
-            self.replay.write(self.draw(rows, batch, generator))
+        kept = self.refill(batch, generator)
         size = len(batch["index"])
         paired = self.settings.paired
         labelled = self.pairs(size, generator) if paired else self.labels(size, generator)
         out = self._loss[0](labelled, generator)
-        metrics = {"reward": self.replay["reward"].mean(), "kl": self.replay["kl"].mean()}
-        return LossOutput(out.loss, {**metrics, **out.metrics})
-
-    def after_step(self) -> None:
-        self.replay.tick()
+        return LossOutput(out.loss, {**kept, **out.metrics})
 
     @torch.no_grad()
     def draw(
         self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
         """New rows of the buffer."""
-        own = self.settings.drawn_by == "denoiser"
-        rollout = draw_rollout(
-            self.denoiser if own else self.reference,
-            rows,
-            generator=generator,
-            num_steps=self.settings.num_steps,
-            reference=self.reference,
-            cond=shared_cond(batch, rows, rows),
-        )
-        new = {"tokens": rollout.tokens, "reward": self.score(rollout.tokens)}
-        new["kl"] = rollout.path_kl
-        if rollout.cond is not None:
-            new["cond"] = rollout.cond
-        return new
+        drawer = self.denoiser if self.settings.drawn_by == "denoiser" else self.reference
+        return self.roll_out(rows, batch, generator, drawer)[1]
 
     def pairs(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """``size`` pairs of the buffer with their labels, as a batch of the loss."""

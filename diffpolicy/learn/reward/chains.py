@@ -43,27 +43,10 @@ class ChainResult(NamedTuple):
 
 
 def differentiable_chain(
-    denoiser: BaseDenoiser,
-    solver: Solver,
-    start: Start,
-    levels: Tensor,
-    *,
-    noise: Tensor | None,
-    cond: Tensor | None = None,
-    grad_steps: int | None = None,
-    checkpoint: bool = False,
+    denoiser: BaseDenoiser, solver: Solver, start: Start, levels: Tensor | Grid, **how: Any
 ) -> Tensor:
-    """A chain whose last ``grad_steps`` carry a graph, without a divergence; any solver."""
-    x0 = sample(
-        denoiser,
-        solver,
-        start,
-        levels,
-        cond=cond,
-        noise=noise,
-        grad_steps=grad_steps,
-        checkpoint=checkpoint,
-    )
+    """The end of a chain; ``how`` are further arguments of :func:`~diffpolicy.core.sample`."""
+    x0 = sample(denoiser, solver, start, levels, **how)
     assert isinstance(x0, Tensor)
     return x0
 
@@ -117,7 +100,9 @@ def chain_with_kl(
         if split and chosen.issuperset(range(split)) and _reusable(meter, split, reference, x):
             x = _run_rows_alone(meter, x, noise[:split], cond)
         elif split:
-            x = _run(grid.part(0, split, meter), denoiser, solver, x, noise[:split], cond)
+            first = grid.part(0, split, meter)
+            begin = Start(x, first.levels[0])
+            x = differentiable_chain(denoiser, solver, begin, first, cond=cond, noise=noise[:split])
     kl = meter.total(x) * scale
     part = grid.part(split, count)
     trajectory = sample(
@@ -136,14 +121,6 @@ def chain_with_kl(
             answer = _reference_answer(theirs, (i, step.x, cond), reference_graph, checkpoint)
             kl = kl + scale * step_kl(grid.rows[i], step.x, step.denoised, answer)
     return ChainResult(trajectory.x0, kl, count, len(chosen))
-
-
-def _run(
-    grid: Grid, denoiser: BaseDenoiser, solver: Solver, x: Tensor, noise: Tensor, cond: Any
-) -> Tensor:
-    out = sample(denoiser, solver, Start(x, grid.levels[0]), grid, cond=cond, noise=noise)
-    assert isinstance(out, Tensor)
-    return out
 
 
 def _reference_answer(

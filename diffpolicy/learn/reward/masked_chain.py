@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import hard_one_hot
 from diffpolicy.core.reveal import Ancestral, Relaxation, Scheduled, reveals
 from diffpolicy.core.starts import levels, prior_start
-from diffpolicy.learn.method import Method
 from diffpolicy.learn.reference import check_no_dropout
 from diffpolicy.learn.reward.chains import chain_with_kl, differentiable_chain
 from diffpolicy.learn.reward.path_kl import masked_step_kl, released_step_kl
 from diffpolicy.learn.reward.pathwise import Finished, RewardLoss
+from diffpolicy.learn.reward.sequence_tuning import SequenceMethod
 from diffpolicy.settings import check_choice, check_range
 
 KLS = ("path", "drakes_released")
@@ -106,18 +106,14 @@ class MaskedChain:
             solver = Scheduled(groups, self.relaxation)
         count = len(grid) - 1
         noise = process.draw_noise((count, *like.shape), generator, like)
-        soft = self.relaxation.relaxed_steps
+        how: dict[str, Any] = {
+            "noise": noise,
+            "cond": cond,
+            "grad_steps": self.relaxation.relaxed_steps,
+            "checkpoint": self.checkpoint,
+        }
         if reference is None:
-            x0 = differentiable_chain(
-                denoiser,
-                solver,
-                start,
-                grid,
-                noise=noise,
-                cond=cond,
-                grad_steps=soft,
-                checkpoint=self.checkpoint,
-            )
+            x0 = differentiable_chain(denoiser, solver, start, grid, **how)
             return Finished(self._items(x0), like.new_zeros(size), {})
         result = chain_with_kl(
             denoiser,
@@ -126,12 +122,9 @@ class MaskedChain:
             start,
             grid,
             step_kl=masked_step_kl if self.kl == "path" else released_step_kl(process),
-            noise=noise,
-            cond=cond,
-            grad_steps=soft,
             kl_steps=self._chosen(count, generator),
-            checkpoint=self.checkpoint,
             reference_graph=self.reference_graph,
+            **how,
         )
         # The chain's estimate is scaled up to all steps; without a prefix only these are meant.
         share = 1 - self._first(count) / count
@@ -159,7 +152,7 @@ class MaskedChain:
 
 
 @dataclass(frozen=True)
-class Pathwise(MaskedChain, Method):
+class Pathwise(MaskedChain, SequenceMethod):
     """Reward back-propagation through the chain with a path KL (DRAKES).
 
     The settings of the chain are those of :class:`MaskedChain`.
@@ -169,14 +162,8 @@ class Pathwise(MaskedChain, Method):
         kl_warmup: optimiser steps over which it rises linearly from 0.
     """
 
-    items: ClassVar[str] = "sequences"
-
     kl_weight: float = 0.1
     kl_warmup: int = 0
-
-    def reads(self) -> frozenset[str]:
-        """A reward with a gradient, of own sequences."""
-        return frozenset({"reward"})
 
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """See :class:`~diffpolicy.learn.reward.pathwise.RewardLoss`."""

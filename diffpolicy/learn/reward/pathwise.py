@@ -16,6 +16,7 @@ from torch import Tensor
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.method import check_rewards
 from diffpolicy.learn.reference import BesideReference
 from diffpolicy.settings import check_range
 
@@ -116,11 +117,7 @@ class RewardLoss(BesideReference):
         # Rewards of sequences are of the sequence alone.
         given = () if cond is None or isinstance(self.denoiser, MaskedDenoiser) else (cond,)
         reward = self._reward[0](done.items, *(c.repeat_interleave(copies, 0) for c in given))
-        if reward.shape != done.items.shape[:1]:
-            raise ValueError(
-                f"a reward returns one number per item, [{len(done.items)}]; got "
-                f"{list(reward.shape)}"
-            )
+        check_rewards(reward, done.items)
         if done.items.requires_grad and not reward.requires_grad:
             raise ValueError(
                 "this reward has no gradient, so nothing would be learned: compute it from the "

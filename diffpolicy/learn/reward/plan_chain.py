@@ -17,7 +17,7 @@ from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.solvers import DDIM, Solver, make_solver
 from diffpolicy.core.starts import SPACINGS, explicit_levels, levels, prior_start, truncated_start
-from diffpolicy.learn.method import Method
+from diffpolicy.learn.method import Method, plan_shape
 from diffpolicy.learn.reward.chains import chain_with_kl, differentiable_chain
 from diffpolicy.learn.reward.path_kl import gaussian_step_kl
 from diffpolicy.learn.reward.pathwise import Finished, RewardLoss
@@ -227,14 +227,10 @@ class PlanChain(Method):
         return make_solver(self.solver, **self.options)
 
     def _shape(self, denoiser: BaseDenoiser) -> tuple[int, int]:
+        if self.shape is None:
+            return plan_shape(denoiser)
         network = getattr(denoiser, "network", None)
         found = getattr(network, "horizon", None), getattr(network, "dim", None)
-        if self.shape is None and None in found:
-            raise ValueError(
-                f"{type(denoiser).__name__} has no network that tells the shape of a plan; give "
-                "shape=(H, D)"
-            )
-        if self.shape is not None and None not in found and tuple(self.shape) != found:
+        if None not in found and tuple(self.shape) != found:
             raise ValueError(f"the network makes plans {found}, the chain has shape={self.shape}")
-        height, width = found if self.shape is None else self.shape
-        return int(height), int(width)  # type: ignore[arg-type]
+        return self.shape

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,14 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Method
 from diffpolicy.learn.reward.advantages import Play, judge
 from diffpolicy.learn.reward.rollouts import MaskedRollout, draw_rollout, state_log_probs, step_kl
-from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceTuning, shared_cond
+from diffpolicy.learn.reward.sequence_tuning import (
+    Reward,
+    SequenceMethod,
+    SequenceTuning,
+    shared_cond,
+)
 from diffpolicy.settings import check_choice, check_range
 
 KLS = ("path", "reward")
@@ -24,7 +28,7 @@ RATIOS = ("token", "sequence")
 
 
 @dataclass(frozen=True)
-class PolicyGradient(Method):
+class PolicyGradient(SequenceMethod):
     """Which policy gradient.
 
     The objective is ``J = E r - kl_weight KL(path || path of the reference)``; a reveal is an
@@ -58,8 +62,6 @@ class PolicyGradient(Method):
         ValueError: an unknown choice, a value out of range, or settings that do not go together.
     """
 
-    items: ClassVar[str] = "sequences"
-
     kl_weight: float = 0.1
     kl: str = "path"
     baseline: str = "leave_one_out"
@@ -92,10 +94,6 @@ class PolicyGradient(Method):
         """The part of J's gradient that the baseline leaves of it, with batches of ``rows``."""
         return 1.0 if self.baseline == "leave_one_out" else 1 - 1 / (self.group_size or rows)
 
-    def reads(self) -> frozenset[str]:
-        """A reward, of own sequences."""
-        return frozenset({"reward"})
-
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """See :class:`PolicyGradientLoss`."""
         assert isinstance(denoiser, MaskedDenoiser)
@@ -125,15 +123,7 @@ class PolicyGradientLoss(SequenceTuning):
             ``grad_states`` than evaluations, or rows that groups do not divide.
     """
 
-    tokens: Tensor
-    groups: Tensor
-    log_p: Tensor
-    advantage: Tensor
-    reward_kept: Tensor
-    kl_kept: Tensor
-    cond: Tensor | None
     count: Tensor
-    age: Tensor
 
     def __init__(
         self,
@@ -154,7 +144,11 @@ class PolicyGradientLoss(SequenceTuning):
             if settings.rows is None:
                 raise ValueError("epochs > 1 keeps a rollout of rows=<batch size>; give rows")
             self._check_rows(settings.rows)
-            self._keep(settings.rows)
+            row: tuple[Sequence[int], torch.dtype] = ((self.length,), torch.float32)
+            more = {"groups": ((self.length,), torch.long), "log_p": row, "advantage": row}
+            sizes = (settings.rows, settings.rows, settings.epochs)
+            self.replay = self.make_replay(sizes, more)
+            self.register_buffer("count", torch.tensor(0))
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         settings, size = self.settings, len(batch["index"])
@@ -166,7 +160,7 @@ class PolicyGradientLoss(SequenceTuning):
         elif not self.training:
             play, graph = self.draw(size, cond, generator), False
         else:
-            if self.age >= settings.epochs:
+            if self.replay.due():
                 self._store(self.draw(size, cond, generator))
             play, graph = self._stored(), False
         return self.surrogate(play, generator, graph=graph)
@@ -258,7 +252,7 @@ class PolicyGradientLoss(SequenceTuning):
 
     def after_step(self) -> None:
         if self.settings.epochs > 1:
-            self.age += 1
+            self.replay.tick()
 
     def _check_rows(self, size: int) -> None:
         group, rows = self.settings.group_size or 1, self.settings.rows
@@ -271,50 +265,24 @@ class PolicyGradientLoss(SequenceTuning):
         if self.settings.epochs > 1 and self.training and size != rows:
             raise ValueError(f"rows={rows} must be the batch size, which is {size}")
 
-    def _keep(self, rows: int) -> None:
-        for name, shape, dtype in (
-            ("tokens", (rows, self.length), torch.long),
-            ("groups", (rows, self.length), torch.long),
-            ("log_p", (rows, self.length), torch.float32),
-            ("advantage", (rows, self.length), torch.float32),
-            ("reward_kept", (rows,), torch.float32),
-            ("kl_kept", (rows,), torch.float32),
-            ("count", (), torch.long),
-        ):
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
-        self.register_buffer("cond", torch.zeros(rows, self.cond_dim) if self.cond_dim else None)
-        self.register_buffer("age", torch.tensor(self.settings.epochs))
-        self.to(next(self.denoiser.parameters()).device)
-
     def _store(self, play: Play) -> None:
         rollout = play.rollout
-        for mine, value in (
-            (self.tokens, rollout.tokens),
-            (self.groups, rollout.groups),
-            (self.log_p, rollout.log_p),
-            (self.advantage, play.advantage),
-            (self.reward_kept, play.reward),
-            (self.kl_kept, play.kl),
-        ):
-            mine.copy_(value)
-        if self.cond is not None and rollout.cond is not None:
-            self.cond.copy_(rollout.cond)
+        rows = {"tokens": rollout.tokens, "groups": rollout.groups, "log_p": rollout.log_p}
+        rows |= {"advantage": play.advantage, "reward": play.reward, "kl": play.kl}
+        if rollout.cond is not None:
+            rows["cond"] = rollout.cond
+        self.replay.write(rows)
         self.count.fill_(rollout.nfe)
-        self.age.zero_()
 
     def _stored(self) -> Play:
-        count = int(self.count)
+        kept, count = self.replay, int(self.count)
         grid = torch.linspace(1, 0, count + 1, dtype=torch.float64).view(-1, 1, 1, 1)
+        cond = kept["cond"] if self.cond_dim else None
+        vocab_size, log_p = self.denoiser.vocab_size, kept["log_p"]
         rollout = MaskedRollout(
-            self.tokens,
-            self.groups,
-            count,
-            grid,
-            self.denoiser.vocab_size,
-            self.log_p,
-            self.cond,
+            kept["tokens"], kept["groups"], count, grid, vocab_size, log_p, cond
         )
-        return Play(rollout, self.reward_kept, self.advantage, self.kl_kept)
+        return Play(rollout, kept["reward"], kept["advantage"], kept["kl"])
 
 
 __all__ = ["PolicyGradient", "PolicyGradientLoss"]

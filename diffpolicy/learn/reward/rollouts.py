@@ -112,18 +112,11 @@ def draw_rollout(
     length: int = denoiser.network.horizon  # type: ignore[assignment]
     shape = (size, length, denoiser.vocab_size + 1)
     start = prior_start(denoiser.process, denoiser.weight.new_zeros(shape))
-    groups, grid = reveals(
+    order = reveals(
         denoiser.process, start, num_steps, time_free=denoiser.time_free, generator=generator
     )
     with torch.set_grad_enabled(graph):
-        path = sample(
-            denoiser, Scheduled(groups), start, grid, cond=cond, generator=generator, record=True
-        )
-        assert isinstance(path, Trajectory)
-        log_p = torch.stack([row.denoised.aux["log_p"] for row in path.transitions], 1)
-        tokens = to_tokens(path.x0)
-        bare = MaskedRollout(tokens, groups, len(grid) - 1, grid, denoiser.vocab_size, log_p, cond)
-        rollout = bare._replace(log_p=at_reveal(log_p, bare))
+        rollout, log_p = run_order(denoiser, order, cond=cond, generator=generator)
         if reference is None:
             return rollout
         with torch.no_grad():
@@ -131,6 +124,37 @@ def draw_rollout(
         return rollout._replace(
             log_reference=at_reveal(other, rollout), step_kl=step_kl(log_p, other, rollout)
         )
+
+
+def run_order(
+    denoiser: MaskedDenoiser,
+    order: tuple[Tensor, Tensor],
+    *,
+    cond: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[MaskedRollout, Tensor]:
+    """Draw sequences whose positions are revealed in a given order.
+
+    Args:
+        denoiser: who draws.
+        order: the evaluation that reveals each position ``[B, L]``, and the grid.
+        cond: ``[B, C]``.
+        generator: of tokens.
+
+    Returns:
+        The rollout, and log-probabilities ``[B, K, L, V]`` at all its states.
+    """
+    groups, grid = order
+    like = denoiser.weight.new_zeros((*groups.shape, denoiser.vocab_size + 1))
+    start = prior_start(denoiser.process, like)
+    path = sample(
+        denoiser, Scheduled(groups), start, grid, cond=cond, generator=generator, record=True
+    )
+    assert isinstance(path, Trajectory)
+    log_p = torch.stack([row.denoised.aux["log_p"] for row in path.transitions], 1)
+    tokens = to_tokens(path.x0)
+    bare = MaskedRollout(tokens, groups, len(grid) - 1, grid, denoiser.vocab_size, log_p, cond)
+    return bare._replace(log_p=at_reveal(log_p, bare)), log_p
 
 
 def state_log_probs(
@@ -165,11 +189,6 @@ def state_log_probs(
             denoiser.log_probs(flat[part], t[part], None if cond is None else cond[part])
         )
     return torch.cat(outputs).view(size, count, length, -1)
-
-
-def reveal_log_probs(denoiser: MaskedDenoiser, rollout: MaskedRollout) -> Tensor:
-    """Log-probability ``[B, L]`` of every token at the state that revealed it."""
-    return at_reveal(state_log_probs(denoiser, rollout), rollout)
 
 
 def at_reveal(log_p: Tensor, rollout: MaskedRollout) -> Tensor:
@@ -209,7 +228,7 @@ __all__ = [
     "MaskedRollout",
     "at_reveal",
     "draw_rollout",
-    "reveal_log_probs",
+    "run_order",
     "state_log_probs",
     "step_kl",
 ]

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
+from diffpolicy.learn.method import Method, check_rewards
 from diffpolicy.learn.reference import BesideReference, check_no_dropout
 from diffpolicy.learn.reward.replay import Replay
+from diffpolicy.learn.reward.rollouts import MaskedRollout, draw_rollout
 
 Reward = Callable[[Tensor], Tensor]
 
 
-class Kept(Protocol):
-    """How many sequences are kept, and how many are replaced how often."""
+class SequenceMethod(Method):
+    """A method that tunes a model of sequences by a reward of its own."""
 
-    @property
-    def buffer(self) -> int:
-        """Sequences."""
+    items: ClassVar[str] = "sequences"
 
-    @property
-    def refresh(self) -> int:
-        """Sequences replaced at a time."""
-
-    @property
-    def refresh_every(self) -> int:
-        """Optimiser steps between that."""
+    def reads(self) -> frozenset[str]:
+        """A reward, of own sequences."""
+        return frozenset({"reward"})
 
 
 class SequenceTuning(BesideReference):
@@ -80,10 +76,12 @@ class SequenceTuning(BesideReference):
 
     def make_replay(
         self,
-        settings: Kept,
+        sizes: tuple[int, int, int],
         more: Mapping[str, tuple[Sequence[int], torch.dtype]] | None = None,
     ) -> Replay:
         """A buffer of own sequences, on the denoiser's device.
+
+        ``sizes`` are its rows, how many are replaced at once, and the optimiser steps between.
 
         Its columns are ``tokens``, ``reward``, ``kl``, ``cond`` where the network takes one, and
         ``more``.
@@ -96,7 +94,7 @@ class SequenceTuning(BesideReference):
         }
         if self.cond_dim:
             columns["cond"] = ((self.cond_dim,), torch.float32)
-        replay = Replay(settings.buffer, settings.refresh, settings.refresh_every, columns)
+        replay = Replay(*sizes, columns)
         return replay.to(next(self.denoiser.parameters()).device)
 
     def evaluations(self, num_steps: int | None) -> int:
@@ -121,11 +119,75 @@ class SequenceTuning(BesideReference):
     def score_soft(self, x: Tensor) -> Tensor:
         """The reward of ``x [B, L, V]``, checked for its shape."""
         value = self._reward[0](x)
-        if value.shape != (len(x),):
-            raise ValueError(
-                f"a reward maps [{len(x)}, L, V] to [{len(x)}]; got {list(value.shape)}"
-            )
+        check_rewards(value, x)
         return value.to(x)
+
+
+class ReplayTuning(SequenceTuning):
+    """An objective that learns from a buffer of own sequences, which is part of its state.
+
+    ``settings`` say ``buffer``, ``refresh`` and ``refresh_every``, and ``num_steps``.
+    """
+
+    def __init__(
+        self,
+        denoiser: MaskedDenoiser,
+        reference: MaskedDenoiser | None,
+        reward: Reward,
+        settings: Any,
+    ) -> None:
+        super().__init__(denoiser, reference, reward)
+        self.settings = settings
+        self.evaluations(settings.num_steps)  # refuses what cannot be drawn
+        sizes = settings.buffer, settings.refresh, settings.refresh_every
+        self.replay = self.make_replay(sizes, self.columns())
+
+    def columns(self) -> Mapping[str, tuple[Sequence[int], torch.dtype]]:
+        """Further columns of the buffer."""
+        return {}
+
+    def group_size(self, rows: int) -> int:
+        """How many of ``rows`` new sequences share a condition."""
+        return 1
+
+    def after_step(self) -> None:
+        self.replay.tick()
+
+    def refill(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Replace the oldest sequences when it is time, and say how good those kept are."""
+        rows = self.replay.due(training=self.training)
+        if rows:
+            self.replay.write(self.draw(rows, batch, generator))
+        return {"reward": self.replay["reward"].mean(), "kl": self.replay["kl"].mean()}
+
+    @torch.no_grad()
+    def draw(
+        self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """New rows of the buffer."""
+        return self.roll_out(rows, batch, generator)[1]
+
+    def roll_out(
+        self,
+        rows: int,
+        batch: Mapping[str, Tensor],
+        generator: torch.Generator,
+        denoiser: MaskedDenoiser | None = None,
+    ) -> tuple[MaskedRollout, dict[str, Tensor]]:
+        """Sequences of the present (or another) denoiser, and what the buffer keeps of them."""
+        rollout = draw_rollout(
+            self.denoiser if denoiser is None else denoiser,
+            rows,
+            generator=generator,
+            num_steps=self.settings.num_steps,
+            reference=self.reference,
+            cond=shared_cond(batch, rows, self.group_size(rows)),
+        )
+        new = {"tokens": rollout.tokens, "reward": self.score(rollout.tokens)}
+        new["kl"] = rollout.path_kl
+        if rollout.cond is not None:
+            new["cond"] = rollout.cond
+        return rollout, new
 
 
 def shared_cond(batch: Mapping[str, Tensor], rows: int, group_size: int) -> Tensor | None:
@@ -139,4 +201,4 @@ def shared_cond(batch: Mapping[str, Tensor], rows: int, group_size: int) -> Tens
     return cond[(torch.arange(rows, device=cond.device) // group_size) % len(cond)]
 
 
-__all__ = ["Reward", "SequenceTuning", "shared_cond"]
+__all__ = ["ReplayTuning", "Reward", "SequenceMethod", "SequenceTuning", "shared_cond"]

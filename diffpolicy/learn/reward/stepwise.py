@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,8 @@ from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
-from diffpolicy.learn.method import Method
 from diffpolicy.learn.reward.replay import check_replay, remask
-from diffpolicy.learn.reward.rollouts import draw_rollout
-from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceTuning, shared_cond
+from diffpolicy.learn.reward.sequence_tuning import ReplayTuning, Reward, SequenceMethod
 from diffpolicy.settings import check_choice, check_range
 
 LABELS = ("soft", "hard")
@@ -24,7 +22,7 @@ BETAS = ("constant", "bound")
 
 
 @dataclass(frozen=True)
-class Stepwise(Method):
+class Stepwise(SequenceMethod):
     """Groups of sequences and how their rewards are compared (Han et al., arXiv 2507.04832).
 
     The loss of a group is the cross-entropy from the softmax of rewards to that of the implicit
@@ -53,8 +51,6 @@ class Stepwise(Method):
         ValueError: an unknown choice, or a value out of range.
     """
 
-    items: ClassVar[str] = "sequences"
-
     kl_weight: float = 0.1
     group_size: int = 8
     labels: str = "soft"
@@ -73,17 +69,13 @@ class Stepwise(Method):
         check_range("[1, inf)", remasks=self.remasks, num_steps=self.num_steps)
         check_replay(self.buffer, self.refresh, self.refresh_every, self.group_size)
 
-    def reads(self) -> frozenset[str]:
-        """A reward, of own sequences."""
-        return frozenset({"reward"})
-
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """See :class:`StepwiseLoss`."""
         assert isinstance(denoiser, MaskedDenoiser)
         return StepwiseLoss(denoiser, material.reference, material.reward, self)
 
 
-class StepwiseLoss(SequenceTuning):
+class StepwiseLoss(ReplayTuning):
     """Cross-entropy of rewards to implicit rewards within groups (see :class:`Stepwise`).
 
     ``forward(batch, generator)`` takes ``index [B]``, B a multiple of ``group_size``, and
@@ -113,19 +105,17 @@ class StepwiseLoss(SequenceTuning):
         reward: Reward,
         settings: Stepwise | None = None,
     ) -> None:
-        super().__init__(denoiser, reference, reward)
-        self.settings = settings = settings or Stepwise()
-        self.evaluations(settings.num_steps)  # refuses what cannot be drawn
-        self.replay = self.make_replay(settings)
+        super().__init__(denoiser, reference, reward, settings or Stepwise())
+
+    def group_size(self, rows: int) -> int:
+        return int(self.settings.group_size)
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         settings, replay = self.settings, self.replay
         size, group = len(batch["index"]), settings.group_size
         if size % group:
             raise ValueError(f"group_size={group} must divide the batch of {size} rows")
-        rows = replay.due(training=self.training)
-        if rows:
-            replay.write(self.draw(rows, batch, generator))
+        kept = self.refill(batch, generator)
         picked = self._picked(size, generator)
         tokens, reward = replay["tokens"][picked], replay["reward"][picked]
         cond = replay["cond"][picked] if self.cond_dim else None
@@ -134,34 +124,11 @@ class StepwiseLoss(SequenceTuning):
         top = gain.detach().gather(1, best.view(-1, 1, 1).expand(-1, 1, gain.shape[-1]))
         others = gain.detach()
         metrics = {
-            "reward": replay["reward"].mean(),
-            "kl": replay["kl"].mean(),
+            **kept,
             "accuracy": (top >= others.amax(1, keepdim=True)).float().mean(),
             "margin": settings.kl_weight * (top - others.mean(1, keepdim=True)).mean(),
         }
         return LossOutput(loss.repeat_interleave(group), metrics)
-
-    def after_step(self) -> None:
-        self.replay.tick()
-
-    @torch.no_grad()
-    def draw(
-        self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """New rows of the buffer, drawn by the present denoiser."""
-        rollout = draw_rollout(
-            self.denoiser,
-            rows,
-            generator=generator,
-            num_steps=self.settings.num_steps,
-            reference=self.reference,
-            cond=shared_cond(batch, rows, self.settings.group_size),
-        )
-        new = {"tokens": rollout.tokens, "reward": self.score(rollout.tokens)}
-        new["kl"] = rollout.path_kl
-        if rollout.cond is not None:
-            new["cond"] = rollout.cond
-        return new
 
     def _implicit(self, tokens: Tensor, cond: Tensor | None, generator: torch.Generator) -> Tensor:
         """``beta_t (log p - log p_ref)`` of grouped rows at each of their masks, ``[G, N, R]``."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,15 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import hard_one_hot, one_hot
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
-from diffpolicy.learn.method import Method
-from diffpolicy.learn.reward.importance import effective_fraction, resample, settle
-from diffpolicy.learn.reward.replay import check_replay, remask
-from diffpolicy.learn.reward.rollouts import MAX_STATES, MaskedRollout, draw_rollout
-from diffpolicy.learn.reward.sequence_tuning import Reward, SequenceTuning, shared_cond
+from diffpolicy.learn.reward.replay import (
+    check_replay,
+    effective_fraction,
+    remask,
+    resample,
+    settle,
+)
+from diffpolicy.learn.reward.rollouts import MAX_STATES, MaskedRollout
+from diffpolicy.learn.reward.sequence_tuning import ReplayTuning, Reward, SequenceMethod
 from diffpolicy.settings import check_choice, check_range
 
 TARGETS = ("sequence", "soft_value")
@@ -27,7 +31,7 @@ VALUES = ("mean", "mode", "draw")
 
 
 @dataclass(frozen=True)
-class WeightedDenoising(Method):
+class WeightedDenoising(SequenceMethod):
     """What is weighted, by what, and how sequences are kept.
 
     Args:
@@ -62,8 +66,6 @@ class WeightedDenoising(Method):
         ValueError: an unknown choice, a value out of range, or sizes that do not divide.
     """
 
-    items: ClassVar[str] = "sequences"
-
     kl_weight: float = 0.1
     target: str = "sequence"
     buffer: int = 512
@@ -89,17 +91,13 @@ class WeightedDenoising(Method):
         check_range("[2, inf)", group_size=self.group_size)
         check_replay(self.buffer, self.refresh, self.refresh_every, self.group_size or 1)
 
-    def reads(self) -> frozenset[str]:
-        """A reward, of own sequences."""
-        return frozenset({"reward"})
-
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """See :class:`WeightedDenoisingLoss`."""
         assert isinstance(denoiser, MaskedDenoiser)
         return WeightedDenoisingLoss(denoiser, material.reference, material.reward, self)
 
 
-class WeightedDenoisingLoss(SequenceTuning):
+class WeightedDenoisingLoss(ReplayTuning):
     """Masked cross-entropy on a replay buffer of the denoiser's own weighted sequences.
 
     ``forward(batch, generator)`` takes ``index [B]`` and optionally ``cond [B, C]``, the first
@@ -128,22 +126,21 @@ class WeightedDenoisingLoss(SequenceTuning):
         reward: Reward,
         settings: WeightedDenoising | None = None,
     ) -> None:
-        super().__init__(denoiser, reference, reward)
-        self.settings = settings = settings or WeightedDenoising()
-        evaluations = self.evaluations(settings.num_steps)
-        steps = evaluations if settings.target == "soft_value" else 1
-        more: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "log_weight": ((steps,), torch.float32)
-        }
-        if settings.target == "soft_value":
-            more["groups"] = ((self.length,), torch.long)
-        self.replay = self.make_replay(settings, more)
+        super().__init__(denoiser, reference, reward, settings or WeightedDenoising())
+
+    def columns(self) -> Mapping[str, tuple[Sequence[int], torch.dtype]]:
+        if self.settings.target == "sequence":
+            return {"log_weight": ((1,), torch.float32)}
+        steps = self.evaluations(self.settings.num_steps)
+        groups = ((self.length,), torch.long)
+        return {"log_weight": ((steps,), torch.float32), "groups": groups}
+
+    def group_size(self, rows: int) -> int:
+        return self.settings.group_size or 1
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         settings, replay = self.settings, self.replay
-        rows = replay.due(training=self.training)
-        if rows:
-            replay.write(self.draw(rows, batch, generator))
+        kept = self.refill(batch, generator)
         weights, power = settle(
             replay["log_weight"],
             group_size=settings.group_size,
@@ -156,16 +153,12 @@ class WeightedDenoisingLoss(SequenceTuning):
         else:
             loss = self._steps(size, weights, generator)
         metrics = {
-            "reward": replay["reward"].mean(),
-            "kl": replay["kl"].mean(),
+            **kept,
             "ess": effective_fraction(weights.unsqueeze(0), replay["log_weight"].unsqueeze(0)),
             "max_weight": weights.max(),
             "power": power,
         }
         return LossOutput(loss, metrics)
-
-    def after_step(self) -> None:
-        self.replay.tick()
 
     @torch.no_grad()
     def draw(
@@ -173,18 +166,8 @@ class WeightedDenoisingLoss(SequenceTuning):
     ) -> dict[str, Tensor]:
         """New rows of the buffer, drawn by the present denoiser."""
         settings = self.settings
-        rollout = draw_rollout(
-            self.denoiser,
-            rows,
-            generator=generator,
-            num_steps=settings.num_steps,
-            reference=self.reference,
-            cond=shared_cond(batch, rows, settings.group_size or 1),
-        )
-        reward = self.score(rollout.tokens)
-        new = {"tokens": rollout.tokens, "reward": reward, "kl": rollout.path_kl}
-        if rollout.cond is not None:
-            new["cond"] = rollout.cond
+        rollout, new = self.roll_out(rows, batch, generator)
+        reward = new["reward"]
         if settings.target == "sequence":
             new["log_weight"] = (reward / settings.kl_weight - rollout.log_ratio).unsqueeze(1)
         else:

@@ -1,8 +1,8 @@
 """Rewards learned from preferences: of single steps, and of plans by what they lead to."""
 
-from diffpolicy.learn.values.learning import PreferenceLearning
+from diffpolicy.learn.values.learning import PreferenceLearning, RewardSpec
 from diffpolicy.learn.values.plans import PlanValue, PlanValueSpec
-from diffpolicy.learn.values.reward import RewardModel, RewardSpec
+from diffpolicy.learn.values.reward import RewardModel
 
 __all__ = [
     "PlanValue",

@@ -1,15 +1,15 @@
-"""How a reward is learned from preferences, and the examples that it is learned from."""
+"""How rewards, and values of plans, are learned: settings, examples, targets and losses."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpolicy.data.normalize import MODES, Mode, Normalizer
 from diffpolicy.data.preferences.examples import PairExamples
@@ -17,8 +17,45 @@ from diffpolicy.data.preferences.records import episodes_of
 from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.statistics import RunningStatistics
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.settings import settings_of
+from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.networks.critics import QEnsemble
+from diffpolicy.settings import check_choice, check_range, settings_of
 from diffpolicy.training.settings import mix_seed
+
+TARGET = "plan_value_target"
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """Sizes of a reward network.
+
+    Args:
+        obs_dim: O.
+        action_dim: A.
+        width: units of a hidden layer.
+        depth: hidden layers.
+        members: networks in the ensemble, M.
+        layer_norm: normalise the hidden layers, which bounds rewards away from the data.
+        normalize: how inputs are normalised: ``"gaussian"``, ``"minmax"``, ``"quantile"`` or
+            ``"identity"``.
+    """
+
+    obs_dim: int
+    action_dim: int
+    width: int = 32
+    depth: int = 1
+    members: int = 5
+    layer_norm: bool = False
+    normalize: str = "gaussian"
+
+    def make_network(self) -> QEnsemble:
+        """The networks, freshly initialised.
+
+        Raises:
+            ValueError: a size out of range.
+        """
+        sizes = {"width": self.width, "depth": self.depth, "members": self.members}
+        return QEnsemble(self.obs_dim, 1, self.action_dim, **sizes, layer_norm=self.layer_norm)
 
 
 @dataclass(frozen=True)
@@ -47,12 +84,9 @@ class PreferenceLearning:
     val_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        if self.windows is not None and self.windows < 1:
-            raise ValueError(f"windows must be at least 1 or null, got {self.windows}")
-        if not 0 <= self.val_fraction <= 0.5:
-            raise ValueError(f"val_fraction must be in [0, 0.5], got {self.val_fraction}")
+        check_range("[0, 0.5)", label_smoothing=self.label_smoothing)
+        check_range("[1, inf)", windows=self.windows)
+        check_range("[0, 0.5]", val_fraction=self.val_fraction)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PreferenceLearning:
@@ -124,9 +158,8 @@ def fit_normalizer(store: EpisodeStore, episodes: list[int], mode: str) -> Norma
     Raises:
         ValueError: an unknown mode, or no such fields.
     """
-    if mode not in MODES:
-        raise ValueError(f"normalize must be one of {list(MODES)}, got {mode!r}")
-    chosen: Mode = mode
+    check_choice("normalize", mode, MODES)
+    chosen = cast("Mode", mode)
     statistics: dict[str, dict[str, Any]] = {}
     for name in ("obs", "action"):
         if name not in store.fields:
@@ -158,3 +191,67 @@ def read_rows(
         for name in ("obs", "action")
     )
     return obs, action
+
+
+def pessimistic(members: Tensor, pessimism: float) -> Tensor:
+    """The mean over the members ``[M, ...]``, minus so many of their standard deviations.
+
+    Raises:
+        ValueError: a negative number of them.
+    """
+    if pessimism < 0:
+        raise ValueError(f"pessimism must not be negative, got {pessimism}")
+    mean = members.mean(0)
+    if not pessimism:
+        return mean
+    # The root of an exact 0 has no gradient (one member, or all the same).
+    return mean - pessimism * (members.var(0, correction=0) + 1e-12).sqrt()
+
+
+class PlanValueLoss(nn.Module):
+    """Squared error of every member on what followed, summed over the members.
+
+    ``forward(batch, generator)`` takes normalised ``obs [B, To, O]`` and ``action [B, H, A]``, and
+    ``plan_value_target [B, H]``, of which the current step counts. Nothing in it is random.
+
+    Args:
+        network: values of every member, ``(cond, plan) -> [M, B]``.
+        n_obs_steps: To.
+    """
+
+    def __init__(self, network: QEnsemble, n_obs_steps: int) -> None:
+        super().__init__()
+        self.network, self.n_obs_steps = network, n_obs_steps
+
+    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+        now = self.n_obs_steps - 1
+        values = self.network(batch["obs"].flatten(1), batch["action"][:, now:])
+        error = values - batch[TARGET][:, now]
+        return LossOutput(error.square().sum(0), {"bias": error.detach().mean()})
+
+
+def mean_of_next(
+    values: NDArray[np.floating], store: EpisodeStore, steps: int, discount: float
+) -> NDArray[np.float32]:
+    """The discounted mean of the next values of each step, its own first, within its episode.
+
+    Args:
+        values: one number for each step of the store, ``[T]``.
+        store: says where episodes end; there the mean is of the steps that are left.
+        steps: how many, at least 1.
+        discount: per step, in (0, 1].
+
+    Returns:
+        ``[T]``.
+    """
+    weight = discount ** np.arange(steps)
+    out = np.empty(len(values), np.float32)
+    for end, length in zip(store.episode_ends, store.episode_lengths, strict=True):
+        part = slice(end - length, end)
+        # A correlation with the weights: `full`, of which the last `length` entries look ahead.
+        total, count = (
+            np.convolve(v, weight[::-1])[-length:]
+            for v in (np.asarray(values[part], np.float64), np.ones(length))
+        )
+        out[part] = total / count
+    return out

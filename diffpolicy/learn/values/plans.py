@@ -20,14 +20,14 @@ from typing import Any, Protocol, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.returns import with_fields
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows, split_episodes
-from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.values.reward import RewardModel, pessimistic
+from diffpolicy.learn.values.learning import TARGET, PlanValueLoss, mean_of_next, pessimistic
+from diffpolicy.learn.values.reward import RewardModel
 from diffpolicy.networks.base import described
 from diffpolicy.networks.critics import QEnsemble
 from diffpolicy.settings import settings_of
@@ -38,7 +38,6 @@ from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Trainer, TrainResult
 
 FORMAT, VERSION = "diffpolicy-plan-value", 1
-TARGET = "plan_value_target"
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,8 @@ class PlanValue:
     Example:
         >>> value = PlanValue.for_reward(model, n_action_steps=8)
         >>> value.learn(model, store, TrainerConfig(steps=2000), "runs/door_plans")
-        >>> policy.tune(value, store, TrainerConfig(steps=200, lr=1e-4), "runs/door_tuned")
+        >>> data, draft = TuningData(reward=value, observations=store), PlanChain(grad_steps=1)
+        >>> policy.tune(data, draft, TrainerConfig(steps=200, lr=1e-4), "runs/door_tuned")
         >>> policy.selector = Selector(Selection(8), value.ranking(policy.normalizer))
 
     Args:
@@ -391,55 +391,6 @@ class PlanValue:
         network.load_state_dict(files["model.safetensors"])
         normalizer = Normalizer.from_parts(config["normalizer"], files["normalizer.safetensors"])
         return cls(spec, normalizer, network, device=device)
-
-
-class PlanValueLoss(nn.Module):
-    """Squared error of every member on what followed, summed over the members.
-
-    ``forward(batch, generator)`` takes normalised ``obs [B, To, O]`` and ``action [B, H, A]``, and
-    ``plan_value_target [B, H]``, of which the current step counts. Nothing in it is random.
-
-    Args:
-        network: values of every member, ``(cond, plan) -> [M, B]``.
-        n_obs_steps: To.
-    """
-
-    def __init__(self, network: QEnsemble, n_obs_steps: int) -> None:
-        super().__init__()
-        self.network, self.n_obs_steps = network, n_obs_steps
-
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
-        now = self.n_obs_steps - 1
-        values = self.network(batch["obs"].flatten(1), batch["action"][:, now:])
-        error = values - batch[TARGET][:, now]
-        return LossOutput(error.square().sum(0), {"bias": error.detach().mean()})
-
-
-def mean_of_next(
-    values: NDArray[np.floating], store: EpisodeStore, steps: int, discount: float
-) -> NDArray[np.float32]:
-    """The discounted mean of the next values of each step, its own first, within its episode.
-
-    Args:
-        values: one number for each step of the store, ``[T]``.
-        store: says where episodes end; there the mean is of the steps that are left.
-        steps: how many, at least 1.
-        discount: per step, in (0, 1].
-
-    Returns:
-        ``[T]``.
-    """
-    weight = discount ** np.arange(steps)
-    out = np.empty(len(values), np.float32)
-    for end, length in zip(store.episode_ends, store.episode_lengths, strict=True):
-        part = slice(end - length, end)
-        # A correlation with the weights: `full`, of which the last `length` entries look ahead.
-        total, count = (
-            np.convolve(v, weight[::-1])[-length:]
-            for v in (np.asarray(values[part], np.float64), np.ones(length))
-        )
-        out[part] = total / count
-    return out
 
 
 def _weights(objective_state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -20,8 +20,10 @@ from diffpolicy.data.store import EpisodeStore, FieldSpec
 from diffpolicy.learn.preferences.bradley_terry import BradleyTerryLoss
 from diffpolicy.learn.values.learning import (
     PreferenceLearning,
+    RewardSpec,
     fit_normalizer,
     judged_episodes,
+    pessimistic,
     read_rows,
     rows_of_episodes,
 )
@@ -37,39 +39,6 @@ from diffpolicy.training.trainer import Trainer, TrainResult
 FORMAT, VERSION = "diffpolicy-reward", 1
 ROWS = 16_384  # steps judged at once: bounds memory
 MOST_ROWS = 65_536  # steps that the scale of the rewards is measured on
-
-
-@dataclass(frozen=True)
-class RewardSpec:
-    """Sizes of a reward network.
-
-    Args:
-        obs_dim: O.
-        action_dim: A.
-        width: units of a hidden layer.
-        depth: hidden layers.
-        members: networks in the ensemble, M.
-        layer_norm: normalise the hidden layers, which bounds rewards away from the data.
-        normalize: how inputs are normalised: ``"gaussian"``, ``"minmax"``, ``"quantile"`` or
-            ``"identity"``.
-    """
-
-    obs_dim: int
-    action_dim: int
-    width: int = 32
-    depth: int = 1
-    members: int = 5
-    layer_norm: bool = False
-    normalize: str = "gaussian"
-
-    def make_network(self) -> QEnsemble:
-        """The networks, freshly initialised.
-
-        Raises:
-            ValueError: a size out of range.
-        """
-        sizes = {"width": self.width, "depth": self.depth, "members": self.members}
-        return QEnsemble(self.obs_dim, 1, self.action_dim, **sizes, layer_norm=self.layer_norm)
 
 
 class RewardModel:
@@ -342,7 +311,7 @@ class RewardModel:
     def right(self, preferences: PreferenceSet, pairs: Sequence[Pair]) -> NDArray[Any]:
         """Whether the chosen segment of each pair has the larger mean reward, ``[P]``.
 
-        1 it has, 0 the rejected one has, 1/2 they are equal.
+        The answer is 1 if it has, 0 if the rejected one has, and 1/2 if they are equal.
         """
         return ((self._gaps(preferences, pairs).mean(0).sign() + 1) / 2).numpy()
 
@@ -422,18 +391,3 @@ class RewardModel:
         return cls(spec, normalizer, network, standard, device=device)
 
     load = from_pretrained
-
-
-def pessimistic(members: Tensor, pessimism: float) -> Tensor:
-    """The mean over the members ``[M, ...]``, minus so many of their standard deviations.
-
-    Raises:
-        ValueError: a negative number of them.
-    """
-    if pessimism < 0:
-        raise ValueError(f"pessimism must not be negative, got {pessimism}")
-    mean = members.mean(0)
-    if not pessimism:
-        return mean
-    # The root of an exact 0 has no gradient (one member, or all the same).
-    return mean - pessimism * (members.var(0, correction=0) + 1e-12).sqrt()

@@ -1,0 +1,133 @@
+"""What policies are made of: sizes, normaliser and anchors of a store, or all that files hold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.data.fields import check_vector
+from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.returns import returns_to_go
+from diffpolicy.data.store import EpisodeStore
+from diffpolicy.data.windows import Windows
+from diffpolicy.policies.anchors import Anchors
+from diffpolicy.policies.changes import check_same_weights, merged_config
+from diffpolicy.policies.choose_level import observation_step
+from diffpolicy.policies.planners import Returns
+from diffpolicy.policies.spec import PolicySpec
+from diffpolicy.policies.upgrade import upgraded
+from diffpolicy.training.checkpoint import read_bundle
+from diffpolicy.training.policy_files import FORMAT, VERSION
+
+
+def open_store(store: EpisodeStore | str | os.PathLike[str]) -> EpisodeStore:
+    """A store, opened where it is given by its path."""
+    return store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
+
+
+def fitted_spec(
+    store: EpisodeStore, spec: Mapping[str, Any], normalize: Mapping[str, str]
+) -> tuple[PolicySpec, Normalizer]:
+    """The full spec of a policy for a store, and its normaliser.
+
+    Args:
+        store: fields ``obs [T, O]`` and ``action [T, A]``, with statistics.
+        spec: entries other than the two dimensions.
+        normalize: mode per field; ``minmax`` where none is given.
+
+    Raises:
+        ValueError: a missing field or statistics, or settings that do not fit together.
+    """
+    absent = [name for name in ("obs", "action") if name not in store.fields]
+    if absent:
+        raise ValueError(
+            f"store {store.name} has no field {absent[0]!r} (it has {sorted(store.fields)}); "
+            "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
+        )
+    for name in ("obs", "action"):
+        check_vector(name, store.fields[name].shape, store.name)
+    dims = {
+        "obs_dim": store.fields["obs"].shape[0],
+        "action_dim": store.fields["action"].shape[0],
+    }
+    known = {"observation_step": observation_step(store), **spec}
+    if known.get("level_law") == "position":
+        known["trained_action_steps"] = known.get("n_action_steps", PolicySpec.n_action_steps)
+    full = PolicySpec.from_config({**known, **dims})
+    if full.returns is not None:
+        full = replace(full, returns=fitted_returns(full.returns, store))
+    modes: dict[str, Any] = {"obs": "minmax", "action": "minmax", **normalize}
+    normalizer = Normalizer.fit(store.statistics, modes)
+    for gripper in full.grippers:
+        if gripper.mode == "scale":
+            normalizer = normalizer.scaled("action", gripper.dim, 1 / gripper.factor)
+    return full, normalizer
+
+
+def fitted_returns(returns: Returns, store: EpisodeStore) -> Returns:
+    """The range of returns that r = 0 and r = 1 stand for, from the data where it is not given."""
+    if returns.low is not None and returns.high is not None:
+        return returns
+    found = returns_to_go(store, returns.discount)
+    low = float(found.min()) if returns.low is None else returns.low
+    high = float(found.max()) if returns.high is None else returns.high
+    if not low < high:
+        raise ValueError(
+            f"all returns of {store.name} are {high}: a policy cannot be conditioned on them"
+        )
+    return replace(returns, low=low, high=high)
+
+
+def fit_anchors(
+    spec: PolicySpec, store: EpisodeStore, normalizer: Normalizer, **options: Any
+) -> Anchors:
+    """Anchors over the windows of a store, for plans of the shape that ``spec`` says."""
+    windows = Windows(
+        store,
+        horizon=spec.horizon,
+        n_obs_steps=spec.n_obs_steps,
+        n_action_steps=spec.n_action_steps,
+        normalizer=normalizer.to("cpu"),
+    )
+    return Anchors.fit(windows, normalizer, **options)
+
+
+def read_policy(
+    path: Path, changes: Mapping[str, Any]
+) -> tuple[PolicySpec, Denoiser, Normalizer, Anchors | None, nn.ModuleDict]:
+    """The parts of a policy that was saved, on the CPU, every hash verified.
+
+    Args:
+        path: the directory.
+        changes: see :meth:`diffpolicy.DiffusionPolicy.load`.
+
+    Raises:
+        ValueError: not a policy, a damaged file, or settings that do not fit.
+    """
+    files = read_bundle(path)
+    config = upgraded(files["config.json"])
+    if config.pop("format", None) != FORMAT or config.pop("version", None) != VERSION:
+        raise ValueError(f"{path} is not a diffpolicy policy of version {VERSION}")
+    parts = config.pop("normalizer"), files["normalizer.safetensors"]
+    anchors, stored = None, config.pop("anchors", None)
+    if stored is not None:
+        anchors = Anchors.from_parts(stored, files["anchors.safetensors"])
+    spec = PolicySpec.from_config(config)
+    denoiser, heads = spec.make_denoiser(), spec.make_heads()
+    denoiser.load_state_dict(files["model.safetensors"])
+    if len(heads):
+        heads.load_state_dict(files["heads.safetensors"])
+    if changes:
+        changed = PolicySpec.from_config(merged_config(config, changes))
+        check_same_weights(spec, {f.name: getattr(changed, f.name) for f in fields(changed)})
+        spec = changed
+    return spec, denoiser, Normalizer.from_parts(*parts), anchors, heads
+
+
+__all__ = ["fit_anchors", "fitted_returns", "fitted_spec", "open_store", "read_policy"]
