@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.sampling import sample
 from diffpolicy.core.starts import shift_plan
-from diffpolicy.guidance.cfg import PREFIX_MODES, PrefixCond, PrefixGuidance
+from diffpolicy.guidance.pinned import PREFIX_MODES, PrefixCond, PrefixGuidance
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.plan_loop import PlanLoop
@@ -38,7 +38,7 @@ class Chunking:
             prefix).
         overlap: positions from the current step on that follow the last plan, the frozen ones
             among them; ``None``: all that is left of it.
-        mode: see :class:`~diffpolicy.guidance.cfg.PrefixGuidance`. ``"soft"`` bounds the seam of
+        mode: see :class:`~diffpolicy.guidance.pinned.PrefixGuidance`. ``"soft"`` bounds the seam of
             every plan: it is at most ``1 - weight`` of what the two plans differ by there.
             ``"jacobian"`` lets the whole new plan settle on the mode of the last one, but where it
             does not succeed the seam may be a whole jump.
