@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         DiffusionPolicy,
         Gripper,
         PolicySpec,
-        Sampler,
         Streaming,
         TrainerConfig,
         Truncated,
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from diffpolicy.data.store import EpisodeStore
     from diffpolicy.learn.learning import Learning
     from diffpolicy.policies.ensemble import TemporalEnsemble
+    from diffpolicy.policies.spec import PolicySampler, Sampler
     from diffpolicy.rollout.env_spec import EnvSpec
     from diffpolicy.rollout.evaluate import evaluate
     from diffpolicy.rollout.latency import DelayedPolicy
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    **dict.fromkeys(("DiffusionPolicy", "PolicySpec", "Gripper", "Sampler"), "diffpolicy.api"),
+    **dict.fromkeys(("DiffusionPolicy", "PolicySpec", "Gripper"), "diffpolicy.api"),
+    **dict.fromkeys(("Sampler", "PolicySampler"), "diffpolicy.policies.spec"),
     **dict.fromkeys(("RTI", "Truncated", "Anchors", "Chunking", "Streaming"), "diffpolicy.api"),
     "TrainerConfig": "diffpolicy.api",
     "Learning": "diffpolicy.learn.learning",
@@ -60,6 +61,7 @@ __all__ = [
     "Gripper",
     "Learning",
     "Normalizer",
+    "PolicySampler",
     "PolicySpec",
     "Sampler",
     "Streaming",

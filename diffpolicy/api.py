@@ -21,13 +21,11 @@ from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array
 from diffpolicy.policies.choose_level import choose_level, demonstrations, observation_step
 from diffpolicy.policies.chunking import Chunking, RealTimeChunking
-from diffpolicy.policies.diffusion import PolicySpec, Sampler
 from diffpolicy.policies.level_report import LevelReport
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.spec import Gripper
+from diffpolicy.policies.spec import Gripper, PolicySpec, Sampler, upgraded
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
-from diffpolicy.policies.upgrade import upgraded
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.policy_files import FORMAT, VERSION, find_policy, policy_files
 from diffpolicy.training.settings import TrainerConfig

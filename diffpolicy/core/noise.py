@@ -122,6 +122,33 @@ class GaussianProcess(NoiseProcess):
         return self.alpha(t)
 
 
+class AtLevel(NoiseProcess):
+    """A Gaussian process at one level, its two scales on the device already.
+
+    Loops that begin at the same level every time make their starts with it: nothing travels from
+    the host, so a CUDA graph can hold the start as well.
+
+    Args:
+        process: the noise process.
+        t: host level(s) of the starts, as in :class:`diffpolicy.core.starts.Start`.
+        like: a state, for device and dtype.
+    """
+
+    def __init__(self, process: GaussianProcess, t: Tensor, like: Tensor) -> None:
+        self._alpha, self._sigma = process.noising_scales(t, like)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the scales are."""
+        return self._sigma.device
+
+    def prior(self, noise: Tensor) -> Tensor:
+        return self._sigma * noise
+
+    def restart(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return torch.addcmul(self._sigma * noise, self._alpha, x0)
+
+
 @dataclass(frozen=True)
 class VPCosine(GaussianProcess):
     """Variance-preserving cosine schedule (Nichol & Dhariwal 2021, eq. 17), continuous in ``t``.

@@ -1,4 +1,4 @@
-"""What wraps a denoiser, in one place: it has a denoiser's face, so every start and solver takes it.
+"""What wraps a denoiser: it has a denoiser's face, so that every start and solver takes it.
 
 A wrapper says what it hands to the denoiser inside and what it makes of the answer. How that runs
 at single levels and on the prepared levels of a grid is the same for all and stands here.

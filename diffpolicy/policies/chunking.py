@@ -7,7 +7,7 @@ guided towards it with decaying weight, the rest is free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from diffpolicy.guidance.pinned import PREFIX_MODES, PrefixCond, PrefixGuidance
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.plan_loop import PlanLoop
-from diffpolicy.settings import named_settings, settings_of
+from diffpolicy.settings import check_choice, check_range, named_settings
 
 SCHEDULES = ("linear", "exp", "ones", "zeros")
 
@@ -54,23 +54,10 @@ class Chunking:
     max_weight: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}; expected one of {SCHEDULES}")
-        if self.overlap is not None and self.overlap < 0:
-            raise ValueError(f"overlap must be at least 0 (or null), got {self.overlap}")
-        if self.mode not in PREFIX_MODES:
-            raise ValueError(f"unknown mode {self.mode!r}; expected one of {PREFIX_MODES}")
-        if not self.max_weight > 0:
-            raise ValueError(f"max_weight must be positive, got {self.max_weight}")
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Chunking:
-        """From JSON values.
-
-        Raises:
-            ValueError: unknown entries or values out of range.
-        """
-        return settings_of(cls, config, "chunking")
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("mode", self.mode, PREFIX_MODES)
+        check_range("[0, inf)", overlap=self.overlap)
+        check_range("(0, inf)", max_weight=self.max_weight)
 
 
 def frozen_steps(delay: Array, valid: Array, n_obs_steps: int) -> Array:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.solvers import make_solver
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.data.normalize import Normalizer
@@ -22,12 +23,13 @@ from diffpolicy.guidance.pinned import Pinned
 from diffpolicy.guidance.value import ValueGuidance, head_value
 from diffpolicy.networks.base import described
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState, row_noise
+from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.best_of_n import Selector
 from diffpolicy.policies.guessed import ScoredPlans
 from diffpolicy.policies.guesses import check_anchors, truncated_grid
 from diffpolicy.policies.plan_loop import Condition, Loop, PinnedCondition, PlanLoop
-from diffpolicy.policies.spec import Gripper, PolicySpec, Sampler, check_normalizer
+from diffpolicy.policies.rows import row_noise
+from diffpolicy.policies.spec import Gripper, PolicySampler, PolicySpec, check_normalizer
 from diffpolicy.policies.truncated import Candidates
 
 
@@ -157,13 +159,13 @@ class DiffusionPlanner(ChunkedPolicy):
             solver = spec.sampler.make(deterministic=deterministic)
         elif kind == "warm":
             assert spec.rti is not None
-            grid, start = spec.rti.grid(process), spec.rti.start
-            solver = spec.rti.make_solver(deterministic=deterministic)
+            grid, start = spec.rti.grid(process), "noised" if spec.rti.renoise else "given"
+            solver = spec.rti.make(deterministic=deterministic)
         else:
             assert spec.truncated is not None
             grid, start = truncated_grid(kind, spec.truncated, self.anchors, process)
             if kind == "guesses":
-                solver = make_solver(spec.truncated.solver, **spec.truncated.options)
+                solver = spec.truncated.make()
         return PlanLoop(
             guided,
             self.normalizer,
@@ -411,4 +413,12 @@ def _where(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:
     return weight.device, weight.dtype
 
 
-__all__ = ["DiffusionPlanner", "Gripper", "Loop", "PolicySpec", "Sampler", "check_normalizer"]
+__all__ = [
+    "DiffusionPlanner",
+    "Gripper",
+    "Loop",
+    "PolicySampler",
+    "PolicySpec",
+    "Sampler",
+    "check_normalizer",
+]

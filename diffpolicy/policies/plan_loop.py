@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.core.noise import AtLevel
 from diffpolicy.core.sampling import Trajectory, prepare, sample
 from diffpolicy.core.solvers import Solver
-from diffpolicy.core.starts import Start
+from diffpolicy.core.starts import Start, prior_start, truncated_start, warm_start
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.guidance.pinned import PinCond
+from diffpolicy.settings import check_choice
 
 
 class Loop(Protocol):
@@ -141,8 +143,7 @@ class PlanLoop(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        if start not in STARTS:
-            raise ValueError(f"unknown start {start!r}; expected one of {STARTS}")
+        check_choice("start", start, STARTS)
         n_obs_steps, obs_dim, self.horizon, self.action_dim = plan_shape
         self.obs_shape = (n_obs_steps, obs_dim)
         self.denoiser, self.normalizer, self.solver = denoiser, normalizer, solver
@@ -153,7 +154,7 @@ class PlanLoop(nn.Module):
         like = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
         with torch.no_grad():
             self.grid = prepare(denoiser, solver, levels, like)
-            self.alpha, self.sigma = denoiser.process.noising_scales(levels[0], like)
+            self.noising = AtLevel(denoiser.process, levels[0], like)
         self.nfe = self.grid.nfe
         self.draws = (start != "given") + (self.nfe if self.grid.stochastic else 0)
         self.uses_guess = start != "prior"
@@ -161,7 +162,7 @@ class PlanLoop(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it runs."""
-        return self.alpha.device
+        return self.noising.device
 
     def forward(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
         """One plan per row.
@@ -220,9 +221,9 @@ class PlanLoop(nn.Module):
 
     def begin(self, guess: Tensor, noise: Tensor) -> Start:
         """The start made of a guess and the first slice of noise."""
+        t = self.levels[0]
+        if self.start == "prior":
+            return prior_start(self.noising, noise[0])
         if self.start == "given":
-            return Start(guess, self.levels[0])
-        x = self.sigma * noise[0]
-        if self.start == "noised":
-            x = torch.addcmul(x, self.alpha, guess)
-        return Start(x, self.levels[0])
+            return warm_start(self.noising, guess, t, guess, shift=0, renoise=False)
+        return truncated_start(self.noising, guess, t, noise[0])

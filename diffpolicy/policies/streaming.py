@@ -7,9 +7,8 @@ Each plan denoises the whole buffer a little, which finishes its first chunk; th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +16,15 @@ from torch import Tensor
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.noise import GaussianProcess
-from diffpolicy.core.ramp import Ramp
 from diffpolicy.core.sampling import Trajectory
 from diffpolicy.core.solvers import Solver
-from diffpolicy.core.starts import shift_plan, truncated_start
+from diffpolicy.core.starts import Ramp, ramp_start, shift_plan
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.base import Array, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.plan_loop import PlanLoop
 from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.settings import named_settings, settings_of
+from diffpolicy.settings import check_choice, check_range, named_settings
 
 FILLS = ("denoise", "noise", "constant")
 
@@ -54,24 +52,10 @@ class Streaming:
     constant: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.steps_per_chunk < 1:
-            raise ValueError(f"steps_per_chunk must be at least 1, got {self.steps_per_chunk}")
-        if self.fill not in FILLS:
-            raise ValueError(f"unknown fill {self.fill!r}; expected one of {FILLS}")
-        if (self.constant is not None) != (self.fill == "constant"):
-            raise ValueError(
-                "fill='constant' needs constant=(the action to begin with), and no other fill "
-                f"takes one; got fill={self.fill!r}, constant={self.constant}"
-            )
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Streaming:
-        """From JSON values (lists become tuples).
-
-        Raises:
-            ValueError: unknown entries or values out of range.
-        """
-        return settings_of(cls, config, "streaming")
+        check_range("[1, inf)", steps_per_chunk=self.steps_per_chunk)
+        check_choice("fill", self.fill, FILLS)
+        if self.constant is None and self.fill == "constant":
+            raise ValueError("fill='constant' needs constant=(the action to begin with)")
 
 
 class StreamingLoop(PlanLoop):
@@ -288,8 +272,7 @@ class StreamingPlanner(DiffusionPlanner):
 
     def _noised(self, x0: Tensor, phase: float, noise: Tensor) -> Tensor:
         """A clean plan noised to the levels of a tick's start (phase 1) or end (0)."""
-        t = self.ramp.levels(torch.full((1, 1, 1), phase, dtype=torch.float64))
-        return truncated_start(self.denoiser.process, x0, t, noise).x
+        return ramp_start(self.denoiser.process, x0, self.ramp, noise, phase=phase).x
 
     def _history(self, state: PolicyState) -> Tensor:
         return torch.from_numpy(state.history).to(self.device)

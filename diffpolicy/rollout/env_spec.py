@@ -18,8 +18,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from diffpolicy.data.bounds import inward_bounds
 from diffpolicy.extras import pip_hint
-from diffpolicy.policies.bounds import inward_bounds
 
 # Ids that exist only once their package was imported: (how the id starts, the package).
 _HOMES = (

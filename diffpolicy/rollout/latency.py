@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
-from diffpolicy.policies.holding import hold_limit, holds
+from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState, hold_limit, holds
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
-from diffpolicy.policies.batches import ON_CPU, usual_batch
+from diffpolicy.policies.rows import ON_CPU, usual_batch
 from diffpolicy.rollout.pool.slots import Outcome
 from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
 

@@ -17,7 +17,6 @@ from diffpolicy.core import (
     make_process,
     make_solver,
     prior_start,
-    ramp_start,
     sample,
     truncated_start,
 )
@@ -350,7 +349,8 @@ def test_bad_input(case):
 
 def test_refusals():
     denoise = mlp("vp_cosine")
-    ramp = ramp_start(denoise.process, normal(B, H, D), 0.2, 0.8, normal(B, H, D))
+    rising = torch.linspace(0.2, 0.8, H, dtype=torch.float64).view(1, H, 1)
+    ramp = truncated_start(denoise.process, normal(B, H, D), rising, normal(B, H, D))
     with pytest.raises(ValueError, match="per row"):
         probability_flow(denoise, ramp, levels(ramp, 3))
     start = start_of(denoise.process, B, H, D)

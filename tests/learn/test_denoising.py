@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffpolicy.core import Denoiser, make_process
-from diffpolicy.core.ramp import Ramp
+from diffpolicy.core.starts import Ramp
 from diffpolicy.learn import DenoisingLoss, denoising_error
 from diffpolicy.networks import make_network
 

@@ -24,6 +24,7 @@ from diffpolicy.policies.ensemble import TemporalEnsemble
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.streaming import StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
+from diffpolicy.settings import from_values
 
 MODES = ("soft", "jacobian")
 
@@ -131,7 +132,7 @@ def test_seam_jump_measures_the_same_step():
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmpp_2m", "heun"])
 def test_the_prefix_is_what_is_executed_meanwhile(make_planner, mode, solver):
     """The first actions of the new plan are those that the robot consumes from the old one."""
-    planner = make_planner(horizon=10, sampler=Sampler(solver, 4))
+    planner = make_planner(horizon=10, sampler=Sampler(solver=solver, num_steps=4))
     policy = RealTimeChunking(planner, Chunking(mode=mode))
     obs = np.random.default_rng(0).standard_normal((3, 3)).astype(np.float32)
     state = warm_state(policy, range(3), obs, delay=[0, 2, 4])
@@ -305,7 +306,7 @@ def test_errors(make_planner):
     with pytest.raises(ValueError, match="max_weight must be positive"):
         Chunking(max_weight=0.0)
     with pytest.raises(ValueError, match=r"chunking has no setting 'horizon'"):
-        Chunking.from_config({"horizon": 3})
+        from_values(Chunking, {"horizon": 3})
     with pytest.raises(ValueError, match="delay must be at least 0"):
         chunk_weights(np.array([-1]), np.array([3]), 2, 8, Chunking())
     network = {"type": "mlp", "width": 8, "t_kind": "position"}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
-from diffpolicy.core.solvers import make_solver
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.settings import named_settings, settings_of
 
 ACTORS = ("bc", "chain", "one_step")
@@ -14,8 +14,8 @@ CRITICS = ("td", "iql")
 
 
 @named_settings
-@dataclass(frozen=True)
-class ActorCritic:
+@dataclass(frozen=True, kw_only=True)
+class ActorCritic(Sampler):
     """Which actor-critic, and its settings; the discount is the data's.
 
     A setting that the chosen actor and critic do not use must keep its default.
@@ -33,8 +33,8 @@ class ActorCritic:
         target_rate: share of the way that target networks go towards the trained ones after every
             step, in (0, 1].
         max_q_backup: of ``td``, next plans sampled per state of which the best counts; 0: one.
-        solver: of the sampled plans, a name from :data:`diffpolicy.core.SOLVERS`.
-        num_steps: its steps.
+        solver: of the sampled plans; as ``num_steps``, ``options`` and ``spacing``, see
+            :class:`diffpolicy.core.Sampler`.
         grad_steps: of ``chain``, the last evaluations that Q's gradient passes through; ``None``:
             all of them.
         checkpoint: of ``chain``, recompute the evaluations in the backward pass to save memory.
@@ -44,8 +44,8 @@ class ActorCritic:
         ValueError: an unknown choice, a value out of range, or a setting that would have no effect.
     """
 
-    actor: str = "chain"
-    critic: str = "td"
+    actor: str = field(default="chain", kw_only=False)
+    critic: str = field(default="td", kw_only=False)
     eta: float = 1.0
     expectile: float = 0.7
     target_rate: float = 0.005
@@ -57,6 +57,7 @@ class ActorCritic:
     mask_padding: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.actor not in ACTORS or self.critic not in CRITICS:
             raise ValueError(
                 f"actor must be one of {ACTORS} and critic one of {CRITICS}, got {self.actor!r} "
@@ -67,12 +68,10 @@ class ActorCritic:
             ("expectile", 0 < self.expectile < 1, "in (0, 1)"),
             ("target_rate", 0 < self.target_rate <= 1, "in (0, 1]"),
             ("max_q_backup", self.max_q_backup >= 0, "at least 0"),
-            ("num_steps", self.num_steps >= 1, "at least 1"),
             ("grad_steps", self.grad_steps is None or self.grad_steps >= 1, "at least 1 or None"),
         ):
             if not holds:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
-        make_solver(self.solver)
         for entry in fields(self):
             user = self._user(entry.name)
             if user is not None and getattr(self, entry.name) != entry.default:

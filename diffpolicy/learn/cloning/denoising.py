@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import stratified
-from diffpolicy.core.ramp import Ramp
+from diffpolicy.core.starts import Ramp
 from diffpolicy.guidance.layout import Layout
 
 LEVEL_LAWS = ("row", "position", "dim")

@@ -8,7 +8,7 @@ the probability-flow ODE (AdjointDPM, Pan et al. 2024, arXiv 2307.10711).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -16,13 +16,15 @@ from torch import Tensor
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.solvers import DDIM, Solver, make_solver
-from diffpolicy.core.starts import SPACINGS, explicit_levels, levels, prior_start, truncated_start
+from diffpolicy.core.starts import explicit_levels, prior_start, truncated_start
 from diffpolicy.learn.reward.adjoint import ADJOINTS, DROPOUT, probability_flow
 from diffpolicy.learn.reward.chains import chain_with_kl, differentiable_chain
 from diffpolicy.learn.reward.path_kl import gaussian_step_kl
 from diffpolicy.learn.reward.pathwise import Finished
 from diffpolicy.learn.reward.runge_kutta import METHODS
+from diffpolicy.settings import check_choice, check_range
 
 TRUNCATIONS = ("fixed", "uniform", "gaussian")
 GRADIENTS = ("autograd", "adjoint")
@@ -37,8 +39,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class PlanChain:
+@dataclass(frozen=True, kw_only=True)
+class PlanChain(Sampler):
     """Plans sampled from pure noise, and through which evaluations the gradient flows.
 
     A divergence to a reference (``kl_weight`` above 0) exists for steps that add noise and have no
@@ -46,11 +48,9 @@ class PlanChain:
     which adds none.
 
     Args:
-        num_steps: K.
-        solver: a name of :func:`~diffpolicy.core.solvers.make_solver`.
+        solver: as ``num_steps`` and ``spacing``, see :class:`diffpolicy.core.Sampler`.
         options: of the solver; with ``gradient="adjoint"`` those of
             :func:`~diffpolicy.learn.reward.adjoint.probability_flow` (method, adjoint, rtol, atol).
-        spacing: of the levels, see :func:`~diffpolicy.core.starts.levels`.
         grad_steps: how many of the last evaluations carry a graph (DRaFT-K); ``None``: all.
         truncation: ``"fixed"``, as ``grad_steps`` says, or their number is drawn for every batch:
             ``"uniform"`` from 1 to all, or ``"gaussian"``. AlignProp detaches the network's answer
@@ -69,10 +69,6 @@ class PlanChain:
         ValueError: values out of range, or that make no sense together.
     """
 
-    num_steps: int = 10
-    solver: str = "ddim"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    spacing: str = "t"
     grad_steps: int | None = None
     truncation: str = "fixed"
     spread: tuple[float, float] = (0.16, 0.1)
@@ -82,18 +78,10 @@ class PlanChain:
     shape: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("spacing", SPACINGS),
-            ("truncation", TRUNCATIONS),
-            ("gradient", GRADIENTS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; expected one of {known}")
-        if self.num_steps < 1 or self.renoise < 0:
-            raise ValueError(
-                f"num_steps must be at least 1 and renoise not negative, got {self.num_steps} and "
-                f"{self.renoise}"
-            )
+        super().__post_init__()
+        check_choice("truncation", self.truncation, TRUNCATIONS)
+        check_choice("gradient", self.gradient, GRADIENTS)
+        check_range("[0, inf)", renoise=self.renoise)
         if self.shape is not None and (len(self.shape) != 2 or min(self.shape) < 1):
             raise ValueError(f"shape must be [H, D] of a plan, got {self.shape}")
         if self.gradient == "adjoint":
@@ -102,7 +90,7 @@ class PlanChain:
             self._check_truncation()
 
     def _check_truncation(self) -> None:
-        nfe = self._solver().nfe(self.num_steps)  # refuses an unknown solver or option
+        nfe = self.make().nfe(self.num_steps)
         if self.grad_steps is not None and not 1 <= self.grad_steps <= nfe:
             raise ValueError(
                 f"grad_steps must be from 1 to the chain's {nfe} evaluations, or null for all; got "
@@ -176,7 +164,7 @@ class PlanChain:
     def kl_problem(self) -> str | None:
         """Why these paths have no divergence to a reference's, and what to do; ``None``: ok."""
         if self.gradient == "autograd":
-            solver = self._solver()
+            solver = self.make()
             if isinstance(solver, DDIM) and solver.stochastic:
                 return None
         return (
@@ -222,13 +210,12 @@ class PlanChain:
         )
         process = denoiser.process
         start = prior_start(process, process.draw_noise(like.shape, generator, like))
-        t_min = 1e-3 if self.gradient == "adjoint" else None  # where its integration ends
-        grid = levels(start, self.num_steps, spacing=self.spacing, process=process, t_min=t_min)
         if self.gradient == "adjoint":
+            grid = replace(self, t_min=1e-3).grid(process, start)  # where its integration ends
             x0 = probability_flow(denoiser, start, grid, cond=cond, **self.options)
             return Finished(x0, like.new_zeros(size), {})
-        solver = self._solver()
-        count, noise = solver.nfe(self.num_steps), None
+        solver = self.make()
+        grid, count, noise = self.grid(process, start), solver.nfe(self.num_steps), None
         if solver.stochastic:
             noise = process.draw_noise((count, *like.shape), generator, like)
         steps = 0 if self.renoise else self._drawn_steps(count, generator)
@@ -305,8 +292,11 @@ class PlanChain:
             drawn = round(count * (mean + std * z))
         return int(min(count, max(1, drawn)))
 
-    def _solver(self) -> Solver:
-        return make_solver(self.solver, **self.options)
+    def make(self, *, deterministic: bool = False) -> Solver:
+        """The solver; with ``gradient="adjoint"`` the options are not a solver's, but the ODE's."""
+        if self.gradient == "adjoint":
+            return make_solver(self.solver)
+        return super().make(deterministic=deterministic)
 
     def _shape(self, denoiser: BaseDenoiser) -> tuple[int, int]:
         network = getattr(denoiser, "network", None)
