@@ -21,11 +21,12 @@ if TYPE_CHECKING:
         TrainerConfig,
         Truncated,
     )
+    from diffpolicy.core.sampler import Sampler
     from diffpolicy.data.normalize import Normalizer
     from diffpolicy.data.store import EpisodeStore
     from diffpolicy.learn.learning import Learning
     from diffpolicy.policies.ensemble import TemporalEnsemble
-    from diffpolicy.policies.spec import PolicySampler, Sampler
+    from diffpolicy.policies.spec import PolicySampler
     from diffpolicy.rollout.env_spec import EnvSpec
     from diffpolicy.rollout.evaluate import evaluate
     from diffpolicy.rollout.latency import DelayedPolicy
@@ -36,7 +37,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     **dict.fromkeys(("DiffusionPolicy", "PolicySpec", "Gripper"), "diffpolicy.api"),
-    **dict.fromkeys(("Sampler", "PolicySampler"), "diffpolicy.policies.spec"),
+    "Sampler": "diffpolicy.core.sampler",
+    "PolicySampler": "diffpolicy.policies.spec",
     **dict.fromkeys(("RTI", "Truncated", "Anchors", "Chunking", "Streaming"), "diffpolicy.api"),
     "TrainerConfig": "diffpolicy.api",
     "Learning": "diffpolicy.learn.learning",

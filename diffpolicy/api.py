@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 
 from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.fields import check_vector
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.store import EpisodeStore
@@ -23,7 +24,7 @@ from diffpolicy.policies.choose_level import choose_level, demonstrations, obser
 from diffpolicy.policies.chunking import Chunking, RealTimeChunking
 from diffpolicy.policies.level_report import LevelReport
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.spec import Gripper, PolicySpec, Sampler, upgraded
+from diffpolicy.policies.spec import Gripper, PolicySampler, PolicySpec, upgraded
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
@@ -391,6 +392,7 @@ __all__ = [
     "Denoiser",
     "DiffusionPolicy",
     "Gripper",
+    "PolicySampler",
     "PolicySpec",
     "Sampler",
     "Streaming",

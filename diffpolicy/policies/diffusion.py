@@ -25,12 +25,11 @@ from diffpolicy.networks.base import described
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.best_of_n import Selector
-from diffpolicy.policies.guessed import ScoredPlans
-from diffpolicy.policies.guesses import check_anchors, truncated_grid
 from diffpolicy.policies.plan_loop import Condition, Loop, PinnedCondition, PlanLoop
+from diffpolicy.policies.planners import check_anchors
 from diffpolicy.policies.rows import row_noise
 from diffpolicy.policies.spec import Gripper, PolicySampler, PolicySpec, check_normalizer
-from diffpolicy.policies.truncated import Candidates
+from diffpolicy.policies.truncated import Candidates, ScoredPlans
 
 
 class DiffusionPlanner(ChunkedPolicy):
@@ -163,7 +162,7 @@ class DiffusionPlanner(ChunkedPolicy):
             solver = spec.rti.make(deterministic=deterministic)
         else:
             assert spec.truncated is not None
-            grid, start = truncated_grid(kind, spec.truncated, self.anchors, process)
+            grid, start = spec.truncated.loop_grid(kind, process, self.anchors)
             if kind == "guesses":
                 solver = spec.truncated.make()
         return PlanLoop(

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.guessed import ScoredPlans, gumbel_noise
 from diffpolicy.policies.plan_loop import Loop, PlanLoop
 from diffpolicy.settings import check_choice, check_range, named_settings
 
@@ -90,6 +91,23 @@ class Truncated(Sampler):
                 "leave it out of sources with rank 'confidence'"
             )
 
+    def loop_grid(
+        self, kind: str, process: GaussianProcess, anchors: Anchors | None
+    ) -> tuple[Tensor, str]:
+        """Levels and kind of start of a loop.
+
+        A draft is the clean estimate at ``t = 1`` and a rank the one at ``rank_t``: one step each.
+        """
+        if kind == "draft":
+            return self.grid(process, num_steps=1), "prior"
+        if kind == "rank":
+            return self.grid(process, self.rank_t, num_steps=1), "noised"
+        first = self.t_start
+        if first is None:
+            assert anchors is not None  # check_anchors
+            first = anchors.default_t_start(process)
+        return self.grid(process, first), "noised"
+
     @property
     def loops(self) -> tuple[str, ...]:
         """Kinds of sampling loops that it runs."""
@@ -101,6 +119,49 @@ class Truncated(Sampler):
     def ranks(self) -> bool:
         """Whether an evaluation is spent on ranking the guesses."""
         return self.rank == "denoising" and self.sources not in (("draft",), ("autoregressive",))
+
+
+class ScoredPlans(NamedTuple):
+    """Candidate plans with scores.
+
+    Attributes:
+        plans: ``[n, M, H, A]`` normalised.
+        scores: ``[n, M]``; the higher the better, comparable within a row only.
+        nfe: network evaluations, each of all ``n * M`` plans.
+        gumbel: ``[n, M]`` draws of the Gumbel law, where one plan is drawn with probability
+            proportional to ``exp(score)``; ``None`` where the best is taken.
+    """
+
+    plans: Tensor
+    scores: Tensor
+    nfe: int
+    gumbel: Tensor | None = None
+
+    def best(self) -> Tensor:
+        """The plan with the highest score, ``[n, H, A]``."""
+        return self._at(self.scores)
+
+    def chosen(self) -> Tensor:
+        """The plan that is executed, ``[n, H, A]``: the best, or the one that was drawn.
+
+        The argmax of scores plus Gumbel noise is a draw from their softmax.
+        """
+        return self._at(self.scores if self.gumbel is None else self.scores + self.gumbel)
+
+    def _at(self, keys: Tensor) -> Tensor:
+        rows = torch.arange(len(self.plans), device=self.plans.device)
+        return self.plans[rows, keys.argmax(1)]
+
+
+def gumbel_noise(noise: Tensor, count: int) -> Tensor:
+    """``count`` Gumbel draws ``[n, count]`` made of standard normal ones ``[n, 2 count or more]``.
+
+    Half the sum of two squares is an exponential variable, and minus its logarithm a Gumbel one:
+    plain arithmetic, which also goes into an exported file.
+    """
+    pairs = noise[:, : 2 * count].reshape(-1, count, 2)
+    exponential = 0.5 * pairs.square().sum(2)
+    return -exponential.clamp_min(torch.finfo(noise.dtype).tiny).log()
 
 
 @dataclass(frozen=True)

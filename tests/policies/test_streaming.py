@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from policies_truncated_law import truncated_law
 from torch import Tensor, nn
 
 from diffpolicy.core import Denoiser, VPCosine, make_process
@@ -14,7 +15,6 @@ from diffpolicy.core.starts import Ramp
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
 from diffpolicy.policies.ensemble import TemporalEnsemble
-from diffpolicy.policies.guessed import truncated_law
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner, renoise_tables
 from diffpolicy.settings import from_values
