@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.settings import check_range, check_shape
+from diffpolicy.settings import check_choice, check_range, check_shape
 
 _MOST_WINDOWS = 20_000  # k-means learns nothing from more
 _HELD_OUT = 0.1
@@ -244,6 +245,7 @@ class Anchors:
             "error": self.error,
             "relative_to": None if self.relative_to is None else list(self.relative_to),
             "top_m": self.top_m,
+            "activation": None if self.classifier is None else self.classifier.activation,
         }
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -285,54 +287,71 @@ class Anchors:
             position_error,
             None if relative is None else tuple(relative),
             top_m,
-            None if top_m is None else ClusterClassifier(parts),
+            None if top_m is None else ClusterClassifier(parts, config.get("activation", "silu")),
         )
 
 
 class ClusterClassifier:
-    """From a flat condition to the log-probability of each cluster; frozen once it is fitted.
+    """A small MLP from a flat condition to the log-probability of each cluster; frozen once fitted.
 
     Args:
-        tensors: ``weight<i>`` and ``bias<i>`` of its linear layers, float32. Fitted ones have one
-            layer; those in files of before have three, with SiLU between them.
+        tensors: ``weight<i>`` and ``bias<i>`` of its linear layers, float32.
+        activation: between them: ``"relu"``, or ``"silu"`` in files of before.
 
     Raises:
-        ValueError: no layer.
+        ValueError: no layer, or an unknown activation.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], activation: str = "relu") -> None:
         if "weight0" not in tensors:
             raise ValueError(f"the anchor classifier lacks 'weight0'; it has {sorted(tensors)}")
+        check_choice("activation", activation, ("relu", "silu"))
         depth = sum(name.startswith("weight") for name in tensors)
         self._layers = [(tensors[f"weight{i}"], tensors[f"bias{i}"]) for i in range(depth)]
+        self.activation = activation
 
     @classmethod
     def fit(cls, cond: Tensor, label: Tensor, count: int, *, seed: int = 0) -> ClusterClassifier:
-        """Multinomial logistic regression (scikit-learn).
+        """Train by cross-entropy (scikit-learn's ``MLPClassifier``).
 
         Args:
             cond: ``[N, C]`` normalised conditions.
-            label: ``[N]`` their clusters.
+            label: ``[N]`` their clusters; those that never come are impossible.
             count: clusters.
-            seed: of the solver.
+            seed: of weights and batches.
         """
         seen = torch.bincount(label, minlength=count).nonzero()[:, 0]
-        weight, bias = torch.zeros(count, cond.shape[1]), torch.full((count,), -1e4)
-        bias[seen] = 0.0  # the others are impossible
-        if len(seen) > 1:
-            model = _sklearn("linear_model").LogisticRegression(max_iter=1000, random_state=seed)
-            model.fit(cond.double().numpy(), label.numpy())
-            # Of two classes scikit-learn has the second one's logit alone: the first's is 0.
-            rows = seen[-len(model.coef_) :]
-            weight[rows] = torch.from_numpy(model.coef_).float()
-            bias[rows] = torch.from_numpy(model.intercept_).float()
-        return cls({"weight0": weight, "bias0": bias})
+        if len(seen) == 1:
+            bias = torch.full((count,), -1e4).index_fill(0, seen, 0.0)
+            return cls({"weight0": torch.zeros(count, cond.shape[1]), "bias0": bias})
+        model = _sklearn("neural_network").MLPClassifier(
+            (64, 64),
+            batch_size=min(256, len(cond)),
+            learning_rate_init=2e-3,
+            alpha=1e-2,
+            max_iter=60,
+            random_state=seed,
+        )
+        with warnings.catch_warnings():  # of not having converged: so many passes are enough
+            warnings.simplefilter("ignore")
+            model.fit(cond.float().numpy(), label.numpy())
+        tensors = {}
+        for i, (weight, bias) in enumerate(zip(model.coefs_, model.intercepts_, strict=True)):
+            tensors[f"weight{i}"] = torch.from_numpy(weight.T.copy()).float()
+            tensors[f"bias{i}"] = torch.from_numpy(bias).float()
+        # Of two classes scikit-learn has the second one's logit alone: the first's is 0.
+        rows, weight, bias = seen[-len(bias) :], tensors["weight2"], tensors["bias2"]
+        tensors["weight2"] = torch.zeros(count, weight.shape[1]).index_copy(0, rows, weight)
+        impossible = torch.full((count,), -1e4).index_fill(0, seen, 0.0)
+        tensors["bias2"] = impossible.index_copy(0, rows, bias)
+        return cls(tensors)
 
     def log_prob(self, cond: Tensor) -> Tensor:
         """``[N, C]`` to ``[N, count]``."""
+        between = F.relu if self.activation == "relu" else F.silu
         h = cond
         for i, (weight, bias) in enumerate(self._layers):
-            h = F.linear(F.silu(h) if i else h, weight, bias)
+            h = F.linear(between(h) if i else h, weight, bias)
         return F.log_softmax(h, dim=-1)
 
     @property
@@ -354,7 +373,8 @@ class ClusterClassifier:
 
     def to(self, device: torch.device | str) -> ClusterClassifier:
         """The same classifier on ``device``."""
-        return ClusterClassifier({k: v.to(device) for k, v in self.to_tensors().items()})
+        tensors = {name: value.to(device) for name, value in self.to_tensors().items()}
+        return ClusterClassifier(tensors, self.activation)
 
 
 def clusters(points: Tensor, count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:

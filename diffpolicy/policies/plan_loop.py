@@ -54,13 +54,12 @@ class Condition(nn.Module):
         super().__init__()
         self.normalizer = normalizer
 
-    def forward(self, history: Tensor) -> Any:
-        """``cond`` for raw observations ``[n, To, O]``."""
+    def forward(self, history: Tensor, *known: Tensor) -> Any:
+        """``cond`` for raw observations ``[n, To, O]``, and what else a loop was given."""
         return self.normalizer.normalize("obs", history).flatten(1)
 
     def settled(self, plan: Tensor, given: Any) -> Tensor:
         """The plan ``[n, H, D]`` with what is known of it set exactly."""
-        del given
         return plan
 
 
@@ -83,7 +82,7 @@ class PinnedCondition(Condition):
         self.register_buffer("known", layout.known, persistent=False)
         self.register_buffer("wanted", torch.tensor(returns) if returns else None, persistent=False)
 
-    def forward(self, history: Tensor) -> PinCond:
+    def forward(self, history: Tensor, *known: Tensor) -> PinCond:
         """The pinned values and the condition beside them."""
         values = self.layout.values(
             self.normalizer.normalize("obs", history), self.goal(history[:, -1])
@@ -164,18 +163,19 @@ class PlanLoop(nn.Module):
         """Where it runs."""
         return self.noising.device
 
-    def forward(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, history: Tensor, guess: Tensor, noise: Tensor, *known: Tensor) -> Tensor:
         """One plan per row.
 
         Args:
             history: raw observations ``[n, To, O]``.
             guess: normalised clean guess ``[n, H, A]`` (ignored by a prior start).
             noise: standard normal ``[R, n, H, A]``.
+            known: what the loop's condition takes beside the observations.
 
         Returns:
             Normalised plans ``[n, H, A]``.
         """
-        x0 = self._sample(history, guess, noise, record=False)
+        x0 = self._sample(self.condition(history, *known), guess, noise, record=False)
         assert isinstance(x0, Tensor)
         return x0
 
@@ -187,7 +187,7 @@ class PlanLoop(nn.Module):
         Raises:
             ValueError: a network without a confidence head.
         """
-        result = self._sample(history, guess, noise, record=True)
+        result = self._sample(self.condition(history), guess, noise, record=True)
         assert isinstance(result, Trajectory)
         aux = result.transitions[-1].denoised.aux
         if "confidence" not in aux:
@@ -198,9 +198,8 @@ class PlanLoop(nn.Module):
         return result.x0, aux["confidence"]
 
     def _sample(
-        self, history: Tensor, guess: Tensor, noise: Tensor, *, record: bool
+        self, given: Any, guess: Tensor, noise: Tensor, *, record: bool
     ) -> Tensor | Trajectory:
-        given = self.condition(history)
         noise = self.tempered(noise)
         result = sample(
             self.denoiser,

@@ -78,18 +78,19 @@ class StreamingLoop(PlanLoop):
         super().__init__(denoiser, normalizer, solver, levels, start="given", plan_shape=plan_shape)
         self.finished = (levels[-1] == 0).to(self.device)
 
-    def forward(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, history: Tensor, guess: Tensor, noise: Tensor, *known: Tensor) -> Tensor:
         """One tick per row.
 
         Args:
             history: raw observations ``[n, To, O]``.
             guess: the buffer at the levels of the tick's start ``[n, H, A]``.
             noise: standard normal ``[R, n, H, A]``.
+            known: of the condition.
 
         Returns:
             Plans and buffers ``[n, 2 H, A]``, normalised.
         """
-        result = self._sample(history, guess, noise, record=True)
+        result = self._sample(self.condition(history, *known), guess, noise, record=True)
         assert isinstance(result, Trajectory)  # what record=True returns
         estimate = result.transitions[-1].denoised.x0_hat
         return torch.cat([torch.where(self.finished, result.x0, estimate), result.x0], dim=1)
@@ -249,7 +250,7 @@ class StreamingPlanner(DiffusionPlanner):
         """A full sample, as a policy without streaming draws it, and a buffer made of it."""
         loop = self._loops["cold", deterministic]
         noise = self.draw_noise(state, loop.draws + 1, deterministic)
-        plan = loop(self._history(state), noise[-1], noise[:-1])
+        plan = loop(self.on_device(state.history), noise[-1], noise[:-1])
         buffer = self._noised(plan, 0.0, noise[-1])
         return plan.cpu().numpy(), buffer.cpu().numpy()
 
@@ -258,24 +259,20 @@ class StreamingPlanner(DiffusionPlanner):
         loop = self._loops["warm", deterministic]
         noise = self.draw_noise(state, loop.draws + 1, deterministic)
         steps = np.minimum(self.executed(state), self.n_action_steps)
-        moved = torch.from_numpy(steps).to(self.device)
-        buffer = shift_plan(torch.from_numpy(state.memory["buffer"]).to(self.device), moved)
+        moved = self.on_device(steps)
+        buffer = shift_plan(self.on_device(state.memory["buffer"]), moved)
         keep, add = self._renoise
         buffer = keep[moved] * buffer + add[moved] * noise[-1]
         if cold.any():
-            start = torch.from_numpy(self._constant).to(self.device).expand_as(buffer)
+            start = self.on_device(self._constant).expand_as(buffer)
             filled = self._noised(start, 1.0, noise[-1])
-            chosen = torch.from_numpy(cold).to(self.device)[:, None, None]
-            buffer = torch.where(chosen, filled, buffer)
-        both = loop(self._history(state), buffer, noise[:-1]).cpu().numpy()
+            buffer = torch.where(self.on_device(cold)[:, None, None], filled, buffer)
+        both = loop(self.on_device(state.history), buffer, noise[:-1]).cpu().numpy()
         return both[:, : self.horizon], both[:, self.horizon :]
 
     def _noised(self, x0: Tensor, phase: float, noise: Tensor) -> Tensor:
         """A clean plan noised to the levels of a tick's start (phase 1) or end (0)."""
         return ramp_start(self.denoiser.process, x0, self.ramp, noise, phase=phase).x
-
-    def _history(self, state: PolicyState) -> Tensor:
-        return torch.from_numpy(state.history).to(self.device)
 
 
 def renoise_tables(process: GaussianProcess, ramp: Ramp) -> tuple[Tensor, Tensor]:

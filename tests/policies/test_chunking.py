@@ -13,7 +13,7 @@ from diffpolicy.core import Denoiser, VPCosine
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.chunking import (
     Chunking,
-    ChunkLoop,
+    PrefixCondition,
     RealTimeChunking,
     chunk_weights,
     frozen_steps,
@@ -192,15 +192,15 @@ def test_nothing_of_the_old_plans_end_is_invented(make_planner, monkeypatch):
     policy = RealTimeChunking(planner, Chunking("ones"))
     state = warm_state(policy, [0, 1], executed=3, delay=[2, 9])
     expected = policy.replan(state, [0, 1]).plan
-    run = ChunkLoop.forward
+    tell = PrefixCondition.forward
 
-    def poisoned(self, history, guess, noise, prefix, weight):
+    def poisoned(self, history, prefix, weight):
         assert not weight[:, 7:].any()  # ten positions, three executed
         prefix = prefix.clone()
         prefix[:, 7:] = torch.nan
-        return run(self, history, guess, noise, prefix, weight)
+        return tell(self, history, prefix, weight)
 
-    monkeypatch.setattr(ChunkLoop, "forward", poisoned)
+    monkeypatch.setattr(PrefixCondition, "forward", poisoned)
     assert np.array_equal(policy.replan(state, [0, 1]).plan, expected)
 
 
