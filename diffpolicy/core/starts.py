@@ -262,7 +262,9 @@ def levels(
         grid = torch.cat([first[None], inner, torch.full_like(first, end)[None]])
         return grid if process is None else check_snapped(grid, process)
     if not isinstance(process, GaussianProcess):
-        raise ValueError(f"spacing {spacing!r} needs process=..., one of Gaussian noise")
+        raise ValueError(
+            f"spacing {spacing!r} needs process=... of Gaussian noise; for others use spacing='t'"
+        )
     rho = 7.0 if spacing == "karras" else None
     return _ratio_grid(process, first, num_steps, end, t_min, rho)
 

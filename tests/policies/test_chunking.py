@@ -305,7 +305,7 @@ def test_errors(make_planner):
         Chunking(mode="hard")
     with pytest.raises(ValueError, match="max_weight must be positive"):
         Chunking(max_weight=0.0)
-    with pytest.raises(ValueError, match=r"chunking has no setting 'horizon'"):
+    with pytest.raises(ValueError, match="unknown key 'horizon'"):
         from_values(Chunking, {"horizon": 3})
     with pytest.raises(ValueError, match="delay must be at least 0"):
         chunk_weights(np.array([-1]), np.array([3]), 2, 8, Chunking())

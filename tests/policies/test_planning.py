@@ -173,7 +173,7 @@ def test_specs_survive_json():
         ({"goal": ((0, 1),)}, "holds no observation whose goal"),
         ({"layout": "trajectory", "value_scale": 1.0}, "the gradient of a head value"),
         ({"layout": "trajectory", "level_law": "position"}, "neither grippers nor levels"),
-        ({"temperature": -1.0}, "must not be negative"),
+        ({"temperature": -1.0}, "temperature must be at least 0"),
         ({"layout": "trajectory", "cond_dropout": 0.2}, "set returns, or cond_dropout=0"),
         (
             {"layout": "trajectory", "heads": {"draft": {"type": "draft", "returns": True}}},

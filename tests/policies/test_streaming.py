@@ -312,7 +312,7 @@ def test_errors(make_planner):
         Streaming(fill="constant")
     with pytest.raises(ValueError, match="action_dim=2 entries"):
         streaming_planner(make_planner, Streaming(2, "constant", (0.0,)))
-    with pytest.raises(ValueError, match=r"streaming has no setting 'steps'"):
+    with pytest.raises(ValueError, match="unknown key 'steps'"):
         from_values(Streaming, {"steps": 3})
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
         Ramp(12, 2, 4).grid(0)
