@@ -37,7 +37,7 @@ from diffpolicy.learn import DenoisingLoss, MaskedChain, RewardLoss
 from diffpolicy.networks import make_network
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.spec import PolicySpec, Sampler
+from diffpolicy.policies.spec import PolicySampler, PolicySpec, Sampler
 from diffpolicy.runtime.compile import compile_planner, fastest
 
 NETWORKS = {
@@ -53,7 +53,7 @@ POLICIES = {
     "stochastic": {"sampler": Sampler(solver="ddim", num_steps=5, options={"eta": 1.0})},
     "goals": {"layout": "trajectory", "goal": ((0, 2), (1, 3)), "constant": (2, 3)},
     "guided": {
-        "sampler": Sampler(solver="ddim", num_steps=5, guidance_scale=1.5),
+        "sampler": PolicySampler(num_steps=5, guidance_scale=1.5),
         "cond_dropout": 0.1,
     },
 }

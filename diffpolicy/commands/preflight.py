@@ -134,14 +134,14 @@ def check_training(config: TrainConfig) -> None:
     """
     from diffpolicy.commands.train import policy_shape, trainer_config
     from diffpolicy.learn.learning import Learning, check_learning
-    from diffpolicy.policies.diffusion import PolicySpec, Sampler
+    from diffpolicy.policies.spec import PolicySampler, PolicySpec
 
     if trainer_config(config).tensorboard:
         check_installed(("tensorboard",), "trainer.tensorboard=true")
     learning = Learning.from_config(config.learning)
     if config.policy.type != "diffusion":
         raise ConfigError(f"unknown policy.type {config.policy.type!r}; expected 'diffusion'")
-    sampler = Sampler(**asdict(config.sampler))
+    sampler = PolicySampler(**asdict(config.sampler))
     # These need the dimensions of the data.
     shape = {**policy_shape(config), "rti": None, "grippers": (), "goal": (), "constant": ()}
     spec = PolicySpec.from_config(

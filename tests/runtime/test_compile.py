@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
+from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySampler, PolicySpec, Sampler
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
@@ -127,7 +126,8 @@ ROLLED_SAMPLERS = {
 def test_a_rolled_loop_is_the_loop(solver, layout):
     sampler, guided = ROLLED_SAMPLERS[solver], {}
     if layout == "action":
-        sampler, guided = replace(sampler, guidance_scale=1.5), {"cond_dropout": 0.1}
+        sampler = PolicySampler(**vars(sampler), guidance_scale=1.5)
+        guided = {"cond_dropout": 0.1}
     planner = compiled_test_planner(sampler=sampler, layout=layout, temperature=0.5, **guided)
     loop = planner.loop("cold")
     one = rolled(loop)
