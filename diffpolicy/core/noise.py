@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffpolicy.settings import check_known, near_miss, settings_of
+from diffpolicy.settings import check_choice, check_known, settings_of
 
 TIME_SCALE = 1000.0  # sinusoidal embeddings were designed for integer steps 0..999
 
@@ -413,10 +413,7 @@ def make_process(config: Mapping[str, Any] | str) -> GaussianProcess:
         parameters = inspect.signature(_DISCRETE_NAMES[name]).parameters
         check_known(values, parameters, f"noise process {name!r}")
         return _DISCRETE_NAMES[name](values.pop("num_steps", 100), **values)
-    if name not in PROCESSES:
-        known = sorted([*PROCESSES, *_DISCRETE_NAMES])
-        hint = near_miss(name, known)
-        raise ValueError(f"unknown noise process {name!r}; expected one of {known}{hint}")
+    check_choice("noise process", name, sorted([*PROCESSES, *_DISCRETE_NAMES]))
     return settings_of(PROCESSES[name], values, f"noise process {name!r}")
 
 
