@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy
+    from diffpolicy.core.sampler import Sampler
     from diffpolicy.data.normalize import Normalizer
     from diffpolicy.data.store import EpisodeStore
     from diffpolicy.learn.learning import Learning
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from diffpolicy.policies.chunking import Chunking
     from diffpolicy.policies.ensemble import TemporalEnsemble
     from diffpolicy.policies.rti import RTI
-    from diffpolicy.policies.spec import Gripper, PolicySpec, Sampler
+    from diffpolicy.policies.spec import Gripper, PolicySampler, PolicySpec
     from diffpolicy.policies.streaming import Streaming
     from diffpolicy.policies.truncated import Truncated
     from diffpolicy.rollout.env_spec import EnvSpec
@@ -33,7 +34,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DiffusionPolicy": "diffpolicy.api",
-    **dict.fromkeys(("PolicySpec", "Gripper", "Sampler"), "diffpolicy.policies.spec"),
+    "Sampler": "diffpolicy.core.sampler",
+    **dict.fromkeys(("PolicySpec", "PolicySampler", "Gripper"), "diffpolicy.policies.spec"),
     "RTI": "diffpolicy.policies.rti",
     "Truncated": "diffpolicy.policies.truncated",
     "Anchors": "diffpolicy.policies.anchors",
@@ -63,6 +65,7 @@ __all__ = [
     "Gripper",
     "Learning",
     "Normalizer",
+    "PolicySampler",
     "PolicySpec",
     "Sampler",
     "Streaming",

@@ -10,8 +10,9 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -146,6 +147,9 @@ def settings_of(kind: type[T], values: Mapping[str, Any], what: str) -> T:
 def from_values(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """A dataclass from plain values, its names and types checked, nested ones as well.
 
+    Nested dataclasses come from mappings, tuples (of numbers, of dataclasses) from lists, and
+    mappings of dataclasses from mappings of mappings.
+
     Args:
         kind: the dataclass.
         values: of its fields, by name, as YAML or JSON holds them.
@@ -171,28 +175,55 @@ def _check_complete(kind: type[Any], values: Mapping[str, Any], text: str) -> No
             raise ConfigError(f"{text}{entry.name!r}")
 
 
+_UNFIT = object()
+
+
 def _value(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as its annotation asks for it, nested settings and entries of tuples as well."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if hint is Any or (value is None and type(None) in options):
-        return value
     for option in options:
-        if is_dataclass(option) and isinstance(option, type) and isinstance(value, Mapping):
-            return from_values(option, value, where + ".")
-        plain = typing.get_origin(option) or option
-        if plain is tuple and isinstance(value, list):
-            return tuple(value)
-        if plain is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if (
-            isinstance(plain, type)
-            and isinstance(value, plain)
-            and not (plain is int and isinstance(value, bool))
-        ):
-            return value
-    expected = " or ".join(
-        "null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options
-    )
+        made = _fitted(option, value, where)
+        if made is not _UNFIT:
+            return made
+    expected = " or ".join("null" if o is type(None) else _type_name(o) for o in options)
     raise ConfigError(f"{where} must be {expected}, got {value!r}")
+
+
+def _type_name(hint: Any) -> str:
+    plain = not typing.get_args(hint) and isinstance(hint, type)
+    return hint.__name__ if plain else str(hint).replace("typing.", "")
+
+
+def _fitted(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as one annotation asks for it, or ``_UNFIT``."""
+    plain, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if plain is Any:
+        return value
+    if is_dataclass(plain) and isinstance(value, Mapping):
+        return from_values(typing.cast("type[Any]", plain), value, where + ".")
+    if plain is tuple and isinstance(value, list | tuple):
+        return _tuple(inner, value, where)
+    if plain is Mapping and isinstance(value, Mapping) and inner[1] is not Any:
+        return {key: _value(inner[1], one, f"{where}.{key}") for key, one in value.items()}
+    if not isinstance(value, bool):  # which is a number to Python
+        if plain is float and isinstance(value, Real):
+            return float(value)
+        if plain is int and isinstance(value, Integral):
+            return int(value)
+    elif plain is int:
+        return _UNFIT
+    return value if isinstance(plain, type) and isinstance(value, plain) else _UNFIT
+
+
+def _tuple(hints: tuple[Any, ...], value: Sequence[Any], where: str) -> Any:
+    """Entries as ``tuple[X, ...]``, ``tuple[X, Y]`` or a bare ``tuple`` asks for them."""
+    if len(hints) == 2 and hints[1] is Ellipsis:
+        hints = (hints[0],) * len(value)
+    hints = hints or (Any,) * len(value)
+    if len(hints) != len(value):
+        return _UNFIT
+    entries = enumerate(zip(hints, value, strict=True))
+    return tuple(_value(hint, one, f"{where}[{i}]") for i, (hint, one) in entries)
 
 
 def named_settings(kind: type[T]) -> type[T]:

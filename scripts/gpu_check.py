@@ -31,13 +31,13 @@ from diffpolicy.core import (
     sample,
     to_tokens,
 )
-from diffpolicy.core.ramp import Ramp
+from diffpolicy.core.starts import Ramp
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.learn import DenoisingLoss, MaskedChain, RewardLoss
 from diffpolicy.networks import make_network
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.spec import PolicySpec, Sampler
+from diffpolicy.policies.spec import PolicySampler, PolicySpec, Sampler
 from diffpolicy.runtime.compile import compile_planner, fastest
 
 NETWORKS = {
@@ -50,9 +50,12 @@ PROCESSES = ["ddpm_cosine", "ddpm_linear", "vp_cosine", "edm", "flow"]
 BATCH, HORIZON, DIM, COND = 64, 16, 7, 20
 POLICIES = {
     "actions": {"rti": RTI(0.3, num_steps=2)},
-    "stochastic": {"sampler": Sampler("ddim", 5, options={"eta": 1.0})},
+    "stochastic": {"sampler": Sampler(solver="ddim", num_steps=5, options={"eta": 1.0})},
     "goals": {"layout": "trajectory", "goal": ((0, 2), (1, 3)), "constant": (2, 3)},
-    "guided": {"sampler": Sampler("ddim", 5, guidance_scale=1.5), "cond_dropout": 0.1},
+    "guided": {
+        "sampler": PolicySampler(num_steps=5, guidance_scale=1.5),
+        "cond_dropout": 0.1,
+    },
 }
 
 
@@ -147,7 +150,7 @@ def check_training(
 
 def make_policy(kind: str, device: torch.device) -> DiffusionPlanner:
     """A policy with random weights."""
-    values = {"sampler": Sampler("ddim", 5), "n_action_steps": 4, **POLICIES[kind]}
+    values = {"sampler": Sampler(solver="ddim", num_steps=5), "n_action_steps": 4, **POLICIES[kind]}
     spec = PolicySpec(4, 2, horizon=HORIZON, network=NETWORKS["unet1d"], **values)
     torch.manual_seed(0)
     denoiser = spec.make_denoiser()

@@ -30,8 +30,8 @@ import torch
 from omegaconf import OmegaConf
 
 from diffpolicy.api import DiffusionPolicy
+from diffpolicy.core import Sampler
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.spec import Sampler
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.rollout.env_spec import EnvSpec
 from diffpolicy.rollout.evaluate import evaluate

@@ -43,7 +43,7 @@ HEADER = "| network | runtime | K | build s, copies | rolled | ms a call, copies
 
 def plain_loop(network: str, evaluations: int) -> PlanLoop:
     """The DDIM loop of an untrained policy of Push-T's shapes."""
-    sampler = Sampler("ddim", evaluations)
+    sampler = Sampler(solver="ddim", num_steps=evaluations)
     spec = PolicySpec(**SHAPE, network=NETWORKS[network], sampler=sampler)
     torch.manual_seed(0)
     names = {"obs": spec.obs_dim, "action": spec.action_dim}

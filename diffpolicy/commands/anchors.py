@@ -9,6 +9,7 @@ from typing import Any
 
 from diffpolicy.commands.options import parse
 from diffpolicy.commands.rti import demonstrations_of, new_directory, write_policy
+from diffpolicy.settings import from_values
 
 DEFAULTS: dict[str, Any] = {
     "data": None,
@@ -70,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
     settings = ("t_start", "num_steps", "sources", "rank", "rank_t", "continuity", "choose")
     choose = options["t_start"] == "chosen"
     given = {name: options[name] for name in settings}
-    truncated = Truncated.from_config({**given, "t_start": None} if choose else given)
+    truncated = from_values(Truncated, {**given, "t_start": None} if choose else given)
     relative = options["relative_to"]
     data = demonstrations_of(options)
     policy = DiffusionPolicy.from_pretrained(options["checkpoint"]).with_anchors(

@@ -156,7 +156,7 @@ def rank_candidates(policy: DiffusionPolicy, config: EvalConfig) -> None:
                 f"{path} values plans with {name}={own}, and this policy acts with {of_policy}; "
                 "give the value of a tuning of this policy, or leave n_action_steps as it was"
             )
-    chosen = Selection.from_config(config.selection)
+    chosen = build(Selection, config.selection, "selection.")
     policy.selector = Selector(chosen, value.ranking(policy.normalizer))
 
 
@@ -174,7 +174,9 @@ def acting_policy(policy: DiffusionPolicy, config: EvalConfig) -> Any:
         raise ConfigError("chunking guides the network at every step and runs on backend=eager")
     if config.deterministic and config.backend != "eager":
         raise ConfigError("backend=... compiles the stochastic loops; leave deterministic out")
-    acting: Any = policy.streaming(Streaming.from_config(streaming)) if streaming else policy
+    acting: Any = (
+        policy.streaming(build(Streaming, streaming, "streaming.")) if streaming else policy
+    )
     if config.backend != "eager":
         from diffpolicy.runtime.compile import compile_planner
 
@@ -183,7 +185,7 @@ def acting_policy(policy: DiffusionPolicy, config: EvalConfig) -> Any:
             acting, backend=config.backend, batch_size=rows, threads=config.threads
         )
     if chunking:
-        acting = acting.chunked(Chunking.from_config(chunking))
+        acting = acting.chunked(build(Chunking, chunking, "chunking."))
     if config.ensemble is not None:
         acting = TemporalEnsemble(acting, config.ensemble)
     if not _latency_settings(config):

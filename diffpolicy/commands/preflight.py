@@ -133,7 +133,7 @@ def check_training(config: TrainConfig) -> None:
     """
     from diffpolicy.commands.runs import trainer_settings
     from diffpolicy.learn.learning import Learning, check_learning
-    from diffpolicy.policies.diffusion import PolicySpec
+    from diffpolicy.policies.spec import PolicySpec
 
     if trainer_settings(config.trainer, config.seed).tensorboard:
         check_installed(("tensorboard",), "trainer.tensorboard=true")

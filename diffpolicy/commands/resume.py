@@ -43,7 +43,7 @@ had the new value from its beginning, a ResumeWarning says so. Anything else is 
 
 def run(arguments: Sequence[str]) -> int:
     """Load the run's configuration, with what is to change, and go on."""
-    from diffpolicy.policies.upgrade import upgraded
+    from diffpolicy.policies.spec import upgraded
     from diffpolicy.rollout.env_spec import stored_env_id
 
     options = _options(arguments)

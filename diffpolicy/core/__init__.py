@@ -23,8 +23,8 @@ from diffpolicy.core.noise import (
     VPLinear,
     make_process,
 )
-from diffpolicy.core.ramp import Ramp
 from diffpolicy.core.reveal import Ancestral, Relaxation, Scheduled, one_by_one, reveal_schedule
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.sampling import Grid, Trajectory, Transition, prepare, sample
 from diffpolicy.core.solvers import (
     DDIM,
@@ -37,6 +37,7 @@ from diffpolicy.core.solvers import (
     make_solver,
 )
 from diffpolicy.core.starts import (
+    Ramp,
     Start,
     explicit_levels,
     levels,
@@ -70,6 +71,7 @@ __all__ = [
     "NoiseProcess",
     "Ramp",
     "Relaxation",
+    "Sampler",
     "Scheduled",
     "Solver",
     "Start",

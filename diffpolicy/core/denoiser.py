@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.settings import check_choice
 
 PREDICTIONS = ("eps", "v", "x0", "edm", "velocity")
 MAX_SIGNAL = 0.2  # alpha / sigma at t = 1 above which a start from pure noise is noticeably wrong
 
 
 class Denoised(NamedTuple):
-    """A denoiser's answer: the clean estimate ``x0_hat`` ``[B, H, D]`` and optional heads.
+    """A denoiser's answer: the clean estimate ``x0_hat`` ``[B, H, D]``, and what else it says.
 
-    (confidences, values).
+    ``aux`` holds the answers of further heads (confidences, values) by name.
     """
 
     x0_hat: Tensor
@@ -59,7 +60,7 @@ class BaseDenoiser(nn.Module):
     def on_grid(self, t: Tensor) -> GridDenoise:
         """A function ``(row, x, cond) -> Denoised`` for host levels ``t [R, ...]``.
 
-        Everything constant precomputed.
+        All that does not depend on the state is computed once.
         """
         rows = t.unbind(0)
         return lambda row, x, cond: self.forward(x, rows[row].to(x, non_blocking=True), cond)
@@ -74,10 +75,7 @@ class BaseDenoiser(nn.Module):
 
 
 class AnalyticDenoiser(BaseDenoiser):
-    """A denoiser given as a function ``(x_t, t, cond) -> x0_hat``: exact solutions, tests.
-
-    Planners.
-    """
+    """A denoiser given as a function ``(x_t, t, cond) -> x0_hat``, such as an exact solution."""
 
     def __init__(
         self, process: GaussianProcess, x0_hat: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -116,8 +114,7 @@ class Denoiser(BaseDenoiser):
         data_std: float = 0.5,
     ) -> None:
         super().__init__()
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"unknown prediction {prediction!r}; expected one of {PREDICTIONS}")
+        check_choice("prediction", prediction, PREDICTIONS)
         if prediction == "velocity" and process.type != "flow":
             raise ValueError(
                 f"prediction 'velocity' needs process 'flow', got {process.type!r}; use 'v'"
@@ -160,7 +157,7 @@ class Denoiser(BaseDenoiser):
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network should output for ``x0`` noised to ``t``: the target of training.
 
-        Defined at both ends of the clock, and ``[B, H, D]``.
+        It is ``[B, H, D]`` and defined at both ends of the clock.
         """
         if self.prediction == "eps":
             return noise
@@ -175,10 +172,7 @@ class Denoiser(BaseDenoiser):
         return (ratio / sd * x0 - sd * noise) * (ratio.square() + sd**2).rsqrt()
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """The network's own output at ``x_t`` (what the denoising loss regresses on), ``[B, H.
-
-        D]``.
-        """
+        """The network's own output ``[B, H, D]`` at ``x_t``: what the denoising loss regresses."""
         _, _, c_in, time = self.coefficients(t)
         output: Tensor = self.network(c_in * x_t, time, cond)
         return output
@@ -273,10 +267,7 @@ class _NetworkOnGrid:
 
 
 def t_kind(t: Tensor) -> str:
-    """``"row"``, ``"position"`` or ``"dim"``: how finely a level tensor ``[B, H or 1.
-
-    D or 1]`` varies.
-    """
+    """How finely a level tensor ``[B, H or 1, D or 1]`` varies: per row, position or dim."""
     if t.dim() != 3 or (t.shape[1] > 1 and t.shape[2] > 1):
         raise ValueError(
             f"a level tensor must be [B, 1, 1], [B, H, 1] or [B, 1, D], got {tuple(t.shape)}"

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.noise import NoiseProcess
-from diffpolicy.settings import near_miss, settings_of
+from diffpolicy.settings import check_choice, check_range, settings_of
 
 
 class MaskingProcess(NoiseProcess):
     """Absorbing-state diffusion: every token is masked on its own, with probability ``m_t``.
 
-    (Austin et al. 2021; Sahoo et al. 2024, MDLM.) All methods take and return tensors of any shape,
-    elementwise.
+    See Austin et al. 2021, and Sahoo et al. 2024 (MDLM). All methods take and return tensors of any
+    shape, elementwise.
     """
 
     type: ClassVar[str]
@@ -88,8 +88,7 @@ class LogLinear(MaskingProcess):
     type: ClassVar[str] = "masked_loglinear"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eps < 1:
-            raise ValueError(f"eps must be in [0, 1), got {self.eps}")
+        check_range("[0, 1)", eps=self.eps)
 
     def mask_probability(self, t: Tensor) -> Tensor:
         return (1 - self.eps) * t
@@ -122,11 +121,7 @@ def make_masking(config: Mapping[str, Any] | str) -> MaskingProcess:
     """
     values: dict[str, Any] = {"type": config} if isinstance(config, str) else dict(config)
     name = values.pop("type", None)
-    if name not in MASKING:
-        hint = near_miss(name, MASKING)
-        raise ValueError(
-            f"unknown masking process {name!r}; expected one of {sorted(MASKING)}{hint}"
-        )
+    check_choice("masking process", name, sorted(MASKING))
     return settings_of(MASKING[name], values, f"masking process {name!r}")
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffpolicy.settings import check_known, near_miss, settings_of
+from diffpolicy.settings import check_choice, check_known, settings_of
 
 TIME_SCALE = 1000.0  # sinusoidal embeddings were designed for integer steps 0..999
 
@@ -120,6 +120,33 @@ class GaussianProcess(NoiseProcess):
     def ode_scale(self, t: Tensor) -> Tensor:
         """Scale ``c`` of the coordinates ``(x / c, sigma / c)`` in which Heun's rule is applied."""
         return self.alpha(t)
+
+
+class AtLevel(NoiseProcess):
+    """A Gaussian process at one level, its two scales on the device already.
+
+    Loops that begin at the same level every time make their starts with it: nothing travels from
+    the host, so a CUDA graph can hold the start as well.
+
+    Args:
+        process: the noise process.
+        t: host level(s) of the starts, as in :class:`diffpolicy.core.starts.Start`.
+        like: a state, for device and dtype.
+    """
+
+    def __init__(self, process: GaussianProcess, t: Tensor, like: Tensor) -> None:
+        self._alpha, self._sigma = process.noising_scales(t, like)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the scales are."""
+        return self._sigma.device
+
+    def prior(self, noise: Tensor) -> Tensor:
+        return self._sigma * noise
+
+    def restart(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return torch.addcmul(self._sigma * noise, self._alpha, x0)
 
 
 @dataclass(frozen=True)
@@ -386,10 +413,7 @@ def make_process(config: Mapping[str, Any] | str) -> GaussianProcess:
         parameters = inspect.signature(_DISCRETE_NAMES[name]).parameters
         check_known(values, parameters, f"noise process {name!r}")
         return _DISCRETE_NAMES[name](values.pop("num_steps", 100), **values)
-    if name not in PROCESSES:
-        known = sorted([*PROCESSES, *_DISCRETE_NAMES])
-        hint = near_miss(name, known)
-        raise ValueError(f"unknown noise process {name!r}; expected one of {known}{hint}")
+    check_choice("noise process", name, sorted([*PROCESSES, *_DISCRETE_NAMES]))
     return settings_of(PROCESSES[name], values, f"noise process {name!r}")
 
 

@@ -20,6 +20,7 @@ from diffpolicy.core.denoiser import Denoised
 from diffpolicy.core.masking import MaskingProcess, hard_one_hot
 from diffpolicy.core.solvers import Memory, Solver
 from diffpolicy.core.starts import Start, levels
+from diffpolicy.settings import check_choice, check_range
 
 BACKWARDS = ("gumbel", "probabilities", "reinmax")
 
@@ -51,16 +52,10 @@ class Relaxation:
     backward: str = "gumbel"
 
     def __post_init__(self) -> None:
-        for name in ("gumbel_temperature", "final_temperature"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if self.relaxed_steps is not None and self.relaxed_steps < 1:
-            raise ValueError(
-                f"relaxed_steps must be at least 1 (None: all), got {self.relaxed_steps}"
-            )
-        if self.backward not in BACKWARDS:
-            raise ValueError(f"unknown backward {self.backward!r}; expected one of {BACKWARDS}")
+        check_range("(0, inf)", gumbel_temperature=self.gumbel_temperature)
+        check_range("(0, inf)", final_temperature=self.final_temperature)
+        check_range("[1, inf)", relaxed_steps=self.relaxed_steps)
+        check_choice("backward", self.backward, BACKWARDS)
         if self.backward != "gumbel" and not self.straight_through:
             raise ValueError(f"backward={self.backward!r} needs straight_through=True")
 

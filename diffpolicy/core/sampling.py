@@ -44,9 +44,7 @@ class Trajectory(NamedTuple):
 
 
 class Grid:
-    """A grid of levels made ready for a denoiser and solver.
-
-    Constants and time embeddings on the device.
+    """A grid of levels made ready for a denoiser and solver, its constants on the device.
 
     Build one with :func:`prepare` when many samples share the same levels (every policy does), and
     pass it to :func:`sample` in place of the levels.

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from diffpolicy.core.denoiser import Denoised
 from diffpolicy.core.noise import GaussianProcess
-from diffpolicy.settings import check_known, near_miss, setting_names
+from diffpolicy.settings import check_choice, check_known, check_range, setting_names
 
 
 class Memory(NamedTuple):
@@ -100,7 +100,7 @@ def _combine(
 
 @dataclass(frozen=True)
 class Step:
-    """Both ends of one step, and what is derived from them; float64.
+    """Both ends of one step, and what is derived from them, in float64.
 
     ``h`` may be infinite at either end.
     """
@@ -138,10 +138,7 @@ class Step:
 
 
 class Solver:
-    """Turns a grid of levels ``[K + 1, ...]`` into rows. Stateless.
-
-    The same grid gives the same rows.
-    """
+    """Turns a grid of levels ``[K + 1, ...]`` into rows; the same grid gives the same rows."""
 
     name: ClassVar[str]
     stochastic: bool = False
@@ -160,19 +157,13 @@ def _steps(process: GaussianProcess, levels: Tensor) -> list[Step]:
 
 
 def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
-    """``top / bottom``, 0 where that is not finite.
-
-    An infinite neighbouring step carries no slope.
-    """
+    """``top / bottom``, and 0 where that is not finite: an infinite step carries no slope."""
     value = top / bottom
     return torch.where(value.isfinite() & (bottom != 0), value, torch.zeros_like(value))
 
 
 def _orders(num_steps: int, order: int, lower_order_final: bool) -> list[int]:
-    """Order of each step: history is short at first.
-
-    And high orders are unstable on the step to clean.
-    """
+    """Order of each step: history is short at first, and the step to clean wants a low order."""
     ends = [num_steps - i if lower_order_final else order for i in range(num_steps)]
     return [min(order, i + 1, ends[i]) for i in range(num_steps)]
 
@@ -181,13 +172,11 @@ def _orders(num_steps: int, order: int, lower_order_final: bool) -> list[int]:
 class DDIM(Solver):
     """First-order exponential integrator with noise ``eta`` (Song et al. 2021, eq. 12).
 
-    For any process.
-
-    ``eta = 0`` is the deterministic DDIM, which is also Euler's rule on the probability-flow ODE in
-    ``(x / alpha, sigma / alpha)``, DPM-Solver++ 1 and, for flow matching, Euler in ``t``. ``eta =
-    1`` is ancestral DDPM sampling between the levels actually visited; ``variance = "large"`` uses
-    the forward variance for its noise (Ho et al. 2020, section 3.2). No noise is added on the step
-    to ``t = 0``.
+    It takes any process. ``eta = 0`` is the deterministic DDIM, which is also Euler's rule on the
+    probability-flow ODE in ``(x / alpha, sigma / alpha)``, DPM-Solver++ 1 and, for flow matching,
+    Euler in ``t``. ``eta = 1`` is ancestral DDPM sampling between the levels actually visited;
+    ``variance = "large"`` uses the forward variance for its noise (Ho et al. 2020, section 3.2). No
+    noise is added on the step to ``t = 0``.
     """
 
     eta: float = 0.0
@@ -195,10 +184,8 @@ class DDIM(Solver):
     name: ClassVar[str] = "ddim"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must be in [0, 1], got {self.eta}")
-        if self.variance not in ("small", "large"):
-            raise ValueError(f"variance must be 'small' or 'large', got {self.variance!r}")
+        check_range("[0, 1]", eta=self.eta)
+        check_choice("variance", self.variance, ("small", "large"))
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
@@ -223,10 +210,9 @@ class DDIM(Solver):
 class Heun(Solver):
     """Second-order Heun (Karras et al. 2022, algorithm 1, without churn).
 
-    Two evaluations a step, one on a step to 0.
-
-    With ``c`` the process's ODE scale (alpha; 1 for flow matching), ``z = x / c`` and ``rho = sigma
-    / c`` obey ``dz/drho = (z - x0_hat) / rho``.
+    A step takes two evaluations, one that goes to 0 takes one. With ``c`` the process's ODE scale
+    (alpha; 1 for flow matching), ``z = x / c`` and ``rho = sigma / c`` obey
+    ``dz/drho = (z - x0_hat) / rho``.
     """
 
     name: ClassVar[str] = "heun"
@@ -280,9 +266,8 @@ class DPMSolverPP(Solver):
     name: ClassVar[str] = "dpmpp"
 
     def __post_init__(self) -> None:
-        _check_order("dpmpp", self.order, (1, 2, 3))
-        if self.eta < 0:
-            raise ValueError(f"eta must be at least 0, got {self.eta}")
+        check_choice("order", self.order, (1, 2, 3))
+        check_range("[0, inf)", eta=self.eta)
         if self.eta > 0 and self.order == 3:
             raise ValueError("the SDE form has orders 1 and 2; use order=2 or eta=0")
 
@@ -334,9 +319,9 @@ class DPMSolverPP(Solver):
 
 @dataclass(frozen=True)
 class UniPC(Solver):
-    """UniPC in data form (Zhao et al. 2023, algorithms 5 to 8): a predictor.
+    """UniPC in data form (Zhao et al. 2023, algorithms 5 to 8).
 
-    Corrected for free by the next evaluation.
+    A predictor that the next evaluation corrects for free.
 
     Args:
         order: 1 to 3 (2 for guided or few steps).
@@ -352,9 +337,8 @@ class UniPC(Solver):
     name: ClassVar[str] = "unipc"
 
     def __post_init__(self) -> None:
-        _check_order("unipc", self.order, (1, 2, 3))
-        if self.variant not in ("bh1", "bh2"):
-            raise ValueError(f"variant must be 'bh1' or 'bh2', got {self.variant!r}")
+        check_choice("order", self.order, (1, 2, 3))
+        check_choice("variant", self.variant, ("bh1", "bh2"))
 
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
         steps = _steps(process, levels)
@@ -374,9 +358,9 @@ class UniPC(Solver):
     def _update(
         self, steps: Sequence[Step], i: int, order: int, *, corrector: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """``(a, weights)`` of step ``i``: on ``m_0, m_1, ...``.
+        """``a`` of step ``i``, and the weights of ``m_0, m_1, ...``.
 
-        Preceded by the new value for the corrector.
+        Of the corrector, the new value's weight comes first.
         """
         step = steps[i]
         nodes = [
@@ -398,9 +382,9 @@ class UniPC(Solver):
         return step.sigma_s / step.sigma_t, weights if newest is None else [newest, *weights]
 
     def _weights(self, h: Tensor, nodes: Sequence[Tensor]) -> list[Tensor]:
-        """Solve ``sum_j r_j^(k-1) rho_j = b_k``: exact for polynomials.
+        """Solve ``sum_j r_j^(k-1) rho_j = b_k``, with the paper's shortcuts at low order.
 
-        With the paper's shortcuts at low order.
+        The weights are exact for polynomials.
         """
         count = len(nodes)
         if count == 0:
@@ -447,9 +431,8 @@ class DEIS(Solver):
     )
 
     def __post_init__(self) -> None:
-        _check_order("deis", self.order, (1, 2, 3, 4))
-        if self.mode not in ("tab", "ipndm"):
-            raise ValueError(f"mode must be 'tab' or 'ipndm', got {self.mode!r}")
+        check_choice("order", self.order, (1, 2, 3, 4))
+        check_choice("mode", self.mode, ("tab", "ipndm"))
 
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
         steps = _steps(process, levels)
@@ -475,9 +458,9 @@ class DEIS(Solver):
 
 
 def _phi(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``p1 = int e^{-(h-u)} du``, ``p2 = int .. u du / h``, ``p3 = int ..
+    """The integrals ``p1``, ``p2``, ``p3`` of ``e^{-(h - u)}`` times 1, u / h and u^2 / (2 h^2).
 
-    U^2/2 du / h^2`` over [0, h].
+    They run over u in [0, h].
     """
     p1 = -torch.expm1(-h)
     small = h < 1e-2
@@ -496,7 +479,7 @@ def _lagrange_integrals(
 ) -> list[Tensor]:
     """``int_low^high l_j(t(rho)) d rho`` for the Lagrange basis on ``nodes`` (levels).
 
-    By Gauss-Legendre quadrature.
+    They are found by Gauss-Legendre quadrature.
     """
     points, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(24))
     shape = (-1, *[1] * low.dim())
@@ -512,11 +495,6 @@ def _lagrange_integrals(
                 )
         out.append(half * (weights.view(shape) * basis).sum(0))
     return out
-
-
-def _check_order(name: str, order: int, allowed: Sequence[int]) -> None:
-    if order not in allowed:
-        raise ValueError(f"{name}: order must be one of {tuple(allowed)}, got {order}")
 
 
 SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
@@ -539,9 +517,7 @@ def make_solver(name: str, **options: Any) -> Solver:
     Raises:
         ValueError: unknown name or option, with the valid ones.
     """
-    if name not in SOLVERS:
-        hint = near_miss(name, SOLVERS)
-        raise ValueError(f"unknown solver {name!r}; expected one of {sorted(SOLVERS)}{hint}")
+    check_choice("solver", name, sorted(SOLVERS))
     kind, defaults = SOLVERS[name]
     check_known(options, setting_names(kind), f"solver {name!r}")
     return kind(**{**defaults, **options})

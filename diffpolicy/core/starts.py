@@ -9,6 +9,7 @@ another is silent and wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.noise import GaussianProcess, NoiseProcess
+from diffpolicy.settings import check_choice, check_range
 
 SPACINGS = ("t", "log_snr", "karras")
 
@@ -36,9 +38,9 @@ class Start(NamedTuple):
 
 
 def level(value: float | Tensor, like: Tensor) -> Tensor:
-    """``value`` as a float64 level on the host that broadcasts to ``like``; numbers become ``[1.
+    """``value`` as a float64 level on the host that broadcasts to ``like``.
 
-    1, 1]``.
+    Numbers become ``[1, 1, 1]``.
     """
     if isinstance(value, Tensor):
         if value.dim() != like.dim():
@@ -46,8 +48,7 @@ def level(value: float | Tensor, like: Tensor) -> Tensor:
                 f"a level must broadcast to x {tuple(like.shape)}; got shape {tuple(value.shape)}"
             )
         return value.to("cpu", torch.float64)
-    if not 0 <= value <= 1:
-        raise ValueError(f"a noise level must be in [0, 1] (0 clean, 1 prior), got {value}")
+    check_range("[0, 1]", level=value)
     return torch.full((1,) * like.dim(), float(value), dtype=torch.float64)
 
 
@@ -95,11 +96,11 @@ def shift_plan(plan: Tensor, steps: int | Tensor, *, tail: str = "hold") -> Tens
         ValueError: a number outside 0..H, or an unknown tail.
     """
     horizon = plan.shape[1]
-    if tail not in TAILS:
-        raise ValueError(f"unknown tail {tail!r}; expected one of {TAILS}")
+    check_choice("tail", tail, TAILS)
     if not isinstance(steps, Tensor):
-        if not 0 <= steps <= horizon:
-            raise ValueError(f"cannot shift a plan of {horizon} actions by {steps}")
+        check_range(f"[0, {horizon}]", shift=steps)
+        if steps == 0:
+            return plan
         steps = torch.full((1,), steps, dtype=torch.long, device=plan.device)
     position = torch.arange(horizon, device=plan.device) + steps[:, None]  # [B or 1, H]
     inside = position.clamp(max=horizon - 1)
@@ -121,13 +122,18 @@ def warm_start(
     renoise: bool = True,
     tail: str = "hold",
 ) -> Start:
-    """Real-time iteration (Duan et al. 2025): the last plan, shifted by the steps executed.
+    """Real-time iteration (Duan et al. 2025): the last plan moved to the present, at ``t_start``.
 
-    At level ``t_start``.
-
-    ``renoise=False`` takes the shifted plan as if it already were at ``t_start`` (the published
-    variant); it is off the true marginal by ``(1 - alpha) x`` and under-dispersed, so it is safe
-    for small ``t_start`` only.
+    Args:
+        process: the noise process of the denoiser.
+        plan: the last plan ``[B, H, D]``, normalised.
+        t_start: level in (0, 1], a number or a tensor as in :class:`Start`.
+        noise: a draw of ``process.draw_noise``, the shape of ``plan``.
+        shift: steps executed since it was made, see :func:`shift_plan`; 0: it is shifted already.
+        renoise: noise it to ``t_start``. ``False`` takes the shifted plan as if it already were
+            there (the published variant); it is off the true marginal by ``(1 - alpha) x`` and
+            under-dispersed, so it is safe for small ``t_start`` only.
+        tail: what fills its end.
     """
     shifted = shift_plan(plan, shift, tail=tail)
     return (
@@ -137,15 +143,82 @@ def warm_start(
     )
 
 
-def ramp_start(
-    process: NoiseProcess, x0: Tensor, t_first: float, t_last: float, noise: Tensor
-) -> Start:
-    """Levels rising along the plan from ``t_first`` to ``t_last`` (streaming diffusion).
+@dataclass(frozen=True)
+class Ramp:
+    """The geometry of streaming diffusion: noise levels that rise along the plan, chunk by chunk.
 
-    Near actions are cleaner.
+    Hoeg, Du & Egeland 2024 (arXiv 2406.04806). Training and sampling share it, so that a network is
+    asked for the levels that it has seen. A plan is cut into h chunks of ``n_action_steps``; in a
+    tick, chunk c runs from level (c + 1) / h to c / h. The first chunk also holds the
+    ``n_obs_steps - 1`` past positions. Positions after the last whole chunk stay at level 1 (pure
+    noise) until they have moved up.
+
+    Args:
+        horizon: plan length H.
+        n_obs_steps: To; position ``To - 1`` is the current step.
+        n_action_steps: actions executed per tick, Ta.
+
+    Raises:
+        ValueError: sizes that leave fewer than two chunks.
     """
-    ramp = torch.linspace(t_first, t_last, x0.shape[1], dtype=torch.float64)
-    return truncated_start(process, x0, ramp.view(1, -1, 1), noise)
+
+    horizon: int
+    n_obs_steps: int
+    n_action_steps: int
+
+    def __post_init__(self) -> None:
+        if min(self.horizon, self.n_obs_steps, self.n_action_steps) < 1 or self.chunks < 2:
+            raise ValueError(
+                "streaming needs a plan of at least two chunks: horizon >= n_obs_steps - 1 + "
+                f"2 n_action_steps; got horizon={self.horizon}, n_obs_steps={self.n_obs_steps}, "
+                f"n_action_steps={self.n_action_steps}. Raise horizon or lower n_action_steps"
+            )
+
+    @property
+    def chunks(self) -> int:
+        """Whole chunks h = floor((H - To + 1) / Ta)."""
+        return (self.horizon - self.n_obs_steps + 1) // self.n_action_steps
+
+    @property
+    def clean(self) -> int:
+        """Positions that a tick finishes, ``To - 1 + Ta``."""
+        return self.n_obs_steps - 1 + self.n_action_steps
+
+    def index(self) -> Tensor:
+        """The chunk of every position ``[H]`` (h after the last whole one)."""
+        ahead = torch.arange(self.horizon) - (self.n_obs_steps - 1)
+        return ahead.clamp_min(0).div(self.n_action_steps, rounding_mode="floor")
+
+    def levels(self, phase: Tensor) -> Tensor:
+        """Levels ``[..., H, 1]`` for a phase ``[..., 1, 1]`` of the tick: 1 at its start, 0 at end.
+
+        SDP's code has index ``floor(N (c + 1) / h) - 1 - j`` of N, where ``j / N`` is
+        ``(1 - phase) / h``.
+        """
+        index = self.index().to(phase.device, phase.dtype, non_blocking=True).view(-1, 1)
+        return ((index + phase) / self.chunks).clamp(max=1)
+
+    def grid(self, num_steps: int) -> Tensor:
+        """Host levels ``[K + 1, 1, H, 1]`` of one tick in K even steps."""
+        check_range("[1, inf)", num_steps=num_steps)
+        phase = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        return self.levels(phase.view(-1, 1, 1, 1))
+
+
+def ramp_start(
+    process: NoiseProcess, x0: Tensor, ramp: Ramp, noise: Tensor, *, phase: float = 1.0
+) -> Start:
+    """A plan noised to levels that rise along it (streaming diffusion): near actions are cleaner.
+
+    Args:
+        process: the noise process of the denoiser.
+        x0: clean plan ``[B, H, D]``, normalised.
+        ramp: the geometry of the levels.
+        noise: standard normal, the shape of ``x0``.
+        phase: 1 for the levels that a tick starts from, 0 for those that it ends at.
+    """
+    t = ramp.levels(torch.full((1, 1, 1), phase, dtype=torch.float64))
+    return truncated_start(process, x0, t, noise)
 
 
 def levels(
@@ -177,12 +250,9 @@ def levels(
         ValueError: ``num_steps`` < 1, an unknown spacing, no process where one is needed, or more
             steps than the process has levels.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    if t_min is not None and not 0 < t_min < 1:
-        raise ValueError(f"t_min must be in (0, 1) or None, got {t_min}")
-    if spacing not in SPACINGS:
-        raise ValueError(f"unknown spacing {spacing!r}; expected one of {SPACINGS}")
+    check_range("[1, inf)", num_steps=num_steps)
+    check_range("(0, 1)", t_min=t_min)
+    check_choice("spacing", spacing, SPACINGS)
     first = start.t.double()
     fraction = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     fraction = fraction.view(-1, *[1] * first.dim())
@@ -191,10 +261,10 @@ def levels(
         inner = grid[1:-1] if process is None else process.snap(grid[1:-1])
         grid = torch.cat([first[None], inner, torch.full_like(first, end)[None]])
         return grid if process is None else check_snapped(grid, process)
-    if process is None:
-        raise ValueError(f"spacing {spacing!r} needs process=...")
     if not isinstance(process, GaussianProcess):
-        raise ValueError(f"spacing {spacing!r} is for Gaussian noise; use spacing='t'")
+        raise ValueError(
+            f"spacing {spacing!r} needs process=... of Gaussian noise; for others use spacing='t'"
+        )
     rho = 7.0 if spacing == "karras" else None
     return _ratio_grid(process, first, num_steps, end, t_min, rho)
 
@@ -241,7 +311,7 @@ def _ratio_grid(
     t_min: float | None,
     rho: float | None,
 ) -> Tensor:
-    """Even in ``log(sigma/alpha)`` or in its power ``1/rho``.
+    """A grid even in ``log(sigma / alpha)`` or in that ratio's power ``1 / rho``.
 
     A step to exactly 0 is appended when ``end`` is 0.
     """
@@ -263,9 +333,9 @@ def _ratio_grid(
 
 
 def explicit_levels(start: Start, following: Sequence[float]) -> Tensor:
-    """A grid by hand: ``start.t``, then the levels of ``following`` (strictly descending.
+    """A grid by hand: ``start.t``, then the levels of ``following``.
 
-    The last one the end).
+    These are strictly descending; the last one is the end.
     """
     values = [float(v) for v in following]
     if not values or any(a <= b for a, b in pairwise(values)) or values[-1] < 0:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 # Attribute names that the store uses itself.
 RESERVED_ATTRS = ("format", "version", "fields", "statistics", "statistics_crc32")
@@ -233,3 +233,31 @@ def checked_bounds(
             "swap the two where they are"
         )
     return lower, upper
+
+
+def inward_bounds(
+    low: ArrayLike, high: ArrayLike
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Bounds ``[A]`` as float32, rounded inwards, so that no number between them is outside.
+
+    To the nearest, -0.1 becomes a float32 below it, and an environment whose bounds are float64
+    refuses every action that was clipped to it.
+
+    Raises:
+        ValueError: bounds that are NaN or swapped, or infinite on the wrong side.
+    """
+    lower, upper = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    sound = (lower <= upper) & (lower < np.inf) & (upper > -np.inf)  # false for NaN too
+    if not sound.all():
+        i = int(np.flatnonzero(~sound)[0])
+        raise ValueError(
+            f"actions are bounded by [{lower[i]}, {upper[i]}] in dimension {i}; the lower bound "
+            "must be at most the upper one, and neither may be NaN"
+        )
+    with np.errstate(over="ignore"):
+        inner, outer = lower.astype(np.float32), upper.astype(np.float32)
+    inner = np.where(inner < lower, np.nextafter(inner, np.float32(np.inf)), inner)
+    outer = np.where(outer > upper, np.nextafter(outer, np.float32(-np.inf)), outer)
+    crossed = inner > outer  # closer together than float32 can tell: the nearest number
+    nearest = np.where(crossed, lower, 0).astype(np.float32)
+    return np.where(crossed, nearest, inner), np.where(crossed, nearest, outer)

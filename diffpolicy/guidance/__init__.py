@@ -3,13 +3,8 @@
 Needs torch and numpy alone.
 """
 
-from diffpolicy.guidance.cfg import (
-    ClassifierFreeGuidance,
-    Guidance,
-    Inpaint,
-    PrefixCond,
-    PrefixGuidance,
-)
+from diffpolicy.guidance.base import Guidance, Wrapper
+from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.guidance.particles import (
     PARTICLE_METHODS,
@@ -20,7 +15,7 @@ from diffpolicy.guidance.particles import (
     Drawn,
     make_particle_method,
 )
-from diffpolicy.guidance.pinned import PinCond, Pinned
+from diffpolicy.guidance.pinned import PinCond, Pinned, PrefixCond, PrefixGuidance
 from diffpolicy.guidance.reward import RewardGuidance
 from diffpolicy.guidance.value import ValueGuidance, head_value
 
@@ -33,7 +28,6 @@ __all__ = [
     "ClassifierFreeGuidance",
     "Drawn",
     "Guidance",
-    "Inpaint",
     "Layout",
     "PinCond",
     "Pinned",
@@ -41,6 +35,7 @@ __all__ = [
     "PrefixGuidance",
     "RewardGuidance",
     "ValueGuidance",
+    "Wrapper",
     "head_value",
     "make_particle_method",
 ]

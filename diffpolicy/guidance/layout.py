@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from diffpolicy.settings import check_choice, check_range, check_shape
 
 LAYOUTS = ("action", "trajectory", "state")
 
@@ -49,39 +50,29 @@ class Layout:
     constant: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in LAYOUTS:
-            raise ValueError(f"layout kind must be one of {LAYOUTS}, got {self.kind!r}")
-        for name in ("obs_dim", "action_dim", "horizon", "n_obs_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_choice("layout", self.kind, LAYOUTS)
+        sizes = ("obs_dim", "action_dim", "horizon", "n_obs_steps")
+        check_range("[1, inf)", **{name: getattr(self, name) for name in sizes})
         least = self.n_obs_steps + (self.kind != "action")
         if self.horizon < least:
             raise ValueError(
                 f"a {self.kind!r} plan with n_obs_steps={self.n_obs_steps} needs horizon >= "
                 f"{least}, got {self.horizon}"
             )
-        # Lists come from JSON and YAML; the value must stay hashable.
-        object.__setattr__(self, "goal", tuple(_pair(entry) for entry in self.goal))
-        object.__setattr__(self, "constant", tuple(self.constant))
-        self._check_goal()
-
-    def _check_goal(self) -> None:
         if (self.goal or self.constant) and self.kind == "action":
             raise ValueError("an 'action' plan holds no observation whose goal could be pinned")
-        if not all(isinstance(i, int) and 0 <= i < self.obs_dim for i in self.constant):
+        # Lists come from JSON and YAML; the value must stay hashable.
+        object.__setattr__(self, "goal", tuple(tuple(pair) for pair in self.goal))
+        object.__setattr__(self, "constant", tuple(self.constant))
+        if any(len(pair) != 2 for pair in self.goal):
+            raise ValueError(f"goal must be pairs of integers (i, j), got {self.goal}")
+        indices = [*self.constant, *(index for pair in self.goal for index in pair)]
+        if not all(isinstance(i, int) and 0 <= i < self.obs_dim for i in indices):
             raise ValueError(
-                f"constant entries are indices into an observation of {self.obs_dim} entries, got "
-                f"{self.constant}"
+                f"goal and constant are indices into an observation of {self.obs_dim} entries, got "
+                f"goal={self.goal}, constant={self.constant}"
             )
-        for entry in self.goal:
-            if not all(0 <= index < self.obs_dim for index in entry):
-                raise ValueError(
-                    f"goal pairs are indices into an observation of {self.obs_dim} entries, got "
-                    f"{entry}"
-                )
-        targets = [i for i, _ in self.goal]
-        if len(set(targets)) != len(targets):
+        if len({i for i, _ in self.goal}) != len(self.goal):
             raise ValueError(f"goal pins an entry twice: {self.goal}")
 
     @property
@@ -121,9 +112,11 @@ class Layout:
         """
         parts = []
         if self.kind != "action":
-            parts.append(self._checked(obs, "obs", self.horizon, self.obs_dim))
+            check_shape("obs", obs.shape, ("B", self.horizon, self.obs_dim))
+            parts.append(obs)
         if self.kind != "state":
-            parts.append(self._checked(action, "action", self.horizon, self.action_dim))
+            check_shape("action", action.shape, ("B", self.horizon, self.action_dim))
+            parts.append(action)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def values(self, history: Tensor, goal_values: Tensor | None = None) -> Tensor:
@@ -140,48 +133,19 @@ class Layout:
         Raises:
             ValueError: shapes that do not fit, or goal values missing or not asked for.
         """
-        self._checked(history, "history", self.n_obs_steps, self.obs_dim)
-        values = history.new_zeros(len(history), self.horizon, self.dim)
-        if (goal_values is not None) != bool(self.goal):
-            raise ValueError(
-                f"a layout with goal={self.goal} takes "
-                f"{'goal_values [B, ' + str(len(self.goal)) + ']' if self.goal else 'none'}, got "
-                f"{None if goal_values is None else tuple(goal_values.shape)}"
-            )
+        count = len(history)
+        check_shape("history", history.shape, ("B", self.n_obs_steps, self.obs_dim))
+        given = history.new_zeros(count, 0) if goal_values is None else goal_values
+        check_shape("goal_values", given.shape, (count, len(self.goal)))
+        values = history.new_zeros(count, self.horizon, self.dim)
         if self.kind == "action":
             return values
         for i in self.constant:
             values[:, :, i] = history[:, -1:, i]
         values[:, : self.n_obs_steps, : self.obs_dim] = history
-        if goal_values is not None:
-            if goal_values.shape != (len(history), len(self.goal)):
-                raise ValueError(
-                    f"goal_values must be [{len(history)}, {len(self.goal)}], got "
-                    f"{list(goal_values.shape)}"
-                )
-            for column, (i, _) in enumerate(self.goal):  # a list as index is copied to the device
-                values[:, -1, i] = goal_values[:, column]
+        for column, (i, _) in enumerate(self.goal):  # a list as index is copied to the device
+            values[:, -1, i] = given[:, column]
         return values
-
-    def observations(self, x: Tensor) -> Tensor:
-        """The observations ``[B, H, O]`` of plans ``[B, H, D]``.
-
-        Raises:
-            ValueError: the kind is ``"action"``.
-        """
-        if self.kind == "action":
-            raise ValueError("an 'action' plan holds no observations")
-        return x[..., : self.obs_dim]
-
-    def actions(self, x: Tensor) -> Tensor:
-        """The actions ``[B, H, A]`` of plans ``[B, H, D]``.
-
-        Raises:
-            ValueError: the kind is ``"state"``.
-        """
-        if self.kind == "state":
-            raise ValueError("a 'state' plan holds no actions; an inverse dynamics model has them")
-        return x[..., -self.action_dim :]
 
     def weights(self, first_action: float = 1.0, next_obs: float = 1.0) -> Tensor:
         """Weights of the entries in a denoising loss, 1 unless said otherwise, 0 where known.
@@ -189,38 +153,18 @@ class Layout:
         Args:
             first_action: weight of the first action to be executed, position To - 1 (Diffuser 10).
             next_obs: weight of the next observation, position To (Decision Diffuser 10).
+                Either is not looked at where plans hold no such entries.
 
         Returns:
             ``[1, H, D]``.
 
         Raises:
-            ValueError: a weight that is not positive, or of something that the plan does not hold.
+            ValueError: a weight that is not positive.
         """
-        if first_action <= 0 or next_obs <= 0:
-            raise ValueError(f"weights must be positive, got {first_action} and {next_obs}")
-        if (self.kind == "state" and first_action != 1) or (
-            self.kind == "action" and next_obs != 1
-        ):
-            held = (
-                "no actions: leave first_action"
-                if self.kind == "state"
-                else ("no observations: leave next_obs")
-            )
-            raise ValueError(f"a {self.kind!r} plan holds {held} at 1")
+        check_range("(0, inf)", first_action=first_action, next_obs=next_obs)
         weights = torch.ones(1, self.horizon, self.dim)
         if self.kind != "state":
             weights[:, self.n_obs_steps - 1, -self.action_dim :] = first_action
         if self.kind != "action":
             weights[:, self.n_obs_steps, : self.obs_dim] = next_obs
         return weights.masked_fill(self.known, 0.0)
-
-    def _checked(self, part: Tensor, name: str, length: int, size: int) -> Tensor:
-        if part.dim() != 3 or part.shape[1] != length or part.shape[2] != size:
-            raise ValueError(f"{name} must be [B, {length}, {size}], got {list(part.shape)}")
-        return part
-
-
-def _pair(entry: Sequence[int]) -> tuple[int, int]:
-    if len(entry) != 2 or not all(isinstance(index, int) for index in entry):
-        raise ValueError(f"goal must be pairs of integers (i, j), got {entry!r}")
-    return entry[0], entry[1]

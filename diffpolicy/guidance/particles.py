@@ -7,7 +7,7 @@ mode is ``"exact"``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,15 +17,19 @@ from torch.nn.functional import pad
 from diffpolicy.core.denoiser import Denoised
 from diffpolicy.guidance.reward import REWARD_MODES, RewardGuidance
 from diffpolicy.guidance.search import (
+    ESTIMATES,
     SVDD,
     BestOfN,
     Drawn,
     ParticleMethod,
-    at_least_one,
-    check_weighting,
+    choose,
+    effective_size,
+    log_mean,
+    normalised,
+    systematic,
 )
 from diffpolicy.guidance.stepped_chain import Chain, checked, rows
-from diffpolicy.guidance.weights import choose, effective_size, log_mean, normalised, systematic
+from diffpolicy.settings import check_choice, check_range, settings_of
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,10 @@ class SMC(ParticleMethod):
     name: ClassVar[str] = "smc"
 
     def __post_init__(self) -> None:
-        at_least_one("particles", self.particles)
-        check_weighting(self.kl_weight, self.estimate)
-        if not 0 <= self.ess_threshold <= 1:
-            raise ValueError(f"ess_threshold must be in [0, 1], got {self.ess_threshold}")
+        check_range("[1, inf)", particles=self.particles)
+        check_range("(0, inf)", kl_weight=self.kl_weight)
+        check_range("[0, 1]", ess_threshold=self.ess_threshold)
+        check_choice("estimate", self.estimate, ESTIMATES)
 
     @property
     def chains(self) -> int:
@@ -92,17 +96,15 @@ class SMC(ParticleMethod):
         rewards = chain.rewards(x, cond).view(shape)
         log_w = log_w + rewards.double() / self.kl_weight - twist
         weights = normalised(log_w)
-        states, row = x.view(*shape, *x.shape[1:]), torch.arange(len(log_w), device=x.device)
-        pick = choose(weights, chain.generator)
-        return Drawn(
-            states[row, pick],
-            rewards[row, pick],
-            count * chain.num_steps,
-            count * (1 + chain.num_steps * self._rewards_per_step(chain, x)),
-            torch.stack([*sizes, effective_size(weights)]),
-            log_z + log_mean(log_w),
-            states,
+        return Drawn.picked(
+            x.view(*shape, *x.shape[1:]),
+            rewards,
+            choose(weights, chain.generator),
             weights,
+            nfe=count * chain.num_steps,
+            reward_calls=count * (1 + chain.num_steps * self._rewards_per_step(chain, x)),
+            ess=torch.stack([*sizes, effective_size(weights)]),
+            log_z=log_z + log_mean(log_w),
         )
 
     def _proposing(self, chain: Chain) -> Chain:
@@ -138,13 +140,8 @@ class TDS(SMC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.guidance_scale > 0:
-            raise ValueError(
-                f"guidance_scale must be positive, got {self.guidance_scale}; for an unguided "
-                "proposal use smc"
-            )
-        if self.mode not in REWARD_MODES:
-            raise ValueError(f"unknown mode {self.mode!r}; expected one of {REWARD_MODES}")
+        check_range("(0, inf)", guidance_scale=self.guidance_scale)
+        check_choice("mode", self.mode, REWARD_MODES)
 
     def _proposing(self, chain: Chain) -> Chain:
         if not chain.masked:
@@ -203,15 +200,8 @@ def make_particle_method(name: str, **settings: Any) -> ParticleMethod:
     Raises:
         ValueError: unknown name or setting, with the valid ones.
     """
-    if name not in PARTICLE_METHODS:
-        raise ValueError(
-            f"unknown particle method {name!r}; expected one of {sorted(PARTICLE_METHODS)}"
-        )
-    known = [f.name for f in fields(PARTICLE_METHODS[name])]
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ValueError(f"{name!r} has no setting {unknown[0]!r}; it has {known}")
-    method: ParticleMethod = PARTICLE_METHODS[name](**settings)
+    check_choice("particle method", name, sorted(PARTICLE_METHODS))
+    method: ParticleMethod = settings_of(PARTICLE_METHODS[name], settings, repr(name))
     return method
 
 

@@ -1,14 +1,16 @@
-"""Plans some entries of which are known: clean in the network's input and in its answer."""
+"""Plans some entries of which are known: exactly (planners), or as a plan to go on from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffpolicy.core.denoiser import BaseDenoiser, Denoised, GridDenoise
+from diffpolicy.core.denoiser import BaseDenoiser, Denoised
+from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.guidance.base import Run, Wrapper, detached, differentiable
+from diffpolicy.settings import check_choice, check_range
 
 
 class PinCond(NamedTuple):
@@ -24,14 +26,14 @@ class PinCond(NamedTuple):
     values: Tensor
 
 
-class Pinned(BaseDenoiser):
+class Pinned(Wrapper):
     """A denoiser of the unknown entries of a plan, given the known ones.
 
     The denoiser inside sees ``where(known, values, x_t)`` and its answer is
     ``where(known, values, x0_hat)``. A network trained so (the loss with a
-    :class:`~diffpolicy.guidance.layout.Layout` does it) models ``p(unknown | known)`` exactly,
-    whereas :class:`~diffpolicy.guidance.cfg.Inpaint` shows a network of the joint law noised known
-    entries, and is an approximation between the levels.
+    :class:`~diffpolicy.guidance.layout.Layout` does it) models ``p(unknown | known)`` exactly;
+    inpainting, which shows a network of the joint law noised known entries, is an approximation
+    between the levels.
 
     Its ``cond`` is a :class:`PinCond`, so that it stays a pure function and one prepared grid
     serves every observation. The known entries of the sampled state end at ``values`` exactly with
@@ -49,54 +51,120 @@ class Pinned(BaseDenoiser):
     known: Tensor
 
     def __init__(self, denoiser: BaseDenoiser, known: Tensor) -> None:
-        super().__init__()
+        super().__init__(denoiser)
         if known.dtype != torch.bool or known.dim() != 3 or known.shape[0] != 1:
             raise ValueError(
                 f"known must be a bool tensor [1, H, D], got {known.dtype} {list(known.shape)}"
             )
-        self.denoiser = denoiser
-        self.process = denoiser.process
         self.register_buffer("known", known, persistent=False)
 
-    def check_t(self, t: Tensor) -> None:
-        self.denoiser.check_t(t)
+    def inside(self, x_t: Tensor, cond: Any) -> tuple[Tensor, Any]:
+        if not isinstance(cond, PinCond):
+            raise ValueError(
+                "a pinned denoiser needs cond=PinCond(cond, values [B, H, D]); got "
+                f"{type(cond).__name__}"
+            )
+        return self._filled(x_t, cond), cond.cond
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Denoised:
-        given = _pin_cond(cond)
-        return self._filled(self.denoiser(self._pinned(x_t, given), t, given.cond), given)
+    def guide(self, run: Run, x_t: Tensor, cond: Any, *constants: Tensor) -> Denoised:
+        out = run(x_t)
+        return Denoised(self._filled(out.x0_hat, cond), out.aux)
 
-    def on_grid(self, t: Tensor) -> GridDenoise:
-        return _PinnedOnGrid(self, t)
-
-    def _pinned(self, x_t: Tensor, given: PinCond) -> Tensor:
-        return torch.where(self.known, given.values.to(x_t), x_t)
-
-    def _filled(self, out: Denoised, given: PinCond) -> Denoised:
-        return Denoised(torch.where(self.known, given.values.to(out.x0_hat), out.x0_hat), out.aux)
-
-
-class _PinnedOnGrid:
-    """A pinned denoiser at the levels of a grid; precomputed modulations pass through."""
-
-    def __init__(self, pinned: Pinned, t: Tensor) -> None:
-        self._pinned, self._inner = pinned, pinned.denoiser.on_grid(t)
-
-    def modulations(self, x: Tensor, cond: Any) -> Sequence[Tensor] | None:
-        inner = getattr(self._inner, "modulations", None)
-        films: Sequence[Tensor] | None = None if inner is None else inner(x, _pin_cond(cond).cond)
-        return films
-
-    def __call__(self, row: int, x: Tensor, cond: Any, film: Tensor | None = None) -> Denoised:
-        given = _pin_cond(cond)
-        extra = () if film is None else (film,)
-        out = self._inner(row, self._pinned._pinned(x, given), given.cond, *extra)
-        return self._pinned._filled(out, given)
+    def _filled(self, x: Tensor, given: PinCond) -> Tensor:
+        return torch.where(self.known, given.values.to(x), x)
 
 
-def _pin_cond(cond: Any) -> PinCond:
-    if not isinstance(cond, PinCond):
-        raise ValueError(
-            "a pinned denoiser needs cond=PinCond(cond, values [B, H, D]); got "
-            f"{type(cond).__name__}"
-        )
-    return cond
+class PrefixCond(NamedTuple):
+    """The condition of a :class:`PrefixGuidance`: that of its denoiser, and what to follow.
+
+    Attributes:
+        cond: ``[B, C]``, for the denoiser inside.
+        prefix: clean plan to follow ``[B, H, D]``; its entries where ``weight`` is 0 do not matter.
+        weight: how closely ``[B, H, 1]``, from 0 (free) to 1 (frozen).
+    """
+
+    cond: Tensor | None
+    prefix: Tensor
+    weight: Tensor
+
+
+PREFIX_MODES = ("soft", "jacobian")
+
+
+class PrefixGuidance(Wrapper):
+    """Plans that go on from a given one: real-time chunking (Black, Galliker & Levine 2025).
+
+    Its ``cond`` is a :class:`PrefixCond`, so that it stays a pure function and one prepared grid
+    serves every prefix. In both modes, entries of weight 1 are the prefix's in every clean
+    estimate, hence exactly so in the sample, and entries of weight 0 are guided only through the
+    others.
+
+    ``"soft"``: ``x0_hat + W (prefix - x0_hat)``, an inpainting with a soft mask.
+
+    ``"jacobian"``: the paper's guidance (eq. 2 to 4, after PiGDM, Song et al. 2023),
+    ``x0_hat + k J^T W (prefix - x0_hat)`` with ``J = d x0_hat / d x_t`` by back-propagation through
+    the network: one evaluation then costs about three. The paper's flow (``tau``: 0 noise, 1 clean)
+    adds ``min(beta, (1 - tau) / (tau r^2)) J^T W (...)`` to the velocity, with
+    ``r^2 = (1 - tau)^2 / (tau^2 + (1 - tau)^2)``. In any process, after scaling ``x_t`` to
+    ``alpha + sigma = 1``, that is ``k = sigma min(beta, (alpha^2 + sigma^2) / (alpha sigma))`` on
+    the clean estimate: ``min(beta sigma, 1 / alpha)`` if variance-preserving. Published code
+    records the network's output before ``x_t`` requires a gradient, so that its J is the identity;
+    here it is not.
+
+    Args:
+        denoiser: any denoiser.
+        mode: see above.
+        max_weight: the clip ``beta`` of ``"jacobian"`` (5 in the paper).
+
+    Raises:
+        ValueError: an unknown mode or a ``max_weight`` that is not positive.
+    """
+
+    def __init__(
+        self, denoiser: BaseDenoiser, mode: str = "soft", *, max_weight: float = 5.0
+    ) -> None:
+        super().__init__(denoiser)
+        check_choice("mode", mode, PREFIX_MODES)
+        check_range("(0, inf)", max_weight=max_weight)
+        self.mode, self.max_weight = mode, float(max_weight)
+
+    def inside(self, x_t: Tensor, cond: Any) -> tuple[Tensor, Any]:
+        if not isinstance(cond, PrefixCond):
+            raise ValueError(
+                "prefix guidance needs cond=PrefixCond(cond, prefix [B, H, D], weight [B, H, 1]); "
+                f"got {type(cond).__name__}"
+            )
+        return x_t, cond.cond
+
+    def constants(self, t: Tensor) -> tuple[Tensor, ...]:
+        return (prefix_gain(self.process, t, self.max_weight),)
+
+    def guide(self, run: Run, x_t: Tensor, cond: Any, *constants: Tensor) -> Denoised:
+        self.inside(x_t, cond)  # refuses another condition before it is looked into
+        prefix, weight = cond.prefix.to(x_t), cond.weight.to(x_t)
+        if self.mode == "soft":
+            out = run(x_t)
+            moved = torch.lerp(out.x0_hat, prefix, weight)
+            # Not lerp alone: the prefix may hold anything (even nan) where nothing follows it.
+            return Denoised(torch.where(weight > 0, moved, out.x0_hat), out.aux)
+        out, pull = _pulled(run, x_t, prefix, weight)
+        x0_hat = torch.addcmul(out.x0_hat, constants[0].to(x_t), pull)
+        return Denoised(torch.where(weight >= 1, prefix, x0_hat), out.aux)
+
+
+def prefix_gain(process: GaussianProcess, t: Tensor, max_weight: float) -> Tensor:
+    """``sigma min(max_weight, (alpha^2 + sigma^2) / (alpha sigma))`` at levels ``t``."""
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    return torch.minimum(max_weight * sigma, (alpha.square() + sigma.square()) / alpha)
+
+
+def _pulled(run: Run, x_t: Tensor, prefix: Tensor, weight: Tensor) -> tuple[Denoised, Tensor]:
+    """The denoiser's answer, and ``J^T W (prefix - x0_hat)`` ``[B, H, D]``."""
+    x, recording = differentiable(x_t, "the network, in mode 'jacobian',"), torch.is_grad_enabled()
+    with torch.enable_grad():
+        out = run(x)
+        distance = prefix - out.x0_hat
+        error = torch.where(weight > 0, weight * distance, torch.zeros_like(distance))
+        error = error if recording else error.detach()
+        (pull,) = torch.autograd.grad(out.x0_hat, x, error, create_graph=recording)
+    return out if recording else detached(out), pull

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffpolicy.core.denoiser import BaseDenoiser, Denoised, GridDenoise
+from diffpolicy.core.denoiser import BaseDenoiser, Denoised
 from diffpolicy.core.masked_denoiser import masked_answer
 from diffpolicy.core.masking import MaskingProcess
+from diffpolicy.guidance.base import Run, Wrapper, detached, differentiable
+from diffpolicy.settings import check_choice
 
 SequenceReward = Callable[[Tensor], Tensor]
 REWARD_MODES = ("clean", "state", "exact")
 MAX_ROWS = 8192  # sequences handed to the reward at a time by mode "exact"
 
 
-class RewardGuidance(BaseDenoiser):
+class RewardGuidance(Wrapper):
     """``log p(x0_i = a | x_t) + scale * change of reward if i were a``, renormalised over a.
 
     Classifier guidance for masked sequences. Only the laws of tokens move: when a position is
@@ -57,23 +59,15 @@ class RewardGuidance(BaseDenoiser):
     def __init__(
         self, denoiser: BaseDenoiser, reward: SequenceReward, scale: float, *, mode: str = "clean"
     ) -> None:
-        super().__init__()
+        super().__init__(denoiser)
         if not isinstance(denoiser.process, MaskingProcess):
             raise ValueError(
                 "RewardGuidance moves probabilities of tokens, and "
                 f"{type(denoiser.process).__name__} is a process of continuous states; use "
                 "ValueGuidance or Guidance"
             )
-        if mode not in REWARD_MODES:
-            raise ValueError(f"unknown mode {mode!r}; expected one of {REWARD_MODES}")
-        self.denoiser = denoiser
-        self.process = denoiser.process
-        self.reward = reward
-        self.scale = float(scale)
-        self.mode = mode
-
-    def check_t(self, t: Tensor) -> None:
-        self.denoiser.check_t(t)
+        check_choice("mode", mode, REWARD_MODES)
+        self.reward, self.scale, self.mode = reward, float(scale), mode
 
     def reward_calls(self, length: int, vocab_size: int) -> int:
         """Rewards per sequence in one evaluation; those of the gradient modes carry a gradient."""
@@ -81,17 +75,7 @@ class RewardGuidance(BaseDenoiser):
             return 0
         return length * vocab_size + 1 if self.mode == "exact" else 1
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Denoised:
-        return self.guide(lambda x: self.denoiser(x, t, cond), x_t)
-
-    def on_grid(self, t: Tensor) -> GridDenoise:
-        return _RewardOnGrid(self, t)
-
-    def guide(self, run: Callable[[Tensor], Denoised], x_t: Tensor) -> Denoised:
-        """The guided answer at ``x_t``, where ``run`` is the denoiser at that level.
-
-        It carries a graph exactly if gradients are enabled.
-        """
+    def guide(self, run: Run, x_t: Tensor, cond: Any, *constants: Tensor) -> Denoised:
         if self.scale == 0:
             return run(x_t)
         if self.mode == "exact":
@@ -105,33 +89,22 @@ class RewardGuidance(BaseDenoiser):
             guided.x0_hat, {**out.aux, **guided.aux, "log_p_unguided": log_p, "reward": value}
         )
 
-    def _slope(
-        self, run: Callable[[Tensor], Denoised], x_t: Tensor
-    ) -> tuple[Denoised, Tensor, Tensor]:
+    def _slope(self, run: Run, x_t: Tensor) -> tuple[Denoised, Tensor, Tensor]:
         """The denoiser's answer, the reward of its estimate, and the slope ``[B, L, V]``."""
-        if torch.is_inference_mode_enabled():
-            raise ValueError(
-                f"mode={self.mode!r} differentiates the reward: call it under torch.no_grad(), not "
-                "torch.inference_mode(), or use mode='exact'"
-            )
+        what = f"the reward (mode={self.mode!r}; 'exact' needs no gradient)"
         recording = torch.is_grad_enabled()
         if self.mode == "clean":
             out = run(x_t)
-            with torch.enable_grad():
-                graphed = recording and out.x0_hat.requires_grad
-                at = out.x0_hat if graphed else out.x0_hat.detach().requires_grad_()
-                value = reward_of(self.reward, at[..., :-1])
-                slope = _gradient(value, at, graph=recording)
+            clean = at = differentiable(out.x0_hat, what)
         else:
+            at = differentiable(x_t, what)
             with torch.enable_grad():
-                at = x_t if recording and x_t.requires_grad else x_t.detach().requires_grad_()
                 out = run(at)
-                value = reward_of(self.reward, out.x0_hat[..., :-1])
-                slope = _gradient(value, at, graph=recording)
-        if not recording:
-            out = Denoised(out.x0_hat.detach(), {k: v.detach() for k, v in out.aux.items()})
-            value = value.detach()
-        return out, value, slope[..., :-1]
+            clean = out.x0_hat
+        with torch.enable_grad():
+            value = reward_of(self.reward, clean[..., :-1])
+            slope = _gradient(value, at, graph=recording)[..., :-1]
+        return (out, value, slope) if recording else (detached(out), value.detach(), slope)
 
 
 def reward_of(reward: Callable[..., Tensor], x0: Tensor, *given: Any) -> Tensor:
@@ -181,19 +154,3 @@ def _gradient(value: Tensor, at: Tensor, *, graph: bool) -> Tensor:
             "none"
         )
     return slope
-
-
-class _RewardOnGrid:
-    """A guided denoiser at the levels of a grid; precomputed modulations pass through."""
-
-    def __init__(self, guidance: RewardGuidance, t: Tensor) -> None:
-        self._guidance, self._inner = guidance, guidance.denoiser.on_grid(t)
-
-    def modulations(self, x: Tensor, cond: Any) -> Sequence[Tensor] | None:
-        inner = getattr(self._inner, "modulations", None)
-        films: Sequence[Tensor] | None = None if inner is None else inner(x, cond)
-        return films
-
-    def __call__(self, row: int, x: Tensor, cond: Any, film: Tensor | None = None) -> Denoised:
-        extra = () if film is None else (film,)
-        return self._guidance.guide(lambda y: self._inner(row, y, cond, *extra), x)

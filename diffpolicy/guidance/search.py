@@ -1,14 +1,16 @@
 """Search at inference time: the best of several chains, or of several next states in every step.
 
 The chains are those of :func:`diffpolicy.core.sampling.sample`; what is kept of them is decided
-between its calls, on sub-grids of one step. Nothing here needs a reward's gradient.
+between its calls, on sub-grids of one step. Nothing here needs a reward's gradient. Weights of
+groups of particles are ``[B, N]``, in float64 logs; reckoning with them never reads the device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +20,10 @@ from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.solvers import Solver
 from diffpolicy.core.starts import Start
 from diffpolicy.guidance.stepped_chain import Chain, rows, started
-from diffpolicy.guidance.weights import choose, effective_size, normalised
+from diffpolicy.settings import check_choice, check_range
 
 ESTIMATES = ("soft", "hard")
+BELOW_ONE = 1 - 2**-53
 
 
 class Drawn(NamedTuple):
@@ -47,6 +50,14 @@ class Drawn(NamedTuple):
     log_z: Tensor | None = None
     particles: Tensor | None = None
     weights: Tensor | None = None
+
+    @classmethod
+    def picked(
+        cls, states: Tensor, rewards: Tensor, pick: Tensor, weights: Tensor, **rest: Any
+    ) -> Drawn:
+        """The states ``pick [B]`` of groups ``[B, N, L, D]``, and all with their weights."""
+        row = torch.arange(len(pick), device=states.device)
+        return cls(states[row, pick], rewards[row, pick], particles=states, weights=weights, **rest)
 
 
 class ParticleMethod:
@@ -121,7 +132,7 @@ class BestOfN(ParticleMethod):
     name: ClassVar[str] = "best_of_n"
 
     def __post_init__(self) -> None:
-        at_least_one("n", self.n)
+        check_range("[1, inf)", n=self.n)
 
     @property
     def chains(self) -> int:
@@ -131,14 +142,13 @@ class BestOfN(ParticleMethod):
         x0 = chain.whole(x, cond)
         rewards = chain.rewards(x0, cond).view(-1, self.n)
         best = rewards.argmax(1)
-        states, row = x0.view(-1, self.n, *x0.shape[1:]), torch.arange(len(best), device=x.device)
-        return Drawn(
-            states[row, best],
-            rewards[row, best],
-            self.n * chain.solver.nfe(chain.num_steps),
-            self.n,
-            particles=states,
-            weights=one_hot(best, self.n).double(),
+        return Drawn.picked(
+            x0.view(-1, self.n, *x0.shape[1:]),
+            rewards,
+            best,
+            one_hot(best, self.n).double(),
+            nfe=self.n * chain.solver.nfe(chain.num_steps),
+            reward_calls=self.n,
         )
 
 
@@ -162,8 +172,9 @@ class SVDD(ParticleMethod):
     name: ClassVar[str] = "svdd"
 
     def __post_init__(self) -> None:
-        at_least_one("candidates", self.candidates)
-        check_weighting(1.0 if self.kl_weight is None else self.kl_weight, self.estimate)
+        check_range("[1, inf)", candidates=self.candidates)
+        check_range("(0, inf)", kl_weight=self.kl_weight)
+        check_choice("estimate", self.estimate, ESTIMATES)
 
     @property
     def chains(self) -> int:
@@ -196,15 +207,48 @@ class SVDD(ParticleMethod):
         return Drawn(x, rewards, 1 + count * last, count * chain.num_steps, ess)
 
 
-def at_least_one(name: str, value: int) -> None:
-    """Raise unless ``value`` counts something."""
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+def normalised(log_weights: Tensor) -> Tensor:
+    """Weights that sum to one in each group ``[B, N]``; even where all are zero."""
+    top = log_weights.amax(1, keepdim=True)
+    alive = top > -torch.inf
+    weights = (log_weights - torch.where(alive, top, 0.0)).exp()
+    weights = torch.where(alive, weights, 1.0)
+    return weights / weights.sum(1, keepdim=True)
 
 
-def check_weighting(kl_weight: float, estimate: str) -> None:
-    """Raise unless rewards can be weighed so."""
-    if not kl_weight > 0:
-        raise ValueError(f"kl_weight must be positive, got {kl_weight}")
-    if estimate not in ESTIMATES:
-        raise ValueError(f"unknown estimate {estimate!r}; expected one of {ESTIMATES}")
+def log_mean(log_weights: Tensor) -> Tensor:
+    """``log(mean(exp(log_weights)))`` of each group ``[B]``."""
+    return log_weights.logsumexp(1) - math.log(log_weights.shape[1])
+
+
+def effective_size(weights: Tensor) -> Tensor:
+    """``1 / sum w^2`` of each group ``[B]``, between 1 and N."""
+    return 1 / weights.square().sum(1)
+
+
+def systematic(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Systematic resampling: the particle that each new one copies, ``[B, N]``, ascending.
+
+    One uniform number per group places N evenly spaced points in the cumulative weights, so that a
+    particle of weight w is copied ``floor(N w)`` or ``ceil(N w)`` times, ``N w`` on average, and
+    one without weight never.
+    """
+    batch, count = weights.shape
+    u = torch.rand((batch, 1), generator=generator, device=weights.device, dtype=torch.float64)
+    steps = torch.arange(count, device=weights.device, dtype=torch.float64)
+    return _under(weights, (steps + u) / count)
+
+
+def choose(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One particle of each group, drawn by weight, ``[B]``."""
+    u = torch.rand(
+        (len(weights), 1), generator=generator, device=weights.device, dtype=torch.float64
+    )
+    return _under(weights, u)[:, 0]
+
+
+def _under(weights: Tensor, points: Tensor) -> Tensor:
+    """The particles whose shares of the cumulative weights hold ``points`` in [0, 1)."""
+    cumulative = weights.double().cumsum(1)
+    cumulative = cumulative / cumulative[:, -1:]  # exactly 1 from the last particle with weight on
+    return torch.searchsorted(cumulative, points.clamp(max=BELOW_ONE), right=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.core.ramp import Ramp
+from diffpolicy.core.starts import Ramp
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.returns import returns_to_go, with_fields
 from diffpolicy.data.store import EpisodeStore

@@ -20,8 +20,7 @@ from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.changes import check_same_weights, merged_config
 from diffpolicy.policies.choose_level import observation_step
 from diffpolicy.policies.planners import Returns
-from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.policies.upgrade import upgraded
+from diffpolicy.policies.spec import PolicySpec, upgraded
 from diffpolicy.training.checkpoint import read_bundle
 from diffpolicy.training.policy_files import FORMAT, VERSION
 

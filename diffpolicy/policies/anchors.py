@@ -7,17 +7,20 @@ that covers its distance to the plans it stands for, it is a start like any othe
 
 from __future__ import annotations
 
+import importlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.policies.kmeans import ClusterClassifier, assign, kmeans
+from diffpolicy.settings import check_choice, check_range, check_shape
 
 _MOST_WINDOWS = 20_000  # k-means learns nothing from more
 _HELD_OUT = 0.1
@@ -65,12 +68,8 @@ class Anchors:
 
     def __post_init__(self) -> None:
         count, horizon, action_dim = self.plans.shape
-        if self.frequency.shape != (count,) or self.position_error.shape != (horizon,):
-            raise ValueError(
-                f"{count} anchors of {horizon} positions need frequency [{count}] and "
-                f"position_error [{horizon}], got {list(self.frequency.shape)} and "
-                f"{list(self.position_error.shape)}"
-            )
+        check_shape("frequency", self.frequency.shape, (count,))
+        check_shape("position_error", self.position_error.shape, (horizon,))
         if self.relative_to is not None and len(self.relative_to) != action_dim:
             raise ValueError(
                 f"relative_to names one observation index per action dimension ({action_dim}, None "
@@ -78,8 +77,7 @@ class Anchors:
             )
         if (self.top_m is None) != (self.classifier is None):
             raise ValueError("top_m and classifier belong together: give both or neither")
-        if self.top_m is not None and not 1 <= self.top_m <= count:
-            raise ValueError(f"top_m must be in 1..{count} (the anchors), got {self.top_m}")
+        check_range(f"[1, {count}]", top_m=self.top_m)
         if self.classifier is not None and self.classifier.count != count:
             raise ValueError(
                 f"the classifier knows {self.classifier.count} anchors, but there are {count}"
@@ -117,8 +115,7 @@ class Anchors:
         Raises:
             ValueError: fewer windows than anchors, or settings that do not fit the data.
         """
-        if top_m is not None and not 1 <= top_m <= count:
-            raise ValueError(f"top_m must be in 1..{count} (the anchors), got {top_m}")
+        check_range(f"[1, {count}]", top_m=top_m)
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(windows), generator=generator)[:_MOST_WINDOWS].sort().values
         parts = [windows.gather(rows) for rows in torch.split(chosen, 4096)]
@@ -129,30 +126,21 @@ class Anchors:
         base = _reference(normalizer.unnormalize("obs", obs[:, -1]), normalizer, indices, plans)
         local = (plans - base).flatten(1)
         held_out = _held_out(windows, chosen, generator)
-        fitted = local[~held_out]
-        if len(fitted) < count:
-            raise ValueError(
-                f"{count} anchors need at least as many windows to learn from, got {len(fitted)}"
-            )
-        centres = kmeans(fitted, count, seed=seed)
-        label = assign(local, centres)[0]
-        frequency = torch.bincount(label[~held_out], minlength=count).double()
-        frequency = (frequency / frequency.sum()).float()
+        fitted = ~held_out
+        centres, label = clusters(local[fitted], count, seed=seed)
         classifier = None
         if top_m is not None:
-            classifier = ClusterClassifier.fit(
-                obs.flatten(1), label, count, held_out=held_out, seed=seed
-            )
+            classifier = ClusterClassifier.fit(obs.flatten(1)[fitted], label, count, seed=seed)
         anchors = cls(
             centres.view(count, *plans.shape[1:]),
-            frequency,
+            torch.bincount(label, minlength=count) / len(label),
             0.0,
             torch.zeros(plans.shape[1]),
             indices,
             top_m,
             classifier,
         )
-        judged = held_out if bool(held_out.any()) else ~held_out
+        judged = held_out if bool(held_out.any()) else fitted
         square = anchors._residual(obs[judged], local[judged])
         return replace(
             anchors,
@@ -193,11 +181,7 @@ class Anchors:
             frequency = self.frequency.clamp_min(torch.finfo(self.frequency.dtype).tiny).log()
             index = torch.arange(len(self.plans), device=cond.device)
             return index.expand(len(cond), -1), frequency.expand(len(cond), -1)
-        if cond.shape[-1] != self.classifier.cond_dim:
-            raise ValueError(
-                f"these anchors were fitted to conditions of {self.classifier.cond_dim} numbers, "
-                f"got {cond.shape[-1]}"
-            )
+        check_shape("conditions of these anchors", cond.shape, ("n", self.classifier.cond_dim))
         log_prob, index = self.classifier.log_prob(cond).topk(self.top_m, dim=-1)
         return index, log_prob
 
@@ -261,6 +245,7 @@ class Anchors:
             "error": self.error,
             "relative_to": None if self.relative_to is None else list(self.relative_to),
             "top_m": self.top_m,
+            "activation": None if self.classifier is None else self.classifier.activation,
         }
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -302,8 +287,129 @@ class Anchors:
             position_error,
             None if relative is None else tuple(relative),
             top_m,
-            None if top_m is None else ClusterClassifier(parts),
+            None if top_m is None else ClusterClassifier(parts, config.get("activation", "silu")),
         )
+
+
+class ClusterClassifier:
+    """A small MLP from a flat condition to the log-probability of each cluster; frozen once fitted.
+
+    Args:
+        tensors: ``weight<i>`` and ``bias<i>`` of its linear layers, float32.
+        activation: between them: ``"relu"``, or ``"silu"`` in files of before.
+
+    Raises:
+        ValueError: no layer, or an unknown activation.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], activation: str = "relu") -> None:
+        if "weight0" not in tensors:
+            raise ValueError(f"the anchor classifier lacks 'weight0'; it has {sorted(tensors)}")
+        check_choice("activation", activation, ("relu", "silu"))
+        depth = sum(name.startswith("weight") for name in tensors)
+        self._layers = [(tensors[f"weight{i}"], tensors[f"bias{i}"]) for i in range(depth)]
+        self.activation = activation
+
+    @classmethod
+    def fit(cls, cond: Tensor, label: Tensor, count: int, *, seed: int = 0) -> ClusterClassifier:
+        """Train by cross-entropy (scikit-learn's ``MLPClassifier``).
+
+        Args:
+            cond: ``[N, C]`` normalised conditions.
+            label: ``[N]`` their clusters; those that never come are impossible.
+            count: clusters.
+            seed: of weights and batches.
+        """
+        seen = torch.bincount(label, minlength=count).nonzero()[:, 0]
+        if len(seen) == 1:
+            bias = torch.full((count,), -1e4).index_fill(0, seen, 0.0)
+            return cls({"weight0": torch.zeros(count, cond.shape[1]), "bias0": bias})
+        model = _sklearn("neural_network").MLPClassifier(
+            (64, 64),
+            batch_size=min(256, len(cond)),
+            learning_rate_init=2e-3,
+            alpha=1e-2,
+            max_iter=60,
+            random_state=seed,
+        )
+        with warnings.catch_warnings():  # of not having converged: so many passes are enough
+            warnings.simplefilter("ignore")
+            model.fit(cond.float().numpy(), label.numpy())
+        tensors = {}
+        for i, (weight, bias) in enumerate(zip(model.coefs_, model.intercepts_, strict=True)):
+            tensors[f"weight{i}"] = torch.from_numpy(weight.T.copy()).float()
+            tensors[f"bias{i}"] = torch.from_numpy(bias).float()
+        # Of two classes scikit-learn has the second one's logit alone: the first's is 0.
+        rows, weight, bias = seen[-len(bias) :], tensors["weight2"], tensors["bias2"]
+        tensors["weight2"] = torch.zeros(count, weight.shape[1]).index_copy(0, rows, weight)
+        impossible = torch.full((count,), -1e4).index_fill(0, seen, 0.0)
+        tensors["bias2"] = impossible.index_copy(0, rows, bias)
+        return cls(tensors)
+
+    def log_prob(self, cond: Tensor) -> Tensor:
+        """``[N, C]`` to ``[N, count]``."""
+        between = F.relu if self.activation == "relu" else F.silu
+        h = cond
+        for i, (weight, bias) in enumerate(self._layers):
+            h = F.linear(between(h) if i else h, weight, bias)
+        return F.log_softmax(h, dim=-1)
+
+    @property
+    def count(self) -> int:
+        """Clusters."""
+        return len(self._layers[-1][1])
+
+    @property
+    def cond_dim(self) -> int:
+        """Size of the condition."""
+        return self._layers[0][0].shape[1]
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Weights by name, as the constructor takes them."""
+        tensors: dict[str, Tensor] = {}
+        for i, (weight, bias) in enumerate(self._layers):
+            tensors |= {f"weight{i}": weight, f"bias{i}": bias}
+        return tensors
+
+    def to(self, device: torch.device | str) -> ClusterClassifier:
+        """The same classifier on ``device``."""
+        tensors = {name: value.to(device) for name, value in self.to_tensors().items()}
+        return ClusterClassifier(tensors, self.activation)
+
+
+def clusters(points: Tensor, count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """k-means (scikit-learn): the centres, the most populated first, and each point's cluster.
+
+    Args:
+        points: ``[N, F]``, finite.
+        count: clusters K, at most N.
+        seed: of the starts.
+
+    Returns:
+        ``[K, F]`` and ``[N]`` int64.
+
+    Raises:
+        ValueError: fewer points than clusters.
+    """
+    if not 1 <= count <= len(points):
+        raise ValueError(
+            f"{count} anchors need at least as many windows to learn from, got {len(points)}"
+        )
+    found = _sklearn("cluster").KMeans(count, n_init=4, random_state=seed)
+    label = torch.from_numpy(found.fit_predict(points.double().numpy())).long()
+    order = torch.bincount(label, minlength=count).argsort(descending=True, stable=True)
+    centres = torch.from_numpy(found.cluster_centers_).to(points)
+    return centres[order], order.argsort()[label]
+
+
+def _sklearn(part: str) -> Any:
+    """A module of scikit-learn, which anchors are fitted with; they are used without it."""
+    try:
+        return importlib.import_module(f"sklearn.{part}")
+    except ImportError:
+        raise ImportError(
+            'fitting anchors needs scikit-learn: pip install "diffpolicy[anchors]"'
+        ) from None
 
 
 def _checked_indices(

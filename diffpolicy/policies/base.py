@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 import copy
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, Self
@@ -17,7 +16,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from diffpolicy.policies.batches import in_batches
+from diffpolicy.policies.rows import in_batches
 
 Array = npt.NDArray[Any]
 
@@ -233,7 +232,7 @@ class ChunkedPolicy(abc.ABC):
         return self.starts_warm(state)
 
     def with_plan_batch(self, size: int | None) -> Self:
-        """This policy, planning in batches of constant size (:mod:`diffpolicy.policies.batches`).
+        """This policy, planning in batches of constant size (:mod:`diffpolicy.policies.rows`).
 
         Without it all rows that are due plan at once, and the last bits of a plan depend on which.
 
@@ -366,52 +365,26 @@ def check_horizon(horizon: int, n_obs_steps: int, n_action_steps: int) -> None:
         )
 
 
-def row_generator(seed: int, counter: int, stream: int = 0) -> np.random.Generator:
-    """Randomness that is a pure function of three numbers (Philox counters)."""
-    # As a list, a seed below 0 would make floats of them, and equal keys of many seeds.
-    key = np.array([seed % 2**64, stream], np.uint64)
-    bits = np.random.Philox(key=key, counter=[0, 0, 0, counter])
-    return np.random.Generator(bits)
-
-
-def row_noise(
-    seeds: Array, counters: Array, shape: tuple[int, ...], streams: Array | None = None
-) -> Array:
-    """Standard normal ``[n, *shape]``; row i is a pure function of its seed, counter and stream.
+def hold_limit(policy: ChunkedPolicy, ticks: int | None = None) -> int:
+    """Ticks in a row for which the last action of a plan is repeated, at most.
 
     Args:
-        seeds: ``[n]``.
-        counters: ``[n]``.
-        shape: of each row.
-        streams: ``[n]``, told apart for one seed and counter (candidates of a plan); default 0.
+        policy: whose plans are executed.
+        ticks: as asked for, 0: never; ``None``: the actions of two plans, so that one plan may be
+            lost and the next come late; after that the policy is taken for dead.
+
+    Raises:
+        ValueError: no number of ticks.
     """
-    out = np.empty((len(seeds), *shape), np.float32)
-    kinds = [0] * len(seeds) if streams is None else streams.tolist()
-    for i, key in enumerate(zip(seeds.tolist(), counters.tolist(), kinds, strict=True)):
-        _REUSED.at(*key).standard_normal(out=out[i], dtype=np.float32)
-    return out
+    if ticks is None:
+        return 2 * (policy.horizon - policy.n_obs_steps + 1)
+    if isinstance(ticks, bool) or not isinstance(ticks, int) or ticks < 0:
+        raise ValueError(
+            f"hold_ticks must be a number of ticks >= 0 (0 holds no action), got {ticks!r}"
+        )
+    return ticks
 
 
-class _Reused(threading.local):
-    """What :func:`row_generator` returns, in one generator a thread: moving it costs a third."""
-
-    def __init__(self) -> None:
-        self._bits = np.random.Philox(key=[0, 0])
-        self._generator = np.random.Generator(self._bits)
-        self._state: Any = self._bits.state
-
-    def at(self, seed: int, counter: int, stream: int) -> np.random.Generator:
-        """The thread's generator at the beginning of a stream; the next call moves it."""
-        inner, state = self._state["state"], self._state
-        inner["key"][:] = seed % 2**64, stream
-        inner["counter"][:] = 0, 0, 0, counter
-        state["buffer_pos"], state["has_uint32"], state["uinteger"] = (
-            4,
-            0,
-            0,
-        )  # nothing is left over
-        self._bits.state = state
-        return self._generator
-
-
-_REUSED = _Reused()
+def holds(since: Any, limit: int) -> Any:
+    """Whether the last action is repeated ``since`` ticks after it was a plan's; also of arrays."""
+    return since <= limit

@@ -6,14 +6,15 @@ Q, planners among trajectories by their value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from diffpolicy.policies.base import Array, PolicyState, row_generator
-from diffpolicy.settings import named_settings, settings_of
+from diffpolicy.policies.base import Array, PolicyState
+from diffpolicy.policies.rows import row_generator
+from diffpolicy.settings import check_choice, check_range, named_settings
 
 RANKS = ("argmax", "softmax")
 
@@ -47,22 +48,9 @@ class Selection:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.num_candidates < 1 or not self.weight > 0:
-            raise ValueError(
-                "num_candidates must be at least 1 and weight positive, got "
-                f"{self.num_candidates} and {self.weight}"
-            )
-        if self.rank not in RANKS:
-            raise ValueError(f"unknown rank {self.rank!r}; expected one of {RANKS}")
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Selection:
-        """From JSON values.
-
-        Raises:
-            ValueError: unknown entries or values out of range.
-        """
-        return settings_of(cls, config, "selection")
+        check_range("[1, inf)", num_candidates=self.num_candidates)
+        check_range("(0, inf)", weight=self.weight)
+        check_choice("rank", self.rank, RANKS)
 
 
 class Selector:

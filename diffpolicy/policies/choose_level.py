@@ -6,7 +6,7 @@ recorded observations with the trained denoiser, never in an environment:
 
 - the *shift error*: how far the shifted last plan is from what a full solve now says;
 - the *contraction* of the warm solve: which part of that error survives. For locally Gaussian plans
-  it is known in closed form (:func:`~diffpolicy.policies.guessed.ddim_contraction`), and it is
+  it is known in closed form (:func:`ddim_contraction`), and it is
   measured beside it;
 - the *regret* of the warm policy driven along the demonstrations by their own observations: the
   continuous ranked probability score (Gneiting & Raftery 2007, eq. 21) of its actions, and of their
@@ -36,7 +36,6 @@ from diffpolicy.data.statistics import usual_step
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
-from diffpolicy.policies.guessed import ddim_contraction
 from diffpolicy.policies.level_report import Level, LevelReport
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.truncated import Truncated
@@ -330,6 +329,27 @@ class _Study:
                 error += (found - plan).square() / draws
         left = (sigma.square() - alpha.square() * error).clamp_min(1e-12)
         return (error * sigma.square() / left).sqrt().clamp(max=1.0).cpu()
+
+
+def ddim_contraction(process: GaussianProcess, grid: Tensor, std: Tensor) -> Tensor:
+    """The part of a guess's error that survives noising and DDIM, coordinate by coordinate.
+
+    Args:
+        process: the noise process.
+        grid: levels from the start down that DDIM steps along, ``[K + 1, ...]`` with one entry
+            each.
+        std: standard deviation of every coordinate around its mode, any shape.
+
+    Returns:
+        ``alpha(t_start) prod_k (alpha alpha' s^2 + sigma sigma') / V``, the shape of ``std``.
+    """
+    t = grid.double().reshape(len(grid), -1)[:, 0]
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    factor = alpha[0] * torch.ones_like(std, dtype=torch.float64)
+    for k in range(len(t) - 1):
+        inner = alpha[k] * alpha[k + 1] * std.square() + sigma[k] * sigma[k + 1]
+        factor = factor * inner / ((alpha[k] * std).square() + sigma[k].square())
+    return factor
 
 
 def _crps(runs: Array, target: Array, valid: Array) -> Array:

@@ -7,21 +7,19 @@ guided towards it with decaying weight, the rest is free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffpolicy.core.sampling import sample
 from diffpolicy.core.starts import shift_plan
-from diffpolicy.guidance.cfg import PREFIX_MODES, PrefixCond, PrefixGuidance
+from diffpolicy.guidance.pinned import PREFIX_MODES, PrefixCond, PrefixGuidance
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
-from diffpolicy.policies.plan_loop import PlanLoop
-from diffpolicy.settings import named_settings, settings_of
+from diffpolicy.policies.plan_loop import Condition, PlanLoop
+from diffpolicy.settings import check_choice, check_range, named_settings
 
 SCHEDULES = ("linear", "exp", "ones", "zeros")
 
@@ -38,7 +36,7 @@ class Chunking:
             prefix).
         overlap: positions from the current step on that follow the last plan, the frozen ones
             among them; ``None``: all that is left of it.
-        mode: see :class:`~diffpolicy.guidance.cfg.PrefixGuidance`. ``"soft"`` bounds the seam of
+        mode: see :class:`~diffpolicy.guidance.pinned.PrefixGuidance`. ``"soft"`` bounds the seam of
             every plan: it is at most ``1 - weight`` of what the two plans differ by there.
             ``"jacobian"`` lets the whole new plan settle on the mode of the last one, but where it
             does not succeed the seam may be a whole jump.
@@ -54,23 +52,10 @@ class Chunking:
     max_weight: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}; expected one of {SCHEDULES}")
-        if self.overlap is not None and self.overlap < 0:
-            raise ValueError(f"overlap must be at least 0 (or null), got {self.overlap}")
-        if self.mode not in PREFIX_MODES:
-            raise ValueError(f"unknown mode {self.mode!r}; expected one of {PREFIX_MODES}")
-        if not self.max_weight > 0:
-            raise ValueError(f"max_weight must be positive, got {self.max_weight}")
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Chunking:
-        """From JSON values.
-
-        Raises:
-            ValueError: unknown entries or values out of range.
-        """
-        return settings_of(cls, config, "chunking")
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("mode", self.mode, PREFIX_MODES)
+        check_range("[0, inf)", overlap=self.overlap)
+        check_range("(0, inf)", max_weight=self.max_weight)
 
 
 def frozen_steps(delay: Array, valid: Array, n_obs_steps: int) -> Array:
@@ -153,55 +138,35 @@ def seam_jump(old_plan: Array, new_plan: Array, shift: Array, position: Array) -
     return jump
 
 
-class ChunkLoop(nn.Module):
-    """A sampling loop that follows a prefix: ``forward(history, guess, noise, prefix, weight)``.
+class PrefixCondition(Condition):
+    """What the denoiser is told, and the plan that it is to go on from.
 
-    Args:
-        loop: the loop of a policy without chunking.
-        settings: mode of the guidance.
+    Its loop takes, beside history, guess and noise, ``prefix``: the last plan, shifted to the
+    present ``[n, H, A]``, normalised; and ``weight`` ``[n, H, 1]``. Plans are exactly ``prefix``
+    where ``weight`` is 1.
     """
 
-    def __init__(self, loop: PlanLoop, settings: Chunking) -> None:
-        super().__init__()
-        n_obs_steps, obs_dim = loop.obs_shape
-        self.loop = PlanLoop(
-            PrefixGuidance(loop.denoiser, settings.mode, max_weight=settings.max_weight),
-            loop.normalizer,
-            loop.solver,
-            loop.levels,
-            start=loop.start,
-            plan_shape=(n_obs_steps, obs_dim, loop.horizon, loop.action_dim),
-            temperature=loop.temperature,
-        )
-        self.nfe, self.draws = self.loop.nfe, self.loop.draws
+    def forward(self, history: Tensor, *known: Tensor) -> PrefixCond:
+        prefix, weight = known
+        return PrefixCond(super().forward(history), prefix, weight)
 
-    def forward(
-        self, history: Tensor, guess: Tensor, noise: Tensor, prefix: Tensor, weight: Tensor
-    ) -> Tensor:
-        """One plan per row.
+    def settled(self, plan: Tensor, given: PrefixCond) -> Tensor:
+        # Solvers in noise form arrive within rounding.
+        return torch.where(given.weight >= 1, given.prefix, plan)
 
-        Args:
-            history: raw observations ``[n, To, O]``.
-            guess: as of :class:`~diffpolicy.policies.plan_loop.PlanLoop`.
-            noise: standard normal ``[R, n, H, A]``.
-            prefix: the last plan, shifted to the present ``[n, H, A]``, normalised.
-            weight: ``[n, H, 1]``.
 
-        Returns:
-            Normalised plans ``[n, H, A]``; exactly ``prefix`` where ``weight`` is 1.
-        """
-        loop = self.loop
-        cond, noise = loop.condition(history), loop.tempered(noise)
-        x0 = sample(
-            loop.denoiser,
-            loop.solver,
-            loop.begin(guess, noise),
-            loop.grid,
-            cond=cast(Any, PrefixCond(cond, prefix, weight)),
-            noise=noise[loop.draws - loop.nfe :] if loop.grid.stochastic else None,
-        )
-        assert isinstance(x0, Tensor)
-        return torch.where(weight >= 1, prefix, x0)  # solvers in noise form arrive within rounding
+def following(loop: PlanLoop, settings: Chunking) -> PlanLoop:
+    """The loop of a policy without chunking as one whose plans follow a prefix."""
+    return PlanLoop(
+        PrefixGuidance(loop.denoiser, settings.mode, max_weight=settings.max_weight),
+        loop.normalizer,
+        loop.solver,
+        loop.levels,
+        start=loop.start,
+        plan_shape=(*loop.obs_shape, loop.horizon, loop.action_dim),
+        condition=PrefixCondition(loop.normalizer),
+        temperature=loop.temperature,
+    )
 
 
 class RealTimeChunking(ChunkedPolicy):
@@ -245,7 +210,7 @@ class RealTimeChunking(ChunkedPolicy):
         self.planner, self.selector = planner, planner.selector
         self.settings = Chunking() if settings is None else settings
         self._loops = {
-            (kind, fixed): ChunkLoop(planner.loop(kind, deterministic=fixed), self.settings)
+            (kind, fixed): following(planner.loop(kind, deterministic=fixed), self.settings)
             for kind in planner.kinds
             for fixed in (False, True)
         }
@@ -324,21 +289,18 @@ class RealTimeChunking(ChunkedPolicy):
         return kinds
 
     @torch.no_grad()  # not inference_mode: the Jacobian needs a graph of its own
-    def _blended(self, loop: ChunkLoop, state: PolicyState, deterministic: bool) -> Array:
-        device, shift = self.planner.device, self.executed(state)
+    def _blended(self, loop: PlanLoop, state: PolicyState, deterministic: bool) -> Array:
+        planner, shift = self.planner, self.executed(state)
         weight = chunk_weights(
             state.delay, self.horizon - shift, self.n_obs_steps, self.horizon, self.settings
         )
         prefix = shift_plan(torch.from_numpy(state.plan), torch.from_numpy(shift))
-        out: Array = (
-            loop(
-                torch.from_numpy(state.history).to(device),
-                torch.from_numpy(self.planner.shifted(state)).to(device),
-                self.planner.draw_noise(state, loop.draws, deterministic),
-                prefix.to(device),
-                torch.from_numpy(weight[..., None]).to(device),
-            )
-            .cpu()
-            .numpy()
+        plans = loop(
+            planner.on_device(state.history),
+            planner.on_device(planner.shifted(state)),
+            planner.draw_noise(state, loop.draws, deterministic),
+            prefix.to(planner.device),
+            planner.on_device(weight[..., None]),
         )
+        out: Array = plans.cpu().numpy()
         return out

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.solvers import make_solver
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.data.normalize import Normalizer
@@ -22,13 +23,13 @@ from diffpolicy.guidance.pinned import Pinned
 from diffpolicy.guidance.value import ValueGuidance, head_value
 from diffpolicy.networks.base import described
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState, row_noise
+from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.best_of_n import Selector
-from diffpolicy.policies.guessed import ScoredPlans
-from diffpolicy.policies.guesses import check_anchors, truncated_grid
 from diffpolicy.policies.plan_loop import Condition, Loop, PinnedCondition, PlanLoop
-from diffpolicy.policies.spec import Gripper, PolicySpec, Sampler, check_normalizer
-from diffpolicy.policies.truncated import Candidates
+from diffpolicy.policies.planners import check_anchors
+from diffpolicy.policies.rows import row_noise
+from diffpolicy.policies.spec import Gripper, PolicySampler, PolicySpec, check_normalizer
+from diffpolicy.policies.truncated import Candidates, ScoredPlans
 
 
 class DiffusionPlanner(ChunkedPolicy):
@@ -150,22 +151,19 @@ class DiffusionPlanner(ChunkedPolicy):
         if kind not in self.kinds:
             raise ValueError(f"this policy runs the loops {self.kinds}, not {kind!r}")
         spec, process = self.spec, self.denoiser.process
-        guided = self._guided()
-        start, solver = "noised", make_solver("ddim")
         if kind == "cold":
             grid, start = spec.sampler.grid(process), "prior"
             solver = spec.sampler.make(deterministic=deterministic)
         elif kind == "warm":
             assert spec.rti is not None
-            grid, start = spec.rti.grid(process), spec.rti.start
-            solver = spec.rti.make_solver(deterministic=deterministic)
+            grid, start = spec.rti.grid(process), "noised" if spec.rti.renoise else "given"
+            solver = spec.rti.make(deterministic=deterministic)
         else:
             assert spec.truncated is not None
-            grid, start = truncated_grid(kind, spec.truncated, self.anchors, process)
-            if kind == "guesses":
-                solver = make_solver(spec.truncated.solver, **spec.truncated.options)
+            grid, start = spec.truncated.loop_grid(kind, process, self.anchors)
+            solver = spec.truncated.make() if kind == "guesses" else make_solver("ddim")
         return PlanLoop(
-            guided,
+            self._guided(),
             self.normalizer,
             solver,
             grid,
@@ -285,12 +283,14 @@ class DiffusionPlanner(ChunkedPolicy):
         """
         if self.spec.layout != "state":
             return plans
-        states = torch.from_numpy(plans).to(self.device)
-        flat = states[:, :-1].flatten(0, 1), states[:, 1:].flatten(0, 1)
-        actions = self.heads["inverse"](*flat).view(len(plans), self.horizon - 1, -1)
-        whole = torch.cat([states, torch.cat([actions, actions[:, -1:]], 1)], 2)
-        out: Array = whole.cpu().numpy()
+        out: Array = self._with_actions(self.on_device(plans)).cpu().numpy()
         return out
+
+    def _with_actions(self, states: Tensor) -> Tensor:
+        """States ``[n, H, O]`` with the actions between them behind, ``[n, H, O + A]``."""
+        between = states[:, :-1].flatten(0, 1), states[:, 1:].flatten(0, 1)
+        actions = self.heads["inverse"](*between).view(len(states), self.horizon - 1, -1)
+        return torch.cat([states, torch.cat([actions, actions[:, -1:]], 1)], 2)
 
     @torch.inference_mode()
     def score(self, history: Array, plans: Array) -> Array:
@@ -309,9 +309,8 @@ class DiffusionPlanner(ChunkedPolicy):
         found = [name for name in ("critic", "value") if name in self.heads]
         if not found:
             raise ValueError(f"scores need a head critic or value; heads: {sorted(self.heads)}")
-        plan = torch.from_numpy(plans).to(self.device)
-        seen = torch.from_numpy(history).to(self.device)
-        cond = self.normalizer.normalize("obs", seen).flatten(1)
+        plan = self.on_device(plans)
+        cond = self.normalizer.normalize("obs", self.on_device(history)).flatten(1)
         critic = found[0] == "critic"
         judged = plan[..., -self.action_dim :] if critic else plan[..., : self.layout.dim]
         out: Array = self.heads[found[0]].score(cond if critic else None, judged).cpu().numpy()  # type: ignore[operator]
@@ -328,9 +327,9 @@ class DiffusionPlanner(ChunkedPolicy):
         candidates = self._candidates(deterministic=deterministic)
         with self._no_graph():
             return candidates.propose(
-                torch.from_numpy(state.history).to(self.device),
-                torch.from_numpy(self.shifted(state)).to(self.device),
-                torch.from_numpy(state.warm).to(self.device),
+                self.on_device(state.history),
+                self.on_device(self.shifted(state)),
+                self.on_device(state.warm),
                 self.draw_noise(state, candidates.draws, deterministic),
             )
 
@@ -340,11 +339,7 @@ class DiffusionPlanner(ChunkedPolicy):
         seen = self.normalizer.normalize("obs", history)
         wanted = None if returns is None else seen.new_full((len(seen), 1), returns.target)
         states: Tensor = self.heads["draft"].rollout(seen, wanted)  # type: ignore[operator]
-        if self.spec.layout == "state":
-            return states
-        between = states[:, :-1].flatten(0, 1), states[:, 1:].flatten(0, 1)
-        actions = self.heads["inverse"](*between).view(len(seen), self.horizon - 1, -1)
-        return torch.cat([states, torch.cat([actions, actions[:, -1:]], 1)], 2)
+        return states if self.spec.layout == "state" else self._with_actions(states)
 
     def _candidates(self, *, deterministic: bool) -> Candidates:
         assert self.spec.truncated is not None
@@ -355,10 +350,13 @@ class DiffusionPlanner(ChunkedPolicy):
 
     def _solve(self, loop: Loop, state: PolicyState, deterministic: bool) -> Array:
         noise = self.draw_noise(state, loop.draws, deterministic)
-        history = torch.from_numpy(state.history).to(self.device)
-        guess = torch.from_numpy(self.shifted(state)).to(self.device)
-        out: Array = loop(history, guess, noise).cpu().numpy()
+        guess = self.on_device(self.shifted(state))
+        out: Array = loop(self.on_device(state.history), guess, noise).cpu().numpy()
         return out
+
+    def on_device(self, array: Array) -> Tensor:
+        """An array of the host as a tensor where the weights are."""
+        return torch.from_numpy(array).to(self.device)
 
     def draw_noise(self, state: PolicyState, draws: int, deterministic: bool) -> Tensor:
         """Standard normal ``[R, n, H, D]`` of each row's stream; one for all if deterministic.
@@ -379,8 +377,7 @@ class DiffusionPlanner(ChunkedPolicy):
         one = deterministic and streams is None
         if deterministic:
             seeds = counters = np.zeros(1 if one else len(state), np.int64)
-        drawn = torch.from_numpy(row_noise(seeds, counters, shape, streams))
-        noise = drawn.to(self.device).transpose(0, 1)
+        noise = self.on_device(row_noise(seeds, counters, shape, streams)).transpose(0, 1)
         return noise.expand(-1, len(state), -1, -1) if one else noise
 
     def shifted(self, state: PolicyState) -> Array:
@@ -403,11 +400,8 @@ class DiffusionPlanner(ChunkedPolicy):
             normalised = gripper.snap(normalised)
         # On the host, where executed actions are: the normaliser keeps copies there.
         actions: Array = self.normalizer.unnormalize("action", normalised)
-        return (
-            actions
-            if self._low is None and self._high is None
-            else np.clip(actions, self._low, self._high)
-        )
+        bounded = self._low is not None or self._high is not None
+        return np.clip(actions, self._low, self._high) if bounded else actions
 
 
 def _where(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -415,4 +409,12 @@ def _where(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:
     return weight.device, weight.dtype
 
 
-__all__ = ["DiffusionPlanner", "Gripper", "Loop", "PolicySpec", "Sampler", "check_normalizer"]
+__all__ = [
+    "DiffusionPlanner",
+    "Gripper",
+    "Loop",
+    "PolicySampler",
+    "PolicySpec",
+    "Sampler",
+    "check_normalizer",
+]

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.core.noise import AtLevel
 from diffpolicy.core.sampling import Trajectory, prepare, sample
 from diffpolicy.core.solvers import Solver
-from diffpolicy.core.starts import Start
+from diffpolicy.core.starts import Start, prior_start, truncated_start, warm_start
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.guidance.pinned import PinCond
+from diffpolicy.settings import check_choice
 
 
 class Loop(Protocol):
@@ -52,13 +54,12 @@ class Condition(nn.Module):
         super().__init__()
         self.normalizer = normalizer
 
-    def forward(self, history: Tensor) -> Any:
-        """``cond`` for raw observations ``[n, To, O]``."""
+    def forward(self, history: Tensor, *known: Tensor) -> Any:
+        """``cond`` for raw observations ``[n, To, O]``, and what else a loop was given."""
         return self.normalizer.normalize("obs", history).flatten(1)
 
     def settled(self, plan: Tensor, given: Any) -> Tensor:
         """The plan ``[n, H, D]`` with what is known of it set exactly."""
-        del given
         return plan
 
 
@@ -81,7 +82,7 @@ class PinnedCondition(Condition):
         self.register_buffer("known", layout.known, persistent=False)
         self.register_buffer("wanted", torch.tensor(returns) if returns else None, persistent=False)
 
-    def forward(self, history: Tensor) -> PinCond:
+    def forward(self, history: Tensor, *known: Tensor) -> PinCond:
         """The pinned values and the condition beside them."""
         values = self.layout.values(
             self.normalizer.normalize("obs", history), self.goal(history[:, -1])
@@ -141,8 +142,7 @@ class PlanLoop(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        if start not in STARTS:
-            raise ValueError(f"unknown start {start!r}; expected one of {STARTS}")
+        check_choice("start", start, STARTS)
         n_obs_steps, obs_dim, self.horizon, self.action_dim = plan_shape
         self.obs_shape = (n_obs_steps, obs_dim)
         self.denoiser, self.normalizer, self.solver = denoiser, normalizer, solver
@@ -153,7 +153,7 @@ class PlanLoop(nn.Module):
         like = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
         with torch.no_grad():
             self.grid = prepare(denoiser, solver, levels, like)
-            self.alpha, self.sigma = denoiser.process.noising_scales(levels[0], like)
+            self.noising = AtLevel(denoiser.process, levels[0], like)
         self.nfe = self.grid.nfe
         self.draws = (start != "given") + (self.nfe if self.grid.stochastic else 0)
         self.uses_guess = start != "prior"
@@ -161,20 +161,21 @@ class PlanLoop(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it runs."""
-        return self.alpha.device
+        return self.noising.device
 
-    def forward(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, history: Tensor, guess: Tensor, noise: Tensor, *known: Tensor) -> Tensor:
         """One plan per row.
 
         Args:
             history: raw observations ``[n, To, O]``.
             guess: normalised clean guess ``[n, H, A]`` (ignored by a prior start).
             noise: standard normal ``[R, n, H, A]``.
+            known: what the loop's condition takes beside the observations.
 
         Returns:
             Normalised plans ``[n, H, A]``.
         """
-        x0 = self._sample(history, guess, noise, record=False)
+        x0 = self._sample(self.condition(history, *known), guess, noise, record=False)
         assert isinstance(x0, Tensor)
         return x0
 
@@ -186,7 +187,7 @@ class PlanLoop(nn.Module):
         Raises:
             ValueError: a network without a confidence head.
         """
-        result = self._sample(history, guess, noise, record=True)
+        result = self._sample(self.condition(history), guess, noise, record=True)
         assert isinstance(result, Trajectory)
         aux = result.transitions[-1].denoised.aux
         if "confidence" not in aux:
@@ -197,9 +198,8 @@ class PlanLoop(nn.Module):
         return result.x0, aux["confidence"]
 
     def _sample(
-        self, history: Tensor, guess: Tensor, noise: Tensor, *, record: bool
+        self, given: Any, guess: Tensor, noise: Tensor, *, record: bool
     ) -> Tensor | Trajectory:
-        given = self.condition(history)
         noise = self.tempered(noise)
         result = sample(
             self.denoiser,
@@ -220,9 +220,9 @@ class PlanLoop(nn.Module):
 
     def begin(self, guess: Tensor, noise: Tensor) -> Start:
         """The start made of a guess and the first slice of noise."""
+        t = self.levels[0]
+        if self.start == "prior":
+            return prior_start(self.noising, noise[0])
         if self.start == "given":
-            return Start(guess, self.levels[0])
-        x = self.sigma * noise[0]
-        if self.start == "noised":
-            x = torch.addcmul(x, self.alpha, guess)
-        return Start(x, self.levels[0])
+            return warm_start(self.noising, guess, t, guess, shift=0, renoise=False)
+        return truncated_start(self.noising, guess, t, noise[0])

@@ -10,9 +10,10 @@ import torch
 
 from diffpolicy.core.noise import make_process
 from diffpolicy.policies.base import Array
-from diffpolicy.settings import named_settings
+from diffpolicy.settings import check_range, check_shape, named_settings
 
 if TYPE_CHECKING:
+    from diffpolicy.policies.anchors import Anchors
     from diffpolicy.policies.spec import PolicySpec
 
 
@@ -40,13 +41,12 @@ class Returns:
     high: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.discount <= 1:
-            raise ValueError(f"returns.discount must be in (0, 1], got {self.discount}")
+        check_range("(0, 1]", discount=self.discount)
         if self.low is not None and self.high is not None and not self.low < self.high:
             raise ValueError(f"returns.low must be below high, got {self.low} and {self.high}")
 
     def normalize(self, value: Array) -> Array:
-        """R for discounted returns."""
+        """Return r for discounted returns ``value``."""
         assert self.low is not None
         assert self.high is not None
         out: Array = (value - self.low) / (self.high - self.low)
@@ -72,11 +72,7 @@ def check_planning(spec: PolicySpec) -> None:
             f"plans of layout {spec.layout!r} have neither grippers nor levels finer than one "
             f"per plan; got grippers={spec.grippers}, level_law={spec.level_law!r}"
         )
-    if spec.temperature < 0 or spec.value_scale < 0:
-        raise ValueError(
-            "temperature and value_scale must not be negative, got "
-            f"{spec.temperature} and {spec.value_scale}"
-        )
+    check_range("[0, inf)", temperature=spec.temperature, value_scale=spec.value_scale)
     if layout.kind != "action" and spec.cond_dropout > 0 and spec.returns is None:
         raise ValueError(
             "cond_dropout drops the condition of plans that hold observations, which is the "
@@ -136,3 +132,32 @@ def head_config(spec: PolicySpec, config: Mapping[str, Any]) -> dict[str, Any]:
         },
     }
     return {**sizes.get(str(config.get("type")), {}), **config}
+
+
+def check_anchors(spec: PolicySpec, anchors: Anchors | None) -> None:
+    """Raise ``ValueError`` unless truncated settings have the anchors they need."""
+    settings = spec.truncated
+    trained = spec.network.get("type") == "anchored"
+    if trained and (settings is None or settings.rank != "confidence"):
+        raise ValueError(
+            "a network of type 'anchored' is trained near its anchors alone; set truncated with "
+            "rank 'confidence'"
+        )
+    if settings is None:
+        return
+    if settings.rank == "confidence" and not trained:
+        raise ValueError(
+            "rank 'confidence' needs a network of type 'anchored'; use 'denoising' or 'prior'"
+        )
+    if spec.layout != "action" and (anchors is not None or "anchors" in settings.sources):
+        raise ValueError(
+            f"anchors are plans of actions; this policy's hold {spec.layout!r}. Use the sources "
+            "'autoregressive', 'previous' or 'draft', and give t_start"
+        )
+    if anchors is None and ("anchors" in settings.sources or settings.t_start is None):
+        raise ValueError(
+            "truncated plans start from anchors; fit them with Anchors.fit(windows, normalizer) or "
+            "`diffpolicy anchors`, or give t_start and other sources"
+        )
+    if anchors is not None:
+        check_shape("the anchors", anchors.plans.shape, ("M", spec.horizon, spec.action_dim))

@@ -7,26 +7,26 @@ to three steps lead back to a clean plan. Which level is right depends on the ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
-from diffpolicy.core.solvers import DDIM, Row, Solver, make_solver
-from diffpolicy.core.starts import TAILS, Start, check_snapped, levels, trained_level
-from diffpolicy.settings import named_settings, settings_of
+from diffpolicy.core.sampler import Sampler
+from diffpolicy.core.solvers import DDIM, Row, Solver
+from diffpolicy.core.starts import TAILS, Start, check_snapped, trained_level
+from diffpolicy.settings import check_choice, check_range, named_settings
 
 SCHEDULES = ("matched", "linear")
 
 
 @named_settings
-@dataclass(frozen=True)
-class RTI:
-    """How warm rows are planned.
+@dataclass(frozen=True, kw_only=True)
+class RTI(Sampler):
+    """How warm rows are planned; a :class:`~diffpolicy.core.sampler.Sampler` of few steps.
 
     Args:
         t_start: noise level in (0, 1] that the shifted plan is taken to; one for all, or one per
@@ -34,9 +34,6 @@ class RTI:
         num_steps: solver steps from there, usually 1 to 3.
         levels: the levels after ``t_start`` by hand, strictly descending to 0, in place of an even
             grid of ``num_steps``.
-        solver: name from :data:`diffpolicy.core.SOLVERS`.
-        options: its options.
-        spacing: of the even grid, see :func:`diffpolicy.core.starts.levels`.
         renoise: noise the plan to ``t_start`` (on the marginal of the process); False takes it as
             if it were there already, as published.
         tail: what fills the end of the shifted plan, ``"hold"`` or ``"extrapolate"``.
@@ -48,97 +45,64 @@ class RTI:
             ``renoise=False`` and ``levels``).
         legacy_schedule: coefficients of those steps: ``"matched"`` to the training schedule, or
             ``"linear"``, the schedule that the published evaluation ran with by an omission.
-        t_min: of the even grid, as ``spacing``.
 
     Raises:
         ValueError: settings out of range or that exclude each other.
     """
 
-    t_start: float | tuple[float, ...]
+    t_start: float | tuple[float, ...] = field(kw_only=False)
     num_steps: int = 3
     levels: tuple[float, ...] | None = None
-    solver: str = "ddim"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    spacing: str = "t"
     renoise: bool = True
     tail: str = "hold"
     innovation: float | None = None
     legacy: bool = False
     legacy_schedule: str = "matched"
-    t_min: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         first = self.t_start if isinstance(self.t_start, tuple) else (self.t_start,)
-        if not first or not all(0 < t <= 1 for t in first):
-            raise ValueError(f"t_start must be in (0, 1], got {self.t_start}")
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
-        if self.tail not in TAILS:
-            raise ValueError(f"unknown tail {self.tail!r}; expected one of {TAILS}")
-        if self.innovation is not None and self.innovation <= 0:
-            raise ValueError(f"innovation must be positive (or null), got {self.innovation}")
-        if self.legacy_schedule not in SCHEDULES:
-            raise ValueError(f"legacy_schedule must be one of {SCHEDULES}")
+        for t in first:
+            check_range("(0, 1]", t_start=t)
+        check_range("(0, inf)", innovation=self.innovation)
+        check_choice("tail", self.tail, TAILS)
+        check_choice("legacy_schedule", self.legacy_schedule, SCHEDULES)
         if self.legacy and (self.renoise or self.levels is None):
             raise ValueError(
                 "legacy=True reproduces the published sampler, which needs renoise=False and the "
                 "list of levels, e.g. t_start=0.03, levels=(0.02, 0.01, 0)"
             )
-        if self.legacy and (self.solver != "ddim" or self.options):
-            raise ValueError("legacy=True has a solver of its own; leave solver and options out")
-        if self.legacy_schedule != "matched" and not self.legacy:
-            raise ValueError("legacy_schedule is an option of legacy=True")
-        if self.levels is not None:
-            self._check_levels(min(first))
-
-    def _check_levels(self, least: float) -> None:
-        assert self.levels is not None
-        if self.num_steps not in (3, len(self.levels)) or self.spacing != "t":
-            raise ValueError(
-                f"levels={self.levels} are {len(self.levels)} steps already; leave num_steps and "
-                "spacing out"
-            )
-        whole = (least, *self.levels)
-        if not self.levels or any(a <= b for a, b in pairwise(whole)) or self.levels[-1] != 0:
+        if self.levels is not None and not _descends_to_clean((min(first), *self.levels)):
             raise ValueError(
                 "levels are what follows t_start, strictly descending to 0; "
                 f"got t_start={self.t_start}, levels={self.levels}"
             )
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> RTI:
-        """From JSON values (lists become tuples).
-
-        Raises:
-            ValueError: unknown entries or values out of range.
-        """
-        return settings_of(cls, config, "rti")
-
-    def make_solver(self, *, deterministic: bool = False) -> Solver:
+    def make(self, *, deterministic: bool = False) -> Solver:
         """The solver of warm rows; ``deterministic`` takes its noise-free form."""
         if self.legacy:
             return LegacyRTI(0.0 if deterministic else 1.0, self.legacy_schedule)
-        solver = make_solver(self.solver, **self.options)
-        if deterministic and solver.stochastic:
-            return make_solver(self.solver, **{**self.options, "eta": 0.0})
-        return solver
+        return super().make(deterministic=deterministic)
 
-    def grid(self, process: GaussianProcess) -> Tensor:
+    def grid(
+        self,
+        process: GaussianProcess,
+        start: Start | float | Sequence[float] | None = None,
+        *,
+        num_steps: int | None = None,
+    ) -> Tensor:
         """Host levels ``[K + 1, 1, 1, 1 or A]`` that begin at ``t_start``."""
-        first = self.t_start if isinstance(self.t_start, tuple) else (self.t_start,)
-        t = trained_level(process, torch.tensor(first, dtype=torch.float64).view(1, 1, -1))
-        if self.levels is not None:
-            following = torch.tensor(self.levels, dtype=torch.float64).view(-1, 1, 1, 1)
-            grid = torch.cat([t[None], process.snap(following.expand(-1, *t.shape))])
-            return check_snapped(grid, process)
-        return levels(
-            Start(t, t), self.num_steps, spacing=self.spacing, process=process, t_min=self.t_min
-        )
+        if self.levels is None:
+            first = self.t_start if start is None else start
+            return super().grid(process, first, num_steps=num_steps)
+        t = trained_level(process, torch.tensor(self.t_start, dtype=torch.float64).view(1, 1, -1))
+        following = torch.tensor(self.levels, dtype=torch.float64).view(-1, 1, 1, 1)
+        grid = torch.cat([t[None], process.snap(following.expand(-1, *t.shape))])
+        return check_snapped(grid, process)
 
-    @property
-    def start(self) -> str:
-        """Kind of start, see :data:`diffpolicy.policies.plan_loop.STARTS`."""
-        return "noised" if self.renoise else "given"
+
+def _descends_to_clean(levels: tuple[float, ...]) -> bool:
+    return len(levels) > 1 and levels[-1] == 0 and all(a > b for a, b in pairwise(levels))
 
 
 @dataclass(frozen=True)

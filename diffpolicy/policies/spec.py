@@ -11,59 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
-from diffpolicy.core.noise import GaussianProcess, explicit_process, make_process
-from diffpolicy.core.solvers import Solver, make_solver
-from diffpolicy.core.starts import Start, levels
-from diffpolicy.data.fields import checked_bounds
+from diffpolicy.core.noise import explicit_process, make_process
+from diffpolicy.core.sampler import Sampler
+from diffpolicy.data.fields import checked_bounds, inward_bounds
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.observation import ObsField
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.networks import make_network
 from diffpolicy.networks.heads import make_head
 from diffpolicy.policies.base import check_horizon
 from diffpolicy.policies.best_of_n import Selection
-from diffpolicy.policies.bounds import inward_bounds
 from diffpolicy.policies.planners import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.truncated import Truncated
-from diffpolicy.settings import named_settings, settings_of
+from diffpolicy.settings import check_choice, check_range, from_values, named_settings
 
 
 @named_settings
-@dataclass(frozen=True)
-class Sampler:
-    """How plans are drawn.
+@dataclass(frozen=True, kw_only=True)
+class PolicySampler(Sampler):
+    """How a policy draws plans from pure noise.
 
     Args:
-        solver: name from :data:`diffpolicy.core.SOLVERS`.
-        num_steps: steps from pure noise to clean.
-        spacing: grid of levels, ``"t"``, ``"log_snr"`` or ``"karras"``.
-        options: options of the solver, e.g. ``{"eta": 0.5}``.
         guidance_scale: classifier-free guidance; 1 is the conditional model alone.
-        t_min: of these grids but ``"t"``, see :func:`diffpolicy.core.starts.levels`.
     """
 
-    solver: str = "ddim"
-    num_steps: int = 10
-    spacing: str = "t"
-    options: Mapping[str, Any] = field(default_factory=dict)
     guidance_scale: float = 1.0
-    t_min: float | None = None
-
-    def make(self, *, deterministic: bool = False) -> Solver:
-        """The solver; ``deterministic`` takes its noise-free form."""
-        solver = make_solver(self.solver, **self.options)
-        return (
-            make_solver(self.solver, **{**self.options, "eta": 0.0})
-            if deterministic and solver.stochastic
-            else solver
-        )
-
-    def grid(self, process: GaussianProcess) -> Tensor:
-        """Host levels ``[K + 1, 1, 1, 1]`` from pure noise to clean."""
-        one = torch.ones(1, 1, 1, dtype=torch.float64)
-        return levels(
-            Start(one, one), self.num_steps, spacing=self.spacing, process=process, t_min=self.t_min
-        )
 
 
 GRIPPER_MODES = ("clip", "scale")
@@ -93,10 +66,9 @@ class Gripper:
     factor: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.mode not in GRIPPER_MODES or self.dim < 0 or self.factor < 1:
-            raise ValueError(
-                f"a gripper needs dim >= 0, mode in {GRIPPER_MODES} and factor >= 1; got {self}"
-            )
+        check_choice("gripper mode", self.mode, GRIPPER_MODES)
+        check_range("[0, inf)", dim=self.dim)
+        check_range("[1, inf)", factor=self.factor)
 
     @property
     def executed(self) -> float:
@@ -165,6 +137,7 @@ class PolicySpec:
         heads: further networks by name, as :func:`diffpolicy.networks.heads.make_head` takes them:
             ``inverse``, ``value``, ``critic``, ``state_value``, ``draft``.
         selection: choose among several plans by the head ``critic``, or else ``value``.
+        observations: the arrays of an observation by name; empty: one array of ``obs_dim``.
         env_id: the environment it was trained for, if known.
     """
 
@@ -180,7 +153,7 @@ class PolicySpec:
     cond_dropout: float = 0.0
     level_law: str = "row"
     trained_action_steps: int | None = None
-    sampler: Sampler = field(default_factory=Sampler)
+    sampler: PolicySampler = field(default_factory=PolicySampler)
     truncated: Truncated | None = None
     rti: RTI | None = None
     grippers: tuple[Gripper, ...] = ()
@@ -195,30 +168,49 @@ class PolicySpec:
     temperature: float = 1.0
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     selection: Selection | None = None
+    observations: Mapping[str, ObsField] = field(default_factory=dict)
     env_id: str | None = None
 
     def __post_init__(self) -> None:
         check_horizon(self.horizon, self.n_obs_steps, self.n_action_steps)
+        sampler: Sampler = self.sampler
+        if not isinstance(sampler, PolicySampler):  # a plain one: without guidance
+            object.__setattr__(self, "sampler", PolicySampler(**vars(sampler)))
         if self.sampler.guidance_scale != 1 and self.cond_dropout == 0:
             raise ValueError(
                 f"guidance_scale={self.sampler.guidance_scale} needs a policy trained with "
                 "cond_dropout > 0; this one was trained without"
             )
-        per_action = {"action_low": self.action_low, "action_high": self.action_high}
-        if self.rti is not None and isinstance(self.rti.t_start, tuple):
-            per_action["rti.t_start"] = self.rti.t_start
-        for name, values in per_action.items():
-            if values is not None and len(values) != self.action_dim:
-                raise ValueError(
-                    f"{name} must have action_dim={self.action_dim} entries, got {len(values)}"
-                )
         object.__setattr__(self, "process", explicit_process(self.process))
-        checked_bounds(self.action_low, self.action_high)
+        given = {name: config for name, config in self.heads.items() if config is not None}
+        object.__setattr__(self, "heads", given)  # YAML takes a head away by setting it to null
+        self._check_sizes()
         self._round_bounds()
         self._check_parts()
         check_planning(self)
 
+    def _check_sizes(self) -> None:
+        """Refuse what says something per action or per observation entry, but not of each."""
+        t_start = None if self.rti is None else self.rti.t_start
+        per_entry = {
+            "action_low": (self.action_low, "action_dim"),
+            "action_high": (self.action_high, "action_dim"),
+            "rti.t_start": (t_start if isinstance(t_start, tuple) else None, "action_dim"),
+            "observation_step": (self.observation_step, "obs_dim"),
+        }
+        for name, (values, size) in per_entry.items():
+            if values is not None and len(values) != getattr(self, size):
+                raise ValueError(
+                    f"{name} must have {size}={getattr(self, size)} entries, got {len(values)}"
+                )
+        for gripper in self.grippers:
+            if gripper.dim >= self.action_dim:
+                raise ValueError(
+                    f"gripper dimension {gripper.dim} is not below action_dim={self.action_dim}"
+                )
+
     def _round_bounds(self) -> None:
+        checked_bounds(self.action_low, self.action_high)
         low, high = self.action_low, self.action_high
         inner, outer = inward_bounds(
             np.full(self.action_dim, -np.inf) if low is None else low,
@@ -238,8 +230,8 @@ class PolicySpec:
             self.action_dim,
             self.horizon,
             self.n_obs_steps,
-            tuple(self.goal),
-            tuple(self.constant),
+            self.goal,
+            self.constant,
         )
 
     def _check_parts(self) -> None:
@@ -254,17 +246,7 @@ class PolicySpec:
                 "rti and truncated are two ways to start a plan; to combine them, set truncated "
                 "with sources ('anchors', 'previous')"
             )
-        for gripper in self.grippers:
-            if gripper.dim >= self.action_dim:
-                raise ValueError(
-                    f"gripper dimension {gripper.dim} is not below action_dim={self.action_dim}"
-                )
-        steps = self.observation_step
-        if steps is not None and len(steps) != self.obs_dim:
-            raise ValueError(
-                f"observation_step must have obs_dim={self.obs_dim} entries, got {len(steps)}"
-            )
-        if steps is None and self.rti is not None and self.rti.innovation is not None:
+        if self.observation_step is None and self.rti is not None and self.rti.innovation:
             raise ValueError(
                 "rti.innovation compares observations with the demonstrations' steps, which this "
                 "policy does not hold; train it anew, or measure them with "
@@ -272,44 +254,17 @@ class PolicySpec:
             )
 
     def to_config(self) -> dict[str, Any]:
-        """JSON-ready values, without ``t_min`` where the grid has none."""
-        values = asdict(self)
-        for part in (values[name] for name in ("sampler", "rti", "truncated")):
-            if part is not None and part["spacing"] == "t":
-                del part["t_min"]
-        return values
+        """JSON-ready values."""
+        return asdict(self)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PolicySpec:
         """The inverse of :meth:`to_config`.
 
         Raises:
-            ValueError: unknown or missing entries.
+            ValueError: unknown or missing entries, or values of a wrong type.
         """
-        values = dict(config)
-        try:
-            values["sampler"] = settings_of(Sampler, values.get("sampler", {}), "sampler")
-            if values.get("rti") is not None:
-                values["rti"] = RTI.from_config(values["rti"])
-            if values.get("truncated") is not None:
-                values["truncated"] = Truncated.from_config(values["truncated"])
-            if values.get("returns") is not None:
-                values["returns"] = settings_of(Returns, values["returns"], "returns")
-            if values.get("selection") is not None:
-                values["selection"] = Selection.from_config(values["selection"])
-            heads = values.get("heads") or {}
-            values["heads"] = {n: c for n, c in heads.items() if c is not None}
-            values["goal"] = tuple((int(i), int(j)) for i, j in values.get("goal", ()))
-            values["constant"] = tuple(int(i) for i in values.get("constant", ()))
-            values["grippers"] = tuple(
-                settings_of(Gripper, g, "grippers") for g in values.get("grippers", ())
-            )
-            for name in ("action_low", "action_high", "observation_step"):
-                if values.get(name) is not None:
-                    values[name] = tuple(float(v) for v in values[name])
-            return settings_of(cls, values, "policy")
-        except TypeError as error:
-            raise ValueError(f"policy config: {error}") from None
+        return from_values(cls, config)
 
     def summary(self) -> str:
         """What a policy is in a line: shapes, network, how plans are drawn."""
@@ -358,3 +313,33 @@ def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
                 f"clip=True clamps clean plans to [-1, 1], but the normaliser of {name!r} does not "
                 f"map the data into that range; use the 'minmax' mode for {name!r}, or clip=False"
             )
+
+
+def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a policy with what older files leave out filled in as it was meant.
+
+    A default that has changed since must not change a policy whose file left it out. What is
+    written now says such settings in full, so a file that lacks them is older.
+
+    Args:
+        config: entries of a ``config.json``, or of a run's ``config.yaml``.
+
+    Returns:
+        A copy that says the betas of ``ddpm_linear``, which were Ho et al.'s for any number of
+        steps, and where the grids of ``log_snr`` and ``karras`` have their last level, which was at
+        1e-3 also with two steps and with training levels further apart.
+    """
+    values = dict(config)
+    process = values.get("process")
+    if isinstance(process, Mapping) and process.get("type") == "ddpm_linear":
+        values["process"] = {"beta_start": 1e-4, "beta_end": 0.02, **process}
+    for name in ("sampler", "rti", "truncated"):
+        part = values.get(name)
+        if not isinstance(part, Mapping) or "t_min" in part or part.get("spacing", "t") == "t":
+            continue
+        if (
+            part.get("num_steps") == 2
+            or make_process(values.get("process", "vp_cosine")).first_level > 1e-3
+        ):
+            values[name] = {**part, "t_min": 1e-3}
+    return values

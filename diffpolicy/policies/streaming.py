@@ -7,9 +7,8 @@ Each plan denoises the whole buffer a little, which finishes its first chunk; th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +16,15 @@ from torch import Tensor
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.noise import GaussianProcess
-from diffpolicy.core.ramp import Ramp
 from diffpolicy.core.sampling import Trajectory
 from diffpolicy.core.solvers import Solver
-from diffpolicy.core.starts import shift_plan, truncated_start
+from diffpolicy.core.starts import Ramp, ramp_start, shift_plan
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.base import Array, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.plan_loop import PlanLoop
 from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.settings import named_settings, settings_of
+from diffpolicy.settings import check_choice, check_range, named_settings
 
 FILLS = ("denoise", "noise", "constant")
 
@@ -54,24 +52,10 @@ class Streaming:
     constant: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.steps_per_chunk < 1:
-            raise ValueError(f"steps_per_chunk must be at least 1, got {self.steps_per_chunk}")
-        if self.fill not in FILLS:
-            raise ValueError(f"unknown fill {self.fill!r}; expected one of {FILLS}")
-        if (self.constant is not None) != (self.fill == "constant"):
-            raise ValueError(
-                "fill='constant' needs constant=(the action to begin with), and no other fill "
-                f"takes one; got fill={self.fill!r}, constant={self.constant}"
-            )
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Streaming:
-        """From JSON values (lists become tuples).
-
-        Raises:
-            ValueError: unknown entries or values out of range.
-        """
-        return settings_of(cls, config, "streaming")
+        check_range("[1, inf)", steps_per_chunk=self.steps_per_chunk)
+        check_choice("fill", self.fill, FILLS)
+        if self.constant is None and self.fill == "constant":
+            raise ValueError("fill='constant' needs constant=(the action to begin with)")
 
 
 class StreamingLoop(PlanLoop):
@@ -94,18 +78,19 @@ class StreamingLoop(PlanLoop):
         super().__init__(denoiser, normalizer, solver, levels, start="given", plan_shape=plan_shape)
         self.finished = (levels[-1] == 0).to(self.device)
 
-    def forward(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, history: Tensor, guess: Tensor, noise: Tensor, *known: Tensor) -> Tensor:
         """One tick per row.
 
         Args:
             history: raw observations ``[n, To, O]``.
             guess: the buffer at the levels of the tick's start ``[n, H, A]``.
             noise: standard normal ``[R, n, H, A]``.
+            known: of the condition.
 
         Returns:
             Plans and buffers ``[n, 2 H, A]``, normalised.
         """
-        result = self._sample(history, guess, noise, record=True)
+        result = self._sample(self.condition(history, *known), guess, noise, record=True)
         assert isinstance(result, Trajectory)  # what record=True returns
         estimate = result.transitions[-1].denoised.x0_hat
         return torch.cat([torch.where(self.finished, result.x0, estimate), result.x0], dim=1)
@@ -265,7 +250,7 @@ class StreamingPlanner(DiffusionPlanner):
         """A full sample, as a policy without streaming draws it, and a buffer made of it."""
         loop = self._loops["cold", deterministic]
         noise = self.draw_noise(state, loop.draws + 1, deterministic)
-        plan = loop(self._history(state), noise[-1], noise[:-1])
+        plan = loop(self.on_device(state.history), noise[-1], noise[:-1])
         buffer = self._noised(plan, 0.0, noise[-1])
         return plan.cpu().numpy(), buffer.cpu().numpy()
 
@@ -274,15 +259,13 @@ class StreamingPlanner(DiffusionPlanner):
         loop = self._loops["warm", deterministic]
         noise = self.draw_noise(state, loop.draws + 1, deterministic)
         steps = np.minimum(self.executed(state), self.n_action_steps)
-        moved = torch.from_numpy(steps).to(self.device)
-        last = torch.from_numpy(state.memory["buffer"]).to(self.device)
-        buffer = self.moved_up(last, moved, noise[-1])
+        moved = self.on_device(steps)
+        buffer = self.moved_up(self.on_device(state.memory["buffer"]), moved, noise[-1])
         if cold.any():
-            start = torch.from_numpy(self._constant).to(self.device).expand_as(buffer)
+            start = self.on_device(self._constant).expand_as(buffer)
             filled = self._noised(start, 1.0, noise[-1])
-            chosen = torch.from_numpy(cold).to(self.device)[:, None, None]
-            buffer = torch.where(chosen, filled, buffer)
-        both = loop(self._history(state), buffer, noise[:-1]).cpu().numpy()
+            buffer = torch.where(self.on_device(cold)[:, None, None], filled, buffer)
+        both = loop(self.on_device(state.history), buffer, noise[:-1]).cpu().numpy()
         return both[:, : self.horizon], both[:, self.horizon :]
 
     def moved_up(self, last: Tensor, steps: Tensor, noise: Tensor) -> Tensor:
@@ -292,11 +275,7 @@ class StreamingPlanner(DiffusionPlanner):
 
     def _noised(self, x0: Tensor, phase: float, noise: Tensor) -> Tensor:
         """A clean plan noised to the levels of a tick's start (phase 1) or end (0)."""
-        t = self.ramp.levels(torch.full((1, 1, 1), phase, dtype=torch.float64))
-        return truncated_start(self.denoiser.process, x0, t, noise).x
-
-    def _history(self, state: PolicyState) -> Tensor:
-        return torch.from_numpy(state.history).to(self.device)
+        return ramp_start(self.denoiser.process, x0, self.ramp, noise, phase=phase).x
 
 
 def renoise_tables(process: GaussianProcess, ramp: Ramp) -> tuple[Tensor, Tensor]:

@@ -7,19 +7,19 @@ from one level in one batch, and are ranked.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from diffpolicy.core.solvers import make_solver
+from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.guessed import ScoredPlans, gumbel_noise
 from diffpolicy.policies.plan_loop import Loop, PlanLoop
-from diffpolicy.settings import named_settings, settings_of
+from diffpolicy.settings import check_choice, check_range, named_settings
 
 SOURCES = ("anchors", "previous", "draft", "autoregressive")
 RANKS = ("confidence", "denoising", "prior")
@@ -27,17 +27,15 @@ CHOICES = ("best", "draw")
 
 
 @named_settings
-@dataclass(frozen=True)
-class Truncated:
-    """How plans are drawn from guesses.
+@dataclass(frozen=True, kw_only=True)
+class Truncated(Sampler):
+    """How plans are drawn from guesses; a :class:`~diffpolicy.core.sampler.Sampler` of few steps.
 
     Args:
         t_start: level the guesses are noised to; ``None``: what the anchors' quantisation error
             asks for (:meth:`~diffpolicy.policies.anchors.Anchors.default_t_start`).
         num_steps: solver steps from there.
-        solver: a deterministic one from :data:`diffpolicy.core.SOLVERS`.
-        options: its options.
-        spacing: of the grid, see :func:`diffpolicy.core.starts.levels`.
+        solver: a deterministic one.
         sources: guesses that compete: ``"anchors"``, ``"previous"`` (the shifted last plan, where a
             row has one), ``"draft"`` (one evaluation from pure noise) and ``"autoregressive"`` (the
             policy's head of type ``draft``, as Trajectory Diffuser has it). A single guess is not
@@ -52,7 +50,6 @@ class Truncated:
             state's best is executed always; ``"draw"`` draws one in proportion to its probability
             (``"prior"``: the anchors' in this state; ``"confidence"``: the calibrated one), a pure
             function of the row's seed and counter. ``deterministic=True`` takes the best anyway.
-        t_min: of the grid, as ``spacing``.
 
     Raises:
         ValueError: settings out of range, or sources that ``rank`` cannot compare.
@@ -60,38 +57,27 @@ class Truncated:
 
     t_start: float | None = None
     num_steps: int = 2
-    solver: str = "ddim"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    spacing: str = "t"
     sources: tuple[str, ...] = ("anchors",)
     rank: str = "denoising"
     rank_t: float = 0.3
     continuity: float = 0.0
     choose: str = "best"
-    t_min: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("t_start", self.t_start), ("rank_t", self.rank_t)):
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {value}")
-        if self.num_steps < 1 or self.continuity < 0:
-            raise ValueError(
-                "num_steps must be at least 1 and continuity at least 0, got "
-                f"{self.num_steps} and {self.continuity}"
-            )
-        if not self.sources or set(self.sources) - set(SOURCES):
-            raise ValueError(f"sources must be some of {SOURCES}, got {self.sources}")
+        super().__post_init__()
+        check_range("(0, 1]", t_start=self.t_start, rank_t=self.rank_t)
+        check_range("[0, inf)", continuity=self.continuity)
+        check_choice("rank", self.rank, RANKS)
+        check_choice("choose", self.choose, CHOICES)
+        for source in self.sources or ("none",):
+            check_choice("source", source, SOURCES)
         if self.sources == ("previous",):
             raise ValueError("the last plan alone cannot begin an episode: use rti, or add anchors")
-        self._check_rank()
-        if make_solver(self.solver, **self.options).stochastic:
+        if self.make().stochastic:
             raise ValueError(f"truncated plans take a deterministic solver, not {self.solver!r}")
+        self._check_rank()
 
     def _check_rank(self) -> None:
-        if self.rank not in RANKS:
-            raise ValueError(f"unknown rank {self.rank!r}; expected one of {RANKS}")
-        if self.choose not in CHOICES:
-            raise ValueError(f"unknown choose {self.choose!r}; expected one of {CHOICES}")
         if self.choose == "draw" and self.rank == "denoising":
             raise ValueError(
                 "choose 'draw' needs probabilities, which rank 'denoising' does not give; set rank "
@@ -105,14 +91,22 @@ class Truncated:
                 "leave it out of sources with rank 'confidence'"
             )
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Truncated:
-        """From JSON values (lists become tuples).
+    def loop_grid(
+        self, kind: str, process: GaussianProcess, anchors: Anchors | None
+    ) -> tuple[Tensor, str]:
+        """Levels and kind of start of a loop.
 
-        Raises:
-            ValueError: unknown entries or values out of range.
+        A draft is the clean estimate at ``t = 1`` and a rank the one at ``rank_t``: one step each.
         """
-        return settings_of(cls, config, "truncated")
+        if kind == "draft":
+            return self.grid(process, num_steps=1), "prior"
+        if kind == "rank":
+            return self.grid(process, self.rank_t, num_steps=1), "noised"
+        first = self.t_start
+        if first is None:
+            assert anchors is not None  # check_anchors
+            first = anchors.default_t_start(process)
+        return self.grid(process, first), "noised"
 
     @property
     def loops(self) -> tuple[str, ...]:
@@ -125,6 +119,49 @@ class Truncated:
     def ranks(self) -> bool:
         """Whether an evaluation is spent on ranking the guesses."""
         return self.rank == "denoising" and self.sources not in (("draft",), ("autoregressive",))
+
+
+class ScoredPlans(NamedTuple):
+    """Candidate plans with scores.
+
+    Attributes:
+        plans: ``[n, M, H, A]`` normalised.
+        scores: ``[n, M]``; the higher the better, comparable within a row only.
+        nfe: network evaluations, each of all ``n * M`` plans.
+        gumbel: ``[n, M]`` draws of the Gumbel law, where one plan is drawn with probability
+            proportional to ``exp(score)``; ``None`` where the best is taken.
+    """
+
+    plans: Tensor
+    scores: Tensor
+    nfe: int
+    gumbel: Tensor | None = None
+
+    def best(self) -> Tensor:
+        """The plan with the highest score, ``[n, H, A]``."""
+        return self._at(self.scores)
+
+    def chosen(self) -> Tensor:
+        """The plan that is executed, ``[n, H, A]``: the best, or the one that was drawn.
+
+        The argmax of scores plus Gumbel noise is a draw from their softmax.
+        """
+        return self._at(self.scores if self.gumbel is None else self.scores + self.gumbel)
+
+    def _at(self, keys: Tensor) -> Tensor:
+        rows = torch.arange(len(self.plans), device=self.plans.device)
+        return self.plans[rows, keys.argmax(1)]
+
+
+def gumbel_noise(noise: Tensor, count: int) -> Tensor:
+    """``count`` Gumbel draws ``[n, count]`` made of standard normal ones ``[n, 2 count or more]``.
+
+    Half the sum of two squares is an exponential variable, and minus its logarithm a Gumbel one:
+    plain arithmetic, which also goes into an exported file.
+    """
+    pairs = noise[:, : 2 * count].reshape(-1, count, 2)
+    exponential = 0.5 * pairs.square().sum(2)
+    return -exponential.clamp_min(torch.finfo(noise.dtype).tiny).log()
 
 
 @dataclass(frozen=True)

@@ -148,9 +148,7 @@ def read_tuning_report(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     file = file / "report.json" if file.is_dir() else file
     if not file.is_file():
-        raise ValueError(
-            f"no report at {file}; a tuning writes it when it is done"
-        )
+        raise ValueError(f"no report at {file}; a tuning writes it when it is done")
     report = json.loads(file.read_text())
     if report.get("format") != FORMAT or report.get("version") != VERSION:
         raise ValueError(f"{file} is no report of a policy's tuning of version {VERSION}")

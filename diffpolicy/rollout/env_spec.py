@@ -21,9 +21,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from diffpolicy.data.fields import inward_bounds
 from diffpolicy.data.observation import ObsField, ObsFields, by_store_field, of_space
 from diffpolicy.extras import pip_hint
-from diffpolicy.policies.bounds import inward_bounds
 
 # Distributions whose version can change any score; MuJoCo's simulator is part of Gymnasium's own
 # environments. Others are named by the environment: ``metadata["packages"]``.

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import numpy as np
 
 from diffpolicy.data.observation import Obs, stack
-from diffpolicy.policies.batches import ON_CPU, usual_batch
+from diffpolicy.policies.rows import ON_CPU, usual_batch
 from diffpolicy.rollout.pool.slots import Drawn, Outcome
 from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
 

@@ -19,18 +19,18 @@ from torch import Tensor
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import make_process
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.sampling import sample
 from diffpolicy.core.solvers import DDIM
-from diffpolicy.core.starts import levels, prior_start
+from diffpolicy.core.starts import levels, prior_start, truncated_start
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.learn.cloning.anchored import AnchoredLoss
 from diffpolicy.learn.cloning.denoising import DenoisingLoss
 from diffpolicy.networks import make_network
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.diversity import footprint_diversity, mean_pairwise_distance
-from diffpolicy.policies.guessed import solve_guesses
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.trainer import Trainer
+from pedestrians.diversity import footprint_diversity, mean_pairwise_distance
 from pedestrians.scenes import OBSERVED, PREDICTED, Trajectories
 
 SAMPLES = 20
@@ -159,20 +159,13 @@ def train_truncated(data: Trajectories, settings: Settings, seed: int) -> dict[s
     seconds = _train(loss, data, normalizer, settings.truncated_lr, settings, seed)
 
     def predict(obs: Tensor, generator: torch.Generator) -> Tensor:
-        guess, log_prob = anchors.guesses(obs, normalizer)
+        guess, _ = anchors.guesses(obs, normalizer)
         noise = torch.randn(guess.shape, generator=generator)
         cond = normalizer.normalize("obs", obs).flatten(1)
-        solved = solve_guesses(
-            denoiser,
-            DDIM(),
-            guess,
-            noise,
-            t_start=t_start,
-            num_steps=settings.num_steps,
-            cond=cond,
-            log_prob=log_prob,
-        )
-        return normalizer.unnormalize("action", solved.plans)
+        start = truncated_start(denoiser.process, guess.flatten(0, 1), t_start, noise.flatten(0, 1))
+        rows = cond.repeat_interleave(guess.shape[1], dim=0)
+        plans = Sampler(num_steps=settings.num_steps).draw(denoiser, start, cond=rows)
+        return normalizer.unnormalize("action", plans.view(guess.shape))
 
     facts = {
         "train_s": seconds,

@@ -11,6 +11,7 @@ from diffpolicy.core import (
     Denoiser,
     DiscreteVP,
     FlowMatching,
+    Ramp,
     Start,
     VPCosine,
     levels,
@@ -183,13 +184,11 @@ def test_generator_makes_stochastic_sampling_reproducible(denoiser):
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "deis"])
 def test_finer_levels_equal_separate_rows(denoiser, name):
-    """A ramp over positions, solved at once, equals every position solved with its own level.
-
-    (positions are separate here).
-    """
+    """Levels per position, solved at once, equal every (separate) position with its own."""
     solver = make_solver(name)
     x0, z = noise(2, 4, 2), noise(2, 4, 2, seed=1)
-    start = ramp_start(denoiser.process, x0, 0.2, 1.0, z)
+    rising = torch.linspace(0.2, 1.0, 4, dtype=torch.float64).view(1, 4, 1)
+    start = truncated_start(denoiser.process, x0, rising, z)
     whole = sample(denoiser, solver, start, levels(start, 5))
     for h in range(4):
         single = truncated_start(
@@ -250,7 +249,7 @@ def test_refused_at_construction():
     row_only = TinyNetwork()
     row_only.t_kinds = frozenset({"row"})
     denoiser = Denoiser(row_only, VPCosine(), "v")
-    start = ramp_start(denoiser.process, noise(2, 4, 2), 0.1, 1.0, noise(2, 4, 2))
+    start = ramp_start(denoiser.process, noise(2, 4, 2), Ramp(4, 1, 1), noise(2, 4, 2))
     with pytest.raises(ValueError, match="not per position"):
         prepare(denoiser, make_solver("ddim"), levels(start, 2), start.x)
     with pytest.raises(ValueError, match="unknown prediction 'noise'"):

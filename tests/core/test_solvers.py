@@ -242,9 +242,9 @@ def test_sampling_recovers_mixture_moments(mixture):
         ("ddmi", {}, "unknown solver 'ddmi'; expected one of"),
         ("ddim", {"eat": 1}, "eat"),
         ("ddim", {"eta": 2.0}, r"eta must be in \[0, 1\]"),
-        ("unipc", {"order": 4}, "order must be one of"),
+        ("unipc", {"order": 4}, "unknown order 4; expected one of 1, 2, 3"),
         ("dpmpp_3m", {"eta": 1.0}, "orders 1 and 2"),
-        ("deis", {"mode": "ab"}, "mode must be"),
+        ("deis", {"mode": "ab"}, "unknown mode"),
     ],
 )
 def test_bad_options(name, options, message):

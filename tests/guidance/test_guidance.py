@@ -17,9 +17,8 @@ from diffpolicy.core import (
     prior_start,
     sample,
 )
-from diffpolicy.guidance import ClassifierFreeGuidance, Guidance, Inpaint
-from diffpolicy.guidance.cfg import PrefixCond, PrefixGuidance, prefix_gain
-from diffpolicy.guidance.pinned import PinCond, Pinned
+from diffpolicy.guidance import ClassifierFreeGuidance, Guidance
+from diffpolicy.guidance.pinned import PinCond, Pinned, PrefixCond, PrefixGuidance, prefix_gain
 from diffpolicy.guidance.value import ValueGuidance
 from diffpolicy.networks import make_network
 
@@ -77,38 +76,6 @@ def test_guidance_moves_the_estimate():
     start = prior_start(process, torch.randn(4, 2, 1))
     out = sample(guided, make_solver("ddim"), start, levels(start, 3))
     torch.testing.assert_close(out, torch.full_like(out, 0.5))
-
-
-@pytest.mark.parametrize("name", ["ddim", "ddpm", "unipc", "heun"])
-def test_inpainting_ends_at_the_known_values(name):
-    process = VPCosine()
-    denoiser = AnalyticDenoiser(process, lambda x, t, cond: torch.tanh(x))
-    known = torch.zeros(1, 5, 2, dtype=torch.bool)
-    known[:, 0] = True
-    values = torch.full((1, 5, 2), 0.25, dtype=torch.float64)
-    start = prior_start(process, torch.randn(3, 5, 2, dtype=torch.float64))
-    out = sample(Inpaint(denoiser, known, values), make_solver(name), start, levels(start, 6))
-    assert torch.equal(out[:, 0], values[:, 0].expand(3, 2))
-    assert not torch.allclose(out[:, 1], values[:, 1].expand(3, 2))
-
-
-def test_inpainted_state_follows_the_forward_process():
-    """With DDIM the known entries are ``alpha value + sigma noise`` with the start's own noise.
-
-    At every level.
-    """
-    process = VPCosine()
-    denoiser = AnalyticDenoiser(process, lambda x, t, cond: torch.tanh(x))
-    noise = torch.randn(1, 1, 1, dtype=torch.float64)
-    value = torch.tensor([[[0.4]]], dtype=torch.float64)
-    start = prior_start(process, noise)
-    start = start._replace(x=process.add_noise(value, start.t, noise))
-    wrapped = Inpaint(denoiser, torch.ones(1, 1, 1, dtype=torch.bool), value)
-    trajectory = sample(wrapped, make_solver("ddim"), start, levels(start, 5), record=True)
-    for step in trajectory.transitions:
-        torch.testing.assert_close(
-            step.x, process.add_noise(value, step.t, noise), rtol=0, atol=1e-12
-        )
 
 
 def correlated_gaussian(process, horizon, rho=0.9):
@@ -235,8 +202,6 @@ def test_prefix_guidance_errors():
 
 def test_errors():
     denoiser = AnalyticDenoiser(VPCosine(), lambda x, t, cond: x)
-    with pytest.raises(ValueError, match="known must be a bool"):
-        Inpaint(denoiser, torch.ones(1), torch.ones(1))
     with pytest.raises(ValueError, match="needs cond"):
         ClassifierFreeGuidance(denoiser, 2.0)(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
 
@@ -259,7 +224,6 @@ def wrapped(name, denoiser, dtype):
             ClassifierFreeGuidance(denoiser, 2.0, null_cond=torch.zeros(2, dtype=dtype)),
             cond,
         ),
-        "inpaint": lambda: (Inpaint(denoiser, known, values), cond),
         "pinned": lambda: (Pinned(denoiser, known), PinCond(cond, values)),
         "soft": lambda: (PrefixGuidance(denoiser), PrefixCond(cond, values, weight)),
         "jacobian": lambda: (
@@ -269,7 +233,7 @@ def wrapped(name, denoiser, dtype):
     }[name]()
 
 
-WRAPPERS = ["direction", "value", "classifier_free", "inpaint", "pinned", "soft", "jacobian"]
+WRAPPERS = ["direction", "value", "classifier_free", "pinned", "soft", "jacobian"]
 
 
 @pytest.mark.parametrize("name", WRAPPERS)

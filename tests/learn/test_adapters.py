@@ -14,9 +14,9 @@ from torch import nn
 
 from diffpolicy.core import Denoiser, LogLinear, VPCosine, levels, make_solver, prior_start, sample
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
-from diffpolicy.core.ramp import Ramp
 from diffpolicy.core.reveal import Ancestral
 from diffpolicy.core.sampling import prepare
+from diffpolicy.core.starts import Ramp
 from diffpolicy.learn.adapters import (
     adapters_off,
     add_adapters,

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from diffpolicy.core import Denoiser, make_process, make_solver
+from diffpolicy.core import Denoiser, levels, make_process, make_solver, sample, truncated_start
 from diffpolicy.learn.cloning.anchored import AnchoredLoss
 from diffpolicy.networks import make_network
-from diffpolicy.policies.guessed import solve_guesses
+from diffpolicy.policies.truncated import ScoredPlans
 
 ANCHORS = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1).expand(3, 4, 2).contiguous()
 
@@ -167,16 +167,13 @@ def test_learns_mode_means_and_probabilities():
         out.loss.mean().backward()
         optimizer.step()
     guess = ANCHORS.expand(200, -1, -1, -1)
+    noise = torch.randn(guess.shape, generator=generator).flatten(0, 1)
+    start = truncated_start(denoiser.process, guess.flatten(0, 1), 0.15, noise)
+    grid, cond = levels(start, 2, process=denoiser.process), torch.zeros(600, 2)
     with torch.no_grad():
-        solved = solve_guesses(
-            denoiser,
-            make_solver("ddim"),
-            guess,
-            torch.randn(guess.shape, generator=generator),
-            t_start=0.15,
-            num_steps=2,
-            cond=torch.zeros(200, 2),
-        )
+        path = sample(denoiser, make_solver("ddim"), start, grid, cond=cond, record=True)
+    scores = path.transitions[-1].denoised.aux["confidence"].view(200, 3)
+    solved = ScoredPlans(path.x0.view(guess.shape), scores, 2)
     confidence = solved.scores.sigmoid().mean(0)
     assert confidence.tolist() == pytest.approx([0.7, 0.0, 0.3], abs=0.06)
     means = solved.plans.mean((0, 2, 3))

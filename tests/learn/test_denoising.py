@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffpolicy.core import Denoiser, make_process
-from diffpolicy.core.ramp import Ramp
+from diffpolicy.core.starts import Ramp
 from diffpolicy.learn import DenoisingLoss, denoising_error
 from diffpolicy.networks import make_network
 
@@ -131,9 +131,7 @@ def test_training_at_levels_per_position_learns():
 
 
 def test_errors():
-    with pytest.raises(
-        ValueError, match="unknown level_law 'chunk'; expected one of row"
-    ):
+    with pytest.raises(ValueError, match="unknown level_law 'chunk'; expected one of row"):
         DenoisingLoss(mlp_denoiser(), level_law="chunk")
     with pytest.raises(ValueError, match=r"MLP takes \['row'\].*'t_kind': 'position'.*unet1d"):
         DenoisingLoss(mlp_denoiser(), level_law="position", ramp=RAMP)

@@ -193,7 +193,7 @@ def test_states_are_those_of_the_policys_chain_at_the_demonstrations_levels():
     start = prior_start(policy.process, torch.randn(16, 1, 1).double())  # its shape
     noise = policy.process.draw_noise(start.x.shape, seeded(), start.x)
     begin = prior_start(policy.process, noise)
-    solver, grid = sampler.make_solver(), sampler.grid(policy.process)
+    solver, grid = sampler.make(), sampler.grid(policy.process)
     with torch.no_grad():
         path = sample(policy, solver, begin, grid, record=True)
     expected = torch.stack([row.x for row in path.transitions], 1).flatten(0, 1)
@@ -288,7 +288,7 @@ def law_of_sampler(policy, sampler, count=20_000):
     with torch.no_grad():
         x0 = sample(
             policy,
-            sampler.make_solver(),
+            sampler.make(),
             start,
             sampler.grid(policy.process),
             generator=seeded(2),

@@ -72,7 +72,7 @@ def critic(plan, cond):
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "heun", "dpmpp_2m"])
 def test_all_steps_with_a_graph_are_the_full_gradient(network, solver):
     nfe = 7 if solver == "heun" else 4
-    full = gradient(network, critic, PlanChain(4, solver), cond=COND)
+    full = gradient(network, critic, PlanChain(num_steps=4, solver=solver), cond=COND)
     every = gradient(network, critic, PlanChain.draft_k(nfe, num_steps=4, solver=solver), cond=COND)
     assert torch.equal(every[0], full[0])
     same(every[1], full[1], rtol=0, atol=0)
@@ -82,7 +82,7 @@ def test_all_steps_with_a_graph_are_the_full_gradient(network, solver):
 
 
 def test_the_full_gradient_is_the_derivative(network):
-    chain, weight = PlanChain(4, "ddpm"), network.network.inward.weight
+    chain, weight = PlanChain(num_steps=4, solver="ddpm"), network.network.inward.weight
     _, found, _ = gradient(network, critic, chain, cond=COND)
     ends = []
     for step in (1e-5, -1e-5):
@@ -105,7 +105,7 @@ def test_checkpointing_changes_no_gradient(network, settings):
         gradient(
             network,
             critic,
-            PlanChain(4, checkpoint=checkpoint, **settings),
+            PlanChain(num_steps=4, checkpoint=checkpoint, **settings),
             cond=COND,
             kl_weight=weight,
             reference=reference,
@@ -186,12 +186,12 @@ def test_alignprop_is_the_chain_whose_early_answers_are_detached(network, trunca
 
 def test_truncation_follows_its_law():
     generator = seeded()
-    uniform = PlanChain(50, truncation="uniform")
+    uniform = PlanChain(num_steps=50, truncation="uniform")
     drawn = torch.tensor([uniform._drawn_steps(50, generator) for _ in range(2000)]).double()
     assert drawn.min() == 1
     assert drawn.max() == 50
     assert drawn.mean().item() == pytest.approx(25.5, abs=1)
-    gaussian = PlanChain(50, truncation="gaussian", spread=(0.4, 0.1))
+    gaussian = PlanChain(num_steps=50, truncation="gaussian", spread=(0.4, 0.1))
     drawn = torch.tensor([gaussian._drawn_steps(50, generator) for _ in range(2000)]).double()
     assert drawn.mean().item() == pytest.approx(20, abs=0.5)
     assert drawn.std().item() == pytest.approx(5, abs=0.3)
@@ -220,7 +220,9 @@ def test_gaussian_chains_have_their_divergence_in_closed_form(steps, checkpoint)
     """Both posteriors are Gaussian and ``x0_hat`` differs by the same in every state."""
     process, count, shift, std = make_process("vp_cosine"), 8, 0.3, 0.4
     ours, theirs = GaussianDenoiser(process, 0.5 + shift), GaussianDenoiser(process, 0.5)
-    chain = PlanChain(count, "ddpm", grad_steps=steps, checkpoint=checkpoint, shape=(2, 1))
+    chain = PlanChain(
+        num_steps=count, solver="ddpm", grad_steps=steps, checkpoint=checkpoint, shape=(2, 1)
+    )
 
     def nothing(plan):
         return 0 * plan.sum((1, 2))
@@ -251,7 +253,9 @@ def test_states_in_front_of_the_divergence_are_differentiated_too(network):
         nn.init.normal_(other.network.outward.weight, std=0.3)
 
     def value():
-        loss = RewardLoss(network, critic, PlanChain(4, "ddpm"), kl_weight=0.7, reference=other)
+        loss = RewardLoss(
+            network, critic, PlanChain(num_steps=4, solver="ddpm"), kl_weight=0.7, reference=other
+        )
         return loss(batch(8, COND), seeded()).loss.mean()
 
     weight = network.network.inward.weight
@@ -283,7 +287,7 @@ def ascend(denoiser, reward, chain, *, kl_weight=0.0, steps=60, rate=0.05, size=
 
 
 CHAINS = {
-    "full": PlanChain(8, shape=(1, 1)),
+    "full": PlanChain(num_steps=8, shape=(1, 1)),
     "draft_k": PlanChain.draft_k(3, num_steps=8, shape=(1, 1)),
     "draft_lv": PlanChain.draft_lv(2, num_steps=8, shape=(1, 1)),
     "alignprop": PlanChain.alignprop(
@@ -302,7 +306,7 @@ def test_without_a_divergence_every_method_reaches_the_reward_s_maximum(name):
     ascend(denoiser, problem.reward, CHAINS[name])
     with torch.no_grad():
         generator = seeded(9)
-        full = PlanChain(30, shape=(1, 1))
+        full = PlanChain(num_steps=30, shape=(1, 1))
         plans = full.run(denoiser, None, 500, None, generator).items
     assert problem.reward(plans).mean().item() > -0.05
     assert problem.reward(plans).min().item() > before
@@ -312,7 +316,7 @@ def test_with_the_divergence_of_paths_the_tilted_law_is_reached():
     """Up to the steps: the best chain of 24 is not quite the denoiser of the tilted law."""
     problem = one_dimensional()
     denoiser = MixtureDenoiser(make_process("vp_cosine"), problem.prior)
-    chain = PlanChain(24, "ddpm", shape=(1, 1))
+    chain = PlanChain(num_steps=24, solver="ddpm", shape=(1, 1))
     weight = problem.kl_weight
     ascend(denoiser, problem.reward, chain, kl_weight=weight, steps=26, size=256)
     law, best = denoiser.frozen(), problem.optimum
@@ -326,7 +330,7 @@ def test_with_the_divergence_of_paths_the_tilted_law_is_reached():
 def test_a_large_weight_of_the_divergence_keeps_the_prior():
     problem = one_dimensional()
     denoiser = MixtureDenoiser(make_process("vp_cosine"), problem.prior)
-    chain = PlanChain(8, "ddpm", shape=(1, 1))
+    chain = PlanChain(num_steps=8, solver="ddpm", shape=(1, 1))
     loss = RewardLoss(denoiser, problem.reward, chain, kl_weight=1e4)
     optimizer = torch.optim.SGD(denoiser.parameters(), 1e-6)
     for seed in range(5):
@@ -378,7 +382,7 @@ def test_a_policy_is_tuned_by_a_critic(tmp_path):
 
     def rewards():
         with torch.no_grad():
-            chain = PlanChain(10)
+            chain = PlanChain(num_steps=10)
             plans = chain.run(policy.denoiser.eval(), None, 256, cond[:256], seeded(5)).items
             return reaching(plans, cond[:256]).mean().item()
 
@@ -461,5 +465,5 @@ def test_levels_are_those_a_discrete_process_is_trained_at():
     denoiser = Denoiser(made, make_process("ddpm_cosine"), "eps")
     on_grid = denoiser.on_grid
     denoiser.on_grid = lambda t: seen.append(t.flatten().clone()) or on_grid(t)  # type: ignore
-    PlanChain(7).run(denoiser, None, 2, None, seeded())
+    PlanChain(num_steps=7).run(denoiser, None, 2, None, seeded())
     torch.testing.assert_close(denoiser.process.snap(seen[0]), seen[0])

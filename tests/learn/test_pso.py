@@ -93,7 +93,7 @@ def test_log_probability_is_that_of_the_samplers_gaussian(process, settings):
     paths = steps.draw(policy, z, seeded(4), cond=cond, steps=scored)
     noise = policy.process.draw_noise((4, *z.shape), seeded(4), z)
     start = prior_start(policy.process, z)
-    grid, solver = sampler.grid(policy.process), sampler.make_solver()
+    grid, solver = sampler.grid(policy.process), sampler.make()
     path = sample(policy, solver, start, grid, cond=cond, noise=noise, record=True)
     torch.testing.assert_close(paths.items.x0, path.x0.detach())
     for denoiser in (policy, other):

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffpolicy.policies.base import ChunkedPolicy, row_noise
-from diffpolicy.policies.batches import in_batches, usual_batch
+from diffpolicy.policies.base import ChunkedPolicy
 from diffpolicy.policies.ensemble import TemporalEnsemble
+from diffpolicy.policies.rows import in_batches, row_noise, usual_batch
 
 
 class Placed(ChunkedPolicy):

@@ -12,8 +12,8 @@ from policies_exact_gaussian import DIM, HORIZON, gaussian_planner
 
 from diffpolicy.core import truncated_start
 from diffpolicy.policies.anchors import Anchors
+from diffpolicy.policies.choose_level import ddim_contraction
 from diffpolicy.policies.diffusion import DiffusionPlanner
-from diffpolicy.policies.guessed import ddim_contraction
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.truncated import Truncated
 
@@ -180,7 +180,7 @@ def test_default_level_covers_the_quantisation_error() -> None:
     [
         ({"t_start": 0.0}, "t_start must be in"),
         ({"num_steps": 0}, "num_steps must be at least 1"),
-        ({"sources": ("memory",)}, "sources must be some of"),
+        ({"sources": ("memory",)}, "unknown source 'memory'"),
         ({"sources": ("previous",)}, "cannot begin an episode"),
         ({"rank": "best"}, "unknown rank"),
         ({"choose": "first"}, "unknown choose"),
@@ -207,5 +207,5 @@ def test_policies_without_what_they_need_are_refused() -> None:
     with pytest.raises(ValueError, match="samples one plan"):
         plain.propose(state)
     short = Anchors(torch.zeros(2, 3, DIM), torch.ones(2) / 2, 0.1, torch.zeros(3))
-    with pytest.raises(ValueError, match="the anchors are plans of shape"):
+    with pytest.raises(ValueError, match=r"the anchors must be \[M, "):
         gaussian_planner(truncated=Truncated(), anchors=short)

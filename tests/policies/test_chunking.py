@@ -13,7 +13,7 @@ from diffpolicy.core import Denoiser, VPCosine
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.chunking import (
     Chunking,
-    ChunkLoop,
+    PrefixCondition,
     RealTimeChunking,
     chunk_weights,
     frozen_steps,
@@ -24,6 +24,7 @@ from diffpolicy.policies.ensemble import TemporalEnsemble
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.streaming import StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
+from diffpolicy.settings import from_values
 
 MODES = ("soft", "jacobian")
 
@@ -131,7 +132,7 @@ def test_seam_jump_measures_the_same_step():
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmpp_2m", "heun"])
 def test_the_prefix_is_what_is_executed_meanwhile(make_planner, mode, solver):
     """The first actions of the new plan are those that the robot consumes from the old one."""
-    planner = make_planner(horizon=10, sampler=Sampler(solver, 4))
+    planner = make_planner(horizon=10, sampler=Sampler(solver=solver, num_steps=4))
     policy = RealTimeChunking(planner, Chunking(mode=mode))
     obs = np.random.default_rng(0).standard_normal((3, 3)).astype(np.float32)
     state = warm_state(policy, range(3), obs, delay=[0, 2, 4])
@@ -191,15 +192,15 @@ def test_nothing_of_the_old_plans_end_is_invented(make_planner, monkeypatch):
     policy = RealTimeChunking(planner, Chunking("ones"))
     state = warm_state(policy, [0, 1], executed=3, delay=[2, 9])
     expected = policy.replan(state, [0, 1]).plan
-    run = ChunkLoop.forward
+    tell = PrefixCondition.forward
 
-    def poisoned(self, history, guess, noise, prefix, weight):
+    def poisoned(self, history, prefix, weight):
         assert not weight[:, 7:].any()  # ten positions, three executed
         prefix = prefix.clone()
         prefix[:, 7:] = torch.nan
-        return run(self, history, guess, noise, prefix, weight)
+        return tell(self, history, prefix, weight)
 
-    monkeypatch.setattr(ChunkLoop, "forward", poisoned)
+    monkeypatch.setattr(PrefixCondition, "forward", poisoned)
     assert np.array_equal(policy.replan(state, [0, 1]).plan, expected)
 
 
@@ -304,8 +305,8 @@ def test_errors(make_planner):
         Chunking(mode="hard")
     with pytest.raises(ValueError, match="max_weight must be positive"):
         Chunking(max_weight=0.0)
-    with pytest.raises(ValueError, match=r"chunking has no setting 'horizon'"):
-        Chunking.from_config({"horizon": 3})
+    with pytest.raises(ValueError, match="unknown key 'horizon'"):
+        from_values(Chunking, {"horizon": 3})
     with pytest.raises(ValueError, match="delay must be at least 0"):
         chunk_weights(np.array([-1]), np.array([3]), 2, 8, Chunking())
     network = {"type": "mlp", "width": 8, "t_kind": "position"}

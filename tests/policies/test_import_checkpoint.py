@@ -22,11 +22,11 @@ from reference_unet import PublishedUNet, randomise
 from safetensors.torch import save_file
 from torch import nn
 
-from diffpolicy.policies.base import row_noise
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.foreign import unpickle
 from diffpolicy.policies.foreign.common import diffusion_settings
 from diffpolicy.policies.foreign.published import read_checkpoint
+from diffpolicy.policies.rows import row_noise
 
 H, TO, TA, OBS, A = 8, 2, 4, 5, 3
 DOWN, EMBED = [16, 32], 16

@@ -16,11 +16,11 @@ from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.choose_level import (
     Demonstrations,
     choose_level,
+    ddim_contraction,
     demonstrations,
     observation_step,
     replay,
 )
-from diffpolicy.policies.guessed import ddim_contraction
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.spec import Sampler
 from diffpolicy.policies.truncated import Truncated

@@ -9,7 +9,7 @@ import torch
 from diffpolicy.policies.best_of_n import Selection
 from diffpolicy.policies.planners import Returns
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.spec import PolicySpec, Sampler
+from diffpolicy.policies.spec import PolicySampler, PolicySpec, Sampler
 from diffpolicy.policies.streaming import StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.runtime.compile import compile_planner
@@ -29,7 +29,9 @@ def planned(planner, obs=OBS, **options):
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmpp_2m", "heun"])
 @pytest.mark.parametrize("layout", ["trajectory", "state"])
 def test_plans_begin_at_the_observations(make_planner, layout, solver):
-    planner = make_planner(layout=layout, heads=INVERSE, sampler=Sampler(solver, 3))
+    planner = make_planner(
+        layout=layout, heads=INVERSE, sampler=Sampler(solver=solver, num_steps=3)
+    )
     state = planned(planner)
     normal = planner.normalizer.normalize("obs", torch.from_numpy(state.history)).numpy()
     assert state.plan.shape == (6, 8, 5)  # O + A, whatever was sampled
@@ -112,7 +114,7 @@ def test_returns_are_a_condition_and_guidance_extrapolates(make_planner):
             make_planner(
                 **shared,
                 returns=Returns(target=target, low=0.0, high=1.0),
-                sampler=Sampler(num_steps=4, guidance_scale=scale),
+                sampler=PolicySampler(num_steps=4, guidance_scale=scale),
             )
         ).plan
         for target in (0.2, 1.0)
@@ -132,7 +134,9 @@ def test_temperature_is_part_of_the_loop(make_planner):
 
 
 def test_cold_sampling_has_no_spread(make_planner):
-    planner = make_planner(layout="trajectory", temperature=0.0, sampler=Sampler("ddpm", 4))
+    planner = make_planner(
+        layout="trajectory", temperature=0.0, sampler=Sampler(solver="ddpm", num_steps=4)
+    )
     same = np.repeat(OBS[:1], 4, 0)
     plan = planned(planner, same).plan
     np.testing.assert_allclose(plan, plan[:1].repeat(4, 0), atol=1e-6)
@@ -163,13 +167,13 @@ def test_specs_survive_json():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layout": "states"}, "layout kind must be one of"),
+        ({"layout": "states"}, "unknown layout 'states'"),
         ({"layout": "state"}, "actions between states come from a head inverse"),
         ({"returns": Returns()}, "for plans that hold observations"),
         ({"goal": ((0, 1),)}, "holds no observation whose goal"),
         ({"layout": "trajectory", "value_scale": 1.0}, "the gradient of a head value"),
         ({"layout": "trajectory", "level_law": "position"}, "neither grippers nor levels"),
-        ({"temperature": -1.0}, "must not be negative"),
+        ({"temperature": -1.0}, "temperature must be at least 0"),
         ({"layout": "trajectory", "cond_dropout": 0.2}, "set returns, or cond_dropout=0"),
         (
             {"layout": "trajectory", "heads": {"draft": {"type": "draft", "returns": True}}},

@@ -13,8 +13,8 @@ from policies_exact_gaussian import DIM, HORIZON, gaussian_planner
 from diffpolicy.core import DDIM, levels, sample
 from diffpolicy.core.noise import DiscreteVP
 from diffpolicy.core.starts import Start, shift_plan, truncated_start
+from diffpolicy.policies.choose_level import ddim_contraction
 from diffpolicy.policies.diffusion import DiffusionPlanner
-from diffpolicy.policies.guessed import ddim_contraction
 from diffpolicy.policies.rti import RTI, LegacyRTI
 from diffpolicy.policies.spec import Gripper, Sampler
 
@@ -123,7 +123,7 @@ def test_shift_plan_extrapolates() -> None:
     assert shift_plan(plan, 2, tail="extrapolate").flatten().tolist() == [3, 5, 7]
     assert shift_plan(plan, torch.tensor([1]), tail="extrapolate").flatten().tolist() == [1, 3, 5]
     assert shift_plan(plan, 2).flatten().tolist() == [3, 3, 3]
-    with pytest.raises(ValueError, match="cannot shift"):
+    with pytest.raises(ValueError, match=r"shift must be in \[0, 3\], got 4"):
         shift_plan(plan, 4)
 
 
@@ -226,13 +226,8 @@ def test_guess_at_a_level_is_on_the_marginal() -> None:
         ({"t_start": 0.2, "levels": (0.3, 0.0)}, "strictly descending"),
         ({"t_start": 0.2, "levels": (0.1,)}, "strictly descending to 0"),
         ({"t_start": 0.2, "legacy": True}, "renoise=False"),
-        ({"t_start": 0.2, "legacy_schedule": "linear"}, "option of legacy"),
+        ({"t_start": 0.2, "legacy_schedule": "cosine"}, "unknown legacy_schedule"),
         ({"t_start": 0.2, "innovation": 0.0}, "innovation must be positive"),
-        ({"t_start": 0.2, "num_steps": 7, "levels": (0.1, 0.0)}, "are 2 steps already"),
-        (
-            {"t_start": 0.2, "legacy": True, "renoise": False, "levels": (0.0,), "solver": "heun"},
-            "solver of its own",
-        ),
     ],
 )
 def test_unusable_settings_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -268,7 +263,7 @@ def test_settings_that_do_not_fit_the_policy_are_refused() -> None:
         gaussian_planner(rti=RTI((0.2, 0.3, 0.4)))
     with pytest.raises(ValueError, match="not below action_dim"):
         gaussian_planner(grippers=(Gripper(2),))
-    with pytest.raises(ValueError, match="gripper needs"):
+    with pytest.raises(ValueError, match="unknown gripper mode"):
         Gripper(0, mode="open")
     with pytest.raises(ValueError, match="discrete process"):
         LegacyRTI().rows(

@@ -11,8 +11,7 @@ import torch
 
 from diffpolicy import DiffusionPolicy
 from diffpolicy.core.noise import make_process
-from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.policies.upgrade import upgraded
+from diffpolicy.policies.spec import PolicySpec, upgraded
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LINEAR = {"type": "ddpm_linear", "num_steps": 100}
@@ -52,8 +51,6 @@ def test_what_is_written_now_says_its_betas_and_is_left_alone():
     assert upgraded(config) == config
     assert PolicySpec.from_config(config) == spec
     assert make_process(config["process"]).betas == make_process(LINEAR).betas
-    config["sampler"]["spacing"] = "t"
-    assert "t_min" not in PolicySpec.from_config(config).to_config()["sampler"]
 
 
 @pytest.mark.parametrize("num_steps", [5, 20, 300, 1000])

@@ -31,12 +31,14 @@ def test_the_best_candidate_is_kept_and_the_first_is_the_policy_s_own_plan(make_
     chosen = make_planner(heads=CRITIC, clip=False, selection=Selection(6))
     state = plain.observe(OBS, plain.initial_state(range(5)))
     plans = candidates_of(plain, state, 6)
-    np.testing.assert_allclose(plans[:, 0], plain.replan(state, range(5)).plan, atol=1e-6)
+    np.testing.assert_allclose(
+        plans[:, 0], plain.replan(state, range(5)).plan, rtol=1e-6, atol=1e-6
+    )
     assert len(np.unique(plans[0, :, 0, 0].round(5))) == 6
     scores = np.stack([chosen.score(state.history, plans[:, k]) for k in range(6)], 1)
     expected = plans[np.arange(5), scores.argmax(1)]
     after = chosen.replan(state, range(5))
-    np.testing.assert_allclose(after.plan, expected, atol=1e-6)
+    np.testing.assert_allclose(after.plan, expected, rtol=1e-6, atol=1e-6)
     assert after.nfe.tolist() == [4] * 5  # of all candidates at once
     assert "candidate" not in after.memory
 
@@ -100,7 +102,7 @@ def test_every_way_of_planning_can_select(make_planner):
     [
         ({"num_candidates": 0}, "at least 1"),
         ({"rank": "best"}, "unknown rank"),
-        ({"weight": 0.0}, "weight positive"),
+        ({"weight": 0.0}, "weight must be positive"),
     ],
 )
 def test_unusable_settings_are_refused(settings, message):

@@ -7,16 +7,17 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from policies_truncated_law import truncated_law
 from torch import Tensor, nn
 
 from diffpolicy.core import Denoiser, VPCosine, make_process
-from diffpolicy.core.ramp import Ramp
+from diffpolicy.core.starts import Ramp
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
 from diffpolicy.policies.ensemble import TemporalEnsemble
-from diffpolicy.policies.guessed import truncated_law
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner, renoise_tables
+from diffpolicy.settings import from_values
 
 MLP = {"type": "mlp", "width": 16, "depth": 1, "t_kind": "position"}
 STREAMED = {"network": MLP, "horizon": 12, "n_action_steps": 4, "level_law": "position"}
@@ -117,7 +118,7 @@ def test_correlated_plans_keep_their_law_after_many_ticks(solver, steps, std_tol
     std, rho, horizon = 0.5, 0.8, 13
     lag = torch.arange(horizon)[:, None] - torch.arange(horizon)
     policy = exact_streaming(
-        std**2 * rho ** lag.abs(), Streaming(steps), sampler=Sampler(solver, num_steps=24)
+        std**2 * rho ** lag.abs(), Streaming(steps), sampler=Sampler(solver=solver, num_steps=24)
     )
     actions = run_streaming(policy, 4 * 9, range(400))[0][4 * 4 :, :, 0]
     assert abs(actions.mean()) < 0.02
@@ -133,7 +134,7 @@ def test_early_replanning_keeps_the_law():
     """Replanning at every step noises the buffer up by the right amount each time."""
     std, horizon = 0.5, 13
     cov = std**2 * torch.eye(horizon)
-    policy = exact_streaming(cov, Streaming(6), sampler=Sampler("dpmpp_2m", 20))
+    policy = exact_streaming(cov, Streaming(6), sampler=Sampler(solver="dpmpp_2m", num_steps=20))
     newest = TemporalEnsemble(policy, -1e6)
     actions, state = run_streaming(newest, 24, range(200))
     assert actions[12:].std() == pytest.approx(std, rel=0.05)
@@ -142,7 +143,9 @@ def test_early_replanning_keeps_the_law():
 
 
 def test_the_first_plan_is_the_full_samplers():
-    policy = exact_streaming(0.25 * torch.eye(9), Streaming(3), sampler=Sampler("ddpm", 6))
+    policy = exact_streaming(
+        0.25 * torch.eye(9), Streaming(3), sampler=Sampler(solver="ddpm", num_steps=6)
+    )
     plain = DiffusionPlanner(policy.spec, policy.denoiser, policy.normalizer)
     a, b = (run_streaming(p, 4, range(3))[0] for p in (policy, plain))
     assert np.array_equal(a, b)
@@ -187,7 +190,7 @@ def test_the_buffer_is_noised_up_to_where_a_tick_starts(name):
 
 def test_a_tick_leaves_positions_that_do_not_move(make_planner):
     for solver in ("ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "unipc", "heun", "deis"):
-        policy = streaming_planner(make_planner, sampler=Sampler(solver, 4))
+        policy = streaming_planner(make_planner, sampler=Sampler(solver=solver, num_steps=4))
         loop = policy.loop("warm")
         guess = torch.randn(2, 12, 2)
         noise = torch.randn(loop.draws, 2, 12, 2)
@@ -249,7 +252,7 @@ def test_a_row_that_executed_too_much_is_filled_anew(make_planner):
 
 
 def test_pure_and_deterministic(make_planner):
-    policy = streaming_planner(make_planner, sampler=Sampler("ddpm", 4))
+    policy = streaming_planner(make_planner, sampler=Sampler(solver="ddpm", num_steps=4))
     obs = np.repeat(observed(1, 1), 2, axis=1)[0]
     state = policy.initial_state([1, 2])
     for _ in range(5):
@@ -309,8 +312,8 @@ def test_errors(make_planner):
         Streaming(fill="constant")
     with pytest.raises(ValueError, match="action_dim=2 entries"):
         streaming_planner(make_planner, Streaming(2, "constant", (0.0,)))
-    with pytest.raises(ValueError, match=r"streaming has no setting 'steps'"):
-        Streaming.from_config({"steps": 3})
+    with pytest.raises(ValueError, match="unknown key 'steps'"):
+        from_values(Streaming, {"steps": 3})
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
         Ramp(12, 2, 4).grid(0)
     policy = streaming_planner(make_planner)
@@ -320,4 +323,4 @@ def test_errors(make_planner):
         streaming_planner(make_planner, level_law="row")
     with pytest.raises(ValueError, match="neither rti nor truncated"):
         streaming_planner(make_planner, rti=RTI(t_start=0.3))
-    assert Streaming.from_config({"fill": "constant", "constant": [0, 1]}).constant == (0.0, 1.0)
+    assert from_values(Streaming, {"fill": "constant", "constant": [0, 1]}).constant == (0.0, 1.0)

@@ -8,7 +8,8 @@ from branch_fake_envs import Fragile
 
 from diffpolicy.data.preferences.set import Pair, PreferenceSet, Span
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.policies.base import ChunkedPolicy, row_noise
+from diffpolicy.policies.base import ChunkedPolicy
+from diffpolicy.policies.rows import row_noise
 from diffpolicy.rollout.env_spec import EnvSpec
 from diffpolicy.rollout.labelling.clips import ClipRenderer
 from diffpolicy.rollout.pool.workers import WorkerPool, Workers

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffpolicy.policies.base import ChunkedPolicy, row_noise
+from diffpolicy.policies.base import ChunkedPolicy
+from diffpolicy.policies.rows import row_noise
 from diffpolicy.rollout.latency import DelayedPolicy, LinearLatency
 from diffpolicy.runtime.clock import VirtualClock
 from diffpolicy.runtime.executor import ActionLimits, RealTimeExecutor, Timing

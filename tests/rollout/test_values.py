@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from diffpolicy.data.fields import inward_bounds
 from diffpolicy.data.observation import ObsField
-from diffpolicy.policies.bounds import inward_bounds
 from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError, describe
 from diffpolicy.rollout.pool.slots import EnvSlot
 from diffpolicy.rollout.pool.values import as_flag, as_observation, as_reward, as_success, to_native

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
+from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySampler, PolicySpec, Sampler
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
@@ -37,10 +36,10 @@ COMPILE_NETWORKS = {
     "transformer": {"type": "transformer", "width": 16, "depth": 1, "heads": 2},
 }
 COMPILE_SOLVERS = {
-    "ddim": Sampler("ddim", 2),
-    "ddpm": Sampler("ddim", 2, options={"eta": 1.0}),
-    "dpmpp": Sampler("dpmpp_2m", 3),
-    "unipc": Sampler("unipc", 3),
+    "ddim": Sampler(num_steps=2),
+    "ddpm": Sampler(num_steps=2, options={"eta": 1.0}),
+    "dpmpp": Sampler(solver="dpmpp_2m", num_steps=3),
+    "unipc": Sampler(solver="unipc", num_steps=3),
 }
 
 
@@ -51,7 +50,7 @@ def compiled_test_planner(network="mlp", sampler=None, *, anchors=None, **spec):
         action_dim=2,
         horizon=8,
         network=network if isinstance(network, dict) else COMPILE_NETWORKS[network],
-        sampler=sampler or Sampler("ddim", 3),
+        sampler=sampler or Sampler(num_steps=3),
         **{"n_action_steps": 4, **spec},
     )
     with torch.random.fork_rng(devices=[]):
@@ -115,10 +114,10 @@ def test_same_plans_as_eager(backend, network, solver, exported_once, monkeypatc
 
 
 ROLLED_SAMPLERS = {
-    "ddpm": Sampler("ddim", 7, options={"eta": 1.0}),
-    "unipc": Sampler("unipc", 8),
-    "heun": Sampler("heun", 4),
-    "deis": Sampler("deis", 6),
+    "ddpm": Sampler(num_steps=7, options={"eta": 1.0}),
+    "unipc": Sampler(solver="unipc", num_steps=8),
+    "heun": Sampler(solver="heun", num_steps=4),
+    "deis": Sampler(solver="deis", num_steps=6),
 }
 
 
@@ -127,7 +126,8 @@ ROLLED_SAMPLERS = {
 def test_a_rolled_loop_is_the_loop(solver, layout):
     sampler, guided = ROLLED_SAMPLERS[solver], {}
     if layout == "action":
-        sampler, guided = replace(sampler, guidance_scale=1.5), {"cond_dropout": 0.1}
+        sampler = PolicySampler(**vars(sampler), guidance_scale=1.5)
+        guided = {"cond_dropout": 0.1}
     planner = compiled_test_planner(sampler=sampler, layout=layout, temperature=0.5, **guided)
     loop = planner.loop("cold")
     one = rolled(loop)
@@ -294,7 +294,7 @@ def test_a_backend_that_differs_is_refused(monkeypatch):
 @pytest.mark.parametrize(("prediction", "refused"), [("eps", False), ("x0", True)])
 def test_ill_conditioned_loops_are_judged_by_their_own_rounding(prediction, refused, monkeypatch):
     """One step from t = 1 divides the noise estimate's rounding by alpha(1) = 5e-4."""
-    process, once = {"type": "ddpm_cosine"}, Sampler("ddim", 1)
+    process, once = {"type": "ddpm_cosine"}, Sampler(num_steps=1)
     planner = compiled_test_planner(process=process, sampler=once, prediction=prediction)
     network = planner.denoiser.network
     inner = network.forward
@@ -390,7 +390,8 @@ def test_wrong_shapes(which):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_compiled_policy_acts_as_the_policy(backend, eta):
     planner = compiled_test_planner(
-        sampler=Sampler("ddim", 3, options={"eta": eta}), rti=RTI(t_start=0.2, num_steps=2)
+        sampler=Sampler(num_steps=3, options={"eta": eta}),
+        rti=RTI(t_start=0.2, num_steps=2),
     )
     fast = compile_planner(planner, backend=backend, batch_size=2)
     assert planner._loops["cold", False] is not fast._loops["cold", False]

@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffpolicy.policies.base import ChunkedPolicy, row_noise
+from diffpolicy.policies.base import ChunkedPolicy
+from diffpolicy.policies.rows import row_noise
 from diffpolicy.rollout.latency import DelayedPolicy
 from diffpolicy.runtime.clock import RealClock, VirtualClock
 from diffpolicy.runtime.executor import (

@@ -15,9 +15,9 @@ import torch
 
 from diffpolicy import cli
 from diffpolicy.api import DiffusionPolicy
+from diffpolicy.data.fields import inward_bounds
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.bounds import inward_bounds
 from diffpolicy.policies.ensemble import TemporalEnsemble
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.spec import Gripper, PolicySpec, Sampler
@@ -41,7 +41,7 @@ LOW, HIGH = (-1.0, -0.2), (0.9, 0.2)
 def exported_test_policy(network="mlp", *, anchors=None, **spec):
     """A small policy with bounds, whose weights are not at their initial zeros."""
     settings = {
-        "sampler": Sampler("ddim", 2),
+        "sampler": Sampler(num_steps=2),
         "rti": RTI(t_start=0.3, num_steps=1),
         "action_low": LOW,
         "action_high": HIGH,
@@ -117,16 +117,19 @@ def check_episode(policy, folder):
 EXPORT_CASES = {
     "ddim": {},
     "ddpm": {
-        "sampler": Sampler("ddim", 2, options={"eta": 1.0}),
+        "sampler": Sampler(num_steps=2, options={"eta": 1.0}),
         "rti": RTI(t_start=0.4, num_steps=2, options={"eta": 1.0}, tail="extrapolate"),
     },
     "given": {
-        "sampler": Sampler("dpmpp_2m", 2),
+        "sampler": Sampler(solver="dpmpp_2m", num_steps=2),
         "rti": RTI(t_start=0.1, num_steps=1, renoise=False),
     },
-    "rolled": {"sampler": Sampler("ddim", 7, options={"eta": 1.0}), "rti": RTI(0.4, num_steps=6)},
+    "rolled": {
+        "sampler": Sampler(num_steps=7, options={"eta": 1.0}),
+        "rti": RTI(0.4, num_steps=6),
+    },
     "grippers": {
-        "sampler": Sampler("unipc", 2),
+        "sampler": Sampler(solver="unipc", num_steps=2),
         "grippers": (Gripper(0, "clip", 5.0), Gripper(1, "scale", 4.0)),
     },
 }

@@ -8,8 +8,8 @@ from torch import Tensor
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampling import prepare, sample
-from diffpolicy.core.solvers import Row, Solver, make_solver
-from diffpolicy.core.starts import Start, levels, prior_start
+from diffpolicy.core.solvers import Row, Solver
+from diffpolicy.core.starts import prior_start
 from diffpolicy.learn.actor_critic.algorithms import ActorCritic
 from diffpolicy.learn.cloning.denoising import standard_normal
 
@@ -36,9 +36,7 @@ class SamplingChain:
     """
 
     def __init__(self, process: GaussianProcess, settings: ActorCritic) -> None:
-        one = torch.ones(1, 1, 1, dtype=torch.float64)
-        self.levels = levels(Start(one, one), settings.num_steps, process=process)
-        solver = make_solver(settings.solver)
+        self.levels, solver = settings.grid(process), settings.make()
         self.solver = _Table(solver.rows(process, self.levels), stochastic=solver.stochastic)
         nfe = len(self.solver.table)
         if settings.grad_steps is not None and settings.grad_steps > nfe:

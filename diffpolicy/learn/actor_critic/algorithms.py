@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
-from diffpolicy.core.solvers import make_solver
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.settings import check_choice, check_range, named_settings, settings_of
 
 ACTORS = ("bc", "chain", "one_step")
@@ -14,8 +14,8 @@ CRITICS = ("td", "iql")
 
 
 @named_settings
-@dataclass(frozen=True)
-class ActorCritic:
+@dataclass(frozen=True, kw_only=True)
+class ActorCritic(Sampler):
     """Which actor-critic, and its settings; the discount is the data's.
 
     Args:
@@ -31,8 +31,8 @@ class ActorCritic:
         target_rate: share of the way that target networks go towards the trained ones after every
             step, in (0, 1].
         max_q_backup: of ``td``, next plans sampled per state of which the best counts; 0: one.
-        solver: of the sampled plans, a name from :data:`diffpolicy.core.SOLVERS`.
-        num_steps: its steps.
+        solver: of the sampled plans; as ``num_steps``, ``options`` and ``spacing``, see
+            :class:`diffpolicy.core.Sampler`.
         grad_steps: of ``chain``, the last evaluations that Q's gradient passes through; ``None``:
             all of them.
         checkpoint: of ``chain``, recompute the evaluations in the backward pass to save memory.
@@ -42,8 +42,8 @@ class ActorCritic:
         ValueError: an unknown choice, or a value out of range.
     """
 
-    actor: str = "chain"
-    critic: str = "td"
+    actor: str = field(default="chain", kw_only=False)
+    critic: str = field(default="td", kw_only=False)
     eta: float = 1.0
     expectile: float = 0.7
     target_rate: float = 0.005
@@ -55,14 +55,14 @@ class ActorCritic:
     mask_padding: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("actor", self.actor, ACTORS)
         check_choice("critic", self.critic, CRITICS)
         check_range("(0, inf)", eta=self.eta)
         check_range("(0, 1)", expectile=self.expectile)
         check_range("(0, 1]", target_rate=self.target_rate)
         check_range("[0, inf)", max_q_backup=self.max_q_backup)
-        check_range("[1, inf)", num_steps=self.num_steps, grad_steps=self.grad_steps)
-        make_solver(self.solver)
+        check_range("[1, inf)", grad_steps=self.grad_steps)
 
     @property
     def samples(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import stratified
-from diffpolicy.core.ramp import Ramp
+from diffpolicy.core.starts import Ramp
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.learn.method import Method, Source
 from diffpolicy.settings import check_choice, check_range

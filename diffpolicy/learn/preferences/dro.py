@@ -74,8 +74,6 @@ class DRO(FewStep, Method):
         num_steps: K, network evaluations of the policy's chain (published: 20, of ``dpmpp_2m``).
             Of masked sequences None reveals one position at a time.
         solver: of plans, any.
-        options: of the solver.
-        spacing: of the levels of plans.
 
     Raises:
         ValueError: values out of range, unknown names, or a combination that is behaviour cloning.
@@ -84,7 +82,7 @@ class DRO(FewStep, Method):
     command: ClassVar[str] = "prefer"
     items: ClassVar[str] = "plans"
 
-    num_steps: int | None = 10
+    num_steps: int | None = 10  # type: ignore[assignment]  # None: not of plans
     solver: str = "dpmpp_2m"
     margin: float | None = 0.001
     negative: str = "prediction"
@@ -273,7 +271,7 @@ def _check_plans(denoiser: BaseDenoiser, settings: DRO) -> None:
             f"{type(denoiser).__name__} does not have; it takes a Denoiser or a MaskedDenoiser"
         )
     assert settings.num_steps is not None  # check_plans
-    if settings.make_solver().nfe(2) != 2:
+    if settings.make().nfe(2) != 2:
         raise ValueError(
             f"solver={settings.solver!r} evaluates the network more than once a step; use one that "
             "does so once, e.g. dpmpp_2m or ddim"
@@ -283,7 +281,7 @@ def _check_plans(denoiser: BaseDenoiser, settings: DRO) -> None:
             "one step has only the level 1, which jitter does not move; set jitter=False"
         )
     # Refuses more steps than a discrete process has.
-    settings.grid(denoiser.process, settings.num_steps - settings.jitter)
+    settings.grid(denoiser.process, num_steps=settings.num_steps - settings.jitter)
 
 
 __all__ = ["DRO", "DROLoss"]

@@ -6,10 +6,10 @@ at its own levels and nowhere else, which keeps its few-step ability.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,51 +18,31 @@ from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.reveal import reveals
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.sampling import Trajectory, sample
-from diffpolicy.core.solvers import DDIM, Row, Solver, make_solver
-from diffpolicy.core.starts import SPACINGS, Start, levels, prior_start
+from diffpolicy.core.solvers import DDIM, Row
+from diffpolicy.core.starts import prior_start
 from diffpolicy.learn.preferences.items import Items, joined
 from diffpolicy.learn.reward.rollouts import MaskedRollout, at_reveal, run_order, state_log_probs
-from diffpolicy.settings import check_choice, check_range
 
 LOG_ROOT_2PI = 0.9189385332046727  # log sqrt(2 pi)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewStep:
+class FewStep(Sampler):
     """A sampler from pure noise, from plain values.
 
     Args:
         num_steps: K, its network evaluations. Of masked sequences None reveals one position at a
             time.
-        solver: of plans: a name of :func:`~diffpolicy.core.solvers.make_solver`.
-        options: of the solver, such as ``{"eta": 0.5}`` of ``ddim``.
-        spacing: of the levels of plans, see :func:`~diffpolicy.core.starts.levels`.
+        solver: of plans; as ``options`` and ``spacing``, see :class:`diffpolicy.core.Sampler`.
 
     Raises:
         ValueError: values out of range, unknown names.
     """
 
-    num_steps: int | None = 4
+    num_steps: int | None = 4  # type: ignore[assignment]  # None: not of plans
     solver: str = "ddpm"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    spacing: str = "t"
-
-    def __post_init__(self) -> None:
-        check_range("[1, inf)", num_steps=self.num_steps)
-        check_choice("spacing", self.spacing, SPACINGS)
-        self.make_solver()
-
-    def make_solver(self) -> Solver:
-        """The solver of plans; refuses unknown names and options."""
-        return make_solver(self.solver, **self.options)
-
-    def grid(self, process: GaussianProcess, num_steps: int | None = None) -> Tensor:
-        """Levels ``[K + 1, 1, 1, 1]`` from 1 to 0 in K (or ``num_steps``) steps, float64."""
-        count = self.num_steps if num_steps is None else num_steps
-        assert count is not None
-        start = Start(torch.empty(0), torch.ones(1, 1, 1, dtype=torch.float64))
-        return levels(start, count, spacing=self.spacing, process=process)
 
     def check_plans(self) -> None:
         """Raise ``ValueError`` unless this samples plans."""
@@ -118,7 +98,7 @@ class PlanSteps:
 
     def __init__(self, process: GaussianProcess, sampler: FewStep) -> None:
         sampler.check_plans()
-        self.solver = sampler.make_solver()
+        self.solver = sampler.make()
         if not self.solver.stochastic:
             raise ValueError(
                 f"solver={sampler.solver!r} with options={dict(sampler.options)} adds no noise, so "

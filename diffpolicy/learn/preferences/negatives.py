@@ -71,7 +71,7 @@ def contrast_plans(
     else:
         grid = sampler.grid(process).expand(-1, len(x0), 1, 1)
     start = Start(process.prior(process.draw_noise(x0.shape, generator, x0)), grid[0])
-    solver = sampler.make_solver()
+    solver = sampler.make()
     with evaluating(policy):
         path = sample(policy, solver, start, grid, cond=cond, generator=generator, record=True)
     assert isinstance(path, Trajectory)
@@ -106,7 +106,7 @@ def jittered_levels(
     the same uniformly drawn share of the step.
     """
     assert sampler.num_steps is not None
-    base = sampler.grid(process, sampler.num_steps - 1)
+    base = sampler.grid(process, num_steps=sampler.num_steps - 1)
     u = torch.rand(size, 1, 1, generator=generator, device=generator.device)
     inner = process.snap(torch.lerp(base[:-1], base[1:], u.to("cpu", torch.float64)))
     low = 1 / len(process.betas) if isinstance(process, DiscreteVP) else LOWEST

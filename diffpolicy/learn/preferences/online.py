@@ -12,7 +12,6 @@ from torch import Tensor
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.noise import GaussianProcess
-from diffpolicy.core.sampling import sample
 from diffpolicy.core.starts import prior_start
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import check_rewards, plan_shape
@@ -36,9 +35,7 @@ class OwnPlans(FewStep):
         label_scale: ``None``: the greater reward wins. A number s, in units of the reward: the
             better one is preferred with chance ``sigmoid((r_1 - r_2) / s)`` (Bradley-Terry).
         num_steps: K, network evaluations of a plan.
-        solver: a name of :func:`~diffpolicy.core.solvers.make_solver`.
-        options: of the solver.
-        spacing: of the levels.
+        solver: as ``options`` and ``spacing``, see :class:`diffpolicy.core.Sampler`.
 
     Raises:
         ValueError: values out of range, unknown names.
@@ -95,11 +92,9 @@ def draw_plans(
     cond = obs.flatten(1).repeat_interleave(many, dim=0)
     like = next(denoiser.parameters()).detach()
     noise = process.draw_noise((len(cond), *plan_shape(denoiser)), generator, like)
-    solver, levels = settings.make_solver(), settings.grid(process)
     begin = prior_start(process, noise)
     with evaluating(denoiser):
-        plans = sample(denoiser, solver, begin, levels, cond=cond, generator=generator)
-    assert isinstance(plans, Tensor)
+        plans = settings.draw(denoiser, begin, cond=cond, generator=generator)
     worth = reward(plans, cond)
     check_rewards(worth, plans)
     if not worth.isfinite().all():

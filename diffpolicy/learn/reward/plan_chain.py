@@ -6,8 +6,7 @@ Tunes a diffusion policy by a differentiable critic or simulator: DRaFT-K and DR
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.noise import GaussianProcess
-from diffpolicy.core.solvers import DDIM, Solver, make_solver
-from diffpolicy.core.starts import SPACINGS, explicit_levels, levels, prior_start, truncated_start
+from diffpolicy.core.sampler import Sampler
+from diffpolicy.core.solvers import DDIM, Solver
+from diffpolicy.core.starts import explicit_levels, prior_start, truncated_start
 from diffpolicy.learn.method import Method, plan_shape
 from diffpolicy.learn.reward.chains import chain_with_kl, differentiable_chain
 from diffpolicy.learn.reward.path_kl import gaussian_step_kl
@@ -30,8 +30,8 @@ KL_PROBLEM = (
 )
 
 
-@dataclass(frozen=True)
-class PlanChain(Method):
+@dataclass(frozen=True, kw_only=True)
+class PlanChain(Sampler, Method):
     """Plans sampled from pure noise, and through which evaluations the reward's gradient flows.
 
     A divergence to a reference (``kl_weight`` above 0) exists for steps that add noise and have no
@@ -39,10 +39,7 @@ class PlanChain(Method):
     which adds none.
 
     Args:
-        num_steps: K.
-        solver: a name of :func:`~diffpolicy.core.solvers.make_solver`.
-        options: of the solver.
-        spacing: of the levels, see :func:`~diffpolicy.core.starts.levels`.
+        solver: as ``num_steps``, ``options`` and ``spacing``, see :class:`diffpolicy.core.Sampler`.
         grad_steps: how many of the last evaluations carry a graph (DRaFT-K); ``None``: all.
         truncation: ``"fixed"``, as ``grad_steps`` says, or their number is drawn for every batch:
             ``"uniform"`` from 1 to all, or ``"gaussian"``. AlignProp detaches the network's answer
@@ -64,10 +61,6 @@ class PlanChain(Method):
     command: ClassVar[str] = "tune"
     items: ClassVar[str] = "plans"
 
-    num_steps: int = 10
-    solver: str = "ddim"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    spacing: str = "t"
     grad_steps: int | None = None
     truncation: str = "fixed"
     spread: tuple[float, float] = (0.16, 0.1)
@@ -78,13 +71,12 @@ class PlanChain(Method):
     kl_warmup: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("spacing", self.spacing, SPACINGS)
+        super().__post_init__()
         check_choice("truncation", self.truncation, TRUNCATIONS)
-        check_range("[1, inf)", num_steps=self.num_steps)
         check_range("[0, inf)", renoise=self.renoise)
         if self.shape is not None and (len(self.shape) != 2 or min(self.shape) < 1):
             raise ValueError(f"shape must be [H, D] of a plan, got {self.shape}")
-        nfe = self._solver().nfe(self.num_steps)  # refuses an unknown solver or option
+        nfe = self.make().nfe(self.num_steps)
         check_range(f"[1, {nfe}]", grad_steps=self.grad_steps)
         if self.truncation != "fixed" and (self.grad_steps is not None or self.renoise):
             raise ValueError(
@@ -125,7 +117,7 @@ class PlanChain(Method):
     @property
     def kl_problem(self) -> str | None:
         """Why these paths have no divergence to a reference's, and what to do; ``None``: ok."""
-        solver = self._solver()
+        solver = self.make()
         return None if isinstance(solver, DDIM) and solver.stochastic else KL_PROBLEM
 
     def check(self, denoiser: BaseDenoiser) -> None:
@@ -156,9 +148,9 @@ class PlanChain(Method):
         like = torch.zeros(
             (size, *self._shape(denoiser)), device=generator.device, dtype=weight.dtype
         )
-        process, solver = denoiser.process, self._solver()
+        process, solver = denoiser.process, self.make()
         start = prior_start(process, process.draw_noise(like.shape, generator, like))
-        grid = levels(start, self.num_steps, spacing=self.spacing, process=process)
+        grid = self.grid(process, start)
         count, noise = solver.nfe(self.num_steps), None
         if solver.stochastic:
             noise = process.draw_noise((count, *like.shape), generator, like)
@@ -222,9 +214,6 @@ class PlanChain(Method):
             z = torch.randn((), generator=generator, device=device).item()
             drawn = round(count * (mean + std * z))
         return int(min(count, max(1, drawn)))
-
-    def _solver(self) -> Solver:
-        return make_solver(self.solver, **self.options)
 
     def _shape(self, denoiser: BaseDenoiser) -> tuple[int, int]:
         if self.shape is None:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.policies.batches import usual_batch
+from diffpolicy.policies.rows import usual_batch
 from diffpolicy.rollout.env_spec import EnvSpec
 from diffpolicy.rollout.pool.workers import WorkerPool, Workers
 from diffpolicy.rollout.record.families import Branching, Families, Repeats, open_rollouts

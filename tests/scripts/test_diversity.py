@@ -5,15 +5,12 @@ import math
 import pytest
 import torch
 
-from diffpolicy.policies.diversity import footprint_diversity, mean_pairwise_distance, occupancy
+from pedestrians.diversity import footprint_diversity, mean_pairwise_distance
 
 
 def test_equal_plans_have_no_diversity():
     plans = torch.randn(3, 1, 8, 2, generator=torch.Generator().manual_seed(0)).repeat(1, 5, 1, 1)
     assert mean_pairwise_distance(plans).tolist() == [0, 0, 0]
-    spread = occupancy(plans, plans[0, :1] + torch.tensor([0.0, 1.0])[:, None, None])
-    assert spread.clusters.tolist() == [1, 1, 1]
-    assert spread.entropy.tolist() == [0, 0, 0]
     assert footprint_diversity(plans, radius=0.3).tolist() == [0, 0, 0]
 
 
@@ -22,17 +19,6 @@ def test_pairwise_distance_is_per_coordinate():
     plans[0, 1], plans[0, 2] = 1.0, 3.0
     # differences 1, 3 and 2 in every coordinate
     assert mean_pairwise_distance(plans).item() == pytest.approx(2.0)
-
-
-def test_occupancy_counts_and_entropy():
-    centres = torch.tensor([0.0, 1.0, 2.0, 3.0]).view(4, 1, 1)
-    plans = torch.tensor([[0.1, -0.1, 1.1, 2.9], [0.0, 1.0, 2.0, 3.0]]).view(2, 4, 1, 1)
-    spread = occupancy(plans, centres)
-    assert spread.clusters.tolist() == [3, 4]
-    mixed = -(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25))
-    assert spread.entropy.tolist() == pytest.approx([mixed, math.log(4)])
-    each = occupancy(plans, torch.stack([centres, centres + 1.4]))
-    assert each.clusters.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("count", [2, 5])
@@ -73,5 +59,3 @@ def test_bad_input():
         footprint_diversity(torch.zeros(1, 2, 3, 4), radius=1.0)
     with pytest.raises(ValueError, match="radius and cell must be positive"):
         footprint_diversity(torch.zeros(1, 2, 3, 2), radius=0.0)
-    with pytest.raises(ValueError, match=r"centres must be \[K, H, A\] or \[n, K, H, A\]"):
-        occupancy(torch.zeros(2, 3, 4, 1), torch.zeros(5, 3, 1))

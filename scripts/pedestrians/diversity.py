@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -22,39 +20,6 @@ def mean_pairwise_distance(plans: Tensor) -> Tensor:
     many = plans.shape[1]
     mean: Tensor = distance.sum((1, 2)) / (many * (many - 1)) / flat.shape[2] ** 0.5
     return mean
-
-
-class Occupancy(NamedTuple):
-    """How a set of plans spreads over clusters.
-
-    Attributes:
-        clusters: ``[n]`` int64, clusters that hold a plan: 1..min(M, K).
-        entropy: ``[n]`` of the shares of plans in the clusters, in nats: 0..log(min(M, K)).
-    """
-
-    clusters: Tensor
-    entropy: Tensor
-
-
-def occupancy(plans: Tensor, centres: Tensor) -> Occupancy:
-    """Assign each plan to its nearest cluster and see how many are in use.
-
-    Args:
-        plans: ``[n, M, H, A]``.
-        centres: ``[K, H, A]``, or ``[n, K, H, A]`` for each state its own (such as
-            :meth:`Anchors.guesses`), in the units of ``plans``.
-    """
-    flat = _checked(plans, least=1).flatten(2)
-    centre = (centres if centres.dim() == 4 else centres[None]).flatten(2)
-    if centre.shape[2] != flat.shape[2] or len(centre) not in (1, len(flat)):
-        raise ValueError(
-            f"centres must be [K, H, A] or [n, K, H, A] for plans {list(plans.shape)}, got "
-            f"{list(centres.shape)}"
-        )
-    label = torch.cdist(flat, centre.expand(len(flat), -1, -1)).argmin(-1)
-    share = torch.zeros(len(flat), centre.shape[1], dtype=flat.dtype, device=flat.device)
-    share.scatter_add_(1, label, torch.full_like(label, 1, dtype=flat.dtype) / plans.shape[1])
-    return Occupancy((share > 0).sum(1), torch.special.entr(share).sum(1))
 
 
 def footprint_diversity(

@@ -1,21 +1,24 @@
-"""Plans in batches of constant size, so that no row depends on the rows that plan beside it.
+"""Rows that know nothing of each other: their own randomness, and batches of constant size.
 
 The kernels of a matrix product or a convolution are chosen by its size, and some treat the edge of
 a batch otherwise than its middle; with them changes the order of sums. So one row comes out
-different in its last bits when it is alone, among eight, or first instead of third. Here every
-call has the same size, and a row always stands in the same place.
+different in its last bits when it is alone, among eight, or first instead of third. In
+:func:`in_batches` every call has the same size, and a row always stands in the same place.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from diffpolicy.policies.base import Array, PolicyState
+    from diffpolicy.policies.base import PolicyState
 
+Array = npt.NDArray[Any]
 ON_CPU, ON_ACCELERATOR = 8, 64
 
 
@@ -70,3 +73,54 @@ def usual_batch(policy: Any) -> int:
     if compiled:
         return int(max(compiled))
     return ON_CPU if str(inner.device) == "cpu" else ON_ACCELERATOR
+
+
+def row_generator(seed: int, counter: int, stream: int = 0) -> np.random.Generator:
+    """Randomness that is a pure function of three numbers (Philox counters)."""
+    # As a list, a seed below 0 would make floats of them, and equal keys of many seeds.
+    key = np.array([seed % 2**64, stream], np.uint64)
+    bits = np.random.Philox(key=key, counter=[0, 0, 0, counter])
+    return np.random.Generator(bits)
+
+
+def row_noise(
+    seeds: Array, counters: Array, shape: tuple[int, ...], streams: Array | None = None
+) -> Array:
+    """Standard normal ``[n, *shape]``; row i is a pure function of its seed, counter and stream.
+
+    Args:
+        seeds: ``[n]``.
+        counters: ``[n]``.
+        shape: of each row.
+        streams: ``[n]``, told apart for one seed and counter (candidates of a plan); default 0.
+    """
+    out = np.empty((len(seeds), *shape), np.float32)
+    kinds = [0] * len(seeds) if streams is None else streams.tolist()
+    for i, key in enumerate(zip(seeds.tolist(), counters.tolist(), kinds, strict=True)):
+        _REUSED.at(*key).standard_normal(out=out[i], dtype=np.float32)
+    return out
+
+
+class _Reused(threading.local):
+    """What :func:`row_generator` returns, in one generator a thread: moving it costs a third."""
+
+    def __init__(self) -> None:
+        self._bits = np.random.Philox(key=[0, 0])
+        self._generator = np.random.Generator(self._bits)
+        self._state: Any = self._bits.state
+
+    def at(self, seed: int, counter: int, stream: int) -> np.random.Generator:
+        """The thread's generator at the beginning of a stream; the next call moves it."""
+        inner, state = self._state["state"], self._state
+        inner["key"][:] = seed % 2**64, stream
+        inner["counter"][:] = 0, 0, 0, counter
+        state["buffer_pos"], state["has_uint32"], state["uinteger"] = (
+            4,
+            0,
+            0,
+        )  # nothing is left over
+        self._bits.state = state
+        return self._generator
+
+
+_REUSED = _Reused()

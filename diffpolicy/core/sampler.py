@@ -1,0 +1,113 @@
+"""How a state is led from noise to clean data, as one value: the solver, its steps, their grid.
+
+Whatever samples holds a :class:`Sampler` or is one (a policy's full solve, warm starts, truncated
+plans, few-step preference losses, reward chains, actors), so that these settings have the same
+names, defaults and checks everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.sampling import sample
+from diffpolicy.core.solvers import Solver, make_solver
+from diffpolicy.core.starts import SPACINGS, Start, levels, trained_level
+from diffpolicy.settings import check_choice, check_range, named_settings
+
+
+@named_settings
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """A solver and the grid of levels that it steps along.
+
+    Args:
+        solver: name from :data:`diffpolicy.core.SOLVERS`.
+        num_steps: steps K of the grid.
+        spacing: of the grid, ``"t"``, ``"log_snr"`` or ``"karras"``.
+        options: options of the solver, e.g. ``{"eta": 0.5}``.
+        t_min: of these grids but ``"t"``, see :func:`diffpolicy.core.starts.levels`.
+
+    Raises:
+        ValueError: an unknown solver, option or spacing, or a value out of range.
+
+    Example:
+        >>> sampler = Sampler(solver="dpmpp_2m", num_steps=4)
+        >>> sampler.draw(denoiser, prior_start(denoiser.process, noise), cond=cond)
+    """
+
+    solver: str = "ddim"
+    num_steps: int = 10
+    spacing: str = "t"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    t_min: float | None = None
+
+    def __post_init__(self) -> None:
+        check_range("[1, inf)", num_steps=self.num_steps)
+        check_range("(0, 1)", t_min=self.t_min)
+        check_choice("spacing", self.spacing, SPACINGS)
+        self.make()
+
+    def make(self, *, deterministic: bool = False) -> Solver:
+        """The solver; ``deterministic`` takes its noise-free form."""
+        solver = make_solver(self.solver, **self.options)
+        if deterministic and solver.stochastic:
+            return make_solver(self.solver, **{**self.options, "eta": 0.0})
+        return solver
+
+    def grid(
+        self,
+        process: GaussianProcess,
+        start: Start | float | Sequence[float] = 1.0,
+        *,
+        num_steps: int | None = None,
+    ) -> Tensor:
+        """Host levels ``[K + 1, ...]`` from where sampling begins to clean data.
+
+        Args:
+            process: the noise process of the denoiser.
+            start: a start; or a level, or one per dimension, for which the nearest is taken that
+                networks are trained on: ``[K + 1, 1, 1, 1 or D]``.
+            num_steps: other than the sampler's.
+
+        Raises:
+            ValueError: levels that the process does not have.
+        """
+        if not isinstance(start, Start):
+            level = torch.as_tensor(start, dtype=torch.float64).view(1, 1, -1)
+            t = trained_level(process, level)
+            start = Start(t, t)
+        count = self.num_steps if num_steps is None else num_steps
+        return levels(start, count, spacing=self.spacing, process=process, t_min=self.t_min)
+
+    def draw(
+        self,
+        denoiser: BaseDenoiser,
+        start: Start,
+        *,
+        cond: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Clean samples ``[B, H, D]`` from ``start``; see :func:`diffpolicy.core.sampling.sample`.
+
+        Args:
+            denoiser: whose samples.
+            start: states and their level, as :mod:`diffpolicy.core.starts` makes them.
+            cond: ``[B, C]``.
+            noise: of a stochastic solver, ``[R, B, H, D]``; drawn from ``generator`` when absent.
+            generator: source of that noise.
+        """
+        grid = self.grid(denoiser.process, start)
+        x0 = sample(denoiser, self.make(), start, grid, cond=cond, noise=noise, generator=generator)
+        assert isinstance(x0, Tensor)  # a trajectory comes with record=True alone
+        return x0
+
+
+__all__ = ["Sampler"]
