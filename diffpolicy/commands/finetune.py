@@ -129,7 +129,7 @@ def refuse_idle(config: FinetuneConfig, overrides: Sequence[str]) -> None:
 @one_writer
 def finetune(config: FinetuneConfig, *, resume: bool = False) -> int:
     """Run one tuning, from the pre-trained model to a report."""
-    from diffpolicy.report.sequences import read_report, write_report
+    from diffpolicy.report.sequences import write_report
 
     began = time.perf_counter()
     run_dir = Path(config.run_dir)
@@ -164,7 +164,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> int:
             return 130
         model = tuned.model
     result = evaluated(config, (pretrained, model), task, oracles, tuned)
-    report = read_report(write_report(run_dir, result))
+    report = write_report(run_dir, result)
     if report["warning"]:
         print(f"warning: since update {report['warning']['step']}: {report['warning']['message']}")
     exact = result.exact or {}
@@ -348,7 +348,7 @@ def _profiles(task: SequenceTask, before: Any, after: Any, fraction: float) -> d
 
 def compare(arguments: Sequence[str]) -> int:
     """`diffpolicy finetune compare RUN... output=DIR`, of sequence models or of policies."""
-    from diffpolicy.report.sequence_comparison import compare_report
+    from diffpolicy.report.compare import compare_report, compare_tunings
 
     runs = [a for a in arguments if "=" not in a]
     options = dict(a.split("=", 1) for a in arguments if "=" in a)
@@ -357,11 +357,9 @@ def compare(arguments: Sequence[str]) -> int:
             "usage: diffpolicy finetune compare RUN [RUN ...] output=DIR [baseline=METHOD]"
         )
     if of_policies(runs[0]):
-        from diffpolicy.report.tuning_comparison import compare_tunings
-
         print(compare_tunings(runs, **options).read_text())
         return 0
     if "baseline" in options:
         raise ConfigError("baseline=METHOD is of policies; leave it out")
-    print(compare_report(runs, options["output"]).with_suffix(".md").read_text())
+    print(compare_report(runs, options["output"]).read_text())
     return 0

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffpolicy.files import write_atomic
-from diffpolicy.report.tuning_figures import plot_curves, plot_nfe
+from diffpolicy.report.figures import draw_pictures, plot_nfe, plot_rounds
+from diffpolicy.report.tables import VERSION, ending, markdown, save_report, signed
 from diffpolicy.rollout.intervals import mean_interval, paired_difference
 from diffpolicy.rollout.results import EvalResult
 
-FORMAT, VERSION = "diffpolicy-tuning", 1
+FORMAT = "diffpolicy-tuning"
 FIELDS = {"max_reward": "max_reward", "return": "episode_return", "length": "length"}
 COSTS = ("nfe_per_plan", "ms_per_plan", "wall_s")
 
 
 def episode_scores(result: EvalResult, score: str) -> list[float]:
-    """The score of every episode, in the order of its seeds; NaN where it could not be run.
+    """Return the score of every episode, in the order of its seeds; NaN where it could not be run.
 
     Raises:
         ValueError: a score that episodes do not have.
@@ -121,14 +120,14 @@ def write_tuning_report(
         "training": dict(training),
         "settings": dict(settings),
     }
-    pictures = [plot_curves(folder)]
+    drawings: dict[str, Callable[[Path], Any]] = {
+        "curves.png": lambda path: plot_rounds(folder, path)
+    }
     if report["before"]:
         rows = {"before": report["before"], method: report["after"]}
-        pictures.append(plot_nfe(rows, folder / "score_by_nfe.png", score=score, title=task))
-    report["pictures"] = [p.name for p in pictures if p is not None]
-    write_atomic(folder / "report.json", json.dumps(report, indent=1))
-    write_atomic(folder / "report.md", _text(report))
-    return report
+        drawings["score_by_nfe.png"] = lambda path: plot_nfe(rows, path, score=score, title=task)
+    report["pictures"], _ = draw_pictures(folder, drawings)
+    return save_report(folder, report, _text(report))
 
 
 def _made_with(results: Sequence[EvalResult]) -> dict[str, Any]:
@@ -139,51 +138,19 @@ def _made_with(results: Sequence[EvalResult]) -> dict[str, Any]:
     return found
 
 
-def read_tuning_report(path: str | Path) -> dict[str, Any]:
-    """A report of :func:`write_tuning_report`, from its file or directory.
-
-    Raises:
-        ValueError: a file that is none.
-    """
-    file = Path(path)
-    file = file / "report.json" if file.is_dir() else file
-    if not file.is_file():
-        raise ValueError(f"no report at {file}; `diffpolicy finetune` writes it when it is done")
-    report = json.loads(file.read_text())
-    if report.get("format") != FORMAT or report.get("version") != VERSION:
-        raise ValueError(f"{file} is no report of a policy's tuning of version {VERSION}")
-    return dict(report)
-
-
-def signed(interval: Mapping[str, Any]) -> str:
-    """A difference with its interval."""
-    if interval["low"] is None:
-        return f"{interval['value']:+.3f}"
-    return f"{interval['value']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
-
-
 def _text(report: Mapping[str, Any]) -> str:
     head = ["NFE", f"{report['score']} before", "after", "difference (paired, 95 %)"]
-    lines = [f"# {report['task']}: {report['method']}, seed {report['seed']}", ""]
-    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for nfe, before in report["before"].items():
-        after, difference = report["after"][nfe], report["difference"][nfe]
-        lines.append(
-            f"| {nfe} | {before['value']:.3f} | {after['value']:.3f} | {signed(difference)} |"
-        )
-    training = report["training"]
-    lines += ["", f"{len(report['seeds'])} episodes; training {training['train_s']:.0f} s.", ""]
+    after, difference = report["after"], report["difference"]
+    rows = [
+        [n, f"{before['value']:.3f}", f"{after[n]['value']:.3f}", signed(difference[n])]
+        for n, before in report["before"].items()
+    ]
+    parts = [
+        f"# {report['task']}: {report['method']}, seed {report['seed']}\n",
+        markdown(head, rows),
+        f"{len(report['seeds'])} episodes; training {report['training']['train_s']:.0f} s.\n",
+    ]
     failed = sum(n for found in report["failed"].values() for n in found.values())
     if failed:
-        lines += [f"{failed} episodes could not be run and have the worst score.", ""]
-    lines += [f"![{name.split('.')[0]}]({name})" for name in report["pictures"]]
-    return "\n".join(lines) + "\n"
-
-
-__all__ = [
-    "episode_scores",
-    "read_tuning_report",
-    "signed",
-    "without_failures",
-    "write_tuning_report",
-]
+        parts.append(f"{failed} episodes could not be run and have the worst score.\n")
+    return "\n".join([*parts, *ending(report["pictures"])])

@@ -266,8 +266,7 @@ def _aggregate(values: list[Any]) -> Any:
     if isinstance(values[0], Mapping):
         return aggregate(values)
     if all(isinstance(v, (int, float)) for v in values):
-        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        return {**metrics.quartiles(values), "std": std, "values": list(values)}
+        return metrics.over_seeds(values)
     same = all(v == values[0] for v in values)
     return values[0] if same else None
 

@@ -30,6 +30,16 @@ def quartiles(values: npt.ArrayLike) -> dict[str, float]:
     }
 
 
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """Describe the distribution of one number over seeds.
+
+    Returns:
+        What :func:`quartiles` says, ``std`` (of n - 1; ``None`` for one seed) and the ``values``.
+    """
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {**quartiles(values), "std": std, "values": list(values)}
+
+
 def pearson(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     """Pearson's correlation of two arrays of one size; nan if one of them is constant.
 
@@ -206,6 +216,7 @@ __all__ = [
     "kmer_correlation",
     "kmer_counts",
     "mean_pairwise_hamming",
+    "over_seeds",
     "pearson",
     "position_entropy",
     "profile",
