@@ -29,7 +29,7 @@ from diffpolicy.policies.streaming import Streaming, StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.policies.upgrade import upgraded
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
-from diffpolicy.training.policy_files import FORMAT, VERSION, find_policy, policy_files
+from diffpolicy.training.saved import FORMAT, VERSION, find_policy, policy_files
 from diffpolicy.training.settings import TrainerConfig
 
 

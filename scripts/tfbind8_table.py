@@ -33,12 +33,13 @@ from diffpolicy.config_sequences import load_finetune, load_sequence_train
 from diffpolicy.core import one_hot
 from diffpolicy.guidance import RewardGuidance
 from diffpolicy.learn.reward.methods import make_tuning
+from diffpolicy.sequences.evaluate import exactly
 from diffpolicy.sequences.exact import ExactLaw, StateSpace, exact_scores
 from diffpolicy.sequences.metrics import quartiles
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import score, train_oracles
 from diffpolicy.sequences.task import open_task
-from diffpolicy.sequences.tuning import exactly, tune
+from diffpolicy.sequences.tuning import tune
 from diffpolicy.training.settings import TrainerConfig
 
 DEFAULTS: dict[str, Any] = {

@@ -258,8 +258,12 @@ def evaluated(
 ) -> TuningResult:
     """Every figure of the pre-trained model's and the tuned model's sequences."""
     from diffpolicy.report.sequences import TuningResult, best_sequences
-    from diffpolicy.sequences.evaluate import Evaluation, evaluate_sequences
-    from diffpolicy.sequences.tuning import can_be_exact, exactly
+    from diffpolicy.sequences.evaluate import (
+        Evaluation,
+        can_be_exact,
+        evaluate_sequences,
+        exactly,
+    )
 
     pretrained, model = models
     plain = config.guidance["type"] == "none"

@@ -18,10 +18,10 @@ from diffpolicy.learn.preference_data import PreferenceData, preference_objectiv
 from diffpolicy.learn.reward.pathwise import RewardLoss
 from diffpolicy.learn.reward.plan_chain import PlanChain
 from diffpolicy.policies.diffusion import DiffusionPlanner
-from diffpolicy.training.policy_files import policy_files
-from diffpolicy.training.rollback import unchanged_on_error
+from diffpolicy.training.saved import policy_files
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Source, Trainer, TrainResult
+from diffpolicy.training.weights import unchanged_on_error
 
 
 class TrainablePolicy(DiffusionPlanner):

@@ -13,6 +13,8 @@ from diffpolicy.core.reveal import Scheduled, reveals
 from diffpolicy.core.sampling import Trajectory, Transition, sample
 from diffpolicy.core.starts import Start
 
+ROWS = 512  # sequences drawn or scored at once: bounds the memory of the noise
+
 
 class Chain(NamedTuple):
     """A batch of sequences drawn together, and how.

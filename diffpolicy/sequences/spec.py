@@ -14,8 +14,9 @@ from torch import Tensor
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import make_masking
 from diffpolicy.networks import make_network
+from diffpolicy.networks.base import check_positive
 from diffpolicy.sequences.task import check_alphabet
-from diffpolicy.settings import settings_of
+from diffpolicy.settings import check_range, check_shape, settings_of
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class SequenceSpec:
 
     def __post_init__(self) -> None:
         check_alphabet(self.alphabet)
-        if not isinstance(self.length, int) or self.length < 1:
-            raise ValueError(f"length must be a positive integer, got {self.length!r}")
+        check_positive(length=self.length)
         object.__setattr__(self, "label_quantiles", tuple(self.label_quantiles))
         if self.label_quantiles:
             check_quantiles(self.label_quantiles)
@@ -63,13 +63,7 @@ class SequenceSpec:
                     f"{classes} (or left out), got {self.cond_dim}"
                 )
             object.__setattr__(self, "cond_dim", classes)
-        if not 0 <= self.cond_dropout < 1:
-            raise ValueError(f"cond_dropout must be in [0, 1), got {self.cond_dropout}")
-        if self.cond_dropout and not self.cond_dim:
-            raise ValueError(
-                f"cond_dropout={self.cond_dropout} has no effect without a condition; set "
-                "label_quantiles or cond_dim, or leave it out"
-            )
+        check_range("[0, 1)", cond_dropout=self.cond_dropout)
 
     @property
     def vocab_size(self) -> int:
@@ -138,10 +132,9 @@ class Draws:
     """
 
     def __init__(self, count: int = 65_536, cond: Tensor | None = None) -> None:
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
-        if cond is not None and cond.dim() != 1:
-            raise ValueError(f"cond must be [C], got {list(cond.shape)}")
+        check_range("[1, inf)", count=count)
+        if cond is not None:
+            check_shape("cond", cond.shape, ("C",))
         self.count, self.cond = count, cond
 
     def __len__(self) -> int:
@@ -150,9 +143,7 @@ class Draws:
     def gather(self, indices: Tensor) -> dict[str, Tensor]:
         """A batch."""
         batch = {"index": indices}
-        if self.cond is not None:
-            batch["cond"] = self.cond.expand(len(indices), -1)
-        return batch
+        return batch if self.cond is None else {**batch, "cond": self.cond.expand(len(indices), -1)}
 
 
 def activity_classes(labels: Any, quantiles: Sequence[float]) -> Tensor:

@@ -30,38 +30,28 @@ def explain_non_finite(
     for name, value in batch.items():
         bad = _rows(value)
         if bad:
+            rows = indices[bad].tolist()[:10]
             return (
-                start + f"batch entry {name!r} is not finite in source rows "
-                f"{indices[bad].tolist()[:10]}; "
-                "check the data"
+                f"{start}batch entry {name!r} is not finite in source rows {rows}; check the data"
             )
     for name, parameter in objective.named_parameters():
         if not torch.isfinite(parameter).all():
             return start + f"parameter {name!r} is not finite; lower the learning rate"
     bad = _rows(out.loss)
     if bad:
-        return (
-            start + f"the loss is not finite for source rows {indices[bad].tolist()[:10]} "
-            "of a finite batch"
-        )
-    named = [
-        n
-        for n, p in objective.named_parameters()
-        if p.grad is not None and not torch.isfinite(p.grad).all()
-    ]
-    return start + f"the gradient of {named[:5]} is not finite; lower the learning rate"
+        rows = indices[bad].tolist()[:10]
+        return f"{start}the loss is not finite for source rows {rows} of a finite batch"
+    gradients = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
+    named = [n for n, grad in gradients.items() if not torch.isfinite(grad).all()]
+    return f"{start}the gradient of {named[:5]} is not finite; lower the learning rate"
 
 
 def _rows(value: Tensor) -> list[int]:
     if not value.is_floating_point():
         return []
-    return (
-        torch.nonzero(
-            ~torch.isfinite(value).flatten(1 if value.dim() > 1 else 0).view(len(value), -1).all(1)
-        )
-        .flatten()
-        .tolist()
-    )
+    finite = torch.isfinite(value).reshape(len(value), -1).all(1)
+    found: list[int] = torch.nonzero(~finite).flatten().tolist()
+    return found
 
 
 NO_GRADIENT = (
@@ -92,7 +82,7 @@ class Movement:
         if self._idle == step < self.FIRST and not norm.item():
             self._idle += 1
             if self._idle == self.FIRST:
-                text = (
-                    f"the gradient of the first {self.FIRST} steps is exactly zero; if it stays so"
+                text = f"the gradient of the first {self.FIRST} steps is exactly zero"
+                warnings.warn(
+                    f"{text}; if it stays so, {NO_GRADIENT}", RuntimeWarning, stacklevel=2
                 )
-                warnings.warn(f"{text}, {NO_GRADIENT}", RuntimeWarning, stacklevel=2)

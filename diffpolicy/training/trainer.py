@@ -19,18 +19,26 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffpolicy.files import WriterLock, remove_leftovers, remove_owned
-from diffpolicy.training.background import BackgroundWriter, copied
 from diffpolicy.training.checkpoint import Snapshots, write_bundle
 from diffpolicy.training.diagnose import Movement, NonFiniteError, explain_non_finite
-from diffpolicy.training.distributed import Group
-from diffpolicy.training.ema import EMA
 from diffpolicy.training.identity import check_same_run, describe, flatten, machine
-from diffpolicy.training.logging import MetricsFile, TensorBoard
-from diffpolicy.training.randomness import GlobalNoise
-from diffpolicy.training.run_files import check_resumable, clear_run, has_run
+from diffpolicy.training.process import (
+    BackgroundWriter,
+    GlobalNoise,
+    Group,
+    StopRequest,
+    copied,
+)
+from diffpolicy.training.run_files import (
+    MetricsFile,
+    TensorBoard,
+    check_resumable,
+    clear_run,
+    has_run,
+)
 from diffpolicy.training.settings import TrainerConfig, mix_seed
-from diffpolicy.training.stopping import StopRequest
-from diffpolicy.training.validation import Source, autocast, validation_loss
+from diffpolicy.training.sources import Source
+from diffpolicy.training.weights import EMA, autocast, validation_loss
 
 Evaluate = Callable[[Path, int], Mapping[str, float]]
 Export = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
@@ -87,43 +95,24 @@ class Trainer:
         overwrite: bool = False,
     ) -> None:
         self.config, self.source, self.val_source = config, source, val_source
-        self.export, self.evaluate = export, evaluate
+        self.objective, self.export, self.evaluate = objective, export, evaluate
         self.run_dir = Path(run_dir)
         self.snapshots = Snapshots(self.run_dir / "checkpoints", config.keep_last)
         self.group = Group()
-        if config.batch_size > len(source):
-            raise ValueError(
-                f"batch_size={config.batch_size} is more than the {len(source)} training examples; "
-                "lower trainer.batch_size or add data"
-            )
-        if config.batch_size % (self.group.size * config.accumulate):
-            raise ValueError(
-                f"batch_size={config.batch_size} must divide over {self.group.size} processes and "
-                f"accumulate={config.accumulate} parts"
-            )
-        self.objective = objective
         self.device = next(objective.parameters()).device
+        self._check_settings()
         for module in objective.modules():  # a frozen reference inside keeps its evaluation mode
             if any(p.requires_grad for p in module.parameters()):
                 module.training = True
-        if config.precision == "bf16" and self.device.type != "cuda":
-            raise ValueError(
-                "precision=bf16 is for GPUs (on a CPU without bf16 units it is slower); use fp32"
-            )
         about = {**(identity or {}), "objective": objective, "source": source}
         self.identity = flatten(describe(about, trained=objective))
-        self._noise = GlobalNoise(self.device)
         self._forward = self.group.wrap(objective, self.device)
         if config.compile:
             self._forward.compile()
-        self.parameters = [p for p in objective.parameters() if p.requires_grad]
-        self.names = [n for n, p in objective.named_parameters() if p.requires_grad]
+        named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+        self.names, self.parameters = list(named), list(named.values())
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
+            self.parameters, config.lr, config.betas, weight_decay=config.weight_decay, fused=True
         )
         power = config.ema_power
         self.ema = EMA(objective, power=power or 1.0, max_decay=config.ema_max if power else 0.0)
@@ -132,15 +121,32 @@ class Trainer:
         self._totals: dict[str, Tensor] = {}
         self._since = 0
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
-        self._stop = StopRequest()
-        self._movement = Movement()
-        self._writer = BackgroundWriter()
+        self._stop, self._noise = StopRequest(), GlobalNoise(self.device)
+        self._movement, self._writer = Movement(), BackgroundWriter()
         self._begin(resume, overwrite)
+
+    def _check_settings(self) -> None:
+        """Refuse settings that do not fit the source, the processes or the device."""
+        size, parts = self.config.batch_size, self.group.size * self.config.accumulate
+        if size > len(self.source):
+            raise ValueError(
+                f"batch_size={size} is more than the {len(self.source)} training examples; "
+                "lower trainer.batch_size or add data"
+            )
+        if size % parts:
+            raise ValueError(
+                f"batch_size={size} must divide over {self.group.size} processes and "
+                f"accumulate={self.config.accumulate} parts"
+            )
+        if self.config.precision == "bf16" and self.device.type != "cuda":
+            raise ValueError(
+                "precision=bf16 is for GPUs (on a CPU without bf16 units it is slower); use fp32"
+            )
+        if self.config.tensorboard:
+            TensorBoard.writer_class()
 
     def _begin(self, resume: bool, overwrite: bool) -> None:
         """Take the run's directory; all that can fail is checked before anything is removed."""
-        if self.config.tensorboard:
-            TensorBoard.writer_class()
         self._lock = WriterLock(self.run_dir, "training")
         if self.group.first:
             self._lock.acquire()
@@ -331,8 +337,6 @@ class Trainer:
 
     def _save(self, *, alone: bool = False) -> None:
         score = None if self.metrics is None else self.metrics.last("score", self.step)
-        if score is not None and not math.isfinite(score):
-            score = None
         is_best = score is not None and (self.best_score is None or score >= self.best_score)
         self.best_score = score if is_best else self.best_score
         if self.group.first:

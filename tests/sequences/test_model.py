@@ -202,7 +202,6 @@ def test_activity_classes():
         ({"label_quantiles": [0.9, 0.5]}, "must rise"),
         ({"label_quantiles": [0.5], "cond_dim": 3}, "cond_dim must be 2"),
         ({"cond_dropout": 1.0, "cond_dim": 2}, r"\[0, 1\)"),
-        ({"cond_dropout": 0.1}, "no effect without a condition"),
     ],
 )
 def test_bad_specs(options, message):
