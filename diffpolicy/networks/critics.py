@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpolicy.networks.base import check_positive
+from diffpolicy.networks.base import Configured, check_positive
+from diffpolicy.settings import check_shape
 
 
 class StackedLinear(nn.Module):
@@ -73,7 +73,7 @@ class StackedMLP(nn.Module):
         return out.squeeze(-1)
 
 
-class QEnsemble(nn.Module):
+class QEnsemble(Configured):
     """Q(observation, plan) by several independent MLPs; two of them are the usual twin critic.
 
     The discounted return of executing the plan from the current step on, then following the policy.
@@ -92,6 +92,8 @@ class QEnsemble(nn.Module):
         ValueError: A size is not a positive integer.
     """
 
+    TYPE = "q_ensemble"
+
     def __init__(
         self,
         cond_dim: int,
@@ -106,18 +108,9 @@ class QEnsemble(nn.Module):
         super().__init__()
         check_positive(cond_dim=cond_dim, horizon=horizon, action_dim=action_dim)
         self.cond_dim, self.horizon, self.action_dim = cond_dim, horizon, action_dim
-        self.mlp = StackedMLP(
-            members,
-            cond_dim + horizon * action_dim,
-            width=width,
-            depth=depth,
-            layer_norm=layer_norm,
-        )
-
-    @property
-    def members(self) -> int:
-        """How many critics M."""
-        return self.mlp.members
+        self.width, self.depth, self.members, self.layer_norm = width, depth, members, layer_norm
+        inward, options = cond_dim + horizon * action_dim, {"width": width, "depth": depth}
+        self.mlp = StackedMLP(members, inward, **options, layer_norm=layer_norm)
 
     def forward(self, cond: Tensor, chunk: Tensor) -> Tensor:
         """Every member's value.
@@ -132,10 +125,8 @@ class QEnsemble(nn.Module):
         Raises:
             ValueError: A shape does not fit.
         """
-        plan = (self.horizon, self.action_dim)
-        if chunk.dim() != 3 or tuple(chunk.shape[1:]) != plan:
-            raise ValueError(f"chunk must be [B, {plan[0]}, {plan[1]}], got {list(chunk.shape)}")
-        _check_cond(cond, self.cond_dim)
+        check_shape("chunk", chunk.shape, ("B", self.horizon, self.action_dim))
+        check_shape("cond", cond.shape, ("B", self.cond_dim))
         out: Tensor = self.mlp(torch.cat([cond, chunk.flatten(1)], dim=1))
         return out
 
@@ -143,21 +134,8 @@ class QEnsemble(nn.Module):
         """The least value of the members, [B]: by it candidates are chosen."""
         return self.forward(cond, plan).amin(0)
 
-    def config(self) -> dict[str, Any]:
-        """Plain values from which ``make_head`` builds the same critic (untrained)."""
-        return {
-            "type": "q_ensemble",
-            "cond_dim": self.cond_dim,
-            "horizon": self.horizon,
-            "action_dim": self.action_dim,
-            "width": self.mlp.width,
-            "depth": self.mlp.depth,
-            "members": self.mlp.members,
-            "layer_norm": self.mlp.layer_norm,
-        }
 
-
-class StateValue(nn.Module):
+class StateValue(Configured):
     """V(observation) by an MLP.
 
     Args:
@@ -170,12 +148,15 @@ class StateValue(nn.Module):
         ValueError: A size is not a positive integer.
     """
 
+    TYPE = "state_value"
+
     def __init__(
         self, cond_dim: int, *, width: int = 256, depth: int = 2, layer_norm: bool = False
     ) -> None:
         super().__init__()
         check_positive(cond_dim=cond_dim)
-        self.cond_dim = cond_dim
+        self.cond_dim, self.width, self.depth = cond_dim, width, depth
+        self.layer_norm = layer_norm
         self.mlp = StackedMLP(1, cond_dim, width=width, depth=depth, layer_norm=layer_norm)
 
     def forward(self, cond: Tensor) -> Tensor:
@@ -184,23 +165,6 @@ class StateValue(nn.Module):
         Raises:
             ValueError: A shape that does not fit.
         """
-        _check_cond(cond, self.cond_dim)
+        check_shape("cond", cond.shape, ("B", self.cond_dim))
         out: Tensor = self.mlp(cond)
         return out.squeeze(0)
-
-    def config(self) -> dict[str, Any]:
-        """Plain values from which ``make_head`` builds the same network (untrained)."""
-        return {
-            "type": "state_value",
-            "cond_dim": self.cond_dim,
-            "width": self.mlp.width,
-            "depth": self.mlp.depth,
-            "layer_norm": self.mlp.layer_norm,
-        }
-
-
-def _check_cond(cond: Tensor, cond_dim: int) -> None:
-    if cond.dim() != 2 or cond.shape[1] != cond_dim:
-        raise ValueError(
-            f"cond must be [B, {cond_dim}] (the flat observation), got {list(cond.shape)}"
-        )

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import make_masking
-from diffpolicy.networks import make_network
 from diffpolicy.networks.base import check_positive
+from diffpolicy.networks.registry import sized_network
 from diffpolicy.sequences.task import check_alphabet
 from diffpolicy.settings import check_range, check_shape, settings_of
 
@@ -85,11 +85,7 @@ class SequenceSpec:
 
     def make_denoiser(self) -> MaskedDenoiser:
         """A denoiser with freshly initialised weights."""
-        sizes = {"horizon": self.length, "dim": self.vocab_size + 1, "cond_dim": self.cond_dim}
-        given = sorted(set(sizes) & set(self.network))
-        if given:
-            raise ValueError(f"the network takes {', '.join(given)} from the task: leave out")
-        network = make_network({**self.network, **sizes})
+        network = sized_network(self.network, self.length, self.vocab_size + 1, self.cond_dim)
         process = make_masking(self.process)
         return MaskedDenoiser(network, process, self.vocab_size, time_free=self.time_free)
 
