@@ -103,12 +103,15 @@ def compare_report(reports: Iterable[str | Path], output: str | Path) -> Path:
         "pictures": pictures,
         "notes": [*_kl_notes(rows), *notes],
     }
-    parts = [f"# {task}: methods compared\n"]
-    parts += [f"**Warning**, {warning}.\n" for warning in report["warnings"]]
-    parts += ["Median over sequences; over seeds, median [quartiles].\n"]
-    parts += [method_table(rows, columns), *ending(pictures, report["notes"])]
-    save_report(folder, report, "\n".join(parts))
+    save_report(folder, report, _sequence_text(report, method_table(rows, columns)))
     return folder / "report.md"
+
+
+def _sequence_text(report: Mapping[str, Any], table: str) -> str:
+    warnings = [f"**Warning**, {warning}.\n" for warning in report["warnings"]]
+    head = f"# {report['task']}: methods compared\n"
+    about = "Median over sequences; over seeds, median [quartiles].\n"
+    return "\n".join([head, *warnings, about, table, *ending(report["pictures"], report["notes"])])
 
 
 def _sequence_row(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,10 +48,7 @@ def without_failures(
     every = np.array([v for found in values.values() for own in found.values() for v in own])
     sound = every[np.isfinite(every)]
     worst = 0.0 if "success" in score or not len(sound) else float(sound.min())
-    return {
-        when: {n: [v if np.isfinite(v) else worst for v in own] for n, own in found.items()}
-        for when, found in values.items()
-    }
+    return _each(values, lambda own: [v if np.isfinite(v) else worst for v in own])
 
 
 def write_tuning_report(
@@ -85,49 +82,43 @@ def write_tuning_report(
         ``evaluation``: network evaluations and time of a plan, and seconds of the episodes;
         ``made_with``: the command, the machine and versions.
     """
-    folder = Path(run_dir)
-    measured = {
-        when: {nfe: episode_scores(result, score) for nfe, result in found.items()}
-        for when, found in scores.items()
-    }
+    folder, runs = Path(run_dir), list(scores["before"].values())
+    measured = _each(scores, lambda result: episode_scores(result, score))
     values = without_failures(measured, score)
-    report: dict[str, Any] = {
+    drawings: dict[str, Callable[[Path], Any]] = {
+        "curves.png": lambda path: plot_rounds(folder, path)
+    }
+    intervals = _each(values, lambda own: mean_interval(own).to_dict())
+    if runs:
+        rows = {"before": intervals["before"], method: intervals["after"]}
+        drawings["score_by_nfe.png"] = lambda path: plot_nfe(rows, path, score=score, title=task)
+    names = {"task": task, "method": method, "seed": seed, "score": score}
+    report = {
         "format": FORMAT,
         "version": VERSION,
-        "task": task,
-        "method": method,
-        "seed": seed,
-        "score": score,
-        "seeds": next(([e.seed for e in r.episodes] for r in scores["before"].values()), []),
-        **{
-            when: {nfe: mean_interval(v).to_dict() for nfe, v in found.items()}
-            for when, found in values.items()
-        },
+        **names,
+        "seeds": [e.seed for e in runs[0].episodes] if runs else [],
+        **intervals,
         "difference": {
             nfe: paired_difference(values["after"][nfe], before).to_dict()
             for nfe, before in values["before"].items()
         },
         "episodes": values,
-        "failed": {
-            when: {nfe: int(np.sum(~np.isfinite(v))) for nfe, v in found.items()}
-            for when, found in measured.items()
-        },
-        "evaluation": {
-            when: {nfe: {n: r.summary[n] for n in COSTS} for nfe, r in found.items()}
-            for when, found in scores.items()
-        },
-        "made_with": _made_with([r for found in scores.values() for r in found.values()]),
-        "training": dict(training),
-        "settings": dict(settings),
+        "failed": _each(measured, lambda own: int(np.sum(~np.isfinite(own)))),
+        "evaluation": _each(scores, lambda result: {n: result.summary[n] for n in COSTS}),
+        "made_with": _made_with([*runs, *scores["after"].values()]),
+        "training": training,
+        "settings": settings,
+        "pictures": draw_pictures(folder, drawings)[0],
     }
-    drawings: dict[str, Callable[[Path], Any]] = {
-        "curves.png": lambda path: plot_rounds(folder, path)
-    }
-    if report["before"]:
-        rows = {"before": report["before"], method: report["after"]}
-        drawings["score_by_nfe.png"] = lambda path: plot_nfe(rows, path, score=score, title=task)
-    report["pictures"], _ = draw_pictures(folder, drawings)
     return save_report(folder, report, _text(report))
+
+
+def _each(
+    found: Mapping[str, Mapping[str, Any]], make: Callable[[Any], Any]
+) -> dict[str, dict[str, Any]]:
+    """Apply a function to what was found before and after, at each number of evaluations."""
+    return {when: {nfe: make(value) for nfe, value in own.items()} for when, own in found.items()}
 
 
 def _made_with(results: Sequence[EvalResult]) -> dict[str, Any]:

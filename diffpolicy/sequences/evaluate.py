@@ -110,11 +110,10 @@ def evaluate_sequences(
     if not len(held):
         raise ValueError("there are no sequences to evaluate")
     vocab_size = len(task.alphabet)
-    generator = torch.Generator(reference.device).manual_seed(how.seed)
-    bound = reference.log_likelihood(
-        torch.from_numpy(held), draws=how.elbo_draws, generator=generator
-    )
-    row: dict[str, Any] = {
+    masks = torch.Generator(reference.device).manual_seed(how.seed)
+    given = torch.from_numpy(held)
+    bound = reference.log_likelihood(given, draws=how.elbo_draws, generator=masks)
+    row = {
         "count": len(held),
         "reward": metrics.quartiles(score(oracles.reward, held, vocab_size)),
         "held_out": metrics.quartiles(score(oracles.held_out, held, vocab_size)),
@@ -126,8 +125,7 @@ def evaluate_sequences(
         **_closeness(task, held, task.measurements() if data is None else data, how),
         **_divergence(model, reference, task, how),
     }
-    finite: dict[str, Any] = _finite(row)
-    return finite
+    return {name: _finite(value) for name, value in row.items()}
 
 
 def _closeness(

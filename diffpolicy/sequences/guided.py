@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.masking import to_tokens
-from diffpolicy.guidance.particles import PARTICLE_METHODS, make_particle_method
+from diffpolicy.guidance.particles import PARTICLE_METHODS, ParticleMethod, make_particle_method
 from diffpolicy.guidance.reward import RewardGuidance
-from diffpolicy.sequences.chains import ROWS
+from diffpolicy.sequences.chains import ROWS, tokens_of
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Reward
 from diffpolicy.settings import check_choice, check_known
@@ -74,40 +74,41 @@ def draw_guided(
     check_guidance(config, model)
     values = _settings(config)
     kind = values.pop("type")
-    length = model.spec.length
-    evaluations = length if num_steps is None else num_steps
-    if model.spec.time_free:
-        evaluations = min(evaluations, length)
-    if kind in ("none", "cfg"):
-        scale = values.get("scale") if kind == "cfg" else None
-        cond = model.class_cond(_class(values, model)) if kind == "cfg" else None
-        tokens = model.draw(
-            size, num_steps=num_steps, cond=cond, guidance=scale, generator=generator
-        )
+    spec = model.spec
+    evaluations = spec.length if num_steps is None else num_steps
+    if spec.time_free:
+        evaluations = min(evaluations, spec.length)
+    how: dict[str, Any] = {"num_steps": num_steps, "generator": generator}
+    if kind == "none":
+        return GuidedDraws(model.draw(size, **how), evaluations, 0)
+    if kind == "cfg":
+        scale, cond = values.get("scale"), model.class_cond(_class(values, model))
+        tokens = model.draw(size, cond=cond, guidance=scale, **how)
         branches = 1 if scale in (None, 1) else 2
         return GuidedDraws(tokens, evaluations * branches, 0)
     if kind == "reward":
         guided = RewardGuidance(model.denoiser, reward, **values)
-        calls = guided.reward_calls(length, model.spec.vocab_size)
+        calls = guided.reward_calls(spec.length, spec.vocab_size)
         with torch.no_grad():
-            drawn = model.chains(
-                model.masked(size), denoiser=guided, num_steps=num_steps, generator=generator
-            )
-            tokens = torch.cat([to_tokens(chain.x0) for chain in drawn])
+            tokens = tokens_of(model.chains(model.masked(size), denoiser=guided, **how))
         return GuidedDraws(tokens, evaluations, calls * evaluations)
     method = make_particle_method(kind, **values)
+    return _by_particles(method, model, reward, size, how)
+
+
+def _by_particles(
+    method: ParticleMethod,
+    model: SequenceModel,
+    reward: Reward,
+    size: int,
+    how: Mapping[str, Any],
+) -> GuidedDraws:
     found, nfe, calls = [], 0, 0
     rows = max(1, ROWS // method.chains)
     for count in [rows] * (size // rows) + [size % rows] * (size % rows > 0):
-        shape = (count, length, model.spec.vocab_size + 1)
-        part = method.draw(
-            model.denoiser,
-            reward,
-            shape,
-            num_steps=num_steps,
-            cond=model.expand_cond(None, count),
-            generator=generator,
-        )
+        shape = (count, model.spec.length, model.spec.vocab_size + 1)
+        cond = model.expand_cond(None, count)
+        part = method.draw(model.denoiser, reward, shape, cond=cond, **how)
         found.append(to_tokens(part.x0))
         nfe, calls = part.nfe, part.reward_calls
     return GuidedDraws(torch.cat(found), nfe, calls)

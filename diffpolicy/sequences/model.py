@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
-from diffpolicy.core.masking import one_hot, to_tokens
+from diffpolicy.core.masking import one_hot
 from diffpolicy.core.starts import prior_start, truncated_start
 from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.learn.cloning.masked import MaskedDenoisingLoss, elbo
 from diffpolicy.networks.base import described
-from diffpolicy.sequences.chains import ROWS, Chain, run_chain
-from diffpolicy.sequences.spec import SequenceExamples, SequenceSpec, activity_classes
+from diffpolicy.sequences.chains import ROWS, Chain, run_chain, tokens_of
+from diffpolicy.sequences.spec import SequenceExamples, SequenceSpec
 from diffpolicy.sequences.task import MASK_LETTER, SequenceTask, check_tokens
-from diffpolicy.settings import check_choice, check_range, check_shape
+from diffpolicy.settings import check_choice, check_range
 from diffpolicy.training.process import seeded
 from diffpolicy.training.saved import Saved, part_of
 from diffpolicy.training.settings import TrainerConfig
@@ -135,7 +135,7 @@ class SequenceModel(Saved):
         check_tokens(tokens, self.spec.alphabet, self.spec.length, "tokens")
         check_range("[0, 1)", val_fraction=val_fraction)
         held = torch.as_tensor(np.asarray(tokens), dtype=torch.int16)
-        given = self._training_cond(len(held), labels, cond)
+        given = self.spec.training_cond(len(held), labels, cond)
         order = torch.randperm(len(held), generator=torch.Generator().manual_seed(config.seed))
         val_count = int(val_fraction * len(held))
         parts = [
@@ -205,23 +205,6 @@ class SequenceModel(Saved):
         self.last_training = result
         return self
 
-    def _training_cond(self, count: int, labels: Any, cond: Tensor | None) -> Tensor | None:
-        if labels is not None:
-            if cond is not None or not self.spec.label_quantiles:
-                raise ValueError(
-                    "labels become a condition through spec.label_quantiles, e.g. (0.9,) for the "
-                    "top decile; set it, and give either labels or cond"
-                )
-            cond = activity_classes(labels, self.spec.label_quantiles)
-        if cond is None and self.spec.cond_dim:
-            raise ValueError(
-                f"this model has cond_dim={self.spec.cond_dim}: give labels or cond [N, C]"
-            )
-        if cond is None:
-            return None
-        check_shape("the condition", cond.shape, (count, self.spec.cond_dim))
-        return cond.float()
-
     # ---------------------------------------------------------------- drawing
 
     @torch.no_grad()
@@ -252,14 +235,8 @@ class SequenceModel(Saved):
             ValueError: a size below 1, or settings that the model was not trained for.
         """
         check_range("[1, inf)", size=size)
-        drawn = self.chains(
-            self.masked(size),
-            num_steps=num_steps,
-            cond=cond,
-            generator=generator,
-            guidance=guidance,
-        )
-        return torch.cat([to_tokens(chain.x0) for chain in drawn])
+        how: dict[str, Any] = {"num_steps": num_steps, "cond": cond, "guidance": guidance}
+        return tokens_of(self.chains(self.masked(size), generator=generator, **how))
 
     @torch.no_grad()
     def edit(
@@ -293,15 +270,9 @@ class SequenceModel(Saved):
         if not len(tokens):
             raise ValueError("there are no sequences to edit")
         check_range("(0, 1]", t_start=t_start)
-        drawn = self.chains(
-            torch.as_tensor(tokens).to(self.device).long(),
-            t_start=t_start,
-            num_steps=num_steps,
-            cond=cond,
-            generator=generator,
-            guidance=guidance,
-        )
-        return torch.cat([to_tokens(chain.x0) for chain in drawn])
+        given = torch.as_tensor(tokens).to(self.device).long()
+        how: dict[str, Any] = {"num_steps": num_steps, "cond": cond, "guidance": guidance}
+        return tokens_of(self.chains(given, t_start=t_start, generator=generator, **how))
 
     def masked(self, size: int) -> Tensor:
         """Make tokens ``[size, L]`` that are all masks."""

@@ -83,6 +83,33 @@ class SequenceSpec:
         """
         return settings_of(cls, config, "sequence model")
 
+    def training_cond(self, count: int, labels: Any, cond: Tensor | None) -> Tensor | None:
+        """Make the condition ``[N, C]`` of training sequences from their labels, or check it.
+
+        Args:
+            count: N.
+            labels: ``[N]``, or ``None``.
+            cond: the condition itself, or ``None``.
+
+        Raises:
+            ValueError: both, or neither where one is needed, or another shape.
+        """
+        if labels is not None:
+            if cond is not None or not self.label_quantiles:
+                raise ValueError(
+                    "labels become a condition through spec.label_quantiles, e.g. (0.9,) for the "
+                    "top decile; set it, and give either labels or cond"
+                )
+            cond = activity_classes(labels, self.label_quantiles)
+        if cond is None:
+            if self.cond_dim:
+                raise ValueError(
+                    f"this model has cond_dim={self.cond_dim}: give labels or cond [N, C]"
+                )
+            return None
+        check_shape("the condition", cond.shape, (count, self.cond_dim))
+        return cond.float()
+
     def make_denoiser(self) -> MaskedDenoiser:
         """A denoiser with freshly initialised weights."""
         network = sized_network(self.network, self.length, self.vocab_size + 1, self.cond_dim)

@@ -16,6 +16,7 @@ from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, Reward, score
 from diffpolicy.sequences.spec import Draws
 from diffpolicy.training.settings import TrainerConfig, mix_seed
+from diffpolicy.training.trainer import Evaluate
 
 
 class Tuned(NamedTuple):
@@ -74,33 +75,32 @@ def tune(
     ).to(model.device)
     blank = model.expand_cond(None, 1)
     source = Draws(max(65_536, config.batch_size), None if blank is None else blank[0].cpu())
+    watch = _watch(pretrained, oracles, eval_draws, num_steps, config.seed)
+    how: dict[str, Any] = {"evaluate": watch, "resume": resume, "overwrite": overwrite}
+    model.fit(objective, source, config, run_dir, **how)
+    training = model.last_training
+    assert training is not None
+    return Tuned(model, training.interrupted, training.train_s, reward.calls)
+
+
+def _watch(
+    pretrained: SequenceModel, oracles: Oracles, draws: int, num_steps: int | None, seed: int
+) -> Evaluate:
+    """What is measured of every checkpoint, on the same noise each time."""
 
     def watch(path: Path, step: int) -> Mapping[str, float]:
-        """Measure a checkpoint, on the same noise each time."""
-        found = SequenceModel.load(path, device=pretrained.device)
-        generator = torch.Generator(found.device).manual_seed(mix_seed(config.seed, 0xE7A1))
-        options: dict[str, Any] = {"num_steps": num_steps, "generator": generator}
-        tokens = found.draw(eval_draws, **options).cpu()
-        kl = path_kl(found, pretrained, eval_draws, **options)
-        vocab_size = found.spec.vocab_size
+        model = SequenceModel.load(path, device=pretrained.device)
+        generator = torch.Generator(model.device).manual_seed(mix_seed(seed, 0xE7A1))
+        how: dict[str, Any] = {"num_steps": num_steps, "generator": generator}
+        tokens, vocab_size = model.draw(draws, **how).cpu(), model.spec.vocab_size
+        kl = path_kl(model, pretrained, draws, **how)
         return {
             "eval/reward": float(score(oracles.reward, tokens, vocab_size).mean()),
             "eval/held_out": float(score(oracles.held_out, tokens, vocab_size).mean()),
             "eval/kl": float(kl.mean()),
         }
 
-    model.fit(
-        objective,
-        source,
-        config,
-        run_dir,
-        evaluate=watch,
-        resume=resume,
-        overwrite=overwrite,
-    )
-    training = model.last_training
-    assert training is not None
-    return Tuned(model, training.interrupted, training.train_s, reward.calls)
+    return watch
 
 
 class _Counted:

@@ -212,7 +212,7 @@ def test_bad_specs(options, message):
 def test_settings_that_belong_to_the_task(table_task):
     with pytest.raises(ValueError, match="the task says length: leave out"):
         SequenceModel.for_task(table_task, spec={"length": 3})
-    with pytest.raises(ValueError, match="takes dim from the task"):
+    with pytest.raises(ValueError, match="dim of this network are given otherwise"):
         SequenceModel.for_task(table_task, spec={"network": {"type": "mlp", "dim": 3}})
     with pytest.raises(ValueError, match=r"has no setting 'net'; .*did you mean 'network'"):
         SequenceModel.for_task(table_task, spec={"net": "mlp"})
