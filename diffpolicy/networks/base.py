@@ -28,7 +28,11 @@ class Configured(nn.Module):
     def config(self) -> dict[str, Any]:
         """Plain values from which the registry makes the same module (untrained)."""
         names = inspect.signature(type(self)).parameters
-        return {"type": self.TYPE, **{name: _plain(getattr(self, name)) for name in names}}
+        return {"type": self.TYPE, **{name: _plain(self.argument(name)) for name in names}}
+
+    def argument(self, name: str) -> Any:
+        """What it was made with, by the argument's name."""
+        return getattr(self, name)
 
 
 def _plain(value: Any) -> Any:

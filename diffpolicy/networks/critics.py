@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,21 @@ class StackedMLP(nn.Module):
         return out.squeeze(-1)
 
 
-class QEnsemble(Configured):
+class _Critic(Configured):
+    """A critic whose sizes are those of its MLP."""
+
+    mlp: StackedMLP
+
+    @property
+    def members(self) -> int:
+        """How many critics M."""
+        return self.mlp.members
+
+    def argument(self, name: str) -> Any:
+        return getattr(self.mlp if hasattr(self.mlp, name) else self, name)
+
+
+class QEnsemble(_Critic):
     """Q(observation, plan) by several independent MLPs; two of them are the usual twin critic.
 
     The discounted return of executing the plan from the current step on, then following the policy.
@@ -108,7 +123,6 @@ class QEnsemble(Configured):
         super().__init__()
         check_positive(cond_dim=cond_dim, horizon=horizon, action_dim=action_dim)
         self.cond_dim, self.horizon, self.action_dim = cond_dim, horizon, action_dim
-        self.width, self.depth, self.members, self.layer_norm = width, depth, members, layer_norm
         inward, options = cond_dim + horizon * action_dim, {"width": width, "depth": depth}
         self.mlp = StackedMLP(members, inward, **options, layer_norm=layer_norm)
 
@@ -135,7 +149,7 @@ class QEnsemble(Configured):
         return self.forward(cond, plan).amin(0)
 
 
-class StateValue(Configured):
+class StateValue(_Critic):
     """V(observation) by an MLP.
 
     Args:
@@ -155,8 +169,7 @@ class StateValue(Configured):
     ) -> None:
         super().__init__()
         check_positive(cond_dim=cond_dim)
-        self.cond_dim, self.width, self.depth = cond_dim, width, depth
-        self.layer_norm = layer_norm
+        self.cond_dim = cond_dim
         self.mlp = StackedMLP(1, cond_dim, width=width, depth=depth, layer_norm=layer_norm)
 
     def forward(self, cond: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ class NonFiniteError(ValueError):
 
 
 def explain_non_finite(
-    step: int, batch: Mapping[str, Tensor], indices: Tensor, out: Any, objective: nn.Module
+    step: int, batch: Mapping[str, Tensor], indices: Tensor, losses: Tensor, objective: nn.Module
 ) -> str:
     """One sentence: the batch entry, the loss rows or the gradient at fault, in that order.
 
@@ -23,7 +22,7 @@ def explain_non_finite(
         step: optimiser step (from 0).
         batch: what the objective was given.
         indices: rows of the source that the batch holds.
-        out: the objective's answer.
+        losses: the objective's answer ``[B]``.
         objective: its parameters hold the gradients.
     """
     start = f"training stopped at step {step}: "
@@ -37,7 +36,7 @@ def explain_non_finite(
     for name, parameter in objective.named_parameters():
         if not torch.isfinite(parameter).all():
             return start + f"parameter {name!r} is not finite; lower the learning rate"
-    bad = _rows(out.loss)
+    bad = _rows(losses)
     if bad:
         rows = indices[bad].tolist()[:10]
         return f"{start}the loss is not finite for source rows {rows} of a finite batch"

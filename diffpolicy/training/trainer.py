@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffpolicy.files import WriterLock, remove_leftovers, remove_owned
+from diffpolicy.settings import check_shape
 from diffpolicy.training.checkpoint import Snapshots, write_bundle
 from diffpolicy.training.diagnose import Movement, NonFiniteError, explain_non_finite
 from diffpolicy.training.identity import check_same_run, describe, flatten, machine
@@ -198,14 +199,9 @@ class Trainer:
     def _loop(self) -> None:
         config = self.config
         began = time.perf_counter()
-        bar = tqdm(
-            total=config.steps,
-            initial=self.step,
-            desc="train",
-            unit="step",
-            disable=not (config.progress and self.group.first),
-            mininterval=1.0,
-        )
+        shown = config.progress and self.group.first
+        look = {"desc": "train", "unit": "step", "mininterval": 1.0, "disable": not shown}
+        bar = tqdm(total=config.steps, initial=self.step, **look)
         with bar:
             while self.step < config.steps and not self.group.any(self._stop.asked):
                 self._writer.check()
@@ -251,16 +247,13 @@ class Trainer:
         self._noise.seed(mix_seed(config.seed, self.step, self.group.rank, 0xD0))
         self.optimizer.zero_grad(set_to_none=True)
         outs = [self._backward(part, generator) for part in _parts(batch, config.accumulate)]
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.parameters if p.grad is not None]
-        )
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         losses = torch.cat([out.loss.detach() for out in outs])
         inputs = [v.sum() for v in batch.values() if v.is_floating_point()]
         if not math.isfinite(torch.stack([losses.mean(), norm, *inputs]).sum().item()):
-            whole = outs[0]._replace(loss=losses)
-            raise NonFiniteError(
-                explain_non_finite(self.step, batch, indices, whole, self.objective)
-            )
+            where = explain_non_finite(self.step, batch, indices, losses, self.objective)
+            raise NonFiniteError(where)
         self._movement.check(self.step, norm)
         if config.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
@@ -280,12 +273,7 @@ class Trainer:
         """Add the gradient of one part of a batch."""
         with autocast(self.config, self.device):
             out = self._forward(batch, generator)
-        count = len(next(iter(batch.values())))
-        if out.loss.shape != (count,):
-            raise ValueError(
-                f"an objective returns one loss per example, [{count}] here; "
-                f"got {list(out.loss.shape)}"
-            )
+        check_shape("loss of an objective", out.loss.shape, [len(next(iter(batch.values())))])
         self._movement.check_graph(out.loss)
         (out.loss.mean() / self.config.accumulate).backward()
         return out
@@ -293,8 +281,7 @@ class Trainer:
     def _count(self, values: Mapping[str, Tensor]) -> None:
         """Add to what the next row of metrics averages."""
         for name, value in values.items():
-            so_far = self._totals.get(name)
-            self._totals[name] = value.detach() if so_far is None else so_far + value.detach()
+            self._totals[name] = self._totals.get(name, 0) + value.detach()
 
     def _indices(self, step: int) -> Tensor:
         """Rows of this process at ``step``, from a permutation that (seed, epoch) determine."""
@@ -321,9 +308,8 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         row: dict[str, float] = {}
         if self.val_source is not None:
-            row["val_loss"] = validation_loss(
-                self.objective, self.ema.state, self.val_source, self.config
-            )
+            weights, held_out = self.ema.state, self.val_source
+            row["val_loss"] = validation_loss(self.objective, weights, held_out, self.config)
         if self.evaluate is None or self.export is None or not self.group.first:
             return row
         folder = write_bundle(self.run_dir / ".candidate", self.export(self.ema.state))
