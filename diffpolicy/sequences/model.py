@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,9 +20,9 @@ from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.learn.cloning.masked import MaskedDenoisingLoss, elbo
 from diffpolicy.networks.base import described
 from diffpolicy.sequences.chains import ROWS, Chain, run_chain, tokens_of
-from diffpolicy.sequences.spec import SequenceExamples, SequenceSpec
-from diffpolicy.sequences.task import MASK_LETTER, SequenceTask, check_tokens
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.sequences.spec import Letters, SequenceExamples, SequenceSpec
+from diffpolicy.sequences.task import SequenceTask, check_tokens
+from diffpolicy.settings import check_range
 from diffpolicy.training.process import seeded
 from diffpolicy.training.saved import Saved, part_of
 from diffpolicy.training.settings import TrainerConfig
@@ -30,7 +30,7 @@ from diffpolicy.training.trainer import Source, Trainer, TrainResult
 from diffpolicy.training.weights import unchanged_on_error
 
 
-class SequenceModel(Saved):
+class SequenceModel(Letters, Saved):
     """A masked diffusion model of sequences (MDLM, Sahoo et al. 2024).
 
     Example:
@@ -205,7 +205,7 @@ class SequenceModel(Saved):
         self.last_training = result
         return self
 
-    # ---------------------------------------------------------------- drawing
+    # ---------------------------------------------------------------- drawing and scoring
 
     @torch.no_grad()
     def draw(
@@ -217,7 +217,7 @@ class SequenceModel(Saved):
         generator: torch.Generator | None = None,
         guidance: float | None = None,
     ) -> Tensor:
-        """Sequences from the model's law.
+        """Draw sequences from the model's law.
 
         Args:
             size: how many.
@@ -249,26 +249,22 @@ class SequenceModel(Saved):
         generator: torch.Generator | None = None,
         guidance: float | None = None,
     ) -> Tensor:
-        """Given sequences with part of their positions drawn anew (a truncated start).
+        """Draw part of the positions of given sequences anew (a truncated start).
 
         Args:
             tokens: ``[N, L]``.
             t_start: level in (0, 1] that they are noised to: each position is masked with
                 probability ``m(t_start)``.
-            num_steps: steps from there; see :meth:`draw`.
+            num_steps: steps from there; see :meth:`draw`, also for the rest.
             cond: ``[C]`` or ``[N, C]``.
             generator: of masks and draws.
             guidance: strength of classifier-free guidance.
-
-        Returns:
-            Tokens int64 ``[N, L]``.
 
         Raises:
             ValueError: as :meth:`draw`; tokens of another size; a level outside (0, 1].
         """
         check_tokens(tokens, self.spec.alphabet, self.spec.length, "tokens")
-        if not len(tokens):
-            raise ValueError("there are no sequences to edit")
+        check_range("[1, inf)", sequences=len(tokens))
         check_range("(0, 1]", t_start=t_start)
         given = torch.as_tensor(tokens).to(self.device).long()
         how: dict[str, Any] = {"num_steps": num_steps, "cond": cond, "guidance": guidance}
@@ -357,8 +353,6 @@ class SequenceModel(Saved):
             raise ValueError(f"class must be 0..{self.spec.cond_dim - 1}, got {index}")
         return torch.eye(self.spec.cond_dim, device=self.device)[index]
 
-    # ---------------------------------------------------------------- scoring
-
     @torch.no_grad()
     def log_likelihood(
         self,
@@ -390,30 +384,6 @@ class SequenceModel(Saved):
             known = None if conds is None else conds[rows]
             parts.append(elbo(self.denoiser, given[rows], generator, draws=draws, cond=known))
         return torch.cat(parts)
-
-    # ---------------------------------------------------------------- letters
-
-    def encode(self, sequences: Sequence[str]) -> Tensor:
-        """Tokens int64 ``[N, L]`` of strings.
-
-        Raises:
-            ValueError: a letter outside the alphabet, or a string of another length.
-        """
-        token = {letter: i for i, letter in enumerate(self.spec.alphabet)}
-        for text in sequences:
-            if len(text) != self.spec.length:
-                raise ValueError(f"{text!r} has {len(text)} letters, expected {self.spec.length}")
-            for letter in text:
-                check_choice(f"letter in {text!r}:", letter, token)
-        rows = [[token[letter] for letter in text] for text in sequences]
-        return torch.tensor(rows, dtype=torch.int64).view(-1, self.spec.length)
-
-    def decode(self, tokens: Tensor) -> list[str]:
-        """Strings of tokens ``[N, L]``; masks become ``_``."""
-        letters = self.spec.alphabet + MASK_LETTER
-        return ["".join(letters[i] for i in row) for row in torch.as_tensor(tokens).tolist()]
-
-    # ---------------------------------------------------------------- files
 
     def _files(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         return {

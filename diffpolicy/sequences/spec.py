@@ -15,8 +15,8 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import make_masking
 from diffpolicy.networks.base import check_positive
 from diffpolicy.networks.registry import sized_network
-from diffpolicy.sequences.task import check_alphabet
-from diffpolicy.settings import check_range, check_shape, settings_of
+from diffpolicy.sequences.task import MASK_LETTER, check_alphabet
+from diffpolicy.settings import check_choice, check_range, check_shape, settings_of
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,32 @@ class SequenceSpec:
         network = sized_network(self.network, self.length, self.vocab_size + 1, self.cond_dim)
         process = make_masking(self.process)
         return MaskedDenoiser(network, process, self.vocab_size, time_free=self.time_free)
+
+
+class Letters:
+    """What a sequence model has in common with its spec: sequences as strings."""
+
+    spec: SequenceSpec
+
+    def encode(self, sequences: Sequence[str]) -> Tensor:
+        """Tokens int64 ``[N, L]`` of strings.
+
+        Raises:
+            ValueError: a letter outside the alphabet, or a string of another length.
+        """
+        token = {letter: i for i, letter in enumerate(self.spec.alphabet)}
+        for text in sequences:
+            if len(text) != self.spec.length:
+                raise ValueError(f"{text!r} has {len(text)} letters, expected {self.spec.length}")
+            for letter in text:
+                check_choice(f"letter in {text!r}:", letter, token)
+        rows = [[token[letter] for letter in text] for text in sequences]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, self.spec.length)
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Strings of tokens ``[N, L]``; masks become ``_``."""
+        letters = self.spec.alphabet + MASK_LETTER
+        return ["".join(letters[i] for i in row) for row in torch.as_tensor(tokens).tolist()]
 
 
 class SequenceExamples:

@@ -227,7 +227,10 @@ def test_bad_draws(constant):
         (lambda: model.draw(2, cond=torch.ones(2)), r"cond must be \[0\]"),
         (lambda: model.edit(torch.zeros(2, 5, dtype=torch.long), 0.0), "t_start"),
         (lambda: model.edit(torch.full((2, 5), 3), 0.5), r"tokens 0\.\.2"),
-        (lambda: model.edit(torch.zeros(0, 5, dtype=torch.long), 0.5), "no sequences"),
+        (
+            lambda: model.edit(torch.zeros(0, 5, dtype=torch.long), 0.5),
+            "sequences must be at least 1",
+        ),
         (lambda: model.log_likelihood(torch.zeros(2, 4, dtype=torch.long)), r"\[N, 5\]"),
         (lambda: model.encode(["ABCAX"]), "'X'"),
         (lambda: model.encode(["AB"]), "expected 5"),
