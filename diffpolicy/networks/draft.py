@@ -17,7 +17,7 @@ DRAFT_BASES = ("gru", "transformer")
 
 
 class Draft(Configured):
-    """Predicts the next state, and the next return if it is told one, from those so far.
+    """Predict the next state, and the next return if it is told one, from those so far.
 
     The first stage of Trajectory Diffuser (Huang et al. 2024): a plan written by this cheap model
     is close enough to the data for diffusion to begin at a low noise level. Both bases predict

@@ -59,9 +59,8 @@ class SequenceModel(Letters, Saved):
         self.denoiser = (spec.make_denoiser() if denoiser is None else denoiser).to(device).eval()
 
     def __repr__(self) -> str:
-        spec = self.spec
-        kinds = f"{spec.network.get('type')}, {spec.process.get('type')}"
-        what = f"{spec.length} of {spec.alphabet!r}, {kinds}"
+        types = f"{self.spec.network.get('type')}, {self.spec.process.get('type')}"
+        what = f"{self.spec.length} of {self.spec.alphabet!r}, {types}"
         return described(self, what, self.denoiser)
 
     @classmethod

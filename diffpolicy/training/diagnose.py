@@ -61,7 +61,7 @@ NO_GRADIENT = (
 
 
 class Movement:
-    """Refuses a loss that has no gradient, and warns of one whose gradient begins as zero.
+    """Refuse a loss that has no gradient, and warn of one whose gradient begins as zero.
 
     It may do so rightly: comparisons that all tie, positions that are all masked.
     """

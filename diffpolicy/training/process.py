@@ -96,7 +96,7 @@ class StopRequest:
 
 
 class GlobalNoise:
-    """Seeds the global generators of the CPU and of a device, and gives them back as they were.
+    """Seed the global generators of the CPU and of a device, and give them back as they were.
 
     ``torch.manual_seed`` does the same to every device there is, and formats a stack trace each
     time (0.2 ms).
@@ -191,7 +191,7 @@ class BackgroundWriter:
 
 
 def copied(files: Mapping[str, Any]) -> dict[str, Any]:
-    """Files of a bundle whose tensors are copies on the host: training may go on."""
+    """Return the files of a bundle with copies of its tensors on the host: training may go on."""
     tensors = {name: content for name, content in files.items() if name.endswith(".safetensors")}
     return dict(files) | {
         name: {k: tensor.detach().to("cpu", copy=True) for k, tensor in content.items()}

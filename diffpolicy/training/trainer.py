@@ -57,7 +57,7 @@ class TrainResult:
 
 
 class Trainer:
-    """Trains an objective on a source.
+    """Train an objective on a source.
 
     Args:
         objective: ``forward(batch, generator)`` returns ``loss [B]`` and ``metrics``; if it has a
@@ -273,7 +273,7 @@ class Trainer:
         """Add the gradient of one part of a batch."""
         with autocast(self.config, self.device):
             out = self._forward(batch, generator)
-        check_shape("loss of an objective", out.loss.shape, [len(next(iter(batch.values())))])
+        check_shape("loss (one per example)", out.loss.shape, [len(next(iter(batch.values())))])
         self._movement.check_graph(out.loss)
         (out.loss.mean() / self.config.accumulate).backward()
         return out

@@ -82,7 +82,7 @@ def autocast(config: TrainerConfig, device: torch.device) -> torch.autocast:
 def validation_loss(
     objective: nn.Module, weights: Mapping[str, Tensor], source: Source, config: TrainerConfig
 ) -> float:
-    """Loss of an objective with other weights on held-out examples, with the same noise every time.
+    """Measure the loss of an objective with other weights on held-out examples, on equal noise.
 
     Args:
         objective: is left as it was.
