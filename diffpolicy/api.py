@@ -28,10 +28,10 @@ from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.training.checkpoint import write_bundle
-from diffpolicy.training.policy_files import find_policy, policy_files
-from diffpolicy.training.rollback import unchanged_on_error
+from diffpolicy.training.saved import find_policy, policy_files
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Source, Trainer, TrainResult
+from diffpolicy.training.weights import unchanged_on_error
 
 Place = str | os.PathLike[str]
 Stored = EpisodeStore | str | os.PathLike[str]

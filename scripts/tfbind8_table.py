@@ -34,12 +34,13 @@ from diffpolicy.core import one_hot
 from diffpolicy.guidance import RewardGuidance
 from diffpolicy.learn.material import SequenceMaterial
 from diffpolicy.learn.methods import make_method
+from diffpolicy.sequences.evaluate import exactly
 from diffpolicy.sequences.exact import ExactLaw, StateSpace, exact_scores
 from diffpolicy.sequences.metrics import quartiles
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import score, train_oracles
 from diffpolicy.sequences.task import open_task
-from diffpolicy.sequences.tuning import exactly, tune
+from diffpolicy.sequences.tuning import tune
 from diffpolicy.training.settings import TrainerConfig
 
 DEFAULTS: dict[str, Any] = {

@@ -23,7 +23,7 @@ def run(arguments: Sequence[str]) -> int:
     """Import one checkpoint."""
     from diffpolicy.policies.foreign.published import read_checkpoint
     from diffpolicy.training.checkpoint import write_bundle
-    from diffpolicy.training.policy_files import policy_files
+    from diffpolicy.training.saved import policy_files
 
     options = parse(arguments, ["source", "target"], {"kind": "auto"})
     policy = read_checkpoint(options["source"], kind=options["kind"])

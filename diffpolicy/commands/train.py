@@ -145,7 +145,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> int:
 
 def _group() -> Any:
     """The processes of a torchrun launch; a group of one otherwise."""
-    from diffpolicy.training.distributed import Group
+    from diffpolicy.training.process import Group
 
     return Group()
 

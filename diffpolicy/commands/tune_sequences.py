@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @one_writer
 def tune_sequences(config: SequenceTuningConfig, *, resume: bool = False) -> int:
     """Run one tuning, from the pre-trained model to a report."""
-    from diffpolicy.report.sequences import read_report, write_report
+    from diffpolicy.report.sequences import write_report
 
     began = time.perf_counter()
     run_dir = check_new(config, resume=resume)
@@ -72,7 +72,7 @@ def tune_sequences(config: SequenceTuningConfig, *, resume: bool = False) -> int
             return stopped(run_dir)
         model = tuned.model
     result = evaluated(config, (pretrained, model), task, oracles, tuned)
-    report = read_report(write_report(run_dir, result))
+    report = write_report(run_dir, result)
     if report["warning"]:
         print(f"warning: since update {report['warning']['step']}: {report['warning']['message']}")
     exact = result.exact or {}
@@ -159,8 +159,12 @@ def evaluated(
 ) -> TuningResult:
     """Every figure of the pre-trained model's and the tuned model's sequences."""
     from diffpolicy.report.sequences import TuningResult, best_sequences
-    from diffpolicy.sequences.evaluate import Evaluation, evaluate_sequences
-    from diffpolicy.sequences.tuning import can_be_exact, exactly
+    from diffpolicy.sequences.evaluate import (
+        Evaluation,
+        can_be_exact,
+        evaluate_sequences,
+        exactly,
+    )
 
     pretrained, model = models
     plain = config.guidance["type"] == "none"

@@ -91,15 +91,15 @@ def compare(command: str, arguments: Sequence[str]) -> int:
             f"usage: diffpolicy {command} compare RUN [RUN ...] output=DIR [baseline=METHOD]"
         )
     if of_policies(runs[0]):
-        from diffpolicy.report.tuning_comparison import compare_tunings
+        from diffpolicy.report.compare import compare_tunings
 
         print(compare_tunings(runs, **options).read_text())
         return 0
     if "baseline" in options:
         raise ConfigError("baseline=METHOD is of policies; leave it out")
-    from diffpolicy.report.sequence_comparison import compare_report
+    from diffpolicy.report.compare import compare_report
 
-    print(compare_report(runs, options["output"]).with_suffix(".md").read_text())
+    print(compare_report(runs, options["output"]).read_text())
     return 0
 
 

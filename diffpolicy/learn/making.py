@@ -22,7 +22,7 @@ from diffpolicy.policies.choose_level import observation_step
 from diffpolicy.policies.planners import Returns
 from diffpolicy.policies.spec import PolicySpec, upgraded
 from diffpolicy.training.checkpoint import read_bundle
-from diffpolicy.training.policy_files import FORMAT, VERSION
+from diffpolicy.training.saved import FORMAT, VERSION
 
 
 def open_store(store: EpisodeStore | str | os.PathLike[str]) -> EpisodeStore:

@@ -26,10 +26,10 @@ from diffpolicy.learn.method import Method
 from diffpolicy.learn.methods import method_of
 from diffpolicy.learn.plan_pairs import PlanReward, check_readable, in_own_units, sizes_of
 from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.training.rollback import unchanged_on_error
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.sources import ChosenWindows, Executed, Mixed, Turns
 from diffpolicy.training.trainer import Source
+from diffpolicy.training.weights import unchanged_on_error
 
 P = TypeVar("P", bound=Any)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.networks.base import Network, as_time, check_positive
+from diffpolicy.settings import check_range
 
 
 class Anchored(Network):
@@ -35,6 +36,8 @@ class Anchored(Network):
         ValueError: a size or setting is out of range, or ``base`` is not a network's config.
     """
 
+    TYPE = "anchored"
+
     def __init__(
         self,
         horizon: int,
@@ -45,7 +48,7 @@ class Anchored(Network):
         stages: int = 1,
         prior: float = 0.05,
     ) -> None:
-        from diffpolicy.networks.registry import make_network  # the registry knows this class
+        from diffpolicy.networks.registry import sized_network  # the registry knows this class
 
         check_positive(horizon=horizon, dim=dim, stages=stages)
         if not isinstance(base, Mapping) or base.get("type") == "anchored":
@@ -53,22 +56,9 @@ class Anchored(Network):
                 "base must be the config of another network, such as {'type': 'mlp', 'width': "
                 f"256}}; got {base!r}"
             )
-        given = sorted({"horizon", "dim", "cond_dim"} & set(base))
-        if given:
-            raise ValueError(f"base takes {', '.join(given)} from the anchored network: leave out")
-        if not 0 < prior < 1:
-            raise ValueError(f"prior must be in (0, 1), got {prior}")
-        networks = [
-            make_network(
-                {
-                    **base,
-                    "horizon": horizon,
-                    "dim": dim + 1 if stage == 0 else 2 * dim + 1,
-                    "cond_dim": cond_dim,
-                }
-            )
-            for stage in range(stages)
-        ]
+        check_range("(0, 1)", prior=prior)
+        sizes = [dim + 1] + [2 * dim + 1] * (stages - 1)
+        networks = [sized_network(base, horizon, size, cond_dim) for size in sizes]
         # A level per dimension has no meaning for the channels that are added here.
         super().__init__(horizon, dim, cond_dim, t_kinds=networks[0].t_kinds - {"dim"})
         self.base, self.prior = dict(base), prior
@@ -117,12 +107,4 @@ class Anchored(Network):
 
     def config(self) -> dict[str, Any]:
         """See :meth:`Network.config`."""
-        return {
-            "type": "anchored",
-            "horizon": self.horizon,
-            "dim": self.dim,
-            "cond_dim": self.cond_dim,
-            "base": dict(self.base),
-            "stages": len(self.stages),
-            "prior": self.prior,
-        }
+        return {**super().config(), "stages": len(self.stages)}

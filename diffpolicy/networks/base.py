@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffpolicy.settings import check_range, check_shape
+
 T_KINDS = ("row", "position", "dim")
 
 
-class Network(nn.Module, ABC):
+class Configured(nn.Module):
+    """A module that says the arguments it was made with, by its attributes of the same names.
+
+    Attributes:
+        TYPE: its name in the registry.
+    """
+
+    TYPE: ClassVar[str]
+
+    def config(self) -> dict[str, Any]:
+        """Plain values from which the registry makes the same module (untrained)."""
+        names = inspect.signature(type(self)).parameters
+        return {"type": self.TYPE, **{name: _plain(self.argument(name)) for name in names}}
+
+    def argument(self, name: str) -> Any:
+        """What it was made with, by the argument's name."""
+        return getattr(self, name)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+class Network(Configured, ABC):
     """A map ``(x [B, H, D], t, cond [B, C]) -> [B, H, D]``.
 
     ``t`` is *network time* (whatever scale the denoiser trains with; 0..1000 suits the sinusoidal
@@ -38,10 +66,7 @@ class Network(nn.Module, ABC):
     def __init__(self, horizon: int, dim: int, cond_dim: int, *, t_kinds: Iterable[str]) -> None:
         super().__init__()
         check_positive(horizon=horizon, dim=dim)
-        if not isinstance(cond_dim, int) or cond_dim < 0:
-            raise ValueError(
-                f"cond_dim must be an integer >= 0 (0: unconditional), got {cond_dim!r}"
-            )
+        check_range("[0, inf)", cond_dim=cond_dim)
         self.horizon = horizon
         self.dim = dim
         self.cond_dim = cond_dim
@@ -74,10 +99,6 @@ class Network(nn.Module, ABC):
             ValueError: A shape does not fit, or integers for a network which does not take them.
         """
 
-    @abstractmethod
-    def config(self) -> dict[str, Any]:
-        """Plain values from which ``make_network`` builds the same network (untrained)."""
-
     def num_parameters(self) -> int:
         """Number of trainable scalars."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -91,26 +112,16 @@ class Network(nn.Module, ABC):
         """
         if not x.is_floating_point():
             self._check_tokens(x)
-        elif x.dim() != 3 or x.shape[1] != self.horizon or x.shape[2] != self.dim:
+        else:
+            check_shape("x", x.shape, ("B", self.horizon, self.dim))
+        if (cond is None) != (not self.cond_dim):
+            given = "none" if cond is None else list(cond.shape)
             raise ValueError(
-                f"x must be [B, {self.horizon}, {self.dim}] (horizon, dim), got {list(x.shape)}"
+                f"this network was built with cond_dim={self.cond_dim} (0: unconditional), got "
+                f"cond {given}"
             )
-        if cond is None:
-            if self.cond_dim:
-                raise ValueError(
-                    f"this network is conditional: pass cond [B, {self.cond_dim}], or build it "
-                    "with cond_dim=0"
-                )
-        elif not self.cond_dim:
-            raise ValueError(
-                "this network is unconditional (cond_dim=0) and cannot use cond; pass None, or "
-                f"build it with cond_dim={cond.shape[-1]}"
-            )
-        elif cond.dim() != 2 or cond.shape[1] != self.cond_dim:
-            raise ValueError(
-                f"cond must be [B, {self.cond_dim}] (cond_dim), got {list(cond.shape)}; flatten "
-                "the observation steps first"
-            )
+        if cond is not None:
+            check_shape("cond", cond.shape, ("B", self.cond_dim))
 
     def _check_tokens(self, x: Tensor) -> None:
         if not self.takes_tokens:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpolicy.networks.base import check_positive
+from diffpolicy.networks.base import Configured, check_positive
+from diffpolicy.settings import check_shape
 
 
 class StackedLinear(nn.Module):
@@ -73,7 +74,21 @@ class StackedMLP(nn.Module):
         return out.squeeze(-1)
 
 
-class QEnsemble(nn.Module):
+class _Critic(Configured):
+    """A critic whose sizes are those of its MLP."""
+
+    mlp: StackedMLP
+
+    @property
+    def members(self) -> int:
+        """How many critics M."""
+        return self.mlp.members
+
+    def argument(self, name: str) -> Any:
+        return getattr(self.mlp if hasattr(self.mlp, name) else self, name)
+
+
+class QEnsemble(_Critic):
     """Q(observation, plan) by several independent MLPs; two of them are the usual twin critic.
 
     The discounted return of executing the plan from the current step on, then following the policy.
@@ -92,6 +107,8 @@ class QEnsemble(nn.Module):
         ValueError: A size is not a positive integer.
     """
 
+    TYPE = "q_ensemble"
+
     def __init__(
         self,
         cond_dim: int,
@@ -106,18 +123,8 @@ class QEnsemble(nn.Module):
         super().__init__()
         check_positive(cond_dim=cond_dim, horizon=horizon, action_dim=action_dim)
         self.cond_dim, self.horizon, self.action_dim = cond_dim, horizon, action_dim
-        self.mlp = StackedMLP(
-            members,
-            cond_dim + horizon * action_dim,
-            width=width,
-            depth=depth,
-            layer_norm=layer_norm,
-        )
-
-    @property
-    def members(self) -> int:
-        """How many critics M."""
-        return self.mlp.members
+        inward, options = cond_dim + horizon * action_dim, {"width": width, "depth": depth}
+        self.mlp = StackedMLP(members, inward, **options, layer_norm=layer_norm)
 
     def forward(self, cond: Tensor, chunk: Tensor) -> Tensor:
         """Every member's value.
@@ -132,10 +139,8 @@ class QEnsemble(nn.Module):
         Raises:
             ValueError: A shape does not fit.
         """
-        plan = (self.horizon, self.action_dim)
-        if chunk.dim() != 3 or tuple(chunk.shape[1:]) != plan:
-            raise ValueError(f"chunk must be [B, {plan[0]}, {plan[1]}], got {list(chunk.shape)}")
-        _check_cond(cond, self.cond_dim)
+        check_shape("chunk", chunk.shape, ("B", self.horizon, self.action_dim))
+        check_shape("cond", cond.shape, ("B", self.cond_dim))
         out: Tensor = self.mlp(torch.cat([cond, chunk.flatten(1)], dim=1))
         return out
 
@@ -143,21 +148,8 @@ class QEnsemble(nn.Module):
         """The least value of the members, [B]: by it candidates are chosen."""
         return self.forward(cond, plan).amin(0)
 
-    def config(self) -> dict[str, Any]:
-        """Plain values from which ``make_head`` builds the same critic (untrained)."""
-        return {
-            "type": "q_ensemble",
-            "cond_dim": self.cond_dim,
-            "horizon": self.horizon,
-            "action_dim": self.action_dim,
-            "width": self.mlp.width,
-            "depth": self.mlp.depth,
-            "members": self.mlp.members,
-            "layer_norm": self.mlp.layer_norm,
-        }
 
-
-class StateValue(nn.Module):
+class StateValue(_Critic):
     """V(observation) by an MLP.
 
     Args:
@@ -169,6 +161,8 @@ class StateValue(nn.Module):
     Raises:
         ValueError: A size is not a positive integer.
     """
+
+    TYPE = "state_value"
 
     def __init__(
         self, cond_dim: int, *, width: int = 256, depth: int = 2, layer_norm: bool = False
@@ -184,23 +178,6 @@ class StateValue(nn.Module):
         Raises:
             ValueError: A shape that does not fit.
         """
-        _check_cond(cond, self.cond_dim)
+        check_shape("cond", cond.shape, ("B", self.cond_dim))
         out: Tensor = self.mlp(cond)
         return out.squeeze(0)
-
-    def config(self) -> dict[str, Any]:
-        """Plain values from which ``make_head`` builds the same network (untrained)."""
-        return {
-            "type": "state_value",
-            "cond_dim": self.cond_dim,
-            "width": self.mlp.width,
-            "depth": self.mlp.depth,
-            "layer_norm": self.mlp.layer_norm,
-        }
-
-
-def _check_cond(cond: Tensor, cond_dim: int) -> None:
-    if cond.dim() != 2 or cond.shape[1] != cond_dim:
-        raise ValueError(
-            f"cond must be [B, {cond_dim}] (the flat observation), got {list(cond.shape)}"
-        )

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpolicy.networks.base import check_positive
-from diffpolicy.networks.embeddings import sinusoidal
+from diffpolicy.networks.base import Configured, check_positive
+from diffpolicy.networks.embeddings import sinusoidal, zeroed
+from diffpolicy.settings import check_choice, check_range, check_shape
 
 DRAFT_BASES = ("gru", "transformer")
 
 
-class Draft(nn.Module):
-    """Predicts the next state, and the next return if it is told one, from those so far.
+class Draft(Configured):
+    """Predict the next state, and the next return if it is told one, from those so far.
 
     The first stage of Trajectory Diffuser (Huang et al. 2024): a plan written by this cheap model
     is close enough to the data for diffusion to begin at a low noise level. Both bases predict
@@ -38,6 +39,7 @@ class Draft(nn.Module):
         ValueError: an unknown base, or a size or entry out of range.
     """
 
+    TYPE = "draft"
     free: Tensor
 
     def __init__(
@@ -57,8 +59,7 @@ class Draft(nn.Module):
         check_positive(
             obs_dim=obs_dim, horizon=horizon, n_obs_steps=n_obs_steps, width=width, depth=depth
         )
-        if base not in DRAFT_BASES:
-            raise ValueError(f"a draft's base must be one of {DRAFT_BASES}, got {base!r}")
+        check_choice("base of a draft", base, DRAFT_BASES)
         if horizon <= n_obs_steps:
             raise ValueError(
                 f"a draft goes on from n_obs_steps={n_obs_steps} states: horizon must be larger, "
@@ -69,10 +70,8 @@ class Draft(nn.Module):
         self.heads = heads
         size = obs_dim + self.returns
         self.constant = tuple(constant)
-        if not all(0 <= entry < obs_dim for entry in self.constant):
-            raise ValueError(
-                f"constant entries are indices below obs_dim={obs_dim}, got {self.constant}"
-            )
+        for entry in self.constant:
+            check_range(f"[0, {obs_dim})", constant=entry)
         free = torch.ones(size)
         free[list(self.constant)] = 0.0
         self.register_buffer("free", free, persistent=False)
@@ -82,9 +81,7 @@ class Draft(nn.Module):
         else:
             self.model = _CausalTransformer(size, horizon, width, depth, heads)
         self.hidden = nn.Linear(width, width)
-        self.outward = nn.Linear(width, size)
-        nn.init.zeros_(self.outward.weight)
-        nn.init.zeros_(self.outward.bias)
+        self.outward = zeroed(nn.Linear(width, size))
 
     def forward(
         self, states: Tensor, returns: Tensor | None = None
@@ -101,15 +98,12 @@ class Draft(nn.Module):
         Raises:
             ValueError: a shape does not fit.
         """
-        if states.dim() != 3 or states.shape[2] != self.obs_dim or states.shape[1] > self.horizon:
-            raise ValueError(
-                f"states must be [B, T <= {self.horizon}, {self.obs_dim}], got {list(states.shape)}"
-            )
+        check_shape("states", states.shape, ("B", "T", self.obs_dim))
+        check_range(f"[1, {self.horizon}]", T=states.shape[1])
         tokens = self._tokens(states, returns, (*states.shape[:2], 1))
         following = tokens + self._change(self.model(tokens))
-        return following[..., : self.obs_dim], following[..., self.obs_dim :] if (
-            self.returns
-        ) else None
+        told = following[..., self.obs_dim :] if self.returns else None
+        return following[..., : self.obs_dim], told
 
     def rollout(self, history: Tensor, returns: Tensor | None = None) -> Tensor:
         """A plan: the history and what follows it, each state made from those before.
@@ -125,11 +119,7 @@ class Draft(nn.Module):
         Raises:
             ValueError: a shape does not fit.
         """
-        if history.dim() != 3 or history.shape[1:] != (self.n_obs_steps, self.obs_dim):
-            raise ValueError(
-                f"history must be [B, {self.n_obs_steps}, {self.obs_dim}], got "
-                f"{list(history.shape)}"
-            )
+        check_shape("history", history.shape, ("B", self.n_obs_steps, self.obs_dim))
         told = None if returns is None else returns.unsqueeze(1).expand(-1, self.n_obs_steps, -1)
         tokens = self._tokens(history, told, (len(history), self.n_obs_steps, 1))
         out, memory = self.model.begin(tokens)
@@ -140,21 +130,6 @@ class Draft(nn.Module):
             token = token + self._change(out)
             states.append(token)
         return torch.cat([history, torch.stack(states, dim=1)[..., : self.obs_dim]], dim=1)
-
-    def config(self) -> dict[str, Any]:
-        """Plain values from which ``make_head`` builds the same head (untrained)."""
-        return {
-            "type": "draft",
-            "obs_dim": self.obs_dim,
-            "horizon": self.horizon,
-            "n_obs_steps": self.n_obs_steps,
-            "returns": self.returns,
-            "base": self.base,
-            "width": self.width,
-            "depth": self.depth,
-            "heads": self.heads,
-            "constant": list(self.constant),
-        }
 
     def _change(self, out: Tensor) -> Tensor:
         change: Tensor = self.outward(F.silu(self.hidden(out)))
@@ -168,8 +143,7 @@ class Draft(nn.Module):
             )
         if returns is None:
             return states
-        if tuple(returns.shape) != expected:
-            raise ValueError(f"returns must be {list(expected)}, got {list(returns.shape)}")
+        check_shape("returns", returns.shape, expected)
         return torch.cat([states, returns], dim=-1)
 
 

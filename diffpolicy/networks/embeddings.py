@@ -20,6 +20,20 @@ def check_embedding_dim(dim: int, name: str) -> None:
         )
 
 
+def zeroed(layer: nn.Linear) -> nn.Linear:
+    """Return a layer whose weights and biases begin at zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def condition_mlp(cond_dim: int, width: int) -> nn.Module | None:
+    """Make the layers that embed a condition ``[B, C]``; ``None`` without one."""
+    if not cond_dim:
+        return None
+    return nn.Sequential(nn.Linear(cond_dim, width), nn.SiLU(), nn.Linear(width, width))
+
+
 def sinusoidal(t: Tensor, dim: int) -> Tensor:
     """Sines and cosines of ``t`` at geometric frequencies.
 

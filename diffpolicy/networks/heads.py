@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.networks.base import as_time, check_positive
+from diffpolicy.networks.base import Configured, as_time, check_positive
 from diffpolicy.networks.critics import QEnsemble, StateValue
 from diffpolicy.networks.draft import Draft
-from diffpolicy.networks.registry import construct, make_network
+from diffpolicy.networks.registry import construct, sized_network
 from diffpolicy.networks.sequence import SequenceRegressor
+from diffpolicy.settings import check_shape
 
 
-class InverseDynamics(nn.Module):
+class InverseDynamics(Configured):
     """The action that leads from an observation to the next one.
 
     Args:
@@ -30,6 +31,8 @@ class InverseDynamics(nn.Module):
     Raises:
         ValueError: a size is not a positive integer.
     """
+
+    TYPE = "inverse"
 
     def __init__(self, obs_dim: int, action_dim: int, width: int = 256, depth: int = 2) -> None:
         super().__init__()
@@ -46,18 +49,8 @@ class InverseDynamics(nn.Module):
         out: Tensor = self.layers(torch.cat([obs, next_obs - obs], dim=-1))
         return out
 
-    def config(self) -> dict[str, Any]:
-        """Plain values from which :func:`make_head` builds the same head (untrained)."""
-        return {
-            "type": "inverse",
-            "obs_dim": self.obs_dim,
-            "action_dim": self.action_dim,
-            "width": self.width,
-            "depth": self.depth,
-        }
 
-
-class TrajectoryValue(nn.Module):
+class TrajectoryValue(Configured):
     """The value of a noisy or clean plan; any network of plans can be its base.
 
     The value is one more channel of the base network, averaged over the plan (the trick of
@@ -74,6 +67,8 @@ class TrajectoryValue(nn.Module):
         ValueError: a size is out of range, or ``base`` is not a network's config.
     """
 
+    TYPE = "value"
+
     def __init__(
         self,
         horizon: int,
@@ -85,14 +80,9 @@ class TrajectoryValue(nn.Module):
         super().__init__()
         check_positive(horizon=horizon, dim=dim)
         base = {"type": "mlp"} if base is None else dict(base)
-        given = sorted({"horizon", "dim", "cond_dim"} & set(base))
-        if given:
-            raise ValueError(f"base takes {', '.join(given)} from the value: leave out")
         self.horizon, self.dim, self.cond_dim = horizon, dim, cond_dim
         self.base, self.clean_time = base, float(clean_time)
-        self.network = make_network(
-            {**base, "horizon": horizon, "dim": dim + 1, "cond_dim": cond_dim}
-        )
+        self.network = sized_network(base, horizon, dim + 1, cond_dim)
         self.gain = nn.Parameter(torch.ones(()))
         self.bias = nn.Parameter(torch.zeros(()))
 
@@ -110,13 +100,9 @@ class TrajectoryValue(nn.Module):
         Raises:
             ValueError: a shape does not fit.
         """
-        if x.dim() != 3 or x.shape[1] != self.horizon or x.shape[2] != self.dim:
-            raise ValueError(f"x must be [B, {self.horizon}, {self.dim}], got {list(x.shape)}")
+        check_shape("x", x.shape, ("B", self.horizon, self.dim))
         time = as_time(t, x)
-        if time.dim() != 3 or time.shape[1:] != (1, 1):
-            raise ValueError(
-                f"a value takes one level per plan, t [B, 1, 1]; got {list(time.shape)}"
-            )
+        check_shape("t (one level per plan)", time.shape, ("B", 1, 1))
         padded = torch.cat([x, x.new_zeros(*x.shape[:2], 1)], dim=-1)
         out: Tensor = self.network(padded, time.to(x.dtype), cond if self.cond_dim else None)
         return self.gain * out[..., -1].mean(1) + self.bias
@@ -124,17 +110,6 @@ class TrajectoryValue(nn.Module):
     def score(self, cond: Tensor | None, plan: Tensor) -> Tensor:
         """The value ``[B]`` of clean plans ``[B, H, D]``, for choosing among candidates."""
         return self.forward(plan, self.clean_time, cond)
-
-    def config(self) -> dict[str, Any]:
-        """Plain values from which :func:`make_head` builds the same head (untrained)."""
-        return {
-            "type": "value",
-            "horizon": self.horizon,
-            "dim": self.dim,
-            "cond_dim": self.cond_dim,
-            "base": dict(self.base),
-            "clean_time": self.clean_time,
-        }
 
 
 HEADS: Mapping[str, type[nn.Module]] = {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffpolicy.networks.base import T_KINDS, Network, as_time, check_positive, one_hot
-from diffpolicy.networks.embeddings import TimeMLP, check_embedding_dim
+from diffpolicy.networks.embeddings import TimeMLP, check_embedding_dim, condition_mlp, zeroed
+from diffpolicy.settings import check_choice
 
 
 class MLPBlock(nn.Module):
@@ -19,9 +18,7 @@ class MLPBlock(nn.Module):
         super().__init__()
         self.width = width
         self.expand = nn.Linear(width, hidden)
-        self.project = nn.Linear(hidden, width)
-        nn.init.zeros_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
+        self.project = zeroed(nn.Linear(hidden, width))
 
     def forward(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """Apply the block to h [B, W] with FiLM scale and shift, each [B, W] or [1, W]."""
@@ -52,6 +49,7 @@ class MLP(Network):
         ValueError: A size or ``t_kind`` is out of range.
     """
 
+    TYPE = "mlp"
     takes_tokens = True
 
     def __init__(
@@ -66,8 +64,7 @@ class MLP(Network):
         time_dim: int = 64,
         t_kind: str = "row",
     ) -> None:
-        if t_kind not in T_KINDS:
-            raise ValueError(f"t_kind must be one of {', '.join(T_KINDS)}; got {t_kind!r}")
+        check_choice("t_kind", t_kind, T_KINDS)
         super().__init__(horizon, dim, cond_dim, t_kinds={"row", t_kind})
         check_positive(width=width, depth=depth, expansion=expansion)
         check_embedding_dim(time_dim, "time_dim")
@@ -75,11 +72,7 @@ class MLP(Network):
         self.time_dim, self.t_kind = time_dim, t_kind
         slots = {"row": 1, "position": horizon, "dim": dim}[t_kind]
         self.time = TimeMLP(time_dim, width, width, activation=nn.SiLU(), slots=slots)
-        self.cond: nn.Module | None = None
-        if cond_dim:
-            self.cond = nn.Sequential(
-                nn.Linear(cond_dim, width), nn.SiLU(), nn.Linear(width, width)
-            )
+        self.cond = condition_mlp(cond_dim, width)
         self.film = nn.Linear(width, 2 * depth * width)
         self.inward = nn.Linear(horizon * dim, width)
         self.blocks = nn.ModuleList(MLPBlock(width, expansion * width) for _ in range(depth))
@@ -136,17 +129,3 @@ class MLP(Network):
             h = block(h, scale, shift)
         out: Tensor = self.outward(F.silu(self.norm(h)))
         return out.view(out.shape[0], self.horizon, self.dim)
-
-    def config(self) -> dict[str, Any]:
-        """See :meth:`Network.config`."""
-        return {
-            "type": "mlp",
-            "horizon": self.horizon,
-            "dim": self.dim,
-            "cond_dim": self.cond_dim,
-            "width": self.width,
-            "depth": self.depth,
-            "expansion": self.expansion,
-            "time_dim": self.time_dim,
-            "t_kind": self.t_kind,
-        }

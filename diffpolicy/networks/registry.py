@@ -40,6 +40,25 @@ def make_network(config: Mapping[str, Any]) -> Network:
     return network
 
 
+def sized_network(config: Mapping[str, Any], horizon: int, dim: int, cond_dim: int) -> Network:
+    """Build a network whose sizes are those of what it is a part of.
+
+    Args:
+        config: "type" and the other arguments.
+        horizon: H.
+        dim: D.
+        cond_dim: C.
+
+    Raises:
+        ValueError: A size stands in ``config``, or what :func:`make_network` refuses.
+    """
+    sizes = {"horizon": horizon, "dim": dim, "cond_dim": cond_dim}
+    given = sorted(set(sizes) & set(config))
+    if given:
+        raise ValueError(f"{', '.join(given)} of this network are given otherwise: leave out")
+    return make_network({**config, **sizes})
+
+
 def construct(kinds: Mapping[str, type[Any]], config: Mapping[str, Any], what: str) -> Any:
     """An object of one of ``kinds``, whose name is "type" in ``config``, from its arguments.
 

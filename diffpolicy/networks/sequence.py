@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpolicy.networks.base import Network, as_time, check_positive, one_hot
-from diffpolicy.networks.embeddings import TimeMLP, check_embedding_dim
+from diffpolicy.networks.base import Configured, Network, as_time, check_positive, one_hot
+from diffpolicy.networks.embeddings import TimeMLP, check_embedding_dim, condition_mlp, zeroed
+from diffpolicy.settings import check_range, check_shape
 
 DILATIONS = (1, 1, 4, 16, 64)
 
@@ -103,6 +104,7 @@ class SequenceCNN(Network):
         ValueError: A size is out of range.
     """
 
+    TYPE = "sequence_cnn"
     takes_tokens = True
 
     def __init__(
@@ -123,18 +125,10 @@ class SequenceCNN(Network):
         check_embedding_dim(width, "width")
         self.dilations = _check_dilations(dilations)
         _check_options(kernel_size, dropout)
-        self.width, self.kernel_size, self.stacks, self.dropout = (
-            width,
-            kernel_size,
-            stacks,
-            float(dropout),
-        )
+        self.width, self.kernel_size, self.stacks = width, kernel_size, stacks
+        self.dropout = float(dropout)
         self.time = TimeMLP(width, width, width, activation=nn.SiLU())
-        self.cond: nn.Module | None = None
-        if cond_dim:
-            self.cond = nn.Sequential(
-                nn.Linear(cond_dim, width), nn.SiLU(), nn.Linear(width, width)
-            )
+        self.cond = condition_mlp(cond_dim, width)
         self.inward = PositionConv(dim, width, kernel_size, length=horizon)
         self.positions = nn.Parameter(0.1 * torch.randn(horizon, width)) if positions else None
         self.blocks = nn.ModuleList(
@@ -143,9 +137,7 @@ class SequenceCNN(Network):
         )
         self.shifts = nn.Linear(width, len(self.blocks) * width)
         self.between = nn.Linear(width, width)
-        self.outward = nn.Linear(width, dim)
-        nn.init.zeros_(self.outward.weight)
-        nn.init.zeros_(self.outward.bias)
+        self.outward = zeroed(nn.Linear(width, dim))
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Embed ``t [..., 1, 1]`` to ``[..., width]``."""
@@ -173,21 +165,10 @@ class SequenceCNN(Network):
 
     def config(self) -> dict[str, Any]:
         """See :meth:`Network.config`."""
-        return {
-            "type": "sequence_cnn",
-            "horizon": self.horizon,
-            "dim": self.dim,
-            "cond_dim": self.cond_dim,
-            "width": self.width,
-            "kernel_size": self.kernel_size,
-            "dilations": list(self.dilations),
-            "stacks": self.stacks,
-            "positions": self.positions is not None,
-            "dropout": self.dropout,
-        }
+        return {**super().config(), "positions": self.positions is not None}
 
 
-class SequenceRegressor(nn.Module):
+class SequenceRegressor(Configured):
     """Properties of a sequence from its tokens: the network of a learned oracle.
 
     A convolution, a learned vector per position, and residual blocks with dilations 1, 2, 4, ...
@@ -208,6 +189,8 @@ class SequenceRegressor(nn.Module):
     Raises:
         ValueError: A size is out of range.
     """
+
+    TYPE = "sequence_regressor"
 
     def __init__(
         self,
@@ -264,38 +247,18 @@ class SequenceRegressor(nn.Module):
         return out.squeeze(-1) if self.outputs == 1 else out
 
     def _as_soft(self, x: Tensor) -> Tensor:
-        shape = (self.length, self.vocab_size)
-        if x.is_floating_point() and x.dim() == 3 and x.shape[1:] == shape:
+        if x.is_floating_point():
+            check_shape("x", x.shape, ("B", self.length, self.vocab_size))
             return x
-        if x.dtype == torch.int64 and x.dim() == 2 and x.shape[1] == self.length:
-            return one_hot(x, self.vocab_size, self.outward.weight.dtype)
-        raise ValueError(
-            f"x must be a one-hot of floats [B, {self.length}, {self.vocab_size}] (length, "
-            f"vocab_size; no mask channel) or int64 tokens [B, {self.length}]; got "
-            f"{list(x.shape)} of {x.dtype}"
-        )
-
-    def config(self) -> dict[str, Any]:
-        """Plain values from which ``make_head`` builds the same regressor (untrained)."""
-        return {
-            "type": "sequence_regressor",
-            "length": self.length,
-            "vocab_size": self.vocab_size,
-            "outputs": self.outputs,
-            "width": self.width,
-            "depth": self.depth,
-            "kernel_size": self.kernel_size,
-            "pool": self.pool,
-            "dropout": self.dropout,
-        }
+        check_shape("tokens", x.shape, ("B", self.length))
+        if x.dtype != torch.int64:
+            raise ValueError(f"tokens must be int64, got {x.dtype}")
+        return one_hot(x, self.vocab_size, self.outward.weight.dtype)
 
 
 def _check_dilations(dilations: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(dilations, (list, tuple)) or not dilations:
-        raise ValueError(
-            "dilations must list one positive integer per block of a stack, such as "
-            f"{list(DILATIONS)}; got {dilations!r}"
-        )
+        raise ValueError(f"dilations must be a list such as {list(DILATIONS)}, got {dilations!r}")
     check_positive(**{f"dilations[{i}]": value for i, value in enumerate(dilations)})
     return tuple(dilations)
 
@@ -304,5 +267,4 @@ def _check_options(kernel_size: int, dropout: float) -> None:
     check_positive(kernel_size=kernel_size)
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd (an even one changes L), got {kernel_size}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    check_range("[0, 1)", dropout=dropout)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffpolicy.networks.base import Network, as_time, check_positive
-from diffpolicy.networks.embeddings import TimeMLP, check_embedding_dim, sinusoidal
+from diffpolicy.networks.embeddings import (
+    TimeMLP,
+    check_embedding_dim,
+    condition_mlp,
+    sinusoidal,
+    zeroed,
+)
 
 
 class TransformerBlock(nn.Module):
@@ -59,6 +63,7 @@ class Transformer(Network):
         ValueError: A size is out of range.
     """
 
+    TYPE = "transformer"
     takes_tokens = True
 
     def __init__(
@@ -79,22 +84,15 @@ class Transformer(Network):
             raise ValueError(f"width must be a multiple of heads, got {width} and {heads}")
         self.width, self.depth, self.heads, self.expansion = width, depth, heads, expansion
         self.time = TimeMLP(width, width, width, activation=nn.SiLU())
-        self.cond: nn.Module | None = None
-        if cond_dim:
-            self.cond = nn.Sequential(
-                nn.Linear(cond_dim, width), nn.SiLU(), nn.Linear(width, width)
-            )
+        self.cond = condition_mlp(cond_dim, width)
         self.inward = nn.Linear(dim, width)
         self.positions = nn.Parameter(0.1 * sinusoidal(torch.arange(horizon), width))
         self.blocks = nn.ModuleList(
             TransformerBlock(width, heads, expansion * width) for _ in range(depth)
         )
         # Six modulations for every block, and the last layer's shift and scale.
-        self.modulation = nn.Linear(width, (6 * depth + 2) * width)
-        self.outward = nn.Linear(width, dim)
-        for layer in (self.modulation, self.outward):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.modulation = zeroed(nn.Linear(width, (6 * depth + 2) * width))
+        self.outward = zeroed(nn.Linear(width, dim))
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Embed ``t [..., 1 or H, 1]`` to ``[..., 1 or H, width]``."""
@@ -121,19 +119,6 @@ class Transformer(Network):
             out: Tensor = self.inward(x)
             return out
         return F.embedding(x, self.inward.weight.T) + self.inward.bias
-
-    def config(self) -> dict[str, Any]:
-        """See :meth:`Network.config`."""
-        return {
-            "type": "transformer",
-            "horizon": self.horizon,
-            "dim": self.dim,
-            "cond_dim": self.cond_dim,
-            "width": self.width,
-            "depth": self.depth,
-            "heads": self.heads,
-            "expansion": self.expansion,
-        }
 
 
 def _modulate(h: Tensor, shift: Tensor, scale: Tensor, width: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,8 @@ class UNet1D(Network):
     Raises:
         ValueError: A size is out of range, or the horizon cannot be halved often enough.
     """
+
+    TYPE = "unet1d"
 
     def __init__(
         self,
@@ -168,20 +170,6 @@ class UNet1D(Network):
             return Film(None, film)
         scale, shift = film.chunk(2, dim=1)
         return Film(scale, shift)
-
-    def config(self) -> dict[str, Any]:
-        """See :meth:`Network.config`."""
-        return {
-            "type": "unet1d",
-            "horizon": self.horizon,
-            "dim": self.dim,
-            "cond_dim": self.cond_dim,
-            "down_dims": list(self.down_dims),
-            "kernel_size": self.kernel_size,
-            "n_groups": self.n_groups,
-            "diffusion_step_embed_dim": self.diffusion_step_embed_dim,
-            "cond_predict_scale": self.cond_predict_scale,
-        }
 
 
 def film_layout(down_dims: Sequence[int]) -> list[tuple[int, int]]:

@@ -1,39 +1,43 @@
-"""Pictures of reward tuning: reward against divergence, curves of a run, sequence logos.
-
-All are drawn without a window and without global state; the same input gives the same bytes.
-"""
+"""Figures of reward tuning: reward against divergence, curves of a run, sequence logos."""
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from diffpolicy.files import atomic_file
-from diffpolicy.report.logos import COLORS, LogoArtist, check_profiles, import_matplotlib
+from diffpolicy.report.figures import (
+    COLORS,
+    Series,
+    draw_series,
+    import_matplotlib,
+    is_finite,
+    new_figure,
+    read_metrics,
+    save_figure,
+)
 from diffpolicy.sequences.metrics import hacking_warning
+from diffpolicy.settings import check_range, check_shape
 
-_DPI = 120
 _MARKERS = "osD^vPX"
-_CURVES = ("reward", "held_out", "kl")
+_CURVES = {"reward": "training oracle", "held_out": "held-out oracle", "kl": None}
+_NUCLEOTIDES = {"A": "#109648", "C": "#255c99", "G": "#f7a600", "T": "#d62839", "U": "#d62839"}
+_CHEMISTRY = {  # amino acids: polar, amide, basic, acidic, hydrophobic
+    "GSTYC": "#109648",
+    "NQ": "#7b3294",
+    "KRH": "#255c99",
+    "DE": "#d62839",
+    "AVLIPWFM": "#222222",
+}
+_AMINO_ACIDS = {letter: color for group, color in _CHEMISTRY.items() for letter in group}
+_LEAST = 1e-3  # bits below which a letter is not drawn
 
-Series = tuple[list[float], list[float]]
-
-
-class Warned(NamedTuple):
-    """A warning that stands at the end of a run.
-
-    Attributes:
-        step: update since which it has stood.
-        message: see :func:`~diffpolicy.sequences.metrics.hacking_warning`.
-    """
-
-    step: int
-    message: str
+Floats = npt.NDArray[np.float64]
 
 
 # ------------------------------------------------------------------ reward against divergence
@@ -47,7 +51,7 @@ def plot_front(
     title: str = "",
     label: str = "reward",
 ) -> Path:
-    """Draws reward against the divergence from the reference.
+    """Draw reward against the divergence from the reference.
 
     Every row is a small point; the median over the rows of one method and setting is a large one,
     and those of a method are joined. Rows without a divergence (best of N, say) give a dotted line
@@ -68,10 +72,10 @@ def plot_front(
         ImportError: matplotlib is missing (with the pip command).
         ValueError: nothing to draw, or not a PNG.
     """
-    drawn = [row for row in rows if _finite(row.get("reward"))]
+    drawn = [row for row in rows if is_finite(row.get("reward"))]
     if not drawn and not optimum:
         raise ValueError("there is nothing to draw: no row has a number as its reward")
-    figure, axis = _figure(path, 7, 5)
+    figure, (axis,) = new_figure(7, 5, title=title)
     for number, method in enumerate(dict.fromkeys(str(row["method"]) for row in drawn)):
         mine = [row for row in drawn if str(row["method"]) == method]
         _draw_method(axis, method, mine, number)
@@ -80,14 +84,15 @@ def plot_front(
         axis.plot(kl, reward, color="black", linewidth=1, label="optimum", zorder=1)
     axis.set_xlabel("KL to the reference (nats)")
     axis.set_ylabel(label)
-    _finish(axis, title)
-    return _save(figure, path)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return save_figure(figure, path)
 
 
 def _draw_method(axis: Any, method: str, rows: list[Mapping[str, Any]], number: int) -> None:
     color = COLORS[number % len(COLORS)]
     marker = _MARKERS[number // len(COLORS) % len(_MARKERS)]
-    placed = [row for row in rows if _finite(row.get("kl"))]
+    placed = [row for row in rows if is_finite(row.get("kl"))]
     if not placed:
         level = float(np.median([row["reward"] for row in rows]))
         axis.axhline(level, color=color, linestyle=":", label=f"{method} (no KL)")
@@ -97,89 +102,47 @@ def _draw_method(axis: Any, method: str, rows: list[Mapping[str, Any]], number: 
     groups: dict[Any, list[tuple[float, float]]] = {}
     for row, point in zip(placed, points, strict=True):
         groups.setdefault(row.get("setting"), []).append(point)
-    medians = sorted(tuple(np.median(group, axis=0)) for group in groups.values())
-    axis.plot(
-        *zip(*medians, strict=True),
-        marker=marker,
-        color=color,
-        markersize=8,
-        linewidth=1.2,
-        label=method,
-    )
+    medians = np.array(sorted(tuple(np.median(group, axis=0)) for group in groups.values()))
+    line = {"marker": marker, "markersize": 8, "linewidth": 1.2}
+    axis.plot(*medians.T, color=color, label=method, **line)
 
 
 # ------------------------------------------------------------------ curves of a run
 
 
-def curve_columns(row: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of a row of ``evaluate_sequences`` as columns of ``metrics.csv``, for a trainer.
-
-    Returns:
-        ``eval/reward`` and so on: medians with ``_q25`` and ``_q75`` beside them, and plain
-        numbers; what is null or a text is left out.
-    """
-    columns: dict[str, float] = {}
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            columns[f"eval/{key}"] = float(value["median"])
-            columns |= {f"eval/{key}_{q}": float(value[q]) for q in ("q25", "q75")}
-        elif _finite(value):
-            columns[f"eval/{key}"] = float(value)
-    return columns
-
-
-def read_curves(metrics: str | Path) -> dict[str, Series]:
-    """Reads the reward, the held-out reward and the divergence from a metrics file.
-
-    Returns:
-        Of ``reward``, ``held_out``, ``kl`` and their quartiles (``reward_q25``, ...) those that are
-        there: steps and finite values. ``eval/reward`` goes before the ``reward`` of batches.
-
-    Raises:
-        ValueError: there is no column ``step``.
-    """
-    with Path(metrics).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "step" not in rows[0]:
-        raise ValueError(f"{metrics} has no rows, or no column 'step'")
-    curves: dict[str, Series] = {}
-    for name in [f"{curve}{end}" for curve in _CURVES for end in ("", "_q25", "_q75")]:
-        column = f"eval/{name}" if f"eval/{name}" in rows[0] else name
-        pairs = [(_number(row["step"]), _number(row.get(column))) for row in rows]
-        kept = [pair for pair in pairs if all(map(math.isfinite, pair))]
-        if kept:
-            curves[name] = ([step for step, _ in kept], [value for _, value in kept])
-    return curves
-
-
-def standing_warning(curves: Mapping[str, Series]) -> Warned | None:
-    """The warning of reward hacking that stands at the end, with the step since which it does.
+def standing_warning(curves: Mapping[str, Series]) -> dict[str, Any] | None:
+    """Find the warning of reward hacking that stands at the end of a run.
 
     Args:
-        curves: of :func:`read_curves`.
+        curves: ``reward`` and ``held_out``, as ``read_metrics(file, first="eval/")`` reads them.
+
+    Returns:
+        ``step``, the update since which it has stood, and ``message`` (see
+        :func:`~diffpolicy.sequences.metrics.hacking_warning`); ``None`` if there is none.
     """
     if not {"reward", "held_out"} <= set(curves):
         return None
     judged = dict(zip(*curves["held_out"], strict=True))
     rows = [(s, r, judged[s]) for s, r in zip(*curves["reward"], strict=True) if s in judged]
-    found = None
+    found: dict[str, Any] | None = None
     for count in range(len(rows), 0, -1):
         _, reward, held_out = zip(*rows[:count], strict=True)
         message = hacking_warning(reward, held_out)
         if message is None:
             break
-        found = Warned(int(rows[count - 1][0]), message if found is None else found.message)
+        last = message if found is None else found["message"]
+        found = {"step": int(rows[count - 1][0]), "message": last}
     return found
 
 
 def plot_curves(metrics: str | Path, path: str | Path, *, title: str = "") -> Path:
-    """Draws reward and held-out reward above the divergence, over the updates of a run.
+    """Draw reward and held-out reward above the divergence, over the updates of a run.
 
-    Bands are quartiles, where the file has them. The step since which there is a warning of reward
-    hacking is marked.
+    Bands are quartiles (``reward_q25``, ...), where the file has them. The step since which there
+    is a warning of reward hacking is marked.
 
     Args:
-        metrics: a CSV file, see :func:`read_curves`.
+        metrics: a CSV file; ``eval/reward`` goes before the ``reward`` of batches.
         path: of the PNG.
         title: above it.
 
@@ -190,34 +153,25 @@ def plot_curves(metrics: str | Path, path: str | Path, *, title: str = "") -> Pa
         ImportError: matplotlib is missing (with the pip command).
         ValueError: the file has no column ``step`` or nothing to draw, or ``path`` is no PNG.
     """
-    curves = read_curves(metrics)
-    names = {"reward": "training oracle", "held_out": "held-out oracle"}
-    panels = [[c for c in group if c in curves] for group in (tuple(names), ("kl",))]
+    curves = read_metrics(metrics, first="eval/")
+    panels = [[c for c in group if c in curves] for group in (("reward", "held_out"), ("kl",))]
     panels = [panel for panel in panels if panel]
     if not panels:
         raise ValueError(f"{metrics} has none of the columns {list(_CURVES)}, nor eval/ of them")
-    figure, axes = _figure(path, 7, 3 * len(panels) + 0.5, panels=len(panels))
+    figure, axes = new_figure(7, 3 * len(panels) + 0.5, len(panels), title=title)
     warned = standing_warning(curves)
     for axis, panel in zip(axes, panels, strict=True):
         for name in panel:
-            _draw_curve(axis, curves, name, names.get(name))
+            style = {"color": COLORS[list(_CURVES).index(name)], "label": _CURVES[name]}
+            draw_series(axis, curves, name, ("_q25", "_q75"), markersize=3, **style)
         axis.set_ylabel("KL to the reference (nats)" if panel == ["kl"] else "reward")
         if warned is not None:
-            axis.axvline(warned.step, color="tab:red", linestyle="--", label="hacking warning")
-        _finish(axis)
+            axis.axvline(warned["step"], color="tab:red", linestyle="--", label="hacking warning")
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     axes[-1].set_xlabel("update")
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return _save(figure, path)
-
-
-def _draw_curve(axis: Any, curves: Mapping[str, Series], name: str, label: str | None) -> None:
-    color = COLORS[_CURVES.index(name)]
-    steps, values = curves[name]
-    axis.plot(steps, values, marker="o", markersize=3, color=color, label=label)
-    low, high = curves.get(f"{name}_q25"), curves.get(f"{name}_q75")
-    if low is not None and high is not None and low[0] == high[0] == steps:
-        axis.fill_between(steps, low[1], high[1], color=color, alpha=0.2, linewidth=0)
+    return save_figure(figure, path)
 
 
 # ------------------------------------------------------------------ sequence logos
@@ -231,16 +185,17 @@ def plot_logo(
     per_row: int = 40,
     title: str = "",
 ) -> Path:
-    """Draws sequence logos below each other: letters as tall as the information they carry.
+    """Draw sequence logos below each other: letters as tall as the information they carry.
 
     Longer sequences are wrapped; the same positions of all profiles stand together. All axes reach
     to ``log2 V`` bits.
 
     Args:
-        profiles: by name the frequencies ``[L, V]``, as :func:`~diffpolicy.sequences.metrics
-            .profile` gives them.
+        profiles: by name the frequencies ``[L, V]``, as
+            :func:`~diffpolicy.sequences.metrics.profile` gives them.
         path: of the PNG.
-        alphabet: one letter per token.
+        alphabet: one letter per token. DNA and RNA have their usual colours, amino acids those of
+            their chemistry, other alphabets any.
         per_row: the most positions in a row.
         title: above it.
 
@@ -252,76 +207,97 @@ def plot_logo(
         ValueError: profiles that are none or do not fit together, or not a PNG.
     """
     checked = check_profiles(profiles, alphabet)
-    if per_row < 1:
-        raise ValueError(f"per_row must be at least 1, got {per_row}")
+    check_range("[1, inf)", per_row=per_row)
     length = len(next(iter(checked.values())))
     rows = math.ceil(length / per_row)
     width = math.ceil(length / rows)
     count = rows * len(checked)
-    figure, axes = _figure(path, max(4.0, 0.25 * width + 1), 1.3 * count + 0.4, panels=count)
-    artist = LogoArtist(alphabet)
+    size = max(4.0, 0.25 * width + 1), 1.3 * count + 0.4
+    figure, axes = new_figure(*size, count, title=title)
+    every = 1 if width <= 20 else 5
     for number, axis in enumerate(axes):
         row, which = divmod(number, len(checked))
         name, p = list(checked.items())[which]
         start, stop = row * width, min((row + 1) * width, length)
-        artist.draw(axis, p, start, stop)
+        _draw_letters(axis, p, alphabet, range(start, stop))
         axis.set_xlim(start + 0.5, start + width + 0.5)
+        axis.set_ylim(0, math.log2(len(alphabet)))
         axis.set_ylabel("bits")
         axis.set_title(name, fontsize=9, loc="left")
-        every = 1 if width <= 20 else 5
         axis.set_xticks([i for i in range(start + 1, stop + 1) if i % every == 0 or i == start + 1])
         axis.spines[["top", "right"]].set_visible(False)
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-# ------------------------------------------------------------------ what they share
+def check_profiles(profiles: Mapping[str, Any], alphabet: str) -> dict[str, Floats]:
+    """Return profiles as float64 arrays.
+
+    Raises:
+        ValueError: none at all, of different sizes, or with rows that do not sum to 1.
+    """
+    found = {name: np.asarray(p, dtype=np.float64) for name, p in profiles.items()}
+    if not found:
+        raise ValueError("a logo needs at least one profile")
+    length = len(next(iter(found.values())))
+    for name, p in found.items():
+        check_shape(f"the profile {name!r}", p.shape, (length, len(alphabet)))
+        if not (np.isfinite(p).all() and (p >= 0).all() and np.abs(p.sum(1) - 1).max() < 1e-3):
+            raise ValueError(f"the rows of the profile {name!r} must be frequencies that sum to 1")
+    return found
 
 
-def _figure(path: str | Path, width: float, height: float, *, panels: int = 0) -> tuple[Any, Any]:
-    """A figure with one axis, or a list of ``panels`` axes below each other."""
-    if Path(path).suffix != ".png":
-        raise ValueError(f"pictures are PNG files: expected a name that ends in .png, got {path}")
-    figure_module, canvas_module = import_matplotlib("figure", "backends.backend_agg")
-    figure = figure_module.Figure(figsize=(width, height), layout="constrained")
-    canvas_module.FigureCanvasAgg(figure)
-    axes = figure.subplots(panels or 1, 1, squeeze=False)[:, 0]
-    return figure, list(axes) if panels else axes[0]
+def information(profile: npt.ArrayLike) -> Floats:
+    """Information content of every position in bits, ``log2 V - entropy``, ``[L]``.
+
+    As Schneider and Stephens (1990), without their correction for few sequences.
+
+    Args:
+        profile: frequencies ``[L, V]``.
+    """
+    p = np.asarray(profile, dtype=np.float64)
+    found: Floats = np.log2(p.shape[1]) + (p * np.log2(np.where(p > 0, p, 1.0))).sum(1)
+    return found
 
 
-def _finish(axis: Any, title: str = "") -> None:
-    axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8)
-    if title:
-        axis.set_title(title)
+def _draw_letters(axis: Any, profile: Floats, alphabet: str, positions: range) -> None:
+    """Draw the letters of some positions, the first at 1.
+
+    All outlines of a letter are one path; the tallest letter of a position is on top.
+    """
+    paths, patches = import_matplotlib("path", "patches")
+    placed: dict[str, list[Any]] = {}
+    heights = profile * information(profile)[:, None]
+    for position in positions:
+        foot = 0.0
+        for token in np.argsort(heights[position], kind="stable"):
+            height, letter = float(heights[position, token]), alphabet[token]
+            if height > _LEAST:
+                shape = _glyph(letter)
+                vertices = shape.vertices * [0.94, height] + [position + 0.53, foot]
+                placed.setdefault(letter, []).append(paths.Path(vertices, shape.codes))
+            foot += height
+    colors = _letter_colors(alphabet)
+    for letter, found in placed.items():
+        outline = paths.Path.make_compound_path(*found)
+        axis.add_patch(patches.PathPatch(outline, color=colors[letter], linewidth=0))
 
 
-def _save(figure: Any, path: str | Path) -> Path:
-    target = Path(path)
-    with atomic_file(target, ".png") as partial:
-        figure.savefig(partial, dpi=_DPI)
-    return target
+@cache
+def _glyph(letter: str) -> Any:
+    """Return the outline of a letter that fills the unit square (a narrow one stays narrow)."""
+    path, fonts, text = import_matplotlib("path", "font_manager", "textpath")
+    if not letter.strip():  # it has no ink
+        return path.Path.unit_rectangle()
+    font = fonts.FontProperties(family="DejaVu Sans", weight="bold")
+    outline = text.TextPath((0, 0), letter, size=1, prop=font)
+    box = outline.get_extents()
+    width = max(box.width, 0.5 * box.height)
+    left = (box.x0 + box.x1 - width) / 2
+    return path.Path((outline.vertices - [left, box.y0]) / [width, box.height], outline.codes)
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and math.isfinite(value)
-
-
-def _number(cell: str | None) -> float:
-    try:
-        return float(cell) if cell else math.nan
-    except ValueError:
-        return math.nan
-
-
-__all__ = [
-    "Warned",
-    "curve_columns",
-    "plot_curves",
-    "plot_front",
-    "plot_logo",
-    "read_curves",
-    "standing_warning",
-]
+def _letter_colors(alphabet: str) -> dict[str, str]:
+    for known in (_NUCLEOTIDES, _AMINO_ACIDS):
+        if set(alphabet.upper()) <= set(known):
+            return {letter: known[letter.upper()] for letter in alphabet}
+    return {letter: COLORS[i % len(COLORS)] for i, letter in enumerate(alphabet)}

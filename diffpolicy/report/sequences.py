@@ -7,7 +7,6 @@ same, and pictures if matplotlib is there.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,14 +15,27 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diffpolicy.files import write_atomic
-from diffpolicy.report.logos import check_profiles
-from diffpolicy.report.sequence_figures import plot_curves, plot_logo, read_curves, standing_warning
-from diffpolicy.report.tables import COSTS, distribution, label_of, markdown, text
-from diffpolicy.sequences.exact import divergence, optimum
+from diffpolicy.report.figures import draw_pictures, read_metrics
+from diffpolicy.report.sequence_figures import (
+    check_profiles,
+    plot_curves,
+    plot_logo,
+    standing_warning,
+)
+from diffpolicy.report.tables import (
+    COSTS,
+    VERSION,
+    distribution,
+    ending,
+    label_of,
+    markdown,
+    plain,
+    save_report,
+    text,
+)
 from diffpolicy.sequences.oracles import Oracles, score
 
-FORMAT, VERSION = "diffpolicy-finetune-report", 1
+FORMAT = "diffpolicy-finetune-report"
 PRETRAINED, TUNED, TOP = "pre-trained", "tuned", "top of the data"
 _NAMES = {
     "count": "sequences",
@@ -60,7 +72,7 @@ class TuningResult:
             stand in tables.
         exact: figures of the whole law (``ExactScores._asdict()``), where they are known.
         best: sequences as :func:`best_sequences` gives them.
-        optimum: ``(kl, reward)`` of the best laws, of :func:`optimum_curve`, where they are known.
+        optimum: ``(kl, reward)`` of the best laws, where they are known.
 
     Raises:
         ValueError: no name, profiles that do not fit the alphabet, or figures that are not there.
@@ -100,7 +112,7 @@ def best_sequences(
     count: int = 10,
     valid: Callable[[Any], Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """The different valid sequences of highest reward under the training oracle, best first.
+    """Find the different valid sequences of highest training reward, best first.
 
     Args:
         tokens: ``[N, L]``.
@@ -127,22 +139,8 @@ def best_sequences(
     ]
 
 
-def optimum_curve(
-    p_reference: Tensor, reward: Tensor, kl_weights: Sequence[float]
-) -> list[tuple[float, float]]:
-    """The best laws ``p* ~ p_ref exp(r / kl_weight)`` as ``(kl, mean reward)``, in nats.
-
-    Args:
-        p_reference: law of the reference ``[V^L]``.
-        reward: of every sequence ``[V^L]``.
-        kl_weights: one point each, positive.
-    """
-    laws = [optimum(p_reference, reward, weight) for weight in kl_weights]
-    return [(divergence(p, p_reference), float((p * reward.double()).sum())) for p in laws]
-
-
-def write_report(run_dir: str | Path, result: TuningResult) -> Path:
-    """Writes ``report.json``, ``report.md``, ``logo.png`` and ``curves.png`` of one run.
+def write_report(run_dir: str | Path, result: TuningResult) -> dict[str, Any]:
+    """Write ``report.json``, ``report.md``, ``logo.png`` and ``curves.png`` of one run.
 
     The curves, and the warning of reward hacking, are those of ``metrics.csv`` in the same place;
     without it there are none. Pictures that cannot be drawn leave a note with the reason.
@@ -152,7 +150,7 @@ def write_report(run_dir: str | Path, result: TuningResult) -> Path:
         result: what was reached.
 
     Returns:
-        The path of ``report.json``.
+        The report.
 
     Raises:
         ValueError: values that JSON does not have.
@@ -177,53 +175,27 @@ def write_report(run_dir: str | Path, result: TuningResult) -> Path:
         "pictures": pictures,
         "notes": notes,
     }
-    write_atomic(folder / "report.md", _run_text(report, title))
-    return write_atomic(folder / "report.json", to_json(report))
-
-
-def read_report(path: str | Path) -> dict[str, Any]:
-    """A report of :func:`write_report`, of its file or directory.
-
-    Raises:
-        ValueError: there is none.
-    """
-    file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
-    try:
-        report: dict[str, Any] = json.loads(file.read_text())
-        kind = (report["format"], report["version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no report of a fine-tuning run: {error!r}") from None
-    if kind != (FORMAT, VERSION):
-        raise ValueError(f"{file} is {kind[0]!r} of version {kind[1]}, not {FORMAT!r} of {VERSION}")
-    return report
-
-
-# ------------------------------------------------------------------ one run
+    return save_report(folder, report, _text(report, title))
 
 
 def _warning(metrics: Path) -> dict[str, Any] | None:
     try:
-        found = standing_warning(read_curves(metrics))
+        return standing_warning(read_metrics(metrics, first="eval/"))
     except (OSError, ValueError):  # no file, or no row in it yet
         return None
-    return None if found is None else found._asdict()
 
 
-def _run_text(report: Mapping[str, Any], title: str) -> str:
-    before, after = report["before"], report["after"]
+def _text(report: Mapping[str, Any], title: str) -> str:
+    before, after, warning = report["before"], report["after"], report["warning"]
     keys = [k for k in {**before, **after} if k not in ("kl_kind", "kl_standard_error")]
+    lines = [[_NAMES.get(k, k), _entry(before, k), _entry(after, k)] for k in keys]
     parts = [f"# {title}\n"]
-    if report["warning"]:
-        parts.append(
-            f"**Since update {report['warning']['step']}**: {report['warning']['message']}.\n"
-        )
-    parts.append("Median [quartiles] over sequences.\n")
-    parts.append(
-        markdown(
-            ["figure", "before", "after"],
-            [[_NAMES.get(k, k), _entry(before, k), _entry(after, k)] for k in keys],
-        )
-    )
+    if warning:
+        parts.append(f"**Since update {warning['step']}**: {warning['message']}.\n")
+    parts += [
+        "Median [quartiles] over sequences.\n",
+        markdown(["figure", "before", "after"], lines),
+    ]
     for head, values in (("Exact law", report["exact"]), ("Cost", report["cost"])):
         if values:
             lines = [[COSTS.get(k, k.replace("_", " ")), text(v)] for k, v in values.items()]
@@ -232,7 +204,7 @@ def _run_text(report: Mapping[str, Any], title: str) -> str:
         heads = list(report["best"][0])
         lines = [[text(row.get(h)) for h in heads] for row in report["best"]]
         parts += ["## Best sequences\n", markdown([h.replace("_", "-") for h in heads], lines)]
-    parts += ending(report)
+    parts += ending(report["pictures"], report["notes"])
     if report["settings"]:
         parts += ["## Settings\n", f"```json\n{json.dumps(report['settings'], indent=1)}\n```\n"]
     return "\n".join(parts)
@@ -247,69 +219,3 @@ def _entry(row: Mapping[str, Any], key: str) -> str:
         spread = f" +- {text(error)}" if error else ""
         return f"{text(value)}{spread} ({row.get('kl_kind') or 'kind unknown'})"
     return text(value)
-
-
-def ending(report: Mapping[str, Any]) -> list[str]:
-    """Pictures and notes of a report, as Markdown."""
-    pictures = [f"![{Path(name).stem}]({name})\n" for name in report["pictures"]]
-    return [*pictures, *(f"{note}\n" for note in report["notes"])]
-
-
-# ------------------------------------------------------------------ files
-
-
-def plain(value: Any, where: str = "value") -> Any:
-    """Nested values as JSON has them: arrays as lists, null in place of what is not finite.
-
-    Raises:
-        ValueError: something that JSON does not have, with its place.
-    """
-    if isinstance(value, np.ndarray | np.generic) or hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(k): plain(v, f"{where}.{k}") for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    raise ValueError(f"a report holds plain values; {where} is {type(value).__name__}")
-
-
-def draw_pictures(
-    folder: Path, drawings: Mapping[str, Callable[[Path], Any]]
-) -> tuple[list[str], list[str]]:
-    """Draws what can be drawn into a directory.
-
-    Returns:
-        The names of the pictures that are there, and notes why others are not.
-    """
-    pictures, notes = [], []
-    for name, draw in drawings.items():
-        try:
-            draw(folder / name)
-            pictures.append(name)
-        except (ImportError, ValueError) as error:  # figures are worth having without pictures
-            notes.append(f"No {name}: {error}")
-    return pictures, notes
-
-
-def to_json(values: Mapping[str, Any]) -> str:
-    """The text of a JSON file; see :func:`plain`."""
-    return json.dumps(plain(values), indent=1, allow_nan=False) + "\n"
-
-
-__all__ = [
-    "PRETRAINED",
-    "TOP",
-    "TUNED",
-    "TuningResult",
-    "best_sequences",
-    "optimum_curve",
-    "plain",
-    "read_report",
-    "write_report",
-]

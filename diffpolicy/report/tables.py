@@ -1,120 +1,35 @@
-"""Markdown tables of methods over seeds."""
+"""Tables of methods over seeds in Markdown, and how reports are written, read and compared."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from diffpolicy.sequences.metrics import quartiles
+from diffpolicy.files import write_atomic
+from diffpolicy.report.figures import is_finite
+from diffpolicy.sequences.metrics import over_seeds
 
 COSTS = {"nfe": "NFE", "reward_calls": "reward calls", "wall_s": "wall s"}
+VERSION = 1
 
 
-def method_table(
-    rows: Sequence[Mapping[str, Any]],
-    columns: Mapping[str, str] | Sequence[str],
-    *,
-    spread: str = "quartiles",
-) -> str:
-    """A Markdown table with one line per method and setting, over the seeds.
-
-    Args:
-        rows: one per seed: ``method``, optionally ``setting``, figures, and the costs ``nfe``,
-            ``reward_calls`` and ``wall_s``, whose medians are the last columns where known.
-        columns: keys of figures, dotted for nested ones, with the heads of their columns. Of a
-            distribution (``reward``) the median is taken.
-        spread: ``"quartiles"``: median [lower, upper quartile]; ``"std"``: mean +- standard
-            deviation (n - 1). A single value stands alone, an undefined one is left blank, and
-            one that some seeds lack says how many have it.
-
-    Raises:
-        ValueError: no rows, a column that no row has, or an unknown spread.
-    """
-    if not rows:
-        raise ValueError("there are no rows for a table")
-    if spread not in ("quartiles", "std"):
-        raise ValueError(f"spread must be 'quartiles' or 'std', got {spread!r}")
-    heads = dict(columns) if isinstance(columns, Mapping) else {c: c for c in columns}
-    for name in heads:
-        if all(figure(row, name, missing="") == "" for row in rows):
-            raise ValueError(f"no row has {name!r}; the first has {sorted(rows[0])}")
-    costs = {k: v for k, v in COSTS.items() if any(figure(r, k) is not None for r in rows)}
-    lines = []
-    for label, found in method_statistics(rows, [*heads, *costs]).items():
-        cells = [_cell(found[name], found["seeds"], spread) for name in heads]
-        cells += [_cost(found[name]) for name in costs]
-        lines.append([label, str(found["seeds"]), *cells])
-    return markdown(["method", "seeds", *heads.values(), *costs.values()], lines)
+# ------------------------------------------------------------------ cells and tables
 
 
-def method_statistics(
-    rows: Sequence[Mapping[str, Any]], columns: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """Distributions over the seeds by method and setting, in the order of the rows.
-
-    Returns:
-        By label: ``seeds`` (how many rows) and per column ``median``, ``q25``, ``q75``, ``mean``,
-        ``std`` (of n - 1; null for one seed) and ``values``; null where no seed has a number.
-    """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(label_of(row), []).append(row)
-    found: dict[str, dict[str, Any]] = {}
-    for label, mine in groups.items():
-        found[label] = {"seeds": len(mine)}
-        for name in columns:
-            values = [v for v in (figure(row, name) for row in mine) if v is not None]
-            std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            spread = {**quartiles(values), "std": std, "values": values} if values else None
-            found[label][name] = spread
-    return found
-
-
-def _cell(found: Mapping[str, Any] | None, seeds: int, spread: str) -> str:
-    if found is None:
-        return ""
-    count = len(found["values"])
-    if count == 1:
-        cell = text(found["median"])
-    elif spread == "std":
-        cell = f"{text(found['mean'])} +- {text(found['std'])}"
-    else:
-        cell = distribution(found)
-    return cell if count == seeds else f"{cell} ({count} of {seeds})"
-
-
-def _cost(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    median = found["median"]
-    return text(int(median) if median.is_integer() else median)
-
-
-def figure(row: Mapping[str, Any], name: str, missing: Any = None) -> Any:
-    """A number of a row by its dotted name; None if undefined, ``missing`` if not there."""
-    value: Any = row
-    for part in name.split("."):
-        if value is None:
-            return None
-        if not isinstance(value, Mapping) or part not in value:
-            return missing
-        value = value[part]
-    if isinstance(value, Mapping):
-        value = value.get("median")
-    usable = isinstance(value, int | float | np.number) and math.isfinite(value)
-    return float(value) if usable else None
-
-
-def label_of(row: Mapping[str, Any]) -> str:
-    """Method and setting of a row, as one name."""
-    return f"{row['method']}, {row['setting']}" if row.get("setting") else str(row["method"])
+def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Make a Markdown table of cells."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |\n"
+        for row in rows
+    )
 
 
 def text(value: Any) -> str:
-    """A value in a cell: numbers short, null blank."""
+    """Show a value in a cell: numbers short, null blank."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -127,26 +42,180 @@ def text(value: Any) -> str:
 
 
 def distribution(found: Mapping[str, Any]) -> str:
-    """Median and quartiles in a cell."""
+    """Show median and quartiles in a cell."""
     return f"{text(found['median'])} [{text(found['q25'])}, {text(found['q75'])}]"
 
 
-def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table of cells."""
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |\n"
-        for row in rows
-    )
+def signed(interval: Mapping[str, Any]) -> str:
+    """Show a difference with its interval in a cell."""
+    if interval["low"] is None:
+        return f"{interval['value']:+.3f}"
+    return f"{interval['value']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
 
 
-__all__ = [
-    "COSTS",
-    "distribution",
-    "figure",
-    "label_of",
-    "markdown",
-    "method_statistics",
-    "method_table",
-    "text",
-]
+def figure(row: Mapping[str, Any], name: str) -> float | None:
+    """Look up a number of a row by its dotted name; of a distribution, its median.
+
+    Returns:
+        ``None`` if it is not there, or not a finite number.
+    """
+    value: Any = row
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if isinstance(value, Mapping):
+        value = value.get("median")
+    return float(value) if is_finite(value) else None
+
+
+def label_of(row: Mapping[str, Any]) -> str:
+    """Method and setting of a row, as one name."""
+    return f"{row['method']}, {row['setting']}" if row.get("setting") else str(row["method"])
+
+
+def method_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """Make a Markdown table with one line per method and setting, over the seeds.
+
+    A cell is a median [lower, upper quartile]; a single value stands alone, an undefined one is
+    left blank, and one that some seeds lack says how many have it.
+
+    Args:
+        rows: one per seed: ``method``, optionally ``setting``, figures, and the costs ``nfe``,
+            ``reward_calls`` and ``wall_s``, whose medians are the last columns where known.
+        columns: keys of figures, dotted for nested ones, with the heads of their columns. Of a
+            distribution (``reward``) the median is taken.
+    """
+    costs = {k: v for k, v in COSTS.items() if any(figure(r, k) is not None for r in rows)}
+    lines = []
+    for label, found in method_statistics(rows, [*columns, *costs]).items():
+        cells = [_cell(found[name], found["seeds"]) for name in columns]
+        cells += [_cost(found[name]) for name in costs]
+        lines.append([label, str(found["seeds"]), *cells])
+    return markdown(["method", "seeds", *columns.values(), *costs.values()], lines)
+
+
+def method_statistics(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Distributions over the seeds by method and setting, in the order of the rows.
+
+    Returns:
+        By label: ``seeds`` (how many rows) and per column what
+        :func:`~diffpolicy.sequences.metrics.over_seeds` says; null where no seed has a number.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(label_of(row), []).append(row)
+    found: dict[str, dict[str, Any]] = {}
+    for label, mine in groups.items():
+        found[label] = {"seeds": len(mine)}
+        for name in columns:
+            values = [v for v in (figure(row, name) for row in mine) if v is not None]
+            found[label][name] = over_seeds(values) if values else None
+    return found
+
+
+def _cell(found: Mapping[str, Any] | None, seeds: int) -> str:
+    if found is None:
+        return ""
+    count = len(found["values"])
+    cell = text(found["median"]) if count == 1 else distribution(found)
+    return cell if count == seeds else f"{cell} ({count} of {seeds})"
+
+
+def _cost(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    median = found["median"]
+    return text(int(median) if median.is_integer() else median)
+
+
+# ------------------------------------------------------------------ reports
+
+
+def save_report(folder: Path, report: Mapping[str, Any], words: str) -> dict[str, Any]:
+    """Write ``report.json`` and ``report.md``; see :func:`plain` for what may be in it.
+
+    Returns:
+        The report, as it is read.
+    """
+    values: dict[str, Any] = plain(report)
+    write_atomic(folder / "report.md", words)
+    write_atomic(folder / "report.json", json.dumps(values, indent=1, allow_nan=False) + "\n")
+    return values
+
+
+def read_report(path: str | Path, kind: str) -> dict[str, Any]:
+    """Read the report of a run, from its file or directory.
+
+    Args:
+        path: where it is.
+        kind: its ``format``.
+
+    Raises:
+        ValueError: there is none, or another.
+    """
+    file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(f"no report at {file}; `diffpolicy finetune` writes it when it is done")
+    try:
+        report: dict[str, Any] = json.loads(file.read_bytes())
+        found = (report["format"], report["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no report of a run: {error!r}") from None
+    if found != (kind, VERSION):
+        raise ValueError(f"{file} is {found[0]!r} of version {found[1]}, not {kind!r} of {VERSION}")
+    return report
+
+
+def plain(value: Any, where: str = "value") -> Any:
+    """Nested values as JSON has them: arrays as lists, null in place of what is not finite.
+
+    Raises:
+        ValueError: something that JSON does not have, with its place.
+    """
+    if hasattr(value, "tolist"):  # arrays, tensors and their numbers
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise ValueError(f"a report holds plain values; {where} is {type(value).__name__}")
+
+
+def ending(pictures: Sequence[str], notes: Sequence[str] = ()) -> list[str]:
+    """Pictures and notes of a report, as Markdown."""
+    shown = [f"![{Path(name).stem}]({name})\n" for name in pictures]
+    return [*shown, *(f"{note}\n" for note in notes)]
+
+
+def check_comparable(
+    reports: Sequence[Mapping[str, Any]], **same: Callable[[Mapping[str, Any]], Any]
+) -> None:
+    """Raise ``ValueError`` unless reports can stand in one table.
+
+    That is: there are some, they agree in what is given, and no two are of one method, setting and
+    seed.
+
+    Args:
+        reports: of runs.
+        **same: by name, what of a report all must share.
+    """
+    if not reports:
+        raise ValueError("there are no reports to compare")
+    for name, of in same.items():
+        values = list(dict.fromkeys(of(report) for report in reports))
+        if len(values) > 1:
+            raise ValueError(f"runs of one {name} can be compared; these have {values}")
+    keys = [(label_of(report), report["seed"]) for report in reports]
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice:
+        raise ValueError(
+            f"two reports are of {twice[0][0]!r} with seed {twice[0][1]}; leave one out, or name "
+            "one of them with method=..."
+        )

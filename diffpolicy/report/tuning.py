@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffpolicy.files import write_atomic
-from diffpolicy.report.tuning_figures import plot_curves, plot_nfe
+from diffpolicy.report.figures import draw_pictures, plot_nfe, plot_rounds
+from diffpolicy.report.tables import VERSION, ending, markdown, save_report, signed
 from diffpolicy.rollout.intervals import mean_interval, paired_difference
 from diffpolicy.rollout.results import EvalResult
 
-FORMAT, VERSION = "diffpolicy-tuning", 1
+FORMAT = "diffpolicy-tuning"
 FIELDS = {"max_reward": "max_reward", "return": "episode_return", "length": "length"}
 COSTS = ("nfe_per_plan", "ms_per_plan", "wall_s")
 
 
 def episode_scores(result: EvalResult, score: str) -> list[float]:
-    """The score of every episode, in the order of its seeds; NaN where it could not be run.
+    """Return the score of every episode, in the order of its seeds; NaN where it could not be run.
 
     Raises:
         ValueError: a score that episodes do not have.
@@ -49,10 +48,7 @@ def without_failures(
     every = np.array([v for found in values.values() for own in found.values() for v in own])
     sound = every[np.isfinite(every)]
     worst = 0.0 if "success" in score or not len(sound) else float(sound.min())
-    return {
-        when: {n: [v if np.isfinite(v) else worst for v in own] for n, own in found.items()}
-        for when, found in values.items()
-    }
+    return _each(values, lambda own: [v if np.isfinite(v) else worst for v in own])
 
 
 def write_tuning_report(
@@ -86,49 +82,43 @@ def write_tuning_report(
         ``evaluation``: network evaluations and time of a plan, and seconds of the episodes;
         ``made_with``: the command, the machine and versions.
     """
-    folder = Path(run_dir)
-    measured = {
-        when: {nfe: episode_scores(result, score) for nfe, result in found.items()}
-        for when, found in scores.items()
-    }
+    folder, runs = Path(run_dir), list(scores["before"].values())
+    measured = _each(scores, lambda result: episode_scores(result, score))
     values = without_failures(measured, score)
-    report: dict[str, Any] = {
+    drawings: dict[str, Callable[[Path], Any]] = {
+        "curves.png": lambda path: plot_rounds(folder, path)
+    }
+    intervals = _each(values, lambda own: mean_interval(own).to_dict())
+    if runs:
+        rows = {"before": intervals["before"], method: intervals["after"]}
+        drawings["score_by_nfe.png"] = lambda path: plot_nfe(rows, path, score=score, title=task)
+    names = {"task": task, "method": method, "seed": seed, "score": score}
+    report = {
         "format": FORMAT,
         "version": VERSION,
-        "task": task,
-        "method": method,
-        "seed": seed,
-        "score": score,
-        "seeds": next(([e.seed for e in r.episodes] for r in scores["before"].values()), []),
-        **{
-            when: {nfe: mean_interval(v).to_dict() for nfe, v in found.items()}
-            for when, found in values.items()
-        },
+        **names,
+        "seeds": [e.seed for e in runs[0].episodes] if runs else [],
+        **intervals,
         "difference": {
             nfe: paired_difference(values["after"][nfe], before).to_dict()
             for nfe, before in values["before"].items()
         },
         "episodes": values,
-        "failed": {
-            when: {nfe: int(np.sum(~np.isfinite(v))) for nfe, v in found.items()}
-            for when, found in measured.items()
-        },
-        "evaluation": {
-            when: {nfe: {n: r.summary[n] for n in COSTS} for nfe, r in found.items()}
-            for when, found in scores.items()
-        },
-        "made_with": _made_with([r for found in scores.values() for r in found.values()]),
-        "training": dict(training),
-        "settings": dict(settings),
+        "failed": _each(measured, lambda own: int(np.sum(~np.isfinite(own)))),
+        "evaluation": _each(scores, lambda result: {n: result.summary[n] for n in COSTS}),
+        "made_with": _made_with([*runs, *scores["after"].values()]),
+        "training": training,
+        "settings": settings,
+        "pictures": draw_pictures(folder, drawings)[0],
     }
-    pictures = [plot_curves(folder)]
-    if report["before"]:
-        rows = {"before": report["before"], method: report["after"]}
-        pictures.append(plot_nfe(rows, folder / "score_by_nfe.png", score=score, title=task))
-    report["pictures"] = [p.name for p in pictures if p is not None]
-    write_atomic(folder / "report.json", json.dumps(report, indent=1))
-    write_atomic(folder / "report.md", _text(report))
-    return report
+    return save_report(folder, report, _text(report))
+
+
+def _each(
+    found: Mapping[str, Mapping[str, Any]], make: Callable[[Any], Any]
+) -> dict[str, dict[str, Any]]:
+    """Apply a function to what was found before and after, at each number of evaluations."""
+    return {when: {nfe: make(value) for nfe, value in own.items()} for when, own in found.items()}
 
 
 def _made_with(results: Sequence[EvalResult]) -> dict[str, Any]:
@@ -139,51 +129,19 @@ def _made_with(results: Sequence[EvalResult]) -> dict[str, Any]:
     return found
 
 
-def read_tuning_report(path: str | Path) -> dict[str, Any]:
-    """A report of :func:`write_tuning_report`, from its file or directory.
-
-    Raises:
-        ValueError: a file that is none.
-    """
-    file = Path(path)
-    file = file / "report.json" if file.is_dir() else file
-    if not file.is_file():
-        raise ValueError(f"no report at {file}; a tuning writes it when it is done")
-    report = json.loads(file.read_text())
-    if report.get("format") != FORMAT or report.get("version") != VERSION:
-        raise ValueError(f"{file} is no report of a policy's tuning of version {VERSION}")
-    return dict(report)
-
-
-def signed(interval: Mapping[str, Any]) -> str:
-    """A difference with its interval."""
-    if interval["low"] is None:
-        return f"{interval['value']:+.3f}"
-    return f"{interval['value']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
-
-
 def _text(report: Mapping[str, Any]) -> str:
     head = ["NFE", f"{report['score']} before", "after", "difference (paired, 95 %)"]
-    lines = [f"# {report['task']}: {report['method']}, seed {report['seed']}", ""]
-    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for nfe, before in report["before"].items():
-        after, difference = report["after"][nfe], report["difference"][nfe]
-        lines.append(
-            f"| {nfe} | {before['value']:.3f} | {after['value']:.3f} | {signed(difference)} |"
-        )
-    training = report["training"]
-    lines += ["", f"{len(report['seeds'])} episodes; training {training['train_s']:.0f} s.", ""]
+    after, difference = report["after"], report["difference"]
+    rows = [
+        [n, f"{before['value']:.3f}", f"{after[n]['value']:.3f}", signed(difference[n])]
+        for n, before in report["before"].items()
+    ]
+    parts = [
+        f"# {report['task']}: {report['method']}, seed {report['seed']}\n",
+        markdown(head, rows),
+        f"{len(report['seeds'])} episodes; training {report['training']['train_s']:.0f} s.\n",
+    ]
     failed = sum(n for found in report["failed"].values() for n in found.values())
     if failed:
-        lines += [f"{failed} episodes could not be run and have the worst score.", ""]
-    lines += [f"![{name.split('.')[0]}]({name})" for name in report["pictures"]]
-    return "\n".join(lines) + "\n"
-
-
-__all__ = [
-    "episode_scores",
-    "read_tuning_report",
-    "signed",
-    "without_failures",
-    "write_tuning_report",
-]
+        parts.append(f"{failed} episodes could not be run and have the worst score.\n")
+    return "\n".join([*parts, *ending(report["pictures"])])

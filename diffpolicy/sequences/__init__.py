@@ -7,7 +7,7 @@ from diffpolicy.sequences.metrics import hacking_warning
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracle, Oracles, train_oracles
 from diffpolicy.sequences.spec import Draws, SequenceExamples, SequenceSpec, activity_classes
-from diffpolicy.sequences.task import SequenceTask, check_task, open_task
+from diffpolicy.sequences.task import SequenceTask, open_task
 from diffpolicy.sequences.tuning import Tuned, tune
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "Tuned",
     "activity_classes",
     "aggregate",
-    "check_task",
     "draw_guided",
     "evaluate_sequences",
     "exact_scores",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffpolicy.core.denoiser import BaseDenoiser
-from diffpolicy.core.masking import MaskingProcess
+from diffpolicy.core.masking import MaskingProcess, to_tokens
 from diffpolicy.core.reveal import Scheduled, reveals
 from diffpolicy.core.sampling import Trajectory, Transition, sample
 from diffpolicy.core.starts import Start
+
+ROWS = 512  # sequences drawn or scored at once: bounds the memory of the noise
 
 
 class Chain(NamedTuple):
@@ -57,15 +60,13 @@ def run_chain(
     """
     process: MaskingProcess = denoiser.process  # type: ignore[assignment]
     groups, grid = reveals(process, start, num_steps, time_free=time_free, generator=generator)
-    out = sample(
-        denoiser,
-        Scheduled(groups),
-        start,
-        grid,
-        cond=cond,
-        generator=generator,
-        record=record,
-    )
+    solver = Scheduled(groups)
+    out = sample(denoiser, solver, start, grid, cond=cond, generator=generator, record=record)
     if isinstance(out, Trajectory):
         return Chain(out.x0, groups, out.transitions)
     return Chain(out, groups, ())
+
+
+def tokens_of(chains: Iterable[Chain]) -> Tensor:
+    """Join the sequences that chains have ended with, int64 ``[N, L]``."""
+    return torch.cat([to_tokens(chain.x0) for chain in chains])

@@ -9,21 +9,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import diffpolicy.sequences.metrics as metrics
-from diffpolicy.core.masking import one_hot
-from diffpolicy.core.starts import prior_start
 from diffpolicy.learn.reward.path_kl import categorical_kl
-from diffpolicy.sequences.chains import Chain, run_chain
-from diffpolicy.sequences.exact import ExactLaw, StateSpace, divergence
+from diffpolicy.sequences.chains import Chain
+from diffpolicy.sequences.exact import (
+    ExactLaw,
+    ExactScores,
+    StateSpace,
+    divergence,
+    exact_scores,
+    optimum,
+)
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, score
 from diffpolicy.sequences.task import SequenceTask, check_tokens
+from diffpolicy.settings import check_range
 
 ROWS = 256
 
@@ -57,11 +63,8 @@ class Evaluation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("kmer", "chains", "elbo_draws"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.top_fraction <= 1:
-            raise ValueError(f"top_fraction must be in (0, 1], got {self.top_fraction}")
+        check_range("[1, inf)", kmer=self.kmer, chains=self.chains, elbo_draws=self.elbo_draws)
+        check_range("(0, 1]", top_fraction=self.top_fraction)
 
 
 def evaluate_sequences(
@@ -107,11 +110,10 @@ def evaluate_sequences(
     if not len(held):
         raise ValueError("there are no sequences to evaluate")
     vocab_size = len(task.alphabet)
-    generator = torch.Generator(reference.device).manual_seed(how.seed)
-    bound = reference.log_likelihood(
-        torch.from_numpy(held), draws=how.elbo_draws, generator=generator
-    )
-    row: dict[str, Any] = {
+    masks = torch.Generator(reference.device).manual_seed(how.seed)
+    given = torch.from_numpy(held)
+    bound = reference.log_likelihood(given, draws=how.elbo_draws, generator=masks)
+    row = {
         "count": len(held),
         "reward": metrics.quartiles(score(oracles.reward, held, vocab_size)),
         "held_out": metrics.quartiles(score(oracles.held_out, held, vocab_size)),
@@ -123,8 +125,7 @@ def evaluate_sequences(
         **_closeness(task, held, task.measurements() if data is None else data, how),
         **_divergence(model, reference, task, how),
     }
-    plain: dict[str, Any] = _finite(row)
-    return plain
+    return {name: _finite(value) for name, value in row.items()}
 
 
 def _closeness(
@@ -149,9 +150,8 @@ def _divergence(
 ) -> dict[str, Any]:
     if model is None:
         return {"kl": None, "kl_kind": None, "kl_standard_error": None}
-    states = (len(task.alphabet) + 1) ** task.length
-    free = model.spec.time_free and reference.spec.time_free and how.num_steps is None
-    if how.exact and free and task.kind == "table" and states <= how.EXACT_STATES:
+    known = all(can_be_exact(m, task) for m in (model, reference))
+    if how.exact and known and how.num_steps is None:
         return {"kl": exact_kl(model, reference), "kl_kind": "exact", "kl_standard_error": 0.0}
     generator = torch.Generator(model.device).manual_seed(how.seed)
     found = path_kl(model, reference, how.chains, num_steps=how.num_steps, generator=generator)
@@ -159,18 +159,55 @@ def _divergence(
     return {"kl": float(found.mean()), "kl_kind": "path", "kl_standard_error": error}
 
 
+class Exact(NamedTuple):
+    """What is known exactly of a tuned model.
+
+    Attributes:
+        scores: reward, divergence and progress.
+        front: ``(KL, E[r])`` of the best laws for weights from 1 down to 0.01.
+    """
+
+    scores: ExactScores
+    front: list[tuple[float, float]]
+
+
+def can_be_exact(model: SequenceModel, task: SequenceTask) -> bool:
+    """Whether the law of ``model`` and its reward can be computed for every sequence."""
+    states = (len(task.alphabet) + 1) ** task.length
+    return task.kind == "table" and model.spec.time_free and states <= Evaluation.EXACT_STATES
+
+
+@torch.no_grad()
+def exactly(
+    model: SequenceModel, reference: SequenceModel, task: SequenceTask, kl_weight: float
+) -> Exact:
+    """Compute exact figures of a tuned model (see :func:`can_be_exact`)."""
+    space, p, q = _laws(model, reference)
+    tokens = space.states[space.sequences]
+    reward = torch.from_numpy(score(task.reward, tokens, space.vocab_size))
+    laws = [optimum(q, reward, float(weight)) for weight in torch.logspace(0, -2, 24)]
+    front = [(divergence(law, q), float((law * reward).sum())) for law in laws]
+    return Exact(exact_scores(p, q, reward, kl_weight), front)
+
+
 @torch.no_grad()
 def exact_kl(model: SequenceModel, reference: SequenceModel) -> float:
-    """``KL(p || p_reference)`` of the laws of sequences drawn one position at a time, in nats.
+    """Compute ``KL(p || p_reference)`` of sequences drawn one position at a time, in nats.
 
     Models that were trained with a condition are taken unconditionally.
 
     Raises:
         ValueError: too many states, or models that depend on the noise level.
     """
+    _, p, q = _laws(model, reference)
+    return divergence(p, q)
+
+
+def _laws(model: SequenceModel, reference: SequenceModel) -> tuple[StateSpace, Tensor, Tensor]:
+    """The unconditional laws ``[V^L]`` of two models, and what they are over."""
     space = StateSpace(model.spec.vocab_size, model.spec.length)
     laws = [ExactLaw.of(m.denoiser, space, cond=m.expand_cond(None, 1)) for m in (model, reference)]
-    return divergence(laws[0].p, laws[1].p)
+    return space, laws[0].p, laws[1].p
 
 
 @torch.no_grad()
@@ -208,23 +245,16 @@ def path_kl(
     sizes = [(m.spec.vocab_size, m.spec.length) for m in (model, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the models differ in (vocab_size, length): {sizes[0]} and {sizes[1]}")
-    denoiser = model.guided(guidance)
-    given = model.expand_cond(cond, size, guided=guidance is not None)
-    found = []
-    for rows in torch.split(torch.arange(size, device=model.device), ROWS):
-        blank = torch.full((len(rows), model.spec.length), model.spec.vocab_size)
-        x = one_hot(blank.to(model.device), model.spec.vocab_size)
-        chain = run_chain(
-            denoiser,
-            prior_start(model.denoiser.process, x),
-            time_free=model.spec.time_free,
-            num_steps=num_steps,
-            cond=None if given is None else given[rows],
-            generator=generator,
-            record=True,
-        )
-        found.append(_chain_kl(chain, reference))
-    return torch.cat(found)
+    chains = model.chains(
+        model.masked(size),
+        num_steps=num_steps,
+        cond=cond,
+        guidance=guidance,
+        generator=generator,
+        rows=ROWS,
+        record=True,
+    )
+    return torch.cat([_chain_kl(chain, reference) for chain in chains])
 
 
 def _chain_kl(chain: Chain, reference: SequenceModel) -> Tensor:
@@ -266,8 +296,7 @@ def _aggregate(values: list[Any]) -> Any:
     if isinstance(values[0], Mapping):
         return aggregate(values)
     if all(isinstance(v, (int, float)) for v in values):
-        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        return {**metrics.quartiles(values), "std": std, "values": list(values)}
+        return metrics.over_seeds(values)
     same = all(v == values[0] for v in values)
     return values[0] if same else None
 
@@ -279,4 +308,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-__all__ = ["Evaluation", "aggregate", "evaluate_sequences", "exact_kl", "path_kl"]
+__all__ = [
+    "Evaluation",
+    "Exact",
+    "aggregate",
+    "can_be_exact",
+    "evaluate_sequences",
+    "exact_kl",
+    "exactly",
+    "path_kl",
+]

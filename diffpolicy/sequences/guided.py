@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffpolicy.core.denoiser import BaseDenoiser
-from diffpolicy.core.masking import one_hot, to_tokens
-from diffpolicy.core.starts import prior_start
-from diffpolicy.guidance.particles import PARTICLE_METHODS, make_particle_method
+from diffpolicy.core.masking import to_tokens
+from diffpolicy.guidance.particles import PARTICLE_METHODS, ParticleMethod, make_particle_method
 from diffpolicy.guidance.reward import RewardGuidance
-from diffpolicy.sequences.chains import run_chain
-from diffpolicy.sequences.model import ROWS, SequenceModel
+from diffpolicy.sequences.chains import ROWS, tokens_of
+from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Reward
+from diffpolicy.settings import check_choice, check_known
 
 GUIDANCE = ("none", "cfg", "reward", *PARTICLE_METHODS)
 
@@ -38,15 +37,12 @@ def check_guidance(config: Mapping[str, Any], model: SequenceModel) -> None:
     """Raise ``ValueError`` unless sequences of ``model`` can be drawn under this guidance."""
     values = _settings(config)
     kind = values.pop("type", None)
-    if kind not in GUIDANCE:
-        raise ValueError(f"unknown guidance type {kind!r}; expected one of {GUIDANCE}")
+    check_choice("guidance type", kind, GUIDANCE)
+    if kind in PARTICLE_METHODS:
+        make_particle_method(str(kind), **values)
+        return
     known = {"none": (), "cfg": ("scale", "class_index"), "reward": ("scale", "mode")}
-    if kind in known:
-        wrong = sorted(set(values) - set(known[kind]))
-        if wrong:
-            raise ValueError(f"guidance {kind!r} has no setting {wrong[0]!r}; it has {known[kind]}")
-    else:
-        make_particle_method(kind, **values)
+    check_known(values, known[str(kind)], f"guidance {kind!r}")
     if kind == "cfg":
         model.guided(values.get("scale", 1.0))
         model.class_cond(_class(values, model))
@@ -78,60 +74,44 @@ def draw_guided(
     check_guidance(config, model)
     values = _settings(config)
     kind = values.pop("type")
-    evaluations = _evaluations(model, num_steps)
-    if kind in ("none", "cfg"):
-        scale = values.get("scale") if kind == "cfg" else None
-        cond = model.class_cond(_class(values, model)) if kind == "cfg" else None
-        tokens = model.draw(
-            size, num_steps=num_steps, cond=cond, guidance=scale, generator=generator
-        )
+    spec = model.spec
+    evaluations = spec.length if num_steps is None else num_steps
+    if spec.time_free:
+        evaluations = min(evaluations, spec.length)
+    how: dict[str, Any] = {"num_steps": num_steps, "generator": generator}
+    if kind == "none":
+        return GuidedDraws(model.draw(size, **how), evaluations, 0)
+    if kind == "cfg":
+        scale, cond = values.get("scale"), model.class_cond(_class(values, model))
+        tokens = model.draw(size, cond=cond, guidance=scale, **how)
         branches = 1 if scale in (None, 1) else 2
         return GuidedDraws(tokens, evaluations * branches, 0)
     if kind == "reward":
         guided = RewardGuidance(model.denoiser, reward, **values)
-        calls = guided.reward_calls(model.spec.length, model.spec.vocab_size)
-        drawn = _chains(model, guided, size, num_steps, generator)
-        return GuidedDraws(drawn, evaluations, calls * evaluations)
+        calls = guided.reward_calls(spec.length, spec.vocab_size)
+        with torch.no_grad():
+            tokens = tokens_of(model.chains(model.masked(size), denoiser=guided, **how))
+        return GuidedDraws(tokens, evaluations, calls * evaluations)
     method = make_particle_method(kind, **values)
+    return _by_particles(method, model, reward, size, how)
+
+
+def _by_particles(
+    method: ParticleMethod,
+    model: SequenceModel,
+    reward: Reward,
+    size: int,
+    how: Mapping[str, Any],
+) -> GuidedDraws:
     found, nfe, calls = [], 0, 0
     rows = max(1, ROWS // method.chains)
     for count in [rows] * (size // rows) + [size % rows] * (size % rows > 0):
         shape = (count, model.spec.length, model.spec.vocab_size + 1)
-        part = method.draw(
-            model.denoiser,
-            reward,
-            shape,
-            num_steps=num_steps,
-            cond=model.expand_cond(None, count),
-            generator=generator,
-        )
+        cond = model.expand_cond(None, count)
+        part = method.draw(model.denoiser, reward, shape, cond=cond, **how)
         found.append(to_tokens(part.x0))
         nfe, calls = part.nfe, part.reward_calls
     return GuidedDraws(torch.cat(found), nfe, calls)
-
-
-@torch.no_grad()
-def _chains(
-    model: SequenceModel,
-    denoiser: BaseDenoiser,
-    size: int,
-    num_steps: int | None,
-    generator: torch.Generator,
-) -> Tensor:
-    found = []
-    for rows in torch.split(torch.arange(size), ROWS):
-        blank = torch.full((len(rows), model.spec.length), model.spec.vocab_size)
-        x = one_hot(blank.to(model.device), model.spec.vocab_size)
-        chain = run_chain(
-            denoiser,
-            prior_start(model.denoiser.process, x),
-            time_free=model.spec.time_free,
-            num_steps=num_steps,
-            cond=model.expand_cond(None, len(rows)),
-            generator=generator,
-        )
-        found.append(to_tokens(chain.x0))
-    return torch.cat(found)
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,10 +121,3 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def _class(values: Mapping[str, Any], model: SequenceModel) -> int:
     index = int(values.get("class_index", -1))
     return index + model.spec.cond_dim if index < 0 else index
-
-
-def _evaluations(model: SequenceModel, num_steps: int | None) -> int:
-    length = model.spec.length
-    if num_steps is None:
-        return length
-    return min(num_steps, length) if model.spec.time_free else num_steps

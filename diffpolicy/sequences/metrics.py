@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import rankdata
+
+from diffpolicy.settings import check_range, check_shape
 
 Floats = npt.NDArray[np.float64]
 Tokens = npt.NDArray[Any]  # integers [N, L]
@@ -22,12 +25,18 @@ def quartiles(values: npt.ArrayLike) -> dict[str, float]:
     if not found.size:
         raise ValueError("quartiles of no values")
     low, median, high = np.quantile(found, [0.25, 0.5, 0.75])
-    return {
-        "median": float(median),
-        "q25": float(low),
-        "q75": float(high),
-        "mean": float(found.mean()),
-    }
+    mean = float(found.mean())
+    return {"median": float(median), "q25": float(low), "q75": float(high), "mean": mean}
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """Describe the distribution of one number over seeds.
+
+    Returns:
+        What :func:`quartiles` says, ``std`` (of n - 1; ``None`` for one seed) and the ``values``.
+    """
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {**quartiles(values), "std": std, "values": list(values)}
 
 
 def pearson(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
@@ -48,15 +57,7 @@ def pearson(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
 
 def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     """Spearman's rank correlation (ties share their mean rank); nan if one array is constant."""
-    return pearson(_ranks(a), _ranks(b))
-
-
-def _ranks(values: npt.ArrayLike) -> Floats:
-    found = np.asarray(values, dtype=np.float64).reshape(-1)
-    _, group, counts = np.unique(found, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean_rank: Floats = last - (counts - 1) / 2.0
-    return mean_rank[group.reshape(-1)]
+    return pearson(rankdata(a), rankdata(b))
 
 
 def kmer_counts(tokens: Tokens, k: int, vocab_size: int) -> npt.NDArray[np.int64]:
@@ -74,8 +75,7 @@ def kmer_counts(tokens: Tokens, k: int, vocab_size: int) -> npt.NDArray[np.int64
         ValueError: ``k`` out of range.
     """
     length = tokens.shape[1]
-    if not 1 <= k <= length:
-        raise ValueError(f"k must be 1..{length} (the length of a sequence), got {k}")
+    check_range(f"[1, {length}]", k=k)
     place = vocab_size ** np.arange(k - 1, -1, -1)
     windows = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.int64), k, axis=1)
     return np.bincount((windows @ place).reshape(-1), minlength=vocab_size**k)
@@ -98,10 +98,8 @@ def top_sequences(tokens: Tokens, labels: npt.ArrayLike, fraction: float) -> Tok
         ValueError: a fraction out of range, or labels of another size.
     """
     values = np.asarray(labels)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"the top fraction must be in (0, 1], got {fraction}")
-    if values.shape != (len(tokens),):
-        raise ValueError(f"{len(tokens)} sequences need as many labels, got {list(values.shape)}")
+    check_range("(0, 1]", fraction=fraction)
+    check_shape("labels", values.shape, (len(tokens),))
     count = max(1, round(fraction * len(values)))
     found: Tokens = tokens[np.argsort(-values, kind="stable")[:count]]
     return found
@@ -177,8 +175,8 @@ def hacking_warning(
         raise ValueError(
             f"the histories must be of one length, got {len(reward)} and {len(held_out)}"
         )
-    if not tolerance > 0 or patience < 1:
-        raise ValueError(f"need tolerance > 0 and patience >= 1, got {tolerance} and {patience}")
+    check_range("(0, inf)", tolerance=tolerance)
+    check_range("[1, inf)", patience=patience)
     if len(reward) <= patience:
         return None
     trained, judged = _smooth(reward), _smooth(held_out)
@@ -206,6 +204,7 @@ __all__ = [
     "kmer_correlation",
     "kmer_counts",
     "mean_pairwise_hamming",
+    "over_seeds",
     "pearson",
     "position_entropy",
     "profile",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,25 +14,23 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
-from diffpolicy.core.masking import one_hot, to_tokens
+from diffpolicy.core.masking import one_hot
 from diffpolicy.core.starts import prior_start, truncated_start
 from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.learn.cloning.masked import MaskedDenoisingLoss, elbo
 from diffpolicy.networks.base import described
-from diffpolicy.sequences.chains import run_chain
-from diffpolicy.sequences.spec import SequenceExamples, SequenceSpec, activity_classes
-from diffpolicy.sequences.task import MASK_LETTER, SequenceTask, check_tokens
-from diffpolicy.training.checkpoint import read_bundle, write_bundle
-from diffpolicy.training.policy_files import find_bundle
-from diffpolicy.training.rollback import unchanged_on_error
+from diffpolicy.sequences.chains import ROWS, Chain, run_chain, tokens_of
+from diffpolicy.sequences.spec import Letters, SequenceExamples, SequenceSpec
+from diffpolicy.sequences.task import SequenceTask, check_tokens
+from diffpolicy.settings import check_range
+from diffpolicy.training.process import seeded
+from diffpolicy.training.saved import Saved, part_of
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Source, Trainer, TrainResult
-
-FORMAT, VERSION = "diffpolicy-sequences", 1
-ROWS = 512  # sequences drawn or scored at once: bounds the memory of the noise
+from diffpolicy.training.weights import unchanged_on_error
 
 
-class SequenceModel:
+class SequenceModel(Letters, Saved):
     """A masked diffusion model of sequences (MDLM, Sahoo et al. 2024).
 
     Example:
@@ -47,6 +45,7 @@ class SequenceModel:
         device: where the weights go.
     """
 
+    FORMAT, WHAT = "diffpolicy-sequences", "sequence model"
     last_training: TrainResult | None = None
 
     def __init__(
@@ -60,9 +59,8 @@ class SequenceModel:
         self.denoiser = (spec.make_denoiser() if denoiser is None else denoiser).to(device).eval()
 
     def __repr__(self) -> str:
-        spec = self.spec
-        kinds = f"{spec.network.get('type')}, {spec.process.get('type')}"
-        what = f"{spec.length} of {spec.alphabet!r}, {kinds}"
+        types = f"{self.spec.network.get('type')}, {self.spec.process.get('type')}"
+        what = f"{self.spec.length} of {self.spec.alphabet!r}, {types}"
         return described(self, what, self.denoiser)
 
     @classmethod
@@ -90,10 +88,7 @@ class SequenceModel:
         if given:
             raise ValueError(f"the task says {', '.join(given)}: leave out of spec")
         full = SequenceSpec.from_config({**(spec or {}), **sizes})
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            denoiser = full.make_denoiser()
-        return cls(full, denoiser, device=device)
+        return cls(full, seeded(seed, full.make_denoiser), device=device)
 
     @property
     def device(self) -> torch.device:
@@ -137,10 +132,9 @@ class SequenceModel:
             ValueError: sequences or conditions that do not fit the model.
         """
         check_tokens(tokens, self.spec.alphabet, self.spec.length, "tokens")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
+        check_range("[0, 1)", val_fraction=val_fraction)
         held = torch.as_tensor(np.asarray(tokens), dtype=torch.int16)
-        given = self._training_cond(len(held), labels, cond)
+        given = self.spec.training_cond(len(held), labels, cond)
         order = torch.randperm(len(held), generator=torch.Generator().manual_seed(config.seed))
         val_count = int(val_fraction * len(held))
         parts = [
@@ -198,7 +192,7 @@ class SequenceModel:
                 source,
                 config,
                 run_dir,
-                export=self._bundle,
+                export=lambda state: self._files(part_of(state, "denoiser")),
                 val_source=val_source,
                 evaluate=evaluate,
                 identity={"model": self.spec},
@@ -210,25 +204,7 @@ class SequenceModel:
         self.last_training = result
         return self
 
-    def _training_cond(self, count: int, labels: Any, cond: Tensor | None) -> Tensor | None:
-        if labels is not None:
-            if cond is not None or not self.spec.label_quantiles:
-                raise ValueError(
-                    "labels become a condition through spec.label_quantiles, e.g. (0.9,) for the "
-                    "top decile; set it, and give either labels or cond"
-                )
-            cond = activity_classes(labels, self.spec.label_quantiles)
-        if cond is None and self.spec.cond_dim:
-            raise ValueError(
-                f"this model has cond_dim={self.spec.cond_dim}: give labels or cond [N, C]"
-            )
-        if cond is not None and tuple(cond.shape) != (count, self.spec.cond_dim):
-            raise ValueError(
-                f"the condition must be [{count}, {self.spec.cond_dim}], got {list(cond.shape)}"
-            )
-        return None if cond is None else cond.float()
-
-    # ---------------------------------------------------------------- drawing
+    # ---------------------------------------------------------------- drawing and scoring
 
     @torch.no_grad()
     def draw(
@@ -240,7 +216,7 @@ class SequenceModel:
         generator: torch.Generator | None = None,
         guidance: float | None = None,
     ) -> Tensor:
-        """Sequences from the model's law.
+        """Draw sequences from the model's law.
 
         Args:
             size: how many.
@@ -257,10 +233,9 @@ class SequenceModel:
         Raises:
             ValueError: a size below 1, or settings that the model was not trained for.
         """
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
-        blank = torch.full((size, self.spec.length), self.spec.vocab_size, device=self.device)
-        return self._reveal(blank, None, num_steps, cond, generator, guidance)
+        check_range("[1, inf)", size=size)
+        how: dict[str, Any] = {"num_steps": num_steps, "cond": cond, "guidance": guidance}
+        return tokens_of(self.chains(self.masked(size), generator=generator, **how))
 
     @torch.no_grad()
     def edit(
@@ -273,61 +248,68 @@ class SequenceModel:
         generator: torch.Generator | None = None,
         guidance: float | None = None,
     ) -> Tensor:
-        """Given sequences with part of their positions drawn anew (a truncated start).
+        """Draw part of the positions of given sequences anew (a truncated start).
 
         Args:
             tokens: ``[N, L]``.
             t_start: level in (0, 1] that they are noised to: each position is masked with
                 probability ``m(t_start)``.
-            num_steps: steps from there; see :meth:`draw`.
+            num_steps: steps from there; see :meth:`draw`, also for the rest.
             cond: ``[C]`` or ``[N, C]``.
             generator: of masks and draws.
             guidance: strength of classifier-free guidance.
-
-        Returns:
-            Tokens int64 ``[N, L]``.
 
         Raises:
             ValueError: as :meth:`draw`; tokens of another size; a level outside (0, 1].
         """
         check_tokens(tokens, self.spec.alphabet, self.spec.length, "tokens")
-        if not len(tokens):
-            raise ValueError("there are no sequences to edit")
-        if not 0 < t_start <= 1:
-            raise ValueError(f"t_start must be in (0, 1], got {t_start}")
+        check_range("[1, inf)", sequences=len(tokens))
+        check_range("(0, 1]", t_start=t_start)
         given = torch.as_tensor(tokens).to(self.device).long()
-        return self._reveal(given, t_start, num_steps, cond, generator, guidance)
+        how: dict[str, Any] = {"num_steps": num_steps, "cond": cond, "guidance": guidance}
+        return tokens_of(self.chains(given, t_start=t_start, generator=generator, **how))
 
-    def _reveal(
+    def masked(self, size: int) -> Tensor:
+        """Make tokens ``[size, L]`` that are all masks."""
+        return torch.full((size, self.spec.length), self.spec.vocab_size, device=self.device)
+
+    def chains(
         self,
         tokens: Tensor,
-        t_start: float | None,
-        num_steps: int | None,
-        cond: Tensor | None,
-        generator: torch.Generator | None,
-        guidance: float | None,
-    ) -> Tensor:
-        denoiser = self.guided(guidance)
+        *,
+        t_start: float | None = None,
+        cond: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        guidance: float | None = None,
+        denoiser: BaseDenoiser | None = None,
+        rows: int = ROWS,
+        **options: Any,
+    ) -> Iterator[Chain]:
+        """Reveal the masks of sequences, some rows at a time.
+
+        Args:
+            tokens: int64 ``[N, L]``.
+            t_start: level that they are noised to; ``None``: they are all masks.
+            cond: see :meth:`draw`.
+            generator: of everything random.
+            guidance: see :meth:`draw`.
+            denoiser: what reveals them, in place of this model's own, guided or not.
+            rows: how many at a time.
+            **options: ``num_steps`` and ``record`` of
+                :func:`~diffpolicy.sequences.chains.run_chain`.
+        """
+        denoiser = self.guided(guidance) if denoiser is None else denoiser
         given = self.expand_cond(cond, len(tokens), guided=guidance is not None)
         process = self.denoiser.process
-        found = []
-        for rows in torch.split(torch.arange(len(tokens), device=self.device), ROWS):
-            x = one_hot(tokens[rows], self.spec.vocab_size)
+        options |= {"time_free": self.spec.time_free, "generator": generator}
+        for part in torch.split(torch.arange(len(tokens), device=self.device), rows):
+            x = one_hot(tokens[part], self.spec.vocab_size)
             if t_start is None:
                 start = prior_start(process, x)
             else:
                 noise = process.draw_noise(x.shape, generator, x)
                 start = truncated_start(process, x, t_start, noise)
-            chain = run_chain(
-                denoiser,
-                start,
-                time_free=self.spec.time_free,
-                num_steps=num_steps,
-                cond=None if given is None else given[rows],
-                generator=generator,
-            )
-            found.append(to_tokens(chain.x0))
-        return torch.cat(found)
+            yield run_chain(denoiser, start, cond=None if given is None else given[part], **options)
 
     def guided(self, guidance: float | None) -> BaseDenoiser:
         """The denoiser, or classifier-free guidance around it.
@@ -337,7 +319,7 @@ class SequenceModel:
         """
         if guidance is None:
             return self.denoiser
-        if not self.spec.cond_dropout:
+        if not (self.spec.cond_dropout and self.spec.cond_dim):
             raise ValueError(
                 f"guidance={guidance} needs a model trained with cond_dropout > 0 and a condition; "
                 "this one was trained without"
@@ -370,8 +352,6 @@ class SequenceModel:
             raise ValueError(f"class must be 0..{self.spec.cond_dim - 1}, got {index}")
         return torch.eye(self.spec.cond_dim, device=self.device)[index]
 
-    # ---------------------------------------------------------------- scoring
-
     @torch.no_grad()
     def log_likelihood(
         self,
@@ -398,78 +378,23 @@ class SequenceModel:
         conds = self.expand_cond(cond, len(given))
         if generator is None:
             generator = torch.Generator(self.device).manual_seed(0)
-        parts = [
-            elbo(
-                self.denoiser,
-                given[rows],
-                generator,
-                draws=draws,
-                cond=None if conds is None else conds[rows],
-            )
-            for rows in torch.split(torch.arange(len(given), device=self.device), ROWS)
-        ]
-        return torch.cat(parts) if parts else torch.zeros(0, device=self.device)
+        parts = [torch.zeros(0, device=self.device)]
+        for rows in torch.split(torch.arange(len(given), device=self.device), ROWS):
+            known = None if conds is None else conds[rows]
+            parts.append(elbo(self.denoiser, given[rows], generator, draws=draws, cond=known))
+        return torch.cat(parts)
 
-    # ---------------------------------------------------------------- letters
-
-    def encode(self, sequences: Sequence[str]) -> Tensor:
-        """Tokens int64 ``[N, L]`` of strings.
-
-        Raises:
-            ValueError: a letter outside the alphabet, or a string of another length.
-        """
-        token = {letter: i for i, letter in enumerate(self.spec.alphabet)}
-        for text in sequences:
-            if len(text) != self.spec.length:
-                raise ValueError(f"{text!r} has {len(text)} letters, expected {self.spec.length}")
-            wrong = sorted(set(text) - set(token))
-            if wrong:
-                raise ValueError(f"{text!r} holds {wrong[0]!r}, not one of {self.spec.alphabet!r}")
-        rows = [[token[letter] for letter in text] for text in sequences]
-        return torch.tensor(rows, dtype=torch.int64).view(-1, self.spec.length)
-
-    def decode(self, tokens: Tensor) -> list[str]:
-        """Strings of tokens ``[N, L]``; masks become ``_``."""
-        letters = self.spec.alphabet + MASK_LETTER
-        return ["".join(letters[i] for i in row) for row in torch.as_tensor(tokens).tolist()]
-
-    # ---------------------------------------------------------------- files
-
-    def _bundle(self, objective_state: Mapping[str, Tensor]) -> dict[str, Any]:
-        prefix = "denoiser."
-        weights = {
-            k.removeprefix(prefix): v for k, v in objective_state.items() if k.startswith(prefix)
+    def _files(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        return {
+            "config.json": self._config(**self.spec.to_config()),
+            "model.safetensors": dict(weights or self.denoiser.state_dict()),
         }
-        return self._files(weights)
-
-    def _files(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-        config = {"format": FORMAT, "version": VERSION, **self.spec.to_config()}
-        return {"config.json": config, "model.safetensors": dict(weights)}
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the model as a directory: ``config.json``, weights, and their hashes."""
-        return write_bundle(path, self._files(self.denoiser.state_dict()))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
-        """Read a model directory, verifying every hash.
-
-        Raises:
-            ValueError: not a sequence model, or a damaged file.
-        """
-        files = read_bundle(path)
-        config = dict(files.get("config.json", {}))
-        if config.pop("format", None) != FORMAT or config.pop("version", None) != VERSION:
-            raise ValueError(f"{path} is not a diffpolicy sequence model of version {VERSION}")
+    def _made_of(
+        cls, config: dict[str, Any], files: Mapping[str, Any], device: str | torch.device
+    ) -> Self:
         spec = SequenceSpec.from_config(config)
         denoiser = spec.make_denoiser()
         denoiser.load_state_dict(files["model.safetensors"])
         return cls(spec, denoiser, device=device)
-
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Self:
-        """:meth:`load`, from a model, a checkpoint or a run directory.
-
-        Of a run, its best checkpoint, else its last.
-        """
-        return cls.load(find_bundle(path, FORMAT, "sequence model"), **options)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
@@ -23,11 +23,11 @@ from diffpolicy.networks.heads import make_head
 from diffpolicy.sequences.metrics import pearson, spearman
 from diffpolicy.sequences.task import SequenceTask, check_tokens
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
-from diffpolicy.training.policy_files import find_bundle
+from diffpolicy.training.process import seeded
+from diffpolicy.training.saved import Saved, find_bundle, part_of
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.trainer import Trainer
 
-FORMAT, VERSION = "diffpolicy-oracle", 1
 ROWS = 1024
 # Settings of the trainer that do not change the weights.
 _FREE = ("progress", "tensorboard", "log_every", "keep_last", "checkpoint_every", "compile")
@@ -35,7 +35,7 @@ _FREE = ("progress", "tensorboard", "log_every", "keep_last", "checkpoint_every"
 Reward = Callable[[Tensor], Tensor]  # [B, L, V] -> [B]
 
 
-class Oracle(nn.Module):
+class Oracle(Saved, nn.Module):
     """The activity of sequences as a network learned it, in the units of the labels.
 
     Args:
@@ -48,6 +48,7 @@ class Oracle(nn.Module):
         ValueError: a config that is not a head's, or a ``std`` that is not positive.
     """
 
+    FORMAT, WHAT = "diffpolicy-oracle", "oracle"
     mean: Tensor
     std: Tensor
 
@@ -75,25 +76,16 @@ class Oracle(nn.Module):
         """Self in evaluation mode, without gradients of its weights (those of ``x`` remain)."""
         return self.eval().requires_grad_(False)
 
-    def save(self, path: str | os.PathLike[str], **record: Any) -> Path:
-        """Write the oracle as a directory: ``config.json`` with ``record``, and its weights."""
-        return write_bundle(path, self._files(self.state_dict(), record))
-
-    def _files(self, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Any]:
-        config = {"format": FORMAT, "version": VERSION, "network": self.config, **record}
-        return {"config.json": config, "model.safetensors": dict(weights)}
+    def _files(self, weights: Mapping[str, Tensor] | None = None, **record: Any) -> dict[str, Any]:
+        return {
+            "config.json": self._config(network=self.config, **record),
+            "model.safetensors": dict(weights or self.state_dict()),
+        }
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
-        """Read an oracle (or the newest one of its training run), frozen; verifies every hash.
-
-        Raises:
-            ValueError: not an oracle, or a damaged file.
-        """
-        files = read_bundle(find_bundle(path, FORMAT, "oracle"))
-        config = files["config.json"]
-        if config.get("version") != VERSION:
-            raise ValueError(f"{path} is not a diffpolicy oracle of version {VERSION}")
+    def _made_of(
+        cls, config: dict[str, Any], files: Mapping[str, Any], device: str | torch.device
+    ) -> Self:
         oracle = cls(config["network"])
         oracle.load_state_dict(files["model.safetensors"])
         return oracle.to(device).frozen()
@@ -188,105 +180,79 @@ def train_oracles(
     tokens, labels = task.measurements()
     check_tokens(tokens, task.alphabet, task.length, "measurements()")
     halves = split_measurements(task, seed)
-    names = ("reward", "held_out") if task.kind == "measured" else ("reward",)
+    parts = [(tokens[rows], labels[rows]) for rows in halves]
     sizes = {"length": task.length, "vocab_size": len(task.alphabet)}
     head = {**({"type": "sequence_regressor"} if network is None else network), **sizes}
     found: dict[str, Oracle] = {}
     report: dict[str, Any] = {}
-    for i, name in enumerate(names):
-        settings = {
-            **asdict(config),
-            "betas": list(config.betas),
-            "seed": mix_seed(seed, i, 0x0A) >> 1,
-        }
-        job = _Job(head, {k: v for k, v in settings.items() if k not in _FREE}, device)
-        here, there = halves[i], halves[1 - i]
-        found[name], report[name] = _oracle(
-            job,
-            TrainerConfig(**{**asdict(config), "seed": settings["seed"]}),
-            Path(run_dir) / name,
-            (tokens[here], labels[here]),
-            (tokens[there], labels[there]),
-            overwrite,
-        )
+    for i, name in enumerate(("reward", "held_out") if task.kind == "measured" else ("reward",)):
+        folder = Path(run_dir) / name
+        own = replace(config, seed=mix_seed(seed, i, 0x0A) >> 1)
+        _settle(head, own, folder, parts[i], parts[1 - i], overwrite=overwrite, device=device)
+        found[name] = Oracle.load(folder / "oracle", device=device)
+        report[name] = read_bundle(folder / "oracle")["config.json"]["report"]
     return Oracles(found["reward"], found.get("held_out", task.reward), report)
 
 
-class _Job(NamedTuple):
-    """What decides an oracle's weights beside its data, and where they go."""
-
-    network: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    device: str | torch.device
-
-    def digest(self, tokens: Any, labels: Any) -> str:
-        text = json.dumps([self.network, self.settings], sort_keys=True)
-        state = hashlib.sha256(text.encode())
-        state.update(np.ascontiguousarray(tokens, dtype=np.int16).tobytes())
-        state.update(np.ascontiguousarray(labels, dtype=np.float32).tobytes())
-        return state.hexdigest()
-
-
-def _oracle(
-    job: _Job,
+def _settle(
+    head: Mapping[str, Any],
     config: TrainerConfig,
-    run_dir: Path,
+    folder: Path,
     train: tuple[Any, Any],
     test: tuple[Any, Any],
+    *,
     overwrite: bool,
-) -> tuple[Oracle, Any]:
-    """The oracle kept in ``run_dir``, trained if it is not there, and its report."""
-    digest, final = job.digest(*train), run_dir / "oracle"
-    old = _known_digest(final) or _known_digest(run_dir)
+    device: str | torch.device,
+) -> None:
+    """Train the oracle of ``folder`` unless it is there already, begun or whole."""
+    digest, done = _digest(head, config, *train), _known_digest(folder / "oracle")
+    old = done or _known_digest(folder)
     if old not in (None, digest) and not overwrite:
         raise ValueError(
-            f"{run_dir} holds an oracle of other settings or data; choose another directory or "
+            f"{folder} holds an oracle of other settings or data; choose another directory or "
             "overwrite it"
         )
-    if _known_digest(final) == digest:
-        report = read_bundle(final)["config.json"]["report"]
-        return Oracle.load(final, device=job.device), report
+    if done == digest:
+        return
     labels = np.asarray(train[1], dtype=np.float64)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        oracle = Oracle(job.network, mean=labels.mean(), std=labels.std()).to(job.device)
+    made = seeded(config.seed, lambda: Oracle(head, mean=labels.mean(), std=labels.std()))
+    oracle = made.to(device)
     order = np.random.default_rng(config.seed).permutation(len(labels))
-    val, rest = np.split(order, [len(labels) // 20])
+    val, rest = ([part[rows] for part in train] for rows in np.split(order, [len(labels) // 20]))
     objective = RegressionLoss(oracle)
-
-    def export(state: Mapping[str, Tensor]) -> dict[str, Any]:
-        weights = {k.removeprefix("oracle."): v for k, v in state.items()}
-        return oracle._files(weights, {"digest": digest})
-
-    trainer = Trainer(
+    result = Trainer(
         objective,
-        LabelledSequences(train[0][rest], train[1][rest]),
+        LabelledSequences(*rest),
         config,
-        run_dir,
-        export=export,
-        val_source=LabelledSequences(train[0][val], train[1][val]) if len(val) else None,
+        folder,
+        export=lambda state: oracle._files(part_of(state, "oracle"), digest=digest),
+        val_source=LabelledSequences(*val) if len(val[0]) else None,
         resume=old == digest,
         overwrite=overwrite and old != digest,
-    )
-    result = trainer.fit()
+    ).fit()
     if result.interrupted:
-        raise KeyboardInterrupt(f"the oracle in {run_dir} is not done; run again to go on")
+        raise KeyboardInterrupt(f"the oracle in {folder} is not done; run again to go on")
     objective.load_state_dict(result.ema)
     oracle.frozen()
-    report = {
-        "train": correlations(oracle, train[0][rest], train[1][rest]),
-        "test": correlations(oracle, *test),
-    }
-    oracle.save(final, digest=digest, report=report)
-    return oracle, report
+    report = {"train": correlations(oracle, *rest), "test": correlations(oracle, *test)}
+    write_bundle(folder / "oracle", oracle._files(digest=digest, report=report))
+
+
+def _digest(head: Mapping[str, Any], config: TrainerConfig, tokens: Any, labels: Any) -> str:
+    """What decides an oracle's weights, in one text."""
+    settings = {k: v for k, v in asdict(config).items() if k not in _FREE}
+    state = hashlib.sha256(json.dumps([head, settings], sort_keys=True).encode())
+    state.update(np.ascontiguousarray(tokens, dtype=np.int16).tobytes())
+    state.update(np.ascontiguousarray(labels, dtype=np.float32).tobytes())
+    return state.hexdigest()
 
 
 def _known_digest(path: Path) -> str | None:
     try:
-        config = json.loads((find_bundle(path, FORMAT, "oracle") / "config.json").read_text())
+        folder = find_bundle(path, Oracle.FORMAT, Oracle.WHAT)
     except ValueError:
         return None
-    return str(config.get("digest"))
+    return str(json.loads((folder / "config.json").read_bytes()).get("digest"))
 
 
 def correlations(reward: Reward, tokens: Any, labels: Any) -> dict[str, Any]:
@@ -312,11 +278,11 @@ def score(reward: Reward, tokens: Any, vocab_size: int | None = None) -> Any:
         raise ValueError("give vocab_size to score sequences with a plain function")
     classes = torch.arange(vocab_size, device=device)
     held = torch.as_tensor(tokens).to(device)
-    parts = [
-        reward((rows.unsqueeze(-1) == classes).float()).detach().double().cpu().numpy()
-        for rows in torch.split(held, ROWS)
-    ]
-    return np.concatenate(parts) if parts else np.zeros(0)
+    parts = [np.zeros(0)]
+    for rows in torch.split(held, ROWS):
+        x = (rows.unsqueeze(-1) == classes).float()
+        parts.append(reward(x).detach().double().cpu().numpy())
+    return np.concatenate(parts)
 
 
 def split_measurements(task: SequenceTask, seed: int) -> tuple[Any, Any]:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import make_masking
-from diffpolicy.networks import make_network
-from diffpolicy.sequences.task import check_alphabet
-from diffpolicy.settings import settings_of
+from diffpolicy.networks.base import check_positive
+from diffpolicy.networks.registry import sized_network
+from diffpolicy.sequences.task import MASK_LETTER, check_alphabet
+from diffpolicy.settings import check_choice, check_range, check_shape, settings_of
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class SequenceSpec:
 
     def __post_init__(self) -> None:
         check_alphabet(self.alphabet)
-        if not isinstance(self.length, int) or self.length < 1:
-            raise ValueError(f"length must be a positive integer, got {self.length!r}")
+        check_positive(length=self.length)
         object.__setattr__(self, "label_quantiles", tuple(self.label_quantiles))
         if self.label_quantiles:
             check_quantiles(self.label_quantiles)
@@ -63,13 +63,7 @@ class SequenceSpec:
                     f"{classes} (or left out), got {self.cond_dim}"
                 )
             object.__setattr__(self, "cond_dim", classes)
-        if not 0 <= self.cond_dropout < 1:
-            raise ValueError(f"cond_dropout must be in [0, 1), got {self.cond_dropout}")
-        if self.cond_dropout and not self.cond_dim:
-            raise ValueError(
-                f"cond_dropout={self.cond_dropout} has no effect without a condition; set "
-                "label_quantiles or cond_dim, or leave it out"
-            )
+        check_range("[0, 1)", cond_dropout=self.cond_dropout)
 
     @property
     def vocab_size(self) -> int:
@@ -89,15 +83,64 @@ class SequenceSpec:
         """
         return settings_of(cls, config, "sequence model")
 
+    def training_cond(self, count: int, labels: Any, cond: Tensor | None) -> Tensor | None:
+        """Make the condition ``[N, C]`` of training sequences from their labels, or check it.
+
+        Args:
+            count: N.
+            labels: ``[N]``, or ``None``.
+            cond: the condition itself, or ``None``.
+
+        Raises:
+            ValueError: both, or neither where one is needed, or another shape.
+        """
+        if labels is not None:
+            if cond is not None or not self.label_quantiles:
+                raise ValueError(
+                    "labels become a condition through spec.label_quantiles, e.g. (0.9,) for the "
+                    "top decile; set it, and give either labels or cond"
+                )
+            cond = activity_classes(labels, self.label_quantiles)
+        if cond is None:
+            if self.cond_dim:
+                raise ValueError(
+                    f"this model has cond_dim={self.cond_dim}: give labels or cond [N, C]"
+                )
+            return None
+        check_shape("the condition", cond.shape, (count, self.cond_dim))
+        return cond.float()
+
     def make_denoiser(self) -> MaskedDenoiser:
         """A denoiser with freshly initialised weights."""
-        sizes = {"horizon": self.length, "dim": self.vocab_size + 1, "cond_dim": self.cond_dim}
-        given = sorted(set(sizes) & set(self.network))
-        if given:
-            raise ValueError(f"the network takes {', '.join(given)} from the task: leave out")
-        network = make_network({**self.network, **sizes})
+        network = sized_network(self.network, self.length, self.vocab_size + 1, self.cond_dim)
         process = make_masking(self.process)
         return MaskedDenoiser(network, process, self.vocab_size, time_free=self.time_free)
+
+
+class Letters:
+    """What a sequence model has in common with its spec: sequences as strings."""
+
+    spec: SequenceSpec
+
+    def encode(self, sequences: Sequence[str]) -> Tensor:
+        """Tokens int64 ``[N, L]`` of strings.
+
+        Raises:
+            ValueError: a letter outside the alphabet, or a string of another length.
+        """
+        token = {letter: i for i, letter in enumerate(self.spec.alphabet)}
+        for text in sequences:
+            if len(text) != self.spec.length:
+                raise ValueError(f"{text!r} has {len(text)} letters, expected {self.spec.length}")
+            for letter in text:
+                check_choice(f"letter in {text!r}:", letter, token)
+        rows = [[token[letter] for letter in text] for text in sequences]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, self.spec.length)
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Strings of tokens ``[N, L]``; masks become ``_``."""
+        letters = self.spec.alphabet + MASK_LETTER
+        return ["".join(letters[i] for i in row) for row in torch.as_tensor(tokens).tolist()]
 
 
 class SequenceExamples:
@@ -138,10 +181,9 @@ class Draws:
     """
 
     def __init__(self, count: int = 65_536, cond: Tensor | None = None) -> None:
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
-        if cond is not None and cond.dim() != 1:
-            raise ValueError(f"cond must be [C], got {list(cond.shape)}")
+        check_range("[1, inf)", count=count)
+        if cond is not None:
+            check_shape("cond", cond.shape, ("C",))
         self.count, self.cond = count, cond
 
     def __len__(self) -> int:
@@ -150,9 +192,7 @@ class Draws:
     def gather(self, indices: Tensor) -> dict[str, Tensor]:
         """A batch."""
         batch = {"index": indices}
-        if self.cond is not None:
-            batch["cond"] = self.cond.expand(len(indices), -1)
-        return batch
+        return batch if self.cond is None else {**batch, "cond": self.cond.expand(len(indices), -1)}
 
 
 def activity_classes(labels: Any, quantiles: Sequence[float]) -> Tensor:

@@ -11,12 +11,14 @@ from typing import Any, Protocol, runtime_checkable
 import gymnasium
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from diffpolicy.core.masking import one_hot
+from diffpolicy.networks.base import check_positive
+from diffpolicy.settings import check_choice
 
 KINDS = ("table", "measured", "black_box")
+_SAYS = ("name", "alphabet", "length", "kind")
+_DOES = ("training_data", "measurements", "reward", "valid")
 MASK_LETTER = "_"
 
 Tokens = npt.NDArray[Any]  # integers [N, L]
@@ -81,41 +83,20 @@ def open_task(env_id: str, **options: Any) -> SequenceTask:
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         hint = "" if ":" in env_id else "; name the module that registers it, as in module:Name-v0"
         raise ValueError(f"cannot open the task {env_id!r}: {error}{hint}") from error
-    task = getattr(env.unwrapped, "task", None)
+    task: Any = getattr(env.unwrapped, "task", None)
     env.close()
-    if task is None or not isinstance(task, SequenceTask):
-        missing = [n for n in _members() if not hasattr(task, n)] if task is not None else ["task"]
+    missing = [name for name in (*_SAYS, *_DOES) if not hasattr(task, name)]
+    if missing:
+        lacks = "task" if task is None else ", ".join(missing)
         raise ValueError(
-            f"{env_id!r} is no task on sequences: its environment lacks {', '.join(missing)} (see "
+            f"{env_id!r} is no task on sequences: its environment lacks {lacks} (see "
             "diffpolicy.sequences.SequenceTask)"
         )
-    _check_sizes(task)
-    return task
-
-
-def check_task(task: SequenceTask) -> None:
-    """Look at everything that a task offers, as a test of one's own.
-
-    Raises:
-        ValueError: the first thing that is not as :class:`SequenceTask` says.
-    """
-    _check_sizes(task)
-    tokens, labels = task.training_data()
-    check_tokens(tokens, task.alphabet, task.length, "training_data()")
-    _check_labels(labels, len(tokens), "training_data()", optional=True)
-    few = np.asarray(tokens[:4])
-    valid = np.asarray(task.valid(few))
-    if valid.dtype != np.bool_ or valid.shape != (len(few),):
-        raise ValueError(
-            f"{task.name}: valid(tokens) must give bool [{len(few)}], got {valid.dtype} "
-            f"{list(valid.shape)}"
-        )
-    if task.kind == "measured":
-        measured, activity = task.measurements()
-        check_tokens(measured, task.alphabet, task.length, "measurements()")
-        _check_labels(activity, len(measured), "measurements()", optional=False)
-    else:
-        _check_reward(task, few)
+    check_alphabet(task.alphabet)
+    check_positive(length=task.length)
+    check_choice("kind of task", task.kind, KINDS)
+    found: SequenceTask = task
+    return found
 
 
 def check_tokens(tokens: Any, alphabet: str, length: int, what: str) -> None:
@@ -141,45 +122,4 @@ def check_alphabet(alphabet: str) -> None:
         )
 
 
-def _members() -> list[str]:
-    methods = ["training_data", "measurements", "reward", "valid"]
-    return ["name", "alphabet", "length", "kind", *methods]
-
-
-def _check_sizes(task: SequenceTask) -> None:
-    check_alphabet(task.alphabet)
-    if not isinstance(task.length, int) or task.length < 1:
-        raise ValueError(f"{task.name}: length must be a positive integer, got {task.length!r}")
-    if task.kind not in KINDS:
-        raise ValueError(f"{task.name}: kind must be one of {KINDS}, got {task.kind!r}")
-
-
-def _check_labels(labels: Any, count: int, what: str, *, optional: bool) -> None:
-    if labels is None and optional:
-        return
-    found = None if labels is None else np.asarray(labels)
-    if found is None or found.shape != (count,) or not np.isfinite(found).all():
-        got = (
-            "None" if found is None else f"{list(found.shape)}, some of them not finite or missing"
-        )
-        raise ValueError(f"the labels of {what} must be [{count}] finite numbers, got {got}")
-
-
-def _check_reward(task: SequenceTask, few: Tokens) -> None:
-    vocab_size = len(task.alphabet)
-    x = one_hot(torch.from_numpy(few.astype(np.int64)), vocab_size)[..., :vocab_size]
-    x.requires_grad_(task.kind == "table")
-    reward = task.reward(x)
-    if not isinstance(reward, Tensor) or reward.shape != (len(few),):
-        got = list(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
-        raise ValueError(f"{task.name}: reward(x) must be a tensor [{len(few)}], got {got}")
-    if not bool(reward.detach().isfinite().all()):
-        raise ValueError(f"{task.name}: reward(x) is not finite on the first training sequences")
-    if task.kind == "table" and not reward.requires_grad:
-        raise ValueError(
-            f"{task.name}: the reward of a table must be differentiable in x; for one without "
-            "gradient, set kind='black_box'"
-        )
-
-
-__all__ = ["KINDS", "MASK_LETTER", "SequenceTask", "check_task", "check_tokens", "open_task"]
+__all__ = ["KINDS", "MASK_LETTER", "SequenceTask", "check_tokens", "open_task"]

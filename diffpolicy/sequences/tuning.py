@@ -13,20 +13,12 @@ from torch import Tensor
 from diffpolicy.learn.material import SequenceMaterial
 from diffpolicy.learn.method import Method
 from diffpolicy.learn.methods import method_of
-from diffpolicy.sequences.evaluate import Evaluation, path_kl
-from diffpolicy.sequences.exact import (
-    ExactLaw,
-    ExactScores,
-    StateSpace,
-    divergence,
-    exact_scores,
-    optimum,
-)
+from diffpolicy.sequences.evaluate import path_kl
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, Reward, score
 from diffpolicy.sequences.spec import Draws
-from diffpolicy.sequences.task import SequenceTask
 from diffpolicy.training.settings import TrainerConfig, mix_seed
+from diffpolicy.training.trainer import Evaluate
 
 
 class Tuned(NamedTuple):
@@ -82,19 +74,32 @@ def tune(
     objective = made.objective(model.denoiser, material).to(model.device)
     blank = model.expand_cond(None, 1)
     source = Draws(max(65_536, config.batch_size), None if blank is None else blank[0].cpu())
-    watch = _Watch(pretrained, oracles, eval_draws, num_steps, config.seed)
-    model.fit(
-        objective,
-        source,
-        config,
-        run_dir,
-        evaluate=watch,
-        resume=resume,
-        overwrite=overwrite,
-    )
+    watch = _watch(pretrained, oracles, eval_draws, num_steps, config.seed)
+    how: dict[str, Any] = {"evaluate": watch, "resume": resume, "overwrite": overwrite}
+    model.fit(objective, source, config, run_dir, **how)
     training = model.last_training
     assert training is not None
     return Tuned(model, training.interrupted, training.train_s, reward.calls)
+
+
+def _watch(
+    pretrained: SequenceModel, oracles: Oracles, draws: int, num_steps: int | None, seed: int
+) -> Evaluate:
+    """What is measured of every checkpoint, on the same noise each time."""
+
+    def watch(path: Path, step: int) -> Mapping[str, float]:
+        model = SequenceModel.load(path, device=pretrained.device)
+        generator = torch.Generator(model.device).manual_seed(mix_seed(seed, 0xE7A1))
+        how: dict[str, Any] = {"num_steps": num_steps, "generator": generator}
+        tokens, vocab_size = model.draw(draws, **how).cpu(), model.spec.vocab_size
+        kl = path_kl(model, pretrained, draws, **how)
+        return {
+            "eval/reward": float(score(oracles.reward, tokens, vocab_size).mean()),
+            "eval/held_out": float(score(oracles.held_out, tokens, vocab_size).mean()),
+            "eval/kl": float(kl.mean()),
+        }
+
+    return watch
 
 
 class _Counted:
@@ -106,66 +111,3 @@ class _Counted:
     def __call__(self, x: Tensor) -> Tensor:
         self.calls += len(x)
         return self.reward(x)
-
-
-class _Watch:
-    """What is measured of every checkpoint, on the same noise each time."""
-
-    def __init__(
-        self,
-        pretrained: SequenceModel,
-        oracles: Oracles,
-        draws: int,
-        num_steps: int | None,
-        seed: int,
-    ) -> None:
-        self.pretrained, self.oracles = pretrained, oracles
-        self.draws, self.num_steps, self.seed = draws, num_steps, seed
-
-    def __call__(self, path: Path, step: int) -> Mapping[str, float]:
-        model = SequenceModel.load(path, device=self.pretrained.device)
-        generator = torch.Generator(model.device).manual_seed(mix_seed(self.seed, 0xE7A1))
-        tokens = model.draw(self.draws, num_steps=self.num_steps, generator=generator).cpu()
-        vocab_size = model.spec.vocab_size
-        kl = path_kl(
-            model, self.pretrained, self.draws, num_steps=self.num_steps, generator=generator
-        )
-        return {
-            "eval/reward": float(score(self.oracles.reward, tokens, vocab_size).mean()),
-            "eval/held_out": float(score(self.oracles.held_out, tokens, vocab_size).mean()),
-            "eval/kl": float(kl.mean()),
-        }
-
-
-def can_be_exact(model: SequenceModel, task: SequenceTask) -> bool:
-    """Whether the law of ``model`` and its reward can be computed for every sequence."""
-    states = (len(task.alphabet) + 1) ** task.length
-    return task.kind == "table" and model.spec.time_free and states <= Evaluation.EXACT_STATES
-
-
-class Exact(NamedTuple):
-    """What is known exactly of a tuned model.
-
-    Attributes:
-        scores: reward, divergence and progress.
-        front: ``(KL, E[r])`` of the best laws for weights from 1 down to 0.01.
-    """
-
-    scores: ExactScores
-    front: list[tuple[float, float]]
-
-
-@torch.no_grad()
-def exactly(
-    model: SequenceModel, reference: SequenceModel, task: SequenceTask, kl_weight: float
-) -> Exact:
-    """Exact figures of a tuned model (see :func:`can_be_exact`)."""
-    space = StateSpace(model.spec.vocab_size, model.spec.length)
-    p, q = (
-        ExactLaw.of(m.denoiser, space, cond=m.expand_cond(None, 1)).p for m in (model, reference)
-    )
-    tokens = space.states[space.sequences]
-    reward = torch.from_numpy(score(task.reward, tokens, space.vocab_size))
-    laws = [optimum(q, reward, float(weight)) for weight in torch.logspace(0, -2, 24)]
-    front = [(divergence(law, q), float((law * reward).sum())) for law in laws]
-    return Exact(exact_scores(p, q, reward, kl_weight), front)

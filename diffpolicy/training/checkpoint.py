@@ -97,9 +97,7 @@ def _kind(names: Any, config: Any) -> str:
 
 
 def read_bundle(path: str | os.PathLike[str], prefix: str = "") -> dict[str, Any]:
-    """Read the files of a bundle whose names start with ``prefix``.
-
-    Verifying size and hash of each.
+    """Read the files of a bundle whose names start with ``prefix``, verifying each one's hash.
 
     A directory inside a bundle (a checkpoint's ``policy``) can be read on its own.
 
@@ -129,16 +127,13 @@ def _manifest(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def _read(path: Path, entry: Mapping[str, Any]) -> Any:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing from its checkpoint") from None
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing from its checkpoint")
+    data = path.read_bytes()
     if len(data) != entry["size"]:
         raise CheckpointError(f"{path} is damaged: {len(data)} bytes, expected {entry['size']}")
     if _digest(data) != entry["sha256"]:
-        raise CheckpointError(
-            f"{path} is damaged: its content does not match the hash in {MANIFEST}"
-        )
+        raise CheckpointError(f"{path} is damaged: it does not match the hash in {MANIFEST}")
     try:
         return load_tensors(data) if path.suffix == ".safetensors" else json.loads(data)
     except (SafetensorError, ValueError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ class NonFiniteError(ValueError):
 
 
 def explain_non_finite(
-    step: int, batch: Mapping[str, Tensor], indices: Tensor, out: Any, objective: nn.Module
+    step: int, batch: Mapping[str, Tensor], indices: Tensor, losses: Tensor, objective: nn.Module
 ) -> str:
     """One sentence: the batch entry, the loss rows or the gradient at fault, in that order.
 
@@ -23,45 +22,35 @@ def explain_non_finite(
         step: optimiser step (from 0).
         batch: what the objective was given.
         indices: rows of the source that the batch holds.
-        out: the objective's answer.
+        losses: the objective's answer ``[B]``.
         objective: its parameters hold the gradients.
     """
     start = f"training stopped at step {step}: "
     for name, value in batch.items():
         bad = _rows(value)
         if bad:
+            rows = indices[bad].tolist()[:10]
             return (
-                start + f"batch entry {name!r} is not finite in source rows "
-                f"{indices[bad].tolist()[:10]}; "
-                "check the data"
+                f"{start}batch entry {name!r} is not finite in source rows {rows}; check the data"
             )
     for name, parameter in objective.named_parameters():
         if not torch.isfinite(parameter).all():
             return start + f"parameter {name!r} is not finite; lower the learning rate"
-    bad = _rows(out.loss)
+    bad = _rows(losses)
     if bad:
-        return (
-            start + f"the loss is not finite for source rows {indices[bad].tolist()[:10]} "
-            "of a finite batch"
-        )
-    named = [
-        n
-        for n, p in objective.named_parameters()
-        if p.grad is not None and not torch.isfinite(p.grad).all()
-    ]
-    return start + f"the gradient of {named[:5]} is not finite; lower the learning rate"
+        rows = indices[bad].tolist()[:10]
+        return f"{start}the loss is not finite for source rows {rows} of a finite batch"
+    gradients = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
+    named = [n for n, grad in gradients.items() if not torch.isfinite(grad).all()]
+    return f"{start}the gradient of {named[:5]} is not finite; lower the learning rate"
 
 
 def _rows(value: Tensor) -> list[int]:
     if not value.is_floating_point():
         return []
-    return (
-        torch.nonzero(
-            ~torch.isfinite(value).flatten(1 if value.dim() > 1 else 0).view(len(value), -1).all(1)
-        )
-        .flatten()
-        .tolist()
-    )
+    finite = torch.isfinite(value).reshape(len(value), -1).all(1)
+    found: list[int] = torch.nonzero(~finite).flatten().tolist()
+    return found
 
 
 NO_GRADIENT = (
@@ -72,7 +61,7 @@ NO_GRADIENT = (
 
 
 class Movement:
-    """Refuses a loss that has no gradient, and warns of one whose gradient begins as zero.
+    """Refuse a loss that has no gradient, and warn of one whose gradient begins as zero.
 
     It may do so rightly: comparisons that all tie, positions that are all masked.
     """
@@ -92,7 +81,7 @@ class Movement:
         if self._idle == step < self.FIRST and not norm.item():
             self._idle += 1
             if self._idle == self.FIRST:
-                text = (
-                    f"the gradient of the first {self.FIRST} steps is exactly zero; if it stays so"
+                text = f"the gradient of the first {self.FIRST} steps is exactly zero"
+                warnings.warn(
+                    f"{text}; if it stays so, {NO_GRADIENT}", RuntimeWarning, stacklevel=2
                 )
-                warnings.warn(f"{text}, {NO_GRADIENT}", RuntimeWarning, stacklevel=2)

@@ -1,17 +1,29 @@
-"""What a run leaves in its directory, and how all of it is removed before another takes its place.
+"""What a run leaves in its directory: its metrics, and how an earlier run is removed.
 
-Only names that a run itself writes are removed, and directories only if nothing else is in them.
+Metrics are one CSV file that has neither gaps nor repeats, whatever was interrupted. Only names
+that a run itself writes are removed, and directories only if nothing else is in them.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from diffpolicy.files import ForeignFilesError, check_owned, remove_leftovers, remove_owned
+from diffpolicy.files import (
+    ForeignFilesError,
+    check_owned,
+    naming,
+    remove_leftovers,
+    remove_owned,
+    write_atomic,
+)
 from diffpolicy.training.checkpoint import Snapshots
-from diffpolicy.training.logging import is_metrics, logged_until
 
 # What a run writes beside its checkpoints, of which an overwritten run must leave nothing: numbers
 # and pictures of other weights would be taken for those of the new.
@@ -30,6 +42,120 @@ RESULTS = (
 _REPORT = ("report.md", "score_by_nfe.png")  # written with report.json, under common names
 _BOARD = re.compile(r"events\.out\.tfevents\..+")
 _EVALUATION = re.compile(r"eval(_\d+)?")
+
+
+class MetricsFile:
+    """Rows of numbers by step.
+
+    Args:
+        path: of the CSV file.
+        keep_until: rows after this step are dropped (the steps that a resumed run will do again).
+    """
+
+    def __init__(self, path: Path, *, keep_until: int = 0) -> None:
+        self.path = path
+        self.rows: list[dict[str, str]] = []
+        self.columns: list[str] = ["step"]
+        if path.is_file():
+            self.rows = [row for row in read_metrics(path) if int(row["step"]) <= keep_until]
+            for row in self.rows:
+                self.columns += [name for name in row if name not in self.columns]
+            self._rewrite()
+
+    def append(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one row; a new column rewrites the file in one step."""
+        row = {"step": str(step), **{name: repr(float(value)) for name, value in values.items()}}
+        self.rows.append(row)
+        fresh = [name for name in row if name not in self.columns]
+        self.columns += fresh
+        if fresh or not self.path.exists():
+            self._rewrite()
+            return
+        with naming(self.path), self.path.open("a", newline="") as file:
+            file.write(self._text([row]))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def last(self, name: str, step: int) -> float | None:
+        """Return the finite value of ``name`` in the last row, if that is of ``step``."""
+        row = self.rows[-1] if self.rows else {}
+        value = float(row.get(name) or "nan")
+        return value if row.get("step") == str(step) and math.isfinite(value) else None
+
+    def _text(self, rows: list[dict[str, str]], *, header: bool = False) -> str:
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, self.columns, restval="", lineterminator="\n")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return buffer.getvalue()
+
+    def _rewrite(self) -> None:
+        write_atomic(self.path, self._text(self.rows, header=True))
+
+
+class TensorBoard:
+    """The same rows as TensorBoard scalars.
+
+    Raises:
+        ImportError: the package is missing, with the install command.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._writer: Any = self.writer_class()(str(folder), purge_step=step + 1)
+
+    @staticmethod
+    def writer_class() -> Any:
+        """TensorBoard's own writer, to be asked for before anything of an earlier run is removed.
+
+        Raises:
+            ImportError: the package is missing, with the install command.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                'trainer.tensorboard=true needs: pip install "diffpolicy[tensorboard]"'
+            ) from error
+        return SummaryWriter
+
+    def append(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one row."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics file that say their step; half a line of a killed writer is left out.
+
+    Raises:
+        ValueError: it is damaged, or no file of ours; names it.
+    """
+    if not is_metrics(path):
+        raise ValueError(
+            f"{path} is no table of ours: its first column is not 'step'; move it away"
+        )
+    text = path.read_text(errors="replace")
+    rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    for row in rows:
+        if row["step"] and not row["step"].isdecimal():
+            raise ValueError(
+                f"{path} is damaged: {row['step']!r:.40} is no step; mend that line, or move the "
+                "file away (training goes on without the earlier rows)"
+            )
+    return [row for row in rows if row["step"]]
+
+
+def logged_until(path: Path) -> int:
+    """The largest step that a metrics file has a row of; 0 without one."""
+    return max((int(row["step"]) for row in read_metrics(path)), default=0) if path.is_file() else 0
+
+
+def is_metrics(path: Path) -> bool:
+    """Whether a file begins as the metrics of a run do, or is still empty."""
+    with path.open("rb") as file:
+        return file.read(5) in (b"", b"step,", b"step\n", b"step\r")
 
 
 def has_run(run_dir: str | os.PathLike[str]) -> bool:

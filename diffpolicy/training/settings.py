@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from diffpolicy.settings import named_settings
+from diffpolicy.settings import check_choice, check_range, named_settings
 
 MAY_CHANGE = ("steps", "lr", "checkpoint_every", "keep_last", "progress", "compile", "tensorboard")
 """Settings that may differ when a run is resumed: the two that users want to change, and those that
@@ -64,33 +64,17 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        for name in ("steps", "batch_size", "accumulate", "lr", "log_every", "keep_last"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+        check_choice("lr_schedule", self.lr_schedule, ("cosine", "constant"))
+        check_choice("precision", self.precision, ("fp32", "bf16"))
+        if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        if self.warmup < 0 or self.weight_decay < 0:
-            raise ValueError("warmup_steps and weight_decay must not be negative")
-        if self.grad_clip is not None and self.grad_clip <= 0:
-            raise ValueError(f"grad_clip must be positive or null, got {self.grad_clip}")
-        if not 0 <= self.ema_max < 1 or (self.ema_power is not None and self.ema_power <= 0):
-            raise ValueError(
-                f"need 0 <= ema_max < 1 and ema_power > 0 (or null), got {self.ema_max}, "
-                f"{self.ema_power}"
-            )
-        self._check_choices()
-
-    def _check_choices(self) -> None:
-        for name in ("eval_every", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive or null, got {value}")
-        if self.lr_schedule not in ("cosine", "constant"):
-            raise ValueError(
-                f"lr_schedule must be 'cosine' or 'constant', got {self.lr_schedule!r}"
-            )
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
+        first, second = self.betas
+        check_range("[0, 1)", beta_1=first, beta_2=second, ema_max=self.ema_max)
+        check_range("[0, inf)", warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
+        for name in ("steps", "batch_size", "accumulate", "lr", "log_every", "keep_last"):
+            check_range("(0, inf)", **{name: getattr(self, name)})
+        for name in ("grad_clip", "ema_power", "eval_every", "checkpoint_every"):
+            check_range("(0, inf)", **{name: getattr(self, name)})
 
     @property
     def warmup(self) -> int:

@@ -1,18 +1,33 @@
-"""Sources made of sources: what the trainer draws its batches from when there is more than one."""
+"""Sources: what the trainer draws its batches from, and sources made of others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from diffpolicy.data.preferences.examples import PairExamples
 from diffpolicy.training.settings import mix_seed
-from diffpolicy.training.trainer import Source
 
 ROWS = 65_536
 """Least length of a source: an epoch of the trainer holds whole batches only."""
+
+
+class Source(Protocol):
+    """Examples by index.
+
+    A resumed run must find the examples that it began with, so the trainer takes digests of the
+    arrays that a source holds. One that holds other things (a path, a cache) says what its
+    examples are with a method ``identity()``; see :mod:`diffpolicy.training.identity`.
+    """
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def gather(self, indices: Tensor) -> dict[str, Tensor]:
+        """A batch: every value has ``len(indices)`` rows."""
 
 
 class Mixed:
@@ -102,4 +117,4 @@ class ChosenWindows:
         return {name: batch[source][rows, window] for name, source in names.items()}
 
 
-__all__ = ["ChosenWindows", "Executed", "Mixed", "Turns"]
+__all__ = ["ChosenWindows", "Executed", "Mixed", "Source", "Turns"]

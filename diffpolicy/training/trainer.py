@@ -19,18 +19,27 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffpolicy.files import WriterLock, remove_leftovers, remove_owned
-from diffpolicy.training.background import BackgroundWriter, copied
+from diffpolicy.settings import check_shape
 from diffpolicy.training.checkpoint import Snapshots, write_bundle
 from diffpolicy.training.diagnose import Movement, NonFiniteError, explain_non_finite
-from diffpolicy.training.distributed import Group
-from diffpolicy.training.ema import EMA
 from diffpolicy.training.identity import check_same_run, describe, flatten, machine
-from diffpolicy.training.logging import MetricsFile, TensorBoard
-from diffpolicy.training.randomness import GlobalNoise
-from diffpolicy.training.run_files import check_resumable, clear_run, has_run
+from diffpolicy.training.process import (
+    BackgroundWriter,
+    GlobalNoise,
+    Group,
+    StopRequest,
+    copied,
+)
+from diffpolicy.training.run_files import (
+    MetricsFile,
+    TensorBoard,
+    check_resumable,
+    clear_run,
+    has_run,
+)
 from diffpolicy.training.settings import TrainerConfig, mix_seed
-from diffpolicy.training.stopping import StopRequest
-from diffpolicy.training.validation import Source, autocast, validation_loss
+from diffpolicy.training.sources import Source
+from diffpolicy.training.weights import EMA, autocast, validation_loss
 
 Evaluate = Callable[[Path, int], Mapping[str, float]]
 Export = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
@@ -48,7 +57,7 @@ class TrainResult:
 
 
 class Trainer:
-    """Trains an objective on a source.
+    """Train an objective on a source.
 
     Args:
         objective: ``forward(batch, generator)`` returns ``loss [B]`` and ``metrics``; if it has a
@@ -87,43 +96,24 @@ class Trainer:
         overwrite: bool = False,
     ) -> None:
         self.config, self.source, self.val_source = config, source, val_source
-        self.export, self.evaluate = export, evaluate
+        self.objective, self.export, self.evaluate = objective, export, evaluate
         self.run_dir = Path(run_dir)
         self.snapshots = Snapshots(self.run_dir / "checkpoints", config.keep_last)
         self.group = Group()
-        if config.batch_size > len(source):
-            raise ValueError(
-                f"batch_size={config.batch_size} is more than the {len(source)} training examples; "
-                "lower trainer.batch_size or add data"
-            )
-        if config.batch_size % (self.group.size * config.accumulate):
-            raise ValueError(
-                f"batch_size={config.batch_size} must divide over {self.group.size} processes and "
-                f"accumulate={config.accumulate} parts"
-            )
-        self.objective = objective
         self.device = next(objective.parameters()).device
+        self._check_settings()
         for module in objective.modules():  # a frozen reference inside keeps its evaluation mode
             if any(p.requires_grad for p in module.parameters()):
                 module.training = True
-        if config.precision == "bf16" and self.device.type != "cuda":
-            raise ValueError(
-                "precision=bf16 is for GPUs (on a CPU without bf16 units it is slower); use fp32"
-            )
         about = {**(identity or {}), "objective": objective, "source": source}
         self.identity = flatten(describe(about, trained=objective))
-        self._noise = GlobalNoise(self.device)
         self._forward = self.group.wrap(objective, self.device)
         if config.compile:
             self._forward.compile()
-        self.parameters = [p for p in objective.parameters() if p.requires_grad]
-        self.names = [n for n, p in objective.named_parameters() if p.requires_grad]
+        named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+        self.names, self.parameters = list(named), list(named.values())
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
+            self.parameters, config.lr, config.betas, weight_decay=config.weight_decay, fused=True
         )
         power = config.ema_power
         self.ema = EMA(objective, power=power or 1.0, max_decay=config.ema_max if power else 0.0)
@@ -132,15 +122,32 @@ class Trainer:
         self._totals: dict[str, Tensor] = {}
         self._since = 0
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
-        self._stop = StopRequest()
-        self._movement = Movement()
-        self._writer = BackgroundWriter()
+        self._stop, self._noise = StopRequest(), GlobalNoise(self.device)
+        self._movement, self._writer = Movement(), BackgroundWriter()
         self._begin(resume, overwrite)
+
+    def _check_settings(self) -> None:
+        """Refuse settings that do not fit the source, the processes or the device."""
+        size, parts = self.config.batch_size, self.group.size * self.config.accumulate
+        if size > len(self.source):
+            raise ValueError(
+                f"batch_size={size} is more than the {len(self.source)} training examples; "
+                "lower trainer.batch_size or add data"
+            )
+        if size % parts:
+            raise ValueError(
+                f"batch_size={size} must divide over {self.group.size} processes and "
+                f"accumulate={self.config.accumulate} parts"
+            )
+        if self.config.precision == "bf16" and self.device.type != "cuda":
+            raise ValueError(
+                "precision=bf16 is for GPUs (on a CPU without bf16 units it is slower); use fp32"
+            )
+        if self.config.tensorboard:
+            TensorBoard.writer_class()
 
     def _begin(self, resume: bool, overwrite: bool) -> None:
         """Take the run's directory; all that can fail is checked before anything is removed."""
-        if self.config.tensorboard:
-            TensorBoard.writer_class()
         self._lock = WriterLock(self.run_dir, "training")
         if self.group.first:
             self._lock.acquire()
@@ -192,14 +199,9 @@ class Trainer:
     def _loop(self) -> None:
         config = self.config
         began = time.perf_counter()
-        bar = tqdm(
-            total=config.steps,
-            initial=self.step,
-            desc="train",
-            unit="step",
-            disable=not (config.progress and self.group.first),
-            mininterval=1.0,
-        )
+        shown = config.progress and self.group.first
+        look = {"desc": "train", "unit": "step", "mininterval": 1.0, "disable": not shown}
+        bar = tqdm(total=config.steps, initial=self.step, **look)
         with bar:
             while self.step < config.steps and not self.group.any(self._stop.asked):
                 self._writer.check()
@@ -245,16 +247,13 @@ class Trainer:
         self._noise.seed(mix_seed(config.seed, self.step, self.group.rank, 0xD0))
         self.optimizer.zero_grad(set_to_none=True)
         outs = [self._backward(part, generator) for part in _parts(batch, config.accumulate)]
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.parameters if p.grad is not None]
-        )
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         losses = torch.cat([out.loss.detach() for out in outs])
         inputs = [v.sum() for v in batch.values() if v.is_floating_point()]
         if not math.isfinite(torch.stack([losses.mean(), norm, *inputs]).sum().item()):
-            whole = outs[0]._replace(loss=losses)
-            raise NonFiniteError(
-                explain_non_finite(self.step, batch, indices, whole, self.objective)
-            )
+            where = explain_non_finite(self.step, batch, indices, losses, self.objective)
+            raise NonFiniteError(where)
         self._movement.check(self.step, norm)
         if config.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
@@ -274,12 +273,7 @@ class Trainer:
         """Add the gradient of one part of a batch."""
         with autocast(self.config, self.device):
             out = self._forward(batch, generator)
-        count = len(next(iter(batch.values())))
-        if out.loss.shape != (count,):
-            raise ValueError(
-                f"an objective returns one loss per example, [{count}] here; "
-                f"got {list(out.loss.shape)}"
-            )
+        check_shape("loss (one per example)", out.loss.shape, [len(next(iter(batch.values())))])
         self._movement.check_graph(out.loss)
         (out.loss.mean() / self.config.accumulate).backward()
         return out
@@ -287,8 +281,7 @@ class Trainer:
     def _count(self, values: Mapping[str, Tensor]) -> None:
         """Add to what the next row of metrics averages."""
         for name, value in values.items():
-            so_far = self._totals.get(name)
-            self._totals[name] = value.detach() if so_far is None else so_far + value.detach()
+            self._totals[name] = self._totals.get(name, 0) + value.detach()
 
     def _indices(self, step: int) -> Tensor:
         """Rows of this process at ``step``, from a permutation that (seed, epoch) determine."""
@@ -315,9 +308,8 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         row: dict[str, float] = {}
         if self.val_source is not None:
-            row["val_loss"] = validation_loss(
-                self.objective, self.ema.state, self.val_source, self.config
-            )
+            weights, held_out = self.ema.state, self.val_source
+            row["val_loss"] = validation_loss(self.objective, weights, held_out, self.config)
         if self.evaluate is None or self.export is None or not self.group.first:
             return row
         folder = write_bundle(self.run_dir / ".candidate", self.export(self.ema.state))
@@ -331,8 +323,6 @@ class Trainer:
 
     def _save(self, *, alone: bool = False) -> None:
         score = None if self.metrics is None else self.metrics.last("score", self.step)
-        if score is not None and not math.isfinite(score):
-            score = None
         is_best = score is not None and (self.best_score is None or score >= self.best_score)
         self.best_score = score if is_best else self.best_score
         if self.group.first:

@@ -17,7 +17,8 @@ from diffpolicy import DiffusionPolicy, cli
 from diffpolicy.config import load_run
 from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.report.tuning import read_tuning_report
+from diffpolicy.report.tables import read_report
+from diffpolicy.report.tuning import FORMAT
 from diffpolicy.training.identity import ResumeWarning
 from diffpolicy.training.trainer import Trainer
 
@@ -74,7 +75,7 @@ def test_rollouts_become_pairs_and_pairs_a_report(trained, tmp_path, capsys):
     result = result_of(capsys.readouterr().out)
     assert result["method"] == "dpo"
     assert set(result["before"]) == set(result["after"]) == {"1", "4"}
-    report = read_tuning_report(run)
+    report = read_report(run, FORMAT)
     assert report["seeds"] == [300_000, 300_001, 300_002]
     assert len(report["episodes"]["after"]["4"]) == 3
     assert report["training"]["rounds"][0]["preferences"]["pairs"] > 0
@@ -105,7 +106,7 @@ def test_own_plans_are_drawn_once_for_every_loss(trained, tmp_path, capsys):
     rollouts = EpisodeStore.open(run / "rollouts.zarr")
     asked = sum((n - 3 + 5) // 6 for n in rollouts.episode_lengths)
     assert 0.8 * asked <= len(pairs) <= asked  # plans at the actions' bounds are worth the same
-    summary = read_tuning_report(run)["training"]["rounds"][0]["preferences"]
+    summary = read_report(run, FORMAT)["training"]["rounds"][0]["preferences"]
     assert summary["sources"] == {"value": len(pairs)}
     file = f"preferences={run / 'plans.jsonl'}"
     assert tuned(trained, tmp_path / "kto", "method=kto", file, *UNSCORED) == 0
@@ -229,7 +230,7 @@ def test_rounds_tune_the_newest_policy(trained, tmp_path, capsys):
         for n in range(2)
     ]
     assert seeds[0].isdisjoint(seeds[1])
-    assert len(read_tuning_report(run)["training"]["rounds"]) == 2
+    assert len(read_report(run, FORMAT)["training"]["rounds"]) == 2
 
 
 def test_a_given_file_takes_the_place_of_what_an_experiment_makes():
@@ -248,7 +249,7 @@ def test_a_tuned_policy_is_tuned_on(trained, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     assert tuned(trained, first, "method=bc") == 0
     assert tuned(trained, second, "method=bc", f"pretrained={first}") == 0
-    after, before = (read_tuning_report(run)["episodes"] for run in (first, second))
+    after, before = (read_report(run, FORMAT)["episodes"] for run in (first, second))
     assert before["before"]["4"] == after["after"]["4"]
     capsys.readouterr()
     assert cli.main(["eval", f"checkpoint={second}", *FEW, f"output={tmp_path / 'scored'}"]) == 0
@@ -290,7 +291,7 @@ def test_runs_are_compared_by_episode(trained, tmp_path, capsys, rollouts):
     assert "| before | 2 |" in text
     assert "minus bc" in text
     rows = {r["method"]: r for r in json.loads((output / "report.json").read_text())["rows"]}
-    scores = [read_tuning_report(r)["after"]["4"]["value"] for r in runs]
+    scores = [read_report(r, FORMAT)["after"]["4"]["value"] for r in runs]
     assert rows["sft"]["score"]["4"]["value"] == pytest.approx(np.mean(scores[2:]))
     gap = rows["sft"]["minus_baseline"]["4"]["value"]
     assert gap == pytest.approx(np.mean(scores[2:]) - np.mean(scores[:2]))

@@ -93,7 +93,7 @@ def test_denoiser_delivers_the_confidence(prediction):
         ({}, "needs base"),
         ({"base": "mlp"}, r"base must be the config of another network.*got 'mlp'"),
         ({"base": {"type": "anchored"}}, "base must be the config of another network"),
-        ({"base": {"type": "mlp", "horizon": 4}}, "base takes horizon from the anchored network"),
+        ({"base": {"type": "mlp", "horizon": 4}}, "horizon of this network are given otherwise"),
         ({"base": {"type": "mlp"}, "stages": 0}, "stages must be a positive integer"),
         ({"base": {"type": "mlp"}, "prior": 1.0}, r"prior must be in \(0, 1\)"),
         ({"base": {"type": "mlp", "widht": 3}}, "did you mean 'width'"),

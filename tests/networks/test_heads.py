@@ -84,7 +84,7 @@ def test_errors():
         make_head({"type": "inverse", "obs_dim": 4})
     with pytest.raises(ValueError, match="obs_dim must be a positive integer, got 0"):
         make_head({"type": "inverse", "obs_dim": 0, "action_dim": 2})
-    with pytest.raises(ValueError, match="base takes dim from the value: leave out"):
+    with pytest.raises(ValueError, match="dim of this network are given otherwise"):
         TrajectoryValue(8, 3, base={"type": "mlp", "dim": 3})
     with pytest.raises(ValueError, match="network type must be one of"):
         TrajectoryValue(8, 3, base={"width": 16})

@@ -160,7 +160,7 @@ def test_unconditional(small_config):
     network = make_network({**small_config, "cond_dim": 0})
     x, t, _ = example_inputs(network)
     assert network(x, t).shape == x.shape
-    with pytest.raises(ValueError, match=r"unconditional.*cond_dim=5"):
+    with pytest.raises(ValueError, match=r"cond_dim=0 \(0: unconditional\), got cond \[4, 5\]"):
         network(x, t, torch.zeros(4, 5))
 
 
@@ -185,8 +185,8 @@ def test_double_precision_runs_throughout(small_network):
         ({"x": (4, 7, 3)}, r"x must be \[B, 8, 3\].*\[4, 7, 3\]"),
         ({"x": (8, 3)}, r"x must be \[B, 8, 3\]"),
         ({"cond": (4, 6)}, r"cond must be \[B, 5\].*\[4, 6\]"),
-        ({"cond": (4, 1, 5)}, r"flatten the observation steps"),
-        ({"cond": None}, r"conditional: pass cond \[B, 5\]"),
+        ({"cond": (4, 1, 5)}, r"cond must be \[B, 5\], got \[4, 1, 5\]"),
+        ({"cond": None}, "built with cond_dim=5.*got cond none"),
     ],
 )
 def test_wrong_shapes_are_refused(small_network, change, message):

@@ -169,7 +169,7 @@ def test_without_averaged_weights_the_trained_ones_are_taken(tmp_path):
 def test_saved_policy_acts_like_the_imported_one(tmp_path):
     from diffpolicy.api import DiffusionPolicy
     from diffpolicy.training.checkpoint import write_bundle
-    from diffpolicy.training.policy_files import policy_files
+    from diffpolicy.training.saved import policy_files
 
     foreign = read_checkpoint(write_ckpt(tmp_path / "latest.ckpt"))
     write_bundle(tmp_path / "policy", policy_files(*foreign))

@@ -8,14 +8,13 @@ import math
 import numpy as np
 import pytest
 
-from diffpolicy.report import logos
 from diffpolicy.report import sequence_figures as plots
+from diffpolicy.report.figures import read_metrics
 from diffpolicy.report.sequence_figures import (
-    curve_columns,
+    information,
     plot_curves,
     plot_front,
     plot_logo,
-    read_curves,
     standing_warning,
 )
 
@@ -70,27 +69,13 @@ def some_profile(length: int, letters: int, seed: int = 0) -> np.ndarray:
 
 
 def test_curves_are_of_evaluations_where_there_are_any(metrics):
-    curves = read_curves(metrics)
+    curves = read_metrics(metrics, first="eval/")
     assert curves["reward"] == ([100.0 * i for i in range(12)], list(range(12)))
     assert curves["reward_q25"][1][0] == -1
     assert curves["held_out"][1][5:9] == [5, 6, 5.5, 5]
     assert "kl" not in curves  # not a finite number in it
     metrics.write_text("step,reward\n1,0.5\n2,\n3,oops\n")
-    assert read_curves(metrics) == {"reward": ([1], [0.5])}
-
-
-def test_columns_of_a_row_come_back_as_curves(tmp_path):
-    spread = {"median": 0.5, "q25": 0.25, "q75": 0.75, "mean": 0.6}
-    columns = curve_columns({"reward": spread, "kl": 1.5, "valid": None, "kl_kind": "exact"})
-    assert columns == {
-        "eval/reward": 0.5,
-        "eval/reward_q25": 0.25,
-        "eval/reward_q75": 0.75,
-        "eval/kl": 1.5,
-    }
-    path = tmp_path / "metrics.csv"
-    path.write_text(f"step,{','.join(columns)}\n10,{','.join(str(v) for v in columns.values())}\n")
-    assert read_curves(path)["reward_q75"] == ([10], [0.75])
+    assert read_metrics(metrics, first="eval/") == {"reward": ([1], [0.5])}
 
 
 def test_the_warning_that_stands_at_the_end():
@@ -100,8 +85,8 @@ def test_the_warning_that_stands_at_the_end():
     recovers = [*falls[:9], 6.0, 7.0, 8.0]
     found = standing_warning({"reward": (steps, rising), "held_out": (steps, falls)})
     assert found is not None
-    assert found.step == 100  # smoothed, 1.25 below the peak: over a tenth of the rise since 0
-    assert "since evaluation 6" in found.message
+    assert found["step"] == 100  # smoothed, 1.25 below the peak: over a tenth of the rise since 0
+    assert "since evaluation 6" in found["message"]
     for held_out in (recovers, rising):
         assert standing_warning({"reward": (steps, rising), "held_out": (steps, held_out)}) is None
     assert standing_warning({"reward": (steps, rising)}) is None
@@ -139,7 +124,9 @@ def test_front_depends_on_the_data_alone(tmp_path, size):
 
 def test_front_joins_medians(monkeypatch, tmp_path):
     drawn = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.update(axis=figure.axes[0]))
+    monkeypatch.setattr(
+        plots, "save_figure", lambda figure, path: drawn.update(axis=figure.axes[0])
+    )
     best = [{"method": "best of 8", "seed": s, "kl": None, "reward": 1.0 + s} for s in range(3)]
     undefined = {"method": "broken", "kl": 1.0, "reward": math.nan}
     plot_front([*ROWS, *best, undefined], tmp_path / "a.png", optimum=[(1, 0.9), (0, 0.1)])
@@ -157,12 +144,12 @@ def test_front_joins_medians(monkeypatch, tmp_path):
 
 def test_information_of_known_laws():
     p = [[1, 0, 0, 0], [0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0, 0]]
-    assert logos.information(p).tolist() == [2, 0, 1]
+    assert information(p).tolist() == [2, 0, 1]
 
 
 def test_letters_are_as_tall_as_their_information(monkeypatch, tmp_path):
     drawn = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.update(axes=figure.axes))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.update(axes=figure.axes))
     p = np.array([[1, 0, 0, 0], [0.25, 0.25, 0.25, 0.25], [0, 0, 0.25, 0.75]])
     plot_logo({"tuned": p}, tmp_path / "a.png", alphabet="ACGT")
     (axis,) = drawn["axes"]

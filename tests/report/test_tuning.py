@@ -10,13 +10,9 @@ import numpy as np
 import pytest
 
 import diffpolicy
-from diffpolicy.report.tuning import (
-    episode_scores,
-    read_tuning_report,
-    without_failures,
-    write_tuning_report,
-)
-from diffpolicy.report.tuning_comparison import compare_tunings
+from diffpolicy.report.compare import compare_tunings
+from diffpolicy.report.tables import read_report
+from diffpolicy.report.tuning import FORMAT, episode_scores, without_failures, write_tuning_report
 from diffpolicy.rollout.intervals import paired_difference
 from diffpolicy.rollout.results import EpisodeRecord, EvalResult, summarise
 
@@ -69,7 +65,7 @@ def test_a_report_pairs_episodes(tmp_path, scores):
     expected = paired_difference(scores["a_1"], scores["base_1"])
     assert report["difference"]["4"]["value"] == pytest.approx(expected.value)
     assert report["difference"]["4"]["low"] == pytest.approx(expected.low)
-    assert read_tuning_report(folder) == json.loads((folder / "report.json").read_text())
+    assert read_report(folder, FORMAT) == report
     assert report["pictures"] == ["curves.png", "score_by_nfe.png"]
     assert all((folder / name).is_file() for name in report["pictures"])
 
@@ -214,4 +210,4 @@ def test_what_cannot_be_compared_is_said(tmp_path, scores):
     with pytest.raises(ValueError, match="no reports"):
         compare_tunings([], tmp_path / "out")
     with pytest.raises(ValueError, match="no report at"):
-        read_tuning_report(tmp_path)
+        read_report(tmp_path, FORMAT)

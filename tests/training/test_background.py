@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 
-from diffpolicy.training.background import BackgroundWriter, copied
 from diffpolicy.training.checkpoint import Snapshots, read_bundle
+from diffpolicy.training.process import BackgroundWriter, copied
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Trainer
 

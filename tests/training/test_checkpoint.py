@@ -22,7 +22,7 @@ from diffpolicy.training.checkpoint import (
     read_pointer,
     write_bundle,
 )
-from diffpolicy.training.policy_files import find_bundle
+from diffpolicy.training.saved import find_bundle
 
 FILES = {
     "config.json": {"a": [1, 2.5, None]},

@@ -6,21 +6,21 @@ import csv
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from training_runs import begun, train
 
 from diffpolicy.files import ForeignFilesError
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.training.checkpoint import CheckpointError, read_bundle
 from diffpolicy.training.diagnose import NonFiniteError
-from diffpolicy.training.ema import EMA
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Trainer
+from diffpolicy.training.weights import EMA
 
 CONFIG = TrainerConfig(
     steps=40,
@@ -109,46 +109,25 @@ def test_interrupt_and_resume_is_bit_identical(make_objective, table, tmp_path, 
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-SCRIPT = """
-import sys, torch
-sys.path.insert(0, {here!r})
-from conftest import Regression, Table
-from diffpolicy.training.run_files import has_run
-from diffpolicy.training.settings import TrainerConfig
-from diffpolicy.training.trainer import Trainer
-torch.manual_seed(0)
-config = TrainerConfig(steps=400, batch_size=32, lr=1e-2, warmup_steps=5, log_every=7,
-                       eval_every=60, checkpoint_every=9, progress=False)
-Trainer(Regression(), Table(), config, sys.argv[1], resume=has_run(sys.argv[1])).fit()
-"""
-
-
-def launch(run):
-    code = SCRIPT.format(here=str(Path(__file__).parent))
-    return subprocess.Popen([sys.executable, "-c", code, str(run)])
-
-
 def test_sigkill_at_random_moments_then_resume_is_bit_identical(tmp_path):
-    assert launch(tmp_path / "whole").wait() == 0
-    kills = 0
+    whole = begun(train, tmp_path / "whole")
     delays = torch.Generator().manual_seed(1)
-    for _ in range(30):
-        process = launch(tmp_path / "cut")
+    codes = []
+    for _ in range(4):
+        process = begun(train, tmp_path / "cut")
         last = tmp_path / "cut" / "checkpoints" / "last"
         before = last.read_text() if last.exists() else None
-        while process.poll() is None and (not last.exists() or last.read_text() == before):
+        while process.is_alive() and (not last.exists() or last.read_text() == before):
             time.sleep(0.002)  # the run is past its next checkpoint: progress is certain
-        time.sleep(0.15 * float(torch.rand((), generator=delays)))
-        if process.poll() is not None:
-            assert process.returncode == 0
-            break
+        time.sleep(0.06 * float(torch.rand((), generator=delays)))
         process.kill()
-        process.wait()
-        kills += 1
-        if kills == 4:
-            assert launch(tmp_path / "cut").wait() == 0
-            break
-    assert kills >= 1
+        process.join()
+        codes.append(process.exitcode)
+    assert codes[:2] == [-signal.SIGKILL] * 2
+    last_one = begun(train, tmp_path / "cut")
+    for process in (whole, last_one):
+        process.join()
+        assert process.exitcode == 0
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -280,10 +259,10 @@ def test_a_second_trainer_of_a_run_is_refused_and_the_first_one_ends_well(
     make_objective, table, tmp_path
 ):
     trainer = Trainer(make_objective(), table, CONFIG, tmp_path / "run")
-    script = SCRIPT.format(here=str(Path(__file__).parent))
-    command = [sys.executable, "-c", script, str(tmp_path / "run")]
-    second = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    assert f"process {os.getpid()} on" in second.stderr
+    begun(train, tmp_path / "run").join()
+    busy = tmp_path / "run.busy"
+    assert f"process {os.getpid()} on" in busy.read_text()
+    busy.unlink()
     assert trainer.fit().step == 40
     assert [p.name for p in tmp_path.iterdir()] == ["run"]  # the lock is given back
 
@@ -334,9 +313,9 @@ class TestNonFinite:
     [
         ({"steps": 0}, "steps must be positive"),
         ({"batch_size": -1}, "batch_size must be positive"),
-        ({"lr_schedule": "linear"}, "lr_schedule must be"),
-        ({"precision": "fp16"}, "precision must be"),
-        ({"eval_every": 0}, "eval_every must be positive or null"),
+        ({"lr_schedule": "linear"}, "unknown lr_schedule 'linear'"),
+        ({"precision": "fp16"}, "unknown precision 'fp16'"),
+        ({"eval_every": 0}, "eval_every must be positive, got 0"),
     ],
 )
 def test_bad_settings(options, message):
@@ -399,7 +378,7 @@ def test_other_data_is_refused_on_resume(make_objective, table, tmp_path):
 
 
 def test_half_a_line_of_metrics_is_dropped(tmp_path):
-    from diffpolicy.training.logging import MetricsFile
+    from diffpolicy.training.run_files import MetricsFile
 
     file = MetricsFile(tmp_path / "metrics.csv")
     for step in (10, 20):

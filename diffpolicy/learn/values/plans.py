@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -30,14 +29,12 @@ from diffpolicy.learn.values.learning import TARGET, PlanValueLoss, mean_of_next
 from diffpolicy.learn.values.reward import RewardModel
 from diffpolicy.networks.base import described
 from diffpolicy.networks.critics import QEnsemble
-from diffpolicy.settings import settings_of
-from diffpolicy.training.checkpoint import read_bundle, write_bundle
-from diffpolicy.training.policy_files import find_bundle
-from diffpolicy.training.rollback import unchanged_on_error
+from diffpolicy.settings import check_range, settings_of
+from diffpolicy.training.process import seeded
+from diffpolicy.training.saved import Saved, part_of
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Trainer, TrainResult
-
-FORMAT, VERSION = "diffpolicy-plan-value", 1
+from diffpolicy.training.weights import unchanged_on_error
 
 
 @dataclass(frozen=True)
@@ -74,11 +71,9 @@ class PlanValueSpec:
     layer_norm: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("n_action_steps", "lookahead", "n_obs_steps"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.discount <= 1:
-            raise ValueError(f"discount must be in (0, 1], got {self.discount}")
+        names = ("n_action_steps", "lookahead", "n_obs_steps")
+        check_range("[1, inf)", **{name: getattr(self, name) for name in names})
+        check_range("(0, 1]", discount=self.discount)
 
     def make_network(self) -> QEnsemble:
         """The networks, freshly initialised.
@@ -107,7 +102,7 @@ class StepRewards(Protocol):
         """The rewards ``[T]``."""
 
 
-class PlanValue:
+class PlanValue(Saved):
     """The mean learned reward of the steps that follow when a plan is begun.
 
     ``E[sum_k discount^k r_{t+k} / sum_k discount^k | observations, actions from now on]`` over
@@ -134,6 +129,7 @@ class PlanValue:
             0 unless set). With some, plans about which the members disagree are worth less.
     """
 
+    FORMAT, WHAT = "diffpolicy-plan-value", "plan value"
     last_training: TrainResult | None = None
 
     def __init__(
@@ -171,9 +167,7 @@ class PlanValue:
         """
         sizes = {"obs_dim": reward.spec.obs_dim, "action_dim": reward.spec.action_dim}
         full = settings_of(PlanValueSpec, {**spec, **sizes}, "plan value")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = full.make_network()
+        network = seeded(seed, full.make_network)
         return cls(full, reward.normalizer, network, device=reward.device)
 
     @classmethod
@@ -191,9 +185,7 @@ class PlanValue:
         names = ("obs_dim", "action_dim", "n_obs_steps", "n_action_steps")
         sizes = {name: getattr(policy, name) for name in names}
         full = settings_of(PlanValueSpec, {**sizes, **spec}, "plan value")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = full.make_network()
+        network = seeded(seed, full.make_network)
         return cls(full, policy.normalizer, network, device=policy.device)
 
     @property
@@ -246,13 +238,13 @@ class PlanValue:
                 sources[0],
                 config,
                 run_dir,
-                export=lambda state: self._files(_weights(state)),
+                export=lambda state: self._files(part_of(state, "network")),
                 val_source=sources[1],
                 identity={"model": self.spec, "normalizer": self.normalizer},
                 resume=resume,
                 overwrite=overwrite,
             ).fit()
-            self.network.load_state_dict(_weights(result.ema))
+            self.network.load_state_dict(part_of(result.ema, "network"))
             self.network.eval().requires_grad_(False)
         self.last_training = result
         return self
@@ -361,37 +353,20 @@ class PlanValue:
 
     # ---------------------------------------------------------------- files
 
-    def _files(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-        config = {"format": FORMAT, "version": VERSION, "spec": asdict(self.spec)}
+    def _files(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        spec, normalizer = asdict(self.spec), self.normalizer.to_config()
         return {
-            "config.json": {**config, "normalizer": self.normalizer.to_config()},
-            "model.safetensors": dict(weights),
+            "config.json": self._config(spec=spec, normalizer=normalizer),
+            "model.safetensors": dict(weights or self.network.state_dict()),
             "normalizer.safetensors": self.normalizer.to_tensors(),
         }
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the value as a directory: ``config.json``, safetensors files and their hashes."""
-        return write_bundle(path, self._files(self.network.state_dict()))
-
     @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
+    def _made_of(
+        cls, config: dict[str, Any], files: Mapping[str, Any], device: str | torch.device
     ) -> Self:
-        """Read a value (or the newest one of its training run), verifying every hash.
-
-        Raises:
-            ValueError: not the value of plans, or a damaged file.
-        """
-        files = read_bundle(find_bundle(path, FORMAT, "plan value"))
-        config = files["config.json"]
-        if config.get("version") != VERSION:
-            raise ValueError(f"{path} is not a diffpolicy plan value of version {VERSION}")
         spec = settings_of(PlanValueSpec, config["spec"], "spec")
         network = spec.make_network()
         network.load_state_dict(files["model.safetensors"])
         normalizer = Normalizer.from_parts(config["normalizer"], files["normalizer.safetensors"])
         return cls(spec, normalizer, network, device=device)
-
-
-def _weights(objective_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix("network."): v for k, v in objective_state.items()}

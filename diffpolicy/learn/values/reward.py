@@ -30,18 +30,17 @@ from diffpolicy.learn.values.learning import (
 from diffpolicy.networks.base import described
 from diffpolicy.networks.critics import QEnsemble
 from diffpolicy.settings import settings_of
-from diffpolicy.training.checkpoint import read_bundle, write_bundle
-from diffpolicy.training.policy_files import find_bundle
-from diffpolicy.training.rollback import unchanged_on_error
+from diffpolicy.training.process import seeded
+from diffpolicy.training.saved import Saved, part_of
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Trainer, TrainResult
+from diffpolicy.training.weights import unchanged_on_error
 
-FORMAT, VERSION = "diffpolicy-reward", 1
 ROWS = 16_384  # steps judged at once: bounds memory
 MOST_ROWS = 65_536  # steps that the scale of the rewards is measured on
 
 
-class RewardModel:
+class RewardModel(Saved):
     """The reward of a step, r(observation, action), by an ensemble of networks.
 
     Learned from preferences between segments (Christiano et al. 2017, with the mean over a
@@ -68,6 +67,7 @@ class RewardModel:
         device: where the weights go.
     """
 
+    FORMAT, WHAT = "diffpolicy-reward", "reward model"
     last_training: TrainResult | None = None
 
     def __init__(
@@ -130,10 +130,7 @@ class RewardModel:
             sizes[size] = shape[0]
         full = settings_of(RewardSpec, {**(spec or {}), **sizes}, "spec")
         normalizer = fit_normalizer(store, judged_episodes(preferences), full.normalize)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = full.make_network()
-        return cls(full, normalizer, network, device=device)
+        return cls(full, normalizer, seeded(seed, full.make_network), device=device)
 
     # ---------------------------------------------------------------- learning
 
@@ -205,7 +202,7 @@ class RewardModel:
         self, state: Mapping[str, Tensor], judged: tuple[Tensor, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Weights of the network in an objective's state, and each member's shift and scale."""
-        weights = {k.removeprefix("network."): v for k, v in state.items()}
+        weights = part_of(state, "network")
         found = []
         for part in zip(*(torch.split(values, ROWS) for values in judged), strict=True):
             arguments = self._normalised(*part)
@@ -357,37 +354,24 @@ class RewardModel:
 
     # ---------------------------------------------------------------- files
 
-    def _files(self, weights: Mapping[str, Tensor], standard: Tensor) -> dict[str, Any]:
-        config = {"format": FORMAT, "version": VERSION, "spec": asdict(self.spec)}
+    def _files(
+        self, weights: Mapping[str, Tensor] | None = None, standard: Tensor | None = None
+    ) -> dict[str, Any]:
+        spec, normalizer = asdict(self.spec), self.normalizer.to_config()
         return {
-            "config.json": {**config, "normalizer": self.normalizer.to_config()},
-            "model.safetensors": dict(weights),
+            "config.json": self._config(spec=spec, normalizer=normalizer),
+            "model.safetensors": dict(weights or self.network.state_dict()),
             "normalizer.safetensors": self.normalizer.to_tensors(),
-            "standard.safetensors": {"standard": standard},
+            "standard.safetensors": {"standard": self.standard if standard is None else standard},
         }
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the model as a directory: ``config.json``, safetensors files and their hashes."""
-        return write_bundle(path, self._files(self.network.state_dict(), self.standard))
-
     @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
+    def _made_of(
+        cls, config: dict[str, Any], files: Mapping[str, Any], device: str | torch.device
     ) -> Self:
-        """Read a model (or the best or newest one of its training run), verifying every hash.
-
-        Raises:
-            ValueError: not a reward model, or a damaged file.
-        """
-        files = read_bundle(find_bundle(path, FORMAT, "reward model"))
-        config = files["config.json"]
-        if config.get("version") != VERSION:
-            raise ValueError(f"{path} is not a diffpolicy reward model of version {VERSION}")
         spec = settings_of(RewardSpec, config["spec"], "spec")
         network = spec.make_network()
         network.load_state_dict(files["model.safetensors"])
         normalizer = Normalizer.from_parts(config["normalizer"], files["normalizer.safetensors"])
         standard = files["standard.safetensors"]["standard"]
         return cls(spec, normalizer, network, standard, device=device)
-
-    load = from_pretrained
