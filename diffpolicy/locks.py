@@ -9,6 +9,7 @@ file's existence, until its holder is seen to be dead.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -113,7 +114,11 @@ def _lock_file(path: Path) -> Path:
 def _make_directory(folder: Path) -> list[Path]:
     """Make a directory; returns those that were missing, the innermost first."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        place = next(p for p in (folder, *folder.parents) if p.exists())
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, not a directory", str(place)) from None
     return missing
 
 

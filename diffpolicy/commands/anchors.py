@@ -41,7 +41,7 @@ OPTIONS = {
 
 
 def help_text() -> str:
-    """The text of `diffpolicy anchors --help`."""
+    """Return the text of `diffpolicy anchors --help`."""
     return f"""\
 usage: diffpolicy anchors RUN OUTPUT [data=STORE] [key=value] ...
 

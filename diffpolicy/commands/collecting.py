@@ -1,22 +1,19 @@
-"""How pairs are collected from rollouts: what `data prefs collect` and `finetune` share."""
+"""How pairs are collected from rollouts: what `data prefs collect` and `prefer` share."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.config import ConfigError, build
+from diffpolicy.settings import check_choice, check_range
 
 if TYPE_CHECKING:
     from diffpolicy.rollout.record.branches import Branching, Repeats
 
 KINDS = ("branches", "episodes")
-OF_KIND = {
-    "branches": ("points", "every", "branches", "lookahead", "common_noise"),
-    "episodes": ("repeats",),
-}
 
 
 @dataclass
@@ -42,27 +39,20 @@ class Collecting:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str = "") -> Collecting:
-        """From plain values, checked.
+        """Make it from plain values, checked.
 
         Args:
             values: options by name.
             where: before their names in messages; of a configuration's section, not empty.
 
         Raises:
-            ConfigError: an unknown option, a value of a wrong type, or an option of another kind.
+            ConfigError: an unknown option, or a value of a wrong type.
+            ValueError: a value out of its range.
         """
         made = build(cls, values, where)
-        if made.kind not in KINDS:
-            raise ConfigError(f"{where}kind must be one of {list(KINDS)}, got {made.kind!r}")
-        if made.episodes < 1 or made.seed < 0:
-            raise ConfigError(
-                f"{where}episodes must be at least 1 and {where}seed 0 or more, got "
-                f"{made.episodes} and {made.seed}"
-            )
-        for kind, names in OF_KIND.items():
-            given = [n for n in names if getattr(made, n) != getattr(cls, n)]
-            if given and kind != made.kind:
-                raise ConfigError(f"{', '.join(where + n for n in given)}: only for kind={kind}")
+        check_choice(f"{where}kind", made.kind, KINDS)
+        check_range("[1, inf)", **{f"{where}episodes": made.episodes})
+        check_range("[0, inf)", **{f"{where}seed": made.seed})
         if where and ":" in made.score:
             raise ConfigError(
                 f"{where}score must be a name: a configuration imports no code. For a function of "
@@ -73,7 +63,7 @@ class Collecting:
         return made
 
     def settings(self, noise_seed: int) -> Branching | Repeats:
-        """How rollouts are made and compared.
+        """Return how rollouts are made and compared.
 
         Args:
             noise_seed: of the policy, where the options leave it open.
@@ -84,17 +74,17 @@ class Collecting:
         from diffpolicy.rollout.record.branches import Branching, Repeats
         from diffpolicy.rollout.record.pairing import Scoring
 
-        values = {f.name: getattr(self, f.name) for f in fields(Scoring)}
-        scoring = Scoring(**{**values, "score": score_function(self.score)})
+        given = asdict(self) | {"score": score_function(self.score)}
+        scoring = Scoring(**{f.name: given[f.name] for f in fields(Scoring)})
         seed = noise_seed if self.noise_seed is None else self.noise_seed
         if self.kind == "episodes":
             return Repeats(self.repeats, seed, scoring)
-        names = {name: getattr(self, name) for name in OF_KIND["branches"]}
-        return Branching(**names, seed=seed, scoring=scoring)
+        names = ("points", "every", "branches", "lookahead", "common_noise")
+        return Branching(**{name: given[name] for name in names}, seed=seed, scoring=scoring)
 
 
 def score_function(text: str) -> Any:
-    """A named score, or the function of a module that can be imported.
+    """Return a named score, or the function of a module that can be imported.
 
     Raises:
         ConfigError: no such function.

@@ -54,7 +54,7 @@ D4RL = {
         "appended to obs)",
     ),
     "extras": Option([], "further fields, [infos/qpos,...]"),
-    "keep_partial": Option(True, "keep an episode that the end of the file cuts off, marked partial"),
+    "keep_partial": Option(True, "keep the unfinished episode at the end of the file"),
     "data_dir": Option(None, "where the file of the id is"),
     "dataset": Option(None, "the id of a file that was renamed"),
     "max_episode_steps": Option(
@@ -76,7 +76,7 @@ COLLECT = {
 
 
 def help_text() -> str:
-    """The text of `diffpolicy data --help`."""
+    """Return the text of `diffpolicy data --help`."""
     return f"""\
 usage: diffpolicy data info STORE [--update-statistics]
        diffpolicy data check STORE [action_low=[...]] [action_high=[...]]

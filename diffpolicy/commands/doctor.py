@@ -30,7 +30,7 @@ TIME_LIMIT = 60.0
 
 
 def help_text() -> str:
-    """The text of `diffpolicy doctor --help`."""
+    """Return the text of `diffpolicy doctor --help`."""
     return """\
 usage: diffpolicy doctor [probe=true]
 
@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def check_threads(environ: Mapping[str, str], cores: int) -> Finding:
-    """Whether waiting threads will take time from working ones.
+    """Tell whether waiting threads will take time from working ones.
 
     Args:
         environ: environment variables.
@@ -195,14 +195,7 @@ def diagnose(*, probe: bool = True) -> list[Finding]:
 
 
 def format_findings(findings: Iterable[Finding]) -> str:
-    """Findings as text.
-
-    Args:
-        findings: what `diagnose` returned.
-
-    Returns:
-        One line per finding, its fix on a line of its own below.
-    """
+    """Write one line per finding, its fix on a line of its own below."""
     lines = []
     for finding in findings:
         lines.append(f"{finding.level:>7}  {finding.name}: {finding.message}")

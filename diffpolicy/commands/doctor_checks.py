@@ -9,11 +9,15 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import re
+import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-CORE = ("torch", "numpy", "safetensors", "zarr", "gymnasium", "hydra-core", "tqdm")
+CORE = (
+    *("torch", "numpy", "scipy", "safetensors", "zarr", "filelock", "gymnasium", "hydra-core"),
+    "tqdm",
+)
 OPTIONAL = (
     *("mujoco", "gymnasium-robotics", "gym-pusht", "pymunk", "metaworld", "stable-baselines3"),
     *("h5py", "matplotlib", "imageio-ffmpeg", "tensorboard"),
@@ -61,7 +65,7 @@ class Broken(NamedTuple):
     fix: str
 
     def found(self, versions: Mapping[str, str]) -> Finding | None:
-        """The finding, if this combination is among the installed ``versions``."""
+        """Return the finding, if this combination is among the installed ``versions``."""
         if not all(_fits(versions.get(name), bound) for name, bound in self.when.items()):
             return None
         named = {name: f"{name} {versions[name]}" for name in self.when if name in versions}
@@ -195,7 +199,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages this module knows about, without importing any.
+    """Read the versions of the packages this module knows about, without importing any.
 
     Returns:
         Version by distribution name; packages that are not installed are left out.
@@ -208,7 +212,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def mujoco_libraries() -> tuple[str, ...]:
-    """File names of the MuJoCo libraries in the installed package's folder, without importing it.
+    """List the MuJoCo libraries in the installed package's folder, without importing it.
 
     Returns:
         Names such as ``"libmujoco.so.3.3.0"``; empty where MuJoCo is not installed.
@@ -264,13 +268,9 @@ def check_d4rl_table(folder: Path | None = None) -> Finding | None:
 
 def _d4rl_infos(path: Path) -> dict[str, tuple[str, float | None, float | None]]:
     """File name and reference scores by id, as d4rl's own table has them."""
-    spec = importlib.util.spec_from_file_location("_d4rl_infos", path)
-    assert spec is not None
-    assert spec.loader is not None
-    infos = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(infos)
-    low, high = infos.REF_MIN_SCORE, infos.REF_MAX_SCORE
+    infos = runpy.run_path(str(path))
+    low, high = infos["REF_MIN_SCORE"], infos["REF_MAX_SCORE"]
     return {
         name: (url.rpartition("/")[2], low.get(name), high.get(name))
-        for name, url in infos.DATASET_URLS.items()
+        for name, url in infos["DATASET_URLS"].items()
     }

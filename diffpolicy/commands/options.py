@@ -22,7 +22,7 @@ class Option(NamedTuple):
 
 
 def options_help(options: Mapping[str, Option], indent: str = "    ") -> str:
-    """One line for each option, ``name=default  what it says``, or more where that is long."""
+    """Write a line for each option, ``name=default  what it says``, or more where that is long."""
     shown = {n: json.dumps(o.default).strip('"').replace(" ", "") for n, o in options.items()}
     width = max(len(name) + len(value) for name, value in shown.items()) + 3
     lines = []
@@ -38,7 +38,7 @@ def options_help(options: Mapping[str, Option], indent: str = "    ") -> str:
 def parse(
     arguments: Sequence[str], positional: Sequence[str], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`a b key=value` into a dict; leading values without a key fill ``positional`` in order.
+    """Read `a b key=value` into a dict; leading values without a key fill ``positional`` in order.
 
     Values are read as JSON where they are (numbers, lists, true, null), else as text. A default
     may be an :class:`Option`, which has one.
@@ -72,7 +72,7 @@ def parse(
 
 
 def subcommand(arguments: Sequence[str], commands: Mapping[str, C], command: str) -> C:
-    """What the first argument chooses of ``commands``.
+    """Return what the first argument chooses of ``commands``.
 
     Raises:
         ConfigError: it chooses none, with the nearest one.
@@ -116,12 +116,12 @@ def _bare(text: str) -> Any:
 
 
 def indented(text: str) -> str:
-    """A text four columns to the right, without empty lines at its ends."""
+    """Move a text four columns to the right, without empty lines at its ends."""
     return "\n".join("    " + line for line in text.strip().splitlines())
 
 
 def groups_help(names: Sequence[str]) -> str:
-    """The choices of config groups, one line each with its file's first comment."""
+    """List the choices of config groups, one line each with its file's first comment."""
     lines = []
     for group, choices in group_choices().items():
         if group not in names:

@@ -29,7 +29,7 @@ OPTIONS = {
 
 
 def help_text() -> str:
-    """The text of `diffpolicy rti --help`."""
+    """Return the text of `diffpolicy rti --help`."""
     return f"""\
 usage: diffpolicy rti RUN OUTPUT [data=STORE] [key=value] ...
 
@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def new_directory(path: str) -> Path:
-    """The output directory; it must not be there yet."""
+    """Return the output directory, which must not be there yet."""
     output = Path(path)
     if output.exists():
         raise ConfigError(f"{output} exists; give another OUTPUT or remove it")
@@ -73,7 +73,7 @@ def new_directory(path: str) -> Path:
 
 
 def demonstrations_of(checkpoint: str, data: str | None) -> str:
-    """The store to learn from: ``data``, or what the configuration of the run names."""
+    """Return the store to learn from: ``data``, or what the configuration of the run names."""
     if data is not None:
         return str(data)
     file = Path(checkpoint) / "config.yaml"
@@ -87,7 +87,7 @@ def demonstrations_of(checkpoint: str, data: str | None) -> str:
 
 
 def write_policy(policy: Any, output: Path, source: str, extra: dict[str, Any]) -> None:
-    """A run directory with the policy, notes about it, and the source's environment."""
+    """Write a run directory with the policy, notes about it, and the source's environment."""
     policy.save(output / "policy")
     for name, values in extra.items():
         write_json(output / name, values)

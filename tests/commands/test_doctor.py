@@ -11,6 +11,8 @@ from diffpolicy.commands.doctor_checks import Finding, check_installation
 TESTED = {
     "torch": "2.13.0+cpu",
     "numpy": "2.4.6",
+    "scipy": "1.18.1",
+    "filelock": "4.3.1",
     "safetensors": "0.8.0",
     "zarr": "3.1.6",
     "gymnasium": "1.4.0",
