@@ -168,7 +168,7 @@ def _convert(arguments: Sequence[str]) -> int:
     # Once more, as the options of the other kind of source are none of this one's.
     options = parse(arguments, names, (D4RL if is_d4rl else FIELDS) | WHICH)
     store = (_converted_d4rl if is_d4rl else _converted)(options)
-    for text in store.attrs["notes"] if is_d4rl else ():
+    for text in store.attrs.get("notes", ()):
         print(text)
     shapes = {name: field.shape for name, field in store.fields.items()}
     print(f"{options['target']}: {store.num_episodes} episodes, {store.num_steps} steps, {shapes}")
