@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffpolicy.commands.options import Option, options_help, parse
-from diffpolicy.commands.rti import demonstrations_of, new_directory, write_policy
+from diffpolicy.commands.options import Option, options_help
+from diffpolicy.commands.rti import derive
+
+if TYPE_CHECKING:
+    from diffpolicy.api import DiffusionPolicy
+    from diffpolicy.commands.rti import Derived
 
 OPTIONS = {
     "data": Option(None, "store of demonstrations; null: the run's own"),
@@ -57,42 +59,36 @@ policy and anchors.json.
 
 def run(arguments: Sequence[str]) -> int:
     """Fit the anchors, write the policy, print what they are."""
-    options = parse(arguments, ["checkpoint", "output"], OPTIONS)
-    from diffpolicy.api import DiffusionPolicy
-    from diffpolicy.commands.preflight import pick_device
+    return derive(arguments, OPTIONS, _truncated_starts)
+
+
+def _truncated_starts(policy: DiffusionPolicy, data: str, options: dict[str, Any]) -> Derived:
     from diffpolicy.policies.truncated import Truncated
 
-    began = time.perf_counter()
-    checkpoint, output = options["checkpoint"], new_directory(options["output"])
-    pick_device("cpu", options["threads"])
     names = ("num_steps", "sources", "rank", "rank_t", "continuity", "choose")
     choose, relative = options["t_start"] == "chosen", options["relative_to"]
     t_start = None if choose else options["t_start"]
-    truncated = Truncated.from_config({"t_start": t_start, **{n: options[n] for n in names}})
-    data = demonstrations_of(checkpoint, options["data"])
-    policy = DiffusionPolicy.from_pretrained(checkpoint).with_anchors(
+    policy = policy.with_anchors(
         data,
-        truncated=truncated,
+        truncated=Truncated.from_config({"t_start": t_start, **{n: options[n] for n in names}}),
         relative_to=None if relative is None else tuple(relative),
         **{name: options[name] for name in ("count", "top_m", "seed")},
     )
-    extra: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     if choose:
         policy, report = policy.choose_truncated(
             data, episodes=options["episodes"], seed=options["seed"]
         )
-        extra["levels.json"] = report.to_json()
+        files["levels.json"] = report.to_json()
         print(report.table())
-    assert policy.anchors is not None
+    anchors = policy.anchors
+    assert anchors is not None
     found = {
-        "anchors": len(policy.anchors.plans),
-        "error": round(policy.anchors.error, 4),
-        "position_error": [round(v, 4) for v in policy.anchors.position_error.tolist()],
-        "default_t_start": policy.anchors.default_t_start(policy.denoiser.process),
+        "anchors": len(anchors.plans),
+        "error": round(anchors.error, 4),
+        "position_error": [round(v, 4) for v in anchors.position_error.tolist()],
+        "default_t_start": anchors.default_t_start(policy.denoiser.process),
         "t_start": float(policy.loop("guesses").levels[0]),
         "nfe": policy.nfe,
     }
-    write_policy(policy, output, checkpoint, {**extra, "anchors.json": found})
-    found["total_s"] = round(time.perf_counter() - began, 1)
-    print("RESULT " + json.dumps(found))
-    return 0
+    return policy, {**files, "anchors.json": found}, found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import json
@@ -256,13 +257,9 @@ def _observation_of(env_id: str | None) -> Any:
         return None
     from diffpolicy.rollout.env_spec import EnvSpec
 
-    env = EnvSpec(env_id).make()
-    try:
-        return env.get_wrapper_attr("observation_from_state")
-    except AttributeError:
-        return None
-    finally:
-        env.close()
+    name = "observation_from_state"
+    with contextlib.closing(EnvSpec(env_id).make()) as env:
+        return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else None
 
 
 def _collect(arguments: Sequence[str]) -> int:

@@ -134,29 +134,15 @@ def _run(code: str, time_limit: float, **environ: str) -> tuple[str, str]:
     return done.stdout, ""
 
 
-def probe_gl(time_limit: float = TIME_LIMIT) -> Finding:
-    """Draw one small image with each headless backend of MuJoCo, in subprocesses.
-
-    Args:
-        time_limit: seconds for each backend.
-
-    Returns:
-        See `check_gl`.
-    """
-    works = {name: _run(_DRAW, time_limit, MUJOCO_GL=name)[1] for name in GL_PACKAGES}
+def probe_gl() -> Finding:
+    """Draw one small image with each headless backend of MuJoCo, in subprocesses."""
+    works = {name: _run(_DRAW, TIME_LIMIT, MUJOCO_GL=name)[1] for name in GL_PACKAGES}
     return check_gl(works, os.environ.get("MUJOCO_GL"))
 
 
-def probe_devices(time_limit: float = TIME_LIMIT) -> Finding:
-    """Ask torch for its devices, in a subprocess.
-
-    Args:
-        time_limit: seconds for importing torch and asking.
-
-    Returns:
-        The devices and torch's number of threads, or why torch cannot be used.
-    """
-    output, reason = _run(_DEVICES, time_limit)
+def probe_devices() -> Finding:
+    """Ask torch for its devices and number of threads, in a subprocess."""
+    output, reason = _run(_DEVICES, TIME_LIMIT)
     if reason:
         fix = 'pip install --force-reinstall "torch>=2.6", or start from a fresh environment'
         return Finding("error", "torch", f"cannot be used: {reason}", fix)

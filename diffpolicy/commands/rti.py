@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.options import Option, options_help, parse
-from diffpolicy.commands.preflight import check_writable
 from diffpolicy.config import ConfigError, read_yaml
 from diffpolicy.files import write_atomic, write_json
+
+if TYPE_CHECKING:
+    from diffpolicy.api import DiffusionPolicy
+
+    Derived = tuple[DiffusionPolicy, dict[str, Any], dict[str, Any]]
 
 OPTIONS = {
     "data": Option(None, "store of demonstrations; null: the run's own"),
@@ -46,33 +50,55 @@ settings, and levels.json, which says why.
 
 def run(arguments: Sequence[str]) -> int:
     """Choose the level, write the policy, print the table."""
-    options = parse(arguments, ["checkpoint", "output"], OPTIONS)
-    from diffpolicy.api import DiffusionPolicy
-    from diffpolicy.commands.preflight import pick_device
+    return derive(arguments, OPTIONS, _warm_starts)
 
-    began = time.perf_counter()
-    checkpoint, output = options.pop("checkpoint"), new_directory(options.pop("output"))
-    pick_device("cpu", options.pop("threads"))
-    policy = DiffusionPolicy.from_pretrained(checkpoint)
-    data = demonstrations_of(checkpoint, options.pop("data"))
+
+def _warm_starts(policy: DiffusionPolicy, data: str, options: dict[str, Any]) -> Derived:
     chosen, report = policy.choose_rti(data, **options)
-    write_policy(chosen, output, checkpoint, {"levels.json": report.to_json()})
     print(report.table())
     result = {"t_start": report.t_start, "shift_error": report.shift_error}
+    return chosen, {"levels.json": report.to_json()}, result
+
+
+def derive(
+    arguments: Sequence[str],
+    options: Mapping[str, Option],
+    change: Callable[[DiffusionPolicy, str, dict[str, Any]], Derived],
+) -> int:
+    """Make a policy of a trained one and demonstrations, and write a run directory with it.
+
+    Args:
+        arguments: of the command: RUN, OUTPUT and its options.
+        options: of the command, ``data`` and ``threads`` among them.
+        change: the policy, the path of the demonstrations and the other options into the new
+            policy, what is written beside it (JSON values by file name) and what is printed.
+
+    Returns:
+        The command's exit status.
+    """
+    given = parse(arguments, ["checkpoint", "output"], options)
+    from diffpolicy.api import DiffusionPolicy
+    from diffpolicy.commands.preflight import check_writable, pick_device
+
+    began = time.perf_counter()
+    checkpoint, output = Path(given.pop("checkpoint")), Path(given.pop("output"))
+    if output.exists():
+        raise ConfigError(f"{output} exists; give another OUTPUT or remove it")
+    check_writable(output)
+    pick_device("cpu", given.pop("threads"))
+    data = demonstrations_of(checkpoint, given.pop("data"))
+    policy, files, result = change(DiffusionPolicy.from_pretrained(checkpoint), data, given)
+    policy.save(output / "policy")
+    for name, values in files.items():
+        write_json(output / name, values)
+    config = checkpoint / "config.yaml"
+    if config.is_file():  # so that `diffpolicy eval` knows the environment
+        write_atomic(output / "config.yaml", config.read_bytes())
     print("RESULT " + json.dumps({**result, "total_s": round(time.perf_counter() - began, 1)}))
     return 0
 
 
-def new_directory(path: str) -> Path:
-    """Return the output directory, which must not be there yet."""
-    output = Path(path)
-    if output.exists():
-        raise ConfigError(f"{output} exists; give another OUTPUT or remove it")
-    check_writable(output)
-    return output
-
-
-def demonstrations_of(checkpoint: str, data: str | None) -> str:
+def demonstrations_of(checkpoint: str | Path, data: str | None) -> str:
     """Return the store to learn from: ``data``, or what the configuration of the run names."""
     if data is not None:
         return str(data)
@@ -84,13 +110,3 @@ def demonstrations_of(checkpoint: str, data: str | None) -> str:
             "give data=STORE"
         )
     return str(path)
-
-
-def write_policy(policy: Any, output: Path, source: str, extra: dict[str, Any]) -> None:
-    """Write a run directory with the policy, notes about it, and the source's environment."""
-    policy.save(output / "policy")
-    for name, values in extra.items():
-        write_json(output / name, values)
-    config = Path(source) / "config.yaml"
-    if config.is_file():  # so that `diffpolicy eval` knows the environment
-        write_atomic(output / "config.yaml", config.read_bytes())
