@@ -33,7 +33,7 @@ EXTRAS = {
 
 
 def installed(module: str) -> bool:
-    """Whether a top-level module can be imported; it is not."""
+    """Return whether a top-level module can be imported; it is not."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
@@ -57,7 +57,7 @@ def need(module: str) -> Any:
 
 
 def pip_hint(text: str) -> str:
-    """How to install what a message names, if it is an optional package that is missing."""
+    """Say how to install what a message names, if it is an optional package that is missing."""
     for module, extra in EXTRAS.items():
         if module in text and not installed(module):
             return f' Try: pip install "diffpolicy[{extra}]"'

@@ -115,9 +115,7 @@ def replaced_directory(
     Raises:
         ForeignFilesError: something else is in it. Nothing was changed.
     """
-    settled(
-        path
-    )  # what a killed writer has moved aside is back, and checked, before it is replaced
+    settled(path)  # what a killed writer has moved aside is back before it is checked and replaced
     target = Path(path).resolve()
     check_owned(target, owned)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +152,7 @@ def _swap(partial: Path, target: Path) -> None:
 
 
 def settled(path: str | os.PathLike[str]) -> Path:
-    """Where the content of ``path`` is, also between the two renames of a replacement.
+    """Return where the content of ``path`` is, also between the two renames of a replacement.
 
     If nothing is at ``path`` because its writer is just replacing it, or was killed doing so, then
     the earlier content lies beside it. That of a killed writer is moved back, if possible.

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import pytest
 
 from diffpolicy import files, locks
@@ -176,25 +178,15 @@ def test_only_leftovers_of_the_dead_are_removed(tmp_path: Path) -> None:
 
 HOLD = """
     import sys, time
-    from diffpolicy import locks
-    if sys.argv[2] == "file":
-        locks._kernel_locks = lambda folder: False
-    lock = locks.WriterLock(sys.argv[1], "training").acquire()
+    from diffpolicy.locks import WriterLock
+    lock = WriterLock(sys.argv[1], "training").acquire()
     print("held", flush=True)
     time.sleep(60)
     """
 
 
-@pytest.fixture(params=["kernel", "file"])
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Locks of the kernel, and files as locks, as on network file systems."""
-    if request.param == "file":
-        monkeypatch.setattr(locks, "_kernel_locks", lambda folder: False)
-    return str(request.param)
-
-
-def test_a_lock_names_its_holder_and_survives_its_crash(tmp_path: Path, kind: str) -> None:
-    with run(HOLD, str(tmp_path / "run"), kind) as child:
+def test_a_lock_names_its_holder_and_survives_its_crash(tmp_path: Path) -> None:
+    with run(HOLD, str(tmp_path / "run")) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "held\n"
         with pytest.raises(BusyError, match=rf"process {child.pid} on .* is training since"):
@@ -205,13 +197,18 @@ def test_a_lock_names_its_holder_and_survives_its_crash(tmp_path: Path, kind: st
     assert not list(tmp_path.iterdir())
 
 
-def test_one_thread_may_take_its_lock_again_and_forks_do_not_keep_it(
-    tmp_path: Path, kind: str
+def test_one_thread_may_take_its_lock_again_and_forks_and_other_threads_do_not_have_it(
+    tmp_path: Path,
 ) -> None:
-    outer = WriterLock(tmp_path / "run").acquire()
+    outer = WriterLock(tmp_path / "run", "training").acquire()
     with WriterLock(tmp_path / "run"):
         pass
     assert (tmp_path / ".run.lock").exists()
+    with (
+        ThreadPoolExecutor(1) as other,
+        pytest.raises(BusyError, match="another thread of this process is training"),
+    ):
+        other.submit(WriterLock(tmp_path / "run").acquire).result()
     if (pid := os.fork()) == 0:
         outer.release()
         os._exit(0)
@@ -221,18 +218,18 @@ def test_one_thread_may_take_its_lock_again_and_forks_do_not_keep_it(
     assert not (tmp_path / ".run.lock").exists()
 
 
-def test_the_lock_of_another_machine_is_refused_with_the_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+def test_a_lock_without_a_name_is_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as there:
-        there.setattr(locks, "machine", lambda: "0badcafe")
-        there.setattr(locks, "_kernel_locks", lambda folder: False)
-        lock = WriterLock(tmp_path / "run", "training").acquire()
-        locks._HELD.clear()  # it is another process's
-    with pytest.raises(BusyError, match=r"If it is gone, remove .*/\.run\.lock"):
-        WriterLock(tmp_path / "run").acquire()
-    lock.file.unlink()
-    WriterLock(tmp_path / "run").acquire().release()
+    """On a file system without kernel locks the file is the lock, and its text is filelock's."""
+    monkeypatch.setattr(locks, "FileLock", filelock.SoftFileLock)
+    with (
+        ThreadPoolExecutor(1) as other,
+        WriterLock(tmp_path / "run"),
+        pytest.raises(BusyError, match=r"If nothing writes there, remove .*"),
+    ):
+        other.submit(WriterLock(tmp_path / "run").acquire).result()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_beside_which_nothing_can_be_written_is_locked_from_within(
@@ -249,23 +246,20 @@ def test_two_processes_never_write_at_once(tmp_path: Path) -> None:
     code = """
         import sys
         from pathlib import Path
-        from diffpolicy import locks
-        if sys.argv[2] == "file":
-            locks._kernel_locks = lambda folder: False
+        from diffpolicy.locks import WriterLock
         file = Path(sys.argv[1])
         for _ in range(20):
-            with locks.WriterLock(file, wait_s=60):
+            with WriterLock(file, wait_s=60):
                 file.write_text(str(int(file.read_text()) + 1))
         """
-    for kind in ("kernel", "file"):
-        (tmp_path / kind).write_text("0")
-        children = [run(code, str(tmp_path / kind), kind) for _ in range(3)]
-        for child in children:
-            child.communicate(timeout=60)
-        assert (tmp_path / kind).read_text() == "60"
+    (tmp_path / "count").write_text("0")
+    children = [run(code, str(tmp_path / "count")) for _ in range(3)]
+    for child in children:
+        child.communicate(timeout=60)
+    assert (tmp_path / "count").read_text() == "60"
 
 
-def test_a_lock_under_which_nothing_was_written_leaves_no_trace(tmp_path):
+def test_a_lock_under_which_nothing_was_written_leaves_no_trace(tmp_path: Path) -> None:
     with WriterLock(tmp_path / "a" / "b" / "run"):
         assert (tmp_path / "a" / "b").is_dir()
     assert not (tmp_path / "a").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.config import ConfigError, build
@@ -39,7 +39,7 @@ class Collecting:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str = "") -> Collecting:
-        """From plain values, checked.
+        """Make it from plain values, checked.
 
         Args:
             values: options by name.
@@ -51,8 +51,8 @@ class Collecting:
         """
         made = build(cls, values, where)
         check_choice(f"{where}kind", made.kind, KINDS)
-        check_range("[1, inf)", episodes=made.episodes)
-        check_range("[0, inf)", seed=made.seed)
+        check_range("[1, inf)", **{f"{where}episodes": made.episodes})
+        check_range("[0, inf)", **{f"{where}seed": made.seed})
         if where and ":" in made.score:
             raise ConfigError(
                 f"{where}score must be a name: a configuration imports no code. For a function of "
@@ -63,7 +63,7 @@ class Collecting:
         return made
 
     def settings(self, noise_seed: int) -> Branching | Repeats:
-        """How rollouts are made and compared.
+        """Return how rollouts are made and compared.
 
         Args:
             noise_seed: of the policy, where the options leave it open.
@@ -74,19 +74,17 @@ class Collecting:
         from diffpolicy.rollout.record.branches import Branching, Repeats
         from diffpolicy.rollout.record.pairing import Scoring
 
-        def own(kind: type[Any], **more: Any) -> Any:
-            names = {f.name for f in fields(kind)} & vars(self).keys()
-            return kind(**{**{name: getattr(self, name) for name in names}, **more})
-
-        scoring = own(Scoring, score=score_function(self.score))
+        given = asdict(self) | {"score": score_function(self.score)}
+        scoring = Scoring(**{f.name: given[f.name] for f in fields(Scoring)})
         seed = noise_seed if self.noise_seed is None else self.noise_seed
         if self.kind == "episodes":
             return Repeats(self.repeats, seed, scoring)
-        return own(Branching, seed=seed, scoring=scoring)  # type: ignore[no-any-return]
+        names = ("points", "every", "branches", "lookahead", "common_noise")
+        return Branching(**{name: given[name] for name in names}, seed=seed, scoring=scoring)
 
 
 def score_function(text: str) -> Any:
-    """A named score, or the function of a module that can be imported.
+    """Return a named score, or the function of a module that can be imported.
 
     Raises:
         ConfigError: no such function.

@@ -2,21 +2,83 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffpolicy.commands import prefs
-from diffpolicy.commands.options import parse, subcommand
+from diffpolicy.commands.options import Option, options_help, parse, subcommand
 from diffpolicy.config import ConfigError
+
+CHECK = {
+    "action_low": Option(None, "least value of each action dimension, as a list"),
+    "action_high": Option(None, "largest value of each action dimension"),
+}
+# Which episodes and rows, for every format.
+WHICH = {
+    "overwrite": Option(False, "replace the store that is at TARGET"),
+    "max_episodes": Option(None, "so many at the most"),
+    "exclude": Option(
+        None,
+        "[3,7], failed_check (all that cannot be stored or that `data check` would name) or "
+        "mask:NAME",
+    ),
+    "keep": Option(
+        None,
+        "[0,1] or mask:train (a filter key of robomimic's, a split of LeRobot's, or a flag of each "
+        "episode such as success)",
+    ),
+    "allow_missing": Option(False, "read chunks that are not there as zeros"),
+}
+FIELDS = {
+    "format": Option("auto", "minari or lerobot for an id of theirs"),
+    "env": Option(
+        None,
+        "pass the observation through this environment's own observation_from_state, so that the "
+        "data hold what the policy will see (of D4RL's data it is only recorded)",
+    ),
+    "obs": Option(None, "NAME, or a list [a,b] that is concatenated; null: found by its name"),
+    "action": Option(None, "likewise"),
+    "fields": Option({}, "others, {reward: rewards, img: img}"),
+}
+D4RL = {
+    "format": FIELDS["format"],
+    "env": FIELDS["env"],
+    "transforms": Option(
+        [],
+        "antmaze_reward (r - 1), reward_scale:X, reward_shift:X, normalize_reward (1000 / (max - "
+        "min) of the returns), split_goals[:RADIUS] (one episode for each infos/goal, which is "
+        "appended to obs)",
+    ),
+    "extras": Option([], "further fields, [infos/qpos,...]"),
+    "keep_partial": Option(True, "keep the unfinished episode at the end of the file"),
+    "data_dir": Option(None, "where the file of the id is"),
+    "dataset": Option(None, "the id of a file that was renamed"),
+    "max_episode_steps": Option(
+        None,
+        "the step limit of the environment of a file of your own without timeouts and "
+        "next_observations",
+    ),
+}
+COLLECT = {
+    "env": Option(None, "the environment, such as diffpolicy_envs:diffpolicy/FetchPush-v0"),
+    "episodes": Option(200, "how many"),
+    "seed": Option(0, "of the first; each later one has the next seed"),
+    "noise": Option(0.15, "added to what is executed; the clean action is stored"),
+    "keep": Option("success", "or all"),
+    "num_workers": Option(None, "processes; 0: none but this one"),
+    "kwargs": Option({}, "of the environment"),
+    "max_episode_steps": Option(None, "another step limit"),
+}
 
 
 def help_text() -> str:
-    """The text of `diffpolicy data --help`."""
-    return """\
+    """Return the text of `diffpolicy data --help`."""
+    return f"""\
 usage: diffpolicy data info STORE [--update-statistics]
        diffpolicy data check STORE [action_low=[...]] [action_high=[...]]
        diffpolicy data convert SOURCE TARGET [key=value] ...
@@ -27,40 +89,29 @@ usage: diffpolicy data info STORE [--update-statistics]
 info     fields, episodes, lengths and statistics; --update-statistics computes them anew.
 check    looks at every value; names episode, row and fix for what is wrong. Exit status 1 if
          there are errors.
+{options_help(CHECK, " " * 11)}
 convert  makes a store from a Diffusion Policy replay buffer (zarr, directory or zip), a robomimic
          or D4RL HDF5 file, a Minari (HDF5) or LeRobot (Parquet) dataset, an npz file of arrays with
-         episode_ends, or an id of D4RL's, Minari's or LeRobot's (the last two with format=minari,
-         format=lerobot). What is left out is said, and so is what is doubtful.
-         Options: format=auto, overwrite=false.
-         Fields: obs=NAME and action=NAME, or lists that are concatenated, obs=[a,b]; others with
-         fields={reward: rewards, img: img}.
-         Episodes: max_episodes=null; exclude=[3,7], exclude=failed_check (all that cannot be stored
-         or that `data check` would name) or exclude=mask:NAME; keep=mask:train (a filter key of
-         robomimic's, a split of LeRobot's, or a flag of each episode such as success) or
-         keep=[0,1]. allow_missing=true reads chunks that are not there as zeros.
-         With env=ID the observation is passed through that environment's own
-         observation_from_state, so that the data hold what the policy will see:
-           diffpolicy data convert pusht_lowdim.zarr.zip data/pusht.zarr obs=state \
+         episode_ends, or an id of D4RL's, Minari's or LeRobot's. What is left out is said, and so
+         is what is doubtful.
+{options_help(FIELDS | WHICH, " " * 11)}
+         A D4RL id or file has settled fields; in place of obs, action and fields it takes
+{options_help({n: o for n, o in D4RL.items() if n not in FIELDS}, " " * 11)}
+         An interrupted conversion of these goes on. For example
+           diffpolicy data convert pusht_lowdim.zarr.zip data/pusht.zarr obs=state \\
              env=diffpolicy_envs:diffpolicy/PushT-v0
-         With a D4RL id or file the fields are settled, env=ID is only recorded, and there are the
-         options transforms=[...], extras=[infos/qpos,...], keep_partial=true, data_dir=DIR (of the
-         id), dataset=ID (of a file that was renamed), and max_episode_steps=N, the step limit of
-         the environment of a file of your own without timeouts and next_observations:
            diffpolicy data convert hopper-medium-v2 data/hopper.zarr
            diffpolicy data convert mine.hdf5 data/mine.zarr max_episode_steps=50
-         Transforms: antmaze_reward (r - 1), reward_scale:X, reward_shift:X, normalize_reward
-         (1000 / (max - min) of the returns), split_goals[:RADIUS] (one episode for each
-         infos/goal, which is appended to obs). An interrupted conversion of these goes on.
 d4rl     the D4RL datasets whose id contains PATTERN (or matches it, with * and ?): file name, step
          limit, returns that score 0 and 100, and where the file is. Files belong into
          $D4RL_DATASET_DIR or ~/.d4rl/datasets; the d4rl package is not needed.
 collect  records demonstrations of the environment's scripted expert; continues an interrupted
-         collection. Options: seed=0, noise=0.15 (executed; the clean action is stored),
-         keep=success (or all), num_workers=null.
+         collection.
+{options_help(COLLECT, " " * 11)}
 prefs    preferences between stored segments: pairs from rollouts, labels of people, side-by-side
          clips, and a page to label on.
 
-""" + prefs.help_text()
+{prefs.help_text()}"""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -100,12 +151,10 @@ def _info(arguments: Sequence[str]) -> int:
 def _check(arguments: Sequence[str]) -> int:
     from diffpolicy.data.check import check_store, format_issue
 
-    options = parse(arguments, ["store"], {"action_low": None, "action_high": None})
+    options = parse(arguments, ["store"], CHECK)
     if not Path(options["store"]).exists():
         raise ConfigError(f"no store at {options['store']}")
-    issues = check_store(
-        options["store"], action_low=options["action_low"], action_high=options["action_high"]
-    )
+    issues = check_store(options.pop("store"), **options)
     for issue in issues:
         print(format_issue(issue))
     errors = sum(issue.severity == "error" for issue in issues)
@@ -113,87 +162,53 @@ def _check(arguments: Sequence[str]) -> int:
     return int(errors > 0)
 
 
-# What only D4RL's files take.
-_D4RL_OPTIONS: dict[str, Any] = {
-    "transforms": [],
-    "extras": [],
-    "keep_partial": True,
-    "data_dir": None,
-    "dataset": None,
-    "max_episode_steps": None,
-}
-# Which episodes and rows, for every format.
-_WHICH: dict[str, Any] = {
-    "max_episodes": None,
-    "exclude": None,
-    "keep": None,
-    "allow_missing": False,
-    "overwrite": False,
-}
-_LISTS = ("obs", "action", "fields", "transforms", "extras", "exclude", "keep")
-
-
 def _convert(arguments: Sequence[str]) -> int:
+    names = ["source", "target"]
+    options = parse(arguments, names, FIELDS | D4RL | WHICH)
+    is_d4rl = _is_d4rl(options["source"], options["format"])
+    # Once more, as the options of the other kind of source are none of this one's.
+    options = parse(arguments, names, (D4RL if is_d4rl else FIELDS) | WHICH)
+    store = (_converted_d4rl if is_d4rl else _converted)(options)
+    for text in store.attrs.get("notes", ()):
+        print(text)
+    shapes = {name: field.shape for name, field in store.fields.items()}
+    print(f"{options['target']}: {store.num_episodes} episodes, {store.num_steps} steps, {shapes}")
+    return 0
+
+
+def _converted(options: dict[str, Any]) -> Any:
     from diffpolicy.data.conversion import convert
 
-    defaults: dict[str, Any] = {
-        "format": "auto",
-        "obs": None,
-        "action": None,
-        "fields": {},
-        "env": None,
-        **_WHICH,
-        **_D4RL_OPTIONS,
-    }
-    options = parse(arguments, ["source", "target"], defaults)
-    options |= {name: flow_value(options[name]) for name in _LISTS}
     if not isinstance(options["fields"], dict):
         raise ConfigError(
             f"fields is a table: fields={{NAME: [SOURCE, SOURCE]}}; got {options['fields']!r}"
         )
-    if _is_d4rl(options["source"], options["format"]):
-        return _convert_d4rl(options)
-    needless = [name for name, value in _D4RL_OPTIONS.items() if options[name] != value]
-    if needless:
-        raise ConfigError(f"{', '.join(needless)}: only for D4RL; {options['source']} is none")
-    fields: dict[str, Any] = dict(options["fields"])
-    fields |= {n: options[n] for n in ("obs", "action") if options[n] is not None}
-    attrs: Mapping[str, Any] = {"env_id": options["env"]} if options["env"] else {}
-    store = convert(
+    main = {name: options[name] for name in ("obs", "action") if options[name] is not None}
+    return convert(
         options["source"],
         options["target"],
         format=options["format"],
-        fields=fields,
+        fields=options["fields"] | main,
         transform=_observation_of(options["env"]),
-        attrs=attrs,
-        **{name: options[name] for name in _WHICH},
+        attrs={"env_id": options["env"]} if options["env"] else {},
+        **{name: options[name] for name in WHICH},
     )
-    _print_store(options["target"], store)
-    return 0
 
 
-def flow_value(value: Any) -> Any:
-    """A list or table as `--help` writes it, `[a,b]` or `{a: [b,c]}`, without JSON's quotes.
+def _converted_d4rl(options: dict[str, Any]) -> Any:
+    from diffpolicy.data.d4rl.file import load_d4rl
 
-    Raises:
-        ConfigError: It begins like one, but is none.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    if not isinstance(value, str) or value[:1] not in ("[", "{"):
-        return value
-    try:  # the grammar of every other list at the command line
-        return OverridesParser.create().parse_override(f"value={value}").value()
-    except HydraException:
-        raise ConfigError(
-            f"{value} is no list or table; write [a,b] or {{a: [b,c]}}, in quotes for the shell"
-        ) from None
-
-
-def _print_store(target: str, store: Any) -> None:
-    shapes = {name: field.shape for name, field in store.fields.items()}
-    print(f"{target}: {store.num_episodes} episodes, {store.num_steps} steps, {shapes}")
+    for name in ("transforms", "extras"):
+        if not isinstance(options[name], list):
+            raise ConfigError(f"{name} is a list: {name}=[{options[name]}]")
+    how = ("data_dir", "dataset", "transforms", "keep_partial", "max_episode_steps")
+    with load_d4rl(options["source"], **{name: options[name] for name in how}) as file:
+        return file.to_store(
+            options["target"],
+            extras=options["extras"],
+            attrs={"env_id": options["env"]} if options["env"] else {},
+            **{name: options[name] for name in WHICH},
+        )
 
 
 def _is_d4rl(source: str, format: str) -> bool:
@@ -209,32 +224,6 @@ def _is_d4rl(source: str, format: str) -> bool:
     if Path(source).suffix not in (".hdf5", ".h5"):
         return False
     return get_format("auto", Path(source))[0] == "d4rl"
-
-
-def _convert_d4rl(options: Mapping[str, Any]) -> int:
-    from diffpolicy.data.d4rl.file import load_d4rl
-
-    for name in ("obs", "action", "fields"):
-        if options[name]:
-            raise ConfigError(
-                f"{name}={options[name]}: D4RL files say what 'obs' and 'action' are; leave it. "
-                "Further fields: extras=[infos/qpos]"
-            )
-    for name in ("transforms", "extras"):
-        if not isinstance(options[name], list):
-            raise ConfigError(f"{name} is a list: {name}=[{options[name]}]")
-    how = ("data_dir", "dataset", "transforms", "keep_partial", "max_episode_steps")
-    with load_d4rl(options["source"], **{name: options[name] for name in how}) as file:
-        store = file.to_store(
-            options["target"],
-            extras=options["extras"],
-            attrs={"env_id": options["env"]} if options["env"] else {},
-            **{name: options[name] for name in _WHICH},
-        )
-    for text in store.attrs["notes"]:
-        print(text)
-    _print_store(options["target"], store)
-    return 0
 
 
 def _d4rl(arguments: Sequence[str]) -> int:
@@ -268,13 +257,9 @@ def _observation_of(env_id: str | None) -> Any:
         return None
     from diffpolicy.rollout.env_spec import EnvSpec
 
-    env = EnvSpec(env_id).make()
-    try:
-        return env.get_wrapper_attr("observation_from_state")
-    except AttributeError:
-        return None
-    finally:
-        env.close()
+    name = "observation_from_state"
+    with contextlib.closing(EnvSpec(env_id).make()) as env:
+        return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else None
 
 
 def _collect(arguments: Sequence[str]) -> int:
@@ -282,17 +267,7 @@ def _collect(arguments: Sequence[str]) -> int:
     from diffpolicy.rollout.pool.workers import Workers
     from diffpolicy.rollout.record.experts import collect
 
-    defaults: dict[str, Any] = {
-        "env": None,
-        "episodes": 200,
-        "seed": 0,
-        "noise": 0.15,
-        "keep": "success",
-        "num_workers": None,
-        "kwargs": {},
-        "max_episode_steps": None,
-    }
-    options = parse(arguments, ["target"], defaults)
+    options = parse(arguments, ["target"], COLLECT)
     if options["env"] is None:
         raise ConfigError(
             "collect needs env=ID, for example env=diffpolicy_envs:diffpolicy/FetchPush-v0"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpolicy.commands.lineage import recorded_env, recorded_section
+from diffpolicy.commands.lineage import recorded
 from diffpolicy.commands.options import groups_help, indented
 from diffpolicy.commands.runs import print_result
 from diffpolicy.commands.stores import d4rl_score
@@ -207,7 +207,7 @@ def _data_attrs(checkpoint: str) -> tuple[dict[str, Any], int | None]:
 
     data: Mapping[str, Any] = {}
     with contextlib.suppress(ConfigError):  # the run that it was tuned from is gone
-        data = recorded_section(checkpoint, "data") or {}
+        data = recorded(checkpoint, "data") or {}
     with contextlib.suppress(ValueError, OSError):
         store = EpisodeStore.open(str(data.get("path")))
         return dict(store.attrs), store.num_steps
@@ -223,7 +223,7 @@ def _environment(config: EvalConfig, trained_for: str | None) -> EnvConfig:
     own = {k: v for k, v in config.env.items() if v is not None}
     values: dict[str, Any] = {} if trained_for is None else {"id": trained_for}
     with contextlib.suppress(*([ConfigError] if "id" in own else [])):
-        values = dict(recorded_env(config.checkpoint) or values)
+        values = dict(recorded(config.checkpoint, "env") or values)
     values.update(own)
     if "id" in values and "id" not in own:
         stored_env_id(str(values["id"]), config.checkpoint)

@@ -8,7 +8,7 @@ from diffpolicy.commands.options import parse
 
 
 def help_text() -> str:
-    """The text of `diffpolicy import-checkpoint --help`."""
+    """Return the text of `diffpolicy import-checkpoint --help`."""
     return """\
 usage: diffpolicy import-checkpoint SOURCE TARGET [kind=auto]
 

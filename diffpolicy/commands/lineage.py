@@ -11,13 +11,8 @@ from diffpolicy.config import ConfigError, TrainConfig, build, choice_files, rea
 FILE = "config.yaml"
 
 
-def read_config(run: Path) -> dict[str, Any]:
-    """The configuration of a run, as plain values."""
-    return read_yaml(run / FILE)
-
-
 def lineage(run: str | Path) -> list[Path]:
-    """A run, the run that it was tuned from, and so on.
+    """List a run, the run that it was tuned from, and so on.
 
     Raises:
         ConfigError: one of them is not there, or was made of a later one.
@@ -27,7 +22,7 @@ def lineage(run: str | Path) -> list[Path]:
         last = found[-1]
         if not (last / FILE).is_file():
             raise ConfigError(_missing(found))
-        values = read_config(last)
+        values = read_yaml(last / FILE)
         if values.get("env") or not values.get("pretrained"):
             return found
         found.append(Path(values["pretrained"]))
@@ -47,14 +42,14 @@ def _missing(found: Sequence[Path]) -> str:
 
 
 def how_to_make(run: Path) -> str:
-    """What to do where a run to start from is missing."""
+    """Say what to do where a run to start from is missing."""
     if run.name in choice_files()["experiment"]:
         return f"make it with `diffpolicy train experiment={run.name}`, or set pretrained=RUN"
     return "set pretrained=RUN, the directory of a run of `diffpolicy train`"
 
 
 def pretraining(run: str) -> TrainConfig:
-    """The configuration that a policy was trained with, before it was tuned, if it was.
+    """Return the configuration that a policy was trained with, before it was tuned, if it was.
 
     Raises:
         ConfigError: no run of a policy.
@@ -63,7 +58,7 @@ def pretraining(run: str) -> TrainConfig:
     from diffpolicy.rollout.env_spec import stored_env_id
 
     first = lineage(run)[-1]
-    values = read_config(first)
+    values = read_yaml(first / FILE)
     if "env" not in values:
         raise ConfigError(f"{run} is no run of a policy; set pretrained=RUN")
     config = build(TrainConfig, values)
@@ -71,17 +66,8 @@ def pretraining(run: str) -> TrainConfig:
     return config
 
 
-def recorded_env(checkpoint: str | Path) -> dict[str, Any] | None:
-    """The environment of the run that a checkpoint lies in, or that it was tuned from.
-
-    Raises:
-        ConfigError: the run that it was tuned from is not there.
-    """
-    return recorded_section(checkpoint, "env")
-
-
-def recorded_section(checkpoint: str | Path, section: str) -> dict[str, Any] | None:
-    """A section of the configuration of the run that :func:`recorded_env` speaks of.
+def recorded(checkpoint: str | Path, section: str) -> dict[str, Any] | None:
+    """Return a section of the configuration of a checkpoint's run, or of the one it was tuned from.
 
     Raises:
         ConfigError: the run that it was tuned from is not there.
@@ -91,7 +77,7 @@ def recorded_section(checkpoint: str | Path, section: str) -> dict[str, Any] | N
     run = next((folder for folder in folders if (folder / FILE).is_file()), None)
     if run is None:
         return None
-    return read_config(lineage(run)[-1]).get(section) or None
+    return read_yaml(lineage(run)[-1] / FILE).get(section) or None
 
 
-__all__ = ["lineage", "pretraining", "read_config", "recorded_env", "recorded_section"]
+__all__ = ["how_to_make", "lineage", "pretraining", "recorded"]

@@ -1,10 +1,11 @@
-"""Small shared pieces of the commands: `key=value` arguments and the help of config groups."""
+"""Small shared pieces of the commands: `key=value` arguments, and their help."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from diffpolicy.config import ConfigError, group_choices
 from diffpolicy.config_compose import is_setting
@@ -13,16 +14,39 @@ from diffpolicy.settings import near_miss
 C = TypeVar("C")
 
 
+class Option(NamedTuple):
+    """An option of a command: its default, and what its help says of it."""
+
+    default: Any
+    text: str
+
+
+def options_help(options: Mapping[str, Option], indent: str = "    ") -> str:
+    """Write a line for each option, ``name=default  what it says``, or more where that is long."""
+    shown = {n: json.dumps(o.default).strip('"').replace(" ", "") for n, o in options.items()}
+    width = max(len(name) + len(value) for name, value in shown.items()) + 3
+    lines = []
+    for name, option in options.items():
+        head = f"{name}={shown[name]}".ljust(width)
+        margin = indent + " " * width
+        lines += textwrap.wrap(
+            option.text, 100, initial_indent=indent + head, subsequent_indent=margin
+        )
+    return "\n".join(lines)
+
+
 def parse(
     arguments: Sequence[str], positional: Sequence[str], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`a b key=value` into a dict; leading values without a key fill ``positional`` in order.
+    """Read `a b key=value` into a dict; leading values without a key fill ``positional`` in order.
 
-    Values are read as JSON where they are (numbers, lists, true, null), else as text.
+    Values are read as JSON where they are (numbers, lists, true, null), else as text. A default
+    may be an :class:`Option`, which has one.
 
     Raises:
         ConfigError: an unknown key, or a positional argument that is missing.
     """
+    defaults = {n: d.default if isinstance(d, Option) else d for n, d in defaults.items()}
     values = dict(defaults)
     waiting = list(positional)
     for argument in arguments:
@@ -53,7 +77,7 @@ def given(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def subcommand(arguments: Sequence[str], commands: Mapping[str, C], command: str) -> C:
-    """What the first argument chooses of ``commands``.
+    """Return what the first argument chooses of ``commands``.
 
     Raises:
         ConfigError: it chooses none, with the nearest one.
@@ -73,7 +97,7 @@ def _value(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        return _bare(text) if text[:1] + text[-1:] in ("[]", "{}") else text
+        return _bare(text) if text[:1] in ("[", "{") else text
 
 
 def _bare(text: str) -> Any:
@@ -86,19 +110,23 @@ def _bare(text: str) -> Any:
     try:
         found = yaml.safe_load(text)
     except yaml.YAMLError:
-        return text  # such as [*/bc/*]: for the command to read
+        if text[-1] in "]}":
+            return text  # such as [*/bc/*]: for the command to read
+        raise ConfigError(
+            f"{text} is no list or table; write [a,b] or {{a: [b,c]}}, in quotes for the shell"
+        ) from None
     if isinstance(found, dict):
         return {str(k): _value(v) if isinstance(v, str) else v for k, v in found.items()}
     return [_value(v) if isinstance(v, str) else v for v in found]
 
 
 def indented(text: str) -> str:
-    """A text four columns to the right, without empty lines at its ends."""
+    """Move a text four columns to the right, without empty lines at its ends."""
     return "\n".join("    " + line for line in text.strip().splitlines())
 
 
 def groups_help(names: Sequence[str]) -> str:
-    """The choices of config groups, one line each with its file's first comment."""
+    """List the choices of config groups, one line each with its file's first comment."""
     lines = []
     for group, choices in group_choices().items():
         if group not in names:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffpolicy.config import ConfigError, EnvConfig, EvaluationConfig, TrainConfig
 from diffpolicy.extras import EXTRAS, installed
-from diffpolicy.settings import near_miss
+from diffpolicy.settings import check_choice, check_range, near_miss
 
 if TYPE_CHECKING:
     from diffpolicy.rollout.env_spec import EnvSpec
@@ -18,16 +18,16 @@ SCORES = ("success", "final_success", "max_reward", "return", "length")
 
 
 def pick_device(name: str, threads: int | None) -> Any:
-    """The torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:1``; sets the CPU threads.
+    """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:1``; set the CPU threads.
 
     Raises:
-        ConfigError: no such device, here or at all, or no number of threads.
+        ConfigError: no such device, here or at all.
+        ValueError: no number of threads.
     """
     import torch
 
+    check_range("[1, inf)", threads=threads)
     if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
     kind, _, number = str(name).partition(":")
     known = ("auto", "cpu", "cuda")
@@ -84,12 +84,11 @@ def check_environment(config: EnvConfig, settings: EvaluationConfig) -> None:
     """Make the environment of a run's rollouts once, and see that it reports the run's score.
 
     Raises:
-        ConfigError: an unknown score, or one that the environment does not report.
+        ConfigError: a score that the environment does not report.
+        ValueError: an unknown score.
         EnvSpecError: the environment cannot be made.
     """
-    if config.score not in SCORES:
-        hint = near_miss(config.score, SCORES)
-        raise ConfigError(f"env.score must be one of {SCORES}, got {config.score!r}{hint}")
+    check_choice("env.score", config.score, SCORES)
     if settings.episodes == settings.val_episodes == 0:
         return
     from diffpolicy.rollout.env_spec import EnvSpec, describe

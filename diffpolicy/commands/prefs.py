@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.collecting import Collecting
-from diffpolicy.commands.lineage import recorded_env
+from diffpolicy.commands.lineage import recorded
 from diffpolicy.commands.options import parse, subcommand
 from diffpolicy.config import ConfigError
 
@@ -143,7 +143,7 @@ def _collecting_env(options: Mapping[str, Any], trained_for: str | None) -> Any:
 
     if options["env"] is not None:
         return _env(options)
-    values = recorded_env(options["checkpoint"]) or {"id": trained_for}
+    values = recorded(options["checkpoint"], "env") or {"id": trained_for}
     if not values.get("id"):
         raise ConfigError("the policy does not say which environment it is for; give env=ID")
     stored_env_id(values["id"], options["checkpoint"], instead="env=")

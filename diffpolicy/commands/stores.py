@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ _log = logging.getLogger("diffpolicy.data")
 
 
 def open_store(config: TrainConfig) -> EpisodeStore:
-    """The demonstrations, collected first when the config says how and they are not there yet."""
+    """Open the demonstrations, collected first when the config says how and they are not there."""
     from diffpolicy.data.store import EpisodeStore
 
     path, collect = Path(config.data.path), config.data.collect
@@ -59,7 +60,7 @@ def open_store(config: TrainConfig) -> EpisodeStore:
 
 
 def d4rl_store(source: str, path: Path, transforms: tuple[str, ...]) -> EpisodeStore:
-    """The store made of a D4RL dataset or file, which is kept at ``path`` for the next run.
+    """Open the store made of a D4RL dataset or file, which is kept at ``path`` for the next run.
 
     Raises:
         ConfigError: no such dataset, or a store at ``path`` that was made of something else. (One
@@ -109,21 +110,14 @@ def _check_made_of(store: EpisodeStore, source: str, asked: Sequence[Transform])
             f"{path} was made of a part of {attrs.get('file')!r}. To train on it as it is, set "
             "data.d4rl=null data.transforms=[]; or give another data.path"
         )
-    applied = tuple(parse_transforms(attrs.get("transforms", [])))
-    if applied != asked or not {source, Path(source).name} & {
-        attrs.get("dataset"),
-        attrs.get("file"),
-    }:
+    is_same = {source, Path(source).name} & {attrs.get("dataset"), attrs.get("file")}
+    if not is_same or tuple(parse_transforms(attrs.get("transforms", []))) != asked:
+        wanted = [name if value is None else f"{name}:{value:g}" for name, value in asked]
         raise ConfigError(
             f"{path} was made of {attrs.get('file')!r} with the transforms "
-            f"{attrs.get('transforms')}, not of {source!r} with {[_text(t) for t in asked]}; give "
-            "another data.path, or remove it"
+            f"{attrs.get('transforms')}, not of {source!r} with {wanted}; give another data.path, "
+            "or remove it"
         )
-
-
-def _text(transform: Transform) -> str:
-    name, value = transform
-    return name if value is None else f"{name}:{value:g}"
 
 
 def _is_of(store: EpisodeStore, file: Path) -> bool:
@@ -135,33 +129,25 @@ def _is_of(store: EpisodeStore, file: Path) -> bool:
     same = store.attrs.get("file_bytes") == file.stat().st_size
     if same:
         _log.warning(
-            "%s was made by an earlier version, which kept no digest of %s: that the file is the "
-            "same is known by its size alone. Remove the store to have it made anew",
-            store.name,
-            file,
+            f"{store.name} was made by an earlier version, which kept no digest of {file}: that "
+            "the file is the same is known by its size alone. Remove the store to have it made anew"
         )
     return same
 
 
 def _set_aside(path: Path, file: Path) -> None:
     """Give way to a store of the file as it is now; the old one may be all that is left of it."""
-    number = next(n for n in range(1, 10**6) if not _aside(path, n).exists())
-    path.rename(_aside(path, number))
+    places = (path.with_name(f"{path.stem}.old{n}{path.suffix}") for n in itertools.count(1))
+    aside = next(place for place in places if not place.exists())
+    path.rename(aside)
     _log.warning(
-        "%s has changed since %s was made of it: the store is made anew, and the old one is kept "
-        "as %s",
-        file,
-        path,
-        _aside(path, number),
+        f"{file} has changed since {path} was made of it: the store is made anew, and the old one "
+        f"is kept as {aside}"
     )
 
 
-def _aside(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.stem}.old{number}{path.suffix}")
-
-
 def env_spec(config: TrainConfig) -> EnvSpec:
-    """The environment of a run."""
+    """Return the environment of a run."""
     from diffpolicy.rollout.env_spec import EnvSpec
 
     return EnvSpec(config.env.id, config.env.kwargs, config.env.max_episode_steps)
@@ -170,7 +156,7 @@ def env_spec(config: TrainConfig) -> EnvSpec:
 def d4rl_score(
     attrs: Mapping[str, Any], rows: int | None, env: EnvSpec, result: EvalResult, folder: Path
 ) -> dict[str, Any]:
-    """D4RL's score of an evaluation and what it depends on; empty if the data are not D4RL's.
+    """Return D4RL's score of an evaluation and what it depends on; nothing for other data.
 
     Args:
         attrs: of the store that was trained on.
@@ -198,12 +184,10 @@ def d4rl_score(
     )
     write_json(folder / "score.json", found)
     label = found["label"]
+    ends = [found["score"][end] for end in ("low", "high")]
     return {
         "normalized_score": round(found["score"]["value"], 2),
-        "normalized_score_95": [
-            None if found["score"][k] is None else round(found["score"][k], 2)
-            for k in ("low", "high")
-        ],
+        "normalized_score_95": [None if end is None else round(end, 2) for end in ends],
         "dataset": label["dataset"],
         "env": label["env"]["id"],
         "references": label["references"]["source"],

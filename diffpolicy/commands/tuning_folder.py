@@ -12,13 +12,7 @@ ROLLOUTS, PREFERENCES, VALUE = "rollouts.zarr", "preferences.jsonl", "value"
 PLANS, PLAN_PAIRS = "plans.zarr", "plans.jsonl"
 OF_A_ROUND = ("checkpoints", "metrics.csv", ".candidate", "tb", VALUE, PLANS, PLAN_PAIRS)
 COLLECTED = (ROLLOUTS, PREFERENCES)
-OF_A_RUN = (
-    "policy",
-    "report.json",
-    "report.md",
-    "score_by_nfe.png",
-    "curves.png",
-)
+OF_A_RUN = ("policy", "report.json", "report.md", "score_by_nfe.png", "curves.png")
 
 
 def check_free(config: PolicyTuningConfig) -> None:
@@ -57,7 +51,7 @@ def clear(run_dir: Path, inputs: Mapping[str, Path]) -> None:
         for folder in (run_dir, *_rounds(run_dir)):
             _check_answers(folder)
     for only_check in (True, False):  # nothing is removed if anything must stay
-        for folder in (*_rounds(run_dir), run_dir / VALUE, run_dir):
+        for folder in (*_rounds(run_dir), run_dir):
             _remove(folder, only_check=only_check)
 
 
@@ -85,7 +79,7 @@ def _remove(folder: Path, *, only_check: bool) -> None:
 
 
 def trained_policy(folder: Path) -> Path:
-    """The policy of a finished training: its best checkpoint, or the last one without scores.
+    """Return the policy of a finished training: its best checkpoint, or without scores the last.
 
     A ``policy`` beside the checkpoints may be of another training.
     """
@@ -110,13 +104,11 @@ def _check_answers(folder: Path) -> None:
     for file in sorted(folder.glob("*.jsonl")):
         if file.name == PLAN_PAIRS:
             check_replaceable(file)
-            continue
-        ours = file.name == PREFERENCES
-        if not ours and not (folder / ROLLOUTS).exists():
-            continue
-        other = contextlib.nullcontext() if ours else contextlib.suppress(PreferenceFileError)
-        with other:
+        elif file.name == PREFERENCES:
             check_target(file)
+        elif (folder / ROLLOUTS).exists():
+            with contextlib.suppress(PreferenceFileError):  # which is none of ours, and stays
+                check_target(file)
 
 
 __all__ = [

@@ -116,7 +116,7 @@ def variants(options: dict[str, Any]) -> tuple[Planners, list[str]]:
         notes.append("untrained weights: latencies only; levels are not chosen but 0.3")
     else:
         base = DiffusionPolicy.from_pretrained(options["checkpoint"])
-        store = EpisodeStore.open(demonstrations_of(options))
+        store = EpisodeStore.open(demonstrations_of(options["checkpoint"], options["data"]))
     base = base.with_settings(rti=None, truncated=None)
 
     def full(solver: str, steps: int) -> Any:

@@ -298,7 +298,7 @@ def test_data_commands(tiny_run, capsys):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["env.score=bogus"], "env.score must be one of"),
+        (["env.score=bogus"], "unknown env.score"),
         (["trainer.grad_clip=0"], "grad_clip must be positive"),
         (["sampler.guidance_scale=2"], "needs a policy trained with cond_dropout > 0"),
         (["policy.n_action_steps=20"], "n_action_steps=20 is too large"),

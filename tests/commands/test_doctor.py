@@ -5,12 +5,14 @@ import sys
 
 import pytest
 
-from diffpolicy.commands import doctor_checks as doctor
-from diffpolicy.commands.doctor_checks import Finding, Installation
+from diffpolicy.commands import doctor
+from diffpolicy.commands.doctor_checks import Finding, check_installation
 
 TESTED = {
     "torch": "2.13.0+cpu",
     "numpy": "2.4.6",
+    "scipy": "1.18.1",
+    "filelock": "4.3.1",
     "safetensors": "0.8.0",
     "zarr": "3.1.6",
     "gymnasium": "1.4.0",
@@ -26,8 +28,8 @@ TESTED = {
 
 
 def test_the_tested_set_is_fine() -> None:
-    found = Installation({**TESTED, "metaworld": "3.1.1"}, ("libmujoco.so.3.3.0",))
-    assert doctor.check_installation(found) == []
+    versions = {**TESTED, "metaworld": "3.1.1"}
+    assert check_installation(versions, ("libmujoco.so.3.3.0",)) == []
 
 
 @pytest.mark.parametrize(
@@ -53,15 +55,14 @@ def test_known_broken_combinations(
     changes: dict[str, str], level: str, message: str, fix: str
 ) -> None:
     versions = {name: version for name, version in {**TESTED, **changes}.items() if version}
-    (finding,) = doctor.check_installation(Installation(versions))
+    (finding,) = check_installation(versions)
     assert finding.level == level
     assert any(part in finding.message for part in message.split("|"))
     assert fix in finding.fix
 
 
 def test_a_library_left_over_by_a_downgrade_is_found() -> None:
-    found = Installation(TESTED, ("libmujoco.so.3.3.0", "libmujoco.so.4.0.0"))
-    (finding,) = doctor.check_installation(found)
+    (finding,) = check_installation(TESTED, ("libmujoco.so.3.3.0", "libmujoco.so.4.0.0"))
     assert finding.level == "error"
     assert "libmujoco.so.4.0.0" in finding.message
     assert "libmujoco.so.3.3.0" not in finding.message
@@ -72,9 +73,9 @@ def test_a_library_left_over_by_a_downgrade_is_found() -> None:
 )
 def test_a_missing_partner_is_no_conflict(without: str) -> None:
     broken = {**TESTED, "mujoco": "3.12.0", "pymunk": "7.0", "tensorflow": "2.20.0"}
-    names = {f.name for f in doctor.check_installation(Installation(broken))}
+    names = {f.name for f in check_installation(broken)}
     del broken[without]
-    fewer = {f.name for f in doctor.check_installation(Installation(broken))}
+    fewer = {f.name for f in check_installation(broken)}
     assert len(fewer) == len(names) - 1
 
 
@@ -111,7 +112,7 @@ def test_a_subprocess_that_hangs_raises_or_crashes_has_a_reason() -> None:
 def test_diagnosis_of_this_machine_imports_nothing_heavy() -> None:
     code = """
 import sys
-from diffpolicy.commands.doctor_checks import diagnose
+from diffpolicy.commands.doctor import diagnose
 levels = {finding.level for finding in diagnose(probe=False)}
 assert levels <= {"ok", "info", "warning", "error"}
 heavy = {"torch", "mujoco", "gymnasium", "hydra", "zarr", "numpy"} & set(sys.modules)
@@ -134,7 +135,7 @@ def test_format() -> None:
 @pytest.mark.mujoco
 def test_report_names_versions_and_rendering() -> None:
     pytest.importorskip("mujoco", exc_type=ImportError)
-    text = doctor.report()
+    text = doctor.format_findings(doctor.diagnose())
     assert "mujoco: " in text
     assert "rendering: " in text
     assert "combinations: none" in text

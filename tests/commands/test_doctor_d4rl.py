@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from diffpolicy.commands import doctor_checks as doctor
+from diffpolicy.commands.doctor import diagnose
+from diffpolicy.commands.doctor_checks import check_d4rl_table
 from diffpolicy.data.d4rl.catalogue import DATASETS
 
 
@@ -26,12 +27,12 @@ def package(tmp_path, monkeypatch):
 
 
 def test_equal_tables(package):
-    assert doctor.d4rl_folder() == package
-    finding = doctor.check_d4rl_table(doctor.d4rl_folder())
+    finding = check_d4rl_table()
+    assert finding is not None
     assert finding.level == "ok"
     assert finding.message == f"all 155 datasets and 147 reference scores equal those of {package}"
     assert "d4rl" not in sys.modules
-    assert finding in doctor.diagnose(probe=False)
+    assert finding in diagnose(probe=False)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_equal_tables(package):
 def test_differences_are_named(package, line, message):
     with (package / "infos.py").open("a") as file:
         file.write(line + "\n")
-    finding = doctor.check_d4rl_table(package)
+    finding = check_d4rl_table(package)
     assert finding.level == "error"
     assert re.search(message, finding.message)
     assert finding.fix
@@ -56,12 +57,12 @@ def test_differences_are_named(package, line, message):
 
 def test_a_broken_package_is_a_warning(package):
     (package / "infos.py").write_text("raise RuntimeError('no')\n")
-    finding = doctor.check_d4rl_table(package)
+    finding = check_d4rl_table(package)
     assert finding.level == "warning"
     assert "RuntimeError: no" in finding.message
     (package / "infos.py").unlink()
-    assert doctor.check_d4rl_table(package).level == "warning"
+    assert check_d4rl_table(package).level == "warning"
 
 
 def test_nothing_is_said_without_d4rl():
-    assert doctor.check_d4rl_table(None) is None
+    assert check_d4rl_table() is None

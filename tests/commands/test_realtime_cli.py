@@ -150,7 +150,6 @@ def test_unusable_combinations_are_explained(trained, capsys):
         ("streaming.steps_per_chunk=2",): "level_law",
         ("streaming.steps_per_chunk=2", "chunking.mode=soft"): "exclude each other",
         ("latency_ms=10", "arrival=late"): "arrival",
-        ("replan=always",): "give latency_ms as well",
         ("chunking.mode=soft", "backend=onnxruntime"): "backend=eager",
         ("rti.num_steps=2",): "t_start",
         ("truncated.num_steps=2",): "start from anchors",
