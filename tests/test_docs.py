@@ -50,7 +50,11 @@ SMALL = {
     "preferences=runs/pusht_dpo/plans.jsonl": PREFER,
     "preferences=data/pusht_rollouts_human.jsonl": PREFER,
     "method=bc": PREFER,
-    "method=draft_k": [*PREFER, "collect.episodes=2", "judge.width=8", "judge.trainer.steps=2"],
+    "method=draft_k": [
+        *PREFER,
+        *("collect.episodes=2", "judge.width=8"),
+        *("judge.trainer.steps=2", "judge.trainer.batch_size=8"),
+    ],
     "judge.path=runs/pusht_dpo/value": [*SHORT[:3], "selection.num_candidates=2"],
     "experiment=pusht_dpo": [
         *PREFER,

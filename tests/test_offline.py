@@ -197,10 +197,10 @@ def test_training_of_all_heads_resumes_exactly(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"discount": 1.5}, "learning.discount"),
+        ({"discount": 1.5}, "discount must be in"),
         ({"reward_scale": "range"}, "return_range"),
         ({"actor": "bc"}, "has no setting 'actor'"),
-        ({"actor_critic": {"actor": "both"}}, "actor must be one of"),
+        ({"actor_critic": {"actor": "both"}}, "unknown actor"),
     ],
 )
 def test_unusable_learning_is_refused(settings, message):

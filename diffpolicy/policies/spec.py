@@ -264,7 +264,8 @@ class PolicySpec:
         Raises:
             ValueError: unknown or missing entries, or values of a wrong type.
         """
-        return from_values(cls, config)
+        process = explicit_process(config.get("process", "vp_cosine"))  # a name is enough
+        return from_values(cls, {**config, "process": process})
 
     def summary(self) -> str:
         """What a policy is in a line: shapes, network, how plans are drawn."""
