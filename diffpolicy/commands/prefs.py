@@ -80,13 +80,7 @@ def run(arguments: Sequence[str]) -> int:
         "render": _render,
         "page": _page,
     }
-    chosen = subcommand(arguments, commands, "data prefs")
-    try:
-        return chosen(arguments[1:])
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(str(error)) from error
+    return subcommand(arguments, commands, "data prefs")(arguments[1:])
 
 
 _ENV: dict[str, Any] = {"env": None, "kwargs": {}, "max_episode_steps": None}

@@ -12,8 +12,9 @@ import importlib.metadata
 import itertools
 import json
 import os
+import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -250,11 +251,17 @@ def _versions(spec: EnvSpec, env: gym.Env[Any, Any]) -> dict[str, str]:
     """Versions of what the environment really loaded; an unused simulator says nothing."""
     home = spec.id.split(":")[0].split(".")[0]
     named = (*_VERSIONED, *env.metadata.get("packages", ()), *([home] if ":" in spec.id else []))
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in named:
-        if name == "diffpolicy" or name.replace("-", "_") in sys.modules:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                found[name.replace("_", "-")] = importlib.metadata.version(name)
+    return installed_versions(
+        name for name in named if name == "diffpolicy" or name.replace("-", "_") in sys.modules
+    )
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of those distributions that are installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name.replace("_", "-")] = importlib.metadata.version(name)
     return found
 
 

@@ -7,18 +7,18 @@ import os
 import selectors
 import time
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
-from diffpolicy.data.observation import ObsField
+from diffpolicy.data.observation import ObsField, from_fields
 from diffpolicy.rollout.env_spec import EnvInfo, EnvSpec, EnvSpecError
 from diffpolicy.rollout.pool import wire
 from diffpolicy.rollout.pool.process import WorkerProcess
-from diffpolicy.rollout.pool.slots import Outcome
-from diffpolicy.rollout.pool.values import from_columns
+from diffpolicy.rollout.pool.slots import Failure, Result, from_flat
 from diffpolicy.settings import check_range, named_settings
 
 _MAX_FAILED_STARTS = 3
@@ -27,36 +27,6 @@ _GLANCE_S = 0.5  # how often a silent process is looked after
 
 class WorkerError(ChildProcessError):
     """No worker process can be started, or none any more."""
-
-
-class Failure(NamedTuple):
-    """Why a row has no result.
-
-    Attributes:
-        kind: ``"raised"`` (the environment raised), ``"timed out"``, ``"died"`` (the process
-            ended), ``"lost"`` (another row of the same process ended it, or it was restarting) or
-            ``"gone"`` (it cannot be started any more, so the row has no environment from now on).
-        text: the worker's traceback or how its process ended.
-    """
-
-    kind: Literal["raised", "timed out", "died", "lost", "gone"]
-    text: str
-
-    def __str__(self) -> str:
-        """What happened in the first line (of a traceback: the error), then the whole text."""
-        text = self.text.strip()
-        _, began, after = text.rpartition("Traceback (most recent call last):\n")
-        ends = [line for line in after.splitlines() if began and not line.startswith(" ")]
-        return f"{self.kind} {ends[0]}\n{text}" if ends else f"{self.kind}: {text}"
-
-    @property
-    def blameless(self) -> bool:
-        """Whether it says nothing of the episode, which has to be begun again elsewhere."""
-        return self.kind in ("lost", "gone")
-
-
-Result = Outcome | Failure | None
-"""What a row answers; None: nothing but that it is done."""
 
 
 @named_settings
@@ -131,11 +101,10 @@ class Supervisor:
         self.owner: dict[int, int] = {}
         self.live: set[int] = set()
         self._spec, self._workers, self._frame_side = spec, workers, frame_side
-        self._failed_starts: dict[int, int] = {}
+        self._failed_starts: Counter[int] = Counter()
         self._selector = selectors.DefaultSelector()
         self._finalizer = weakref.finalize(self, _end_all, self.processes, self._selector)
         self._started = False
-        self._looked = time.monotonic()
         try:
             self.spread(count)
             if all(process.gone for process in self.processes):
@@ -163,12 +132,6 @@ class Supervisor:
         while any(process.awaited for process in self.processes):
             self.events()
 
-    def hurry(self, timeout: float) -> None:
-        """Make the answers that are due now due within ``timeout`` seconds, if they were not."""
-        for process in self.processes:
-            if process.greeted:
-                process.hurry(timeout)
-
     def busy(self) -> bool:
         """Whether an answer is due."""
         return any(process.pending for process in self.processes)
@@ -182,14 +145,11 @@ class Supervisor:
         happened: list[tuple[int, Result]] = []
         for process in ready:
             happened += self._read(process)
-        now = time.monotonic()
-        look = now - self._looked >= _GLANCE_S
-        self._looked = now if look else self._looked
         for process in (process for process in awaited if process not in ready):
-            if look and process.proc.poll() is not None:
+            if process.proc.poll() is not None:
                 # Seen only here if what it has left behind holds its socket open.
                 happened += self._fail(process, "died", "")
-            elif now > process.deadline:
+            elif time.monotonic() > process.deadline:
                 what = "answer" if process.greeted else "start"
                 happened += self._fail(process, "timed out", f"did not {what} in time")
         return happened
@@ -228,11 +188,10 @@ class Supervisor:
         if not process.greeted:
             return self._greet(process, values, arrays)
         rows, process.pending = process.pending, ()
-        answers = [_result(flat) for flat in wire.unpack_rows((values, arrays))]
-        self.live -= {
-            row for row, result in zip(rows, answers, strict=True) if isinstance(result, Failure)
-        }
-        return list(zip(rows, answers, strict=True))
+        answers = map(from_flat, wire.unpack_rows((values, arrays)))
+        found = list(zip(rows, answers, strict=True))
+        self.live -= {row for row, result in found if isinstance(result, Failure)}
+        return found
 
     def _greet(
         self, process: WorkerProcess, values: dict[str, Any], arrays: dict[str, np.ndarray]
@@ -240,14 +199,13 @@ class Supervisor:
         index = self.owner[process.rows[0]]
         if "fatal" in values:
             if not self._started:
-                text = values["fatal"] if values["type"] == "EnvSpecError" else values["trace"]
-                raise EnvSpecError(text)
-            return self._fail(process, "raised", values["trace"])
+                raise EnvSpecError(values["fatal"])
+            return self._fail(process, "raised", values["fatal"])
         process.greet(self._workers.timeout)
         self._started = True
         self._failed_starts[index] = 0
         fields = {name: ObsField(**field) for name, field in values["obs"].items()}
-        own = {"spec": self._spec, "obs": from_columns(fields)}
+        own = {"spec": self._spec, "obs": from_fields(fields)}
         self.info = EnvInfo(**{**values, **arrays, **own})
         return []
 
@@ -259,13 +217,13 @@ class Supervisor:
         # A process that has not started was not at work on any row, so none is to blame.
         culprit = process.culprit
         if not process.greeted:
-            self._failed_starts[index] = self._failed_starts.get(index, 0) + 1
+            self._failed_starts[index] += 1
         self._selector.unregister(process.sock)
         how = process.end(grace=1.0 if kind == "died" else 0.0)
         text = f"worker process {process.proc.pid} {text or how}"
         self.live.difference_update(process.rows)
         process.pending = ()
-        if self._failed_starts.get(index, 0) >= _MAX_FAILED_STARTS:
+        if self._failed_starts[index] >= _MAX_FAILED_STARTS:
             process.gone = f"{text}; gave up after {_MAX_FAILED_STARTS} failed starts in a row"
             return [(row, Failure("gone", process.gone)) for row in process.rows]
         self.processes[index] = self._launch(process.rows)
@@ -274,12 +232,6 @@ class Supervisor:
             why = f"{text} {'between two commands' if process.greeted else 'while it started'}"
         lost = Failure("lost", why)
         return [(row, Failure(kind, text) if row == culprit else lost) for row in process.rows]
-
-
-def _result(flat: Mapping[str, Any]) -> Result:
-    if "error" in flat:
-        return Failure("raised", flat["error"])
-    return Outcome.from_flat(flat) if flat else None
 
 
 def _end_all(processes: list[WorkerProcess], selector: selectors.BaseSelector) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from diffpolicy.data.observation import Obs, ObsField, ObsFields, store_field
+from diffpolicy.data.observation import Obs, ObsField, ObsFields
 
 _SUCCESS_KEYS = ("is_success", "success")
 
@@ -85,24 +85,6 @@ def as_observation(value: Any, fields: ObsFields) -> Obs:
         name: _as_array(value[name], field, f"an observation {name!r}")
         for name, field in fields.items()
     }
-
-
-def to_columns(obs: Any) -> dict[str, Any]:
-    """What an observation is made of, under the names that its fields have in stores.
-
-    The observation may be of arrays or of their fields.
-    """
-    if isinstance(obs, Mapping):
-        return {store_field(name): part for name, part in obs.items()}
-    return {"obs": obs}
-
-
-def from_columns(columns: Mapping[str, Any]) -> Any:
-    """The observation among some columns, see :func:`to_columns`; other columns are left out."""
-    if "obs" in columns:
-        return columns["obs"]
-    start = store_field("-")[:-1]
-    return {n.removeprefix(start): part for n, part in columns.items() if n.startswith(start)}
 
 
 def _as_array(value: Any, field: ObsField, what: str) -> np.ndarray:

@@ -18,10 +18,8 @@ seed.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -29,8 +27,17 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError, inspect_env, only_here
-from diffpolicy.rollout.pool.slots import Drawn, EnvSlot, Outcome, Values, run_command
-from diffpolicy.rollout.pool.supervisor import Failure, Result, Supervisor, WorkerError, Workers
+from diffpolicy.rollout.pool.slots import (
+    Drawn,
+    EnvSlot,
+    Failure,
+    Outcome,
+    Result,
+    Values,
+    run_command,
+)
+from diffpolicy.rollout.pool.supervisor import Supervisor, WorkerError, Workers
+from diffpolicy.settings import check_shape
 
 #: Seconds of a step, its message included, below which environments share one process.
 CHEAP_S = 0.5e-3
@@ -121,41 +128,25 @@ class WorkerPool:
             seeds: as many environment seeds.
             frames: per row, whether a picture is wanted (``"end"``: only of an episode's end).
         """
-        if len(rows) != len(seeds):
-            raise ValueError(f"got {len(rows)} rows but {len(seeds)} seeds")
-        values: dict[str, Values] = {
-            "seed": [int(seed) for seed in seeds],
-            "frame": _flags(frames, len(rows)),
-        }
-        self._order("reset", rows, values)
+        self._order("reset", rows, {"seed": [int(seed) for seed in seeds]}, frames)
         return self.step_wait()
 
     def step_async(
         self, actions: np.ndarray, rows: Sequence[int], *, frames: Sequence[Drawn] | None = None
     ) -> None:
         """Begin a step in each of ``rows``; ``actions [len(rows), A]`` in environment units."""
-        expected = (len(rows), self.info.action_dim)
-        if np.shape(actions) != expected:
-            raise ValueError(f"actions must have shape {expected}, got {np.shape(actions)}")
+        check_shape("actions", np.shape(actions), (len(rows), self.info.action_dim))
         array = np.asarray(actions)
         if array.dtype != np.float64:
             array = array.astype(np.float32)
-        self._order("step", rows, {"action": array, "frame": _flags(frames, len(rows))})
+        self._order("step", rows, {"action": array}, frames)
 
-    def step_wait(self, timeout: float | None = None) -> dict[int, Outcome | Failure]:
-        """End the step that :meth:`step_async` began.
-
-        Args:
-            timeout: seconds that one row may take; None: that of ``workers``. A row that takes
-                longer is given up with its process, which is replaced.
-        """
+    def step_wait(self) -> dict[int, Outcome | Failure]:
+        """End the step that :meth:`step_async` began."""
         supervisor = self._supervisor
         try:
-            if supervisor is not None:
-                if timeout is not None:
-                    supervisor.hurry(timeout)
-                while supervisor.busy():
-                    self._results.update(supervisor.events())
+            while supervisor is not None and supervisor.busy():
+                self._results.update(supervisor.events())
             found = {row: self._results[row] for row in self._ordered}
             return {row: result for row, result in found.items() if result is not None}
         except BaseException:
@@ -183,11 +174,7 @@ class WorkerPool:
             rows: as for :meth:`reset`.
             frames: likewise.
         """
-        values: dict[str, Values] = {
-            "noise": [float(noise)] * len(rows),
-            "frame": _flags(frames, len(rows)),
-        }
-        self._order("expert", rows, values)
+        self._order("expert", rows, {"noise": [float(noise)] * len(rows)}, frames)
         return self.step_wait()
 
     def close(self) -> None:
@@ -236,20 +223,30 @@ class WorkerPool:
 
     # ------------------------------------------------------------------ one command
 
-    def _order(self, name: str, rows: Sequence[int], values: Mapping[str, Values]) -> None:
+    def _order(
+        self,
+        name: str,
+        rows: Sequence[int],
+        values: Mapping[str, Values],
+        frames: Sequence[Drawn] | None = None,
+    ) -> None:
         if self._ordered:
             raise RuntimeError("the last command was not waited for: call step_wait() first")
         if len(set(rows)) != len(rows) or not all(0 <= row < self.num_envs for row in rows):
             raise ValueError(f"rows must differ and lie in 0..{self.num_envs - 1}, got {rows}")
         if self._closed:
             raise RuntimeError("the pool is closed")
+        values = {**values, "frame": [False] * len(rows) if frames is None else frames}
+        for key, value in values.items():
+            if len(value) != len(rows):
+                raise ValueError(f"got {len(rows)} rows but {key} of {len(value)}")
         self._ordered = [int(row) for row in rows]
         self._results = {}
         if self._supervisor is not None:
             self._order_from(self._supervisor, name, values)
             return
         for place, row in enumerate(self._ordered):
-            self._results[row] = self._run_serially(name, values, place, row)
+            self._results[row] = run_command(self._slots[row], name, values, place)
 
     def _order_from(self, supervisor: Supervisor, name: str, values: Mapping[str, Values]) -> None:
         parts: dict[int, list[int]] = {}
@@ -271,22 +268,3 @@ class WorkerPool:
                 for key, value in values.items()
             }
             supervisor.send(index, name, own, mine)
-
-    def _run_serially(
-        self, name: str, values: Mapping[str, Values], place: int, row: int
-    ) -> Result:
-        try:
-            return run_command(self._slots[row], name, values, place)
-        except Exception:
-            trace = traceback.format_exc()
-            with contextlib.suppress(Exception):  # comes of the error that is being reported
-                self._slots[row].close()
-            return Failure("raised", trace)
-
-
-def _flags(frames: Sequence[Drawn] | None, count: int) -> list[Drawn]:
-    if frames is None:
-        return [False] * count
-    if len(frames) != count:
-        raise ValueError(f"frames must have {count} entries, got {len(frames)}")
-    return list(frames)

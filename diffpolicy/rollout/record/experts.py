@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from diffpolicy.data.store import EpisodeStore
@@ -81,14 +80,16 @@ def collect(
                 "numpy.random.Generator) -> action [A], the clean action in the current state, "
                 "that env.get_wrapper_attr finds; expert_noise_mask [A] is optional."
             )
-        with open_record(path, pool.info, {"expert_noise": noise, "keep": keep}) as store:
-            shown = tqdm(desc="collect", unit="episode", disable=not progress)
-            report = _Report(store, numbers, keep, shown)
+        settings = {"expert_noise": noise, "keep": keep}
+        with (
+            open_record(path, pool.info, settings) as store,
+            tqdm(desc="collect", unit="episode", disable=not progress) as bar,
+        ):
+            report = _Report(store, numbers, keep, bar)
             try:
                 _Experts(pool, noise).run([Job((s,), s) for s in report.todo], report.add)
             finally:
-                shown.close()
-                report.write()
+                store.update_attrs({"collection": report.summary()})
     if report.kept == 0:
         _refuse(report, numbers)
     return EpisodeStore.open(path)
@@ -137,21 +138,20 @@ class _Report:
             self.failed[seed] = result
             return
         if self._keep == "success":
-            if not result.says_success:
+            if result.success is None:
                 raise ValueError(
                     "the environment does not say whether an episode succeeded "
                     "(info['is_success']); use keep='all'"
                 )
-            if not result.ever_succeeded:
+            if not result.success:
                 self.failed[seed] = _NO_SUCCESS
                 return
-        columns = result.columns()
         self._store.append(
-            {name: columns[name] for name in self._store.fields},
+            {name: result.columns[name] for name in self._store.fields},
             seed=seed,
-            success=result.ever_succeeded,
+            success=result.success,
             final_success=result.final_success,
-            **{"return": float(np.sum(result.reward, dtype=np.float64))},
+            **{"return": result.total},
         )
         self.kept += 1
 
@@ -161,9 +161,6 @@ class _Report:
             "kept": self._store.num_episodes,
             "failed": {str(seed): why for seed, why in sorted(self.failed.items())},
         }
-
-    def write(self) -> None:
-        self._store.update_attrs({"collection": self.summary()})
 
 
 def _refuse(report: _Report, seeds: list[int]) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from diffpolicy.data.observation import Obs, stack, take
+from diffpolicy.data.observation import Obs, from_fields, stack, take, to_fields
 from diffpolicy.rollout.pool.slots import Outcome
-from diffpolicy.rollout.pool.values import to_columns
 from diffpolicy.rollout.pool.workers import Failure, WorkerPool
 from diffpolicy.rollout.record.steps import difference
 from diffpolicy.rollout.rows import Episode, Policy, RowLoop, planning_in_batches
@@ -36,54 +35,43 @@ class ObservingPolicy(Policy, Protocol):
         """The memory after observing ``obs``, N rows of an :data:`Obs`."""
 
 
-class Track(NamedTuple):
-    """What happened in an episode, T steps; dtypes as in a store.
+@dataclass(frozen=True)
+class Track:
+    """What happened in an episode, T steps.
 
     Attributes:
-        obs: T rows: what was seen before each action.
-        action: ``[T, A]``; an expert's clean ones.
-        reward: ``[T]``.
-        terminated: ``[T]`` bool.
-        truncated: ``[T]`` bool.
-        success: ``[T]`` bool; false where the environment does not say.
-        says_success: whether it ever said.
+        columns: T rows under the names and in the types of a store's fields: the observations
+            (each from before the action), ``action`` (an expert's clean ones), ``reward``,
+            ``terminated``, ``truncated`` and ``success`` (false where nothing was said).
+        success: whether any step was a success; None if the environment never said.
         final_success: what it said at the last step.
     """
 
-    obs: Obs
-    action: np.ndarray
-    reward: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    success: np.ndarray
-    says_success: bool
-    final_success: bool | None = None
+    columns: dict[str, np.ndarray]
+    success: bool | None
+    final_success: bool | None
 
     @classmethod
     def of(cls, seen: Sequence[Obs], outcomes: Sequence[Outcome]) -> Track:
         """The track of some steps."""
         said = [one.success for one in outcomes]
-        return cls(
-            obs=stack(seen),
-            action=np.stack([np.asarray(one.action) for one in outcomes]),
-            reward=np.array([one.reward for one in outcomes], np.float32),
-            terminated=np.array([one.terminated for one in outcomes]),
-            truncated=np.array([one.truncated for one in outcomes]),
-            success=np.array([bool(one) for one in said]),
-            says_success=any(one is not None for one in said),
-            final_success=said[-1],
-        )
+        columns = {
+            **to_fields(stack(seen)),
+            "action": np.stack([np.asarray(one.action) for one in outcomes]),
+            "reward": np.array([one.reward for one in outcomes], np.float32),
+            "terminated": np.array([one.terminated for one in outcomes]),
+            "truncated": np.array([one.truncated for one in outcomes]),
+            "success": np.array([bool(one) for one in said]),
+        }
+        return cls(columns, any(said) if set(said) != {None} else None, said[-1])
 
-    def columns(self, rows: slice = slice(None)) -> dict[str, np.ndarray]:
-        """Some steps under the names of their fields in a store."""
-        names = ("action", "reward", "terminated", "truncated", "success")
-        columns = {**to_columns(self.obs), **{name: getattr(self, name) for name in names}}
-        return {name: column[rows] for name, column in columns.items()}
+    def __len__(self) -> int:
+        return len(self.columns["reward"])
 
     @property
-    def ever_succeeded(self) -> bool | None:
-        """Whether any step was a success; None if the environment never said."""
-        return bool(self.success.any()) if self.says_success else None
+    def total(self) -> float:
+        """The sum of its rewards."""
+        return float(np.sum(self.columns["reward"], dtype=np.float64))
 
 
 @dataclass(frozen=True)
@@ -114,8 +102,6 @@ class Running(Episode):
     """A job under way in some row; ``step`` counts the repeated steps too."""
 
     job: Job = field(kw_only=True)
-    plans: int = field(default=0, init=False)  # the row's count when it began
-    switched: bool = field(default=False, init=False)
     seen: list[Obs] = field(default_factory=list, init=False)
     outcomes: list[Outcome] = field(default_factory=list, init=False)
 
@@ -123,6 +109,12 @@ class Running(Episode):
     def replays(self) -> bool:
         """Whether the next step is a repeated one."""
         return self.step < self.job.replayed
+
+    @property
+    def prefix(self) -> Track:
+        """What it repeats."""
+        assert self.job.prefix is not None
+        return self.job.prefix
 
 
 Done = Callable[[Job, Track | str], Sequence[Job]]
@@ -202,9 +194,7 @@ class TrackRunner(Recorder):
         super().__init__(planning_in_batches(policy, None), pool)
 
     def began(self, row: int, outcome: Outcome) -> None:
-        running = self.running[row]
-        running.plans = int(np.asarray(self.state.plans)[row])
-        _check_observation(running, outcome.obs)
+        _check_observation(self.running[row], outcome.obs)
 
     def actions(self, rows: list[int]) -> np.ndarray:
         actions = np.zeros((len(rows), self.pool.info.action_dim), np.float32)
@@ -213,7 +203,7 @@ class TrackRunner(Recorder):
         watch, play = numbers[replaying], numbers[~replaying]
         if len(watch):
             repeated = [self.running[row] for row in watch.tolist()]
-            actions[replaying] = [_prefix(one).action[one.step] for one in repeated]
+            actions[replaying] = [one.prefix.columns["action"][one.step] for one in repeated]
             part = self.policy.observe(self.seen(watch.tolist()), self.state.take(watch))
             self.state = self.state.put(watch, part)
         if len(play):
@@ -222,13 +212,10 @@ class TrackRunner(Recorder):
         return actions
 
     def _switch_seeds(self, rows: list[int]) -> None:
-        """Rows that have made their first plan go on in their later stream."""
-        plans, later = np.asarray(self.state.plans), {}
-        for row in rows:
-            running = self.running[row]
-            seed = running.job.later_seed
-            if seed is not None and not running.switched and plans[row] > running.plans:
-                running.switched, later[row] = True, seed
+        """Rows that have just made their first plan go on in their later stream."""
+        running = {row: self.running[row] for row in rows}
+        begun = {row: one.job for row, one in running.items() if one.step == one.job.replayed}
+        later = {row: job.later_seed for row, job in begun.items() if job.later_seed is not None}
         if later:
             seeds = np.array(self.state.seed)
             seeds[list(later)] = list(later.values())
@@ -238,7 +225,8 @@ class TrackRunner(Recorder):
         running = self.running[row]
         if running.step > running.job.replayed:
             return super().stepped(row, outcome)
-        known, got = _prefix(running).reward[running.step - 1], np.float32(outcome.reward)
+        known = running.prefix.columns["reward"][running.step - 1]
+        got = np.float32(outcome.reward)
         if known != got:
             _not_repeated(running, running.step - 1, f"the reward was {known} and is {got} now")
         if outcome.done:
@@ -247,14 +235,9 @@ class TrackRunner(Recorder):
         return False
 
 
-def _prefix(running: Running) -> Track:
-    assert running.job.prefix is not None
-    return running.job.prefix
-
-
 def _check_observation(running: Running, obs: Obs) -> None:
     if running.job.prefix is not None:
-        differs = difference(take(running.job.prefix.obs, running.step), obs)
+        differs = difference(take(from_fields(running.prefix.columns), running.step), obs)
         if differs:
             _not_repeated(running, running.step, differs)
 
