@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -95,24 +95,16 @@ def _why_not(backend: str, timeout: float) -> str | None:
     if importlib.util.find_spec("mujoco") is None:
         return None  # nothing to try it with: the library is all that can be asked for
     environment = {**os.environ, "MUJOCO_GL": backend}
+    command = [sys.executable, "-c", _PROBE]
+    how: dict[str, Any] = {"timeout": timeout, "capture_output": True, "text": True}
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _PROBE],
-            env=environment,
-            timeout=timeout,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = subprocess.run(command, env=environment, check=False, **how)
     except subprocess.TimeoutExpired:
         return f"drawing took more than {timeout:.0f} s"
-    if done.returncode == 0:
-        return None
-    if done.returncode < 0:
-        return f"drawing crashed with signal {-done.returncode}"
     # Errors while a half-made context is being freed follow the one that matters.
     errors = [line for line in done.stderr.splitlines() if "Error" in line]
-    return (errors or [f"exit code {done.returncode}"])[0][:200]
+    errors.append(f"drawing ended with exit code {done.returncode}")
+    return errors[0][:200] if done.returncode else None
 
 
 def write_mp4(path: str | Path, videos: Sequence[EpisodeVideo], *, fps: int = 20) -> Path:

@@ -386,7 +386,7 @@ def test_push_t_repeats_itself_exactly():
             tracks[job.key] = track
             return _further(job, track) if len(job.key) == 1 else []
 
-        runner.run([Job((s,), s, s) for s in range(2)], base_done)
+        runner.run([Job(s, s, key=(s,)) for s in range(2)], base_done)
     assert len(tracks) == 2 + 2 * 4  # every replay was compared with its record, bit by bit
     for key, track in tracks.items():
         assert not isinstance(track, str)
@@ -397,7 +397,8 @@ def test_push_t_repeats_itself_exactly():
 
 
 def _further(job, track):
-    return [Job((*job.key, k), job.seed, 100 + k, None, track, 30, 4) for k in range(4)]
+    more = {"prefix": track, "replayed": 30, "limit": 4}
+    return [Job(job.seed, 100 + k, key=(*job.key, k), **more) for k in range(4)]
 
 
 def test_rollouts_that_were_interrupted_go_on_to_the_same_bits(tmp_path, make_diffusion_policy):

@@ -173,7 +173,7 @@ class WorkerProcess:
         """
         if self._how:  # its number may be another process's by now
             return self._how
-        ended_itself = self._wait(grace) if grace > 0 else self.proc.poll() is not None
+        ended_itself = self._wait(grace)
         self.sock.close()
         with contextlib.suppress(OSError):  # the group is empty: nothing was left behind
             os.killpg(self.proc.pid, signal.SIGKILL)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
@@ -250,7 +250,11 @@ def _shrink(frame: np.ndarray, side: int) -> np.ndarray:
     return small
 
 
-_COMMANDS = {"reset": EnvSlot.reset, "step": EnvSlot.step, "expert": EnvSlot.expert_step}
+_COMMANDS: dict[str, Callable[..., Outcome]] = {
+    "reset": EnvSlot.reset,
+    "step": EnvSlot.step,
+    "expert": EnvSlot.expert_step,
+}
 
 
 def run_command(slot: EnvSlot, name: str, values: Mapping[str, Values], place: int) -> Result:

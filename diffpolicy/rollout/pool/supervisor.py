@@ -18,7 +18,7 @@ from diffpolicy.data.observation import ObsField, from_fields
 from diffpolicy.rollout.env_spec import EnvInfo, EnvSpec, EnvSpecError
 from diffpolicy.rollout.pool import wire
 from diffpolicy.rollout.pool.process import WorkerProcess
-from diffpolicy.rollout.pool.slots import Failure, Result, from_flat
+from diffpolicy.rollout.pool.slots import Failure, Result, Values, from_flat
 from diffpolicy.settings import check_range, named_settings
 
 _MAX_FAILED_STARTS = 3
@@ -113,11 +113,53 @@ class Supervisor:
             self.close()
             raise
 
-    def send(self, index: int, name: str, values: Mapping[str, Any], rows: Sequence[int]) -> None:
-        """Send a command for some rows of a process, see :meth:`WorkerProcess.order`."""
-        # A process that is gone is noticed when its answer is read, which also tells how it ended.
-        with contextlib.suppress(OSError):
-            self.processes[index].order(name, values, rows=rows, timeout=self._workers.timeout)
+    def run(
+        self, name: str, rows: Sequence[int], values: Mapping[str, Values]
+    ) -> dict[int, Result]:
+        """Carry a command out in some rows; what each of them answers."""
+        try:
+            results = self.order(name, rows, values)
+            while any(process.pending for process in self.processes):
+                results.update(self.events())
+        except BaseException:  # an interrupt must not leave stale answers behind
+            for process in [process for process in self.processes if process.pending]:
+                self._fail(process, "timed out", "was not waited for")
+            raise
+        return {row: results[row] for row in rows}
+
+    def order(
+        self, name: str, rows: Sequence[int], values: Mapping[str, Values]
+    ) -> dict[int, Result]:
+        """Send a command to the processes of its rows; the rows that cannot carry it out, and why.
+
+        Args:
+            name: see :func:`~diffpolicy.rollout.pool.slots.run_command`.
+            rows: in which.
+            values: arguments, a list or an array of one per row each.
+        """
+        failed: dict[int, Result] = {}
+        parts: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            index = self.owner[row]
+            if self.processes[index].gone:
+                failed[row] = Failure("gone", self.processes[index].gone)
+            elif name in ("make", "reset") or row in self.live:
+                parts.setdefault(index, []).append(place)
+            else:
+                text = "no episode was begun in this row since its worker started"
+                failed[row] = Failure("lost", text)
+        for index, places in parts.items():
+            mine = [rows[place] for place in places]
+            if name == "reset":
+                self.live.update(mine)
+            own = {
+                key: value[places] if isinstance(value, np.ndarray) else [value[i] for i in places]
+                for key, value in values.items()
+            }
+            # One that has died is noticed when its answer is read, which also tells how it ended.
+            with contextlib.suppress(OSError):
+                self.processes[index].order(name, own, rows=mine, timeout=self._workers.timeout)
+        return failed
 
     def spread(self, count: int) -> None:
         """Deal the rows to ``count`` processes; those that are not there yet are started."""
@@ -131,10 +173,6 @@ class Supervisor:
                 self.processes.append(self._launch(rows))
         while any(process.awaited for process in self.processes):
             self.events()
-
-    def busy(self) -> bool:
-        """Whether an answer is due."""
-        return any(process.pending for process in self.processes)
 
     def events(self) -> list[tuple[int, Result]]:
         """Wait for the next answers or failures: ``(row, what came)``, maybe none."""
@@ -153,11 +191,6 @@ class Supervisor:
                 what = "answer" if process.greeted else "start"
                 happened += self._fail(process, "timed out", f"did not {what} in time")
         return happened
-
-    def abandon(self) -> None:
-        """Replace the processes that are at work, because nobody waits for their answers."""
-        for process in [process for process in self.processes if process.pending]:
-            self._fail(process, "timed out", "was not waited for")
 
     def close(self) -> None:
         """End all processes; harmless when called twice."""

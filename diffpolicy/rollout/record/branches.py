@@ -232,7 +232,7 @@ class _Families:
             self._missing[seed], self._tracks[seed] = count, {}
             for k in range(count):
                 stream = _stream(self._settings.seed, seed, _BASE, k)
-                yield Job((seed, -1, k), seed, stream)
+                yield Job(seed, stream, key=(seed, -1, k))
 
     def done(self, job: Job, result: Track | str) -> list[Job]:
         """Keep a track; what follows from a base episode are its branches."""

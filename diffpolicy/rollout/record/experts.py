@@ -14,7 +14,7 @@ from diffpolicy.rollout.env_spec import EnvSpec, only_here
 from diffpolicy.rollout.pool.slots import Outcome
 from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
 from diffpolicy.rollout.record.steps import InOrder, open_record
-from diffpolicy.rollout.record.tracks import Job, Recorder, Track
+from diffpolicy.rollout.record.tracks import Job, Track, TrackRunner
 from diffpolicy.rollout.rows import AllFailedError, distinct, fitting
 from diffpolicy.settings import check_choice, check_range
 
@@ -87,7 +87,8 @@ def collect(
         ):
             report = _Report(store, numbers, keep, bar)
             try:
-                _Experts(pool, noise).run([Job((s,), s) for s in report.todo], report.add)
+                jobs = [Job(seed, seed, key=(seed,)) for seed in report.todo]
+                _Experts(pool, noise).run(jobs, report.add)
             finally:
                 store.update_attrs({"collection": report.summary()})
     if report.kept == 0:
@@ -95,7 +96,7 @@ def collect(
     return EpisodeStore.open(path)
 
 
-class _Experts(Recorder):
+class _Experts(TrackRunner):
     """Episodes in which the environments' own experts act."""
 
     def __init__(self, pool: WorkerPool, noise: float) -> None:
