@@ -141,9 +141,8 @@ def _collecting_env(options: Mapping[str, Any], trained_for: str | None) -> Any:
     if not values.get("id"):
         raise ConfigError("the policy does not say which environment it is for; give env=ID")
     stored_env_id(values["id"], options["checkpoint"], instead="env=")
-    own = {"env": values["id"], **{n: values.get(n) for n in ("kwargs", "max_episode_steps")}}
-    given = {n: options[n] for n in ("kwargs", "max_episode_steps") if options[n]}
-    return _env({**own, **given})
+    own = {n: options[n] or values.get(n) for n in ("kwargs", "max_episode_steps")}
+    return _env({"env": values["id"], **own})
 
 
 def _env(options: Mapping[str, Any]) -> Any:
@@ -184,7 +183,7 @@ def _info(arguments: Sequence[str]) -> int:
 
     path = parse(arguments, ["file"], {})["file"]
     issues = check_preferences(path)
-    errors = sum(issue.severity == "error" for issue in issues)
+    errors = any(issue.severity == "error" for issue in issues)
     if not errors:
         preferences = PreferenceSet.open(path)
         issues = preferences.check()
@@ -192,7 +191,7 @@ def _info(arguments: Sequence[str]) -> int:
         print(json.dumps(whole, indent=1, default=str))
     for issue in issues:
         print(format_issue(issue))
-    return int(errors > 0)
+    return int(errors)
 
 
 def _print_file(preferences: PreferenceSet) -> None:
@@ -209,9 +208,9 @@ def _renderer(options: Mapping[str, Any], store: Any) -> ClipRenderer:
     from diffpolicy.commands.preflight import choose_rendering
     from diffpolicy.rollout.labelling.clips import ClipRenderer
 
-    margins = {name: options[name] for name in ("side", "before", "after")}
     if "img" not in store.fields:
         choose_rendering(1)
+    margins = {name: options[name] for name in ("side", "before", "after")}
     return ClipRenderer(store, env=_env(options), **margins)
 
 

@@ -234,8 +234,8 @@ class _Run(RowLoop[_Episode]):
             self.videos[episode.seed] = EpisodeVideo(episode.seed, record.success, frames)
 
     def gave_up(self, episode: _Episode, why: str) -> None:
-        self.records[episode.seed] = EpisodeRecord.failed(
-            episode.seed, why, episode.attempts, episode.failed
+        self.records[episode.seed] = EpisodeRecord(
+            episode.seed, error=why, attempts=episode.attempts, failed_attempts=episode.failed
         )
 
     def films(self, row: int) -> Drawn:
@@ -271,13 +271,11 @@ class _Run(RowLoop[_Episode]):
         if self.lost:
             self.notes[f"environments were lost on the way: {self.lost}"] = None
 
-    def _postfix(self) -> dict[str, str]:
+    def _postfix(self) -> dict[str, int]:
         records = self.records.values()
-        shown: dict[str, str] = {}
-        if any(record.success is not None for record in records):
-            shown["success"] = f"{sum(record.success is True for record in records)}/{len(records)}"
+        successes = sum(record.success is True for record in records)
         errors = sum(record.error is not None for record in records)
-        return {**shown, "errors": str(errors)} if errors else shown
+        return {name: n for name, n in (("success", successes), ("errors", errors)) if n}
 
     def _settings(self) -> dict[str, Any]:
         statistics = getattr(self.policy, "statistics", None)  # of a policy under latency

@@ -109,13 +109,10 @@ class ClipRenderer:
         first = int(self._ends[episode] - self._lengths[episode])
         return first + start, first + stop
 
-    def _rows(self, name: str, episode: int, start: int, stop: int) -> np.ndarray:
-        return self.store.read(name, *self._place(episode, start, stop))
-
     def _span(self, span: Span) -> np.ndarray:
         start, stop = span.start, span.start + span.length
         if self.stored:
-            pictures = self._rows("img", span.episode, start, stop)
+            pictures = self.store.read("img", *self._place(span.episode, start, stop))
             whole = pictures if pictures.shape[-1] == 3 else np.moveaxis(pictures, 1, -1)
             step = -(-max(whole.shape[1:3]) // self._side)
             return np.ascontiguousarray(whole[:, ::step, ::step])
@@ -139,7 +136,7 @@ class ClipRenderer:
             parts.insert(0, (attrs["base"], 0, skipped))
             first += skipped
         obs = concat([read_obs(self.store, *self._place(*part)) for part in parts])
-        actions = np.concatenate([self._rows("action", *part) for part in parts])
+        actions = np.concatenate([self.store.read("action", *self._place(*part)) for part in parts])
         pictures: list[np.ndarray] = []
         outcome = slot.reset(attrs["seed"], frame=first == 0)
         for step in range(len(actions)):

@@ -91,7 +91,7 @@ class WorkerProcess:
         self.sock, theirs = socket.socketpair()
         try:
             with tempfile.TemporaryFile(buffering=0) as shared:
-                shared.truncate(Progress.SIZE)
+                shared.write(bytes(Progress.SIZE))  # not a hole, which a full disk could not fill
                 self._progress = Progress(shared.fileno())
                 self.proc = subprocess.Popen(
                     [

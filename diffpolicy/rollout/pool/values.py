@@ -46,12 +46,12 @@ def as_reward(value: Any) -> float:
     Raises:
         ValueError: it is not one finite number.
     """
-    number = value if isinstance(value, float) else _number(value)
+    number = _number(value)
     if number is None or not math.isfinite(number):
         raise ValueError(
             f"the environment returned the reward {value!r}; one finite number is needed"
         )
-    return float(number)
+    return number
 
 
 def as_flag(value: Any, name: str) -> bool:
@@ -60,8 +60,6 @@ def as_flag(value: Any, name: str) -> bool:
     Raises:
         ValueError: it is not one truth value.
     """
-    if isinstance(value, bool | np.bool_):
-        return bool(value)
     number = _number(value)
     if number is None or math.isnan(number):
         raise ValueError(f"the environment returned {name}={value!r}; a bool is needed")
@@ -118,8 +116,8 @@ def as_success(info: dict[str, Any]) -> bool | None:
 
 
 def _said(key: str, value: Any) -> bool | None:
-    if value is None or isinstance(value, bool):
-        return value
+    if value is None:
+        return None
     number = _number(value)
     if number is None or not (math.isnan(number) or number in (0, 1)):
         raise ValueError(

@@ -36,10 +36,9 @@ def run_worker(sock: socket.socket, progress: Progress) -> bool:
             command, arrays = wire.receive(sock)
             if command["do"] == "close":
                 return True
-            replies = []
+            values, replies = {**command["values"], **arrays}, []
             for place, row in enumerate(command["rows"]):
                 progress.at(place)
-                values = {**command["values"], **arrays}
                 replies.append(to_flat(run_command(slots[row], command["do"], values, place)))
             wire.send(sock, *wire.pack_rows(replies))
     except (EOFError, OSError):
