@@ -25,6 +25,7 @@ from gymnasium import spaces
 from diffpolicy.data.fields import inward_bounds
 from diffpolicy.data.observation import ObsField, ObsFields, by_store_field, of_space
 from diffpolicy.extras import pip_hint
+from diffpolicy.settings import check_range
 
 # Distributions whose version can change any score; MuJoCo's simulator is part of Gymnasium's own
 # environments. Others are named by the environment: ``metadata["packages"]``.
@@ -58,7 +59,8 @@ class EnvSpec:
         max_episode_steps: the step limit; None keeps the one the id was registered with.
 
     Raises:
-        EnvSpecError: if ``kwargs`` are not JSON values or the limit is not positive.
+        EnvSpecError: if ``kwargs`` are not JSON values.
+        ValueError: a limit that is not positive.
     """
 
     id: str
@@ -75,10 +77,7 @@ class EnvSpec:
                 "own that builds such objects itself."
             ) from None
         object.__setattr__(self, "kwargs", plain)
-        if self.max_episode_steps is not None and self.max_episode_steps < 1:
-            raise EnvSpecError(
-                f"max_episode_steps must be at least 1, got {self.max_episode_steps}"
-            )
+        check_range("[1, inf)", max_episode_steps=self.max_episode_steps)
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON values; ``EnvSpec(**spec.to_dict())`` is the spec again."""

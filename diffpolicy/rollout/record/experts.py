@@ -60,10 +60,10 @@ def collect(
         The store, open for reading, with statistics.
 
     Raises:
-        AllFailedError: every episode failed.
+        AllFailedError: no episode was kept; says why the first was not.
         EnvSpecError: the environment cannot be made.
         ValueError: the environment has no expert or (with ``keep="success"``) does not say whether
-            an episode succeeded; the store was made with other settings; no episode was kept.
+            an episode succeeded; the store was made with other settings.
     """
     numbers = distinct(seeds)
     check_range("[0, inf)", noise=noise)
@@ -92,7 +92,8 @@ def collect(
             finally:
                 store.update_attrs({"collection": report.summary()})
     if report.kept == 0:
-        _refuse(report, numbers)
+        why = next(iter(report.failed.values()))
+        raise AllFailedError(f"none of the {len(numbers)} episodes was kept; the first: {why}")
     return EpisodeStore.open(path)
 
 
@@ -162,13 +163,3 @@ class _Report:
             "kept": self._store.num_episodes,
             "failed": {str(seed): why for seed, why in sorted(self.failed.items())},
         }
-
-
-def _refuse(report: _Report, seeds: list[int]) -> None:
-    """Raise, and say why no episode was kept."""
-    errors = [why for why in report.failed.values() if why != _NO_SUCCESS]
-    if errors and len(errors) == len(report.failed):
-        raise AllFailedError(
-            f"all {len(errors)} episodes failed, so nothing was collected; the first: {errors[0]}"
-        )
-    raise ValueError(f"none of the {len(seeds)} episodes was kept: {report.summary()}")
