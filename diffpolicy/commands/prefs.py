@@ -80,13 +80,7 @@ def run(arguments: Sequence[str]) -> int:
         "render": _render,
         "page": _page,
     }
-    chosen = subcommand(arguments, commands, "data prefs")
-    try:
-        return chosen(arguments[1:])
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(str(error)) from error
+    return subcommand(arguments, commands, "data prefs")(arguments[1:])
 
 
 _ENV: dict[str, Any] = {"env": None, "kwargs": {}, "max_episode_steps": None}
@@ -147,9 +141,8 @@ def _collecting_env(options: Mapping[str, Any], trained_for: str | None) -> Any:
     if not values.get("id"):
         raise ConfigError("the policy does not say which environment it is for; give env=ID")
     stored_env_id(values["id"], options["checkpoint"], instead="env=")
-    own = {"env": values["id"], **{n: values.get(n) for n in ("kwargs", "max_episode_steps")}}
-    given = {n: options[n] for n in ("kwargs", "max_episode_steps") if options[n]}
-    return _env({**own, **given})
+    own = {n: options[n] or values.get(n) for n in ("kwargs", "max_episode_steps")}
+    return _env({"env": values["id"], **own})
 
 
 def _env(options: Mapping[str, Any]) -> Any:
@@ -190,7 +183,7 @@ def _info(arguments: Sequence[str]) -> int:
 
     path = parse(arguments, ["file"], {})["file"]
     issues = check_preferences(path)
-    errors = sum(issue.severity == "error" for issue in issues)
+    errors = any(issue.severity == "error" for issue in issues)
     if not errors:
         preferences = PreferenceSet.open(path)
         issues = preferences.check()
@@ -198,7 +191,7 @@ def _info(arguments: Sequence[str]) -> int:
         print(json.dumps(whole, indent=1, default=str))
     for issue in issues:
         print(format_issue(issue))
-    return int(errors > 0)
+    return int(errors)
 
 
 def _print_file(preferences: PreferenceSet) -> None:
@@ -215,9 +208,9 @@ def _renderer(options: Mapping[str, Any], store: Any) -> ClipRenderer:
     from diffpolicy.commands.preflight import choose_rendering
     from diffpolicy.rollout.labelling.clips import ClipRenderer
 
-    margins = {name: options[name] for name in ("side", "before", "after")}
     if "img" not in store.fields:
         choose_rendering(1)
+    margins = {name: options[name] for name in ("side", "before", "after")}
     return ClipRenderer(store, env=_env(options), **margins)
 
 

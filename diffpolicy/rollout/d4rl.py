@@ -8,9 +8,7 @@ comparable" and why.
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from diffpolicy.data.d4rl.catalogue import SOURCE, DatasetInfo, lookup, normalized_score
-from diffpolicy.rollout.env_spec import EnvSpec
+from diffpolicy.rollout.env_spec import EnvSpec, installed_versions
 from diffpolicy.rollout.intervals import mean_interval
 
 _LOCOMOTION = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
@@ -47,7 +45,8 @@ _GONE = {
     "minigrid": "D4RL's own gridworld; its actions are discrete, diffpolicy's are continuous",
 }
 _ROBOTICS_FIXED = (1, 4, 3)
-_PACKAGES = ("diffpolicy", "numpy", "gymnasium", "mujoco")
+_ROBOTICS = "gymnasium-robotics"
+_PACKAGES = ("diffpolicy", "numpy", "gymnasium", "mujoco", _ROBOTICS)
 
 
 class NoEnvironmentError(ValueError):
@@ -118,7 +117,7 @@ def _ant(silent: bool) -> D4RLEnvironment:
 
 
 def _adroit(agent: str, info: DatasetInfo) -> D4RLEnvironment:
-    numbers = re.findall(r"\d+", _version("gymnasium-robotics") or "")
+    numbers = re.findall(r"\d+", installed_versions([_ROBOTICS]).get(_ROBOTICS, ""))
     fixed = tuple(int(n) for n in numbers[:3]) >= _ROBOTICS_FIXED
     version = "v2" if fixed else "v1"
     env = EnvSpec(f"gymnasium_robotics:{_ADROIT[agent]}-{version}", {}, info.max_episode_steps)
@@ -160,7 +159,7 @@ def score(
     dataset: str,
     returns: ArrayLike,
     *,
-    environment: D4RLEnvironment | EnvSpec | None = None,
+    environment: EnvSpec | None = None,
     transforms: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
     constant_columns: Sequence[int] = (),
@@ -171,13 +170,13 @@ def score(
     Args:
         dataset: id of the dataset that was trained on.
         returns: ``[n]`` undiscounted returns of whole episodes, as the environment rewards.
-        environment: where they were measured; default `evaluation_env(dataset)`. An `EnvSpec`
-            other than that one's is labelled not comparable.
+        environment: where they were measured; default `evaluation_env(dataset)`. Another than that
+            one is labelled not comparable.
         transforms: transforms of the training data.
         constant_columns: see `evaluation_env`, which is asked for the matching environment.
         doubts: what speaks against the training data being all of the dataset, such as
             `diffpolicy.data.d4rl.catalogue.doubts` finds; with one the label is not comparable.
-        versions: of the packages; default those installed that the environment needs.
+        versions: of the packages that the environment loaded; default those installed.
 
     Returns:
         JSON values: ``score`` and ``return``, each a 95 % Student's t interval of the mean over the
@@ -201,7 +200,7 @@ def score(
         "dataset": info.id,
         "transforms": list(transforms),
         "env": matched.env.to_dict(),
-        "versions": dict(_versions(matched.env) if versions is None else versions),
+        "versions": installed_versions(_PACKAGES) if versions is None else dict(versions),
         "references": {"min": info.ref_min, "max": info.ref_max, "source": SOURCE},
         "comparable": matched.comparable and not doubts,
         "note": "; ".join([matched.note, *doubts]),
@@ -215,10 +214,8 @@ def score(
 
 
 def _matched(
-    dataset: str, environment: D4RLEnvironment | EnvSpec | None, constant_columns: Sequence[int]
+    dataset: str, environment: EnvSpec | None, constant_columns: Sequence[int]
 ) -> D4RLEnvironment:
-    if isinstance(environment, D4RLEnvironment):
-        return environment
     try:
         match = evaluation_env(dataset, constant_columns=constant_columns)
     except NoEnvironmentError:
@@ -229,18 +226,3 @@ def _matched(
             return match
     assert environment is not None
     return D4RLEnvironment(environment, False, "this environment is not the one of the dataset")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _versions(env: EnvSpec) -> dict[str, str]:
-    robotics = "gymnasium_robotics" in env.id or "diffpolicy_envs" in env.id
-    names = (*_PACKAGES, *(["gymnasium-robotics"] if robotics else []))
-    found = {name: _version(name) for name in names}
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {"python": python, **{name: known for name, known in found.items() if known}}

@@ -12,8 +12,9 @@ import importlib.metadata
 import itertools
 import json
 import os
+import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from gymnasium import spaces
 from diffpolicy.data.fields import inward_bounds
 from diffpolicy.data.observation import ObsField, ObsFields, by_store_field, of_space
 from diffpolicy.extras import pip_hint
+from diffpolicy.settings import check_range
 
 # Distributions whose version can change any score; MuJoCo's simulator is part of Gymnasium's own
 # environments. Others are named by the environment: ``metadata["packages"]``.
@@ -57,7 +59,8 @@ class EnvSpec:
         max_episode_steps: the step limit; None keeps the one the id was registered with.
 
     Raises:
-        EnvSpecError: if ``kwargs`` are not JSON values or the limit is not positive.
+        EnvSpecError: if ``kwargs`` are not JSON values.
+        ValueError: a limit that is not positive.
     """
 
     id: str
@@ -74,10 +77,7 @@ class EnvSpec:
                 "own that builds such objects itself."
             ) from None
         object.__setattr__(self, "kwargs", plain)
-        if self.max_episode_steps is not None and self.max_episode_steps < 1:
-            raise EnvSpecError(
-                f"max_episode_steps must be at least 1, got {self.max_episode_steps}"
-            )
+        check_range("[1, inf)", max_episode_steps=self.max_episode_steps)
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON values; ``EnvSpec(**spec.to_dict())`` is the spec again."""
@@ -250,11 +250,17 @@ def _versions(spec: EnvSpec, env: gym.Env[Any, Any]) -> dict[str, str]:
     """Versions of what the environment really loaded; an unused simulator says nothing."""
     home = spec.id.split(":")[0].split(".")[0]
     named = (*_VERSIONED, *env.metadata.get("packages", ()), *([home] if ":" in spec.id else []))
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in named:
-        if name == "diffpolicy" or name.replace("-", "_") in sys.modules:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                found[name.replace("_", "-")] = importlib.metadata.version(name)
+    return installed_versions(
+        name for name in named if name == "diffpolicy" or name.replace("-", "_") in sys.modules
+    )
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of those distributions that are installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name.replace("_", "-")] = importlib.metadata.version(name)
     return found
 
 

@@ -115,14 +115,17 @@ def evaluate(
 
 @dataclass
 class _Episode(Episode):
-    """An episode under way in some row; the totals are less those of the row when it began."""
+    """An episode under way in some row.
 
-    rewards: list[float] = field(default_factory=list, init=False)
-    successes: list[bool | None] = field(default_factory=list, init=False)
+    Attributes:
+        outcomes: of its steps, without what was observed.
+        frames: of its reset and steps.
+        before: the policy's network evaluations and plans in the row when it began; None: not yet.
+    """
+
+    outcomes: list[Outcome] = field(default_factory=list, init=False)
     frames: list[np.ndarray] = field(default_factory=list, init=False)
-    begun: bool = field(default=False, init=False)
-    nfe: int = field(default=0, init=False)
-    plans: int = field(default=0, init=False)
+    before: np.ndarray | None = field(default=None, init=False)
 
 
 class _Run(RowLoop[_Episode]):
@@ -179,46 +182,49 @@ class _Run(RowLoop[_Episode]):
 
     def began(self, row: int, outcome: Outcome) -> None:
         self._keep_frame(row, outcome)
-        episode = self.running[row]
-        episode.begun = True
-        episode.nfe = -int(np.asarray(self.state.nfe)[row])
-        episode.plans = -int(np.asarray(self.state.plans)[row])
+        self.running[row].before = self._spent(row)
+
+    def _spent(self, row: int) -> np.ndarray:
+        """Network evaluations and plans of the policy in a row so far."""
+        return np.array([self.state.nfe[row], self.state.plans[row]])
 
     def actions(self, rows: list[int]) -> np.ndarray:
-        before = np.asarray(self.state.plans).sum()
+        before = self.state.plans.sum()
         began = time.perf_counter()
         chosen = self.act(rows, self.deterministic)
         seconds = time.perf_counter() - began
-        planned = int(np.asarray(self.state.plans).sum() - before)
+        planned = int(self.state.plans.sum() - before)
         if planned > 0:
             self.calls.append((seconds, planned))
         return chosen
 
     def stepped(self, row: int, outcome: Outcome) -> bool:
         """Note what a step brought; whether the episode is over."""
-        episode, threshold = self.running[row], self.threshold
-        episode.rewards.append(outcome.reward)
-        episode.successes.append(
-            outcome.success if threshold is None else outcome.reward >= threshold
-        )
+        episode = self.running[row]
         self._keep_frame(row, outcome)
+        if self.threshold is not None:
+            outcome = outcome._replace(success=outcome.reward >= self.threshold)
+        episode.outcomes.append(outcome._replace(obs={}, frame=None))
         if outcome.done:
             self._ended(row, episode, outcome)
         return outcome.done
 
     def _ended(self, row: int, episode: _Episode, outcome: Outcome) -> None:
-        said = [one for one in episode.successes if one is not None]
+        rewards = [one.reward for one in episode.outcomes]
+        said = [one.success for one in episode.outcomes]
+        assert episode.before is not None
+        nfe, plans = (self._spent(row) - episode.before).tolist()
         record = EpisodeRecord(
             seed=episode.seed,
-            episode_return=math.fsum(episode.rewards),
-            max_reward=max(episode.rewards),
-            length=len(episode.rewards),
-            success=any(said) if said else None,
-            final_success=episode.successes[-1],
+            episode_return=math.fsum(rewards),
+            max_reward=max(rewards),
+            length=len(rewards),
+            success=any(said) if set(said) != {None} else None,
+            final_success=said[-1],
             terminated=outcome.terminated,
             truncated=outcome.truncated,
-            nfe=episode.nfe + int(np.asarray(self.state.nfe)[row]),
-            plans=episode.plans + int(np.asarray(self.state.plans)[row]),
+            nfe=nfe,
+            plans=plans,
             attempts=episode.attempts,
             failed_attempts=episode.failed,
         )
@@ -228,8 +234,8 @@ class _Run(RowLoop[_Episode]):
             self.videos[episode.seed] = EpisodeVideo(episode.seed, record.success, frames)
 
     def gave_up(self, episode: _Episode, why: str) -> None:
-        self.records[episode.seed] = EpisodeRecord.failed(
-            episode.seed, why, episode.attempts, episode.failed
+        self.records[episode.seed] = EpisodeRecord(
+            episode.seed, error=why, attempts=episode.attempts, failed_attempts=episode.failed
         )
 
     def films(self, row: int) -> Drawn:
@@ -239,7 +245,7 @@ class _Run(RowLoop[_Episode]):
             return False
         # Asked before a reset, and before the step that will be number step + 1. The end decides,
         # so it is drawn even between two frames.
-        due = not episode.begun or (episode.step + 1) % self.video.stride == 0
+        due = episode.before is None or (episode.step + 1) % self.video.stride == 0
         return True if due else "end"
 
     def _keep_frame(self, row: int, outcome: Outcome) -> None:
@@ -265,13 +271,11 @@ class _Run(RowLoop[_Episode]):
         if self.lost:
             self.notes[f"environments were lost on the way: {self.lost}"] = None
 
-    def _postfix(self) -> dict[str, str]:
+    def _postfix(self) -> dict[str, int]:
         records = self.records.values()
-        shown: dict[str, str] = {}
-        if any(record.success is not None for record in records):
-            shown["success"] = f"{sum(record.success is True for record in records)}/{len(records)}"
+        successes = sum(record.success is True for record in records)
         errors = sum(record.error is not None for record in records)
-        return {**shown, "errors": str(errors)} if errors else shown
+        return {name: n for name, n in (("success", successes), ("errors", errors)) if n}
 
     def _settings(self) -> dict[str, Any]:
         statistics = getattr(self.policy, "statistics", None)  # of a policy under latency

@@ -1,21 +1,19 @@
 """Scores with their uncertainty: a number without an interval is not a result.
 
-Everything is deterministic (the bootstrap is seeded) and works on per-episode values.
+Everything is deterministic and works on per-episode values.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtri, stdtrit
 
-from diffpolicy.settings import check_choice, check_range
-
-Method = Literal["auto", "t", "bootstrap", "newcombe"]
+from diffpolicy.settings import check_range
 
 
 class Interval(NamedTuple):
@@ -74,76 +72,26 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, n)
 
 
-def bootstrap_interval(
-    values: ArrayLike,
-    statistic: Callable[[np.ndarray], float] | None = None,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Percentile bootstrap interval of any statistic, with a seed of its own.
-
-    Args:
-        values: ``[n]``.
-        statistic: function of a sample ``[n]``; None: the mean (computed for all resamples at
-            once).
-        confidence: in (0, 1).
-        resamples: number of resamples.
-        seed: of the resampling.
-    """
-    sample = _sample(values)
-    n = len(sample)
-    if n == 0:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    draws = sample[np.random.default_rng(seed).integers(n, size=(resamples, n))]
-    if statistic is None:
-        value, estimates = float(sample.mean()), draws.mean(axis=1)
-    else:
-        value = float(statistic(sample))
-        estimates = np.array([statistic(draw) for draw in draws])
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(estimates, [tail, 1 - tail])
-    return Interval(value, float(low), float(high), n)
-
-
-def paired_difference(
-    a: ArrayLike,
-    b: ArrayLike,
-    *,
-    method: Method = "auto",
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Interval:
+def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
     """Mean of ``a - b`` over the same episodes, with its interval.
 
-    The project's rule: "not below" means ``low > -0.03``, "better" means ``low > 0``.
+    The project's rule: "not below" means ``low > -0.03``, "better" means ``low > 0``. Values that
+    are 0 or 1 have the interval of Newcombe 1998, method 10, which stays honest when no pair
+    differs; others have Student's.
 
     Args:
         a: ``[n]``, one value per episode.
         b: ``[n]``, of the same episodes in the same order.
-        method: ``"t"`` (Student), ``"bootstrap"``, ``"newcombe"`` (for values that are 0 or 1:
-            method 10 of Newcombe 1998, which stays honest when no pair differs), or ``"auto"``:
-            Newcombe for 0/1 values, else t.
         confidence: in (0, 1).
-        seed: of the bootstrap.
 
     Raises:
-        ValueError: the lengths differ, or ``"newcombe"`` is asked for other values than 0 and 1.
+        ValueError: the lengths differ.
     """
     first, second = _sample(a), _sample(b)
     if first.shape != second.shape:
         raise ValueError(f"paired samples must be equally long, got {len(first)} and {len(second)}")
-    binary = bool(np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all())
-    if method == "newcombe" and not binary:
-        raise ValueError("method 'newcombe' is for values of 0 and 1; use 't' or 'bootstrap'")
-    check_choice("method", method, get_args(Method))
-    if len(first) == 0:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    if method == "newcombe" or (method == "auto" and binary):
+    if len(first) and np.isin([first, second], (0, 1)).all():
         return _newcombe(first, second, confidence)
-    if method == "bootstrap":
-        return bootstrap_interval(first - second, confidence=confidence, seed=seed)
     return mean_interval(first - second, confidence)
 
 

@@ -92,25 +92,19 @@ class DelayedState:
 
     def take(self, rows: Array | Sequence[int]) -> DelayedState:
         """The state of some rows (indices or a bool mask)."""
-        parts = self.running.take(rows), self.pending.take(rows)
-        return DelayedState(*parts, **take(self._arrays(), rows), totals=take(self.totals, rows))
+        own = {name: take(getattr(self, name), rows) for name in _ARRAYS}
+        return DelayedState(self.running.take(rows), self.pending.take(rows), **own)
 
     def put(self, rows: Array | Sequence[int], other: DelayedState) -> DelayedState:
         """This state with ``rows`` replaced by those of ``other``."""
-        return DelayedState(
-            self.running.put(rows, other.running),
-            self.pending.put(rows, other.pending),
-            **put(self._arrays(), rows, other._arrays()),
-            totals=put(self.totals, rows, other.totals),
-        )
-
-    def _arrays(self) -> dict[str, Array]:
-        return {name: getattr(self, name) for name in _ARRAYS}
+        own = {name: put(getattr(self, name), rows, getattr(other, name)) for name in _ARRAYS}
+        running, pending = other.running, other.pending
+        return DelayedState(self.running.put(rows, running), self.pending.put(rows, pending), **own)
 
 
-_ARRAYS = ("wait", "expected", "action", "acted", "starved")
-_SUMS = ("ticks", "starved", "safe", "adopted", "seams", "inner")
-_JUMPS = ("seam_sum", "seam_max", "inner_sum", "inner_max")
+_ARRAYS = ("wait", "expected", "action", "acted", "starved", "totals")
+_COUNTS = ("ticks", "starved", "safe", "adopted", "seam", "inner")
+_JUMPS = ("seam", "inner")  # where a plan was adopted, and within plans
 
 
 class DelayedPolicy:
@@ -191,8 +185,8 @@ class DelayedPolicy:
         """Memory for ``len(seeds)`` environments at the start of an episode."""
         count = len(seeds)
         running = self.policy.initial_state(seeds)
-        totals = {name: np.zeros(count, np.int64) for name in _SUMS}
-        totals |= {name: np.zeros(count, np.float64) for name in _JUMPS}
+        totals: dict[str, Array] = {name: np.zeros(count, np.int64) for name in _COUNTS}
+        totals |= {f"{name}_{what}": np.zeros(count) for name in _JUMPS for what in ("sum", "max")}
         return DelayedState(
             running=running,
             pending=running,
@@ -272,21 +266,23 @@ class DelayedPolicy:
         Euclidean length (environment units) of ``a(k) - a(k - 1)`` where a plan was adopted at tick
         ``k``, and within plans.
         """
-        sums = {name: state.totals[name].sum() for name in (*_SUMS, "seam_sum", "inner_sum")}
-        most = {name: state.totals[name].max(initial=0) for name in ("seam_max", "inner_max")}
+        counts = {name: int(state.totals[name].sum()) for name in _COUNTS}
 
-        def jump(kind: str, count: str) -> dict[str, float]:
-            mean = float(sums[f"{kind}_sum"] / max(sums[count], 1))
-            return {"mean": mean, "max": float(most[f"{kind}_max"]), "count": int(sums[count])}
+        def jump(kind: str) -> dict[str, float]:
+            mean = float(state.totals[f"{kind}_sum"].sum() / max(counts[kind], 1))
+            most = float(state.totals[f"{kind}_max"].max(initial=0))
+            return {"mean": mean, "max": most, "count": counts[kind]}
 
         return {
-            "ticks": int(sums["ticks"]),
-            **{f"{name}_ticks": int(sums[name]) for name in ("starved", "safe")},
-            **{name: int(np.sum(getattr(state, name))) for name in ("plans", "nfe")},
-            "adopted": int(sums["adopted"]),
+            "ticks": counts["ticks"],
+            "starved_ticks": counts["starved"],
+            "safe_ticks": counts["safe"],
+            "plans": int(np.sum(state.plans)),
+            "nfe": int(np.sum(state.nfe)),
+            "adopted": counts["adopted"],
             "delays": state.totals["delays"].sum(axis=0).tolist(),
-            "seam_jump": jump("seam", "seams"),
-            "plan_jump": jump("inner", "inner"),
+            "seam_jump": jump("seam"),
+            "plan_jump": jump("inner"),
         }
 
     def _begin(
@@ -350,21 +346,16 @@ class DelayedPolicy:
     def _counted(
         self, state: DelayedState, actions: Array, adopted: Array, starved: Array, safe: Array
     ) -> dict[str, Array]:
-        totals = dict(state.totals)
         jump = np.linalg.norm(actions - state.action, axis=1)
         known = state.acted & ~starved  # a held action makes no jump of a plan's
         seam, inner = known & adopted, known & ~adopted
-        for name, more in (
-            ("ticks", 1),
-            ("starved", starved),
-            ("safe", safe),
-            ("adopted", adopted),
-        ):
-            totals[name] = totals[name] + more
-        for name, count, rows in (("seam", "seams", seam), ("inner", "inner", inner)):
-            totals[count] = totals[count] + rows
-            totals[f"{name}_sum"] = totals[f"{name}_sum"] + np.where(rows, jump, 0)
-            totals[f"{name}_max"] = np.maximum(totals[f"{name}_max"], np.where(rows, jump, 0))
+        more = (np.ones_like(adopted), starved, safe, adopted, seam, inner)
+        counted = dict(zip(_COUNTS, more, strict=True))
+        totals = dict(state.totals) | {n: state.totals[n] + rows for n, rows in counted.items()}
+        for name in _JUMPS:
+            of_rows = np.where(counted[name], jump, 0)
+            totals[f"{name}_sum"] = totals[f"{name}_sum"] + of_rows
+            totals[f"{name}_max"] = np.maximum(totals[f"{name}_max"], of_rows)
         return totals
 
     def _ticks(self, latency_ms: Any, count: int) -> Array:

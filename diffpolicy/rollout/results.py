@@ -25,7 +25,7 @@ class EpisodeVideo(NamedTuple):
 
 @dataclass(frozen=True)
 class EpisodeRecord:
-    """One episode.
+    """One episode; the defaults are those of one that could not be run, a failure without numbers.
 
     Attributes:
         seed: of the environment's reset (and of the policy's noise).
@@ -44,26 +44,18 @@ class EpisodeRecord:
     """
 
     seed: int
-    episode_return: float
-    max_reward: float
-    length: int
-    success: bool | None
-    final_success: bool | None
-    terminated: bool
-    truncated: bool
-    nfe: int
-    plans: int
+    episode_return: float = math.nan
+    max_reward: float = math.nan
+    length: int = 0
+    success: bool | None = False
+    final_success: bool | None = False
+    terminated: bool = False
+    truncated: bool = False
+    nfe: int = 0
+    plans: int = 0
     attempts: int = 1
     error: str | None = None
     failed_attempts: tuple[str, ...] = ()
-
-    @classmethod
-    def failed(
-        cls, seed: int, error: str, attempts: int, failed_attempts: tuple[str, ...]
-    ) -> EpisodeRecord:
-        """The record of an episode that could not be run: a failure without numbers."""
-        nan, no = math.nan, False
-        return cls(seed, nan, nan, 0, no, no, no, no, 0, 0, attempts, error, failed_attempts)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; the return is called ``return``, what is not known is None."""

@@ -15,6 +15,7 @@ from diffpolicy.data.observation import Obs, stack
 from diffpolicy.policies.rows import ON_CPU, usual_batch
 from diffpolicy.rollout.pool.slots import Drawn, Outcome
 from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
+from diffpolicy.settings import check_range
 
 
 class AllFailedError(ValueError):
@@ -265,6 +266,5 @@ def distinct(seeds: Sequence[int]) -> list[int]:
         raise ValueError(
             "seeds must differ: the same seed is the same episode, and no new evidence"
         )
-    if min(numbers) < 0:
-        raise ValueError(f"seeds must be 0 or more, got {min(numbers)}")
+    check_range("[0, inf)", seeds=min(numbers))
     return numbers

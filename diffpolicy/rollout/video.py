@@ -6,26 +6,25 @@ an evaluation.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes.util
-import importlib
+import functools
 import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from diffpolicy.extras import need
 from diffpolicy.files import atomic_file
 from diffpolicy.settings import check_range
 
 if TYPE_CHECKING:
     from diffpolicy.rollout.results import EpisodeVideo
 
-_PIP = 'pip install "diffpolicy[media]"'
 _PACKAGES = {"egl": "libegl1 libegl-mesa0 libgl1-mesa-dri", "osmesa": "libosmesa6"}
 _LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa", "glfw": "GL"}
 # A scene of one sphere: the cheapest proof that a context can be made and drawn into.
@@ -96,24 +95,16 @@ def _why_not(backend: str, timeout: float) -> str | None:
     if importlib.util.find_spec("mujoco") is None:
         return None  # nothing to try it with: the library is all that can be asked for
     environment = {**os.environ, "MUJOCO_GL": backend}
+    command = [sys.executable, "-c", _PROBE]
+    how: dict[str, Any] = {"timeout": timeout, "capture_output": True, "text": True}
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _PROBE],
-            env=environment,
-            timeout=timeout,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = subprocess.run(command, env=environment, check=False, **how)
     except subprocess.TimeoutExpired:
         return f"drawing took more than {timeout:.0f} s"
-    if done.returncode == 0:
-        return None
-    if done.returncode < 0:
-        return f"drawing crashed with signal {-done.returncode}"
     # Errors while a half-made context is being freed follow the one that matters.
     errors = [line for line in done.stderr.splitlines() if "Error" in line]
-    return (errors or [f"exit code {done.returncode}"])[0][:200]
+    errors.append(f"drawing ended with exit code {done.returncode}")
+    return errors[0][:200] if done.returncode else None
 
 
 def write_mp4(path: str | Path, videos: Sequence[EpisodeVideo], *, fps: int = 20) -> Path:
@@ -128,12 +119,12 @@ def write_mp4(path: str | Path, videos: Sequence[EpisodeVideo], *, fps: int = 20
         ImportError: imageio or its ffmpeg is missing (with the pip command).
         ValueError: there are no pictures.
     """
-    imageio = _import("imageio.v2")
-    _import("imageio_ffmpeg")
+    imageio = need("imageio.v2")
+    need("imageio_ffmpeg")
     _require_pictures(videos)
     # H.264 wants even sides; padding below sees to it, so nothing must be rescaled.
     codec = {"codec": "libx264", "macro_block_size": 2, "quality": 8}
-    with _written(path, ".mp4") as partial, imageio.get_writer(partial, fps=fps, **codec) as writer:
+    with atomic_file(path, ".mp4") as file, imageio.get_writer(file, fps=fps, **codec) as writer:
         for video in videos:
             for frame in video.frames:
                 writer.append_data(_judged(frame, video.success))
@@ -155,7 +146,7 @@ def contact_sheet(path: str | Path, videos: Sequence[EpisodeVideo], *, columns: 
         ImportError: pillow is missing (with the pip command).
         ValueError: there are no pictures, or fewer than one column.
     """
-    image_module, draw_module = _import("PIL.Image"), _import("PIL.ImageDraw")
+    image_module, draw_module = need("PIL.Image"), need("PIL.ImageDraw")
     _require_pictures(videos)
     check_range("[1, inf)", columns=columns)
     rows = []
@@ -173,21 +164,9 @@ def contact_sheet(path: str | Path, videos: Sequence[EpisodeVideo], *, columns: 
         np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255)
         for row in rows
     ]
-    with _written(path, ".png") as partial:
+    with atomic_file(path, ".png") as partial:
         image_module.fromarray(np.concatenate(padded)).save(partial)
     return Path(path)
-
-
-@contextlib.contextmanager
-def _written(path: str | Path, suffix: str) -> Iterator[Path]:
-    """A file that is whole or absent; what goes wrong names it (an encoder knows only its pipe)."""
-    try:
-        with atomic_file(path, suffix) as partial:
-            yield partial
-    except OSError as error:
-        if str(path) in str(error):
-            raise
-        raise OSError(f"{path} could not be written (is the disk full?): {error}") from error
 
 
 class Media(NamedTuple):
@@ -204,13 +183,10 @@ def save_media(directory: str | Path, videos: Sequence[EpisodeVideo], *, fps: in
     folder = Path(directory)
     if not videos:
         return Media((), ("no pictures: no frame was drawn",))
-    writers: dict[str, Callable[[Path], Path]] = {
-        "rollouts.mp4": lambda target: write_mp4(target, videos, fps=fps),
-        "contact_sheet.png": lambda target: contact_sheet(target, videos),
-    }
-    for name, write in writers.items():
+    write_film = functools.partial(write_mp4, fps=fps)
+    for name, write in (("rollouts.mp4", write_film), ("contact_sheet.png", contact_sheet)):
         try:
-            paths.append(write(folder / name))
+            paths.append(write(folder / name, videos))
         except Exception as error:
             # A missing codec or a full disk must not take the scores with it.
             notes.append(f"no {folder / name}: {error}")
@@ -234,10 +210,3 @@ def framed(frames: np.ndarray, colour: Sequence[int], border: int = 4) -> np.nda
 
 def _judged(frames: np.ndarray, success: bool | None) -> np.ndarray:
     return framed(frames, {True: GREEN, False: RED, None: GREY}[success])
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"pictures need {name}, which cannot be imported: {_PIP}") from error

@@ -266,6 +266,8 @@ def test_another_score_needs_no_new_rollouts(tmp_path):
     ranking = rollout_records(store, Scoring(pairs="ranking"))[0]
     assert len(ranking.items) == 3
     assert ranking.info["scores"] == sorted(ranking.info["scores"], reverse=True)
+    with pytest.raises(ValueError, match="scores must be finite; got nan"):
+        rollout_records(store, Scoring(lambda r, s: float("nan")))
     longer = rollout_records(store, Scoring(span=4))
     assert max(p.chosen[0].length for p in longer) == 4
     written = write_pairs(store, tmp_path / "other.jsonl", Scoring("max_reward"))
@@ -286,8 +288,6 @@ def test_scores():
     assert Scoring().rate(rewards, successes, 5) == 7
     assert Scoring(after_end="hold").rate(rewards, successes, 5) == 11
     assert Scoring(lambda r, s: s.sum(), after_end="hold").rate(rewards, successes, 5) == 4
-    with pytest.raises(ValueError, match="is nan"):
-        Scoring(lambda r, s: float("nan")).rate(rewards, successes)
 
 
 def test_branch_points():
@@ -386,17 +386,19 @@ def test_push_t_repeats_itself_exactly():
             tracks[job.key] = track
             return _further(job, track) if len(job.key) == 1 else []
 
-        runner.run([Job((s,), s, s) for s in range(2)], base_done)
+        runner.run([Job(s, s, key=(s,)) for s in range(2)], base_done)
     assert len(tracks) == 2 + 2 * 4  # every replay was compared with its record, bit by bit
     for key, track in tracks.items():
         assert not isinstance(track, str)
         if len(key) == 2:
-            np.testing.assert_array_equal(track.obs[0], tracks[key[:1]].obs[30])
-            assert len(track.reward) == 4
+            base = tracks[key[:1]].columns["obs"]
+            np.testing.assert_array_equal(track.columns["obs"][0], base[30])
+            assert len(track) == 4
 
 
 def _further(job, track):
-    return [Job((*job.key, k), job.seed, 100 + k, None, track, 30, 4) for k in range(4)]
+    more = {"prefix": track, "replayed": 30, "limit": 4}
+    return [Job(job.seed, 100 + k, key=(*job.key, k), **more) for k in range(4)]
 
 
 def test_rollouts_that_were_interrupted_go_on_to_the_same_bits(tmp_path, make_diffusion_policy):

@@ -218,7 +218,7 @@ def test_answers_are_pairs_of_a_person(page, store, questions):
     [
         ([("0" * 16, "left")], r"answers\[0\]: the page has no question '0000"),
         ([(0, "left"), (0, "right")], r"answers\[1\]: question '\w+' is answered twice"),
-        ([(0, "rihgt")], r"answers\[0\]: unknown choice 'rihgt'.*did you mean 'right'"),
+        ([(0, "rihgt")], r"answers\.json: unknown choice 'rihgt'.*did you mean 'right'"),
         ([(0, "skip")], "unknown choice 'skip'"),
         (
             [{"question": "x", "choice": "left", "seconds": 1}],
@@ -227,7 +227,7 @@ def test_answers_are_pairs_of_a_person(page, store, questions):
         ([{"question": 1, "choice": "left", "seconds": 1, "when": ""}], "must be str, got 1"),
         ([{"question": "x", "choice": "tie", "seconds": -1, "when": ""}], "seconds must be at"),
         ([{"question": "x", "choice": "tie", "seconds": 1, "when": "now"}], "Invalid isoformat"),
-        (["left"], "must be an object, got 'left'"),
+        (["left"], "must be Answer, got 'left'"),
     ],
 )
 def test_answers_that_make_no_sense(page, questions, answers, message):

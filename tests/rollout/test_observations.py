@@ -12,6 +12,7 @@ from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError, describe
 from diffpolicy.rollout.evaluate import evaluate
 from diffpolicy.rollout.labelling.clips import ClipError, ClipRenderer
+from diffpolicy.rollout.pool.slots import to_flat
 from diffpolicy.rollout.pool.workers import WorkerPool, Workers
 from diffpolicy.rollout.record.branches import Branching, collect_rollouts
 from diffpolicy.rollout.record.experts import collect
@@ -63,7 +64,7 @@ def test_processes_send_native_types(spec):
             outcomes = pool.step(np.full((3, 2), 0.5), range(3)).values()
             for outcome in outcomes:
                 check(outcome.obs, pool.info.obs, lead=())
-            runs.append([outcome.to_flat() for outcome in outcomes])
+            runs.append([to_flat(outcome) for outcome in outcomes])
     for one, other in zip(*runs, strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():

@@ -66,5 +66,5 @@ def test_missing_packages_come_with_the_pip_command(monkeypatch):
 def test_bad_specs():
     with pytest.raises(EnvSpecError, match="must be JSON values"):
         EnvSpec(POINT, {"reward": lambda x: x})
-    with pytest.raises(EnvSpecError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
         EnvSpec(POINT, max_episode_steps=0)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gymnasium.vector import AutoresetMode
 
 from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError
 from diffpolicy.rollout.pool import supervisor
@@ -51,6 +50,11 @@ def _await_gone(pids, patience=5.0):
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 
 
+def _begin_step(pool, rows):
+    values = {"action": np.zeros((len(rows), 2), np.float32), "frame": [False] * len(rows)}
+    pool._supervisor.order("step", rows, values)
+
+
 def _run_rows(pool, steps=3):
     """Some resets and steps, as one comparable value."""
     rows = list(range(pool.num_envs))
@@ -71,7 +75,6 @@ def test_serial_and_parallel_agree_exactly():
     for num_workers in (0, 1, 2, 5):
         with WorkerPool(POINT, Workers(num_envs=5, num_workers=num_workers)) as pool:
             assert pool.num_workers == num_workers
-            assert pool.autoreset_mode is AutoresetMode.DISABLED
             assert (pool.info.obs_dim, pool.info.action_dim) == (3, 2)
             runs.append(_run_rows(pool))
     assert all(run == runs[0] for run in runs)
@@ -160,17 +163,6 @@ def test_a_worker_that_is_killed_or_hangs_is_replaced_in_time(kind, told, text):
         assert [on[row].obs[2] for row in range(4)] == [2, 1, 2, 1]
 
 
-def test_the_timeout_of_one_wait_can_be_shorter():
-    with WorkerPool(_faulty("hang"), Workers(num_envs=2, num_workers=2, timeout=60)) as pool:
-        pool.reset([0, 1], [0, 1])
-        pool.step_async(np.zeros((2, 2), np.float32), [0, 1])
-        began = time.monotonic()
-        out = pool.step_wait(timeout=0.3)
-        assert time.monotonic() - began < 2
-        assert isinstance(out[0], Outcome)
-        assert out[1].kind == "timed out"
-
-
 def test_a_worker_that_is_killed_from_outside_between_two_steps():
     with WorkerPool(POINT, Workers(num_envs=3, num_workers=3)) as pool:
         pool.reset(range(3), [1, 2, 3])
@@ -210,7 +202,7 @@ def test_no_process_outlives_close_an_exception_or_the_last_reference():
         with WorkerPool(POINT, Workers(num_envs=2, num_workers=2)) as pool:
             pids.extend(_pids(pool))
             pool.reset([0], [1])
-            pool.step_async(np.zeros((1, 2), np.float32), [0])
+            _begin_step(pool, [0])
             raise KeyError("in the middle of a step")
 
     with pytest.raises(KeyError):
@@ -218,7 +210,7 @@ def test_no_process_outlives_close_an_exception_or_the_last_reference():
     pool = WorkerPool(_faulty("hang"), Workers(num_envs=2, num_workers=2))
     pids.extend(_pids(pool))
     pool.reset([0, 1], [0, 1])
-    pool.step_async(np.zeros((2, 2), np.float32), [0, 1])
+    _begin_step(pool, [0, 1])
     del pool
     gc.collect()
     assert _await_gone(pids) == []
@@ -235,7 +227,8 @@ from diffpolicy.rollout.pool.workers import WorkerPool, Workers
 spec = EnvSpec({POINT.id!r}, {{"fault": {{"kind": "hang", "seed": 1, "step": 1}}}})
 pool = WorkerPool(spec, Workers(num_envs=2, num_workers=2))  # no __main__ guard is needed
 pool.reset([0, 1], [0, 1])
-pool.step_async(np.zeros((2, 2), np.float32), [0, 1])
+values = {{"action": np.zeros((2, 2), np.float32), "frame": [False, False]}}
+pool._supervisor.order("step", [0, 1], values)
 print([p.proc.pid for p in pool._supervisor.processes], flush=True)
 time.sleep(0.2)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -312,7 +305,6 @@ def test_the_expert_acts_cleanly_and_is_disturbed(num_workers):
 def test_an_interrupt_leaves_the_pool_usable(monkeypatch):
     with WorkerPool(POINT, Workers(num_envs=2, num_workers=1)) as pool:
         pool.reset([0, 1], [1, 2])
-        pool.step_async(np.zeros((2, 2), np.float32), [0, 1])
         with monkeypatch.context() as patch:
 
             def interrupted():
@@ -320,7 +312,7 @@ def test_an_interrupt_leaves_the_pool_usable(monkeypatch):
 
             patch.setattr(pool._supervisor, "events", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                pool.step_wait()
+                pool.step(np.zeros((2, 2), np.float32), [0, 1])
         out = pool.reset([0, 1], [3, 4])
         assert all(isinstance(one, Outcome) for one in out.values())
         assert all(one.obs[2] == 0 for one in out.values())
@@ -338,16 +330,12 @@ def test_misuse():
     with WorkerPool(POINT, Workers(num_envs=2, num_workers=0)) as pool:
         with pytest.raises(ValueError, match=r"0\.\.1, got \[0, 2\]"):
             pool.reset([0, 2], [1, 2])
-        with pytest.raises(ValueError, match="2 rows but 1 seeds"):
+        with pytest.raises(ValueError, match="2 rows but seed of 1"):
             pool.reset([0, 1], [1])
-        with pytest.raises(ValueError, match=r"shape \(2, 2\), got \(2, 3\)"):
+        with pytest.raises(ValueError, match=r"actions must be \[2, 2\], got \[2, 3\]"):
             pool.step(np.zeros((2, 3)), [0, 1])
-        with pytest.raises(ValueError, match="frames must have 2 entries"):
+        with pytest.raises(ValueError, match="2 rows but frame of 1"):
             pool.reset([0, 1], [1, 2], frames=[True])
-        pool.reset([0, 1], [1, 2])
-        pool.step_async(np.zeros((2, 2)), [0, 1])
-        with pytest.raises(RuntimeError, match="step_wait"):
-            pool.step_async(np.zeros((2, 2)), [0, 1])
 
 
 def _forker(tmp_path, **more):

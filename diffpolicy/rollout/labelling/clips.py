@@ -12,8 +12,7 @@ from diffpolicy.data.observation import Obs, concat, count, take
 from diffpolicy.data.preferences.set import Segment, Span
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.env_spec import EnvSpec, stored_env_id
-from diffpolicy.rollout.pool.slots import EnvSlot, Outcome
-from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
+from diffpolicy.rollout.pool.slots import EnvSlot
 from diffpolicy.rollout.record.steps import difference, read_obs
 from diffpolicy.rollout.results import EpisodeVideo
 from diffpolicy.rollout.video import GREEN, GREY, RED, framed, write_mp4
@@ -39,8 +38,8 @@ class ClipRenderer:
        ``env.get_wrapper_attr``) that puts it into the state of an observation. A person's recorded
        demonstrations have no seed and need this.
 
-    The environment runs in a worker process of its own. Use the renderer as a context manager, or
-    call :meth:`close`.
+    The environment runs in this process. Use the renderer as a context manager, or call
+    :meth:`close`.
 
     Args:
         store: the episodes.
@@ -67,11 +66,10 @@ class ClipRenderer:
         check_range("[0, inf)", before=before, after=after)
         self.store, self._side, self._margin = store, side, (before, after)
         self._ends, self._lengths = store.episode_ends, store.episode_lengths
-        self._spec = _environment(store) if env is None else env
-        self._pool: WorkerPool | None = None
-        self._slot: EnvSlot | None = None
         self.stored = _is_pictures(store)
-        if not self.stored and self._spec is None:
+        spec = _environment(store) if env is None else env
+        self._slot = None if spec is None else EnvSlot(spec, side)
+        if not self.stored and self._slot is None:
             raise ClipError(
                 f"{store.name} cannot be shown: it has neither frames (a field img, "
                 "[T, height, width, 3] uint8) nor says its environment (attribute env_id). Give "
@@ -91,11 +89,8 @@ class ClipRenderer:
 
     def close(self) -> None:
         """End the environment; harmless when called twice."""
-        if self._pool is not None:
-            self._pool.close()
         if self._slot is not None:
             self._slot.close()
-        self._pool = self._slot = None
 
     def __enter__(self) -> Self:
         return self
@@ -114,21 +109,24 @@ class ClipRenderer:
         first = int(self._ends[episode] - self._lengths[episode])
         return first + start, first + stop
 
-    def _rows(self, name: str, episode: int, start: int, stop: int) -> np.ndarray:
-        return self.store.read(name, *self._place(episode, start, stop))
-
     def _span(self, span: Span) -> np.ndarray:
         start, stop = span.start, span.start + span.length
         if self.stored:
-            pictures = self._rows("img", span.episode, start, stop)
+            pictures = self.store.read("img", *self._place(span.episode, start, stop))
             whole = pictures if pictures.shape[-1] == 3 else np.moveaxis(pictures, 1, -1)
             step = -(-max(whole.shape[1:3]) // self._side)
             return np.ascontiguousarray(whole[:, ::step, ::step])
-        if "seed" not in self.store.episode_attrs[span.episode]:
-            return self._shown(read_obs(self.store, *self._place(span.episode, start, stop)))
-        return self._replayed(span)
+        assert self._slot is not None
+        try:
+            if "seed" in self.store.episode_attrs[span.episode]:
+                return np.stack(self._replayed(self._slot, span))
+            seen = read_obs(self.store, *self._place(span.episode, start, stop))
+            return np.stack(self._shown(self._slot, seen))
+        except Exception:
+            self.close()  # the next span is drawn by a new environment
+            raise
 
-    def _replayed(self, span: Span) -> np.ndarray:
+    def _replayed(self, slot: EnvSlot, span: Span) -> list[np.ndarray]:
         attrs = self.store.episode_attrs[span.episode]
         first, stop = span.start, span.start + span.length
         parts = [(span.episode, 0, stop)]
@@ -138,58 +136,37 @@ class ClipRenderer:
             parts.insert(0, (attrs["base"], 0, skipped))
             first += skipped
         obs = concat([read_obs(self.store, *self._place(*part)) for part in parts])
-        actions = np.concatenate([self._rows("action", *part) for part in parts])
-        pool = self._replay_pool()
-        outcome: Outcome | Failure = pool.reset([0], [attrs["seed"]], frames=[first == 0])[0]
+        actions = np.concatenate([self.store.read("action", *self._place(*part)) for part in parts])
         pictures: list[np.ndarray] = []
+        outcome = slot.reset(attrs["seed"], frame=first == 0)
         for step in range(len(actions)):
-            outcome = _repeated(outcome, take(obs, step), span.episode, step)
+            if difference(take(obs, step), outcome.obs):
+                raise ClipError(
+                    f"episode {span.episode} cannot be shown: from its seed and with its actions "
+                    f"the environment came to another observation at step {step} than the store "
+                    "has. The stored actions are not those executed (collected with noise?), the "
+                    "environment does not repeat itself, or its version changed"
+                )
             if step >= first:
                 pictures.append(_picture(outcome.frame, outcome.note))
             if step + 1 < len(actions):
-                outcome = pool.step(actions[step][None], [0], frames=[step + 1 >= first])[0]
-        return np.stack(pictures)
+                outcome = slot.step(actions[step], frame=step + 1 >= first)
+        return pictures
 
-    def _replay_pool(self) -> WorkerPool:
-        if self._pool is None:
-            assert self._spec is not None
-            # A process of its own: graphics contexts belong to the thread that made them.
-            workers = Workers(num_envs=1, num_workers=1)
-            self._pool = WorkerPool(self._spec, workers, frame_side=self._side)
-        return self._pool
-
-    def _shown(self, observations: Obs) -> np.ndarray:
-        assert self._spec is not None
-        if self._slot is None:
-            self._slot = EnvSlot(self._spec, self._side)
-            self._slot.reset(0)
-        env = self._slot.env
-        if not env.has_wrapper_attr("show_observation"):
+    def _shown(self, slot: EnvSlot, observations: Obs) -> list[np.ndarray]:
+        slot.reset(0)
+        if not slot.env.has_wrapper_attr("show_observation"):
             raise ClipError(
                 f"the episodes of {self.store.name} have no seed, so they cannot be repeated, and "
-                f"{self._spec.id!r} has no method show_observation(obs), so it cannot be put into "
+                "the environment has no method show_observation(obs), so it cannot be put into "
                 "their states. Store frames (a field img), or give an environment with that method"
             )
-        show = env.get_wrapper_attr("show_observation")
+        show = slot.env.get_wrapper_attr("show_observation")
         pictures = []
         for step in range(count(observations)):
             show(take(observations, step))
-            pictures.append(_picture(*self._slot.render()))
-        return np.stack(pictures)
-
-
-def _repeated(outcome: Outcome | Failure, known: Obs, episode: int, step: int) -> Outcome:
-    """A repeated step, if what it observes is what the store has."""
-    if isinstance(outcome, Failure):
-        raise ClipError(f"episode {episode} cannot be repeated: step {step} {outcome}")
-    if difference(known, outcome.obs):
-        raise ClipError(
-            f"episode {episode} cannot be shown: from its seed and with its actions the "
-            f"environment came to another observation at step {step} than the store has. The "
-            "stored actions are not those executed (collected with noise?), the environment "
-            "does not repeat itself, or its version changed"
-        )
-    return outcome
+            pictures.append(_picture(*slot.render()))
+        return pictures
 
 
 def _picture(frame: np.ndarray | None, note: str) -> np.ndarray:

@@ -21,7 +21,7 @@ from diffpolicy.data.preferences.set import Pair, PreferenceSet, Segment, Span
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.files import replaced_directory
 from diffpolicy.rollout.labelling.clips import ClipRenderer, pair_video, write_pair
-from diffpolicy.settings import ConfigError, check_choice, check_range, from_values
+from diffpolicy.settings import check_choice, check_range, from_values
 
 CHOICES = ("left", "right", "tie")
 QUESTIONS = "questions.jsonl"
@@ -195,7 +195,7 @@ class _AnswerFile:
 
     format: str
     page: str
-    answers: list[Any]
+    answers: tuple[Answer, ...]
 
 
 def read_answers(folder: str | Path, file: str | Path) -> tuple[EpisodeStore, list[Pair]]:
@@ -222,30 +222,21 @@ def read_answers(folder: str | Path, file: str | Path) -> tuple[EpisodeStore, li
         raise ValueError(f"{path} is no JSON file: {error}") from None
     if not isinstance(values, Mapping) or values.get("format") != "diffpolicy-answers":
         raise ValueError(f"{path} does not hold the answers that a page gives to download")
-    found = from_values(_AnswerFile, values, f"{path}: ")
+    try:
+        found = from_values(_AnswerFile, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if found.page != _page_id(list(questions)):
         raise ValueError(f"{path} answers the questions of another page than the one in {folder}")
     pairs: dict[str, Pair] = {}
-    for i, entry in enumerate(found.answers):
+    for i, answer in enumerate(found.answers):
         where = f"{path}: answers[{i}]"
-        answer = _answer(entry, where)
         if answer.question not in questions:
             raise ValueError(f"{where}: the page has no question {answer.question!r}")
         if answer.question in pairs:
             raise ValueError(f"{where}: question {answer.question!r} is answered twice")
         pairs[answer.question] = _pair(questions[answer.question], answer)
     return asked.store, list(pairs.values())
-
-
-def _answer(entry: Any, where: str) -> Answer:
-    if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where} must be an object, got {entry!r}")
-    try:
-        return from_values(Answer, entry, f"{where}.")
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def _pair(question: Question, answer: Answer) -> Pair:

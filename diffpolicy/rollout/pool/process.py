@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import mmap
 import os
 import signal
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -88,11 +87,11 @@ class WorkerProcess:
         self.pending: tuple[int, ...] = ()
         self.greeted = False
         self.gone = self._how = ""
-        self._asked = self._patient_from = time.monotonic()
-        self._limit = start_timeout
+        self._asked, self._limit = time.monotonic(), start_timeout
         self.sock, theirs = socket.socketpair()
         try:
-            with _shared_memory() as shared:
+            with tempfile.TemporaryFile(buffering=0) as shared:
+                shared.write(bytes(Progress.SIZE))  # not a hole, which a full disk could not fill
                 self._progress = Progress(shared.fileno())
                 self.proc = subprocess.Popen(
                     [
@@ -125,10 +124,8 @@ class WorkerProcess:
     @property
     def deadline(self) -> float:
         """``time.monotonic()`` by which the row that is worked on must be done."""
-        if self.gone:
-            return math.inf
         since = self._progress.read()[1] if self.greeted else 0.0
-        return max(self._patient_from, since) + self._limit
+        return max(self._asked, since) + self._limit
 
     @property
     def culprit(self) -> int | None:
@@ -166,12 +163,7 @@ class WorkerProcess:
         self._begin(timeout)
 
     def _begin(self, timeout: float) -> None:
-        self._asked = self._patient_from = time.monotonic()
-        self._limit = timeout
-
-    def hurry(self, timeout: float) -> None:
-        """From now on a row may take ``timeout`` seconds, unless it may take less already."""
-        self._patient_from, self._limit = time.monotonic(), min(timeout, self._limit)
+        self._asked, self._limit = time.monotonic(), timeout
 
     def end(self, grace: float = 0.0) -> str:
         """End the process and all that it started, and say how it ended. Harmless when repeated.
@@ -181,7 +173,7 @@ class WorkerProcess:
         """
         if self._how:  # its number may be another process's by now
             return self._how
-        ended_itself = self._wait(grace) if grace > 0 else self.proc.poll() is not None
+        ended_itself = self._wait(grace)
         self.sock.close()
         with contextlib.suppress(OSError):  # the group is empty: nothing was left behind
             os.killpg(self.proc.pid, signal.SIGKILL)
@@ -203,16 +195,6 @@ class WorkerProcess:
             self.proc.wait(timeout)
             return True
         return False
-
-
-def _shared_memory() -> IO[bytes]:
-    """A file without a name, in memory where there is such a thing."""
-    if hasattr(os, "memfd_create"):
-        file: IO[bytes] = os.fdopen(os.memfd_create("diffpolicy-worker"), "w+b", 0)
-    else:
-        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - whoever asks closes it
-    file.write(bytes(Progress.SIZE))
-    return file
 
 
 def _headless() -> dict[str, str]:

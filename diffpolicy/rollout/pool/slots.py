@@ -7,23 +7,22 @@ never load torch.
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from diffpolicy.data.observation import Obs, ObsFields
+from diffpolicy.data.observation import Obs, ObsFields, from_fields, to_fields
 from diffpolicy.rollout.env_spec import EnvSpec, obs_fields
 from diffpolicy.rollout.pool.values import (
     as_flag,
     as_observation,
     as_reward,
     as_success,
-    from_columns,
-    to_columns,
     to_native,
 )
 
@@ -67,39 +66,66 @@ class Outcome(NamedTuple):
         """Whether the episode is over."""
         return self.terminated or self.truncated
 
-    def to_flat(self) -> dict[str, Any]:
-        """The outcome as values and arrays by name, for a message."""
-        own = self._asdict()
-        del own["obs"]
-        return {**own, **to_columns(self.obs)}
 
-    @classmethod
-    def from_flat(cls, flat: Mapping[str, Any]) -> Outcome:
-        """The outcome that :meth:`to_flat` made values of."""
-        own = {name: flat[name] for name in cls._fields if name in flat}
-        return cls(**{**own, "obs": from_columns(flat)})
+class Failure(NamedTuple):
+    """Why a row has no result.
+
+    Attributes:
+        kind: ``"raised"`` (the environment raised), ``"timed out"``, ``"died"`` (the process
+            ended), ``"lost"`` (another row of the same process ended it, or it was restarting) or
+            ``"gone"`` (it cannot be started any more, so the row has no environment from now on).
+        text: the worker's traceback or how its process ended.
+    """
+
+    kind: Literal["raised", "timed out", "died", "lost", "gone"]
+    text: str
+
+    def __str__(self) -> str:
+        """What happened in the first line (of a traceback: the error), then the whole text."""
+        text = self.text.strip()
+        _, began, after = text.rpartition("Traceback (most recent call last):\n")
+        ends = [line for line in after.splitlines() if began and not line.startswith(" ")]
+        return f"{self.kind} {ends[0]}\n{text}" if ends else f"{self.kind}: {text}"
+
+    @property
+    def blameless(self) -> bool:
+        """Whether it says nothing of the episode, which has to be begun again elsewhere."""
+        return self.kind in ("lost", "gone")
 
 
-@dataclass
+Result = Outcome | Failure | None
+"""What a row answers; None: nothing but that it is done."""
+
+
+def to_flat(result: Result) -> dict[str, Any]:
+    """A result as values and arrays by name, for a message; :func:`from_flat` undoes it."""
+    flat = {} if result is None else result._asdict()
+    if isinstance(result, Outcome):
+        del flat["obs"]
+        flat |= to_fields(result.obs)
+    return flat
+
+
+def from_flat(flat: Mapping[str, Any]) -> Result:
+    """The result that :func:`to_flat` made values of."""
+    if "kind" in flat:
+        return Failure(**flat)
+    own = {name: value for name, value in flat.items() if name in Outcome._fields}
+    return Outcome(**{**own, "obs": from_fields(flat)}) if flat else None
+
+
 class _Expert:
     """The environment's scripted expert, for one episode."""
 
-    action: Any
-    mask: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    rng: np.random.Generator
-    noise: np.random.Generator
-
-    @classmethod
-    def of(cls, env: gym.Env[Any, Any], seed: int) -> _Expert:
-        mask = np.ones(())
+    def __init__(self, env: gym.Env[Any, Any], seed: int) -> None:
+        self.action = env.get_wrapper_attr("expert_action")
+        self.mask = np.ones(())
         if env.has_wrapper_attr("expert_noise_mask"):
-            mask = np.asarray(env.get_wrapper_attr("expert_noise_mask"), np.float64)
-        space = _box(env)
-        rngs = (np.random.default_rng([seed, word]) for word in (_EXPERT_STREAM, _NOISE_STREAM))
-        bounds = space.low.astype(np.float64), space.high.astype(np.float64)
-        return cls(env.get_wrapper_attr("expert_action"), mask, *bounds, *rngs)
+            self.mask = np.asarray(env.get_wrapper_attr("expert_noise_mask"), np.float64)
+        box = _box(env)
+        self.low, self.high = box.low.astype(np.float64), box.high.astype(np.float64)
+        self.rng = np.random.default_rng([seed, _EXPERT_STREAM])
+        self.noise = np.random.default_rng([seed, _NOISE_STREAM])
 
     def choose(self, noise: float) -> tuple[np.ndarray, np.ndarray]:
         """The clean action and the one to execute: ``clip(clean + N(0, noise^2))``."""
@@ -145,10 +171,6 @@ class EnvSlot:
             self._env = self._spec.make()
         return self._env
 
-    def make(self) -> None:
-        """Make the environment now, if there is none yet."""
-        _ = self.env
-
     def reset(self, seed: int, frame: Drawn = False) -> Outcome:
         """Begin the episode of ``seed``."""
         obs, info = self.env.reset(seed=seed)
@@ -188,7 +210,7 @@ class EnvSlot:
             frame: as for :meth:`step`.
         """
         if self._expert is None:
-            self._expert = _Expert.of(self.env, self._seed)
+            self._expert = _Expert(self.env, self._seed)
         clean, executed = self._expert.choose(noise)
         return self.step(executed, frame)._replace(action=clean.astype(np.float32))
 
@@ -228,10 +250,15 @@ def _shrink(frame: np.ndarray, side: int) -> np.ndarray:
     return small
 
 
-def run_command(
-    slot: EnvSlot, name: str, values: Mapping[str, Values], place: int
-) -> Outcome | None:
-    """Carry one command out for one row.
+_COMMANDS: dict[str, Callable[..., Outcome]] = {
+    "reset": EnvSlot.reset,
+    "step": EnvSlot.step,
+    "expert": EnvSlot.expert_step,
+}
+
+
+def run_command(slot: EnvSlot, name: str, values: Mapping[str, Values], place: int) -> Result:
+    """Carry one command out for one row; a slot that raised is closed, and says what it raised.
 
     Args:
         slot: of the row.
@@ -239,13 +266,14 @@ def run_command(
         values: arguments of all rows of the command, by name.
         place: of the row among them.
     """
-    if name == "make":
-        slot.make()
-        return None
-    own = {key: value[place] for key, value in values.items()}
-    acts: dict[str, Callable[..., Outcome]] = {
-        "reset": slot.reset,
-        "step": slot.step,
-        "expert": slot.expert_step,
-    }
-    return acts[name](**own)
+    try:
+        if name == "make":
+            _ = slot.env
+            return None
+        own = {key: value[place] for key, value in values.items()}
+        return _COMMANDS[name](slot, **own)
+    except Exception:
+        trace = traceback.format_exc()
+        with contextlib.suppress(Exception):  # comes of the error that is being reported
+            slot.close()
+        return Failure("raised", trace)

@@ -7,18 +7,18 @@ import os
 import selectors
 import time
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
-from diffpolicy.data.observation import ObsField
+from diffpolicy.data.observation import ObsField, from_fields
 from diffpolicy.rollout.env_spec import EnvInfo, EnvSpec, EnvSpecError
 from diffpolicy.rollout.pool import wire
 from diffpolicy.rollout.pool.process import WorkerProcess
-from diffpolicy.rollout.pool.slots import Outcome
-from diffpolicy.rollout.pool.values import from_columns
+from diffpolicy.rollout.pool.slots import Failure, Result, Values, from_flat
 from diffpolicy.settings import check_range, named_settings
 
 _MAX_FAILED_STARTS = 3
@@ -27,36 +27,6 @@ _GLANCE_S = 0.5  # how often a silent process is looked after
 
 class WorkerError(ChildProcessError):
     """No worker process can be started, or none any more."""
-
-
-class Failure(NamedTuple):
-    """Why a row has no result.
-
-    Attributes:
-        kind: ``"raised"`` (the environment raised), ``"timed out"``, ``"died"`` (the process
-            ended), ``"lost"`` (another row of the same process ended it, or it was restarting) or
-            ``"gone"`` (it cannot be started any more, so the row has no environment from now on).
-        text: the worker's traceback or how its process ended.
-    """
-
-    kind: Literal["raised", "timed out", "died", "lost", "gone"]
-    text: str
-
-    def __str__(self) -> str:
-        """What happened in the first line (of a traceback: the error), then the whole text."""
-        text = self.text.strip()
-        _, began, after = text.rpartition("Traceback (most recent call last):\n")
-        ends = [line for line in after.splitlines() if began and not line.startswith(" ")]
-        return f"{self.kind} {ends[0]}\n{text}" if ends else f"{self.kind}: {text}"
-
-    @property
-    def blameless(self) -> bool:
-        """Whether it says nothing of the episode, which has to be begun again elsewhere."""
-        return self.kind in ("lost", "gone")
-
-
-Result = Outcome | Failure | None
-"""What a row answers; None: nothing but that it is done."""
 
 
 @named_settings
@@ -131,11 +101,10 @@ class Supervisor:
         self.owner: dict[int, int] = {}
         self.live: set[int] = set()
         self._spec, self._workers, self._frame_side = spec, workers, frame_side
-        self._failed_starts: dict[int, int] = {}
+        self._failed_starts: Counter[int] = Counter()
         self._selector = selectors.DefaultSelector()
         self._finalizer = weakref.finalize(self, _end_all, self.processes, self._selector)
         self._started = False
-        self._looked = time.monotonic()
         try:
             self.spread(count)
             if all(process.gone for process in self.processes):
@@ -144,11 +113,53 @@ class Supervisor:
             self.close()
             raise
 
-    def send(self, index: int, name: str, values: Mapping[str, Any], rows: Sequence[int]) -> None:
-        """Send a command for some rows of a process, see :meth:`WorkerProcess.order`."""
-        # A process that is gone is noticed when its answer is read, which also tells how it ended.
-        with contextlib.suppress(OSError):
-            self.processes[index].order(name, values, rows=rows, timeout=self._workers.timeout)
+    def run(
+        self, name: str, rows: Sequence[int], values: Mapping[str, Values]
+    ) -> dict[int, Result]:
+        """Carry a command out in some rows; what each of them answers."""
+        try:
+            results = self.order(name, rows, values)
+            while any(process.pending for process in self.processes):
+                results.update(self.events())
+        except BaseException:  # an interrupt must not leave stale answers behind
+            for process in [process for process in self.processes if process.pending]:
+                self._fail(process, "timed out", "was not waited for")
+            raise
+        return {row: results[row] for row in rows}
+
+    def order(
+        self, name: str, rows: Sequence[int], values: Mapping[str, Values]
+    ) -> dict[int, Result]:
+        """Send a command to the processes of its rows; the rows that cannot carry it out, and why.
+
+        Args:
+            name: see :func:`~diffpolicy.rollout.pool.slots.run_command`.
+            rows: in which.
+            values: arguments, a list or an array of one per row each.
+        """
+        failed: dict[int, Result] = {}
+        parts: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            index = self.owner[row]
+            if self.processes[index].gone:
+                failed[row] = Failure("gone", self.processes[index].gone)
+            elif name in ("make", "reset") or row in self.live:
+                parts.setdefault(index, []).append(place)
+            else:
+                text = "no episode was begun in this row since its worker started"
+                failed[row] = Failure("lost", text)
+        for index, places in parts.items():
+            mine = [rows[place] for place in places]
+            if name == "reset":
+                self.live.update(mine)
+            own = {
+                key: value[places] if isinstance(value, np.ndarray) else [value[i] for i in places]
+                for key, value in values.items()
+            }
+            # One that has died is noticed when its answer is read, which also tells how it ended.
+            with contextlib.suppress(OSError):
+                self.processes[index].order(name, own, rows=mine, timeout=self._workers.timeout)
+        return failed
 
     def spread(self, count: int) -> None:
         """Deal the rows to ``count`` processes; those that are not there yet are started."""
@@ -163,16 +174,6 @@ class Supervisor:
         while any(process.awaited for process in self.processes):
             self.events()
 
-    def hurry(self, timeout: float) -> None:
-        """Make the answers that are due now due within ``timeout`` seconds, if they were not."""
-        for process in self.processes:
-            if process.greeted:
-                process.hurry(timeout)
-
-    def busy(self) -> bool:
-        """Whether an answer is due."""
-        return any(process.pending for process in self.processes)
-
     def events(self) -> list[tuple[int, Result]]:
         """Wait for the next answers or failures: ``(row, what came)``, maybe none."""
         awaited = [process for process in self.processes if process.awaited]
@@ -182,22 +183,14 @@ class Supervisor:
         happened: list[tuple[int, Result]] = []
         for process in ready:
             happened += self._read(process)
-        now = time.monotonic()
-        look = now - self._looked >= _GLANCE_S
-        self._looked = now if look else self._looked
         for process in (process for process in awaited if process not in ready):
-            if look and process.proc.poll() is not None:
+            if process.proc.poll() is not None:
                 # Seen only here if what it has left behind holds its socket open.
                 happened += self._fail(process, "died", "")
-            elif now > process.deadline:
+            elif time.monotonic() > process.deadline:
                 what = "answer" if process.greeted else "start"
                 happened += self._fail(process, "timed out", f"did not {what} in time")
         return happened
-
-    def abandon(self) -> None:
-        """Replace the processes that are at work, because nobody waits for their answers."""
-        for process in [process for process in self.processes if process.pending]:
-            self._fail(process, "timed out", "was not waited for")
 
     def close(self) -> None:
         """End all processes; harmless when called twice."""
@@ -228,11 +221,10 @@ class Supervisor:
         if not process.greeted:
             return self._greet(process, values, arrays)
         rows, process.pending = process.pending, ()
-        answers = [_result(flat) for flat in wire.unpack_rows((values, arrays))]
-        self.live -= {
-            row for row, result in zip(rows, answers, strict=True) if isinstance(result, Failure)
-        }
-        return list(zip(rows, answers, strict=True))
+        answers = map(from_flat, wire.unpack_rows((values, arrays)))
+        found = list(zip(rows, answers, strict=True))
+        self.live -= {row for row, result in found if isinstance(result, Failure)}
+        return found
 
     def _greet(
         self, process: WorkerProcess, values: dict[str, Any], arrays: dict[str, np.ndarray]
@@ -240,14 +232,13 @@ class Supervisor:
         index = self.owner[process.rows[0]]
         if "fatal" in values:
             if not self._started:
-                text = values["fatal"] if values["type"] == "EnvSpecError" else values["trace"]
-                raise EnvSpecError(text)
-            return self._fail(process, "raised", values["trace"])
+                raise EnvSpecError(values["fatal"])
+            return self._fail(process, "raised", values["fatal"])
         process.greet(self._workers.timeout)
         self._started = True
         self._failed_starts[index] = 0
         fields = {name: ObsField(**field) for name, field in values["obs"].items()}
-        own = {"spec": self._spec, "obs": from_columns(fields)}
+        own = {"spec": self._spec, "obs": from_fields(fields)}
         self.info = EnvInfo(**{**values, **arrays, **own})
         return []
 
@@ -259,13 +250,13 @@ class Supervisor:
         # A process that has not started was not at work on any row, so none is to blame.
         culprit = process.culprit
         if not process.greeted:
-            self._failed_starts[index] = self._failed_starts.get(index, 0) + 1
+            self._failed_starts[index] += 1
         self._selector.unregister(process.sock)
         how = process.end(grace=1.0 if kind == "died" else 0.0)
         text = f"worker process {process.proc.pid} {text or how}"
         self.live.difference_update(process.rows)
         process.pending = ()
-        if self._failed_starts.get(index, 0) >= _MAX_FAILED_STARTS:
+        if self._failed_starts[index] >= _MAX_FAILED_STARTS:
             process.gone = f"{text}; gave up after {_MAX_FAILED_STARTS} failed starts in a row"
             return [(row, Failure("gone", process.gone)) for row in process.rows]
         self.processes[index] = self._launch(process.rows)
@@ -274,12 +265,6 @@ class Supervisor:
             why = f"{text} {'between two commands' if process.greeted else 'while it started'}"
         lost = Failure("lost", why)
         return [(row, Failure(kind, text) if row == culprit else lost) for row in process.rows]
-
-
-def _result(flat: Mapping[str, Any]) -> Result:
-    if "error" in flat:
-        return Failure("raised", flat["error"])
-    return Outcome.from_flat(flat) if flat else None
 
 
 def _end_all(processes: list[WorkerProcess], selector: selectors.BaseSelector) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from diffpolicy.data.observation import Obs, ObsField, ObsFields, store_field
+from diffpolicy.data.observation import Obs, ObsField, ObsFields
 
 _SUCCESS_KEYS = ("is_success", "success")
 
@@ -46,12 +46,12 @@ def as_reward(value: Any) -> float:
     Raises:
         ValueError: it is not one finite number.
     """
-    number = value if isinstance(value, float) else _number(value)
+    number = _number(value)
     if number is None or not math.isfinite(number):
         raise ValueError(
             f"the environment returned the reward {value!r}; one finite number is needed"
         )
-    return float(number)
+    return number
 
 
 def as_flag(value: Any, name: str) -> bool:
@@ -60,8 +60,6 @@ def as_flag(value: Any, name: str) -> bool:
     Raises:
         ValueError: it is not one truth value.
     """
-    if isinstance(value, bool | np.bool_):
-        return bool(value)
     number = _number(value)
     if number is None or math.isnan(number):
         raise ValueError(f"the environment returned {name}={value!r}; a bool is needed")
@@ -85,24 +83,6 @@ def as_observation(value: Any, fields: ObsFields) -> Obs:
         name: _as_array(value[name], field, f"an observation {name!r}")
         for name, field in fields.items()
     }
-
-
-def to_columns(obs: Any) -> dict[str, Any]:
-    """What an observation is made of, under the names that its fields have in stores.
-
-    The observation may be of arrays or of their fields.
-    """
-    if isinstance(obs, Mapping):
-        return {store_field(name): part for name, part in obs.items()}
-    return {"obs": obs}
-
-
-def from_columns(columns: Mapping[str, Any]) -> Any:
-    """The observation among some columns, see :func:`to_columns`; other columns are left out."""
-    if "obs" in columns:
-        return columns["obs"]
-    start = store_field("-")[:-1]
-    return {n.removeprefix(start): part for n, part in columns.items() if n.startswith(start)}
 
 
 def _as_array(value: Any, field: ObsField, what: str) -> np.ndarray:
@@ -136,8 +116,8 @@ def as_success(info: dict[str, Any]) -> bool | None:
 
 
 def _said(key: str, value: Any) -> bool | None:
-    if value is None or isinstance(value, bool):
-        return value
+    if value is None:
+        return None
     number = _number(value)
     if number is None or not (math.isnan(number) or number in (0, 1)):
         raise ValueError(

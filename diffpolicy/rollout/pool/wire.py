@@ -76,33 +76,28 @@ def pack_rows(rows: Sequence[Mapping[str, Any]]) -> Message:
     A message of columns is much smaller to describe than one of rows: alike arrays of all rows
     travel as one stack.
     """
-    columns: dict[str, tuple[list[int], list[Any]]] = {}
-    stacks: dict[tuple[Any, ...], tuple[list[int], list[np.ndarray]]] = {}
+    groups: dict[tuple[Any, ...], dict[int, Any]] = {}
     for place, row in enumerate(rows):
         for name, value in row.items():
-            if isinstance(value, np.ndarray):
-                places, arrays = stacks.setdefault((name, value.shape, value.dtype), ([], []))
-                places.append(place)
-                arrays.append(value)
-            else:
-                places, values = columns.setdefault(name, ([], []))
-                places.append(place)
-                values.append(value)
-    layout = [[name, places] for (name, *_), (places, _) in stacks.items()]
-    stacked = {str(i): np.stack(arrays) for i, (_, arrays) in enumerate(stacks.values())}
-    return {"count": len(rows), "columns": columns, "stacks": layout}, stacked
+            kind = (value.shape, value.dtype) if isinstance(value, np.ndarray) else None
+            groups.setdefault((name, kind), {})[place] = value
+    layout: list[Any] = []
+    stacks: dict[str, np.ndarray] = {}
+    for i, ((name, kind), found) in enumerate(groups.items()):
+        values = list(found.values())
+        layout.append([name, list(found), values if kind is None else None])
+        if kind is not None:
+            stacks[str(i)] = np.stack(values)
+    return {"count": len(rows), "groups": layout}, stacks
 
 
 def unpack_rows(message: Message) -> list[dict[str, Any]]:
     """The rows that :func:`pack_rows` made a message of."""
     header, arrays = message
     rows: list[dict[str, Any]] = [{} for _ in range(header["count"])]
-    for name, (places, values) in header["columns"].items():
-        for place, value in zip(places, values, strict=True):
+    for i, (name, places, values) in enumerate(header["groups"]):
+        for place, value in zip(places, arrays.get(str(i), values), strict=True):
             rows[place][name] = value
-    for i, (name, places) in enumerate(header["stacks"]):
-        for place, array in zip(places, arrays[str(i)], strict=True):
-            rows[place][name] = array
     return rows
 
 

@@ -5,7 +5,6 @@ Only gymnasium and numpy are imported: a worker has to start fast and small.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -13,13 +12,13 @@ import sys
 import threading
 import traceback
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from diffpolicy.data.observation import by_store_field
-from diffpolicy.rollout.env_spec import EnvSpec, inspect_env
+from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError, inspect_env
 from diffpolicy.rollout.pool import wire
 from diffpolicy.rollout.pool.process import Progress
-from diffpolicy.rollout.pool.slots import EnvSlot, run_command
+from diffpolicy.rollout.pool.slots import EnvSlot, run_command, to_flat
 
 
 def run_worker(sock: socket.socket, progress: Progress) -> bool:
@@ -37,11 +36,10 @@ def run_worker(sock: socket.socket, progress: Progress) -> bool:
             command, arrays = wire.receive(sock)
             if command["do"] == "close":
                 return True
-            replies = []
+            values, replies = {**command["values"], **arrays}, []
             for place, row in enumerate(command["rows"]):
                 progress.at(place)
-                values = {**command["values"], **arrays}
-                replies.append(_answer(slots[row], command["do"], values, place))
+                replies.append(to_flat(run_command(slots[row], command["do"], values, place)))
             wire.send(sock, *wire.pack_rows(replies))
     except (EOFError, OSError):
         return False  # the pool is gone, and so is the reason to live
@@ -54,25 +52,13 @@ def _send_hello(sock: socket.socket, spec: EnvSpec, slot: EnvSlot) -> None:
     try:
         info = inspect_env(spec, slot.env)
     except Exception as error:
-        told = {"fatal": str(error), "trace": traceback.format_exc(), "type": type(error).__name__}
-        wire.send(sock, told, {})
+        expected = isinstance(error, EnvSpecError)
+        wire.send(sock, {"fatal": str(error) if expected else traceback.format_exc()}, {})
         raise EOFError from None
     fields = {name: asdict(field) for name, field in by_store_field(info.obs).items()}
     values = {**vars(info), "spec": None, "obs": fields}
     bounds = {name: values.pop(name) for name in ("action_low", "action_high")}
     wire.send(sock, values, bounds)
-
-
-def _answer(slot: EnvSlot, name: str, values: dict[str, Any], place: int) -> dict[str, Any]:
-    """Carry one command out for one row; the reply, with the traceback if it raised."""
-    try:
-        outcome = run_command(slot, name, values, place)
-        return {} if outcome is None else outcome.to_flat()
-    except Exception:
-        trace = traceback.format_exc()
-        with contextlib.suppress(Exception):  # comes of the error that is being reported
-            slot.close()
-        return {"error": trace}
 
 
 def main(fd: int, progress_fd: int) -> NoReturn:

@@ -18,19 +18,25 @@ seed.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Self
 
 import numpy as np
-from gymnasium.vector import AutoresetMode
 
 from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError, inspect_env, only_here
-from diffpolicy.rollout.pool.slots import Drawn, EnvSlot, Outcome, Values, run_command
-from diffpolicy.rollout.pool.supervisor import Failure, Result, Supervisor, WorkerError, Workers
+from diffpolicy.rollout.pool.slots import (
+    Drawn,
+    EnvSlot,
+    Failure,
+    Outcome,
+    Result,
+    Values,
+    run_command,
+)
+from diffpolicy.rollout.pool.supervisor import Supervisor, WorkerError, Workers
+from diffpolicy.settings import check_shape
 
 #: Seconds of a step, its message included, below which environments share one process.
 CHEAP_S = 0.5e-3
@@ -57,17 +63,13 @@ class WorkerPool:
         info: what the environment is, as the workers made it.
         spec: the environment.
         workers: as given.
-        frame_side: as given.
         num_envs: number of rows.
         num_workers: number of processes; 0 if everything runs in this one.
-        autoreset_mode: always ``AutoresetMode.DISABLED``.
 
     Raises:
         EnvSpecError: the environment cannot be made.
         WorkerError: the processes cannot be started, or this system has no way to supervise them.
     """
-
-    autoreset_mode = AutoresetMode.DISABLED
 
     def __init__(
         self, spec: EnvSpec, workers: Workers | None = None, *, frame_side: int = 0
@@ -84,9 +86,6 @@ class WorkerPool:
                     "that registers it"
                 )
             self.num_workers = 0
-        self.frame_side = frame_side
-        self._ordered: list[int] = []
-        self._results: dict[int, Result] = {}
         self._slots: dict[int, EnvSlot] = {}
         self._closed = False
         self._supervisor: Supervisor | None = None
@@ -108,8 +107,7 @@ class WorkerPool:
 
         What cannot be made is told by the reset, which tries again.
         """
-        self._order("make", rows, {})
-        self.step_wait()
+        self._run("make", rows, {})
 
     def reset(
         self, rows: Sequence[int], seeds: Sequence[int], *, frames: Sequence[Drawn] | None = None
@@ -121,56 +119,17 @@ class WorkerPool:
             seeds: as many environment seeds.
             frames: per row, whether a picture is wanted (``"end"``: only of an episode's end).
         """
-        if len(rows) != len(seeds):
-            raise ValueError(f"got {len(rows)} rows but {len(seeds)} seeds")
-        values: dict[str, Values] = {
-            "seed": [int(seed) for seed in seeds],
-            "frame": _flags(frames, len(rows)),
-        }
-        self._order("reset", rows, values)
-        return self.step_wait()
-
-    def step_async(
-        self, actions: np.ndarray, rows: Sequence[int], *, frames: Sequence[Drawn] | None = None
-    ) -> None:
-        """Begin a step in each of ``rows``; ``actions [len(rows), A]`` in environment units."""
-        expected = (len(rows), self.info.action_dim)
-        if np.shape(actions) != expected:
-            raise ValueError(f"actions must have shape {expected}, got {np.shape(actions)}")
-        array = np.asarray(actions)
-        if array.dtype != np.float64:
-            array = array.astype(np.float32)
-        self._order("step", rows, {"action": array, "frame": _flags(frames, len(rows))})
-
-    def step_wait(self, timeout: float | None = None) -> dict[int, Outcome | Failure]:
-        """End the step that :meth:`step_async` began.
-
-        Args:
-            timeout: seconds that one row may take; None: that of ``workers``. A row that takes
-                longer is given up with its process, which is replaced.
-        """
-        supervisor = self._supervisor
-        try:
-            if supervisor is not None:
-                if timeout is not None:
-                    supervisor.hurry(timeout)
-                while supervisor.busy():
-                    self._results.update(supervisor.events())
-            found = {row: self._results[row] for row in self._ordered}
-            return {row: result for row, result in found.items() if result is not None}
-        except BaseException:
-            if supervisor is not None:  # an interrupt must not leave stale answers behind
-                supervisor.abandon()
-            raise
-        finally:
-            self._ordered = []
+        return self._run("reset", rows, {"seed": [int(seed) for seed in seeds]}, frames)
 
     def step(
         self, actions: np.ndarray, rows: Sequence[int], *, frames: Sequence[Drawn] | None = None
     ) -> dict[int, Outcome | Failure]:
-        """:meth:`step_async` and :meth:`step_wait`."""
-        self.step_async(actions, rows, frames=frames)
-        return self.step_wait()
+        """Take a step in each of ``rows``; ``actions [len(rows), A]`` in environment units."""
+        check_shape("actions", np.shape(actions), (len(rows), self.info.action_dim))
+        array = np.asarray(actions)
+        if array.dtype != np.float64:
+            array = array.astype(np.float32)
+        return self._run("step", rows, {"action": array}, frames)
 
     def expert_step(
         self, noise: float, rows: Sequence[int], *, frames: Sequence[Drawn] | None = None
@@ -183,12 +142,7 @@ class WorkerPool:
             rows: as for :meth:`reset`.
             frames: likewise.
         """
-        values: dict[str, Values] = {
-            "noise": [float(noise)] * len(rows),
-            "frame": _flags(frames, len(rows)),
-        }
-        self._order("expert", rows, values)
-        return self.step_wait()
+        return self._run("expert", rows, {"noise": [float(noise)] * len(rows)}, frames)
 
     def close(self) -> None:
         """End all workers; harmless when called twice."""
@@ -236,57 +190,27 @@ class WorkerPool:
 
     # ------------------------------------------------------------------ one command
 
-    def _order(self, name: str, rows: Sequence[int], values: Mapping[str, Values]) -> None:
-        if self._ordered:
-            raise RuntimeError("the last command was not waited for: call step_wait() first")
+    def _run(
+        self,
+        name: str,
+        rows: Sequence[int],
+        values: Mapping[str, Values],
+        frames: Sequence[Drawn] | None = None,
+    ) -> dict[int, Outcome | Failure]:
         if len(set(rows)) != len(rows) or not all(0 <= row < self.num_envs for row in rows):
             raise ValueError(f"rows must differ and lie in 0..{self.num_envs - 1}, got {rows}")
         if self._closed:
             raise RuntimeError("the pool is closed")
-        self._ordered = [int(row) for row in rows]
-        self._results = {}
+        values = {**values, "frame": [False] * len(rows) if frames is None else frames}
+        for key, value in values.items():
+            if len(value) != len(rows):
+                raise ValueError(f"got {len(rows)} rows but {key} of {len(value)}")
+        numbers = [int(row) for row in rows]
+        found: Mapping[int, Result]
         if self._supervisor is not None:
-            self._order_from(self._supervisor, name, values)
-            return
-        for place, row in enumerate(self._ordered):
-            self._results[row] = self._run_serially(name, values, place, row)
-
-    def _order_from(self, supervisor: Supervisor, name: str, values: Mapping[str, Values]) -> None:
-        parts: dict[int, list[int]] = {}
-        for place, row in enumerate(self._ordered):
-            gone = supervisor.processes[supervisor.owner[row]].gone
-            if gone:
-                self._results[row] = Failure("gone", gone)
-            elif name in ("make", "reset") or row in supervisor.live:
-                parts.setdefault(supervisor.owner[row], []).append(place)
-            else:
-                text = "no episode was begun in this row since its worker started"
-                self._results[row] = Failure("lost", text)
-        for index, places in parts.items():
-            mine = [self._ordered[place] for place in places]
-            if name == "reset":
-                supervisor.live.update(mine)
-            own = {
-                key: value[places] if isinstance(value, np.ndarray) else [value[i] for i in places]
-                for key, value in values.items()
-            }
-            supervisor.send(index, name, own, mine)
-
-    def _run_serially(
-        self, name: str, values: Mapping[str, Values], place: int, row: int
-    ) -> Result:
-        try:
-            return run_command(self._slots[row], name, values, place)
-        except Exception:
-            trace = traceback.format_exc()
-            with contextlib.suppress(Exception):  # comes of the error that is being reported
-                self._slots[row].close()
-            return Failure("raised", trace)
-
-
-def _flags(frames: Sequence[Drawn] | None, count: int) -> list[Drawn]:
-    if frames is None:
-        return [False] * count
-    if len(frames) != count:
-        raise ValueError(f"frames must have {count} entries, got {len(frames)}")
-    return list(frames)
+            found = self._supervisor.run(name, numbers, values)
+        else:
+            slots = [self._slots[row] for row in numbers]
+            answers = (run_command(slot, name, values, i) for i, slot in enumerate(slots))
+            found = dict(zip(numbers, answers, strict=True))
+        return {row: result for row, result in found.items() if result is not None}

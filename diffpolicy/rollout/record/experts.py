@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from diffpolicy.data.store import EpisodeStore
@@ -15,7 +14,7 @@ from diffpolicy.rollout.env_spec import EnvSpec, only_here
 from diffpolicy.rollout.pool.slots import Outcome
 from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
 from diffpolicy.rollout.record.steps import InOrder, open_record
-from diffpolicy.rollout.record.tracks import Job, Recorder, Track
+from diffpolicy.rollout.record.tracks import Job, Track, TrackRunner
 from diffpolicy.rollout.rows import AllFailedError, distinct, fitting
 from diffpolicy.settings import check_choice, check_range
 
@@ -61,10 +60,10 @@ def collect(
         The store, open for reading, with statistics.
 
     Raises:
-        AllFailedError: every episode failed.
+        AllFailedError: no episode was kept; says why the first was not.
         EnvSpecError: the environment cannot be made.
         ValueError: the environment has no expert or (with ``keep="success"``) does not say whether
-            an episode succeeded; the store was made with other settings; no episode was kept.
+            an episode succeeded; the store was made with other settings.
     """
     numbers = distinct(seeds)
     check_range("[0, inf)", noise=noise)
@@ -81,20 +80,24 @@ def collect(
                 "numpy.random.Generator) -> action [A], the clean action in the current state, "
                 "that env.get_wrapper_attr finds; expert_noise_mask [A] is optional."
             )
-        with open_record(path, pool.info, {"expert_noise": noise, "keep": keep}) as store:
-            shown = tqdm(desc="collect", unit="episode", disable=not progress)
-            report = _Report(store, numbers, keep, shown)
+        settings = {"expert_noise": noise, "keep": keep}
+        with (
+            open_record(path, pool.info, settings) as store,
+            tqdm(desc="collect", unit="episode", disable=not progress) as bar,
+        ):
+            report = _Report(store, numbers, keep, bar)
             try:
-                _Experts(pool, noise).run([Job((s,), s) for s in report.todo], report.add)
+                jobs = [Job(seed, seed, key=(seed,)) for seed in report.todo]
+                _Experts(pool, noise).run(jobs, report.add)
             finally:
-                shown.close()
-                report.write()
+                store.update_attrs({"collection": report.summary()})
     if report.kept == 0:
-        _refuse(report, numbers)
+        why = next(iter(report.failed.values()))
+        raise AllFailedError(f"none of the {len(numbers)} episodes was kept; the first: {why}")
     return EpisodeStore.open(path)
 
 
-class _Experts(Recorder):
+class _Experts(TrackRunner):
     """Episodes in which the environments' own experts act."""
 
     def __init__(self, pool: WorkerPool, noise: float) -> None:
@@ -137,21 +140,20 @@ class _Report:
             self.failed[seed] = result
             return
         if self._keep == "success":
-            if not result.says_success:
+            if result.success is None:
                 raise ValueError(
                     "the environment does not say whether an episode succeeded "
                     "(info['is_success']); use keep='all'"
                 )
-            if not result.ever_succeeded:
+            if not result.success:
                 self.failed[seed] = _NO_SUCCESS
                 return
-        columns = result.columns()
         self._store.append(
-            {name: columns[name] for name in self._store.fields},
+            {name: result.columns[name] for name in self._store.fields},
             seed=seed,
-            success=result.ever_succeeded,
+            success=result.success,
             final_success=result.final_success,
-            **{"return": float(np.sum(result.reward, dtype=np.float64))},
+            **{"return": result.total},
         )
         self.kept += 1
 
@@ -161,16 +163,3 @@ class _Report:
             "kept": self._store.num_episodes,
             "failed": {str(seed): why for seed, why in sorted(self.failed.items())},
         }
-
-    def write(self) -> None:
-        self._store.update_attrs({"collection": self.summary()})
-
-
-def _refuse(report: _Report, seeds: list[int]) -> None:
-    """Raise, and say why no episode was kept."""
-    errors = [why for why in report.failed.values() if why != _NO_SUCCESS]
-    if errors and len(errors) == len(report.failed):
-        raise AllFailedError(
-            f"all {len(errors)} episodes failed, so nothing was collected; the first: {errors[0]}"
-        )
-    raise ValueError(f"none of the {len(seeds)} episodes was kept: {report.summary()}")

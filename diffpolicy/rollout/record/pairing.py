@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from diffpolicy.data.preferences.file import read_contents
+from diffpolicy.data.preferences.records import segments_of
 from diffpolicy.data.preferences.scored import Choose, from_scores
-from diffpolicy.data.preferences.set import PreferenceSet, Record, Span
+from diffpolicy.data.preferences.set import PreferenceSet, Record, Segment, Span
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_choice, check_range
 
@@ -85,9 +86,6 @@ class Scoring:
             rewards: ``[T]``.
             successes: ``[T]`` bool.
             lookahead: steps it could have had, for ``after_end="hold"``; None: T.
-
-        Raises:
-            ValueError: a score that is not finite.
         """
         rewards, successes = np.asarray(rewards, np.float64), np.asarray(successes, bool)
         if self.after_end == "hold" and lookahead is not None and lookahead > len(rewards):
@@ -95,21 +93,13 @@ class Scoring:
             rewards = np.pad(rewards, rest, mode="edge")
             successes = np.pad(successes, rest, mode="edge")
         if callable(self.score):
-            value = float(self.score(rewards, successes))
-        else:
-            weights = self.discount ** np.arange(len(rewards))
-            value = _named(self.score, rewards, successes, weights)
-        if not math.isfinite(value):
-            raise ValueError(f"the score {self.name} of rewards {rewards[:8]} ... is {value}")
-        return value
-
-
-def _named(name: str, rewards: np.ndarray, successes: np.ndarray, weights: np.ndarray) -> float:
-    if name == "return":
-        return math.fsum(rewards * weights)
-    if name == "max_reward":
-        return float(np.max(rewards * weights))
-    return float(weights[int(np.argmax(successes))]) if successes.any() else 0.0
+            return float(self.score(rewards, successes))
+        weights = self.discount ** np.arange(len(rewards))
+        if self.score == "return":
+            return math.fsum(rewards * weights)
+        if self.score == "max_reward":
+            return float(np.max(rewards * weights))
+        return float(weights[int(np.argmax(successes))]) if successes.any() else 0.0
 
 
 def rollout_records(store: EpisodeStore, scoring: Scoring) -> list[Record]:
@@ -124,59 +114,39 @@ def rollout_records(store: EpisodeStore, scoring: Scoring) -> list[Record]:
         scoring: what is better.
 
     Raises:
-        ValueError: another store; or successes are asked of an environment that never says.
+        ValueError: another store; a score that is not finite; or successes are asked of an
+            environment that never says.
     """
-    rollouts = _Rollouts(store, scoring)
-    found: list[Record] = []
-    for key, members in rollouts.groups.items():
-        place = dict(zip(("seed", "step"), key, strict=False))
-        records = from_scores(
-            [rollouts.segment(episode) for episode in members],
-            [rollouts.rate(episode) for episode in members],
-            choose=scoring.pairs,
-            min_gap=scoring.min_gap,
-            source=SOURCE,
+    made, attrs = rollouts_of(store), store.episode_attrs
+    if scoring.score == "success" and attrs and not any(own["says_success"] for own in attrs):
+        raise ValueError(
+            f"{store.name}: the environment never said whether an episode succeeded "
+            "(info['is_success']), so score='success' cannot tell anything; use 'return' or "
+            "'max_reward'"
         )
-        for record in records:
-            info = {**place, **record.info, "score": scoring.name}
-            found.append(replace(record, info=info))
-    return found
+    lookahead = made["settings"].get("lookahead", store.attrs["max_episode_steps"])
+    rewards, successes = (store.read(name, 0, store.num_steps) for name in ("reward", "success"))
+    ends, lengths = store.episode_ends.tolist(), store.episode_lengths.tolist()
+    segments: list[Segment] = []
+    scores, groups = [], []
+    for episode, own in enumerate(attrs):
+        if own["kind"] == "base":
+            continue
+        whole = lengths[episode] - own["start"]
+        usual = int(made["n_action_steps"]) if own["kind"] == "branch" else whole
+        rows = slice(ends[episode] - whole, ends[episode])
+        segments.append((Span(episode, own["start"], min(scoring.span or usual, whole)),))
+        scores.append(scoring.rate(rewards[rows], successes[rows], lookahead))
+        groups.append((own["seed"], own.get("step")))
+    ways: dict[str, Any] = {"choose": scoring.pairs, "min_gap": scoring.min_gap}
+    records = from_scores(segments, scores, groups=groups, source=SOURCE, **ways)
+    return [replace(record, info=_info(record, attrs, scoring.name)) for record in records]
 
 
-class _Rollouts:
-    """The comparable rollouts of a store: which belong together, and how good each is."""
-
-    def __init__(self, store: EpisodeStore, scoring: Scoring) -> None:
-        made = rollouts_of(store)
-        self._scoring, self._chunk = scoring, int(made["n_action_steps"])
-        self._lookahead: int = made["settings"].get("lookahead", store.attrs["max_episode_steps"])
-        self._attrs = store.episode_attrs
-        self._ends, self._lengths = store.episode_ends, store.episode_lengths
-        self._rewards = store.read("reward", 0, store.num_steps)
-        self._successes = store.read("success", 0, store.num_steps)
-        self.groups: dict[tuple[int, ...], list[int]] = {}
-        for episode, own in enumerate(self._attrs):
-            if own["kind"] != "base":
-                key = tuple(own[name] for name in ("seed", "step") if name in own)
-                self.groups.setdefault(key, []).append(episode)
-        says = any(own["says_success"] for own in self._attrs)
-        if scoring.score == "success" and self.groups and not says:
-            raise ValueError(
-                f"{store.name}: the environment never said whether an episode succeeded "
-                "(info['is_success']), so score='success' cannot tell anything; use 'return' or "
-                "'max_reward'"
-            )
-
-    def rate(self, episode: int) -> float:
-        first = self._ends[episode] - self._lengths[episode] + self._attrs[episode]["start"]
-        rows = slice(int(first), int(self._ends[episode]))
-        return self._scoring.rate(self._rewards[rows], self._successes[rows], self._lookahead)
-
-    def segment(self, episode: int) -> tuple[Span, ...]:
-        start = self._attrs[episode]["start"]
-        whole = int(self._lengths[episode]) - start
-        usual = self._chunk if self._attrs[episode]["kind"] == "branch" else whole
-        return (Span(episode, start, min(self._scoring.span or usual, whole)),)
+def _info(record: Record, attrs: Sequence[Mapping[str, Any]], score: str) -> dict[str, Any]:
+    own = attrs[segments_of(record)[0][0].episode]
+    place = {name: own[name] for name in ("seed", "step") if name in own}
+    return {**place, **record.info, "score": score}
 
 
 def write_pairs(store: EpisodeStore, prefs_path: str | Path, scoring: Scoring) -> PreferenceSet:

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffpolicy.data.observation import Obs, by_store_field
+from diffpolicy.data.observation import Obs, by_store_field, from_fields, obs_fields, to_fields
 from diffpolicy.data.store import EpisodeStore, FieldSpec
 from diffpolicy.rollout.env_spec import EnvInfo, EnvSpec
-from diffpolicy.rollout.pool.values import from_columns, to_columns
 
 METHOD = "dense_reward"
 
@@ -64,14 +63,13 @@ def open_record(
 
 def read_obs(store: EpisodeStore, start: int, stop: int) -> Obs:
     """The observations of the rows ``start`` to ``stop`` of a store: one array, or by name."""
-    names = [name for name in store.fields if name == "obs" or name.startswith("obs.")]
-    obs: Obs = from_columns({name: store.read(name, start, stop) for name in names})
+    obs: Obs = from_fields({name: store.read(name, start, stop) for name in obs_fields(store)})
     return obs
 
 
 def difference(known: Obs, got: Obs) -> str:
     """Where two single observations differ first, in words; empty if they are the same numbers."""
-    mine, other = to_columns(known), to_columns(got)
+    mine, other = to_fields(known), to_fields(got)
     for name, array in mine.items():
         if not np.array_equal(array, other[name]):
             entry = int(np.flatnonzero(array != other[name])[0])

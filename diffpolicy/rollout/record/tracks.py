@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from diffpolicy.data.observation import Obs, stack, take
+from diffpolicy.data.observation import Obs, from_fields, stack, take, to_fields
 from diffpolicy.rollout.pool.slots import Outcome
-from diffpolicy.rollout.pool.values import to_columns
 from diffpolicy.rollout.pool.workers import Failure, WorkerPool
 from diffpolicy.rollout.record.steps import difference
 from diffpolicy.rollout.rows import Episode, Policy, RowLoop, planning_in_batches
@@ -36,93 +35,70 @@ class ObservingPolicy(Policy, Protocol):
         """The memory after observing ``obs``, N rows of an :data:`Obs`."""
 
 
-class Track(NamedTuple):
-    """What happened in an episode, T steps; dtypes as in a store.
+@dataclass(frozen=True)
+class Track:
+    """What happened in an episode, T steps.
 
     Attributes:
-        obs: T rows: what was seen before each action.
-        action: ``[T, A]``; an expert's clean ones.
-        reward: ``[T]``.
-        terminated: ``[T]`` bool.
-        truncated: ``[T]`` bool.
-        success: ``[T]`` bool; false where the environment does not say.
-        says_success: whether it ever said.
+        columns: T rows under the names and in the types of a store's fields: the observations
+            (each from before the action), ``action`` (an expert's clean ones), ``reward``,
+            ``terminated``, ``truncated`` and ``success`` (false where nothing was said).
+        success: whether any step was a success; None if the environment never said.
         final_success: what it said at the last step.
     """
 
-    obs: Obs
-    action: np.ndarray
-    reward: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    success: np.ndarray
-    says_success: bool
-    final_success: bool | None = None
+    columns: dict[str, np.ndarray]
+    success: bool | None
+    final_success: bool | None
 
     @classmethod
     def of(cls, seen: Sequence[Obs], outcomes: Sequence[Outcome]) -> Track:
         """The track of some steps."""
         said = [one.success for one in outcomes]
-        return cls(
-            obs=stack(seen),
-            action=np.stack([np.asarray(one.action) for one in outcomes]),
-            reward=np.array([one.reward for one in outcomes], np.float32),
-            terminated=np.array([one.terminated for one in outcomes]),
-            truncated=np.array([one.truncated for one in outcomes]),
-            success=np.array([bool(one) for one in said]),
-            says_success=any(one is not None for one in said),
-            final_success=said[-1],
-        )
+        columns = {
+            **to_fields(stack(seen)),
+            "action": np.stack([np.asarray(one.action) for one in outcomes]),
+            "reward": np.array([one.reward for one in outcomes], np.float32),
+            "terminated": np.array([one.terminated for one in outcomes]),
+            "truncated": np.array([one.truncated for one in outcomes]),
+            "success": np.array([bool(one) for one in said]),
+        }
+        return cls(columns, any(said) if set(said) != {None} else None, said[-1])
 
-    def columns(self, rows: slice = slice(None)) -> dict[str, np.ndarray]:
-        """Some steps under the names of their fields in a store."""
-        names = ("action", "reward", "terminated", "truncated", "success")
-        columns = {**to_columns(self.obs), **{name: getattr(self, name) for name in names}}
-        return {name: column[rows] for name, column in columns.items()}
+    def __len__(self) -> int:
+        return len(self.columns["reward"])
 
     @property
-    def ever_succeeded(self) -> bool | None:
-        """Whether any step was a success; None if the environment never said."""
-        return bool(self.success.any()) if self.says_success else None
+    def total(self) -> float:
+        """The sum of its rewards."""
+        return float(np.sum(self.columns["reward"], dtype=np.float64))
 
 
-@dataclass(frozen=True)
-class Job:
-    """One episode to run.
+@dataclass(kw_only=True)
+class Job(Episode):
+    """An episode to run and record; ``step`` counts the repeated steps too.
 
     Args:
         key: names it in the results; unique.
-        seed: of the environment's reset.
-        policy_seed: the policy's random stream.
-        later_seed: its stream from the second plan on; None: the same one.
+        later_seed: the policy's random stream from the second plan on; None: the same one.
         prefix: a track to repeat first, as far as ``replayed``; None: none.
         replayed: steps of ``prefix`` to repeat.
         limit: at most so many steps after the prefix; None: to the end of the episode.
     """
 
     key: tuple[int, ...]
-    seed: int
-    policy_seed: int = 0
     later_seed: int | None = None
     prefix: Track | None = None
     replayed: int = 0
     limit: int | None = None
-
-
-@dataclass
-class Running(Episode):
-    """A job under way in some row; ``step`` counts the repeated steps too."""
-
-    job: Job = field(kw_only=True)
-    plans: int = field(default=0, init=False)  # the row's count when it began
-    switched: bool = field(default=False, init=False)
     seen: list[Obs] = field(default_factory=list, init=False)
     outcomes: list[Outcome] = field(default_factory=list, init=False)
 
     @property
-    def replays(self) -> bool:
-        """Whether the next step is a repeated one."""
-        return self.step < self.job.replayed
+    def repeated(self) -> dict[str, np.ndarray]:
+        """The columns of what it repeats."""
+        assert self.prefix is not None
+        return self.prefix.columns
 
 
 Done = Callable[[Job, Track | str], Sequence[Job]]
@@ -132,19 +108,30 @@ It returns further jobs, which go before the rest.
 """
 
 
-class Recorder(RowLoop[Running]):
-    """Runs jobs and records their tracks.
+class TrackRunner(RowLoop[Job]):
+    """Runs jobs and records their tracks, all acting rows in one ``policy.act`` per step.
+
+    A row that repeats its prefix only shows the policy what it sees; where the prefix ends, the
+    policy makes a new plan with its own noise, from the history that the recorded episode had. A
+    prefix that does not repeat itself raises :class:`ReplayError`.
 
     Args:
-        policy: who acts; None where :meth:`step` needs none.
+        policy: who acts; one of this library plans in batches of constant size. None where
+            :meth:`step` needs none.
         pool: where.
 
     Attributes:
         steps: of all environments, repeated ones included.
     """
 
-    def __init__(self, policy: Any, pool: WorkerPool) -> None:
-        super().__init__(policy, pool)
+    def __init__(self, policy: ObservingPolicy | None, pool: WorkerPool) -> None:
+        if policy is not None and not callable(getattr(policy, "observe", None)):
+            raise ValueError(
+                f"{type(policy).__name__} has no method observe(obs, state): where it repeats "
+                "recorded steps a policy must look on without acting; give a DiffusionPolicy "
+                "(without latency)"
+            )
+        super().__init__(planning_in_batches(policy, None), pool)
         self._urgent: deque[Job] = deque()
         self.steps = 0
 
@@ -158,62 +145,26 @@ class Recorder(RowLoop[Running]):
         self._on_done = on_done
         self.loop()
 
-    def upcoming(self) -> Running | None:
-        job = self._urgent.popleft() if self._urgent else next(self._waiting, None)
-        return None if job is None else Running(job.seed, job.policy_seed, job=job)
+    def upcoming(self) -> Job | None:
+        return self._urgent.popleft() if self._urgent else next(self._waiting, None)
+
+    def began(self, row: int, outcome: Outcome) -> None:
+        if self.running[row].prefix is not None:
+            _check_observation(self.running[row], outcome.obs)
 
     def step(self, rows: list[int]) -> dict[int, Outcome | Failure]:
         self.steps += len(rows)
         return super().step(rows)
 
-    def stepped(self, row: int, outcome: Outcome) -> bool:
-        running = self.running[row]
-        running.seen.append(self.obs[row])
-        running.outcomes.append(outcome)
-        over = outcome.done or len(running.outcomes) == running.job.limit
-        if over:
-            track = Track.of(running.seen, running.outcomes)
-            self._urgent.extend(self._on_done(running.job, track))
-        return over
-
-    def gave_up(self, episode: Running, why: str) -> None:
-        self._urgent.extend(self._on_done(episode.job, why))
-
-
-class TrackRunner(Recorder):
-    """Runs jobs that may repeat a prefix, all acting rows in one ``policy.act`` per step.
-
-    A row that repeats its prefix only shows the policy what it sees; where the prefix ends, the
-    policy makes a new plan with its own noise, from the history that the recorded episode had. A
-    prefix that does not repeat itself raises :class:`ReplayError`.
-
-    Args:
-        policy: who acts; one of this library plans in batches of constant size.
-        pool: where.
-    """
-
-    def __init__(self, policy: ObservingPolicy, pool: WorkerPool) -> None:
-        if not callable(getattr(policy, "observe", None)):
-            raise ValueError(
-                f"{type(policy).__name__} has no method observe(obs, state): where it repeats "
-                "recorded steps a policy must look on without acting; give a DiffusionPolicy "
-                "(without latency)"
-            )
-        super().__init__(planning_in_batches(policy, None), pool)
-
-    def began(self, row: int, outcome: Outcome) -> None:
-        running = self.running[row]
-        running.plans = int(np.asarray(self.state.plans)[row])
-        _check_observation(running, outcome.obs)
-
     def actions(self, rows: list[int]) -> np.ndarray:
         actions = np.zeros((len(rows), self.pool.info.action_dim), np.float32)
-        replaying = np.array([self.running[row].replays for row in rows])
+        jobs = [self.running[row] for row in rows]
+        replaying = np.array([job.step < job.replayed for job in jobs])
         numbers = np.array(rows)
         watch, play = numbers[replaying], numbers[~replaying]
         if len(watch):
-            repeated = [self.running[row] for row in watch.tolist()]
-            actions[replaying] = [_prefix(one).action[one.step] for one in repeated]
+            repeating = [job for job in jobs if job.step < job.replayed]
+            actions[replaying] = [job.repeated["action"][job.step] for job in repeating]
             part = self.policy.observe(self.seen(watch.tolist()), self.state.take(watch))
             self.state = self.state.put(watch, part)
         if len(play):
@@ -222,47 +173,55 @@ class TrackRunner(Recorder):
         return actions
 
     def _switch_seeds(self, rows: list[int]) -> None:
-        """Rows that have made their first plan go on in their later stream."""
-        plans, later = np.asarray(self.state.plans), {}
-        for row in rows:
-            running = self.running[row]
-            seed = running.job.later_seed
-            if seed is not None and not running.switched and plans[row] > running.plans:
-                running.switched, later[row] = True, seed
+        """Rows that have just made their first plan go on in their later stream."""
+        begun = {row: self.running[row] for row in rows}
+        later = {
+            row: job.later_seed
+            for row, job in begun.items()
+            if job.later_seed is not None and job.step == job.replayed
+        }
         if later:
             seeds = np.array(self.state.seed)
             seeds[list(later)] = list(later.values())
             self.state = replace(self.state, seed=seeds)
 
     def stepped(self, row: int, outcome: Outcome) -> bool:
-        running = self.running[row]
-        if running.step > running.job.replayed:
-            return super().stepped(row, outcome)
-        known, got = _prefix(running).reward[running.step - 1], np.float32(outcome.reward)
-        if known != got:
-            _not_repeated(running, running.step - 1, f"the reward was {known} and is {got} now")
-        if outcome.done:
-            _not_repeated(running, running.step - 1, "the episode ended later and ends now")
-        _check_observation(running, outcome.obs)
-        return False
+        job = self.running[row]
+        if job.step <= job.replayed:
+            _check_repeated(job, outcome)
+            return False
+        job.seen.append(self.obs[row])
+        job.outcomes.append(outcome)
+        over = outcome.done or len(job.outcomes) == job.limit
+        if over:
+            track = Track.of(job.seen, job.outcomes)
+            job.seen, job.outcomes = [], []  # the track has it all, and the job is kept
+            self._urgent.extend(self._on_done(job, track))
+        return over
+
+    def gave_up(self, episode: Job, why: str) -> None:
+        self._urgent.extend(self._on_done(episode, why))
 
 
-def _prefix(running: Running) -> Track:
-    assert running.job.prefix is not None
-    return running.job.prefix
+def _check_repeated(job: Job, outcome: Outcome) -> None:
+    known, got = job.repeated["reward"][job.step - 1], np.float32(outcome.reward)
+    if known != got:
+        _not_repeated(job, job.step - 1, f"the reward was {known} and is {got} now")
+    if outcome.done:
+        _not_repeated(job, job.step - 1, "the episode ended later and ends now")
+    _check_observation(job, outcome.obs)
 
 
-def _check_observation(running: Running, obs: Obs) -> None:
-    if running.job.prefix is not None:
-        differs = difference(take(running.job.prefix.obs, running.step), obs)
-        if differs:
-            _not_repeated(running, running.step, differs)
+def _check_observation(job: Job, obs: Obs) -> None:
+    differs = difference(take(from_fields(job.repeated), job.step), obs)
+    if differs:
+        _not_repeated(job, job.step, differs)
 
 
-def _not_repeated(running: Running, step: int, what: str) -> None:
+def _not_repeated(job: Job, step: int, what: str) -> None:
     raise ReplayError(
         f"the environment does not repeat itself: with the same seed and actions, {what} (seed "
-        f"{running.job.seed}, step {step}). "
+        f"{job.seed}, step {step}). "
         "Branches need an environment whose reset(seed) and actions decide everything (draw from "
         "self.np_random alone, and let reset() undo every change); else collect whole episodes "
         "of the same seed"
