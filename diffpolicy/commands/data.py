@@ -50,7 +50,7 @@ convert  makes a store from a Diffusion Policy replay buffer (zarr, directory or
            diffpolicy data convert mine.hdf5 data/mine.zarr max_episode_steps=50
          Transforms: antmaze_reward (r - 1), reward_scale:X, reward_shift:X, normalize_reward
          (1000 / (max - min) of the returns), split_goals[:RADIUS] (one episode for each
-         infos/goal, which is appended to obs). An interrupted conversion of these goes on.
+         infos/goal, which is appended to obs).
 d4rl     the D4RL datasets whose id contains PATTERN (or matches it, with * and ?): file name, step
          limit, returns that score 0 and 100, and where the file is. Files belong into
          $D4RL_DATASET_DIR or ~/.d4rl/datasets; the d4rl package is not needed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from zarr.storage import MemoryStore
 
 from diffpolicy.data import store_layout as layout
-from diffpolicy.data.check import check_store
+from diffpolicy.data.check import check_store, format_issue
 from diffpolicy.data.fields import FieldSpec, checked_rows
 from diffpolicy.data.formats import EpisodeSource, get_format
 from diffpolicy.data.observation import is_obs
@@ -21,7 +23,6 @@ from diffpolicy.data.selection import (
     Selection,
     announce,
     checked_gaps,
-    issue_lines,
     left_out,
     select,
 )
@@ -96,51 +97,83 @@ def convert(
         )
     layout.clear_target(goal, overwrite=overwrite, remove=False)
     name, kind = get_format(format, origin)
-    reader = kind(origin)
-    try:
-        mapping = _mapping(reader, fields or {})
-        used = [n for group in mapping.values() for n in group]
-        selection = select(reader, exclude, keep, max_episodes)
-        selection, doubts = checked_gaps(reader, used, selection, allow_missing=allow_missing)
-        kept = {**reader.attrs, "source": {"name": origin.name, "format": name}, **(attrs or {})}
-        with WriterLock(goal, "converting to it"), layout.replaced(goal) as partial:
-            job = _Job(reader, mapping, transform, partial, goal, kept)
-            selection, found = job.write_checked(selection)
-            lacks: dict[str, Any] = dict(left_out(reader, used, selection))
-            if doubts or found:
-                lacks["warnings"] = [*doubts, *found]
-            with EpisodeStore.open(partial, "a") as store:
-                store.update_attrs(lacks)
-    finally:
-        reader.close()
-    made = EpisodeStore.open(goal)
-    announce(str(goal), made.attrs)
+    with kind(origin) as reader:
+        return store_of(
+            reader,
+            goal,
+            fields=fields,
+            transform=transform,
+            max_episodes=max_episodes,
+            exclude=exclude,
+            keep=keep,
+            allow_missing=allow_missing,
+            attrs={"source": {"name": origin.name, "format": name}, **(attrs or {})},
+            overwrite=overwrite,
+        )
+
+
+def store_of(
+    reader: EpisodeSource,
+    target: Path | None,
+    *,
+    fields: Fields | None = None,
+    transform: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
+    max_episodes: int | None = None,
+    exclude: Choice | None = None,
+    keep: Choice | None = None,
+    allow_missing: bool = False,
+    attrs: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> EpisodeStore:
+    """Make a store of an open source, at ``target`` or (None) in memory; see :func:`convert`."""
+    if target is not None:
+        layout.clear_target(target, overwrite=overwrite, remove=False)
+    mapping = _mapping(reader, fields or {})
+    used = [n for group in mapping.values() for n in group]
+    selection = select(reader, exclude, keep, max_episodes)
+    selection, doubts = checked_gaps(reader, used, selection, allow_missing=allow_missing)
+    part = {} if max_episodes is None else {"max_episodes": max_episodes}
+    with contextlib.ExitStack() as stack:
+        partial = None
+        if target is not None:
+            stack.enter_context(WriterLock(target, "converting to it"))
+            partial = stack.enter_context(layout.replaced(target))
+        known = {**reader.attrs, **part, **(attrs or {})}
+        job = _Job(reader, mapping, transform, partial, str(target), known)
+        store, selection, found = job.write_checked(selection)
+        said = reader.remarks(store)
+        warnings = [*doubts, *said.pop("warnings", []), *found]
+        store.update_attrs({**left_out(reader, used, selection), **said, "warnings": warnings})
+        if target is not None:
+            store.close()
+    made = store if target is None else EpisodeStore.open(target)
+    announce(made.name, made.attrs)
     return made
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is converted: fields of a reader into a store that gets its name at the end."""
+    """What is converted: fields of a reader into a store at ``place``, or (None) in memory."""
 
     reader: EpisodeSource
     mapping: Mapping[str, list[str]]
     transform: Callable[[NDArray[Any]], NDArray[Any]] | None
-    partial: Path
-    goal: Path
+    place: Path | None
+    shown: str  # the name that the store will have
     attrs: Mapping[str, Any]
 
-    def write_checked(self, selection: Selection) -> tuple[Selection, list[str]]:
+    def write_checked(self, selection: Selection) -> tuple[EpisodeStore, Selection, list[str]]:
         """Write the episodes and look at every value of what was written.
 
         Returns:
-            The episodes that were written, and what is doubtful about them.
+            The store, the episodes that were written, and what is doubtful about them.
 
         Raises:
             ValueError: Something is wrong with one, and it is not to be left out for that.
         """
         while True:
-            selection = self._write(selection)
-            issues = check_store(self.partial)
+            store, selection = self._write(selection)
+            issues = check_store(store)
             failed = {
                 selection.episodes[issue.episode]: issue.message
                 for issue in reversed(issues)
@@ -148,23 +181,22 @@ class _Job:
             }
             if not (selection.failed_check and failed):
                 break
+            store.close()
             selection = selection.without(failed)  # of many alike not all are named: look again
-        lines = issue_lines(issues, str(self.partial), str(self.goal))
+        lines = [format_issue(issue).replace(str(self.place), self.shown) for issue in issues]
         for issue, line in zip(issues, lines, strict=True):
             if issue.severity == "error":
                 raise ValueError(line)
-        return selection, lines
+        return store, selection, lines
 
-    def _write(self, selection: Selection) -> Selection:
-        """Write the episodes to a new store; return those that were written."""
+    def _write(self, selection: Selection) -> tuple[EpisodeStore, Selection]:
+        """Write the episodes to a new store; return it, and those that were written."""
         store: EpisodeStore | None = None
         block: list[tuple[Columns, Mapping[str, Any]]] = []
         failed: dict[int, str] = {}
         size = 0
         for columns, known in self._episodes(selection, failed):
-            if store is None:
-                specs = _specs(columns)
-                store = EpisodeStore.create(self.partial, specs, attrs=self.attrs, overwrite=True)
+            store = store or self._create(_specs(columns))
             block.append((columns, known))
             size += sum(c.nbytes for c in columns.values())
             if size > _BLOCK_BYTES:
@@ -173,8 +205,13 @@ class _Job:
         selection = selection.without(failed)
         assert store is not None
         _write_block(store, block)
-        store.close()
-        return selection
+        store.finalize()
+        return store, selection
+
+    def _create(self, specs: Mapping[str, FieldSpec]) -> EpisodeStore:
+        if self.place is None:
+            return EpisodeStore._create(MemoryStore(), None, specs, self.attrs, None)
+        return EpisodeStore.create(self.place, specs, attrs=self.attrs, overwrite=True)
 
     def _episodes(
         self, selection: Selection, failed: dict[int, str]

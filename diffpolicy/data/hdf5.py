@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 # Soft links may lead to soft links, and in a circle.
 _MOST_LINKS = 16
+_CACHE = 2**25  # bytes of an array's chunks that are kept, for the next episode's rows
 
 
 def import_h5py(what: str) -> Any:
@@ -52,7 +53,7 @@ def open_hdf5(path: Path, what: str) -> Hdf5Group:
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     try:
-        return Hdf5Group(h5py.File(path, "r"), path)
+        return Hdf5Group(h5py.File(path, "r", rdcc_nbytes=_CACHE), path)
     except OSError as error:
         raise ValueError(
             f"{path} is not a whole HDF5 file: {error}. A download that broke off leaves such a "

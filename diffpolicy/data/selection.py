@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffpolicy.data.check import Issue, format_issue
 from diffpolicy.data.formats import EpisodeSource, Gap
 from diffpolicy.settings import check_range
 
@@ -87,7 +86,7 @@ def select(
         kept = {i for item in _items(keep) for i in _episodes(source, item, "keep")}
         drop |= {i: f"not in keep={keep}" for i in wanted if i not in kept and i not in drop}
     chosen = tuple(i for i in wanted if i not in drop)
-    if source.num_episodes and not chosen:
+    if not chosen:
         raise ValueError(
             f"exclude={exclude} and keep={keep} leave none of the {source.num_episodes} episodes "
             f"of {source.name}"
@@ -179,11 +178,6 @@ def checked_gaps(
 
 def _told(source: EpisodeSource, gap: Gap) -> str:
     return f"{source.name}, episodes {gap.first}..{gap.last}: {gap.reason}"
-
-
-def issue_lines(issues: Iterable[Issue], partial: str, target: str) -> list[str]:
-    """Return findings about a store without its name yet, under the name that it will have."""
-    return [format_issue(issue).replace(partial, target) for issue in issues]
 
 
 def announce(target: str, attrs: Mapping[str, Any]) -> None:

@@ -26,11 +26,10 @@ from diffpolicy.settings import check_range
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
-    from diffpolicy.data.selection import Choice
     from diffpolicy.data.store import EpisodeStore
 
 _GOAL = "infos/goal"  # the goal that was pursued in each row, in the maze files
@@ -43,6 +42,9 @@ _SOURCES = {
 }
 _VECTORS = ("obs", "action", "next_obs")
 _ENDS = ("terminated", "truncated")
+# D4RL's continuous actions lie in [-1, 1], apart from these families.
+_UNBOUNDED = ("flow", "minigrid")
+_SLACK = 1e-5
 
 
 def load_d4rl(
@@ -163,14 +165,9 @@ class D4RLFile(EpisodeSource):
 
     # -- what it is ----------------------------------------------------------------------------
 
-    @property
-    def main_fields(self) -> list[str]:
-        """The fields that a step consists of, without further ``infos/``."""
-        return [name for name in self.fields if not name.startswith("infos/")]
-
     def default_fields(self) -> dict[str, str | list[str]]:
-        """Name all that a step consists of, as a store calls it."""
-        return {name: name for name in self.main_fields}
+        """Name all that a step consists of, without further ``infos/``, as a store calls it."""
+        return {name: name for name in self.fields if not name.startswith("infos/")}
 
     @property
     def step_limit(self) -> int | None:
@@ -285,39 +282,37 @@ class D4RLFile(EpisodeSource):
             raise IndexError(
                 f"{self.name} has the episodes 0..{self.num_episodes - 1}; got {index}"
             )
-        return self.columns(index, index + 1, self._names(fields))
+        start, stop = int(self.episodes.starts[index]), int(self.episodes.ends[index])
+        return {name: self._column(name, start, stop) for name in self._names(fields)}
 
-    def columns(self, first: int, last: int, names: Iterable[str]) -> dict[str, NDArray[Any]]:
-        """Read these fields of the episodes ``first..last-1``, back to back."""
-        start, stop = int(self.episodes.starts[first]), int(self.episodes.ends[last - 1])
-        return {name: self._column(name, start, stop) for name in names}
+    def remarks(self, store: EpisodeStore) -> dict[str, Any]:
+        """Name observed entries that never change, and warn of actions outside of D4RL's bounds."""
+        known, warnings = store.statistics, []
+        largest = np.abs([known["action"]["min"], known["action"]["max"]]).max()
+        family = self.info.id.split("-")[0] if self.info else ""
+        if family not in _UNBOUNDED and largest > 1 + _SLACK:
+            warnings = [
+                f"{self.name}: actions lie outside [-1, 1], up to {largest:.6g}: clip them, or "
+                "learn in their own units"
+            ]
+        obs = known.get("obs")
+        constant = np.equal(obs["min"], obs["max"]) if obs else []
+        return {"constant_obs_columns": np.flatnonzero(constant).tolist(), "warnings": warnings}
 
     def to_store(
         self,
         path: str | os.PathLike[str] | None = None,
         *,
-        max_episodes: int | None = None,
-        exclude: Choice | None = None,
-        keep: Choice | None = None,
-        allow_missing: bool = False,
         extras: Sequence[str] = (),
-        attrs: Mapping[str, Any] | None = None,
-        overwrite: bool = False,
+        **options: Any,
     ) -> EpisodeStore:
         """Make an episode store with statistics; every value is checked on the way.
 
-        On disk the store appears at ``path`` when it is complete, not before; after an interruption
-        the same call goes on where it stopped.
-
         Args:
             path: Where to write it; None keeps it in memory.
-            max_episodes: Stop after so many.
-            exclude: Episodes to leave out, see ``diffpolicy.data.selection``.
-            keep: Episodes to store; default all.
-            allow_missing: Read chunks that were never written as zeros.
             extras: Further fields, such as ``["infos/qpos"]``, stored as ``infos.qpos``.
-            attrs: JSON values to keep with the store, besides those of ``attrs``.
-            overwrite: Replace the store that is at ``path``.
+            options: ``max_episodes``, ``exclude``, ``keep``, ``allow_missing``, ``attrs`` and
+                ``overwrite`` of :func:`~diffpolicy.data.conversion.convert`.
 
         Returns:
             The store. Its fields are obs, action, reward, terminated, truncated and, where the file
@@ -328,17 +323,10 @@ class D4RLFile(EpisodeSource):
             FileExistsError: Something is at ``path``.
             ValueError: Values that are not finite, or no such extra field.
         """
-        from diffpolicy.data.d4rl.writing import write_store
-        from diffpolicy.data.selection import announce, checked_gaps, select
+        from diffpolicy.data.conversion import store_of
 
-        names = self._names([*self.main_fields, *extras])
-        chosen = select(self, exclude, keep, max_episodes)
-        chosen, doubts = checked_gaps(self, names, chosen, allow_missing=allow_missing)
-        attrs = ({} if max_episodes is None else {"max_episodes": max_episodes}) | dict(attrs or {})
-        place = None if path is None else Path(path)
-        made = write_store(self, place, chosen, names, attrs, doubts, overwrite=overwrite)
-        announce(made.name, made.attrs)
-        return made
+        fields = {name.replace("/", "."): name for name in extras}
+        return store_of(self, None if path is None else Path(path), fields=fields, **options)
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -376,13 +364,20 @@ class D4RLFile(EpisodeSource):
         """``[N]`` rewards before they are scaled or shifted."""
         return self._whole.reached.astype(np.float32) if self.splits else self._raw_rewards
 
+    @cached_property
+    def _flags(self) -> dict[str, NDArray[np.bool_]]:
+        """``[N]`` terminated and truncated, true in last rows alone."""
+        flags = {name: np.zeros(self.raw.num_rows, bool) for name in _ENDS}
+        for name, flag in flags.items():
+            flag[self.episodes.ends - 1] = getattr(self.episodes, name)
+        return flags
+
     def _column(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows ``start..stop-1`` of one field."""
         if name == "reward":
             return self.reward_map(self._base_rewards[start:stop]).astype(np.float32)
         if name in _ENDS:
-            flags: NDArray[np.bool_] = getattr(self.episodes, name)
-            return np.isin(np.arange(start, stop), self.episodes.ends[flags] - 1)
+            return self._flags[name][start:stop]
         values = self.raw.read(_SOURCES.get(name, name), start, stop)
         if name not in _VECTORS:
             return values.astype(_kept_type(values.dtype), copy=False)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from diffpolicy.data.fields import FieldSpec
+    from diffpolicy.data.store import EpisodeStore
 
 FORMATS: dict[str, str] = {
     "minari": "diffpolicy.data.formats.minari:MinariDataset",
@@ -111,6 +112,10 @@ class EpisodeSource(ABC):
     def gaps(self, fields: Sequence[str]) -> list[Gap]:
         """List the rows of these fields that were never written, or got lost, and read as zeros."""
         return []
+
+    def remarks(self, store: EpisodeStore) -> dict[str, Any]:
+        """Return attributes, and ``warnings``, that follow from what was stored of it."""
+        return {}
 
     def close(self) -> None:
         """Let go of the file."""

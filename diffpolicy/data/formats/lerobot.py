@@ -93,7 +93,6 @@ class LeRobotDirectory(EpisodeSource):
         """Version, rate in Hz, robot, tasks, and the names of the columns' entries."""
         features = self._info["features"]
         return {
-            "source": {"name": self._root.name, "format": "lerobot"},
             "dataset": _id_of(self._root),
             "lerobot_version": self._info["codebase_version"],
             "fps": self._info.get("fps"),
