@@ -248,16 +248,16 @@ def _d4rl(arguments: Sequence[str]) -> int:
     chosen = [info for name, info in DATASETS.items() if fnmatch.fnmatchcase(name, pattern)]
     if not chosen:
         lookup(arguments[0])
-    found = {f.info.id: f.path for f in reversed(scan(options["data_dir"])) if f.info is not None}
+    found = {path.name: path for path in reversed(scan(options["data_dir"]))}
     width = max(len(info.id) for info in chosen)
     print(f"{'id':<{width}}  steps  {'score 0':>12}  {'score 100':>12}  file")
     for info in chosen:
         scores = [
             f"{r:12.6g}" if r is not None else f"{'-':>12}" for r in (info.ref_min, info.ref_max)
         ]
-        place = str(found[info.id]) if info.id in found else f"{info.file} (not found)"
+        place = str(found.get(info.file, f"{info.file} (not found)"))
         print(f"{info.id:<{width}}  {info.max_episode_steps:>5}  {'  '.join(scores)}  {place}")
-    here = sum(info.id in found for info in chosen)
+    here = sum(info.file in found for info in chosen)
     print(f"{len(chosen)} datasets, {here} of them in {datasets_dir(options['data_dir'])}")
     return 0
 

@@ -16,30 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffpolicy.extras import need
+
 # Soft links may lead to soft links, and in a circle.
 _MOST_LINKS = 16
 _CACHE = 2**25  # bytes of an array's chunks that are kept, for the next episode's rows
 
 
-def import_h5py(what: str) -> Any:
-    """Return the module h5py; ``what`` needs it, for the message.
-
-    Raises:
-        ImportError: It is not installed.
-    """
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(f'{what} needs h5py: pip install "diffpolicy[hdf5]"') from error
-    return h5py
-
-
-def open_hdf5(path: Path, what: str) -> Hdf5Group:
+def open_hdf5(path: Path) -> Hdf5Group:
     """Open a file for reading.
 
     Args:
         path: The file.
-        what: What is being done, for a message, such as ``"reading D4RL files"``.
 
     Returns:
         Its root.
@@ -49,7 +37,7 @@ def open_hdf5(path: Path, what: str) -> Hdf5Group:
         FileNotFoundError: Nothing is there.
         ValueError: It is no whole HDF5 file.
     """
-    h5py = import_h5py(what)
+    h5py = need("h5py")
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     try:
@@ -133,7 +121,7 @@ class Hdf5Group:
         self._group.file.close()
 
     def _follow(self, group: Any, name: str, links: int) -> Any:
-        h5py = import_h5py("reading HDF5")
+        h5py = need("h5py")
         node = group.file["/"] if name.startswith("/") else group
         for part in (p for p in name.split("/") if p and p != "."):
             link = node.get(part, getlink=True) if hasattr(node, "keys") else None

@@ -74,7 +74,7 @@ def load_d4rl(
         >>> with load_d4rl("hopper-medium-v2") as file:
         ...     store = file.to_store("hopper.zarr")
     """
-    return D4RLFile(find_dataset(id_or_path, data_dir).path, **options)
+    return D4RLFile(find_dataset(id_or_path, data_dir), **options)
 
 
 class D4RLFile(EpisodeSource):

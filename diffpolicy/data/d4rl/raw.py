@@ -44,7 +44,7 @@ class RawFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open_hdf5(path, "reading D4RL files")
+        self._file = open_hdf5(path)
         self.path = path
         try:
             self._members = dict(self._file.datasets())

@@ -13,7 +13,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from diffpolicy.data.hdf5 import open_hdf5
-from diffpolicy.extras import EXTRAS
 from diffpolicy.settings import check_choice
 
 if TYPE_CHECKING:
@@ -195,24 +194,10 @@ def hdf5_names(path: Path) -> list[str] | None:
     if path.suffix not in (".hdf5", ".h5") or not path.is_file():
         return []
     try:
-        file = open_hdf5(path, "reading HDF5 files")
+        file = open_hdf5(path)
     except (ImportError, ValueError):
         return None
     try:
         return file.keys()
     finally:
         file.close()
-
-
-def require(module: str, what: str) -> Any:
-    """Import an optional module; ``what`` needs it, for the message.
-
-    Raises:
-        ImportError: It is not installed.
-    """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        hint = f'pip install "diffpolicy[{EXTRAS[package]}]"'
-        raise ImportError(f"{what} needs {package}: {hint}") from error

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffpolicy.data.fields import FieldSpec
-from diffpolicy.data.formats import EpisodeSource, require
+from diffpolicy.data.formats import EpisodeSource
+from diffpolicy.extras import need
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -61,7 +62,7 @@ class LeRobotDirectory(EpisodeSource):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._arrow = require("pyarrow.dataset", "reading LeRobot datasets")
+        self._arrow = need("pyarrow.dataset")
         self._root = locate(path)
         self.name = str(self._root)
         self._info = _read_info(self._root)

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffpolicy.data.fields import FieldSpec, jsonable
-from diffpolicy.data.formats import EpisodeSource, Gap, require
+from diffpolicy.data.formats import EpisodeSource, Gap
 from diffpolicy.data.hdf5 import open_hdf5, unwritten_rows
+from diffpolicy.extras import need
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,11 +66,11 @@ class MinariDataset(EpisodeSource):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._data = locate(path)
         self.name = str(self._data)
-        minari = require("minari.dataset.minari_storage", "reading Minari datasets")
+        minari = need("minari.dataset.minari_storage")
         self._metadata = _read_metadata(self._data)
         # The HDF5 file is looked at for what minari does not tell.
         if self._metadata.get("data_format") == "hdf5":
-            self._file = open_hdf5(self._data / _HDF5, "reading Minari datasets")
+            self._file = open_hdf5(self._data / _HDF5)
         try:
             self._check_count()
             with self._reading("the dataset"):

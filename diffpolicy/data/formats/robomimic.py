@@ -42,7 +42,7 @@ class RobomimicFile(EpisodeSource):
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open_hdf5(path, "reading robomimic files")
+        self._file = open_hdf5(path)
         self.name = str(path)
         data = self._file.get("data")
         names = [n for n in data if _number(n) is not None] if isinstance(data, Hdf5Group) else []
