@@ -15,7 +15,7 @@ from zarr.storage import MemoryStore
 
 from diffpolicy.data import store_layout as layout
 from diffpolicy.data.check import check_store, format_issue
-from diffpolicy.data.fields import FieldSpec, checked_rows
+from diffpolicy.data.fields import FieldSpec, check_has, checked_rows
 from diffpolicy.data.formats import EpisodeSource, get_format
 from diffpolicy.data.observation import is_obs
 from diffpolicy.data.selection import (
@@ -42,8 +42,8 @@ Fields = Mapping[str, str | Sequence[str]]
 
 
 def convert(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    source: str | os.PathLike[str] | EpisodeSource,
+    target: str | os.PathLike[str] | None,
     *,
     format: str = "auto",
     fields: Fields | None = None,
@@ -62,8 +62,9 @@ def convert(
     (fields), ``unread`` (what is no field), ``left_out_episodes`` and ``warnings``.
 
     Args:
-        source: What to read: a path, or with ``format`` "minari" or "lerobot" a dataset's id.
-        target: The store to make, by custom ``something.zarr``.
+        source: What to read: a path, with ``format`` "minari" or "lerobot" a dataset's id, or an
+            open source, which stays open.
+        target: The store to make, by custom ``something.zarr``; None keeps it in memory.
         format: A format's name, or ``"auto"`` to look.
         fields: The target's fields, each made of one source field or of several, which are
             flattened and concatenated: ``{"obs": ["state"], "action": "action"}``. What is not said
@@ -81,7 +82,7 @@ def convert(
         overwrite: Replace the store that is at ``target``.
 
     Returns:
-        The new store, open for reading.
+        The new store, open for reading (in memory: for appending).
 
     Raises:
         FileNotFoundError: No source.
@@ -89,64 +90,34 @@ def convert(
         ValueError: An unknown format, field or episode, a source that is damaged, or an episode
             that cannot be stored; the message names it.
     """
-    origin, goal = Path(source), Path(target)
-    if format == "auto" and not origin.exists():
-        raise FileNotFoundError(
-            f"nothing to convert at {origin}; to look up a dataset by its id, name the format, "
-            "such as format=minari"
-        )
-    layout.clear_target(goal, overwrite=overwrite, remove=False)
-    name, kind = get_format(format, origin)
-    with kind(origin) as reader:
-        return store_of(
-            reader,
-            goal,
-            fields=fields,
-            transform=transform,
-            max_episodes=max_episodes,
-            exclude=exclude,
-            keep=keep,
-            allow_missing=allow_missing,
-            attrs={"source": {"name": origin.name, "format": name}, **(attrs or {})},
-            overwrite=overwrite,
-        )
-
-
-def store_of(
-    reader: EpisodeSource,
-    target: Path | None,
-    *,
-    fields: Fields | None = None,
-    transform: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
-    max_episodes: int | None = None,
-    exclude: Choice | None = None,
-    keep: Choice | None = None,
-    allow_missing: bool = False,
-    attrs: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-) -> EpisodeStore:
-    """Make a store of an open source, at ``target`` or (None) in memory; see :func:`convert`."""
-    if target is not None:
-        layout.clear_target(target, overwrite=overwrite, remove=False)
-    mapping = _mapping(reader, fields or {})
-    used = [n for group in mapping.values() for n in group]
-    selection = select(reader, exclude, keep, max_episodes)
-    selection, doubts = checked_gaps(reader, used, selection, allow_missing=allow_missing)
-    part = {} if max_episodes is None else {"max_episodes": max_episodes}
+    goal = None if target is None else Path(target)
     with contextlib.ExitStack() as stack:
+        known: dict[str, Any] = {}
+        if not isinstance(source, EpisodeSource):
+            name, kind = get_format(format, Path(source))
+            known = {"source": {"name": Path(source).name, "format": name}}
+            source = stack.enter_context(kind(Path(source)))
+        if goal is not None:
+            layout.clear_target(goal, overwrite=overwrite, remove=False)
+        mapping = _mapping(source, fields or {})
+        used = [n for group in mapping.values() for n in group]
+        selection = select(source, exclude, keep, max_episodes)
+        selection, doubts = checked_gaps(source, used, selection, allow_missing=allow_missing)
+        known |= {} if max_episodes is None else {"max_episodes": max_episodes}
         partial = None
-        if target is not None:
-            stack.enter_context(WriterLock(target, "converting to it"))
-            partial = stack.enter_context(layout.replaced(target))
-        known = {**reader.attrs, **part, **(attrs or {})}
-        job = _Job(reader, mapping, transform, partial, str(target), known)
+        if goal is not None:
+            stack.enter_context(WriterLock(goal, "converting to it"))
+            partial = stack.enter_context(layout.replaced(goal))
+        attrs = {**source.attrs, **known, **(attrs or {})}
+        job = _Job(source, mapping, transform, partial, str(goal), attrs)
         store, selection, found = job.write_checked(selection)
-        said = reader.remarks(store)
-        warnings = [*doubts, *said.pop("warnings", []), *found]
-        store.update_attrs({**left_out(reader, used, selection), **said, "warnings": warnings})
-        if target is not None:
+        said = source.remarks(store)
+        if warnings := [*doubts, *said.get("warnings", []), *found]:
+            said["warnings"] = warnings
+        store.update_attrs({**left_out(source, used, selection), **said})
+        if goal is not None:
             store.close()
-    made = store if target is None else EpisodeStore.open(target)
+    made = store if goal is None else EpisodeStore.open(goal)
     announce(made.name, made.attrs)
     return made
 
@@ -252,10 +223,8 @@ class _Job:
             return column
         changed = np.asarray(self.transform(column))
         if changed.ndim != 2 or len(changed) != len(column):
-            raise ValueError(
-                f"transform must turn [T, O] = {list(column.shape)} into [T, O']; got "
-                f"{list(changed.shape)}"
-            )
+            shapes = f"{list(column.shape)} into [T, O']; got {list(changed.shape)}"
+            raise ValueError(f"transform must turn [T, O] = {shapes}")
         return changed.astype(np.float32)
 
 
@@ -277,9 +246,7 @@ def _mapping(reader: EpisodeSource, fields: Fields) -> dict[str, list[str]]:
                 f"{sorted(reader.fields)}, for example {name}=[NAME, NAME] at the command line, "
                 f'fields={{"{name}": [...]}} from Python'
             )
-    unknown = sorted({n for names in lists.values() for n in names} - set(reader.fields))
-    if unknown:
-        raise ValueError(f"{reader.name} has no field {unknown}; it has {sorted(reader.fields)}")
+    check_has(reader.name, {n for names in lists.values() for n in names}, reader.fields)
     for name in (n for n in lists if n in _VECTORS or len(lists[n]) > 1):
         for part in lists[name]:
             _check_vector(name, part, reader.fields[part])
@@ -291,10 +258,9 @@ def _check_vector(name: str, part: str, spec: FieldSpec) -> None:
     image = len(spec.shape) >= 3 or (len(spec.shape) == 2 and min(spec.shape) >= _IMAGE_SIDE)
     if image:
         raise ValueError(
-            f"{name!r} is a vector, but {part!r} is an image or a grid, {spec.dtype} "
-            f"{list(spec.shape)} in each row; keep it as a field of its own, such as "
-            f"fields={{{part}:{part}}}, and make {name!r} of vectors; or name the observations, "
-            f"such as fields={{obs.{part}:{part}, obs.state:...}}"
+            f"{name!r} is a vector, but {part!r} is an image or a grid, {list(spec.shape)}; make "
+            f"{name!r} of vectors, and keep it as fields={{{part}:{part}}}; or name the "
+            f"observations, such as fields={{obs.{part}:{part}, obs.state:...}}"
         )
 
 

@@ -16,7 +16,7 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore, ZipStore
 
-from diffpolicy.data.fields import NUMBERS, FieldSpec
+from diffpolicy.data.fields import NUMBERS, FieldSpec, whole_numbers
 
 FORMAT = "diffpolicy-episodes"
 VERSION = 1
@@ -158,8 +158,7 @@ def child_array(group: zarr.Group, name: str, where: str) -> ZarrArray:
     member = _member(group, name, where)
     if not isinstance(member, zarr.Array):
         raise StoreDamagedError(
-            f"{where} is not an episode store: it has no array {name!r}. {_LAYOUT}; copy the files "
-            "of this one again, or remove its folder"
+            f"{where} is not an episode store: it has no array {name!r}. {_LAYOUT}; copy it again"
         )
     # By default zarr leaves out a chunk of fill values, and then a lost one looks the same.
     return member.with_config({"write_empty_chunks": True})
@@ -276,9 +275,7 @@ def raw_ends(group: zarr.Group, where: str, *, native: bool) -> NDArray[np.int64
     file = f"{where}/meta/episode_ends"
     raw = read_growing(child_array(group, "meta/episode_ends", where), file, where)
     with reading(file, where):
-        if raw.ndim != 1 or raw.dtype.kind not in "iu":
-            raise ValueError(f"it must be a vector of integers; it is {raw.ndim}-d {raw.dtype}")
-    ends = raw.astype(np.int64)
+        ends = whole_numbers("it", raw)
     published = np.flatnonzero(ends != UNPUBLISHED) if native else np.arange(len(ends))
     return ends[: published.max(initial=-1) + 1]
 
@@ -300,8 +297,8 @@ def published_ends(group: zarr.Group, where: str, *, native: bool) -> NDArray[np
     total = int(ends.max(initial=0))
     if native and (lost := _known_steps(group.attrs) - total) > 0:
         raise StoreDamagedError(
-            f"{where}/meta/episode_ends lost episodes: it counts {total} steps, {lost} fewer than "
-            "the store's statistics cover. Copy it again from where the store is whole"
+            f"{where}/meta/episode_ends lost episodes: its {total} steps are {lost} fewer than the "
+            "statistics cover. Copy it again from where the store is whole"
         )
     return ends
 

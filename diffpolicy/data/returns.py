@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from diffpolicy.data.fields import FieldSpec
+from diffpolicy.data.fields import FieldSpec, check_has
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_range
 
@@ -26,11 +26,7 @@ def returns_to_go(store: EpisodeStore, discount: float) -> NDArray[np.float32]:
         ValueError: A discount out of range, or no field ``reward``.
     """
     check_range("(0, 1]", discount=discount)
-    if "reward" not in store.fields:
-        raise ValueError(
-            f"returns need a field 'reward'; {store.name} has {sorted(store.fields)}. Collect or "
-            "convert the episodes with their rewards"
-        )
+    check_has(store.name, ["reward"], store.fields, ", and returns need rewards")
     reward = store.read("reward", 0, store.num_steps).astype(np.float64).reshape(-1)
     out = np.empty(len(reward), np.float32)
     last = set((store.episode_ends - 1).tolist())

@@ -87,17 +87,13 @@ def select(
         drop |= {i: f"not in keep={keep}" for i in wanted if i not in kept and i not in drop}
     chosen = tuple(i for i in wanted if i not in drop)
     if not chosen:
-        raise ValueError(
-            f"exclude={exclude} and keep={keep} leave none of the {source.num_episodes} episodes "
-            f"of {source.name}"
-        )
+        which = f"none of the {source.num_episodes} episodes of {source.name}"
+        raise ValueError(f"exclude={exclude} and keep={keep} leave {which}")
     return Selection(chosen[:max_episodes], drop, FAILED_CHECK in items)
 
 
 def _items(choice: Choice | None) -> list[int | str]:
-    if choice is None:
-        return []
-    return [choice] if isinstance(choice, int | str) else list(choice)
+    return [choice] if isinstance(choice, int | str) else list(choice or ())
 
 
 def _episodes(source: EpisodeSource, item: int | str, option: str) -> dict[int, str]:
@@ -170,9 +166,9 @@ def checked_gaps(
         return selection.without(failed), []
     more = f" (and {len(gaps) - 1} more)" if len(gaps) > 1 else ""
     raise ValueError(
-        f"{_told(source, gaps[0])}{more}. Copy the source again from where it is whole; or leave "
-        "these episodes out with exclude=failed_check; or, if whoever wrote it leaves out chunks "
-        "of zeros, as zarr and HDF5 may, give allow_missing=true (from Python True)"
+        f"{_told(source, gaps[0])}{more}. Copy the source again; or leave these episodes out with "
+        "exclude=failed_check; or, if its writer leaves out chunks of zeros, as zarr and HDF5 may, "
+        "give allow_missing=true"
     )
 
 

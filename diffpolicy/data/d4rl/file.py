@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffpolicy.data.d4rl.catalogue import SOURCE
 from diffpolicy.data.d4rl.episodes import Episodes, read_episodes
@@ -22,15 +25,8 @@ from diffpolicy.data.d4rl.transforms import (
 )
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.formats import EpisodeSource, Gap, hdf5_names
+from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_range
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterable, Sequence
-
-    from numpy.typing import NDArray
-
-    from diffpolicy.data.store import EpisodeStore
 
 _GOAL = "infos/goal"  # the goal that was pursued in each row, in the maze files
 # The array that each field is made of.
@@ -127,17 +123,14 @@ class D4RLFile(EpisodeSource):
         known = "timeouts" in self.raw or "next_observations" in self.raw
         if not known and self.step_limit is None:
             raise ValueError(
-                f"{self.name} has neither timeouts nor next_observations, so nothing says where "
-                "its episodes end; say the step limit of its environment: max_episode_steps=N"
-                f"{self._foreign and f' ({self._foreign})'}"
+                f"{self.name} has neither timeouts nor next_observations, which say where its "
+                f"episodes end; say the step limit: max_episode_steps=N. {self._foreign}"
             )
         if self.splits:
             goal = self.raw.row_shape(_GOAL) if _GOAL in self.raw.names else ()
             if len(goal) != 1 or goal[0] > self.raw.row_shape("observations")[0]:
-                raise ValueError(
-                    f"split_goals needs {_GOAL} [N, G], a goal position for each row; {self.name} "
-                    f"has {sorted(self.raw.names)}"
-                )
+                has = f"{self.name} has {sorted(self.raw.names)}"
+                raise ValueError(f"split_goals needs {_GOAL} [N, G], a goal for each row; {has}")
 
     def _fields(self) -> dict[str, FieldSpec]:
         shape = self.raw.row_shape("observations") or (1,)
@@ -154,8 +147,7 @@ class D4RLFile(EpisodeSource):
             found["next_obs"] = FieldSpec(shape)
         for name in self.raw.names:
             if name.startswith("infos/"):
-                kept = _kept_type(self.raw.dtype(name)).name
-                found[name] = FieldSpec(self.raw.row_shape(name), kept)
+                found[name] = FieldSpec(self.raw.row_shape(name), _kept_type(self.raw.dtype(name)))
         return found
 
     @staticmethod
@@ -279,9 +271,7 @@ class D4RLFile(EpisodeSource):
             ValueError: No such field, or the file is damaged there.
         """
         if not 0 <= index < self.num_episodes:
-            raise IndexError(
-                f"{self.name} has the episodes 0..{self.num_episodes - 1}; got {index}"
-            )
+            raise IndexError(f"episode {index} of {self.name}, which has {self.num_episodes}")
         start, stop = int(self.episodes.starts[index]), int(self.episodes.ends[index])
         return {name: self._column(name, start, stop) for name in self._names(fields)}
 
@@ -323,10 +313,10 @@ class D4RLFile(EpisodeSource):
             FileExistsError: Something is at ``path``.
             ValueError: Values that are not finite, or no such extra field.
         """
-        from diffpolicy.data.conversion import store_of
+        from diffpolicy.data.conversion import convert
 
         fields = {name.replace("/", "."): name for name in extras}
-        return store_of(self, None if path is None else Path(path), fields=fields, **options)
+        return convert(self, path, fields=fields, **options)
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -388,6 +378,6 @@ class D4RLFile(EpisodeSource):
         return column if column.ndim > 1 else column[:, None]
 
 
-def _kept_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def _kept_type(dtype: np.dtype[Any]) -> str:
     """The type in which further fields are kept: float64 as float32."""
-    return np.dtype(np.float32) if dtype == np.float64 else dtype
+    return "float32" if dtype == np.float64 else dtype.name

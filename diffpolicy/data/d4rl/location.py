@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from diffpolicy.data.d4rl.catalogue import DatasetInfo, by_file, lookup, misfit
-
-if TYPE_CHECKING:
-    from diffpolicy.data.d4rl.raw import RawFile
+from diffpolicy.data.d4rl.raw import RawFile
 
 _SUFFIXES = (".hdf5", ".h5")
 # Minari's dataset of the same task, by a pattern of D4RL's id.
@@ -98,9 +95,8 @@ def identify(raw: RawFile, dataset: str | None) -> tuple[DatasetInfo | None, str
         return info, ""
     if dataset is not None:
         raise ValueError(
-            f"{raw.path} is not the file of {dataset!r}: it has {wrong}. dataset=ID is for D4RL's "
-            "own files under another name; for data of your own leave it out, and say "
-            "max_episode_steps=N if the file has no timeouts"
+            f"{raw.path} is not the file of {dataset!r}: it has {wrong}. For data of your own "
+            "leave dataset out, and say max_episode_steps=N if the file has no timeouts"
         )
     note = f"the file has the name of {info.id}'s, but {wrong}: it is taken for data of its own"
     return None, note

@@ -8,18 +8,15 @@ environment does; these functions are for comparisons with published code.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffpolicy.data.d4rl.file import D4RLFile
 from diffpolicy.data.d4rl.raw import REQUIRED, squeezed
 from diffpolicy.settings import check_range
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from numpy.typing import NDArray
 
 Arrays = dict[str, "NDArray[Any]"]
 

@@ -6,23 +6,19 @@ Zarr format 2 or 3, a directory or a zip; our own stores have the same layout an
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from zarr.storage import LocalStore, ZipStore
 
 from diffpolicy.data.formats import EpisodeSource, Gap
+from diffpolicy.data.opening import ZarrArray
 from diffpolicy.data.store import EpisodeStore
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from pathlib import Path
-
-    from numpy.typing import NDArray
-
-    from diffpolicy.data.opening import ZarrArray
 
 _OWN = ("episode_ends", "episode_attrs")
 
@@ -129,9 +125,8 @@ class ReplayBuffer(EpisodeSource):
         surplus = {k: int(a.shape[0]) - total for k, a in self._store._arrays.items()}
         if surplus and set(surplus.values()) == {1}:
             raise ValueError(
-                f"{self.name}: every field has {total + 1} rows, but the last episode ends at "
-                f"{total}: episode_ends look like the indices of the last rows. They must be "
-                "one past them: write meta/episode_ends + 1, such as "
+                f"{self.name}: every field has {total + 1} rows: episode_ends look like the "
+                "indices of the last rows. They must be one past them: "
                 "g = zarr.open_group(PATH, mode='r+'); e = g['meta/episode_ends']; e[:] = e[:] + 1"
             )
         return {name: rows for name, rows in surplus.items() if rows}

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from diffpolicy.data.preferences.records import episode_values, episodes_of
+from diffpolicy.data.preferences.records import Record, episode_values, episodes_of
+from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_range
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from diffpolicy.data.preferences.records import Record
-    from diffpolicy.data.store import EpisodeStore
 
 
 def split_records(
