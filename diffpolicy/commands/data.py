@@ -30,7 +30,8 @@ check    looks at every value; names episode, row and fix for what is wrong. Exi
 convert  makes a store from a Diffusion Policy replay buffer (zarr, directory or zip), a robomimic
          or D4RL HDF5 file, a Minari (HDF5) or LeRobot (Parquet) dataset, an npz file of arrays with
          episode_ends, or an id of D4RL's, Minari's or LeRobot's (the last two with format=minari,
-         format=lerobot). What is left out is said, and so is what is doubtful.
+         format=lerobot). What is left out is said, and so is what is doubtful. The store appears
+         when it is complete; an interrupted conversion begins anew.
          Options: format=auto, overwrite=false.
          Fields: obs=NAME and action=NAME, or lists that are concatenated, obs=[a,b]; others with
          fields={reward: rewards, img: img}.

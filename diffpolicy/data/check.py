@@ -229,12 +229,9 @@ class _Checker:
         before = np.maximum.accumulate(np.concatenate([[0], ends]))[:-1]
         self._episodes, self._ends, self._begins = np.arange(len(ends)), ends, before
         for index in np.flatnonzero(ends <= before).tolist():
-            end, previous = int(ends[index]), int(ends[index - 1]) if index else 0
-            what = f"it ends at row {end}, after one that ends at row {int(before[index])}"
-            if end == previous:
-                what = f"the episode is empty (it ends at row {end}, where it begins)"
-            fix = "drop" if end == previous else "correct"
-            fix += " this entry of meta/episode_ends; ends are cumulative and increase strictly"
+            end = int(ends[index])
+            what = f"the episode ends at row {end}, but begins at row {int(before[index])}"
+            fix = "correct or drop this entry of meta/episode_ends; ends increase strictly"
             self._add("order", place, what, fix, index=index, row=end)
         kept = np.flatnonzero(ends > before)
         self._episodes, self._ends, self._begins = kept, ends[kept], before[kept]

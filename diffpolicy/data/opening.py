@@ -43,14 +43,16 @@ class StrictStore(WrapperStore[Any]):
     """Files in which a missing chunk is an error, whatever its type.
 
     By itself zarr reads it as fill values: a ``terminated`` that got lost would say False and
-    train.
+    train. With ``strict`` False it is filled all the same.
     """
+
+    strict = True
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         value: Buffer | None = await self._store.get(key, prototype, byte_range)
-        if value is None and not key.endswith(_METADATA):
+        if self.strict and value is None and not key.endswith(_METADATA):
             raise MissingChunkError(key)
         return value
 
@@ -101,10 +103,7 @@ def open_group(path: Path, *, writable: bool = False) -> zarr.Group:
         ValueError: It is not a zarr group, or a zip to be written.
     """
     if not path.exists():
-        raise FileNotFoundError(
-            f"no episode store at {path}; make one with `diffpolicy data collect` or "
-            "`diffpolicy data convert`"
-        )
+        raise FileNotFoundError(f"no episode store at {path}; make one with `diffpolicy data`")
     if path.is_file() and writable:
         raise ValueError(f"{path} is a file, which is only read; unpack it to append to it")
     backend: Store = ZipStore(path, mode="r") if path.is_file() else LocalStore(path)
@@ -132,14 +131,12 @@ def is_native(group: zarr.Group, where: str) -> bool:
     for name in ("data", "meta"):  # of which other programs need the metadata, if we do not
         if not isinstance(_member(group, name, where), zarr.Group):
             raise StoreDamagedError(
-                f"{where} is not an episode store: {where}/{name} is no zarr group. {_LAYOUT}; if "
-                "its metadata file (zarr.json, .zgroup) was lost, copy it again"
+                f"{where} is not an episode store: {where}/{name} is no zarr group. {_LAYOUT}"
             )
     form, version = group.attrs.get("format"), group.attrs.get("version")
     if form == FORMAT and isinstance(version, int) and version > VERSION:
         raise ValueError(
-            f"{where} is of version {version} of the format, but this diffpolicy reads up to "
-            f"{VERSION}; update it: pip install --upgrade diffpolicy"
+            f"{where} is of version {version}; this diffpolicy reads up to {VERSION}: update it"
         )
     with reading(f"{where}/zarr.json", where):
         if form != FORMAT and "meta/episode_attrs" in group:

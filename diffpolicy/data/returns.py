@@ -45,10 +45,8 @@ def with_fields(store: EpisodeStore, arrays: Mapping[str, NDArray[Any]]) -> Epis
     """
     for name, array in arrays.items():
         if len(array) != store.num_steps or name in store.fields:
-            raise ValueError(
-                f"field {name!r} needs {store.num_steps} rows and a new name; got {len(array)} "
-                f"rows beside the fields {sorted(store.fields)}"
-            )
+            got = f"got {len(array)} rows beside the fields {sorted(store.fields)}"
+            raise ValueError(f"{name!r} needs {store.num_steps} rows and a new name; {got}")
     return cast("EpisodeStore", _Derived(store, arrays))
 
 

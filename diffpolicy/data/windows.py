@@ -34,7 +34,7 @@ from diffpolicy.data.rows import (
     ranges,
 )
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.settings import check_range
+from diffpolicy.settings import check_range, check_shape
 
 _MEMORY_SHARE = 0.5  # of what is free, above which windows are streamed from the disk
 
@@ -250,12 +250,9 @@ def _checked_fields(
     check_has(store.name, names or ["obs"], store.fields, why)
     check_rows_train({name: store.fields[name] for name in names}, store.name)
     for name in names:
-        shape = store.fields[name].shape
-        if normalizer and name in normalizer.fields and normalizer.shape(name) != shape:
-            raise ValueError(
-                f"the normaliser was fitted to {name!r} of shape {list(normalizer.shape(name))}, "
-                f"but {store.name} holds {list(shape)}; fit it to this store"
-            )
+        if normalizer and name in normalizer.fields:
+            what = f"by the normaliser rows of {name!r} in {store.name}"
+            check_shape(what, store.fields[name].shape, normalizer.shape(name))
     return names
 
 

@@ -112,7 +112,7 @@ def test_fields_and_episodes(write):
         assert file.attrs["references"]["max"] == 3234.3
         assert file.attrs["metadata"] == {"algorithm": "SAC"}
         assert file.notes == []
-        with pytest.raises(IndexError, match="episode 3 of .* has 3"):
+        with pytest.raises(IndexError, match=r"episode 3 of .* has 3"):
             file.episode(3)
         with pytest.raises(ValueError, match=r"no field \['state'\]"):
             file.episode(0, ["state"])

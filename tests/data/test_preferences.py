@@ -275,7 +275,7 @@ def test_lines_that_are_not_json(file):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 3}, "version 3 of the format, but this diffpolicy reads up to 2; update it"),
+        ({"version": 3}, "version 3; this diffpolicy reads up to 2: update it"),
         ({"version": "1"}, "version must be int, got '1'"),
         ({"format": "other"}, "expected a header with 'format': 'diffpolicy-preferences'"),
         ({"store": ...}, "missing key 'store'"),

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from diffpolicy.data.d4rl.file import D4RLFile
 from diffpolicy.data.d4rl.raw import REQUIRED, squeezed
+from diffpolicy.data.fields import check_has
 from diffpolicy.settings import check_range
 
 Arrays = dict[str, "NDArray[Any]"]
@@ -124,8 +125,7 @@ def _loaded(
 
 
 def _checked(source: Mapping[str, NDArray[Any]]) -> Arrays:
-    if missing := sorted(set(REQUIRED) - set(source)):
-        raise ValueError(f"expected arrays by D4RL's names; {missing} are missing")
+    check_has("what should be D4RL's arrays", REQUIRED, source)
     n = len(source["rewards"])
     arrays = {k: np.asarray(v) for k, v in source.items() if not k.startswith("metadata/")}
     if odd := {k: v.shape for k, v in arrays.items() if v.shape[:1] != (n,)}:

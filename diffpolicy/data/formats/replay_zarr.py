@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.storage import LocalStore, ZipStore
 
 from diffpolicy.data.formats import EpisodeSource, Gap
-from diffpolicy.data.opening import ZarrArray
+from diffpolicy.data.opening import StrictStore, ZarrArray
 from diffpolicy.data.store import EpisodeStore
 
 _OWN = ("episode_ends", "episode_attrs")
@@ -37,7 +36,6 @@ class ReplayBuffer(EpisodeSource):
     def __init__(self, path: Path) -> None:
         self._store = store = EpisodeStore.open(path)
         self._path = path
-        self._filled: zarr.Group | None = None
         self._files: set[str] | None = None
         if path.is_file():
             with zipfile.ZipFile(path) as archive:
@@ -79,24 +77,17 @@ class ReplayBuffer(EpisodeSource):
 
     def fill_gaps(self) -> None:
         """Read what is missing as zarr does by itself from now on: as fill values."""
-        path = self._path
-        backend = ZipStore(path, mode="r") if path.is_file() else LocalStore(path)
-        self._filled = zarr.open_group(backend, mode="r", use_consolidated=False)
+        files = self._store._group.store
+        assert isinstance(files, StrictStore)
+        files.strict = False
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
         """Read ``[T, *shape]`` of each of the ``fields`` (default all) of one episode."""
-        if self._filled is None:
-            return self._store.episode(index, fields)
-        ends = self._store.episode_ends
-        rows = slice(int(ends[index - 1]) if index else 0, int(ends[index]))
-        arrays = {n: self._filled[f"data/{n}"] for n in (self.fields if fields is None else fields)}
-        return {n: np.asarray(a[rows]) for n, a in arrays.items() if isinstance(a, zarr.Array)}
+        return self._store.episode(index, fields)
 
     def close(self) -> None:
         """Let go of the files."""
         self._store.close()
-        if self._filled is not None:
-            self._filled.store.close()
 
     def _exists(self, place: str) -> bool:
         return place in self._files if self._files is not None else (self._path / place).exists()

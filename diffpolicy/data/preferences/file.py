@@ -147,10 +147,7 @@ def read_contents(path: Path) -> Contents:
         PreferenceFileError: It does not begin with a header that this version understands.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no preference file at {path}; make one with PreferenceSet.create or "
-            "`diffpolicy data prefs`"
-        )
+        raise FileNotFoundError(f"no preference file at {path}; `diffpolicy data prefs` makes them")
     data = path.read_bytes()
     kept, closed = len(data), data.endswith(b"\n")
     last = data[data.rfind(b"\n") + 1 :]
@@ -188,8 +185,8 @@ def _checked_header(path: Path, line: bytes) -> Header:
         raise PreferenceFileError(f"{path}, line 1: {error}") from None
     if not 1 <= header.version <= VERSION:
         raise PreferenceFileError(
-            f"{path}, line 1: version {header.version} of the format, but this diffpolicy reads up "
-            f"to {VERSION}; update it: pip install --upgrade diffpolicy"
+            f"{path}, line 1: version {header.version}; this diffpolicy reads up to {VERSION}: "
+            "update it"
         )
     return header
 
