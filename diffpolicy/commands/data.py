@@ -97,7 +97,7 @@ convert  makes a store from a Diffusion Policy replay buffer (zarr, directory or
 {options_help(FIELDS | WHICH, " " * 11)}
          A D4RL id or file has settled fields; in place of obs, action and fields it takes
 {options_help({n: o for n, o in D4RL.items() if n not in FIELDS}, " " * 11)}
-         An interrupted conversion of these goes on. For example
+         An interrupted conversion begins anew. For example
            diffpolicy data convert pusht_lowdim.zarr.zip data/pusht.zarr obs=state \\
              env=diffpolicy_envs:diffpolicy/PushT-v0
            diffpolicy data convert hopper-medium-v2 data/hopper.zarr
@@ -237,16 +237,16 @@ def _d4rl(arguments: Sequence[str]) -> int:
     chosen = [info for name, info in DATASETS.items() if fnmatch.fnmatchcase(name, pattern)]
     if not chosen:
         lookup(arguments[0])
-    found = {f.info.id: f.path for f in reversed(scan(options["data_dir"])) if f.info is not None}
+    found = {path.name: path for path in reversed(scan(options["data_dir"]))}
     width = max(len(info.id) for info in chosen)
     print(f"{'id':<{width}}  steps  {'score 0':>12}  {'score 100':>12}  file")
     for info in chosen:
         scores = [
             f"{r:12.6g}" if r is not None else f"{'-':>12}" for r in (info.ref_min, info.ref_max)
         ]
-        place = str(found[info.id]) if info.id in found else f"{info.file} (not found)"
+        place = str(found.get(info.file, f"{info.file} (not found)"))
         print(f"{info.id:<{width}}  {info.max_episode_steps:>5}  {'  '.join(scores)}  {place}")
-    here = sum(info.id in found for info in chosen)
+    here = sum(info.file in found for info in chosen)
     print(f"{len(chosen)} datasets, {here} of them in {datasets_dir(options['data_dir'])}")
     return 0
 

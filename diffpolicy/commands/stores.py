@@ -73,7 +73,7 @@ def d4rl_store(source: str, path: Path, transforms: tuple[str, ...]) -> EpisodeS
 
     asked = parse_transforms(transforms)
     try:
-        found = find_dataset(source).path
+        found = find_dataset(source)
     except FileNotFoundError as error:
         if not path.exists():  # else the store may be all that is left of it
             raise ConfigError(

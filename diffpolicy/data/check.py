@@ -35,20 +35,20 @@ class Issue:
     Attributes:
         severity: ``error``: training on it fails or goes wrong; ``warning``: probably not meant.
         file: The file or directory at fault.
+        message: What is wrong.
+        fix: What to do.
         episode: The (first) episode concerned, if any.
         row: The (first) row concerned, counted over the whole store, if any.
         field: The field concerned, if any.
-        message: What is wrong.
-        fix: What to do.
     """
 
     severity: Severity
     file: str
-    episode: int | None
-    row: int | None
-    field: str | None
     message: str
     fix: str
+    episode: int | None = None
+    row: int | None = None
+    field: str | None = None
 
 
 def format_issue(issue: Issue) -> str:
@@ -87,7 +87,7 @@ def check_store(
         group = opening.open_group(path)
     except (FileNotFoundError, ValueError) as error:
         fix = RECOPY if path.exists() else "give the path of a store"
-        return [Issue("error", str(path), None, None, None, str(error), fix)]
+        return [Issue("error", str(path), str(error), fix)]
     try:
         found = _Checker(group, path, str(path)).run(action_low, action_high)
     finally:
@@ -96,7 +96,7 @@ def check_store(
         try:
             EpisodeStore.open(path).close()
         except (OSError, ValueError) as error:
-            found.append(Issue("error", str(path), None, None, None, str(error), RECOPY))
+            found.append(Issue("error", str(path), str(error), RECOPY))
     return found
 
 
@@ -141,8 +141,7 @@ class _Checker:
             if count > MAX_LISTED:
                 message = f"{kind}: {count - MAX_LISTED} more are not listed"
                 fix = "repair those that are listed, then check again"
-                issue = Issue("warning", self._name, None, None, field, message, fix)
-                self._issues.append(issue)
+                self._issues.append(Issue("warning", self._name, message, fix, field=field))
         return self._issues
 
     def _add(
@@ -163,7 +162,7 @@ class _Checker:
             file = f"{self._name}/{place}" if place else self._name
             episode = None if index is None else int(self._episodes[index])
             row = int(self._begins[index]) if row is None and index is not None else row
-            self._issues.append(Issue(severity, file, episode, row, field, message, fix))
+            self._issues.append(Issue(severity, file, message, fix, episode, row, field))
 
     def _field_error(self, name: str, message: str, fix: str = RECOPY) -> None:
         self._add("damaged fields", f"data/{name}", message, fix, field=name)
@@ -230,12 +229,9 @@ class _Checker:
         before = np.maximum.accumulate(np.concatenate([[0], ends]))[:-1]
         self._episodes, self._ends, self._begins = np.arange(len(ends)), ends, before
         for index in np.flatnonzero(ends <= before).tolist():
-            end, previous = int(ends[index]), int(ends[index - 1]) if index else 0
-            what = f"it ends at row {end}, after one that ends at row {int(before[index])}"
-            if end == previous:
-                what = f"the episode is empty (it ends at row {end}, where it begins)"
-            fix = "drop" if end == previous else "correct"
-            fix += " this entry of meta/episode_ends; ends are cumulative and increase strictly"
+            end = int(ends[index])
+            what = f"the episode ends at row {end}, but begins at row {int(before[index])}"
+            fix = "correct or drop this entry of meta/episode_ends; ends increase strictly"
             self._add("order", place, what, fix, index=index, row=end)
         kept = np.flatnonzero(ends > before)
         self._episodes, self._ends, self._begins = kept, ends[kept], before[kept]
@@ -329,7 +325,7 @@ class _Checker:
             for name, scan in self._scans.items()
             if scan.sound and _is_vectors(name, self._arrays[name]) and scan.whole.all()
         }
-        for name, (kind, index, row, message, fix) in suspects(arrays, self._ends):
+        for name, kind, index, row, message, fix in suspects(arrays, self._ends):
             if kind != "frozen" or index not in frozen:
                 place = f"data/{name}"
                 self._add(kind, place, message, fix, "warning", field=name, index=index, row=row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from zarr.storage import MemoryStore
 
 from diffpolicy.data import store_layout as layout
-from diffpolicy.data.check import check_store
-from diffpolicy.data.fields import FieldSpec, checked_rows
+from diffpolicy.data.check import check_store, format_issue
+from diffpolicy.data.fields import FieldSpec, check_has, checked_rows
 from diffpolicy.data.formats import EpisodeSource, get_format
 from diffpolicy.data.observation import is_obs
 from diffpolicy.data.selection import (
@@ -21,7 +23,6 @@ from diffpolicy.data.selection import (
     Selection,
     announce,
     checked_gaps,
-    issue_lines,
     left_out,
     select,
 )
@@ -41,8 +42,8 @@ Fields = Mapping[str, str | Sequence[str]]
 
 
 def convert(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    source: str | os.PathLike[str] | EpisodeSource,
+    target: str | os.PathLike[str] | None,
     *,
     format: str = "auto",
     fields: Fields | None = None,
@@ -61,8 +62,9 @@ def convert(
     (fields), ``unread`` (what is no field), ``left_out_episodes`` and ``warnings``.
 
     Args:
-        source: What to read: a path, or with ``format`` "minari" or "lerobot" a dataset's id.
-        target: The store to make, by custom ``something.zarr``.
+        source: What to read: a path, with ``format`` "minari" or "lerobot" a dataset's id, or an
+            open source, which stays open.
+        target: The store to make, by custom ``something.zarr``; None keeps it in memory.
         format: A format's name, or ``"auto"`` to look.
         fields: The target's fields, each made of one source field or of several, which are
             flattened and concatenated: ``{"obs": ["state"], "action": "action"}``. What is not said
@@ -80,7 +82,7 @@ def convert(
         overwrite: Replace the store that is at ``target``.
 
     Returns:
-        The new store, open for reading.
+        The new store, open for reading (in memory: for appending).
 
     Raises:
         FileNotFoundError: No source.
@@ -88,59 +90,61 @@ def convert(
         ValueError: An unknown format, field or episode, a source that is damaged, or an episode
             that cannot be stored; the message names it.
     """
-    origin, goal = Path(source), Path(target)
-    if format == "auto" and not origin.exists():
-        raise FileNotFoundError(
-            f"nothing to convert at {origin}; to look up a dataset by its id, name the format, "
-            "such as format=minari"
-        )
-    layout.clear_target(goal, overwrite=overwrite, remove=False)
-    name, kind = get_format(format, origin)
-    reader = kind(origin)
-    try:
-        mapping = _mapping(reader, fields or {})
+    goal = None if target is None else Path(target)
+    with contextlib.ExitStack() as stack:
+        known: dict[str, Any] = {}
+        if not isinstance(source, EpisodeSource):
+            name, kind = get_format(format, Path(source))
+            known = {"source": {"name": Path(source).name, "format": name}}
+            source = stack.enter_context(kind(Path(source)))
+        if goal is not None:
+            layout.clear_target(goal, overwrite=overwrite, remove=False)
+        mapping = _mapping(source, fields or {})
         used = [n for group in mapping.values() for n in group]
-        selection = select(reader, exclude, keep, max_episodes)
-        selection, doubts = checked_gaps(reader, used, selection, allow_missing=allow_missing)
-        kept = {**reader.attrs, "source": {"name": origin.name, "format": name}, **(attrs or {})}
-        with WriterLock(goal, "converting to it"), layout.replaced(goal) as partial:
-            job = _Job(reader, mapping, transform, partial, goal, kept)
-            selection, found = job.write_checked(selection)
-            lacks: dict[str, Any] = dict(left_out(reader, used, selection))
-            if doubts or found:
-                lacks["warnings"] = [*doubts, *found]
-            with EpisodeStore.open(partial, "a") as store:
-                store.update_attrs(lacks)
-    finally:
-        reader.close()
-    made = EpisodeStore.open(goal)
-    announce(str(goal), made.attrs)
+        selection = select(source, exclude, keep, max_episodes)
+        selection, doubts = checked_gaps(source, used, selection, allow_missing=allow_missing)
+        known |= {} if max_episodes is None else {"max_episodes": max_episodes}
+        partial = None
+        if goal is not None:
+            stack.enter_context(WriterLock(goal, "converting to it"))
+            partial = stack.enter_context(layout.replaced(goal))
+        attrs = {**source.attrs, **known, **(attrs or {})}
+        job = _Job(source, mapping, transform, partial, str(goal), attrs)
+        store, selection, found = job.write_checked(selection)
+        said = source.remarks(store)
+        if warnings := [*doubts, *said.get("warnings", []), *found]:
+            said["warnings"] = warnings
+        store.update_attrs({**left_out(source, used, selection), **said})
+        if goal is not None:
+            store.close()
+    made = store if goal is None else EpisodeStore.open(goal)
+    announce(made.name, made.attrs)
     return made
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is converted: fields of a reader into a store that gets its name at the end."""
+    """What is converted: fields of a reader into a store at ``place``, or (None) in memory."""
 
     reader: EpisodeSource
     mapping: Mapping[str, list[str]]
     transform: Callable[[NDArray[Any]], NDArray[Any]] | None
-    partial: Path
-    goal: Path
+    place: Path | None
+    shown: str  # the name that the store will have
     attrs: Mapping[str, Any]
 
-    def write_checked(self, selection: Selection) -> tuple[Selection, list[str]]:
+    def write_checked(self, selection: Selection) -> tuple[EpisodeStore, Selection, list[str]]:
         """Write the episodes and look at every value of what was written.
 
         Returns:
-            The episodes that were written, and what is doubtful about them.
+            The store, the episodes that were written, and what is doubtful about them.
 
         Raises:
             ValueError: Something is wrong with one, and it is not to be left out for that.
         """
         while True:
-            selection = self._write(selection)
-            issues = check_store(self.partial)
+            store, selection = self._write(selection)
+            issues = check_store(store)
             failed = {
                 selection.episodes[issue.episode]: issue.message
                 for issue in reversed(issues)
@@ -148,23 +152,22 @@ class _Job:
             }
             if not (selection.failed_check and failed):
                 break
+            store.close()
             selection = selection.without(failed)  # of many alike not all are named: look again
-        lines = issue_lines(issues, str(self.partial), str(self.goal))
+        lines = [format_issue(issue).replace(str(self.place), self.shown) for issue in issues]
         for issue, line in zip(issues, lines, strict=True):
             if issue.severity == "error":
                 raise ValueError(line)
-        return selection, lines
+        return store, selection, lines
 
-    def _write(self, selection: Selection) -> Selection:
-        """Write the episodes to a new store; return those that were written."""
+    def _write(self, selection: Selection) -> tuple[EpisodeStore, Selection]:
+        """Write the episodes to a new store; return it, and those that were written."""
         store: EpisodeStore | None = None
         block: list[tuple[Columns, Mapping[str, Any]]] = []
         failed: dict[int, str] = {}
         size = 0
         for columns, known in self._episodes(selection, failed):
-            if store is None:
-                specs = _specs(columns)
-                store = EpisodeStore.create(self.partial, specs, attrs=self.attrs, overwrite=True)
+            store = store or self._create(_specs(columns))
             block.append((columns, known))
             size += sum(c.nbytes for c in columns.values())
             if size > _BLOCK_BYTES:
@@ -173,8 +176,13 @@ class _Job:
         selection = selection.without(failed)
         assert store is not None
         _write_block(store, block)
-        store.close()
-        return selection
+        store.finalize()
+        return store, selection
+
+    def _create(self, specs: Mapping[str, FieldSpec]) -> EpisodeStore:
+        if self.place is None:
+            return EpisodeStore._create(MemoryStore(), None, specs, self.attrs, None)
+        return EpisodeStore.create(self.place, specs, attrs=self.attrs, overwrite=True)
 
     def _episodes(
         self, selection: Selection, failed: dict[int, str]
@@ -215,10 +223,8 @@ class _Job:
             return column
         changed = np.asarray(self.transform(column))
         if changed.ndim != 2 or len(changed) != len(column):
-            raise ValueError(
-                f"transform must turn [T, O] = {list(column.shape)} into [T, O']; got "
-                f"{list(changed.shape)}"
-            )
+            shapes = f"{list(column.shape)} into [T, O']; got {list(changed.shape)}"
+            raise ValueError(f"transform must turn [T, O] = {shapes}")
         return changed.astype(np.float32)
 
 
@@ -240,9 +246,7 @@ def _mapping(reader: EpisodeSource, fields: Fields) -> dict[str, list[str]]:
                 f"{sorted(reader.fields)}, for example {name}=[NAME, NAME] at the command line, "
                 f'fields={{"{name}": [...]}} from Python'
             )
-    unknown = sorted({n for names in lists.values() for n in names} - set(reader.fields))
-    if unknown:
-        raise ValueError(f"{reader.name} has no field {unknown}; it has {sorted(reader.fields)}")
+    check_has(reader.name, {n for names in lists.values() for n in names}, reader.fields)
     for name in (n for n in lists if n in _VECTORS or len(lists[n]) > 1):
         for part in lists[name]:
             _check_vector(name, part, reader.fields[part])
@@ -254,10 +258,9 @@ def _check_vector(name: str, part: str, spec: FieldSpec) -> None:
     image = len(spec.shape) >= 3 or (len(spec.shape) == 2 and min(spec.shape) >= _IMAGE_SIDE)
     if image:
         raise ValueError(
-            f"{name!r} is a vector, but {part!r} is an image or a grid, {spec.dtype} "
-            f"{list(spec.shape)} in each row; keep it as a field of its own, such as "
-            f"fields={{{part}:{part}}}, and make {name!r} of vectors; or name the observations, "
-            f"such as fields={{obs.{part}:{part}, obs.state:...}}"
+            f"{name!r} is a vector, but {part!r} is an image or a grid, {list(spec.shape)}; make "
+            f"{name!r} of vectors, and keep it as fields={{{part}:{part}}}; or name the "
+            f"observations, such as fields={{obs.{part}:{part}, obs.state:...}}"
         )
 
 

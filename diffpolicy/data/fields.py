@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,32 @@ def check_vector(name: str, shape: tuple[int, ...], where: str) -> None:
         )
 
 
+def check_has(where: str, names: Iterable[str], fields: Iterable[str], why: str = "") -> None:
+    """Raise ``ValueError`` unless all names are among the fields; ``where`` is whose they are."""
+    if missing := sorted(set(names) - set(fields)):
+        raise ValueError(f"{where} has no field {missing}; it has {sorted(fields)}{why}")
+
+
+def whole_numbers(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    """Return a vector of whole numbers; raise ``ValueError`` for anything else."""
+    array = np.asarray(values)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        got = f"shape {list(array.shape)}, dtype {array.dtype}"
+        raise ValueError(f"{name} must be a vector of whole numbers; got {got}")
+    return array.astype(np.int64)
+
+
+def checked_ends(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    """Return cumulative ends of episodes; raise ``ValueError`` unless they can be."""
+    ends = whole_numbers(name, values)
+    if not len(ends) or (np.diff(ends, prepend=0) <= 0).any():
+        raise ValueError(
+            f"{name} must increase strictly from above 0, one end for every episode; got "
+            f"{ends.tolist()!s:.200}"
+        )
+    return ends
+
+
 def checked_rows(
     fields: Mapping[str, FieldSpec], columns: Mapping[str, NDArray[Any]], ends: NDArray[Any]
 ) -> dict[str, NDArray[Any]]:
@@ -114,25 +140,12 @@ def checked_rows(
     """
     if set(columns) != set(fields):
         raise ValueError(
-            f"the store has the fields {sorted(fields)}; got {sorted(columns)}. Give each of them, "
-            "and no other"
+            f"give each of the store's fields {sorted(fields)}, and no other; got {sorted(columns)}"
         )
     lengths = {name: len(c) if c.ndim else None for name, c in columns.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"every field must have one row a step; got the lengths {lengths}")
-    if ends.ndim != 1 or len(ends) == 0 or ends.dtype.kind not in "iu":
-        raise ValueError(
-            f"episode_ends must be a non-empty vector of integers; got shape {list(ends.shape)}, "
-            f"dtype {ends.dtype}"
-        )
-    steps = np.diff(ends.astype(np.int64), prepend=0)
-    if (steps <= 0).any():
-        index = int(np.argmax(steps <= 0))
-        raise ValueError(
-            f"episode {index} has {steps[index]} steps; episode_ends must increase strictly and "
-            "every episode needs at least one step"
-        )
-    if ends[-1] not in lengths.values():
+    if checked_ends("episode_ends", ends)[-1] not in lengths.values():
         raise ValueError(f"episode_ends says {ends[-1]} steps, but the fields have {lengths}")
     return {name: _checked_column(name, fields[name], column) for name, column in columns.items()}
 
@@ -140,13 +153,11 @@ def checked_rows(
 def _checked_column(name: str, spec: FieldSpec, column: NDArray[Any]) -> NDArray[Any]:
     if column.shape[1:] != spec.shape:
         raise ValueError(
-            f"field {name!r} has rows of shape {list(spec.shape)}; got {list(column.shape[1:])} "
-            f"(the whole array is {list(column.shape)})"
+            f"field {name!r} has rows of shape {list(spec.shape)}; got {list(column.shape[1:])}"
         )
     if not np.can_cast(column.dtype, spec.dtype, "same_kind"):
         raise ValueError(
-            f"field {name!r} is stored as {spec.dtype}; got {column.dtype}, which does not convert "
-            "without loss of meaning. Convert it yourself with .astype"
+            f"field {name!r} is stored as {spec.dtype}; got {column.dtype}: convert it with .astype"
         )
     with np.errstate(over="ignore"):  # too large for float32 is reported below, as infinite
         values = column.astype(spec.dtype, copy=False)
@@ -229,8 +240,7 @@ def checked_bounds(
         raise ValueError(f"action bounds of shape {shapes} do not fit {fit}") from None
     if (lower > upper).any():
         raise ValueError(
-            f"action_low must not be above action_high; got {lower.tolist()} and {upper.tolist()}: "
-            "swap the two where they are"
+            f"action_low must not be above action_high; got {lower.tolist()} and {upper.tolist()}"
         )
     return lower, upper
 

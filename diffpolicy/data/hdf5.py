@@ -9,36 +9,25 @@ Chunks that were never written read as zeros; :func:`unwritten_rows` says which 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffpolicy.extras import need
+
 # Soft links may lead to soft links, and in a circle.
 _MOST_LINKS = 16
+_CACHE = 2**25  # bytes of an array's chunks that are kept, for the next episode's rows
 
 
-def import_h5py(what: str) -> Any:
-    """Return the module h5py; ``what`` needs it, for the message.
-
-    Raises:
-        ImportError: It is not installed.
-    """
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(f'{what} needs h5py: pip install "diffpolicy[hdf5]"') from error
-    return h5py
-
-
-def open_hdf5(path: Path, what: str) -> Hdf5Group:
+def open_hdf5(path: Path) -> Hdf5Group:
     """Open a file for reading.
 
     Args:
         path: The file.
-        what: What is being done, for a message, such as ``"reading D4RL files"``.
 
     Returns:
         Its root.
@@ -48,20 +37,23 @@ def open_hdf5(path: Path, what: str) -> Hdf5Group:
         FileNotFoundError: Nothing is there.
         ValueError: It is no whole HDF5 file.
     """
-    h5py = import_h5py(what)
+    h5py = need("h5py")
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     try:
-        return Hdf5Group(h5py.File(path, "r"), path)
+        return Hdf5Group(h5py.File(path, "r", rdcc_nbytes=_CACHE), path)
     except OSError as error:
         raise ValueError(
-            f"{path} is not a whole HDF5 file: {error}. A download that broke off leaves such a "
-            f"file ({path.stat().st_size} bytes): copy or download it again"
+            f"{path} ({path.stat().st_size} bytes) is not a whole HDF5 file: {error}; copy or "
+            "download it again"
         ) from error
 
 
-class Hdf5Group:
+class Hdf5Group(Mapping[str, Any]):
     """A group of an open file: a mapping of names to groups and datasets, all of this file.
+
+    Members are asked for by paths of names below the group. One that lies in another file, or in
+    several, is refused (``ValueError``); a link that leads nowhere counts as missing.
 
     Args:
         group: h5py's group.
@@ -74,34 +66,16 @@ class Hdf5Group:
         self.name = str(group.name)
         self.attrs = group.attrs
 
-    def keys(self) -> list[str]:
-        """Return the names of the members."""
-        return list(self._group)
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._group)
 
     def __len__(self) -> int:
         return len(self._group)
 
-    def __contains__(self, name: str) -> bool:
-        return self.get(name) is not None
-
     def __getitem__(self, name: str) -> Any:
-        found = self.get(name)
-        if found is None:
-            raise KeyError(f"{self._path}: {self.name} has no {name!r}; it has {self.keys()[:20]}")
-        return found
-
-    def get(self, name: str) -> Any:
-        """Return a member, by a path of names below this group; None if there is none.
-
-        Raises:
-            ValueError: It lies in another file, or in several.
-        """
         found = self._follow(self._group, name, 0)
         if found is None:
-            return None
+            raise KeyError(f"{self._path}: {self.name} has no {name!r}; it has {list(self)[:20]}")
         if hasattr(found, "keys"):
             return Hdf5Group(found, self._path)
         elsewhere = [file for file, *_ in found.external or ()]
@@ -111,20 +85,15 @@ class Hdf5Group:
             self._refuse(found.name, elsewhere[0])
         return found
 
-    def items(self) -> Iterator[tuple[str, Any]]:
-        """Yield names and members; a link that leads nowhere is passed over."""
-        for name in self._group:
-            if (member := self.get(name)) is not None:
-                yield name, member
-
     def datasets(self, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
         """Yield the paths and datasets below."""
         if depth > _MOST_LINKS:
             raise ValueError(f"{self._path}: {self.name} is nested more than {_MOST_LINKS} deep")
-        for name, member in self.items():
+        for name in self:
+            member = self.get(name)
             if isinstance(member, Hdf5Group):
                 yield from member.datasets(f"{prefix}{name}/", depth + 1)
-            else:
+            elif member is not None:
                 yield prefix + name, member
 
     def close(self) -> None:
@@ -132,7 +101,7 @@ class Hdf5Group:
         self._group.file.close()
 
     def _follow(self, group: Any, name: str, links: int) -> Any:
-        h5py = import_h5py("reading HDF5")
+        h5py = need("h5py")
         node = group.file["/"] if name.startswith("/") else group
         for part in (p for p in name.split("/") if p and p != "."):
             link = node.get(part, getlink=True) if hasattr(node, "keys") else None
@@ -152,8 +121,7 @@ class Hdf5Group:
     def _refuse(self, name: str, elsewhere: str) -> None:
         raise ValueError(
             f"{self._path}: {name} lies in another file, {elsewhere!r}, which is not read: a file "
-            "of data must not reach for other files of this machine. If it is yours, write one "
-            "whole file: with h5py.File(old) as a, h5py.File(new, 'w') as b: b[name] = a[name][()]"
+            "of data must not reach for others. If it is yours, write one whole file"
         )
 
 

@@ -54,10 +54,8 @@ class Normalizer:
         self, modes: Mapping[str, Mode], scale: Mapping[str, Tensor], offset: Mapping[str, Tensor]
     ) -> None:
         if not set(modes) == set(scale) == set(offset):
-            raise ValueError(
-                f"a normaliser needs a mode, a scale and an offset for the same fields; got "
-                f"{sorted(modes)}, {sorted(scale)} and {sorted(offset)}"
-            )
+            got = f"{sorted(modes)}, {sorted(scale)} and {sorted(offset)}"
+            raise ValueError(f"mode, scale and offset must be of the same fields; got {got}")
         for field, mode in modes.items():
             check_choice(f"mode of field {field!r}:", mode, MODES)
             _check_affine(field, scale[field], offset[field])
@@ -90,10 +88,8 @@ class Normalizer:
         scale, offset = {}, {}
         for field, mode in modes.items():
             if field not in statistics:
-                raise ValueError(
-                    f"no statistics for field {field!r}; there are some for {sorted(statistics)}. "
-                    "Images have none."
-                )
+                known = sorted(statistics)
+                raise ValueError(f"no statistics for field {field!r}; there are some for {known}")
             a, b = _fit_field(field, statistics[field], mode)
             scale[field], offset[field] = torch.from_numpy(a), torch.from_numpy(b)
         return cls(modes, scale, offset)
@@ -114,15 +110,11 @@ class Normalizer:
         """
         fields = config["fields"]
         for key, part in ((f"{k}.{kind}", v) for k, v in fields.items() for kind in _AFFINE):
-            if key not in tensors:
+            got = list(tensors[key].shape) if key in tensors else "none"
+            if got != list(part["shape"]):
                 raise ValueError(
-                    f"the normaliser's tensors lack {key!r} (there are {sorted(tensors)}); "
-                    "the file belongs to another policy or was cut short"
-                )
-            if list(tensors[key].shape) != list(part["shape"]):
-                raise ValueError(
-                    f"normaliser tensor {key!r} has shape {list(tensors[key].shape)}, its "
-                    f"config says {list(part['shape'])}; the two files do not belong together"
+                    f"normaliser tensor {key!r} must have shape {list(part['shape'])}, as its "
+                    f"config says; got {got}: the two files do not belong together"
                 )
         scale, offset = ({k: tensors[f"{k}.{kind}"] for k in fields} for kind in _AFFINE)
         return cls({k: part["mode"] for k, part in fields.items()}, scale, offset)
@@ -181,10 +173,7 @@ class Normalizer:
         """
         size = self.shape(field)
         if len(size) != 1 or not 0 <= dim < size[0] or not 0 < factor <= 1:
-            raise ValueError(
-                f"cannot scale dimension {dim} of field {field!r} (shape {list(size)}) by "
-                f"{factor}: expected a dimension of a vector and a factor in (0, 1]"
-            )
+            raise ValueError(f"cannot scale dimension {dim} of {field!r} {list(size)} by {factor}")
         gain = torch.ones_like(self._scale[field])
         gain[dim] = factor
         scale, offset = (
@@ -219,18 +208,15 @@ class Normalizer:
 
     def _known(self, field: str) -> str:
         if field not in self._modes:
-            raise ValueError(
-                f"the normaliser has no field {field!r}; it was fitted to {sorted(self._modes)}"
-            )
+            known = sorted(self._modes)
+            raise ValueError(f"the normaliser has no field {field!r}; it was fitted to {known}")
         return field
 
     def _parts(self, field: str, x: Tensor | NDArray[Any]) -> tuple[Any, Any]:
         shape = self._scale[self._known(field)].shape
         if tuple(x.shape[x.ndim - len(shape) :]) != tuple(shape) or x.ndim < len(shape):
-            raise ValueError(
-                f"field {field!r} was fitted to rows of shape {list(shape)}; got an array of shape "
-                f"{list(x.shape)}, whose last dimensions must be those"
-            )
+            fitted = f"field {field!r} was fitted to rows of shape {list(shape)}"
+            raise ValueError(f"{fitted}; got an array of shape {list(x.shape)}")
         if isinstance(x, np.ndarray):
             return self._numpy[field]
         return self._scale[field], self._offset[field]
@@ -240,10 +226,7 @@ def _check_affine(field: str, scale: Tensor, offset: Tensor) -> None:
     check_shape(f"the offset of field {field!r}", offset.shape, scale.shape)
     usable = torch.isfinite(scale) & torch.isfinite(offset) & (scale != 0)
     if not bool(usable.all()):
-        raise ValueError(
-            f"scale and offset of field {field!r} must be finite and the scale not zero; dimension "
-            f"{int(usable.flatten().logical_not().nonzero()[0])} is not"
-        )
+        raise ValueError(f"scale and offset of {field!r} must be finite and the scale not zero")
 
 
 def _fit_field(
@@ -251,10 +234,7 @@ def _fit_field(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     parts = [np.asarray(statistics[k], dtype=np.float64) for k in _PARTS]
     if not all(np.isfinite(part).all() for part in parts):
-        raise ValueError(
-            f"the statistics of field {field!r} are not finite; run `diffpolicy data check` on the "
-            "store, repair it, then `diffpolicy data info --update-statistics`"
-        )
+        raise ValueError(f"the statistics of {field!r} are not finite; run `diffpolicy data check`")
     low, high, mean, std, q01, q99 = parts
     if mode == "identity":
         return np.ones(low.shape, np.float32), np.zeros(low.shape, np.float32)

@@ -16,7 +16,7 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore, ZipStore
 
-from diffpolicy.data.fields import NUMBERS, FieldSpec
+from diffpolicy.data.fields import NUMBERS, FieldSpec, whole_numbers
 
 FORMAT = "diffpolicy-episodes"
 VERSION = 1
@@ -43,14 +43,16 @@ class StrictStore(WrapperStore[Any]):
     """Files in which a missing chunk is an error, whatever its type.
 
     By itself zarr reads it as fill values: a ``terminated`` that got lost would say False and
-    train.
+    train. With ``strict`` False it is filled all the same.
     """
+
+    strict = True
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         value: Buffer | None = await self._store.get(key, prototype, byte_range)
-        if value is None and not key.endswith(_METADATA):
+        if self.strict and value is None and not key.endswith(_METADATA):
             raise MissingChunkError(key)
         return value
 
@@ -101,10 +103,7 @@ def open_group(path: Path, *, writable: bool = False) -> zarr.Group:
         ValueError: It is not a zarr group, or a zip to be written.
     """
     if not path.exists():
-        raise FileNotFoundError(
-            f"no episode store at {path}; make one with `diffpolicy data collect` or "
-            "`diffpolicy data convert`"
-        )
+        raise FileNotFoundError(f"no episode store at {path}; make one with `diffpolicy data`")
     if path.is_file() and writable:
         raise ValueError(f"{path} is a file, which is only read; unpack it to append to it")
     backend: Store = ZipStore(path, mode="r") if path.is_file() else LocalStore(path)
@@ -132,14 +131,12 @@ def is_native(group: zarr.Group, where: str) -> bool:
     for name in ("data", "meta"):  # of which other programs need the metadata, if we do not
         if not isinstance(_member(group, name, where), zarr.Group):
             raise StoreDamagedError(
-                f"{where} is not an episode store: {where}/{name} is no zarr group. {_LAYOUT}; if "
-                "its metadata file (zarr.json, .zgroup) was lost, copy it again"
+                f"{where} is not an episode store: {where}/{name} is no zarr group. {_LAYOUT}"
             )
     form, version = group.attrs.get("format"), group.attrs.get("version")
     if form == FORMAT and isinstance(version, int) and version > VERSION:
         raise ValueError(
-            f"{where} is of version {version} of the format, but this diffpolicy reads up to "
-            f"{VERSION}; update it: pip install --upgrade diffpolicy"
+            f"{where} is of version {version}; this diffpolicy reads up to {VERSION}: update it"
         )
     with reading(f"{where}/zarr.json", where):
         if form != FORMAT and "meta/episode_attrs" in group:
@@ -158,8 +155,7 @@ def child_array(group: zarr.Group, name: str, where: str) -> ZarrArray:
     member = _member(group, name, where)
     if not isinstance(member, zarr.Array):
         raise StoreDamagedError(
-            f"{where} is not an episode store: it has no array {name!r}. {_LAYOUT}; copy the files "
-            "of this one again, or remove its folder"
+            f"{where} is not an episode store: it has no array {name!r}. {_LAYOUT}; copy it again"
         )
     # By default zarr leaves out a chunk of fill values, and then a lost one looks the same.
     return member.with_config({"write_empty_chunks": True})
@@ -276,9 +272,7 @@ def raw_ends(group: zarr.Group, where: str, *, native: bool) -> NDArray[np.int64
     file = f"{where}/meta/episode_ends"
     raw = read_growing(child_array(group, "meta/episode_ends", where), file, where)
     with reading(file, where):
-        if raw.ndim != 1 or raw.dtype.kind not in "iu":
-            raise ValueError(f"it must be a vector of integers; it is {raw.ndim}-d {raw.dtype}")
-    ends = raw.astype(np.int64)
+        ends = whole_numbers("it", raw)
     published = np.flatnonzero(ends != UNPUBLISHED) if native else np.arange(len(ends))
     return ends[: published.max(initial=-1) + 1]
 
@@ -300,8 +294,8 @@ def published_ends(group: zarr.Group, where: str, *, native: bool) -> NDArray[np
     total = int(ends.max(initial=0))
     if native and (lost := _known_steps(group.attrs) - total) > 0:
         raise StoreDamagedError(
-            f"{where}/meta/episode_ends lost episodes: it counts {total} steps, {lost} fewer than "
-            "the store's statistics cover. Copy it again from where the store is whole"
+            f"{where}/meta/episode_ends lost episodes: its {total} steps are {lost} fewer than the "
+            "statistics cover. Copy it again from where the store is whole"
         )
     return ends
 

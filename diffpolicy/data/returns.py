@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from diffpolicy.data.fields import FieldSpec
+from diffpolicy.data.fields import FieldSpec, check_has
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_range
 
@@ -26,11 +26,7 @@ def returns_to_go(store: EpisodeStore, discount: float) -> NDArray[np.float32]:
         ValueError: A discount out of range, or no field ``reward``.
     """
     check_range("(0, 1]", discount=discount)
-    if "reward" not in store.fields:
-        raise ValueError(
-            f"returns need a field 'reward'; {store.name} has {sorted(store.fields)}. Collect or "
-            "convert the episodes with their rewards"
-        )
+    check_has(store.name, ["reward"], store.fields, ", and returns need rewards")
     reward = store.read("reward", 0, store.num_steps).astype(np.float64).reshape(-1)
     out = np.empty(len(reward), np.float32)
     last = set((store.episode_ends - 1).tolist())
@@ -49,10 +45,8 @@ def with_fields(store: EpisodeStore, arrays: Mapping[str, NDArray[Any]]) -> Epis
     """
     for name, array in arrays.items():
         if len(array) != store.num_steps or name in store.fields:
-            raise ValueError(
-                f"field {name!r} needs {store.num_steps} rows and a new name; got {len(array)} "
-                f"rows beside the fields {sorted(store.fields)}"
-            )
+            got = f"got {len(array)} rows beside the fields {sorted(store.fields)}"
+            raise ValueError(f"{name!r} needs {store.num_steps} rows and a new name; {got}")
     return cast("EpisodeStore", _Derived(store, arrays))
 
 

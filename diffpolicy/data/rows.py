@@ -44,13 +44,11 @@ def checked_episodes(
     """
     if episodes is None:
         return np.arange(store.num_episodes)
-    chosen = np.sort(np.asarray(episodes, dtype=np.int64))
-    if len(chosen) and (chosen[0] < 0 or chosen[-1] >= store.num_episodes):
+    chosen = np.unique(np.asarray(episodes, dtype=np.int64))
+    if len(chosen) != len(episodes) or not np.isin(chosen, np.arange(store.num_episodes)).all():
         raise ValueError(
-            f"episodes must be in 0..{store.num_episodes - 1}; got {chosen[0]}..{chosen[-1]}"
+            f"episodes must be different, each in 0..{store.num_episodes - 1}; got {episodes}"
         )
-    if len(np.unique(chosen)) != len(chosen):
-        raise ValueError("episodes must be different from each other; some come twice")
     return chosen
 
 

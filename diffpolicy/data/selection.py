@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffpolicy.data.check import Issue, format_issue
 from diffpolicy.data.formats import EpisodeSource, Gap
 from diffpolicy.settings import check_range
 
@@ -87,18 +86,14 @@ def select(
         kept = {i for item in _items(keep) for i in _episodes(source, item, "keep")}
         drop |= {i: f"not in keep={keep}" for i in wanted if i not in kept and i not in drop}
     chosen = tuple(i for i in wanted if i not in drop)
-    if source.num_episodes and not chosen:
-        raise ValueError(
-            f"exclude={exclude} and keep={keep} leave none of the {source.num_episodes} episodes "
-            f"of {source.name}"
-        )
+    if not chosen:
+        which = f"none of the {source.num_episodes} episodes of {source.name}"
+        raise ValueError(f"exclude={exclude} and keep={keep} leave {which}")
     return Selection(chosen[:max_episodes], drop, FAILED_CHECK in items)
 
 
 def _items(choice: Choice | None) -> list[int | str]:
-    if choice is None:
-        return []
-    return [choice] if isinstance(choice, int | str) else list(choice)
+    return [choice] if isinstance(choice, int | str) else list(choice or ())
 
 
 def _episodes(source: EpisodeSource, item: int | str, option: str) -> dict[int, str]:
@@ -171,19 +166,14 @@ def checked_gaps(
         return selection.without(failed), []
     more = f" (and {len(gaps) - 1} more)" if len(gaps) > 1 else ""
     raise ValueError(
-        f"{_told(source, gaps[0])}{more}. Copy the source again from where it is whole; or leave "
-        "these episodes out with exclude=failed_check; or, if whoever wrote it leaves out chunks "
-        "of zeros, as zarr and HDF5 may, give allow_missing=true (from Python True)"
+        f"{_told(source, gaps[0])}{more}. Copy the source again; or leave these episodes out with "
+        "exclude=failed_check; or, if its writer leaves out chunks of zeros, as zarr and HDF5 may, "
+        "give allow_missing=true"
     )
 
 
 def _told(source: EpisodeSource, gap: Gap) -> str:
     return f"{source.name}, episodes {gap.first}..{gap.last}: {gap.reason}"
-
-
-def issue_lines(issues: Iterable[Issue], partial: str, target: str) -> list[str]:
-    """Return findings about a store without its name yet, under the name that it will have."""
-    return [format_issue(issue).replace(partial, target) for issue in issues]
 
 
 def announce(target: str, attrs: Mapping[str, Any]) -> None:

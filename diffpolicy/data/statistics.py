@@ -63,10 +63,8 @@ class RunningStatistics:
         finite = np.isfinite(block).reshape(len(block), -1).all(axis=1)
         if not finite.all():
             row = self.count + int(np.argmin(finite))
-            raise ValueError(
-                f"field {self._name!r} is not finite at row {row}, so it has no statistics; "
-                "`diffpolicy data check` lists every such row"
-            )
+            check = "`diffpolicy data check` lists every such row"
+            raise ValueError(f"field {self._name!r} is not finite at row {row}; {check}")
         n, mean = len(block), block.mean(axis=0)
         total = self.count + n
         delta = mean - self._mean

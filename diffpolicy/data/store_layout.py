@@ -120,8 +120,8 @@ def clear_target(target: Path, *, overwrite: bool, remove: bool = True) -> None:
         return
     if not overwrite:
         raise FileExistsError(
-            f"{target} exists; choose another path, remove it, or give overwrite=True (at the "
-            "command line overwrite=true) where there is such an option"
+            f"{target} exists; choose another path, remove it, or give overwrite=True if there is "
+            "such an option"
         )
     if not (target / "zarr.json").exists():
         raise FileExistsError(f"{target} exists and is not a store of ours, so it stays")

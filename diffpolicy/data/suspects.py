@@ -36,6 +36,7 @@ class Suspect(NamedTuple):
     """One finding.
 
     Attributes:
+        field: The field.
         kind: ``outliers``, ``frozen``, ``shifted`` or ``foreign``.
         episode: Its place among the ends; None: the whole store.
         row: The first row, counted over the store.
@@ -43,6 +44,7 @@ class Suspect(NamedTuple):
         fix: What to do.
     """
 
+    field: str
     kind: str
     episode: int | None
     row: int | None
@@ -50,8 +52,8 @@ class Suspect(NamedTuple):
     fix: str
 
 
-def suspects(arrays: Mapping[str, ZarrArray], ends: Ints) -> Iterator[tuple[str, Suspect]]:
-    """Yield the fields and what is suspicious in them; their rows are vectors of finite numbers.
+def suspects(arrays: Mapping[str, ZarrArray], ends: Ints) -> Iterator[Suspect]:
+    """Yield what is suspicious in fields whose rows are vectors of finite numbers.
 
     A large store is judged by parts of whole episodes, so that memory stays bounded.
 
@@ -66,22 +68,22 @@ def suspects(arrays: Mapping[str, ZarrArray], ends: Ints) -> Iterator[tuple[str,
         last = int(np.searchsorted(ends, begin + _MAX_VALUES // width, side="right"))
         last = max(last, first + 1)
         part = {n: np.asarray(a[begin : int(ends[last - 1])]) for n, a in arrays.items()}
-        for name, found in _of_part(part, ends[first:last] - begin):
+        for found in _of_part(part, ends[first:last] - begin):
             episode = None if found.episode is None else found.episode + first
             row = None if found.row is None else found.row + begin
-            yield name, found._replace(episode=episode, row=row)
+            yield found._replace(episode=episode, row=row)
         first = last
 
 
-def _of_part(part: Mapping[str, Values], ends: Ints) -> Iterator[tuple[str, Suspect]]:
+def _of_part(part: Mapping[str, Values], ends: Ints) -> Iterator[Suspect]:
     for name, values in part.items():
-        yield from ((name, found) for found in outliers(values, ends))
-        yield from ((name, found) for found in frozen(values, ends, saturates=name == "action"))
+        yield from outliers(name, values, ends)
+        yield from frozen(name, values, ends)
     if {"obs", "action"} <= set(part):
-        yield from (("action", found) for found in shifted(part["obs"], part["action"], ends))
+        yield from shifted(part["obs"], part["action"], ends)
 
 
-def outliers(values: Values, ends: Ints) -> Iterator[Suspect]:
+def outliers(name: str, values: Values, ends: Ints) -> Iterator[Suspect]:
     """Yield episodes with entries far outside of what all other rows span."""
     count = len(values)
     drop = max(1, count // 100)
@@ -100,22 +102,19 @@ def outliers(values: Values, ends: Ints) -> Iterator[Suspect]:
         entry = int(far[row].argmax())
         message = (
             f"outliers in {int((place == index).sum())} steps, first {values[row, entry]:.6g} in "
-            f"entry {entry}, of which 98 % of all rows lie in [{low[entry]:.4g}, "
-            f"{high[entry]:.4g}]; a normaliser by the range shrinks all others"
+            f"entry {entry}, of which 98 % of all rows lie in [{low[entry]:.4g}, {high[entry]:.4g}]"
         )
-        fix = (
-            "correct the values, leave the episode out, or normalise by quantiles if they are real"
-        )
-        yield Suspect("outliers", index, row, message, fix)
+        fix = "correct the values, leave the episode out, or normalise by quantiles"
+        yield Suspect(name, "outliers", index, row, message, fix)
 
 
-def frozen(values: Values, ends: Ints, *, saturates: bool) -> Iterator[Suspect]:
+def frozen(name: str, values: Values, ends: Ints) -> Iterator[Suspect]:
     """Yield episodes with entries that stay the same for long, but otherwise change all the time.
 
     Args:
+        name: The field; of actions it is normal to stay at their extremes.
         values: ``[T, D]``.
         ends: ``[E]`` cumulative ends.
-        saturates: Whether staying at the field's extremes is normal, as for actions.
     """
     starts = np.concatenate([[0], ends[:-1]]).tolist()
     low, high = values.min(axis=0), values.max(axis=0)
@@ -123,7 +122,7 @@ def frozen(values: Values, ends: Ints, *, saturates: bool) -> Iterator[Suspect]:
     for start, stop in zip(starts, ends.tolist(), strict=True):
         rows = values[start:stop]
         same = rows[1:] == rows[:-1]
-        if saturates:
+        if name == "action":
             same &= (rows[1:] > low) & (rows[1:] < high)
         still.append(same.mean(axis=0) if len(same) else np.zeros(values.shape[1]))
         runs.append([_longest_run(entry) for entry in same.T])
@@ -139,7 +138,7 @@ def frozen(values: Values, ends: Ints, *, saturates: bool) -> Iterator[Suspect]:
             "step: a frozen sensor"
         )
         fix = "leave the episode out, and look whether the recorder lost these entries"
-        yield Suspect("frozen", index, starts[index] + first, message, fix)
+        yield Suspect(name, "frozen", index, starts[index] + first, message, fix)
 
 
 def _longest_run(same: NDArray[np.bool_]) -> tuple[int, int]:
@@ -208,7 +207,7 @@ def _shift(episode: int | None, row: int | None, lag: int, score: float, own: fl
         f"observations change, those of the same step {100 * max(own, 0):.0f} %"
     )
     fix = "pair obs[t] with the action computed from it; if the robot answers late, it is fine"
-    return Suspect("shifted", episode, row, message, fix)
+    return Suspect("action", "shifted", episode, row, message, fix)
 
 
 def _explained(change: Floats, seen: Floats, parts: list[_Part], lag: int) -> Floats:
@@ -251,7 +250,7 @@ def _odd_episodes(
                 "changes of observations worse than none"
             )
             fix = "look for flipped signs, another order of the entries, or another recording"
-            yield Suspect("foreign", part.episode, part.start, text, fix)
+            yield Suspect("action", "foreign", part.episode, part.start, text, fix)
 
 
 def _standard(values: Floats) -> Floats:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffpolicy.data.fields import check_rows_train
+from diffpolicy.data.fields import check_has, check_rows_train
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import obs_fields
 from diffpolicy.data.rows import (
@@ -30,7 +30,7 @@ from diffpolicy.data.rows import (
 )
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import check_sizes
-from diffpolicy.settings import check_range
+from diffpolicy.settings import check_range, check_shape
 
 Floats = NDArray[np.float64]
 
@@ -94,8 +94,8 @@ class Transitions:
         self._now = torch.from_numpy(np.flatnonzero(steps > 0))
         if len(self._now) == 0:
             raise ValueError(
-                f"{store.name}: no transition in {len(self._lengths)} episodes: every one is a "
-                "single step that is not terminal, and without next_obs nothing follows it"
+                f"{store.name}: no transition in {len(self._lengths)} episodes: nothing follows "
+                "their single steps"
             )
         reward = _read_flat(store, "reward", source)
         check_finite(store, "reward", source, torch.from_numpy(reward))
@@ -207,20 +207,12 @@ def check_fields(store: EpisodeStore) -> dict[str, str]:
     """
     fields, seen = store.fields, obs_fields(store)
     needed = (*(seen or ["obs"]), "action", "reward", "terminated")
-    missing = [name for name in needed if name not in fields]
-    if missing:
-        raise ValueError(
-            f"{store.name} has no field {missing}; it has {sorted(fields)}. Actor-critics "
-            f"learn from {', '.join(needed)}: D4RL and Minari files are read with all of them, "
-            "and demonstrations without rewards can be imitated only"
-        )
+    check_has(store.name, needed, fields, f". Actor-critics learn from {', '.join(needed)}")
     check_rows_train(fields, store.name)
     for name in ("reward", "terminated", "truncated"):
         if name in fields and fields[name].size != 1:
-            raise ValueError(
-                f"{store.name}: field {name!r} must be one number per step, got rows of shape "
-                f"{list(fields[name].shape)}"
-            )
+            shape = list(fields[name].shape)
+            raise ValueError(f"{store.name}: {name!r} must be one number per step, got {shape}")
     follows = {name: f"next_{name}" for name in seen if f"next_{name}" in fields}
     if follows and len(follows) < len(seen):
         raise ValueError(
@@ -228,11 +220,7 @@ def check_fields(store: EpisodeStore) -> dict[str, str]:
             "store next_obs.NAME for all of them, or for none"
         )
     for name, after in follows.items():
-        if fields[after].shape != fields[name].shape:
-            raise ValueError(
-                f"{store.name}: {after} has rows of shape {list(fields[after].shape)}, "
-                f"{name} of {list(fields[name].shape)}"
-            )
+        check_shape(f"rows of {after} in {store.name}", fields[after].shape, fields[name].shape)
     return follows
 
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffpolicy.data.fields import check_rows_train
+from diffpolicy.data.fields import check_has, check_rows_train
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import is_obs, obs_fields
 from diffpolicy.data.rows import (
@@ -34,7 +34,7 @@ from diffpolicy.data.rows import (
     ranges,
 )
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.settings import check_range
+from diffpolicy.settings import check_range, check_shape
 
 _MEMORY_SHARE = 0.5  # of what is free, above which windows are streamed from the disk
 
@@ -130,8 +130,7 @@ class Windows:
         if self._counts.sum() == 0:
             raise ValueError(
                 f"no window of {self.horizon} steps fits: the longest of {len(sizes)} episodes has "
-                f"{self._lengths.max(initial=0)} steps, padded by {front} before and "
-                f"{self.pad_after} after. Use a shorter horizon or a larger pad_after"
+                f"{self._lengths.max(initial=0)} steps, padded by {front} and {self.pad_after}"
             )
         # Window k of an episode begins at place k of its padded rows.
         offsets = np.cumsum(sizes) - sizes
@@ -247,20 +246,13 @@ def _checked_fields(
     store: EpisodeStore, fields: Sequence[str] | None, normalizer: Normalizer | None
 ) -> tuple[str, ...]:
     names = (*(obs_fields(store) or ["obs"]), "action") if fields is None else tuple(fields)
-    missing = [name for name in names if name not in store.fields]
-    if missing or not names:
-        raise ValueError(
-            f"{store.name} has no field {missing}; it has {sorted(store.fields)}. Training needs "
-            "obs and action: `diffpolicy data convert` makes them of other fields"
-        )
+    why = ". Training needs obs and action, which `diffpolicy data convert` makes of other fields"
+    check_has(store.name, names or ["obs"], store.fields, why)
     check_rows_train({name: store.fields[name] for name in names}, store.name)
     for name in names:
-        shape = store.fields[name].shape
-        if normalizer and name in normalizer.fields and normalizer.shape(name) != shape:
-            raise ValueError(
-                f"the normaliser was fitted to {name!r} of shape {list(normalizer.shape(name))}, "
-                f"but {store.name} holds {list(shape)}; fit it to this store"
-            )
+        if normalizer and name in normalizer.fields:
+            what = f"by the normaliser rows of {name!r} in {store.name}"
+            check_shape(what, store.fields[name].shape, normalizer.shape(name))
     return names
 
 

@@ -207,7 +207,7 @@ def check_replaceable(path: Path) -> None:
     if not path.exists():
         return
     try:
-        maker = read_contents(path).header.get("attrs", {}).get("made_by")
+        maker = read_contents(path).header.attrs.get("made_by")
     except PreferenceFileError:
         maker = None
     if maker != MADE_BY:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffpolicy.data.hdf5 import import_h5py
+from diffpolicy.extras import need
 from diffpolicy.files import atomic_file
 
 Arrays = dict[str, NDArray[Any]]
@@ -66,7 +66,7 @@ def write_d4rl(
         ImportError: h5py is not installed.
         ValueError: a step field is missing or of another length.
     """
-    h5py = import_h5py("writing D4RL files")
+    h5py = need("h5py")
     target = Path(path)
     check_steps(arrays, target.name)
     target.parent.mkdir(parents=True, exist_ok=True)

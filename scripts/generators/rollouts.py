@@ -135,7 +135,7 @@ def _read_npz(path: Path) -> Arrays:
 
 
 def _read_hdf5(path: Path) -> tuple[Arrays, dict[str, Any]]:
-    file = open_hdf5(path, "reading D4RL files")
+    file = open_hdf5(path)
     try:
         missing = [name for name in _NPZ_FIELDS if name not in file]
         if missing:

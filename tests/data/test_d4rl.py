@@ -112,7 +112,7 @@ def test_fields_and_episodes(write):
         assert file.attrs["references"]["max"] == 3234.3
         assert file.attrs["metadata"] == {"algorithm": "SAC"}
         assert file.notes == []
-        with pytest.raises(IndexError, match=r"episodes 0\.\.2; got 3"):
+        with pytest.raises(IndexError, match=r"episode 3 of .* has 3"):
             file.episode(3)
         with pytest.raises(ValueError, match=r"no field \['state'\]"):
             file.episode(0, ["state"])
@@ -152,7 +152,7 @@ def test_the_partial_trajectory(write):
         assert file.episode_attrs == [{}, {}]
     with load_d4rl(write(arrays(ends=(), last=None)), keep_partial=False) as file:
         assert file.num_episodes == 0
-        with pytest.raises(ValueError, match="no whole episode"):
+        with pytest.raises(ValueError, match="leave none of the 0 episodes"):
             file.to_store()
 
 
@@ -281,37 +281,10 @@ def test_store(write, tmp_path):
             file.to_store(max_episodes=0)
 
 
-@pytest.mark.parametrize("change", ["nothing", "transforms"])
-def test_an_interrupted_conversion_goes_on(write, tmp_path, monkeypatch, change):
-    path, target = write(arrays()), tmp_path / "s.zarr"
-    with load_d4rl(path) as file:
-        monkeypatch.setattr("diffpolicy.data.d4rl.writing._BLOCK_BYTES", 1)
-        appended = []
-        extend = EpisodeStore.extend
-
-        def once(store, arrays, ends, attrs):
-            if len(appended) == 2:
-                raise KeyboardInterrupt
-            appended.append(len(ends))
-            extend(store, arrays, ends, attrs)
-
-        monkeypatch.setattr(EpisodeStore, "extend", once)
-        with pytest.raises(KeyboardInterrupt):
-            file.to_store(target)
-        assert not target.exists()
-    monkeypatch.setattr(EpisodeStore, "extend", lambda *a: appended.append(1) or extend(*a))
-    with load_d4rl(path, transforms=["antmaze_reward"] if change == "transforms" else []) as file:
-        store = file.to_store(target)
-    assert len(appended) == (3 if change == "nothing" else 5)
-    np.testing.assert_array_equal(store.read("obs"), arrays()["observations"])
-    np.testing.assert_array_equal(store.episode_ends, [10, 20, 30])
-    assert store.read("reward")[0] == (1 if change == "nothing" else 0)
-
-
 def test_blocks_make_no_difference(write, monkeypatch):
     path = write(arrays())
     whole = load_d4rl(path).to_store()
-    monkeypatch.setattr("diffpolicy.data.d4rl.writing._BLOCK_BYTES", 500)
+    monkeypatch.setattr("diffpolicy.data.conversion._BLOCK_BYTES", 500)
     parts = load_d4rl(path).to_store()
     for name in whole.fields:
         np.testing.assert_array_equal(whole.read(name), parts.read(name))
@@ -331,7 +304,7 @@ def test_what_is_wrong_is_found(write):
     store = load_d4rl(write(data, "flow-ring-v0-idm.hdf5")).to_store()
     assert not any("outside" in line for line in store.attrs["warnings"])  # accelerations
     data["rewards"] = np.where(np.arange(30) == 24, np.nan, data["rewards"])
-    with pytest.raises(ValueError, match=r"episode 2: field 'reward' is not finite at step 4"):
+    with pytest.raises(ValueError, match=r"episode 2: field 'reward' is not finite at row 4"):
         load_d4rl(write(data)).to_store()
 
 

@@ -152,7 +152,7 @@ def test_bad_input(tmp_path):
         qlearning_dataset(data)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         qlearning_dataset(data, max_episode_steps=0)
-    with pytest.raises(ValueError, match=r"\['terminals'\] are missing"):
+    with pytest.raises(ValueError, match=r"no field \['terminals'\]"):
         next(sequence_dataset({k: v for k, v in data.items() if k != "terminals"}))
     with pytest.raises(ValueError, match=r"needs 120 rows.*'actions': \(119, 2\)"):
         qlearning_dataset(data | {"actions": data["actions"][1:]}, max_episode_steps=3)

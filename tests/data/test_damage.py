@@ -109,7 +109,7 @@ def test_lost_ends_are_not_taken_for_fewer_episodes(tmp_path):
         values = np.arange(2048.0)[:, None]
         store.extend({"obs": values, "action": values}, np.arange(1, 2049))
     (path / "meta/episode_ends/c/1").unlink()
-    with pytest.raises(StoreDamagedError, match="lost episodes: it counts 1024 steps, 1024 fewer"):
+    with pytest.raises(StoreDamagedError, match="lost episodes: its 1024 steps are 1024 fewer"):
         EpisodeStore.open(path, "a")  # which would cut the data to what is left
     assert any("lost episodes" in i.message for i in check_store(path))
 
@@ -186,7 +186,7 @@ def test_each_chunk_is_read_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("low", "high", "message"),
     [
-        ([1, 1], [-1, -1], "swap the two"),
+        ([1, 1], [-1, -1], "must not be above"),
         (np.nan, 1, "with NaN in it"),
         ("a", 1, "must be numbers"),
         ([0, 0, 0], 1, r"\[3\] do not fit actions of shape \[2\]"),

@@ -61,5 +61,5 @@ def test_bad_requests_say_what_is_wrong(rewarded):
     with pytest.raises(ValueError, match="needs 12 rows"):
         with_fields(rewarded, {"other": np.zeros(3)})
     bare = EpisodeStore.from_arrays({"obs": np.zeros((3, 1)), "action": np.zeros((3, 1))}, [3])
-    with pytest.raises(ValueError, match="returns need a field 'reward'"):
+    with pytest.raises(ValueError, match=r"no field .*'reward'"):
         returns_to_go(bare, 0.9)

@@ -310,7 +310,7 @@ def test_links_within_a_file_are_followed(tmp_path, arrays):
 
 def test_files_of_ones_own_without_timeouts(tmp_path, arrays):
     bare = d4rl(tmp_path / "push.hdf5", arrays, timeouts=None)
-    with pytest.raises(ValueError, match=r"say the step limit .* max_episode_steps=N"):
+    with pytest.raises(ValueError, match=r"say the step limit: max_episode_steps=N"):
         load_d4rl(bare)
     assert run(["convert", str(bare), str(tmp_path / "s.zarr"), "max_episode_steps=20"]) == 0
     store = EpisodeStore.open(tmp_path / "s.zarr")

@@ -209,18 +209,18 @@ NAN = np.array([0, 0, np.nan, 0, 0], np.float32)
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        ({"reward": None}, {}, r"no field \['reward'\].*can be imitated only"),
+        ({"reward": None}, {}, r"no field \['reward'\].*Actor-critics learn from"),
         ({"terminated": None}, {}, r"no field \['terminated'\]"),
         ({"reward": NAN}, {}, "'reward' is not finite at row 2"),
         ({"next_obs": np.stack([NAN, NAN], 1)}, {}, "'next_obs' is not finite at row 2"),
         ({"obs": np.stack([NAN, NAN], 1)}, {}, "'obs' is not finite at row 2"),
         ({"reward": np.zeros((5, 2), np.float32)}, {}, "'reward' must be one number per step"),
-        ({"next_obs": np.zeros((5, 3), np.float32)}, {}, "next_obs has rows of shape"),
+        ({"next_obs": np.zeros((5, 3), np.float32)}, {}, "rows of next_obs in .* must be"),
         ({}, {"horizon": 0}, "horizon must be at least 1"),
         ({}, {"n_obs_steps": 3}, r"n_obs_steps must be in \[1, 2\]"),
         ({}, {"discount": 0.0}, r"discount must be in \(0, 1\], got 0.0"),
         ({}, {"reward_scale": -1.0}, "reward_scale must be positive"),
-        ({}, {"episodes": [2]}, "episodes must be in 0..1"),
+        ({}, {"episodes": [2]}, "each in 0..1"),
     ],
 )
 def test_bad_input_is_named(changes, arguments, message):

@@ -135,7 +135,9 @@ def test_values_come_normalised(make_store):
         want = normalizer.normalize(name, raw.gather(index)[name])
         torch.testing.assert_close(normal.gather(index)[name], want)
         assert normal.gather(index)[name].dtype == torch.float32
-    with pytest.raises(ValueError, match=r"fitted to 'obs' of shape \[3\].*holds \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"normaliser rows of 'obs' in .* must be \[3\], got \[2\]"
+    ):
         Windows(numbered_store([5]), **sizes, normalizer=normalizer)
 
 
@@ -230,8 +232,8 @@ def test_bad_input(make_store):
         ({"n_action_steps": 0}, r"n_action_steps must be in \[1, 7\], got 0"),
         ({"n_obs_steps": 9}, r"n_obs_steps must be in \[1, 8\], got 9"),
         ({"pad_after": 7}, r"pad_after must be in \[0, 6\]"),
-        ({"episodes": [6]}, r"episodes must be in 0\.\.5; got 6"),
-        ({"episodes": [1, 1]}, "some come twice"),
+        ({"episodes": [6]}, r"each in 0\.\.5; got \[6\]"),
+        ({"episodes": [1, 1]}, "episodes must be different"),
         ({"fields": ("state", "action")}, r"no field \['state'\].*data convert"),
         ({"horizon": 40, "pad_after": 0}, "no window of 40 steps fits: the longest of 6"),
         ({"episodes": []}, "no window"),

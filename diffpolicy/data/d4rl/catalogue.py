@@ -65,8 +65,7 @@ def _read() -> dict[str, DatasetInfo]:
             row["id"],
             row["file"],
             int(row["max_episode_steps"]),
-            float(row["ref_min"]) if row["ref_min"] else None,
-            float(row["ref_max"]) if row["ref_max"] else None,
+            *(float(row[k]) if row[k] else None for k in ("ref_min", "ref_max")),
         )
         for row in _table("catalogue.csv")
     }

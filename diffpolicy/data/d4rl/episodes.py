@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from diffpolicy.data.d4rl.raw import RawFile
+from diffpolicy.data.d4rl.raw import RawFile
 
 _BLOCK_BYTES = 2**25
 
@@ -120,8 +118,7 @@ def find_breaks(raw: RawFile) -> NDArray[np.bool_]:
     if 2 * int(found.sum()) > n:
         raise ValueError(
             f"{raw.path}: of {n} rows {int(found.sum())} are not followed by their "
-            "next_observations, so the rows are in no order of time and make no episodes; if they "
-            "are, and next_observations is something else, say max_episode_steps=N"
+            "next_observations, so they are in no order of time; else say max_episode_steps=N"
         )
     return found
 
@@ -145,10 +142,8 @@ def read_episodes(
     timeouts = raw.read("timeouts") if "timeouts" in raw else None
     said = timeouts is not None and bool(timeouts.any())
     if asked is not None and said:
-        raise ValueError(
-            f"{raw.path} has timeouts, which say where its episodes end; leave max_episode_steps "
-            "out"
-        )
+        why = "has timeouts, which say where its episodes end"
+        raise ValueError(f"{raw.path} {why}; leave max_episode_steps out")
     limit = asked or (None if timeouts is not None else dataset_limit)
     follows = "next_observations" in raw and dataset_limit is None and not said
     breaks = find_breaks(raw) if follows else None

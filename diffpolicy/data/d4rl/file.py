@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffpolicy.data.d4rl.catalogue import SOURCE
 from diffpolicy.data.d4rl.episodes import Episodes, read_episodes
@@ -22,16 +25,8 @@ from diffpolicy.data.d4rl.transforms import (
 )
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.formats import EpisodeSource, Gap, hdf5_names
+from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_range
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from numpy.typing import NDArray
-
-    from diffpolicy.data.selection import Choice
-    from diffpolicy.data.store import EpisodeStore
 
 _GOAL = "infos/goal"  # the goal that was pursued in each row, in the maze files
 # The array that each field is made of.
@@ -43,6 +38,9 @@ _SOURCES = {
 }
 _VECTORS = ("obs", "action", "next_obs")
 _ENDS = ("terminated", "truncated")
+# D4RL's continuous actions lie in [-1, 1], apart from these families.
+_UNBOUNDED = ("flow", "minigrid")
+_SLACK = 1e-5
 
 
 def load_d4rl(
@@ -72,7 +70,7 @@ def load_d4rl(
         >>> with load_d4rl("hopper-medium-v2") as file:
         ...     store = file.to_store("hopper.zarr")
     """
-    return D4RLFile(find_dataset(id_or_path, data_dir).path, **options)
+    return D4RLFile(find_dataset(id_or_path, data_dir), **options)
 
 
 class D4RLFile(EpisodeSource):
@@ -125,17 +123,14 @@ class D4RLFile(EpisodeSource):
         known = "timeouts" in self.raw or "next_observations" in self.raw
         if not known and self.step_limit is None:
             raise ValueError(
-                f"{self.name} has neither timeouts nor next_observations, so nothing says where "
-                "its episodes end; say the step limit of its environment: max_episode_steps=N"
-                f"{self._foreign and f' ({self._foreign})'}"
+                f"{self.name} has neither timeouts nor next_observations, which say where its "
+                f"episodes end; say the step limit: max_episode_steps=N. {self._foreign}"
             )
         if self.splits:
             goal = self.raw.row_shape(_GOAL) if _GOAL in self.raw.names else ()
             if len(goal) != 1 or goal[0] > self.raw.row_shape("observations")[0]:
-                raise ValueError(
-                    f"split_goals needs {_GOAL} [N, G], a goal position for each row; {self.name} "
-                    f"has {sorted(self.raw.names)}"
-                )
+                has = f"{self.name} has {sorted(self.raw.names)}"
+                raise ValueError(f"split_goals needs {_GOAL} [N, G], a goal for each row; {has}")
 
     def _fields(self) -> dict[str, FieldSpec]:
         shape = self.raw.row_shape("observations") or (1,)
@@ -152,8 +147,7 @@ class D4RLFile(EpisodeSource):
             found["next_obs"] = FieldSpec(shape)
         for name in self.raw.names:
             if name.startswith("infos/"):
-                kept = _kept_type(self.raw.dtype(name)).name
-                found[name] = FieldSpec(self.raw.row_shape(name), kept)
+                found[name] = FieldSpec(self.raw.row_shape(name), _kept_type(self.raw.dtype(name)))
         return found
 
     @staticmethod
@@ -163,14 +157,9 @@ class D4RLFile(EpisodeSource):
 
     # -- what it is ----------------------------------------------------------------------------
 
-    @property
-    def main_fields(self) -> list[str]:
-        """The fields that a step consists of, without further ``infos/``."""
-        return [name for name in self.fields if not name.startswith("infos/")]
-
     def default_fields(self) -> dict[str, str | list[str]]:
-        """Name all that a step consists of, as a store calls it."""
-        return {name: name for name in self.main_fields}
+        """Name all that a step consists of, without further ``infos/``, as a store calls it."""
+        return {name: name for name in self.fields if not name.startswith("infos/")}
 
     @property
     def step_limit(self) -> int | None:
@@ -282,42 +271,38 @@ class D4RLFile(EpisodeSource):
             ValueError: No such field, or the file is damaged there.
         """
         if not 0 <= index < self.num_episodes:
-            raise IndexError(
-                f"{self.name} has the episodes 0..{self.num_episodes - 1}; got {index}"
-            )
-        return self.columns(index, index + 1, self._names(fields))
+            raise IndexError(f"episode {index} of {self.name}, which has {self.num_episodes}")
+        start, stop = int(self.episodes.starts[index]), int(self.episodes.ends[index])
+        return {name: self._column(name, start, stop) for name in self._names(fields)}
 
-    def columns(self, first: int, last: int, names: Iterable[str]) -> dict[str, NDArray[Any]]:
-        """Read these fields of the episodes ``first..last-1``, back to back."""
-        start, stop = int(self.episodes.starts[first]), int(self.episodes.ends[last - 1])
-        return {name: self._column(name, start, stop) for name in names}
+    def remarks(self, store: EpisodeStore) -> dict[str, Any]:
+        """Name observed entries that never change, and warn of actions outside of D4RL's bounds."""
+        known, warnings = store.statistics, []
+        largest = np.abs([known["action"]["min"], known["action"]["max"]]).max()
+        family = self.info.id.split("-")[0] if self.info else ""
+        if family not in _UNBOUNDED and largest > 1 + _SLACK:
+            warnings = [
+                f"{self.name}: actions lie outside [-1, 1], up to {largest:.6g}: clip them, or "
+                "learn in their own units"
+            ]
+        obs = known.get("obs")
+        constant = np.equal(obs["min"], obs["max"]) if obs else []
+        return {"constant_obs_columns": np.flatnonzero(constant).tolist(), "warnings": warnings}
 
     def to_store(
         self,
         path: str | os.PathLike[str] | None = None,
         *,
-        max_episodes: int | None = None,
-        exclude: Choice | None = None,
-        keep: Choice | None = None,
-        allow_missing: bool = False,
         extras: Sequence[str] = (),
-        attrs: Mapping[str, Any] | None = None,
-        overwrite: bool = False,
+        **options: Any,
     ) -> EpisodeStore:
         """Make an episode store with statistics; every value is checked on the way.
 
-        On disk the store appears at ``path`` when it is complete, not before; after an interruption
-        the same call goes on where it stopped.
-
         Args:
             path: Where to write it; None keeps it in memory.
-            max_episodes: Stop after so many.
-            exclude: Episodes to leave out, see ``diffpolicy.data.selection``.
-            keep: Episodes to store; default all.
-            allow_missing: Read chunks that were never written as zeros.
             extras: Further fields, such as ``["infos/qpos"]``, stored as ``infos.qpos``.
-            attrs: JSON values to keep with the store, besides those of ``attrs``.
-            overwrite: Replace the store that is at ``path``.
+            options: ``max_episodes``, ``exclude``, ``keep``, ``allow_missing``, ``attrs`` and
+                ``overwrite`` of :func:`~diffpolicy.data.conversion.convert`.
 
         Returns:
             The store. Its fields are obs, action, reward, terminated, truncated and, where the file
@@ -328,17 +313,10 @@ class D4RLFile(EpisodeSource):
             FileExistsError: Something is at ``path``.
             ValueError: Values that are not finite, or no such extra field.
         """
-        from diffpolicy.data.d4rl.writing import write_store
-        from diffpolicy.data.selection import announce, checked_gaps, select
+        from diffpolicy.data.conversion import convert
 
-        names = self._names([*self.main_fields, *extras])
-        chosen = select(self, exclude, keep, max_episodes)
-        chosen, doubts = checked_gaps(self, names, chosen, allow_missing=allow_missing)
-        attrs = ({} if max_episodes is None else {"max_episodes": max_episodes}) | dict(attrs or {})
-        place = None if path is None else Path(path)
-        made = write_store(self, place, chosen, names, attrs, doubts, overwrite=overwrite)
-        announce(made.name, made.attrs)
-        return made
+        fields = {name.replace("/", "."): name for name in extras}
+        return convert(self, path, fields=fields, **options)
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -376,13 +354,20 @@ class D4RLFile(EpisodeSource):
         """``[N]`` rewards before they are scaled or shifted."""
         return self._whole.reached.astype(np.float32) if self.splits else self._raw_rewards
 
+    @cached_property
+    def _flags(self) -> dict[str, NDArray[np.bool_]]:
+        """``[N]`` terminated and truncated, true in last rows alone."""
+        flags = {name: np.zeros(self.raw.num_rows, bool) for name in _ENDS}
+        for name, flag in flags.items():
+            flag[self.episodes.ends - 1] = getattr(self.episodes, name)
+        return flags
+
     def _column(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows ``start..stop-1`` of one field."""
         if name == "reward":
             return self.reward_map(self._base_rewards[start:stop]).astype(np.float32)
         if name in _ENDS:
-            flags: NDArray[np.bool_] = getattr(self.episodes, name)
-            return np.isin(np.arange(start, stop), self.episodes.ends[flags] - 1)
+            return self._flags[name][start:stop]
         values = self.raw.read(_SOURCES.get(name, name), start, stop)
         if name not in _VECTORS:
             return values.astype(_kept_type(values.dtype), copy=False)
@@ -393,6 +378,6 @@ class D4RLFile(EpisodeSource):
         return column if column.ndim > 1 else column[:, None]
 
 
-def _kept_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def _kept_type(dtype: np.dtype[Any]) -> str:
     """The type in which further fields are kept: float64 as float32."""
-    return np.dtype(np.float32) if dtype == np.float64 else dtype
+    return "float32" if dtype == np.float64 else dtype.name

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 from diffpolicy.data.d4rl.catalogue import DatasetInfo, by_file, lookup, misfit
-
-if TYPE_CHECKING:
-    from diffpolicy.data.d4rl.raw import RawFile
+from diffpolicy.data.d4rl.raw import RawFile
 
 _SUFFIXES = (".hdf5", ".h5")
 # Minari's dataset of the same task, by a pattern of D4RL's id.
@@ -23,25 +20,13 @@ _MINARI = (
 )
 
 
-class Found(NamedTuple):
-    """A file and the dataset it holds.
-
-    Attributes:
-        path: the HDF5 file.
-        info: the dataset; None where the file's name is none of D4RL's.
-    """
-
-    path: Path
-    info: DatasetInfo | None
-
-
 def datasets_dir(data_dir: str | os.PathLike[str] | None = None) -> Path:
     """Return ``data_dir``, else ``$D4RL_DATASET_DIR``, else ``~/.d4rl/datasets``."""
     chosen = data_dir or os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
     return Path(chosen).expanduser()
 
 
-def scan(data_dir: str | os.PathLike[str] | None = None) -> list[Found]:
+def scan(data_dir: str | os.PathLike[str] | None = None) -> list[Path]:
     """List the HDF5 files in a folder and in the folders directly below it.
 
     Args:
@@ -52,21 +37,20 @@ def scan(data_dir: str | os.PathLike[str] | None = None) -> list[Found]:
     """
     folder = datasets_dir(data_dir)
     paths = [*sorted(folder.glob("*")), *sorted(folder.glob("*/*"))]
-    return [Found(p, by_file(p.name)) for p in paths if p.suffix in _SUFFIXES and p.is_file()]
+    return [path for path in paths if path.suffix in _SUFFIXES and path.is_file()]
 
 
 def find_dataset(
     id_or_path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None
-) -> Found:
+) -> Path:
     """Find the file of a dataset.
 
     Args:
-        id_or_path: An id such as ``"hopper-medium-v2"``, or the path of a file. A file whose base
-            name is D4RL's is recognised by it, wherever it lies.
+        id_or_path: An id such as ``"hopper-medium-v2"``, or the path of a file.
         data_dir: Where to look for an id; default ``$D4RL_DATASET_DIR``, else ``~/.d4rl/datasets``.
 
     Returns:
-        The file, and the dataset where it is known.
+        The file.
 
     Raises:
         FileNotFoundError: The file is not there; the message says where it was looked for and under
@@ -75,13 +59,13 @@ def find_dataset(
     """
     path = Path(id_or_path).expanduser()
     if path.is_file():
-        return Found(path, by_file(path.name))
+        return path
     if path.suffix in _SUFFIXES or len(path.parts) > 1:
         raise FileNotFoundError(f"no file at {path}")
     info = lookup(str(id_or_path))
     folder = datasets_dir(data_dir)
     for found in scan(folder):
-        if found.info == info:
+        if found.name == info.file:
             return found
     raise FileNotFoundError(_missing(info, folder))
 
@@ -111,9 +95,8 @@ def identify(raw: RawFile, dataset: str | None) -> tuple[DatasetInfo | None, str
         return info, ""
     if dataset is not None:
         raise ValueError(
-            f"{raw.path} is not the file of {dataset!r}: it has {wrong}. dataset=ID is for D4RL's "
-            "own files under another name; for data of your own leave it out, and say "
-            "max_episode_steps=N if the file has no timeouts"
+            f"{raw.path} is not the file of {dataset!r}: it has {wrong}. For data of your own "
+            "leave dataset out, and say max_episode_steps=N if the file has no timeouts"
         )
     note = f"the file has the name of {info.id}'s, but {wrong}: it is taken for data of its own"
     return None, note

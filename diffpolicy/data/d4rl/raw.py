@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffpolicy.data.hdf5 import open_hdf5, read_rows, unwritten_rows
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
-    from numpy.typing import NDArray
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 FLAT = ("rewards", "terminals", "timeouts")
@@ -44,7 +41,7 @@ class RawFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open_hdf5(path, "reading D4RL files")
+        self._file = open_hdf5(path)
         self.path = path
         try:
             self._members = dict(self._file.datasets())
@@ -59,10 +56,8 @@ class RawFile:
     def _check(self) -> None:
         missing = [name for name in REQUIRED if name not in self._members]
         if missing:
-            raise ValueError(
-                f"{self.path} is no D4RL file: it has no {', '.join(missing)}; at its top there is "
-                f"{sorted(self._file)}"
-            )
+            there = f"no {', '.join(missing)}; at its top there is {sorted(self._file)}"
+            raise ValueError(f"{self.path} is no D4RL file: it has {there}")
         rewards = self._members["rewards"]
         self.num_rows = n = len(rewards) if rewards.ndim else 0
         if n == 0:

@@ -13,17 +13,14 @@ They apply in the order given. Scores are always those of untransformed rewards.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffpolicy.data.d4rl.episodes import Episodes
 from diffpolicy.settings import check_choice, check_range
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
 
 # Name -> the value where none is written; None: it takes no value; NaN: it needs one.
 _DEFAULTS: dict[str, float | None] = {

@@ -8,18 +8,16 @@ environment does; these functions are for comparisons with published code.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffpolicy.data.d4rl.file import D4RLFile
 from diffpolicy.data.d4rl.raw import REQUIRED, squeezed
+from diffpolicy.data.fields import check_has
 from diffpolicy.settings import check_range
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from numpy.typing import NDArray
 
 Arrays = dict[str, "NDArray[Any]"]
 
@@ -127,8 +125,7 @@ def _loaded(
 
 
 def _checked(source: Mapping[str, NDArray[Any]]) -> Arrays:
-    if missing := sorted(set(REQUIRED) - set(source)):
-        raise ValueError(f"expected arrays by D4RL's names; {missing} are missing")
+    check_has("what should be D4RL's arrays", REQUIRED, source)
     n = len(source["rewards"])
     arrays = {k: np.asarray(v) for k, v in source.items() if not k.startswith("metadata/")}
     if odd := {k: v.shape for k, v in arrays.items() if v.shape[:1] != (n,)}:

@@ -6,23 +6,20 @@ name it in ``FORMATS``.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
+from numpy.typing import NDArray
+
+from diffpolicy.data.fields import FieldSpec, check_has
 from diffpolicy.data.hdf5 import open_hdf5
-from diffpolicy.extras import EXTRAS
+from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_choice
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
-
-    from numpy.typing import NDArray
-
-    from diffpolicy.data.fields import FieldSpec
 
 FORMATS: dict[str, str] = {
     "minari": "diffpolicy.data.formats.minari:MinariDataset",
@@ -112,6 +109,10 @@ class EpisodeSource(ABC):
         """List the rows of these fields that were never written, or got lost, and read as zeros."""
         return []
 
+    def remarks(self, store: EpisodeStore) -> dict[str, Any]:
+        """Return attributes, and ``warnings``, that follow from what was stored of it."""
+        return {}
+
     def close(self) -> None:
         """Let go of the file."""
         if self._file is not None:
@@ -123,7 +124,7 @@ class EpisodeSource(ABC):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _reading(self, what: str) -> Iterator[None]:
         """Say whatever a library raises of a damaged file as one kind of error."""
         try:
@@ -143,8 +144,7 @@ class EpisodeSource(ABC):
             ValueError: There is no such field.
         """
         names = list(self.fields if fields is None else fields)
-        if unknown := sorted(set(names) - set(self.fields)):
-            raise ValueError(f"{self.name} has no field {unknown}; it has {sorted(self.fields)}")
+        check_has(self.name, names, self.fields)
         return names
 
 
@@ -167,13 +167,13 @@ def get_format(name: str, path: Path) -> tuple[str, Format]:
     if name != "auto":
         check_choice("format", name, ["auto", *FORMATS])
         return name, _format(name)
+    if not path.exists():
+        hint = "to look up a dataset by its id, name the format, such as format=minari"
+        raise FileNotFoundError(f"nothing to convert at {path}; {hint}")
     for candidate in FORMATS:
         if (found := _format(candidate)).matches(path):
             return candidate, found
-    raise ValueError(
-        f"{path} looks like none of the formats {sorted(FORMATS)}; if it is one of them, name it "
-        "with format=..."
-    )
+    raise ValueError(f"{path} looks like none of the formats {sorted(FORMATS)}; say format=...")
 
 
 def _format(name: str) -> Format:
@@ -190,24 +190,7 @@ def hdf5_names(path: Path) -> list[str] | None:
     if path.suffix not in (".hdf5", ".h5") or not path.is_file():
         return []
     try:
-        file = open_hdf5(path, "reading HDF5 files")
+        with contextlib.closing(open_hdf5(path)) as file:
+            return list(file)
     except (ImportError, ValueError):
         return None
-    try:
-        return file.keys()
-    finally:
-        file.close()
-
-
-def require(module: str, what: str) -> Any:
-    """Import an optional module; ``what`` needs it, for the message.
-
-    Raises:
-        ImportError: It is not installed.
-    """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        hint = f'pip install "diffpolicy[{EXTRAS[package]}]"'
-        raise ImportError(f"{what} needs {package}: {hint}") from error

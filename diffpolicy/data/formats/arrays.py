@@ -9,18 +9,15 @@ are left out, and so is what fits nowhere.
 from __future__ import annotations
 
 import zipfile
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from diffpolicy.data.fields import FieldSpec
+from diffpolicy.data.fields import FieldSpec, checked_ends
 from diffpolicy.data.formats import EpisodeSource
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
-    from numpy.typing import NDArray
 
 _ENDS = "episode_ends"
 _MOST = 1000  # numbers in an attribute of an episode
@@ -59,7 +56,7 @@ class ArraysFile(EpisodeSource):
         self._loaded: dict[str, NDArray[Any]] = {}
         try:
             self._check_plain(headers)
-            self._ends = self._checked_ends()
+            self._ends = checked_ends(f"{self.name}: {_ENDS}", self._array(_ENDS))
             del headers[_ENDS]
             self._check_steps(headers)
         except ValueError:
@@ -117,26 +114,13 @@ class ArraysFile(EpisodeSource):
     def _check_plain(self, headers: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
         if objects := [name for name, (_, dtype) in headers.items() if dtype.hasobject]:
             raise ValueError(
-                f"{self.name}: {objects} are pickled Python objects, which are not read; save "
-                "them as plain numbers"
+                f"{self.name}: {objects} are pickled Python objects; save them as plain numbers"
             )
         if _ENDS not in headers:
             raise ValueError(
                 f"{self.name} has no array {_ENDS!r} (the cumulative ends of the episodes, the "
                 f"last one the number of steps); it has {sorted(headers)}"
             )
-
-    def _checked_ends(self) -> NDArray[np.int64]:
-        ends = self._array(_ENDS)
-        if ends.ndim != 1 or len(ends) == 0 or ends.dtype.kind not in "iu":
-            raise ValueError(
-                f"{self.name}: {_ENDS} must be a vector of whole numbers; got shape "
-                f"{list(ends.shape)}, dtype {ends.dtype}"
-            )
-        ends = ends.astype(np.int64)
-        if (np.diff(ends, prepend=0) <= 0).any():
-            raise ValueError(f"{self.name}: {_ENDS} must increase strictly from above 0")
-        return ends
 
     def _check_steps(self, headers: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
         shapes = {name: list(shape) for name, (shape, _) in headers.items()}

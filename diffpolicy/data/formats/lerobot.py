@@ -21,26 +21,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffpolicy.data.fields import FieldSpec
-from diffpolicy.data.formats import EpisodeSource, require
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from numpy.typing import NDArray
+from diffpolicy.data.formats import EpisodeSource
+from diffpolicy.extras import need
 
 _INFO = "meta/info.json"
 # They number rows and are no data of their own.
 _INDICES = ("index", "episode_index", "frame_index")
 _ENDS = ("next.done", "next.truncated", "next.success")
 _MADE = ("terminated", "truncated")  # of the ends, by this module
-_AGAIN = "download the dataset again (a clone needs `git lfs pull`)"
+_AGAIN = "Download the dataset again (a clone needs `git lfs pull`)"
 
 
 class LeRobotDirectory(EpisodeSource):
@@ -61,10 +59,10 @@ class LeRobotDirectory(EpisodeSource):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._arrow = require("pyarrow.dataset", "reading LeRobot datasets")
+        self._arrow = need("pyarrow.dataset")
         self._root = locate(path)
         self.name = str(self._root)
-        self._info = _read_info(self._root)
+        self._info = self._read_info()
         self._lengths = self._list()
         with self._reading("the data"):
             self._table = self._arrow.dataset(self._root / "data", format="parquet")
@@ -93,7 +91,6 @@ class LeRobotDirectory(EpisodeSource):
         """Version, rate in Hz, robot, tasks, and the names of the columns' entries."""
         features = self._info["features"]
         return {
-            "source": {"name": self._root.name, "format": "lerobot"},
             "dataset": _id_of(self._root),
             "lerobot_version": self._info["codebase_version"],
             "fps": self._info.get("fps"),
@@ -130,7 +127,7 @@ class LeRobotDirectory(EpisodeSource):
         if len(rows) != length or not length or rows[-1] - rows[0] != length - 1:
             raise ValueError(
                 f"{self.name}: episode {number} has {len(rows)} rows; the list of episodes says "
-                f"{length}, back to back. The dataset is damaged: {_AGAIN}"
+                f"{length}, back to back. {_AGAIN}"
             )
         columns = {n for n in names if n not in _MADE}
         ends = {n for n in _ENDS if n in self.fields and set(_MADE) & set(names)}
@@ -140,27 +137,36 @@ class LeRobotDirectory(EpisodeSource):
 
     # -- inside -------------------------------------------------------------------------------
 
+    def _read_info(self) -> dict[str, Any]:
+        with self._reading(_INFO):
+            info = dict(json.loads((self._root / _INFO).read_text(encoding="utf-8")))
+            version, _ = info["codebase_version"], dict(info["features"])
+        if _major(info) not in (2, 3):
+            raise ValueError(
+                f"{self.name} has LeRobot's version {version!r}; this reads v2.0, v2.1 and v3.0. "
+                "Convert it with LeRobot's own scripts"
+            )
+        return info
+
     def _list(self) -> list[int]:
         """Read the list of episodes into ``episode_attrs``; return their lengths."""
-        if _major(self._info) == 2:
-            rows = _lines(self._root / "meta/episodes.jsonl")
-        else:
-            with self._reading("the list of episodes"):
+        with self._reading("the list of episodes"):
+            if _major(self._info) == 2:
+                text = (self._root / "meta/episodes.jsonl").read_text(encoding="utf-8")
+                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            else:
                 found = self._arrow.dataset(self._root / "meta/episodes", format="parquet")
                 columns = {"episode_index", "length", "tasks"} & set(found.schema.names)
                 rows = found.to_table(columns=sorted(columns)).to_pylist()
-        try:
             known = sorted(
                 (int(row["episode_index"]), int(row["length"]), row.get("tasks") or [])
                 for row in rows
             )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.name}: the list of episodes lacks {error}") from None
         count, said = len({number for number, *_ in known}), self._info.get("total_episodes")
         if not known or said not in (None, len(known)) or count != len(known):
             raise ValueError(
                 f"{self.name}: the list of episodes has {len(known)} entries for {count} episodes; "
-                f"{_INFO} says {said}. The dataset is damaged or empty: {_AGAIN}"
+                f"{_INFO} says {said}. {_AGAIN}"
             )
         self.episode_attrs = [
             {"episode_index": number, "tasks": list(tasks)} for number, _, tasks in known
@@ -249,38 +255,9 @@ def _id_of(root: Path) -> str:
     return next(hub, root.name).removeprefix("datasets--").replace("--", "/")
 
 
-def _read_info(root: Path) -> dict[str, Any]:
-    path = root / _INFO
-    try:
-        info = dict(json.loads(path.read_text(encoding="utf-8")) or {})
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {_AGAIN}") from error
-    lacks = [k for k in ("codebase_version", "features") if k not in info]
-    if lacks or not isinstance(info["features"], dict):
-        raise ValueError(f"{path} is not LeRobot's: it lacks {lacks or 'a table of features'}")
-    if _major(info) not in (2, 3):
-        raise ValueError(
-            f"{root} has LeRobot's version {info['codebase_version']!r}; this reads v2.0, v2.1 and "
-            "v3.0. Convert it with LeRobot's own scripts"
-        )
-    return info
-
-
 def _major(info: Mapping[str, Any]) -> int:
     major = str(info["codebase_version"]).removeprefix("v").partition(".")[0]
     return int(major) if major.isdecimal() else 0
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no list of episodes at {path}; {_AGAIN}")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is damaged ({error}); {_AGAIN}") from error
-    return rows
 
 
 def _array(column: Any, spec: FieldSpec) -> NDArray[Any]:

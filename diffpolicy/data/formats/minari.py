@@ -13,19 +13,17 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffpolicy.data.fields import FieldSpec, jsonable
-from diffpolicy.data.formats import EpisodeSource, Gap, require
+from diffpolicy.data.formats import EpisodeSource, Gap
 from diffpolicy.data.hdf5 import open_hdf5, unwritten_rows
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from numpy.typing import NDArray
+from diffpolicy.extras import need
 
 _METADATA = "metadata.json"
 _HDF5 = "main_data.hdf5"
@@ -65,11 +63,11 @@ class MinariDataset(EpisodeSource):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._data = locate(path)
         self.name = str(self._data)
-        minari = require("minari.dataset.minari_storage", "reading Minari datasets")
-        self._metadata = _read_metadata(self._data)
+        minari = need("minari.dataset.minari_storage")
+        self._metadata = self._read_metadata()
         # The HDF5 file is looked at for what minari does not tell.
         if self._metadata.get("data_format") == "hdf5":
-            self._file = open_hdf5(self._data / _HDF5, "reading Minari datasets")
+            self._file = open_hdf5(self._data / _HDF5)
         try:
             self._check_count()
             with self._reading("the dataset"):
@@ -145,10 +143,8 @@ class MinariDataset(EpisodeSource):
         names, columns = self._names(fields), self._columns(index)
         steps, said = len(columns["reward"]), self._steps[index]
         if steps == 0 or said not in (None, steps):
-            raise ValueError(
-                f"{self.name}: episode {index} has {steps} rewards; expected "
-                f"{said or 'at least 1'}. {_AGAIN}"
-            )
+            expected = f"expected {said or 'at least 1'}. {_AGAIN}"
+            raise ValueError(f"{self.name}: episode {index} has {steps} rewards; {expected}")
         found = {}
         for name in names:
             column = name.removeprefix("next_")
@@ -166,14 +162,22 @@ class MinariDataset(EpisodeSource):
 
     # -- inside -------------------------------------------------------------------------------
 
+    def _read_metadata(self) -> dict[str, Any]:
+        with self._reading(_METADATA):
+            known = dict(json.loads((self._data / _METADATA).read_text(encoding="utf-8")))
+        # Without them minari makes the environment, and so runs code that the dataset names.
+        lacks = [k for k in ("observation_space", "action_space") if not _parsed(known.get(k))]
+        if lacks:
+            raise ValueError(f"{self._data / _METADATA} lacks {lacks}, by which episodes are read")
+        return known
+
     def _check_count(self) -> None:
         said = there = self._metadata.get("total_episodes")
         if self._file is not None:
-            there = sum(name.startswith("episode_") for name, _ in self._file.items())
+            there = sum(name.startswith("episode_") for name in self._file)
         if there != said or not said:
             raise ValueError(
-                f"{self.name} has {there} episodes, but its metadata say {said}: an interrupted "
-                f"download or collection. {_AGAIN}"
+                f"{self.name} has {there} episodes, but its metadata say {said}. {_AGAIN}"
             )
 
     def _columns(self, index: int) -> dict[str, NDArray[Any]]:
@@ -226,19 +230,6 @@ def _parsed(text: Any) -> Any:
         return json.loads(text) if isinstance(text, str) else None
     except ValueError:
         return None
-
-
-def _read_metadata(data: Path) -> dict[str, Any]:
-    path = data / _METADATA
-    try:
-        known = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}). {_AGAIN}") from error
-    # Without them minari makes the environment, and so runs code that the dataset names.
-    lacks = [k for k in ("observation_space", "action_space") if not _parsed(known.get(k))]
-    if lacks:
-        raise ValueError(f"{path} lacks {lacks}, by which episodes are read")
-    return known
 
 
 def _described(known: Mapping[str, Any], data: Path) -> dict[str, Any]:

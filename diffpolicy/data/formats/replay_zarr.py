@@ -6,23 +6,18 @@ Zarr format 2 or 3, a directory or a zip; our own stores have the same layout an
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore, ZipStore
+from numpy.typing import NDArray
 
 from diffpolicy.data.formats import EpisodeSource, Gap
+from diffpolicy.data.opening import StrictStore, ZarrArray
 from diffpolicy.data.store import EpisodeStore
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from pathlib import Path
-
-    from numpy.typing import NDArray
-
-    from diffpolicy.data.opening import ZarrArray
 
 _OWN = ("episode_ends", "episode_attrs")
 
@@ -41,7 +36,6 @@ class ReplayBuffer(EpisodeSource):
     def __init__(self, path: Path) -> None:
         self._store = store = EpisodeStore.open(path)
         self._path = path
-        self._filled: zarr.Group | None = None
         self._files: set[str] | None = None
         if path.is_file():
             with zipfile.ZipFile(path) as archive:
@@ -83,24 +77,17 @@ class ReplayBuffer(EpisodeSource):
 
     def fill_gaps(self) -> None:
         """Read what is missing as zarr does by itself from now on: as fill values."""
-        path = self._path
-        backend = ZipStore(path, mode="r") if path.is_file() else LocalStore(path)
-        self._filled = zarr.open_group(backend, mode="r", use_consolidated=False)
+        files = self._store._group.store
+        assert isinstance(files, StrictStore)
+        files.strict = False
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
         """Read ``[T, *shape]`` of each of the ``fields`` (default all) of one episode."""
-        if self._filled is None:
-            return self._store.episode(index, fields)
-        ends = self._store.episode_ends
-        rows = slice(int(ends[index - 1]) if index else 0, int(ends[index]))
-        arrays = {n: self._filled[f"data/{n}"] for n in (self.fields if fields is None else fields)}
-        return {n: np.asarray(a[rows]) for n, a in arrays.items() if isinstance(a, zarr.Array)}
+        return self._store.episode(index, fields)
 
     def close(self) -> None:
         """Let go of the files."""
         self._store.close()
-        if self._filled is not None:
-            self._filled.store.close()
 
     def _exists(self, place: str) -> bool:
         return place in self._files if self._files is not None else (self._path / place).exists()
@@ -129,9 +116,8 @@ class ReplayBuffer(EpisodeSource):
         surplus = {k: int(a.shape[0]) - total for k, a in self._store._arrays.items()}
         if surplus and set(surplus.values()) == {1}:
             raise ValueError(
-                f"{self.name}: every field has {total + 1} rows, but the last episode ends at "
-                f"{total}: episode_ends look like the indices of the last rows. They must be "
-                "one past them: write meta/episode_ends + 1, such as "
+                f"{self.name}: every field has {total + 1} rows: episode_ends look like the "
+                "indices of the last rows. They must be one past them: "
                 "g = zarr.open_group(PATH, mode='r+'); e = g['meta/episode_ends']; e[:] = e[:] + 1"
             )
         return {name: rows for name, rows in surplus.items() if rows}

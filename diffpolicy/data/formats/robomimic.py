@@ -6,20 +6,17 @@ Filter keys, ``mask/<name>`` with names of demonstrations, are masks: ``keep="ma
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from diffpolicy.data.fields import FieldSpec
+from diffpolicy.data.fields import FieldSpec, check_has
 from diffpolicy.data.formats import EpisodeSource, Gap, hdf5_names
 from diffpolicy.data.hdf5 import Hdf5Group, open_hdf5, read_rows, unwritten_rows
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from pathlib import Path
-
-    from numpy.typing import NDArray
 
 # The low-dimensional observation of the robomimic benchmark, in the order Diffusion Policy uses.
 LOW_DIM_KEYS = ("object", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
@@ -42,7 +39,7 @@ class RobomimicFile(EpisodeSource):
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open_hdf5(path, "reading robomimic files")
+        self._file = open_hdf5(path)
         self.name = str(path)
         data = self._file.get("data")
         names = [n for n in data if _number(n) is not None] if isinstance(data, Hdf5Group) else []
@@ -95,10 +92,7 @@ class RobomimicFile(EpisodeSource):
         found = {}
         for key, names in group.items() if isinstance(group, Hdf5Group) else ():
             said = [n.decode() if isinstance(n, bytes) else n for n in np.atleast_1d(names[()])]
-            if lacking := [n for n in said if n not in place]:
-                raise ValueError(
-                    f"{self.name}: mask/{key} names {lacking[0]!r}, which is not there"
-                )
+            check_has(f"{self.name}: of mask/{key}", said, place)
             found[key] = sorted(place[n] for n in said)
         return found
 
@@ -124,16 +118,12 @@ class RobomimicFile(EpisodeSource):
         for field in self.fields if fields is None else fields:
             place, array = _find(demo, field)
             if array is None:
-                raise ValueError(
-                    f"{self.name}: {name} has no {place!r}; under obs/ it has "
-                    f"{sorted(demo.get('obs') or ())}"
-                )
+                there = f"under obs/ it has {sorted(demo.get('obs') or ())}"
+                raise ValueError(f"{self.name}: {name} has no {place!r}; {there}")
             rows = read_rows(array, f"{self.name}: {name}/{place}")
             if said is not None and len(rows) != int(said):
-                raise ValueError(
-                    f"{self.name}: {name}/{place} has {len(rows)} rows, but its num_samples says "
-                    f"{said}"
-                )
+                sizes = f"{len(rows)} rows, but its num_samples says {said}"
+                raise ValueError(f"{self.name}: {name}/{place} has {sizes}")
             result[field] = rows
         return result
 

@@ -6,9 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from diffpolicy.data.check import Issue, Severity
+from diffpolicy.data.check import Issue
 from diffpolicy.data.preferences import file as files
 from diffpolicy.data.preferences.records import (
     Label,
@@ -45,25 +43,24 @@ def check_preferences(
     """
     target = Path(path)
 
-    def issue(severity: Severity, message: str, fix: str) -> Issue:
-        return Issue(severity, str(target), None, None, None, message, fix)
-
     try:
         contents = files.read_contents(target)
         found = files.open_store(contents, store)
     except files.PreferenceFileError as error:
-        return [issue("error", str(error).removeprefix(f"{target}, "), "see the message")]
+        text = str(error).removeprefix(f"{target}, ")
+        return [Issue("error", str(target), text, "see the message")]
     issues = [
-        issue("error", f"line {number}: {value}", "correct the line, or remove it")
+        Issue("error", str(target), f"line {number}: {value}", "correct the line, or remove it")
         for number, value in files.parsed(contents, found)
         if isinstance(value, ValueError)
     ]
-    if contents.mark.content is None:
+    if contents.header.content is None:
         fix = "none needed if the store was never made anew"
-        issues.append(issue("warning", f"line 1: {files.NO_CONTENT}", fix))
+        issues.append(Issue("warning", str(target), f"line 1: {files.NO_CONTENT}", fix))
     if torn := contents.size - contents.kept:
         fix = "none needed: the next append removes it"
-        issues.append(issue("warning", f"the last {torn} bytes are a torn line", fix))
+        text = f"the last {torn} bytes are a torn line"
+        issues.append(Issue("warning", str(target), text, fix))
     return issues
 
 
@@ -87,7 +84,7 @@ def summarize(preferences: PreferenceSet) -> dict[str, Any]:
         "length": [min(lengths), max(lengths)] if lengths else None,
     }
     reward = preferences.store.fields.get("reward")
-    if reward is not None and int(np.prod(reward.shape)) == 1 and preferences.pairs():
+    if reward is not None and reward.size == 1 and preferences.pairs():
         counts["reward_agreement"] = preferences.agreement(preferences.store.read("reward"))
     return counts
 
@@ -95,21 +92,17 @@ def summarize(preferences: PreferenceSet) -> dict[str, Any]:
 def doubts(name: str, records: Sequence[Record]) -> Iterator[Issue]:
     """Warn of records that come twice or contradict each other."""
     seen: dict[Any, int] = {}
-
-    def issue(message: str, fix: str) -> Issue:
-        return Issue("warning", name, None, None, None, message, fix)
-
     for number, record in enumerate(records):
         key: Any = (type(record), segments_of(record), getattr(record, "good", None))
         if key in seen:
             text = f"record {number} is record {seen[key]} again"
-            yield issue(text, "remove one, unless two people judged it")
+            yield Issue("warning", name, text, "remove one, unless two people judged it")
         seen.setdefault(key, number)
         other = _opposite(record)
         if other in seen:
             what = " / ".join(describe(s) for s in segments_of(record))
             text = f"records {seen[other]} and {number} contradict each other ({what})"
-            yield issue(text, "none needed if people disagree")
+            yield Issue("warning", name, text, "none needed if people disagree")
 
 
 def _opposite(record: Record) -> Any:

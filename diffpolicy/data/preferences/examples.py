@@ -9,21 +9,16 @@ no step outside of it is.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
+from torch import Tensor
 
-from diffpolicy.data.preferences.records import episodes_of
+from diffpolicy.data.preferences.records import Label, Pair, Segment, episodes_of
+from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.windows import Windows
 from diffpolicy.settings import check_range
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-    from diffpolicy.data.preferences.records import Label, Pair, Segment
-    from diffpolicy.data.preferences.set import PreferenceSet
 
 
 class _Table(NamedTuple):

@@ -27,28 +27,24 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffpolicy.data.blocks import content_digest
-from diffpolicy.data.preferences.records import check_fits, record_from_json
+from diffpolicy.data.preferences.records import Record, check_fits, record_from_json
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.files import write_atomic
 from diffpolicy.settings import ConfigError, from_values
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from numpy.typing import NDArray
-
-    from diffpolicy.data.preferences.records import Record
-
 FORMAT = "diffpolicy-preferences"
 VERSION = 2  # 1 had no checksums
 _CHECKED = re.compile(rb',"crc32":"([0-9a-f]{8})"}')
+_ALTERED = "Copy the file again; if somebody corrected the line, remove its member 'crc32'"
 NO_CONTENT = (
     "made by an earlier version, without a digest of the store's values: that the store is the one "
     "it was made for is known by the episodes' lengths alone"
@@ -78,8 +74,8 @@ class Mark:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Header(Mark):
-    """The members of the first line: the mark of the store when the file was made, and more."""
+class Header(Mark):
+    """The first line: the mark of the store when the file was made, and more."""
 
     format: str
     version: int
@@ -94,7 +90,6 @@ class Contents:
     Attributes:
         path: The file.
         header: The first line.
-        mark: The store when the file was made, from the header.
         lines: The other whole lines that were read, each with its number from 1.
         kept: Bytes of all whole lines.
         size: Bytes of the file, a torn last line included.
@@ -102,8 +97,7 @@ class Contents:
     """
 
     path: Path
-    header: dict[str, Any]
-    mark: Mark
+    header: Header
     lines: list[tuple[int, bytes]]
     kept: int
     size: int
@@ -153,10 +147,7 @@ def read_contents(path: Path) -> Contents:
         PreferenceFileError: It does not begin with a header that this version understands.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no preference file at {path}; make one with PreferenceSet.create or "
-            "`diffpolicy data prefs`"
-        )
+        raise FileNotFoundError(f"no preference file at {path}; `diffpolicy data prefs` makes them")
     data = path.read_bytes()
     kept, closed = len(data), data.endswith(b"\n")
     last = data[data.rfind(b"\n") + 1 :]
@@ -166,43 +157,36 @@ def read_contents(path: Path) -> Contents:
     first, *lines = data[:kept].removesuffix(b"\n").split(b"\n")
     header = _checked_header(path, first)
     numbered = [(i, line) for i, line in enumerate(lines, start=2) if line.strip()]
-    mark = Mark(header["episodes"], header["steps"], header["ends"], header.get("content"))
-    return Contents(path, header, mark, numbered, kept, len(data), closed)
+    return Contents(path, header, numbered, kept, len(data), closed)
 
 
 def check_overwritten(path: Path, *, overwrite: bool) -> None:
     """Raise ``FileExistsError`` unless what is there is a preference file that may be replaced."""
     if not overwrite:
-        raise FileExistsError(
-            f"{path} exists; choose another path, or overwrite=True (at the command line "
-            "overwrite=true)"
-        )
+        raise FileExistsError(f"{path} exists; choose another path, or overwrite=True")
     try:
         read_contents(path)
     except (FileNotFoundError, PreferenceFileError) as error:
-        raise FileExistsError(
-            f"{path} exists and is not a preference file, so it is not overwritten"
-        ) from error
+        raise FileExistsError(f"{path} exists and is not a preference file: it stays") from error
 
 
-def _checked_header(path: Path, line: bytes) -> dict[str, Any]:
+def _checked_header(path: Path, line: bytes) -> Header:
     try:
-        header = _parsed_line(line)
+        values = _parsed_line(line)
     except ValueError:
-        header = None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        values = None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise PreferenceFileError(
-            f"{path}, line 1: expected a header with 'format': {FORMAT!r}; got {line[:60]!r}. "
-            "It is not a preference file, or its beginning was lost"
+            f"{path}, line 1: expected a header with 'format': {FORMAT!r}; got {line[:60]!r}"
         )
     try:
-        version = from_values(_Header, header).version
+        header = from_values(Header, values)
     except ConfigError as error:
         raise PreferenceFileError(f"{path}, line 1: {error}") from None
-    if not 1 <= version <= VERSION:
+    if not 1 <= header.version <= VERSION:
         raise PreferenceFileError(
-            f"{path}, line 1: version {version} of the format, but this diffpolicy reads up to "
-            f"{VERSION}; update it: pip install --upgrade diffpolicy"
+            f"{path}, line 1: version {header.version}; this diffpolicy reads up to {VERSION}: "
+            "update it"
         )
     return header
 
@@ -217,15 +201,14 @@ def open_store(
         PreferenceFileError: They are not those that the file was made for.
     """
     if store is None:
-        place = contents.path.parent / contents.header["store"]
+        place = contents.path.parent / contents.header.store
         if not place.exists():
             raise FileNotFoundError(
-                f"{contents.path} belongs to the store {contents.header['store']}, which is not at "
-                f"{place}; say where it is with store=..."
+                f"{contents.path} belongs to a store that is not at {place}; say where: store=..."
             )
         store = place
     found = EpisodeStore.open(store) if isinstance(store, str | os.PathLike) else store
-    _check_mark(contents.mark, found, f"{contents.path}, line 1")
+    _check_mark(contents.header, found, f"{contents.path}, line 1")
     return found
 
 
@@ -276,20 +259,13 @@ def _parsed_line(line: bytes) -> Any:
     if found is not None and found.end() == len(line):
         line = line[: found.start()] + b"}"
         if zlib.crc32(line) != int(found[1], 16):
-            raise ValueError(
-                f"the line was altered: its checksum is {found[1].decode()}, but that of what it "
-                f"holds is {zlib.crc32(line):08x}. Copy the file again; if somebody corrected the "
-                "line, remove its member 'crc32'"
-            )
+            raise ValueError(f"the line was altered: it has another checksum. {_ALTERED}")
     try:
         value = json.loads(line, parse_constant=_no_constant)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"expected one JSON object; got {line[:60]!r} ({error})") from error
     if isinstance(value, dict) and "crc32" in value:
-        raise ValueError(
-            "the line was altered: its checksum is not where it was written. If somebody corrected "
-            "it, remove the member 'crc32'"
-        )
+        raise ValueError(f"the line was altered: its checksum is not at its end. {_ALTERED}")
     return value
 
 

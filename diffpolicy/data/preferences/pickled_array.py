@@ -29,77 +29,32 @@ class RefusedError(Exception):
     """The file is not an array of numbers."""
 
 
-class _Type:
-    """A dtype as the pickle describes it."""
-
-    def __init__(self, name: Any, *_options: Any) -> None:
-        self.name = str(name)
-        self.order: Any = "="
-
-    def __setstate__(self, state: Any) -> None:
-        self.order = state[1]
-
-    def dtype(self) -> np.dtype[Any]:
-        if self.name.lstrip("<>=|")[:1] not in ("f", "i", "u", "b", "?"):
-            raise RefusedError(f"it holds {self.name!r:.40}, not numbers")
-        return np.dtype(self.name).newbyteorder(self.order)
-
-
-class _Array:
-    """An array as the pickle describes it."""
-
-    def __init__(self, *_arguments: Any) -> None:
-        self.state: Any = ()
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def array(self) -> npt.NDArray[Any]:
-        _, shape, kind, fortran, data = self.state
-        if not isinstance(kind, _Type) or not isinstance(data, bytes):
-            raise RefusedError("it holds Python objects, not numbers")
-        flat: npt.NDArray[Any] = np.frombuffer(data, kind.dtype())
-        return flat.reshape(shape, order="F" if fortran else "C")
-
-
-def _frombuffer(data: Any, kind: Any, shape: Any, order: Any, *_options: Any) -> _Array:
-    made = _Array()
-    made.state = (1, shape, kind, order == "F", bytes(data))
-    return made
-
-
-def _scalar(kind: Any, data: Any) -> Any:
-    return np.frombuffer(data, kind.dtype())[0]
-
-
-def _encode(text: Any, encoding: Any) -> bytes:
-    if encoding != "latin1" or not isinstance(text, str):
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
         raise RefusedError("bytes in an unknown encoding")
-    return text.encode("latin1")
+    return text.encode(encoding)
 
 
-# What an array's pickle names, under numpy's module names of before and after 2.0.
+# What an array's pickle names; before numpy 2.0 ``numpy._core`` was ``numpy.core``.
 _KNOWN = {
-    ("numpy", "ndarray"): "ndarray",
-    ("numpy", "dtype"): _Type,
-    ("_codecs", "encode"): _encode,
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.numeric", "_frombuffer"),
 }
-for _core in ("numpy.core", "numpy._core"):
-    _KNOWN[f"{_core}.multiarray", "_reconstruct"] = _Array
-    _KNOWN[f"{_core}.multiarray", "scalar"] = _scalar
-    _KNOWN[f"{_core}.numeric", "_frombuffer"] = _frombuffer
 
 
 class _Reader(pickle.Unpickler):
     """An unpickler that resolves the names of numpy's arrays and no other."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _KNOWN:
+        if (module, name) == ("_codecs", "encode"):
+            return _encode
+        place = module.replace("numpy.core", "numpy._core")
+        if (place, name) not in _KNOWN:
             raise RefusedError(f"it names {f'{module}.{name}'!r:.80}, which is no part of an array")
-        return _KNOWN[module, name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise RefusedError("it refers to something outside of it")
+        return super().find_class(place, name)
 
 
 def numbers(data: bytes) -> npt.NDArray[Any]:
@@ -109,7 +64,7 @@ def numbers(data: bytes) -> npt.NDArray[Any]:
         RefusedError: It holds anything else.
     """
     value = _Reader(io.BytesIO(data)).load()
-    array = value.array() if isinstance(value, _Array) else np.array(value)
+    array = np.array(value)
     if array.dtype.kind not in "fiub":
         raise RefusedError(f"it holds {type(value).__name__}, not an array of numbers")
     return array

@@ -13,24 +13,21 @@ and ``human_label*`` (Uni-RLHF), or ``indices_num*``, ``indices_2_num*`` and ``l
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from diffpolicy.data.d4rl.views import transition_rows
+from diffpolicy.data.fields import whole_numbers
 from diffpolicy.data.preferences.pickled_array import read_pickled_array
 from diffpolicy.data.preferences.records import Pair, Segment, segment_of_rows
+from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_choice, check_range
-
-if TYPE_CHECKING:
-    import os
-
-    from numpy.typing import ArrayLike, NDArray
-
-    from diffpolicy.data.store import EpisodeStore
 
 Index = Literal["qlearning", "rows"]
 _LENGTH = re.compile(r"_(?:len_|q)(\d+)(?:\D|$)")
@@ -68,17 +65,15 @@ def from_indices(
             the store; the message names the row.
     """
     check_range("[1, inf)", length=length)
-    first, second = _whole(index_1, "index_1"), _whole(index_2, "index_2")
+    first, second = whole_numbers("index_1", index_1), whole_numbers("index_2", index_2)
     verdict = _verdicts(np.asarray(label))
     if not len(first) == len(second) == len(verdict):
-        raise ValueError(
-            "index_1, index_2 and label must have the same length; got "
-            f"{len(first)}, {len(second)} and {len(verdict)}"
-        )
+        got = f"{len(first)}, {len(second)} and {len(verdict)}"
+        raise ValueError(f"index_1, index_2 and label must have the same length; got {got}")
     ends = store.episode_ends
     rows = np.arange(store.num_steps)
     if raw_index_map is not None:
-        rows = _whole(raw_index_map, "raw_index_map")
+        rows = whole_numbers("raw_index_map", raw_index_map)
 
     def segment(index: int) -> Segment:
         if not 0 <= index <= len(rows) - length:
@@ -176,10 +171,7 @@ def read_label_file(
         for name in names:
             if name in arrays:
                 return arrays[name]
-        raise ValueError(
-            f"{target} has no array {' or '.join(names)}; it has {sorted(arrays)}. Labels are "
-            "index_1, index_2, <kind>_label, perhaps seg_len (else give length=N), raw_index_map"
-        )
+        raise ValueError(f"{target} has no array {' or '.join(names)}; it has {sorted(arrays)}")
 
     rows = arrays.get("raw_index_map") if index is None else None
     if rows is None and index is None and not pickled:
@@ -223,9 +215,9 @@ def _read_pickles(path: Path, kind: str) -> dict[str, NDArray[Any]]:
     labels = [n for n in names if f"{kind}_label" in n or f"label_{kind}" in n]
     if not len(first) == len(second) == len(labels) == 1:
         raise ValueError(
-            f"{path} must be an npz file, or hold one set of three pickles, indices_1*, indices_2* "
-            f"and {kind}_label*; there are {len(first)}, {len(second)} and {len(labels)} of them "
-            f"among {names[:8]}. Of several sets name the file of the labels (labels=KIND: whose)"
+            f"{path} must be an npz file, or hold three pickles, indices_1*, indices_2* and "
+            f"{kind}_label*; there are {len(first)}, {len(second)} and {len(labels)} of them among "
+            f"{names[:8]}. Of several sets name the file of the labels"
         )
     places = {"index_1": first[0], "index_2": second[0], f"{kind}_label": labels[0]}
     arrays = {name: read_pickled_array(folder / place) for name, place in places.items()}
@@ -234,31 +226,17 @@ def _read_pickles(path: Path, kind: str) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _whole(values: ArrayLike, name: str) -> NDArray[np.int64]:
-    array = np.asarray(values)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name} must be a vector of whole numbers; got shape {list(array.shape)}, dtype "
-            f"{array.dtype}"
-        )
-    return array.astype(np.int64)
-
-
 def _verdicts(label: NDArray[Any]) -> NDArray[np.int64]:
     """-1, 0 or 1 of each row."""
     numbers = label.dtype.kind in "iufb" and np.isfinite(label).all()
     if not numbers or label.shape[1:] not in ((), (2,)) or label.ndim == 0:
         raise ValueError(
-            f"label must be [N] or [N, 2] finite numbers; got shape {list(label.shape)}, dtype "
-            f"{label.dtype}"
+            f"label must be [N] or [N, 2] finite numbers; got shape {label.shape} of {label.dtype}"
         )
     if label.ndim == 2:
         better = np.where(label[:, 1] > label[:, 0], 1, 0)
         return np.where(label[:, 0] == label[:, 1], -1, better)
     wrong = np.flatnonzero(~np.isin(label, (-1, 0, 1)))
     if len(wrong):
-        raise ValueError(
-            "label must be 0 (the first is better), 1 (the second) or -1 (neither); got "
-            f"{label[wrong[0]]} in row {wrong[0]}"
-        )
+        raise ValueError(f"label must be 0, 1 or -1; got {label[wrong[0]]} in row {wrong[0]}")
     return label.astype(np.int64)

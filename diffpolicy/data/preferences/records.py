@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffpolicy.data.fields import jsonable
+from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_choice, settings_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from numpy.typing import NDArray
-
-    from diffpolicy.data.store import EpisodeStore
 
 
 class Span(NamedTuple):
@@ -68,10 +63,8 @@ class Pair:
         _settle(self, chosen=self.chosen, rejected=self.rejected)
         object.__setattr__(self, "tie", _checked_flag(self.tie, "tie"))
         if self.chosen == self.rejected and not self.tie:
-            raise ValueError(
-                f"chosen and rejected are the same segment, {describe(self.chosen)}; two different "
-                "ones are compared, unless tie=True"
-            )
+            where = describe(self.chosen)
+            raise ValueError(f"chosen and rejected are the same segment without a tie, {where}")
 
 
 @dataclass(frozen=True)
@@ -156,10 +149,8 @@ def episode_values(
     attrs, found = store.episode_attrs, []
     for episode in range(len(attrs)) if episodes is None else episodes:
         if name not in attrs[episode]:
-            raise ValueError(
-                f"{store.name}: episode {episode} has no attribute {name!r}; it has "
-                f"{sorted(attrs[episode])}"
-            )
+            where, known = f"{store.name}: episode {episode}", sorted(attrs[episode])
+            raise ValueError(f"{where} has no attribute {name!r}; it has {known}")
         found.append(attrs[episode][name])
     return found
 

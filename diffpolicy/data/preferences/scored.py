@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from diffpolicy.data.preferences.records import (
     Pair,
@@ -17,14 +18,8 @@ from diffpolicy.data.preferences.records import (
     describe,
     episode_values,
 )
+from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_choice, check_range
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Sequence
-
-    from numpy.typing import ArrayLike, NDArray
-
-    from diffpolicy.data.store import EpisodeStore
 
 Choose = Literal["best_worst", "all", "ranking"]
 EpisodeScore = Literal["return", "max_reward", "success"]
@@ -64,10 +59,8 @@ def from_scores(
     values = np.asarray(scores, np.float64)
     keys: Sequence[Hashable] = [0] * len(segments) if groups is None else groups
     if values.shape != (len(segments),) or len(keys) != len(segments):
-        raise ValueError(
-            f"{len(segments)} segments need as many scores and groups; got scores "
-            f"{list(values.shape)} and {len(keys)} groups"
-        )
+        got = f"scores {list(values.shape)} and {len(keys)} groups"
+        raise ValueError(f"{len(segments)} segments need as many scores and groups; got {got}")
     for place in np.flatnonzero(~np.isfinite(values)).tolist():
         where = describe(segments[place])
         raise ValueError(f"scores must be finite; got {values[place]} for {where}")
@@ -165,11 +158,10 @@ def _episode_scores(
 def _rewards(store: EpisodeStore) -> list[NDArray[np.float64]]:
     """The rewards of each episode."""
     spec = store.fields.get("reward")
-    if spec is None or int(np.prod(spec.shape)) != 1:
+    if spec is None or spec.size != 1:
         raise ValueError(
             f"scoring episodes needs a field 'reward' of one number a step; {store.name} has "
-            f"{ ({name: list(field.shape) for name, field in store.fields.items()}) }. Convert or "
-            "collect them with their rewards, or use score='success'"
+            f"{store.fields}. Use score='success', or collect them with their rewards"
         )
     rewards = store.read("reward", 0, store.num_steps).astype(np.float64).reshape(-1)
     return np.split(rewards, store.episode_ends[:-1])

@@ -10,12 +10,15 @@ import logging
 import os
 import threading
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
+from diffpolicy.data.check import Issue
 from diffpolicy.data.preferences import file as files
 from diffpolicy.data.preferences.check import check_preferences, doubts, summarize
 from diffpolicy.data.preferences.file import PreferenceFileError
@@ -35,14 +38,7 @@ from diffpolicy.data.preferences.records import (
 )
 from diffpolicy.data.preferences.split import split_records
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.settings import check_choice
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-
-    from numpy.typing import NDArray
-
-    from diffpolicy.data.check import Issue
+from diffpolicy.settings import check_choice, check_shape
 
 __all__ = [
     "Label",
@@ -125,9 +121,8 @@ class PreferenceSet:
         target = Path(path)
         if store.path is None:
             raise ValueError(
-                "a preference file needs a store on the disk, which it names; give "
-                "EpisodeStore.from_arrays a path, or keep the preferences in memory too: "
-                "PreferenceSet(store, records)"
+                "a preference file needs a store on the disk; of one in memory keep the "
+                "preferences there too: PreferenceSet(store, records)"
             )
         if target.exists():
             files.check_overwritten(target, overwrite=overwrite)
@@ -161,8 +156,8 @@ class PreferenceSet:
         target = Path(path)
         contents = files.read_contents(target)
         found = files.open_store(contents, store)
-        made = cls(found, attrs=contents.header.get("attrs"))
-        made._mark = contents.mark
+        made = cls(found, attrs=contents.header.attrs)
+        made._mark = contents.header
         for number, value in files.parsed(contents, found):
             if isinstance(value, ValueError):
                 raise PreferenceFileError(f"{target}, line {number}: {value}") from value
@@ -171,7 +166,7 @@ class PreferenceSet:
             else:
                 made._records.append(value)
         made.path, made._file = target, contents
-        if contents.mark.content is None:
+        if contents.header.content is None:
             _log.warning("%s: %s", target, files.NO_CONTENT)
         return made
 
@@ -290,11 +285,7 @@ class PreferenceSet:
             ValueError: Another length.
         """
         values = np.asarray(scores, np.float64).reshape(-1)
-        if len(values) != self.store.num_steps:
-            raise ValueError(
-                f"scores must have one number for each of {self.store.num_steps} steps; got "
-                f"{np.asarray(scores).shape}"
-            )
+        check_shape("scores", values.shape, [self.store.num_steps])
         gaps = [
             float(values[self.rows(p.chosen)].sum() - values[self.rows(p.rejected)].sum())
             for p in self.pairs()

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from diffpolicy.data.preferences.records import episode_values, episodes_of
+from diffpolicy.data.preferences.records import Record, episode_values, episodes_of
+from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_range
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from diffpolicy.data.preferences.records import Record
-    from diffpolicy.data.store import EpisodeStore
 
 
 def split_records(
@@ -35,10 +30,8 @@ def split_records(
         train = [r for r, of in zip(records, folds_of, strict=True) if fold not in of]
         held_out = [r for r, of in zip(records, folds_of, strict=True) if of == {fold}]
         if not train or not held_out:
-            raise ValueError(
-                f"fold {fold} of {folds} has {len(train)} records to train on and {len(held_out)} "
-                "to hold out (those of both sides are dropped); use fewer folds, or more records"
-            )
+            has = f"{len(train)} records to train on and {len(held_out)} to hold out"
+            raise ValueError(f"fold {fold} of {folds} has {has}; use fewer folds, or more records")
         made.append((train, held_out))
     return made
 
@@ -73,10 +66,8 @@ def deal_episodes(
     whole = {e for unit in compared if len(unit) <= limit for e in unit}
     units = [u for u in compared if len(u) <= limit] + [a for a in atoms if a[0] not in whole]
     if len(units) < folds:
-        raise ValueError(
-            f"the records are of {len(used)} episodes, {len(units)} of them independent; {folds} "
-            "folds need as many. Use fewer folds, or more episodes"
-        )
+        those = f"{len(used)} episodes, {len(units)} of them independent"
+        raise ValueError(f"the records are of {those}; {folds} folds need as many")
     weight = Counter(episode for record in records for episode in episodes_of(record))
     load = [0] * folds
     fold_of: dict[int, int] = {}

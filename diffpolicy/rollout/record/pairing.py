@@ -182,7 +182,7 @@ def check_target(prefs_path: str | Path) -> None:
     if not path.exists():
         return
     contents = read_contents(path)
-    ours = contents.header.get("attrs", {}).get("made_by") == MADE_BY
+    ours = contents.header.attrs.get("made_by") == MADE_BY
     records = [json.loads(line) for _, line in contents.lines]
     others = [one for one in records if one.get("source") != SOURCE and one["kind"] != "store"]
     if others or not ours:

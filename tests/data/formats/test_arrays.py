@@ -79,7 +79,7 @@ def test_an_episode_of_one_file(path, arrays):
         ({"episode_ends": np.array([3.0, 7.0])}, "must be a vector of whole numbers; got shape"),
         ({"episode_ends": np.array([3, 3])}, "must increase strictly"),
         ({"episode_ends": np.array([3, 9])}, "says 9 steps, but no array has as many rows"),
-        ({"info": np.array([{}, 1])}, r"\['info'\] are pickled Python objects, which are not read"),
+        ({"info": np.array([{}, 1])}, r"\['info'\] are pickled Python objects"),
         ({"observations": ...}, "does not say what 'obs' is; choose of its fields"),
     ],
 )

@@ -244,7 +244,7 @@ def test_damaged_files(write, tmp_path, monkeypatch):
     # minari would make the environment for want of a space, and so run what the dataset names.
     refused(r"lacks \['action_space'\]", lambda f: None, action_space=...)
     (tmp_path / "d" / "metadata.json").write_text("{")
-    with pytest.raises(ValueError, match=r"metadata.json is damaged"):
+    with pytest.raises(ValueError, match=r"metadata.json cannot be read, so it is damaged"):
         convert(tmp_path / "d", target, format="minari")
     shutil.copy(data / "metadata.json", tmp_path / "d")
     (tmp_path / "d" / "main_data.hdf5").write_bytes((data / "main_data.hdf5").read_bytes()[:700])
