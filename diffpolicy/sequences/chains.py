@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -15,6 +15,24 @@ from diffpolicy.core.sampling import Trajectory, Transition, sample
 from diffpolicy.core.starts import Start
 
 ROWS = 512  # sequences drawn or scored at once: bounds the memory of the noise
+
+
+class Drawing(TypedDict, total=False):
+    """How sequences are drawn from a model; every entry may be left out.
+
+    Attributes:
+        num_steps: steps from all masks to none; ``None``: one position at a time, the exact law of
+            a ``time_free`` model.
+        cond: ``[C]`` or ``[N, C]``; left out, a model with ``cond_dropout`` is drawn from
+            unconditionally.
+        generator: of the draws, on the model's device; the global one when absent.
+        guidance: strength of classifier-free guidance; needs ``cond_dropout``.
+    """
+
+    num_steps: int | None
+    cond: Tensor | None
+    generator: torch.Generator | None
+    guidance: float | None
 
 
 class Chain(NamedTuple):
@@ -62,9 +80,8 @@ def run_chain(
     groups, grid = reveals(process, start, num_steps, time_free=time_free, generator=generator)
     solver = Scheduled(groups)
     out = sample(denoiser, solver, start, grid, cond=cond, generator=generator, record=record)
-    if isinstance(out, Trajectory):
-        return Chain(out.x0, groups, out.transitions)
-    return Chain(out, groups, ())
+    x0, transitions = (out.x0, out.transitions) if isinstance(out, Trajectory) else (out, ())
+    return Chain(x0, groups, transitions)
 
 
 def tokens_of(chains: Iterable[Chain]) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from diffpolicy.core.starts import prior_start, truncated_start
 from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.learn.cloning.masked import MaskedDenoisingLoss, elbo
 from diffpolicy.networks.base import described
-from diffpolicy.sequences.chains import ROWS, Chain, run_chain, tokens_of
+from diffpolicy.sequences.chains import ROWS, Chain, Drawing, run_chain, tokens_of
 from diffpolicy.sequences.spec import Letters, SequenceExamples, SequenceSpec
 from diffpolicy.sequences.task import SequenceTask, check_tokens
 from diffpolicy.settings import check_range
@@ -137,18 +137,14 @@ class SequenceModel(Letters, Saved):
         given = self.spec.training_cond(len(held), labels, cond)
         order = torch.randperm(len(held), generator=torch.Generator().manual_seed(config.seed))
         val_count = int(val_fraction * len(held))
-        parts = [
+        held_out, train = (
             SequenceExamples(held[rows], None if given is None else given[rows])
-            for rows in (order[val_count:], order[:val_count])
-        ]
+            for rows in (order[:val_count], order[val_count:])
+        )
+        objective = MaskedDenoisingLoss(self.denoiser, cond_dropout=self.spec.cond_dropout)
+        how: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
         return self.fit(
-            MaskedDenoisingLoss(self.denoiser, cond_dropout=self.spec.cond_dropout),
-            parts[0],
-            config,
-            run_dir,
-            val_source=parts[1] if val_count else None,
-            resume=resume,
-            overwrite=overwrite,
+            objective, train, config, run_dir, val_source=held_out if val_count else None, **how
         )
 
     def fit(
@@ -207,25 +203,13 @@ class SequenceModel(Letters, Saved):
     # ---------------------------------------------------------------- drawing and scoring
 
     @torch.no_grad()
-    def draw(
-        self,
-        size: int,
-        *,
-        num_steps: int | None = None,
-        cond: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        guidance: float | None = None,
-    ) -> Tensor:
+    def draw(self, size: int, **how: Unpack[Drawing]) -> Tensor:
         """Draw sequences from the model's law.
 
         Args:
             size: how many.
-            num_steps: steps from all masks to none; ``None``: one position at a time, the exact
-                law of a ``time_free`` model.
-            cond: ``[C]`` or ``[size, C]``; left out, a model with ``cond_dropout`` is drawn from
-                unconditionally.
-            generator: of the draws, on the model's device; the global one when absent.
-            guidance: strength of classifier-free guidance; needs ``cond_dropout``.
+            **how: ``num_steps``, ``cond``, ``generator`` and ``guidance``, see
+                :class:`~diffpolicy.sequences.chains.Drawing`.
 
         Returns:
             Tokens int64 ``[size, L]``.
@@ -234,40 +218,30 @@ class SequenceModel(Letters, Saved):
             ValueError: a size below 1, or settings that the model was not trained for.
         """
         check_range("[1, inf)", size=size)
-        how: dict[str, Any] = {"num_steps": num_steps, "cond": cond, "guidance": guidance}
-        return tokens_of(self.chains(self.masked(size), generator=generator, **how))
+        return tokens_of(self.chains(self.masked(size), **how))
 
     @torch.no_grad()
-    def edit(
-        self,
-        tokens: Tensor,
-        t_start: float,
-        *,
-        num_steps: int | None = None,
-        cond: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        guidance: float | None = None,
-    ) -> Tensor:
+    def edit(self, tokens: Tensor, t_start: float, **how: Unpack[Drawing]) -> Tensor:
         """Draw part of the positions of given sequences anew (a truncated start).
 
         Args:
             tokens: ``[N, L]``.
             t_start: level in (0, 1] that they are noised to: each position is masked with
                 probability ``m(t_start)``.
-            num_steps: steps from there; see :meth:`draw`, also for the rest.
-            cond: ``[C]`` or ``[N, C]``.
-            generator: of masks and draws.
-            guidance: strength of classifier-free guidance.
+            **how: as of :meth:`draw`; ``num_steps`` are those from ``t_start``.
 
         Raises:
             ValueError: as :meth:`draw`; tokens of another size; a level outside (0, 1].
         """
-        check_tokens(tokens, self.spec.alphabet, self.spec.length, "tokens")
-        check_range("[1, inf)", sequences=len(tokens))
+        given = self._checked(tokens)
+        check_range("[1, inf)", sequences=len(given))
         check_range("(0, 1]", t_start=t_start)
-        given = torch.as_tensor(tokens).to(self.device).long()
-        how: dict[str, Any] = {"num_steps": num_steps, "cond": cond, "guidance": guidance}
-        return tokens_of(self.chains(given, t_start=t_start, generator=generator, **how))
+        return tokens_of(self.chains(given, t_start=t_start, **how))
+
+    def _checked(self, tokens: Any) -> Tensor:
+        """Tokens as int64 ``[N, L]`` on the model's device."""
+        check_tokens(tokens, self.spec.alphabet, self.spec.length, "tokens")
+        return torch.as_tensor(tokens).to(self.device).long()
 
     def masked(self, size: int) -> Tensor:
         """Make tokens ``[size, L]`` that are all masks."""
@@ -278,30 +252,25 @@ class SequenceModel(Letters, Saved):
         tokens: Tensor,
         *,
         t_start: float | None = None,
-        cond: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        guidance: float | None = None,
         denoiser: BaseDenoiser | None = None,
         rows: int = ROWS,
-        **options: Any,
+        record: bool = False,
+        **how: Unpack[Drawing],
     ) -> Iterator[Chain]:
         """Reveal the masks of sequences, some rows at a time.
 
         Args:
             tokens: int64 ``[N, L]``.
             t_start: level that they are noised to; ``None``: they are all masks.
-            cond: see :meth:`draw`.
-            generator: of everything random.
-            guidance: see :meth:`draw`.
             denoiser: what reveals them, in place of this model's own, guided or not.
             rows: how many at a time.
-            **options: ``num_steps`` and ``record`` of
-                :func:`~diffpolicy.sequences.chains.run_chain`.
+            record: keep the transitions.
+            **how: as of :meth:`draw`.
         """
+        guidance, generator = how.get("guidance"), how.get("generator")
         denoiser = self.guided(guidance) if denoiser is None else denoiser
-        given = self.expand_cond(cond, len(tokens), guided=guidance is not None)
+        given = self.expand_cond(how.get("cond"), len(tokens), guided=guidance is not None)
         process = self.denoiser.process
-        options |= {"time_free": self.spec.time_free, "generator": generator}
         for part in torch.split(torch.arange(len(tokens), device=self.device), rows):
             x = one_hot(tokens[part], self.spec.vocab_size)
             if t_start is None:
@@ -309,7 +278,15 @@ class SequenceModel(Letters, Saved):
             else:
                 noise = process.draw_noise(x.shape, generator, x)
                 start = truncated_start(process, x, t_start, noise)
-            yield run_chain(denoiser, start, cond=None if given is None else given[part], **options)
+            yield run_chain(
+                denoiser,
+                start,
+                time_free=self.spec.time_free,
+                num_steps=how.get("num_steps"),
+                cond=None if given is None else given[part],
+                generator=generator,
+                record=record,
+            )
 
     def guided(self, guidance: float | None) -> BaseDenoiser:
         """The denoiser, or classifier-free guidance around it.
@@ -373,8 +350,7 @@ class SequenceModel(Letters, Saved):
         Raises:
             ValueError: tokens or condition of another size.
         """
-        check_tokens(tokens, self.spec.alphabet, self.spec.length, "tokens")
-        given = torch.as_tensor(tokens).to(self.device).long()
+        given = self._checked(tokens)
         conds = self.expand_cond(cond, len(given))
         if generator is None:
             generator = torch.Generator(self.device).manual_seed(0)

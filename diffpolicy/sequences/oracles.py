@@ -255,27 +255,23 @@ def _known_digest(path: Path) -> str | None:
     return str(json.loads((folder / "config.json").read_bytes()).get("digest"))
 
 
-def correlations(reward: Reward, tokens: Any, labels: Any) -> dict[str, Any]:
-    """How well a reward ranks sequences: Pearson's and Spearman's correlation with labels."""
-    scores = score(reward, tokens)
+def correlations(oracle: Oracle, tokens: Any, labels: Any) -> dict[str, Any]:
+    """How well an oracle ranks sequences: Pearson's and Spearman's correlation with labels."""
+    scores = score(oracle, tokens, oracle.config["vocab_size"])
     found = {"pearson": pearson(scores, labels), "spearman": spearman(scores, labels)}
     return {"count": len(scores), **found}
 
 
 @torch.no_grad()
-def score(reward: Reward, tokens: Any, vocab_size: int | None = None) -> Any:
+def score(reward: Reward, tokens: Any, vocab_size: int) -> Any:
     """The reward of integer sequences ``[N, L]``, as a float64 array ``[N]``.
 
     Args:
         reward: ``[B, L, V] -> [B]``.
         tokens: array or tensor.
-        vocab_size: V; of an :class:`Oracle` it is known.
+        vocab_size: V.
     """
-    device = torch.device("cpu")
-    if isinstance(reward, Oracle):
-        vocab_size, device = int(reward.config["vocab_size"]), reward.mean.device
-    if vocab_size is None:
-        raise ValueError("give vocab_size to score sequences with a plain function")
+    device = reward.mean.device if isinstance(reward, Oracle) else torch.device("cpu")
     classes = torch.arange(vocab_size, device=device)
     held = torch.as_tensor(tokens).to(device)
     parts = [np.zeros(0)]
