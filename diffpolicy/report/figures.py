@@ -5,7 +5,6 @@ All are drawn without a window and without global state; the same input gives th
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffpolicy.extras import need
 from diffpolicy.files import atomic_file
 from diffpolicy.training import run_files
 
@@ -25,28 +25,18 @@ _DPI = 120
 # ------------------------------------------------------------------ what all figures share
 
 
-def import_matplotlib(*names: str) -> tuple[Any, ...]:
-    """Import modules of matplotlib, e.g. ``"figure"``.
-
-    Raises:
-        ImportError: matplotlib is missing; names the pip command.
-    """
-    try:
-        # Figures without pyplot: no global state, and never a window.
-        return tuple(importlib.import_module(f"matplotlib.{name}") for name in names)
-    except ImportError as error:
-        raise ImportError(
-            'pictures need matplotlib, which cannot be imported: pip install "diffpolicy[media]"'
-        ) from error
-
-
 def new_figure(
     width: float, height: float, panels: int = 1, *, title: str = ""
 ) -> tuple[Any, list[Any]]:
-    """Make a figure of a size in inches, with axes below each other."""
-    figure_module, canvas_module = import_matplotlib("figure", "backends.backend_agg")
-    figure = figure_module.Figure(figsize=(width, height), layout="constrained")
-    canvas_module.FigureCanvasAgg(figure)
+    """Make a figure of a size in inches, with axes below each other.
+
+    Without pyplot: there is no global state, and never a window.
+
+    Raises:
+        ImportError: matplotlib is missing (with the pip command).
+    """
+    figure = need("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    need("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, fontsize=10)
     return figure, list(figure.subplots(panels, 1, squeeze=False)[:, 0])

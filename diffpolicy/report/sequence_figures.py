@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffpolicy.extras import need
 from diffpolicy.report.figures import (
     Panel,
     Series,
     finish,
-    import_matplotlib,
     is_finite,
     new_figure,
     plot_panels,
@@ -246,7 +246,7 @@ def _draw_letters(axis: Any, profile: Floats, alphabet: str, positions: range) -
 
     All outlines of a letter are one path; the tallest letter of a position is on top.
     """
-    paths, patches = import_matplotlib("path", "patches")
+    paths, patches = need("matplotlib.path"), need("matplotlib.patches")
     placed: dict[str, list[Any]] = {}
     heights = profile * information(profile)[:, None]
     for position in positions:
@@ -267,15 +267,15 @@ def _draw_letters(axis: Any, profile: Floats, alphabet: str, positions: range) -
 @cache
 def _glyph(letter: str) -> Any:
     """Return the outline of a letter that fills the unit square (a narrow one stays narrow)."""
-    path, fonts, text = import_matplotlib("path", "font_manager", "textpath")
+    path = need("matplotlib.path").Path
     if not letter.strip():  # it has no ink
-        return path.Path.unit_rectangle()
-    font = fonts.FontProperties(family="DejaVu Sans", weight="bold")
-    outline = text.TextPath((0, 0), letter, size=1, prop=font)
+        return path.unit_rectangle()
+    font = need("matplotlib.font_manager").FontProperties(family="DejaVu Sans", weight="bold")
+    outline = need("matplotlib.textpath").TextPath((0, 0), letter, size=1, prop=font)
     box = outline.get_extents()
     width = max(box.width, 0.5 * box.height)
     left = (box.x0 + box.x1 - width) / 2
-    return path.Path((outline.vertices - [left, box.y0]) / [width, box.height], outline.codes)
+    return path((outline.vertices - [left, box.y0]) / [width, box.height], outline.codes)
 
 
 def _letter_colors(alphabet: str) -> dict[str, str]:

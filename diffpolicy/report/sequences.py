@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from diffpolicy.report.figures import draw_pictures, read_metrics
 from diffpolicy.report.sequence_figures import (
@@ -103,8 +103,7 @@ def best_sequences(
     Returns:
         Each with ``sequence`` (letters), ``reward`` and ``held_out``.
     """
-    found = tokens.cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
-    held = np.unique(found, axis=0)
+    held = np.unique(torch.as_tensor(tokens).cpu().numpy(), axis=0)
     if valid is not None:
         held = held[np.asarray(valid(held), bool)]
     if not len(held):

@@ -17,7 +17,6 @@ from torch import Tensor
 
 import diffpolicy.sequences.metrics as metrics
 from diffpolicy.learn.reward.path_kl import categorical_kl
-from diffpolicy.sequences.chains import Chain, Drawing
 from diffpolicy.sequences.exact import (
     ExactLaw,
     ExactScores,
@@ -28,6 +27,7 @@ from diffpolicy.sequences.exact import (
 )
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, score
+from diffpolicy.sequences.spec import Chain, Drawing
 from diffpolicy.sequences.task import SequenceTask, check_tokens
 from diffpolicy.settings import check_range
 
@@ -217,7 +217,7 @@ def path_kl(
         model: whose chains are drawn, unguided or guided.
         reference: scored on the same states, unconditionally.
         size: chains.
-        **how: how ``model`` is drawn from, see :class:`~diffpolicy.sequences.chains.Drawing`.
+        **how: how ``model`` is drawn from, see :class:`~diffpolicy.sequences.spec.Drawing`.
 
     Returns:
         ``[size]``, not negative.

@@ -11,9 +11,9 @@ from torch import Tensor
 from diffpolicy.core.masking import to_tokens
 from diffpolicy.guidance.particles import PARTICLE_METHODS, make_particle_method
 from diffpolicy.guidance.reward import RewardGuidance
-from diffpolicy.sequences.chains import ROWS, Drawing, tokens_of
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Reward
+from diffpolicy.sequences.spec import ROWS, tokens_of
 from diffpolicy.settings import check_choice, check_known
 
 _SETTINGS = {"none": (), "cfg": ("scale", "class_index"), "reward": ("scale", "mode")}
@@ -81,7 +81,7 @@ def draw_guided(
     evaluations = spec.length if num_steps is None else num_steps
     if spec.time_free:
         evaluations = min(evaluations, spec.length)
-    how: Drawing = {"num_steps": num_steps, "generator": generator}
+    how: dict[str, Any] = {"num_steps": num_steps, "generator": generator}
     if kind == "none":
         return GuidedDraws(model.draw(size, **how), evaluations, 0)
     if kind == "cfg":
@@ -96,20 +96,11 @@ def draw_guided(
             tokens = tokens_of(model.chains(model.masked(size), denoiser=guided, **how))
         return GuidedDraws(tokens, evaluations, calls * evaluations)
     method = make_particle_method(kind, **values)
-    parts = []
-    for rows in torch.arange(size).split(max(1, ROWS // method.chains)):
-        shape = (len(rows), spec.length, spec.vocab_size + 1)
-        cond = model.expand_cond(None, len(rows))
-        parts.append(
-            method.draw(
-                model.denoiser,
-                reward,
-                shape,
-                num_steps=num_steps,
-                cond=cond,
-                generator=generator,
-            )
-        )
+    parts, rows = [], max(1, ROWS // method.chains)
+    for first in range(0, size, rows):
+        shape = (min(rows, size - first), spec.length, spec.vocab_size + 1)
+        given = model.expand_cond(None, shape[0])
+        parts.append(method.draw(model.denoiser, reward, shape, cond=given, **how))
     tokens = torch.cat([to_tokens(part.x0) for part in parts])
     return GuidedDraws(tokens, parts[0].nfe, parts[0].reward_calls)
 

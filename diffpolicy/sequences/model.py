@@ -15,12 +15,21 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
+from diffpolicy.core.reveal import Scheduled, reveals
+from diffpolicy.core.sampling import Trajectory, sample
 from diffpolicy.core.starts import prior_start, truncated_start
 from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.learn.cloning.masked import MaskedDenoisingLoss, elbo
 from diffpolicy.networks.base import described
-from diffpolicy.sequences.chains import ROWS, Chain, Drawing, run_chain, tokens_of
-from diffpolicy.sequences.spec import Letters, SequenceExamples, SequenceSpec
+from diffpolicy.sequences.spec import (
+    ROWS,
+    Chain,
+    Drawing,
+    Letters,
+    SequenceExamples,
+    SequenceSpec,
+    tokens_of,
+)
 from diffpolicy.sequences.task import SequenceTask, check_tokens
 from diffpolicy.settings import check_range
 from diffpolicy.training.process import seeded
@@ -209,7 +218,7 @@ class SequenceModel(Letters, Saved):
         Args:
             size: how many.
             **how: ``num_steps``, ``cond``, ``generator`` and ``guidance``, see
-                :class:`~diffpolicy.sequences.chains.Drawing`.
+                :class:`~diffpolicy.sequences.spec.Drawing`.
 
         Returns:
             Tokens int64 ``[size, L]``.
@@ -257,7 +266,10 @@ class SequenceModel(Letters, Saved):
         record: bool = False,
         **how: Unpack[Drawing],
     ) -> Iterator[Chain]:
-        """Reveal the masks of sequences, some rows at a time.
+        """Reveal the masks of sequences by hard draws, some rows at a time.
+
+        Rows of a ``time_free`` model advance on their own, in at most ``min(num_steps, L)``
+        evaluations.
 
         Args:
             tokens: int64 ``[N, L]``.
@@ -278,15 +290,19 @@ class SequenceModel(Letters, Saved):
             else:
                 noise = process.draw_noise(x.shape, generator, x)
                 start = truncated_start(process, x, t_start, noise)
-            yield run_chain(
-                denoiser,
+            groups, grid = reveals(
+                process,
                 start,
+                how.get("num_steps"),
                 time_free=self.spec.time_free,
-                num_steps=how.get("num_steps"),
-                cond=None if given is None else given[part],
                 generator=generator,
-                record=record,
             )
+            own, solver = None if given is None else given[part], Scheduled(groups)
+            out = sample(
+                denoiser, solver, start, grid, cond=own, generator=generator, record=record
+            )
+            found = (out.x0, out.transitions) if isinstance(out, Trajectory) else (out, ())
+            yield Chain(found[0], groups, found[1])
 
     def guided(self, guidance: float | None) -> BaseDenoiser:
         """The denoiser, or classifier-free guidance around it.

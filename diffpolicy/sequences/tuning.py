@@ -13,11 +13,10 @@ from torch import Tensor
 from diffpolicy.learn.material import SequenceMaterial
 from diffpolicy.learn.method import Method
 from diffpolicy.learn.methods import method_of
-from diffpolicy.sequences.chains import Drawing
 from diffpolicy.sequences.evaluate import path_kl
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, Reward, score
-from diffpolicy.sequences.spec import Draws
+from diffpolicy.sequences.spec import Drawing, Draws
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.trainer import Evaluate
 

@@ -11,8 +11,10 @@ MAY_CHANGE = ("steps", "lr", "checkpoint_every", "keep_last", "progress", "compi
 """Settings that may differ when a run is resumed: the two that users want to change, and those that
 only change what is printed or kept."""
 
-_POSITIVE = ("steps", "batch_size", "accumulate", "lr", "grad_clip", "ema_power", "log_every")
-_POSITIVE += ("eval_every", "checkpoint_every", "keep_last")
+_POSITIVE = (
+    *("steps", "batch_size", "accumulate", "lr", "grad_clip", "ema_power"),
+    *("log_every", "eval_every", "checkpoint_every", "keep_last"),
+)
 
 
 @named_settings

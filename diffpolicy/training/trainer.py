@@ -110,12 +110,10 @@ class Trainer:
         if config.compile:
             self._forward.compile()
         self.parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-        how: dict[str, Any] = {
-            "lr": config.lr,
-            "betas": config.betas,
-            "weight_decay": config.weight_decay,
-        }
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), **how, fused=True)
+        trained = self.parameters.values()
+        self.optimizer = torch.optim.AdamW(
+            trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True
+        )
         self.ema = EMA(objective, power=config.ema_power, max_decay=config.ema_max)
         self.step, self.train_s = 0, 0.0
         self.best_score: float | None = None
@@ -315,8 +313,8 @@ class Trainer:
     # ---------------------------------------------------------------- checkpoints
 
     def _save(self, score: float | None = None, *, alone: bool = False) -> None:
-        is_best = score is not None and math.isfinite(score)
-        is_best = is_best and (self.best_score is None or score >= self.best_score)
+        best = -math.inf if self.best_score is None else self.best_score
+        is_best = score is not None and math.isfinite(score) and score >= best
         self.best_score = score if is_best else self.best_score
         if self.group.first:
             policy = {} if self.export is None else self.export(self.ema.state)

@@ -125,8 +125,8 @@ def test_round_trip(tmp_path):
     oracle = Oracle(HEAD, mean=3.0, std=2.0).frozen()
     x = torch.rand(4, 6, 4)
     assert torch.equal(Oracle.load(oracle.save(tmp_path / "o"))(x), oracle(x))
-    assert torch.allclose(oracle(x), 3 + 2 * oracle.normalised(x))
+    assert torch.allclose(oracle(x), 3 + 2 * oracle.network(x))
     with pytest.raises(ValueError, match="no oracle in"):
         Oracle.load(tmp_path)
-    with pytest.raises(ValueError, match="must vary"):
+    with pytest.raises(ValueError, match="std_of_labels must be positive"):
         Oracle(HEAD, std=0.0)
