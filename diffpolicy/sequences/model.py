@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, Self, Unpack
 
 import numpy as np
@@ -35,7 +34,7 @@ from diffpolicy.settings import check_range
 from diffpolicy.training.process import seeded
 from diffpolicy.training.saved import Saved, part_of
 from diffpolicy.training.settings import TrainerConfig
-from diffpolicy.training.trainer import Source, Trainer, TrainResult
+from diffpolicy.training.trainer import Running, Source, Trainer, TrainResult
 from diffpolicy.training.weights import unchanged_on_error
 
 
@@ -151,10 +150,9 @@ class SequenceModel(Letters, Saved):
             for rows in (order[:val_count], order[val_count:])
         )
         objective = MaskedDenoisingLoss(self.denoiser, cond_dropout=self.spec.cond_dropout)
-        how: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
-        return self.fit(
-            objective, train, config, run_dir, val_source=held_out if val_count else None, **how
-        )
+        run: Running = {"resume": resume, "overwrite": overwrite}
+        run["val_source"] = held_out if val_count else None
+        return self.fit(objective, train, config, run_dir, **run)
 
     def fit(
         self,
@@ -162,11 +160,7 @@ class SequenceModel(Letters, Saved):
         source: Source,
         config: TrainerConfig,
         run_dir: str | os.PathLike[str],
-        *,
-        val_source: Source | None = None,
-        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
+        **run: Unpack[Running],
     ) -> Self:
         """Train with any objective that holds this model's denoiser as ``objective.denoiser``.
 
@@ -177,11 +171,8 @@ class SequenceModel(Letters, Saved):
             source: examples for it; :class:`Draws` for objectives that draw their own.
             config: settings of the trainer.
             run_dir: where metrics and checkpoints go.
-            val_source: held-out examples.
-            evaluate: called with a model directory (for :meth:`load`) and the step; returns
-                metrics, of which ``score`` decides the best checkpoint.
-            resume: continue the run in ``run_dir``.
-            overwrite: replace it.
+            **run: ``val_source``, ``evaluate``, ``resume`` and ``overwrite`` of
+                :class:`~diffpolicy.training.trainer.Trainer`.
 
         Raises:
             ValueError: an objective that trains another denoiser.
@@ -198,11 +189,8 @@ class SequenceModel(Letters, Saved):
                 config,
                 run_dir,
                 export=lambda state: self._files(part_of(state, "denoiser")),
-                val_source=val_source,
-                evaluate=evaluate,
                 identity={"model": self.spec},
-                resume=resume,
-                overwrite=overwrite,
+                **run,
             ).fit()
             objective.load_state_dict(result.ema)
             self.denoiser.eval()

@@ -18,7 +18,7 @@ from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, Reward, score
 from diffpolicy.sequences.spec import Drawing, Draws
 from diffpolicy.training.settings import TrainerConfig, mix_seed
-from diffpolicy.training.trainer import Evaluate
+from diffpolicy.training.trainer import Evaluate, Running
 
 
 class Tuned(NamedTuple):
@@ -75,8 +75,8 @@ def tune(
     blank = model.expand_cond(None, 1)
     source = Draws(max(65_536, config.batch_size), None if blank is None else blank[0].cpu())
     watch = _watch(pretrained, oracles, eval_draws, num_steps, config.seed)
-    how: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
-    model.fit(objective, source, config, run_dir, evaluate=watch, **how)
+    how: Running = {"evaluate": watch, "resume": resume, "overwrite": overwrite}
+    model.fit(objective, source, config, run_dir, **how)
     training = model.last_training
     assert training is not None
     return Tuned(model, training.interrupted, training.train_s, reward.calls)

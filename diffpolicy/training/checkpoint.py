@@ -193,7 +193,8 @@ class Snapshots:
         if is_best:
             write_atomic(self.folder / "best", name + "\n")
         write_atomic(self.folder / "last", name + "\n")
-        if state.get("state.json", {}).get("best_score") is None or self._is_known("best"):
+        best, names = read_pointer(self.folder / "best"), self._names()
+        if state.get("state.json", {}).get("best_score") is None or best in names:
             self._prune()  # else any of them may be the best
 
     def load_last(self) -> dict[str, Any]:
@@ -245,9 +246,6 @@ class Snapshots:
             intact = [name for name in self._names() if self._is_intact(name)]
             use = f"; {intact[-1]} is intact: write that name into {self.folder / pointer}"
             raise CheckpointError(f"{error}{use if intact else ''}") from None
-
-    def _is_known(self, pointer: str) -> bool:
-        return (read_pointer(self.folder / pointer) or "") in self._names()
 
     def clear(self, *, only_check: bool = False) -> None:
         """Remove all checkpoints.

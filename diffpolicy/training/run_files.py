@@ -130,11 +130,6 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     return [row for row in rows if row["step"]]
 
 
-def logged_until(path: Path) -> int:
-    """The largest step that a metrics file has a row of; 0 without one."""
-    return max((int(row["step"]) for row in read_metrics(path)), default=0) if path.is_file() else 0
-
-
 def is_metrics(path: Path) -> bool:
     """Whether a file begins as the metrics of a run do, or is still empty."""
     with path.open("rb") as file:
@@ -160,10 +155,12 @@ def check_resumable(run_dir: Path, first: int) -> None:
     if not has_run(run_dir):
         raise ValueError(f"there is no run to resume in {run_dir}; start one without resume")
     file, snapshots = run_dir / "metrics.csv", Snapshots(run_dir / "checkpoints")
-    if not snapshots.exist and logged_until(file) > first:
+    rows = read_metrics(file) if file.is_file() else []
+    until = max((int(row["step"]) for row in rows), default=0)
+    if not snapshots.exist and until > first:
         raise ValueError(
-            f"{file} has rows to step {logged_until(file)}, but the checkpoints of that run are "
-            f"gone; bring {snapshots.folder} back, or start anew with overwrite"
+            f"{file} has rows to step {until}, but the checkpoints of that run are gone; bring "
+            f"{snapshots.folder} back, or start anew with overwrite"
         )
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from diffpolicy.files import WriterLock, remove_leftovers, remove_owned
 from diffpolicy.settings import check_shape
 from diffpolicy.training.checkpoint import Snapshots, write_bundle
-from diffpolicy.training.diagnose import Movement, NonFiniteError, explain_non_finite
+from diffpolicy.training.diagnose import NO_GRADIENT, Movement, NonFiniteError, explain_non_finite
 from diffpolicy.training.identity import check_same_run, describe, flatten, machine
 from diffpolicy.training.process import (
     BackgroundWriter,
@@ -44,6 +44,15 @@ from diffpolicy.training.weights import EMA, autocast, set_training, validation_
 
 Evaluate = Callable[[Path, int], Mapping[str, float]]
 Export = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
+
+
+class Running(TypedDict, total=False):
+    """What callers of a ``fit`` may choose of a run; see :class:`Trainer`."""
+
+    val_source: Source | None
+    evaluate: Evaluate | None
+    resume: bool
+    overwrite: bool
 
 
 @dataclass(frozen=True)
@@ -265,7 +274,8 @@ class Trainer:
         with autocast(self.config, self.device):
             out = self._forward(batch, generator)
         check_shape("loss (one per example)", out.loss.shape, [len(next(iter(batch.values())))])
-        self._movement.check_graph(out.loss)
+        if not out.loss.requires_grad:
+            raise ValueError(NO_GRADIENT)
         (out.loss.mean() / self.config.accumulate).backward()
         return out
 
