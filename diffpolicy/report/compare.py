@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from diffpolicy.report.sequence_figures import plot_front, plot_logo
 from diffpolicy.report.sequences import PRETRAINED, TOP, TUNED
 from diffpolicy.report.tables import (
     COSTS,
+    FIGURES,
     VERSION,
     check_comparable,
     ending,
-    figure,
+    known_columns,
     label_of,
     markdown,
     method_statistics,
@@ -27,22 +28,6 @@ from diffpolicy.report.tables import (
     signed,
 )
 from diffpolicy.rollout.intervals import mean_interval, paired_difference
-
-COLUMNS = {
-    "exact.progress": "progress (exact)",
-    "exact.reward": "E[reward] (exact)",
-    "reward": "reward",
-    "held_out": "held-out reward",
-    "kl": "KL",
-    "log_likelihood": "log-likelihood",
-    "kmer_correlation": "k-mer corr.",
-    "profile_correlation": "profile corr.",
-    "entropy": "entropy",
-    "diversity": "diversity",
-    "unique": "unique",
-    "valid": "valid",
-}
-
 
 # ------------------------------------------------------------------ sequence models
 
@@ -77,20 +62,15 @@ def compare_report(reports: Iterable[str | Path], output: str | Path) -> Path:
     exact = any(report["exact"] for report in found)
     front = [_point(row, "mean" if exact else "median") for row in rows]
     optimum: list[Any] = next((report["optimum"] for report in found if report["optimum"]), [])
-    look: dict[str, Any] = {
-        "optimum": optimum if exact else (),
-        "label": f"{'mean' if exact else 'median'} reward",
-    }
+    best, label = (optimum, "mean reward") if exact else ((), "median reward")
     logos, alphabet = _mean_profiles(found), found[0]["alphabet"]
     task, folder = found[0]["task"], Path(output)
-    pictures, notes = draw_pictures(
-        folder,
-        {
-            "front.png": lambda path: plot_front(front, path, title=task, **look),
-            "logo.png": lambda path: plot_logo(logos, path, alphabet=alphabet, title=task),
-        },
-    )
-    columns = {k: v for k, v in COLUMNS.items() if any(figure(r, k) is not None for r in rows)}
+    drawings: dict[str, Callable[[Path], Any]] = {
+        "front.png": lambda p: plot_front(front, p, title=task, optimum=best, label=label),
+        "logo.png": lambda p: plot_logo(logos, p, alphabet=alphabet, title=task),
+    }
+    pictures, notes = draw_pictures(folder, drawings)
+    columns = known_columns(rows, FIGURES)
     report = {
         "format": f"{sequences.FORMAT}-comparison",
         "version": VERSION,
@@ -99,50 +79,53 @@ def compare_report(reports: Iterable[str | Path], output: str | Path) -> Path:
         "methods": method_statistics(rows, [*columns, *COSTS]),
         "front": front,
         "optimum": optimum,
-        "warnings": [_warning(r) for r in found if r["warning"]],
+        "warnings": [
+            f"{label_of(r)}, seed {r['seed']}, update {r['warning']['step']}: "
+            f"{r['warning']['message']}"
+            for r in found
+            if r["warning"]
+        ],
         "pictures": pictures,
         "notes": [*_kl_notes(rows), *notes],
     }
-    save_report(folder, report, _sequence_text(report, method_table(rows, columns)))
+    parts = [
+        f"# {task}: methods compared\n",
+        *(f"**Warning**, {warning}.\n" for warning in report["warnings"]),
+        "Median over sequences; over seeds, median [quartiles].\n",
+        method_table(rows, columns),
+        *ending(pictures, report["notes"]),
+    ]
+    save_report(folder, report, "\n".join(parts))
     return folder / "report.md"
 
 
-def _sequence_text(report: Mapping[str, Any], table: str) -> str:
-    warnings = [f"**Warning**, {warning}.\n" for warning in report["warnings"]]
-    head = f"# {report['task']}: methods compared\n"
-    about = "Median over sequences; over seeds, median [quartiles].\n"
-    return "\n".join([head, *warnings, about, table, *ending(report["pictures"], report["notes"])])
+def _names(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: report[name] for name in ("method", "setting", "seed")}
 
 
 def _sequence_row(report: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("method", "setting", "seed")
     costs = {name: report["cost"].get(name) for name in COSTS}
-    return {**{n: report[n] for n in names}, **report["after"], "exact": report["exact"], **costs}
+    return {**_names(report), **report["after"], "exact": report["exact"], **costs}
 
 
 def _before_rows(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The pre-trained model as a method, once per seed."""
-    rows = []
-    for seed in sorted({report["seed"] for report in reports}):
-        mine = [report for report in reports if report["seed"] == seed]
-        law = next((report["exact"] for report in mine if report["exact"]), None)
-        exact = law and {"progress": 0.0, "reward": law["objective_reference"], "kl": 0.0}
-        names = {"method": PRETRAINED, "setting": "", "seed": seed}
-        rows.append({**names, **mine[0]["before"], "exact": exact})
-    return rows
+    before = {r["seed"]: r["before"] for r in reversed(reports)}
+    laws = {r["seed"]: r["exact"] for r in reversed(reports) if r["exact"]}
+    exact = {
+        seed: {"progress": 0.0, "reward": law["objective_reference"], "kl": 0.0}
+        for seed, law in laws.items()
+    }
+    names = {"method": PRETRAINED, "setting": ""}
+    return [
+        {**names, "seed": seed, **before[seed], "exact": exact.get(seed)} for seed in sorted(before)
+    ]
 
 
 def _point(row: Mapping[str, Any], statistic: str) -> dict[str, Any]:
-    names = {n: row[n] for n in ("method", "setting", "seed")}
     if row["exact"]:
-        return {**names, "kl": row["exact"]["kl"], "reward": row["exact"]["reward"]}
-    return {**names, "kl": row.get("kl"), "reward": row["reward"][statistic]}
-
-
-def _warning(report: Mapping[str, Any]) -> str:
-    warning = report["warning"]
-    run = f"{label_of(report)}, seed {report['seed']}"
-    return f"{run}, update {warning['step']}: {warning['message']}"
+        return {**_names(row), "kl": row["exact"]["kl"], "reward": row["exact"]["reward"]}
+    return {**_names(row), "kl": row.get("kl"), "reward": row["reward"][statistic]}
 
 
 def _mean_profiles(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -202,9 +185,9 @@ def compare_tunings(
     folder, first = Path(output), found[0]
     task, score, episodes = first["task"], first["score"], len(first["seeds"])
     lines = {row["method"]: row["score"] for row in rows}
-    picture = "score_by_nfe.png"
-    drawings = {picture: lambda path: plot_nfe(lines, path, score=score, title=task)}
-    pictures, _ = draw_pictures(folder, drawings)
+    pictures, _ = draw_pictures(
+        folder, {"score_by_nfe.png": lambda p: plot_nfe(lines, p, score=score, title=task)}
+    )
     report = {"task": task, "score": score, "baseline": baseline, "episodes": episodes}
     parts = [
         f"# {task}: tunings compared\n",
@@ -222,23 +205,19 @@ def _shared(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Raises:
         ValueError: there are none.
     """
-    unscored = [r for r in reports if not r["seeds"]]
-    if unscored:
-        raise ValueError(
-            f"the run of {unscored[0]['method']!r} with seed {unscored[0]['seed']} was not scored "
-            "(evaluation.episodes=0), so there is nothing to compare; leave it out, or tune again "
-            "with episodes"
-        )
+    for report in reports:
+        if not report["seeds"]:
+            raise ValueError(
+                f"the run of {report['method']!r} with seed {report['seed']} was not scored "
+                "(evaluation.episodes=0); leave it out, or tune again with episodes"
+            )
     seeds = _common([report["seeds"] for report in reports])
     nfes = _common([list(report["before"]) for report in reports])
     if not seeds:
         raise ValueError("tunings scored on the same seeds can be compared; these share none")
     if not nfes:
         own = [f"{r['method']!r} has nfe=[{','.join(r['before'])}]" for r in reports]
-        raise ValueError(
-            "tunings scored at the same numbers of steps can be compared; "
-            f"{' and '.join(own)}: tune one of them again with the nfe of the others"
-        )
+        raise ValueError(f"tunings with an nfe in common can be compared; {' and '.join(own)}")
     found = []
     for report in reports:
         places = [report["seeds"].index(seed) for seed in seeds]
@@ -269,11 +248,9 @@ def _policy_row(
 ) -> dict[str, Any]:
     """A method over its seeds; ``None``: the policies before."""
     others = {r["seed"]: r for r in reports if r["method"] == baseline}
+    mine = [report for report in reports if name in (None, report["method"])]
     if name is None:
-        mine = list({report["seed"]: report for report in reports}.values())
-    else:
-        mine = [report for report in reports if report["method"] == name]
-    paired = name not in (None, baseline) and all(r["seed"] in others for r in mine)
+        mine = list({report["seed"]: report for report in mine}.values())
     own = _joined(mine, "before" if name is None else "after")
     row: dict[str, Any] = {
         "method": "before" if name is None else name,
@@ -289,9 +266,9 @@ def _policy_row(
         row["updates"] = sum(t["steps"] for t in mine[0]["training"]["rounds"])
         row["minus_before"] = _differences(own, _joined(mine, "before"))
         row["train_s"] = float(np.mean([r["training"]["train_s"] for r in mine]))
-    if paired:
-        partners = [others[r["seed"]] for r in mine]
-        row["minus_baseline"] = _differences(own, _joined(partners, "after"))
+        if name != baseline and all(r["seed"] in others for r in mine):
+            partners = [others[r["seed"]] for r in mine]
+            row["minus_baseline"] = _differences(own, _joined(partners, "after"))
     return row
 
 
@@ -313,16 +290,18 @@ def _policy_table(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
     last = nfes[-1]
     head = ["method", "seeds", "updates", *(f"NFE {n}" for n in nfes)]
     head += [f"minus before (NFE {last})", f"minus {baseline} (NFE {last})", "training s"]
-    lines = []
-    for row in rows:
-        cells = [row["method"], str(len(row["seeds"])), str(row["updates"] or "")]
-        cells += [f"{row['score'][n]['value']:.3f}" for n in nfes]
-        cells += [
-            signed(row[k][last]) if row[k] else "" for k in ("minus_before", "minus_baseline")
+    lines = [
+        [
+            row["method"],
+            str(len(row["seeds"])),
+            str(row["updates"] or ""),
+            *(f"{row['score'][n]['value']:.3f}" for n in nfes),
+            *(signed(row[k].get(last)) for k in ("minus_before", "minus_baseline")),
+            "" if row["train_s"] is None else f"{row['train_s']:.0f}",
         ]
-        cells.append("" if row["train_s"] is None else f"{row['train_s']:.0f}")
-        lines.append(cells)
+        for row in rows
+    ]
     return markdown(head, lines)
 
 
-__all__ = ["COLUMNS", "compare_report", "compare_tunings"]
+__all__ = ["compare_report", "compare_tunings"]

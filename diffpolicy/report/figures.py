@@ -5,21 +5,19 @@ All are drawn without a window and without global state; the same input gives th
 
 from __future__ import annotations
 
-import csv
-import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffpolicy.extras import need
 from diffpolicy.files import atomic_file
+from diffpolicy.training import run_files
 
 Series = tuple[list[float], list[float]]
 
-_TAB = ("blue", "orange", "green", "red", "purple", "brown", "pink", "gray", "olive", "cyan")
-COLORS = tuple(f"tab:{name}" for name in _TAB)
 _ROUND_CURVES = ("accuracy", "gap", "error_chosen", "error_rejected", "saturated", "loss")
 _DPI = 120
 
@@ -27,28 +25,18 @@ _DPI = 120
 # ------------------------------------------------------------------ what all figures share
 
 
-def import_matplotlib(*names: str) -> tuple[Any, ...]:
-    """Import modules of matplotlib, e.g. ``"figure"``.
-
-    Raises:
-        ImportError: matplotlib is missing; names the pip command.
-    """
-    try:
-        # Figures without pyplot: no global state, and never a window.
-        return tuple(importlib.import_module(f"matplotlib.{name}") for name in names)
-    except ImportError as error:
-        raise ImportError(
-            'pictures need matplotlib, which cannot be imported: pip install "diffpolicy[media]"'
-        ) from error
-
-
 def new_figure(
     width: float, height: float, panels: int = 1, *, title: str = ""
 ) -> tuple[Any, list[Any]]:
-    """Make a figure of a size in inches, with axes below each other."""
-    figure_module, canvas_module = import_matplotlib("figure", "backends.backend_agg")
-    figure = figure_module.Figure(figsize=(width, height), layout="constrained")
-    canvas_module.FigureCanvasAgg(figure)
+    """Make a figure of a size in inches, with axes below each other.
+
+    Without pyplot: there is no global state, and never a window.
+
+    Raises:
+        ImportError: matplotlib is missing (with the pip command).
+    """
+    figure = need("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    need("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, fontsize=10)
     return figure, list(figure.subplots(panels, 1, squeeze=False)[:, 0])
@@ -66,6 +54,15 @@ def save_figure(figure: Any, path: str | Path) -> Path:
     with atomic_file(target) as partial:
         figure.savefig(partial, dpi=_DPI)
     return target
+
+
+def finish(axis: Any, ylabel: str, xlabel: str = "") -> None:
+    """Label axes, draw their grid and, if anything in them has a name, a legend."""
+    axis.set_ylabel(ylabel.replace("_", " "))
+    axis.set_xlabel(xlabel)
+    axis.grid(visible=True, alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8)
 
 
 def draw_pictures(
@@ -103,17 +100,16 @@ def read_metrics(path: str | Path, first: str = "") -> dict[str, Series]:
         that are alike): the steps and the finite values at them.
 
     Raises:
-        ValueError: there is no column ``step``, or no row.
+        ValueError: it is no metrics file, or has no row.
     """
-    with Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "step" not in rows[0]:
-        raise ValueError(f"{path} has no rows, or no column 'step'")
+    rows = run_files.read_metrics(Path(path))
+    if not rows:
+        raise ValueError(f"{path} has no rows")
     columns: dict[str, Series] = {}
     names = [name for name in rows[0] if name != "step"]
     for full in sorted(names, key=lambda name: not name.startswith(first)):
-        pairs = [(_number(row["step"]), _number(row[full])) for row in rows]
-        kept = [pair for pair in pairs if all(map(math.isfinite, pair))]
+        pairs = [(float(row["step"]), _number(row[full])) for row in rows]
+        kept = [pair for pair in pairs if math.isfinite(pair[1])]
         if kept:
             series = [step for step, _ in kept], [value for _, value in kept]
             columns.setdefault(full.rsplit("/", 1)[-1], series)
@@ -122,31 +118,75 @@ def read_metrics(path: str | Path, first: str = "") -> dict[str, Series]:
 
 def _number(cell: str | None) -> float:
     try:
-        return float(cell) if cell else math.nan
+        return float(cell or "nan")
     except ValueError:
         return math.nan
 
 
-def draw_series(
-    axis: Any,
-    columns: Mapping[str, Series],
-    name: str,
-    ends: tuple[str, str],
-    *,
-    band: str | None = None,
-    **style: Any,
-) -> None:
-    """Draw a column with the band between ``name + end`` of two ends, where these are there."""
-    steps, values = columns[name]
-    axis.plot(steps, values, marker="o", **style)
-    low, high = (columns.get(name + end) for end in ends)
-    if low is not None and high is not None and low[0] == high[0] == steps:
-        axis.fill_between(
-            steps, low[1], high[1], color=style["color"], alpha=0.2, linewidth=0, label=band
-        )
-
-
 # ------------------------------------------------------------------ the curves of runs
+
+
+class Panel(NamedTuple):
+    """Columns of a metrics file that share axes.
+
+    Attributes:
+        label: of the vertical axis.
+        columns: their names, with those in the legend (``None``: none).
+        ends: of the names of the columns that bound a band around each, where these are there.
+        log: the axis is logarithmic, if all values are positive.
+    """
+
+    label: str
+    columns: Mapping[str, str | None]
+    ends: tuple[str, str] = ("_low", "_high")
+    log: bool = False
+
+
+def plot_panels(
+    columns: Mapping[str, Series],
+    path: str | Path,
+    panels: Sequence[Panel],
+    *,
+    xlabel: str = "update",
+    marker: str = "",
+    title: str = "",
+    marked: tuple[float, str] | None = None,
+) -> Path:
+    """Draw columns of a metrics file over the steps, panels below each other.
+
+    Args:
+        columns: what :func:`read_metrics` reads.
+        path: of the PNG.
+        panels: what is drawn; columns that are not there, and panels without any, are left out.
+        xlabel: what a step is.
+        marker: of the points.
+        title: above all.
+        marked: a step at which all panels have a line, and its name.
+
+    Raises:
+        ImportError: matplotlib is missing (with the pip command).
+        ValueError: there is nothing to draw.
+    """
+    kept = [panel for panel in panels if not columns.keys().isdisjoint(panel.columns)]
+    if not kept:
+        wanted = [name for panel in panels for name in panel.columns]
+        raise ValueError(f"there are none of the columns {wanted}, only {sorted(columns)}")
+    figure, axes = new_figure(7, 3 * len(kept) + 0.5, len(kept), title=title)
+    for axis, panel in zip(axes, kept, strict=True):
+        for name, legend in panel.columns.items():
+            if name in columns:
+                (line,) = axis.plot(*columns[name], label=legend, marker=marker, markersize=3)
+                bounds = [columns.get(name + end, ([], [])) for end in panel.ends]
+                if bounds[0][0] == bounds[1][0] == columns[name][0]:
+                    values = [bound[1] for bound in bounds]
+                    axis.fill_between(bounds[0][0], *values, color=line.get_color(), alpha=0.2)
+        if panel.log and all(v > 0 for n in panel.columns for v in columns.get(n, ([], []))[1]):
+            axis.set_yscale("log")
+        if marked is not None:
+            axis.axvline(marked[0], color="tab:red", linestyle="--", label=marked[1])
+        finish(axis, panel.label)
+    axes[-1].set_xlabel(xlabel)
+    return save_figure(figure, path)
 
 
 def plot_curve(
@@ -173,43 +213,12 @@ def plot_curve(
 
     Raises:
         ImportError: matplotlib is missing (with the pip command).
-        ValueError: the file has no column ``step``, or nothing to draw.
+        ValueError: it is no metrics file, or there is nothing to draw.
     """
+    upper = Panel("loss", {name: name.replace("_", " ") for name in losses}, log=True)
+    lower = Panel(score, {score: None})
     columns = read_metrics(metrics)
-    upper = [name for name in losses if name in columns]
-    panels = bool(upper) + (score in columns)
-    if not panels:
-        raise ValueError(
-            f"{metrics} has none of the columns {[*losses, score]}; it has {sorted(columns)}"
-        )
-    figure, axes = new_figure(7, 3 * panels + 0.5, panels, title=title)
-    if upper:
-        _draw_losses(axes[0], {name: columns[name] for name in upper})
-    if score in columns:
-        _draw_score(axes[-1], columns, score)
-    axes[-1].set_xlabel("step")
-    return save_figure(figure, path)
-
-
-def _draw_losses(axis: Any, losses: Mapping[str, Series]) -> None:
-    for name, (steps, values) in losses.items():
-        axis.plot(steps, values, label=name.replace("_", " "), linewidth=1.2)
-    if all(value > 0 for _, values in losses.values() for value in values):
-        axis.set_yscale("log")
-    axis.set_ylabel("loss")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
-
-
-def _draw_score(axis: Any, columns: Mapping[str, Series], score: str) -> None:
-    style = {"color": "tab:green", "markersize": 4}
-    draw_series(axis, columns, score, ("_low", "_high"), band="95 %", **style)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend()
-    if all(0 <= value <= 1 for value in columns[score][1]):
-        axis.set_ylim(-0.03, 1.03)
-    axis.set_ylabel(score.replace("_", " "))
-    axis.grid(alpha=0.3)
+    return plot_panels(columns, path, [upper, lower], xlabel="step", marker=".", title=title)
 
 
 def plot_rounds(folder: Path, path: Path) -> Path:
@@ -224,21 +233,15 @@ def plot_rounds(folder: Path, path: Path) -> Path:
         ValueError: there is nothing to draw.
     """
     files = sorted(folder.glob("round_*/metrics.csv"), key=lambda p: int(p.parent.name[6:]))
-    runs = [read_metrics(p) for p in files or [folder / "metrics.csv"] if p.is_file()]
-    names = [name for name in _ROUND_CURVES if any(name in run for run in runs)]
-    if not names:
-        raise ValueError(f"{folder} has no metrics, or none of the columns {list(_ROUND_CURVES)}")
-    figure, axes = new_figure(6, 1.7 * len(names) + 0.5, len(names))
-    for axis, name in zip(axes, names, strict=True):
-        begun = 0.0
-        for run in runs:
-            steps, values = run.get(name, ([], []))
-            axis.plot([begun + s for s in steps], values, color="tab:blue")
-            begun += max((s[-1] for s, _ in run.values()), default=0.0)
-        axis.set_ylabel(name.replace("_", " "))
-        axis.grid(visible=True, alpha=0.3)
-    axes[-1].set_xlabel("update")
-    return save_figure(figure, path)
+    joined: dict[str, Series] = {}
+    begun = 0.0
+    for run in [read_metrics(p) for p in files or [folder / "metrics.csv"] if p.is_file()]:
+        for name, (steps, values) in run.items():
+            line = joined.setdefault(name, ([], []))
+            line[0].extend([*(begun + s for s in steps), math.nan])  # a gap between two rounds
+            line[1].extend([*values, math.nan])
+        begun += max((s[-1] for s, _ in run.values()), default=0.0)
+    return plot_panels(joined, path, [Panel(name, {name: None}) for name in _ROUND_CURVES])
 
 
 # ------------------------------------------------------------------ scores of policies
@@ -273,8 +276,5 @@ def plot_nfe(
     ticks = [float(n) for n in next(iter(rows.values()))]
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
     axis.minorticks_off()
-    axis.set_xlabel("network evaluations per plan")
-    axis.set_ylabel(score.replace("_", " "))
-    axis.grid(visible=True, alpha=0.3)
-    axis.legend()
+    finish(axis, score, "network evaluations per plan")
     return save_figure(figure, path)

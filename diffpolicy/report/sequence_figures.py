@@ -11,21 +11,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffpolicy.extras import need
 from diffpolicy.report.figures import (
-    COLORS,
+    Panel,
     Series,
-    draw_series,
-    import_matplotlib,
+    finish,
     is_finite,
     new_figure,
+    plot_panels,
     read_metrics,
     save_figure,
 )
 from diffpolicy.sequences.metrics import hacking_warning
-from diffpolicy.settings import check_range, check_shape
+from diffpolicy.settings import check_shape
 
-_MARKERS = "osD^vPX"
-_CURVES = {"reward": "training oracle", "held_out": "held-out oracle", "kl": None}
+_KL = "KL to the reference (nats)"
+_QUARTILES = ("_q25", "_q75")
+_PANELS = (
+    Panel("reward", {"reward": "training oracle", "held_out": "held-out oracle"}, _QUARTILES),
+    Panel(_KL, {"kl": None}, _QUARTILES),
+)
 _NUCLEOTIDES = {"A": "#109648", "C": "#255c99", "G": "#f7a600", "T": "#d62839", "U": "#d62839"}
 _CHEMISTRY = {  # amino acids: polar, amide, basic, acidic, hydrophobic
     "GSTYC": "#109648",
@@ -35,6 +40,7 @@ _CHEMISTRY = {  # amino acids: polar, amide, basic, acidic, hydrophobic
     "AVLIPWFM": "#222222",
 }
 _AMINO_ACIDS = {letter: color for group, color in _CHEMISTRY.items() for letter in group}
+_PER_ROW = 40
 _LEAST = 1e-3  # bits below which a letter is not drawn
 
 Floats = npt.NDArray[np.float64]
@@ -78,33 +84,27 @@ def plot_front(
     figure, (axis,) = new_figure(7, 5, title=title)
     for number, method in enumerate(dict.fromkeys(str(row["method"]) for row in drawn)):
         mine = [row for row in drawn if str(row["method"]) == method]
-        _draw_method(axis, method, mine, number)
+        _draw_method(axis, method, mine, f"C{number}")
     if optimum:
         kl, reward = zip(*sorted((float(k), float(r)) for k, r in optimum), strict=True)
         axis.plot(kl, reward, color="black", linewidth=1, label="optimum", zorder=1)
-    axis.set_xlabel("KL to the reference (nats)")
-    axis.set_ylabel(label)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    finish(axis, label, _KL)
     return save_figure(figure, path)
 
 
-def _draw_method(axis: Any, method: str, rows: list[Mapping[str, Any]], number: int) -> None:
-    color = COLORS[number % len(COLORS)]
-    marker = _MARKERS[number // len(COLORS) % len(_MARKERS)]
+def _draw_method(axis: Any, method: str, rows: list[Mapping[str, Any]], color: str) -> None:
     placed = [row for row in rows if is_finite(row.get("kl"))]
     if not placed:
-        level = float(np.median([row["reward"] for row in rows]))
+        level = np.median([row["reward"] for row in rows])
         axis.axhline(level, color=color, linestyle=":", label=f"{method} (no KL)")
         return
-    points = [(float(row["kl"]), float(row["reward"])) for row in placed]
-    axis.plot(*zip(*points, strict=True), marker, color=color, markersize=4, alpha=0.4)
     groups: dict[Any, list[tuple[float, float]]] = {}
-    for row, point in zip(placed, points, strict=True):
-        groups.setdefault(row.get("setting"), []).append(point)
+    for row in placed:
+        groups.setdefault(row.get("setting"), []).append((row["kl"], row["reward"]))
+    points = [point for group in groups.values() for point in group]
+    axis.plot(*zip(*points, strict=True), "o", color=color, markersize=4, alpha=0.4)
     medians = np.array(sorted(tuple(np.median(group, axis=0)) for group in groups.values()))
-    line = {"marker": marker, "markersize": 8, "linewidth": 1.2}
-    axis.plot(*medians.T, color=color, label=method, **line)
+    axis.plot(*medians.T, color=color, label=method, marker="o", markersize=8, linewidth=1.2)
 
 
 # ------------------------------------------------------------------ curves of a run
@@ -154,24 +154,9 @@ def plot_curves(metrics: str | Path, path: str | Path, *, title: str = "") -> Pa
         ValueError: the file has no column ``step`` or nothing to draw, or ``path`` is no PNG.
     """
     curves = read_metrics(metrics, first="eval/")
-    panels = [[c for c in group if c in curves] for group in (("reward", "held_out"), ("kl",))]
-    panels = [panel for panel in panels if panel]
-    if not panels:
-        raise ValueError(f"{metrics} has none of the columns {list(_CURVES)}, nor eval/ of them")
-    figure, axes = new_figure(7, 3 * len(panels) + 0.5, len(panels), title=title)
     warned = standing_warning(curves)
-    for axis, panel in zip(axes, panels, strict=True):
-        for name in panel:
-            style = {"color": COLORS[list(_CURVES).index(name)], "label": _CURVES[name]}
-            draw_series(axis, curves, name, ("_q25", "_q75"), markersize=3, **style)
-        axis.set_ylabel("KL to the reference (nats)" if panel == ["kl"] else "reward")
-        if warned is not None:
-            axis.axvline(warned["step"], color="tab:red", linestyle="--", label="hacking warning")
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    axes[-1].set_xlabel("update")
-    return save_figure(figure, path)
+    marked = None if warned is None else (warned["step"], "hacking warning")
+    return plot_panels(curves, path, _PANELS, marker=".", title=title, marked=marked)
 
 
 # ------------------------------------------------------------------ sequence logos
@@ -182,13 +167,12 @@ def plot_logo(
     path: str | Path,
     *,
     alphabet: str,
-    per_row: int = 40,
     title: str = "",
 ) -> Path:
     """Draw sequence logos below each other: letters as tall as the information they carry.
 
-    Longer sequences are wrapped; the same positions of all profiles stand together. All axes reach
-    to ``log2 V`` bits.
+    Sequences longer than 40 are wrapped; the same positions of all profiles stand together. All
+    axes reach to ``log2 V`` bits.
 
     Args:
         profiles: by name the frequencies ``[L, V]``, as
@@ -196,7 +180,6 @@ def plot_logo(
         path: of the PNG.
         alphabet: one letter per token. DNA and RNA have their usual colours, amino acids those of
             their chemistry, other alphabets any.
-        per_row: the most positions in a row.
         title: above it.
 
     Returns:
@@ -207,9 +190,8 @@ def plot_logo(
         ValueError: profiles that are none or do not fit together, or not a PNG.
     """
     checked = check_profiles(profiles, alphabet)
-    check_range("[1, inf)", per_row=per_row)
     length = len(next(iter(checked.values())))
-    rows = math.ceil(length / per_row)
+    rows = math.ceil(length / _PER_ROW)
     width = math.ceil(length / rows)
     count = rows * len(checked)
     size = max(4.0, 0.25 * width + 1), 1.3 * count + 0.4
@@ -241,7 +223,7 @@ def check_profiles(profiles: Mapping[str, Any], alphabet: str) -> dict[str, Floa
     length = len(next(iter(found.values())))
     for name, p in found.items():
         check_shape(f"the profile {name!r}", p.shape, (length, len(alphabet)))
-        if not (np.isfinite(p).all() and (p >= 0).all() and np.abs(p.sum(1) - 1).max() < 1e-3):
+        if p.min() < 0 or not np.allclose(p.sum(1), 1, atol=1e-3):
             raise ValueError(f"the rows of the profile {name!r} must be frequencies that sum to 1")
     return found
 
@@ -264,7 +246,7 @@ def _draw_letters(axis: Any, profile: Floats, alphabet: str, positions: range) -
 
     All outlines of a letter are one path; the tallest letter of a position is on top.
     """
-    paths, patches = import_matplotlib("path", "patches")
+    paths, patches = need("matplotlib.path"), need("matplotlib.patches")
     placed: dict[str, list[Any]] = {}
     heights = profile * information(profile)[:, None]
     for position in positions:
@@ -285,19 +267,19 @@ def _draw_letters(axis: Any, profile: Floats, alphabet: str, positions: range) -
 @cache
 def _glyph(letter: str) -> Any:
     """Return the outline of a letter that fills the unit square (a narrow one stays narrow)."""
-    path, fonts, text = import_matplotlib("path", "font_manager", "textpath")
+    path = need("matplotlib.path").Path
     if not letter.strip():  # it has no ink
-        return path.Path.unit_rectangle()
-    font = fonts.FontProperties(family="DejaVu Sans", weight="bold")
-    outline = text.TextPath((0, 0), letter, size=1, prop=font)
+        return path.unit_rectangle()
+    font = need("matplotlib.font_manager").FontProperties(family="DejaVu Sans", weight="bold")
+    outline = need("matplotlib.textpath").TextPath((0, 0), letter, size=1, prop=font)
     box = outline.get_extents()
     width = max(box.width, 0.5 * box.height)
     left = (box.x0 + box.x1 - width) / 2
-    return path.Path((outline.vertices - [left, box.y0]) / [width, box.height], outline.codes)
+    return path((outline.vertices - [left, box.y0]) / [width, box.height], outline.codes)
 
 
 def _letter_colors(alphabet: str) -> dict[str, str]:
     for known in (_NUCLEOTIDES, _AMINO_ACIDS):
         if set(alphabet.upper()) <= set(known):
             return {letter: known[letter.upper()] for letter in alphabet}
-    return {letter: COLORS[i % len(COLORS)] for i, letter in enumerate(alphabet)}
+    return {letter: f"C{i}" for i, letter in enumerate(alphabet)}

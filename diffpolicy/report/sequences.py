@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from diffpolicy.report.figures import draw_pictures, read_metrics
 from diffpolicy.report.sequence_figures import (
@@ -24,6 +24,7 @@ from diffpolicy.report.sequence_figures import (
 )
 from diffpolicy.report.tables import (
     COSTS,
+    FIGURES,
     VERSION,
     distribution,
     ending,
@@ -37,20 +38,6 @@ from diffpolicy.sequences.oracles import Oracles, score
 
 FORMAT = "diffpolicy-finetune-report"
 PRETRAINED, TUNED, TOP = "pre-trained", "tuned", "top of the data"
-_NAMES = {
-    "count": "sequences",
-    "reward": "reward, training oracle",
-    "held_out": "reward, held-out oracle",
-    "log_likelihood": "log-likelihood under the reference (bound)",
-    "kl": "KL to the reference, nats",
-    "entropy": "entropy per position, nats",
-    "diversity": "mean Hamming distance of two sequences",
-    "unique": "unique fraction",
-    "valid": "valid fraction",
-    "kmer_correlation": "k-mer correlation with the top of the data",
-    "profile_correlation": "profile correlation with the top of the data",
-    "wild_type_distance": "mean distance from the wild type",
-}
 
 
 @dataclass(frozen=True)
@@ -75,7 +62,7 @@ class TuningResult:
         optimum: ``(kl, reward)`` of the best laws, where they are known.
 
     Raises:
-        ValueError: no name, profiles that do not fit the alphabet, or figures that are not there.
+        ValueError: profiles that do not fit the alphabet.
     """
 
     task: str
@@ -93,15 +80,7 @@ class TuningResult:
     optimum: Sequence[Sequence[float]] = ()
 
     def __post_init__(self) -> None:
-        if not self.method or not self.task:
-            raise ValueError("a result needs the name of its task and of its method")
         check_profiles(self.profiles, self.alphabet)
-        for name in ("before", "after"):
-            if "reward" not in getattr(self, name):
-                raise ValueError(
-                    f"{name} must be a row of evaluate_sequences, with a 'reward'; it has "
-                    f"{sorted(getattr(self, name))}"
-                )
 
 
 def best_sequences(
@@ -124,8 +103,7 @@ def best_sequences(
     Returns:
         Each with ``sequence`` (letters), ``reward`` and ``held_out``.
     """
-    found = tokens.cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
-    held = np.unique(found, axis=0)
+    held = np.unique(torch.as_tensor(tokens).cpu().numpy(), axis=0)
     if valid is not None:
         held = held[np.asarray(valid(held), bool)]
     if not len(held):
@@ -159,10 +137,9 @@ def write_report(run_dir: str | Path, result: TuningResult) -> dict[str, Any]:
     values = plain({f.name: getattr(result, f.name) for f in fields(result)})
     metrics = folder / "metrics.csv"
     title = f"{result.task}, {label_of(values)}, seed {result.seed}"
+    profiles, alphabet = result.profiles, result.alphabet
     drawings: dict[str, Callable[[Path], Any]] = {
-        "logo.png": lambda path: plot_logo(
-            result.profiles, path, alphabet=result.alphabet, title=title
-        )
+        "logo.png": lambda path: plot_logo(profiles, path, alphabet=alphabet, title=title)
     }
     if metrics.is_file():
         drawings["curves.png"] = lambda path: plot_curves(metrics, path, title=title)
@@ -188,14 +165,12 @@ def _warning(metrics: Path) -> dict[str, Any] | None:
 def _text(report: Mapping[str, Any], title: str) -> str:
     before, after, warning = report["before"], report["after"], report["warning"]
     keys = [k for k in {**before, **after} if k not in ("kl_kind", "kl_standard_error")]
-    lines = [[_NAMES.get(k, k), _entry(before, k), _entry(after, k)] for k in keys]
+    lines = [[FIGURES.get(k, k), _entry(before, k), _entry(after, k)] for k in keys]
     parts = [f"# {title}\n"]
     if warning:
         parts.append(f"**Since update {warning['step']}**: {warning['message']}.\n")
-    parts += [
-        "Median [quartiles] over sequences.\n",
-        markdown(["figure", "before", "after"], lines),
-    ]
+    table = markdown(["figure", "before", "after"], lines)
+    parts += ["Median [quartiles] over sequences; correlations with the top of the data.\n", table]
     for head, values in (("Exact law", report["exact"]), ("Cost", report["cost"])):
         if values:
             lines = [[COSTS.get(k, k.replace("_", " ")), text(v)] for k, v in values.items()]

@@ -13,6 +13,21 @@ from diffpolicy.report.figures import is_finite
 from diffpolicy.sequences.metrics import over_seeds
 
 COSTS = {"nfe": "NFE", "reward_calls": "reward calls", "wall_s": "wall s"}
+FIGURES = {  # in the order of their columns
+    "exact.progress": "progress (exact)",
+    "exact.reward": "E[reward] (exact)",
+    "reward": "reward, training oracle",
+    "held_out": "reward, held-out oracle",
+    "kl": "KL, nats",
+    "log_likelihood": "log-likelihood (bound)",
+    "kmer_correlation": "k-mer correlation",
+    "profile_correlation": "profile correlation",
+    "entropy": "entropy, nats",
+    "diversity": "Hamming distance of two",
+    "wild_type_distance": "distance from wild type",
+    "unique": "unique fraction",
+    "valid": "valid fraction",
+}
 VERSION = 1
 
 
@@ -46,8 +61,10 @@ def distribution(found: Mapping[str, Any]) -> str:
     return f"{text(found['median'])} [{text(found['q25'])}, {text(found['q75'])}]"
 
 
-def signed(interval: Mapping[str, Any]) -> str:
+def signed(interval: Mapping[str, Any] | None) -> str:
     """Show a difference with its interval in a cell."""
+    if interval is None:
+        return ""
     if interval["low"] is None:
         return f"{interval['value']:+.3f}"
     return f"{interval['value']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
@@ -67,6 +84,11 @@ def figure(row: Mapping[str, Any], name: str) -> float | None:
     return float(value) if is_finite(value) else None
 
 
+def known_columns(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, str]:
+    """Of figures and their heads, those that any row has a number of."""
+    return {k: v for k, v in names.items() if any(figure(row, k) is not None for row in rows)}
+
+
 def label_of(row: Mapping[str, Any]) -> str:
     """Method and setting of a row, as one name."""
     return f"{row['method']}, {row['setting']}" if row.get("setting") else str(row["method"])
@@ -84,11 +106,12 @@ def method_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) 
         columns: keys of figures, dotted for nested ones, with the heads of their columns. Of a
             distribution (``reward``) the median is taken.
     """
-    costs = {k: v for k, v in COSTS.items() if any(figure(r, k) is not None for r in rows)}
+    costs = known_columns(rows, COSTS)
     lines = []
     for label, found in method_statistics(rows, [*columns, *costs]).items():
         cells = [_cell(found[name], found["seeds"]) for name in columns]
-        cells += [_cost(found[name]) for name in costs]
+        medians = [found[name] and found[name]["median"] for name in costs]
+        cells += [text(int(m) if m is not None and m.is_integer() else m) for m in medians]
         lines.append([label, str(found["seeds"]), *cells])
     return markdown(["method", "seeds", *columns.values(), *costs.values()], lines)
 
@@ -120,13 +143,6 @@ def _cell(found: Mapping[str, Any] | None, seeds: int) -> str:
     count = len(found["values"])
     cell = text(found["median"]) if count == 1 else distribution(found)
     return cell if count == seeds else f"{cell} ({count} of {seeds})"
-
-
-def _cost(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    median = found["median"]
-    return text(int(median) if median.is_integer() else median)
 
 
 # ------------------------------------------------------------------ reports

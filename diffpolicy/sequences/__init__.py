@@ -1,6 +1,6 @@
 """Masked sequence models: tasks, the facade that learns and draws, oracles and evaluation."""
 
-from diffpolicy.sequences.evaluate import Evaluation, aggregate, evaluate_sequences, path_kl
+from diffpolicy.sequences.evaluate import Evaluation, evaluate_sequences, path_kl
 from diffpolicy.sequences.exact import ExactLaw, StateSpace, exact_scores
 from diffpolicy.sequences.guided import GuidedDraws, draw_guided
 from diffpolicy.sequences.metrics import hacking_warning
@@ -24,7 +24,6 @@ __all__ = [
     "StateSpace",
     "Tuned",
     "activity_classes",
-    "aggregate",
     "draw_guided",
     "evaluate_sequences",
     "exact_scores",

@@ -7,9 +7,9 @@ beside how far the model has left its reference (DRAKES, Wang et al. 2025, secti
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 
 import diffpolicy.sequences.metrics as metrics
 from diffpolicy.learn.reward.path_kl import categorical_kl
-from diffpolicy.sequences.chains import Chain
 from diffpolicy.sequences.exact import (
     ExactLaw,
     ExactScores,
@@ -28,6 +27,7 @@ from diffpolicy.sequences.exact import (
 )
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, score
+from diffpolicy.sequences.spec import Chain, Drawing
 from diffpolicy.sequences.task import SequenceTask, check_tokens
 from diffpolicy.settings import check_range
 
@@ -74,7 +74,6 @@ def evaluate_sequences(
     *,
     oracles: Oracles,
     reference: SequenceModel,
-    data: tuple[Any, Any] | None = None,
     settings: Evaluation | None = None,
 ) -> dict[str, Any]:
     """Everything there is to say about sequences drawn from a tuned model, as JSON values.
@@ -87,8 +86,6 @@ def evaluate_sequences(
         tokens: ``[N, L]``.
         oracles: the rewards.
         reference: the pre-trained model.
-        data: sequences ``[M, L]`` with labels ``[M]``, whose top is compared with; ``None``: the
-            task's measurements.
         settings: see :class:`Evaluation`.
 
     Returns:
@@ -106,12 +103,10 @@ def evaluate_sequences(
     """
     how = Evaluation() if settings is None else settings
     check_tokens(tokens, task.alphabet, task.length, "tokens")
-    held = tokens.cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
-    if not len(held):
-        raise ValueError("there are no sequences to evaluate")
-    vocab_size = len(task.alphabet)
+    given = torch.as_tensor(tokens).cpu()
+    check_range("[1, inf)", sequences=len(given))
+    held, vocab_size = given.numpy(), len(task.alphabet)
     masks = torch.Generator(reference.device).manual_seed(how.seed)
-    given = torch.from_numpy(held)
     bound = reference.log_likelihood(given, draws=how.elbo_draws, generator=masks)
     row = {
         "count": len(held),
@@ -122,17 +117,15 @@ def evaluate_sequences(
         "diversity": metrics.mean_pairwise_hamming(held, vocab_size),
         "unique": metrics.unique_fraction(held),
         "valid": float(np.asarray(task.valid(held)).mean()),
-        **_closeness(task, held, task.measurements() if data is None else data, how),
+        **_closeness(task, held, how),
         **_divergence(model, reference, task, how),
     }
     return {name: _finite(value) for name, value in row.items()}
 
 
-def _closeness(
-    task: SequenceTask, held: Any, data: tuple[Any, Any], how: Evaluation
-) -> dict[str, Any]:
+def _closeness(task: SequenceTask, held: Any, how: Evaluation) -> dict[str, Any]:
     vocab_size = len(task.alphabet)
-    top = metrics.top_sequences(np.asarray(data[0]), data[1], how.top_fraction)
+    top = metrics.top_sequences(*task.measurements(), how.top_fraction)
     kmer = min(how.kmer, task.length)
     found: dict[str, Any] = {
         "kmer_correlation": metrics.kmer_correlation(held, top, kmer, vocab_size),
@@ -212,14 +205,7 @@ def _laws(model: SequenceModel, reference: SequenceModel) -> tuple[StateSpace, T
 
 @torch.no_grad()
 def path_kl(
-    model: SequenceModel,
-    reference: SequenceModel,
-    size: int,
-    *,
-    num_steps: int | None = None,
-    cond: Tensor | None = None,
-    guidance: float | None = None,
-    generator: torch.Generator | None = None,
+    model: SequenceModel, reference: SequenceModel, size: int, **how: Unpack[Drawing]
 ) -> Tensor:
     """The divergence of a model's chains from the reference's, one unbiased estimate per chain.
 
@@ -231,10 +217,7 @@ def path_kl(
         model: whose chains are drawn, unguided or guided.
         reference: scored on the same states, unconditionally.
         size: chains.
-        num_steps: see :meth:`SequenceModel.draw`.
-        cond: of ``model``.
-        guidance: of ``model``.
-        generator: of the chains.
+        **how: how ``model`` is drawn from, see :class:`~diffpolicy.sequences.spec.Drawing`.
 
     Returns:
         ``[size]``, not negative.
@@ -245,15 +228,7 @@ def path_kl(
     sizes = [(m.spec.vocab_size, m.spec.length) for m in (model, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the models differ in (vocab_size, length): {sizes[0]} and {sizes[1]}")
-    chains = model.chains(
-        model.masked(size),
-        num_steps=num_steps,
-        cond=cond,
-        guidance=guidance,
-        generator=generator,
-        rows=ROWS,
-        record=True,
-    )
+    chains = model.chains(model.masked(size), rows=ROWS, record=True, **how)
     return torch.cat([_chain_kl(chain, reference) for chain in chains])
 
 
@@ -271,36 +246,6 @@ def _chain_kl(chain: Chain, reference: SequenceModel) -> Tensor:
     return total
 
 
-def aggregate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows of several seeds as one: every number becomes its distribution over the seeds.
-
-    Args:
-        rows: of :func:`evaluate_sequences`, one per seed.
-
-    Returns:
-        The same nested keys, each with ``median``, ``q25``, ``q75``, ``mean``, ``std`` (of n - 1;
-        null for one seed) and the ``values``; null where a seed has no number; texts that all rows
-        share are kept.
-
-    Raises:
-        ValueError: no rows, or rows with different keys.
-    """
-    if not rows:
-        raise ValueError("there are no rows to aggregate")
-    if any(set(row) != set(rows[0]) for row in rows):
-        raise ValueError("the rows of different seeds must have the same keys")
-    return {key: _aggregate([row[key] for row in rows]) for key in rows[0]}
-
-
-def _aggregate(values: list[Any]) -> Any:
-    if isinstance(values[0], Mapping):
-        return aggregate(values)
-    if all(isinstance(v, (int, float)) for v in values):
-        return metrics.over_seeds(values)
-    same = all(v == values[0] for v in values)
-    return values[0] if same else None
-
-
 def _finite(value: Any) -> Any:
     """Nested values with null in place of numbers that JSON does not have."""
     if isinstance(value, Mapping):
@@ -311,7 +256,6 @@ def _finite(value: Any) -> Any:
 __all__ = [
     "Evaluation",
     "Exact",
-    "aggregate",
     "can_be_exact",
     "evaluate_sequences",
     "exact_kl",

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.masking import to_tokens
-from diffpolicy.guidance.particles import PARTICLE_METHODS, ParticleMethod, make_particle_method
+from diffpolicy.guidance.particles import PARTICLE_METHODS, make_particle_method
 from diffpolicy.guidance.reward import RewardGuidance
-from diffpolicy.sequences.chains import ROWS, tokens_of
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Reward
+from diffpolicy.sequences.spec import ROWS, tokens_of
 from diffpolicy.settings import check_choice, check_known
 
-GUIDANCE = ("none", "cfg", "reward", *PARTICLE_METHODS)
+_SETTINGS = {"none": (), "cfg": ("scale", "class_index"), "reward": ("scale", "mode")}
+GUIDANCE = (*_SETTINGS, *PARTICLE_METHODS)
 
 
 class GuidedDraws(NamedTuple):
@@ -33,19 +34,23 @@ class GuidedDraws(NamedTuple):
     reward_calls: int
 
 
-def check_guidance(config: Mapping[str, Any], model: SequenceModel) -> None:
-    """Raise ``ValueError`` unless sequences of ``model`` can be drawn under this guidance."""
-    values = _settings(config)
-    kind = values.pop("type", None)
+def check_guidance(config: Mapping[str, Any], model: SequenceModel) -> tuple[str, dict[str, Any]]:
+    """Return the type of a guidance and its settings.
+
+    Raises:
+        ValueError: sequences of ``model`` cannot be drawn under it.
+    """
+    values = {key: value for key, value in config.items() if key != "name"}
+    kind = str(values.pop("type", None))
     check_choice("guidance type", kind, GUIDANCE)
     if kind in PARTICLE_METHODS:
-        make_particle_method(str(kind), **values)
-        return
-    known = {"none": (), "cfg": ("scale", "class_index"), "reward": ("scale", "mode")}
-    check_known(values, known[str(kind)], f"guidance {kind!r}")
+        make_particle_method(kind, **values)
+    else:
+        check_known(values, _SETTINGS[kind], f"guidance {kind!r}")
     if kind == "cfg":
         model.guided(values.get("scale", 1.0))
         model.class_cond(_class(values, model))
+    return kind, values
 
 
 def draw_guided(
@@ -71,9 +76,7 @@ def draw_guided(
     Raises:
         ValueError: as :func:`check_guidance`.
     """
-    check_guidance(config, model)
-    values = _settings(config)
-    kind = values.pop("type")
+    kind, values = check_guidance(config, model)
     spec = model.spec
     evaluations = spec.length if num_steps is None else num_steps
     if spec.time_free:
@@ -93,29 +96,13 @@ def draw_guided(
             tokens = tokens_of(model.chains(model.masked(size), denoiser=guided, **how))
         return GuidedDraws(tokens, evaluations, calls * evaluations)
     method = make_particle_method(kind, **values)
-    return _by_particles(method, model, reward, size, how)
-
-
-def _by_particles(
-    method: ParticleMethod,
-    model: SequenceModel,
-    reward: Reward,
-    size: int,
-    how: Mapping[str, Any],
-) -> GuidedDraws:
-    found, nfe, calls = [], 0, 0
-    rows = max(1, ROWS // method.chains)
-    for count in [rows] * (size // rows) + [size % rows] * (size % rows > 0):
-        shape = (count, model.spec.length, model.spec.vocab_size + 1)
-        cond = model.expand_cond(None, count)
-        part = method.draw(model.denoiser, reward, shape, cond=cond, **how)
-        found.append(to_tokens(part.x0))
-        nfe, calls = part.nfe, part.reward_calls
-    return GuidedDraws(torch.cat(found), nfe, calls)
-
-
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "name"}
+    parts, rows = [], max(1, ROWS // method.chains)
+    for first in range(0, size, rows):
+        shape = (min(rows, size - first), spec.length, spec.vocab_size + 1)
+        given = model.expand_cond(None, shape[0])
+        parts.append(method.draw(model.denoiser, reward, shape, cond=given, **how))
+    tokens = torch.cat([to_tokens(part.x0) for part in parts])
+    return GuidedDraws(tokens, parts[0].nfe, parts[0].reward_calls)
 
 
 def _class(values: Mapping[str, Any], model: SequenceModel) -> int:

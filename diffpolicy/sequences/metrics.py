@@ -43,13 +43,10 @@ def pearson(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     """Pearson's correlation of two arrays of one size; nan if one of them is constant.
 
     Raises:
-        ValueError: arrays of different size, or of fewer than two entries.
+        ValueError: arrays of different size.
     """
     x, y = (np.asarray(v, dtype=np.float64).reshape(-1) for v in (a, b))
-    if x.size != y.size or x.size < 2:
-        raise ValueError(
-            f"a correlation needs two arrays of one size above 1, got {x.size}, {y.size}"
-        )
+    check_shape("what is correlated", y.shape, x.shape)
     x, y = x - x.mean(), y - y.mean()
     scale = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / scale if scale > 0 else float("nan")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Iterator, Mapping
+from typing import Any, Self, Unpack
 
 import numpy as np
 import torch
@@ -15,18 +14,27 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
+from diffpolicy.core.reveal import Scheduled, reveals
+from diffpolicy.core.sampling import Trajectory, sample
 from diffpolicy.core.starts import prior_start, truncated_start
 from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.learn.cloning.masked import MaskedDenoisingLoss, elbo
 from diffpolicy.networks.base import described
-from diffpolicy.sequences.chains import ROWS, Chain, run_chain, tokens_of
-from diffpolicy.sequences.spec import Letters, SequenceExamples, SequenceSpec
+from diffpolicy.sequences.spec import (
+    ROWS,
+    Chain,
+    Drawing,
+    Letters,
+    SequenceExamples,
+    SequenceSpec,
+    tokens_of,
+)
 from diffpolicy.sequences.task import SequenceTask, check_tokens
 from diffpolicy.settings import check_range
 from diffpolicy.training.process import seeded
 from diffpolicy.training.saved import Saved, part_of
 from diffpolicy.training.settings import TrainerConfig
-from diffpolicy.training.trainer import Source, Trainer, TrainResult
+from diffpolicy.training.trainer import Running, Source, Trainer, TrainResult
 from diffpolicy.training.weights import unchanged_on_error
 
 
@@ -137,19 +145,14 @@ class SequenceModel(Letters, Saved):
         given = self.spec.training_cond(len(held), labels, cond)
         order = torch.randperm(len(held), generator=torch.Generator().manual_seed(config.seed))
         val_count = int(val_fraction * len(held))
-        parts = [
+        held_out, train = (
             SequenceExamples(held[rows], None if given is None else given[rows])
-            for rows in (order[val_count:], order[:val_count])
-        ]
-        return self.fit(
-            MaskedDenoisingLoss(self.denoiser, cond_dropout=self.spec.cond_dropout),
-            parts[0],
-            config,
-            run_dir,
-            val_source=parts[1] if val_count else None,
-            resume=resume,
-            overwrite=overwrite,
+            for rows in (order[:val_count], order[val_count:])
         )
+        objective = MaskedDenoisingLoss(self.denoiser, cond_dropout=self.spec.cond_dropout)
+        run: Running = {"resume": resume, "overwrite": overwrite}
+        run["val_source"] = held_out if val_count else None
+        return self.fit(objective, train, config, run_dir, **run)
 
     def fit(
         self,
@@ -157,11 +160,7 @@ class SequenceModel(Letters, Saved):
         source: Source,
         config: TrainerConfig,
         run_dir: str | os.PathLike[str],
-        *,
-        val_source: Source | None = None,
-        evaluate: Callable[[Path, int], Mapping[str, float]] | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
+        **run: Unpack[Running],
     ) -> Self:
         """Train with any objective that holds this model's denoiser as ``objective.denoiser``.
 
@@ -172,11 +171,8 @@ class SequenceModel(Letters, Saved):
             source: examples for it; :class:`Draws` for objectives that draw their own.
             config: settings of the trainer.
             run_dir: where metrics and checkpoints go.
-            val_source: held-out examples.
-            evaluate: called with a model directory (for :meth:`load`) and the step; returns
-                metrics, of which ``score`` decides the best checkpoint.
-            resume: continue the run in ``run_dir``.
-            overwrite: replace it.
+            **run: ``val_source``, ``evaluate``, ``resume`` and ``overwrite`` of
+                :class:`~diffpolicy.training.trainer.Trainer`.
 
         Raises:
             ValueError: an objective that trains another denoiser.
@@ -193,11 +189,8 @@ class SequenceModel(Letters, Saved):
                 config,
                 run_dir,
                 export=lambda state: self._files(part_of(state, "denoiser")),
-                val_source=val_source,
-                evaluate=evaluate,
                 identity={"model": self.spec},
-                resume=resume,
-                overwrite=overwrite,
+                **run,
             ).fit()
             objective.load_state_dict(result.ema)
             self.denoiser.eval()
@@ -207,25 +200,13 @@ class SequenceModel(Letters, Saved):
     # ---------------------------------------------------------------- drawing and scoring
 
     @torch.no_grad()
-    def draw(
-        self,
-        size: int,
-        *,
-        num_steps: int | None = None,
-        cond: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        guidance: float | None = None,
-    ) -> Tensor:
+    def draw(self, size: int, **how: Unpack[Drawing]) -> Tensor:
         """Draw sequences from the model's law.
 
         Args:
             size: how many.
-            num_steps: steps from all masks to none; ``None``: one position at a time, the exact
-                law of a ``time_free`` model.
-            cond: ``[C]`` or ``[size, C]``; left out, a model with ``cond_dropout`` is drawn from
-                unconditionally.
-            generator: of the draws, on the model's device; the global one when absent.
-            guidance: strength of classifier-free guidance; needs ``cond_dropout``.
+            **how: ``num_steps``, ``cond``, ``generator`` and ``guidance``, see
+                :class:`~diffpolicy.sequences.spec.Drawing`.
 
         Returns:
             Tokens int64 ``[size, L]``.
@@ -234,40 +215,30 @@ class SequenceModel(Letters, Saved):
             ValueError: a size below 1, or settings that the model was not trained for.
         """
         check_range("[1, inf)", size=size)
-        how: dict[str, Any] = {"num_steps": num_steps, "cond": cond, "guidance": guidance}
-        return tokens_of(self.chains(self.masked(size), generator=generator, **how))
+        return tokens_of(self.chains(self.masked(size), **how))
 
     @torch.no_grad()
-    def edit(
-        self,
-        tokens: Tensor,
-        t_start: float,
-        *,
-        num_steps: int | None = None,
-        cond: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        guidance: float | None = None,
-    ) -> Tensor:
+    def edit(self, tokens: Tensor, t_start: float, **how: Unpack[Drawing]) -> Tensor:
         """Draw part of the positions of given sequences anew (a truncated start).
 
         Args:
             tokens: ``[N, L]``.
             t_start: level in (0, 1] that they are noised to: each position is masked with
                 probability ``m(t_start)``.
-            num_steps: steps from there; see :meth:`draw`, also for the rest.
-            cond: ``[C]`` or ``[N, C]``.
-            generator: of masks and draws.
-            guidance: strength of classifier-free guidance.
+            **how: as of :meth:`draw`; ``num_steps`` are those from ``t_start``.
 
         Raises:
             ValueError: as :meth:`draw`; tokens of another size; a level outside (0, 1].
         """
-        check_tokens(tokens, self.spec.alphabet, self.spec.length, "tokens")
-        check_range("[1, inf)", sequences=len(tokens))
+        given = self._checked(tokens)
+        check_range("[1, inf)", sequences=len(given))
         check_range("(0, 1]", t_start=t_start)
-        given = torch.as_tensor(tokens).to(self.device).long()
-        how: dict[str, Any] = {"num_steps": num_steps, "cond": cond, "guidance": guidance}
-        return tokens_of(self.chains(given, t_start=t_start, generator=generator, **how))
+        return tokens_of(self.chains(given, t_start=t_start, **how))
+
+    def _checked(self, tokens: Any) -> Tensor:
+        """Tokens as int64 ``[N, L]`` on the model's device."""
+        check_tokens(tokens, self.spec.alphabet, self.spec.length, "tokens")
+        return torch.as_tensor(tokens).to(self.device).long()
 
     def masked(self, size: int) -> Tensor:
         """Make tokens ``[size, L]`` that are all masks."""
@@ -278,30 +249,28 @@ class SequenceModel(Letters, Saved):
         tokens: Tensor,
         *,
         t_start: float | None = None,
-        cond: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        guidance: float | None = None,
         denoiser: BaseDenoiser | None = None,
         rows: int = ROWS,
-        **options: Any,
+        record: bool = False,
+        **how: Unpack[Drawing],
     ) -> Iterator[Chain]:
-        """Reveal the masks of sequences, some rows at a time.
+        """Reveal the masks of sequences by hard draws, some rows at a time.
+
+        Rows of a ``time_free`` model advance on their own, in at most ``min(num_steps, L)``
+        evaluations.
 
         Args:
             tokens: int64 ``[N, L]``.
             t_start: level that they are noised to; ``None``: they are all masks.
-            cond: see :meth:`draw`.
-            generator: of everything random.
-            guidance: see :meth:`draw`.
             denoiser: what reveals them, in place of this model's own, guided or not.
             rows: how many at a time.
-            **options: ``num_steps`` and ``record`` of
-                :func:`~diffpolicy.sequences.chains.run_chain`.
+            record: keep the transitions.
+            **how: as of :meth:`draw`.
         """
+        guidance, generator = how.get("guidance"), how.get("generator")
         denoiser = self.guided(guidance) if denoiser is None else denoiser
-        given = self.expand_cond(cond, len(tokens), guided=guidance is not None)
+        given = self.expand_cond(how.get("cond"), len(tokens), guided=guidance is not None)
         process = self.denoiser.process
-        options |= {"time_free": self.spec.time_free, "generator": generator}
         for part in torch.split(torch.arange(len(tokens), device=self.device), rows):
             x = one_hot(tokens[part], self.spec.vocab_size)
             if t_start is None:
@@ -309,7 +278,19 @@ class SequenceModel(Letters, Saved):
             else:
                 noise = process.draw_noise(x.shape, generator, x)
                 start = truncated_start(process, x, t_start, noise)
-            yield run_chain(denoiser, start, cond=None if given is None else given[part], **options)
+            groups, grid = reveals(
+                process,
+                start,
+                how.get("num_steps"),
+                time_free=self.spec.time_free,
+                generator=generator,
+            )
+            own, solver = None if given is None else given[part], Scheduled(groups)
+            out = sample(
+                denoiser, solver, start, grid, cond=own, generator=generator, record=record
+            )
+            found = (out.x0, out.transitions) if isinstance(out, Trajectory) else (out, ())
+            yield Chain(found[0], groups, found[1])
 
     def guided(self, guidance: float | None) -> BaseDenoiser:
         """The denoiser, or classifier-free guidance around it.
@@ -373,8 +354,7 @@ class SequenceModel(Letters, Saved):
         Raises:
             ValueError: tokens or condition of another size.
         """
-        check_tokens(tokens, self.spec.alphabet, self.spec.length, "tokens")
-        given = torch.as_tensor(tokens).to(self.device).long()
+        given = self._checked(tokens)
         conds = self.expand_cond(cond, len(given))
         if generator is None:
             generator = torch.Generator(self.device).manual_seed(0)

@@ -22,6 +22,7 @@ from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.networks.heads import make_head
 from diffpolicy.sequences.metrics import pearson, spearman
 from diffpolicy.sequences.task import SequenceTask, check_tokens
+from diffpolicy.settings import check_range
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.process import seeded
 from diffpolicy.training.saved import Saved, find_bundle, part_of
@@ -42,7 +43,7 @@ class Oracle(Saved, nn.Module):
         network: config of the head, e.g. ``{"type": "sequence_regressor", "length": L,
             "vocab_size": V}``.
         mean: of the labels.
-        std: of the labels, positive.
+        std: of the labels, which must vary.
 
     Raises:
         ValueError: a config that is not a head's, or a ``std`` that is not positive.
@@ -54,23 +55,16 @@ class Oracle(Saved, nn.Module):
 
     def __init__(self, network: Mapping[str, Any], *, mean: float = 0.0, std: float = 1.0) -> None:
         super().__init__()
-        if not std > 0:
-            raise ValueError(
-                f"the labels of an oracle must vary: their std must be positive, got {std}"
-            )
+        check_range("(0, inf)", std_of_labels=std)
         self.network = make_head(network)
         self.config = dict(network)
         self.register_buffer("mean", torch.tensor(float(mean)))
         self.register_buffer("std", torch.tensor(float(std)))
 
-    def normalised(self, x: Tensor) -> Tensor:
-        """The prediction in units of the labels' spread ``[B]``."""
-        out: Tensor = self.network(x)
-        return out
-
     def forward(self, x: Tensor) -> Tensor:
         """The prediction ``[B]`` for soft or hard one-hot ``[B, L, V]``; differentiable in it."""
-        return self.normalised(x) * self.std + self.mean
+        normalised: Tensor = self.network(x)
+        return normalised * self.std + self.mean
 
     def frozen(self) -> Self:
         """Self in evaluation mode, without gradients of its weights (those of ``x`` remain)."""
@@ -103,7 +97,7 @@ class RegressionLoss(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         target = (batch["label"] - self.oracle.mean) / self.oracle.std
-        error = self.oracle.normalised(batch["tokens"]) - target
+        error = self.oracle.network(batch["tokens"]) - target
         return LossOutput(error.square(), {"bias": error.mean().detach()})
 
 
@@ -170,28 +164,25 @@ def train_oracles(
         device: where they live.
 
     Raises:
-        ValueError: ``run_dir`` holds oracles of other settings; ``surrogate`` of a measured task.
+        ValueError: ``run_dir`` holds oracles of other settings.
         KeyboardInterrupt: the training was interrupted; run it again to go on.
     """
     if task.kind != "measured" and not surrogate:
         return Oracles(task.reward, task.reward, {})
-    if task.kind == "measured" and surrogate:
-        raise ValueError(f"{task.name} has no true reward, so its oracles are learned anyway")
     tokens, labels = task.measurements()
     check_tokens(tokens, task.alphabet, task.length, "measurements()")
-    halves = split_measurements(task, seed)
-    parts = [(tokens[rows], labels[rows]) for rows in halves]
+    parts = [(tokens[rows], labels[rows]) for rows in split_measurements(task, seed)]
     sizes = {"length": task.length, "vocab_size": len(task.alphabet)}
     head = {**({"type": "sequence_regressor"} if network is None else network), **sizes}
-    found: dict[str, Oracle] = {}
+    found: dict[str, Reward] = {"held_out": task.reward}
     report: dict[str, Any] = {}
     for i, name in enumerate(("reward", "held_out") if task.kind == "measured" else ("reward",)):
         folder = Path(run_dir) / name
         own = replace(config, seed=mix_seed(seed, i, 0x0A) >> 1)
-        _settle(head, own, folder, parts[i], parts[1 - i], overwrite=overwrite, device=device)
+        _settle(head, own, folder, parts[i], parts[1 - i], overwrite, device)
         found[name] = Oracle.load(folder / "oracle", device=device)
         report[name] = read_bundle(folder / "oracle")["config.json"]["report"]
-    return Oracles(found["reward"], found.get("held_out", task.reward), report)
+    return Oracles(**found, report=report)
 
 
 def _settle(
@@ -200,7 +191,6 @@ def _settle(
     folder: Path,
     train: tuple[Any, Any],
     test: tuple[Any, Any],
-    *,
     overwrite: bool,
     device: str | torch.device,
 ) -> None:
@@ -208,10 +198,7 @@ def _settle(
     digest, done = _digest(head, config, *train), _known_digest(folder / "oracle")
     old = done or _known_digest(folder)
     if old not in (None, digest) and not overwrite:
-        raise ValueError(
-            f"{folder} holds an oracle of other settings or data; choose another directory or "
-            "overwrite it"
-        )
+        raise ValueError(f"{folder} holds an oracle of other settings or data; overwrite it")
     if done == digest:
         return
     labels = np.asarray(train[1], dtype=np.float64)
@@ -255,27 +242,23 @@ def _known_digest(path: Path) -> str | None:
     return str(json.loads((folder / "config.json").read_bytes()).get("digest"))
 
 
-def correlations(reward: Reward, tokens: Any, labels: Any) -> dict[str, Any]:
-    """How well a reward ranks sequences: Pearson's and Spearman's correlation with labels."""
-    scores = score(reward, tokens)
+def correlations(oracle: Oracle, tokens: Any, labels: Any) -> dict[str, Any]:
+    """How well an oracle ranks sequences: Pearson's and Spearman's correlation with labels."""
+    scores = score(oracle, tokens, oracle.config["vocab_size"])
     found = {"pearson": pearson(scores, labels), "spearman": spearman(scores, labels)}
     return {"count": len(scores), **found}
 
 
 @torch.no_grad()
-def score(reward: Reward, tokens: Any, vocab_size: int | None = None) -> Any:
+def score(reward: Reward, tokens: Any, vocab_size: int) -> Any:
     """The reward of integer sequences ``[N, L]``, as a float64 array ``[N]``.
 
     Args:
         reward: ``[B, L, V] -> [B]``.
         tokens: array or tensor.
-        vocab_size: V; of an :class:`Oracle` it is known.
+        vocab_size: V.
     """
-    device = torch.device("cpu")
-    if isinstance(reward, Oracle):
-        vocab_size, device = int(reward.config["vocab_size"]), reward.mean.device
-    if vocab_size is None:
-        raise ValueError("give vocab_size to score sequences with a plain function")
+    device = reward.mean.device if isinstance(reward, Oracle) else torch.device("cpu")
     classes = torch.arange(vocab_size, device=device)
     held = torch.as_tensor(tokens).to(device)
     parts = [np.zeros(0)]

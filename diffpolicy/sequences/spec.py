@@ -1,18 +1,19 @@
-"""A masked sequence model as plain values, and its training examples."""
+"""A masked sequence model as plain values, how it is drawn from, and its training examples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
-from diffpolicy.core.masking import make_masking
+from diffpolicy.core.masking import make_masking, to_tokens
+from diffpolicy.core.sampling import Transition
 from diffpolicy.networks.base import check_positive
 from diffpolicy.networks.registry import sized_network
 from diffpolicy.sequences.task import MASK_LETTER, check_alphabet
@@ -115,6 +116,52 @@ class SequenceSpec:
         network = sized_network(self.network, self.length, self.vocab_size + 1, self.cond_dim)
         process = make_masking(self.process)
         return MaskedDenoiser(network, process, self.vocab_size, time_free=self.time_free)
+
+
+# ------------------------------------------------------------------ drawing
+
+ROWS = 512  # sequences drawn or scored at once: bounds the memory of the noise
+
+
+class Drawing(TypedDict, total=False):
+    """How sequences are drawn from a model; every entry may be left out.
+
+    Attributes:
+        num_steps: steps from all masks to none; ``None``: one position at a time, the exact law of
+            a ``time_free`` model.
+        cond: ``[C]`` or ``[N, C]``; left out, a model with ``cond_dropout`` is drawn from
+            unconditionally.
+        generator: of the draws, on the model's device; the global one when absent.
+        guidance: strength of classifier-free guidance; needs ``cond_dropout``.
+    """
+
+    num_steps: int | None
+    cond: Tensor | None
+    generator: torch.Generator | None
+    guidance: float | None
+
+
+class Chain(NamedTuple):
+    """A batch of sequences drawn together, and how.
+
+    Attributes:
+        x0: final states ``[B, L, V + 1]``.
+        groups: the evaluation that revealed each position ``[B, L]``; of positions that were not
+            masked, without meaning.
+        transitions: of the loop, if recorded.
+    """
+
+    x0: Tensor
+    groups: Tensor
+    transitions: tuple[Transition, ...]
+
+
+def tokens_of(chains: Iterable[Chain]) -> Tensor:
+    """Join the sequences that chains have ended with, int64 ``[N, L]``."""
+    return torch.cat([to_tokens(chain.x0) for chain in chains])
+
+
+# ------------------------------------------------------------------ letters and examples
 
 
 class Letters:

@@ -16,9 +16,9 @@ from diffpolicy.learn.methods import method_of
 from diffpolicy.sequences.evaluate import path_kl
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, Reward, score
-from diffpolicy.sequences.spec import Draws
+from diffpolicy.sequences.spec import Drawing, Draws
 from diffpolicy.training.settings import TrainerConfig, mix_seed
-from diffpolicy.training.trainer import Evaluate
+from diffpolicy.training.trainer import Evaluate, Running
 
 
 class Tuned(NamedTuple):
@@ -75,7 +75,7 @@ def tune(
     blank = model.expand_cond(None, 1)
     source = Draws(max(65_536, config.batch_size), None if blank is None else blank[0].cpu())
     watch = _watch(pretrained, oracles, eval_draws, num_steps, config.seed)
-    how: dict[str, Any] = {"evaluate": watch, "resume": resume, "overwrite": overwrite}
+    how: Running = {"evaluate": watch, "resume": resume, "overwrite": overwrite}
     model.fit(objective, source, config, run_dir, **how)
     training = model.last_training
     assert training is not None
@@ -90,7 +90,7 @@ def _watch(
     def watch(path: Path, step: int) -> Mapping[str, float]:
         model = SequenceModel.load(path, device=pretrained.device)
         generator = torch.Generator(model.device).manual_seed(mix_seed(seed, 0xE7A1))
-        how: dict[str, Any] = {"num_steps": num_steps, "generator": generator}
+        how: Drawing = {"num_steps": num_steps, "generator": generator}
         tokens, vocab_size = model.draw(draws, **how).cpu(), model.spec.vocab_size
         kl = path_kl(model, pretrained, draws, **how)
         return {

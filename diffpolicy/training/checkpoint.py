@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +78,14 @@ def check_replaceable(target: Path, files: Mapping[str, Any]) -> None:
         raise ForeignFilesError(
             f"{target} is a part of {place.parent}, which would be damaged; save elsewhere"
         )
-    there, kinds = set(manifest_names(place)), [_kind(files, files.get("config.json"))]
-    if not there:
-        return
-    config = place / "config.json"
-    with contextlib.suppress(OSError, ValueError):
-        kinds.append(_kind(there, json.loads(config.read_bytes()) if config.is_file() else None))
-    if len(set(kinds)) > 1:
-        raise ForeignFilesError(
-            f"{target} holds a {kinds[1]}, which a {kinds[0]} does not replace; save elsewhere"
-        )
+    there, kind = manifest_names(place), _kind(files, files.get("config.json"))
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        config = place / "config.json"
+        old = _kind(there, json.loads(config.read_bytes()) if config.is_file() else None)
+        if there and old != kind:
+            raise ForeignFilesError(
+                f"{target} holds a {old}, which a {kind} does not replace; save elsewhere"
+            )
 
 
 def _kind(names: Any, config: Any) -> str:
@@ -145,10 +143,6 @@ def read_pointer(path: Path) -> str | None:
     return path.read_text(errors="replace").strip() if path.is_file() else None
 
 
-def _size(file: Path) -> int | None:
-    return file.stat().st_size if file.is_file() else None
-
-
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -199,7 +193,8 @@ class Snapshots:
         if is_best:
             write_atomic(self.folder / "best", name + "\n")
         write_atomic(self.folder / "last", name + "\n")
-        if state.get("state.json", {}).get("best_score") is None or self._is_known("best"):
+        best, names = read_pointer(self.folder / "best"), self._names()
+        if state.get("state.json", {}).get("best_score") is None or best in names:
             self._prune()  # else any of them may be the best
 
     def load_last(self) -> dict[str, Any]:
@@ -208,11 +203,9 @@ class Snapshots:
         Raises:
             CheckpointError: it is damaged or not known; names an intact one to go on from, if any.
         """
-        name = self._named("last")
-        try:
-            return read_bundle(self.folder / name, "training/")
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}{self._hint('last', name)}") from None
+        place = self._named("last")
+        with self._hint("last"):
+            return read_bundle(place, "training/")
 
     def policy(self) -> Path:
         """The policy of the best checkpoint, or of the last one of a run without scores.
@@ -220,37 +213,39 @@ class Snapshots:
         Raises:
             CheckpointError: it is damaged, or it is not known which it is; names an intact one.
         """
-        if read_pointer(self.folder / "best") is None:
-            last = self.folder / self._named("last")
-            state = last / "training" / "state.json"
-            if state.is_file() and json.loads(state.read_bytes()).get("best_score") is not None:
-                raise CheckpointError(f"{self.folder / 'best'} is missing{self._hint('best')}")
-            return last / "policy"
-        return self.folder / self._named("best") / "policy"
+        if read_pointer(self.folder / "best") is not None:
+            return self._named("best") / "policy"
+        last = self._named("last")
+        state = last / "training" / "state.json"
+        if state.is_file() and json.loads(state.read_bytes()).get("best_score") is not None:
+            with self._hint("best"):
+                raise CheckpointError(f"{self.folder / 'best'} is missing")
+        return last / "policy"
 
-    def _named(self, pointer: str) -> str:
+    def _named(self, pointer: str) -> Path:
         """The checkpoint that a pointer names; its manifest is intact and its files are there."""
         file = self.folder / pointer
         name = read_pointer(file)
-        if not name or not name.isdecimal():
-            what = "is missing" if name is None else f"is damaged: it names no checkpoint: {name!r}"
-            raise CheckpointError(f"{file} {what}{self._hint(pointer)}")
-        place = settled(self.folder / name)
+        with self._hint(pointer):
+            if name is None:
+                raise CheckpointError(f"{file} is missing")
+            if not name.isdecimal():
+                raise CheckpointError(f"{file} is damaged: it names no checkpoint: {name!r}")
+            place = settled(self.folder / name)
+            for part, entry in _manifest(place).items():
+                if not (place / part).is_file() or (place / part).stat().st_size != entry["size"]:
+                    raise CheckpointError(f"{place / part} is damaged")
+        return place
+
+    @contextlib.contextmanager
+    def _hint(self, pointer: str) -> Iterator[None]:
+        """Let an error within the block name an intact checkpoint to write into a pointer."""
         try:
-            gone = [n for n, e in _manifest(place).items() if _size(place / n) != e["size"]]
+            yield
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{self._hint(pointer, name)}") from None
-        if gone:
-            raise CheckpointError(f"{place / gone[0]} is damaged{self._hint(pointer, name)}")
-        return name
-
-    def _is_known(self, pointer: str) -> bool:
-        return (read_pointer(self.folder / pointer) or "") in self._names()
-
-    def _hint(self, pointer: str, name: str | None = None) -> str:
-        intact = [n for n in self._names() if n != name and self._is_intact(n)]
-        file = self.folder / pointer
-        return f"; {intact[-1]} is intact: write that name into {file}" if intact else ""
+            intact = [name for name in self._names() if self._is_intact(name)]
+            use = f"; {intact[-1]} is intact: write that name into {self.folder / pointer}"
+            raise CheckpointError(f"{error}{use if intact else ''}") from None
 
     def clear(self, *, only_check: bool = False) -> None:
         """Remove all checkpoints.

@@ -61,7 +61,7 @@ NO_GRADIENT = (
 
 
 class Movement:
-    """Refuse a loss that has no gradient, and warn of one whose gradient begins as zero.
+    """Warn of a loss whose gradient begins as zero.
 
     It may do so rightly: comparisons that all tie, positions that are all masked.
     """
@@ -70,11 +70,6 @@ class Movement:
 
     def __init__(self) -> None:
         self._idle = 0
-
-    def check_graph(self, loss: Tensor) -> None:
-        """Raise ``ValueError`` if nothing can be differentiated."""
-        if not loss.requires_grad:
-            raise ValueError(NO_GRADIENT)
 
     def check(self, step: int, norm: Tensor) -> None:
         """Warn if the norm of the gradient was 0 at each of the first steps."""

@@ -98,23 +98,22 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: obje
         changed += differences(saved["identity"], now["identity"])
     else:
         _warn(
-            f"{where} was written by a version that did not keep what a run is: only the trainer's "
-            "settings and the number of examples are compared"
+            f"{where} is of an old version: only settings and the number of examples are compared"
         )
     if changed:
-        what = "; ".join(changed[:MOST_SHOWN])
-        more = f"; and {len(changed) - MOST_SHOWN} more" if len(changed) > MOST_SHOWN else ""
+        if len(changed) > MOST_SHOWN:
+            changed[MOST_SHOWN:] = [f"and {len(changed) - MOST_SHOWN} more"]
         raise ValueError(
-            f"{where} cannot go on as another run: {what}{more}. Give it what it began with, or "
-            "start a new run in another directory (from its weights, if you load them first)"
+            f"{where} cannot go on as another run: {'; '.join(changed)}. Give it what it began "
+            "with, or start a new run in another directory"
         )
     done, wanted = saved["step"], now["config"]["steps"]
     if wanted < done:
         raise ValueError(f"{where} has done {done} steps already; steps={wanted} is fewer")
-    chosen = {k: (saved["config"][k], now["config"][k]) for k in ("steps", "lr")}
     exact = saved["config"]["lr_schedule"] == "constant" and before == after
-    for name, (was, found) in chosen.items():
-        if was != found and not (exact and name == "steps"):
+    for name in ("lr",) if exact else ("steps", "lr"):
+        was, found = saved["config"][name], now["config"][name]
+        if was != found:
             _warn(
                 f"{where} goes on from step {done} with {name}={found} (it was {was}): from here "
                 "on it is not the run that either value gives from the start"

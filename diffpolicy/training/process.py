@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
@@ -145,26 +145,24 @@ class BackgroundWriter:
     """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._pool = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._write: futures.Future[None] | None = None
 
     def start(self, write: Callable[[], None]) -> None:
         """Write when the one before is done."""
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint")
-        self._thread.start()
+        self._write = self._pool.submit(write)
 
     def check(self) -> None:
         """Raise the error of a write that failed; waits for nothing."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        if self._write is not None and self._write.done():
+            done, self._write = self._write, None
+            done.result()
 
     def wait(self) -> None:
         """Wait for the write that is under way."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._write is not None:
+            futures.wait([self._write])
         self.check()
 
     def __enter__(self) -> Self:
@@ -183,17 +181,12 @@ class BackgroundWriter:
                 raise
             error.add_note(f"The last checkpoint could not be written either: {failed!r}")
 
-    def _run(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except BaseException as error:
-            self._error = error
-
 
 def copied(files: Mapping[str, Any]) -> dict[str, Any]:
     """Return the files of a bundle with copies of its tensors on the host: training may go on."""
-    tensors = {name: content for name, content in files.items() if name.endswith(".safetensors")}
-    return dict(files) | {
+    return {
         name: {k: tensor.detach().to("cpu", copy=True) for k, tensor in content.items()}
-        for name, content in tensors.items()
+        if name.endswith(".safetensors")
+        else content
+        for name, content in files.items()
     }

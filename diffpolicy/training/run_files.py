@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffpolicy.extras import need
 from diffpolicy.files import (
     ForeignFilesError,
     check_owned,
@@ -36,11 +36,8 @@ RESULTS = (
     "rollouts.mp4",
     "contact_sheet.png",
     "report.json",
-    "report.md",
-    "score_by_nfe.png",
 )
 _REPORT = ("report.md", "score_by_nfe.png")  # written with report.json, under common names
-_BOARD = re.compile(r"events\.out\.tfevents\..+")
 _EVALUATION = re.compile(r"eval(_\d+)?")
 
 
@@ -76,12 +73,6 @@ class MetricsFile:
             file.flush()
             os.fsync(file.fileno())
 
-    def last(self, name: str, step: int) -> float | None:
-        """Return the finite value of ``name`` in the last row, if that is of ``step``."""
-        row = self.rows[-1] if self.rows else {}
-        value = float(row.get(name) or "nan")
-        return value if row.get("step") == str(step) and math.isfinite(value) else None
-
     def _text(self, rows: list[dict[str, str]], *, header: bool = False) -> str:
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, self.columns, restval="", lineterminator="\n")
@@ -94,30 +85,23 @@ class MetricsFile:
         write_atomic(self.path, self._text(self.rows, header=True))
 
 
-class TensorBoard:
-    """The same rows as TensorBoard scalars.
+def summary_writer() -> Any:
+    """Import the class that writes TensorBoard files.
 
     Raises:
         ImportError: the package is missing, with the install command.
     """
+    need("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter
+
+
+class TensorBoard:
+    """The same rows as TensorBoard scalars."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        self._writer: Any = self.writer_class()(str(folder), purge_step=step + 1)
-
-    @staticmethod
-    def writer_class() -> Any:
-        """TensorBoard's own writer, to be asked for before anything of an earlier run is removed.
-
-        Raises:
-            ImportError: the package is missing, with the install command.
-        """
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                'trainer.tensorboard=true needs: pip install "diffpolicy[tensorboard]"'
-            ) from error
-        return SummaryWriter
+        self._writer: Any = summary_writer()(str(folder), purge_step=step + 1)
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Write one row."""
@@ -141,15 +125,9 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     for row in rows:
         if row["step"] and not row["step"].isdecimal():
             raise ValueError(
-                f"{path} is damaged: {row['step']!r:.40} is no step; mend that line, or move the "
-                "file away (training goes on without the earlier rows)"
+                f"{path} is damaged: {row['step']!r:.40} is no step; mend it, or move it away"
             )
     return [row for row in rows if row["step"]]
-
-
-def logged_until(path: Path) -> int:
-    """The largest step that a metrics file has a row of; 0 without one."""
-    return max((int(row["step"]) for row in read_metrics(path)), default=0) if path.is_file() else 0
 
 
 def is_metrics(path: Path) -> bool:
@@ -175,15 +153,14 @@ def check_resumable(run_dir: Path, first: int) -> None:
         ValueError: no run, or one whose checkpoints are gone.
     """
     if not has_run(run_dir):
-        raise ValueError(
-            f"there is no run to resume in {run_dir}; give the directory of one, or start anew "
-            "without resume"
-        )
+        raise ValueError(f"there is no run to resume in {run_dir}; start one without resume")
     file, snapshots = run_dir / "metrics.csv", Snapshots(run_dir / "checkpoints")
-    if not snapshots.exist and logged_until(file) > first:
+    rows = read_metrics(file) if file.is_file() else []
+    until = max((int(row["step"]) for row in rows), default=0)
+    if not snapshots.exist and until > first:
         raise ValueError(
-            f"{file} has rows to step {logged_until(file)}, but the checkpoints of that run are "
-            f"gone; bring {snapshots.folder} back, or start anew with overwrite"
+            f"{file} has rows to step {until}, but the checkpoints of that run are gone; bring "
+            f"{snapshots.folder} back, or start anew with overwrite"
         )
 
 
@@ -208,29 +185,22 @@ def clear_run(run_dir: str | os.PathLike[str], *, only_check: bool = False) -> N
     metrics = folder / "metrics.csv"
     if metrics.is_file() and not is_metrics(metrics):
         raise ForeignFilesError(
-            f"{metrics} is not removed, because it is no table of ours (its first column is not "
-            "'step'). Choose another directory, or move that file away first"
+            f"{metrics} is not removed: its first column is not 'step', so it is not ours; move it"
         )
     if only_check:
         return
     evaluations = [p for p in folder.glob("eval*") if _EVALUATION.fullmatch(p.name) and p.is_dir()]
     for place in (folder, *evaluations):
-        for name in _results(place):
+        ours = (place / "report.json").is_file()  # without it, its companions are the user's
+        for name in RESULTS + _REPORT * ours:
             (place / name).unlink(missing_ok=True)
-    for file in (folder / "tb").glob("events.*"):
-        if _BOARD.fullmatch(file.name):
-            file.unlink()
+    for file in (folder / "tb").glob("events.out.tfevents.*"):
+        file.unlink()
     for place in (*evaluations, folder / "tb"):
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
     remove_owned(folder / ".candidate")
     snapshots.clear()
-
-
-def _results(place: Path) -> list[str]:
-    """Names of results in a directory; a report that no ``report.json`` goes with is the user's."""
-    ours = (place / "report.json").is_file()
-    return [name for name in RESULTS if ours or name not in _REPORT]
 
 
 __all__ = ["RESULTS", "check_resumable", "clear_run", "has_run"]

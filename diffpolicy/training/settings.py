@@ -11,6 +11,11 @@ MAY_CHANGE = ("steps", "lr", "checkpoint_every", "keep_last", "progress", "compi
 """Settings that may differ when a run is resumed: the two that users want to change, and those that
 only change what is printed or kept."""
 
+_POSITIVE = (
+    *("steps", "batch_size", "accumulate", "lr", "grad_clip", "ema_power"),
+    *("log_every", "eval_every", "checkpoint_every", "keep_last"),
+)
+
 
 @named_settings
 @dataclass(frozen=True)
@@ -71,10 +76,7 @@ class TrainerConfig:
         first, second = self.betas
         check_range("[0, 1)", beta_1=first, beta_2=second, ema_max=self.ema_max)
         check_range("[0, inf)", warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
-        for name in ("steps", "batch_size", "accumulate", "lr", "log_every", "keep_last"):
-            check_range("(0, inf)", **{name: getattr(self, name)})
-        for name in ("grad_clip", "ema_power", "eval_every", "checkpoint_every"):
-            check_range("(0, inf)", **{name: getattr(self, name)})
+        check_range("(0, inf)", **{name: getattr(self, name) for name in _POSITIVE})
 
     @property
     def warmup(self) -> int:

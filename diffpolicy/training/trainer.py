@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from diffpolicy.files import WriterLock, remove_leftovers, remove_owned
 from diffpolicy.settings import check_shape
 from diffpolicy.training.checkpoint import Snapshots, write_bundle
-from diffpolicy.training.diagnose import Movement, NonFiniteError, explain_non_finite
+from diffpolicy.training.diagnose import NO_GRADIENT, Movement, NonFiniteError, explain_non_finite
 from diffpolicy.training.identity import check_same_run, describe, flatten, machine
 from diffpolicy.training.process import (
     BackgroundWriter,
@@ -36,13 +36,23 @@ from diffpolicy.training.run_files import (
     check_resumable,
     clear_run,
     has_run,
+    summary_writer,
 )
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.sources import Source
-from diffpolicy.training.weights import EMA, autocast, validation_loss
+from diffpolicy.training.weights import EMA, autocast, set_training, validation_loss
 
 Evaluate = Callable[[Path, int], Mapping[str, float]]
 Export = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
+
+
+class Running(TypedDict, total=False):
+    """What callers of a ``fit`` may choose of a run; see :class:`Trainer`."""
+
+    val_source: Source | None
+    evaluate: Evaluate | None
+    resume: bool
+    overwrite: bool
 
 
 @dataclass(frozen=True)
@@ -102,23 +112,21 @@ class Trainer:
         self.group = Group()
         self.device = next(objective.parameters()).device
         self._check_settings()
-        for module in objective.modules():  # a frozen reference inside keeps its evaluation mode
-            if any(p.requires_grad for p in module.parameters()):
-                module.training = True
+        set_training(objective)
         about = {**(identity or {}), "objective": objective, "source": source}
         self.identity = flatten(describe(about, trained=objective))
         self._forward = self.group.wrap(objective, self.device)
         if config.compile:
             self._forward.compile()
-        named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-        self.names, self.parameters = list(named), list(named.values())
+        self.parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+        trained = self.parameters.values()
         self.optimizer = torch.optim.AdamW(
-            self.parameters, config.lr, config.betas, weight_decay=config.weight_decay, fused=True
+            trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True
         )
-        power = config.ema_power
-        self.ema = EMA(objective, power=power or 1.0, max_decay=config.ema_max if power else 0.0)
+        self.ema = EMA(objective, power=config.ema_power, max_decay=config.ema_max)
         self.step, self.train_s = 0, 0.0
         self.best_score: float | None = None
+        self.logs: list[MetricsFile | TensorBoard] = []
         self._totals: dict[str, Tensor] = {}
         self._since = 0
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
@@ -130,21 +138,16 @@ class Trainer:
         """Refuse settings that do not fit the source, the processes or the device."""
         size, parts = self.config.batch_size, self.group.size * self.config.accumulate
         if size > len(self.source):
-            raise ValueError(
-                f"batch_size={size} is more than the {len(self.source)} training examples; "
-                "lower trainer.batch_size or add data"
-            )
+            raise ValueError(f"batch_size={size} is more than the {len(self.source)} examples")
         if size % parts:
             raise ValueError(
                 f"batch_size={size} must divide over {self.group.size} processes and "
                 f"accumulate={self.config.accumulate} parts"
             )
         if self.config.precision == "bf16" and self.device.type != "cuda":
-            raise ValueError(
-                "precision=bf16 is for GPUs (on a CPU without bf16 units it is slower); use fp32"
-            )
+            raise ValueError("precision=bf16 is for GPUs; use fp32")
         if self.config.tensorboard:
-            TensorBoard.writer_class()
+            summary_writer()
 
     def _begin(self, resume: bool, overwrite: bool) -> None:
         """Take the run's directory; all that can fail is checked before anything is removed."""
@@ -158,7 +161,6 @@ class Trainer:
             raise
 
     def _take(self, resume: bool, overwrite: bool) -> None:
-        csv = self.run_dir / "metrics.csv"
         exists = has_run(self.run_dir)
         if exists and not resume and not overwrite:
             raise ValueError(
@@ -174,10 +176,9 @@ class Trainer:
             self._load()
         if self.group.first:
             remove_leftovers(self.run_dir)
-        self.metrics = MetricsFile(csv, keep_until=self.step) if self.group.first else None
-        self.board: TensorBoard | None = None
-        if self.config.tensorboard and self.group.first:
-            self.board = TensorBoard(self.run_dir / "tb", self.step)
+            self.logs.append(MetricsFile(self.run_dir / "metrics.csv", keep_until=self.step))
+            if self.config.tensorboard:
+                self.logs.append(TensorBoard(self.run_dir / "tb", self.step))
 
     # ---------------------------------------------------------------- the loop
 
@@ -201,12 +202,12 @@ class Trainer:
         began = time.perf_counter()
         shown = config.progress and self.group.first
         look = {"desc": "train", "unit": "step", "mininterval": 1.0, "disable": not shown}
-        bar = tqdm(total=config.steps, initial=self.step, **look)
-        with bar:
+        with tqdm(total=config.steps, initial=self.step, **look) as bar:
             while self.step < config.steps and not self.group.any(self._stop.asked):
                 self._writer.check()
                 self._train_step()
                 bar.update()
+                row: dict[str, float] = {}
                 due = self._due(config.eval_every) or self.step == config.steps
                 if self._due(config.log_every) or due:
                     seconds = time.perf_counter() - began
@@ -222,15 +223,13 @@ class Trainer:
                     self._log(row)
                     began = time.perf_counter()
                 if due or self._due(config.checkpoint_every):
-                    self._save()
+                    self._save(row.get("score"))
             if self._stop.asked:
                 self._save()
 
     def _log(self, row: Mapping[str, float]) -> None:
-        if self.metrics is not None:
-            self.metrics.append(self.step, row)
-        if self.board is not None:
-            self.board.append(self.step, row)
+        for log in self.logs:
+            log.append(self.step, row)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -247,8 +246,8 @@ class Trainer:
         self._noise.seed(mix_seed(config.seed, self.step, self.group.rank, 0xD0))
         self.optimizer.zero_grad(set_to_none=True)
         outs = [self._backward(part, generator) for part in _parts(batch, config.accumulate)]
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         losses = torch.cat([out.loss.detach() for out in outs])
         inputs = [v.sum() for v in batch.values() if v.is_floating_point()]
         if not math.isfinite(torch.stack([losses.mean(), norm, *inputs]).sum().item()):
@@ -256,7 +255,8 @@ class Trainer:
             raise NonFiniteError(where)
         self._movement.check(self.step, norm)
         if config.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip, norm)
+            parameters = list(self.parameters.values())
+            nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step)
         self.optimizer.step()
@@ -274,7 +274,8 @@ class Trainer:
         with autocast(self.config, self.device):
             out = self._forward(batch, generator)
         check_shape("loss (one per example)", out.loss.shape, [len(next(iter(batch.values())))])
-        self._movement.check_graph(out.loss)
+        if not out.loss.requires_grad:
+            raise ValueError(NO_GRADIENT)
         (out.loss.mean() / self.config.accumulate).backward()
         return out
 
@@ -321,9 +322,9 @@ class Trainer:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def _save(self, *, alone: bool = False) -> None:
-        score = None if self.metrics is None else self.metrics.last("score", self.step)
-        is_best = score is not None and (self.best_score is None or score >= self.best_score)
+    def _save(self, score: float | None = None, *, alone: bool = False) -> None:
+        best = -math.inf if self.best_score is None else self.best_score
+        is_best = score is not None and math.isfinite(score) and score >= best
         self.best_score = score if is_best else self.best_score
         if self.group.first:
             policy = {} if self.export is None else self.export(self.ema.state)
@@ -339,7 +340,7 @@ class Trainer:
         """Everything a resumed run needs to be the same run."""
         moments = {
             f"{name}/{key}": value
-            for name, parameter in zip(self.names, self.parameters, strict=True)
+            for name, parameter in self.parameters.items()
             for key, value in self.optimizer.state[parameter].items()
         }
         return {
@@ -373,8 +374,7 @@ class Trainer:
         self.ema.load(files["ema.safetensors"], state["ema_updates"])
         for key, value in files["optimizer.safetensors"].items():
             name, _, kind = key.rpartition("/")
-            parameter = self.parameters[self.names.index(name)]
-            self.optimizer.state[parameter][kind] = value.to(self.device)
+            self.optimizer.state[self.parameters[name]][kind] = value.to(self.device)
         self._totals = {k: v.to(self.device) for k, v in files["totals.safetensors"].items()}
         self.step, self._since = state["step"], state["since"]
         self.best_score, self.train_s = state["best_score"], state["train_s"]

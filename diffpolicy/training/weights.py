@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.settings import check_range
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.sources import Source
 
@@ -23,15 +22,13 @@ class EMA:
 
     Args:
         module: whose parameters (averaged) and buffers (copied) are followed.
-        power: 0.75 suits runs of under a million steps.
+        power: 0.75 suits runs of under a million steps; ``None``: the weights as they are.
         max_decay: upper bound of the decay.
     """
 
     def __init__(
-        self, module: nn.Module, *, power: float = 0.75, max_decay: float = 0.9999
+        self, module: nn.Module, *, power: float | None = 0.75, max_decay: float = 0.9999
     ) -> None:
-        check_range("[0, 1)", max_decay=max_decay)
-        check_range("(0, inf)", power=power)
         self.power, self.max_decay, self.updates = power, max_decay, 0
         self.state = {name: value.detach().clone() for name, value in module.state_dict().items()}
         # Where each tensor lives: making a state_dict at every step would cost more than averaging.
@@ -48,6 +45,8 @@ class EMA:
 
     def decay(self) -> float:
         """The decay of the next update."""
+        if self.power is None:
+            return 0.0
         n = max(0, self.updates - 1)
         return min(self.max_decay, 1 - float((1 + n) ** -self.power))
 
@@ -76,6 +75,13 @@ def _tensor(value: Tensor | None) -> Tensor:
 def autocast(config: TrainerConfig, device: torch.device) -> torch.autocast:
     """The precision that losses are computed in."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def set_training(objective: nn.Module) -> None:
+    """Put the modules that learn into training mode; a frozen reference stays as it is."""
+    for module in objective.modules():
+        if any(p.requires_grad for p in module.parameters()):
+            module.training = True
 
 
 @torch.no_grad()

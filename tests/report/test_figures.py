@@ -42,5 +42,5 @@ def test_bad_input(metrics, tmp_path):
     with pytest.raises(ValueError, match=r"none of the columns.*success"):
         plot_curve(metrics, tmp_path / "a.png", losses=("nothing",), score="absent")
     metrics.write_text("loss\n1\n")
-    with pytest.raises(ValueError, match="no column 'step'"):
+    with pytest.raises(ValueError, match="first column is not 'step'"):
         plot_curve(metrics, tmp_path / "a.png")

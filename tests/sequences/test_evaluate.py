@@ -7,7 +7,6 @@ import torch
 from diffpolicy.sequences import SequenceModel
 from diffpolicy.sequences.evaluate import (
     Evaluation,
-    aggregate,
     evaluate_sequences,
     exact_kl,
     path_kl,
@@ -115,47 +114,12 @@ def test_a_method_without_a_model(constant, table_task):
     assert row["kl"] is row["kl_kind"] is None
 
 
-def test_the_top_of_given_data(constant, table_task):
-    oracles = Oracles(table_task.reward, table_task.reward, {})
-    tokens = np.array([[1, 1, 1, 1], [1, 1, 0, 1]], dtype=np.int8)
-    row = evaluate_sequences(
-        None,
-        table_task,
-        tokens,
-        oracles=oracles,
-        reference=constant(Q, 4),
-        data=(tokens, np.array([1.0, 0.0])),
-        settings=Evaluation(top_fraction=1.0),
-    )
-    assert row["kmer_correlation"] == pytest.approx(1.0)
-    assert row["profile_correlation"] == pytest.approx(1.0)
-
-
-def test_aggregate():
-    rows = [
-        {"kl": float(v), "reward": {"median": 2.0 * v}, "kl_kind": "exact", "none": None}
-        for v in (1, 2, 6)
-    ]
-    found = aggregate(rows)
-    assert found["kl"]["median"] == 2
-    assert found["kl"]["mean"] == 3
-    assert found["kl"]["std"] == pytest.approx(np.std([1, 2, 6], ddof=1))
-    assert found["kl"]["values"] == [1, 2, 6]
-    assert found["reward"]["median"]["q75"] == 8
-    assert found["kl_kind"] == "exact"
-    assert found["none"] is None
-    assert aggregate(rows[:1])["kl"]["std"] is None
-    json.dumps(found, allow_nan=False)
-
-
 def test_bad_input(constant, table_task):
     oracles = Oracles(table_task.reward, table_task.reward, {})
     reference = constant(Q, 4)
     for call, message in [
         (lambda: Evaluation(kmer=0), "kmer must be at least 1"),
         (lambda: Evaluation(top_fraction=0), "top_fraction"),
-        (lambda: aggregate([]), "no rows"),
-        (lambda: aggregate([{"a": 1}, {"b": 1}]), "same keys"),
         (lambda: path_kl(constant(P, 5), reference, 3), "differ in"),
         (
             lambda: evaluate_sequences(
@@ -165,7 +129,7 @@ def test_bad_input(constant, table_task):
                 oracles=oracles,
                 reference=reference,
             ),
-            "no sequences",
+            "sequences must be at least 1",
         ),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -96,7 +96,7 @@ def test_both_falling_is_no_hacking():
     ("call", "message"),
     [
         (lambda: metrics.kmer_counts(ROWS, 5, 3), r"k must be in \[1, 4\]"),
-        (lambda: metrics.pearson([1, 2], [1, 2, 3]), "one size"),
+        (lambda: metrics.pearson([1, 2], [1, 2, 3]), r"must be \[2\]"),
         (lambda: metrics.top_sequences(ROWS, [1, 2, 3], 0), "fraction must be"),
         (lambda: metrics.top_sequences(ROWS, [1, 2], 0.5), r"labels must be \[3\]"),
         (lambda: metrics.quartiles([]), "no values"),

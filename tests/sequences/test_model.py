@@ -2,8 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from diffpolicy.core.masking import one_hot
-from diffpolicy.core.starts import prior_start
 from diffpolicy.learn.reward.masked_chain import MaskedChain
 from diffpolicy.learn.reward.pathwise import RewardLoss
 from diffpolicy.sequences import (
@@ -13,7 +11,6 @@ from diffpolicy.sequences import (
     SequenceSpec,
     activity_classes,
 )
-from diffpolicy.sequences.chains import run_chain
 from diffpolicy.training.checkpoint import CheckpointError
 
 P = [0.5, 0.3, 0.2]
@@ -51,8 +48,7 @@ def test_evaluations_are_as_few_as_reveals(constant):
 
 def test_chains_say_when_each_position_was_revealed(constant):
     model = constant(P, 5)
-    start = prior_start(model.denoiser.process, one_hot(torch.full((6, 5), 3), 3))
-    chain = run_chain(model.denoiser, start, time_free=True, generator=seeded(), record=True)
+    (chain,) = model.chains(model.masked(6), generator=seeded(), record=True)
     assert len(chain.transitions) == 5
     for step, transition in enumerate(chain.transitions):
         revealed = (transition.x[..., -1] == 1) & (transition.x_next[..., -1] == 0)

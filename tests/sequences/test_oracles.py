@@ -94,9 +94,6 @@ def test_a_surrogate_of_a_table(tmp_path, table_task, quick):
     x = torch.rand(5, 4, 3)
     assert torch.equal(found.held_out(x), table_task.reward(x))
     assert found.report["reward"]["test"]["count"] in (40, 41)
-    table_task.kind, measured = "measured", table_task
-    with pytest.raises(ValueError, match="no true reward"):
-        learn(measured, tmp_path, quick(), surrogate=True)
 
 
 def test_halves_do_not_share_a_sequence(measured_task):
@@ -118,17 +115,15 @@ def test_a_task_may_split_itself(table_task):
 def test_scores_of_integers(table_task):
     values = score(table_task.reward, table_task.tokens, 3)
     assert values == pytest.approx(table_task.measurements()[1])
-    assert score(Oracle(HEAD), np.zeros((2, 6), np.int8)).shape == (2,)
-    with pytest.raises(ValueError, match="give vocab_size"):
-        score(table_task.reward, table_task.tokens)
+    assert score(Oracle(HEAD), np.zeros((2, 6), np.int8), 4).shape == (2,)
 
 
 def test_round_trip(tmp_path):
     oracle = Oracle(HEAD, mean=3.0, std=2.0).frozen()
     x = torch.rand(4, 6, 4)
     assert torch.equal(Oracle.load(oracle.save(tmp_path / "o"))(x), oracle(x))
-    assert torch.allclose(oracle(x), 3 + 2 * oracle.normalised(x))
+    assert torch.allclose(oracle(x), 3 + 2 * oracle.network(x))
     with pytest.raises(ValueError, match="no oracle in"):
         Oracle.load(tmp_path)
-    with pytest.raises(ValueError, match="must vary"):
+    with pytest.raises(ValueError, match="std_of_labels must be positive"):
         Oracle(HEAD, std=0.0)

@@ -110,7 +110,7 @@ def test_more_steps_and_another_rate_are_taken_and_said(make_objective, table, r
     assert "from step 6 with steps=9 (it was 6)" in text
     assert "lr=0.005 (it was 0.01)" in text
     assert trainer.fit().step == 9
-    assert trainer.metrics.rows[-1]["lr"] == str(longer.lr_at(8))
+    assert trainer.logs[0].rows[-1]["lr"] == str(longer.lr_at(8))
     with pytest.raises(ValueError, match="has done 9 steps already; steps=6 is fewer"):
         resumed(make_objective, table, run)
 
@@ -130,7 +130,7 @@ def test_a_checkpoint_of_before_goes_on_with_a_warning(make_objective, table, ru
     del state["identity"], state["machine"]
     state["config"]["warmup_steps"] = 0  # what is given counts as what it amounts to
     write_bundle(folder, files)
-    with pytest.warns(ResumeWarning, match="only the trainer's settings"):
+    with pytest.warns(ResumeWarning, match="of an old version: only settings"):
         resumed(make_objective, table, run)
 
 
