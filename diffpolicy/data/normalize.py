@@ -168,6 +168,23 @@ class Normalizer:
         y: X = (x - offset) / scale
         return y
 
+    def normalize_obs(self, obs: Any) -> Any:
+        """Normalise an observation: one array by ``obs``, arrays by name each by ``obs.NAME``.
+
+        What it was not fitted to (images) stays as it is.
+        """
+        if not isinstance(obs, Mapping):
+            return self.normalize("obs", obs)
+        known = {name: f"obs.{name}" in self._modes for name in obs}
+        return {k: self.normalize(f"obs.{k}", x) if known[k] else x for k, x in obs.items()}
+
+    def unnormalize_obs(self, obs: Any) -> Any:
+        """Map an observation back to data units: the inverse of :meth:`normalize_obs`."""
+        if not isinstance(obs, Mapping):
+            return self.unnormalize("obs", obs)
+        known = {name: f"obs.{name}" in self._modes for name in obs}
+        return {k: self.unnormalize(f"obs.{k}", x) if known[k] else x for k, x in obs.items()}
+
     def scaled(self, field: str, dim: int, factor: float) -> Normalizer:
         """Return a normaliser with one dimension of a field's range multiplied by ``factor``.
 

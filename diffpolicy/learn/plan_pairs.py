@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.observation import apart
 from diffpolicy.data.preferences.file import PreferenceFileError, read_contents
 from diffpolicy.data.preferences.records import Pair, Span
 from diffpolicy.data.preferences.set import PreferenceSet
@@ -38,10 +39,8 @@ def in_own_units(reward: PlanReward, spec: PolicySpec, normalizer: Normalizer) -
     """``reward(action [B, H, A], obs [B, To, O])`` in the data's units, for normalised plans."""
 
     def scored(plan: Tensor, cond: Tensor) -> Tensor:
-        history = cond.view(len(cond), spec.n_obs_steps, spec.obs_dim)
-        return reward(
-            normalizer.unnormalize("action", plan), normalizer.unnormalize("obs", history)
-        )
+        history = apart(cond.view(len(cond), spec.n_obs_steps, spec.obs_dim), spec.observed)
+        return reward(normalizer.unnormalize("action", plan), normalizer.unnormalize_obs(history))
 
     return scored
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffpolicy.data.observation import Obs, as_seen, each, to_fields
 from diffpolicy.policies.base import Array, ChunkedPolicy, hold_limit, holds
 from diffpolicy.runtime.clock import NS_PER_MS, Clock, RealClock
 from diffpolicy.runtime.planner import Planning, Timing
@@ -117,7 +118,7 @@ class RealTimeExecutor:
             maker, refiner, timing, clock=self._clock, meter=self._meter, seed=seed
         )
         self._period_ns, self._late_ns = timing.period_ns, timing.late_ns
-        self._trail: deque[Array] = deque(maxlen=maker.trail_length)
+        self._trail: deque[Obs] = deque(maxlen=maker.trail_length)
         self._clear()
 
     def __enter__(self) -> RealTimeExecutor:
@@ -272,8 +273,9 @@ class RealTimeExecutor:
     def _observe(self, obs: Any) -> bool:
         """Append an observation; whether it is a good one."""
         try:
-            seen = np.array(obs, np.float32)
-            good = seen.shape == (self.policy.obs_dim,) and all(map(math.isfinite, seen.tolist()))
+            seen = each(np.array, as_seen(obs, self.policy.observed, lead=()))
+            arrays = to_fields(seen).values()
+            good = all(math.isfinite(value) for a in arrays for value in a.ravel().tolist())
         except Exception:  # whatever a sensor sends, the loop goes on
             good = False
         if good:
