@@ -327,8 +327,8 @@ class DiffusionPolicy(DiffusionPlanner):
             fit: ``count``, ``relative_to``, ``top_m`` and ``seed`` of
                 :meth:`Anchors.fit <diffpolicy.policies.anchors.Anchors.fit>`.
         """
-        anchors = fit_anchors(self.spec, open_store(store), self.normalizer, **fit)
         spec = replace(self.spec, rti=None, truncated=truncated or Truncated())
+        anchors = fit_anchors(spec, open_store(store), self.normalizer, **fit)
         return type(self)(spec, self.denoiser, self.normalizer, anchors, self.heads)
 
     def compile(

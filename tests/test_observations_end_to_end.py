@@ -15,10 +15,17 @@ import torch
 from torch import nn
 
 from diffpolicy import DiffusionPolicy, EpisodeStore, TrainerConfig, cli
+from diffpolicy.data import Pair, PreferenceSet, Span
 from diffpolicy.data.observation import each, of_space, side_by_side, stack, take, to_fields
 from diffpolicy.learn.cloning.denoising import DenoisingLoss
+from diffpolicy.learn.learning import Learning
+from diffpolicy.learn.material import TuningData
 from diffpolicy.networks.encoders import ENCODERS, Encoder
 from diffpolicy.policies.spec import PolicySpec
+from diffpolicy.runtime.clock import VirtualClock
+from diffpolicy.runtime.executor import RealTimeExecutor
+from diffpolicy.runtime.planner import Timing
+from diffpolicy.runtime.schedule import ActionLimits
 
 FETCH = "gymnasium_robotics:FetchReach-v4"
 NAMES = ["achieved_goal", "desired_goal", "observation"]
@@ -268,14 +275,97 @@ def test_actor_and_critic_learn_from_the_encoded_condition(encoder, tmp_path):
     store, _ = made_up()
     spec = {**SMALL, "network": NETWORK, "encoder": encoder, "heads": {}}
     heads = {"critic": {"type": "q_ensemble", "width": 8, "depth": 1}}
-    from diffpolicy.learn.learning import Learning
-
     policy = DiffusionPolicy.from_dataset(store, spec={**spec, "heads": heads})
     before = {k: v.clone() for k, v in policy.denoiser.state_dict().items()}
     learning = Learning.from_config({"actor_critic": {"actor": "one_step", "critic": "td"}})
     policy.learn(store, config(), tmp_path / "run", learning=learning)
     changed = {k for k, v in policy.denoiser.state_dict().items() if not torch.equal(v, before[k])}
     assert ("encoder.layer.weight" in changed) == (encoder["type"] == "toy")
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize("encoder", [{"type": "state"}, {"type": "toy"}])
+def test_preferences_leave_the_encoder_as_it_is(encoder, tmp_path):
+    store, _ = made_up()
+    policy = DiffusionPolicy.from_dataset(
+        store, spec={**SMALL, "network": NETWORK, "encoder": encoder}
+    )
+    before = {k: v.clone() for k, v in policy.denoiser.state_dict().items()}
+    pairs = [Pair((Span(i, 0, 6),), (Span(i + 1, 3, 6),)) for i in range(4)]
+    data = TuningData.of(PreferenceSet(store, pairs), store)
+    method = {"type": "dpo", "anchor_weight": 0.5}
+    policy.prefer(data, method, config(batch_size=2), tmp_path / "run")
+    changed = {k for k, v in policy.denoiser.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed
+    assert not any(name.startswith("encoder.") for name in changed)
+
+
+def test_rewards_are_given_observations_by_name(tmp_path):
+    store, _ = made_up()
+    policy = DiffusionPolicy.from_dataset(store, spec={**SMALL, "network": NETWORK})
+    seen = []
+
+    def reward(action, obs):
+        seen.append(sorted(obs))
+        return -(action - obs["goal"][:, -1:]).square().sum((1, 2))
+
+    data = TuningData.of(reward=reward, observations=store)
+    method = {"type": "plan_chain", "grad_steps": 1, "num_steps": 2}
+    policy.tune(data, method, config(steps=2), tmp_path / "run")
+    assert ["goal", "joints"] in seen
+
+
+def test_warm_starts_compiled_loops_and_deadlines():
+    store, _ = made_up(length=24)
+    policy = DiffusionPolicy.from_dataset(store, spec={**SMALL, "network": NETWORK})
+    warm, _ = policy.choose_rti(store, episodes=4, num_steps=2, n_action_steps=2)
+    compiled = warm.compile(backend="eager")
+    obs = {"goal": np.zeros(2), "joints": np.ones(3)}
+    states = [None, None]
+    for _ in range(4):
+        action, states[0] = warm.predict(obs, states[0])
+        other, states[1] = compiled.predict(obs, states[1])
+        assert np.allclose(action, other, atol=1e-5)
+    limits = ActionLimits([0, 0], low=-2, high=2)
+    executor = RealTimeExecutor(warm, Timing(10), limits, clock=VirtualClock())
+    executor.warm_up(obs)
+    assert executor.tick(obs).action.shape == (2,)
+
+
+class Looking(Encoder):
+    """Brightness of a camera's newest image beside a vector."""
+
+    def __init__(self, fields, n_obs_steps):
+        super().__init__()
+        assert fields["camera"].role == "image"
+        self.layer, self.cond_dim = nn.Linear(3 + fields["joints"].shape[0], 4), 4
+
+    def forward(self, obs):
+        bright = obs["camera"][:, -1].float().mean((1, 2)) / 255
+        return self.layer(torch.cat([bright, obs["joints"][:, -1]], 1))
+
+
+def test_an_encoder_may_take_images(monkeypatch, tmp_path):
+    monkeypatch.setitem(ENCODERS, "looking", Looking)
+    rng = np.random.default_rng(0)
+    arrays = {
+        "obs.camera": rng.integers(0, 255, (40, 8, 8, 3), dtype=np.uint8),
+        "obs.joints": rng.normal(size=(40, 2)),
+        "action": rng.uniform(-1, 1, (40, 2)),
+    }
+    store = EpisodeStore.from_arrays(arrays, [20, 40])
+    with pytest.raises(ValueError, match="'state' takes vectors, 'camera'"):
+        DiffusionPolicy.from_dataset(store, spec=SMALL)
+    spec = {**SMALL, "network": NETWORK, "encoder": {"type": "looking"}}
+    policy = DiffusionPolicy.from_dataset(store, spec=spec)
+    policy.learn(store, config(steps=2), tmp_path / "run")
+    policy = DiffusionPolicy.from_pretrained(tmp_path / "run")
+    obs = {name: arrays[f"obs.{name}"][0] for name in ("camera", "joints")}
+    action, state = policy.predict(obs)
+    assert action.shape == (2,)
+    assert state.history["camera"].dtype == np.uint8
+    with pytest.raises(ValueError, match="vectors are needed"):
+        policy.compile(backend="eager")
 
 
 def test_unknown_encoders_and_settings_are_refused():

@@ -362,8 +362,11 @@ class ChunkedPolicy(abc.ABC):
             ) from None
         for name, array in to_fields(seen).items():
             if not np.isfinite(array).all():
-                at = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
-                raise ValueError(f"{name!r} of environment {at[0]} is {array[at]} at {at[1:]}")
+                row, *index = np.argwhere(~np.isfinite(array))[0].tolist()
+                found = array[(row, *index)]
+                raise ValueError(
+                    f"{name!r} of environment {row} is {found} at index {', '.join(map(str, index))}"
+                )
         return seen
 
 

@@ -98,7 +98,12 @@ def observation_step(store: EpisodeStore) -> tuple[float, ...]:
 
     The 0.999 quantile over a store's steps, and at least a thousandth of the entry's range;
     the largest float32 where an entry never changes. ``rti.innovation`` counts in these units.
+
+    Raises:
+        ValueError: observations that are not one vector.
     """
+    if "obs" not in store.fields:
+        raise ValueError(f"rti.innovation needs one vector 'obs'; {store.name} has {store.fields}")
     return tuple(float(v) for v in usual_step(store))
 
 

@@ -365,7 +365,8 @@ class DiffusionPlanner(ChunkedPolicy):
     def encoded(self, history: Obs) -> Tensor:
         """The condition ``[n, C]`` of raw observations ``[n, To, ...]`` of the host."""
         seen = self.normalizer.normalize_obs(self.on_device(history))
-        return self.denoiser.encode(seen)
+        cond: Tensor = self.denoiser.encode(seen)
+        return cond
 
     def draw_noise(self, state: PolicyState, draws: int, deterministic: bool) -> Tensor:
         """Standard normal ``[R, n, H, D]`` of each row's stream; one for all if deterministic.
@@ -386,7 +387,7 @@ class DiffusionPlanner(ChunkedPolicy):
         one = deterministic and streams is None
         if deterministic:
             seeds = counters = np.zeros(1 if one else len(state), np.int64)
-        noise = self.on_device(row_noise(seeds, counters, shape, streams)).transpose(0, 1)
+        noise: Tensor = self.on_device(row_noise(seeds, counters, shape, streams)).transpose(0, 1)
         return noise.expand(-1, len(state), -1, -1) if one else noise
 
     def shifted(self, state: PolicyState) -> Array:

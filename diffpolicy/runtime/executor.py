@@ -149,7 +149,7 @@ class RealTimeExecutor:
         self._source = "safe"
         self._tick, self._epoch_ns = -1, -1
 
-    def warm_up(self, obs: Array, plans: int = 3, *, keep: bool = True) -> tuple[float, ...]:
+    def warm_up(self, obs: Obs, plans: int = 3, *, keep: bool = True) -> tuple[float, ...]:
         """Make plans before time starts, so that caches, threads and compilers are ready.
 
         The first is cold, the others are warm; then the refinement, if there is one. Begins another
@@ -158,7 +158,7 @@ class RealTimeExecutor:
         sees; a :meth:`reset` afterwards drops the plan. Takes the clock's time.
 
         Args:
-            obs: the observation ``[O]`` that the robot begins with.
+            obs: the observation (``[O]``, or arrays by name) that the robot begins with.
             plans: how many.
             keep: ``False`` drops the first plan too and leaves its randomness unused, for an
                 observation that is not the robot's.
