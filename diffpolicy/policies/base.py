@@ -363,10 +363,8 @@ class ChunkedPolicy(abc.ABC):
         for name, array in to_fields(seen).items():
             if not np.isfinite(array).all():
                 row, *index = np.argwhere(~np.isfinite(array))[0].tolist()
-                found = array[(row, *index)]
-                raise ValueError(
-                    f"{name!r} of environment {row} is {found} at index {', '.join(map(str, index))}"
-                )
+                found, where = array[(row, *index)], ", ".join(map(str, index))
+                raise ValueError(f"{name!r} of environment {row} is {found} at index {where}")
         return seen
 
 
