@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -173,17 +173,17 @@ class Normalizer:
 
         What it was not fitted to (images) stays as it is.
         """
-        if not isinstance(obs, Mapping):
-            return self.normalize("obs", obs)
-        known = {name: f"obs.{name}" in self._modes for name in obs}
-        return {k: self.normalize(f"obs.{k}", x) if known[k] else x for k, x in obs.items()}
+        return self._of_obs(self.normalize, obs)
 
     def unnormalize_obs(self, obs: Any) -> Any:
         """Map an observation back to data units: the inverse of :meth:`normalize_obs`."""
+        return self._of_obs(self.unnormalize, obs)
+
+    def _of_obs(self, how: Callable[[str, Any], Any], obs: Any) -> Any:
         if not isinstance(obs, Mapping):
-            return self.unnormalize("obs", obs)
+            return how("obs", obs)
         known = {name: f"obs.{name}" in self._modes for name in obs}
-        return {k: self.unnormalize(f"obs.{k}", x) if known[k] else x for k, x in obs.items()}
+        return {name: how(f"obs.{name}", x) if known[name] else x for name, x in obs.items()}
 
     def scaled(self, field: str, dim: int, factor: float) -> Normalizer:
         """Return a normaliser with one dimension of a field's range multiplied by ``factor``.

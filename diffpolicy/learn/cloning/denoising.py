@@ -92,9 +92,9 @@ class DenoisingLoss(nn.Module):
     It is that of Ho et al. 2020, eq. 14.
 
     ``forward(batch, generator)`` takes a batch with ``obs [B, To, O]`` (or such tensors under
-    ``obs.NAME``) and ``action [B, H, A]``, normalised, and optionally
-    ``valid [B, H]`` and ``return [B, 1]``, a further part of the condition. Levels and noise come
-    from ``generator`` alone.
+    ``obs.NAME``) and ``action [B, H, A]``, normalised, and optionally ``valid [B, H]`` and
+    ``return [B, 1]``, a further part of the condition. Levels and noise come from ``generator``
+    alone.
 
     With a ``layout`` of states the batch holds ``obs [B, H, O]`` instead, the plan is the one that
     the layout says, its known entries enter the network clean and have no loss, and the condition
