@@ -159,12 +159,7 @@ def evaluated(
 ) -> TuningResult:
     """Every figure of the pre-trained model's and the tuned model's sequences."""
     from diffpolicy.report.sequences import TuningResult, best_sequences
-    from diffpolicy.sequences.evaluate import (
-        Evaluation,
-        can_be_exact,
-        evaluate_sequences,
-        exactly,
-    )
+    from diffpolicy.sequences.evaluate import Evaluation, can_be_exact, evaluate_sequences, exactly
 
     pretrained, model = models
     plain = config.guidance["type"] == "none"
@@ -176,20 +171,14 @@ def evaluated(
     began = time.perf_counter()
     after = _draw(config, model, config.guidance, oracles)
     draw_s = time.perf_counter() - began
+    judged: dict[str, Any] = {"oracles": oracles, "reference": pretrained, "settings": settings}
     rows = [
-        evaluate_sequences(
-            owner,
-            task,
-            drawn.tokens.cpu(),
-            oracles=oracles,
-            reference=pretrained,
-            settings=settings,
-        )
+        evaluate_sequences(owner, task, drawn.tokens.cpu(), **judged)
         for owner, drawn in ((None, before), (model if plain else None, after))
     ]
     if exact is not None:
         rows[1] |= {"kl": exact.scores.kl, "kl_kind": "exact", "kl_standard_error": 0.0}
-    updates = 0 if config.method["type"] == "none" else int(config.trainer["steps"])
+    trained = config.method["type"] != "none"
     return TuningResult(
         task=task.name,
         method=_method(config),
@@ -198,13 +187,13 @@ def evaluated(
         after=rows[1],
         alphabet=task.alphabet,
         profiles=_profiles(task, before.tokens, after.tokens, settings.top_fraction),
-        setting=f"kl_weight={config.kl_weight}" if updates else "",
+        setting=f"kl_weight={config.kl_weight}" if trained else "",
         settings=asdict(config),
         cost={
             "nfe": after.nfe,
             "reward_calls": after.reward_calls,
             "wall_s": draw_s / config.draws,
-            "updates": updates,
+            "updates": int(config.trainer["steps"]) if trained else 0,
             "train_s": training.train_s if training else 0.0,
             "train_reward_calls": training.reward_calls if training else 0,
         },
@@ -231,14 +220,8 @@ def _draw(
     from diffpolicy.sequences.guided import draw_guided
 
     generator = torch.Generator(model.device).manual_seed(config.seed)
-    return draw_guided(
-        model,
-        guidance,
-        oracles.reward,
-        config.draws,
-        num_steps=config.num_steps,
-        generator=generator,
-    )
+    how: dict[str, Any] = {"num_steps": config.num_steps, "generator": generator}
+    return draw_guided(model, guidance, oracles.reward, config.draws, **how)
 
 
 def _profiles(task: SequenceTask, before: Any, after: Any, fraction: float) -> dict[str, Any]:

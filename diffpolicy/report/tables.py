@@ -156,7 +156,7 @@ def read_report(path: str | Path, kind: str) -> dict[str, Any]:
     """
     file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise ValueError(f"no report at {file}; `diffpolicy finetune` writes it when it is done")
+        raise ValueError(f"no report at {file}; a tuning writes it when it is done")
     try:
         report: dict[str, Any] = json.loads(file.read_bytes())
         found = (report["format"], report["version"])
