@@ -63,9 +63,11 @@ class DiffusionPolicy(DiffusionPlanner):
         """An untrained policy whose shapes and normaliser come from a store of demonstrations.
 
         Args:
-            store: fields ``obs [T, O]`` and ``action [T, A]``, with statistics; or its path.
+            store: fields ``obs [T, O]`` (or several ``obs.NAME``) and ``action [T, A]``, with
+                statistics; or its path.
             spec: entries of :class:`~diffpolicy.policies.spec.PolicySpec` but the two dimensions.
-            normalize: mode per field, ``minmax`` where none is given, see ``data.normalize.MODES``.
+            normalize: mode per field, ``minmax`` where none is given, see ``data.normalize.MODES``;
+                ``obs`` is that of every ``obs.NAME`` without one of its own.
             anchors: settings of :meth:`Anchors.fit <diffpolicy.policies.anchors.Anchors.fit>`, for
                 a policy with ``truncated``.
             seed: of the initial weights, and of the anchors.
@@ -325,8 +327,8 @@ class DiffusionPolicy(DiffusionPlanner):
             fit: ``count``, ``relative_to``, ``top_m`` and ``seed`` of
                 :meth:`Anchors.fit <diffpolicy.policies.anchors.Anchors.fit>`.
         """
-        anchors = fit_anchors(self.spec, open_store(store), self.normalizer, **fit)
         spec = replace(self.spec, rti=None, truncated=truncated or Truncated())
+        anchors = fit_anchors(spec, open_store(store), self.normalizer, **fit)
         return type(self)(spec, self.denoiser, self.normalizer, anchors, self.heads)
 
     def compile(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,8 +141,9 @@ def check_training(config: TrainConfig) -> None:
     # What is left out needs the dimensions of the data.
     shape = {**config.spec(), "rti": None, "grippers": (), "goal": (), "constant": ()}
     spec = PolicySpec.from_config({"obs_dim": 1, "action_dim": 1, **shape})
-    denoiser = spec.make_denoiser()
-    spec.make_heads()
+    plain = replace(spec, encoder={"type": "state"})  # others may need the fields of the data
+    denoiser = plain.make_denoiser()
+    plain.make_heads()
     check_learning(spec, learning)
     spec.sampler.make().rows(denoiser.process, spec.sampler.grid(denoiser.process))
 

@@ -181,15 +181,19 @@ def _action_bounds(
     """Bounds of the action space; unknown when the run needs no environment."""
     if config.evaluation.episodes == config.evaluation.val_episodes == 0:
         return None, None
+    from diffpolicy.data.observation import by_store_field, obs_fields
     from diffpolicy.rollout.env_spec import describe
 
     info = describe(env_spec(config))
-    for name, dim in (("obs", info.obs_dim), ("action", info.action_dim)):
-        if name in store.fields and store.fields[name].shape != (dim,):
-            raise ConfigError(
-                f"{config.data.path} stores {name} of shape {store.fields[name].shape}, but "
-                f"{config.env.id} has dimension {dim}; convert or collect the data for this one"
-            )
+    shapes = {name: field.shape for name, field in by_store_field(info.obs).items()}
+    fields = store.fields
+    held = {name: fields[name].shape for name in (*obs_fields(store), "action") if name in fields}
+    wanted = {**shapes, "action": (info.action_dim,)}
+    if len(held) > 1 and held != wanted:  # from_dataset says what is missing
+        raise ConfigError(
+            f"{config.data.path} stores {held}, but {config.env.id} has {shapes} and actions of "
+            f"{info.action_dim} entries; convert or collect the data for this one"
+        )
     return list(info.action_low), list(info.action_high)
 
 

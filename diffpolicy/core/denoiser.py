@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,14 @@ class BaseDenoiser(nn.Module):
         rows = t.unbind(0)
         return lambda row, x, cond: self.forward(x, rows[row].to(x, non_blocking=True), cond)
 
+    def encode(self, obs: Any) -> Tensor:
+        """The condition ``[B, C]`` of normalised observations ``[B, To, ...]``, one or by name.
+
+        It is made once per batch or decision; candidates, draws and steps repeat it.
+        """
+        out: Tensor = obs.flatten(1)
+        return out
+
     def check_t(self, t: Tensor) -> None:
         """Raise if levels of this shape cannot be taken (per row is always possible)."""
 
@@ -99,6 +107,7 @@ class Denoiser(BaseDenoiser):
             x0`` of flow matching.
         clip: clamp ``x0_hat`` to [-1, 1]; only right when the data are normalised to that range.
         data_std: standard deviation of the normalised data, used by ``edm``.
+        encoder: from observations to ``cond``; default: one array, flattened.
 
     Raises:
         ValueError: unknown prediction, or one that the process cannot support.
@@ -112,6 +121,7 @@ class Denoiser(BaseDenoiser):
         *,
         clip: bool = False,
         data_std: float = 0.5,
+        encoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
         check_choice("prediction", prediction, PREDICTIONS)
@@ -126,10 +136,15 @@ class Denoiser(BaseDenoiser):
             )
         _warn_of_signal(process)
         self.network = network
+        self.encoder = nn.Flatten(1) if encoder is None else encoder
         self.process = process
         self.prediction = prediction
         self.clip = clip
         self.data_std = data_std
+
+    def encode(self, obs: Any) -> Tensor:
+        out: Tensor = self.encoder(obs)
+        return out
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(c_x, c_out, c_in, network time)`` at levels ``t``, in the dtype of ``t``."""

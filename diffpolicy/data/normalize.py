@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -159,6 +159,23 @@ class Normalizer:
         scale, offset = self._parts(field, x)
         y: X = (x - offset) / scale
         return y
+
+    def normalize_obs(self, obs: Any) -> Any:
+        """Normalise an observation: one array by ``obs``, arrays by name each by ``obs.NAME``.
+
+        What it was not fitted to (images) stays as it is.
+        """
+        return self._of_obs(self.normalize, obs)
+
+    def unnormalize_obs(self, obs: Any) -> Any:
+        """Map an observation back to data units: the inverse of :meth:`normalize_obs`."""
+        return self._of_obs(self.unnormalize, obs)
+
+    def _of_obs(self, how: Callable[[str, Any], Any], obs: Any) -> Any:
+        if not isinstance(obs, Mapping):
+            return how("obs", obs)
+        known = {name: f"obs.{name}" in self._modes for name in obs}
+        return {name: how(f"obs.{name}", x) if known[name] else x for name, x in obs.items()}
 
     def scaled(self, field: str, dim: int, factor: float) -> Normalizer:
         """Return a normaliser with one dimension of a field's range multiplied by ``factor``.

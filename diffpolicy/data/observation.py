@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.settings import check_choice, check_shape, near_miss
@@ -129,6 +130,11 @@ def from_fields(batch: Mapping[str, Any], key: str = "obs") -> Any:
     return parts if parts and key not in batch else batch[key]
 
 
+def holds(batch: Mapping[str, Any], key: str = "obs") -> bool:
+    """Return whether a batch has an observation ``key``, as one array or by name."""
+    return key in batch or any(name.startswith(f"{key}.") for name in batch)
+
+
 def to_fields(obs: Any, key: str = "obs") -> dict[str, Any]:
     """Return the arrays of an observation by their names in stores, as :func:`from_fields` reads.
 
@@ -146,11 +152,11 @@ def by_store_field(fields: ObsFields) -> dict[str, ObsField]:
     return to_fields(fields)
 
 
-def each(function: Callable[[Any], Any], obs: Any) -> Any:
-    """Return an observation of what ``function`` makes of every array."""
+def each(function: Callable[..., Any], obs: Any, *others: Any) -> Any:
+    """Return an observation of what ``function`` makes of every array, and those of ``others``."""
     if isinstance(obs, Mapping):
-        return {name: function(array) for name, array in obs.items()}
-    return function(obs)
+        return {k: function(array, *(o[k] for o in others)) for k, array in obs.items()}
+    return function(obs, *others)
 
 
 def count(obs: Any) -> int:
@@ -171,9 +177,7 @@ def put(obs: Any, rows: Any, other: Any) -> Any:
         out[rows] = values
         return out
 
-    if isinstance(obs, Mapping):
-        return {name: replaced(array, other[name]) for name, array in obs.items()}
-    return replaced(obs, other)
+    return each(replaced, obs, other)
 
 
 def stack(rows: Sequence[Any]) -> Any:
@@ -190,6 +194,59 @@ def _joined(join: Callable[[list[Any]], Any], parts: Sequence[Any]) -> Any:
     if isinstance(parts[0], Mapping):
         return {name: join([part[name] for part in parts]) for name in parts[0]}
     return join(list(parts))
+
+
+def zeros(fields: ObsFields, lead: tuple[int, ...]) -> Obs:
+    """Return zeros ``[*lead, ...]`` in the types that policies see: float32, bytes of images."""
+    out: Obs = each(
+        lambda field: np.zeros(
+            (*lead, *field.shape), field.dtype if field.is_image else np.float32
+        ),
+        fields,
+    )
+    return out
+
+
+def as_seen(obs: Any, fields: ObsFields, *, lead: tuple[int | str, ...] = ("N",)) -> Obs:
+    """Return an observation as policies see it: the arrays of ``fields`` alone, float32 or bytes.
+
+    Raises:
+        ValueError: what :func:`check` refuses.
+    """
+    obs = each(np.asarray, obs)
+    check(obs, fields, lead=lead)
+    if isinstance(fields, Mapping):
+        obs = {name: obs[name] for name in fields}
+    out: Obs = each(
+        lambda array, field: array if field.is_image else array.astype(np.float32, copy=False),
+        obs,
+        fields,
+    )
+    return out
+
+
+def sizes(fields: ObsFields) -> list[int]:
+    """Return the sizes of vectors that stand side by side in one.
+
+    Raises:
+        ValueError: a field that is no vector.
+    """
+    for name, field in by_store_field(fields).items():
+        if len(field.shape) != 1:
+            raise ValueError(f"{name!r} has the shape {list(field.shape)}; vectors are needed here")
+    return [field.size for field in by_store_field(fields).values()]
+
+
+def side_by_side(obs: Any) -> Any:
+    """Return the tensors ``[..., D]`` of an observation as one, in their order."""
+    return torch.cat(list(obs.values()), -1) if isinstance(obs, Mapping) else obs
+
+
+def apart(obs: Any, fields: ObsFields) -> Any:
+    """Return an observation by name that may stand :func:`side_by_side`; any other as it is."""
+    if isinstance(obs, Mapping) or not isinstance(fields, Mapping):
+        return obs
+    return dict(zip(fields, obs.split(sizes(fields), -1), strict=True))
 
 
 def check(obs: Any, fields: ObsFields, *, lead: tuple[int | str, ...] = ("N",)) -> None:

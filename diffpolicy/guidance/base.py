@@ -52,6 +52,9 @@ class Wrapper(BaseDenoiser):
         """What :meth:`guide` needs of levels ``t``, computed once for a grid."""
         return ()
 
+    def encode(self, obs: Any) -> Tensor:
+        return self.denoiser.encode(obs)
+
     def check_t(self, t: Tensor) -> None:
         self.denoiser.check_t(t)
 

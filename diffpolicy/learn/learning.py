@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.starts import Ramp
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.observation import by_store_field
 from diffpolicy.data.returns import returns_to_go, with_fields
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.transitions import Transitions, check_fields
@@ -144,7 +145,8 @@ def examples(
         )
     shape = {**sizes, "n_action_steps": spec.n_action_steps}
     if spec.layout == "action":
-        return Windows(store, **shape, normalizer=normalizer, episodes=episodes)
+        names = (*by_store_field(spec.observed), "action")
+        return Windows(store, **shape, normalizer=normalizer, episodes=episodes, fields=names)
     fields: tuple[str, ...] = ("obs", "action")
     check_constant(spec, store)
     if spec.returns is not None or "value" in spec.heads:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.data.fields import check_vector
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.observation import by_store_field, obs_fields, of_store
 from diffpolicy.data.returns import returns_to_go
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows
@@ -36,37 +37,48 @@ def fitted_spec(
     """The full spec of a policy for a store, and its normaliser.
 
     Args:
-        store: fields ``obs [T, O]`` and ``action [T, A]``, with statistics.
+        store: fields ``obs [T, O]`` (or several ``obs.NAME``) and ``action [T, A]``, with
+            statistics.
         spec: entries other than the two dimensions.
-        normalize: mode per field; ``minmax`` where none is given.
+        normalize: mode per field; ``minmax`` where none is given. ``obs`` is that of all
+            ``obs.NAME`` that have none of their own.
 
     Raises:
         ValueError: a missing field or statistics, or settings that do not fit together.
     """
-    absent = [name for name in ("obs", "action") if name not in store.fields]
+    seen = obs_fields(store)
+    absent = [name for name in (*(seen or ["obs"]), "action") if name not in store.fields]
     if absent:
         raise ValueError(
             f"store {store.name} has no field {absent[0]!r} (it has {sorted(store.fields)}); "
             "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
         )
-    for name in ("obs", "action"):
-        check_vector(name, store.fields[name].shape, store.name)
-    dims = {
-        "obs_dim": store.fields["obs"].shape[0],
-        "action_dim": store.fields["action"].shape[0],
-    }
-    known = {"observation_step": observation_step(store), **spec}
+    known = {**spec, **_observed(store), "action_dim": store.fields["action"].shape[0]}
+    if not known["observations"]:
+        known.setdefault("observation_step", observation_step(store))
     if known.get("level_law") == "position":
         known["trained_action_steps"] = known.get("n_action_steps", PolicySpec.n_action_steps)
-    full = PolicySpec.from_config({**known, **dims})
+    full = PolicySpec.from_config(known)
     if full.returns is not None:
         full = replace(full, returns=fitted_returns(full.returns, store))
-    modes: dict[str, Any] = {"obs": "minmax", "action": "minmax", **normalize}
+    vectors = [k for k, f in by_store_field(full.observed).items() if not f.is_image]
+    modes: dict[str, Any] = dict.fromkeys(vectors, normalize.get("obs", "minmax"))
+    modes |= {"action": "minmax", **{k: v for k, v in normalize.items() if k != "obs"}}
     normalizer = Normalizer.fit(store.statistics, modes)
     for gripper in full.grippers:
         if gripper.mode == "scale":
             normalizer = normalizer.scaled("action", gripper.dim, 1 / gripper.factor)
     return full, normalizer
+
+
+def _observed(store: EpisodeStore) -> dict[str, Any]:
+    """Entries of the spec that say what is observed."""
+    fields = of_store(store)
+    if isinstance(fields, Mapping):
+        total = sum(field.size for field in fields.values() if not field.is_image)
+        return {"obs_dim": total, "observations": {k: asdict(f) for k, f in fields.items()}}
+    check_vector("obs", fields.shape, store.name)
+    return {"obs_dim": fields.size, "observations": {}}
 
 
 def fitted_returns(returns: Returns, store: EpisodeStore) -> Returns:

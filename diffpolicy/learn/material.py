@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.observation import from_fields
 from diffpolicy.data.preferences.examples import LabelExamples, PairExamples
 from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
@@ -145,7 +146,7 @@ class PlanMaterial:
 
     def conditions(self) -> Source:
         """Those as ``index [B]`` and ``cond [B, To * O]``, for losses that draw plans."""
-        return Conditions(self.observations())
+        return Conditions(self.observations(), self.spec.make_encoder())
 
     def mixed(self, main: Source, *, demonstrations: bool = False) -> Source:
         """Examples, with demonstrations beside them if these are wanted and there are some."""
@@ -225,15 +226,15 @@ class Conditions:
     ``gather`` gives ``index`` int64 ``[B]`` and ``cond [B, To * O]``, normalised.
     """
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, encoder: nn.Module | None = None) -> None:
+        self.source, self.encoder = source, encoder or nn.Flatten(1)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def gather(self, indices: Tensor) -> dict[str, Tensor]:
         """A batch."""
-        return {"index": indices, "cond": self.source.gather(indices)["obs"].flatten(1)}
+        return {"index": indices, "cond": self.encoder(from_fields(self.source.gather(indices)))}
 
 
 def check_policy(spec: PolicySpec, method: Method) -> None:
@@ -247,6 +248,11 @@ def check_policy(spec: PolicySpec, method: Method) -> None:
         raise ValueError(
             "tuning draws and compares plans of actions given observations; this policy has "
             f"layout={spec.layout!r}, returns={spec.returns}"
+        )
+    if spec.encoder["type"] != "state" and "reward" in method.reads():
+        raise ValueError(
+            f"rewards judge what policies observe, which the encoder {spec.encoder['type']!r} does "
+            "not tell; tune this policy by preferences, or one with the encoder 'state'"
         )
     anchored = spec.network.get("type") == "anchored"
     if method.command == "prefer" and (spec.level_law != "row" or anchored):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.data.observation import from_fields, holds
 
 READABLE = ("pairs", "labels", "observations", "demonstrations", "reward")
 
@@ -18,6 +19,11 @@ def check_rewards(reward: Tensor, items: Tensor) -> None:
         raise ValueError(
             f"a reward returns one number per item, [{len(items)}]; got {list(reward.shape)}"
         )
+
+
+def encoded(denoiser: BaseDenoiser, batch: Mapping[str, Tensor], key: str = "obs") -> Tensor | None:
+    """The condition ``[B, C]`` of a batch's observations ``key``; None: it holds none."""
+    return denoiser.encode(from_fields(batch, key)) if holds(batch, key) else None
 
 
 def plan_shape(denoiser: BaseDenoiser) -> tuple[int, int]:
@@ -102,4 +108,4 @@ class Method:
         return source
 
 
-__all__ = ["READABLE", "Method", "Source", "check_rewards", "plan_shape"]
+__all__ = ["READABLE", "Method", "Source", "check_rewards", "encoded", "plan_shape"]

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.observation import apart, by_store_field, each, from_fields, take, to_fields
 from diffpolicy.data.preferences.file import PreferenceFileError, read_contents
 from diffpolicy.data.preferences.records import Pair, Span
 from diffpolicy.data.preferences.set import PreferenceSet
@@ -38,10 +39,8 @@ def in_own_units(reward: PlanReward, spec: PolicySpec, normalizer: Normalizer) -
     """``reward(action [B, H, A], obs [B, To, O])`` in the data's units, for normalised plans."""
 
     def scored(plan: Tensor, cond: Tensor) -> Tensor:
-        history = cond.view(len(cond), spec.n_obs_steps, spec.obs_dim)
-        return reward(
-            normalizer.unnormalize("action", plan), normalizer.unnormalize("obs", history)
-        )
+        history = apart(cond.view(len(cond), spec.n_obs_steps, spec.obs_dim), spec.observed)
+        return reward(normalizer.unnormalize("action", plan), normalizer.unnormalize_obs(history))
 
     return scored
 
@@ -153,14 +152,15 @@ def pair_plans(
         tqdm(total=len(rows), desc="plans", unit="obs", disable=not progress) as bar,
     ):
         for some in torch.split(torch.from_numpy(rows), BLOCK):
-            obs = windows.gather(some)["obs"].to(policy.device)
+            seen = from_fields(windows.gather(some))
+            obs = each(lambda array: array.to(policy.device), seen)
             drawn = draw_plans(policy.denoiser, settings.plans, obs, worth, noise)
             which = torch.stack([drawn.reward.argmax(1), drawn.reward.argmin(1)], 1)
             values = drawn.reward.gather(1, which)
             differ = values[:, 0] > values[:, 1]
-            plans = drawn.plans[torch.arange(len(obs), device=which.device)[:, None], which]
+            plans = drawn.plans[torch.arange(len(some), device=which.device)[:, None], which]
             pairs += _pairs(store.num_episodes, values[differ], spec)
-            _append(store, policy.normalizer, obs[differ], plans[differ])
+            _append(store, policy.normalizer, take(obs, differ), plans[differ])
             bar.update(len(some))
     if not pairs:
         raise ValueError(
@@ -233,10 +233,7 @@ def _new_store(path: Path, prefs_path: Path, spec: PolicySpec) -> EpisodeStore:
         if not EpisodeStore.open(path).attrs.get("plans"):
             raise FileExistsError(f"{path} holds something else than plans; move it away")
         prefs_path.unlink(missing_ok=True)
-    fields = {
-        "obs": FieldSpec((spec.obs_dim,), "float32"),
-        "action": FieldSpec((spec.action_dim,), "float32"),
-    }
+    fields = {**by_store_field(spec.observed), "action": FieldSpec((spec.action_dim,), "float32")}
     return EpisodeStore.create(path, fields, attrs={"plans": True}, overwrite=True)
 
 
@@ -254,18 +251,22 @@ def _pairs(begun: int, values: Tensor, spec: PolicySpec) -> list[Pair]:
     ]
 
 
-def _append(store: EpisodeStore, normalizer: Normalizer, obs: Tensor, plans: Tensor) -> None:
-    """Plans ``[P, 2, H, A]`` for observations ``[P, To, O]``, each an episode of H steps."""
-    if not len(obs):
+def _append(store: EpisodeStore, normalizer: Normalizer, obs: Any, plans: Tensor) -> None:
+    """Plans ``[P, 2, H, A]`` for observations ``[P, To, ...]``, each an episode of H steps."""
+    if not len(plans):
         return
     horizon = plans.shape[2]
-    last = obs[:, -1:].expand(-1, horizon - obs.shape[1], -1)
-    seen = torch.cat([obs, last], 1).repeat_interleave(2, dim=0)
+
+    def held(array: Tensor) -> NDArray[Any]:
+        """The observations, the last one held to the end of the plan, once for each of the two."""
+        rows = torch.arange(horizon).clamp(max=array.shape[1] - 1)
+        return array[:, rows].repeat_interleave(2, dim=0).flatten(0, 1).cpu().numpy()
+
     arrays = {
-        "obs": normalizer.unnormalize("obs", seen).flatten(0, 1).cpu().numpy(),
+        **to_fields(each(held, normalizer.unnormalize_obs(obs))),
         "action": normalizer.unnormalize("action", plans).flatten(0, 2).cpu().numpy(),
     }
-    store.extend(arrays, horizon * np.arange(1, 2 * len(obs) + 1))
+    store.extend(arrays, horizon * np.arange(1, 2 * len(plans) + 1))
 
 
 def _written(

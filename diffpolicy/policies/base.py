@@ -16,6 +16,19 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from diffpolicy.data.observation import (
+    Obs,
+    ObsField,
+    ObsFields,
+    as_seen,
+    by_store_field,
+    count,
+    each,
+    put,
+    take,
+    to_fields,
+    zeros,
+)
 from diffpolicy.policies.rows import in_batches
 
 Array = npt.NDArray[Any]
@@ -26,7 +39,7 @@ class PolicyState:
     """Memory of a chunked policy for N environments; every array has N rows.
 
     Attributes:
-        history: last observations ``[N, To, O]``, oldest first.
+        history: last observations ``[N, To, O]``, or such arrays by name, oldest first.
         plan: last plan ``[N, H, P]``, normalised; P = A, or O + A where plans hold observations.
         level: noise level that ``plan`` is at, 0 = clean ``[N]``.
         cursor: position in ``plan`` of the next action ``[N]``.
@@ -41,7 +54,7 @@ class PolicyState:
         memory: further per-row arrays ``[N, ...]`` of a kind of policy.
     """
 
-    history: Array
+    history: Obs
     plan: Array
     level: Array
     cursor: Array
@@ -59,20 +72,12 @@ class PolicyState:
 
     def take(self, rows: Array | Sequence[int]) -> PolicyState:
         """The state of some rows (indices or a bool mask)."""
-        memory = {name: value[rows] for name, value in self.memory.items()}
-        return PolicyState(**{n: getattr(self, n)[rows] for n in _ROWS}, memory=memory)
+        return PolicyState(**{n: take(getattr(self, n), rows) for n in _ROWS})
 
     def put(self, rows: Array | Sequence[int], other: PolicyState) -> PolicyState:
         """This state with ``rows`` replaced by those of ``other``."""
-
-        def merged(mine: Array, theirs: Array) -> Array:
-            out = mine.copy()
-            out[rows] = theirs
-            return out
-
-        memory = {k: merged(v, other.memory[k]) for k, v in self.memory.items()}
-        values = {n: merged(getattr(self, n), getattr(other, n)) for n in _ROWS}
-        return PolicyState(**values, memory=memory)
+        pairs = {n: (getattr(self, n), getattr(other, n)) for n in _ROWS}
+        return PolicyState(**{n: put(a, rows, b) for n, (a, b) in pairs.items()})
 
     def remember(self, **arrays: Array) -> PolicyState:
         """This state with some arrays of its memory replaced or added."""
@@ -88,7 +93,7 @@ class PolicyState:
         return other
 
 
-_ROWS = tuple(f.name for f in fields(PolicyState) if f.name != "memory")
+_ROWS = tuple(f.name for f in fields(PolicyState))
 
 
 class PlanSelector(Protocol):
@@ -110,8 +115,10 @@ class ChunkedPolicy(abc.ABC):
         n_obs_steps: observations a plan sees, To. Position ``To - 1`` of a plan is the current
             step.
         n_action_steps: actions executed per plan, Ta.
+        observations: what is observed, where that is several things by name.
 
     Attributes:
+        observed: what a step's observation is made of.
         plan_dim: P, entries of a plan per step: A, unless a subclass says otherwise; the last A
             are the action.
         selector: chooses among several plans per decision; ``None``: one plan is made.
@@ -125,9 +132,17 @@ class ChunkedPolicy(abc.ABC):
     plan_batch: int | None = None
 
     def __init__(
-        self, *, obs_dim: int, action_dim: int, horizon: int, n_obs_steps: int, n_action_steps: int
+        self,
+        *,
+        obs_dim: int,
+        action_dim: int,
+        horizon: int,
+        n_obs_steps: int,
+        n_action_steps: int,
+        observations: ObsFields | None = None,
     ) -> None:
         check_horizon(horizon, n_obs_steps, n_action_steps)
+        self.observed: ObsFields = observations or ObsField((obs_dim,))
         self.obs_dim, self.action_dim = obs_dim, action_dim
         self.plan_dim = action_dim
         self.horizon, self.n_obs_steps, self.n_action_steps = horizon, n_obs_steps, n_action_steps
@@ -151,7 +166,7 @@ class ChunkedPolicy(abc.ABC):
         """
         count = len(seeds)
         return PolicyState(
-            history=np.zeros((count, self.n_obs_steps, self.obs_dim), np.float32),
+            history=zeros(self.observed, (count, self.n_obs_steps)),
             plan=np.zeros((count, self.horizon, self.plan_dim), np.float32),
             level=np.zeros(count, np.float64),
             cursor=np.zeros(count, np.int64),
@@ -184,12 +199,12 @@ class ChunkedPolicy(abc.ABC):
         )
 
     def act(
-        self, obs: Array, state: PolicyState, *, deterministic: bool = False
+        self, obs: Obs, state: PolicyState, *, deterministic: bool = False
     ) -> tuple[Array, PolicyState]:
         """One action per environment: observe, plan where a plan is due, execute.
 
         Args:
-            obs: ``[N, O]``.
+            obs: ``[N, O]``, or arrays ``[N, ...]`` by name.
             state: memory of N rows.
             deterministic: fixed noise and no noise in the solver: the same observations give the
                 same actions.
@@ -206,15 +221,20 @@ class ChunkedPolicy(abc.ABC):
             state = self.replan(state, due, deterministic=deterministic)
         return self.execute(state)
 
-    def observe(self, obs: Array, state: PolicyState) -> PolicyState:
-        """The memory after observing ``obs`` ``[N, O]``; an episode's first one fills the history.
+    def observe(self, obs: Obs, state: PolicyState) -> PolicyState:
+        """The memory after observing ``obs`` of N rows; an episode's first one fills the history.
 
         Raises:
             ValueError: wrong shape or non-finite observations.
         """
         obs = self._checked(obs, len(state))
-        history = np.concatenate([state.history[:, 1:], obs[:, None]], axis=1)
-        history[state.fresh] = obs[state.fresh, None]
+
+        def followed(history: Array, newest: Array) -> Array:
+            out = np.concatenate([history[:, 1:], newest[:, None]], axis=1)
+            out[state.fresh] = newest[state.fresh, None]
+            return out
+
+        history = each(followed, state.history, obs)
         return state.having(history=history, fresh=np.zeros_like(state.fresh))
 
     def needs_plan(self, state: PolicyState) -> Array:
@@ -301,7 +321,7 @@ class ChunkedPolicy(abc.ABC):
 
     def predict(
         self,
-        observation: Array,
+        observation: Obs,
         state: PolicyState | None = None,
         episode_start: Array | None = None,
         deterministic: bool = False,
@@ -311,7 +331,7 @@ class ChunkedPolicy(abc.ABC):
         ``state`` is opaque to the caller and is passed back unchanged.
 
         Args:
-            observation: ``[O]`` or ``[N, O]``.
+            observation: ``[O]`` or ``[N, O]``, or such arrays by name.
             state: what the last call returned, ``None`` at the start.
             episode_start: bool ``[N]``, rows whose observation is the first of an episode.
             deterministic: as in :meth:`act`.
@@ -319,34 +339,33 @@ class ChunkedPolicy(abc.ABC):
         Returns:
             Action ``[A]`` or ``[N, A]``, and the new state.
         """
-        if isinstance(observation, dict):
-            raise ValueError(
-                "observations are flat arrays [N, O]; flatten a dict space with "
-                "gymnasium.wrappers.FlattenObservation, in the same order as in training"
-            )
-        obs = np.asarray(observation, np.float32)
-        batched = obs if obs.ndim == 2 else obs[None]
+        obs = each(np.asarray, observation)
+        name, field = next(iter(by_store_field(self.observed).items()))
+        array = to_fields(obs).get(name)
+        single = array is None or array.ndim <= len(field.shape)
+        batched = take(obs, None) if single else obs
         if state is None:
-            state = self.initial_state(range(len(batched)))
+            state = self.initial_state(range(count(batched)))
         elif episode_start is not None and np.any(episode_start):
             state = self.forget(
                 state, np.broadcast_to(np.asarray(episode_start, bool), (len(state),))
             )
         actions, state = self.act(batched, state, deterministic=deterministic)
-        return (actions if obs.ndim == 2 else actions[0]), state
+        return (actions[0] if single else actions), state
 
-    def _checked(self, obs: Array, count: int) -> Array:
-        obs = np.asarray(obs, np.float32)
-        if obs.shape != (count, self.obs_dim):
+    def _checked(self, obs: Obs, rows: int) -> Obs:
+        try:
+            seen = as_seen(obs, self.observed, lead=(rows,))
+        except ValueError as error:
             raise ValueError(
-                f"observations must be [{count}, {self.obs_dim}] (environments, obs_dim); "
-                f"got {list(obs.shape)}. For another number of environments start with state=None"
-            )
-        if not np.isfinite(obs).all():
-            row, column = np.argwhere(~np.isfinite(obs))[0]
-            value = obs[row, column]
-            raise ValueError(f"observation of environment {row} is {value} at index {column}")
-        return obs
+                f"{error} ({rows} environments; for another number of them start with state=None)"
+            ) from None
+        for name, array in to_fields(seen).items():
+            if not np.isfinite(array).all():
+                row, *index = np.argwhere(~np.isfinite(array))[0].tolist()
+                found, where = array[(row, *index)], ", ".join(map(str, index))
+                raise ValueError(f"{name!r} of environment {row} is {found} at index {where}")
+        return seen
 
 
 def check_horizon(horizon: int, n_obs_steps: int, n_action_steps: int) -> None:

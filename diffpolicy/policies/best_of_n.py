@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -58,10 +58,10 @@ class Selector:
 
     Args:
         settings: how many, and how one is chosen.
-        score: ``(raw observations [n, To, O], plans [n, H, ...]) -> [n]``, higher is better.
+        score: ``(raw observations [n, To, ...], plans [n, H, ...]) -> [n]``, higher is better.
     """
 
-    def __init__(self, settings: Selection, score: Callable[[Array, Array], Array]) -> None:
+    def __init__(self, settings: Selection, score: Callable[[Any, Array], Array]) -> None:
         self.settings, self.score = settings, score
 
     def choose(

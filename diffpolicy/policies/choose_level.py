@@ -32,6 +32,16 @@ from torch import Tensor
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
 from diffpolicy.data.blocks import read_rows
+from diffpolicy.data.observation import (
+    Obs,
+    as_seen,
+    count,
+    from_fields,
+    obs_fields,
+    of_store,
+    take,
+    to_fields,
+)
 from diffpolicy.data.statistics import usual_step
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
@@ -49,10 +59,11 @@ CANDIDATES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 class Demonstrations(NamedTuple):
     """Whole episodes side by side: ``obs [E, T, O]``, ``action [E, T, A]``, ``valid [E, T]``.
 
-    Raw units; after an episode's end its last step is repeated.
+    Observations may be such arrays by name. Raw units; after an episode's end its last step is
+    repeated.
     """
 
-    obs: Array
+    obs: Obs
     action: Array
     valid: Array
 
@@ -76,9 +87,9 @@ def demonstrations(
     first = store.episode_ends[chosen] - whole + rng.integers(0, whole - lengths + 1)
     step = np.arange(lengths.max())
     rows = first[:, None] + np.minimum(step, lengths[:, None] - 1)
-    obs, action = (
-        read_rows(store, name, rows).astype(np.float32, copy=False) for name in ("obs", "action")
-    )
+    read = {name: read_rows(store, name, rows) for name in (*obs_fields(store), "action")}
+    obs = as_seen(from_fields(read), of_store(store), lead=("E", "T"))
+    action = read["action"].astype(np.float32, copy=False)
     return Demonstrations(obs, action, step < lengths[:, None])
 
 
@@ -87,7 +98,12 @@ def observation_step(store: EpisodeStore) -> tuple[float, ...]:
 
     The 0.999 quantile over a store's steps, and at least a thousandth of the entry's range;
     the largest float32 where an entry never changes. ``rti.innovation`` counts in these units.
+
+    Raises:
+        ValueError: observations that are not one vector.
     """
+    if "obs" not in store.fields:
+        raise ValueError(f"rti.innovation needs one vector 'obs'; {store.name} has {store.fields}")
     return tuple(float(v) for v in usual_step(store))
 
 
@@ -146,7 +162,7 @@ def choose_level(
         actions, changes = (tuple(map(float, part)) for part in np.split(row, 2))
         table.append(Level(t, measured, predicted, actions, changes))
     shift_error = None if probe is None else probe.shift_error
-    return LevelReport(chosen, tuple(table), shift_error, len(demos.obs), replicates)
+    return LevelReport(chosen, tuple(table), shift_error, len(demos.action), replicates)
 
 
 def _fits(t: float, num_steps: int, process: GaussianProcess) -> bool:
@@ -219,7 +235,7 @@ class _Study:
         Returns:
             ``[1 + lags, A]``, the mean over steps; lower is better.
         """
-        count, valid = len(self.demos.obs), self.demos.valid
+        count, valid = len(self.demos.action), self.demos.valid
         first = [self.seed + run * count for run in range(self.replicates)]
         pairs = zip(first, self.starts, strict=True)
         runs = np.stack(
@@ -234,13 +250,14 @@ class _Study:
 
     def _start(self, run: int) -> PolicyState:
         """Memories after a first full solve, of several the one nearest to what was recorded."""
-        planner, demos, count = _with(self.planner, None), self.demos, len(self.demos.obs)
+        planner, demos, count = _with(self.planner, None), self.demos, len(self.demos.action)
         rows = np.repeat(np.arange(count), DRAWS)
         first = self.seed + run * len(rows)
         state = planner.initial_state(range(first, first + len(rows)))
-        state = planner.replan(planner.observe(demos.obs[rows, 0], state), np.arange(len(rows)))
+        state = planner.observe(take(demos.obs, (rows, 0)), state)
+        state = planner.replan(state, np.arange(len(rows)))
         ahead = state.plan[:, planner.n_obs_steps - 1 :, -planner.action_dim :]
-        length = min(ahead.shape[1], demos.obs.shape[1])
+        length = min(ahead.shape[1], demos.action.shape[1])
         away = np.square(ahead[:, :length] - self.target[rows, :length]).sum(2)
         distance = (away * demos.valid[rows, :length]).sum(1).reshape(count, DRAWS)
         return state.take(distance.argmin(1) + np.arange(count) * DRAWS)
@@ -261,7 +278,8 @@ class _Study:
         def planned(at: Array, seed: int) -> PolicyState:
             state = planner.initial_state(range(seed, seed + len(rows)))
             for back in range(planner.n_obs_steps - 1, -1, -1):
-                state = planner.observe(self.demos.obs[rows, np.maximum(at - back, 0)], state)
+                seen = take(self.demos.obs, (rows, np.maximum(at - back, 0)))
+                state = planner.observe(seen, state)
             return planner.replan(state, np.arange(len(rows)))
 
         guesses = []
@@ -284,7 +302,7 @@ class _Study:
         """
         loop = warm.loop("warm")
         noise = warm.draw_noise(probe.state, loop.draws, False)
-        history = torch.from_numpy(probe.state.history).to(warm.device)
+        history = warm.on_device(probe.state.history)
         with torch.inference_mode():
             ends = [
                 loop(history, torch.from_numpy(g).to(warm.device), noise).cpu().numpy()
@@ -316,8 +334,7 @@ class _Study:
         """
         denoiser: Denoiser = self.planner.denoiser
         plan = torch.from_numpy(now.plan).to(self.planner.device)
-        history = torch.from_numpy(now.history).to(self.planner.device)
-        cond = self.planner.normalizer.normalize("obs", history).flatten(1)
+        cond = self.planner.encoded(now.history)
         generator = torch.Generator().manual_seed(self.seed)
         at = torch.full((1, 1, 1), t, dtype=plan.dtype, device=plan.device)
         alpha, sigma = denoiser.process.alpha(at), denoiser.process.sigma(at)
@@ -362,18 +379,18 @@ def _crps(runs: Array, target: Array, valid: Array) -> Array:
 
 
 def replay(
-    policy: ChunkedPolicy, obs: Array, seeds: Sequence[int], start: PolicyState | None = None
+    policy: ChunkedPolicy, obs: Obs, seeds: Sequence[int], start: PolicyState | None = None
 ) -> Array:
     """Normalised actions ``[E, T, A]`` of a policy shown recorded observations ``[E, T, O]``.
 
     From ``start``, a memory that holds the first plan, if there is one.
     """
     state = policy.initial_state(seeds) if start is None else start
-    rows = np.arange(len(obs))
+    rows, steps = np.arange(count(obs)), next(iter(to_fields(obs).values())).shape[1]
     grippers = policy.spec.grippers if isinstance(policy, DiffusionPlanner) else ()
     out = []
-    for step in range(obs.shape[1]):
-        state = policy.observe(obs[:, step], state)
+    for step in range(steps):
+        state = policy.observe(take(obs, (slice(None), step)), state)
         due = np.flatnonzero(policy.needs_plan(state))
         if len(due):
             state = policy.replan(state, due)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffpolicy.core.starts import shift_plan
+from diffpolicy.data.observation import Obs
 from diffpolicy.guidance.pinned import PREFIX_MODES, PrefixCond, PrefixGuidance
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
@@ -146,7 +148,7 @@ class PrefixCondition(Condition):
     where ``weight`` is 1.
     """
 
-    def forward(self, history: Tensor, *known: Tensor) -> PrefixCond:
+    def forward(self, history: Any, *known: Tensor) -> PrefixCond:
         prefix, weight = known
         return PrefixCond(super().forward(history), prefix, weight)
 
@@ -157,6 +159,7 @@ class PrefixCondition(Condition):
 
 def following(loop: PlanLoop, settings: Chunking) -> PlanLoop:
     """The loop of a policy without chunking as one whose plans follow a prefix."""
+    told = loop.condition
     return PlanLoop(
         PrefixGuidance(loop.denoiser, settings.mode, max_weight=settings.max_weight),
         loop.normalizer,
@@ -164,7 +167,7 @@ def following(loop: PlanLoop, settings: Chunking) -> PlanLoop:
         loop.levels,
         start=loop.start,
         plan_shape=(*loop.obs_shape, loop.horizon, loop.action_dim),
-        condition=PrefixCondition(loop.normalizer),
+        condition=PrefixCondition(loop.normalizer, told.encoder, told.fields),
         temperature=loop.temperature,
     )
 
@@ -206,6 +209,7 @@ class RealTimeChunking(ChunkedPolicy):
             horizon=planner.horizon,
             n_obs_steps=planner.n_obs_steps,
             n_action_steps=planner.n_action_steps,
+            observations=planner.observed,
         )
         self.planner, self.selector = planner, planner.selector
         self.settings = Chunking() if settings is None else settings
@@ -229,7 +233,7 @@ class RealTimeChunking(ChunkedPolicy):
             short=np.zeros(count, np.int64),
         )
 
-    def observe(self, obs: Array, state: PolicyState) -> PolicyState:
+    def observe(self, obs: Obs, state: PolicyState) -> PolicyState:
         return self.planner.observe(obs, state)
 
     def starts_warm(self, state: PolicyState) -> Array:

@@ -18,6 +18,7 @@ from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.solvers import make_solver
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.observation import Obs, each
 from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.guidance.pinned import Pinned
 from diffpolicy.guidance.value import ValueGuidance, head_value
@@ -46,7 +47,8 @@ class DiffusionPlanner(ChunkedPolicy):
     Args:
         spec: shapes, parameterisation and samplers.
         denoiser: ``spec.make_denoiser()`` with trained weights.
-        normalizer: the frozen normaliser of the training data, with fields ``obs`` and ``action``.
+        normalizer: the frozen normaliser of the training data, with the fields ``action`` and
+            ``obs`` or all ``obs.NAME``.
         anchors: typical plans of the demonstrations, where ``spec.truncated`` starts from them.
         heads: ``spec.make_heads()`` with trained weights; needed where the spec names any.
 
@@ -72,6 +74,7 @@ class DiffusionPlanner(ChunkedPolicy):
             horizon=spec.horizon,
             n_obs_steps=spec.n_obs_steps,
             n_action_steps=spec.n_action_steps,
+            observations=spec.observed,
         )
         check_normalizer(spec, normalizer)
         self.spec, self.layout = spec, spec.plan_layout
@@ -186,7 +189,7 @@ class DiffusionPlanner(ChunkedPolicy):
 
     def _condition(self) -> Condition:
         if self.spec.layout == "action":
-            return Condition(self.normalizer)
+            return Condition(self.normalizer, self.denoiser.encoder, self.observed)
         returns = self.spec.returns
         wanted = () if returns is None else (1.0, returns.target)
         return PinnedCondition(self.normalizer, self.layout, wanted).to(self.device)
@@ -224,10 +227,11 @@ class DiffusionPlanner(ChunkedPolicy):
         last = np.zeros((len(seeds), self.obs_dim), np.float32)
         return state.remember(last=last, jumped=np.zeros(len(seeds), bool))
 
-    def observe(self, obs: Array, state: PolicyState) -> PolicyState:
+    def observe(self, obs: Obs, state: PolicyState) -> PolicyState:
         seen = super().observe(obs, state)
         if self._unusual is None:
             return seen
+        assert isinstance(seen.history, np.ndarray)  # innovation is of one vector
         newest = seen.history[:, -1]
         step = np.abs(newest - state.memory["last"])
         jumped = ~state.fresh & (step > self._unusual).any(1)
@@ -293,11 +297,11 @@ class DiffusionPlanner(ChunkedPolicy):
         return torch.cat([states, torch.cat([actions, actions[:, -1:]], 1)], 2)
 
     @torch.inference_mode()
-    def score(self, history: Array, plans: Array) -> Array:
+    def score(self, history: Obs, plans: Array) -> Array:
         """What the head ``critic``, or else ``value``, says of plans.
 
         Args:
-            history: raw observations ``[n, To, O]``.
+            history: raw observations ``[n, To, O]``, or such arrays by name.
             plans: normalised ``[n, H, P]``.
 
         Returns:
@@ -310,7 +314,7 @@ class DiffusionPlanner(ChunkedPolicy):
         if not found:
             raise ValueError(f"scores need a head critic or value; heads: {sorted(self.heads)}")
         plan = self.on_device(plans)
-        cond = self.normalizer.normalize("obs", self.on_device(history)).flatten(1)
+        cond = self.encoded(history)
         critic = found[0] == "critic"
         judged = plan[..., -self.action_dim :] if critic else plan[..., : self.layout.dim]
         out: Array = self.heads[found[0]].score(cond if critic else None, judged).cpu().numpy()  # type: ignore[operator]
@@ -354,9 +358,15 @@ class DiffusionPlanner(ChunkedPolicy):
         out: Array = loop(self.on_device(state.history), guess, noise).cpu().numpy()
         return out
 
-    def on_device(self, array: Array) -> Tensor:
-        """An array of the host as a tensor where the weights are."""
-        return torch.from_numpy(array).to(self.device)
+    def on_device(self, array: Any) -> Any:
+        """An array of the host (or such by name) as a tensor where the weights are."""
+        return each(lambda one: torch.from_numpy(one).to(self.device), array)
+
+    def encoded(self, history: Obs) -> Tensor:
+        """The condition ``[n, C]`` of raw observations ``[n, To, ...]`` of the host."""
+        seen = self.normalizer.normalize_obs(self.on_device(history))
+        cond: Tensor = self.denoiser.encode(seen)
+        return cond
 
     def draw_noise(self, state: PolicyState, draws: int, deterministic: bool) -> Tensor:
         """Standard normal ``[R, n, H, D]`` of each row's stream; one for all if deterministic.
@@ -377,7 +387,7 @@ class DiffusionPlanner(ChunkedPolicy):
         one = deterministic and streams is None
         if deterministic:
             seeds = counters = np.zeros(1 if one else len(state), np.int64)
-        noise = self.on_device(row_noise(seeds, counters, shape, streams)).transpose(0, 1)
+        noise: Tensor = self.on_device(row_noise(seeds, counters, shape, streams)).transpose(0, 1)
         return noise.expand(-1, len(state), -1, -1) if one else noise
 
     def shifted(self, state: PolicyState) -> Array:

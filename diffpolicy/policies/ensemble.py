@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from diffpolicy.data.observation import Obs
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 
 
@@ -42,6 +43,7 @@ class TemporalEnsemble(ChunkedPolicy):
             horizon=policy.horizon,
             n_obs_steps=policy.n_obs_steps,
             n_action_steps=1,
+            observations=policy.observed,
         )
         self.policy, self.m, self.plan_dim = policy, float(m), policy.plan_dim
 
@@ -51,7 +53,7 @@ class TemporalEnsemble(ChunkedPolicy):
             average=np.zeros_like(state.plan), count=np.zeros(state.plan.shape[:2], np.int64)
         )
 
-    def observe(self, obs: Array, state: PolicyState) -> PolicyState:
+    def observe(self, obs: Obs, state: PolicyState) -> PolicyState:
         return self.policy.observe(obs, state)
 
     def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:

@@ -18,6 +18,7 @@ from diffpolicy.core.sampling import Trajectory, prepare, sample
 from diffpolicy.core.solvers import Solver
 from diffpolicy.core.starts import Start, prior_start, truncated_start, warm_start
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.observation import ObsFields, apart, side_by_side
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.guidance.pinned import PinCond
 from diffpolicy.settings import check_choice
@@ -31,7 +32,7 @@ class Loop(Protocol):
     horizon: int
     action_dim: int
 
-    def __call__(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
+    def __call__(self, history: Any, guess: Tensor, noise: Tensor) -> Tensor:
         """Normalised plans ``[n, H, A]``."""
 
 
@@ -39,10 +40,12 @@ STARTS = ("prior", "noised", "given")
 
 
 class Condition(nn.Module):
-    """What the denoiser is told: the normalised observation history as one vector.
+    """What the denoiser is told: the normalised observation history, encoded.
 
     Args:
-        normalizer: the policy's, with a field ``obs``.
+        normalizer: the policy's.
+        encoder: the denoiser's; default: one array, flattened.
+        fields: what is observed in a step; default: one vector.
 
     Attributes:
         pinned: it also tells what is known of the plan, as a ``PinCond``.
@@ -50,13 +53,31 @@ class Condition(nn.Module):
 
     pinned = False
 
-    def __init__(self, normalizer: Normalizer) -> None:
+    def __init__(
+        self,
+        normalizer: Normalizer,
+        encoder: nn.Module | None = None,
+        fields: ObsFields | None = None,
+    ) -> None:
         super().__init__()
-        self.normalizer = normalizer
+        self.normalizer, self.fields = normalizer, fields
+        self.encoder = nn.Flatten(1) if encoder is None else encoder
 
-    def forward(self, history: Tensor, *known: Tensor) -> Any:
-        """``cond`` for raw observations ``[n, To, O]``, and what else a loop was given."""
-        return self.normalizer.normalize("obs", history).flatten(1)
+    def forward(self, history: Any, *known: Tensor) -> Any:
+        """``cond`` for raw observations ``[n, To, ...]``, and what else a loop was given.
+
+        Compiled and exported loops take observations by name side by side.
+        """
+        if self.fields is not None:
+            history = apart(history, self.fields)
+        return self.encoder(self.normalizer.normalize_obs(history))
+
+    def unnormalize(self, observed: Tensor) -> Tensor:
+        """Raw observations, side by side, of normalised ones ``[n, To, O]``."""
+        if self.fields is not None:
+            observed = apart(observed, self.fields)
+        raw: Tensor = side_by_side(self.normalizer.unnormalize_obs(observed))
+        return raw
 
     def settled(self, plan: Tensor, given: Any) -> Tensor:
         """The plan ``[n, H, D]`` with what is known of it set exactly."""
@@ -163,11 +184,11 @@ class PlanLoop(nn.Module):
         """Where it runs."""
         return self.noising.device
 
-    def forward(self, history: Tensor, guess: Tensor, noise: Tensor, *known: Tensor) -> Tensor:
+    def forward(self, history: Any, guess: Tensor, noise: Tensor, *known: Tensor) -> Tensor:
         """One plan per row.
 
         Args:
-            history: raw observations ``[n, To, O]``.
+            history: raw observations ``[n, To, O]``, or such tensors by name.
             guess: normalised clean guess ``[n, H, A]`` (ignored by a prior start).
             noise: standard normal ``[R, n, H, A]``.
             known: what the loop's condition takes beside the observations.
@@ -179,9 +200,7 @@ class PlanLoop(nn.Module):
         assert isinstance(x0, Tensor)
         return x0
 
-    def with_confidence(
-        self, history: Tensor, guess: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def with_confidence(self, history: Any, guess: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Plans, and the logit ``[n]`` that a network with that head gave each in the last step.
 
         Raises:

@@ -109,7 +109,7 @@ def _check_heads(spec: PolicySpec) -> None:
 
 def head_config(spec: PolicySpec, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a head; sizes that it leaves out are the policy's."""
-    observed = spec.n_obs_steps * spec.obs_dim
+    observed = spec.make_encoder().cond_dim
     sizes: Mapping[str, Mapping[str, Any]] = {
         "inverse": {"obs_dim": spec.obs_dim, "action_dim": spec.action_dim},
         "value": {

@@ -15,9 +15,10 @@ from diffpolicy.core.noise import explicit_process, make_process
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.fields import checked_bounds, inward_bounds
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.data.observation import ObsField
+from diffpolicy.data.observation import ObsField, ObsFields, by_store_field
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.networks import make_network
+from diffpolicy.networks.encoders import ENCODERS, Encoder, make_encoder
 from diffpolicy.networks.heads import make_head
 from diffpolicy.policies.base import check_horizon
 from diffpolicy.policies.best_of_n import Selection
@@ -101,7 +102,7 @@ class PolicySpec:
     Stored as JSON.
 
     Args:
-        obs_dim: O.
+        obs_dim: O; of observations by name the sum of the vectors' sizes.
         action_dim: A.
         horizon: plan length H.
         n_obs_steps: To.
@@ -137,7 +138,10 @@ class PolicySpec:
         heads: further networks by name, as :func:`diffpolicy.networks.heads.make_head` takes them:
             ``inverse``, ``value``, ``critic``, ``state_value``, ``draft``.
         selection: choose among several plans by the head ``critic``, or else ``value``.
-        observations: the arrays of an observation by name; empty: one array of ``obs_dim``.
+        observations: the arrays of an observation by name, whose order they are in; empty: one
+            array of ``obs_dim``.
+        encoder: ``{"type": ..., settings}`` for :func:`diffpolicy.networks.encoders.make_encoder`:
+            from observations to the condition of network and critics.
         env_id: the environment it was trained for, if known.
     """
 
@@ -169,6 +173,7 @@ class PolicySpec:
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     selection: Selection | None = None
     observations: Mapping[str, ObsField] = field(default_factory=dict)
+    encoder: Mapping[str, Any] = field(default_factory=lambda: {"type": "state"})
     env_id: str | None = None
 
     def __post_init__(self) -> None:
@@ -184,10 +189,42 @@ class PolicySpec:
         object.__setattr__(self, "process", explicit_process(self.process))
         given = {name: config for name, config in self.heads.items() if config is not None}
         object.__setattr__(self, "heads", given)  # YAML takes a head away by setting it to null
+        self._check_observations()
         self._check_sizes()
         self._round_bounds()
         self._check_parts()
         check_planning(self)
+
+    def _check_observations(self) -> None:
+        """Refuse what takes the observation as one vector where it has names or an encoder."""
+        check_choice("encoder type", self.encoder.get("type"), ENCODERS)
+        object.__setattr__(self, "observations", dict(sorted(self.observations.items())))
+        total = sum(field.size for field in self.observations.values() if not field.is_image)
+        if self.observations and self.obs_dim != total:
+            raise ValueError(f"obs_dim must be {total}, all observations, got {self.obs_dim}")
+        sources = () if self.truncated is None else self.truncated.sources
+        needed = {
+            f"layout={self.layout!r}": self.layout != "action",
+            "rti.innovation": self.rti is not None and self.rti.innovation is not None,
+            "observation_step": self.observation_step is not None,
+            "truncated with anchors": "anchors" in sources,
+        }
+        found = [name for name, used in needed.items() if used]
+        if found and self.observations:
+            raise ValueError(
+                f"{', '.join(found)}: needs one vector as observation, this policy has "
+                f"{', '.join(self.observations)} by name; leave it out, or wrap the environment in "
+                "gymnasium.wrappers.FlattenObservation"
+            )
+
+    @property
+    def observed(self) -> ObsFields:
+        """What a step's observation is made of."""
+        return self.observations or ObsField((self.obs_dim,))
+
+    def make_encoder(self) -> Encoder:
+        """The encoder, with freshly initialised weights if it has any."""
+        return make_encoder(self.encoder, self.observed, self.n_obs_steps)
 
     def _check_sizes(self) -> None:
         """Refuse what says something per action or per observation entry, but not of each."""
@@ -286,11 +323,16 @@ class PolicySpec:
         shape = {
             "horizon": self.horizon,
             "dim": layout.dim,
-            "cond_dim": layout.cond_dim + (2 if self.returns is not None else 0),
+            "cond_dim": 2 if self.returns is not None else 0,
         }
+        encoder = self.make_encoder() if layout.kind == "action" else None
+        if encoder is not None:
+            shape["cond_dim"] += encoder.cond_dim
         network, process = make_network({**self.network, **shape}), make_process(self.process)
         data_std = getattr(process, "data_std", 0.5)
-        return Denoiser(network, process, self.prediction, clip=self.clip, data_std=data_std)
+        return Denoiser(
+            network, process, self.prediction, clip=self.clip, data_std=data_std, encoder=encoder
+        )
 
     def make_heads(self) -> nn.ModuleDict:
         """The heads, freshly initialised; sizes that a config leaves out are this policy's."""
@@ -299,7 +341,8 @@ class PolicySpec:
 
 def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
     """Raise ``ValueError`` unless the normaliser fits the policy's shapes and its clipping."""
-    for name, dim in (("obs", spec.obs_dim), ("action", spec.action_dim)):
+    dims = {k: f.size for k, f in by_store_field(spec.observed).items() if not f.is_image}
+    for name, dim in (dims | {"action": spec.action_dim}).items():
         if name not in normalizer.fields:
             raise ValueError(
                 f"the normaliser has no field {name!r} (it has {sorted(normalizer.fields)})"

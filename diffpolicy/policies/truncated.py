@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.observation import each
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.plan_loop import Loop, PlanLoop
 from diffpolicy.settings import check_choice, check_range, named_settings
@@ -217,12 +218,12 @@ class Candidates:
         return sum(self.loops[kind].nfe for kind in self.settings.loops)
 
     def propose(
-        self, history: Tensor, previous: Tensor, has_previous: Tensor, noise: Tensor
+        self, history: Any, previous: Tensor, has_previous: Tensor, noise: Tensor
     ) -> ScoredPlans:
         """Solve and rank every guess.
 
         Args:
-            history: raw observations ``[n, To, O]``.
+            history: raw observations ``[n, To, O]``, or such tensors by name.
             previous: shifted last plans ``[n, H, A]``, normalised.
             has_previous: bool ``[n]``, rows where ``previous`` means anything.
             noise: standard normal ``[R, n, H, A]`` with R = ``draws``.
@@ -234,7 +235,7 @@ class Candidates:
         guess, log_prob = self._guesses(history, previous, noise)
         count, many = guess.shape[:2]
         slices = noise[:many].transpose(0, 1).flatten(0, 1)[None]
-        repeated = history.repeat_interleave(many, 0)
+        repeated = each(lambda one: one.repeat_interleave(many, 0), history)
         loop = self.loops["guesses"]
         if self.settings.rank == "confidence":
             assert isinstance(loop, PlanLoop)
@@ -262,8 +263,8 @@ class Candidates:
         drawn = noise[-self._choice_slices :].transpose(0, 1).flatten(1)
         return ScoredPlans(plans, scores, self.nfe, gumbel_noise(drawn, many))
 
-    def _guesses(self, history: Tensor, previous: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        parts, log_prob = [], history.new_zeros(len(history), 0)
+    def _guesses(self, history: Any, previous: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        parts, log_prob = [], noise.new_zeros(noise.shape[1], 0)
         if self.anchor_count:
             assert self.anchors is not None
             placed, log_prob = self.anchors.guesses(history, self.normalizer)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from diffpolicy.data import observation
-from diffpolicy.data.observation import Obs, ObsField, ObsFields
+from diffpolicy.data.observation import Obs
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.runtime.wire_format import WireError
 
@@ -138,7 +138,7 @@ class Batcher:
 
     def _from_plan(self, session: Session, obs: Obs) -> Array | None:
         """The action of the plan at hand, or ``None`` (and no change) where a plan is needed."""
-        state = self.policy.observe(obs, session.state)  # type: ignore[arg-type]
+        state = self.policy.observe(obs, session.state)
         if self.policy.needs_plan(state)[0]:
             return None
         actions, session.state = self.policy.execute(state)
@@ -158,7 +158,8 @@ class Batcher:
         Raises:
             Exception: whatever the policy raises.
         """
-        await self._call([blank(observed(self.policy))], [False], self.policy.initial_state([0]))
+        blank = observation.zeros(self.policy.observed, (1,))
+        await self._call([blank], [False], self.policy.initial_state([0]))
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -220,27 +221,12 @@ class Batcher:
         )
 
 
-def observed(policy: ChunkedPolicy) -> ObsFields:
-    """What a policy observes in one step: one array ``[O]``, or what its spec names."""
-    named: ObsFields | None = getattr(getattr(policy, "spec", None), "observations", None)
-    return named or ObsField((policy.obs_dim,))
-
-
-def blank(fields: ObsFields) -> Obs:
-    """One observation of zeros."""
-    if isinstance(fields, ObsField):
-        return np.zeros((1, *fields.shape), fields.dtype)
-    return {name: np.zeros((1, *one.shape), one.dtype) for name, one in fields.items()}
-
-
 def stacked(states: Sequence[PolicyState]) -> PolicyState:
     """The rows of several states as one state."""
     if len(states) == 1:
         return states[0]
-    names = [f.name for f in fields(PolicyState) if f.name != "memory"]
-    memory = {k: np.concatenate([s.memory[k] for s in states]) for k in states[0].memory}
-    rows = {name: np.concatenate([getattr(s, name) for s in states]) for name in names}
-    return PolicyState(**rows, memory=memory)
+    names = [f.name for f in fields(PolicyState)]
+    return PolicyState(**{n: observation.concat([getattr(s, n) for s in states]) for n in names})
 
 
 def answer_rows(

@@ -10,11 +10,12 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from diffpolicy.data.observation import side_by_side
 from diffpolicy.extras import need
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.plan_loop import PlanLoop
@@ -84,11 +85,11 @@ class CompiledLoop:
         self._made_of = loop.grid.weight_versions()
         self.error = self.verify()
 
-    def __call__(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
+    def __call__(self, history: Any, guess: Tensor, noise: Tensor) -> Tensor:
         """One plan per row.
 
         Args:
-            history: raw observations ``[n, To, O]``, float32 as all of them.
+            history: raw observations ``[n, To, O]``, or such tensors by name; float32 as all.
             guess: normalised clean guess ``[n, H, A]``.
             noise: standard normal ``[R, n, H, A]``.
 
@@ -103,7 +104,7 @@ class CompiledLoop:
                 "the weights changed since this policy was compiled, which holds the earlier ones: "
                 "compile it again (policy.compile(...))"
             )
-        inputs = history, guess, noise
+        inputs = side_by_side(history), guess, noise
         count = self._count(*inputs)
         if count == self.batch_size:
             return self._run(*inputs)
@@ -326,7 +327,7 @@ def example_inputs(loop: PlanLoop, batch: int, *, seed: int = 0) -> tuple[Tensor
     observed = torch.randn(batch, *loop.obs_shape, generator=generator).to(loop.device)
     guess = 2 * torch.rand(batch, *plan, generator=generator) - 1
     noise = torch.randn(loop.draws, batch, *plan, generator=generator)
-    history = loop.normalizer.unnormalize("obs", observed)
+    history = loop.condition.unnormalize(observed)
     return history, guess.to(loop.device), noise.to(loop.device)
 
 

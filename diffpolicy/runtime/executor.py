@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffpolicy.data.observation import Obs, as_seen, each, to_fields
 from diffpolicy.policies.base import Array, ChunkedPolicy, hold_limit, holds
 from diffpolicy.runtime.clock import NS_PER_MS, Clock, RealClock
 from diffpolicy.runtime.planner import Planning, Timing
@@ -117,7 +118,7 @@ class RealTimeExecutor:
             maker, refiner, timing, clock=self._clock, meter=self._meter, seed=seed
         )
         self._period_ns, self._late_ns = timing.period_ns, timing.late_ns
-        self._trail: deque[Array] = deque(maxlen=maker.trail_length)
+        self._trail: deque[Obs] = deque(maxlen=maker.trail_length)
         self._clear()
 
     def __enter__(self) -> RealTimeExecutor:
@@ -148,7 +149,7 @@ class RealTimeExecutor:
         self._source = "safe"
         self._tick, self._epoch_ns = -1, -1
 
-    def warm_up(self, obs: Array, plans: int = 3, *, keep: bool = True) -> tuple[float, ...]:
+    def warm_up(self, obs: Obs, plans: int = 3, *, keep: bool = True) -> tuple[float, ...]:
         """Make plans before time starts, so that caches, threads and compilers are ready.
 
         The first is cold, the others are warm; then the refinement, if there is one. Begins another
@@ -157,7 +158,7 @@ class RealTimeExecutor:
         sees; a :meth:`reset` afterwards drops the plan. Takes the clock's time.
 
         Args:
-            obs: the observation ``[O]`` that the robot begins with.
+            obs: the observation (``[O]``, or arrays by name) that the robot begins with.
             plans: how many.
             keep: ``False`` drops the first plan too and leaves its randomness unused, for an
                 observation that is not the robot's.
@@ -272,8 +273,9 @@ class RealTimeExecutor:
     def _observe(self, obs: Any) -> bool:
         """Append an observation; whether it is a good one."""
         try:
-            seen = np.array(obs, np.float32)
-            good = seen.shape == (self.policy.obs_dim,) and all(map(math.isfinite, seen.tolist()))
+            seen = each(np.array, as_seen(obs, self.policy.observed, lead=()))
+            arrays = to_fields(seen).values()
+            good = all(math.isfinite(value) for a in arrays for value in a.ravel().tolist())
         except Exception:  # whatever a sensor sends, the loop goes on
             good = False
         if good:

@@ -246,12 +246,17 @@ def _contract(
 ) -> dict[str, Any]:
     spec, jump = planner.spec, planner._unusual
     sizes = ("obs_dim", "action_dim", "horizon", "n_obs_steps", "n_action_steps")
+    named = {name: field.size for name, field in spec.observations.items()}  # in their order
     versions = {p: importlib.metadata.version(p) for p in ("diffpolicy", "torch", "onnx")}
     by = f"onnxruntime {importlib.metadata.version('onnxruntime')}"
     contract = {
         "format": FORMAT,
         "version": VERSION,
-        "policy": {**{name: getattr(planner, name) for name in sizes}, "env_id": spec.env_id},
+        "policy": {
+            **{name: getattr(planner, name) for name in sizes},
+            **({"observations": named} if named else {}),
+            "env_id": spec.env_id,
+        },
         "rate_hz": rate_hz,
         "batch": dict(batch),
         "actions": {

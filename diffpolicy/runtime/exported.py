@@ -16,6 +16,7 @@ from diffpolicy.extras import need
 from diffpolicy.settings import check_shape
 
 Array = npt.NDArray[Any]
+History = Array | Mapping[str, Array]
 FORMAT, VERSION = "diffpolicy-export", 1
 CONTRACT = "contract.json"
 
@@ -73,12 +74,13 @@ class ExportedPolicy:
         self._warm[slice(None) if rows is None else list(rows)] = False
 
     def plan(
-        self, history: Array, *, executed: int | Array | None = None, noise: Array | None = None
+        self, history: History, *, executed: int | Array | None = None, noise: Array | None = None
     ) -> ExportedPlan:
         """Plan for every row: warm where the row has a plan since :meth:`reset`, else cold.
 
         Args:
-            history: raw observations ``[n, To, O]``, oldest first; the same rows at every call.
+            history: raw observations ``[n, To, O]``, or such arrays by name, oldest first; the same
+                rows at every call.
             executed: steps executed since the last plan, one number or ``[n]`` (Ta when absent).
                 A policy that plans anew when its observation jumps looks for jumps within
                 ``history`` here; call :meth:`reset` for jumps between two calls.
@@ -131,7 +133,7 @@ class ExportedPolicy:
     def solve(
         self,
         kind: str,
-        history: Array,
+        history: History,
         last: Array | None = None,
         shift: Array | None = None,
         noise: Array | None = None,
@@ -181,8 +183,14 @@ class ExportedPolicy:
             raise ValueError(f"this export has no {kind!r} loop; it has {sorted(loops)}")
         return loops[kind]
 
-    def _checked(self, history: Array) -> Array:
-        value, sizes = np.asarray(history, np.float32), self.contract["policy"]
+    def _checked(self, history: History) -> Array:
+        sizes = self.contract["policy"]
+        if isinstance(history, Mapping):  # the file takes them side by side
+            names = list(sizes["observations"])
+            if sorted(names) != sorted(history):
+                raise ValueError(f"history must hold {sorted(names)}, got {sorted(history)}")
+            history = np.concatenate([np.asarray(history[name]) for name in names], axis=-1)
+        value = np.asarray(history, np.float32)
         check_shape("history", value.shape, ("n", sizes["n_obs_steps"], sizes["obs_dim"]))
         if not len(value) or not np.isfinite(value).all():
             raise ValueError("history holds no rows, or values that are not finite")

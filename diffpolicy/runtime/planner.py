@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
+from diffpolicy.data.observation import Obs, each, take
+from diffpolicy.policies.base import ChunkedPolicy, PolicyState
 from diffpolicy.runtime.clock import NS_PER_MS, Clock, Outcome
 from diffpolicy.runtime.report import Meter
 from diffpolicy.runtime.schedule import Track, TrackMaker, UnusablePlanError
@@ -134,7 +135,7 @@ class Planning:
         self.track, self._memory = track, track.state
         self._seed, self._used = None, 0
 
-    def update(self, tick: int, trail: Sequence[Array], *, seen: bool) -> None:
+    def update(self, tick: int, trail: Sequence[Obs], *, seen: bool) -> None:
         """Take over a plan that has come, begin one if due, and watch the deadline.
 
         Args:
@@ -157,7 +158,7 @@ class Planning:
             self._overdue = self.degraded = True
             self.meter.counts["missed_deadlines"] += 1
 
-    def refine(self, tick: int, trail: Sequence[Array], left_ns: int) -> Track | None:
+    def refine(self, tick: int, trail: Sequence[Obs], left_ns: int) -> Track | None:
         """A one-evaluation plan, made now, if its usual time is not above ``left_ns``."""
         track = self.track
         if self.refiner is None or track is None:
@@ -179,10 +180,10 @@ class Planning:
         self._keep(refined)
         return refined
 
-    def warm_up(self, obs: Array, plans: int, *, keep: bool) -> tuple[float, ...]:
+    def warm_up(self, obs: Obs, plans: int, *, keep: bool) -> tuple[float, ...]:
         """Make a cold plan, which is kept, warm ones and a refinement; see the executor."""
-        seen = self.maker.policy.observe(np.asarray(obs, np.float32)[None], self._memory)
-        trail = (seen.history[0, -1],)
+        seen = self.maker.policy.observe(take(each(np.asarray, obs), None), self._memory)
+        trail = (take(seen.history, (0, -1)),)
         track, first, taken = None, None, []
         if self._request is not None:
             self.runner.poll(_FOREVER_NS)
@@ -214,7 +215,7 @@ class Planning:
         return track is None or track.refined or tick - track.start >= self._replan_after
 
     def _job(
-        self, track: Track | None, trail: Sequence[Array], tick: int, *, warm: bool
+        self, track: Track | None, trail: Sequence[Obs], tick: int, *, warm: bool
     ) -> Callable[[], Track]:
         """Planning from ``trail``; all it needs is bound here, for it runs in another thread."""
         maker, failures = self.maker, self._failures
@@ -232,7 +233,7 @@ class Planning:
         return job
 
     def _refinement(
-        self, refiner: TrackMaker, track: Track, trail: Sequence[Array], tick: int
+        self, refiner: TrackMaker, track: Track, trail: Sequence[Obs], tick: int
     ) -> Callable[[], Track]:
         def job() -> Track:
             snapshot = self.maker.snapshot(track.state, tick - track.start, trail)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from diffpolicy.data.observation import Obs, stack, take
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 
 _FIRST = np.zeros(1, np.int64)
@@ -155,7 +156,7 @@ class TrackMaker:
         self,
         memory: PolicyState,
         since: int | None,
-        trail: Sequence[Array],
+        trail: Sequence[Obs],
         *,
         delay: int = 0,
         failures: int = 0,
@@ -165,7 +166,7 @@ class TrackMaker:
         Args:
             memory: cold, or right after planning.
             since: ticks between that plan's first action and now; ``None`` for a cold memory.
-            trail: the last observations ``[O]``, oldest first.
+            trail: the last observations (``[O]``, or arrays by name), oldest first.
             delay: ticks that the next plan is expected to take.
             failures: plans that failed since ``memory``; their noise is used up, and the same noise
                 might only fail again.
@@ -176,15 +177,15 @@ class TrackMaker:
         if since is not None and self._plain:
             seen = list(trail[-policy.n_obs_steps :])
             seen = seen[:1] * (policy.n_obs_steps - len(seen)) + seen
-            history, cursor = np.array([seen]), memory.cursor + since
+            history, cursor = take(stack(seen), None), memory.cursor + since
             return replace(memory, history=history, cursor=cursor, delay=expected, counter=counter)
         state = memory
         if since is None:
             for obs in trail[-policy.n_obs_steps :]:
-                state = policy.observe(obs[None], state)
+                state = policy.observe(take(obs, None), state)
         else:
             for obs in trail[max(len(trail) - since, 0) :]:  # live through the ticks since then
-                state = policy.observe(obs[None], self._advanced(state))
+                state = policy.observe(take(obs, None), self._advanced(state))
         return replace(state, delay=expected, counter=counter)
 
     def _advanced(self, state: PolicyState) -> PolicyState:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 from diffpolicy.data.observation import ObsField, ObsFields
 from diffpolicy.extras import need
 from diffpolicy.policies.base import ChunkedPolicy
-from diffpolicy.runtime.batching import Batcher, Session, observed
+from diffpolicy.runtime.batching import Batcher, Session
 from diffpolicy.runtime.wire_format import (
     VERSION,
     WireError,
@@ -136,7 +136,7 @@ class PolicyServer:
         self.policy = policy
         self.config = config = config or ServeConfig()
         self.host, self.port = config.host, config.port
-        self.fields = observed(policy)
+        self.fields = policy.observed
         self.contract = contract(policy, self.fields, deterministic=config.deterministic)
         self.batcher = Batcher(
             policy,

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffpolicy.data.observation import is_obs
 from diffpolicy.data.preferences.examples import PairExamples
 from diffpolicy.training.settings import mix_seed
 
@@ -56,7 +57,7 @@ class Mixed:
         batch = self.main.gather(indices % len(self.main))
         if self.anchor is not None:
             other = self.anchor.gather(self.order[indices])
-            batch |= {f"anchor_{name}": other[name] for name in ("obs", "action")}
+            batch |= {f"anchor_{k}": v for k, v in other.items() if k == "action" or is_obs(k)}
             if self.mask_padding:
                 batch["anchor_steps"] = other["valid"].unsqueeze(1)
         return batch
@@ -113,8 +114,9 @@ class ChosenWindows:
         """A batch."""
         pair, window = self.entries[indices].unbind(1)
         batch, rows = self.pairs.gather(pair), torch.arange(len(indices))
-        names = {"obs": "chosen_obs", "action": "chosen_action", "valid": "chosen_steps"}
-        return {name: batch[source][rows, window] for name, source in names.items()}
+        found = {k[len("chosen_") :]: v for k, v in batch.items() if k.startswith("chosen_")}
+        found["valid"] = found.pop("steps")
+        return {name: value[rows, window] for name, value in found.items()}
 
 
 __all__ = ["ChosenWindows", "Executed", "Mixed", "Source", "Turns"]

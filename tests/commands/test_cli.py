@@ -305,7 +305,10 @@ def test_data_commands(tiny_run, capsys):
         (["sampler.solver=dimm"], "unknown solver 'dimm'"),
         (["network.widht=3"], "widht"),
         (["env.id=diffpolicy_envs:diffpolicy/PointMazeUmaze-v0"], "PointMazeUMaze-v0"),
-        (["env.id=diffpolicy_envs:diffpolicy/FetchReach-v0"], "has dimension"),
+        (
+            ["env.id=diffpolicy_envs:diffpolicy/FetchReach-v0"],
+            "convert or collect the data for this one",
+        ),
         (["data.path=nothing_here.zarr"], "no episode store at"),
     ],
 )

@@ -198,3 +198,40 @@ def test_named_observations_are_converted(tmp_path, write_replay):
     store = convert(tmp_path / "r.zarr", tmp_path / "s.zarr", fields=fields)
     assert sorted(store.fields) == ["action", "obs.camera", "obs.joints"]
     np.testing.assert_array_equal(store.read("obs.camera"), arrays["img"])
+
+
+def test_vectors_stand_side_by_side_and_apart():
+    fields = {"goal": ObsField((2,)), "joints": ObsField((3,), "float64")}
+    obs = {"goal": torch.randn(4, 2, 2), "joints": torch.randn(4, 2, 3)}
+    whole = observation.side_by_side(obs)
+    assert whole.shape == (4, 2, 5)
+    parts = observation.apart(whole, fields)
+    assert all(torch.equal(parts[name], obs[name]) for name in fields)
+    assert observation.side_by_side(whole) is observation.apart(whole, ObsField((5,))) is whole
+    with pytest.raises(ValueError, match=r"'obs\.camera' has the shape"):
+        observation.apart(whole, {"camera": ObsField((8, 8, 3), "uint8")})
+
+
+def test_policies_see_float32_and_bytes_of_the_fields_they_know():
+    fields = {"joints": ObsField((2,), "float64"), "camera": ObsField((4, 4, 3), "uint8")}
+    given = {name: np.ones((3, *field.shape), field.dtype) for name, field in fields.items()}
+    seen = observation.as_seen({"other": np.zeros(3), **given}, fields)
+    blank = observation.zeros(fields, (3,))
+    for one in (seen, blank):
+        assert list(one) == ["joints", "camera"]
+        assert {name: array.dtype.name for name, array in one.items()} == {
+            "joints": "float32",
+            "camera": "uint8",
+        }
+    with pytest.raises(ValueError, match="'joints'"):
+        observation.as_seen({"joint": given["joints"], "camera": given["camera"]}, fields)
+
+
+def test_normalisers_take_observations_of_both_kinds():
+    scale, offset = {"obs.joints": torch.tensor([2.0])}, {"obs.joints": torch.tensor([1.0])}
+    normalizer = Normalizer({"obs.joints": "minmax"}, scale, offset)
+    obs = {"joints": torch.ones(2, 1), "camera": torch.ones(2, 4, 4, 3, dtype=torch.uint8)}
+    normal = normalizer.normalize_obs(obs)
+    assert normal["joints"].flatten().tolist() == [3, 3]
+    assert normal["camera"] is obs["camera"]
+    assert torch.equal(normalizer.unnormalize_obs(normal)["joints"], obs["joints"])

@@ -261,7 +261,7 @@ def test_padding_is_cloned_as_the_policy_was_trained(mask_padding, trained, stor
 
     loss, source = objective_of(policy, {**DPO, "anchor_weight": 1.0}, data)
     batch = source.gather(torch.arange(64))
-    scored = batch_items(batch, "anchor", masked=False).steps
+    scored = batch_items(policy.denoiser, batch, "anchor", masked=False).steps
     assert (scored is None) == (not mask_padding)
     if mask_padding:
         assert scored.shape == (64, 4)

@@ -221,7 +221,7 @@ def test_guidance_scale_is_used_and_needs_condition_dropout(make_planner):
 
 
 def test_dict_observations_are_refused(make_planner):
-    with pytest.raises(ValueError, match="flat arrays"):
+    with pytest.raises(ValueError, match="must be one array"):
         make_planner().predict({"observation": np.zeros(3)})
 
 

@@ -654,7 +654,7 @@ def test_warming_up_tells_what_is_wrong():
     executor, _ = make(Encoded(lambda number: "bounds"))
     with pytest.raises(RuntimeError, match="not within the bounds of ActionLimits"):
         executor.warm_up(np.zeros(1))
-    with pytest.raises(ValueError, match="observations must be"):
+    with pytest.raises(ValueError, match="the observation must be"):
         executor.warm_up(np.zeros(2))
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from diffpolicy.api import DiffusionPolicy
 from diffpolicy.commands import serve as command
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import ObsField
+from diffpolicy.networks.encoders import ENCODERS, Encoder
 from diffpolicy.policies.diffusion import PolicySpec, Sampler
 from diffpolicy.runtime import wire_format as wire
 from diffpolicy.runtime.batching import answer_rows
@@ -478,21 +480,39 @@ def test_bad_observations_are_refused_and_change_nothing(policy, observations, o
     np.testing.assert_array_equal(got, alone(policy, good)[0])
 
 
-class NamedPolicy(CountingPolicy):
-    """Observes an arm and a camera, and acts on both as on one array."""
+class Seeing(Encoder):
+    """An arm and a camera of one byte, as one vector."""
 
-    @property
-    def named(self):
-        return {"arm": ObsField((2,)), "camera": ObsField((1, 1, 1), "uint8", "image")}
+    def __init__(self, fields, n_obs_steps):
+        super().__init__()
+        self.cond_dim = 3 * n_obs_steps
 
-    def observe(self, obs, state):
-        flat = np.concatenate([obs["arm"], obs["camera"].reshape(-1, 1)], 1)
-        return super().observe(flat.astype(np.float32), state)
+    def forward(self, obs):
+        camera = obs["camera"].flatten(2) * self.scale + self.offset
+        return torch.cat([obs["arm"], camera], -1).flatten(1)
+
+
+def by_name(policy):
+    """The same policy, which observes an arm and a camera."""
+    fields = {"arm": ObsField((2,)), "camera": ObsField((1, 1, 1), "uint8", "image")}
+    encoder = {"type": "seeing"}
+    spec = replace(policy.spec, obs_dim=2, observations=fields, encoder=encoder)
+    denoiser = spec.make_denoiser()
+    denoiser.load_state_dict(policy.denoiser.state_dict())
+    parts, modes = policy.normalizer.to_tensors(), policy.normalizer.modes
+    encoder = denoiser.encoder
+    encoder.scale, encoder.offset = parts["obs.scale"][2], parts["obs.offset"][2]
+    scale, offset = (
+        {"obs.arm": parts[f"obs.{kind}"][:2], "action": parts[f"action.{kind}"]}
+        for kind in ("scale", "offset")
+    )
+    named = Normalizer({"obs.arm": modes["obs"], "action": modes["action"]}, scale, offset)
+    return DiffusionPolicy(spec, denoiser, named)
 
 
 def test_observations_by_name(policy, observations, monkeypatch):
-    monkeypatch.setattr(PolicySpec, "observations", NamedPolicy.named, raising=False)
-    named = NamedPolicy(policy.spec, policy.denoiser, policy.normalizer)
+    monkeypatch.setitem(ENCODERS, "seeing", Seeing)
+    named = by_name(policy)
     flat = np.round(np.abs(observations[:, 0]))
     asked = [{"arm": o[:2], "camera": o[2:].reshape(1, 1, 1).astype(np.uint8)} for o in flat]
     with serving(named) as server, client_of(server) as client:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.data.observation import from_fields
 from diffpolicy.learn.actor_critic.actors import SamplingChain, denoise_once
 from diffpolicy.learn.actor_critic.algorithms import ALGORITHMS, ActorCritic
 from diffpolicy.learn.cloning.denoising import LossOutput, denoising_error, standard_normal
@@ -24,10 +25,12 @@ class ActorCriticLoss(nn.Module):
     """Actor and critic in one objective, each learning from its own part of the loss alone.
 
     ``forward(batch, generator)`` takes a batch of :class:`diffpolicy.data.transitions.Transitions`:
-    ``obs`` and ``next_obs`` ``[B, To, O]``, ``action [B, H, A]``, ``reward`` and ``discount``
-    ``[B]``, ``valid [B, H]``. The actor's gradient passes through the critic without touching its
-    weights, and no gradient of the critic's reaches the actor. Levels, noise, sampled plans and the
-    choice of critic come from ``generator``. Call :meth:`after_step` after every optimiser step.
+    ``obs`` and ``next_obs`` ``[B, To, O]`` (or by name), ``action [B, H, A]``, ``reward`` and
+    ``discount`` ``[B]``, ``valid [B, H]``. The actor's gradient passes through the critic without
+    touching its weights, and no gradient of the critic's reaches the actor; an encoder with weights
+    learns from both errors, not from the value of the actor's plans. Levels, noise, sampled plans
+    and the choice of critic come from ``generator``. Call :meth:`after_step` after every optimiser
+    step.
 
     Args:
         denoiser: the actor.
@@ -78,7 +81,7 @@ class ActorCriticLoss(nn.Module):
                 mine.copy_(theirs)
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
-        cond = batch["obs"].flatten(1)
+        cond = self.denoiser.encode(from_fields(batch))
         actor, metrics = self._actor(batch, cond, generator)
         learn = self._expectile if self.settings.critic == "iql" else self._temporal
         critic, more = learn(batch, cond, generator)
@@ -108,7 +111,7 @@ class ActorCriticLoss(nn.Module):
                 grad_steps=settings.grad_steps,
                 checkpoint=settings.checkpoint,
             )
-        values = value_for_actor(self.heads["critic"], cond, plan)
+        values = value_for_actor(self.heads["critic"], cond.detach(), plan)
         gain = normalized_value(values, generator)
         return error - settings.eta * gain, {"bc": error, "actor_q": values}
 
@@ -129,10 +132,10 @@ class ActorCriticLoss(nn.Module):
         """
         assert self._chain is not None
         many = max(1, self.settings.max_q_backup)
-        cond = batch["next_obs"].flatten(1).repeat_interleave(many, dim=0)
-        like = batch["action"].repeat_interleave(many, dim=0)
         actor = self.target["denoiser"]
         assert isinstance(actor, Denoiser)
+        cond = actor.encode(from_fields(batch, "next_obs")).repeat_interleave(many, dim=0)
+        like = batch["action"].repeat_interleave(many, dim=0)
         plan = self._chain.run(actor, cond, like, generator)
         values = best_of_candidates(self.target["critic"](cond, plan), many)
         return batch["reward"] + batch["discount"] * values
@@ -144,7 +147,7 @@ class ActorCriticLoss(nn.Module):
         plan = batch["action"]
         with torch.no_grad():
             best = self.target["critic"](cond, plan).amin(0)
-        both = torch.cat([cond, batch["next_obs"].flatten(1)])
+        both = torch.cat([cond, self.denoiser.encode(from_fields(batch, "next_obs"))])
         value, after = self.heads["state_value"](both).chunk(2)
         wrong = expectile_error(best - value, self.settings.expectile)
         target = batch["reward"] + batch["discount"] * after.detach()

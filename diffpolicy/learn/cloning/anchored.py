@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.learn.cloning.denoising import LossOutput, standard_normal
+from diffpolicy.learn.method import encoded
 from diffpolicy.settings import check_choice, check_range
 
 Guesses = Callable[[Tensor], Tensor]
@@ -139,9 +140,9 @@ class AnchoredLoss(nn.Module):
         noise = standard_normal(guess.shape, guess, generator)
         x_t = denoiser.process.add_noise(guess, t[..., None], noise).flatten(0, 1)
         rows = t.repeat_interleave(many, dim=0)
-        cond = None
-        if "obs" in batch:
-            cond = batch["obs"].flatten(1).repeat_interleave(many, dim=0)
+        cond = encoded(denoiser, batch)
+        if cond is not None:
+            cond = cond.repeat_interleave(many, dim=0)
         c_x, c_out, c_in, time = denoiser.coefficients(rows)
         network = denoiser.network
         stages: list[tuple[Tensor, Tensor]] = network.cascade(c_in * x_t, time, cond)  # type: ignore[operator]

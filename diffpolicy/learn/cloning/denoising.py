@@ -9,11 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.noise import stratified
 from diffpolicy.core.starts import Ramp
 from diffpolicy.guidance.layout import Layout
-from diffpolicy.learn.method import Method, Source
+from diffpolicy.learn.method import Method, Source, encoded
 from diffpolicy.settings import check_choice, check_range
 
 LEVEL_LAWS = ("row", "position", "dim")
@@ -91,9 +91,10 @@ class DenoisingLoss(nn.Module):
 
     It is that of Ho et al. 2020, eq. 14.
 
-    ``forward(batch, generator)`` takes a batch with ``obs [B, To, O]`` and ``action [B, H, A]``,
-    both normalised, and optionally ``valid [B, H]`` and ``return [B, 1]``, a further part of the
-    condition. Levels and noise come from ``generator`` alone.
+    ``forward(batch, generator)`` takes a batch with ``obs [B, To, O]`` (or such tensors under
+    ``obs.NAME``) and ``action [B, H, A]``, normalised, and optionally ``valid [B, H]`` and
+    ``return [B, 1]``, a further part of the condition. Levels and noise come from ``generator``
+    alone.
 
     With a ``layout`` of states the batch holds ``obs [B, H, O]`` instead, the plan is the one that
     the layout says, its known entries enter the network clean and have no loss, and the condition
@@ -172,7 +173,7 @@ class DenoisingLoss(nn.Module):
         return torch.where(coin < self.constant_fraction, constant, finer)
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
-        x0, cond = clean_plan(batch, self.layout)
+        x0, cond = clean_plan(batch, self.layout, self.denoiser)
         t = self.draw_levels(x0.shape[0], x0.shape[2], generator).to(x0.device, x0.dtype)
         noise = standard_normal(x0.shape, x0, generator)
         if cond is not None and self.cond_dropout > 0:
@@ -195,10 +196,13 @@ class DenoisingLoss(nn.Module):
         return LossOutput(loss, {})
 
 
-def clean_plan(batch: Mapping[str, Tensor], layout: Layout | None) -> tuple[Tensor, Tensor | None]:
+def clean_plan(
+    batch: Mapping[str, Tensor], layout: Layout | None, denoiser: BaseDenoiser | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The clean plan ``[B, H, D]`` of a batch of windows, and the condition ``[B, C]`` or None."""
     if layout is None or layout.kind == "action":
-        x0, parts = batch["action"], [batch["obs"].flatten(1)] if "obs" in batch else []
+        cond = encoded(denoiser or BaseDenoiser(), batch)
+        x0, parts = batch["action"], [] if cond is None else [cond]
     else:
         action = batch["action" if layout.kind == "trajectory" else "obs"]  # states need none
         x0, parts = layout.join(batch["obs"], action), []

@@ -120,7 +120,7 @@ class PreferenceLoss(Referenced):
             out, anchors = self._feedback(batch, generator)
         if self.settings.anchor_weight == 0:
             return out
-        demonstrations = batch_items(batch, "anchor", masked=self.masked)
+        demonstrations = batch_items(self.denoiser, batch, "anchor", masked=self.masked)
         if demonstrations is not None and self.settings.anchor != "chosen":
             error = drawn_error(self.score, self.denoiser, demonstrations, generator)
             anchors = error + anchors if self.settings.anchor == "both" else error
@@ -131,7 +131,7 @@ class PreferenceLoss(Referenced):
         self, batch: Mapping[str, Tensor], generator: torch.Generator
     ) -> tuple[LossOutput, Tensor]:
         """The loss of pairs, and the errors of the chosen items ``[B]``."""
-        chosen, rejected = pair_items(batch, masked=self.masked)
+        chosen, rejected = pair_items(self.denoiser, batch, masked=self.masked)
         draw = self.score.draw(self.denoiser, chosen, generator).twice()
         both = joined(chosen, rejected)
         policy, reference = self._scores(both, draw)
@@ -151,7 +151,7 @@ class PreferenceLoss(Referenced):
         self, batch: Mapping[str, Tensor], generator: torch.Generator
     ) -> tuple[LossOutput, Tensor]:
         """The loss of single items, and the errors of the good ones, with mean as theirs."""
-        items = batch_items(batch, "", masked=self.masked)
+        items = batch_items(self.denoiser, batch, "", masked=self.masked)
         if items is None or "good" not in batch:
             wanted = "tokens and good" if self.masked else "obs, action and good"
             raise ValueError(f"loss='kto' needs a batch with {wanted}; got {sorted(batch)}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.data.observation import from_fields
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import Method
 from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps
@@ -235,7 +236,7 @@ class DROLoss(Referenced):
             policy,
             settings,
             batch["action"],
-            batch["obs"].flatten(1),
+            policy.encode(from_fields(batch)).detach(),
             generator,
             states=settings.states,
             jitter=settings.jitter,

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffpolicy.core.denoiser import BaseDenoiser
+from diffpolicy.data.observation import each, from_fields, holds
+
 
 class Items(NamedTuple):
     """Rows that make up items: a segment of 50 steps is several chunks.
@@ -58,10 +61,14 @@ class Draw(NamedTuple):
         return Draw(*(torch.cat([value, value], dim=1) for value in self))
 
 
-def batch_items(batch: Mapping[str, Tensor], name: str, *, masked: bool) -> Items | None:
+def batch_items(
+    denoiser: BaseDenoiser, batch: Mapping[str, Tensor], name: str, *, masked: bool
+) -> Items | None:
     """The items that a batch has under ``name``; None: it has none.
 
     Args:
+        denoiser: encodes their observations, without gradients: both sides of a comparison, and
+            the reference, see the same condition.
         batch: see :class:`diffpolicy.learn.preferences.dpo.PreferenceLoss`.
         name: ``"chosen"``, ``"rejected"``, ``"anchor"``, or ``""``: single items.
         masked: sequences, rather than plans.
@@ -77,28 +84,37 @@ def batch_items(batch: Mapping[str, Tensor], name: str, *, masked: bool) -> Item
     prefix = f"{name}_" if name else ""
     if f"{prefix}action" not in batch:
         return None
-    action, obs = batch[f"{prefix}action"], batch.get(f"{prefix}obs")
+    action, key = batch[f"{prefix}action"], f"{prefix}obs"
+    obs = from_fields(batch, key) if holds(batch, key) else None
     steps = batch.get(f"{prefix}steps")
     if name == "anchor":  # windows of demonstrations, one of each
-        action, obs = action.unsqueeze(1), None if obs is None else obs.unsqueeze(1)
+        action = action.unsqueeze(1)
+    elif obs is not None:
+        obs = each(lambda one: one.flatten(0, 1), obs)
     count, windows = action.shape[:2]
     rows = torch.arange(count, device=action.device).repeat_interleave(windows)
+    with torch.no_grad():
+        cond = None if obs is None else denoiser.encode(obs)
     return Items(
         action.flatten(0, 1),
-        None if obs is None else obs.flatten(0, 1).flatten(1),
+        cond,
         None if steps is None else steps.flatten(0, 1).bool(),
         rows,
         count,
     )
 
 
-def pair_items(batch: Mapping[str, Tensor], *, masked: bool) -> tuple[Items, Items]:
+def pair_items(
+    denoiser: BaseDenoiser, batch: Mapping[str, Tensor], *, masked: bool
+) -> tuple[Items, Items]:
     """The chosen and the rejected items of a batch, which share their noise.
 
     Raises:
         ValueError: a batch without, or items of two shapes.
     """
-    chosen, rejected = (batch_items(batch, name, masked=masked) for name in ("chosen", "rejected"))
+    chosen, rejected = (
+        batch_items(denoiser, batch, name, masked=masked) for name in ("chosen", "rejected")
+    )
     if chosen is None or rejected is None:
         sides = ("chosen", "rejected")
         wanted = sides if masked else [f"{s}_{part}" for s in sides for part in ("obs", "action")]

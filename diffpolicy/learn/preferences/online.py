@@ -13,6 +13,7 @@ from torch import Tensor
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.starts import prior_start
+from diffpolicy.data.observation import count, each, from_fields, holds, to_fields
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import check_rewards, plan_shape
 from diffpolicy.learn.preferences.few_step import FewStep, evaluating
@@ -71,7 +72,7 @@ class Drawn(NamedTuple):
 def draw_plans(
     denoiser: BaseDenoiser,
     settings: OwnPlans,
-    obs: Tensor,
+    obs: Any,
     reward: Reward,
     generator: torch.Generator,
 ) -> Drawn:
@@ -80,7 +81,7 @@ def draw_plans(
     Args:
         denoiser: draws them.
         settings: how; ``drawn_by`` and ``label_scale`` are not looked at.
-        obs: ``[B, To, O]``, normalised.
+        obs: ``[B, To, O]``, normalised, or such tensors by name.
         reward: ``(plans [B N, H, D], cond [B N, C]) -> [B N]``.
         generator: of all noise.
 
@@ -89,7 +90,7 @@ def draw_plans(
     """
     many, process = settings.candidates, denoiser.process
     assert isinstance(process, GaussianProcess)
-    cond = obs.flatten(1).repeat_interleave(many, dim=0)
+    cond = denoiser.encode(obs).repeat_interleave(many, dim=0)
     like = next(denoiser.parameters()).detach()
     noise = process.draw_noise((len(cond), *plan_shape(denoiser)), generator, like)
     begin = prior_start(process, noise)
@@ -149,9 +150,9 @@ class OnlineDPOLoss(Referenced):
         self.register_buffer("steps", steps, persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
-        if "obs" not in batch:
+        if not holds(batch):
             raise ValueError(f"plans are drawn for obs [B, To, O]; got a batch of {sorted(batch)}")
-        pairs, found = self.draw(batch["obs"], generator)
+        pairs, found = self.draw(from_fields(batch), generator)
         anchors = {k: v for k, v in batch.items() if k.startswith("anchor_")}
         out = self._loss[0]({**pairs, **anchors}, generator)
         return LossOutput(out.loss, {**found, **out.metrics})
@@ -166,24 +167,24 @@ class OnlineDPOLoss(Referenced):
 
     @torch.no_grad()
     def draw(
-        self, obs: Tensor, generator: torch.Generator
+        self, obs: Any, generator: torch.Generator
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One pair of plans per observation, as a batch of the loss; and what there is to log."""
         with self._drawing() as denoiser:
             drawn = draw_plans(denoiser, self.settings, obs, self._reward[0], generator)
-        reward, rows = drawn.reward, torch.arange(len(obs), device=obs.device)
+        reward, rows = drawn.reward, torch.arange(count(obs), device=drawn.reward.device)
         best, worst = reward.argmax(1), reward.argmin(1)
         lead = reward[rows, best] - reward[rows, worst]
         if self.settings.label_scale is not None:
             u = torch.rand(len(lead), generator=generator, device=generator.device)
             wrong = u.to(lead) > (lead / self.settings.label_scale).sigmoid()
             best, worst = torch.where(wrong, worst, best), torch.where(wrong, best, worst)
-        pairs = {}
+        pairs: dict[str, Tensor] = {}
         for name, which in (("chosen", best), ("rejected", worst)):
-            pairs[f"{name}_obs"] = obs.unsqueeze(1)
+            pairs |= to_fields(each(lambda one: one.unsqueeze(1), obs), f"{name}_obs")
             pairs[f"{name}_action"] = drawn.plans[rows, which].unsqueeze(1)
             if self.steps is not None:
-                pairs[f"{name}_steps"] = self.steps.expand(len(obs), 1, -1)
+                pairs[f"{name}_steps"] = self.steps.expand(count(obs), 1, -1)
         return pairs, {"reward": reward.mean(), "lead": lead.mean()}
 
 

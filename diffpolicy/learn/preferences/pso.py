@@ -18,8 +18,9 @@ from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
 from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.data.observation import is_obs
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Method, Source, check_rewards, plan_shape
+from diffpolicy.learn.method import Method, Source, check_rewards, encoded, plan_shape
 from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps, PlanSteps
 from diffpolicy.learn.preferences.formulas import ANCHORS
 from diffpolicy.learn.preferences.items import Items, batch_items, pair_items
@@ -270,8 +271,8 @@ class PSOLoss(Referenced):
             ``2 B`` chains, and their rewards ``[2 B]``.
         """
         size, given = len(next(iter(batch.values()))), batch.get("cond")
-        if given is None and "obs" in batch:
-            given = batch["obs"].flatten(1)
+        if given is None:
+            given = encoded(self.denoiser, batch)
         cond, steps = (
             None if v is None else torch.cat([v, v]) for v in (given, batch.get("steps"))
         )
@@ -292,7 +293,7 @@ class PSOLoss(Referenced):
 
     def bridge(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Any, Any]:
         """Chains that end in the chosen, and in the rejected items of a batch."""
-        chosen, rejected = pair_items(batch, masked=self.masked)
+        chosen, rejected = pair_items(self.denoiser, batch, masked=self.masked)
         if self.masked:
             order = self.steps.order(len(chosen.x0), generator)
             first, second = (
@@ -331,17 +332,17 @@ class PSOLoss(Referenced):
 
     def _anchor_items(self, batch: Mapping[str, Tensor]) -> list[Items]:
         """What is cloned, one kind or two."""
-        demos = batch_items(batch, "anchor", masked=self.masked)
+        demos = batch_items(self.denoiser, batch, "anchor", masked=self.masked)
         if self.settings.online:
             if demos is None:  # those that the chains take their conditions of
-                own = [name for name in ("obs", "action", "tokens", "cond") if name in batch]
+                own = [k for k in batch if is_obs(k) or k in ("action", "tokens", "cond")]
                 whole = {f"anchor_{name}": batch[name] for name in own}
-                demos = batch_items(whole, "anchor", masked=self.masked)
+                demos = batch_items(self.denoiser, whole, "anchor", masked=self.masked)
             if demos is None:
                 wanted = "anchor_tokens" if self.masked else "anchor_obs and anchor_action"
                 raise ValueError(f"anchor_weight needs a batch with {wanted}; got {sorted(batch)}")
             return [demos]
-        chosen = batch_items(batch, "chosen", masked=self.masked)
+        chosen = batch_items(self.denoiser, batch, "chosen", masked=self.masked)
         assert chosen is not None  # it was compared
         if demos is None or self.settings.anchor == "chosen":
             return [chosen]
