@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from diffpolicy.report import sequences, tuning
+import diffpolicy.report.sequences as sequences
+import diffpolicy.report.tuning as tuning
 from diffpolicy.report.figures import draw_pictures, plot_nfe
 from diffpolicy.report.sequence_figures import plot_front, plot_logo
 from diffpolicy.report.sequences import PRETRAINED, TOP, TUNED
