@@ -25,6 +25,7 @@ EXTRAS = {
     "sb3_contrib": "tqc",
     "tensorboard": "tensorboard",
     "seqfold": "rna",
+    "sklearn": "anchors",
     "websockets": "serve",
     "msgpack": "serve",
 }

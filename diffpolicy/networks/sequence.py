@@ -51,9 +51,8 @@ class PositionConv(nn.Module):
         """Map h [B, L, inner] to [B, L, out]."""
         image = h.transpose(1, 2).unsqueeze(2)
         kernel = self.weight.transpose(1, 2).unsqueeze(2)
-        out = F.conv2d(
-            image, kernel, self.bias, padding=(0, self.padding), dilation=(1, self.dilation)
-        )
+        padding, dilation = (0, self.padding), (1, self.dilation)
+        out = F.conv2d(image, kernel, self.bias, padding=padding, dilation=dilation)
         # In place before the views below: on a view, autograd would copy the whole base.
         return F.relu(out, inplace=True).squeeze(2).transpose(1, 2)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -17,13 +16,6 @@ from diffpolicy.policies.rows import row_generator
 from diffpolicy.settings import check_choice, check_range, named_settings
 
 RANKS = ("argmax", "softmax")
-
-
-class MakePlans(Protocol):
-    """The method of a policy that makes plans."""
-
-    def __call__(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
-        """Plans ``[n, H, ...]`` and network evaluations ``[n]``."""
 
 
 @named_settings
@@ -65,9 +57,19 @@ class Selector:
         self.settings, self.score = settings, score
 
     def choose(
-        self, make_plans: MakePlans, state: PolicyState, *, deterministic: bool
+        self,
+        make_plans: Callable[..., tuple[Array, Array]],
+        state: PolicyState,
+        *,
+        deterministic: bool,
     ) -> tuple[Array, Array]:
-        """Plans of n rows, and the evaluations each took (of all its candidates at once)."""
+        """Plans of n rows, and the evaluations each took (of all its candidates at once).
+
+        Args:
+            make_plans: the method of a policy that makes them.
+            state: memory of the rows.
+            deterministic: passed on to it; the best is taken then.
+        """
         many, count = self.settings.num_candidates, len(state)
         if many == 1:
             return make_plans(state, deterministic=deterministic)

@@ -66,9 +66,8 @@ def demonstrations(
         ValueError: fewer than two episodes.
     """
     if min(store.num_episodes, episodes) < 2:
-        raise ValueError(
-            f"choosing a level needs at least 2 episodes, got {episodes} of {store.num_episodes}"
-        )
+        got = f"{episodes} of {store.num_episodes}"
+        raise ValueError(f"choosing a level needs at least 2 episodes, got {got}")
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(store.num_episodes)[:episodes]
     whole = store.episode_lengths[chosen]
@@ -76,9 +75,8 @@ def demonstrations(
     first = store.episode_ends[chosen] - whole + rng.integers(0, whole - lengths + 1)
     step = np.arange(lengths.max())
     rows = first[:, None] + np.minimum(step, lengths[:, None] - 1)
-    obs, action = (
-        read_rows(store, name, rows).astype(np.float32, copy=False) for name in ("obs", "action")
-    )
+    fields = (read_rows(store, name, rows) for name in ("obs", "action"))
+    obs, action = (values.astype(np.float32, copy=False) for values in fields)
     return Demonstrations(obs, action, step < lengths[:, None])
 
 
@@ -252,9 +250,7 @@ class _Study:
         before = planner.n_action_steps
         rows, steps = np.nonzero(self.demos.valid[:, before:])
         if len(rows) == 0:
-            raise ValueError(
-                f"no demonstration is longer than n_action_steps={before}; use a smaller one"
-            )
+            raise ValueError(f"no demonstration is longer than n_action_steps={before}")
         chosen = rng.permutation(len(rows))[:points]
         rows, steps = rows[chosen], steps[chosen]  # the earlier decision; the later is `before` on
 

@@ -311,8 +311,6 @@ def _usable(outcome: Outcome, name: str) -> Track:
         raise RuntimeError(f"warming up: {name} failed") from outcome.error
     track: Track = outcome.value
     if not (track.finite and track.good[0]):
-        raise RuntimeError(
-            f"warming up: {name} gives an action that is not finite or not within the bounds of "
-            f"ActionLimits (after clipping: {track.actions[0]})"
-        )
+        what = "not finite or not within the bounds of ActionLimits"
+        raise RuntimeError(f"warming up: {name} gives {track.actions[0]} (clipped), {what}")
     return track

@@ -218,7 +218,7 @@ class Wide(nn.Module):
     ("network", "process", "vocab_size", "message"),
     [
         (Wide(), LogLinear(), 1, "vocab_size must be at least 2, got 1"),
-        (Wide(), LogLinear(), 4, "4 tokens and the mask needs dim=5, got dim=7"),
+        (Wide(), LogLinear(), 4, "4 tokens and the mask need dim=5, got dim=7"),
         (Wide(), VPCosine(), 6, "tokens need a masking process .*got VPCosine"),
     ],
 )
