@@ -168,24 +168,21 @@ def sample(
     modulations = getattr(grid.denoise, "modulations", None)
     with torch.set_grad_enabled(wants_graph):
         films = None if modulations is None else modulations(start.x, cond)
+    recompute: Callable[..., Denoised] = checkpointed
     memory = Memory(start.x, start.x, ())
     transitions: list[Transition] = []
     for i, row in enumerate(grid.rows):
         x = memory.x
         with torch.set_grad_enabled(ambient and i >= first_grad):
-            inputs = (i, x, cond) if films is None else (i, x, cond, films[i])
-            out = _evaluate(grid, inputs, checkpoint=checkpoint and torch.is_grad_enabled())
+            inputs: tuple[Any, ...] = (i, x, cond) if films is None else (i, x, cond, films[i])
+            if checkpoint and torch.is_grad_enabled():
+                out = recompute(grid.denoise, *inputs, use_reentrant=False)
+            else:
+                out = grid.denoise(*inputs)
             memory, mean, std = row.advance(memory, out, None if noise is None else noise[i])
         if record:
             transitions.append(Transition(x, row.t, out, mean, std, memory.x))
     return Trajectory(memory.x, tuple(transitions)) if record else memory.x
-
-
-def _evaluate(grid: Grid, inputs: tuple[Any, ...], *, checkpoint: bool) -> Denoised:
-    if not checkpoint:
-        return grid.denoise(*inputs)
-    run: Callable[..., Denoised] = checkpointed
-    return run(grid.denoise, *inputs, use_reentrant=False)
 
 
 def _loop_noise(

@@ -286,7 +286,9 @@ class DPMSolverPP(Solver):
         if order == 1:
             b = [first]
         elif order == 2:
-            slope = 0.5 * first if self.midpoint else step.alpha_s * self._taylor(step.h, weight)
+            # By Taylor: ``int_0^h e^{-(1+eta)(h-u)} (1+eta) u du / h`` weighs the difference.
+            taylor = 1 - _ratio(weight, (1 + self.eta) * step.h)
+            slope = 0.5 * first if self.midpoint else step.alpha_s * taylor
             # Times (m0 - m1), per unit of the previous step.
             slope = slope * _ratio(step.h, recent[1].h)
             b = [first + slope, -slope]
@@ -295,10 +297,6 @@ class DPMSolverPP(Solver):
         a, rows = step.freeze(a, b)
         g = step.sigma_s * (-torch.expm1(-2 * self.eta * step.h)).sqrt() if self.eta > 0 else None
         return Row(step.t, a, rows, g)
-
-    def _taylor(self, h: Tensor, weight: Tensor) -> Tensor:
-        """``int_0^h e^{-(1+eta)(h-u)} (1+eta) u du / h``: weight of the first difference."""
-        return 1 - _ratio(weight, (1 + self.eta) * h)
 
     def _third(self, step: Step, before: Step, before2: Step) -> list[Tensor]:
         r0, r1 = _ratio(before.h, step.h), _ratio(before2.h, step.h)

@@ -117,19 +117,11 @@ class Chain:
 
     def step(self, k: int, x: Tensor, out: Denoised) -> Tensor:
         """From level ``k`` to the next, with the answer ``out`` at ``x``; no evaluation."""
-        solver = self._in_order(x) if self.random_order else self.solver
-        known, grid = _Known(self.denoise.process, out), self.levels[k : k + 2]
-        moved = sample(known, solver, Start(x, grid[0]), grid, generator=self.generator)
-        assert isinstance(moved, Tensor)
-        return moved
+        return self._moved(_Known(self.denoise.process, out), x, self.levels[k : k + 2])
 
     def whole(self, x: Tensor, cond: Tensor | None) -> Tensor:
         """All steps at once."""
-        solver = self._in_order(x) if self.random_order else self.solver
-        start = Start(x, self.levels[0])
-        x0 = sample(self.denoise, solver, start, self.levels, cond=cond, generator=self.generator)
-        assert isinstance(x0, Tensor)
-        return x0
+        return self._moved(self.denoise, x, self.levels, cond)
 
     def rewards(self, x0: Tensor, cond: Tensor | None) -> Tensor:
         """The rewards ``[B]`` of clean states."""
@@ -140,8 +132,15 @@ class Chain:
         """The rewards of clean estimates, float64; ``"hard"``: of their most probable tokens."""
         return self.rewards(hard_one_hot(x0_hat) if estimate == "hard" else x0_hat, cond).double()
 
-    def _in_order(self, x: Tensor) -> Scheduled:
-        return Scheduled(one_by_one(x[..., -1] > 0.5, self.generator))
+    def _moved(
+        self, denoise: BaseDenoiser, x: Tensor, grid: Tensor, cond: Tensor | None = None
+    ) -> Tensor:
+        solver, start = self.solver, Start(x, grid[0])
+        if self.random_order:
+            solver = Scheduled(one_by_one(x[..., -1] > 0.5, self.generator))
+        moved = sample(denoise, solver, start, grid, cond=cond, generator=self.generator)
+        assert isinstance(moved, Tensor)
+        return moved
 
 
 class _Known(BaseDenoiser):

@@ -256,7 +256,7 @@ class SequenceRegressor(Configured):
 
 
 def _check_dilations(dilations: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(dilations, (list, tuple)) or not dilations:
+    if not isinstance(dilations, list | tuple) or not dilations:
         raise ValueError(f"dilations must be a list such as {list(DILATIONS)}, got {dilations!r}")
     check_positive(**{f"dilations[{i}]": value for i, value in enumerate(dilations)})
     return tuple(dilations)

@@ -81,13 +81,10 @@ class Selector:
         if not deterministic and self.settings.rank == "softmax":
             spread = scores.std(1, keepdims=True)
             scores = scores / np.maximum(spread, 1e-12) * self.settings.weight
-            scores = scores + self._gumbel(state)  # argmax of this is a draw from the softmax
+            # The argmax of this is a draw from the softmax; candidates use the streams below N.
+            streams = zip(state.seed.tolist(), state.counter.tolist(), strict=True)
+            draws = [row_generator(*stream, many).gumbel(size=many) for stream in streams]
+            scores = scores + np.stack(draws)
         best = scores.argmax(1)
         picked: Array = plans.reshape(count, many, *plans.shape[1:])[np.arange(count), best]
         return picked, nfe.reshape(count, many)[:, 0]
-
-    def _gumbel(self, state: PolicyState) -> Array:
-        """``[n, N]``, a function of each row's stream; candidates use the streams below N."""
-        many = self.settings.num_candidates
-        streams = zip(state.seed.tolist(), state.counter.tolist(), strict=True)
-        return np.stack([row_generator(s, c, many).gumbel(size=many) for s, c in streams])

@@ -70,7 +70,8 @@ class RTI(Sampler):
         if self.legacy and (self.renoise or self.levels is None):
             example = "t_start=0.03, levels=(0.02, 0.01, 0)"
             raise ValueError(f"legacy=True needs renoise=False and levels, such as {example}")
-        if self.levels is not None and not _descends_to_clean((min(first), *self.levels)):
+        down = (1.0, 0.0) if self.levels is None else (min(first), *self.levels)
+        if len(down) < 2 or down[-1] != 0 or any(a <= b for a, b in pairwise(down)):
             got = f"t_start={self.t_start}, levels={self.levels}"
             raise ValueError(f"levels follow t_start, strictly descending to 0; got {got}")
 
@@ -93,10 +94,6 @@ class RTI(Sampler):
             return super().grid(process, first, num_steps=num_steps)
         t = trained_level(process, torch.tensor(self.t_start, dtype=torch.float64).view(1, 1, -1))
         return check_snapped(process.snap(explicit_levels(Start(t, t), self.levels)), process)
-
-
-def _descends_to_clean(levels: tuple[float, ...]) -> bool:
-    return len(levels) > 1 and levels[-1] == 0 and all(a > b for a, b in pairwise(levels))
 
 
 @dataclass(frozen=True)
