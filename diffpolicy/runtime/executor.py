@@ -309,8 +309,8 @@ def _checked_ladder(ladder: Sequence[str]) -> tuple[str, ...]:
     rungs = tuple(ladder)
     in_order = rungs == tuple(rung for rung in RUNGS if rung in rungs)
     if not in_order or not rungs or rungs[-1] not in ("hold", "safe"):
-        wanted = f"some of {list(RUNGS)} in this order, the last 'hold' or 'safe'"
-        raise ValueError(f"a ladder is {wanted}; got {list(rungs)}")
+        form = f"is made of {list(RUNGS)} in this order and ends in 'hold' or 'safe'"
+        raise ValueError(f"a ladder {form}; got {list(rungs)}")
     return rungs if rungs[-1] == "safe" else (*rungs, "safe")
 
 
