@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoised, DenoiserNetwork, GridDenoise
 from diffpolicy.core.masking import MaskingProcess, one_hot
+from diffpolicy.settings import check_range
 
 
 class MaskedDenoiser(BaseDenoiser):
@@ -42,18 +43,13 @@ class MaskedDenoiser(BaseDenoiser):
         time_free: bool = False,
     ) -> None:
         super().__init__()
-        if vocab_size < 2:
-            raise ValueError(f"vocab_size must be at least 2, got {vocab_size}")
-        if getattr(network, "dim", vocab_size + 1) != vocab_size + 1:
-            raise ValueError(
-                f"a network of {vocab_size} tokens and the mask needs dim={vocab_size + 1}, got "
-                f"dim={network.dim}"
-            )
+        check_range("[2, inf)", vocab_size=vocab_size)
+        dim = getattr(network, "dim", vocab_size + 1)
+        if dim != vocab_size + 1:
+            needed = f"dim={vocab_size + 1}, got {dim=}"
+            raise ValueError(f"{vocab_size} tokens and the mask need {needed}")
         if not isinstance(process, MaskingProcess):
-            raise ValueError(
-                f"tokens need a masking process (masked_loglinear, masked_cosine), got "
-                f"{type(process).__name__}"
-            )
+            raise ValueError(f"tokens need a masking process, got {type(process).__name__}")
         self.network = network
         self.process = process
         self.vocab_size = vocab_size
@@ -80,7 +76,7 @@ class MaskedDenoiser(BaseDenoiser):
         if not x_t.is_floating_point() and not getattr(self.network, "takes_tokens", False):
             x_t = one_hot(x_t, self.vocab_size)
         time = torch.zeros((1, 1, 1), device=x_t.device) if self.time_free else t
-        return self._run(x_t, self._network_time(time), cond)
+        return self._run(x_t, self.process.network_time(time), cond)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
         return masked_answer(x_t, self.log_probs(x_t, t, cond))
@@ -89,7 +85,7 @@ class MaskedDenoiser(BaseDenoiser):
         network: DenoiserNetwork = self.network  # type: ignore[assignment]
         like = self.weight
         rows = t[:1, :1, :1, :1] * 0 if self.time_free else t
-        time = self._network_time(rows).to(like.device, like.dtype, non_blocking=True)
+        time = self.process.network_time(rows).to(like.device, like.dtype, non_blocking=True)
         embedded: Sequence[Tensor | None] = [None] * len(rows)
         if hasattr(network, "embed_time"):
             embedded = network.embed_time(time.flatten(0, 1)).chunk(len(rows))
@@ -103,12 +99,8 @@ class MaskedDenoiser(BaseDenoiser):
 
     def check_t(self, t: Tensor) -> None:
         if t.dim() != 3 or t.shape[1:] != (1, 1):
-            raise ValueError(
-                f"masked sequences take one level per row, t [B, 1, 1]; got {tuple(t.shape)}"
-            )
-
-    def _network_time(self, t: Tensor) -> Tensor:
-        return self.process.network_time(t)
+            got = tuple(t.shape)
+            raise ValueError(f"masked sequences take one level per row, t [B, 1, 1]; got {got}")
 
     def _run(self, x: Tensor, time: Tensor, cond: Tensor | None, **known: Tensor | None) -> Tensor:
         dtype = self.weight.dtype  # tokens come without a type, conditions in the caller's

@@ -72,10 +72,6 @@ class MaskingProcess(NoiseProcess):
         noised = self.add_noise(x0, t.to(x0.device, x0.dtype, non_blocking=True), noise)
         return torch.where(at_prior, self.prior(noise), noised)
 
-    def config(self) -> dict[str, Any]:
-        """Plain values from which :func:`make_masking` rebuilds the process."""
-        return {"type": self.type, **vars(self)}
-
 
 @dataclass(frozen=True)
 class LogLinear(MaskingProcess):

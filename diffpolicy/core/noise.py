@@ -11,12 +11,13 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from diffpolicy.settings import check_choice, check_known, settings_of
+from diffpolicy.settings import check_choice, check_known, check_range, settings_of
 
 TIME_SCALE = 1000.0  # sinusoidal embeddings were designed for integer steps 0..999
 
@@ -62,7 +63,7 @@ class NoiseProcess:
         return t
 
     def config(self) -> dict[str, Any]:
-        """Plain values from which :func:`make_process` rebuilds the process."""
+        """Plain values from which :func:`make_process` or ``make_masking`` rebuilds the process."""
         return {"type": self.type, **vars(self)}
 
 
@@ -162,8 +163,8 @@ class VPCosine(GaussianProcess):
     type: ClassVar[str] = "vp_cosine"
 
     def __post_init__(self) -> None:
-        _require(0 <= self.s < 1, f"s must be in [0, 1), got {self.s}")
-        _require(0 < self.alpha_min < 1, f"alpha_min must be in (0, 1), got {self.alpha_min}")
+        check_range("[0, 1)", s=self.s)
+        check_range("(0, 1)", alpha_min=self.alpha_min)
 
     @property
     def _start(self) -> float:
@@ -187,10 +188,8 @@ class VPCosine(GaussianProcess):
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         ratio = (-log_snr).exp()
-        angle = torch.atan2(
-            (ratio + math.sin(self._start) ** 2).sqrt(),
-            torch.full_like(ratio, math.cos(self._start)),
-        )
+        opposite = (ratio + math.sin(self._start) ** 2).sqrt()
+        angle = torch.atan2(opposite, torch.full_like(ratio, math.cos(self._start)))
         return (angle - self._start) / (self._stop - self._start)
 
 
@@ -203,10 +202,8 @@ class VPLinear(GaussianProcess):
     type: ClassVar[str] = "vp_linear"
 
     def __post_init__(self) -> None:
-        _require(
-            0 < self.beta_min < self.beta_max,
-            f"need 0 < beta_min < beta_max, got {self.beta_min}, {self.beta_max}",
-        )
+        check_range("(0, inf)", beta_min=self.beta_min)
+        check_range(f"({self.beta_min}, inf)", beta_max=self.beta_max)
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         return -0.25 * t.square() * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
@@ -239,20 +236,18 @@ class DiscreteVP(GaussianProcess):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
-        _require(len(self.betas) > 0, "betas must not be empty")
-        _require(all(0 < b < 1 for b in self.betas), "every beta must be in (0, 1)")
+        if not self.betas or not all(0 < b < 1 for b in self.betas):
+            raise ValueError("there must be betas, and every beta must be in (0, 1)")
         steps = torch.log1p(-torch.tensor(self.betas, dtype=torch.float64))
-        object.__setattr__(
-            self, "_log_alphas", torch.cat([steps.new_zeros(1), 0.5 * steps.cumsum(0)])
-        )
+        log_alphas = torch.cat([steps.new_zeros(1), 0.5 * steps.cumsum(0)])
+        object.__setattr__(self, "_log_alphas", log_alphas)
 
     @classmethod
     def cosine(cls, num_steps: int, *, s: float = 0.008, beta_max: float = 0.999) -> DiscreteVP:
         """The ``squaredcos_cap_v2`` betas of the field's published policies."""
-        bar = [
-            math.cos((k / num_steps + s) / (1 + s) * math.pi / 2) ** 2 for k in range(num_steps + 1)
-        ]
-        return cls(tuple(min(1 - bar[k + 1] / bar[k], beta_max) for k in range(num_steps)))
+        share = [k / num_steps for k in range(num_steps + 1)]
+        bar = [math.cos((k + s) / (1 + s) * math.pi / 2) ** 2 for k in share]
+        return cls(tuple(min(1 - after / before, beta_max) for before, after in pairwise(bar)))
 
     @classmethod
     def linear(
@@ -297,10 +292,8 @@ class DiscreteVP(GaussianProcess):
         return (t * len(self.betas) - 1).clamp_min(0)
 
     def sample_t(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-        steps = torch.randint(
-            len(self.betas), tuple(shape), generator=generator, device=_device(generator)
-        )
-        return (1 + steps) / len(self.betas)
+        count, device = len(self.betas), _device(generator)
+        return (1 + torch.randint(count, tuple(shape), generator=generator, device=device)) / count
 
     def snap(self, t: Tensor) -> Tensor:
         return (t * len(self.betas)).round() / len(self.betas)
@@ -329,11 +322,8 @@ class EDM(GaussianProcess):
     type: ClassVar[str] = "edm"
 
     def __post_init__(self) -> None:
-        _require(
-            0 < self.sigma_min < self.sigma_max,
-            f"need 0 < sigma_min < sigma_max, got {self.sigma_min}, {self.sigma_max}",
-        )
-        _require(self.rho > 0 and self.data_std > 0, "rho and data_std must be positive")
+        check_range("(0, inf)", sigma_min=self.sigma_min, rho=self.rho, data_std=self.data_std)
+        check_range(f"({self.sigma_min}, inf)", sigma_max=self.sigma_max)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -341,21 +331,15 @@ class EDM(GaussianProcess):
     def sigma(self, t: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         fraction = ((t - self.ramp) / (1 - self.ramp)).clamp_min(0)
-        return torch.where(
-            t < self.ramp,
-            self.sigma_min / self.ramp * t,
-            (low + fraction * (high - low)) ** self.rho,
-        )
+        sigma = (low + fraction * (high - low)) ** self.rho
+        return torch.where(t < self.ramp, self.sigma_min / self.ramp * t, sigma)
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         sigma = (-0.5 * log_snr).exp()
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         fraction = (sigma.clamp_min(self.sigma_min) ** (1 / self.rho) - low) / (high - low)
-        return torch.where(
-            sigma < self.sigma_min,
-            sigma * self.ramp / self.sigma_min,
-            self.ramp + fraction * (1 - self.ramp),
-        )
+        on_ramp, t = sigma * self.ramp / self.sigma_min, self.ramp + fraction * (1 - self.ramp)
+        return torch.where(sigma < self.sigma_min, on_ramp, t)
 
     def network_time(self, t: Tensor) -> Tensor:
         return self.sigma(t).clamp_min(1e-2 * self.sigma_min).log() / 4
@@ -438,8 +422,3 @@ def stratified(shape: Sequence[int], generator: torch.Generator | None = None) -
 
 def _device(generator: torch.Generator | None) -> torch.device:
     return torch.device("cpu") if generator is None else generator.device
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -136,15 +136,13 @@ class RevealRow:
         x, log_p = memory.x, out.aux["log_p"]
         tokens, mask = pad(x[..., :-1], (0, 1)), x[..., -1:]
         if self.which is None:
-            joint = torch.cat(
-                [log_p + self.reveal.log(), torch.log1p(-self.reveal).expand_as(mask)], dim=-1
-            )
+            stay = torch.log1p(-self.reveal).expand_as(mask)
+            joint = torch.cat([log_p + self.reveal.log(), stay], dim=-1)
             drawn = self.relaxation.draw(joint, noise, self.gumbel_temperature)
             law = joint.detach().exp()
         else:
-            drawn = pad(
-                self.relaxation.draw(log_p, noise[..., :-1], self.gumbel_temperature), (0, 1)
-            )
+            drawn = self.relaxation.draw(log_p, noise[..., :-1], self.gumbel_temperature)
+            drawn = pad(drawn, (0, 1))
             law = pad(log_p.detach().exp(), (0, 1))
         moved = torch.addcmul(tokens, mask, drawn)
         mean = torch.addcmul(tokens, mask, law)
@@ -189,10 +187,8 @@ class Scheduled(Solver):
 
     def __post_init__(self) -> None:
         if self.groups.dim() != 2 or self.groups.is_floating_point():
-            raise ValueError(
-                f"groups must be integers [B, L], got {self.groups.dtype} "
-                f"{tuple(self.groups.shape)}; make them with reveal_schedule or one_by_one"
-            )
+            got = f"{self.groups.dtype} {tuple(self.groups.shape)}"
+            raise ValueError(f"groups must be integers [B, L], as reveal_schedule's; got {got}")
 
     def rows(self, process: Any, levels: Tensor) -> list[Any]:
         return _rows(process, levels, self.relaxation, self.groups)
@@ -202,9 +198,8 @@ def _rows(
     process: Any, levels: Tensor, relaxation: Relaxation | None, groups: Tensor | None
 ) -> list[Any]:
     if not isinstance(process, MaskingProcess):
-        raise ValueError(
-            f"this solver reveals masked tokens; for {type(process).__name__} use ddim, ddpm, ..."
-        )
+        kind = type(process).__name__
+        raise ValueError(f"this solver reveals masked tokens; for {kind} use ddim, ddpm, ...")
     count = len(levels) - 1
     soft = [None] * count if relaxation is None else relaxation.gumbel_temperatures(count)
     how = HARD if relaxation is None else relaxation
@@ -284,10 +279,7 @@ def reveals(
     masked = start.x[..., -1] > 0.5
     if num_steps is None:
         if not time_free:
-            raise ValueError(
-                "one position at a time (num_steps=None) is for time_free denoisers; one that sees "
-                "the noise level needs num_steps=K, e.g. num_steps=128"
-            )
+            raise ValueError("num_steps=None is for time_free denoisers; give one, such as 128")
         count = max(1, int(masked.sum(1).max().item()))
         return one_by_one(masked, generator), levels(start, count)
     grid = levels(start, num_steps)

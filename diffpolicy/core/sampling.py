@@ -19,6 +19,7 @@ from diffpolicy.core.denoiser import BaseDenoiser, Denoised, GridDenoise
 from diffpolicy.core.noise import NoiseProcess
 from diffpolicy.core.solvers import Memory, Row, Solver
 from diffpolicy.core.starts import Start
+from diffpolicy.settings import check_shape
 
 
 class Transition(NamedTuple):
@@ -53,9 +54,8 @@ class Grid:
     def __init__(self, denoise: BaseDenoiser, solver: Solver, levels: Tensor, like: Tensor) -> None:
         denoise.check_t(levels[0])
         rows = solver.rows(denoise.process, levels)
-        flat = torch.stack(
-            [v.broadcast_to(levels.shape[1:]) for row in rows for v in row.constants()]
-        )
+        shape = levels.shape[1:]
+        flat = torch.stack([v.broadcast_to(shape) for row in rows for v in row.constants()])
         values = iter(flat.to(like.device, like.dtype, non_blocking=True).unbind(0))
         self.rows = [row.with_constants([next(values) for _ in row.constants()]) for row in rows]
         self.denoise = denoise.on_grid(torch.stack([row.t for row in rows]))
@@ -158,37 +158,31 @@ def sample(
             grid = prepare(denoise, solver, levels, start.x)
     if wants_graph and not grid.has_graph:
         raise ValueError(
-            "this grid was prepared without gradients: prepare it with gradients enabled, "
-            "or sample under torch.no_grad()"
+            "this grid was prepared without gradients: enable them, or sample under torch.no_grad()"
         )
     if grid.levels[0].shape != start.t.shape or not torch.equal(grid.levels[0], start.t):
-        raise ValueError(
-            "levels[0] differs from start.t: derive the grid with levels(start, num_steps)"
-        )
+        raise ValueError("levels[0] differs from start.t: make the grid by levels(start, ...)")
     noise = _loop_noise(grid, start.x, noise, generator)
     ambient = torch.is_grad_enabled()
     first_grad = 0 if grad_steps is None else len(grid.rows) - grad_steps
     modulations = getattr(grid.denoise, "modulations", None)
     with torch.set_grad_enabled(wants_graph):
         films = None if modulations is None else modulations(start.x, cond)
+    recompute: Callable[..., Denoised] = checkpointed
     memory = Memory(start.x, start.x, ())
     transitions: list[Transition] = []
     for i, row in enumerate(grid.rows):
         x = memory.x
         with torch.set_grad_enabled(ambient and i >= first_grad):
-            inputs = (i, x, cond) if films is None else (i, x, cond, films[i])
-            out = _evaluate(grid, inputs, checkpoint=checkpoint and torch.is_grad_enabled())
+            inputs: tuple[Any, ...] = (i, x, cond) if films is None else (i, x, cond, films[i])
+            if checkpoint and torch.is_grad_enabled():
+                out = recompute(grid.denoise, *inputs, use_reentrant=False)
+            else:
+                out = grid.denoise(*inputs)
             memory, mean, std = row.advance(memory, out, None if noise is None else noise[i])
         if record:
             transitions.append(Transition(x, row.t, out, mean, std, memory.x))
     return Trajectory(memory.x, tuple(transitions)) if record else memory.x
-
-
-def _evaluate(grid: Grid, inputs: tuple[Any, ...], *, checkpoint: bool) -> Denoised:
-    if not checkpoint:
-        return grid.denoise(*inputs)
-    run: Callable[..., Denoised] = checkpointed
-    return run(grid.denoise, *inputs, use_reentrant=False)
 
 
 def _loop_noise(
@@ -199,10 +193,7 @@ def _loop_noise(
     shape = (grid.nfe, *x.shape)
     if noise is None:
         return grid.process.draw_noise(shape, generator, x)
-    if tuple(noise.shape) != shape:
-        raise ValueError(
-            f"noise must be {shape} (one slice per network evaluation), got {tuple(noise.shape)}"
-        )
+    check_shape("noise (a slice per network evaluation)", noise.shape, shape)
     return noise
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -116,15 +116,11 @@ class Step:
     @classmethod
     def between(cls, process: GaussianProcess, t: Tensor, s: Tensor) -> Step:
         alpha_t, sigma_t, alpha_s, sigma_s = (
-            process.alpha(t),
-            process.sigma(t),
-            process.alpha(s),
-            process.sigma(s),
+            f(u) for u in (t, s) for f in (process.alpha, process.sigma)
         )
         h = (alpha_s.log() - sigma_s.log()) - (alpha_t.log() - sigma_t.log())
-        return cls(
-            t, s, alpha_t, sigma_t, alpha_s, sigma_s, torch.where(t == s, torch.zeros_like(h), h)
-        )
+        h = torch.where(t == s, torch.zeros_like(h), h)
+        return cls(t, s, alpha_t, sigma_t, alpha_s, sigma_s, h)
 
     @property
     def still(self) -> Tensor:
@@ -290,20 +286,17 @@ class DPMSolverPP(Solver):
         if order == 1:
             b = [first]
         elif order == 2:
-            slope = 0.5 * first if self.midpoint else step.alpha_s * self._taylor(step.h, weight)
-            slope = slope * _ratio(
-                step.h, recent[1].h
-            )  # times (m0 - m1), per unit of the previous step
+            # By Taylor: ``int_0^h e^{-(1+eta)(h-u)} (1+eta) u du / h`` weighs the difference.
+            taylor = 1 - _ratio(weight, (1 + self.eta) * step.h)
+            slope = 0.5 * first if self.midpoint else step.alpha_s * taylor
+            # Times (m0 - m1), per unit of the previous step.
+            slope = slope * _ratio(step.h, recent[1].h)
             b = [first + slope, -slope]
         else:
             b = self._third(step, recent[1], recent[2])
         a, rows = step.freeze(a, b)
         g = step.sigma_s * (-torch.expm1(-2 * self.eta * step.h)).sqrt() if self.eta > 0 else None
         return Row(step.t, a, rows, g)
-
-    def _taylor(self, h: Tensor, weight: Tensor) -> Tensor:
-        """``int_0^h e^{-(1+eta)(h-u)} (1+eta) u du / h``: weight of the first difference."""
-        return 1 - _ratio(weight, (1 + self.eta) * h)
 
     def _third(self, step: Step, before: Step, before2: Step) -> list[Tensor]:
         r0, r1 = _ratio(before.h, step.h), _ratio(before2.h, step.h)
@@ -348,9 +341,8 @@ class UniPC(Solver):
             a, b = step.freeze(*self._update(steps, i, orders[i], corrector=False))
             row = Row(step.t, a, b)
             if i > 0 and self.corrector:
-                c, d = steps[i - 1].freeze(
-                    *self._update(steps, i - 1, orders[i - 1], corrector=True)
-                )
+                update = self._update(steps, i - 1, orders[i - 1], corrector=True)
+                c, d = steps[i - 1].freeze(*update)
                 row = replace(row, c=c, d=d)
             out.append(row)
         return out
@@ -363,12 +355,11 @@ class UniPC(Solver):
         Of the corrector, the new value's weight comes first.
         """
         step = steps[i]
-        nodes = [
-            -_ratio(
-                sum((steps[i - k].h for k in range(1, j + 1)), torch.zeros_like(step.h)), step.h
-            )
-            for j in range(1, order)
-        ]  # r_j < 0, positions of the history in units of h
+        # r_j < 0: positions of the history in units of h.
+        back = accumulate(
+            (steps[i - k].h for k in range(1, order)), initial=torch.zeros_like(step.h)
+        )
+        nodes = [-_ratio(distance, step.h) for distance in islice(back, 1, None)]
         gain = step.alpha_s * -torch.expm1(-step.h)
         scale = step.alpha_s * (step.h if self.variant == "bh1" else -torch.expm1(-step.h))
         rho = self._weights(step.h, nodes + ([torch.ones_like(step.h)] if corrector else []))
@@ -401,10 +392,8 @@ class UniPC(Solver):
         matrix, right = powers.movedim((0, 1), (-2, -1)), torch.stack(target).movedim(0, -1)
         # Two nodes coincide where history is missing or a step is infinite; least squares drops one
         # of them.
-        solution = torch.linalg.lstsq(matrix, right.unsqueeze(-1), driver="gelsd").solution.squeeze(
-            -1
-        )
-        return list(solution.movedim(-1, 0).unbind(0))
+        solved = torch.linalg.lstsq(matrix, right.unsqueeze(-1), driver="gelsd")
+        return list(solved.solution.squeeze(-1).unbind(-1))
 
 
 @dataclass(frozen=True)
@@ -437,10 +426,8 @@ class DEIS(Solver):
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
         steps = _steps(process, levels)
         if bool((steps[0].alpha_t <= 0).any()):
-            raise ValueError(
-                f"deis integrates x / alpha, and {process.type!r} has alpha = 0 at the start;"
-                " use dpmpp, unipc or heun, or start below t = 1"
-            )
+            what = f"{process.type!r} has alpha = 0 at the start"
+            raise ValueError(f"deis divides by alpha, and {what}; use dpmpp, unipc or heun")
         return [self._row(process, steps, i) for i in range(len(steps))]
 
     def _row(self, process: GaussianProcess, steps: Sequence[Step], i: int) -> Row:
@@ -449,9 +436,8 @@ class DEIS(Solver):
         if self.mode == "ipndm":
             weights = [(rho_s - rho_t) * w for w in self._AB[count - 1]]
         else:
-            weights = _lagrange_integrals(
-                process, [steps[i - j].t for j in range(count)], rho_t, rho_s
-            )
+            nodes = [steps[i - j].t for j in range(count)]
+            weights = _lagrange_integrals(process, nodes, rho_t, rho_s)
         a, b = step.freeze(step.alpha_s / step.alpha_t, [step.alpha_s * w for w in weights])
         inverse = torch.where(step.sigma_t > 0, 1 / step.sigma_t, 0.0)
         return Row(step.t, a, b, to_eps=(inverse, -step.alpha_t * inverse))
@@ -490,9 +476,8 @@ def _lagrange_integrals(
         basis = torch.ones_like(t)
         for k, other in enumerate(nodes):
             if k != j:
-                basis = basis * torch.where(
-                    node == other, torch.zeros_like(t), (t - other) / (node - other)
-                )
+                slope = (t - other) / (node - other)
+                basis = basis * torch.where(node == other, torch.zeros_like(t), slope)
         out.append(half * (weights.view(shape) * basis).sum(0))
     return out
 

@@ -44,9 +44,8 @@ def level(value: float | Tensor, like: Tensor) -> Tensor:
     """
     if isinstance(value, Tensor):
         if value.dim() != like.dim():
-            raise ValueError(
-                f"a level must broadcast to x {tuple(like.shape)}; got shape {tuple(value.shape)}"
-            )
+            got, wanted = tuple(value.shape), tuple(like.shape)
+            raise ValueError(f"a level must broadcast to x {wanted}; got shape {got}")
         return value.to("cpu", torch.float64)
     check_range("[0, 1]", level=value)
     return torch.full((1,) * like.dim(), float(value), dtype=torch.float64)
@@ -136,11 +135,9 @@ def warm_start(
         tail: what fills its end.
     """
     shifted = shift_plan(plan, shift, tail=tail)
-    return (
-        truncated_start(process, shifted, t_start, noise)
-        if renoise
-        else Start(shifted, level(t_start, plan))
-    )
+    if renoise:
+        return truncated_start(process, shifted, t_start, noise)
+    return Start(shifted, level(t_start, plan))
 
 
 @dataclass(frozen=True)
@@ -168,11 +165,8 @@ class Ramp:
 
     def __post_init__(self) -> None:
         if min(self.horizon, self.n_obs_steps, self.n_action_steps) < 1 or self.chunks < 2:
-            raise ValueError(
-                "streaming needs a plan of at least two chunks: horizon >= n_obs_steps - 1 + "
-                f"2 n_action_steps; got horizon={self.horizon}, n_obs_steps={self.n_obs_steps}, "
-                f"n_action_steps={self.n_action_steps}. Raise horizon or lower n_action_steps"
-            )
+            least = "at least two chunks (horizon >= n_obs_steps - 1 + 2 n_action_steps)"
+            raise ValueError(f"streaming needs plans of {least}; got {self}")
 
     @property
     def chunks(self) -> int:
@@ -262,9 +256,7 @@ def levels(
         grid = torch.cat([first[None], inner, torch.full_like(first, end)[None]])
         return grid if process is None else check_snapped(grid, process)
     if not isinstance(process, GaussianProcess):
-        raise ValueError(
-            f"spacing {spacing!r} needs process=... of Gaussian noise; for others use spacing='t'"
-        )
+        raise ValueError(f"spacing {spacing!r} needs Gaussian noise; for others use spacing='t'")
     rho = 7.0 if spacing == "karras" else None
     return _ratio_grid(process, first, num_steps, end, t_min, rho)
 
@@ -277,10 +269,8 @@ def trained_level(process: NoiseProcess, t_start: Tensor) -> Tensor:
     """
     t = process.snap(t_start)
     if bool((t <= 0).any()):
-        raise ValueError(
-            f"t_start={float(t_start.min()):.4g} is nearer to clean data than to the first "
-            f"training level of the process; raise t_start to at least {process.first_level:.4g}"
-        )
+        fix = f"raise t_start to at least {process.first_level:.4g}"
+        raise ValueError(f"t_start={float(t_start.min()):.4g} is nearer to clean data: {fix}")
     return t
 
 
@@ -296,9 +286,8 @@ def check_snapped(grid: Tensor, process: NoiseProcess) -> Tensor:
         most = max(1, int(((grid[0] - grid[-1])[moving].min() / apart).round()))
         raise ValueError(
             f"a grid of {len(grid) - 1} steps from level {float(grid[0][moving].min()):.4g} to "
-            f"{float(grid[-1].max()):.4g} repeats a training level, of which the process has "
-            f"{round(1 / apart)}: an evaluation for nothing. Take at most {most} steps (by hand: "
-            f"levels at least {apart:.4g} apart)"
+            f"{float(grid[-1].max()):.4g} repeats a training level, of which there are "
+            f"{round(1 / apart)}. Take at most {most} steps, or levels {apart:.4g} apart"
         )
     return grid
 
@@ -319,9 +308,8 @@ def _ratio_grid(
     intervals = num_steps - 1 if lands else num_steps
     least = max(1e-3, process.first_level) if t_min is None else t_min
     last = torch.full_like(first, end if end > 0 else least).minimum(first)
-    finite = torch.where(
-        process.alpha(first) > 0, first, 1 - 1e-3
-    )  # flow matching: the ratio is infinite at t = 1
+    # In flow matching the ratio is infinite at t = 1.
+    finite = torch.where(process.alpha(first) > 0, first, 1 - 1e-3)
     ends = torch.stack([finite, last])
     ratio = (-0.5 * process.log_snr(ends)).exp()
     warped = ratio.log() if rho is None else ratio ** (1 / rho)

@@ -79,11 +79,8 @@ class _WrapperOnGrid:
         self._columns = [wrapper.placed(c).unbind(0) for c in wrapper.constants(t)]
 
     def modulations(self, x: Tensor, cond: Any) -> Sequence[Tensor] | None:
-        inner = getattr(self._inner, "modulations", None)
-        films: Sequence[Tensor] | None = None
-        if inner is not None:
-            films = inner(*self._wrapper.inside(x, cond))
-        return films
+        inner: Callable[..., Sequence[Tensor]] | None = getattr(self._inner, "modulations", None)
+        return None if inner is None else inner(*self._wrapper.inside(x, cond))
 
     def __call__(self, row: int, x: Tensor, cond: Any, film: Tensor | None = None) -> Denoised:
         extra = () if film is None else (film,)
@@ -130,9 +127,8 @@ def differentiable(x: Tensor, what: str) -> Tensor:
         ValueError: in inference mode, which cannot differentiate ``what``.
     """
     if torch.is_inference_mode_enabled():
-        raise ValueError(
-            f"{what} is differentiated: call it under torch.no_grad(), not torch.inference_mode()"
-        )
+        fix = "call it under torch.no_grad(), not torch.inference_mode()"
+        raise ValueError(f"{what} is differentiated: {fix}")
     return x if torch.is_grad_enabled() and x.requires_grad else x.detach().requires_grad_()
 
 

@@ -54,11 +54,7 @@ class Layout:
         sizes = ("obs_dim", "action_dim", "horizon", "n_obs_steps")
         check_range("[1, inf)", **{name: getattr(self, name) for name in sizes})
         least = self.n_obs_steps + (self.kind != "action")
-        if self.horizon < least:
-            raise ValueError(
-                f"a {self.kind!r} plan with n_obs_steps={self.n_obs_steps} needs horizon >= "
-                f"{least}, got {self.horizon}"
-            )
+        check_range(f"[{least}, inf)", horizon=self.horizon)
         if (self.goal or self.constant) and self.kind == "action":
             raise ValueError("an 'action' plan holds no observation whose goal could be pinned")
         # Lists come from JSON and YAML; the value must stay hashable.
@@ -68,10 +64,8 @@ class Layout:
             raise ValueError(f"goal must be pairs of integers (i, j), got {self.goal}")
         indices = [*self.constant, *(index for pair in self.goal for index in pair)]
         if not all(isinstance(i, int) and 0 <= i < self.obs_dim for i in indices):
-            raise ValueError(
-                f"goal and constant are indices into an observation of {self.obs_dim} entries, got "
-                f"goal={self.goal}, constant={self.constant}"
-            )
+            what = f"indices into an observation of {self.obs_dim} entries"
+            raise ValueError(f"goal={self.goal}, constant={self.constant} are not all {what}")
         if len({i for i, _ in self.goal}) != len(self.goal):
             raise ValueError(f"goal pins an entry twice: {self.goal}")
 
@@ -110,14 +104,13 @@ class Layout:
         Raises:
             ValueError: a part that the plan holds has another shape.
         """
-        parts = []
         if self.kind != "action":
             check_shape("obs", obs.shape, ("B", self.horizon, self.obs_dim))
-            parts.append(obs)
         if self.kind != "state":
             check_shape("action", action.shape, ("B", self.horizon, self.action_dim))
-            parts.append(action)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if self.kind == "trajectory":
+            return torch.cat([obs, action], dim=-1)
+        return action if self.kind == "action" else obs
 
     def values(self, history: Tensor, goal_values: Tensor | None = None) -> Tensor:
         """What the known entries are when acting, and 0 elsewhere.

@@ -1,35 +1,218 @@
-"""Sequential Monte Carlo towards a reward, plain and twisted; all particle methods by name.
+"""Drawing for a reward at inference time: several chains, several next states, or particles.
 
-A reward is weighed, so it may be any function; only :class:`TDS` takes a gradient of it, unless its
-mode is ``"exact"``.
+The chains are those of :func:`diffpolicy.core.sampling.sample`; what is kept of them is decided
+between its calls, on sub-grids of one step. A reward is weighed, so it may be any function; only
+:class:`TDS` takes a gradient of it, unless its mode is ``"exact"``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import one_hot, pad
 
-from diffpolicy.core.denoiser import Denoised
+from diffpolicy.core.denoiser import BaseDenoiser, Denoised
+from diffpolicy.core.solvers import Solver
+from diffpolicy.core.starts import Start
 from diffpolicy.guidance.reward import REWARD_MODES, RewardGuidance
-from diffpolicy.guidance.search import (
-    ESTIMATES,
-    SVDD,
-    BestOfN,
-    Drawn,
-    ParticleMethod,
+from diffpolicy.guidance.stepped_chain import (
+    Chain,
+    checked,
     choose,
     effective_size,
     log_mean,
     normalised,
+    rows,
+    started,
     systematic,
 )
-from diffpolicy.guidance.stepped_chain import Chain, checked, rows
 from diffpolicy.settings import check_choice, check_range, settings_of
+
+ESTIMATES = ("soft", "hard")
+
+
+class Drawn(NamedTuple):
+    """What a particle method returns.
+
+    Attributes:
+        x0: one state per group ``[B, L, D]``.
+        rewards: theirs ``[B]``.
+        nfe: network evaluations per returned state.
+        reward_calls: reward evaluations per returned state (with gradient: counted as one).
+        ess: effective number of particles after each weighting, first to last, ``[R, B]``; from 1
+            (one particle has all the weight) to their number. Of :class:`SVDD`, of the candidates.
+            ``None`` where nothing is weighted.
+        log_z: log of an unbiased estimate of ``E[exp(r / kl_weight)]`` under the chain, ``[B]``.
+        particles: all final states ``[B, N, L, D]``.
+        weights: their weights ``[B, N]``, which sum to one in each group.
+    """
+
+    x0: Tensor
+    rewards: Tensor
+    nfe: int
+    reward_calls: int
+    ess: Tensor | None = None
+    log_z: Tensor | None = None
+    particles: Tensor | None = None
+    weights: Tensor | None = None
+
+    @classmethod
+    def picked(
+        cls, states: Tensor, rewards: Tensor, pick: Tensor, weights: Tensor, **rest: Any
+    ) -> Drawn:
+        """The states ``pick [B]`` of groups ``[B, N, L, D]``, and all with their weights."""
+        row = torch.arange(len(pick), device=states.device)
+        return cls(states[row, pick], rewards[row, pick], particles=states, weights=weights, **rest)
+
+
+class ParticleMethod:
+    """A way to draw for a reward with several chains; a frozen value, its settings.
+
+    :meth:`draw` takes the same arguments for all of them.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def chains(self) -> int:
+        """Chains that are started per returned state."""
+        raise TypeError(f"{type(self).__name__} must define chains")
+
+    def run(self, chain: Chain, x: Tensor, cond: Tensor | None) -> Drawn:
+        """Draw from the starts ``x [B * chains, L, D]``, groups one after the other."""
+        raise TypeError(f"{type(self).__name__} must define run")
+
+    @torch.no_grad()
+    def draw(
+        self,
+        denoise: BaseDenoiser,
+        reward: Callable[..., Tensor],
+        start: Start | Sequence[int],
+        *,
+        num_steps: int | None,
+        cond: Tensor | None = None,
+        solver: Solver | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Drawn:
+        """Draw one state per group.
+
+        Args:
+            denoise: the pre-trained denoiser, of masked sequences or (but for :class:`TDS`)
+                continuous.
+            reward: of masked sequences ``[B, L, V] -> [B]``, without the mask's channel, soft
+                unless ``estimate="hard"``; continuous ``([B, H, D], cond) -> [B]``. Finite, or
+                minus infinity for what must not be.
+            start: the shape ``(B, L, D)`` of what is returned, to begin at the prior; or a start of
+                ``B * chains`` rows, those of a group consecutive, at one level for all.
+            num_steps: K. ``None``, for masked sequences and time-free denoisers: one position a
+                step in uniformly random order, the limit of infinitely many steps.
+            cond: ``[B, C]``, one row per group.
+            solver: the chain, stochastic and of one evaluation a step; by default
+                :class:`~diffpolicy.core.reveal.Ancestral`, or ``ddpm`` of continuous states.
+            generator: source of all randomness, on the device of the states.
+
+        Raises:
+            ValueError: a start, solver or reward that does not fit, as said above.
+        """
+        start = started(denoise, start, self.chains, generator)
+        if cond is not None:
+            groups = len(start.x) // self.chains
+            if len(cond) != groups:
+                raise ValueError(f"cond needs one row per group, {groups}; got {len(cond)}")
+            cond = cond.repeat_interleave(self.chains, 0)
+        chain = Chain.of(denoise, reward, start, num_steps, solver=solver, generator=generator)
+        return self.run(chain, start.x, cond)
+
+
+@dataclass(frozen=True)
+class BestOfN(ParticleMethod):
+    """The best of ``n`` complete chains. Any solver will do, reveal schedules too.
+
+    Its law is that of the maximum: a reward r is the best with probability ``F(r)^n - F(r-)^n``,
+    where F is the distribution function of the chain's rewards.
+    """
+
+    n: int = 16
+    name: ClassVar[str] = "best_of_n"
+
+    def __post_init__(self) -> None:
+        check_range("[1, inf)", n=self.n)
+
+    @property
+    def chains(self) -> int:
+        return self.n
+
+    def run(self, chain: Chain, x: Tensor, cond: Tensor | None) -> Drawn:
+        x0 = chain.whole(x, cond)
+        rewards = chain.rewards(x0, cond).view(-1, self.n)
+        best = rewards.argmax(1)
+        return Drawn.picked(
+            x0.view(-1, self.n, *x0.shape[1:]),
+            rewards,
+            best,
+            one_hot(best, self.n).double(),
+            nfe=self.n * chain.solver.nfe(chain.num_steps),
+            reward_calls=self.n,
+        )
+
+
+@dataclass(frozen=True)
+class SVDD(ParticleMethod):
+    """Value-based selection in every step (Li et al. 2024), with the posterior mean's reward.
+
+    Each chain draws ``candidates`` next states and keeps one, with probability proportional to
+    ``exp(r(x0_hat) / kl_weight)``. Chains are never weighed against each other, so the law does not
+    tend to the tilted one of SMC unless the estimates are the values.
+
+    Args:
+        candidates: M; 1 is the pre-trained chain.
+        kl_weight: positive; ``None`` keeps the best candidate.
+        estimate: as in :class:`SMC`.
+    """
+
+    candidates: int = 10
+    kl_weight: float | None = None
+    estimate: str = "soft"
+    name: ClassVar[str] = "svdd"
+
+    def __post_init__(self) -> None:
+        check_range("[1, inf)", candidates=self.candidates)
+        check_range("(0, inf)", kl_weight=self.kl_weight)
+        check_choice("estimate", self.estimate, ESTIMATES)
+
+    @property
+    def chains(self) -> int:
+        return 1
+
+    def run(self, chain: Chain, x: Tensor, cond: Tensor | None) -> Drawn:
+        chain.check_steps(self.estimate)
+        count, last = self.candidates, chain.num_steps - 1
+        each = None if cond is None else cond.repeat_interleave(count, 0)
+        row = torch.arange(len(x), device=x.device)
+        first, repeated = row * count, row.repeat_interleave(count)
+        out, sizes = chain.denoised(0, x, cond), []
+        for k in range(chain.num_steps):
+            offers = chain.step(k, x[repeated], rows(out, repeated))
+            if k == last:
+                values = chain.rewards(offers, each)
+            else:
+                out = chain.denoised(k + 1, offers, each)
+                values = chain.estimated(out.x0_hat, each, self.estimate)
+            values = values.view(-1, count)
+            if self.kl_weight is None:
+                pick = values.argmax(1)
+            else:
+                weights = normalised(values.double() / self.kl_weight)
+                sizes.append(effective_size(weights))
+                pick = choose(weights, chain.generator)
+            x, rewards = offers[first + pick], values.gather(1, pick[:, None])[:, 0]
+            out = out if k == last else rows(out, first + pick)
+        ess = torch.stack(sizes) if sizes else None
+        return Drawn(x, rewards, 1 + count * last, count * chain.num_steps, ess)
 
 
 @dataclass(frozen=True)
@@ -145,13 +328,10 @@ class TDS(SMC):
 
     def _proposing(self, chain: Chain) -> Chain:
         if not chain.masked:
-            raise ValueError(
-                "tds is for masked sequences; of continuous states use smc, or ValueGuidance"
-            )
+            raise ValueError("tds is for masked sequences; otherwise use smc or ValueGuidance")
         scale = self.guidance_scale / self.kl_weight
-        return chain.with_denoiser(
-            RewardGuidance(chain.denoise, chain.reward, scale, mode=self.mode)
-        )
+        guided = RewardGuidance(chain.denoise, chain.reward, scale, mode=self.mode)
+        return chain.with_denoiser(guided)
 
     def _reward_ahead(self, chain: Chain, x: Tensor, out: Denoised, cond: Tensor | None) -> Tensor:
         if self.estimate == "soft":
@@ -203,15 +383,3 @@ def make_particle_method(name: str, **settings: Any) -> ParticleMethod:
     check_choice("particle method", name, sorted(PARTICLE_METHODS))
     method: ParticleMethod = settings_of(PARTICLE_METHODS[name], settings, repr(name))
     return method
-
-
-__all__ = [
-    "PARTICLE_METHODS",
-    "SMC",
-    "SVDD",
-    "TDS",
-    "BestOfN",
-    "Drawn",
-    "ParticleMethod",
-    "make_particle_method",
-]

@@ -53,17 +53,12 @@ class Pinned(Wrapper):
     def __init__(self, denoiser: BaseDenoiser, known: Tensor) -> None:
         super().__init__(denoiser)
         if known.dtype != torch.bool or known.dim() != 3 or known.shape[0] != 1:
-            raise ValueError(
-                f"known must be a bool tensor [1, H, D], got {known.dtype} {list(known.shape)}"
-            )
+            got = f"{known.dtype} {list(known.shape)}"
+            raise ValueError(f"known must be a bool tensor [1, H, D], got {got}")
         self.register_buffer("known", known, persistent=False)
 
     def inside(self, x_t: Tensor, cond: Any) -> tuple[Tensor, Any]:
-        if not isinstance(cond, PinCond):
-            raise ValueError(
-                "a pinned denoiser needs cond=PinCond(cond, values [B, H, D]); got "
-                f"{type(cond).__name__}"
-            )
+        _check_kind(cond, PinCond, "PinCond(cond, values [B, H, D])")
         return self._filled(x_t, cond), cond.cond
 
     def guide(self, run: Run, x_t: Tensor, cond: Any, *constants: Tensor) -> Denoised:
@@ -129,11 +124,7 @@ class PrefixGuidance(Wrapper):
         self.mode, self.max_weight = mode, float(max_weight)
 
     def inside(self, x_t: Tensor, cond: Any) -> tuple[Tensor, Any]:
-        if not isinstance(cond, PrefixCond):
-            raise ValueError(
-                "prefix guidance needs cond=PrefixCond(cond, prefix [B, H, D], weight [B, H, 1]); "
-                f"got {type(cond).__name__}"
-            )
+        _check_kind(cond, PrefixCond, "PrefixCond(cond, prefix [B, H, D], weight [B, H, 1])")
         return x_t, cond.cond
 
     def constants(self, t: Tensor) -> tuple[Tensor, ...]:
@@ -150,6 +141,11 @@ class PrefixGuidance(Wrapper):
         out, pull = _pulled(run, x_t, prefix, weight)
         x0_hat = torch.addcmul(out.x0_hat, constants[0].to(x_t), pull)
         return Denoised(torch.where(weight >= 1, prefix, x0_hat), out.aux)
+
+
+def _check_kind(cond: Any, kind: type[Any], form: str) -> None:
+    if not isinstance(cond, kind):
+        raise ValueError(f"this denoiser needs cond={form}; got {type(cond).__name__}")
 
 
 def prefix_gain(process: GaussianProcess, t: Tensor, max_weight: float) -> Tensor:

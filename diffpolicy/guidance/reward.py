@@ -61,11 +61,8 @@ class RewardGuidance(Wrapper):
     ) -> None:
         super().__init__(denoiser)
         if not isinstance(denoiser.process, MaskingProcess):
-            raise ValueError(
-                "RewardGuidance moves probabilities of tokens, and "
-                f"{type(denoiser.process).__name__} is a process of continuous states; use "
-                "ValueGuidance or Guidance"
-            )
+            kind = type(denoiser.process).__name__
+            raise ValueError(f"RewardGuidance moves tokens, not {kind} states: use ValueGuidance")
         check_choice("mode", mode, REWARD_MODES)
         self.reward, self.scale, self.mode = reward, float(scale), mode
 
@@ -116,10 +113,7 @@ def reward_of(reward: Callable[..., Tensor], x0: Tensor, *given: Any) -> Tensor:
     value = reward(x0, *given)
     if not isinstance(value, Tensor) or value.shape != x0.shape[:1]:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"a reward maps {list(x0.shape)} to a tensor of one number per row, [{len(x0)}]; "
-            f"got {got}"
-        )
+        raise ValueError(f"a reward gives a tensor of one number per row, [{len(x0)}]; got {got}")
     return value
 
 
@@ -149,8 +143,5 @@ def _gradient(value: Tensor, at: Tensor, *, graph: bool) -> Tensor:
     if value.requires_grad:
         (slope,) = torch.autograd.grad(value.sum(), at, create_graph=graph, allow_unused=True)
     if slope is None:
-        raise ValueError(
-            "this reward has no gradient with respect to its input; use mode='exact', which needs "
-            "none"
-        )
+        raise ValueError("this reward has no gradient; use mode='exact', which needs none")
     return slope

@@ -52,10 +52,7 @@ class Anchored(Network):
 
         check_positive(horizon=horizon, dim=dim, stages=stages)
         if not isinstance(base, Mapping) or base.get("type") == "anchored":
-            raise ValueError(
-                "base must be the config of another network, such as {'type': 'mlp', 'width': "
-                f"256}}; got {base!r}"
-            )
+            raise ValueError(f"base must be another network's config, with a type; got {base!r}")
         check_range("(0, 1)", prior=prior)
         sizes = [dim + 1] + [2 * dim + 1] * (stages - 1)
         networks = [sized_network(base, horizon, size, cond_dim) for size in sizes]

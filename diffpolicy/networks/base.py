@@ -67,9 +67,7 @@ class Network(Configured, ABC):
         super().__init__()
         check_positive(horizon=horizon, dim=dim)
         check_range("[0, inf)", cond_dim=cond_dim)
-        self.horizon = horizon
-        self.dim = dim
-        self.cond_dim = cond_dim
+        self.horizon, self.dim, self.cond_dim = horizon, dim, cond_dim
         self.t_kinds = frozenset(t_kinds)
 
     @abstractmethod
@@ -116,25 +114,21 @@ class Network(Configured, ABC):
             check_shape("x", x.shape, ("B", self.horizon, self.dim))
         if (cond is None) != (not self.cond_dim):
             given = "none" if cond is None else list(cond.shape)
-            raise ValueError(
-                f"this network was built with cond_dim={self.cond_dim} (0: unconditional), got "
-                f"cond {given}"
-            )
+            built = f"cond_dim={self.cond_dim} (0: unconditional)"
+            raise ValueError(f"this network was built with {built}, got cond {given}")
         if cond is not None:
             check_shape("cond", cond.shape, ("B", self.cond_dim))
 
     def _check_tokens(self, x: Tensor) -> None:
+        got = f"got {list(x.shape)} of {x.dtype}"
         if not self.takes_tokens:
             raise ValueError(
-                f"{type(self).__name__} takes x [B, {self.horizon}, {self.dim}] of floats, got "
-                f"{list(x.shape)} of {x.dtype}: pass a one-hot of the tokens, or use a network "
-                "which takes integers (mlp, transformer, sequence_cnn)"
+                f"{type(self).__name__} takes x [B, {self.horizon}, {self.dim}] of floats, {got}: "
+                "pass a one-hot of the tokens, or use mlp, transformer or sequence_cnn"
             )
         if x.dtype != torch.int64 or x.dim() != 2 or x.shape[1] != self.horizon:
-            raise ValueError(
-                f"tokens must be int64 [B, {self.horizon}] (horizon) in 0 .. {self.dim - 1}, got "
-                f"{list(x.shape)} of {x.dtype}"
-            )
+            wanted = f"int64 [B, {self.horizon}] (horizon) in 0 .. {self.dim - 1}"
+            raise ValueError(f"tokens must be {wanted}, {got}")
 
 
 def check_positive(**sizes: int) -> None:

@@ -31,10 +31,7 @@ def from_diffusion_policy_state_dict(
         ValueError: Names or shapes that are not such a network's.
     """
     if any(name.startswith("local_cond_encoder.") for name in state):
-        raise ValueError(
-            "this U-Net has local conditioning (local_cond_encoder), which UNet1D does not have; "
-            "only checkpoints with global conditioning can be converted"
-        )
+        raise ValueError("this U-Net has local conditioning (local_cond_encoder), UNet1D has none")
     return _convert(state, _DIFFUSION_POLICY, ".conv", horizon, n_groups)
 
 
@@ -61,13 +58,11 @@ def _convert(
     state: Mapping[str, Tensor], blocks: Mapping[str, str], resample: str, horizon: int, groups: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     source = _Source(state)
-    levels = 1 + max(
-        (int(n.split(".")[1]) for n in state if n.startswith("down_modules.")), default=-1
-    )
+    levels = len({n.split(".")[1] for n in state if n.startswith("down_modules.")})
     if not levels:
+        got = f"it starts with {sorted(state)[:3]}"
         raise ValueError(
-            "no down_modules.* among the names: not the state dict of a temporal U-Net (has the "
-            f"prefix before 'down_modules' been removed?); it starts with {sorted(state)[:3]}"
+            f"no down_modules.* among the names (a prefix before them is left?); {got}"
         )
     out: dict[str, Tensor] = {}
     for ours, theirs in _plain_layers(levels, resample):
@@ -120,35 +115,28 @@ def _plain_layers(levels: int, resample: str) -> Iterator[tuple[str, str]]:
 
 def _residual_blocks(levels: int) -> Iterator[tuple[str, str]]:
     """(our name, their name) of the residual blocks, in the order they run."""
-    for side, theirs, count in (("down", "down_modules", levels), ("up", "up_modules", levels - 1)):
-        if side == "up":
-            yield from ((f"middle.{j}", f"mid_modules.{j}") for j in range(2))
-        for i in range(count):
-            yield from ((f"{side}.{i}.{j}", f"{theirs}.{i}.{j}") for j in range(2))
+    down = [(f"down.{i}", f"down_modules.{i}") for i in range(levels)]
+    up = [(f"up.{i}", f"up_modules.{i}") for i in range(levels - 1)]
+    for ours, theirs in [*down, ("middle", "mid_modules"), *up]:
+        yield from ((f"{ours}.{j}", f"{theirs}.{j}") for j in range(2))
 
 
 class _Source:
     """A state dict that notices what is missing and what was left."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self.state = state
-        self.unused = set(state)
+        self.left = dict(state)
 
     def take(self, name: str) -> Tensor:
-        if name not in self.state:
-            raise ValueError(
-                f"{name!r} is missing: the weights are incomplete or of another architecture"
-            )
-        self.unused.discard(name)
-        return self.state[name].detach()
+        if name not in self.left:
+            raise ValueError(f"{name!r} is missing: incomplete, or of another architecture")
+        return self.left.pop(name).detach()
 
     def copy(self, theirs: str, ours: str, out: dict[str, Tensor]) -> None:
         for kind in ("weight", "bias"):
             out[f"{ours}.{kind}"] = self.take(f"{theirs}.{kind}").clone()
 
     def check_used_up(self) -> None:
-        if self.unused:
-            raise ValueError(
-                f"{len(self.unused)} tensors have no place in UNet1D, among them "
-                f"{sorted(self.unused)[:3]}; the weights are of another architecture"
-            )
+        if self.left:
+            some = sorted(self.left)[:3]
+            raise ValueError(f"{len(self.left)} tensors have no place in UNet1D, such as {some}")

@@ -56,15 +56,12 @@ class Draft(Configured):
         constant: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        check_positive(
-            obs_dim=obs_dim, horizon=horizon, n_obs_steps=n_obs_steps, width=width, depth=depth
-        )
+        check_positive(obs_dim=obs_dim, horizon=horizon, n_obs_steps=n_obs_steps)
+        check_positive(width=width, depth=depth)
         check_choice("base of a draft", base, DRAFT_BASES)
         if horizon <= n_obs_steps:
-            raise ValueError(
-                f"a draft goes on from n_obs_steps={n_obs_steps} states: horizon must be larger, "
-                f"got {horizon}"
-            )
+            text = f"a draft goes on from n_obs_steps={n_obs_steps} states"
+            raise ValueError(f"{text}: horizon must be larger, got {horizon}")
         self.obs_dim, self.horizon, self.n_obs_steps = obs_dim, horizon, n_obs_steps
         self.returns, self.base, self.width, self.depth = bool(returns), base, width, depth
         self.heads = heads
@@ -137,10 +134,8 @@ class Draft(Configured):
 
     def _tokens(self, states: Tensor, returns: Tensor | None, expected: tuple[int, ...]) -> Tensor:
         if (returns is not None) != self.returns:
-            raise ValueError(
-                f"this draft was built with returns={self.returns}: "
-                + ("pass returns" if self.returns else "pass none")
-            )
+            fix = "returns" if self.returns else "none"
+            raise ValueError(f"this draft was built with returns={self.returns}: pass {fix}")
         if returns is None:
             return states
         check_shape("returns", returns.shape, expected)
@@ -186,21 +181,22 @@ class _CausalTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        h = self.inward(tokens) + self.positions[: tokens.shape[1]]
-        for block in self.blocks:
-            h = block(h)[0]
-        out: Tensor = self.norm(h)
+        out: Tensor = self.norm(self._through(tokens)[0])
         return out
 
     def begin(self, tokens: Tensor) -> tuple[Tensor, list[Any]]:
         """Outputs of the last token ``[B, W]``, and the memory to go on with."""
+        h, memory = self._through(tokens)
+        out: Tensor = self.norm(h[:, -1])
+        return out, memory
+
+    def _through(self, tokens: Tensor) -> tuple[Tensor, list[Any]]:
         h = self.inward(tokens) + self.positions[: tokens.shape[1]]
         memory: list[Any] = []
         for block in self.blocks:
-            h, keys, values = block(h)
-            memory.append((keys, values))
-        out: Tensor = self.norm(h[:, -1])
-        return out, memory
+            h, *known = block(h)
+            memory.append(known)
+        return h, memory
 
     def step(self, token: Tensor, memory: list[Any], position: int) -> Tensor:
         h = self.inward(token) + self.positions[position]

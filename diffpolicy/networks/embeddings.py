@@ -15,9 +15,7 @@ def check_embedding_dim(dim: int, name: str) -> None:
         ValueError: ``dim`` is odd or below 4.
     """
     if not isinstance(dim, int) or dim < 4 or dim % 2:
-        raise ValueError(
-            f"{name} must be an even integer >= 4 (half sines, half cosines), got {dim!r}"
-        )
+        raise ValueError(f"{name} must be an even integer >= 4 (sines, cosines), got {dim!r}")
 
 
 def zeroed(layer: nn.Linear) -> nn.Linear:

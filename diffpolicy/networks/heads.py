@@ -112,14 +112,9 @@ class TrajectoryValue(Configured):
         return self.forward(plan, self.clean_time, cond)
 
 
-HEADS: Mapping[str, type[nn.Module]] = {
-    "draft": Draft,
-    "inverse": InverseDynamics,
-    "q_ensemble": QEnsemble,
-    "sequence_regressor": SequenceRegressor,
-    "state_value": StateValue,
-    "value": TrajectoryValue,
-}
+_PLANNING: tuple[type[Configured], ...] = (Draft, InverseDynamics, TrajectoryValue)
+_OTHERS: tuple[type[Configured], ...] = (QEnsemble, SequenceRegressor, StateValue)
+HEADS: Mapping[str, type[nn.Module]] = {kind.TYPE: kind for kind in (*_PLANNING, *_OTHERS)}
 
 
 def make_head(config: Mapping[str, Any]) -> nn.Module:

@@ -12,15 +12,10 @@ from diffpolicy.networks.mlp import MLP
 from diffpolicy.networks.sequence import SequenceCNN
 from diffpolicy.networks.transformer import Transformer
 from diffpolicy.networks.unet1d import UNet1D
-from diffpolicy.settings import near_miss
+from diffpolicy.settings import check_choice, check_known
 
-NETWORKS: Mapping[str, type[Network]] = {
-    "anchored": Anchored,
-    "mlp": MLP,
-    "sequence_cnn": SequenceCNN,
-    "transformer": Transformer,
-    "unet1d": UNet1D,
-}
+_KINDS: tuple[type[Network], ...] = (Anchored, MLP, SequenceCNN, Transformer, UNet1D)
+NETWORKS: Mapping[str, type[Network]] = {kind.TYPE: kind for kind in _KINDS}
 
 
 def make_network(config: Mapping[str, Any]) -> Network:
@@ -72,19 +67,11 @@ def construct(kinds: Mapping[str, type[Any]], config: Mapping[str, Any], what: s
     """
     arguments = dict(config)
     kind = arguments.pop("type", None)
-    if kind not in kinds:
-        hint = near_miss(kind, kinds) if kind else ""
-        raise ValueError(f"{what} type must be one of {', '.join(kinds)}; got {kind!r}{hint}")
+    check_choice(f"{what} type", kind, kinds)
     parameters = inspect.signature(kinds[kind]).parameters
-    for key in arguments:
-        if key not in parameters:
-            hint = near_miss(key, parameters, listing="it takes")
-            raise ValueError(f"unknown key {key!r} for {what} {kind!r}{hint}")
-    missing = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is inspect.Parameter.empty and name not in arguments
-    ]
+    check_known(arguments, parameters, f"{what} {kind!r}")
+    required = [name for name, one in parameters.items() if one.default is one.empty]
+    missing = ", ".join(name for name in required if name not in arguments)
     if missing:
-        raise ValueError(f"{what} {kind!r} needs {', '.join(missing)}; got {sorted(arguments)}")
+        raise ValueError(f"{what} {kind!r} needs {missing}; got {sorted(arguments)}")
     return kinds[kind](**arguments)

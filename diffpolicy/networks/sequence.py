@@ -51,9 +51,8 @@ class PositionConv(nn.Module):
         """Map h [B, L, inner] to [B, L, out]."""
         image = h.transpose(1, 2).unsqueeze(2)
         kernel = self.weight.transpose(1, 2).unsqueeze(2)
-        out = F.conv2d(
-            image, kernel, self.bias, padding=(0, self.padding), dilation=(1, self.dilation)
-        )
+        padding, dilation = (0, self.padding), (1, self.dilation)
+        out = F.conv2d(image, kernel, self.bias, padding=padding, dilation=dilation)
         # In place before the views below: on a view, autograd would copy the whole base.
         return F.relu(out, inplace=True).squeeze(2).transpose(1, 2)
 
@@ -257,7 +256,7 @@ class SequenceRegressor(Configured):
 
 
 def _check_dilations(dilations: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(dilations, (list, tuple)) or not dilations:
+    if not isinstance(dilations, list | tuple) or not dilations:
         raise ValueError(f"dilations must be a list such as {list(DILATIONS)}, got {dilations!r}")
     check_positive(**{f"dilations[{i}]": value for i, value in enumerate(dilations)})
     return tuple(dilations)

@@ -108,17 +108,13 @@ class Transformer(Network):
         if self.cond is not None:
             emb = emb + self.cond(cond).unsqueeze(1)
         parts = self.modulation(F.silu(emb)).chunk(6 * self.depth + 2, dim=-1)
-        h = self._inward(x) + self.positions
+        weight, bias = self.inward.weight, self.inward.bias
+        h = self.inward(x) if x.is_floating_point() else F.embedding(x, weight.T) + bias
+        h = h + self.positions
         for i, block in enumerate(self.blocks):
             h = block(h, parts[6 * i : 6 * i + 6])
         out: Tensor = self.outward(_modulate(h, parts[-2], parts[-1], self.width))
         return out
-
-    def _inward(self, x: Tensor) -> Tensor:
-        if x.is_floating_point():
-            out: Tensor = self.inward(x)
-            return out
-        return F.embedding(x, self.inward.weight.T) + self.inward.bias
 
 
 def _modulate(h: Tensor, shift: Tensor, scale: Tensor, width: int) -> Tensor:

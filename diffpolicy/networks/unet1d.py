@@ -150,7 +150,9 @@ class UNet1D(Network):
     def _films(self, emb: Tensor, cond: Tensor | None) -> list[Film]:
         features = F.mish(emb)
         if cond is not None:
-            features = _join(features, F.mish(cond).unsqueeze(1))
+            batch, positions = max(features.shape[0], cond.shape[0]), features.shape[1]
+            told = F.mish(cond).unsqueeze(1).expand(batch, positions, -1)
+            features = torch.cat((features.expand(batch, -1, -1), told), dim=-1)
         if features.shape[1] == 1:
             films = torch.split(self.film(features).transpose(1, 2), self.film_sizes, dim=1)
             return [self._film(f) for f in films]
@@ -159,11 +161,9 @@ class UNet1D(Network):
         pooled = [features]
         for _ in self.shrink:
             pooled.append((pooled[-1][:, ::2] + pooled[-1][:, 1::2]) / 2)
-        levels = [level for level, _ in film_layout(self.down_dims)]
-        return [
-            self._film(F.linear(pooled[level], weight, bias).transpose(1, 2))
-            for level, weight, bias in zip(levels, weights, biases, strict=True)
-        ]
+        inputs = [pooled[level] for level, _ in film_layout(self.down_dims)]
+        parts = zip(inputs, weights, biases, strict=True)
+        return [self._film(F.linear(*part).transpose(1, 2)) for part in parts]
 
     def _film(self, film: Tensor) -> Film:
         if not self.cond_predict_scale:
@@ -177,16 +177,9 @@ def film_layout(down_dims: Sequence[int]) -> list[tuple[int, int]]:
     levels = list(enumerate(down_dims))
     down = [entry for entry in levels for _ in range(2)]
     middle = [levels[-1]] * 2
-    up = [
-        (level, down_dims[level - 1]) for level in range(len(levels) - 1, 0, -1) for _ in range(2)
-    ]
+    backwards = range(len(levels) - 1, 0, -1)
+    up = [(level, down_dims[level - 1]) for level in backwards for _ in range(2)]
     return down + middle + up
-
-
-def _join(features: Tensor, cond: Tensor) -> Tensor:
-    """Concatenate [B or 1, 1 or H, E] and [B or 1, 1, C] along the last dimension."""
-    batch, positions = max(features.shape[0], cond.shape[0]), features.shape[1]
-    return torch.cat((features.expand(batch, -1, -1), cond.expand(batch, positions, -1)), dim=-1)
 
 
 def _check_sizes(horizon: int, down_dims: tuple[int, ...], kernel_size: int, n_groups: int) -> None:
@@ -198,16 +191,13 @@ def _check_sizes(horizon: int, down_dims: tuple[int, ...], kernel_size: int, n_g
         raise ValueError(f"kernel_size must be odd (an even one changes H), got {kernel_size}")
     bad = [width for width in down_dims if width % n_groups]
     if bad or down_dims[0] % FINAL_GROUPS:
-        raise ValueError(
-            f"down_dims must be multiples of n_groups={n_groups}, and the first of {FINAL_GROUPS}; "
-            f"got {list(down_dims)}"
-        )
-    factor = 2 ** (len(down_dims) - 1)
+        wanted = f"multiples of n_groups={n_groups}, and the first of {FINAL_GROUPS}"
+        raise ValueError(f"down_dims must be {wanted}; got {list(down_dims)}")
+    halvings = len(down_dims) - 1
+    factor = 2**halvings
     if horizon % factor:
-        below = horizon // factor * factor
-        near = f"{below} or {below + factor}" if below else str(factor)
+        above = (horizon // factor + 1) * factor
         raise ValueError(
-            f"horizon={horizon} cannot be halved {len(down_dims) - 1} times: with "
-            f"{len(down_dims)} down_dims it must be a multiple of {factor} ({factor}, "
-            f"{2 * factor}, {3 * factor}, ...); the nearest are {near}"
+            f"horizon={horizon} cannot be halved {halvings} times: with {halvings + 1} down_dims "
+            f"it must be a multiple of {factor}, such as {above}"
         )

@@ -7,11 +7,11 @@ that covers its distance to the plans it stands for, it is a start like any othe
 
 from __future__ import annotations
 
-import importlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.extras import need
 from diffpolicy.settings import check_choice, check_range, check_shape
 
 _MOST_WINDOWS = 20_000  # k-means learns nothing from more
 _HELD_OUT = 0.1
+_TENSORS = ("plans", "frequency", "position_error")
 
 
 class PlanSource(Protocol):
@@ -70,18 +72,13 @@ class Anchors:
         count, horizon, action_dim = self.plans.shape
         check_shape("frequency", self.frequency.shape, (count,))
         check_shape("position_error", self.position_error.shape, (horizon,))
-        if self.relative_to is not None and len(self.relative_to) != action_dim:
-            raise ValueError(
-                f"relative_to names one observation index per action dimension ({action_dim}, None "
-                f"where the action is absolute), got {list(self.relative_to)}"
-            )
+        _check_relative(self.relative_to, action_dim)
         if (self.top_m is None) != (self.classifier is None):
             raise ValueError("top_m and classifier belong together: give both or neither")
         check_range(f"[1, {count}]", top_m=self.top_m)
-        if self.classifier is not None and self.classifier.count != count:
-            raise ValueError(
-                f"the classifier knows {self.classifier.count} anchors, but there are {count}"
-            )
+        known = count if self.classifier is None else self.classifier.count
+        if known != count:
+            raise ValueError(f"the classifier knows {known} anchors, but there are {count}")
 
     # ---------------------------------------------------------------- making them
 
@@ -121,7 +118,8 @@ class Anchors:
         parts = [windows.gather(rows) for rows in torch.split(chosen, 4096)]
         obs = torch.cat([part["obs"] for part in parts]).cpu()
         plans = torch.cat([part["action"] for part in parts]).cpu()
-        indices = None if relative_to is None else _checked_indices(relative_to, obs, plans)
+        indices = None if relative_to is None else tuple(relative_to)
+        _check_relative(indices, plans.shape[-1], obs.shape[-1])
         normalizer = normalizer.to("cpu")
         base = _reference(normalizer.unnormalize("obs", obs[:, -1]), normalizer, indices, plans)
         local = (plans - base).flatten(1)
@@ -131,29 +129,19 @@ class Anchors:
         classifier = None
         if top_m is not None:
             classifier = ClusterClassifier.fit(obs.flatten(1)[fitted], label, count, seed=seed)
-        anchors = cls(
-            centres.view(count, *plans.shape[1:]),
-            torch.bincount(label, minlength=count) / len(label),
-            0.0,
-            torch.zeros(plans.shape[1]),
-            indices,
-            top_m,
-            classifier,
-        )
+        centres = centres.view(count, *plans.shape[1:])
+        frequency = torch.bincount(label, minlength=count) / len(label)
+        unknown = torch.zeros(plans.shape[1])
+        anchors = cls(centres, frequency, 0.0, unknown, indices, top_m, classifier)
         judged = held_out if bool(held_out.any()) else fitted
         square = anchors._residual(obs[judged], local[judged])
-        return replace(
-            anchors,
-            error=float(square.mean().sqrt()),
-            position_error=square.mean(dim=(0, 2)).sqrt(),
-        )
+        error, position_error = float(square.mean().sqrt()), square.mean(dim=(0, 2)).sqrt()
+        return replace(anchors, error=error, position_error=position_error)
 
     def _residual(self, obs: Tensor, local: Tensor) -> Tensor:
         """Squared distance ``[N, H, A]`` of plans to the nearest anchor offered for them."""
-        best = []
-        for cond, plan in zip(
-            torch.split(obs.flatten(1), 1024), torch.split(local, 1024), strict=True
-        ):
+        best, parts = [], (torch.split(value, 1024) for value in (obs.flatten(1), local))
+        for cond, plan in zip(*parts, strict=True):
             offered = self.plans.flatten(1)[self.offered(cond)[0]]
             square = (plan[:, None] - offered).square()
             nearest = square.sum(-1).argmin(1)
@@ -228,13 +216,9 @@ class Anchors:
 
     def to(self, device: torch.device | str) -> Anchors:
         """The same anchors on ``device``."""
-        return replace(
-            self,
-            plans=self.plans.to(device),
-            frequency=self.frequency.to(device),
-            position_error=self.position_error.to(device),
-            classifier=None if self.classifier is None else self.classifier.to(device),
-        )
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in _TENSORS}
+        classifier = None if self.classifier is None else self.classifier.to(device)
+        return replace(self, **moved, classifier=classifier)
 
     # ---------------------------------------------------------------- saving
 
@@ -250,11 +234,7 @@ class Anchors:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The tensors, for a safetensors file."""
-        tensors = {
-            "anchors.plans": self.plans,
-            "anchors.frequency": self.frequency,
-            "anchors.position_error": self.position_error,
-        }
+        tensors = {f"anchors.{name}": getattr(self, name) for name in _TENSORS}
         if self.classifier is not None:
             parts = self.classifier.to_tensors().items()
             tensors |= {f"anchors.classifier.{name}": value for name, value in parts}
@@ -267,28 +247,20 @@ class Anchors:
         Raises:
             ValueError: a tensor is missing, or shapes do not fit.
         """
-        names = [f"anchors.{part}" for part in ("plans", "frequency", "position_error")]
-        missing = [name for name in names if name not in tensors]
+        missing = [f"anchors.{name}" for name in _TENSORS if f"anchors.{name}" not in tensors]
         if missing:
             raise ValueError(f"the anchors' tensors lack {missing}; there are {sorted(tensors)}")
-        plans, frequency, position_error = (tensors[name] for name in names)
+        plans, frequency, position_error = (tensors[f"anchors.{name}"] for name in _TENSORS)
         if list(plans.shape) != list(config["shape"]):
-            raise ValueError(
-                f"the anchors have shape {list(plans.shape)}, their config says {config['shape']}; "
-                "the two files do not belong together"
-            )
-        top_m, relative = config["top_m"], config["relative_to"]
-        prefix = "anchors.classifier."
-        parts = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        return cls(
-            plans,
-            frequency,
-            float(config["error"]),
-            position_error,
-            None if relative is None else tuple(relative),
-            top_m,
-            None if top_m is None else ClusterClassifier(parts, config.get("activation", "silu")),
-        )
+            both = f"{list(plans.shape)} and {config['shape']}"
+            raise ValueError(f"anchors and config do not belong together: shapes {both}")
+        top_m, relative, error = config["top_m"], config["relative_to"], float(config["error"])
+        relative = None if relative is None else tuple(relative)
+        prefix, classifier = "anchors.classifier.", None
+        if top_m is not None:
+            parts = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            classifier = ClusterClassifier(parts, config.get("activation", "silu"))
+        return cls(plans, frequency, error, position_error, relative, top_m, classifier)
 
 
 class ClusterClassifier:
@@ -324,7 +296,7 @@ class ClusterClassifier:
         if len(seen) == 1:
             bias = torch.full((count,), -1e4).index_fill(0, seen, 0.0)
             return cls({"weight0": torch.zeros(count, cond.shape[1]), "bias0": bias})
-        model = _sklearn("neural_network").MLPClassifier(
+        model = need("sklearn.neural_network").MLPClassifier(
             (64, 64),
             batch_size=min(256, len(cond)),
             learning_rate_init=2e-3,
@@ -366,10 +338,8 @@ class ClusterClassifier:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Weights by name, as the constructor takes them."""
-        tensors: dict[str, Tensor] = {}
-        for i, (weight, bias) in enumerate(self._layers):
-            tensors |= {f"weight{i}": weight, f"bias{i}": bias}
-        return tensors
+        names = [(f"weight{i}", f"bias{i}") for i in range(len(self._layers))]
+        return dict(zip(chain(*names), chain(*self._layers), strict=True))
 
     def to(self, device: torch.device | str) -> ClusterClassifier:
         """The same classifier on ``device``."""
@@ -392,38 +362,23 @@ def clusters(points: Tensor, count: int, *, seed: int = 0) -> tuple[Tensor, Tens
         ValueError: fewer points than clusters.
     """
     if not 1 <= count <= len(points):
-        raise ValueError(
-            f"{count} anchors need at least as many windows to learn from, got {len(points)}"
-        )
-    found = _sklearn("cluster").KMeans(count, n_init=4, random_state=seed)
+        raise ValueError(f"{count} anchors need at least as many windows, got {len(points)}")
+    found = need("sklearn.cluster").KMeans(count, n_init=4, random_state=seed)
     label = torch.from_numpy(found.fit_predict(points.double().numpy())).long()
     order = torch.bincount(label, minlength=count).argsort(descending=True, stable=True)
     centres = torch.from_numpy(found.cluster_centers_).to(points)
     return centres[order], order.argsort()[label]
 
 
-def _sklearn(part: str) -> Any:
-    """A module of scikit-learn, which anchors are fitted with; they are used without it."""
-    try:
-        return importlib.import_module(f"sklearn.{part}")
-    except ImportError:
-        raise ImportError(
-            'fitting anchors needs scikit-learn: pip install "diffpolicy[anchors]"'
-        ) from None
-
-
-def _checked_indices(
-    relative_to: Sequence[int | None], obs: Tensor, plans: Tensor
-) -> tuple[int | None, ...]:
-    size = obs.shape[-1]
-    if any(i is not None and not 0 <= i < size for i in relative_to):
-        raise ValueError(f"relative_to indexes observations 0..{size - 1}, got {relative_to}")
-    if len(relative_to) != plans.shape[-1]:
-        raise ValueError(
-            f"relative_to names one observation index per action dimension ({plans.shape[-1]}, "
-            f"None where the action is absolute), got {list(relative_to)}"
-        )
-    return tuple(relative_to)
+def _check_relative(
+    relative_to: tuple[int | None, ...] | None, action_dim: int, obs_dim: int | None = None
+) -> None:
+    given = [] if relative_to is None else list(relative_to)
+    if obs_dim is not None and any(i is not None and not 0 <= i < obs_dim for i in given):
+        raise ValueError(f"relative_to indexes observations 0..{obs_dim - 1}, got {given}")
+    if relative_to is not None and len(given) != action_dim:
+        wanted = f"({action_dim}, None where the action is absolute)"
+        raise ValueError(f"relative_to has an index per action dimension {wanted}, got {given}")
 
 
 def _reference(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +17,6 @@ from diffpolicy.policies.rows import row_generator
 from diffpolicy.settings import check_choice, check_range, named_settings
 
 RANKS = ("argmax", "softmax")
-
-
-class MakePlans(Protocol):
-    """The method of a policy that makes plans."""
-
-    def __call__(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
-        """Plans ``[n, H, ...]`` and network evaluations ``[n]``."""
 
 
 @named_settings
@@ -65,9 +58,19 @@ class Selector:
         self.settings, self.score = settings, score
 
     def choose(
-        self, make_plans: MakePlans, state: PolicyState, *, deterministic: bool
+        self,
+        make_plans: Callable[..., tuple[Array, Array]],
+        state: PolicyState,
+        *,
+        deterministic: bool,
     ) -> tuple[Array, Array]:
-        """Plans of n rows, and the evaluations each took (of all its candidates at once)."""
+        """Plans of n rows, and the evaluations each took (of all its candidates at once).
+
+        Args:
+            make_plans: the method of a policy that makes them.
+            state: memory of the rows.
+            deterministic: passed on to it; the best is taken then.
+        """
         many, count = self.settings.num_candidates, len(state)
         if many == 1:
             return make_plans(state, deterministic=deterministic)
@@ -79,13 +82,10 @@ class Selector:
         if not deterministic and self.settings.rank == "softmax":
             spread = scores.std(1, keepdims=True)
             scores = scores / np.maximum(spread, 1e-12) * self.settings.weight
-            scores = scores + self._gumbel(state)  # argmax of this is a draw from the softmax
+            # The argmax of this is a draw from the softmax; candidates use the streams below N.
+            streams = zip(state.seed.tolist(), state.counter.tolist(), strict=True)
+            draws = [row_generator(*stream, many).gumbel(size=many) for stream in streams]
+            scores = scores + np.stack(draws)
         best = scores.argmax(1)
         picked: Array = plans.reshape(count, many, *plans.shape[1:])[np.arange(count), best]
         return picked, nfe.reshape(count, many)[:, 0]
-
-    def _gumbel(self, state: PolicyState) -> Array:
-        """``[n, N]``, a function of each row's stream; candidates use the streams below N."""
-        many = self.settings.num_candidates
-        streams = zip(state.seed.tolist(), state.counter.tolist(), strict=True)
-        return np.stack([row_generator(s, c, many).gumbel(size=many) for s, c in streams])

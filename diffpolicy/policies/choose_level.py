@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.denoiser import Denoiser
-from diffpolicy.core.noise import DiscreteVP, GaussianProcess
+from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.data.blocks import read_rows
 from diffpolicy.data.observation import (
     Obs,
@@ -77,9 +77,8 @@ def demonstrations(
         ValueError: fewer than two episodes.
     """
     if min(store.num_episodes, episodes) < 2:
-        raise ValueError(
-            f"choosing a level needs at least 2 episodes, got {episodes} of {store.num_episodes}"
-        )
+        got = f"{episodes} of {store.num_episodes}"
+        raise ValueError(f"choosing a level needs at least 2 episodes, got {got}")
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(store.num_episodes)[:episodes]
     whole = store.episode_lengths[chosen]
@@ -142,7 +141,9 @@ def choose_level(
     if isinstance(settings, RTI) and settings.levels is not None:
         raise ValueError("a list of levels is a choice already; give num_steps instead")
     process, steps = planner.denoiser.process, settings.num_steps
-    ordered = sorted({float(c) for c in candidates if _fits(float(c), steps, process)})
+    # Steps need levels of their own on a discrete process.
+    knots = round(1 / process.first_level) if process.first_level else 10**9
+    ordered = sorted({float(c) for c in candidates if steps <= round(float(c) * knots)})
     if not ordered:
         raise ValueError(f"no candidate of {list(candidates)} leaves {steps} different levels")
     study = _Study(planner, demos, settings, replicates, seed)
@@ -163,12 +164,6 @@ def choose_level(
         table.append(Level(t, measured, predicted, actions, changes))
     shift_error = None if probe is None else probe.shift_error
     return LevelReport(chosen, tuple(table), shift_error, len(demos.action), replicates)
-
-
-def _fits(t: float, num_steps: int, process: GaussianProcess) -> bool:
-    """Whether so many steps from ``t`` have levels of their own on a discrete process."""
-    knots = len(process.betas) if isinstance(process, DiscreteVP) else math.inf
-    return num_steps <= round(t * knots) if math.isfinite(knots) else True
 
 
 def _smallest(regret: Array) -> int:
@@ -212,22 +207,20 @@ class _Probe(NamedTuple):
     shift_error: float
 
 
+@dataclass
 class _Study:
     """The measurements, all on the same episodes and noise."""
 
-    def __init__(
-        self,
-        planner: DiffusionPlanner,
-        demos: Demonstrations,
-        settings: RTI | Truncated,
-        replicates: int,
-        seed: int,
-    ) -> None:
-        self.planner, self.demos, self.settings = planner, demos, settings
-        self.replicates, self.seed = replicates, seed
-        self.target = planner.normalizer.to("cpu").normalize("action", demos.action)
-        warm = isinstance(settings, RTI)
-        self.starts = [self._start(run) if warm else None for run in range(replicates)]
+    planner: DiffusionPlanner
+    demos: Demonstrations
+    settings: RTI | Truncated
+    replicates: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        normalizer, warm = self.planner.normalizer.to("cpu"), isinstance(self.settings, RTI)
+        self.target = normalizer.normalize("action", self.demos.action)
+        self.starts = [self._start(run) if warm else None for run in range(self.replicates)]
 
     def crps(self, policy: ChunkedPolicy) -> Array:
         """Continuous ranked probability score of executed actions and of their changes.
@@ -269,9 +262,7 @@ class _Study:
         before = planner.n_action_steps
         rows, steps = np.nonzero(self.demos.valid[:, before:])
         if len(rows) == 0:
-            raise ValueError(
-                f"no demonstration is longer than n_action_steps={before}; use a smaller one"
-            )
+            raise ValueError(f"no demonstration is longer than n_action_steps={before}")
         chosen = rng.permutation(len(rows))[:points]
         rows, steps = rows[chosen], steps[chosen]  # the earlier decision; the later is `before` on
 

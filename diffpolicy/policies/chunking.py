@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.starts import shift_plan
-from diffpolicy.data.observation import Obs
 from diffpolicy.guidance.pinned import PREFIX_MODES, PrefixCond, PrefixGuidance
-from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
+from diffpolicy.policies.base import Array, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.ensemble import WrappedPolicy
 from diffpolicy.policies.plan_loop import Condition, PlanLoop
 from diffpolicy.settings import check_choice, check_range, named_settings
 
@@ -97,9 +97,8 @@ def chunk_weights(
     """
     delay, valid = np.asarray(delay), np.asarray(valid)
     if (delay < 0).any() or (valid < 0).any() or (valid > horizon).any():
-        raise ValueError(
-            f"delay must be at least 0 and valid in 0..{horizon}; got {delay}, {valid}"
-        )
+        wanted = f"delay must be at least 0 and valid in 0..{horizon}"
+        raise ValueError(f"{wanted}; got {delay}, {valid}")
     now = n_obs_steps - 1
     left = np.maximum(valid - now, 0)
     frozen = frozen_steps(delay, valid, n_obs_steps)
@@ -172,7 +171,7 @@ def following(loop: PlanLoop, settings: Chunking) -> PlanLoop:
     )
 
 
-class RealTimeChunking(ChunkedPolicy):
+class RealTimeChunking(WrappedPolicy):
     """A diffusion policy whose warm plans go on from the one that is running.
 
     Set ``state.delay`` to the actions that will be consumed before a new plan is there (an executor
@@ -195,22 +194,10 @@ class RealTimeChunking(ChunkedPolicy):
         own_way = type(planner).make_plans is not DiffusionPlanner.make_plans
         if own_way or planner.spec.truncated is not None:
             kind = type(planner).__name__ if own_way else "a policy with truncated settings"
-            raise ValueError(
-                f"{kind} makes its plans in a way of its own, which chunking cannot guide; it "
-                "works with diffusion policies that sample from noise or with rti"
-            )
+            raise ValueError(f"{kind} makes its plans in a way of its own; chunking guides others")
         if planner.spec.layout != "action":
-            raise ValueError(
-                f"chunking blends plans of actions; this policy's hold {planner.spec.layout!r}"
-            )
-        super().__init__(
-            obs_dim=planner.obs_dim,
-            action_dim=planner.action_dim,
-            horizon=planner.horizon,
-            n_obs_steps=planner.n_obs_steps,
-            n_action_steps=planner.n_action_steps,
-            observations=planner.observed,
-        )
+            raise ValueError(f"chunking blends plans of actions, not of {planner.spec.layout!r}")
+        super().__init__(planner)
         self.planner, self.selector = planner, planner.selector
         self.settings = Chunking() if settings is None else settings
         self._loops = {
@@ -225,22 +212,9 @@ class RealTimeChunking(ChunkedPolicy):
         return self.horizon - (self.n_obs_steps - 1) - self.n_action_steps
 
     def initial_state(self, seeds: Sequence[int]) -> PolicyState:
-        count, state = len(seeds), self.planner.initial_state(seeds)
-        return state.remember(
-            seam=np.zeros(count, np.float64),
-            seam_max=np.zeros(count, np.float64),
-            seams=np.zeros(count, np.int64),
-            short=np.zeros(count, np.int64),
-        )
-
-    def observe(self, obs: Obs, state: PolicyState) -> PolicyState:
-        return self.planner.observe(obs, state)
-
-    def starts_warm(self, state: PolicyState) -> Array:
-        return self.planner.starts_warm(state)
-
-    def to_actions(self, normalised: Array) -> Array:
-        return self.planner.to_actions(normalised)
+        count, state = len(seeds), super().initial_state(seeds)
+        jumps = {name: np.zeros(count, np.float64) for name in ("seam", "seam_max")}
+        return state.remember(**jumps, **{n: np.zeros(count, np.int64) for n in ("seams", "short")})
 
     def replan(
         self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False
@@ -271,9 +245,8 @@ class RealTimeChunking(ChunkedPolicy):
         plans, nfe = np.empty_like(state.plan), np.empty(len(state), np.int64)
         cold = np.flatnonzero(~state.warm)
         if len(cold):
-            plans[cold], nfe[cold] = self.planner.make_plans(
-                state.take(cold), deterministic=deterministic
-            )
+            first = state.take(cold)
+            plans[cold], nfe[cold] = self.planner.make_plans(first, deterministic=deterministic)
         kinds = self.plan_kinds(state)
         for number, kind in ((1, "cold"), (2, "warm")):
             rows = np.flatnonzero(kinds == number)
@@ -295,9 +268,8 @@ class RealTimeChunking(ChunkedPolicy):
     @torch.no_grad()  # not inference_mode: the Jacobian needs a graph of its own
     def _blended(self, loop: PlanLoop, state: PolicyState, deterministic: bool) -> Array:
         planner, shift = self.planner, self.executed(state)
-        weight = chunk_weights(
-            state.delay, self.horizon - shift, self.n_obs_steps, self.horizon, self.settings
-        )
+        sizes = self.n_obs_steps, self.horizon
+        weight = chunk_weights(state.delay, self.horizon - shift, *sizes, self.settings)
         prefix = shift_plan(torch.from_numpy(state.plan), torch.from_numpy(shift))
         plans = loop(
             planner.on_device(state.history),

@@ -15,7 +15,38 @@ from diffpolicy.data.observation import Obs
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 
 
-class TemporalEnsemble(ChunkedPolicy):
+class WrappedPolicy(ChunkedPolicy):
+    """A policy around another one: it observes, starts and acts as that does, unless it says how.
+
+    Args:
+        policy: the one inside.
+        n_action_steps: actions executed per plan; those of the one inside when absent.
+    """
+
+    def __init__(self, policy: ChunkedPolicy, n_action_steps: int | None = None) -> None:
+        names = ("obs_dim", "action_dim", "horizon", "n_obs_steps")
+        sizes = {name: getattr(policy, name) for name in names}
+        steps = n_action_steps or policy.n_action_steps
+        super().__init__(**sizes, n_action_steps=steps, observations=policy.observed)
+        self.policy, self.plan_dim = policy, policy.plan_dim
+
+    def initial_state(self, seeds: Sequence[int]) -> PolicyState:
+        return self.policy.initial_state(seeds)
+
+    def observe(self, obs: Obs, state: PolicyState) -> PolicyState:
+        return self.policy.observe(obs, state)
+
+    def starts_warm(self, state: PolicyState) -> Array:
+        return self.policy.starts_warm(state)
+
+    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
+        return self.policy.make_plans(state, deterministic=deterministic)
+
+    def to_actions(self, normalised: Array) -> Array:
+        return self.policy.to_actions(normalised)
+
+
+class TemporalEnsemble(WrappedPolicy):
     """Averages the plans of another policy, which plans anew at every step.
 
     The prediction i for a time step, i = 0 the oldest, has weight ``exp(-m i)``. The averages are
@@ -37,38 +68,19 @@ class TemporalEnsemble(ChunkedPolicy):
             raise ValueError(f"m must be a finite number, got {m}")
         if isinstance(policy, TemporalEnsemble):
             raise ValueError("this policy averages its plans already; wrap the one inside")
-        super().__init__(
-            obs_dim=policy.obs_dim,
-            action_dim=policy.action_dim,
-            horizon=policy.horizon,
-            n_obs_steps=policy.n_obs_steps,
-            n_action_steps=1,
-            observations=policy.observed,
-        )
-        self.policy, self.m, self.plan_dim = policy, float(m), policy.plan_dim
+        super().__init__(policy, n_action_steps=1)
+        self.m = float(m)
 
     def initial_state(self, seeds: Sequence[int]) -> PolicyState:
-        state = self.policy.initial_state(seeds)
+        state = super().initial_state(seeds)
         return state.remember(
             average=np.zeros_like(state.plan), count=np.zeros(state.plan.shape[:2], np.int64)
         )
-
-    def observe(self, obs: Obs, state: PolicyState) -> PolicyState:
-        return self.policy.observe(obs, state)
-
-    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
-        return self.policy.make_plans(state, deterministic=deterministic)
 
     def with_plan_batch(self, size: int | None) -> TemporalEnsemble:
         other = super().with_plan_batch(size)
         other.policy = self.policy.with_plan_batch(size)
         return other
-
-    def starts_warm(self, state: PolicyState) -> Array:
-        return self.policy.starts_warm(state)
-
-    def to_actions(self, normalised: Array) -> Array:
-        return self.policy.to_actions(normalised)
 
     def replan(
         self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False

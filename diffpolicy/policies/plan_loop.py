@@ -105,9 +105,8 @@ class PinnedCondition(Condition):
 
     def forward(self, history: Tensor, *known: Tensor) -> PinCond:
         """The pinned values and the condition beside them."""
-        values = self.layout.values(
-            self.normalizer.normalize("obs", history), self.goal(history[:, -1])
-        )
+        normal, goal = self.normalizer.normalize("obs", history), self.goal(history[:, -1])
+        values = self.layout.values(normal, goal)
         wanted = None if self.wanted is None else self.wanted.to(values).expand(len(values), -1)
         return PinCond(wanted, values)
 
@@ -210,10 +209,7 @@ class PlanLoop(nn.Module):
         assert isinstance(result, Trajectory)
         aux = result.transitions[-1].denoised.aux
         if "confidence" not in aux:
-            raise ValueError(
-                "this network has no confidence head; train one (network type 'anchored') or rank "
-                "by 'denoising'"
-            )
+            raise ValueError("this network has no confidence head; one of type 'anchored' has")
         return result.x0, aux["confidence"]
 
     def _sample(

@@ -57,27 +57,16 @@ def check_planning(spec: PolicySpec) -> None:
     """Raise ``ValueError`` unless layout, heads and what uses them fit together."""
     layout = spec.plan_layout
     if layout.kind == "action" and (spec.returns is not None or spec.goal):
-        raise ValueError(
-            "returns and goal are for plans that hold observations; set layout 'trajectory' or "
-            "'state'"
-        )
+        raise ValueError("returns and goal need layout 'trajectory' or 'state'")
     planning = sorted({"inverse", "value", "draft"} & set(spec.heads))
     if layout.kind == "action" and planning:
-        raise ValueError(
-            f"the heads {planning} are for plans that hold observations, layout 'trajectory' "
-            "or 'state'; plans of actions take 'critic' and 'state_value'"
-        )
+        raise ValueError(f"the heads {planning} need layout 'trajectory' or 'state'")
     if layout.kind != "action" and (spec.grippers or spec.level_law != "row"):
-        raise ValueError(
-            f"plans of layout {spec.layout!r} have neither grippers nor levels finer than one "
-            f"per plan; got grippers={spec.grippers}, level_law={spec.level_law!r}"
-        )
+        has = "neither grippers nor levels finer than one per plan"
+        raise ValueError(f"plans of layout {spec.layout!r} have {has} (level_law='row')")
     check_range("[0, inf)", temperature=spec.temperature, value_scale=spec.value_scale)
     if layout.kind != "action" and spec.cond_dropout > 0 and spec.returns is None:
-        raise ValueError(
-            "cond_dropout drops the condition of plans that hold observations, which is the "
-            "return: set returns, or cond_dropout=0"
-        )
+        raise ValueError("cond_dropout drops the return: set returns, or cond_dropout=0")
     _check_heads(spec)
 
 
@@ -90,10 +79,7 @@ def _check_heads(spec: PolicySpec) -> None:
             raise ValueError(f"the head {name} judges plans alone: leave out cond_dim")
     many = spec.selection is not None and spec.selection.num_candidates > 1
     if many and spec.rti is not None and not spec.rti.renoise:
-        raise ValueError(
-            "without renoise all warm candidates are the same plan: set rti.renoise, or selection "
-            "with num_candidates=1"
-        )
+        raise ValueError("without rti.renoise all warm candidates are the same plan: set it")
     sources = () if spec.truncated is None else spec.truncated.sources
     written = "autoregressive" in sources
     needs = {
@@ -107,31 +93,29 @@ def _check_heads(spec: PolicySpec) -> None:
             raise ValueError(f"{why} a head {name}; heads has {sorted(spec.heads)}")
 
 
+_SIZES = {
+    "inverse": ("obs_dim", "action_dim"),
+    "value": ("horizon", "dim", "clean_time"),
+    "q_ensemble": ("cond_dim", "horizon", "action_dim"),
+    "state_value": ("cond_dim",),
+    "draft": ("obs_dim", "horizon", "n_obs_steps", "returns", "constant"),
+}
+
+
 def head_config(spec: PolicySpec, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a head; sizes that it leaves out are the policy's."""
-    observed = spec.make_encoder().cond_dim
-    sizes: Mapping[str, Mapping[str, Any]] = {
-        "inverse": {"obs_dim": spec.obs_dim, "action_dim": spec.action_dim},
-        "value": {
-            "horizon": spec.horizon,
-            "dim": spec.plan_layout.dim,
-            "clean_time": float(make_process(spec.process).network_time(torch.zeros(()))),
-        },
-        "q_ensemble": {
-            "cond_dim": observed,
-            "horizon": spec.horizon,
-            "action_dim": spec.action_dim,
-        },
-        "state_value": {"cond_dim": observed},
-        "draft": {
-            "obs_dim": spec.obs_dim,
-            "horizon": spec.horizon,
-            "n_obs_steps": spec.n_obs_steps,
-            "returns": spec.returns is not None,
-            "constant": list(spec.constant),
-        },
+    named = {
+        name: getattr(spec, name) for name in ("obs_dim", "action_dim", "horizon", "n_obs_steps")
     }
-    return {**sizes.get(str(config.get("type")), {}), **config}
+    values: dict[str, Any] = {
+        **named,
+        "cond_dim": spec.make_encoder().cond_dim,
+        "dim": spec.plan_layout.dim,
+        "clean_time": float(make_process(spec.process).network_time(torch.zeros(()))),
+        "returns": spec.returns is not None,
+        "constant": list(spec.constant),
+    }
+    return {**{name: values[name] for name in _SIZES.get(str(config.get("type")), ())}, **config}
 
 
 def check_anchors(spec: PolicySpec, anchors: Anchors | None) -> None:
@@ -139,25 +123,16 @@ def check_anchors(spec: PolicySpec, anchors: Anchors | None) -> None:
     settings = spec.truncated
     trained = spec.network.get("type") == "anchored"
     if trained and (settings is None or settings.rank != "confidence"):
-        raise ValueError(
-            "a network of type 'anchored' is trained near its anchors alone; set truncated with "
-            "rank 'confidence'"
-        )
+        raise ValueError("a network of type 'anchored' needs truncated with rank 'confidence'")
     if settings is None:
         return
     if settings.rank == "confidence" and not trained:
-        raise ValueError(
-            "rank 'confidence' needs a network of type 'anchored'; use 'denoising' or 'prior'"
-        )
+        raise ValueError("rank 'confidence' needs a network of type 'anchored'")
     if spec.layout != "action" and (anchors is not None or "anchors" in settings.sources):
-        raise ValueError(
-            f"anchors are plans of actions; this policy's hold {spec.layout!r}. Use the sources "
-            "'autoregressive', 'previous' or 'draft', and give t_start"
-        )
+        others = "the sources 'autoregressive', 'previous' or 'draft', and give t_start"
+        raise ValueError(f"anchors are plans of actions, not of {spec.layout!r}: use {others}")
     if anchors is None and ("anchors" in settings.sources or settings.t_start is None):
-        raise ValueError(
-            "truncated plans start from anchors; fit them with Anchors.fit(windows, normalizer) or "
-            "`diffpolicy anchors`, or give t_start and other sources"
-        )
+        fix = "fit them (`diffpolicy anchors`), or give t_start and other sources"
+        raise ValueError(f"truncated plans start from anchors; {fix}")
     if anchors is not None:
         check_shape("the anchors", anchors.plans.shape, ("M", spec.horizon, spec.action_dim))

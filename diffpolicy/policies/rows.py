@@ -38,9 +38,8 @@ def in_batches(
     """
     batches: dict[tuple[int, int], dict[int, int]] = {}  # (kind, number): place -> row
     taken: dict[tuple[int, int], int] = {}
-    for row, (kind, place) in enumerate(
-        zip(kinds.tolist(), (state.seed % size).tolist(), strict=True)
-    ):
+    places = (state.seed % size).tolist()
+    for row, (kind, place) in enumerate(zip(kinds.tolist(), places, strict=True)):
         number = taken.get((kind, place), 0)
         taken[kind, place] = number + 1
         batches.setdefault((kind, number), {})[place] = row
@@ -64,10 +63,9 @@ def usual_batch(policy: Any) -> int:
     """
     inner = policy
     while not hasattr(inner, "device"):
-        following = getattr(inner, "policy", getattr(inner, "planner", None))
-        if following is None:
+        inner = getattr(inner, "policy", None)
+        if inner is None:
             return ON_CPU
-        inner = following
     loops = getattr(inner, "_loops", {}).values()
     compiled = [loop.batch_size for loop in loops if hasattr(loop, "batch_size")]
     if compiled:
@@ -114,11 +112,7 @@ class _Reused(threading.local):
         inner, state = self._state["state"], self._state
         inner["key"][:] = seed % 2**64, stream
         inner["counter"][:] = 0, 0, 0, counter
-        state["buffer_pos"], state["has_uint32"], state["uinteger"] = (
-            4,
-            0,
-            0,
-        )  # nothing is left over
+        state.update(buffer_pos=4, has_uint32=0, uinteger=0)  # nothing is left over
         self._bits.state = state
         return self._generator
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.solvers import DDIM, Row, Solver
-from diffpolicy.core.starts import TAILS, Start, check_snapped, trained_level
+from diffpolicy.core.starts import TAILS, Start, check_snapped, explicit_levels, trained_level
 from diffpolicy.settings import check_choice, check_range, named_settings
 
 SCHEDULES = ("matched", "linear")
@@ -68,15 +68,12 @@ class RTI(Sampler):
         check_choice("tail", self.tail, TAILS)
         check_choice("legacy_schedule", self.legacy_schedule, SCHEDULES)
         if self.legacy and (self.renoise or self.levels is None):
-            raise ValueError(
-                "legacy=True reproduces the published sampler, which needs renoise=False and the "
-                "list of levels, e.g. t_start=0.03, levels=(0.02, 0.01, 0)"
-            )
-        if self.levels is not None and not _descends_to_clean((min(first), *self.levels)):
-            raise ValueError(
-                "levels are what follows t_start, strictly descending to 0; "
-                f"got t_start={self.t_start}, levels={self.levels}"
-            )
+            example = "t_start=0.03, levels=(0.02, 0.01, 0)"
+            raise ValueError(f"legacy=True needs renoise=False and levels, such as {example}")
+        down = (1.0, 0.0) if self.levels is None else (min(first), *self.levels)
+        if len(down) < 2 or down[-1] != 0 or any(a <= b for a, b in pairwise(down)):
+            got = f"t_start={self.t_start}, levels={self.levels}"
+            raise ValueError(f"levels follow t_start, strictly descending to 0; got {got}")
 
     def make(self, *, deterministic: bool = False) -> Solver:
         """The solver of warm rows; ``deterministic`` takes its noise-free form."""
@@ -96,13 +93,7 @@ class RTI(Sampler):
             first = self.t_start if start is None else start
             return super().grid(process, first, num_steps=num_steps)
         t = trained_level(process, torch.tensor(self.t_start, dtype=torch.float64).view(1, 1, -1))
-        following = torch.tensor(self.levels, dtype=torch.float64).view(-1, 1, 1, 1)
-        grid = torch.cat([t[None], process.snap(following.expand(-1, *t.shape))])
-        return check_snapped(grid, process)
-
-
-def _descends_to_clean(levels: tuple[float, ...]) -> bool:
-    return len(levels) > 1 and levels[-1] == 0 and all(a > b for a, b in pairwise(levels))
+        return check_snapped(process.snap(explicit_levels(Start(t, t), self.levels)), process)
 
 
 @dataclass(frozen=True)
@@ -124,10 +115,7 @@ class LegacyRTI(Solver):
 
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
         if not isinstance(process, DiscreteVP):
-            raise ValueError(
-                "legacy RTI steps along the training levels of a discrete process (ddpm_cosine, "
-                f"ddpm_linear); this one is {process.type!r}"
-            )
+            raise ValueError(f"legacy RTI needs a discrete process, and this is {process.type!r}")
         count = len(process.betas)
         stepping = process
         if self.schedule == "linear":

@@ -24,7 +24,7 @@ from diffpolicy.policies.base import Array, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.plan_loop import PlanLoop
 from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.settings import check_choice, check_range, named_settings
+from diffpolicy.settings import check_choice, check_range, check_shape, named_settings
 
 FILLS = ("denoise", "noise", "constant")
 
@@ -126,26 +126,18 @@ class StreamingPlanner(DiffusionPlanner):
         streaming: Streaming | None = None,
     ) -> None:
         if spec.rti is not None or spec.truncated is not None:
-            raise ValueError(
-                "a streaming policy has neither rti nor truncated: its plans start from its buffer"
-            )
+            raise ValueError("a streaming policy has neither rti nor truncated, but its buffer")
         if spec.layout != "action" or spec.selection is not None or spec.temperature != 1:
-            raise ValueError(
-                "a streaming policy rolls one plan of actions; it takes no other layout, no "
-                "selection among several and no temperature"
-            )
+            none = "no other layout, selection or temperature"
+            raise ValueError(f"a streaming policy rolls one plan of actions; it takes {none}")
         if spec.level_law != "position":
-            raise ValueError(
-                "streaming needs a policy trained with level_law='position' (levels that rise "
-                f"along the plan); this one was trained with {spec.level_law!r}"
-            )
+            law = f"level_law='position', and this one was trained with {spec.level_law!r}"
+            raise ValueError(f"streaming needs a policy of {law}")
         self.streaming = Streaming() if streaming is None else streaming
         trained = spec.trained_action_steps
         if trained is not None and trained != spec.n_action_steps:
-            raise ValueError(
-                f"this policy was trained to stream chunks of {trained} actions; "
-                f"n_action_steps={spec.n_action_steps} would move their boundaries"
-            )
+            other = f"n_action_steps={spec.n_action_steps}"
+            raise ValueError(f"this policy was trained to stream chunks of {trained}, not {other}")
         self.ramp = Ramp(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
         super().__init__(spec, denoiser, normalizer)
         self._constant = self._first_action()
@@ -160,11 +152,7 @@ class StreamingPlanner(DiffusionPlanner):
         constant = self.streaming.constant
         if constant is None:
             return np.zeros(self.action_dim, np.float32)
-        if len(constant) != self.action_dim:
-            raise ValueError(
-                f"streaming.constant must have action_dim={self.action_dim} entries, "
-                f"got {len(constant)}"
-            )
+        check_shape("streaming.constant", (len(constant),), (self.action_dim,))
         value = torch.tensor([constant], device=self.device)
         out: Array = self.normalizer.normalize("action", value)[0].cpu().numpy()
         return out

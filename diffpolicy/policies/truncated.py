@@ -80,17 +80,11 @@ class Truncated(Sampler):
 
     def _check_rank(self) -> None:
         if self.choose == "draw" and self.rank == "denoising":
-            raise ValueError(
-                "choose 'draw' needs probabilities, which rank 'denoising' does not give; set rank "
-                "'prior', or 'confidence' with a network of type 'anchored'"
-            )
+            raise ValueError("choose 'draw' needs probabilities: rank 'prior' or 'confidence'")
         if self.rank == "prior" and self.sources != ("anchors",):
             raise ValueError("rank 'prior' knows anchors only; use 'denoising' for other sources")
         if self.rank == "confidence" and "draft" in self.sources:
-            raise ValueError(
-                "a draft is made at t = 1, where a network of type 'anchored' is not trained; "
-                "leave it out of sources with rank 'confidence'"
-            )
+            raise ValueError("rank 'confidence' takes no source draft: it is not trained at t = 1")
 
     def loop_grid(
         self, kind: str, process: GaussianProcess, anchors: Anchors | None
@@ -189,8 +183,8 @@ class Candidates:
     @property
     def anchor_count(self) -> int:
         """Anchors offered per row."""
-        use = self.anchors is not None and "anchors" in self.settings.sources
-        return self.anchors.count if use and self.anchors is not None else 0
+        anchors = self.anchors if "anchors" in self.settings.sources else None
+        return 0 if anchors is None else anchors.count
 
     @property
     def guess_count(self) -> int:

@@ -35,14 +35,21 @@ def missing(backend: str) -> list[str]:
 
 def eager(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
     """PyTorch as it is, without autograd."""
-    return _inference(module)
+
+    def run(*inputs: Tensor) -> Tensor:
+        with torch.inference_mode():
+            output: Tensor = module(*inputs)
+            return output
+
+    return run
 
 
 def inductor(module: nn.Module, example: Sequence[Tensor], threads: int) -> Run:
     """``torch.compile`` of the whole loop; builds for minutes, needs a C++ compiler on the CPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch deprecates what its own compiler imports
-        run = _inference(torch.compile(module, dynamic=False))  # type: ignore[arg-type]
+        compiled: Any = torch.compile(module, dynamic=False)
+        run = eager(compiled, example, threads)
         for _ in range(2):
             run(*example)
     return run
@@ -192,19 +199,8 @@ def _openvino_core() -> Any:
     return need("openvino").Core()
 
 
-def _inference(module: nn.Module) -> Run:
-    def run(*inputs: Tensor) -> Tensor:
-        with torch.inference_mode():
-            output: Tensor = module(*inputs)
-            return output
-
-    return run
-
-
 def _check_device(backend: str, kind: str, instead: str, example: Sequence[Tensor]) -> None:
     device = example[0].device
     if device.type != kind:
-        raise ValueError(
-            f"backend {backend!r} runs on {kind}, and this policy is on {device}; load it with "
-            f"device={kind!r}, or use {instead}"
-        )
+        where = f"backend {backend!r} runs on {kind}, and this policy is on {device}"
+        raise ValueError(f"{where}; load it with device={kind!r}, or use {instead}")

@@ -102,14 +102,12 @@ class Batcher:
 
     def totals(self, session: Session) -> dict[str, int]:
         """What the session, and the server as a whole, have done so far."""
+        state, names = session.state, ("requests", "policy_calls", "largest_batch")
+        own = {"actions": session.actions, "plans": int(state.plans[0]), "nfe": int(state.nfe[0])}
         return {
-            "actions": session.actions,
-            "plans": int(session.state.plans[0]),
-            "nfe": int(session.state.nfe[0]),
+            **own,
             "clients": len(self.sessions),
-            "requests": self.requests,
-            "policy_calls": self.policy_calls,
-            "largest_batch": self.largest_batch,
+            **{name: getattr(self, name) for name in names},
         }
 
     async def ask(self, session: Session, obs: Obs, *, chunk: bool = False) -> Array:
@@ -126,7 +124,10 @@ class Batcher:
         """
         answer = None if chunk else self._from_plan(session, obs)
         if answer is None:
-            answer = await self._planned(session, obs, chunk)
+            session.due = True
+            planned: asyncio.Future[Array] = asyncio.get_running_loop().create_future()
+            self._waiting.put_nowait(_Waiting(session, obs, chunk, planned))
+            answer = await planned
         self.requests += 1
         if not np.isfinite(answer).all():
             log.error("the policy gave an action that is not finite; that session starts afresh")
@@ -145,12 +146,6 @@ class Batcher:
         session.due = bool(self.policy.needs_plan(session.state)[0])
         answer: Array = np.asarray(actions[0], np.float32)
         return answer
-
-    async def _planned(self, session: Session, obs: Obs, chunk: bool) -> Array:
-        session.due = True
-        answer: asyncio.Future[Array] = asyncio.get_running_loop().create_future()
-        self._waiting.put_nowait(_Waiting(session, obs, chunk, answer))
-        return await answer
 
     async def warm_up(self) -> None:
         """Call the policy once, so that no client waits for what a first call sets up.

@@ -26,10 +26,7 @@ log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
 # Building by torch.compile takes minutes where the others take seconds: on request only.
-CANDIDATES = {
-    "cpu": ("eager", "onnxruntime", "openvino"),
-    "cuda": ("eager", "cuda_graph"),
-}
+CANDIDATES = {"cpu": ("eager", "onnxruntime", "openvino"), "cuda": ("eager", "cuda_graph")}
 
 
 class CompiledLoop:
@@ -100,10 +97,7 @@ class CompiledLoop:
             ValueError: other shapes or dtypes, or weights that changed since it was compiled.
         """
         if self._loop.grid.weight_versions() != self._made_of:
-            raise ValueError(
-                "the weights changed since this policy was compiled, which holds the earlier ones: "
-                "compile it again (policy.compile(...))"
-            )
+            raise ValueError("the weights changed since this policy was compiled: compile it again")
         inputs = side_by_side(history), guess, noise
         count = self._count(*inputs)
         if count == self.batch_size:
@@ -165,10 +159,8 @@ class CompiledLoop:
         return n
 
     def __repr__(self) -> str:
-        return (
-            f"CompiledLoop({self.backend}, batch_size={self.batch_size}, nfe={self.nfe}, "
-            f"error={self.error:.1e})"
-        )
+        sizes = f"batch_size={self.batch_size}, nfe={self.nfe}, error={self.error:.1e}"
+        return f"CompiledLoop({self.backend}, {sizes})"
 
 
 def compile_loop(
@@ -290,16 +282,13 @@ def compile_planner(
     truncated = planner.spec.truncated
     if truncated is not None and truncated.rank == "confidence":
         raise ValueError(
-            "plans ranked by 'confidence' need more of the network than a compiled loop returns; "
+            "compiled loops return no confidence, and plans ranked by 'confidence' need more: "
             "export this policy (`diffpolicy export`), or rank by 'denoising' or 'prior'"
         )
     # The plans of one row that compete are solved in one batch.
     many = 1 if truncated is None else planner._candidates(deterministic=False).guess_count
     if planner.spec.value_scale > 0:
-        raise ValueError(
-            "guidance by a value differentiates its network at every step, which compiled loops "
-            "cannot; set value_scale=0 and choose among plans with selection"
-        )
+        raise ValueError("guidance by a value differentiates its network, compiled loops cannot")
     if planner.spec.selection is not None:
         batch_size *= planner.spec.selection.num_candidates
     loops = {}
@@ -345,8 +334,6 @@ def check_close(got: Tensor, expected: Tensor, who: str, *, rounding: float = 0.
     error = float((got - expected).abs().max())
     limit = max(TOLERANCE * max(1.0, float(expected.abs().max())), 8 * rounding)
     if not error <= limit:  # also refuses nan
-        raise ValueError(
-            f"{who} differs from eager PyTorch by {error:.2e} on random inputs (allowed: "
-            f"{limit:.0e}); it is refused. Use backend='eager', or another version of the package"
-        )
+        allowed = f"{limit:.0e} is allowed; use backend='eager'"
+        raise ValueError(f"{who} differs from eager PyTorch by {error:.2e}: {allowed}")
     return error

@@ -114,9 +114,8 @@ class RealTimeExecutor:
         self.hold_ticks = hold_limit(policy, hold_ticks)
         self._clock = RealClock() if clock is None else clock
         self._meter = Meter(("plan", *RUNGS))
-        self._planning = Planning(
-            maker, refiner, timing, clock=self._clock, meter=self._meter, seed=seed
-        )
+        parts: dict[str, Any] = {"clock": self._clock, "meter": self._meter}
+        self._planning = Planning(maker, refiner, timing, **parts, seed=seed)
         self._period_ns, self._late_ns = timing.period_ns, timing.late_ns
         self._trail: deque[Obs] = deque(maxlen=maker.trail_length)
         self._clear()
@@ -296,17 +295,14 @@ class RealTimeExecutor:
                 source = "refine" if track.refined else "rest" if degraded else "plan"
                 return track.actions[index], source, tick - track.tick
             self._meter.counts["rejected_actions"] += 1
+        held = self._last_tick >= 0 and holds(tick - self._last_tick, self.hold_ticks)
         for rung in self.ladder:
             if rung == "refine" and seen:
                 left_ns = self._epoch_ns + (tick + 1) * self._period_ns - self._clock.now_ns()
                 refined = self._planning.refine(tick, self._trail, left_ns)
                 if refined is not None:
                     return refined.actions[0], "refine", 0
-            elif (
-                rung == "hold"
-                and self._last_tick >= 0
-                and holds(tick - self._last_tick, self.hold_ticks)
-            ):
+            elif rung == "hold" and held:
                 return self._last, "hold", None
         return self.limits.safe, "safe", None
 
@@ -315,10 +311,8 @@ def _checked_ladder(ladder: Sequence[str]) -> tuple[str, ...]:
     rungs = tuple(ladder)
     in_order = rungs == tuple(rung for rung in RUNGS if rung in rungs)
     if not in_order or not rungs or rungs[-1] not in ("hold", "safe"):
-        raise ValueError(
-            f"a ladder is made of {list(RUNGS)} in this order, each at most once, and ends in "
-            f"'hold' or 'safe'; got {list(rungs)}"
-        )
+        form = f"is made of {list(RUNGS)} in this order and ends in 'hold' or 'safe'"
+        raise ValueError(f"a ladder {form}; got {list(rungs)}")
     return rungs if rungs[-1] == "safe" else (*rungs, "safe")
 
 

@@ -30,10 +30,11 @@ from diffpolicy.runtime.exported import CONTRACT, FORMAT, VERSION, checksum, cpu
 from diffpolicy.settings import check_range
 
 TRIALS = 3
+_LOOP = ("nfe", "draws", "start_level", "carries", "max_shift")  # what is told of a loop
 
 _FIXED = (
-    "this network cannot be exported with a free number of rows; export it with "
-    "dynamic_batch=false; other numbers of rows are then cut and padded"
+    "this network has no free number of rows; export it with dynamic_batch=false; other numbers "
+    "of rows are then cut and padded"
 )
 WARM_START = (
     "Run the cold file for the first plan of an episode and after every reset. Afterwards run the "
@@ -100,36 +101,27 @@ def export_policy(
     with replaced_directory(target, owned=_files_of(target)) as scratch:
         loops: dict[str, dict[str, Any]] = {}
         for kind in deployed_kinds(planner):
-            deployed, model = _traced(
-                planner, kind, batch_size, deterministic=deterministic, dynamic=dynamic_batch
-            )
+            how = {"deterministic": deterministic, "dynamic": dynamic_batch}
+            deployed, model = _traced(planner, kind, batch_size, **how)
             (scratch / f"{kind}.onnx").write_bytes(model)
             error = _verify(deployed, model, batch_size, dynamic=dynamic_batch)
             loops[kind] = _loop_entry(deployed, kind, model, error, batch_size, dynamic_batch)
         batch = {"size": batch_size, "dynamic": dynamic_batch}
         contract = _contract(planner, loops, batch, rate_hz)
-        text = json.dumps(contract, indent=2) + "\n"
-        (scratch / CONTRACT).write_text(text, encoding="utf-8")
+        (scratch / CONTRACT).write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
     return ExportResult(target, contract, max(loop["max_error"] for loop in loops.values()))
 
 
 def _check_exportable(planner: DiffusionPlanner) -> None:
     if not isinstance(planner, DiffusionPlanner):
-        raise ValueError(
-            f"{type(planner).__name__} cannot be exported: only policies whose plans are one graph "
-            "of their inputs can (diffusion, with rti, truncated, streaming); export the policy "
-            "that it wraps"
-        )
+        raise ValueError(f"{type(planner).__name__} cannot be exported; export what it wraps")
     if planner.spec.layout != "action" or planner.spec.selection is not None:
         raise ValueError(
-            "an exported file holds one plan of actions; a policy whose plans hold observations, "
-            "or are chosen by a critic, runs from its directory (`diffpolicy serve`, compile())"
+            "an exported file holds one plan of actions; plans that hold observations or are "
+            "chosen by a critic run from the policy's directory (`diffpolicy serve`, compile())"
         )
     if planner.device.type != "cpu":
-        raise ValueError(
-            f"policies are exported from the CPU, this one is on {planner.device}; load it with "
-            "device='cpu'"
-        )
+        raise ValueError(f"export from the CPU (device='cpu'), not from {planner.device}")
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
@@ -137,9 +129,7 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         raise ValueError(f"{target} exists; give another output, or overwrite=true to replace it")
     foreign = next(foreign_files(target, _files_of(target)), None) if target.exists() else None
     if foreign is not None:
-        raise ValueError(
-            f"{target} is not an export: it holds other files ({foreign}) and is not replaced"
-        )
+        raise ValueError(f"{target} is not an export: it holds other files, such as {foreign}")
 
 
 def _files_of(export: Path) -> set[str]:
@@ -208,30 +198,23 @@ def _check_actions(planner: DiffusionPlanner, normalised: Array, actions: Array)
     expected = planner.to_actions(flat).reshape(normalised.shape)
     error = float(np.abs(actions - expected).max())
     if not error <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
-        raise ValueError(
-            f"the exported file's actions differ from the policy's by {error:.2e}; this policy "
-            "makes actions of its plans in a way that the export does not know"
-        )
+        how = "this policy makes them in a way that the export does not know"
+        raise ValueError(f"the exported actions differ from the policy's by {error:.2e}: {how}")
 
 
 def _loop_entry(
     deployed: DeployedLoop, kind: str, model: bytes, error: float | None, batch: int, dynamic: bool
 ) -> dict[str, Any]:
     def entry(port: Port) -> dict[str, Any]:
-        shape = [
-            "B" if a == "batch" and dynamic else batch if a == "batch" else a for a in port.axes
-        ]
+        rows = "B" if dynamic else batch
+        shape = [rows if axis == "batch" else axis for axis in port.axes]
         return {**port._asdict(), "axes": list(port.axes), "shape": shape}
 
     return {
         "file": f"{kind}.onnx",
         "sha256": hashlib.sha256(model).hexdigest(),
         "bytes": len(model),
-        "nfe": deployed.nfe,
-        "draws": deployed.draws,
-        "start_level": deployed.start_level,
-        "carries": deployed.carries,
-        "max_shift": deployed.max_shift,
+        **{name: getattr(deployed, name) for name in _LOOP},
         "inputs": [entry(port) for port in deployed.inputs()],
         "outputs": [entry(port) for port in deployed.outputs()],
         "max_error": error,

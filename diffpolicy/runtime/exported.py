@@ -62,9 +62,8 @@ class ExportedPolicy:
     def __init__(self, path: str | os.PathLike[str], *, threads: int = 1, seed: int = 0) -> None:
         folder = Path(path)
         self.contract = read_contract(folder)
-        self._sessions = {
-            kind: _session(folder, entry, threads) for kind, entry in self.contract["loops"].items()
-        }
+        loops = self.contract["loops"].items()
+        self._sessions = {kind: _session(folder, entry, threads) for kind, entry in loops}
         self._generator = np.random.default_rng(seed)
         self._last: Array | None = None
         self._warm: npt.NDArray[np.bool_] = np.zeros(0, bool)
@@ -95,11 +94,7 @@ class ExportedPolicy:
         if len(self._warm) != count or "warm" not in self._sessions:
             self._warm, self._last = np.zeros(count, bool), None
         sizes = self.contract["policy"]
-        shift = np.array(
-            np.broadcast_to(
-                np.asarray(sizes["n_action_steps"] if executed is None else executed), (count,)
-            )
-        )
+        shift = np.full(count, sizes["n_action_steps"] if executed is None else executed)
         warm = self._usable(history, shift)
         parts: list[tuple[Array, ExportedPlan]] = []
         for kind, rows in (("cold", np.flatnonzero(~warm)), ("warm", np.flatnonzero(warm))):
@@ -221,10 +216,8 @@ def read_contract(folder: Path) -> dict[str, Any]:
     if not known:
         raise ValueError(f"{file} is not the contract of an exported policy; export it anew")
     if contract.get("version") != VERSION:
-        raise ValueError(
-            f"{file} has version {contract.get('version')!r}; this diffpolicy reads {VERSION}. "
-            "Export the policy anew"
-        )
+        got = contract.get("version")
+        raise ValueError(f"{file} has version {got!r}; this diffpolicy reads {VERSION}")
     if contract.get("checksum") != checksum(contract):
         raise ValueError(f"{file} was changed after the export; export the policy anew")
     return dict(contract)
@@ -275,12 +268,8 @@ def cpu_session(model: bytes, threads: int) -> Any:
 def _joined(parts: Sequence[tuple[Array, ExportedPlan]]) -> ExportedPlan:
     """Plans of several groups of rows in the order of the rows."""
     order = np.argsort(np.concatenate([rows for rows, _ in parts]))
-    plan, actions, buffer = zip(*(plans for _, plans in parts), strict=True)
-    return ExportedPlan(
-        np.concatenate(plan)[order],
-        np.concatenate(actions)[order],
-        None if buffer[0] is None else np.concatenate(buffer)[order],
-    )
+    columns = [c for c in zip(*(plans for _, plans in parts), strict=True) if c[0] is not None]
+    return ExportedPlan(*(np.concatenate(column)[order] for column in columns))
 
 
 def _fitted(port: Mapping[str, Any], value: Array, count: int) -> Array:

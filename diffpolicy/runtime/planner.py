@@ -145,11 +145,13 @@ class Planning:
         """
         if self._request is not None:
             self._receive(tick, self._wait_ns if self._exhausted(tick) else 0)
-        if self._request is None and seen and self._due(tick):
-            warm = self.track is not None and self._failures < _COLD_AFTER
+        track = self.track
+        due = track is None or track.refined or tick - track.start >= self._replan_after
+        if self._request is None and seen and due:
+            warm = track is not None and self._failures < _COLD_AFTER
             self._request = _Request(self.clock.now_ns(), warm, self._episode)
             self._overdue = False
-            self.runner.submit(self._job(self.track, tuple(trail), tick, warm=warm))
+            self.runner.submit(self._job(track, tuple(trail), tick, warm=warm))
             self._receive(tick, self._wait_ns)
         request = self._request
         if request is None or self._overdue:
@@ -209,10 +211,6 @@ class Planning:
 
     def _exhausted(self, tick: int) -> bool:
         return self.track is None or tick - self.track.start >= len(self.track.actions)
-
-    def _due(self, tick: int) -> bool:
-        track = self.track
-        return track is None or track.refined or tick - track.start >= self._replan_after
 
     def _job(
         self, track: Track | None, trail: Sequence[Obs], tick: int, *, warm: bool
@@ -312,8 +310,6 @@ def _usable(outcome: Outcome, name: str) -> Track:
         raise RuntimeError(f"warming up: {name} failed") from outcome.error
     track: Track = outcome.value
     if not (track.finite and track.good[0]):
-        raise RuntimeError(
-            f"warming up: {name} gives an action that is not finite or not within the bounds of "
-            f"ActionLimits (after clipping: {track.actions[0]})"
-        )
+        what = "not finite or not within the bounds of ActionLimits"
+        raise RuntimeError(f"warming up: {name} gives {track.actions[0]} (clipped), {what}")
     return track

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from diffpolicy.extras import need
-from diffpolicy.files import atomic_file, write_atomic
+from diffpolicy.files import atomic_file, write_json
 
 _PER_OCTAVE = 128  # buckets per factor of 2: quantiles are exact to 0.6 %
 _LOWEST_NS, _OCTAVES = 16.0, 44  # 16 ns .. 78 hours
@@ -61,27 +62,17 @@ class LatencyHistogram:
     def quantile_ms(self, q: float) -> float:
         """The latency that a fraction ``q`` in [0, 1] of them does not exceed (nearest rank)."""
         rank = max(math.ceil(q * self.count), 1)
-        seen = 0
-        for index, number in enumerate(self._buckets):
-            seen += number
-            if number and seen >= rank:
-                # The last one is the longest, which is known exactly.
-                middle = _LOWEST_NS * math.exp((index + 0.5) / _SCALE) if index else 0.0
-                return (self._longest if rank == self.count else min(middle, self._longest)) / 1e6
-        return 0.0
+        if rank >= self.count:  # the last one is the longest, which is known exactly
+            return self._longest / 1e6
+        index = bisect_left(list(accumulate(self._buckets)), rank)
+        middle = _LOWEST_NS * math.exp((index + 0.5) / _SCALE) if index else 0.0
+        return min(middle, self._longest) / 1e6
 
     def summary(self) -> LatencySummary:
         """Mean, quantiles and maximum."""
-        if not self.count:
-            return LatencySummary()
-        return LatencySummary(
-            count=self.count,
-            mean_ms=self._total / self.count / 1e6,
-            p50_ms=self.quantile_ms(0.5),
-            p99_ms=self.quantile_ms(0.99),
-            p999_ms=self.quantile_ms(0.999),
-            max_ms=self._longest / 1e6,
-        )
+        mean = self._total / max(self.count, 1) / 1e6
+        p50, p99, p999 = (self.quantile_ms(q) for q in (0.5, 0.99, 0.999))
+        return LatencySummary(self.count, mean, p50, p99, p999, self._longest / 1e6)
 
     def bars(self) -> Iterator[tuple[float, float, int]]:
         """Buckets with anything in them: (from, to, count), milliseconds."""
@@ -171,8 +162,7 @@ class ExecutorReport:
         Returns:
             ``path``.
         """
-        target = Path(path)
-        return write_atomic(target, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        return write_json(path, self.to_dict())
 
     def plot(self, path: str | Path, *, title: str = "") -> Path:
         """Draw the histograms of plan latency and tick overhead, with p50, p99 and the budget.

@@ -53,9 +53,8 @@ class RolledLoop(nn.Module):
         self.horizon, self.action_dim = loop.horizon, loop.action_dim
         self.step = _Step(loop)
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of branches on constants, and of PyTorch's later plans
+            # Of branches on constants, and of PyTorch's later plans.
+            warnings.simplefilter("ignore")
             state, given = self._begin(*example)
             step = (torch.zeros((), dtype=torch.int64), *state, *given)
             traced = torch.jit.trace(self.step, step, check_trace=False)  # type: ignore[no-untyped-call]
@@ -121,12 +120,8 @@ class _Step(nn.Module):
 
     def __init__(self, loop: PlanLoop) -> None:
         super().__init__()
-        self.denoiser, self.evaluate, self.stochastic = (
-            loop.denoiser,
-            loop.grid.denoise,
-            loop.grid.stochastic,
-        )
-        rows = loop.grid.rows
+        self.denoiser, grid = loop.denoiser, loop.grid
+        self.evaluate, self.stochastic, rows = grid.denoise, grid.stochastic, grid.rows
         self.has_film, self.pinned = False, loop.condition.pinned
         self.depth = max(max(len(row.b), len(row.d)) for row in rows)
         self.corrects = any(row.c is not None for row in rows)

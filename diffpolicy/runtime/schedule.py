@@ -10,6 +10,7 @@ import numpy as np
 
 from diffpolicy.data.observation import Obs, stack, take
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
+from diffpolicy.settings import check_shape
 
 _FIRST = np.zeros(1, np.int64)
 
@@ -53,8 +54,7 @@ class ActionLimits:
     def check(self, actions: Array) -> tuple[Array, list[bool]]:
         """Read-only float32 actions ``[S, A]``, and which of them ``[S]`` may be sent."""
         given = np.asarray(actions, np.float32)
-        if given.ndim != 2 or given.shape[1:] != self.safe.shape:
-            raise ValueError(f"actions must be [S, {len(self.safe)}], got {list(given.shape)}")
+        check_shape("actions", given.shape, ("S", len(self.safe)))
         with np.errstate(invalid="ignore"):  # a comparison with NaN is False, as it should be
             inside = (given >= self.low - self._slack) & (given <= self.high + self._slack)
             good: Array = np.all(inside & np.isfinite(given), axis=1)
@@ -66,10 +66,8 @@ class ActionLimits:
 def _bound(name: str, value: Any, shape: tuple[int, ...]) -> Array:
     bound = np.asarray(value, np.float64)
     if bound.shape not in ((), shape) or np.isnan(bound).any():
-        raise ValueError(
-            f"{name} must be a number or one per action dimension ({shape[0]}, as in the safe "
-            f"action), got {value!r}"
-        )
+        wanted = f"a number or one per dimension of the safe action ({shape[0]})"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
     return np.broadcast_to(bound, shape)
 
 
@@ -85,10 +83,10 @@ class UnusablePlanError(ValueError):
 
 
 def _check_array(what: str, value: Any, shape: tuple[int, ...]) -> None:
-    if isinstance(value, np.ndarray) and value.shape == shape and value.dtype.kind == "f":
-        return
     got = type(value).__name__
     if isinstance(value, np.ndarray):
+        if value.shape == shape and value.dtype.kind == "f":
+            return
         got = f"{value.dtype.name} {list(value.shape)}"
     raise UnusablePlanError(f"{what} must be a float array {list(shape)}, got {got}")
 
@@ -138,11 +136,10 @@ class TrackMaker:
     ) -> None:
         if not isinstance(policy, ChunkedPolicy):
             raise TypeError(f"the executor drives a ChunkedPolicy, got {type(policy).__name__}")
-        if len(limits.safe) != policy.action_dim:
-            raise ValueError(
-                f"the safe action has {len(limits.safe)} dimensions, the policy's actions have "
-                f"{policy.action_dim}"
-            )
+        size = len(limits.safe)
+        if size != policy.action_dim:
+            own = f"the policy's actions have {policy.action_dim}"
+            raise ValueError(f"the safe action has {size} dimensions, {own}")
         self.policy, self.limits, self.deterministic = policy, limits, deterministic
         # What is done in the base class's way is done for all ticks at once.
         kind = type(policy)
@@ -179,19 +176,14 @@ class TrackMaker:
             seen = seen[:1] * (policy.n_obs_steps - len(seen)) + seen
             history, cursor = take(stack(seen), None), memory.cursor + since
             return replace(memory, history=history, cursor=cursor, delay=expected, counter=counter)
-        state = memory
-        if since is None:
-            for obs in trail[-policy.n_obs_steps :]:
-                state = policy.observe(take(obs, None), state)
-        else:
-            for obs in trail[max(len(trail) - since, 0) :]:  # live through the ticks since then
-                state = policy.observe(take(obs, None), self._advanced(state))
+        state, length = memory, policy.n_obs_steps if since is None else since
+        for obs in trail[max(len(trail) - length, 0) :]:  # live through the ticks since then
+            if since is not None and self._plain_execute:
+                state = replace(state, cursor=state.cursor + 1)
+            elif since is not None:
+                state = policy.execute(state)[1]
+            state = policy.observe(take(obs, None), state)
         return replace(state, delay=expected, counter=counter)
-
-    def _advanced(self, state: PolicyState) -> PolicyState:
-        if self._plain_execute:
-            return replace(state, cursor=state.cursor + 1)
-        return self.policy.execute(state)[1]
 
     def make(self, snapshot: PolicyState, tick: int) -> Track:
         """A plan for the observation of ``tick``, the last one in ``snapshot``."""

@@ -46,11 +46,8 @@ MAX_SEED = 2**63 - 1
 
 #: Element types that may travel, with the layout of one element.
 DTYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype("<f4"),
-    "float64": np.dtype("<f8"),
-    "int32": np.dtype("<i4"),
-    "int64": np.dtype("<i8"),
-    "uint8": np.dtype("u1"),
+    name: np.dtype(name).newbyteorder("<")
+    for name in ("float32", "float64", "int32", "int64", "uint8")
 }
 
 #: What an error reply can say.
@@ -62,11 +59,11 @@ ERROR_CODES = {
 }
 
 #: The entries that a request may have beside its type.
-REQUESTS: Mapping[str, frozenset[str]] = {
-    "reset": frozenset({"seed"}),
-    "act": frozenset({"obs"}),
-    "plan": frozenset({"obs"}),
-    "stats": frozenset(),
+REQUESTS: Mapping[str, set[str]] = {
+    "reset": {"seed"},
+    "act": {"obs"},
+    "plan": {"obs"},
+    "stats": set(),
 }
 
 

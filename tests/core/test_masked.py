@@ -218,8 +218,8 @@ class Wide(nn.Module):
     ("network", "process", "vocab_size", "message"),
     [
         (Wide(), LogLinear(), 1, "vocab_size must be at least 2, got 1"),
-        (Wide(), LogLinear(), 4, "4 tokens and the mask needs dim=5, got dim=7"),
-        (Wide(), VPCosine(), 6, "tokens need a masking process .*got VPCosine"),
+        (Wide(), LogLinear(), 4, "4 tokens and the mask need dim=5, got dim=7"),
+        (Wide(), VPCosine(), 6, "tokens need a masking process.*got VPCosine"),
     ],
 )
 def test_what_does_not_fit_is_named(network, process, vocab_size, message):

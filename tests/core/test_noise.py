@@ -114,7 +114,7 @@ def test_stratified_levels_cover_the_clock(count):
         ("cosine", "unknown noise process 'cosine'; expected one of"),
         ({"type": "vp_cosine", "beta": 1}, "beta"),
         ({"type": "discrete_vp", "betas": [0.1, 1.5]}, r"every beta must be in \(0, 1\)"),
-        ({"type": "vp_linear", "beta_min": 3, "beta_max": 2}, "beta_min < beta_max"),
+        ({"type": "vp_linear", "beta_min": 3, "beta_max": 2}, "beta_max must be above 3"),
     ],
 )
 def test_bad_config(config, message):

@@ -179,7 +179,7 @@ def test_rewards_per_evaluation(denoiser):
         ({"mode": "soft"}, "unknown mode 'soft'"),
         (
             {"denoiser": AnalyticDenoiser(VPCosine(), lambda x, t, cond: x)},
-            "VPCosine is a process of continuous states; use ValueGuidance",
+            "not VPCosine states: use ValueGuidance",
         ),
     ],
 )
@@ -191,7 +191,7 @@ def test_refused_at_construction(denoiser, change, message):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (lambda x: x.argmax(-1).sum(-1).float(), "no gradient with respect to its input"),
+        (lambda x: x.argmax(-1).sum(-1).float(), "has no gradient; use"),
         (lambda x: x.sum(-1), r"one number per row, \[3\]; got \(3, 4\)"),
         (lambda x: 1.0, "got float"),
     ],

@@ -72,7 +72,7 @@ def test_a_layout_survives_json():
     [
         ({"kind": "joint"}, "unknown layout 'joint'"),
         ({"obs_dim": 0}, "obs_dim must be at least 1, got 0"),
-        ({"horizon": 2}, "needs horizon >= 3, got 2"),
+        ({"horizon": 2}, "horizon must be at least 3, got 2"),
         ({"goal": ((0, 3),)}, "indices into an observation of 3 entries"),
         ({"goal": ((0, 1), (0, 2))}, "pins an entry twice"),
         ({"goal": ((0,),)}, "pairs of integers"),

@@ -36,7 +36,13 @@ from diffpolicy.guidance.particles import (
     make_particle_method,
 )
 from diffpolicy.guidance.reward import RewardGuidance
-from diffpolicy.guidance.search import choose, effective_size, log_mean, normalised, systematic
+from diffpolicy.guidance.stepped_chain import (
+    choose,
+    effective_size,
+    log_mean,
+    normalised,
+    systematic,
+)
 from diffpolicy.networks import make_network
 
 V, L, D = 3, 3, 4

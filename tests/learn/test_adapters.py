@@ -542,8 +542,8 @@ def test_gradients_through_a_chain_that_is_recomputed_are_the_same(config):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"type": "dora"}, "adapter type must be one of lora, sara; got 'dora'"),
-        ({"type": "lora", "alpha": 8}, "unknown key 'alpha' for adapter 'lora'"),
+        ({"type": "dora"}, "unknown adapter type 'dora'; expected one of lora, sara"),
+        ({"type": "lora", "alpha": 8}, "adapter 'lora' has no setting 'alpha'"),
         ({"type": "lora", "rank": 0}, "rank must be a positive integer, got 0"),
         ({"type": "lora", "scale": 0.0}, "scale must be positive, got 0.0"),
         ({"type": "lora", "rank": 500}, "is named '\\*'; those are none"),

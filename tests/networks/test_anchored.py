@@ -91,8 +91,8 @@ def test_denoiser_delivers_the_confidence(prediction):
     ("settings", "message"),
     [
         ({}, "needs base"),
-        ({"base": "mlp"}, r"base must be the config of another network.*got 'mlp'"),
-        ({"base": {"type": "anchored"}}, "base must be the config of another network"),
+        ({"base": "mlp"}, r"base must be another network's config.*got 'mlp'"),
+        ({"base": {"type": "anchored"}}, "base must be another network's config"),
         ({"base": {"type": "mlp", "horizon": 4}}, "horizon of this network are given otherwise"),
         ({"base": {"type": "mlp"}, "stages": 0}, "stages must be a positive integer"),
         ({"base": {"type": "mlp"}, "prior": 1.0}, r"prior must be in \(0, 1\)"),

@@ -25,10 +25,13 @@ def test_config_is_left_alone():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"type": "resnet", **SHAPE}, r"one of anchored, mlp, sequence_cnn.* unet1d; got 'resnet'"),
-        (SHAPE, r"one of anchored, mlp.*got None"),
-        ({"type": "mlp", "widht": 3, **SHAPE}, r"unknown key 'widht'.*did you mean 'width'"),
-        ({"type": "mlp", "down_dims": [3], **SHAPE}, r"unknown key 'down_dims'.*it takes horizon"),
+        (
+            {"type": "resnet", **SHAPE},
+            r"unknown network type 'resnet'; expected one of anchored, mlp",
+        ),
+        (SHAPE, r"network type None; expected one of"),
+        ({"type": "mlp", "widht": 3, **SHAPE}, r"no setting 'widht'.*did you mean 'width'"),
+        ({"type": "mlp", "down_dims": [3], **SHAPE}, r"no setting 'down_dims'; it has horizon"),
         ({"type": "mlp", "dim": 3}, r"network 'mlp' needs horizon"),
         ({"type": "mlp", **SHAPE, "horizon": 0}, r"horizon must be a positive integer, got 0"),
         ({"type": "mlp", **SHAPE, "dim": 2.0}, r"dim must be a positive integer, got 2.0"),
@@ -43,9 +46,9 @@ def test_config_is_left_alone():
         ({"type": "unet1d", **SHAPE, "down_dims": [4, 8], "n_groups": 4}, r"the first of 8"),
         (
             {"type": "unet1d", **SHAPE, "horizon": 10},
-            r"multiple of 4 \(4, 8, 12, ...\); the nearest are 8 or 12",
+            r"multiple of 4, such as 12",
         ),
-        ({"type": "unet1d", **SHAPE, "horizon": 3}, r"multiple of 4.*the nearest are 4$"),
+        ({"type": "unet1d", **SHAPE, "horizon": 3}, r"multiple of 4, such as 4"),
     ],
 )
 def test_bad_configs(config, message):

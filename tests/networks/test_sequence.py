@@ -263,7 +263,7 @@ def test_regressor_is_a_head(regressor):
     twin.load_state_dict(regressor.state_dict())
     assert isinstance(twin, SequenceRegressor)
     assert torch.equal(twin(tokens_of(size=4)), regressor(tokens_of(size=4)))
-    with pytest.raises(ValueError, match=r"unknown key 'lenght' for head 'sequence_regressor'"):
+    with pytest.raises(ValueError, match=r"head 'sequence_regressor' has no setting 'lenght'"):
         make_head({"type": "sequence_regressor", "lenght": 3})
 
 

@@ -187,7 +187,7 @@ def test_default_level_covers_the_quantisation_error() -> None:
         ({"choose": "draw"}, "needs probabilities"),
         ({"rank": "prior", "sources": ("anchors", "draft")}, "knows anchors only"),
         ({"solver": "ddpm"}, "deterministic solver"),
-        ({"rank": "confidence", "sources": ("anchors", "draft")}, "a draft is made at t = 1"),
+        ({"rank": "confidence", "sources": ("anchors", "draft")}, "not trained at t = 1"),
     ],
 )
 def test_unusable_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -169,7 +169,7 @@ def test_specs_survive_json():
     [
         ({"layout": "states"}, "unknown layout 'states'"),
         ({"layout": "state"}, "actions between states come from a head inverse"),
-        ({"returns": Returns()}, "for plans that hold observations"),
+        ({"returns": Returns()}, "need layout 'trajectory' or 'state'"),
         ({"goal": ((0, 1),)}, "holds no observation whose goal"),
         ({"layout": "trajectory", "value_scale": 1.0}, "the gradient of a head value"),
         ({"layout": "trajectory", "level_law": "position"}, "neither grippers nor levels"),
@@ -191,7 +191,7 @@ def test_specs_survive_json():
             },
             "all warm candidates are the same plan",
         ),
-        ({"heads": INVERSE}, "are for plans that hold observations"),
+        ({"heads": INVERSE}, "need layout 'trajectory' or 'state'"),
         ({"layout": "trajectory", "truncated": Truncated(t_start=0.2)}, "anchors are plans of act"),
         (
             {

@@ -310,7 +310,7 @@ def test_errors(make_planner):
         Streaming(fill="zero")
     with pytest.raises(ValueError, match="needs constant="):
         Streaming(fill="constant")
-    with pytest.raises(ValueError, match="action_dim=2 entries"):
+    with pytest.raises(ValueError, match=r"streaming.constant must be \[2\]"):
         streaming_planner(make_planner, Streaming(2, "constant", (0.0,)))
     with pytest.raises(ValueError, match="unknown key 'steps'"):
         from_values(Streaming, {"steps": 3})

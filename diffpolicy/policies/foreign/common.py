@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from diffpolicy.core.noise import DiscreteVP
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.diffusion import PolicySpec, Sampler
+from diffpolicy.settings import check_range
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
@@ -25,6 +26,40 @@ class ForeignPolicy(NamedTuple):
     spec: PolicySpec
     weights: dict[str, Tensor]
     normalizer: Normalizer
+
+
+def imported(
+    state: Mapping[str, Tensor],
+    prefix: str,
+    convert: Callable[..., tuple[dict[str, Any], dict[str, Tensor]]],
+    config: Mapping[str, Any],
+    where: str,
+    *,
+    groups: int,
+    normalizer: Normalizer,
+    **settings: Any,
+) -> ForeignPolicy:
+    """The policy of a checkpoint, whose sizes stand in its config by the field's names.
+
+    Args:
+        state: Its weights, those of the U-Net under ``prefix``.
+        prefix: Of the U-Net's names.
+        convert: To our names, see :mod:`diffpolicy.networks.convert`.
+        config: The checkpoint's.
+        where: What the config is, for messages.
+        groups: Of the U-Net's normalisations.
+        normalizer: The checkpoint's.
+        settings: Of the spec, what else there is.
+
+    Raises:
+        ValueError: A size is missing, or weights of another architecture.
+    """
+    names = ("horizon", "n_obs_steps", "n_action_steps")
+    sizes = {name: require(config, name, where) for name in names}
+    unet = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    network, weights = convert(unet, horizon=sizes["horizon"], n_groups=groups)
+    spec = PolicySpec(**sizes, **settings, network=network)
+    return ForeignPolicy(spec, {f"network.{n}": v for n, v in weights.items()}, normalizer)
 
 
 def diffusion_settings(
@@ -64,8 +99,7 @@ def diffusion_settings(
     refuse_unless("thresholding", values["thresholding"], (False,))
     if values["clip_sample"]:
         refuse_unless("clip_sample_range", values["clip_sample_range"], (1.0,))
-    if not 1 <= steps <= count:
-        raise ValueError(f"num_inference_steps must be in 1..{count}, got {steps}")
+    check_range(f"[1, {count}]", num_inference_steps=steps)
     options: dict[str, Any] = {}
     if solver == "ddpm":
         known = ("fixed_small", "fixed_small_log", "fixed_large")
@@ -101,10 +135,8 @@ def refuse_unless(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         ValueError: Names the setting, its value and what can be imported.
     """
     if value not in allowed:
-        raise ValueError(
-            f"this checkpoint has {name}={value!r}; only {' or '.join(map(repr, allowed))} can be "
-            "imported"
-        )
+        known = " or ".join(map(repr, allowed))
+        raise ValueError(f"this checkpoint has {name}={value!r}; only {known} can be imported")
 
 
 def require(config: Mapping[str, Any], name: str, where: str) -> Any:
@@ -142,7 +174,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: No such file, or a damaged one.
     """
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        return dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    return tensors

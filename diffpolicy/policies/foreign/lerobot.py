@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,13 @@ from torch import Tensor
 
 from diffpolicy.data.normalize import Mode, Normalizer
 from diffpolicy.networks import from_lerobot_state_dict
-from diffpolicy.policies.diffusion import PolicySpec
 from diffpolicy.policies.foreign.common import (
     ForeignPolicy,
     diffusion_settings,
+    imported,
     read_json,
     read_tensors,
     refuse_unless,
-    require,
 )
 
 STATE, ENV, ACTION = "observation.state", "observation.environment_state", "action"
@@ -29,11 +29,9 @@ _ENDS: dict[str, tuple[str, str, Mode]] = {
     "QUANTILES": ("q01", "q99", "quantile"),
     "QUANTILE10": ("q10", "q90", "quantile"),
 }
-_BUFFERS = (
-    "normalize_inputs.buffer_",
-    "unnormalize_outputs.buffer_",
-    "normalize_targets.buffer_",
-    "unnormalize_targets.buffer_",
+# Where files of before keep a statistic of a feature.
+_BUFFER = re.compile(
+    r"(?:normalize_inputs|unnormalize_outputs|(?:un)?normalize_targets)\.buffer_(.+)\.([^.]+)"
 )
 # Published code maps a constant action back to exactly its value, whatever the network says; a
 # steep scale does so to a ten-thousandth and stays exact in float32.
@@ -59,29 +57,20 @@ def read_lerobot(path: Path) -> ForeignPolicy:
     shapes = _shapes(config)
     tensors = read_tensors(path / "model.safetensors")
     modes, statistics = _normalisation(path, config, tensors)
-    unet = "diffusion.unet."
-    state = {
-        name.removeprefix(unet).replace("_orig_mod.", ""): value
-        for name, value in tensors.items()
-        if name.startswith(unet)
-    }
-    horizon = require(config, "horizon", "config.json")
-    network, weights = from_lerobot_state_dict(
-        state, horizon=horizon, n_groups=config.get("n_groups", 8)
-    )
     solver = config.get("noise_scheduler_type", "DDPM")
     refuse_unless("noise_scheduler_type", solver, ("DDPM", "DDIM"))
-    spec = PolicySpec(
+    return imported(
+        {name.replace("_orig_mod.", ""): value for name, value in tensors.items()},
+        "diffusion.unet.",
+        from_lerobot_state_dict,
+        config,
+        "config.json",
+        groups=config.get("n_groups", 8),
+        normalizer=_normalizer(shapes, modes, statistics),
         obs_dim=sum(size for name, size in shapes.items() if name != ACTION),
         action_dim=shapes[ACTION],
-        horizon=horizon,
-        n_obs_steps=require(config, "n_obs_steps", "config.json"),
-        n_action_steps=require(config, "n_action_steps", "config.json"),
-        network=network,
         **diffusion_settings(_scheduler(config), solver.lower(), config.get("num_inference_steps")),
     )
-    prefixed = {f"network.{name}": value for name, value in weights.items()}
-    return ForeignPolicy(spec, prefixed, _normalizer(shapes, modes, statistics))
 
 
 def _shapes(config: Mapping[str, Any]) -> dict[str, int]:
@@ -89,16 +78,12 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, int]:
     inputs = config.get("input_features") or config.get("input_shapes")
     outputs = config.get("output_features") or config.get("output_shapes")
     if not inputs or not outputs or ACTION not in outputs or STATE not in inputs:
-        raise ValueError(
-            f"config.json must name {STATE!r} among its inputs and {ACTION!r} among its outputs; "
-            f"it has {sorted(inputs or [])} and {sorted(outputs or [])}"
-        )
+        got = f"it has {sorted(inputs or [])} and {sorted(outputs or [])}"
+        raise ValueError(f"config.json needs the input {STATE!r}, the output {ACTION!r}; {got}")
     foreign = sorted(set(inputs) - {STATE, ENV})
     if foreign:
-        raise ValueError(
-            f"this policy observes {', '.join(foreign)}; image observations and other inputs than "
-            f"{STATE} and {ENV} are not supported, only policies on the low-dimensional state"
-        )
+        only = f"only policies on {STATE} and {ENV} are supported, not image observations"
+        raise ValueError(f"this policy observes {', '.join(foreign)}; {only}")
     sizes = {}
     for name in (STATE, ENV, ACTION):
         entry = inputs.get(name) if name != ACTION else outputs[ACTION]
@@ -109,14 +94,8 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
-    names = (
-        "beta_schedule",
-        "beta_start",
-        "beta_end",
-        "prediction_type",
-        "clip_sample",
-        "clip_sample_range",
-    )
+    schedule = ("beta_schedule", "beta_start", "beta_end")
+    names = (*schedule, "prediction_type", "clip_sample", "clip_sample_range")
     count = {"num_train_timesteps": config.get("num_train_timesteps", 100)}
     return count | {name: config[name] for name in names if name in config}
 
@@ -125,10 +104,9 @@ def _normalisation(
     path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, str], Statistics]:
     """Mode and statistics per feature: from buffers in the weights, else from the processors."""
-    old = {
-        **(config.get("input_normalization_modes") or {}),
-        **(config.get("output_normalization_modes") or {}),
-    }
+    old: dict[str, Any] = {}
+    for side in ("input", "output"):
+        old |= config.get(f"{side}_normalization_modes") or {}
     mapping = dict(config.get("normalization_mapping") or {})
     statistics: Statistics = {}
     for file, step in (
@@ -138,24 +116,18 @@ def _normalisation(
         for entry in read_json(path / file).get("steps", []) if (path / file).is_file() else []:
             if entry.get("registry_name") == step and entry.get("state_file"):
                 mapping.update(entry.get("config", {}).get("norm_map") or {})
-                _collect(read_tensors(path / Path(entry["state_file"]).name), statistics)
+                for name, value in read_tensors(path / Path(entry["state_file"]).name).items():
+                    feature, _, statistic = name.rpartition(".")
+                    statistics.setdefault(feature, {})[statistic] = value
     flat = {name.replace(".", "_"): name for name in _TYPES}
     for name, value in tensors.items():
-        prefix = next((p for p in _BUFFERS if name.startswith(p)), None)
-        if prefix is not None:
-            feature, _, statistic = name.removeprefix(prefix).rpartition(".")
-            statistics.setdefault(flat.get(feature, feature), {})[statistic] = value
+        if found := _BUFFER.fullmatch(name):
+            statistics.setdefault(flat.get(found[1], found[1]), {})[found[2]] = value
     modes = {
         name: str(old.get(name, mapping.get(kind, "IDENTITY"))).upper()
         for name, kind in _TYPES.items()
     }
     return modes, statistics
-
-
-def _collect(tensors: Mapping[str, Tensor], statistics: Statistics) -> None:
-    for name, value in tensors.items():
-        feature, _, statistic = name.rpartition(".")
-        statistics.setdefault(feature, {})[statistic] = value
 
 
 def _normalizer(
@@ -188,8 +160,7 @@ def _affine(
     if missing:
         raise ValueError(
             f"no {' and '.join(missing)} of {name} in model.safetensors (normalize_inputs.*) or "
-            "beside policy_preprocessor.json and policy_postprocessor.json; without its "
-            "statistics the policy cannot act"
+            "beside policy_preprocessor.json: the policy cannot act"
         )
     first, second = (statistics[s].detach().double().flatten() for s in needed)
     if {first.numel(), second.numel()} != {size}:

@@ -13,6 +13,7 @@ from diffpolicy.policies.diffusion import check_normalizer
 from diffpolicy.policies.foreign.common import ForeignPolicy, read_json
 from diffpolicy.policies.foreign.diffusion_policy import read_diffusion_policy
 from diffpolicy.policies.foreign.lerobot import read_lerobot
+from diffpolicy.settings import check_choice
 
 KINDS = ("auto", "lerobot", "diffusion_policy")
 
@@ -43,8 +44,7 @@ def read_checkpoint(source: str | os.PathLike[str], *, kind: str = "auto") -> Fo
             not have (images, local conditioning, ...), by name.
     """
     path = Path(source)
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    check_choice("kind", kind, KINDS)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if kind == "auto":
@@ -80,16 +80,11 @@ def _check(foreign: ForeignPolicy) -> None:
     """Raise unless the parts fit together; no weight is copied."""
     spec = foreign.spec
     check_normalizer(spec, foreign.normalizer)
-    shape = {
-        "horizon": spec.horizon,
-        "dim": spec.action_dim,
-        "cond_dim": spec.n_obs_steps * spec.obs_dim,
-    }
+    cond_dim = spec.n_obs_steps * spec.obs_dim
+    shape = {"horizon": spec.horizon, "dim": spec.action_dim, "cond_dim": cond_dim}
     stated = {name: spec.network[name] for name in shape}
     if stated != shape:
-        raise ValueError(
-            f"the network's weights are for {stated}, the policy's config says {shape}"
-        )
+        raise ValueError(f"the weights are for {stated}, the policy's config says {shape}")
     with torch.device("meta"):
         network = make_network(spec.network)
     weights = {name.removeprefix("network."): value for name, value in foreign.weights.items()}

@@ -31,17 +31,8 @@ SPARE_BYTES, CPU_SECONDS = 1 << 30, 300  # beside a multiple of the file's size
 TENSORS, CONFIG = "tensors.safetensors", "config.json"
 KEPT = ("model.", "normalizer.")
 
-_STORAGES = {
-    "DoubleStorage": "<f8",
-    "FloatStorage": "<f4",
-    "HalfStorage": "<f2",
-    "LongStorage": "<i8",
-    "IntStorage": "<i4",
-    "ShortStorage": "<i2",
-    "CharStorage": "<i1",
-    "ByteStorage": "<u1",
-    "BoolStorage": "?",
-}
+_FORMATS = {"Double": "<f8", "Float": "<f4", "Half": "<f2", "Long": "<i8", "Int": "<i4"}
+_FORMATS |= {"Short": "<i2", "Char": "<i1", "Byte": "<u1", "Bool": "?"}
 
 
 class RefusedError(Exception):
@@ -64,16 +55,10 @@ class Inert:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def __setitem__(self, _key: Any, _value: Any) -> None: ...
+    def append(self, *_given: Any) -> None:
+        """Ignore items of a list, a set or a dict."""
 
-    def append(self, _item: Any) -> None:
-        """Ignore an item of a list."""
-
-    def extend(self, _items: Any) -> None:
-        """Ignore items of a list."""
-
-    def add(self, _item: Any) -> None:
-        """Ignore an item of a set."""
+    extend = add = __setitem__ = append
 
 
 class Storage(NamedTuple):
@@ -102,16 +87,12 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_rest: Any) -> T
     return TensorRef(storage, offset, tuple(size), tuple(stride))
 
 
-def _parameter(data: Any, *_rest: Any) -> Any:
-    return data
-
-
 # All that a pickle can reach. Storage types are mere strings.
 _ALLOWED: dict[tuple[str, str], Callable[..., Any] | str] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_rest: data,
+    **{("torch", f"{name}Storage"): dtype for name, dtype in _FORMATS.items()},
 }
 
 
@@ -127,7 +108,7 @@ class Reader(pickle.Unpickler):
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
             raise RefusedError(f"an unknown kind of reference: {pid!r:.80}")
         _, dtype, key, _, count = pid
-        if dtype not in _STORAGES.values():
+        if dtype not in _FORMATS.values():
             raise RefusedError(f"tensors of an unsupported number format (storage {key!r:.40})")
         if not (isinstance(key, str) and key.isalnum() and type(count) is int and count >= 0):
             raise RefusedError("a tensor storage with an impossible name or size")
@@ -167,18 +148,13 @@ class Archive:
     def array(self, tensor: TensorRef) -> npt.NDArray[Any]:
         """A tensor's numbers, after checking that all of them lie within its storage."""
         storage = np.frombuffer(self.bytes(f"data/{tensor.storage.key}"), tensor.storage.dtype)
-        last = tensor.offset + sum(
-            (n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True)
-        )
-        count = math.prod(tensor.size)
-        if count and (last >= len(storage) or count > len(storage)):
-            raise RefusedError("a tensor that reaches beyond its storage")
+        count, places = math.prod(tensor.size), zip(tensor.size, tensor.stride, strict=True)
         if not count:
             return np.empty(tensor.size, tensor.storage.dtype)
+        if max(tensor.offset + sum((n - 1) * s for n, s in places), count - 1) >= len(storage):
+            raise RefusedError("a tensor that reaches beyond its storage")
         strides = [s * storage.itemsize for s in tensor.stride]
-        view = np.lib.stride_tricks.as_strided(
-            storage[tensor.offset :], tensor.size, strides, writeable=False
-        )
+        view = np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.size, strides)
         return np.ascontiguousarray(view)
 
 
@@ -223,15 +199,12 @@ def export(source: str, folder: str) -> None:
     state = states.get("ema_model") or states.get("model")
     if not isinstance(state, dict):
         raise RefusedError("not a checkpoint of Diffusion Policy: it has no weights of a model")
-    kept = {
-        name: value
-        for name, value in state.items()
-        if isinstance(name, str) and name.startswith(KEPT) and isinstance(value, TensorRef)
-    }
     text = json.dumps(Plain()(payload.get("cfg")) or {})
     arrays: dict[str, npt.NDArray[Any]] = {}
     held, most = 0, 2 * Path(source).stat().st_size
-    for name, value in kept.items():
+    for name, value in state.items():
+        if not (isinstance(name, str) and name.startswith(KEPT) and isinstance(value, TensorRef)):
+            continue
         arrays[name] = archive.array(value)
         held += arrays[name].nbytes
         if held > most:  # views of one storage, each written in full
