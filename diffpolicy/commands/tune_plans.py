@@ -95,7 +95,7 @@ class _Run:
     def method(self) -> Method:
         from diffpolicy.learn.methods import method_of
 
-        return method_of(self.config.method, self.config.run)
+        return method_of(self.config.method, self.config.run, items="plans")
 
     @property
     def judged(self) -> bool:

@@ -73,11 +73,14 @@ def method_of(
     name = type(made).__name__
     if command not in (None, made.command):
         raise ValueError(
-            f"{name} is a method of {made.command!r}, not of {command!r}; use `{made.command}`"
+            f"{name} is a method of {made.command!r}, not of {command!r}: use "
+            f"policy.{made.command}(...) or `diffpolicy {made.command}`"
         )
     if items not in (None, made.items):
         fitting = ", ".join(key for key, kind in METHODS.items() if kind.items == items)
-        raise ValueError(f"{name} tunes {made.items}; methods of {items} are {fitting}")
+        raise ValueError(
+            f"{name} tunes models of {made.items}, not {items}; methods of {items} are {fitting}"
+        )
     return made
 
 

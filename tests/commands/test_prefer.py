@@ -308,7 +308,7 @@ def test_runs_are_compared_by_episode(trained, tmp_path, capsys, rollouts):
         (["method=dpo", "method.beta=1"], "unknown key 'dpo.beta'"),
         (["method=dpi"], "did you mean 'dpo'"),
         (["method=draft_k"], "use policy.tune(...) or `diffpolicy tune`"),
-        (["method=sequence_dpo"], "tunes models of sequences, not policies"),
+        (["method=sequence_dpo"], "tunes models of sequences, not plans"),
         (["method=dpo", *COLLECT, "collect.branchs=3"], "did you mean 'collect.branches'"),
         (["method=dpo", *COLLECT, "collect.seed=99999"], "below 100,000"),
         (["method=dpo", *COLLECT, "collect.kind=some"], "unknown collect.kind 'some'"),

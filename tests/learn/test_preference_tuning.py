@@ -143,11 +143,11 @@ def test_an_interrupted_run_goes_on_exactly(trained, preferences, tmp_path):
         ({"type": "cloning", "steps": 3}, {}, "unknown key 'cloning.steps'"),
         ({"type": "ppo"}, {}, "unknown method 'ppo'; expected one of .* did you mean 'pso'"),
         ({"loss": "dpo"}, {}, "a method needs a type"),
-        ({"type": "plan_chain"}, {}, "method of 'tune', not of 'prefer'; use `tune`"),
+        ({"type": "plan_chain"}, {}, r"method of 'tune', not of 'prefer': use policy\.tune"),
         (
             {"type": "sequence_dpo"},
             {},
-            "SequenceDPO tunes sequences; methods of plans are",
+            "tunes models of sequences, not plans",
         ),
         ({**DPO, "beta": 3}, {}, r"unknown key 'dpo\.beta'; did you mean 'dpo\.kl_beta'"),
         ({**DPO, "score": {"draw": 3}}, {}, r"key 'dpo\.score\.draw'"),

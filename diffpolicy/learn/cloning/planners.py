@@ -47,8 +47,8 @@ class InverseDynamicsLoss(nn.Module):
         obs, action = batch["obs"][:, now:], batch["action"][:, now:-1]
         if obs.shape[1] < 2 or action.shape[1] != obs.shape[1] - 1:
             raise ValueError(
-                "inverse dynamics needs obs [B, H, O] and action [B, H, A] with H > n_obs_steps, got "
-                f"{list(batch['obs'].shape)} and {list(batch['action'].shape)}"
+                "inverse dynamics needs obs [B, H, O] and action [B, H, A] with H > n_obs_steps, "
+                f"got {list(batch['obs'].shape)} and {list(batch['action'].shape)}"
             )
         pairs = torch.arange(action.shape[1], device=obs.device)
         if self.max_pairs is not None and self.max_pairs < len(pairs):
