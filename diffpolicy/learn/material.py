@@ -148,7 +148,7 @@ class PlanMaterial:
         """The first that a method reads, of pairs, labels, observations and demonstrations."""
         reads = method.reads()
         if method.command == "tune":
-            return self.observations()
+            return Conditions(self.observations())
         name = next(n for n in ("pairs", "labels", "observations", "demonstrations") if n in reads)
         main: Source = getattr(self, name)()
         return self.mixed(main, demonstrations=method.clones_demonstrations)
@@ -197,6 +197,23 @@ class SequenceMaterial:
     reward: Callable[[Tensor], Tensor]
     reference: MaskedDenoiser | None = None
     batch_size: int = 64
+
+
+class Conditions:
+    """The observations of a source of windows: what plans are sampled for.
+
+    ``gather`` gives ``index`` int64 ``[B]`` and ``cond [B, To * O]``, normalised.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def gather(self, indices: Tensor) -> dict[str, Tensor]:
+        """A batch."""
+        return {"index": indices, "cond": self.source.gather(indices)["obs"].flatten(1)}
 
 
 def check_policy(spec: PolicySpec, method: Method) -> None:
@@ -283,6 +300,7 @@ def _sum_of_actions(action: Tensor, obs: Tensor) -> Tensor:
 
 
 __all__ = [
+    "Conditions",
     "PlanMaterial",
     "SequenceMaterial",
     "TuningData",
