@@ -23,12 +23,13 @@ from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.adapters import add_adapters, merge_adapters
 from diffpolicy.learn.learning import Learning, examples
+from diffpolicy.learn.making import open_store
 from diffpolicy.learn.method import Method
 from diffpolicy.learn.methods import method_of
 from diffpolicy.learn.plan_pairs import PlanReward, check_readable, in_own_units, sizes_of
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.training.settings import TrainerConfig
-from diffpolicy.training.sources import ChosenWindows, Executed, Mixed, Turns
+from diffpolicy.training.sources import ChosenWindows, Mixed, Turns
 from diffpolicy.training.trainer import Source
 from diffpolicy.training.weights import unchanged_on_error
 
@@ -74,8 +75,7 @@ class TuningData:
         if preferences is not None and not isinstance(preferences, PreferenceSet):
             preferences = PreferenceSet.open(preferences)
         demonstrations, observations = (
-            EpisodeStore.open(store) if isinstance(store, str | os.PathLike) else store
-            for store in (demonstrations, observations)
+            None if store is None else open_store(store) for store in (demonstrations, observations)
         )
         return cls(preferences, demonstrations, observations=observations, **others)
 
@@ -103,12 +103,8 @@ class PlanMaterial:
         Raises:
             ValueError: the data have none.
         """
-        if self.data.reward is None:
-            raise ValueError(
-                "this method judges the policy's own plans: give a reward, "
-                "TuningData(reward=lambda action, obs: ...)"
-            )
-        return in_own_units(self.data.reward, self.spec, self.normalizer)
+        reward: PlanReward = self._given("reward")
+        return in_own_units(reward, self.spec, self.normalizer)
 
     @property
     def steps(self) -> Tensor:
@@ -131,22 +127,13 @@ class PlanMaterial:
 
     def demonstrations(self) -> Source:
         """Windows of the demonstrations."""
-        store = self._given(self.data.demonstrations, "demonstrations")
-        return self._of_episodes(store, self.data.max_episodes)
+        return self._of_episodes(self._given("demonstrations"), self.data.max_episodes)
 
     def observations(self) -> Source:
         """Windows of the episodes whose observations plans are drawn for."""
         if self.data.observations is None:
             return self.demonstrations()
         return self._of_episodes(self.data.observations, None)
-
-    def executed(self) -> Source:
-        """Those, with ``steps [B, H]``: which positions of a plan are executed."""
-        return Executed(self.observations(), self.steps)
-
-    def conditions(self) -> Source:
-        """Those as ``index [B]`` and ``cond [B, To * O]``, for losses that draw plans."""
-        return Conditions(self.observations(), self.spec.make_encoder())
 
     def mixed(self, main: Source, *, demonstrations: bool = False) -> Source:
         """Examples, with demonstrations beside them if these are wanted and there are some."""
@@ -162,7 +149,7 @@ class PlanMaterial:
         """The first that a method reads, of pairs, labels, observations and demonstrations."""
         reads = method.reads()
         if method.command == "tune":
-            return self.conditions()
+            return Conditions(self.observations(), self.spec.make_encoder())
         name = next(n for n in ("pairs", "labels", "observations", "demonstrations") if n in reads)
         main: Source = getattr(self, name)()
         return self.mixed(main, demonstrations=method.clones_demonstrations)
@@ -170,28 +157,21 @@ class PlanMaterial:
     def check(self, method: Method) -> None:
         """Raise ``ValueError`` if a method cannot tune this policy, or lacks data."""
         check_policy(self.spec, method)
-        reads, data = method.reads(), self.data
-        if reads & {"pairs", "labels"}:
-            self._given(data.preferences, "preferences")
-        if "reward" in reads:
-            self._given(data.reward, "reward")
-        if "observations" in reads and data.observations is None and data.demonstrations is None:
-            raise ValueError(
-                "plans are drawn for observations: give observations or demonstrations, "
-                "TuningData(observations=...)"
-            )
-        if "demonstrations" in reads:
-            self._given(data.demonstrations, "demonstrations")
+        fields = {"pairs": "preferences", "labels": "preferences"}
+        for name in sorted(method.reads(), reverse=True):
+            if name != "observations" or self.data.demonstrations is None:
+                self._given(fields.get(name, name))
 
-    def _given(self, value: Any, name: str) -> Any:
+    def _given(self, name: str) -> Any:
+        value = getattr(self.data, name)
         if value is None:
             raise ValueError(
-                f"this method learns from {name}, which the data lack: TuningData({name}=...)"
+                f"this method needs {name}, which the data lack: TuningData({name}=...)"
             )
         return value
 
     def _preferences(self) -> PreferenceSet:
-        found: PreferenceSet = self._given(self.data.preferences, "preferences")
+        found: PreferenceSet = self._given("preferences")
         check_readable(found, self.spec)
         return found
 
@@ -246,8 +226,8 @@ def check_policy(spec: PolicySpec, method: Method) -> None:
     """
     if spec.layout != "action" or spec.returns is not None:
         raise ValueError(
-            "tuning draws and compares plans of actions given observations; this policy has "
-            f"layout={spec.layout!r}, returns={spec.returns}"
+            "tuning takes plans of actions given observations alone, not "
+            f"layout={spec.layout!r} or returns={spec.returns}"
         )
     if spec.encoder["type"] != "state" and "reward" in method.reads():
         raise ValueError(
@@ -257,10 +237,9 @@ def check_policy(spec: PolicySpec, method: Method) -> None:
     anchored = spec.network.get("type") == "anchored"
     if method.command == "prefer" and (spec.level_law != "row" or anchored):
         raise ValueError(
-            "preferences tune policies that were trained at one level per plan, from pure noise on "
-            f"(level_law='row', no network of type 'anchored'); this one has level_law="
-            f"{spec.level_law!r} and network.type={spec.network.get('type')!r}, whose training is "
-            "another. Train it without, tune that, and act with streaming or anchors afterwards"
+            "preferences tune policies trained at one level per plan, from pure noise on; this one "
+            f"has level_law={spec.level_law!r} and network.type={spec.network.get('type')!r}. Tune "
+            "one without, and act with streaming or anchors afterwards"
         )
 
 

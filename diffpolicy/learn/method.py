@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.data.observation import from_fields, holds
+
+Reward = Callable[..., Tensor]
+"""What items are worth: of plans, and their condition where there is one, or of sequences."""
 
 READABLE = ("pairs", "labels", "observations", "demonstrations", "reward")
 
@@ -33,13 +36,21 @@ def plan_shape(denoiser: BaseDenoiser) -> tuple[int, int]:
         ValueError: a denoiser that does not tell.
     """
     network = getattr(denoiser, "network", None)
-    found: Sequence[Any] = (getattr(network, "horizon", None), getattr(network, "dim", None))
-    if None in found:
+    horizon, dim = (getattr(network, name, None) for name in ("horizon", "dim"))
+    if horizon is None or dim is None:
         raise ValueError(
-            f"{type(denoiser).__name__} has no network that tells the shape of a plan; give its "
-            "network the attributes horizon and dim"
+            f"the network of {type(denoiser).__name__} does not tell the shape of a plan by its "
+            "attributes horizon and dim"
         )
-    return int(found[0]), int(found[1])
+    return int(horizon), int(dim)
+
+
+def rows_and_cond(denoiser: BaseDenoiser, batch: Mapping[str, Tensor]) -> tuple[int, Tensor | None]:
+    """How many rows a batch has, and their condition ``[B, C]``: given, or of observations."""
+    cond = batch.get("cond")
+    if cond is None:
+        cond = encoded(denoiser, batch)
+    return len(next(iter(batch.values()))), cond
 
 
 class Source(Protocol):
@@ -108,4 +119,13 @@ class Method:
         return source
 
 
-__all__ = ["READABLE", "Method", "Source", "check_rewards", "encoded", "plan_shape"]
+__all__ = [
+    "READABLE",
+    "Method",
+    "Reward",
+    "Source",
+    "check_rewards",
+    "encoded",
+    "plan_shape",
+    "rows_and_cond",
+]

@@ -77,10 +77,9 @@ def method_of(
             f"policy.{made.command}(...) or `diffpolicy {made.command}`"
         )
     if items not in (None, made.items):
-        fitting = [key for key, kind in METHODS.items() if kind.items == items]
+        fitting = ", ".join(key for key, kind in METHODS.items() if kind.items == items)
         raise ValueError(
-            f"{name} tunes models of {made.items}, not {items}; methods of {items} are "
-            f"{', '.join(fitting)}"
+            f"{name} tunes models of {made.items}, not {items}; methods of {items} are {fitting}"
         )
     return made
 

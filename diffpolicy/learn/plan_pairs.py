@@ -25,6 +25,7 @@ from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore, FieldSpec
 from diffpolicy.data.windows import Windows
 from diffpolicy.learn.preferences.online import OwnPlans, draw_plans
+from diffpolicy.networks.base import check_positive
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.settings import check_known, from_values, setting_names
@@ -61,8 +62,7 @@ class PlanPairs:
     plans: OwnPlans = field(default_factory=lambda: OwnPlans(candidates=16))
 
     def __post_init__(self) -> None:
-        if type(self.every) is not int or self.every < 1:
-            raise ValueError(f"every must be a whole number, at least 1, got {self.every!r}")
+        check_positive(every=self.every)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], spec: PolicySpec) -> Self:
@@ -79,13 +79,9 @@ class PlanPairs:
         names = [name for name in setting_names(OwnPlans) if name not in NOT_READ]
         check_known(config, ["every", *names], "plans")
         sampler = spec.sampler
-        values: dict[str, Any] = {
-            "candidates": 16,
-            "num_steps": sampler.num_steps,
-            "solver": sampler.solver,
-            "options": dict(sampler.options),
-            "spacing": sampler.spacing,
-        }
+        values: dict[str, Any] = {"candidates": 16}
+        for name in ("num_steps", "solver", "spacing", "options"):
+            values[name] = getattr(sampler, name)
         if config.get("solver", sampler.solver) != sampler.solver:
             values["options"] = {}
         values |= {name: value for name, value in config.items() if name != "every"}
@@ -137,13 +133,7 @@ def pair_plans(
     check_plain(spec)
     check_replaceable(prefs_path)
     rows = _rows(episodes, settings.every)
-    windows = Windows(
-        episodes,
-        horizon=spec.horizon,
-        n_obs_steps=spec.n_obs_steps,
-        n_action_steps=spec.n_action_steps,
-        normalizer=policy.normalizer.to("cpu"),
-    )
+    windows = Windows(episodes, **sizes_of(spec), normalizer=policy.normalizer.to("cpu"))
     worth = in_own_units(reward, spec, policy.normalizer)
     noise = torch.Generator(policy.device).manual_seed(seed)
     pairs: list[Pair] = []
@@ -154,18 +144,17 @@ def pair_plans(
         for some in torch.split(torch.from_numpy(rows), BLOCK):
             seen = from_fields(windows.gather(some))
             obs = each(lambda array: array.to(policy.device), seen)
-            drawn = draw_plans(policy.denoiser, settings.plans, obs, worth, noise)
-            which = torch.stack([drawn.reward.argmax(1), drawn.reward.argmin(1)], 1)
-            values = drawn.reward.gather(1, which)
+            drawn, scores = draw_plans(policy.denoiser, settings.plans, obs, worth, noise)
+            which = torch.stack([scores.argmax(1), scores.argmin(1)], 1)
+            values = scores.gather(1, which)
             differ = values[:, 0] > values[:, 1]
-            plans = drawn.plans[torch.arange(len(some), device=which.device)[:, None], which]
+            plans = drawn[torch.arange(len(some), device=which.device)[:, None], which]
             pairs += _pairs(store.num_episodes, values[differ], spec)
             _append(store, policy.normalizer, take(obs, differ), plans[differ])
             bar.update(len(some))
     if not pairs:
         raise ValueError(
-            f"no pairs: all {settings.plans.candidates} plans of every observation are worth the "
-            "same by this value, which tells nothing"
+            "no pairs: all plans of every observation are worth the same by this value"
         )
     attrs = {**sizes_of(spec), "plans": settings.to_dict(), "seed": seed}
     return _written(pairs, store_path, prefs_path, {"made_by": MADE_BY, **attrs})
@@ -175,9 +164,9 @@ def check_plain(spec: PolicySpec) -> None:
     """Raise ``ValueError`` if a policy acts with guidance, or at another temperature than 1."""
     if spec.sampler.guidance_scale != 1 or spec.value_scale != 0 or spec.temperature != 1:
         raise ValueError(
-            "own plans are drawn without guidance at temperature 1, and this policy acts with "
+            "own plans are drawn without guidance at temperature 1; this policy acts with "
             f"guidance_scale={spec.sampler.guidance_scale}, value_scale={spec.value_scale}, "
-            f"temperature={spec.temperature}; tune it with 1, 0 and 1"
+            f"temperature={spec.temperature}"
         )
 
 
@@ -197,7 +186,7 @@ def check_readable(preferences: PreferenceSet, spec: PolicySpec) -> None:
     theirs = {name: preferences.attrs.get(name) for name in sizes_of(spec)}
     if theirs != sizes_of(spec):
         raise ValueError(
-            f"{preferences.name} holds plans of a policy with {theirs}, and this one has "
+            f"{preferences.name} holds plans of a policy with {theirs}, this one has "
             f"{sizes_of(spec)}; draw plans of this one (plans=...)"
         )
 
@@ -219,8 +208,8 @@ def _rows(episodes: EpisodeStore, every: int) -> NDArray[np.int64]:
     ends, lengths = episodes.episode_ends, episodes.episode_lengths
     if not (lengths > every // 2).any():
         raise ValueError(
-            f"no observations: the longest episode has {max(lengths, default=0)} steps, and plans "
-            f"are drawn at step {every // 2} and every {every} from there; lower plans.every"
+            f"no observations: no episode reaches step {every // 2}, where plans are drawn first; "
+            "lower plans.every"
         )
     found = [np.arange(e - n + every // 2, e) for e, n in zip(ends, lengths, strict=True)]
     rows: NDArray[np.int64] = np.concatenate([steps[::every] for steps in found])

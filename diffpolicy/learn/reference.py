@@ -31,22 +31,11 @@ def dropout_of(module: nn.Module) -> float:
 def check_no_dropout(denoiser: nn.Module) -> None:
     """Raise ``ValueError`` if two evaluations at the same noise may differ."""
     for module in denoiser.modules():
-        if dropout_of(module) > 0:
+        if (share := dropout_of(module)) > 0:
             raise ValueError(
-                "two denoisers are compared at the same noise, which dropout="
-                f"{dropout_of(module)} in {type(module).__name__} makes random; pre-train with "
-                "dropout=0"
+                f"dropout={share} in {type(module).__name__} makes random what two denoisers are "
+                "compared by; pre-train with dropout=0"
             )
-
-
-def check_separate(denoiser: BaseDenoiser, reference: BaseDenoiser) -> None:
-    """Raise ``ValueError`` if a reference shares weights with what is tuned."""
-    own = {id(p) for p in reference.parameters()}
-    if any(id(p) in own for p in denoiser.parameters()):
-        raise ValueError(
-            "the reference shares weights with the denoiser; give it its own, "
-            "reference=frozen_copy(denoiser), or None"
-        )
 
 
 class Referenced(nn.Module):
@@ -57,6 +46,8 @@ class Referenced(nn.Module):
         reference: frozen here, and always in evaluation mode; None: the denoiser with its adapters
             off (:mod:`diffpolicy.learn.adapters`) if it has any, else a copy of it as it is now.
         needed: whether the objective looks at a reference at all; if not, it makes none.
+        apart: chains evaluate the two in turns, so that the reference always has weights of its
+            own, and dropout does no harm.
 
     Raises:
         ValueError: dropout, a reference that shares weights with the denoiser, or one that the
@@ -64,18 +55,26 @@ class Referenced(nn.Module):
     """
 
     def __init__(
-        self, denoiser: BaseDenoiser, reference: BaseDenoiser | None, *, needed: bool = True
+        self,
+        denoiser: BaseDenoiser,
+        reference: BaseDenoiser | None,
+        *,
+        needed: bool = True,
+        apart: bool = False,
     ) -> None:
         super().__init__()
-        check_no_dropout(denoiser)
-        if reference is None and needed and not has_adapters(denoiser):
+        if reference is None and needed and (apart or not has_adapters(denoiser)):
             reference = frozen_copy(denoiser)
         elif reference is not None:
             if not needed:
                 raise ValueError("these settings look at no reference; leave reference=None")
-            check_separate(denoiser, reference)
-            check_no_dropout(reference)
+            own = {id(p) for p in reference.parameters()}
+            if any(id(p) in own for p in denoiser.parameters()):
+                raise ValueError("the reference shares weights with the denoiser; give a copy")
             reference.requires_grad_(requires_grad=False).eval()
+        for each in (denoiser, reference):
+            if each is not None and not apart:
+                check_no_dropout(each)
         self.denoiser, self.reference = denoiser, reference
 
     def train(self, mode: bool = True) -> Self:
@@ -96,39 +95,9 @@ class Referenced(nn.Module):
                     yield self.denoiser
 
 
-class BesideReference(nn.Module):
-    """An objective that holds the frozen, pre-trained denoiser beside the one that is tuned.
-
-    Chains evaluate the two in turns, so that here the reference has weights of its own always.
-
-    Args:
-        denoiser: what is tuned.
-        reference: frozen here, and always in evaluation mode; None: a copy of ``denoiser`` as it
-            is now.
-
-    Raises:
-        ValueError: a reference that shares weights with the denoiser.
-    """
-
-    def __init__(self, denoiser: BaseDenoiser, reference: BaseDenoiser | None) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.reference = frozen_copy(denoiser) if reference is None else reference
-        check_separate(denoiser, self.reference)
-        self.reference.requires_grad_(requires_grad=False).eval()
-
-    def train(self, mode: bool = True) -> Self:
-        """Training mode, of all but the reference."""
-        super().train(mode)
-        self.reference.eval()
-        return self
-
-
 __all__ = [
-    "BesideReference",
     "Referenced",
     "check_no_dropout",
-    "check_separate",
     "dropout_of",
     "frozen_copy",
 ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import diffpolicy.sequences.metrics as metrics
-from diffpolicy.learn.reward.path_kl import categorical_kl
+from diffpolicy.learn.reward.chains import categorical_kl
 from diffpolicy.sequences.exact import (
     ExactLaw,
     ExactScores,

@@ -63,20 +63,6 @@ class Mixed:
         return batch
 
 
-class Executed:
-    """A source whose batches also say which positions of a plan are executed: ``steps [B, H]``."""
-
-    def __init__(self, source: Source, steps: Tensor) -> None:
-        self.source, self.steps = source, steps
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def gather(self, indices: Tensor) -> dict[str, Tensor]:
-        """A batch."""
-        return {**self.source.gather(indices), "steps": self.steps.expand(len(indices), -1)}
-
-
 class Turns:
     """Sources that take turns, each with the same share of an epoch."""
 
@@ -119,4 +105,4 @@ class ChosenWindows:
         return {name: value[rows, window] for name, value in found.items()}
 
 
-__all__ = ["ChosenWindows", "Executed", "Mixed", "Source", "Turns"]
+__all__ = ["ChosenWindows", "Mixed", "Source", "Turns"]

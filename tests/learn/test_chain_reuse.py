@@ -11,8 +11,7 @@ from diffpolicy.core.masking import LogLinear
 from diffpolicy.core.reveal import Ancestral, Relaxation
 from diffpolicy.core.starts import levels, prior_start
 from diffpolicy.learn.reward import chains
-from diffpolicy.learn.reward.chains import chain_with_kl
-from diffpolicy.learn.reward.path_kl import masked_step_kl
+from diffpolicy.learn.reward.chains import chain_with_kl, masked_step_kl
 from diffpolicy.networks import make_network
 
 L, V, B = 4, 3, 6

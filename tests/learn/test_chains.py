@@ -27,8 +27,12 @@ from diffpolicy.core import (
 )
 from diffpolicy.core.solvers import Memory
 from diffpolicy.learn.reference import frozen_copy
-from diffpolicy.learn.reward.chains import chain_with_kl, differentiable_chain
-from diffpolicy.learn.reward.path_kl import gaussian_step_kl, masked_step_kl
+from diffpolicy.learn.reward.chains import (
+    chain_with_kl,
+    differentiable_chain,
+    gaussian_step_kl,
+    masked_step_kl,
+)
 from diffpolicy.networks import make_network
 
 B, L, V, K = 4, 3, 2, 5
@@ -201,7 +205,7 @@ def test_evaluations_are_counted_and_no_more_are_made():
         done = chain_with_kl(
             *p.arguments, step_kl=masked_step_kl, noise=p.noise, grad_steps=2, kl_steps=steps
         )
-        assert (done.nfe, done.reference_nfe) == (K, asked)
+        assert done.reference_nfe == asked
         assert calls == {"mine": K, "theirs": asked}
 
 

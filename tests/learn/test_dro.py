@@ -246,7 +246,9 @@ def test_masks_of_demonstrations_are_those_of_the_chains_states():
     shown = demos != 2
     assert torch.equal(demos[shown], tokens.repeat_interleave(3, 0)[shown])
     torch.testing.assert_close(pairs.target.chunk(2)[1], policy.log_probs(own, pairs.t[:1]))
-    hard = contrast_sequences(policy, loss.masked, tokens, None, seeded(), states=3, noised=True)
+    hard = contrast_sequences(
+        policy, loss.settings.num_steps, tokens, None, seeded(), states=3, noised=True
+    )
     drawn = hard.target.chunk(2)[1].argmax(-1)
     assert torch.equal(drawn[shown], own[shown])
 
@@ -398,7 +400,7 @@ def test_bad_settings():
         ({"states": 0}, "at least 1"),
         ({"sync_every": 0}, "at least 1"),
         ({"states": 11}, "more than the 10 of a chain"),
-        ({"margin": None}, "leaves behaviour cloning"),
+        ({"margin": None}, "leave behaviour cloning"),
         ({"num_steps": 0}, "num_steps must be at least 1"),
         ({"solver": "euler_a"}, "unknown solver"),
         ({"spacing": "x"}, "unknown spacing"),
@@ -419,7 +421,7 @@ def test_bad_denoisers_and_batches():
     masked = table_denoiser(time_free=False)
     with pytest.raises(ValueError, match="needs num_steps"):
         DROLoss(masked, DRO(num_steps=None))
-    with pytest.raises(ValueError, match="more than the 3 of a chain"):
+    with pytest.raises(ValueError, match=r"states must be in \[1, 3\]"):
         DROLoss(table_denoiser(), DRO(states=5))
     with pytest.raises(ValueError, match="takes a Denoiser or a MaskedDenoiser"):
         DROLoss(AnalyticDenoiser(make_process("flow"), lambda x, t, cond: x), DRO())

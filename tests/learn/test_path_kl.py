@@ -24,7 +24,7 @@ from diffpolicy.core import (
     sample,
 )
 from diffpolicy.core.masking import one_hot
-from diffpolicy.learn.reward.path_kl import (
+from diffpolicy.learn.reward.chains import (
     categorical_kl,
     gaussian_step_kl,
     masked_step_kl,

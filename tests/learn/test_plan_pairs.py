@@ -203,8 +203,8 @@ def test_a_policy_at_another_temperature_draws_other_plans(policy, episodes, tmp
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"every": 0}, "every must be a whole number, at least 1"),
-        ({"every": 2.5}, "every must be a whole number"),
+        ({"every": 0}, "every must be a positive integer"),
+        ({"every": 2.5}, "every must be a positive integer"),
         ({"candidates": "3"}, "plans.candidates must be int"),
         ({"candidates": 1}, "at least 2"),
         ({"drawn_by": "reference"}, "plans has no setting 'drawn_by'"),

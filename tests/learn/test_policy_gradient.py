@@ -8,8 +8,7 @@ import pytest
 import torch
 from finetune_tables import all_paths, rollout_of, sequences, table_denoiser
 
-from diffpolicy.learn.reward.advantages import Play, judge
-from diffpolicy.learn.reward.policy_gradient import PolicyGradient, PolicyGradientLoss
+from diffpolicy.learn.reward.policy_gradient import Play, PolicyGradient, PolicyGradientLoss, judge
 from diffpolicy.sequences.exact import ExactLaw, StateSpace
 
 ALPHA = 0.3
@@ -263,7 +262,7 @@ def test_bad_settings_are_refused(settings, message):
 
 
 def test_bad_sizes_are_refused():
-    with pytest.raises(ValueError, match="grad_states=4 is more than the 3 evaluations"):
+    with pytest.raises(ValueError, match=r"grad_states must be in \[1, 3\]"):
         objective_of(grad_states=4)
     with pytest.raises(ValueError, match="group_size=3 must divide the batch of 4"):
         objective_of(group_size=3)({"index": torch.arange(4)}, seeded())
@@ -272,6 +271,6 @@ def test_bad_sizes_are_refused():
     with pytest.raises(ValueError, match="at least 2 rows"):
         objective_of()({"index": torch.arange(1)}, seeded())
     with pytest.raises(ValueError, match="needs num_steps=K"):
-        PolicyGradientLoss(table_denoiser(time_free=False), None, reward)
+        PolicyGradientLoss(table_denoiser(time_free=False), None, reward, PolicyGradient())
     with pytest.raises(ValueError, match="epochs > 1 keeps a rollout of rows"):
         PolicyGradientLoss(table_denoiser(), None, reward, PolicyGradient(epochs=2))

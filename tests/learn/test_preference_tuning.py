@@ -137,8 +137,8 @@ def test_an_interrupted_run_goes_on_exactly(trained, preferences, tmp_path):
 @pytest.mark.parametrize(
     ("method", "data", "message"),
     [
-        (DPO, {}, "learns from preferences"),
-        ({"type": "dro"}, {}, "learns from demonstrations"),
+        (DPO, {}, "needs preferences"),
+        ({"type": "dro"}, {}, "needs demonstrations"),
         ({"type": "cloning", "data": "all"}, {}, "unknown data 'all'; expected one of"),
         ({"type": "cloning", "steps": 3}, {}, "unknown key 'cloning.steps'"),
         ({"type": "ppo"}, {}, "unknown method 'ppo'; expected one of .* did you mean 'pso'"),
@@ -152,11 +152,11 @@ def test_an_interrupted_run_goes_on_exactly(trained, preferences, tmp_path):
         ({**DPO, "beta": 3}, {}, r"unknown key 'dpo\.beta'; did you mean 'dpo\.kl_beta'"),
         ({**DPO, "score": {"draw": 3}}, {}, r"key 'dpo\.score\.draw'"),
         ({**DPO, "anchor": "best", "anchor_weight": 1.0}, {}, "unknown anchor 'best'"),
-        ({"type": "pso", "online": True}, {}, "learns from reward"),
+        ({"type": "pso", "online": True}, {}, "needs reward"),
         ({"type": "pso", "online": "yes"}, {}, r"pso\.online must be bool"),
-        ({**DPO, "online": {}}, {}, "learns from reward"),
+        ({**DPO, "online": {}}, {}, "needs reward"),
         ({**DPO, "online": True}, {}, r"dpo\.online must be OwnPlans or null"),
-        ({**DPO, "online": {}}, {"reward": len}, "give observations or"),
+        ({**DPO, "online": {}}, {"reward": len}, "needs observations"),
         ({**DPO, "online": {"candidate": 2}}, {"reward": len}, r"key 'dpo\.online\.candidate'"),
     ],
 )
@@ -224,7 +224,7 @@ def test_own_plans_are_compared_by_what_is_executed_of_them(method, trained, sto
 def test_own_chains_are_no_anchor(trained, store):
     policy = DiffusionPolicy.load(trained)
     method = {"type": "pso", "online": True, "anchor_weight": 1.0}
-    with pytest.raises(ValueError, match="learns from demonstrations"):
+    with pytest.raises(ValueError, match="needs demonstrations"):
         objective_of(policy, method, TuningData(reward=upwards, observations=store))
     data = TuningData(None, store, reward=upwards, observations=store)
     _, source = objective_of(policy, method, data)

@@ -435,7 +435,7 @@ def test_anchor_is_the_denoising_error_of_demonstrations_or_of_chosen_items():
             assert found == out.metrics["anchor"]
         else:
             assert found > max(out.metrics["anchor"], other.metrics["anchor"])
-    with pytest.raises(ValueError, match="no chosen items to clone"):
+    with pytest.raises(ValueError, match="has no chosen items"):
         PSO(online=True, anchor_weight=1.0, anchor="both")
     online = PSOLoss(policy, PSO(online=True, **settings), reward=lambda x, cond: x.sum((1, 2)))
     windows = {"obs": demos["anchor_obs"], "action": demos["anchor_action"]}
@@ -502,9 +502,9 @@ def test_bad_settings():
 def test_samplers_without_a_density_are_refused():
     policy = gaussian_policy()
     for values, message in (
-        ({"solver": "ddim"}, "have no density; use solver='ddpm'"),
+        ({"solver": "ddim"}, "have no density .*use solver='ddpm'"),
         ({"solver": "heun"}, "have no density"),
-        ({"solver": "dpmpp_2m_sde"}, "depend on those before"),
+        ({"solver": "dpmpp_2m_sde"}, "or have a memory"),
         ({"num_steps": 1}, "num_steps of at least 2"),
         ({"num_steps": None}, "of plans give num_steps=K"),
     ):

@@ -325,7 +325,7 @@ def test_bad_input(model, preferences, store):
         model.reward(torch.zeros(3, 2), torch.zeros(4, 2))
     with pytest.raises(ValueError, match="val_fraction"):
         PreferenceLearning(val_fraction=0.7)
-    with pytest.raises(ValueError, match="spec"):
+    with pytest.raises(ValueError, match="has no setting 'widht'"):
         RewardModel.for_preferences(preferences, spec={"widht": 3})
     with pytest.raises(ValueError, match="lookahead"):
         PlanValue.for_reward(model, n_action_steps=2, lookahead=0)

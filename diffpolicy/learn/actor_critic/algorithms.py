@@ -9,9 +9,6 @@ from typing import Any, Self
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.settings import check_choice, check_range, named_settings, settings_of
 
-ACTORS = ("bc", "chain", "one_step")
-CRITICS = ("td", "iql")
-
 
 @named_settings
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +53,8 @@ class ActorCritic(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("actor", self.actor, ACTORS)
-        check_choice("critic", self.critic, CRITICS)
+        check_choice("actor", self.actor, ("bc", "chain", "one_step"))
+        check_choice("critic", self.critic, ("td", "iql"))
         check_range("(0, inf)", eta=self.eta)
         check_range("(0, 1)", expectile=self.expectile)
         check_range("(0, 1]", target_rate=self.target_rate)

@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.core.noise import stratified
 from diffpolicy.learn.cloning.denoising import LossOutput, standard_normal
 from diffpolicy.learn.method import encoded
 from diffpolicy.settings import check_choice, check_range
 
 Guesses = Callable[[Tensor], Tensor]
-CLASSIFICATIONS = ("focal", "bce")
-RECONSTRUCTIONS = ("l1", "l2")
 
 
 class AnchoredLoss(nn.Module):
@@ -64,11 +63,11 @@ class AnchoredLoss(nn.Module):
         super().__init__()
         if not hasattr(denoiser.network, "cascade"):
             raise ValueError(
-                f"AnchoredLoss needs a network with a confidence head (type 'anchored' with base="
-                f"{{...}}), got {type(denoiser.network).__name__}"
+                "AnchoredLoss needs a network with a confidence head (type 'anchored'), got "
+                f"{type(denoiser.network).__name__}"
             )
-        check_choice("classification", classification, CLASSIFICATIONS)
-        check_choice("reconstruction", reconstruction, RECONSTRUCTIONS)
+        check_choice("classification", classification, ("focal", "bce"))
+        check_choice("reconstruction", reconstruction, ("l1", "l2"))
         check_range("(0, 1]", t_max=t_max)
         check_range("[1, inf)", negatives=negatives)
         check_range("[0, inf)", class_weight=class_weight)
@@ -156,12 +155,9 @@ class AnchoredLoss(nn.Module):
 
     def _levels(self, count: int, generator: torch.Generator) -> Tensor:
         """Stratified uniform in (0, t_max], on the knots of a discrete process, ``[B, 1, 1]``."""
-        strata = torch.arange(count, device=generator.device)
-        unit = (strata + torch.rand(count, generator=generator, device=generator.device)) / count
-        order = torch.randperm(count, generator=generator, device=generator.device)
-        t = self.t_max * (1.0 - unit[order])
+        t = self.t_max * stratified((count, 1, 1), generator)
         snapped = self.denoiser.process.snap(t)
-        return torch.where(snapped > 0, snapped, t).view(-1, 1, 1)
+        return torch.where(snapped > 0, snapped, t)
 
     def _classify(self, logit: Tensor, target: Tensor) -> Tensor:
         plain = F.binary_cross_entropy_with_logits(logit, target, reduction="none")

@@ -14,8 +14,6 @@ from diffpolicy.guidance.value import head_value
 from diffpolicy.learn.cloning.denoising import LossOutput, clean_plan, standard_normal
 from diffpolicy.settings import check_choice, check_range
 
-VALUE_LEVELS = ("all", "clean")
-
 
 class InverseDynamicsLoss(nn.Module):
     """Squared error of the action between two successive observations of a window.
@@ -49,9 +47,8 @@ class InverseDynamicsLoss(nn.Module):
         obs, action = batch["obs"][:, now:], batch["action"][:, now:-1]
         if obs.shape[1] < 2 or action.shape[1] != obs.shape[1] - 1:
             raise ValueError(
-                "inverse dynamics needs obs [B, H, O] and action [B, H, A] with H > n_obs_steps="
-                f"{self.n_obs_steps}, got {list(batch['obs'].shape)} and "
-                f"{list(batch['action'].shape)}"
+                "inverse dynamics needs obs [B, H, O] and action [B, H, A] with H > n_obs_steps, "
+                f"got {list(batch['obs'].shape)} and {list(batch['action'].shape)}"
             )
         pairs = torch.arange(action.shape[1], device=obs.device)
         if self.max_pairs is not None and self.max_pairs < len(pairs):
@@ -91,15 +88,12 @@ class ValueLoss(nn.Module):
         self, head: nn.Module, process: GaussianProcess, layout: Layout, levels: str = "all"
     ) -> None:
         super().__init__()
-        check_choice("levels", levels, VALUE_LEVELS)
+        check_choice("levels", levels, ("all", "clean"))
         _check_sizes(head, "value", horizon=layout.horizon, dim=layout.dim)
         zero = float(process.network_time(torch.zeros((), dtype=torch.float64)))
         clean = getattr(head, "clean_time", zero)
         if abs(clean - zero) > 1e-6:
-            raise ValueError(
-                f"clean plans have network time {zero} in the process {process.type!r}, but the "
-                f"value has clean_time={clean}; build it with clean_time={zero}"
-            )
+            raise ValueError(f"the value has clean_time={clean}; build it with clean_time={zero}")
         self.head, self.process, self.layout, self.levels = head, process, layout, levels
         self.value = head_value(head, process)
         self.register_buffer("known", layout.known, persistent=False)
@@ -184,7 +178,7 @@ class SumOfLosses(nn.Module):
             if any(id(parameter) not in own for parameter in loss.parameters()):
                 raise ValueError(
                     f"loss {name!r} has parameters that belong neither to the denoiser nor to the "
-                    f"heads {sorted(heads)}: they would not be stored"
+                    f"heads {sorted(heads)}"
                 )
         # Not registered (a plain dict): their networks must appear once in the state dict.
         self.losses = dict(losses)

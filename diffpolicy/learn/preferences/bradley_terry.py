@@ -7,8 +7,7 @@ for equal lengths n it is the model of Christiano et al. 2017 (eq. 1) with rewar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol, cast
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +16,8 @@ from torch import Tensor, nn
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.settings import check_range
 
-
-class StepRewards(Protocol):
-    """Rewards of several members: ``(cond [N, To * O], actions [N, H, A]) -> [M, N]``.
-
-    Such as :class:`diffpolicy.networks.critics.QEnsemble`.
-    """
-
-    def __call__(self, cond: Tensor, chunk: Tensor, /) -> Tensor: ...
+StepRewards = Callable[[Tensor, Tensor], Tensor]
+"""Rewards of several members, ``(cond [N, To * O], actions [N, H, A]) -> [M, N]``."""
 
 
 def bradley_terry_loss(
@@ -98,9 +91,10 @@ class BradleyTerryLoss(nn.Module):
         self.network, self.label_smoothing = network, label_smoothing
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
-        rewards = cast("StepRewards", self.network)
         chosen, rejected = (
-            segment_rewards(rewards, *(batch[f"{side}_{k}"] for k in ("obs", "action", "steps")))
+            segment_rewards(
+                self.network, *(batch[f"{side}_{k}"] for k in ("obs", "action", "steps"))
+            )
             for side in ("chosen", "rejected")
         )
         gap = chosen - rejected

@@ -7,7 +7,7 @@ One objective for continuous plans and for masked sequences: a loss of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -138,13 +138,10 @@ class PreferenceLoss(Referenced):
         pair = () if reference is None else reference.chunk(2)
         out = preference_loss(self.settings, *policy.chunk(2), *pair)
         errors = self.score.error(both, policy).chunk(2)
-        metrics = dict(out.metrics)
-        for name, error in zip(("chosen", "rejected"), errors, strict=True):
-            metrics[f"error_{name}"] = error.detach().mean()
+        metrics = {**out.metrics, **_named(("chosen", "rejected"), errors)}
         if reference is not None:
             others = self.score.error(both, reference).chunk(2)
-            for name, error in zip(("chosen", "rejected"), others, strict=True):
-                metrics[f"error_{name}_reference"] = error.mean()
+            metrics |= _named(("chosen", "rejected"), others, "_reference")
         return LossOutput(out.loss, metrics), errors[0]
 
     def _feedback(
@@ -160,13 +157,11 @@ class PreferenceLoss(Referenced):
         policy, reference = self._scores(items, draw)
         assert reference is not None
         out = feedback_loss(self.settings, policy, reference, good)
-        metrics, error = dict(out.metrics), self.score.error(items, policy)
-        shares = {"good": _share(good), "bad": _share(~good)}
-        for name, share in shares.items():
-            metrics[f"error_{name}"] = (share * error.detach()).mean()
-            other = self.score.error(items, reference)
-            metrics[f"error_{name}_reference"] = (share * other).mean()
-        return LossOutput(out.loss, metrics), shares["good"] * error
+        error, other = (self.score.error(items, found) for found in (policy, reference))
+        shares = _share(good), _share(~good)
+        metrics = {**out.metrics, **_named(("good", "bad"), [s * error for s in shares])}
+        metrics |= _named(("good", "bad"), [s * other for s in shares], "_reference")
+        return LossOutput(out.loss, metrics), shares[0] * error
 
     def _scores(self, items: Items, draw: Draw) -> tuple[Tensor, Tensor | None]:
         """Scores of what is tuned, and of the reference if the loss looks at them."""
@@ -175,6 +170,12 @@ class PreferenceLoss(Referenced):
             return policy, None
         with self.as_reference() as reference:
             return policy, self.score(reference, items, draw)
+
+
+def _named(sides: tuple[str, str], errors: Sequence[Tensor], suffix: str = "") -> dict[str, Tensor]:
+    """Mean errors of the two sides, by the names of their metrics."""
+    named = zip(sides, errors, strict=True)
+    return {f"error_{side}{suffix}": error.detach().mean() for side, error in named}
 
 
 def _share(members: Tensor) -> Tensor:

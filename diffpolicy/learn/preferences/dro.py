@@ -22,10 +22,8 @@ from diffpolicy.learn.method import Method
 from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps
 from diffpolicy.learn.preferences.negatives import Contrast, contrast_plans, contrast_sequences
 from diffpolicy.learn.reference import Referenced, frozen_copy
-from diffpolicy.learn.reward.path_kl import categorical_kl
+from diffpolicy.learn.reward.chains import categorical_kl
 from diffpolicy.settings import check_choice, check_range
-
-NEGATIVES = ("prediction", "noised")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,18 +91,15 @@ class DRO(FewStep, Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("negative", self.negative, NEGATIVES)
+        check_choice("negative", self.negative, ("prediction", "noised"))
         check_range("[0, inf)", margin=self.margin)
         check_range("[1, inf)", states=self.states, sync_every=self.sync_every)
         if self.num_steps is not None and self.states > self.num_steps:
-            raise ValueError(
-                f"states={self.states} is more than the {self.num_steps} of a chain; lower it"
-            )
+            raise ValueError(f"states={self.states} is more than the {self.num_steps} of a chain")
         if self.margin is None and self.negative == "prediction" and self.sync_every == 1:
             raise ValueError(
-                "with margin=None, negative='prediction' and sync_every=1 the negatives have no "
-                "effect, which leaves behaviour cloning: use the method cloning, or set a margin, "
-                "negative='noised', or more updates between synchronisations"
+                "margin=None, negative='prediction' and sync_every=1 leave behaviour cloning: "
+                "change one of them, or use the method cloning"
             )
 
     def reads(self) -> frozenset[str]:
@@ -153,13 +148,11 @@ class DROLoss(Referenced):
         settings = settings or DRO()
         super().__init__(denoiser, reference, needed=settings.margin is not None)
         self.settings = settings
-        self.masked: MaskedSteps | None = None
+        self.masked = isinstance(denoiser, MaskedDenoiser)
         if isinstance(denoiser, MaskedDenoiser):
-            self.masked = MaskedSteps(denoiser, settings)
-            if settings.states > self.masked.length:
-                raise ValueError(
-                    f"states={settings.states} is more than the {self.masked.length} of a chain"
-                )
+            MaskedSteps(denoiser, settings)  # refuses a sampler that does not fit
+            length: int = denoiser.network.horizon  # type: ignore[assignment]
+            check_range(f"[1, {length}]", states=settings.states)
         else:
             _check_plans(denoiser, settings)
         # Without updates in between the copy is the denoiser itself.
@@ -187,12 +180,9 @@ class DROLoss(Referenced):
         return self.denoiser if self.own is None else self.own
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
-        wanted = ("obs", "action") if self.masked is None else ("tokens",)
+        wanted = ("tokens",) if self.masked else ("obs", "action")
         if any(name not in batch for name in wanted):
-            raise ValueError(
-                f"DRO learns from demonstrations and needs a batch with {' and '.join(wanted)}; "
-                f"got {sorted(batch)}"
-            )
+            raise ValueError(f"DRO needs a batch with {' and '.join(wanted)}; got {sorted(batch)}")
         return self.rank(self.draw(batch, generator), len(batch[wanted[-1]]))
 
     def rank(self, pairs: Contrast, size: int) -> LossOutput:
@@ -219,29 +209,13 @@ class DROLoss(Referenced):
     def draw(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Contrast:
         """Negatives for a batch of demonstrations, and both at the same levels."""
         settings, policy = self.settings, self.policy
-        noised = settings.negative == "noised"
-        if self.masked is not None:
-            assert isinstance(policy, MaskedDenoiser)
-            return contrast_sequences(
-                policy,
-                self.masked,
-                batch["tokens"].long(),
-                batch.get("cond"),
-                generator,
-                states=settings.states,
-                noised=noised,
-            )
+        how: dict[str, Any] = {"states": settings.states, "noised": settings.negative == "noised"}
+        if isinstance(policy, MaskedDenoiser):
+            tokens, cond = batch["tokens"].long(), batch.get("cond")
+            return contrast_sequences(policy, settings.num_steps, tokens, cond, generator, **how)
         assert isinstance(policy, Denoiser)
-        return contrast_plans(
-            policy,
-            settings,
-            batch["action"],
-            policy.encode(from_fields(batch)).detach(),
-            generator,
-            states=settings.states,
-            jitter=settings.jitter,
-            noised=noised,
-        )
+        cond, how["jitter"] = policy.encode(from_fields(batch)).detach(), settings.jitter
+        return contrast_plans(policy, settings, batch["action"], cond, generator, **how)
 
     # ---------------------------------------------------------------- errors
 
@@ -254,11 +228,10 @@ class DROLoss(Referenced):
 
     def _errors(self, denoiser: BaseDenoiser, pairs: Contrast) -> Tensor:
         """Mean squared error, or nats per mask, of each state ``[2 N]``."""
-        if self.masked is None:
-            assert isinstance(denoiser, Denoiser)
+        if isinstance(denoiser, Denoiser):
             return (denoiser.raw(pairs.x, pairs.t, pairs.cond) - pairs.target).square().mean((1, 2))
         assert isinstance(denoiser, MaskedDenoiser)
-        masks = pairs.x == self.masked.vocab_size
+        masks = pairs.x == denoiser.vocab_size
         log_p = denoiser.log_probs(pairs.x, pairs.t, pairs.cond)
         target = pairs.target.clamp_min(-1e4)  # 0 x -inf; its exponential stays 0
         return (categorical_kl(target, log_p) * masks).sum(1) / masks.sum(1)
@@ -268,19 +241,17 @@ def _check_plans(denoiser: BaseDenoiser, settings: DRO) -> None:
     settings.check_plans()
     if not isinstance(denoiser, Denoiser):
         raise ValueError(
-            "DRO compares errors of a network's own prediction, which "
-            f"{type(denoiser).__name__} does not have; it takes a Denoiser or a MaskedDenoiser"
+            "DRO compares errors of a network's own prediction and takes a Denoiser or a "
+            f"MaskedDenoiser, got {type(denoiser).__name__}"
         )
     assert settings.num_steps is not None  # check_plans
     if settings.make().nfe(2) != 2:
         raise ValueError(
-            f"solver={settings.solver!r} evaluates the network more than once a step; use one that "
-            "does so once, e.g. dpmpp_2m or ddim"
+            f"solver={settings.solver!r} evaluates the network more than once a step; use dpmpp_2m "
+            "or ddim"
         )
     if settings.jitter and settings.num_steps == 1:
-        raise ValueError(
-            "one step has only the level 1, which jitter does not move; set jitter=False"
-        )
+        raise ValueError("jitter does not move the one level of one step; set jitter=False")
     # Refuses more steps than a discrete process has.
     settings.grid(denoiser.process, num_steps=settings.num_steps - settings.jitter)
 

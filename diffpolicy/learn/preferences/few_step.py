@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,20 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.noise import GaussianProcess
-from diffpolicy.core.reveal import reveals
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.sampling import Trajectory, sample
 from diffpolicy.core.solvers import DDIM, Row
 from diffpolicy.core.starts import prior_start
 from diffpolicy.learn.preferences.items import Items, joined
-from diffpolicy.learn.reward.rollouts import MaskedRollout, at_reveal, run_order, state_log_probs
+from diffpolicy.learn.reward.rollouts import (
+    MaskedRollout,
+    at_reveal,
+    draw_order,
+    run_order,
+    state_log_probs,
+)
 
+Order = tuple[Tensor, Tensor]  # when positions are revealed, and the grid
 LOG_ROOT_2PI = 0.9189385332046727  # log sqrt(2 pi)
 
 
@@ -47,14 +53,7 @@ class FewStep(Sampler):
     def check_plans(self) -> None:
         """Raise ``ValueError`` unless this samples plans."""
         if self.num_steps is None:
-            raise ValueError(
-                "num_steps=None reveals masked tokens one at a time; of plans give num_steps=K"
-            )
-
-    def check_masked(self, denoiser: MaskedDenoiser) -> None:
-        """Raise ``ValueError`` unless this samples such sequences."""
-        if self.num_steps is None and not denoiser.time_free:
-            raise ValueError("a denoiser that depends on the level needs num_steps=K")
+            raise ValueError("num_steps=None is of masked tokens; of plans give num_steps=K")
 
 
 class Moves(NamedTuple):
@@ -99,26 +98,19 @@ class PlanSteps:
     def __init__(self, process: GaussianProcess, sampler: FewStep) -> None:
         sampler.check_plans()
         self.solver = sampler.make()
-        if not self.solver.stochastic:
+        if not (isinstance(self.solver, DDIM) and self.solver.stochastic):
             raise ValueError(
-                f"solver={sampler.solver!r} with options={dict(sampler.options)} adds no noise, so "
-                "its steps have no density; use solver='ddpm', or 'ddim' with options={'eta': 1.0}"
-            )
-        if not isinstance(self.solver, DDIM):
-            raise ValueError(
-                f"steps of solver={sampler.solver!r} depend on those before, not on the state "
-                "alone; use solver='ddpm', or 'ddim' with options={'eta': 1.0}"
+                f"steps of solver={sampler.solver!r} with options={dict(sampler.options)} have no "
+                "density given the state: they add no noise, or have a memory; use solver='ddpm', "
+                "or 'ddim' with options={'eta': 1.0}"
             )
         self.levels = sampler.grid(process)
         rows = self.solver.rows(process, self.levels)
         self.rows = [row for row in rows if row.g is not None and bool((row.g > 0).all())]
         if not self.rows:
-            raise ValueError(
-                f"num_steps={sampler.num_steps} leaves the step to clean alone, which adds no "
-                "noise and has no density; give num_steps of at least 2"
-            )
+            raise ValueError("the step to clean has no density; give num_steps of at least 2")
         self.process, self.nfe = process, len(rows)
-        self._std = [_std(row) for row in self.rows]
+        self._std = [cast("Tensor", row.g) for row in self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -226,24 +218,19 @@ class MaskedSteps:
     """
 
     def __init__(self, denoiser: MaskedDenoiser, sampler: FewStep) -> None:
-        sampler.check_masked(denoiser)
-        self.process, self.time_free = denoiser.process, denoiser.time_free
-        self.length = int(denoiser.network.horizon)  # type: ignore[arg-type]
+        if sampler.num_steps is None and not denoiser.time_free:
+            raise ValueError("a denoiser that depends on the level needs num_steps=K")
         self.vocab_size, self.num_steps = denoiser.vocab_size, sampler.num_steps
 
-    def order(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """When each position is revealed ``[size, L]``, and the grid."""
-        shape = (size, self.length, self.vocab_size + 1)
-        start = prior_start(self.process, torch.zeros(shape, device=generator.device))
-        return reveals(
-            self.process, start, self.num_steps, time_free=self.time_free, generator=generator
-        )
+    def shared(self, denoiser: MaskedDenoiser, size: int, generator: torch.Generator) -> Order:
+        """What ``size`` chains have in common: when each position is revealed, and the grid."""
+        return draw_order(denoiser, size, self.num_steps, generator)
 
     @torch.no_grad()
     def draw(
         self,
         denoiser: MaskedDenoiser,
-        order: tuple[Tensor, Tensor],
+        order: Order,
         generator: torch.Generator,
         *,
         cond: Tensor | None = None,
@@ -252,13 +239,11 @@ class MaskedSteps:
         with evaluating(denoiser):
             return run_order(denoiser, order, cond=cond, generator=generator)[0]
 
-    def bridge(
-        self, tokens: Tensor, order: tuple[Tensor, Tensor], *, cond: Tensor | None = None
-    ) -> MaskedRollout:
-        """Chains that end in given ``tokens [B, L]``; nobody drew them, so ``log_p`` is empty."""
+    def bridge(self, items: Items, order: Order) -> MaskedRollout:
+        """Chains that end in given sequences; nobody drew them, so ``log_p`` is empty."""
         groups, grid = order
-        nothing = torch.empty(0, device=tokens.device)
-        return MaskedRollout(tokens, groups, len(grid) - 1, grid, self.vocab_size, nothing, cond)
+        nothing, sizes = items.x0.new_empty(0), (len(grid) - 1, grid, self.vocab_size)
+        return MaskedRollout(items.x0, groups, *sizes, nothing, items.cond)
 
     def log_prob(self, denoiser: MaskedDenoiser, rollout: MaskedRollout) -> Moves:
         """Of all steps as one batch."""
@@ -273,13 +258,13 @@ class MaskedSteps:
         if first.cond is not None and second.cond is not None:
             cond = torch.cat([first.cond, second.cond])
         order = torch.cat([first.groups, second.groups]), first.levels
-        return self.bridge(torch.cat([first.tokens, second.tokens]), order, cond=cond)
+        return self.bridge(rows_alone(torch.cat([first.tokens, second.tokens]), cond, None), order)
 
     def take(self, rollout: MaskedRollout, rows: Tensor) -> MaskedRollout:
         """Some of the chains; ``log_p`` is left empty."""
         cond = None if rollout.cond is None else rollout.cond[rows]
         order = rollout.groups[rows], rollout.levels
-        return self.bridge(rollout.tokens[rows], order, cond=cond)
+        return self.bridge(rows_alone(rollout.tokens[rows], cond, None), order)
 
 
 @contextmanager
@@ -302,11 +287,6 @@ def rows_alone(x0: Tensor, cond: Tensor | None, steps: Tensor | None) -> Items:
 def _mean(row: Row, x: Tensor, x0_hat: Tensor) -> Tensor:
     """Of the next state."""
     return row.a.to(x) * x + row.b[0].to(x) * x0_hat
-
-
-def _std(row: Row) -> Tensor:
-    assert row.g is not None
-    return row.g
 
 
 __all__ = [

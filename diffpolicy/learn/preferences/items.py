@@ -116,29 +116,24 @@ def pair_items(
         batch_items(denoiser, batch, name, masked=masked) for name in ("chosen", "rejected")
     )
     if chosen is None or rejected is None:
-        sides = ("chosen", "rejected")
-        wanted = sides if masked else [f"{s}_{part}" for s in sides for part in ("obs", "action")]
-        raise ValueError(
-            f"pairs of {'sequences' if masked else 'plans'} need a batch with {', '.join(wanted)}; "
-            f"got {sorted(batch)}"
-        )
+        keys = "chosen, rejected" if masked else "chosen_obs, chosen_action, rejected_..."
+        what = "sequences" if masked else "plans"
+        raise ValueError(f"pairs of {what} need a batch with {keys}; got {sorted(batch)}")
     if chosen.x0.shape != rejected.x0.shape:
         raise ValueError(
-            "chosen and rejected share their noise and must be of one shape; got rows "
-            f"{list(chosen.x0.shape)} and {list(rejected.x0.shape)}; pad the shorter segments "
-            "with windows whose steps are all False"
+            "chosen and rejected share their noise and must be of one shape; pad the shorter "
+            f"segments, with no steps; got rows {list(chosen.x0.shape)}, {list(rejected.x0.shape)}"
         )
     return chosen, rejected
 
 
 def joined(first: Items, second: Items) -> Items:
     """Both, the second's items after the first's: one evaluation of a network for all."""
-    parts = [
+    cond, steps = (
         None if a is None or b is None else torch.cat([a, b])
-        for a, b in zip(first[:3], second[:3], strict=True)
-    ]
-    x0, cond, steps = parts
-    assert x0 is not None
+        for a, b in zip(first[1:3], second[1:3], strict=True)
+    )
+    x0 = torch.cat([first.x0, second.x0])
     item = torch.cat([first.item, second.item + first.count])
     return Items(x0, cond, steps, item, first.count + second.count)
 

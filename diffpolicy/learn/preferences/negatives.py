@@ -12,7 +12,8 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.noise import DiscreteVP, GaussianProcess
 from diffpolicy.core.sampling import Trajectory, sample
 from diffpolicy.core.starts import Start
-from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps, evaluating
+from diffpolicy.learn.preferences.few_step import FewStep, evaluating
+from diffpolicy.learn.reward.rollouts import draw_order, run_order
 
 LOWEST = 1e-3  # level of a jittered chain; the noise of a lower one cannot be told from the plan
 
@@ -117,7 +118,7 @@ def jittered_levels(
 @torch.no_grad()
 def contrast_sequences(
     policy: MaskedDenoiser,
-    steps: MaskedSteps,
+    num_steps: int | None,
     tokens: Tensor,
     cond: Tensor | None,
     generator: torch.Generator,
@@ -129,7 +130,7 @@ def contrast_sequences(
 
     Args:
         policy: who draws.
-        steps: its sampler.
+        num_steps: of its sampler, see :func:`diffpolicy.learn.reward.rollouts.draw_rollout`.
         tokens: demonstrations ``[B, L]``.
         cond: ``[B, C]``, of both.
         generator: of orders and chains.
@@ -140,10 +141,11 @@ def contrast_sequences(
     Returns:
         ``N = B n`` of each.
     """
-    order = steps.order(len(tokens), generator)
-    path = steps.draw(policy, order, generator, cond=cond)
+    order = draw_order(policy, len(tokens), num_steps, generator)
+    with evaluating(policy):
+        path, _ = run_order(policy, order, cond=cond, generator=generator)
     if noised:  # what was drawn may depend on the order of its reveals; demonstrations cannot
-        order = steps.order(len(tokens), generator)
+        order = draw_order(policy, len(tokens), num_steps, generator)
     groups, levels = order
     # Rows that advance on their own wait, all masked, at first.
     rows, at = _places(groups.amin(1), len(levels) - 1, states, generator)

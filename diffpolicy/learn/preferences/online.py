@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +15,12 @@ from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.starts import prior_start
 from diffpolicy.data.observation import count, each, from_fields, holds, to_fields
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import check_rewards, plan_shape
+from diffpolicy.learn.method import Reward, check_rewards, plan_shape
 from diffpolicy.learn.preferences.few_step import FewStep, evaluating
 from diffpolicy.learn.reference import Referenced
 from diffpolicy.settings import check_choice, check_range
 
 DRAWN_BY = ("denoiser", "reference")
-Reward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +55,6 @@ class OwnPlans(FewStep):
         check_range("(0, inf)", label_scale=self.label_scale)
 
 
-class Drawn(NamedTuple):
-    """Candidate plans for observations.
-
-    Attributes:
-        plans: ``[B, N, H, D]``, normalised.
-        reward: ``[B, N]``.
-    """
-
-    plans: Tensor
-    reward: Tensor
-
-
 @torch.no_grad()
 def draw_plans(
     denoiser: BaseDenoiser,
@@ -75,7 +62,7 @@ def draw_plans(
     obs: Any,
     reward: Reward,
     generator: torch.Generator,
-) -> Drawn:
+) -> tuple[Tensor, Tensor]:
     """N plans of a denoiser for each observation, and what they are worth.
 
     Args:
@@ -84,6 +71,9 @@ def draw_plans(
         obs: ``[B, To, O]``, normalised, or such tensors by name.
         reward: ``(plans [B N, H, D], cond [B N, C]) -> [B N]``.
         generator: of all noise.
+
+    Returns:
+        Plans ``[B, N, H, D]``, normalised, and their rewards ``[B, N]``.
 
     Raises:
         ValueError: rewards of another shape, or not finite.
@@ -100,7 +90,7 @@ def draw_plans(
     check_rewards(worth, plans)
     if not worth.isfinite().all():
         raise ValueError(f"{int((~worth.isfinite()).sum())} of {len(worth)} rewards are not finite")
-    return Drawn(plans.view(-1, many, *plans.shape[1:]), worth.view(-1, many))
+    return plans.view(-1, many, *plans.shape[1:]), worth.view(-1, many)
 
 
 class OnlineDPOLoss(Referenced):
@@ -140,9 +130,8 @@ class OnlineDPOLoss(Referenced):
         super().__init__(denoiser, loss.reference, needed=needed)
         if not preference.paired or not isinstance(denoiser.process, GaussianProcess):
             raise ValueError(
-                f"own plans are compared in pairs; got loss={preference.loss!r} under "
-                f"{type(denoiser.process).__name__}. Choose dpo, ipo or margin, and for sequences "
-                "the method sequence_dpo"
+                "own plans are compared in pairs, by dpo, ipo or margin (sequences by the method "
+                f"sequence_dpo); got {preference.loss!r}, {type(denoiser.process).__name__}"
             )
         self._loss = [loss]  # lists: neither the loss nor a reward is a further part of this one
         self._reward = [reward]
@@ -157,22 +146,16 @@ class OnlineDPOLoss(Referenced):
         out = self._loss[0]({**pairs, **anchors}, generator)
         return LossOutput(out.loss, {**found, **out.metrics})
 
-    @contextmanager
-    def _drawing(self) -> Iterator[BaseDenoiser]:
-        if self.settings.drawn_by == "denoiser":
-            yield self.denoiser
-        else:
-            with self.as_reference() as reference:
-                yield reference
-
     @torch.no_grad()
     def draw(
         self, obs: Any, generator: torch.Generator
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One pair of plans per observation, as a batch of the loss; and what there is to log."""
-        with self._drawing() as denoiser:
-            drawn = draw_plans(denoiser, self.settings, obs, self._reward[0], generator)
-        reward, rows = drawn.reward, torch.arange(count(obs), device=drawn.reward.device)
+        by_reference = self.settings.drawn_by == "reference"
+        drawer = self.as_reference() if by_reference else nullcontext(self.denoiser)
+        with drawer as denoiser:
+            plans, reward = draw_plans(denoiser, self.settings, obs, self._reward[0], generator)
+        rows = torch.arange(count(obs), device=reward.device)
         best, worst = reward.argmax(1), reward.argmin(1)
         lead = reward[rows, best] - reward[rows, worst]
         if self.settings.label_scale is not None:
@@ -182,10 +165,10 @@ class OnlineDPOLoss(Referenced):
         pairs: dict[str, Tensor] = {}
         for name, which in (("chosen", best), ("rejected", worst)):
             pairs |= to_fields(each(lambda one: one.unsqueeze(1), obs), f"{name}_obs")
-            pairs[f"{name}_action"] = drawn.plans[rows, which].unsqueeze(1)
+            pairs[f"{name}_action"] = plans[rows, which].unsqueeze(1)
             if self.steps is not None:
                 pairs[f"{name}_steps"] = self.steps.expand(count(obs), 1, -1)
         return pairs, {"reward": reward.mean(), "lead": lead.mean()}
 
 
-__all__ = ["Drawn", "OnlineDPOLoss", "OwnPlans", "draw_plans"]
+__all__ = ["OnlineDPOLoss", "OwnPlans", "draw_plans"]

@@ -7,7 +7,7 @@ log-probability of the sampler's own transitions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,17 +20,13 @@ from diffpolicy.core.masking import one_hot
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.data.observation import is_obs
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Method, Source, check_rewards, encoded, plan_shape
+from diffpolicy.learn.method import Method, Reward, check_rewards, plan_shape, rows_and_cond
 from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps, PlanSteps
-from diffpolicy.learn.preferences.formulas import ANCHORS
+from diffpolicy.learn.preferences.formulas import ANCHORS, pso_loss
 from diffpolicy.learn.preferences.items import Items, batch_items, pair_items
-from diffpolicy.learn.preferences.pso_formulas import pso_loss
 from diffpolicy.learn.preferences.scores import DenoisingScore, MaskedScore, Score, drawn_error
 from diffpolicy.learn.reference import Referenced
 from diffpolicy.settings import check_choice, check_range
-
-COMPARED = ("step", "path")
-Reward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +84,12 @@ class PSO(FewStep, Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("anchor", self.anchor, ANCHORS)
-        check_choice("compare", self.compare, COMPARED)
+        check_choice("compare", self.compare, ("step", "path"))
         check_range("(0, inf)", kl_beta=self.kl_beta, label_scale=self.label_scale)
         check_range("(0, 1)", clip=self.clip)
         check_range("[0, inf)", anchor_weight=self.anchor_weight)
         if self.online and self.anchor != "demonstrations":
-            raise ValueError(
-                "online PSO has no chosen items to clone but its own chains; set "
-                "anchor='demonstrations'"
-            )
+            raise ValueError("online PSO has no chosen items; set anchor='demonstrations'")
 
     def reads(self) -> frozenset[str]:
         """Pairs, or what is needed to compare own chains.
@@ -115,14 +108,10 @@ class PSO(FewStep, Method):
 
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """See :class:`PSOLoss`."""
-        return PSOLoss(denoiser, self, reward=material.reward if self.online else None)
-
-    def source(self, material: Any) -> Source:
-        """Pairs, or observations with the positions that are executed; demonstrations beside."""
         if not self.online:
-            return super().source(material)
-        main = material.executed()
-        return material.mixed(main, demonstrations=self.clones_demonstrations)  # type: ignore[no-any-return]
+            return PSOLoss(denoiser, self)
+        steps = material.steps.to(next(denoiser.parameters()).device)
+        return PSOLoss(denoiser, self, reward=material.reward, steps=steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +160,7 @@ class PSOLoss(Referenced):
     Online, two chains of the present denoiser are drawn for every row of the batch, and the reward
     says which is better; a tie says that both are as good. The batch holds ``index [B]`` and, of
     conditional denoisers, ``cond [B, C]`` or ``obs [B, To, O]``; or demonstrations (``obs`` and
-    ``action [B, H, A]``, or ``tokens [B, L]``), of which the condition is taken. ``steps [B, H]``
-    (bool) are the positions of plans that are scored: those that are executed. All if left out.
+    ``action [B, H, A]``, or ``tokens [B, L]``), of which the condition is taken.
 
     The last step of plans, to clean, adds no noise, has no density and is not compared.
 
@@ -194,6 +182,8 @@ class PSOLoss(Referenced):
         reward: online: of plans ``[N, H, D]`` (and their condition ``[N, C]``, if there is one), or
             of one-hot sequences ``[N, L, V]``, to ``[N]``; called without gradients.
         reference: see :class:`~diffpolicy.learn.reference.Referenced`.
+        steps: online: bool ``[H]``, the positions of plans that are scored: those that are
+            executed. ``None``: all.
 
     Raises:
         ValueError: a sampler whose steps have no density, and what
@@ -207,6 +197,7 @@ class PSOLoss(Referenced):
         *,
         reward: Reward | None = None,
         reference: BaseDenoiser | None = None,
+        steps: Tensor | None = None,
     ) -> None:
         super().__init__(denoiser, reference)
         self.settings = settings = settings or PSO()
@@ -230,6 +221,8 @@ class PSOLoss(Referenced):
         self.anchor = score if settings.anchor_weight > 0 else None
         if self.anchor is not None:
             self.anchor.check(denoiser)
+        self.scored: Tensor | None
+        self.register_buffer("scored", steps, persistent=False)
         self._reward = [reward]  # a list: a reward that is a module is not part of this one
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
@@ -239,12 +232,9 @@ class PSOLoss(Referenced):
             out = self.compare(*self.bridge(batch, generator))
         if self.anchor is None:
             return out
-        error = torch.stack(
-            [
-                drawn_error(self.anchor, self.denoiser, items, generator)
-                for items in self._anchor_items(batch)
-            ]
-        ).sum(0)
+        cloned = self._anchor_items(batch)
+        errors = [drawn_error(self.anchor, self.denoiser, each, generator) for each in cloned]
+        error = torch.stack(errors).sum(0)
         loss = out.loss + self.settings.anchor_weight * error
         return LossOutput(loss, {**out.metrics, "anchor": error.detach().mean()})
 
@@ -270,15 +260,12 @@ class PSOLoss(Referenced):
         Returns:
             ``2 B`` chains, and their rewards ``[2 B]``.
         """
-        size, given = len(next(iter(batch.values()))), batch.get("cond")
-        if given is None:
-            given = encoded(self.denoiser, batch)
-        cond, steps = (
-            None if v is None else torch.cat([v, v]) for v in (given, batch.get("steps"))
-        )
+        size, given = rows_and_cond(self.denoiser, batch)
+        cond = None if given is None else torch.cat([given, given])
+        steps = None if self.scored is None else self.scored.expand(2 * size, -1)
         like = next(self.denoiser.parameters()).detach()
         if self.masked:
-            groups, grid = self.steps.order(size, generator)
+            groups, grid = self.steps.shared(self.denoiser, size, generator)
             order = torch.cat([groups, groups]), grid
             paths = self.steps.draw(self.denoiser, order, generator, cond=cond)
             clean = one_hot(paths.tokens, self.steps.vocab_size)[..., :-1]
@@ -295,22 +282,17 @@ class PSOLoss(Referenced):
         """Chains that end in the chosen, and in the rejected items of a batch."""
         chosen, rejected = pair_items(self.denoiser, batch, masked=self.masked)
         if self.masked:
-            order = self.steps.order(len(chosen.x0), generator)
-            first, second = (
-                self.steps.bridge(v.x0, order, cond=v.cond) for v in (chosen, rejected)
-            )
+            shared = self.steps.shared(self.denoiser, len(chosen.x0), generator)
         else:
             shape = (len(self.steps) + 1, *chosen.x0.shape)
-            noise = self.steps.process.draw_noise(shape, generator, chosen.x0)
-            first, second = (self.steps.bridge(items, noise) for items in (chosen, rejected))
-        return first, second
+            shared = self.steps.process.draw_noise(shape, generator, chosen.x0)
+        return self.steps.bridge(chosen, shared), self.steps.bridge(rejected, shared)
 
     def _online(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         wanted = ("index", "tokens") if self.masked else ("index", "obs", "cond")
         if not any(name in batch for name in wanted):
             raise ValueError(
-                f"PSO with online=True needs a batch with one of {wanted}; got {sorted(batch)}. "
-                "For pairs of a data set set online=False"
+                f"PSO with online=True needs a batch with one of {wanted}; got {sorted(batch)}"
             )
         paths, reward = self.draw(batch, generator)
         first, second = reward.chunk(2)

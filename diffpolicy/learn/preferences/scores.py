@@ -23,7 +23,6 @@ from diffpolicy.learn.preferences.items import Draw, Items
 from diffpolicy.learn.reward.replay import remask
 from diffpolicy.settings import check_choice, check_range
 
-WEIGHTINGS = ("own", "elbo")
 LOG_SNR = (-7.0, 7.0)  # of the bound: from all but pure noise to a blur of 0.03
 
 
@@ -79,28 +78,25 @@ class DenoisingScore:
     log_snr: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("weighting", self.weighting, WEIGHTINGS)
+        check_choice("weighting", self.weighting, ("own", "elbo"))
         check_range("[1, inf)", draws=self.draws)
-        if self.levels is not None:
-            object.__setattr__(self, "levels", tuple(float(t) for t in self.levels))
-            if not self.levels or not all(0 < t <= 1 for t in self.levels):
-                raise ValueError(f"levels must be in (0, 1], at least one, got {self.levels}")
-        if self.log_snr is not None:
-            object.__setattr__(self, "log_snr", tuple(float(v) for v in self.log_snr))
-            if len(self.log_snr) != 2 or not self.log_snr[0] < self.log_snr[1]:
-                raise ValueError(f"log_snr must be two rising numbers, got {self.log_snr}")
+        levels, ends = self.levels, self.log_snr
+        if levels is not None and not (levels and all(0 < t <= 1 for t in levels)):
+            raise ValueError(f"levels must be in (0, 1], at least one, got {levels}")
+        if ends is not None and not (len(ends) == 2 and ends[0] < ends[1]):
+            raise ValueError(f"log_snr must be two rising numbers, got {ends}")
 
     def check(self, denoiser: BaseDenoiser) -> None:
         process = denoiser.process
         if not isinstance(process, GaussianProcess):
             raise ValueError(
-                f"a denoising score needs a Gaussian process, got {type(process).__name__}; "
+                f"a denoising score needs a Gaussian process, not {type(process).__name__}; "
                 "sequences take MaskedScore"
             )
         if self.weighting == "own" and not isinstance(denoiser, Denoiser):
             raise ValueError(
-                f"weighting='own' is the error of a network's own prediction, which "
-                f"{type(denoiser).__name__} does not have; use weighting='elbo'"
+                f"weighting='own' scores a network's own prediction, and {type(denoiser).__name__} "
+                "has none; use weighting='elbo'"
             )
         if self.weighting == "elbo":
             self._ends(process)
@@ -172,8 +168,8 @@ class DenoisingScore:
             high = min(high, float(process.log_snr(one / len(process.betas))))
         if not low < high:
             raise ValueError(
-                f"log_snr={self.log_snr} leaves nothing of what the process {process.type!r} "
-                f"trains, {low:.3g} and up at t = 1; widen it"
+                f"log_snr={self.log_snr} leaves nothing of what the process trains, which is "
+                f"{low:.3g} and up at t = 1; widen it"
             )
         return low, high
 

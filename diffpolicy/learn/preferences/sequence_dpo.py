@@ -9,25 +9,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.method import Reward
 from diffpolicy.learn.preferences.dpo import PreferenceLoss
 from diffpolicy.learn.preferences.formulas import Preference
+from diffpolicy.learn.preferences.online import DRAWN_BY
 from diffpolicy.learn.preferences.scores import MaskedScore
-from diffpolicy.learn.reward.replay import check_replay
-from diffpolicy.learn.reward.sequence_tuning import ReplayTuning, Reward, SequenceMethod
+from diffpolicy.learn.reward.sequence_tuning import ReplayMethod, ReplayTuning
 from diffpolicy.settings import check_choice, check_range
-
-DRAWN_BY = ("denoiser", "reference")
 
 
 @dataclass(frozen=True)
-class SequenceDPO(Preference, SequenceMethod):
+class SequenceDPO(Preference, ReplayMethod):
     """Which preference loss, who draws the sequences, and how they are labelled.
 
     The settings of the loss are those of
-    :class:`~diffpolicy.learn.preferences.formulas.Preference`, ``kl_beta`` in nats.
+    :class:`~diffpolicy.learn.preferences.formulas.Preference`, ``kl_beta`` in nats, and those of
+    the buffer :class:`~diffpolicy.learn.reward.sequence_tuning.ReplayMethod`'s.
 
     Two sequences are labelled by a Bradley-Terry model, ``P(1 above 2) = sigmoid((r_1 - r_2) / s)``
     with ``s = kl_weight / kl_beta``: the optimum of ``dpo`` is then ``p_ref exp(r / kl_weight)``,
@@ -36,14 +35,9 @@ class SequenceDPO(Preference, SequenceMethod):
     ``sigmoid((r - mean) / s)``.
 
     Args:
-        kl_weight: alpha, reward per nat, positive.
         draws: masks of each pair that its scores are averaged over.
         drawn_by: ``"denoiser"``: the present one, so that comparisons follow it (online).
             ``"reference"``: comparisons of the pre-trained model's sequences alone.
-        buffer: sequences kept.
-        refresh: sequences replaced by new ones, the oldest first.
-        refresh_every: optimiser steps between that.
-        num_steps: see :func:`diffpolicy.learn.reward.rollouts.draw_rollout`.
 
     Raises:
         ValueError: an unknown choice, or a value out of range.
@@ -51,24 +45,17 @@ class SequenceDPO(Preference, SequenceMethod):
 
     command: ClassVar[str] = "prefer"
 
-    kl_weight: float = 0.1
     draws: int = 4
     drawn_by: str = "denoiser"
-    buffer: int = 512
-    refresh: int = 128
-    refresh_every: int = 1
-    num_steps: int | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Preference.__post_init__(self)
+        ReplayMethod.__post_init__(self)
         check_choice("drawn_by", self.drawn_by, DRAWN_BY)
-        check_range("(0, inf)", kl_weight=self.kl_weight)
-        check_range("[1, inf)", draws=self.draws, num_steps=self.num_steps)
-        check_replay(self.buffer, self.refresh, self.refresh_every)
+        check_range("[1, inf)", draws=self.draws)
 
-    def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
+    def objective(self, denoiser: Any, material: Any) -> nn.Module:
         """See :class:`SequenceDPOLoss`."""
-        assert isinstance(denoiser, MaskedDenoiser)
         return SequenceDPOLoss(denoiser, material.reference, material.reward, self)
 
     @property
@@ -111,9 +98,6 @@ class SequenceDPOLoss(ReplayTuning):
         loss = PreferenceLoss(denoiser, settings, score, reference=looked_at)
         self._loss = [loss]  # a list: its denoisers are those of this module
 
-    def group_size(self, rows: int) -> int:
-        return rows
-
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         kept = self.refill(batch, generator)
         size = len(batch["index"])
@@ -121,14 +105,6 @@ class SequenceDPOLoss(ReplayTuning):
         labelled = self.pairs(size, generator) if paired else self.labels(size, generator)
         out = self._loss[0](labelled, generator)
         return LossOutput(out.loss, {**kept, **out.metrics})
-
-    @torch.no_grad()
-    def draw(
-        self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """New rows of the buffer."""
-        drawer = self.denoiser if self.settings.drawn_by == "denoiser" else self.reference
-        return self.roll_out(rows, batch, generator, drawer)[1]
 
     def pairs(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """``size`` pairs of the buffer with their labels, as a batch of the loss."""

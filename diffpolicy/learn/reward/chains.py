@@ -1,5 +1,9 @@
 """Sampling chains that a reward is back-propagated through, with their divergence to a reference.
 
+A chain's law of paths factorises over its steps, so its divergence is the sum of those of the
+steps' kernels, each in closed form, in expectation over the states visited. It bounds that of the
+final samples.
+
 One driver for all: the first steps run without a graph, the last ones with. The divergence's
 gradient in the first steps is taken step by step, so that no two of their graphs exist at a time,
 and the log-probabilities it needs are those that sampling computed anyway. Where the network does
@@ -8,7 +12,7 @@ not look at the level, equal states are evaluated once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -19,12 +23,12 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoised
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.core.masking import MaskingProcess
 from diffpolicy.core.reveal import RevealRow
 from diffpolicy.core.sampling import Grid, Trajectory, prepare, sample
-from diffpolicy.core.solvers import Memory, Solver
+from diffpolicy.core.solvers import Memory, Row, Solver
 from diffpolicy.core.starts import Start
 from diffpolicy.learn.reference import dropout_of
-from diffpolicy.learn.reward.path_kl import StepKL, masked_step_kl
 
 
 class ChainResult(NamedTuple):
@@ -33,12 +37,11 @@ class ChainResult(NamedTuple):
     Attributes:
         x0: ``[B, H, D]``.
         kl: ``[B]``; its gradient is right for losses that weigh all examples equally.
-        nfe: evaluations of the denoiser, and of the reference.
+        reference_nfe: evaluations of the reference.
     """
 
     x0: Tensor
     kl: Tensor
-    nfe: int
     reference_nfe: int
 
 
@@ -53,13 +56,13 @@ def differentiable_chain(
 
 def chain_with_kl(
     denoiser: BaseDenoiser,
-    reference: BaseDenoiser,
+    reference: BaseDenoiser | None,
     solver: Solver,
     start: Start,
     levels: Tensor,
     *,
     step_kl: StepKL,
-    noise: Tensor,
+    noise: Tensor | None,
     cond: Tensor | None = None,
     grad_steps: int | None = None,
     kl_steps: Sequence[int] | None = None,
@@ -74,7 +77,7 @@ def chain_with_kl(
 
     Args:
         denoiser: what is tuned.
-        reference: frozen.
+        reference: frozen; ``None``: the divergence is 0, and any solver will do.
         solver: stochastic, with one evaluation a step and no memory (ddpm, ancestral, scheduled).
         start: where the chain begins.
         levels: host grid ``[K + 1, ...]``.
@@ -87,6 +90,11 @@ def chain_with_kl(
         reference_graph: in steps with a graph, differentiate the reference by its input as well;
             without it the gradient lacks that term, and costs less.
     """
+    if reference is None:
+        how: dict[str, Any] = {"grad_steps": grad_steps, "checkpoint": checkpoint}
+        x0 = differentiable_chain(denoiser, solver, start, levels, cond=cond, noise=noise, **how)
+        return ChainResult(x0, x0.new_zeros(len(x0)), 0)
+    assert noise is not None
     grid = prepare(denoiser, solver, levels, start.x)
     with torch.no_grad():
         theirs = prepare(reference, solver, levels, start.x)
@@ -120,19 +128,16 @@ def chain_with_kl(
         if i in chosen:
             answer = _reference_answer(theirs, (i, step.x, cond), reference_graph, checkpoint)
             kl = kl + scale * step_kl(grid.rows[i], step.x, step.denoised, answer)
-    return ChainResult(trajectory.x0, kl, count, len(chosen))
+    return ChainResult(trajectory.x0, kl, len(chosen))
 
 
 def _reference_answer(
     grid: Grid, inputs: tuple[Any, ...], with_graph: bool, checkpoint: bool
 ) -> Denoised:
-    if not with_graph:
-        with torch.no_grad():
-            return grid.denoise(*inputs)
-    if not checkpoint:
+    if with_graph and checkpoint:
+        return cast("Denoised", checkpointed(grid.denoise, *inputs, use_reentrant=False))
+    with torch.set_grad_enabled(with_graph):
         return grid.denoise(*inputs)
-    answer: Denoised = checkpointed(grid.denoise, *inputs, use_reentrant=False)
-    return answer
 
 
 class _Meter:
@@ -272,3 +277,58 @@ class _Carried(torch.autograd.Function):
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
+
+
+StepKL = Callable[[Any, Tensor, Denoised, Denoised], Tensor]  # (row, x, answer, reference's)
+
+
+def masked_step_kl(row: RevealRow, x: Tensor, out: Denoised, reference: Denoised) -> Tensor:
+    """``reveal sum_{i masked} KL(p(x0_i | x) || p_ref(x0_i | x))``, ``[B]``.
+
+    Staying masked is equally probable under both, so nothing else remains of the divergence of the
+    two kernels. Where positions to reveal were drawn before the loop, ``reveal`` is the fraction of
+    masks revealed in this step: given their number, which ones is uniform. Relaxed states weigh
+    each position with its mask's share.
+    """
+    mask = x[..., -1]
+    inner = categorical_kl(out.aux["log_p"], reference.aux["log_p"])
+    if row.which is None:
+        return (row.reveal.flatten() * (mask * inner).sum(-1)).expand(len(x))
+    revealed = (row.which.squeeze(-1).to(mask.dtype) * mask).sum(-1)
+    return revealed / mask.sum(-1).clamp_min(1e-6) * (mask * inner).sum(-1)
+
+
+def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``KL(p || q)`` over the last dimension."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def released_step_kl(process: MaskingProcess) -> StepKL:
+    """The divergence that DRAKES' released code computes, for comparison and nothing else.
+
+    ``sum_{i, a} c_i x_ia (-p + q + p (log p - log q)) / m_t`` with ``c = 1 - x_mask``, ``p`` and
+    ``q`` equal where the state's largest entry is a token. It is 0 on hard states.
+    """
+
+    def step(row: RevealRow, x: Tensor, out: Denoised, reference: Denoised) -> Tensor:
+        log_p, log_q = out.aux["log_p"], reference.aux["log_p"]
+        still_masked = x.argmax(-1) == x.shape[-1] - 1
+        rate = log_q.exp() - log_p.exp() + log_p.exp() * (log_p - log_q)
+        weight = (1 - x[..., -1:]) * x[..., :-1] * still_masked.unsqueeze(-1)
+        total = (weight * rate).sum((1, 2))
+        return total / process.mask_probability(row.t).flatten().to(x)
+
+    return step
+
+
+def gaussian_step_kl(row: Row, x: Tensor, out: Denoised, reference: Denoised) -> Tensor:
+    """``||mean - mean_ref||^2 / (2 std^2)`` of a stochastic step, ``[B]``.
+
+    The last step, to clean, adds no noise, so its kernels share no support: it is left out, and the
+    divergence is that of the chain up to it.
+    """
+    assert row.g is not None
+    scaled = row.b[0] * (out.x0_hat - reference.x0_hat)
+    noisy = row.g > 0
+    std = torch.where(noisy, row.g, torch.ones_like(row.g))
+    return torch.where(noisy, 0.5 * (scaled / std).square(), 0.0).flatten(1).sum(1)

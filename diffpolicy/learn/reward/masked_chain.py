@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import hard_one_hot
-from diffpolicy.core.reveal import Ancestral, Relaxation, Scheduled, reveals
+from diffpolicy.core.reveal import Ancestral, Relaxation, Scheduled
 from diffpolicy.core.starts import levels, prior_start
 from diffpolicy.learn.reference import check_no_dropout
-from diffpolicy.learn.reward.chains import chain_with_kl, differentiable_chain
-from diffpolicy.learn.reward.path_kl import masked_step_kl, released_step_kl
+from diffpolicy.learn.reward.chains import chain_with_kl, masked_step_kl, released_step_kl
 from diffpolicy.learn.reward.pathwise import Finished, RewardLoss
+from diffpolicy.learn.reward.rollouts import draw_order
 from diffpolicy.learn.reward.sequence_tuning import SequenceMethod
 from diffpolicy.settings import check_choice, check_range
-
-KLS = ("path", "drakes_released")
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class MaskedChain:
 
     def __post_init__(self) -> None:
         check_range("[1, inf)", num_steps=self.num_steps, kl_steps=self.kl_steps)
-        check_choice("kl", self.kl, KLS)
+        check_choice("kl", self.kl, ("path", "drakes_released"))
         if self.joint and self.num_steps is None:
             raise ValueError("joint=True draws reveals step by step and needs num_steps")
         if self.kl == "drakes_released" and not self.joint:
@@ -96,25 +94,10 @@ class MaskedChain:
             assert self.num_steps is not None
             solver, grid = Ancestral(self.relaxation), levels(start, self.num_steps)
         else:
-            groups, grid = reveals(
-                process,
-                start,
-                self.num_steps,
-                time_free=denoiser.time_free,
-                generator=generator,
-            )
+            groups, grid = draw_order(denoiser, size, self.num_steps, generator)
             solver = Scheduled(groups, self.relaxation)
         count = len(grid) - 1
         noise = process.draw_noise((count, *like.shape), generator, like)
-        how: dict[str, Any] = {
-            "noise": noise,
-            "cond": cond,
-            "grad_steps": self.relaxation.relaxed_steps,
-            "checkpoint": self.checkpoint,
-        }
-        if reference is None:
-            x0 = differentiable_chain(denoiser, solver, start, grid, **how)
-            return Finished(self._items(x0), like.new_zeros(size), {})
         result = chain_with_kl(
             denoiser,
             reference,
@@ -122,9 +105,12 @@ class MaskedChain:
             start,
             grid,
             step_kl=masked_step_kl if self.kl == "path" else released_step_kl(process),
-            kl_steps=self._chosen(count, generator),
+            noise=noise,
+            cond=cond,
+            grad_steps=self.relaxation.relaxed_steps,
+            kl_steps=None if reference is None else self._chosen(count, generator),
+            checkpoint=self.checkpoint,
             reference_graph=self.reference_graph,
-            **how,
         )
         # The chain's estimate is scaled up to all steps; without a prefix only these are meant.
         share = 1 - self._first(count) / count

@@ -7,7 +7,7 @@ the chain differs, the objective does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,11 +16,9 @@ from torch import Tensor
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import check_rewards
-from diffpolicy.learn.reference import BesideReference
+from diffpolicy.learn.method import Reward, check_rewards, rows_and_cond
+from diffpolicy.learn.reference import Referenced
 from diffpolicy.settings import check_range
-
-Reward = Callable[..., Tensor]
 
 
 class Finished(NamedTuple):
@@ -59,11 +57,11 @@ class RewardChain(Protocol):
         """Raise ``ValueError`` unless the chain can run with this denoiser."""
 
 
-class RewardLoss(BesideReference):
+class RewardLoss(Referenced):
     """Reward back-propagation as an objective of the trainer.
 
-    ``forward(batch, generator)`` samples one item per entry of ``index [B]``, under ``cond [B, C]``
-    if the batch has it. All noise comes from ``generator``.
+    ``forward(batch, generator)`` samples one item per row of the batch, under its ``cond [B, C]``
+    or its observations ``obs [B, To, O]``. All noise comes from ``generator``.
 
     Args:
         denoiser: what is tuned.
@@ -93,7 +91,7 @@ class RewardLoss(BesideReference):
         kl_warmup: int = 0,
         reference: BaseDenoiser | None = None,
     ) -> None:
-        super().__init__(denoiser, reference)
+        super().__init__(denoiser, reference, apart=True)
         check_range("[0, inf)", kl_weight=kl_weight, kl_warmup=kl_warmup)
         chain.check(denoiser)
         problem = getattr(chain, "kl_problem", None) if kl_weight > 0 else None
@@ -109,8 +107,7 @@ class RewardLoss(BesideReference):
         self.step += 1
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
-        cond = batch.get("cond")
-        size = len(batch["index"])
+        size, cond = rows_and_cond(self.denoiser, batch)
         reference = self.reference if self.kl_weight > 0 else None
         done = self.chain.run(self.denoiser, reference, size, cond, generator)
         copies = len(done.items) // size
@@ -120,9 +117,8 @@ class RewardLoss(BesideReference):
         check_rewards(reward, done.items)
         if done.items.requires_grad and not reward.requires_grad:
             raise ValueError(
-                "this reward has no gradient, so nothing would be learned: compute it from the "
-                "items by differentiable operations of torch alone (no .detach(), .numpy(), "
-                ".item(), no_grad, argmax or comparison), or take a method that needs no gradient: "
+                "this reward has no gradient, so nothing would be learned: compute it in torch "
+                "alone (no .detach(), .numpy() or comparison), or take a method that needs none: "
                 "policy_gradient or weighted for sequences, prefer(...) for policies"
             )
         reward = reward.view(size, copies).mean(1)

@@ -18,12 +18,10 @@ from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.solvers import DDIM, Solver
 from diffpolicy.core.starts import explicit_levels, prior_start, truncated_start
 from diffpolicy.learn.method import Method, plan_shape
-from diffpolicy.learn.reward.chains import chain_with_kl, differentiable_chain
-from diffpolicy.learn.reward.path_kl import gaussian_step_kl
+from diffpolicy.learn.reward.chains import chain_with_kl, differentiable_chain, gaussian_step_kl
 from diffpolicy.learn.reward.pathwise import Finished, RewardLoss
 from diffpolicy.settings import check_choice, check_range
 
-TRUNCATIONS = ("fixed", "uniform", "gaussian")
 KL_PROBLEM = (
     "paths have a divergence to the reference's only if steps add noise and have no memory: use "
     "solver='ddpm' (or 'ddim' with options={'eta': ...} above 0), or set kl_weight=0"
@@ -72,7 +70,7 @@ class PlanChain(Sampler, Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("truncation", self.truncation, TRUNCATIONS)
+        check_choice("truncation", self.truncation, ("fixed", "uniform", "gaussian"))
         check_range("[0, inf)", renoise=self.renoise)
         if self.shape is not None and (len(self.shape) != 2 or min(self.shape) < 1):
             raise ValueError(f"shape must be [H, D] of a plan, got {self.shape}")
@@ -80,13 +78,11 @@ class PlanChain(Sampler, Method):
         check_range(f"[1, {nfe}]", grad_steps=self.grad_steps)
         if self.truncation != "fixed" and (self.grad_steps is not None or self.renoise):
             raise ValueError(
-                f"truncation={self.truncation!r} draws grad_steps itself; leave grad_steps null "
-                "and renoise 0"
+                f"truncation={self.truncation!r} draws grad_steps itself; leave it null"
             )
         if len(self.spread) != 2 or not (0 < self.spread[0] <= 1 and self.spread[1] > 0):
             raise ValueError(
-                "spread is a mean in (0, 1] and a standard deviation above 0, as shares of the "
-                f"chain; got {self.spread}"
+                f"spread is a mean in (0, 1] and a positive standard deviation, got {self.spread}"
             )
         if self.renoise and self.grad_steps != 1:
             raise ValueError(
@@ -155,19 +151,18 @@ class PlanChain(Sampler, Method):
         if solver.stochastic:
             noise = process.draw_noise((count, *like.shape), generator, like)
         steps = 0 if self.renoise else self._drawn_steps(count, generator)
-        how: dict[str, Any] = {
-            "noise": noise,
-            "cond": cond,
-            "grad_steps": steps,
-            "checkpoint": self.checkpoint,
-        }
-        kl = like.new_zeros(size)
-        if reference is None:
-            x0 = differentiable_chain(denoiser, solver, start, grid, **how)
-        else:
-            x0, kl, _, _ = chain_with_kl(
-                denoiser, reference, solver, start, grid, step_kl=gaussian_step_kl, **how
-            )
+        x0, kl, _ = chain_with_kl(
+            denoiser,
+            reference,
+            solver,
+            start,
+            grid,
+            step_kl=gaussian_step_kl,
+            noise=noise,
+            cond=cond,
+            grad_steps=steps,
+            checkpoint=self.checkpoint,
+        )
         if self.renoise:
             x0 = self._denoised_again(denoiser, solver, x0, grid, cond, generator)
         metrics = {}

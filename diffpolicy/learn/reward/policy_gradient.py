@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.reward.advantages import Play, judge
+from diffpolicy.learn.method import Reward
 from diffpolicy.learn.reward.rollouts import MaskedRollout, draw_rollout, state_log_probs, step_kl
-from diffpolicy.learn.reward.sequence_tuning import (
-    Reward,
-    SequenceMethod,
-    SequenceTuning,
-    shared_cond,
-)
+from diffpolicy.learn.reward.sequence_tuning import SequenceMethod, SequenceTuning, shared_cond
 from diffpolicy.settings import check_choice, check_range
-
-KLS = ("path", "reward")
-BASELINES = ("leave_one_out", "mean", "group")
-RATIOS = ("token", "sequence")
 
 
 @dataclass(frozen=True)
@@ -75,9 +65,9 @@ class PolicyGradient(SequenceMethod):
     grad_states: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("kl", self.kl, KLS)
-        check_choice("baseline", self.baseline, BASELINES)
-        check_choice("ratio", self.ratio, RATIOS)
+        check_choice("kl", self.kl, ("path", "reward"))
+        check_choice("baseline", self.baseline, ("leave_one_out", "mean", "group"))
+        check_choice("ratio", self.ratio, ("token", "sequence"))
         check_range("[0, inf)", kl_weight=self.kl_weight)
         check_range("(0, inf)", clip=self.clip)
         at_least_1 = {n: getattr(self, n) for n in ("epochs", "num_steps", "grad_states", "rows")}
@@ -94,9 +84,8 @@ class PolicyGradient(SequenceMethod):
         """The part of J's gradient that the baseline leaves of it, with batches of ``rows``."""
         return 1.0 if self.baseline == "leave_one_out" else 1 - 1 / (self.group_size or rows)
 
-    def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
+    def objective(self, denoiser: Any, material: Any) -> nn.Module:
         """See :class:`PolicyGradientLoss`."""
-        assert isinstance(denoiser, MaskedDenoiser)
         settings = replace(self, rows=self.rows or material.batch_size)
         return PolicyGradientLoss(denoiser, material.reference, material.reward, settings)
 
@@ -130,16 +119,12 @@ class PolicyGradientLoss(SequenceTuning):
         denoiser: MaskedDenoiser,
         reference: MaskedDenoiser | None,
         reward: Reward,
-        settings: PolicyGradient | None = None,
+        settings: PolicyGradient,
     ) -> None:
         super().__init__(denoiser, reference, reward)
-        self.settings = settings = settings or PolicyGradient()
+        self.settings = settings
         most = self.evaluations(settings.num_steps)
-        if settings.grad_states is not None and settings.grad_states > most:
-            raise ValueError(
-                f"grad_states={settings.grad_states} is more than the {most} evaluations of a "
-                "rollout"
-            )
+        check_range(f"[1, {most}]", grad_states=settings.grad_states)
         if settings.epochs > 1:
             if settings.rows is None:
                 raise ValueError("epochs > 1 keeps a rollout of rows=<batch size>; give rows")
@@ -259,9 +244,7 @@ class PolicyGradientLoss(SequenceTuning):
         if size % group:
             raise ValueError(f"group_size={group} must divide the batch of {size} rows")
         if size < 2:
-            raise ValueError(
-                f"baseline={self.settings.baseline!r} needs at least 2 rows; got a batch of 1"
-            )
+            raise ValueError("a baseline needs at least 2 rows; got a batch of 1")
         if self.settings.epochs > 1 and self.training and size != rows:
             raise ValueError(f"rows={rows} must be the batch size, which is {size}")
 
@@ -285,4 +268,72 @@ class PolicyGradientLoss(SequenceTuning):
         return Play(rollout, kept["reward"], kept["advantage"], kept["kl"])
 
 
-__all__ = ["PolicyGradient", "PolicyGradientLoss"]
+class Play(NamedTuple):
+    """A rollout and what its reveals were worth; all without a graph but what ``rollout`` holds.
+
+    Attributes:
+        rollout: B sequences.
+        reward: ``[B]``.
+        advantage: of each reveal ``[B, L]``.
+        kl: ``[B]``, path KL to the reference, nats.
+    """
+
+    rollout: MaskedRollout
+    reward: Tensor
+    advantage: Tensor
+    kl: Tensor
+
+
+def judge(
+    rollout: MaskedRollout, reward: Tensor, settings: PolicyGradient
+) -> tuple[Tensor, Tensor]:
+    """Advantages ``[B, L]`` of reveals, and the KL ``[B]``.
+
+    A reveal's return is the reward less the costs that it can still change: those of later
+    evaluations, and its own log-ratio. Tokens of one evaluation are independent given its state, so
+    what else it reveals is not among them.
+    """
+    size, count = len(reward), rollout.nfe
+    if settings.normalize:
+        rows = settings.group_size or size
+        spread = reward.view(-1, rows).std(1, correction=0).clamp_min(1e-3)
+        reward = reward / spread.repeat_interleave(rows)
+    zeros = reward.new_zeros(size, count)
+    own, later, kl = zeros.new_zeros(rollout.tokens.shape), zeros, reward.new_zeros(size)
+    at_step = zeros  # cost that each evaluation adds to its own return
+    if settings.kl_weight > 0:
+        assert rollout.log_reference is not None
+        assert rollout.step_kl is not None
+        kl = rollout.path_kl.detach()
+        costs = settings.kl_weight * rollout.step_kl.detach()
+        if settings.kl == "reward":
+            own = settings.kl_weight * (rollout.log_p.detach() - rollout.log_reference)
+            own = own.to(zeros.dtype)
+            costs = at_step = zeros.scatter_add(1, rollout.groups, own)
+        later = costs.flip(1).cumsum(1).flip(1) - costs
+        total = reward - costs.sum(1)
+    else:
+        total = reward
+    if settings.ratio == "sequence":
+        advantage = (total - _baseline(total.unsqueeze(1), settings).squeeze(1)).unsqueeze(1)
+        advantage = advantage.expand_as(own)
+    else:
+        steps = reward.unsqueeze(1) - later
+        base = _baseline(steps - at_step, settings)
+        advantage = (steps - base).gather(1, rollout.groups) - own
+    return advantage, kl
+
+
+def _baseline(returns: Tensor, settings: PolicyGradient) -> Tensor:
+    """What returns ``[B, K]`` are compared with, the same shape."""
+    rows = len(returns) if settings.group_size is None else settings.group_size
+    groups = returns.view(-1, rows, returns.shape[1])
+    total = groups.sum(1, keepdim=True)
+    if settings.baseline == "leave_one_out":
+        base = (total - groups) / (rows - 1)
+    else:
+        base = (total / rows).expand_as(groups)
+    return base.reshape(returns.shape)
+
+
+__all__ = ["Play", "PolicyGradient", "PolicyGradientLoss", "judge"]

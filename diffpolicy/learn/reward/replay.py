@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.masked import random_masks
+from diffpolicy.settings import check_range
 
 
 class Replay(nn.Module):
@@ -73,11 +74,7 @@ class Replay(nn.Module):
 
 def check_replay(slots: int, refresh: int, every: int, group_size: int = 1) -> None:
     """Raise ``ValueError`` unless a buffer can be of these sizes."""
-    if min(slots, refresh, every) < 1:
-        raise ValueError(
-            "buffer, refresh and refresh_every must be at least 1, got "
-            f"{slots}, {refresh} and {every}"
-        )
+    check_range("[1, inf)", buffer=slots, refresh=refresh, refresh_every=every)
     if slots % refresh:
         raise ValueError(f"refresh={refresh} must divide buffer={slots}")
     if refresh % group_size:

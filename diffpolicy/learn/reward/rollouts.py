@@ -16,7 +16,7 @@ from diffpolicy.core.masking import to_tokens
 from diffpolicy.core.reveal import Scheduled, reveals
 from diffpolicy.core.sampling import Trajectory, sample
 from diffpolicy.core.starts import prior_start
-from diffpolicy.learn.reward.path_kl import categorical_kl
+from diffpolicy.learn.reward.chains import categorical_kl
 
 MAX_STATES = 4096  # evaluated at a time: larger batches leave the cache and gain nothing
 
@@ -109,12 +109,7 @@ def draw_rollout(
     Raises:
         ValueError: ``num_steps=None`` for a denoiser that depends on the level.
     """
-    length: int = denoiser.network.horizon  # type: ignore[assignment]
-    shape = (size, length, denoiser.vocab_size + 1)
-    start = prior_start(denoiser.process, denoiser.weight.new_zeros(shape))
-    order = reveals(
-        denoiser.process, start, num_steps, time_free=denoiser.time_free, generator=generator
-    )
+    order = draw_order(denoiser, size, num_steps, generator)
     with torch.set_grad_enabled(graph):
         rollout, log_p = run_order(denoiser, order, cond=cond, generator=generator)
         if reference is None:
@@ -124,6 +119,20 @@ def draw_rollout(
         return rollout._replace(
             log_reference=at_reveal(other, rollout), step_kl=step_kl(log_p, other, rollout)
         )
+
+
+def draw_order(
+    denoiser: MaskedDenoiser, size: int, num_steps: int | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """When each position of sequences is revealed, int64 ``[size, L]``, and the grid that takes.
+
+    Raises:
+        ValueError: ``num_steps=None`` for a denoiser that depends on the level.
+    """
+    length: int = denoiser.network.horizon  # type: ignore[assignment]
+    like = denoiser.weight.new_zeros((size, length, denoiser.vocab_size + 1))
+    start, time_free = prior_start(denoiser.process, like), denoiser.time_free
+    return reveals(denoiser.process, start, num_steps, time_free=time_free, generator=generator)
 
 
 def run_order(
@@ -179,16 +188,10 @@ def state_log_probs(
     grid = rollout.levels[:-1].flatten().to(states.device, dtype, non_blocking=True)
     t = grid[at].expand(size, count).reshape(-1, 1, 1)
     flat = states.reshape(-1, length)
-    cond = rollout.cond
-    if cond is not None:
-        cond = cond.repeat_interleave(count, dim=0)
-    outputs = []
-    for first in range(0, len(flat), MAX_STATES):
-        part = slice(first, first + MAX_STATES)
-        outputs.append(
-            denoiser.log_probs(flat[part], t[part], None if cond is None else cond[part])
-        )
-    return torch.cat(outputs).view(size, count, length, -1)
+    cond = None if rollout.cond is None else rollout.cond.repeat_interleave(count, dim=0)
+    conds = [None] * len(flat) if cond is None else torch.split(cond, MAX_STATES)
+    parts = zip(torch.split(flat, MAX_STATES), torch.split(t, MAX_STATES), conds, strict=False)
+    return torch.cat([denoiser.log_probs(*part) for part in parts]).view(size, count, length, -1)
 
 
 def at_reveal(log_p: Tensor, rollout: MaskedRollout) -> Tensor:
@@ -227,6 +230,7 @@ def step_kl(
 __all__ = [
     "MaskedRollout",
     "at_reveal",
+    "draw_order",
     "draw_rollout",
     "run_order",
     "state_log_probs",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -10,12 +11,11 @@ from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
-from diffpolicy.learn.method import Method, check_rewards
-from diffpolicy.learn.reference import BesideReference, check_no_dropout
-from diffpolicy.learn.reward.replay import Replay
+from diffpolicy.learn.method import Method, Reward, check_rewards
+from diffpolicy.learn.reference import Referenced, check_no_dropout
+from diffpolicy.learn.reward.replay import Replay, check_replay
 from diffpolicy.learn.reward.rollouts import MaskedRollout, draw_rollout
-
-Reward = Callable[[Tensor], Tensor]
+from diffpolicy.settings import check_range
 
 
 class SequenceMethod(Method):
@@ -28,7 +28,35 @@ class SequenceMethod(Method):
         return frozenset({"reward"})
 
 
-class SequenceTuning(BesideReference):
+@dataclass(frozen=True)
+class ReplayMethod(SequenceMethod):
+    """A method that learns from a buffer of own sequences.
+
+    Args:
+        kl_weight: alpha, reward per nat, positive.
+        buffer: sequences kept, N.
+        refresh: sequences replaced by new ones, the oldest first.
+        refresh_every: optimiser steps between that.
+        num_steps: see :func:`diffpolicy.learn.reward.rollouts.draw_rollout`.
+
+    Raises:
+        ValueError: a value out of range, or sizes that do not divide.
+    """
+
+    kl_weight: float = 0.1
+    buffer: int = 512
+    refresh: int = 128
+    refresh_every: int = 1
+    num_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_range("(0, inf)", kl_weight=self.kl_weight)
+        check_range("[1, inf)", num_steps=self.num_steps)
+        group_size = getattr(self, "group_size", None) or 1
+        check_replay(self.buffer, self.refresh, self.refresh_every, group_size)
+
+
+class SequenceTuning(Referenced):
     """What the objectives of this kind share: who is trained, the frozen reference, the reward.
 
     Call :meth:`after_step` after every optimiser step.
@@ -50,7 +78,7 @@ class SequenceTuning(BesideReference):
     def __init__(
         self, denoiser: MaskedDenoiser, reference: MaskedDenoiser | None, reward: Reward
     ) -> None:
-        super().__init__(denoiser, reference)
+        super().__init__(denoiser, reference, apart=True)
         check_no_dropout(denoiser)
         for name, mine, theirs in (
             ("vocab_size", denoiser.vocab_size, self.reference.vocab_size),
@@ -126,7 +154,8 @@ class SequenceTuning(BesideReference):
 class ReplayTuning(SequenceTuning):
     """An objective that learns from a buffer of own sequences, which is part of its state.
 
-    ``settings`` say ``buffer``, ``refresh`` and ``refresh_every``, and ``num_steps``.
+    ``settings`` are those of a :class:`ReplayMethod`. With ``group_size`` so many new sequences
+    share a condition, without it all; with ``drawn_by="reference"`` the reference draws them.
     """
 
     def __init__(
@@ -146,10 +175,6 @@ class ReplayTuning(SequenceTuning):
         """Further columns of the buffer."""
         return {}
 
-    def group_size(self, rows: int) -> int:
-        """How many of ``rows`` new sequences share a condition."""
-        return 1
-
     def after_step(self) -> None:
         self.replay.tick()
 
@@ -168,20 +193,18 @@ class ReplayTuning(SequenceTuning):
         return self.roll_out(rows, batch, generator)[1]
 
     def roll_out(
-        self,
-        rows: int,
-        batch: Mapping[str, Tensor],
-        generator: torch.Generator,
-        denoiser: MaskedDenoiser | None = None,
+        self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
     ) -> tuple[MaskedRollout, dict[str, Tensor]]:
-        """Sequences of the present (or another) denoiser, and what the buffer keeps of them."""
+        """Sequences of whoever draws them, and what the buffer keeps of them."""
+        by_reference = getattr(self.settings, "drawn_by", "denoiser") == "reference"
+        group_size = getattr(self.settings, "group_size", rows) or 1
         rollout = draw_rollout(
-            self.denoiser if denoiser is None else denoiser,
+            self.reference if by_reference else self.denoiser,
             rows,
             generator=generator,
             num_steps=self.settings.num_steps,
             reference=self.reference,
-            cond=shared_cond(batch, rows, self.group_size(rows)),
+            cond=shared_cond(batch, rows, group_size),
         )
         new = {"tokens": rollout.tokens, "reward": self.score(rollout.tokens)}
         new["kl"] = rollout.path_kl
@@ -201,4 +224,4 @@ def shared_cond(batch: Mapping[str, Tensor], rows: int, group_size: int) -> Tens
     return cond[(torch.arange(rows, device=cond.device) // group_size) % len(cond)]
 
 
-__all__ = ["ReplayTuning", "Reward", "SequenceMethod", "SequenceTuning", "shared_cond"]
+__all__ = ["ReplayMethod", "ReplayTuning", "SequenceMethod", "SequenceTuning", "shared_cond"]

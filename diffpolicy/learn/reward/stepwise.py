@@ -9,20 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.core.denoiser import BaseDenoiser
-from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
-from diffpolicy.learn.reward.replay import check_replay, remask
-from diffpolicy.learn.reward.sequence_tuning import ReplayTuning, Reward, SequenceMethod
+from diffpolicy.learn.reward.replay import remask
+from diffpolicy.learn.reward.sequence_tuning import ReplayMethod, ReplayTuning
 from diffpolicy.settings import check_choice, check_range
-
-LABELS = ("soft", "hard")
-BETAS = ("constant", "bound")
 
 
 @dataclass(frozen=True)
-class Stepwise(SequenceMethod):
+class Stepwise(ReplayMethod):
     """Groups of sequences and how their rewards are compared (Han et al., arXiv 2507.04832).
 
     The loss of a group is the cross-entropy from the softmax of rewards to that of the implicit
@@ -31,8 +26,10 @@ class Stepwise(SequenceMethod):
     minimum is near the law ``p_ref exp(r / kl_weight) / Z`` and not at it: probabilities of the
     masked positions are a product, and what is revealed differs between the rows of a group.
 
+    ``kl_weight`` and the settings of the buffer are those of
+    :class:`~diffpolicy.learn.reward.sequence_tuning.ReplayMethod`.
+
     Args:
-        kl_weight: alpha, reward per nat, positive.
         group_size: N sequences compared; 2 with hard labels is DPO.
         labels: ``"soft"``: ``softmax(r / kl_weight)``. ``"hard"``: all on the best of the group,
             against implicit rewards as they are (not over kl_weight), as in DPO, whose beta is
@@ -42,36 +39,25 @@ class Stepwise(SequenceMethod):
             two likelihood bounds as their mean, as preference losses of masked language models
             do; posteriors given few masks are tilted by less than the reward.
         remasks: masks drawn for each group, shared by its rows.
-        buffer: sequences kept.
-        refresh: sequences replaced by new ones of the present denoiser, the oldest first.
-        refresh_every: optimiser steps between that.
-        num_steps: see :func:`diffpolicy.learn.reward.rollouts.draw_rollout`.
 
     Raises:
         ValueError: an unknown choice, or a value out of range.
     """
 
-    kl_weight: float = 0.1
     group_size: int = 8
     labels: str = "soft"
     beta: str = "constant"
     remasks: int = 4
-    buffer: int = 512
-    refresh: int = 128
-    refresh_every: int = 1
-    num_steps: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("labels", self.labels, LABELS)
-        check_choice("beta", self.beta, BETAS)
-        check_range("(0, inf)", kl_weight=self.kl_weight)
+        super().__post_init__()
+        check_choice("labels", self.labels, ("soft", "hard"))
+        check_choice("beta", self.beta, ("constant", "bound"))
         check_range("[2, inf)", group_size=self.group_size)
-        check_range("[1, inf)", remasks=self.remasks, num_steps=self.num_steps)
-        check_replay(self.buffer, self.refresh, self.refresh_every, self.group_size)
+        check_range("[1, inf)", remasks=self.remasks)
 
-    def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
+    def objective(self, denoiser: Any, material: Any) -> nn.Module:
         """See :class:`StepwiseLoss`."""
-        assert isinstance(denoiser, MaskedDenoiser)
         return StepwiseLoss(denoiser, material.reference, material.reward, self)
 
 
@@ -97,18 +83,6 @@ class StepwiseLoss(ReplayTuning):
     Raises:
         ValueError: see :class:`diffpolicy.learn.reward.sequence_tuning.SequenceTuning`.
     """
-
-    def __init__(
-        self,
-        denoiser: MaskedDenoiser,
-        reference: MaskedDenoiser | None,
-        reward: Reward,
-        settings: Stepwise | None = None,
-    ) -> None:
-        super().__init__(denoiser, reference, reward, settings or Stepwise())
-
-    def group_size(self, rows: int) -> int:
-        return int(self.settings.group_size)
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         settings, replay = self.settings, self.replay

@@ -10,39 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.core.denoiser import BaseDenoiser
-from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import hard_one_hot, one_hot
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
-from diffpolicy.learn.reward.replay import (
-    check_replay,
-    effective_fraction,
-    remask,
-    resample,
-    settle,
-)
-from diffpolicy.learn.reward.rollouts import MAX_STATES, MaskedRollout
-from diffpolicy.learn.reward.sequence_tuning import ReplayTuning, Reward, SequenceMethod
+from diffpolicy.learn.reward.replay import effective_fraction, remask, resample, settle
+from diffpolicy.learn.reward.rollouts import MAX_STATES, MaskedRollout, state_log_probs
+from diffpolicy.learn.reward.sequence_tuning import ReplayMethod, ReplayTuning
 from diffpolicy.settings import check_choice, check_range
-
-TARGETS = ("sequence", "soft_value")
-VALUES = ("mean", "mode", "draw")
 
 
 @dataclass(frozen=True)
-class WeightedDenoising(SequenceMethod):
+class WeightedDenoising(ReplayMethod):
     """What is weighted, by what, and how sequences are kept.
 
     Args:
-        kl_weight: alpha of the target law ``p_ref exp(r / alpha) / Z``, positive.
+        kl_weight: alpha of the target law ``p_ref exp(r / alpha) / Z``; as ``buffer``, ``refresh``,
+            ``refresh_every`` and ``num_steps``, see
+            :class:`~diffpolicy.learn.reward.sequence_tuning.ReplayMethod`.
         target: ``"sequence"`` (WDCE of TR2-D2, arXiv 2509.25171): whole sequences, re-masked at
             random, with the importance weights of their trajectories to the target law,
             ``exp(r / alpha + log p_ref - log p_drawn)``. ``"soft_value"`` (VIDD, arXiv
             2507.00445): steps of the rollouts, with ``exp((v(x_s) - v(x_t)) / alpha)``.
-        buffer: sequences kept, N.
-        refresh: sequences replaced by new ones of the present denoiser, the oldest first.
-        refresh_every: optimiser steps between that.
         remasks: per row of the batch, re-maskings of its sequence; of ``soft_value``, steps.
         pick: ``"resample"``: rows of the batch are drawn in proportion to their weights.
             ``"uniform"``: drawn evenly, their losses are weighted. The same mean; the first
@@ -53,7 +41,6 @@ class WeightedDenoising(SequenceMethod):
             the way to ``p_ref exp(r / alpha)`` that these sequences can support. None: 1.
         group_size: rows that share a condition, within which weights are relative. None: all N,
             which must then be drawn under one condition.
-        num_steps: see :func:`diffpolicy.learn.reward.rollouts.draw_rollout`.
         value: of ``soft_value``, ``v`` of a state is the reward of what the reference thinks is
             clean: ``"mean"`` its probabilities (for rewards that take soft sequences), ``"mode"``
             the most probable token of each position (as VIDD's released code), ``"draw"`` one drawn
@@ -66,34 +53,27 @@ class WeightedDenoising(SequenceMethod):
         ValueError: an unknown choice, a value out of range, or sizes that do not divide.
     """
 
-    kl_weight: float = 0.1
     target: str = "sequence"
-    buffer: int = 512
-    refresh: int = 128
-    refresh_every: int = 1
     remasks: int = 4
     pick: str = "resample"
     max_weight: float | None = None
     min_ess: float | None = None
     group_size: int | None = None
-    num_steps: int | None = None
     value: str = "mean"
     anchored: bool = True
 
     def __post_init__(self) -> None:
-        check_choice("target", self.target, TARGETS)
+        super().__post_init__()
+        check_choice("target", self.target, ("sequence", "soft_value"))
         check_choice("pick", self.pick, ("resample", "uniform"))
-        check_choice("value", self.value, VALUES)
-        check_range("(0, inf)", kl_weight=self.kl_weight)
-        check_range("[1, inf)", remasks=self.remasks, num_steps=self.num_steps)
+        check_choice("value", self.value, ("mean", "mode", "draw"))
+        check_range("[1, inf)", remasks=self.remasks)
         check_range("(1, inf)", max_weight=self.max_weight)
         check_range("(0, 1)", min_ess=self.min_ess)
         check_range("[2, inf)", group_size=self.group_size)
-        check_replay(self.buffer, self.refresh, self.refresh_every, self.group_size or 1)
 
-    def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
+    def objective(self, denoiser: Any, material: Any) -> nn.Module:
         """See :class:`WeightedDenoisingLoss`."""
-        assert isinstance(denoiser, MaskedDenoiser)
         return WeightedDenoisingLoss(denoiser, material.reference, material.reward, self)
 
 
@@ -119,24 +99,12 @@ class WeightedDenoisingLoss(ReplayTuning):
         ValueError: as :class:`diffpolicy.learn.reward.sequence_tuning.SequenceTuning` says.
     """
 
-    def __init__(
-        self,
-        denoiser: MaskedDenoiser,
-        reference: MaskedDenoiser | None,
-        reward: Reward,
-        settings: WeightedDenoising | None = None,
-    ) -> None:
-        super().__init__(denoiser, reference, reward, settings or WeightedDenoising())
-
     def columns(self) -> Mapping[str, tuple[Sequence[int], torch.dtype]]:
         if self.settings.target == "sequence":
             return {"log_weight": ((1,), torch.float32)}
         steps = self.evaluations(self.settings.num_steps)
         groups = ((self.length,), torch.long)
         return {"log_weight": ((steps,), torch.float32), "groups": groups}
-
-    def group_size(self, rows: int) -> int:
-        return self.settings.group_size or 1
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         settings, replay = self.settings, self.replay
@@ -230,22 +198,16 @@ class WeightedDenoisingLoss(ReplayTuning):
 
     def _values(self, rollout: MaskedRollout, generator: torch.Generator) -> Tensor:
         """``v`` of the states of all evaluations, ``[B, K]``."""
-        states = rollout.states()
-        size, count, length = states.shape
-        flat = states.view(-1, length)
-        grid = rollout.levels[:-1].flatten().to(flat.device, self.reference.weight.dtype)
-        t = grid.repeat(size).view(-1, 1, 1)
-        cond = None if rollout.cond is None else rollout.cond.repeat_interleave(count, dim=0)
+        vocab_size = self.denoiser.vocab_size
+        every = (rollout.states(), state_log_probs(self.reference, rollout))
         values = []
-        for first in range(0, len(flat), MAX_STATES):
-            part = slice(first, first + MAX_STATES)
-            log_p = self.reference.log_probs(
-                flat[part], t[part], None if cond is None else cond[part]
-            )
+        for state, log_p in zip(
+            *(torch.split(v.flatten(0, 1), MAX_STATES) for v in every), strict=True
+        ):
             guess = self._guess(log_p, generator)
-            known = one_hot(flat[part], self.denoiser.vocab_size).to(guess)
+            known = one_hot(state, vocab_size).to(guess)
             values.append(self.score_soft(known[..., :-1] + known[..., -1:] * guess))
-        return torch.cat(values).view(size, count)
+        return torch.cat(values).view(-1, rollout.nfe)
 
     def _guess(self, log_p: Tensor, generator: torch.Generator) -> Tensor:
         if self.settings.value == "mean":

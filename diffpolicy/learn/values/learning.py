@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -20,7 +21,10 @@ from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.networks.critics import QEnsemble
 from diffpolicy.settings import check_choice, check_range, settings_of
-from diffpolicy.training.settings import mix_seed
+from diffpolicy.training.saved import Saved, part_of
+from diffpolicy.training.settings import TrainerConfig, mix_seed
+from diffpolicy.training.trainer import Source, Trainer, TrainResult
+from diffpolicy.training.weights import unchanged_on_error
 
 TARGET = "plan_value_target"
 
@@ -54,8 +58,100 @@ class RewardSpec:
         Raises:
             ValueError: a size out of range.
         """
-        sizes = {"width": self.width, "depth": self.depth, "members": self.members}
-        return QEnsemble(self.obs_dim, 1, self.action_dim, **sizes, layer_norm=self.layer_norm)
+        return ensemble_of(self, self.obs_dim, 1)
+
+
+def ensemble_of(spec: Any, cond_dim: int, horizon: int) -> QEnsemble:
+    """An ensemble with the hidden layers and members that a spec says."""
+    names = ("action_dim", "width", "depth", "members", "layer_norm")
+    return QEnsemble(cond_dim, horizon, **{name: getattr(spec, name) for name in names})
+
+
+class LearnedJudge(Saved):
+    """Base of what is learned by an ensemble of networks and judges actions or plans.
+
+    Args:
+        spec: sizes, of the class ``SPEC``; makes the network.
+        normalizer: of ``obs`` and ``action``.
+        network: with weights; ``None``: freshly initialised.
+        device: where the weights go.
+    """
+
+    SPEC: ClassVar[type[Any]]
+    last_training: TrainResult | None = None
+
+    def __init__(
+        self,
+        spec: Any,
+        normalizer: Normalizer,
+        network: QEnsemble | None = None,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.spec, self.normalizer = spec, normalizer.to(device)
+        self.network: QEnsemble = (spec.make_network() if network is None else network).to(device)
+        self.network.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return next(self.network.parameters()).device
+
+    def identity(self) -> dict[str, Any]:
+        """What this is, for telling one training run from another that it rewards."""
+        return {"spec": self.spec, "normalizer": self.normalizer, "network": self.network}
+
+    def _fit(
+        self,
+        loss: nn.Module,
+        source: Source,
+        config: TrainerConfig,
+        run_dir: str | os.PathLike[str],
+        *,
+        about: Mapping[str, Any] | None = None,
+        **how: Any,
+    ) -> Self:
+        """Train by a loss that holds the network as ``network``; ``how`` is the trainer's."""
+        with unchanged_on_error(self.network):
+            self.network.requires_grad_(True)
+            result = Trainer(
+                loss,
+                source,
+                config,
+                run_dir,
+                export=lambda state: self._files(self._weights(state)),
+                identity={"model": self.spec, "normalizer": self.normalizer, **(about or {})},
+                **how,
+            ).fit()
+            self._take(self._weights(result.ema))
+            self.network.eval().requires_grad_(False)
+        self.last_training = result
+        return self
+
+    def _weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Files of weights: those of an objective's state; ``None``: its own."""
+        own = self.network.state_dict() if state is None else part_of(state, "network")
+        return {"model.safetensors": dict(own)}
+
+    def _take(self, files: Mapping[str, Any]) -> None:
+        self.network.load_state_dict(files["model.safetensors"])
+
+    def _files(self, weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        spec, normalizer = asdict(self.spec), self.normalizer.to_config()
+        return {
+            "config.json": self._config(spec=spec, normalizer=normalizer),
+            "normalizer.safetensors": self.normalizer.to_tensors(),
+            **(self._weights() if weights is None else weights),
+        }
+
+    @classmethod
+    def _made_of(
+        cls, config: dict[str, Any], files: Mapping[str, Any], device: str | torch.device
+    ) -> Self:
+        normalizer = Normalizer.from_parts(config["normalizer"], files["normalizer.safetensors"])
+        made = cls(settings_of(cls.SPEC, config["spec"], cls.WHAT), normalizer, device=device)
+        made._take(files)
+        return made
 
 
 @dataclass(frozen=True)
@@ -156,23 +252,17 @@ def fit_normalizer(store: EpisodeStore, episodes: list[int], mode: str) -> Norma
     """A normaliser of ``obs`` and ``action`` fitted to some episodes of a store.
 
     Raises:
-        ValueError: an unknown mode, or no such fields.
+        ValueError: an unknown mode.
     """
     check_choice("normalize", mode, MODES)
-    chosen = cast("Mode", mode)
     statistics: dict[str, dict[str, Any]] = {}
     for name in ("obs", "action"):
-        if name not in store.fields:
-            raise ValueError(
-                f"{store.name} has no field {name!r}; it has {sorted(store.fields)}. "
-                "`diffpolicy data convert` makes it of other fields"
-            )
         total = int(store.episode_lengths[episodes].sum())
         running = RunningStatistics(name, store.fields[name].shape, total)
         for episode in episodes:
             running.update(store.episode(episode, [name])[name])
         statistics[name] = running.result()
-    return Normalizer.fit(statistics, dict.fromkeys(("obs", "action"), chosen))
+    return Normalizer.fit(statistics, dict.fromkeys(statistics, cast("Mode", mode)))
 
 
 def rows_of_episodes(store: EpisodeStore, episodes: list[int]) -> NDArray[np.int64]:
@@ -199,8 +289,7 @@ def pessimistic(members: Tensor, pessimism: float) -> Tensor:
     Raises:
         ValueError: a negative number of them.
     """
-    if pessimism < 0:
-        raise ValueError(f"pessimism must not be negative, got {pessimism}")
+    check_range("[0, inf)", pessimism=pessimism)
     mean = members.mean(0)
     if not pessimism:
         return mean

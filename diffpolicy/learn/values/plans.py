@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -25,16 +25,20 @@ from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.returns import with_fields
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows, split_episodes
-from diffpolicy.learn.values.learning import TARGET, PlanValueLoss, mean_of_next, pessimistic
+from diffpolicy.learn.values.learning import (
+    TARGET,
+    LearnedJudge,
+    PlanValueLoss,
+    ensemble_of,
+    mean_of_next,
+    pessimistic,
+)
 from diffpolicy.learn.values.reward import RewardModel
 from diffpolicy.networks.base import described
 from diffpolicy.networks.critics import QEnsemble
 from diffpolicy.settings import check_range, settings_of
 from diffpolicy.training.process import seeded
-from diffpolicy.training.saved import Saved, part_of
 from diffpolicy.training.settings import TrainerConfig
-from diffpolicy.training.trainer import Trainer, TrainResult
-from diffpolicy.training.weights import unchanged_on_error
 
 
 @dataclass(frozen=True)
@@ -81,18 +85,7 @@ class PlanValueSpec:
         Raises:
             ValueError: a size out of range.
         """
-        sizes = {"width": self.width, "depth": self.depth, "members": self.members}
-        cond_dim = self.n_obs_steps * self.obs_dim
-        return QEnsemble(
-            cond_dim, self.n_action_steps, self.action_dim, **sizes, layer_norm=self.layer_norm
-        )
-
-
-class ChunkedNormal(Protocol):
-    """What a value needs to know of a policy."""
-
-    normalizer: Normalizer
-    device: torch.device
+        return ensemble_of(self, self.n_obs_steps * self.obs_dim, self.n_action_steps)
 
 
 class StepRewards(Protocol):
@@ -102,7 +95,7 @@ class StepRewards(Protocol):
         """The rewards ``[T]``."""
 
 
-class PlanValue(Saved):
+class PlanValue(LearnedJudge):
     """The mean learned reward of the steps that follow when a plan is begun.
 
     ``E[sum_k discount^k r_{t+k} / sum_k discount^k | observations, actions from now on]`` over
@@ -129,21 +122,9 @@ class PlanValue(Saved):
             0 unless set). With some, plans about which the members disagree are worth less.
     """
 
-    FORMAT, WHAT = "diffpolicy-plan-value", "plan value"
-    last_training: TrainResult | None = None
-
-    def __init__(
-        self,
-        spec: PlanValueSpec,
-        normalizer: Normalizer,
-        network: QEnsemble | None = None,
-        *,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        self.spec, self.normalizer = spec, normalizer.to(device)
-        self.network = (spec.make_network() if network is None else network).to(device)
-        self.network.eval().requires_grad_(False)
-        self.pessimism = 0.0
+    FORMAT, WHAT, SPEC = "diffpolicy-plan-value", "plan value", PlanValueSpec
+    spec: PlanValueSpec
+    pessimism = 0.0
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -166,12 +147,10 @@ class PlanValue(Saved):
             ValueError: settings that are unknown, missing or out of range.
         """
         sizes = {"obs_dim": reward.spec.obs_dim, "action_dim": reward.spec.action_dim}
-        full = settings_of(PlanValueSpec, {**spec, **sizes}, "plan value")
-        network = seeded(seed, full.make_network)
-        return cls(full, reward.normalizer, network, device=reward.device)
+        return cls._untrained(reward, {**spec, **sizes}, seed)
 
     @classmethod
-    def for_policy(cls, policy: ChunkedNormal, *, seed: int = 0, **spec: Any) -> Self:
+    def for_policy(cls, policy: Any, *, seed: int = 0, **spec: Any) -> Self:
         """An untrained value of a policy's own chunks, for the rewards that a store holds.
 
         Args:
@@ -184,14 +163,13 @@ class PlanValue(Saved):
         """
         names = ("obs_dim", "action_dim", "n_obs_steps", "n_action_steps")
         sizes = {name: getattr(policy, name) for name in names}
-        full = settings_of(PlanValueSpec, {**sizes, **spec}, "plan value")
-        network = seeded(seed, full.make_network)
-        return cls(full, policy.normalizer, network, device=policy.device)
+        return cls._untrained(policy, {**sizes, **spec}, seed)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights live."""
-        return next(self.network.parameters()).device
+    @classmethod
+    def _untrained(cls, like: Any, values: Mapping[str, Any], seed: int) -> Self:
+        full = settings_of(PlanValueSpec, values, cls.WHAT)
+        network = seeded(seed, full.make_network)
+        return cls(full, like.normalizer, network, device=like.device)
 
     # ---------------------------------------------------------------- learning
 
@@ -231,27 +209,15 @@ class PlanValue(Saved):
         parts = split_episodes(store.num_episodes, val_fraction, config.seed)
         sources = [self._windows(reward, store, p) if len(p) else None for p in parts]
         assert sources[0] is not None
-        with unchanged_on_error(self.network):
-            self.network.requires_grad_(True)
-            result = Trainer(
-                PlanValueLoss(self.network, self.spec.n_obs_steps),
-                sources[0],
-                config,
-                run_dir,
-                export=lambda state: self._files(part_of(state, "network")),
-                val_source=sources[1],
-                identity={"model": self.spec, "normalizer": self.normalizer},
-                resume=resume,
-                overwrite=overwrite,
-            ).fit()
-            self.network.load_state_dict(part_of(result.ema, "network"))
-            self.network.eval().requires_grad_(False)
-        self.last_training = result
-        return self
-
-    def identity(self) -> dict[str, Any]:
-        """What this value is, for telling one training run from another that it rewards."""
-        return {"spec": self.spec, "normalizer": self.normalizer, "network": self.network}
+        return self._fit(
+            PlanValueLoss(self.network, self.spec.n_obs_steps),
+            sources[0],
+            config,
+            run_dir,
+            val_source=sources[1],
+            resume=resume,
+            overwrite=overwrite,
+        )
 
     def _windows(
         self,
@@ -322,9 +288,9 @@ class PlanValue(Saved):
         now = seen - 1
         if seen < spec.n_obs_steps or action.shape[1] < now + spec.n_action_steps:
             raise ValueError(
-                f"this value looks at {spec.n_obs_steps} observations and {spec.n_action_steps} "
-                f"actions from the current step on; got obs {list(obs.shape)} and plans "
-                f"{list(action.shape)}, whose position {now} is the current step"
+                f"this value needs {spec.n_obs_steps} observations and {spec.n_action_steps} "
+                f"actions from the current step on, position {now} of plans; got "
+                f"{list(obs.shape)} and {list(action.shape)}"
             )
         cond = self.normalizer.normalize("obs", obs[:, seen - spec.n_obs_steps :]).flatten(1)
         plan = self.normalizer.normalize("action", action[:, now : now + spec.n_action_steps])
@@ -350,23 +316,3 @@ class PlanValue(Saved):
             return out
 
         return score
-
-    # ---------------------------------------------------------------- files
-
-    def _files(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-        spec, normalizer = asdict(self.spec), self.normalizer.to_config()
-        return {
-            "config.json": self._config(spec=spec, normalizer=normalizer),
-            "model.safetensors": dict(weights or self.network.state_dict()),
-            "normalizer.safetensors": self.normalizer.to_tensors(),
-        }
-
-    @classmethod
-    def _made_of(
-        cls, config: dict[str, Any], files: Mapping[str, Any], device: str | torch.device
-    ) -> Self:
-        spec = settings_of(PlanValueSpec, config["spec"], "spec")
-        network = spec.make_network()
-        network.load_state_dict(files["model.safetensors"])
-        normalizer = Normalizer.from_parts(config["normalizer"], files["normalizer.safetensors"])
-        return cls(spec, normalizer, network, device=device)

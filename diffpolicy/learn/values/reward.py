@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -14,11 +13,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffpolicy.data.fields import check_vector
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.preferences.set import Pair, PreferenceSet
 from diffpolicy.data.store import EpisodeStore, FieldSpec
 from diffpolicy.learn.preferences.bradley_terry import BradleyTerryLoss
 from diffpolicy.learn.values.learning import (
+    LearnedJudge,
     PreferenceLearning,
     RewardSpec,
     fit_normalizer,
@@ -29,18 +30,15 @@ from diffpolicy.learn.values.learning import (
 )
 from diffpolicy.networks.base import described
 from diffpolicy.networks.critics import QEnsemble
-from diffpolicy.settings import settings_of
+from diffpolicy.settings import check_shape, settings_of
 from diffpolicy.training.process import seeded
-from diffpolicy.training.saved import Saved, part_of
 from diffpolicy.training.settings import TrainerConfig
-from diffpolicy.training.trainer import Trainer, TrainResult
-from diffpolicy.training.weights import unchanged_on_error
 
 ROWS = 16_384  # steps judged at once: bounds memory
 MOST_ROWS = 65_536  # steps that the scale of the rewards is measured on
 
 
-class RewardModel(Saved):
+class RewardModel(LearnedJudge):
     """The reward of a step, r(observation, action), by an ensemble of networks.
 
     Learned from preferences between segments (Christiano et al. 2017, with the mean over a
@@ -67,8 +65,8 @@ class RewardModel(Saved):
         device: where the weights go.
     """
 
-    FORMAT, WHAT = "diffpolicy-reward", "reward model"
-    last_training: TrainResult | None = None
+    FORMAT, WHAT, SPEC = "diffpolicy-reward", "reward model", RewardSpec
+    spec: RewardSpec
 
     def __init__(
         self,
@@ -79,16 +77,9 @@ class RewardModel(Saved):
         *,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.spec = spec
         for name, size in (("obs", spec.obs_dim), ("action", spec.action_dim)):
-            if normalizer.shape(name) != (size,):
-                raise ValueError(
-                    f"the spec says {size} numbers of {name}, the normaliser was fitted to rows "
-                    f"of shape {list(normalizer.shape(name))}"
-                )
-        self.normalizer = normalizer.to(device)
-        self.network = (spec.make_network() if network is None else network).to(device)
-        self.network.eval().requires_grad_(False)
+            check_shape(f"what normalizes {name}", normalizer.shape(name), (size,))
+        super().__init__(spec, normalizer, network, device=device)
         if standard is None:
             standard = torch.tensor([[0.0], [1.0]]).expand(2, spec.members)
         self.standard = standard.clone().to(device)
@@ -120,15 +111,11 @@ class RewardModel(Saved):
         """
         store = preferences.store
         sizes = {}
-        for name, size in (("obs", "obs_dim"), ("action", "action_dim")):
+        for name in ("obs", "action"):
             shape = store.fields[name].shape if name in store.fields else ()
-            if len(shape) != 1:
-                raise ValueError(
-                    f"a reward model needs {name} as vectors; {store.name} has "
-                    f"{ {k: list(f.shape) for k, f in store.fields.items()} }"
-                )
-            sizes[size] = shape[0]
-        full = settings_of(RewardSpec, {**(spec or {}), **sizes}, "spec")
+            check_vector(name, shape, store.name)
+            sizes[f"{name}_dim"] = shape[0]
+        full = settings_of(RewardSpec, {**(spec or {}), **sizes}, cls.WHAT)
         normalizer = fit_normalizer(store, judged_episodes(preferences), full.normalize)
         return cls(full, normalizer, seeded(seed, full.make_network), device=device)
 
@@ -170,54 +157,48 @@ class RewardModel(Saved):
             found = type(self).from_pretrained(folder, device=self.device).evaluate(held_out)
             return {"score": -found["log_loss"], "held_out_accuracy": found["accuracy"]}
 
-        with unchanged_on_error(self.network):
-            self.network.requires_grad_(True)
-            result = Trainer(
-                BradleyTerryLoss(self.network, label_smoothing=learning.label_smoothing),
-                learning.examples(train, self.normalizer.to("cpu"), self.spec.members, config.seed),
-                config,
-                run_dir,
-                export=lambda state: self._files(*self._standardised(state, judged)),
-                evaluate=None if held_out is None else evaluate,
-                identity={"model": self.spec, "normalizer": self.normalizer, "learning": learning},
-                resume=resume,
-                overwrite=overwrite,
-            ).fit()
-            weights, standard = self._standardised(result.ema, judged)
-            if held_out is not None:
-                best = type(self).from_pretrained(run_dir, device=self.device)
-                weights, standard = best.network.state_dict(), best.standard
-            self.network.load_state_dict(weights)
-            self.network.eval().requires_grad_(False)
-        self.last_training, self.standard = result, standard
+        source = learning.examples(train, self.normalizer.to("cpu"), self.spec.members, config.seed)
+        self._judged = judged
+        self._fit(
+            BradleyTerryLoss(self.network, label_smoothing=learning.label_smoothing),
+            source,
+            config,
+            run_dir,
+            about={"learning": learning},
+            evaluate=None if held_out is None else evaluate,
+            resume=resume,
+            overwrite=overwrite,
+        )
+        if held_out is not None:
+            self._take(type(self).from_pretrained(run_dir, device=self.device)._weights())
         return self
 
     def identity(self) -> dict[str, Any]:
         """What this model is, for telling one training run from another that it rewards."""
-        weights = {"network": self.network, "standard": self.standard}
-        return {"spec": self.spec, "normalizer": self.normalizer, **weights}
+        return {**super().identity(), "standard": self.standard}
 
     @torch.no_grad()
-    def _standardised(
-        self, state: Mapping[str, Tensor], judged: tuple[Tensor, Tensor]
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Weights of the network in an objective's state, and each member's shift and scale."""
-        weights = part_of(state, "network")
-        found = []
-        for part in zip(*(torch.split(values, ROWS) for values in judged), strict=True):
-            arguments = self._normalised(*part)
-            found.append(torch.func.functional_call(self.network, weights, arguments))
-        rewards = torch.cat(found, 1)
-        shift, scale = rewards.mean(1), rewards.std(1, correction=0).clamp_min(1e-6)
-        together = ((rewards - shift[:, None]) / scale[:, None]).mean(0)
-        return weights, torch.stack([shift, scale * together.std(correction=0).clamp_min(1e-6)])
+    def _weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Weights of the network, and each member's shift and scale on the judged steps."""
+        files, standard = super()._weights(state), self.standard
+        if state is not None:
+            found = []
+            for part in zip(*(torch.split(values, ROWS) for values in self._judged), strict=True):
+                arguments = self._normalised(*part)
+                weights = files["model.safetensors"]
+                found.append(torch.func.functional_call(self.network, weights, arguments))
+            rewards = torch.cat(found, 1)
+            shift, scale = rewards.mean(1), rewards.std(1, correction=0).clamp_min(1e-6)
+            together = ((rewards - shift[:, None]) / scale[:, None]).mean(0)
+            spread = together.std(correction=0).clamp_min(1e-6)
+            standard = torch.stack([shift, scale * spread])
+        return {**files, "standard.safetensors": {"standard": standard}}
+
+    def _take(self, files: Mapping[str, Any]) -> None:
+        super()._take(files)
+        self.standard = files["standard.safetensors"]["standard"].to(self.device)
 
     # ---------------------------------------------------------------- judging
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights live."""
-        return self.standard.device
 
     def member_rewards(self, obs: Tensor, action: Tensor) -> Tensor:
         """What every member says, ``[M, ...]``, of observations and actions as in :meth:`reward`.
@@ -227,7 +208,7 @@ class RewardModel(Saved):
         """
         if obs.shape[:-1] != action.shape[:-1]:
             raise ValueError(
-                f"obs [..., O] and action [..., A] must agree but for the last dimension; got "
+                "obs [..., O] and action [..., A] must agree but for the last dimension; got "
                 f"{list(obs.shape)} and {list(action.shape)}"
             )
         shift, scale = self.standard.unsqueeze(-1)
@@ -241,12 +222,6 @@ class RewardModel(Saved):
             self.normalizer.normalize("action", action).reshape(-1, 1, self.spec.action_dim),
         )
 
-    @overload
-    def reward(self, obs: Tensor, action: Tensor, *, pessimism: float = ...) -> Tensor: ...
-    @overload
-    def reward(
-        self, obs: NDArray[Any], action: NDArray[Any], *, pessimism: float = ...
-    ) -> NDArray[np.float32]: ...
     def reward(self, obs: Any, action: Any, *, pessimism: float = 0.0) -> Any:
         """The reward of taking actions in observations.
 
@@ -351,27 +326,3 @@ class RewardModel(Saved):
         of_segments = torch.split(of_steps, [len(r) for r in every], 1)
         means = torch.stack([part.mean(1) for part in of_segments], 1)
         return means[:, 0::2] - means[:, 1::2]
-
-    # ---------------------------------------------------------------- files
-
-    def _files(
-        self, weights: Mapping[str, Tensor] | None = None, standard: Tensor | None = None
-    ) -> dict[str, Any]:
-        spec, normalizer = asdict(self.spec), self.normalizer.to_config()
-        return {
-            "config.json": self._config(spec=spec, normalizer=normalizer),
-            "model.safetensors": dict(weights or self.network.state_dict()),
-            "normalizer.safetensors": self.normalizer.to_tensors(),
-            "standard.safetensors": {"standard": self.standard if standard is None else standard},
-        }
-
-    @classmethod
-    def _made_of(
-        cls, config: dict[str, Any], files: Mapping[str, Any], device: str | torch.device
-    ) -> Self:
-        spec = settings_of(RewardSpec, config["spec"], "spec")
-        network = spec.make_network()
-        network.load_state_dict(files["model.safetensors"])
-        normalizer = Normalizer.from_parts(config["normalizer"], files["normalizer.safetensors"])
-        standard = files["standard.safetensors"]["standard"]
-        return cls(spec, normalizer, network, standard, device=device)
