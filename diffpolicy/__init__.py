@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from diffpolicy.rollout.env_spec import EnvSpec
     from diffpolicy.rollout.evaluate import evaluate
     from diffpolicy.rollout.latency import DelayedPolicy
-    from diffpolicy.rollout.pool.workers import Workers
+    from diffpolicy.rollout.pool.supervisor import Workers
     from diffpolicy.rollout.record.experts import collect
     from diffpolicy.training.settings import TrainerConfig
 

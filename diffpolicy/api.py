@@ -30,7 +30,8 @@ from diffpolicy.policies.truncated import Truncated
 from diffpolicy.training.checkpoint import write_bundle
 from diffpolicy.training.saved import find_policy, policy_files
 from diffpolicy.training.settings import TrainerConfig
-from diffpolicy.training.trainer import Source, Trainer, TrainResult
+from diffpolicy.training.sources import Source
+from diffpolicy.training.trainer import Trainer, TrainResult
 from diffpolicy.training.weights import unchanged_on_error
 
 Place = str | os.PathLike[str]
@@ -395,6 +396,3 @@ class DiffusionPolicy(DiffusionPlanner):
     def from_pretrained(cls, path: Place, **options: Any) -> Self:
         """Load a policy directory, a checkpoint, or the best (else the last) one of a run."""
         return cls.load(find_policy(path), **options)
-
-
-__all__ = ["DiffusionPolicy"]

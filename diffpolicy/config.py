@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from diffpolicy.config_compose import (
-    choice_files,
     compose,
-    config_dir,
     experiment_values,
-    group_choices,
     keys_given,
     read_yaml,
 )
@@ -392,32 +389,3 @@ def seeded_run_dir(run_dir: str, seed: int, overrides: Sequence[str]) -> str:
 def load_eval(overrides: Sequence[str]) -> EvalConfig:
     """The evaluation that ``overrides`` ask for."""
     return build(EvalConfig, compose("eval", overrides))
-
-
-__all__ = [
-    "KINDS",
-    "CollectConfig",
-    "ConfigError",
-    "DataConfig",
-    "EnvConfig",
-    "EvalConfig",
-    "EvaluationConfig",
-    "PolicyTuningConfig",
-    "RunConfig",
-    "SequenceTrainConfig",
-    "SequenceTuningConfig",
-    "TrainConfig",
-    "build",
-    "choice_files",
-    "compose",
-    "config_dir",
-    "group_choices",
-    "keys_given",
-    "load_eval",
-    "load_run",
-    "load_train",
-    "read_run",
-    "read_yaml",
-    "run_kind",
-    "seeded_run_dir",
-]

@@ -353,20 +353,3 @@ def _keys(node: Any, path: str = "") -> Iterator[str]:
         inner = node._get_node(name)
         if isinstance(inner, DictConfig) and not inner._is_none():
             yield from _keys(inner, f"{path}{name}.")
-
-
-__all__ = [
-    "ConfigError",
-    "check_yaml",
-    "choice_files",
-    "compose",
-    "config_dir",
-    "experiment_values",
-    "group_choices",
-    "is_setting",
-    "keys_given",
-    "normal_override",
-    "own_config_dir",
-    "quoted",
-    "read_yaml",
-]

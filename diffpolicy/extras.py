@@ -62,6 +62,3 @@ def pip_hint(text: str) -> str:
         if module in text and not installed(module):
             return f' Try: pip install "diffpolicy[{extra}]"'
     return ""
-
-
-__all__ = ["EXTRAS", "installed", "need", "pip_hint"]

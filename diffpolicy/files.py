@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from diffpolicy.locks import BusyError, WriterLock, is_alive, machine, started
+from diffpolicy.locks import is_alive, machine, started
 
 MANIFEST = "MANIFEST.json"
 _NUMBERS = itertools.count()
@@ -328,25 +328,3 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-__all__ = [
-    "MANIFEST",
-    "BusyError",
-    "ForeignFilesError",
-    "WriterLock",
-    "atomic_file",
-    "check_owned",
-    "foreign_files",
-    "manifest_names",
-    "naming",
-    "read_manifest",
-    "remove_leftovers",
-    "remove_owned",
-    "replaced_directory",
-    "settled",
-    "sync",
-    "write_atomic",
-    "write_json",
-    "write_manifest",
-]

@@ -248,17 +248,3 @@ def named_settings(kind: type[T]) -> type[T]:
 
     kind.__init__ = init  # type: ignore[method-assign]
     return kind
-
-
-__all__ = [
-    "ConfigError",
-    "check_choice",
-    "check_known",
-    "check_range",
-    "check_shape",
-    "from_values",
-    "named_settings",
-    "near_miss",
-    "setting_names",
-    "settings_of",
-]

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from diffpolicy.commands.options import parse
-from diffpolicy.data.preferences.set import PreferenceSet, from_indices
+from diffpolicy.data.preferences.published import from_indices
+from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from reward_validation import RewardCandidate, cross_validate, learn_candidate
 

@@ -31,13 +31,14 @@ from diffpolicy.core import (
     sample,
     to_tokens,
 )
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.starts import Ramp
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.learn import DenoisingLoss, MaskedChain, RewardLoss
 from diffpolicy.networks import make_network
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.spec import PolicySampler, PolicySpec, Sampler
+from diffpolicy.policies.spec import PolicySampler, PolicySpec
 from diffpolicy.runtime.compile import compile_planner, fastest
 
 NETWORKS = {

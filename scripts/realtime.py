@@ -37,7 +37,7 @@ from diffpolicy.rollout.env_spec import EnvSpec
 from diffpolicy.rollout.evaluate import evaluate
 from diffpolicy.rollout.intervals import mean_interval, paired_difference, wilson_interval
 from diffpolicy.rollout.latency import DelayedPolicy
-from diffpolicy.rollout.pool.workers import Workers
+from diffpolicy.rollout.pool.supervisor import Workers
 
 DEFAULTS: dict[str, str] = {
     "runs": "",

@@ -14,7 +14,7 @@ where they were looked for. only= trains the cells that match and tabulates all 
 
 import sys
 
-from diffpolicy.config import ConfigError
+from diffpolicy.settings import ConfigError
 from reproduce.table_of_cells import main
 
 if __name__ == "__main__":

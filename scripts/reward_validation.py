@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffpolicy.data.preferences.records import episodes_of
-from diffpolicy.data.preferences.set import Pair, PreferenceSet
+from diffpolicy.data.preferences.records import Pair, episodes_of
+from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.learn.values.learning import PreferenceLearning
 from diffpolicy.learn.values.reward import RewardModel
 from diffpolicy.training.settings import TrainerConfig, mix_seed

@@ -23,9 +23,11 @@ import torch
 
 from benches.latency import NETWORKS, SHAPE
 from diffpolicy.commands.options import parse
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
+from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.plan_loop import PlanLoop
+from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.runtime import rolled
 from diffpolicy.runtime.compile import CompiledLoop, example_inputs
 

@@ -68,7 +68,7 @@ def measure(env: str, episodes: int, steps: int, num_envs: int, num_workers: int
     """The four figures of one case, in this process."""
     from diffpolicy.rollout.env_spec import EnvSpec, describe
     from diffpolicy.rollout.evaluate import evaluate
-    from diffpolicy.rollout.pool.workers import Workers
+    from diffpolicy.rollout.pool.supervisor import Workers
 
     spec = EnvSpec(env, max_episode_steps=steps)
     policy = Still(describe(spec).action_dim)

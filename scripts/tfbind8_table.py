@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from diffpolicy.commands.options import parse
-from diffpolicy.config import KINDS, build, compose
+from diffpolicy.config import KINDS
+from diffpolicy.config_compose import compose
 from diffpolicy.core import one_hot
 from diffpolicy.guidance import RewardGuidance
 from diffpolicy.learn.material import SequenceMaterial
@@ -41,6 +42,7 @@ from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import score, train_oracles
 from diffpolicy.sequences.task import open_task
 from diffpolicy.sequences.tuning import tune
+from diffpolicy.settings import from_values as build
 from diffpolicy.training.settings import TrainerConfig
 
 DEFAULTS: dict[str, Any] = {

@@ -18,9 +18,7 @@ import pytest
 
 from diffpolicy import files, locks
 from diffpolicy.files import (
-    BusyError,
     ForeignFilesError,
-    WriterLock,
     atomic_file,
     remove_leftovers,
     remove_owned,
@@ -28,6 +26,7 @@ from diffpolicy.files import (
     settled,
     write_atomic,
 )
+from diffpolicy.locks import BusyError, WriterLock
 
 DEAD = f"{locks.machine()}-4194304-1-0"  # a process number that Linux never gives
 

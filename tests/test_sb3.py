@@ -9,7 +9,7 @@ import torch
 
 from diffpolicy.rollout.env_spec import EnvSpec
 from diffpolicy.rollout.evaluate import evaluate
-from diffpolicy.rollout.pool.workers import Workers
+from diffpolicy.rollout.pool.supervisor import Workers
 
 sb3 = pytest.importorskip("stable_baselines3", reason="needs the sb3 extra")
 ENV = "Pendulum-v1"
@@ -18,8 +18,10 @@ ENV = "Pendulum-v1"
 @pytest.fixture
 def policy():
     """Random weights; deterministic actions depend on the observations alone."""
+    from diffpolicy.core.sampler import Sampler
     from diffpolicy.data.normalize import Normalizer
-    from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
+    from diffpolicy.policies.diffusion import DiffusionPlanner
+    from diffpolicy.policies.spec import PolicySpec
 
     torch.manual_seed(0)
     network = {"type": "mlp", "width": 16, "depth": 1}

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from diffpolicy.config import ConfigError, build
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.settings import ConfigError, check_choice, check_range
+from diffpolicy.settings import from_values as build
 
 if TYPE_CHECKING:
     from diffpolicy.rollout.record.branches import Branching, Repeats
@@ -96,6 +96,3 @@ def score_function(text: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"score={text}: {error}; write MODULE:FUNCTION") from error
-
-
-__all__ = ["Collecting", "score_function"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from diffpolicy.commands import prefs
 from diffpolicy.commands.options import Option, options_help, parse, subcommand
-from diffpolicy.config import ConfigError
+from diffpolicy.settings import ConfigError
 
 CHECK = {
     "action_low": Option(None, "least value of each action dimension, as a list"),
@@ -264,7 +264,7 @@ def _observation_of(env_id: str | None) -> Any:
 
 def _collect(arguments: Sequence[str]) -> int:
     from diffpolicy.rollout.env_spec import EnvSpec
-    from diffpolicy.rollout.pool.workers import Workers
+    from diffpolicy.rollout.pool.supervisor import Workers
     from diffpolicy.rollout.record.experts import collect
 
     options = parse(arguments, ["target"], COLLECT)

@@ -13,9 +13,10 @@ from diffpolicy.commands.lineage import recorded
 from diffpolicy.commands.options import groups_help, indented
 from diffpolicy.commands.runs import print_result
 from diffpolicy.commands.stores import d4rl_score
-from diffpolicy.config import ConfigError, EnvConfig, EvalConfig, build, config_dir, load_eval
-from diffpolicy.config_compose import is_setting, quoted
-from diffpolicy.settings import check_known, check_range
+from diffpolicy.config import EnvConfig, EvalConfig, load_eval
+from diffpolicy.config_compose import config_dir, is_setting, quoted
+from diffpolicy.settings import ConfigError, check_known, check_range
+from diffpolicy.settings import from_values as build
 
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpolicy.config import ConfigError, TrainConfig, build, choice_files, read_yaml
+from diffpolicy.config import TrainConfig
+from diffpolicy.config_compose import choice_files, read_yaml
+from diffpolicy.settings import ConfigError
+from diffpolicy.settings import from_values as build
 
 FILE = "config.yaml"
 
@@ -78,6 +81,3 @@ def recorded(checkpoint: str | Path, section: str) -> dict[str, Any] | None:
     if run is None:
         return None
     return read_yaml(lineage(run)[-1] / FILE).get(section) or None
-
-
-__all__ = ["how_to_make", "lineage", "pretraining", "recorded"]

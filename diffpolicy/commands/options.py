@@ -7,9 +7,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from diffpolicy.config import ConfigError, group_choices
-from diffpolicy.config_compose import is_setting
-from diffpolicy.settings import near_miss
+from diffpolicy.config_compose import group_choices, is_setting
+from diffpolicy.settings import ConfigError, near_miss
 
 C = TypeVar("C")
 

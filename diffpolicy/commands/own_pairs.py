@@ -10,8 +10,8 @@ from diffpolicy.commands.runs import trainer_settings
 from diffpolicy.commands.stores import env_spec
 from diffpolicy.commands.train import make_workers
 from diffpolicy.commands.tuning_folder import PLAN_PAIRS, PLANS, PREFERENCES, ROLLOUTS, VALUE
-from diffpolicy.config import ConfigError, PolicyTuningConfig, TrainConfig
-from diffpolicy.settings import check_choice, check_known, check_range, setting_names
+from diffpolicy.config import PolicyTuningConfig, TrainConfig
+from diffpolicy.settings import ConfigError, check_choice, check_known, check_range, setting_names
 
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy
@@ -255,6 +255,3 @@ def _plans(
         settings=PlanPairs.from_config(config.plans, policy.spec),
         seed=config.seed,
     )
-
-
-__all__ = ["check", "dense_reward", "make", "new_judge", "rollout_seeds"]

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpolicy.config import ConfigError, EnvConfig, EvaluationConfig, TrainConfig
+from diffpolicy.config import EnvConfig, EvaluationConfig, TrainConfig
 from diffpolicy.extras import EXTRAS, installed
-from diffpolicy.settings import check_choice, check_range, near_miss
+from diffpolicy.settings import ConfigError, check_choice, check_range, near_miss
 
 if TYPE_CHECKING:
     from diffpolicy.rollout.env_spec import EnvSpec
@@ -146,13 +146,3 @@ def check_training(config: TrainConfig) -> None:
     plain.make_heads()
     check_learning(spec, learning)
     spec.sampler.make().rows(denoiser.process, spec.sampler.grid(denoiser.process))
-
-
-__all__ = [
-    "check_environment",
-    "check_installed",
-    "check_training",
-    "check_writable",
-    "choose_rendering",
-    "pick_device",
-]

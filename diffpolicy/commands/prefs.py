@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffpolicy.commands.collecting import Collecting
 from diffpolicy.commands.lineage import recorded
 from diffpolicy.commands.options import parse, subcommand
-from diffpolicy.config import ConfigError
+from diffpolicy.settings import ConfigError
 
 if TYPE_CHECKING:
     from diffpolicy.data.preferences.set import PreferenceSet
@@ -89,7 +89,7 @@ _ENV: dict[str, Any] = {"env": None, "kwargs": {}, "max_episode_steps": None}
 def _collect(arguments: Sequence[str]) -> int:
     from diffpolicy.api import DiffusionPolicy
     from diffpolicy.commands.preflight import check_writable, pick_device
-    from diffpolicy.rollout.pool.workers import Workers
+    from diffpolicy.rollout.pool.supervisor import Workers
     from diffpolicy.rollout.record.branches import collect_rollouts
 
     defaults: dict[str, Any] = {
@@ -179,7 +179,8 @@ def _import(arguments: Sequence[str]) -> int:
 
 def _info(arguments: Sequence[str]) -> int:
     from diffpolicy.data.check import format_issue
-    from diffpolicy.data.preferences.set import PreferenceSet, check_preferences
+    from diffpolicy.data.preferences.check import check_preferences
+    from diffpolicy.data.preferences.set import PreferenceSet
 
     path = parse(arguments, ["file"], {})["file"]
     issues = check_preferences(path)

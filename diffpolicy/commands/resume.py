@@ -10,16 +10,15 @@ from diffpolicy.commands.options import parse
 from diffpolicy.commands.runs import trainer_settings
 from diffpolicy.config import (
     KINDS,
-    ConfigError,
     PolicyTuningConfig,
     SequenceTrainConfig,
     SequenceTuningConfig,
-    build,
-    keys_given,
     read_run,
 )
+from diffpolicy.config_compose import keys_given
 from diffpolicy.files import write_atomic
-from diffpolicy.settings import near_miss
+from diffpolicy.settings import ConfigError, near_miss
+from diffpolicy.settings import from_values as build
 
 
 def help_text() -> str:

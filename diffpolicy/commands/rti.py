@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.options import Option, options_help, parse
-from diffpolicy.config import ConfigError, read_yaml
+from diffpolicy.config_compose import read_yaml
 from diffpolicy.files import write_atomic, write_json
+from diffpolicy.settings import ConfigError
 
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy

@@ -11,8 +11,11 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpolicy.config import ConfigError, RunConfig, build
-from diffpolicy.files import WriterLock, write_atomic
+from diffpolicy.config import RunConfig
+from diffpolicy.files import write_atomic
+from diffpolicy.locks import WriterLock
+from diffpolicy.settings import ConfigError
+from diffpolicy.settings import from_values as build
 
 if TYPE_CHECKING:
     from diffpolicy.training.settings import TrainerConfig
@@ -100,17 +103,3 @@ def print_result(values: Mapping[str, Any], began: float) -> None:
     """Print a run's last line: ``RESULT {json}`` with the seconds since ``began``."""
     total = round(time.perf_counter() - began, 1)
     print("RESULT " + json.dumps({**values, "total_s": total}))
-
-
-__all__ = [
-    "FILE",
-    "already_there",
-    "as_yaml",
-    "check_new",
-    "one_writer",
-    "print_config",
-    "print_result",
-    "stopped",
-    "trainer_settings",
-    "write_config",
-]

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpolicy.config import ConfigError, TrainConfig
+from diffpolicy.config import TrainConfig
 from diffpolicy.files import write_json
+from diffpolicy.settings import ConfigError
 
 if TYPE_CHECKING:
     from diffpolicy.data.d4rl.transforms import Transform
@@ -38,7 +39,7 @@ def open_store(config: TrainConfig) -> EpisodeStore:
                 "or give data.path=..."
             )
         return EpisodeStore.open(path)
-    from diffpolicy.rollout.pool.workers import Workers
+    from diffpolicy.rollout.pool.supervisor import Workers
     from diffpolicy.rollout.record.experts import collect as collect_demonstrations
 
     seeds = range(collect.seed, collect.seed + collect.episodes)

@@ -9,8 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from unittest.mock import patch
 
-from diffpolicy.config import config_dir, keys_given, run_kind
-from diffpolicy.config_compose import normal_override, own_config_dir, quoted
+from diffpolicy.config import run_kind
+from diffpolicy.config_compose import (
+    config_dir,
+    keys_given,
+    normal_override,
+    own_config_dir,
+    quoted,
+)
 
 FLAGS = ("--multirun", "-m")
 

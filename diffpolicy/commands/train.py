@@ -29,14 +29,9 @@ from diffpolicy.commands.runs import (
     write_config,
 )
 from diffpolicy.commands.stores import d4rl_score, env_spec, open_store
-from diffpolicy.config import (
-    ConfigError,
-    EvaluationConfig,
-    SequenceTrainConfig,
-    TrainConfig,
-    config_dir,
-    load_run,
-)
+from diffpolicy.config import EvaluationConfig, SequenceTrainConfig, TrainConfig, load_run
+from diffpolicy.config_compose import config_dir
+from diffpolicy.settings import ConfigError
 
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy
@@ -239,7 +234,7 @@ def validator(config: TrainConfig, stack: ExitStack, device: Any) -> Any:
 
 def make_workers(settings: EvaluationConfig, episodes: int) -> Any:
     """Processes and timeouts for ``episodes`` rollouts."""
-    from diffpolicy.rollout.pool.workers import Workers
+    from diffpolicy.rollout.pool.supervisor import Workers
 
     return Workers(
         num_envs=min(settings.num_envs, episodes),

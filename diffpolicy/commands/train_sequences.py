@@ -16,8 +16,9 @@ from diffpolicy.commands.runs import (
     trainer_settings,
     write_config,
 )
-from diffpolicy.config import ConfigError, SequenceTrainConfig
+from diffpolicy.config import SequenceTrainConfig
 from diffpolicy.files import write_atomic
+from diffpolicy.settings import ConfigError
 
 if TYPE_CHECKING:
     from diffpolicy.sequences.model import SequenceModel

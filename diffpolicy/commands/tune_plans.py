@@ -24,7 +24,8 @@ from diffpolicy.commands.runs import (
 from diffpolicy.commands.stores import env_spec
 from diffpolicy.commands.train import make_workers, validator
 from diffpolicy.commands.tuning_folder import check_free, clear, trained_policy
-from diffpolicy.config import ConfigError, PolicyTuningConfig, TrainConfig
+from diffpolicy.config import PolicyTuningConfig, TrainConfig
+from diffpolicy.settings import ConfigError
 
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy
@@ -296,6 +297,3 @@ def _scores(
         )
         for num_steps in (config.nfe if settings.episodes else ())
     }
-
-
-__all__ = ["tune_plans"]

@@ -19,13 +19,9 @@ from diffpolicy.commands.runs import (
     write_config,
 )
 from diffpolicy.commands.train_sequences import configured_oracles, open_configured, summary
-from diffpolicy.config import (
-    ConfigError,
-    SequenceTrainConfig,
-    SequenceTuningConfig,
-    build,
-    read_run,
-)
+from diffpolicy.config import SequenceTrainConfig, SequenceTuningConfig, read_run
+from diffpolicy.settings import ConfigError
+from diffpolicy.settings import from_values as build
 
 if TYPE_CHECKING:
     from diffpolicy.report.sequences import TuningResult

@@ -9,15 +9,9 @@ from pathlib import Path
 from diffpolicy.commands import sweep
 from diffpolicy.commands.options import groups_help, indented
 from diffpolicy.commands.runs import print_config
-from diffpolicy.config import (
-    ConfigError,
-    PolicyTuningConfig,
-    SequenceTuningConfig,
-    config_dir,
-    keys_given,
-    load_run,
-)
-from diffpolicy.config_compose import is_setting
+from diffpolicy.config import PolicyTuningConfig, SequenceTuningConfig, load_run
+from diffpolicy.config_compose import config_dir, is_setting, keys_given
+from diffpolicy.settings import ConfigError
 
 HELP = """\
 settings of policies (also method, collect, judge, plans, trainer and evaluation.KEY):

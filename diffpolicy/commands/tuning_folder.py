@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffpolicy.config import ConfigError, PolicyTuningConfig
+from diffpolicy.config import PolicyTuningConfig
+from diffpolicy.settings import ConfigError
 
 ROLLOUTS, PREFERENCES, VALUE = "rollouts.zarr", "preferences.jsonl", "value"
 PLANS, PLAN_PAIRS = "plans.zarr", "plans.jsonl"
@@ -109,15 +110,3 @@ def _check_answers(folder: Path) -> None:
         elif (folder / ROLLOUTS).exists():
             with contextlib.suppress(PreferenceFileError):  # which is none of ours, and stays
                 check_target(file)
-
-
-__all__ = [
-    "PLANS",
-    "PLAN_PAIRS",
-    "PREFERENCES",
-    "ROLLOUTS",
-    "VALUE",
-    "check_free",
-    "clear",
-    "trained_policy",
-]

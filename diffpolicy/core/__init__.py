@@ -13,12 +13,11 @@ from diffpolicy.core.masking import (
     one_hot,
     to_tokens,
 )
-from diffpolicy.core.noise import (
+from diffpolicy.core.noise import GaussianProcess, NoiseProcess
+from diffpolicy.core.processes import (
     EDM,
     DiscreteVP,
     FlowMatching,
-    GaussianProcess,
-    NoiseProcess,
     VPCosine,
     VPLinear,
     make_process,
@@ -26,16 +25,7 @@ from diffpolicy.core.noise import (
 from diffpolicy.core.reveal import Ancestral, Relaxation, Scheduled, one_by_one, reveal_schedule
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.sampling import Grid, Trajectory, Transition, prepare, sample
-from diffpolicy.core.solvers import (
-    DDIM,
-    DEIS,
-    SOLVERS,
-    DPMSolverPP,
-    Heun,
-    Solver,
-    UniPC,
-    make_solver,
-)
+from diffpolicy.core.solvers import DDIM, DEIS, SOLVERS, DPMSolverPP, Heun, UniPC, make_solver
 from diffpolicy.core.starts import (
     Ramp,
     Start,
@@ -47,6 +37,7 @@ from diffpolicy.core.starts import (
     truncated_start,
     warm_start,
 )
+from diffpolicy.core.steps import Solver
 
 __all__ = [
     "DDIM",

@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 
 from diffpolicy.core.denoiser import Denoised
 from diffpolicy.core.masking import MaskingProcess, hard_one_hot
-from diffpolicy.core.solvers import Memory, Solver
 from diffpolicy.core.starts import Start, levels
+from diffpolicy.core.steps import Memory, Solver
 from diffpolicy.settings import check_choice, check_range
 
 BACKWARDS = ("gumbel", "probabilities", "reinmax")

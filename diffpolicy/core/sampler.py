@@ -17,8 +17,9 @@ from torch import Tensor
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampling import sample
-from diffpolicy.core.solvers import Solver, make_solver
+from diffpolicy.core.solvers import make_solver
 from diffpolicy.core.starts import SPACINGS, Start, levels, trained_level
+from diffpolicy.core.steps import Solver
 from diffpolicy.settings import check_choice, check_range, named_settings
 
 
@@ -108,6 +109,3 @@ class Sampler:
         x0 = sample(denoiser, self.make(), start, grid, cond=cond, noise=noise, generator=generator)
         assert isinstance(x0, Tensor)  # a trajectory comes with record=True alone
         return x0
-
-
-__all__ = ["Sampler"]

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoised, GridDenoise
 from diffpolicy.core.noise import NoiseProcess
-from diffpolicy.core.solvers import Memory, Row, Solver
 from diffpolicy.core.starts import Start
+from diffpolicy.core.steps import Memory, Solver
 from diffpolicy.settings import check_shape
 
 
@@ -195,6 +195,3 @@ def _loop_noise(
         return grid.process.draw_noise(shape, generator, x)
     check_shape("noise (a slice per network evaluation)", noise.shape, shape)
     return noise
-
-
-__all__ = ["Grid", "Row", "Trajectory", "Transition", "prepare", "sample"]

@@ -19,149 +19,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice, pairwise
-from typing import Any, ClassVar, NamedTuple
+from itertools import accumulate, islice
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffpolicy.core.denoiser import Denoised
 from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.steps import Row, Solver, Step, orders_of, safe_ratio, steps_of
 from diffpolicy.settings import check_choice, check_known, check_range, setting_names
-
-
-class Memory(NamedTuple):
-    """What a chain carries from step to step: its state, UniPC's corrected one, old estimates."""
-
-    x: Tensor
-    y: Tensor
-    history: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Constants of one network evaluation at level ``t``; each broadcasts to the state."""
-
-    t: Tensor
-    a: Tensor
-    b: tuple[Tensor, ...]
-    g: Tensor | None = None
-    c: Tensor | None = None
-    d: tuple[Tensor, ...] = ()
-    to_eps: tuple[Tensor, Tensor] | None = None  # m = p x + q x0_hat
-
-    def constants(self) -> list[Tensor]:
-        """Every constant but ``t``, in a fixed order."""
-        optional = [v for v in (self.g, self.c) if v is not None]
-        return [self.a, *self.b, *optional, *self.d, *(self.to_eps or ())]
-
-    def with_constants(self, values: Sequence[Tensor]) -> Row:
-        """The same row holding ``values`` (as :meth:`constants` orders them)."""
-        it = iter(values)
-        return replace(
-            self,
-            a=next(it),
-            b=tuple(next(it) for _ in self.b),
-            g=None if self.g is None else next(it),
-            c=None if self.c is None else next(it),
-            d=tuple(next(it) for _ in self.d),
-            to_eps=None if self.to_eps is None else (next(it), next(it)),
-        )
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether the step adds noise."""
-        return self.g is not None
-
-    def advance(
-        self, memory: Memory, out: Denoised, noise: Tensor | None
-    ) -> tuple[Memory, Tensor, Tensor | None]:
-        """The next state, with the mean and standard deviation of its law."""
-        x, y, history = memory
-        m = out.x0_hat
-        if self.to_eps is not None:
-            m = torch.addcmul(self.to_eps[0] * x, self.to_eps[1], m)
-        history = (m, *history[:3])
-        y = x if self.c is None else _combine(self.c, y, self.d, history)
-        mean = _combine(self.a, y, self.b, history)
-        moved = mean if self.g is None or noise is None else torch.addcmul(mean, self.g, noise)
-        return Memory(moved, y, history), mean, self.g
-
-
-def _combine(
-    scale: Tensor, state: Tensor, weights: tuple[Tensor, ...], history: tuple[Tensor, ...]
-) -> Tensor:
-    total = scale * state
-    for weight, m in zip(weights, history, strict=False):
-        total = torch.addcmul(total, weight, m)
-    return total
-
-
-@dataclass(frozen=True)
-class Step:
-    """Both ends of one step, and what is derived from them, in float64.
-
-    ``h`` may be infinite at either end.
-    """
-
-    t: Tensor
-    s: Tensor
-    alpha_t: Tensor
-    sigma_t: Tensor
-    alpha_s: Tensor
-    sigma_s: Tensor
-    h: Tensor
-
-    @classmethod
-    def between(cls, process: GaussianProcess, t: Tensor, s: Tensor) -> Step:
-        alpha_t, sigma_t, alpha_s, sigma_s = (
-            f(u) for u in (t, s) for f in (process.alpha, process.sigma)
-        )
-        h = (alpha_s.log() - sigma_s.log()) - (alpha_t.log() - sigma_t.log())
-        h = torch.where(t == s, torch.zeros_like(h), h)
-        return cls(t, s, alpha_t, sigma_t, alpha_s, sigma_s, h)
-
-    @property
-    def still(self) -> Tensor:
-        """Entries that do not move (a position that is already at its last level)."""
-        return self.t == self.s
-
-    def freeze(self, a: Tensor, b: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Identity update where the step is empty; there the general formulas divide by zero."""
-        still = self.still
-        return torch.where(still, 1.0, a), tuple(torch.where(still, 0.0, v) for v in b)
-
-
-class Solver:
-    """Turns a grid of levels ``[K + 1, ...]`` into rows; the same grid gives the same rows."""
-
-    name: ClassVar[str]
-    stochastic: bool = False
-
-    def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
-        """One :class:`Row` per network evaluation."""
-        raise TypeError(f"{type(self).__name__} must define rows")
-
-    def nfe(self, num_steps: int) -> int:
-        """Network evaluations for ``num_steps`` steps."""
-        return num_steps
-
-
-def _steps(process: GaussianProcess, levels: Tensor) -> list[Step]:
-    return [Step.between(process, t, s) for t, s in pairwise(levels)]
-
-
-def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
-    """``top / bottom``, and 0 where that is not finite: an infinite step carries no slope."""
-    value = top / bottom
-    return torch.where(value.isfinite() & (bottom != 0), value, torch.zeros_like(value))
-
-
-def _orders(num_steps: int, order: int, lower_order_final: bool) -> list[int]:
-    """Order of each step: history is short at first, and the step to clean wants a low order."""
-    ends = [num_steps - i if lower_order_final else order for i in range(num_steps)]
-    return [min(order, i + 1, ends[i]) for i in range(num_steps)]
 
 
 @dataclass(frozen=True)
@@ -188,7 +55,7 @@ class DDIM(Solver):
         return self.eta > 0
 
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
-        return [self._row(step) for step in _steps(process, levels)]
+        return [self._row(step) for step in steps_of(process, levels)]
 
     def _row(self, step: Step) -> Row:
         small = self.eta**2 * step.sigma_s.square() * -torch.expm1(-2 * step.h)
@@ -217,7 +84,7 @@ class Heun(Solver):
         return 2 * num_steps - 1
 
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
-        return [row for step in _steps(process, levels) for row in self._pair(process, step)]
+        return [row for step in steps_of(process, levels) for row in self._pair(process, step)]
 
     def _pair(self, process: GaussianProcess, step: Step) -> list[Row]:
         scale_t, scale_s = process.ode_scale(step.t), process.ode_scale(step.s)
@@ -272,8 +139,8 @@ class DPMSolverPP(Solver):
         return self.eta > 0
 
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
-        steps = _steps(process, levels)
-        orders = _orders(len(steps), self.order, self.lower_order_final)
+        steps = steps_of(process, levels)
+        orders = orders_of(len(steps), self.order, self.lower_order_final)
         return [self._row(steps[max(0, i - 2) : i + 1][::-1], orders[i]) for i in range(len(steps))]
 
     def _row(self, recent: Sequence[Step], order: int) -> Row:
@@ -287,10 +154,10 @@ class DPMSolverPP(Solver):
             b = [first]
         elif order == 2:
             # By Taylor: ``int_0^h e^{-(1+eta)(h-u)} (1+eta) u du / h`` weighs the difference.
-            taylor = 1 - _ratio(weight, (1 + self.eta) * step.h)
+            taylor = 1 - safe_ratio(weight, (1 + self.eta) * step.h)
             slope = 0.5 * first if self.midpoint else step.alpha_s * taylor
             # Times (m0 - m1), per unit of the previous step.
-            slope = slope * _ratio(step.h, recent[1].h)
+            slope = slope * safe_ratio(step.h, recent[1].h)
             b = [first + slope, -slope]
         else:
             b = self._third(step, recent[1], recent[2])
@@ -299,13 +166,13 @@ class DPMSolverPP(Solver):
         return Row(step.t, a, rows, g)
 
     def _third(self, step: Step, before: Step, before2: Step) -> list[Tensor]:
-        r0, r1 = _ratio(before.h, step.h), _ratio(before2.h, step.h)
+        r0, r1 = safe_ratio(before.h, step.h), safe_ratio(before2.h, step.h)
         p1, p2, p3 = _phi(step.h)
         w1, w2 = step.alpha_s * p2, step.alpha_s * p3 * (0.5 if self.damped else 1.0)
         # Divided differences: A over the last interval, B over the one before; D1, D2 are h m' and
         # h^2 m''.
-        a_gain, b_gain = _ratio(torch.ones_like(r0), r0), _ratio(torch.ones_like(r1), r1)
-        mix, curve = _ratio(r0, r0 + r1), 2 * _ratio(torch.ones_like(r0), r0 + r1)
+        a_gain, b_gain = safe_ratio(torch.ones_like(r0), r0), safe_ratio(torch.ones_like(r1), r1)
+        mix, curve = safe_ratio(r0, r0 + r1), 2 * safe_ratio(torch.ones_like(r0), r0 + r1)
         on_a, on_b = w1 * (1 + mix) + w2 * curve, -w1 * mix - w2 * curve
         return [step.alpha_s * p1 + on_a * a_gain, -on_a * a_gain + on_b * b_gain, -on_b * b_gain]
 
@@ -334,8 +201,8 @@ class UniPC(Solver):
         check_choice("variant", self.variant, ("bh1", "bh2"))
 
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
-        steps = _steps(process, levels)
-        orders = _orders(len(steps), self.order, self.lower_order_final)
+        steps = steps_of(process, levels)
+        orders = orders_of(len(steps), self.order, self.lower_order_final)
         out = []
         for i, step in enumerate(steps):
             a, b = step.freeze(*self._update(steps, i, orders[i], corrector=False))
@@ -359,13 +226,14 @@ class UniPC(Solver):
         back = accumulate(
             (steps[i - k].h for k in range(1, order)), initial=torch.zeros_like(step.h)
         )
-        nodes = [-_ratio(distance, step.h) for distance in islice(back, 1, None)]
+        nodes = [-safe_ratio(distance, step.h) for distance in islice(back, 1, None)]
         gain = step.alpha_s * -torch.expm1(-step.h)
         scale = step.alpha_s * (step.h if self.variant == "bh1" else -torch.expm1(-step.h))
         rho = self._weights(step.h, nodes + ([torch.ones_like(step.h)] if corrector else []))
         finite = step.h.isfinite()
         per_node = [
-            torch.where(finite, scale * _ratio(w, r), 0.0) for w, r in zip(rho, nodes, strict=False)
+            torch.where(finite, scale * safe_ratio(w, r), 0.0)
+            for w, r in zip(rho, nodes, strict=False)
         ]
         newest = torch.where(finite, scale * rho[-1], 0.0) if corrector else None
         total = sum(per_node, torch.zeros_like(gain)) + (newest if newest is not None else 0.0)
@@ -424,7 +292,7 @@ class DEIS(Solver):
         check_choice("mode", self.mode, ("tab", "ipndm"))
 
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
-        steps = _steps(process, levels)
+        steps = steps_of(process, levels)
         if bool((steps[0].alpha_t <= 0).any()):
             what = f"{process.type!r} has alpha = 0 at the start"
             raise ValueError(f"deis divides by alpha, and {what}; use dpmpp, unipc or heun")

@@ -27,7 +27,7 @@ from diffpolicy.data.selection import (
     select,
 )
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.files import WriterLock
+from diffpolicy.locks import WriterLock
 
 # Episodes are handed to the store in blocks of about so many bytes.
 _BLOCK_BYTES = 2**25

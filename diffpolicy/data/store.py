@@ -31,13 +31,12 @@ from zarr.storage import LocalStore, MemoryStore
 from diffpolicy.data import opening
 from diffpolicy.data import store_layout as layout
 from diffpolicy.data.fields import FieldSpec, checked_rows, field_specs, jsonable, user_attrs
-from diffpolicy.data.opening import StoreDamagedError, StrictStore
+from diffpolicy.data.opening import StrictStore
 from diffpolicy.data.reader import EpisodeReader
 from diffpolicy.data.statistics import checksum, compute_statistics
-from diffpolicy.files import WriterLock, naming
+from diffpolicy.files import naming
+from diffpolicy.locks import WriterLock
 from diffpolicy.settings import check_choice, check_range
-
-__all__ = ["EpisodeStore", "FieldSpec", "StoreDamagedError"]
 
 
 class EpisodeStore(EpisodeReader):

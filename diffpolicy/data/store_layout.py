@@ -18,13 +18,13 @@ from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.opening import FORMAT, UNPUBLISHED, StoreDamagedError, ZarrArray, reason
 from diffpolicy.files import (
     ForeignFilesError,
-    WriterLock,
     check_owned,
     naming,
     remove_owned,
     replaced_directory,
     sync,
 )
+from diffpolicy.locks import WriterLock
 
 _CHUNK_BYTES = 2**18
 _MAX_CHUNK_ROWS = 4096

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoised
-from diffpolicy.core.solvers import Solver
 from diffpolicy.core.starts import Start
+from diffpolicy.core.steps import Solver
 from diffpolicy.guidance.reward import REWARD_MODES, RewardGuidance
 from diffpolicy.guidance.stepped_chain import (
     Chain,

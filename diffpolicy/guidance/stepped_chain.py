@@ -20,8 +20,9 @@ from diffpolicy.core.masking import MaskingProcess, hard_one_hot
 from diffpolicy.core.noise import NoiseProcess
 from diffpolicy.core.reveal import Ancestral, Scheduled, one_by_one
 from diffpolicy.core.sampling import sample
-from diffpolicy.core.solvers import Solver, make_solver
+from diffpolicy.core.solvers import make_solver
 from diffpolicy.core.starts import Start, levels, prior_start
+from diffpolicy.core.steps import Solver
 from diffpolicy.guidance.reward import reward_of
 
 BELOW_ONE = 1 - 2**-53

@@ -20,14 +20,15 @@ from diffpolicy.data.returns import returns_to_go, with_fields
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.transitions import Transitions, check_fields
 from diffpolicy.data.windows import Windows
-from diffpolicy.learn.actor_critic.loss import ActorCritic, ActorCriticLoss
+from diffpolicy.learn.actor_critic.algorithms import ActorCritic
+from diffpolicy.learn.actor_critic.loss import ActorCriticLoss
 from diffpolicy.learn.cloning.anchored import AnchoredLoss
 from diffpolicy.learn.cloning.denoising import DenoisingLoss
 from diffpolicy.learn.cloning.planners import DraftLoss, InverseDynamicsLoss, SumOfLosses, ValueLoss
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.settings import check_range, named_settings, settings_of
-from diffpolicy.training.trainer import Source
+from diffpolicy.training.sources import Source
 
 
 @named_settings

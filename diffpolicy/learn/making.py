@@ -139,6 +139,3 @@ def read_policy(
         check_same_weights(spec, {f.name: getattr(changed, f.name) for f in fields(changed)})
         spec = changed
     return spec, denoiser, Normalizer.from_parts(*parts), anchors, heads
-
-
-__all__ = ["fit_anchors", "fitted_returns", "fitted_spec", "open_store", "read_policy"]

@@ -29,8 +29,7 @@ from diffpolicy.learn.methods import method_of
 from diffpolicy.learn.plan_pairs import PlanReward, check_readable, in_own_units, sizes_of
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.training.settings import TrainerConfig
-from diffpolicy.training.sources import ChosenWindows, Mixed, Turns
-from diffpolicy.training.trainer import Source
+from diffpolicy.training.sources import ChosenWindows, Mixed, Source, Turns
 from diffpolicy.training.weights import unchanged_on_error
 
 P = TypeVar("P", bound=Any)
@@ -303,14 +302,3 @@ def tuned(
 
 def _sum_of_actions(action: Tensor, obs: Tensor) -> Tensor:
     return action.flatten(1).sum(1)
-
-
-__all__ = [
-    "Conditions",
-    "PlanMaterial",
-    "SequenceMaterial",
-    "TuningData",
-    "check_fits",
-    "check_policy",
-    "tuned",
-]

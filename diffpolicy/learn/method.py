@@ -117,15 +117,3 @@ class Method:
         """The batches of a method of plans: by default what :meth:`reads` says."""
         source: Source = material.source(self)
         return source
-
-
-__all__ = [
-    "READABLE",
-    "Method",
-    "Reward",
-    "Source",
-    "check_rewards",
-    "encoded",
-    "plan_shape",
-    "rows_and_cond",
-]

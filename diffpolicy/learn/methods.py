@@ -82,6 +82,3 @@ def method_of(
             f"{name} tunes models of {made.items}, not {items}; methods of {items} are {fitting}"
         )
     return made
-
-
-__all__ = ["METHODS", "make_method", "method_of"]

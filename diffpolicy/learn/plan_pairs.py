@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import apart, by_store_field, each, from_fields, take, to_fields
 from diffpolicy.data.preferences.file import PreferenceFileError, read_contents
 from diffpolicy.data.preferences.records import Pair, Span
 from diffpolicy.data.preferences.set import PreferenceSet
-from diffpolicy.data.store import EpisodeStore, FieldSpec
+from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows
 from diffpolicy.learn.preferences.online import OwnPlans, draw_plans
 from diffpolicy.networks.base import check_positive
@@ -267,14 +268,3 @@ def _written(
     PreferenceSet.create(partial, store, attrs=attrs, overwrite=True).extend(pairs)
     partial.replace(prefs_path)
     return PreferenceSet.open(prefs_path)
-
-
-__all__ = [
-    "PlanPairs",
-    "PlanReward",
-    "check_readable",
-    "check_replaceable",
-    "in_own_units",
-    "pair_plans",
-    "sizes_of",
-]

@@ -93,11 +93,3 @@ class Referenced(nn.Module):
             else:
                 with adapters_off(self.denoiser):
                     yield self.denoiser
-
-
-__all__ = [
-    "Referenced",
-    "check_no_dropout",
-    "dropout_of",
-    "frozen_copy",
-]

@@ -50,6 +50,3 @@ def merged_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
         if name in ("rti", "truncated"):  # a plan begins in one way or the other
             merged["truncated" if name == "rti" else "rti"] = None
     return merged
-
-
-__all__ = ["OF_WEIGHTS", "check_same_weights", "merged_config"]

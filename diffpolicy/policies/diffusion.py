@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
-from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.solvers import make_solver
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.data.normalize import Normalizer
@@ -29,7 +28,7 @@ from diffpolicy.policies.best_of_n import Selector
 from diffpolicy.policies.plan_loop import Condition, Loop, PinnedCondition, PlanLoop
 from diffpolicy.policies.planners import check_anchors
 from diffpolicy.policies.rows import row_noise
-from diffpolicy.policies.spec import Gripper, PolicySampler, PolicySpec, check_normalizer
+from diffpolicy.policies.spec import PolicySpec, check_normalizer
 from diffpolicy.policies.truncated import Candidates, ScoredPlans
 
 
@@ -417,14 +416,3 @@ class DiffusionPlanner(ChunkedPolicy):
 def _where(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:
     weight = next(denoiser.parameters())
     return weight.device, weight.dtype
-
-
-__all__ = [
-    "DiffusionPlanner",
-    "Gripper",
-    "Loop",
-    "PolicySampler",
-    "PolicySpec",
-    "Sampler",
-    "check_normalizer",
-]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.noise import AtLevel
 from diffpolicy.core.sampling import Trajectory, prepare, sample
-from diffpolicy.core.solvers import Solver
 from diffpolicy.core.starts import Start, prior_start, truncated_start, warm_start
+from diffpolicy.core.steps import Solver
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import ObsFields, apart, side_by_side
 from diffpolicy.guidance.layout import Layout

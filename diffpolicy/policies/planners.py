@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffpolicy.core.noise import make_process
+from diffpolicy.core.processes import make_process
 from diffpolicy.policies.base import Array
 from diffpolicy.settings import check_range, check_shape, named_settings
 

@@ -14,10 +14,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffpolicy.core.noise import DiscreteVP, GaussianProcess
+from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.processes import DiscreteVP
 from diffpolicy.core.sampler import Sampler
-from diffpolicy.core.solvers import DDIM, Row, Solver
+from diffpolicy.core.solvers import DDIM
 from diffpolicy.core.starts import TAILS, Start, check_snapped, explicit_levels, trained_level
+from diffpolicy.core.steps import Row, Solver
 from diffpolicy.settings import check_choice, check_range, named_settings
 
 SCHEDULES = ("matched", "linear")

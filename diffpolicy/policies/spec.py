@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
-from diffpolicy.core.noise import explicit_process, make_process
+from diffpolicy.core.processes import explicit_process, make_process
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.fields import checked_bounds, inward_bounds
 from diffpolicy.data.normalize import Normalizer

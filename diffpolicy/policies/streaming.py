@@ -17,8 +17,8 @@ from torch import Tensor
 from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampling import Trajectory
-from diffpolicy.core.solvers import Solver
 from diffpolicy.core.starts import Ramp, ramp_start, shift_plan
+from diffpolicy.core.steps import Solver
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.base import Array, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner

@@ -303,6 +303,3 @@ def _policy_table(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
         for row in rows
     ]
     return markdown(head, lines)
-
-
-__all__ = ["compare_report", "compare_tunings"]

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from diffpolicy.rollout.env_spec import EnvSpec, as_spec
 from diffpolicy.rollout.pool.slots import Drawn, Outcome
-from diffpolicy.rollout.pool.workers import WorkerPool, Workers
+from diffpolicy.rollout.pool.supervisor import Workers
+from diffpolicy.rollout.pool.workers import WorkerPool
 from diffpolicy.rollout.results import EpisodeRecord, EpisodeVideo, EvalResult, summarise
 from diffpolicy.rollout.rows import (
     AllFailedError,

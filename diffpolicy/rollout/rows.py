@@ -13,8 +13,9 @@ import numpy as np
 
 from diffpolicy.data.observation import Obs, stack
 from diffpolicy.policies.rows import ON_CPU, usual_batch
-from diffpolicy.rollout.pool.slots import Drawn, Outcome
-from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
+from diffpolicy.rollout.pool.slots import Drawn, Failure, Outcome
+from diffpolicy.rollout.pool.supervisor import Workers
+from diffpolicy.rollout.pool.workers import WorkerPool
 from diffpolicy.settings import check_range
 
 

@@ -21,8 +21,6 @@ from diffpolicy.runtime.planner import Planning, Timing
 from diffpolicy.runtime.report import ExecutorReport, Meter
 from diffpolicy.runtime.schedule import ActionLimits, TrackMaker
 
-__all__ = ["RUNGS", "ActionLimits", "Decision", "RealTimeExecutor", "Timing"]
-
 RUNGS = ("rest", "refine", "hold", "safe")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.core.solvers import Row
+from diffpolicy.core.steps import Row
 from diffpolicy.guidance.pinned import PinCond
 from diffpolicy.policies.plan_loop import PlanLoop
 

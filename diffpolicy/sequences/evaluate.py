@@ -251,14 +251,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-__all__ = [
-    "Evaluation",
-    "Exact",
-    "can_be_exact",
-    "evaluate_sequences",
-    "exact_kl",
-    "exactly",
-    "path_kl",
-]

@@ -193,21 +193,3 @@ def hacking_warning(
 def _smooth(values: Sequence[float]) -> Floats:
     row = np.asarray(values, dtype=np.float64)
     return np.array([np.median(row[max(0, i - 1) : i + 2]) for i in range(len(row))])
-
-
-__all__ = [
-    "hacking_warning",
-    "hamming",
-    "kmer_correlation",
-    "kmer_counts",
-    "mean_pairwise_hamming",
-    "over_seeds",
-    "pearson",
-    "position_entropy",
-    "profile",
-    "profile_correlation",
-    "quartiles",
-    "spearman",
-    "top_sequences",
-    "unique_fraction",
-]

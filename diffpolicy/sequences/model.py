@@ -34,7 +34,8 @@ from diffpolicy.settings import check_range
 from diffpolicy.training.process import seeded
 from diffpolicy.training.saved import Saved, part_of
 from diffpolicy.training.settings import TrainerConfig
-from diffpolicy.training.trainer import Running, Source, Trainer, TrainResult
+from diffpolicy.training.sources import Source
+from diffpolicy.training.trainer import Running, Trainer, TrainResult
 from diffpolicy.training.weights import unchanged_on_error
 
 

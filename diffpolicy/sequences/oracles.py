@@ -291,15 +291,3 @@ def split_measurements(task: SequenceTask, seed: int) -> tuple[Any, Any]:
     if not len(parts[0]) or not len(parts[1]) or len(np.intersect1d(*parts)):
         raise ValueError(f"{task.name}: the two halves of its measurements overlap or are empty")
     return parts[0], parts[1]
-
-
-__all__ = [
-    "LabelledSequences",
-    "Oracle",
-    "Oracles",
-    "RegressionLoss",
-    "correlations",
-    "score",
-    "split_measurements",
-    "train_oracles",
-]

@@ -120,6 +120,3 @@ def check_alphabet(alphabet: str) -> None:
             f"an alphabet needs at least two letters, all different and none {MASK_LETTER!r} "
             f"(which stands for a mask); got {alphabet!r}"
         )
-
-
-__all__ = ["KINDS", "MASK_LETTER", "SequenceTask", "check_tokens", "open_task"]

@@ -201,6 +201,3 @@ def clear_run(run_dir: str | os.PathLike[str], *, only_check: bool = False) -> N
             place.rmdir()
     remove_owned(folder / ".candidate")
     snapshots.clear()
-
-
-__all__ = ["RESULTS", "check_resumable", "clear_run", "has_run"]

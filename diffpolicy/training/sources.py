@@ -103,6 +103,3 @@ class ChosenWindows:
         found = {k[len("chosen_") :]: v for k, v in batch.items() if k.startswith("chosen_")}
         found["valid"] = found.pop("steps")
         return {name: value[rows, window] for name, value in found.items()}
-
-
-__all__ = ["ChosenWindows", "Mixed", "Source", "Turns"]

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from diffpolicy.files import WriterLock, remove_leftovers, remove_owned
+from diffpolicy.files import remove_leftovers, remove_owned
+from diffpolicy.locks import WriterLock
 from diffpolicy.settings import check_shape
 from diffpolicy.training.checkpoint import Snapshots, write_bundle
 from diffpolicy.training.diagnose import NO_GRADIENT, Movement, NonFiniteError, explain_non_finite
@@ -384,6 +385,3 @@ def _parts(batch: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     """A batch cut into ``count`` equal ones."""
     pieces = {name: value.chunk(count) for name, value in batch.items()}
     return [{name: piece[i] for name, piece in pieces.items()} for i in range(count)]
-
-
-__all__ = ["Source", "TrainResult", "Trainer"]

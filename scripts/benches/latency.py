@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from diffpolicy.commands.options import parse
-from diffpolicy.config import ConfigError, read_yaml
+from diffpolicy.config_compose import read_yaml
 from diffpolicy.files import write_atomic
+from diffpolicy.settings import ConfigError
 
 if TYPE_CHECKING:
     from diffpolicy import DiffusionPolicy
@@ -266,7 +267,8 @@ def score_all(planners: Planners, options: dict[str, Any]) -> dict[str, Any]:
     from diffpolicy.rollout.env_spec import EnvSpec, stored_env_id
     from diffpolicy.rollout.evaluate import evaluate
     from diffpolicy.rollout.intervals import mean_interval, wilson_interval
-    from diffpolicy.rollout.pool.workers import WorkerPool, Workers
+    from diffpolicy.rollout.pool.supervisor import Workers
+    from diffpolicy.rollout.pool.workers import WorkerPool
 
     file = Path(options["checkpoint"]) / "config.yaml"
     if not file.is_file():
@@ -331,7 +333,9 @@ def runtime_name(planner: Any, runtime: str) -> str:
 
 def executor_overhead(ticks: int = 5000, *, rate_hz: float = 1000.0) -> dict[str, Any]:
     """What the real-time executor itself costs per tick, with a policy that does nothing."""
-    from diffpolicy.runtime.executor import ActionLimits, RealTimeExecutor, Timing
+    from diffpolicy.runtime.executor import RealTimeExecutor
+    from diffpolicy.runtime.planner import Timing
+    from diffpolicy.runtime.schedule import ActionLimits
 
     limits = ActionLimits(np.zeros(7), low=-1, high=1)
     with RealTimeExecutor(_idle_policy(), Timing(rate_hz), limits) as executor:

@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves
 
 from benches.sampling import interleaved, ratio
 from diffpolicy.commands.options import parse
-from diffpolicy.config import ConfigError
 from diffpolicy.files import write_atomic
+from diffpolicy.settings import ConfigError
 
 VARIANTS = ("straightforward", "fast", "lean")
 TOLERANCE = 1e-5

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from diffpolicy.commands.options import parse
-from diffpolicy.config import ConfigError
 from diffpolicy.files import write_atomic
+from diffpolicy.settings import ConfigError
 
 TARGETS = {
     "sampling": "residual MLP (1.40 M): total <= 0.5 x the same network driven by diffusers' "
@@ -277,7 +277,7 @@ def training(rounds: int) -> dict[str, Any]:
 
     from diffpolicy.data.windows import Windows
     from diffpolicy.learn.cloning.denoising import DenoisingLoss
-    from diffpolicy.policies.diffusion import PolicySpec
+    from diffpolicy.policies.spec import PolicySpec
     from diffpolicy.training.settings import TrainerConfig
     from diffpolicy.training.trainer import Trainer
 

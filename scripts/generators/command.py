@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpolicy.commands.options import parse, subcommand
-from diffpolicy.config import ConfigError
+from diffpolicy.settings import ConfigError
 
 
 def help_text() -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.denoiser import Denoiser
-from diffpolicy.core.noise import make_process
+from diffpolicy.core.processes import make_process
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.sampling import sample
 from diffpolicy.core.solvers import DDIM

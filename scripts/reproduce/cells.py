@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffpolicy.config import ConfigError, TrainConfig, build, group_choices, load_train, read_yaml
+from diffpolicy.config import TrainConfig, load_train
+from diffpolicy.config_compose import group_choices, read_yaml
+from diffpolicy.settings import ConfigError
+from diffpolicy.settings import from_values as build
 from diffpolicy.training.checkpoint import read_pointer
 from reproduce.datasets import Dataset, Toy, quoted, resolve, settings_of
 

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffpolicy.commands.stores import env_spec, open_store
-from diffpolicy.config import ConfigError, TrainConfig, group_choices, load_train
+from diffpolicy.config import TrainConfig, load_train
+from diffpolicy.config_compose import group_choices
 from diffpolicy.data.d4rl.catalogue import DATASETS
+from diffpolicy.settings import ConfigError
 
 if TYPE_CHECKING:
     from diffpolicy.data.store import EpisodeStore

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from diffpolicy.commands.options import parse
-from diffpolicy.config import ConfigError
 from diffpolicy.files import write_atomic
+from diffpolicy.settings import ConfigError
 from reproduce.cells import (
     ALGORITHMS,
     ERRORS,

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from diffpolicy import cli
-from diffpolicy.config import (
+from diffpolicy.config import load_run, load_train
+from diffpolicy.config_compose import (
     compose,
     config_dir,
     experiment_values,
     group_choices,
-    load_run,
-    load_train,
     read_yaml,
 )
 from diffpolicy.data.store import EpisodeStore

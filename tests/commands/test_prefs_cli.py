@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from diffpolicy.cli import main
-from diffpolicy.data.preferences.set import Pair, PreferenceSet, Span
+from diffpolicy.data.preferences.records import Pair, Span
+from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 
 HUMAN = Path(__file__).resolve().parents[3] / "shared" / "data" / "adroit_door_human"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from diffpolicy.commands.stores import d4rl_store
-from diffpolicy.config import ConfigError
 from diffpolicy.data import EpisodeStore, load_d4rl
+from diffpolicy.settings import ConfigError
 
 h5py = pytest.importorskip("h5py", reason="needs the hdf5 extra")
 

@@ -13,7 +13,7 @@ import torch
 
 from diffpolicy import cli
 from diffpolicy.commands import tune_sequences
-from diffpolicy.config import read_yaml
+from diffpolicy.config_compose import read_yaml
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.training.identity import ResumeWarning
 from diffpolicy_envs.sequences.env import SequenceDesignEnv

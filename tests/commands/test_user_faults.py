@@ -15,8 +15,10 @@ import pytest
 
 from diffpolicy import RTI, DiffusionPolicy, EnvSpec, EpisodeStore, Workers, cli, evaluate
 from diffpolicy.commands.options import parse
-from diffpolicy.config import ConfigError, compose, load_train, read_yaml
+from diffpolicy.config import load_train
+from diffpolicy.config_compose import compose, read_yaml
 from diffpolicy.rollout.env_spec import EnvSpecError, stored_env_id
+from diffpolicy.settings import ConfigError
 
 HERE = Path(__file__).parent
 EXPERIMENT = """\

@@ -28,8 +28,8 @@ from diffpolicy.core import (
 from diffpolicy.core.denoiser import Denoised
 from diffpolicy.core.masking import hard_one_hot, to_tokens
 from diffpolicy.core.reveal import BACKWARDS, RevealRow
-from diffpolicy.core.solvers import Memory
 from diffpolicy.core.starts import explicit_levels
+from diffpolicy.core.steps import Memory
 
 LAW = torch.tensor([0.5, 0.3, 0.15, 0.05])
 V, L = 4, 5

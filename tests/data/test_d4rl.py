@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from diffpolicy.commands import data as command
-from diffpolicy.config import ConfigError
 from diffpolicy.data import EpisodeStore, check_store, convert, load_d4rl
 from diffpolicy.data.d4rl.episodes import find_episodes
 from diffpolicy.data.d4rl.transforms import parse_transforms
 from diffpolicy.data.formats import get_format
+from diffpolicy.settings import ConfigError
 
 h5py = pytest.importorskip("h5py")
 

@@ -10,7 +10,8 @@ import pytest
 from diffpolicy.data import EpisodeStore, convert, load_d4rl, qlearning_dataset
 from diffpolicy.data.preferences.pickled_array import RefusedError, numbers, read_pickled_array
 from diffpolicy.data.preferences.published import from_indices, qlearning_rows, read_label_file
-from diffpolicy.data.preferences.set import Pair, PreferenceSet, Span
+from diffpolicy.data.preferences.records import Pair, Span
+from diffpolicy.data.preferences.set import PreferenceSet
 
 DOOR = Path(__file__).parents[3] / "shared" / "data" / "adroit_door_human"
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from diffpolicy.data import EpisodeStore, Normalizer
 from diffpolicy.data.preferences.examples import LabelExamples, PairExamples
-from diffpolicy.data.preferences.set import Label, Pair, PreferenceSet, Ranking, Span
+from diffpolicy.data.preferences.records import Label, Pair, Ranking, Span
+from diffpolicy.data.preferences.set import PreferenceSet
 
 
 def numbered_store(lengths):

@@ -11,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffpolicy.data import EpisodeStore
-from diffpolicy.data.preferences.records import rows_of_segment, segment_of_rows
-from diffpolicy.data.preferences.set import (
+from diffpolicy.data.preferences.check import check_preferences
+from diffpolicy.data.preferences.file import PreferenceFileError
+from diffpolicy.data.preferences.records import (
     Label,
     Pair,
-    PreferenceFileError,
-    PreferenceSet,
     Ranking,
     Span,
-    check_preferences,
+    rows_of_segment,
+    segment_of_rows,
 )
+from diffpolicy.data.preferences.set import PreferenceSet
 
 A, B, C = (Span(0, 0, 4),), (Span(1, 2, 4),), (Span(2, 6, 4), Span(3, 0, 2))
 RECORDS = (

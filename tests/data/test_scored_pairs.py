@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from diffpolicy.data import EpisodeStore
+from diffpolicy.data.preferences.records import Pair, Ranking, Span
 from diffpolicy.data.preferences.scored import by_return, from_scores
-from diffpolicy.data.preferences.set import Pair, PreferenceSet, Ranking, Span
+from diffpolicy.data.preferences.set import PreferenceSet
 
 SEGMENTS = [(Span(0, i, 1),) for i in range(6)]
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from diffpolicy.commands.data import run
-from diffpolicy.config import ConfigError
 from diffpolicy.data import EpisodeStore, convert, load_d4rl
 from diffpolicy.data.d4rl.catalogue import doubts, lookup, misfit
+from diffpolicy.settings import ConfigError
 
 h5py = pytest.importorskip("h5py", reason="half of the formats are HDF5")
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
-from diffpolicy.core.noise import DiscreteVP
+from diffpolicy.core.processes import DiscreteVP
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
+from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.spec import PolicySpec
 
 DIM, HORIZON = 2, 6
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
-from diffpolicy.core.noise import DiscreteVP
+from diffpolicy.core.processes import DiscreteVP
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.base import Array
 from diffpolicy.policies.choose_level import Demonstrations, replay
-from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
+from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.spec import PolicySpec
 
 HORIZON = 8
 

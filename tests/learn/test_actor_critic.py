@@ -15,9 +15,8 @@ from diffpolicy.core import Denoiser, make_process
 from diffpolicy.data import EpisodeStore
 from diffpolicy.data.transitions import Transitions
 from diffpolicy.learn import denoising_error
+from diffpolicy.learn.actor_critic.algorithms import ALGORITHMS, ActorCritic
 from diffpolicy.learn.actor_critic.loss import (
-    ALGORITHMS,
-    ActorCritic,
     ActorCriticLoss,
     SamplingChain,
     denoise_once,

@@ -25,7 +25,7 @@ from diffpolicy.core import (
     prior_start,
     sample,
 )
-from diffpolicy.core.solvers import Memory
+from diffpolicy.core.steps import Memory
 from diffpolicy.learn.reference import frozen_copy
 from diffpolicy.learn.reward.chains import (
     chain_with_kl,

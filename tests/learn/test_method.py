@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from diffpolicy import DiffusionPolicy, TrainerConfig, TuningData
 from diffpolicy.core import prior_start, sample
 from diffpolicy.core.denoiser import BaseDenoiser
-from diffpolicy.data.preferences.set import Pair, PreferenceSet, Span
+from diffpolicy.core.sampler import Sampler
+from diffpolicy.data.preferences.records import Pair, Span
+from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn import METHODS, LossOutput, Method, make_method
 from diffpolicy.learn.reward.masked_chain import Pathwise
-from diffpolicy.policies.diffusion import Sampler
 
 CONFIG = TrainerConfig(
     steps=60, batch_size=32, lr=3e-3, warmup_steps=1, ema_power=None, progress=False

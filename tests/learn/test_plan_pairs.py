@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from diffpolicy import DiffusionPolicy, TrainerConfig
+from diffpolicy.data.fields import FieldSpec
+from diffpolicy.data.preferences.check import check_preferences
 from diffpolicy.data.preferences.examples import PairExamples
-from diffpolicy.data.preferences.set import PreferenceSet, check_preferences
-from diffpolicy.data.store import EpisodeStore, FieldSpec
+from diffpolicy.data.preferences.set import PreferenceSet
+from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.material import TuningData
 from diffpolicy.learn.plan_pairs import PlanPairs, pair_plans
 from diffpolicy.learn.preferences.online import OwnPlans

@@ -19,7 +19,8 @@ from finetune_tilted_mixture import MixtureDenoiser, one_dimensional
 
 from diffpolicy.core import Denoiser, VPCosine
 from diffpolicy.learn.adapters import add_adapters
-from diffpolicy.learn.preferences.dpo import Preference, PreferenceLoss
+from diffpolicy.learn.preferences.dpo import PreferenceLoss
+from diffpolicy.learn.preferences.formulas import Preference
 from diffpolicy.learn.preferences.scores import DenoisingScore, MaskedScore
 from diffpolicy.learn.reference import frozen_copy
 from diffpolicy.networks.mlp import MLP

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from diffpolicy import DiffusionPolicy, TrainerConfig
-from diffpolicy.data.preferences.set import Pair, PreferenceSet, Span
+from diffpolicy.data.preferences.records import Pair, Span
+from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.adapters import has_adapters
 from diffpolicy.learn.cloning.denoising import DenoisingLoss

@@ -13,8 +13,9 @@ from torch import nn
 from diffpolicy.core import AnalyticDenoiser, Denoiser, make_process, prior_start, sample
 from diffpolicy.learn.adapters import add_adapters
 from diffpolicy.learn.preferences.few_step import FewStep, Moves, PlanSteps, rows_alone
+from diffpolicy.learn.preferences.formulas import pso_loss
 from diffpolicy.learn.preferences.items import Items
-from diffpolicy.learn.preferences.pso import PSO, PSOLoss, pso_loss
+from diffpolicy.learn.preferences.pso import PSO, PSOLoss
 from diffpolicy.learn.reference import frozen_copy
 from diffpolicy.networks import make_network
 from diffpolicy.sequences.exact import ExactLaw

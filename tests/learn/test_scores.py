@@ -11,7 +11,7 @@ from finetune_tables import all_paths, sequences, table_denoiser
 from finetune_tilted_mixture import MixtureDenoiser, one_dimensional
 
 from diffpolicy.core import Denoiser, FlowMatching, VPCosine, VPLinear
-from diffpolicy.core.noise import EDM, DiscreteVP
+from diffpolicy.core.processes import EDM, DiscreteVP
 from diffpolicy.learn.cloning.denoising import denoising_error
 from diffpolicy.learn.preferences.items import Items
 from diffpolicy.learn.preferences.scores import (

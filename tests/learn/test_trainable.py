@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from diffpolicy import DiffusionPolicy, TrainerConfig
-from diffpolicy.data.preferences.set import Pair, PreferenceSet, Span
+from diffpolicy.data.preferences.records import Pair, Span
+from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.transitions import Transitions
 from diffpolicy.data.windows import Windows
@@ -17,7 +18,8 @@ from diffpolicy.learn.adapters import has_adapters
 from diffpolicy.learn.learning import Learning
 from diffpolicy.learn.material import TuningData
 from diffpolicy.learn.values import RewardModel
-from diffpolicy.sequences.model import SequenceModel, SequenceSpec
+from diffpolicy.sequences.model import SequenceModel
+from diffpolicy.sequences.spec import SequenceSpec
 from diffpolicy.training.identity import describe, differences, flatten
 from diffpolicy.training.trainer import Trainer
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
+from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.spec import PolicySpec
 
 OBS_DIM, ACTION_DIM = 3, 2
 

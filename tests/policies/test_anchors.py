@@ -9,7 +9,8 @@ from policies_truncated_law import truncated_law
 from diffpolicy.core import AnalyticDenoiser, Sampler, make_process, make_solver, sample
 from diffpolicy.core.starts import levels, truncated_start
 from diffpolicy.data import EpisodeStore, Normalizer, Windows
-from diffpolicy.policies.anchors import Anchors, ClusterClassifier, clusters
+from diffpolicy.policies.anchors import Anchors
+from diffpolicy.policies.clusters import ClusterClassifier, clusters
 from diffpolicy.policies.truncated import ScoredPlans
 
 PROCESSES = ["vp_cosine", "ddpm_cosine", "ddpm_linear", "edm", "flow"]

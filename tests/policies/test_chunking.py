@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffpolicy.core import Denoiser, VPCosine
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.chunking import (
     Chunking,
@@ -19,9 +20,10 @@ from diffpolicy.policies.chunking import (
     frozen_steps,
     seam_jump,
 )
-from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
+from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.ensemble import TemporalEnsemble
 from diffpolicy.policies.rti import RTI
+from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.policies.streaming import StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.settings import from_values

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
+from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.rows import row_generator, row_noise
-from diffpolicy.policies.spec import PolicySampler
+from diffpolicy.policies.spec import PolicySampler, PolicySpec
 
 
 def observations(steps, count, seed=0):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.policies.base import ChunkedPolicy
-from diffpolicy.policies.diffusion import Sampler
 from diffpolicy.policies.ensemble import TemporalEnsemble, newest_share
 from diffpolicy.policies.rti import RTI
 

@@ -11,6 +11,7 @@ import torch
 from policies_exact_gaussian import DIM, HORIZON, gaussian_planner
 from policies_exact_mixture import World
 
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.choose_level import (
@@ -22,7 +23,6 @@ from diffpolicy.policies.choose_level import (
     replay,
 )
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.spec import Sampler
 from diffpolicy.policies.truncated import Truncated
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.policies.best_of_n import Selection
 from diffpolicy.policies.planners import Returns
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.spec import PolicySampler, PolicySpec, Sampler
+from diffpolicy.policies.spec import PolicySampler, PolicySpec
 from diffpolicy.policies.streaming import StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.runtime.compile import compile_planner

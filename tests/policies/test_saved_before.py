@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffpolicy import DiffusionPolicy
-from diffpolicy.core.noise import make_process
+from diffpolicy.core.processes import make_process
 from diffpolicy.policies.spec import PolicySpec, upgraded
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

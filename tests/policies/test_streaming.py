@@ -11,11 +11,13 @@ from policies_truncated_law import truncated_law
 from torch import Tensor, nn
 
 from diffpolicy.core import Denoiser, VPCosine, make_process
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.starts import Ramp
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec, Sampler
+from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.ensemble import TemporalEnsemble
 from diffpolicy.policies.rti import RTI
+from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner, renoise_tables
 from diffpolicy.settings import from_values
 

@@ -79,7 +79,8 @@ def _diffusion(network):
     torch = pytest.importorskip("torch")
     from diffpolicy.core.denoiser import Denoiser
     from diffpolicy.data.normalize import Normalizer
-    from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySpec
+    from diffpolicy.policies.diffusion import DiffusionPlanner
+    from diffpolicy.policies.spec import PolicySpec
 
     spec = PolicySpec.from_config(
         {"obs_dim": 3, "action_dim": 2, "horizon": 8, "n_obs_steps": 2, "n_action_steps": 3}

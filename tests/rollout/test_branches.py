@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from branch_fake_envs import Fragile
 
-from diffpolicy.data.preferences.set import Pair, PreferenceSet, Span
+from diffpolicy.data.preferences.records import Pair, Span
+from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.policies.base import ChunkedPolicy
 from diffpolicy.policies.rows import row_noise
 from diffpolicy.rollout.env_spec import EnvSpec
 from diffpolicy.rollout.labelling.clips import ClipRenderer
-from diffpolicy.rollout.pool.workers import WorkerPool, Workers
+from diffpolicy.rollout.pool.supervisor import Workers
+from diffpolicy.rollout.pool.workers import WorkerPool
 from diffpolicy.rollout.record.branches import Branching, Repeats, collect_rollouts
 from diffpolicy.rollout.record.pairing import Scoring, rollout_records, write_pairs
 from diffpolicy.rollout.record.tracks import Job, ReplayError, TrackRunner

@@ -12,7 +12,7 @@ import pytest
 
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.env_spec import EnvSpec
-from diffpolicy.rollout.pool.workers import Workers
+from diffpolicy.rollout.pool.supervisor import Workers
 from diffpolicy.rollout.record.experts import collect
 
 EXPERT = EnvSpec("rollout_fake_envs:rollout_fakes/ExpertPoint-v0")

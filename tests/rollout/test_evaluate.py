@@ -11,7 +11,8 @@ from rollout_fake_envs import FakePoint
 
 from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError
 from diffpolicy.rollout.evaluate import VideoOptions, evaluate
-from diffpolicy.rollout.pool.workers import WorkerPool, Workers
+from diffpolicy.rollout.pool.supervisor import Workers
+from diffpolicy.rollout.pool.workers import WorkerPool
 from diffpolicy.rollout.results import EpisodeRecord, summarise
 from diffpolicy.rollout.rows import AllFailedError, fitting
 

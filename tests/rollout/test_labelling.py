@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from diffpolicy.data.preferences.set import Pair, PreferenceSet, Span
+from diffpolicy.data.preferences.records import Pair, Span
+from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.env_spec import EnvSpec
 from diffpolicy.rollout.labelling.clips import ClipError, ClipRenderer, choose_pairs, side_by_side

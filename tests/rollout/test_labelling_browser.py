@@ -13,7 +13,7 @@ import urllib.request
 import numpy as np
 import pytest
 
-from diffpolicy.data.preferences.set import Span
+from diffpolicy.data.preferences.records import Span
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.labelling.clips import ClipRenderer
 from diffpolicy.rollout.labelling.page import make_question, read_answers, write_page

@@ -9,7 +9,9 @@ from diffpolicy.policies.base import ChunkedPolicy
 from diffpolicy.policies.rows import row_noise
 from diffpolicy.rollout.latency import DelayedPolicy, LinearLatency
 from diffpolicy.runtime.clock import VirtualClock
-from diffpolicy.runtime.executor import ActionLimits, RealTimeExecutor, Timing
+from diffpolicy.runtime.executor import RealTimeExecutor
+from diffpolicy.runtime.planner import Timing
+from diffpolicy.runtime.schedule import ActionLimits
 
 TO, TA, H = 2, 4, 8  # 7 actions of a plan can be executed
 

@@ -13,7 +13,8 @@ from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError, describe
 from diffpolicy.rollout.evaluate import evaluate
 from diffpolicy.rollout.labelling.clips import ClipError, ClipRenderer
 from diffpolicy.rollout.pool.slots import to_flat
-from diffpolicy.rollout.pool.workers import WorkerPool, Workers
+from diffpolicy.rollout.pool.supervisor import Workers
+from diffpolicy.rollout.pool.workers import WorkerPool
 from diffpolicy.rollout.record.branches import Branching, collect_rollouts
 from diffpolicy.rollout.record.experts import collect
 

@@ -17,8 +17,9 @@ import pytest
 from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError
 from diffpolicy.rollout.pool import supervisor
 from diffpolicy.rollout.pool import workers as vector
-from diffpolicy.rollout.pool.slots import Outcome
-from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
+from diffpolicy.rollout.pool.slots import Failure, Outcome
+from diffpolicy.rollout.pool.supervisor import Workers
+from diffpolicy.rollout.pool.workers import WorkerPool
 
 POINT = EnvSpec("rollout_fake_envs:rollout_fakes/Point-v0")
 EXPERT = EnvSpec("rollout_fake_envs:rollout_fakes/ExpertPoint-v0")

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.diffusion import DiffusionPlanner, PolicySampler, PolicySpec, Sampler
+from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.rti import RTI
+from diffpolicy.policies.spec import PolicySampler, PolicySpec
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.runtime import backends

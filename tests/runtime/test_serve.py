@@ -21,10 +21,11 @@ from websockets.sync.server import serve as listen
 
 from diffpolicy.api import DiffusionPolicy
 from diffpolicy.commands import serve as command
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import ObsField
 from diffpolicy.networks.encoders import ENCODERS, Encoder
-from diffpolicy.policies.diffusion import PolicySpec, Sampler
+from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.runtime import wire_format as wire
 from diffpolicy.runtime.batching import answer_rows
 from diffpolicy.runtime.client import PolicyClient, ServerError

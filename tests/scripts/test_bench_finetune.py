@@ -12,7 +12,7 @@ import torch
 from benches import reward_gradients as bench_finetune
 from benches import sampling as bench
 from benches.reward_gradients import Case, LiveBytes, difference, gradients, peaks, run
-from diffpolicy.config import ConfigError
+from diffpolicy.settings import ConfigError
 
 SMALL = Case(length=9, width=8, batch=3, steps=5, relaxed=2)
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benches import latency
-from diffpolicy.config import ConfigError
+from diffpolicy.settings import ConfigError
 
 
 def test_bench_latency_writes_its_rows(tmp_path, capsys, monkeypatch):

@@ -56,7 +56,7 @@ def test_mujoco_trains_collects_and_says_what_it_measured(tmp_path, capsys):
 
 
 def test_bad_input_is_explained(tmp_path, capsys):
-    from diffpolicy.config import ConfigError
+    from diffpolicy.settings import ConfigError
 
     target = str(tmp_path / "x.hdf5")
     for arguments, message in (

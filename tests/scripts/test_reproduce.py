@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from diffpolicy.config import ConfigError
+from diffpolicy.settings import ConfigError
 from reproduce import (
     cells as reproduce_cells,
 )

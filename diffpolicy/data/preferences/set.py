@@ -22,14 +22,12 @@ from diffpolicy.data.check import Issue
 from diffpolicy.data.preferences import file as files
 from diffpolicy.data.preferences.check import check_preferences, doubts, summarize
 from diffpolicy.data.preferences.file import PreferenceFileError
-from diffpolicy.data.preferences.published import from_indices
 from diffpolicy.data.preferences.records import (
     Label,
     Pair,
     Ranking,
     Record,
     Segment,
-    Span,
     check_fits,
     checked_json,
     episodes_of,
@@ -39,20 +37,6 @@ from diffpolicy.data.preferences.records import (
 from diffpolicy.data.preferences.split import split_records
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_choice, check_shape
-
-__all__ = [
-    "Label",
-    "Pair",
-    "PreferenceFileError",
-    "PreferenceSet",
-    "Ranking",
-    "Record",
-    "Segment",
-    "Span",
-    "check_preferences",
-    "from_indices",
-]
-
 
 _log = logging.getLogger("diffpolicy.data")
 

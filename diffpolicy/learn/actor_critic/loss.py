@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampling import prepare, sample
-from diffpolicy.core.solvers import Row, Solver
 from diffpolicy.core.starts import prior_start
+from diffpolicy.core.steps import Row, Solver
 from diffpolicy.data.observation import from_fields
-from diffpolicy.learn.actor_critic.algorithms import ALGORITHMS, ActorCritic
+from diffpolicy.learn.actor_critic.algorithms import ActorCritic
 from diffpolicy.learn.cloning.denoising import LossOutput, denoising_error, standard_normal
 from diffpolicy.settings import check_range
 
@@ -331,6 +331,3 @@ def denoise_once(
         return error.mean(-1), x0_hat
     weight = valid.to(error.dtype)
     return (error * weight).sum(-1) / weight.sum(-1).clamp_min(1), x0_hat
-
-
-__all__ = ["ALGORITHMS", "ActorCritic", "ActorCriticLoss", "SamplingChain", "denoise_once"]

@@ -159,13 +159,3 @@ def _level_of(denoiser: MaskedDenoiser, fraction: Tensor) -> Tensor:
         less = denoiser.process.mask_probability(middle) < fraction
         low, high = torch.where(less, middle, low), torch.where(less, high, middle)
     return high
-
-
-__all__ = [
-    "MaskedDenoisingLoss",
-    "antithetic_levels",
-    "draw_masks",
-    "elbo",
-    "masked_cross_entropy",
-    "random_masks",
-]

@@ -181,6 +181,3 @@ def _named(sides: tuple[str, str], errors: Sequence[Tensor], suffix: str = "") -
 def _share(members: Tensor) -> Tensor:
     """Weights ``[B]`` whose mean with values is that of the members alone; 0 if there are none."""
     return members * (len(members) / members.sum().clamp_min(1))
-
-
-__all__ = ["DPO", "Preference", "PreferenceLoss", "feedback_loss", "preference_loss"]

@@ -254,6 +254,3 @@ def _check_plans(denoiser: BaseDenoiser, settings: DRO) -> None:
         raise ValueError("jitter does not move the one level of one step; set jitter=False")
     # Refuses more steps than a discrete process has.
     settings.grid(denoiser.process, num_steps=settings.num_steps - settings.jitter)
-
-
-__all__ = ["DRO", "DROLoss"]

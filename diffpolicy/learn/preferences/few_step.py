@@ -19,8 +19,9 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.sampling import Trajectory, sample
-from diffpolicy.core.solvers import DDIM, Row
+from diffpolicy.core.solvers import DDIM
 from diffpolicy.core.starts import prior_start
+from diffpolicy.core.steps import Row
 from diffpolicy.learn.preferences.items import Items, joined
 from diffpolicy.learn.reward.rollouts import (
     MaskedRollout,
@@ -287,14 +288,3 @@ def rows_alone(x0: Tensor, cond: Tensor | None, steps: Tensor | None) -> Items:
 def _mean(row: Row, x: Tensor, x0_hat: Tensor) -> Tensor:
     """Of the next state."""
     return row.a.to(x) * x + row.b[0].to(x) * x0_hat
-
-
-__all__ = [
-    "FewStep",
-    "MaskedSteps",
-    "Moves",
-    "PlanPaths",
-    "PlanSteps",
-    "evaluating",
-    "rows_alone",
-]

@@ -238,13 +238,3 @@ def _pso_metrics(
         for name, error in zip(("chosen", "rejected"), errors, strict=True):
             metrics[f"error_{name}{suffix}"] = error.mean()
     return metrics
-
-
-__all__ = [
-    "ANCHORS",
-    "LOSSES",
-    "Preference",
-    "feedback_loss",
-    "preference_loss",
-    "pso_loss",
-]

@@ -136,6 +136,3 @@ def joined(first: Items, second: Items) -> Items:
     x0 = torch.cat([first.x0, second.x0])
     item = torch.cat([first.item, second.item + first.count])
     return Items(x0, cond, steps, item, first.count + second.count)
-
-
-__all__ = ["Draw", "Items", "batch_items", "joined", "pair_items"]

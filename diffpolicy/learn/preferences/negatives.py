@@ -9,7 +9,8 @@ from torch import Tensor
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
-from diffpolicy.core.noise import DiscreteVP, GaussianProcess
+from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.processes import DiscreteVP
 from diffpolicy.core.sampling import Trajectory, sample
 from diffpolicy.core.starts import Start
 from diffpolicy.learn.preferences.few_step import FewStep, evaluating
@@ -176,6 +177,3 @@ def _places(first: Tensor, count: int, n: int, generator: torch.Generator) -> tu
     at = (first + share * (count - first)).long().clamp(max=count - 1)
     rows = torch.arange(len(first), device=device).repeat_interleave(n)
     return rows, at.flatten()
-
-
-__all__ = ["Contrast", "contrast_plans", "contrast_sequences", "jittered_levels"]

@@ -169,6 +169,3 @@ class OnlineDPOLoss(Referenced):
             if self.steps is not None:
                 pairs[f"{name}_steps"] = self.steps.expand(count(obs), 1, -1)
         return pairs, {"reward": reward.mean(), "lead": lead.mean()}
-
-
-__all__ = ["OnlineDPOLoss", "OwnPlans", "draw_plans"]

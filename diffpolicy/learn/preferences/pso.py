@@ -329,6 +329,3 @@ class PSOLoss(Referenced):
         if demos is None or self.settings.anchor == "chosen":
             return [chosen]
         return [demos, chosen] if self.settings.anchor == "both" else [demos]
-
-
-__all__ = ["PSO", "PSOLoss", "SequencePSO"]

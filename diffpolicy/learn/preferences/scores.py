@@ -16,7 +16,8 @@ from torch import Tensor
 from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import MaskingProcess
-from diffpolicy.core.noise import DiscreteVP, GaussianProcess
+from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.processes import DiscreteVP
 from diffpolicy.learn.cloning.denoising import standard_normal
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
 from diffpolicy.learn.preferences.items import Draw, Items
@@ -253,14 +254,3 @@ def _stratified(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     if along == 1:  # rows of a batch come in an order that means something
         strata = strata[torch.randperm(len(strata), generator=generator, device=u.device)]
     return (u + strata.view([-1 if i == along else 1 for i in range(len(shape))])) / shape[along]
-
-
-__all__ = [
-    "DenoisingScore",
-    "Draw",
-    "Items",
-    "MaskedScore",
-    "Score",
-    "default_score",
-    "drawn_error",
-]

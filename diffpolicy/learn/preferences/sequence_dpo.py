@@ -139,6 +139,3 @@ class SequenceDPOLoss(ReplayTuning):
     def _uniform(self, size: int, generator: torch.Generator) -> Tensor:
         u = torch.rand(size, generator=generator, device=generator.device)
         return u.to(self.replay["reward"].device)
-
-
-__all__ = ["SequenceDPO", "SequenceDPOLoss"]

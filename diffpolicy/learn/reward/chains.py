@@ -26,8 +26,8 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import MaskingProcess
 from diffpolicy.core.reveal import RevealRow
 from diffpolicy.core.sampling import Grid, Trajectory, prepare, sample
-from diffpolicy.core.solvers import Memory, Row, Solver
 from diffpolicy.core.starts import Start
+from diffpolicy.core.steps import Memory, Row, Solver
 from diffpolicy.learn.reference import dropout_of
 
 

@@ -162,6 +162,3 @@ class Pathwise(MaskedChain, SequenceMethod):
             kl_warmup=self.kl_warmup,
             reference=material.reference,
         )
-
-
-__all__ = ["MaskedChain", "Pathwise"]

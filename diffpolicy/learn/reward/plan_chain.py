@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampler import Sampler
-from diffpolicy.core.solvers import DDIM, Solver
+from diffpolicy.core.solvers import DDIM
 from diffpolicy.core.starts import explicit_levels, prior_start, truncated_start
+from diffpolicy.core.steps import Solver
 from diffpolicy.learn.method import Method, plan_shape
 from diffpolicy.learn.reward.chains import chain_with_kl, differentiable_chain, gaussian_step_kl
 from diffpolicy.learn.reward.pathwise import Finished, RewardLoss

@@ -334,6 +334,3 @@ def _baseline(returns: Tensor, settings: PolicyGradient) -> Tensor:
     else:
         base = (total / rows).expand_as(groups)
     return base.reshape(returns.shape)
-
-
-__all__ = ["Play", "PolicyGradient", "PolicyGradientLoss", "judge"]

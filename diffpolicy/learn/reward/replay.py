@@ -172,6 +172,3 @@ def resample(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     at = (u / count).to(edges) * edges[-1]
     drawn = torch.searchsorted(edges, at, right=True).clamp(max=len(weights) - 1)
     return drawn[torch.randperm(count, generator=generator, device=device).to(drawn.device)]
-
-
-__all__ = ["Replay", "check_replay", "effective_fraction", "remask", "resample", "settle"]

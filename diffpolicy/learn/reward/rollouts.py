@@ -225,14 +225,3 @@ def step_kl(
     masked, revealed = groups >= at, (groups == at).sum(-1)
     inner = categorical_kl(log_p, log_reference)
     return (inner * masked).sum(-1) * revealed / masked.sum(-1).clamp_min(1)
-
-
-__all__ = [
-    "MaskedRollout",
-    "at_reveal",
-    "draw_order",
-    "draw_rollout",
-    "run_order",
-    "state_log_probs",
-    "step_kl",
-]

@@ -222,6 +222,3 @@ def shared_cond(batch: Mapping[str, Tensor], rows: int, group_size: int) -> Tens
     if cond is None:
         return None
     return cond[(torch.arange(rows, device=cond.device) // group_size) % len(cond)]
-
-
-__all__ = ["ReplayMethod", "ReplayTuning", "SequenceMethod", "SequenceTuning", "shared_cond"]

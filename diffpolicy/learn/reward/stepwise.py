@@ -154,6 +154,3 @@ def stepwise_loss(gain: Tensor, reward: Tensor, settings: Stepwise) -> tuple[Ten
         wanted = torch.nn.functional.one_hot(best, reward.shape[1]).to(gain.dtype)
         gain = settings.kl_weight * gain
     return -(wanted.unsqueeze(-1) * gain.log_softmax(1)).sum(1).mean(1), best
-
-
-__all__ = ["Stepwise", "StepwiseLoss", "stepwise_loss"]

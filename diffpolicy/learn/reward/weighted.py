@@ -216,6 +216,3 @@ class WeightedDenoisingLoss(ReplayTuning):
             return hard_one_hot(log_p)
         noise = self.denoiser.process.draw_noise(log_p.shape, generator, log_p)
         return hard_one_hot(log_p + noise)
-
-
-__all__ = ["WeightedDenoising", "WeightedDenoisingLoss"]

@@ -23,7 +23,8 @@ from diffpolicy.networks.critics import QEnsemble
 from diffpolicy.settings import check_choice, check_range, settings_of
 from diffpolicy.training.saved import Saved, part_of
 from diffpolicy.training.settings import TrainerConfig, mix_seed
-from diffpolicy.training.trainer import Source, Trainer, TrainResult
+from diffpolicy.training.sources import Source
+from diffpolicy.training.trainer import Trainer, TrainResult
 from diffpolicy.training.weights import unchanged_on_error
 
 TARGET = "plan_value_target"

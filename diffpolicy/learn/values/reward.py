@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffpolicy.data.fields import check_vector
+from diffpolicy.data.fields import FieldSpec, check_vector
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.data.preferences.set import Pair, PreferenceSet
-from diffpolicy.data.store import EpisodeStore, FieldSpec
+from diffpolicy.data.preferences.records import Pair
+from diffpolicy.data.preferences.set import PreferenceSet
+from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.preferences.bradley_terry import BradleyTerryLoss
 from diffpolicy.learn.values.learning import (
     LearnedJudge,

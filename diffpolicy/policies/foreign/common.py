@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffpolicy.core.noise import DiscreteVP
+from diffpolicy.core.processes import DiscreteVP
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.policies.diffusion import PolicySpec, Sampler
+from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.settings import check_range
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from diffpolicy.networks import make_network
-from diffpolicy.policies.diffusion import check_normalizer
 from diffpolicy.policies.foreign.common import ForeignPolicy, read_json
 from diffpolicy.policies.foreign.diffusion_policy import read_diffusion_policy
 from diffpolicy.policies.foreign.lerobot import read_lerobot
+from diffpolicy.policies.spec import check_normalizer
 from diffpolicy.settings import check_choice
 
 KINDS = ("auto", "lerobot", "diffusion_policy")

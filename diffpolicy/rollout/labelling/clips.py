@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from diffpolicy.data.observation import Obs, concat, count, take
-from diffpolicy.data.preferences.set import Segment, Span
+from diffpolicy.data.preferences.records import Segment, Span
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.env_spec import EnvSpec, stored_env_id
 from diffpolicy.rollout.pool.slots import EnvSlot

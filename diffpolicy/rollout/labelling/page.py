@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffpolicy.data.preferences.set import Pair, PreferenceSet, Segment, Span
+from diffpolicy.data.preferences.records import Pair, Segment, Span
+from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.files import replaced_directory
 from diffpolicy.rollout.labelling.clips import ClipRenderer, pair_video, write_pair

@@ -35,13 +35,11 @@ from diffpolicy.rollout.pool.slots import (
     Values,
     run_command,
 )
-from diffpolicy.rollout.pool.supervisor import Supervisor, WorkerError, Workers
+from diffpolicy.rollout.pool.supervisor import Supervisor, Workers
 from diffpolicy.settings import check_shape
 
 #: Seconds of a step, its message included, below which environments share one process.
 CHEAP_S = 0.5e-3
-
-__all__ = ["Failure", "WorkerError", "WorkerPool", "Workers"]
 
 
 class WorkerPool:

@@ -20,7 +20,8 @@ from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.policies.rows import usual_batch
 from diffpolicy.rollout.env_spec import EnvInfo, EnvSpec
-from diffpolicy.rollout.pool.workers import WorkerPool, Workers
+from diffpolicy.rollout.pool.supervisor import Workers
+from diffpolicy.rollout.pool.workers import WorkerPool
 from diffpolicy.rollout.record.pairing import Scoring, check_target, write_pairs
 from diffpolicy.rollout.record.steps import InOrder, open_record
 from diffpolicy.rollout.record.tracks import Job, ObservingPolicy, Track, TrackRunner

@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.env_spec import EnvSpec, only_here
-from diffpolicy.rollout.pool.slots import Outcome
-from diffpolicy.rollout.pool.workers import Failure, WorkerPool, Workers
+from diffpolicy.rollout.pool.slots import Failure, Outcome
+from diffpolicy.rollout.pool.supervisor import Workers
+from diffpolicy.rollout.pool.workers import WorkerPool
 from diffpolicy.rollout.record.steps import InOrder, open_record
 from diffpolicy.rollout.record.tracks import Job, Track, TrackRunner
 from diffpolicy.rollout.rows import AllFailedError, distinct, fitting

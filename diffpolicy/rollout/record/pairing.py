@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from diffpolicy.data.preferences.file import read_contents
-from diffpolicy.data.preferences.records import segments_of
+from diffpolicy.data.preferences.records import Record, Segment, Span, segments_of
 from diffpolicy.data.preferences.scored import Choose, from_scores
-from diffpolicy.data.preferences.set import PreferenceSet, Record, Segment, Span
+from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_choice, check_range
 

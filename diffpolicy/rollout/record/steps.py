@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.observation import Obs, by_store_field, from_fields, obs_fields, to_fields
-from diffpolicy.data.store import EpisodeStore, FieldSpec
+from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.env_spec import EnvInfo, EnvSpec
 
 METHOD = "dense_reward"

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from diffpolicy.data.observation import Obs, from_fields, stack, take, to_fields
-from diffpolicy.rollout.pool.slots import Outcome
-from diffpolicy.rollout.pool.workers import Failure, WorkerPool
+from diffpolicy.rollout.pool.slots import Failure, Outcome
+from diffpolicy.rollout.pool.workers import WorkerPool
 from diffpolicy.rollout.record.steps import difference
 from diffpolicy.rollout.rows import Episode, Policy, RowLoop, planning_in_batches
 
