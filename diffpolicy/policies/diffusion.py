@@ -13,20 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
+from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.solvers import make_solver
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import Obs, each
-from diffpolicy.guidance.cfg import ClassifierFreeGuidance
-from diffpolicy.guidance.pinned import Pinned
-from diffpolicy.guidance.value import ValueGuidance, head_value
 from diffpolicy.networks.base import described
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.best_of_n import Selector
 from diffpolicy.policies.plan_loop import Condition, Loop, PinnedCondition, PlanLoop
-from diffpolicy.policies.planners import check_anchors
+from diffpolicy.policies.planners import check_anchors, guided
 from diffpolicy.policies.rows import row_noise
 from diffpolicy.policies.spec import PolicySpec, check_normalizer
 from diffpolicy.policies.truncated import Candidates, ScoredPlans
@@ -117,7 +114,8 @@ class DiffusionPlanner(ChunkedPolicy):
 
     def _place(self) -> None:
         """Bring what belongs to the weights to where these are."""
-        self.device, self._dtype = _where(self.denoiser)
+        weight = next(self.denoiser.parameters())
+        self.device, self._dtype = weight.device, weight.dtype
         self.normalizer = self.normalizer.to(self.device)
         self.anchors = None if self.anchors is None else self.anchors.to(self.device)
         self._known = self.layout.known.to(self.device)
@@ -165,7 +163,7 @@ class DiffusionPlanner(ChunkedPolicy):
             grid, start = spec.truncated.loop_grid(kind, process, self.anchors)
             solver = spec.truncated.make() if kind == "guesses" else make_solver("ddim")
         return PlanLoop(
-            self._guided(),
+            guided(self.spec, self.denoiser, self.heads, self._known),
             self.normalizer,
             solver,
             grid,
@@ -174,17 +172,6 @@ class DiffusionPlanner(ChunkedPolicy):
             condition=self._condition(),
             temperature=1.0 if kind == "rank" else spec.temperature,
         )
-
-    def _guided(self) -> BaseDenoiser:
-        """The denoiser with guidance, and with the known entries of its plans pinned."""
-        spec, guided = self.spec, self.denoiser
-        inner: BaseDenoiser = guided
-        if spec.sampler.guidance_scale != 1:
-            inner = ClassifierFreeGuidance(inner, spec.sampler.guidance_scale, clip=spec.clip)
-        if spec.value_scale > 0:
-            value = head_value(self.heads["value"], guided.process)
-            inner = ValueGuidance(inner, value, spec.value_scale, clip=spec.clip)
-        return inner if spec.layout == "action" else Pinned(inner, self._known)
 
     def _condition(self) -> Condition:
         if self.spec.layout == "action":
@@ -411,8 +398,3 @@ class DiffusionPlanner(ChunkedPolicy):
         actions: Array = self.normalizer.unnormalize("action", normalised)
         bounded = self._low is not None or self._high is not None
         return np.clip(actions, self._low, self._high) if bounded else actions
-
-
-def _where(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:
-    weight = next(denoiser.parameters())
-    return weight.device, weight.dtype

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
+from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.processes import make_process
+from diffpolicy.guidance.cfg import ClassifierFreeGuidance
+from diffpolicy.guidance.pinned import Pinned
+from diffpolicy.guidance.value import ValueGuidance, head_value
 from diffpolicy.policies.base import Array
 from diffpolicy.settings import check_range, check_shape, named_settings
 
@@ -136,3 +141,23 @@ def check_anchors(spec: PolicySpec, anchors: Anchors | None) -> None:
         raise ValueError(f"truncated plans start from anchors; {fix}")
     if anchors is not None:
         check_shape("the anchors", anchors.plans.shape, ("M", spec.horizon, spec.action_dim))
+
+
+def guided(
+    spec: PolicySpec, denoiser: Denoiser, heads: nn.ModuleDict, known: Tensor
+) -> BaseDenoiser:
+    """The denoiser with guidance, and with the known entries of its plans pinned.
+
+    Args:
+        spec: of the policy.
+        denoiser: its own.
+        heads: of which ``value`` guides.
+        known: which entries of a plan are, bool ``[1, H, D]``.
+    """
+    inner: BaseDenoiser = denoiser
+    if spec.sampler.guidance_scale != 1:
+        inner = ClassifierFreeGuidance(inner, spec.sampler.guidance_scale, clip=spec.clip)
+    if spec.value_scale > 0:
+        value = head_value(heads["value"], denoiser.process)
+        inner = ValueGuidance(inner, value, spec.value_scale, clip=spec.clip)
+    return inner if spec.layout == "action" else Pinned(inner, known)

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from diffpolicy.data.observation import put, take
-from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState, hold_limit, holds
+from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
+from diffpolicy.policies.holding import hold_limit, holds
 from diffpolicy.settings import check_choice, check_range, check_shape
 
 

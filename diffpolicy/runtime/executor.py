@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffpolicy.data.observation import Obs, as_seen, each, to_fields
-from diffpolicy.policies.base import Array, ChunkedPolicy, hold_limit, holds
+from diffpolicy.policies.base import Array, ChunkedPolicy
+from diffpolicy.policies.holding import hold_limit, holds
 from diffpolicy.runtime.clock import NS_PER_MS, Clock, RealClock
 from diffpolicy.runtime.planner import Planning, Timing
 from diffpolicy.runtime.report import ExecutorReport, Meter
