@@ -114,8 +114,7 @@ class DiffusionPlanner(ChunkedPolicy):
 
     def _place(self) -> None:
         """Bring what belongs to the weights to where these are."""
-        weight = next(self.denoiser.parameters())
-        self.device, self._dtype = weight.device, weight.dtype
+        self.device, self._dtype = _where(self.denoiser)
         self.normalizer = self.normalizer.to(self.device)
         self.anchors = None if self.anchors is None else self.anchors.to(self.device)
         self._known = self.layout.known.to(self.device)
@@ -398,3 +397,8 @@ class DiffusionPlanner(ChunkedPolicy):
         actions: Array = self.normalizer.unnormalize("action", normalised)
         bounded = self._low is not None or self._high is not None
         return np.clip(actions, self._low, self._high) if bounded else actions
+
+
+def _where(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:
+    weight = next(denoiser.parameters())
+    return weight.device, weight.dtype
