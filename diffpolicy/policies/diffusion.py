@@ -339,9 +339,8 @@ class DiffusionPlanner(ChunkedPolicy):
 
     def _solve(self, loop: Loop, state: PolicyState, deterministic: bool) -> Array:
         noise = self.draw_noise(state, loop.draws, deterministic)
-        guess = self.on_device(self.shifted(state))
-        out: Array = loop(self.on_device(state.history), guess, noise).cpu().numpy()
-        return out
+        history, guess = (self.on_device(part) for part in (state.history, self.shifted(state)))
+        return loop(history, guess, noise).cpu().numpy()
 
     def on_device(self, array: Any) -> Any:
         """An array of the host (or such by name) as a tensor where the weights are."""
@@ -349,9 +348,7 @@ class DiffusionPlanner(ChunkedPolicy):
 
     def encoded(self, history: Obs) -> Tensor:
         """The condition ``[n, C]`` of raw observations ``[n, To, ...]`` of the host."""
-        seen = self.normalizer.normalize_obs(self.on_device(history))
-        cond: Tensor = self.denoiser.encode(seen)
-        return cond
+        return self.denoiser.encode(self.normalizer.normalize_obs(self.on_device(history)))
 
     def draw_noise(self, state: PolicyState, draws: int, deterministic: bool) -> Tensor:
         """Standard normal ``[R, n, H, D]`` of each row's stream; one for all if deterministic.
@@ -378,8 +375,7 @@ class DiffusionPlanner(ChunkedPolicy):
     def shifted(self, state: PolicyState) -> Array:
         """The last plans shifted by the steps executed ``[n, H, D]``, as guesses of new ones."""
         last = torch.from_numpy(state.plan[..., : self.layout.dim])
-        guess: Array = self.moved(last, torch.from_numpy(self.executed(state))).numpy()
-        return guess
+        return self.moved(last, torch.from_numpy(self.executed(state))).numpy()
 
     def moved(self, last: Tensor, steps: Tensor) -> Tensor:
         """Normalised plans ``[n, H, D]`` of which ``steps`` ``[n]`` were executed, as guesses."""
