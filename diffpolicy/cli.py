@@ -28,6 +28,13 @@ COMMANDS = {
     "doctor": "versions, devices, rendering, and known-broken combinations with their fix",
 }
 
+MOVED = {
+    "finetune": "it is `tune` (by a reward) and `prefer` (by comparisons), with method=...",
+    "bench": "it is python scripts/bench.py of a checkout",
+    "generate": "it is python scripts/generate.py of a checkout",
+}
+"""What is to be said of commands that there were."""
+
 EVERYWHERE = {"config_dir": "DIFFPOLICY_CONFIG_DIR", "trust_env": "DIFFPOLICY_TRUST_ENVS"}
 """Arguments of every command, with the variable of the environment that says the same."""
 
@@ -78,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped by Ctrl-C, 143 by SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[-1] == "--config-dir":
+        print("diffpolicy: --config-dir needs a directory", file=sys.stderr)
+        return 2
     arguments, variables = _everywhere(arguments)
     # Waiting threads must sleep rather than spin, or two processes on two cores starve each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -194,7 +204,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         from diffpolicy.settings import near_miss
 
-        hint = near_miss(name, COMMANDS)
+        hint = f": {MOVED[name]}" if name in MOVED else near_miss(name, COMMANDS)
         print(f"diffpolicy: unknown command {name!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     command = importlib.import_module(f"diffpolicy.commands.{name.replace('-', '_')}")

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from diffpolicy.config_compose import (
+    choice_files,
     compose,
+    config_dir,
     experiment_values,
+    given_text,
     keys_given,
     read_yaml,
 )
-from diffpolicy.settings import ConfigError, check_range, near_miss
+from diffpolicy.settings import ConfigError, check_choice, check_range, near_miss
 from diffpolicy.settings import from_values as build
 
 
@@ -295,20 +298,36 @@ def run_kind(command: str, overrides: Sequence[str]) -> str:
         ConfigError: an experiment of another command.
     """
     given = keys_given(overrides)
+    if "run" in given:
+        raise ConfigError("the kind of a run is said by its command and experiment; leave out run=")
     name = given.get("experiment", "null")
     if name != "null":
-        kind = str(experiment_values(name).get("run", "train"))
+        ours = choice_files()["experiment"].get(name, Path()).is_relative_to(config_dir())
+        kind = str(experiment_values(name).get("run", "train" if ours else command))
+        check_choice("kind of run", kind, KINDS)
         if kind.split()[0] != command:
             raise ConfigError(
                 f"{name} is an experiment of another command: run `diffpolicy {kind.split()[0]} "
                 f"experiment={name}`"
             )
         return kind
-    sequences = any(key.split(".")[0] == "task" for key in given)
-    before = Path(given.get("pretrained", "")) / "config.yaml"
-    if command != "train" and before.is_file():
-        sequences = read_run(before)["run"].endswith("sequences")
+    if command == "train":
+        sequences = any(key.split(".")[0] == "task" for key in given)
+    else:
+        sequences = _of_sequences(given)
     return f"{command} sequences" if sequences else command
+
+
+def _of_sequences(given: Mapping[str, str]) -> bool:
+    """Whether a tuning without experiment is of sequences: its run says so, or its method."""
+    if "pretrained" in given:
+        before = Path(given_text(given["pretrained"])).expanduser() / "config.yaml"
+        return before.is_file() and read_run(before)["run"].endswith("sequences")
+    from diffpolicy.learn.methods import METHODS
+
+    file = choice_files()["method"].get(given.get("method", ""))
+    kind = "" if file is None else str(read_yaml(file).get("type"))
+    return kind == "none" or (kind in METHODS and METHODS[kind].items == "sequences")
 
 
 def load_run(command: str, overrides: Sequence[str]) -> RunConfig:
@@ -346,19 +365,20 @@ def read_run(file: Path) -> dict[str, Any]:
     Runs of before their kind was kept are known by the sections that they have.
     """
     values = read_yaml(file)
-    if "run" not in values:
-        tuned = "pretrained" in values
-        kind = "prefer" if "preference" in values else "tune sequences" if tuned else "train"
-        values["run"] = "train sequences" if "task" in values else kind
+    if {"preference", "finetune"} & set(values):
+        values["run"] = "tune sequences" if "finetune" in values else "prefer"
+    values.setdefault("run", "train sequences" if "task" in values else "train")
+    check_choice(f"run in {file}:", values["run"], KINDS)
     return values
 
 
 def _compared_already(values: dict[str, Any], overrides: Sequence[str]) -> None:
     """Let a preference file stand in place of what an experiment says of making comparisons."""
     given = {key.split(".")[0] for key in keys_given(overrides)}
-    values |= {"collect": None, "rounds": 1}
+    stands = {"collect": None, "rounds": 1}
     if not given & {"judge", "plans"}:  # with either, own plans are compared
-        values |= {"judge": None, "plans": None}
+        stands["plans"] = None
+    values |= {name: value for name, value in stands.items() if name not in given}
 
 
 def _check_data_path(data: DataConfig, given: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ What is said on the command line stands above what an experiment's file says, gr
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,17 @@ def keys_given(overrides: Sequence[str]) -> dict[str, str]:
     return dict(o.split("=", 1) for o in plain if is_setting(o))
 
 
+def given_text(text: str) -> str:
+    """A text as it was meant: without the quotes that Hydra's grammar asks for."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return str(OverridesParser.create().parse_override(f"key={text}").value())
+    except HydraException:
+        return text
+
+
 def is_setting(argument: str) -> bool:
     """Whether an argument is ``key=value``, and not a path that has a ``=`` in it."""
     key = argument.partition("=")[0]
@@ -210,7 +222,9 @@ def _readable(text: str, *, sweep: bool) -> bool:
 
 def quoted(text: str) -> str:
     """A text as a value of ``key=value``, whatever characters are in it."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # Hydra reads a backslash as one, but before a quote or at the end.
+    inner = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", text)
+    return f"'{inner}{chr(92) * (len(inner) - len(inner.rstrip(chr(92))))}'"
 
 
 def _composed(name: str, overrides: Sequence[str], files: Mapping[str, Any]) -> DictConfig:

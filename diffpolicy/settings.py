@@ -186,7 +186,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if made is not _UNFIT:
             return made
     expected = " or ".join("null" if o is type(None) else _type_name(o) for o in options)
-    raise ConfigError(f"{where} must be {expected}, got {value!r}")
+    text = str in options and isinstance(value, int | float) and not isinstance(value, bool)
+    quote = f"; as text, quote it twice: \"'{value}'\"" if text else ""
+    raise ConfigError(f"{where} must be {expected}, got {value!r}{quote}")
 
 
 def _type_name(hint: Any) -> str:

@@ -376,3 +376,30 @@ def test_unknown_encoders_and_settings_are_refused():
     spec = DiffusionPolicy.from_dataset(made_up()[0], spec=SMALL).spec
     with pytest.raises(ValueError, match="obs_dim must be 5"):
         replace(spec, obs_dim=4)
+
+
+def test_streaming_reads_observations_by_name_and_by_an_encoder_of_ones_own(monkeypatch):
+    """Every tick encodes: warm ones as the first."""
+    from diffpolicy import DiffusionPolicy, EpisodeStore
+    from diffpolicy.policies.streaming import Streaming
+
+    rng = np.random.default_rng(0)
+    fields = {"obs.a": rng.uniform(-1, 1, (60, 2)), "obs.b": rng.uniform(-1, 1, (60, 1))}
+    fields["action"] = rng.uniform(-1, 1, (60, 2))
+    rows = {name: values.astype(np.float32) for name, values in fields.items()}
+    store = EpisodeStore.from_arrays(rows, [20, 40, 60])
+    network = {"type": "mlp", "width": 16, "depth": 1, "t_kind": "position"}
+    spec = {"horizon": 12, "n_action_steps": 4, "level_law": "position", "network": network}
+    policy = DiffusionPolicy.from_dataset(store, spec=spec)
+    seen = []
+    encode = policy.denoiser.encoder.forward
+    monkeypatch.setattr(
+        policy.denoiser.encoder, "forward", lambda obs: seen.append(1) or encode(obs)
+    )
+    streaming = policy.streaming(Streaming(steps_per_chunk=2))
+    state = streaming.initial_state([0, 1])
+    for _ in range(9):  # three plans
+        obs = {"a": np.zeros((2, 2), np.float32), "b": np.zeros((2, 1), np.float32)}
+        action, state = streaming.act(obs, state)
+    assert np.isfinite(action).all()
+    assert len(seen) >= 3

@@ -43,7 +43,7 @@ def run(folder: Path, code: str) -> str:
 def test_configs_ship_inside(installed):
     text = run(installed, "from diffpolicy.cli import main; main(['train', '--help'])")
     assert "pusht_state_small" in text
-    where = run(installed, "import diffpolicy.config as c; print(c.config_dir())").strip()
+    where = run(installed, "import diffpolicy.config_compose as c; print(c.config_dir())").strip()
     assert where == str(installed / "site" / "diffpolicy" / "configs")
 
 

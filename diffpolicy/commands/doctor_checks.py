@@ -20,7 +20,8 @@ CORE = (
 )
 OPTIONAL = (
     *("mujoco", "gymnasium-robotics", "gym-pusht", "pymunk", "metaworld", "stable-baselines3"),
-    *("h5py", "matplotlib", "imageio-ffmpeg", "tensorboard"),
+    *("scikit-learn", "websockets", "msgpack", "h5py", "minari", "pyarrow", "pillow"),
+    *("onnx", "onnxruntime", "openvino", "seqfold", "matplotlib", "imageio-ffmpeg", "tensorboard"),
 )
 TENSORFLOW = ("tensorflow", "tensorflow-cpu", "tensorflow-intel", "tf-nightly")
 # Only looked at because of what they break.
@@ -111,9 +112,9 @@ BROKEN = (
     ),
     Broken(
         "error",
-        {"zarr": "<3"},
+        {"zarr": "<3.1.6"},
         "{zarr} cannot read or write episode stores",
-        'pip install "zarr>=3.0.8"',
+        'pip install "zarr>=3.1.6"',
     ),
     Broken(
         "error",

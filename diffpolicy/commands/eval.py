@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.lineage import recorded
 from diffpolicy.commands.options import groups_help, indented
+from diffpolicy.commands.own_pairs import check_judge
 from diffpolicy.commands.runs import print_result
 from diffpolicy.commands.stores import d4rl_score
 from diffpolicy.config import EnvConfig, EvalConfig, load_eval
@@ -149,14 +150,7 @@ def rank_candidates(policy: DiffusionPolicy, config: EvalConfig) -> None:
         )
     value = PlanValue.from_pretrained(path, device=policy.device)
     value.pessimism = float(pessimism)
-    for name in ("obs_dim", "action_dim", "n_obs_steps", "n_action_steps"):
-        own, of_policy = getattr(value.spec, name), getattr(policy, name)
-        fits = own <= of_policy if name.startswith("n_") else own == of_policy
-        if not fits:
-            raise ConfigError(
-                f"{path} values plans with {name}={own}, and this policy acts with {of_policy}; "
-                "give the value of a tuning of this policy, or leave n_action_steps as it was"
-            )
+    check_judge(value, policy, path)
     chosen = build(Selection, config.selection, "selection.")
     policy.selector = Selector(chosen, value.ranking(policy.normalizer))
 

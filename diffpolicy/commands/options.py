@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -62,6 +63,8 @@ def parse(
             raise ConfigError(f"unknown option {key!r}; expected one of {known}{hint}")
         if key in waiting:
             waiting.remove(key)
+        if text.startswith("~/"):
+            text = os.path.expanduser(text)  # shells leave it alone after a ``=``
         values[key] = text if key in positional else _value(text)
         if isinstance(defaults.get(key), bool) and not isinstance(values[key], bool):
             raise ConfigError(f"{key} must be true or false, got {text!r}")

@@ -42,6 +42,11 @@ def check(
         for number in range(config.rounds):
             rollout_seeds(config, number)
     longest = base.env.max_episode_steps
+    if judged and (policy.spec.observations or policy.spec.encoder["type"] != "state"):
+        raise ConfigError(
+            "a judge takes the observation as one vector; tune this policy by comparisons of its "
+            "rollouts (judge=null plans=null), or one of flat observations"
+        )
     if judged:
         new_judge(config, policy)
         dense_reward(config, base)
@@ -189,12 +194,25 @@ def new_judge(
     try:
         if path is not None:
             value = PlanValue.from_pretrained(path, device=policy.device)
+            check_judge(value, policy, path)
         else:
             value = PlanValue.for_policy(policy, seed=config.seed, **values)
     except TypeError as error:
         raise ConfigError(f"judge: {error}") from None
     value.pessimism = float(pessimism)
     return value, settings
+
+
+def check_judge(value: PlanValue, policy: DiffusionPolicy, path: object) -> None:
+    """Raise ``ConfigError`` unless a value judges plans such as a policy makes."""
+    for name in OF_POLICY:
+        own, of_policy = getattr(value.spec, name), getattr(policy, name)
+        fits = own <= of_policy if name.startswith("n_") else own == of_policy
+        if not fits:
+            raise ConfigError(
+                f"{path} values plans with {name}={own}, and this policy acts with {of_policy}; "
+                "give the value of a tuning of this policy, or leave n_action_steps as it was"
+            )
 
 
 def dense_reward(config: PolicyTuningConfig, base: TrainConfig) -> DenseReward | None:

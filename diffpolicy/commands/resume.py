@@ -54,6 +54,11 @@ def run(arguments: Sequence[str]) -> int:
     for section in ("env", "task"):
         if isinstance(plain.get(section), dict):
             stored_env_id(str(plain[section].get("id")), file, instead="")
+    if {"preference", "finetune"} & set(plain):
+        raise ConfigError(
+            f"{run_dir} is a tuning that an earlier version began, and this one cannot go on with; "
+            "what it has made can be evaluated, and tuned on (pretrained=RUN)"
+        )
     plain["run_dir"] = str(run_dir)  # a run may have been moved
     _change(plain, options, run_dir)
     go_on = _command(plain)

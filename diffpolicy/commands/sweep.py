@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 from diffpolicy.config import run_kind
@@ -17,6 +18,9 @@ from diffpolicy.config_compose import (
     own_config_dir,
     quoted,
 )
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 FLAGS = ("--multirun", "-m")
 
@@ -30,8 +34,8 @@ def multirun(command: str, arguments: Sequence[str], run: Callable[[Sequence[str
     """Run a command once for every combination of the values that commas part.
 
     Launchers and sweepers are Hydra's (``hydra/launcher=joblib``, once its plug-in is installed).
-    A run's directory ends in what distinguishes it, unless ``run_dir`` is given: with
-    ``seed=0,1``, ``runs/demo_seed0`` and ``runs/demo_seed1``.
+    A run's directory ends in what distinguishes it: with ``seed=0,1``, ``runs/demo_seed0`` and
+    ``runs/demo_seed1``.
 
     Args:
         command: ``"train"``, ``"tune"`` or ``"prefer"``.
@@ -45,25 +49,34 @@ def multirun(command: str, arguments: Sequence[str], run: Callable[[Sequence[str
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
-    given = [a for a in arguments if a not in FLAGS]
-    swept = [key for key, text in keys_given(given).items() if _is_sweep(text)]
+    shown = [a for a in arguments if a == "--print-config"]
+    given = [a for a in arguments if a not in (*FLAGS, *shown)]
+    swept = [key for key, text in keys_given(given).items() if _parsed(text).is_sweep_override()]
     firsts = {k: v.split(",")[0] if k in swept else v for k, v in keys_given(given).items()}
     kind = run_kind(command, [f"{key}={value}" for key, value in firsts.items()])
     statuses = [0]
 
     def job(_config: object) -> None:
-        overrides = list(HydraConfig.get().overrides.task)
+        values = keys_given(HydraConfig.get().overrides.task)
+        plain = {key: str(_parsed(text).value()) for key, text in values.items()}
+        local = HydraConfig.get().runtime.choices["hydra/launcher"] == "basic"
         GlobalHydra.instance().clear()  # the command composes its configuration itself
-        if "run_dir" not in keys_given(overrides):
-            values = keys_given(overrides)
-            ends = "".join(f"_{key.split('.')[-1]}{values[key]}" for key in swept if key in values)
-            overrides.append(f"run_dir='runs/${{name}}{ends}'")
+        named = [key for key in (*swept, "seed") if key in plain and key != "run_dir"]
+        ends = "".join(f"_{_short(key)}{_short(plain[key])}" for key in dict.fromkeys(named))
+        folder = plain.pop("run_dir", "runs/${name}") + ends
+        overrides = [f"{key}={text}" for key, text in values.items() if key != "run_dir"]
+        overrides.append(f"run_dir={quoted(folder)}")
         print(f"diffpolicy {command} {' '.join(overrides)}", flush=True)
         try:
-            statuses.append(run(overrides))
+            status = run([*overrides, *shown])
         except (ValueError, OSError) as error:  # the others are run all the same
+            if not local:
+                raise  # a launcher of other processes tells of it
             print(f"diffpolicy {command}: {error}", file=sys.stderr)
-            statuses.append(1)
+            status = 1
+        if status in (130, 143):  # the trainer keeps what it has, and the sweep ends with it
+            raise KeyboardInterrupt
+        statuses.append(status)
 
     own = own_config_dir()
     settings = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
@@ -77,11 +90,20 @@ def multirun(command: str, arguments: Sequence[str], run: Callable[[Sequence[str
     return max(statuses)
 
 
-def _is_sweep(text: str) -> bool:
+def _short(value: object) -> str:
+    """A key or a value as a part of a directory's name."""
+    last = str(value).rstrip("/").rpartition("/")[2]
+    last = last.rpartition(".")[2] if last.replace(".", "").replace("_", "").isalpha() else last
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in last)
+
+
+def _parsed(text: str) -> Override:
+    """What Hydra makes of a value; as plain text where it cannot read it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    parser = OverridesParser.create()
     try:
-        return bool(OverridesParser.create().parse_override(f"key={text}").is_sweep_override())
+        return parser.parse_override(f"key={text}")
     except HydraException:
-        return False
+        return parser.parse_override(f"key={quoted(text)}")

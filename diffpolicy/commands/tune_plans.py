@@ -131,11 +131,13 @@ class _Run:
             )
         if self.judged and config.judge is None:
             raise ConfigError(
-                f"{config.method_name} compares own plans by a judge: give judge={{reward: store}}"
+                f"{config.method_name} judges the policy's own plans: give judge={{reward: store}}"
                 ", or judge.path=RUN/value of an earlier tuning"
             )
-        both = config.method.get("anchor") == "both"
-        if self.demonstrations is None and (both or "demonstrations" in method.reads()):
+        both, reads = config.method.get("anchor") == "both", method.reads()
+        rollouts = config.collect is not None or config.preferences is not None
+        drawn_for = "observations" in reads and not rollouts  # those of the demonstrations
+        if self.demonstrations is None and (both or drawn_for or "demonstrations" in reads):
             other = ", or method.anchor=chosen" if both else ""
             raise ConfigError(
                 f"{config.method_name} learns from demonstrations, and those of the pre-trained "

@@ -220,6 +220,8 @@ class _Job:
             with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is reported
                 column = column.astype(np.float32)
         if self.transform is None or name not in _OBSERVATIONS:
+            if self.transform is not None and name.startswith("obs."):
+                raise ValueError(f"transform is of the one array obs; there is {name} by name")
             return column
         changed = np.asarray(self.transform(column))
         if changed.ndim != 2 or len(changed) != len(column):

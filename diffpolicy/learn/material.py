@@ -146,11 +146,13 @@ class PlanMaterial:
 
     def source(self, method: Method) -> Source:
         """The first that a method reads, of pairs, labels, observations and demonstrations."""
-        reads = method.reads()
-        if method.command == "tune":
-            return Conditions(self.observations(), self.spec.make_encoder())
-        name = next(n for n in ("pairs", "labels", "observations", "demonstrations") if n in reads)
-        main: Source = getattr(self, name)()
+        names = ("pairs", "labels", "observations", "demonstrations")
+        found = [name for name in names if name in method.reads()]
+        if not found:
+            raise ValueError(f"{type(method).__name__}.reads() names none of {', '.join(names)}")
+        main: Source = getattr(self, found[0])()
+        if method.command == "tune" and found[0] == "observations":
+            return Conditions(main, self.spec.make_encoder())
         return self.mixed(main, demonstrations=method.clones_demonstrations)
 
     def check(self, method: Method) -> None:
@@ -228,7 +230,8 @@ def check_policy(spec: PolicySpec, method: Method) -> None:
             "tuning takes plans of actions given observations alone, not "
             f"layout={spec.layout!r} or returns={spec.returns}"
         )
-    if spec.encoder["type"] != "state" and "reward" in method.reads():
+    tuned = method.command == "tune" or "reward" in method.reads()
+    if spec.encoder["type"] != "state" and tuned:
         raise ValueError(
             f"rewards judge what policies observe, which the encoder {spec.encoder['type']!r} does "
             "not tell; tune this policy by preferences, or one with the encoder 'state'"

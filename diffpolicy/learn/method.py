@@ -104,7 +104,8 @@ class Method:
 
         Args:
             denoiser: what is tuned.
-            material: what there is to learn from: a
+            material: what there is to learn from (its reward and sizes alone may be looked at here,
+                because there may be no data yet; batches come from :meth:`source`): a
                 :class:`~diffpolicy.learn.material.PlanMaterial`, or of sequences a
                 :class:`~diffpolicy.learn.material.SequenceMaterial`.
 

@@ -163,6 +163,8 @@ def pair_plans(
 
 def check_plain(spec: PolicySpec) -> None:
     """Raise ``ValueError`` if a policy acts with guidance, or at another temperature than 1."""
+    if spec.encoder["type"] != "state":
+        raise ValueError(f"plans are judged by what is observed, not by {spec.encoder['type']!r}")
     if spec.sampler.guidance_scale != 1 or spec.value_scale != 0 or spec.temperature != 1:
         raise ValueError(
             "own plans are drawn without guidance at temperature 1; this policy acts with "

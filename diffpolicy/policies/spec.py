@@ -210,6 +210,8 @@ class PolicySpec:
             "truncated with anchors": "anchors" in sources,
         }
         found = [name for name, used in needed.items() if used]
+        if self.encoder["type"] != "state" and (self.layout != "action" or "anchors" in sources):
+            raise ValueError(f"{found[0]} takes the observation as it is: encoder must be state")
         if found and self.observations:
             raise ValueError(
                 f"{', '.join(found)}: needs one vector as observation, this policy has "

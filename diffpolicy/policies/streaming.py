@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from diffpolicy.core.steps import Solver
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.base import Array, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
-from diffpolicy.policies.plan_loop import PlanLoop
+from diffpolicy.policies.plan_loop import Condition, PlanLoop
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.settings import check_choice, check_range, check_shape, named_settings
 
@@ -74,8 +75,10 @@ class StreamingLoop(PlanLoop):
         levels: Tensor,
         *,
         plan_shape: tuple[int, int, int, int],
+        condition: Condition,
     ) -> None:
-        super().__init__(denoiser, normalizer, solver, levels, start="given", plan_shape=plan_shape)
+        shape: dict[str, Any] = {"plan_shape": plan_shape, "condition": condition}
+        super().__init__(denoiser, normalizer, solver, levels, start="given", **shape)
         self.finished = (levels[-1] == 0).to(self.device)
 
     def forward(self, history: Tensor, guess: Tensor, noise: Tensor, *known: Tensor) -> Tensor:
@@ -172,6 +175,7 @@ class StreamingPlanner(DiffusionPlanner):
             base.solver,
             self.ramp.grid(self.streaming.steps_per_chunk),
             plan_shape=(*base.obs_shape, self.horizon, self.action_dim),
+            condition=base.condition,
         )
 
     @property

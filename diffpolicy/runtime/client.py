@@ -220,5 +220,6 @@ class PolicyClient:
 
 def _array(obs: npt.ArrayLike) -> Array:
     out = np.asarray(obs)
-    # Lists of whole numbers are meant as observations too; bytes are those of an image.
-    return out.astype(np.float32) if out.dtype.kind in "ib" else out
+    # Lists of whole numbers are meant as observations too; arrays keep their own type.
+    lists = not isinstance(obs, np.ndarray | np.generic)
+    return out.astype(np.float32) if lists and out.dtype.kind in "ib" else out

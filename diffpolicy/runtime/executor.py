@@ -316,7 +316,7 @@ def _checked_ladder(ladder: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_alike(policy: ChunkedPolicy, refine: ChunkedPolicy) -> None:
-    names = ("obs_dim", "action_dim", "horizon", "n_obs_steps")
+    names = ("obs_dim", "action_dim", "horizon", "n_obs_steps", "observed")
     mine, other = ([getattr(p, name) for name in names] for p in (policy, refine))
     if mine != other:
         raise ValueError(f"refine needs the policy's {names} {mine}, it has {other}")

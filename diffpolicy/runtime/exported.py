@@ -181,10 +181,14 @@ class ExportedPolicy:
     def _checked(self, history: History) -> Array:
         sizes = self.contract["policy"]
         if isinstance(history, Mapping):  # the file takes them side by side
-            names = list(sizes["observations"])
-            if sorted(names) != sorted(history):
-                raise ValueError(f"history must hold {sorted(names)}, got {sorted(history)}")
-            history = np.concatenate([np.asarray(history[name]) for name in names], axis=-1)
+            fields = sizes.get("observations", {})
+            if sorted(fields) != sorted(history):
+                wanted = sorted(fields) or "one array"
+                raise ValueError(f"history must hold {wanted}, got {sorted(history)}")
+            for name, size in fields.items():
+                shape = np.shape(history[name])
+                check_shape(f"history {name!r}", shape, ("n", sizes["n_obs_steps"], size))
+            history = np.concatenate([np.asarray(history[name]) for name in fields], axis=-1)
         value = np.asarray(history, np.float32)
         check_shape("history", value.shape, ("n", sizes["n_obs_steps"], sizes["obs_dim"]))
         if not len(value) or not np.isfinite(value).all():

@@ -44,7 +44,7 @@ def test_the_tested_set_is_fine() -> None:
         ({"pymunk": "7.0.1"}, "error", "pymunk 7.0.1", "pymunk>=6.6,<7"),
         ({"d4rl": "1.1"}, "warning", "cannot be imported", "pip uninstall -y d4rl"),
         ({"hydra-core": "1.3.2"}, "warning", "hydra-core 1.3.2", "hydra-core>=1.3.8"),
-        ({"zarr": "2.18.7"}, "error", "zarr 2.18.7", "zarr>=3.0.8"),
+        ({"zarr": "2.18.7"}, "error", "zarr 2.18.7", "zarr>=3.1.6"),
         ({"metaworld": "3.1.1", "packaging": ""}, "error", "packaging", "pip install packaging"),
         ({"metaworld": "3.1.1", "mujoco": "3.4.0"}, "error", "needs mujoco 3.3.0", "==3.3.0"),
         ({"torch": "2.2.2"}, "error", "numpy 1", "torch>=2.6"),

@@ -236,7 +236,7 @@ def test_rounds_tune_the_newest_policy(trained, tmp_path, capsys):
 def test_a_given_file_takes_the_place_of_what_an_experiment_makes():
     given = ["experiment=pusht_dpo", "preferences=answers.jsonl"]
     config = load_run("prefer", given)
-    assert (config.collect, config.judge, config.plans, config.rounds) == (None, None, None, 1)
+    assert (config.collect, config.plans, config.rounds) == (None, None, 1)
     assert load_run("prefer", [*given, "judge.lookahead=8"]).plans is not None
     config = load_run("prefer", [*given, "judge.reward=dense", "plans.every=6"])
     assert config.collect is None
@@ -317,8 +317,8 @@ def test_runs_are_compared_by_episode(trained, tmp_path, capsys, rollouts):
         (["method=dpo", *COLLECT, "collect.score=os:getcwd"], "imports no code"),
         (["method=dpo", *COLLECT, "method.online=true"], "dpo.online must be"),
         (["method=pso", *COLLECT, "method.online=yes please"], "pso.online must be"),
-        ([*ONLINE, "judge=null"], "compares own plans by a judge"),
-        (["method=dpo", "plans={every: 2}", *COLLECT], "compares own plans by a judge"),
+        ([*ONLINE, "judge=null"], "judges the policy's own plans"),
+        (["method=dpo", "plans={every: 2}", *COLLECT], "judges the policy's own plans"),
         (["method=dpo", "plans={every: 90}", *ONLINE[2:]], "no episode is longer than 20"),
         (["method=dpo", "plans={evry: 2}", *ONLINE[2:]], "plans has no setting 'evry'"),
         ([*ONLINE, "judge.reward=dense"], "no method dense_reward"),

@@ -217,7 +217,7 @@ def test_settings_that_belong_to_the_task(table_task):
 def test_bad_draws(constant):
     model, timed = constant(P, 5), constant(P, 5, time_free=False)
     for call, message in [
-        (lambda: timed.draw(2), "needs num_steps=K"),
+        (lambda: timed.draw(2), "give one, such as"),
         (lambda: model.draw(0), "at least 1"),
         (lambda: model.draw(2, guidance=2.0), "cond_dropout > 0"),
         (lambda: model.draw(2, cond=torch.ones(2)), r"cond must be \[0\]"),
