@@ -102,11 +102,7 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """What every command has that leaves a run directory.
-
-    ``run`` is the command that the run is of, with ``sequences`` where it is of a sequence model:
-    ``"train"``, ``"prefer sequences"``.
-    """
+    """What every command has that leaves a run directory; ``run`` is a key of :data:`KINDS`."""
 
     run: str
     name: str = "run"
@@ -119,11 +115,7 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig(RunConfig):
-    """One training of a policy, as composed from ``configs/train.yaml``.
-
-    ``policy``, ``network``, ``process`` and ``sampler`` are together what
-    :class:`diffpolicy.PolicySpec` is made of (see :meth:`spec`).
-    """
+    """One training of a policy, as composed from ``configs/train.yaml``; see :meth:`spec`."""
 
     env: EnvConfig
     data: DataConfig
@@ -360,10 +352,7 @@ def load_train(overrides: Sequence[str]) -> TrainConfig:
 
 
 def read_run(file: Path) -> dict[str, Any]:
-    """The configuration that a run keeps, as plain values, with the kind of run that it is.
-
-    Runs of before their kind was kept are known by the sections that they have.
-    """
+    """The plain values of a run's configuration; an older run's kind is known by its sections."""
     values = read_yaml(file)
     if {"preference", "finetune"} & set(values):
         values["run"] = "tune sequences" if "finetune" in values else "prefer"
