@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from diffpolicy import cli
+from generators.command import run as generate
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -145,6 +146,10 @@ def write_hopper(path: Path) -> None:
 def test_commands(tmp_path, monkeypatch):
     pytest.importorskip("gymnasium_robotics", reason="needs the robotics extra")
     monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks("docs/guide.md", "") for line in block.splitlines()]
+    maze = next(line for line in lines if line.startswith("python scripts/generate.py pointmaze"))
+    arguments = [a for a in shlex.split(maze)[2:] if not a.startswith("steps=")]
+    assert generate([*arguments, "steps=700"]) == 0
     elsewhere = (
         "Push-T with the human demonstrations",
         "Sequences, tuned by a reward",
