@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.settings import check_choice, check_shape, near_miss
@@ -239,6 +238,8 @@ def sizes(fields: ObsFields) -> list[int]:
 
 def side_by_side(obs: Any) -> Any:
     """Return the tensors ``[..., D]`` of an observation as one, in their order."""
+    import torch  # only policies come here; workers of environments start without it
+
     return torch.cat(list(obs.values()), -1) if isinstance(obs, Mapping) else obs
 
 

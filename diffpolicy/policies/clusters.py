@@ -115,7 +115,9 @@ def clusters(points: Tensor, count: int, *, seed: int = 0) -> tuple[Tensor, Tens
     if not 1 <= count <= len(points):
         raise ValueError(f"{count} anchors need at least as many windows, got {len(points)}")
     found = need("sklearn.cluster").KMeans(count, n_init=4, random_state=seed)
-    label = torch.from_numpy(found.fit_predict(points.double().numpy())).long()
+    with warnings.catch_warnings():  # of few windows some are alike: those share their anchor
+        warnings.simplefilter("ignore", need("sklearn.exceptions").ConvergenceWarning)
+        label = torch.from_numpy(found.fit_predict(points.double().numpy())).long()
     order = torch.bincount(label, minlength=count).argsort(descending=True, stable=True)
     centres = torch.from_numpy(found.cluster_centers_).to(points)
     return centres[order], order.argsort()[label]

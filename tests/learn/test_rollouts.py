@@ -172,7 +172,7 @@ def test_conditions_are_shared_within_groups():
 
 def test_bad_input_is_refused():
     denoiser = table_denoiser()
-    with pytest.raises(ValueError, match="needs num_steps=K"):
+    with pytest.raises(ValueError, match="give one, such as"):
         draw_rollout(table_denoiser(time_free=False), 2)
     with pytest.raises(ValueError, match="without reference"):
         draw_rollout(denoiser, 2).log_ratio  # noqa: B018
