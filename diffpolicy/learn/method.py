@@ -45,18 +45,16 @@ def encoded(denoiser: BaseDenoiser, batch: Mapping[str, Tensor], key: str = "obs
 
 
 def plan_shape(denoiser: BaseDenoiser) -> tuple[int, int]:
-    """``(H, D)`` of the plans that a denoiser's network makes.
+    """``(H, D)`` of the plans that a denoiser's network (without one, the denoiser) makes.
 
     Raises:
         ValueError: a denoiser that does not tell.
     """
-    network = getattr(denoiser, "network", None)
+    network = getattr(denoiser, "network", denoiser)
     horizon, dim = (getattr(network, name, None) for name in ("horizon", "dim"))
     if horizon is None or dim is None:
-        raise ValueError(
-            f"the network of {type(denoiser).__name__} does not tell the shape of a plan by its "
-            "attributes horizon and dim"
-        )
+        name = type(network).__name__
+        raise ValueError(f"{name} does not tell plans' shape by its attributes horizon and dim")
     return int(horizon), int(dim)
 
 

@@ -7,11 +7,10 @@ from typing import Any
 
 from diffpolicy.learn.cloning.denoising import Cloning
 from diffpolicy.learn.method import Method
-from diffpolicy.learn.preferences.dpo import DPO
+from diffpolicy.learn.preferences.dpo import DPO, SequenceDPO
 from diffpolicy.learn.preferences.dro import DRO
 from diffpolicy.learn.preferences.pso import PSO, SequencePSO
-from diffpolicy.learn.preferences.sequence_dpo import SequenceDPO
-from diffpolicy.learn.reward.masked_chain import Pathwise
+from diffpolicy.learn.reward.pathwise import Pathwise
 from diffpolicy.learn.reward.plan_chain import PlanChain
 from diffpolicy.learn.reward.policy_gradient import PolicyGradient
 from diffpolicy.learn.reward.stepwise import Stepwise

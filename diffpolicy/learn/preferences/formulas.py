@@ -62,7 +62,7 @@ class Preference:
             there.
 
     Raises:
-        ValueError: an unknown loss, a value out of range, or a setting without effect on the loss.
+        ValueError: an unknown loss, or a value out of range.
     """
 
     loss: str = "dpo"

@@ -95,13 +95,8 @@ def batch_items(
     rows = torch.arange(count, device=action.device).repeat_interleave(windows)
     with torch.no_grad():
         cond = None if obs is None else denoiser.encode(obs)
-    return Items(
-        action.flatten(0, 1),
-        cond,
-        None if steps is None else steps.flatten(0, 1).bool(),
-        rows,
-        count,
-    )
+    steps = None if steps is None else steps.flatten(0, 1).bool()
+    return Items(action.flatten(0, 1), cond, steps, rows, count)
 
 
 def pair_items(
@@ -116,14 +111,11 @@ def pair_items(
         batch_items(denoiser, batch, name, masked=masked) for name in ("chosen", "rejected")
     )
     if chosen is None or rejected is None:
-        keys = "chosen, rejected" if masked else "chosen_obs, chosen_action, rejected_..."
-        what = "sequences" if masked else "plans"
-        raise ValueError(f"pairs of {what} need a batch with {keys}; got {sorted(batch)}")
+        keys = "sequences need chosen" if masked else "plans need chosen_obs, chosen_action"
+        raise ValueError(f"pairs of {keys}, rejected... in a batch; got {sorted(batch)}")
     if chosen.x0.shape != rejected.x0.shape:
-        raise ValueError(
-            "chosen and rejected share their noise and must be of one shape; pad the shorter "
-            f"segments, with no steps; got rows {list(chosen.x0.shape)}, {list(rejected.x0.shape)}"
-        )
+        shapes = f"{list(chosen.x0.shape)} and {list(rejected.x0.shape)}"
+        raise ValueError(f"pad the shorter segments, with no steps: chosen, rejected are {shapes}")
     return chosen, rejected
 
 

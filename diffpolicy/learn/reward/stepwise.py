@@ -85,14 +85,12 @@ class StepwiseLoss(ReplayTuning):
     """
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
-        settings, replay = self.settings, self.replay
+        settings = self.settings
         size, group = len(batch["index"]), settings.group_size
         if size % group:
             raise ValueError(f"group_size={group} must divide the batch of {size} rows")
         kept = self.refill(batch, generator)
-        picked = self._picked(size, generator)
-        tokens, reward = replay["tokens"][picked], replay["reward"][picked]
-        cond = replay["cond"][picked] if self.cond_dim else None
+        tokens, reward, cond = self.kept(self._picked(size, generator))
         gain = self._implicit(tokens, cond, generator)
         loss, best = stepwise_loss(gain, reward.view(-1, group), settings)
         top = gain.detach().gather(1, best.view(-1, 1, 1).expand(-1, 1, gain.shape[-1]))
