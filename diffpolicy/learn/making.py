@@ -47,12 +47,11 @@ def fitted_spec(
         ValueError: a missing field or statistics, or settings that do not fit together.
     """
     seen = obs_fields(store)
-    absent = [name for name in (*(seen or ["obs"]), "action") if name not in store.fields]
-    if absent:
-        raise ValueError(
-            f"store {store.name} has no field {absent[0]!r} (it has {sorted(store.fields)}); "
-            "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
-        )
+    for name in (*(seen or ["obs"]), "action"):
+        if name not in store.fields:
+            has = f"no field {name!r} (it has {sorted(store.fields)})"
+            how = "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
+            raise ValueError(f"store {store.name} has {has}; {how}")
     known = {**spec, **_observed(store), "action_dim": store.fields["action"].shape[0]}
     if not known["observations"]:
         known.setdefault("observation_step", observation_step(store))
@@ -89,9 +88,7 @@ def fitted_returns(returns: Returns, store: EpisodeStore) -> Returns:
     low = float(found.min()) if returns.low is None else returns.low
     high = float(found.max()) if returns.high is None else returns.high
     if not low < high:
-        raise ValueError(
-            f"all returns of {store.name} are {high}: a policy cannot be conditioned on them"
-        )
+        raise ValueError(f"no policy can be told returns that are all {high} ({store.name})")
     return replace(returns, low=low, high=high)
 
 
@@ -99,13 +96,8 @@ def fit_anchors(
     spec: PolicySpec, store: EpisodeStore, normalizer: Normalizer, **options: Any
 ) -> Anchors:
     """Anchors over the windows of a store, for plans of the shape that ``spec`` says."""
-    windows = Windows(
-        store,
-        horizon=spec.horizon,
-        n_obs_steps=spec.n_obs_steps,
-        n_action_steps=spec.n_action_steps,
-        normalizer=normalizer.to("cpu"),
-    )
+    sizes = {n: getattr(spec, n) for n in ("horizon", "n_obs_steps", "n_action_steps")}
+    windows = Windows(store, **sizes, normalizer=normalizer.to("cpu"))
     return Anchors.fit(windows, normalizer, **options)
 
 

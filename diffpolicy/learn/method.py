@@ -19,9 +19,8 @@ READABLE = ("pairs", "labels", "observations", "demonstrations", "reward")
 def check_rewards(reward: Tensor, items: Tensor) -> None:
     """Raise ``ValueError`` unless there is one number for each item."""
     if reward.shape != items.shape[:1]:
-        raise ValueError(
-            f"a reward returns one number per item, [{len(items)}]; got {list(reward.shape)}"
-        )
+        shape = list(reward.shape)
+        raise ValueError(f"a reward returns one number per item, [{len(items)}]; got {shape}")
 
 
 def check_sizes(what: str, module: object, other: str, **sizes: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +63,8 @@ class AnchoredLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not hasattr(denoiser.network, "cascade"):
-            raise ValueError(
-                "AnchoredLoss needs a network with a confidence head (type 'anchored'), got "
-                f"{type(denoiser.network).__name__}"
-            )
+            name = type(denoiser.network).__name__
+            raise ValueError(f"AnchoredLoss needs a network of type 'anchored', got {name}")
         check_choice("classification", classification, ("focal", "bce"))
         check_choice("reconstruction", reconstruction, ("l1", "l2"))
         check_range("(0, 1]", t_max=t_max)
@@ -83,11 +82,8 @@ class AnchoredLoss(nn.Module):
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         plan = batch["action"]
         count, horizon, _ = plan.shape
-        weight = (
-            batch["valid"].to(plan.dtype)
-            if self.mask_padding and "valid" in batch
-            else plan.new_ones(count, horizon)
-        )
+        masked = self.mask_padding and "valid" in batch
+        weight = batch["valid"].to(plan.dtype) if masked else plan.new_ones(count, horizon)
         weight = weight / weight.sum(1, keepdim=True).clamp_min(1)
         guess = self._guess(batch)
         distance = (guess - plan[:, None]).square().mean(-1).mul(weight[:, None]).sum(-1)
@@ -125,10 +121,9 @@ class AnchoredLoss(nn.Module):
         chosen = keys.topk(kept + 1, dim=1).indices  # rand() < 1: the positive is the first
         scale = torch.full((kept + 1,), (many - 1) / max(1, kept), device=guess.device)
         scale[0] = 1.0
+        index = chosen[..., None, None].expand(-1, -1, *guess.shape[2:])
         # A mean over kept + 1 anchors below; the loss is a mean over all of them.
-        return guess.gather(1, chosen[..., None, None].expand(-1, -1, *guess.shape[2:])), (
-            scale * (kept + 1) / many
-        )
+        return guess.gather(1, index), scale * (kept + 1) / many
 
     def _answers(
         self, guess: Tensor, batch: Mapping[str, Tensor], generator: torch.Generator
@@ -143,15 +138,12 @@ class AnchoredLoss(nn.Module):
         if cond is not None:
             cond = cond.repeat_interleave(many, dim=0)
         c_x, c_out, c_in, time = denoiser.coefficients(rows)
-        network = denoiser.network
-        stages: list[tuple[Tensor, Tensor]] = network.cascade(c_in * x_t, time, cond)  # type: ignore[operator]
-        return [
-            (
-                torch.addcmul(c_x * x_t, c_out, output).view(guess.shape)[:, 0],
-                logit.view(count, many),
-            )
-            for output, logit in stages
-        ]
+        network: Any = denoiser.network
+        found = []
+        for output, logit in network.cascade(c_in * x_t, time, cond):
+            x0_hat = torch.addcmul(c_x * x_t, c_out, output).view(guess.shape)
+            found.append((x0_hat[:, 0], logit.view(count, many)))
+        return found
 
     def _levels(self, count: int, generator: torch.Generator) -> Tensor:
         """Stratified uniform in (0, t_max], on the knots of a discrete process, ``[B, 1, 1]``."""
