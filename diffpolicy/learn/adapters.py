@@ -170,13 +170,10 @@ class _Site(NamedTuple):
 def _sites(denoiser: nn.Module) -> list[_Site]:
     found = []
     for path, module in denoiser.named_modules():
-        if not isinstance(module, parametrize.ParametrizationList):
-            continue
-        adapter = module[0]
-        if isinstance(adapter, Adapter):
+        if isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], Adapter):
             owner, _, tensor = path.rpartition(".parametrizations.")
             layer = denoiser.get_submodule(owner)
-            found.append(_Site(path, f"{owner}.{tensor}", layer, tensor, adapter))
+            found.append(_Site(path, f"{owner}.{tensor}", layer, tensor, module[0]))
     if not found:
         raise ValueError(NONE)
     return found

@@ -223,16 +223,12 @@ def _new_store(path: Path, prefs_path: Path, spec: PolicySpec) -> EpisodeStore:
 
 def _pairs(begun: int, values: Tensor, spec: PolicySpec) -> list[Pair]:
     """The pairs of plans that are the next episodes of a store, best and worst in turn."""
-    start, length = spec.n_obs_steps - 1, spec.n_action_steps
-    return [
-        Pair(
-            (Span(begun + 2 * i, start, length),),
-            (Span(begun + 2 * i + 1, start, length),),
-            source=SOURCE,
-            info={"scores": [round(value, 6) for value in both]},
-        )
-        for i, both in enumerate(values.tolist())
-    ]
+    pairs, carried = [], (spec.n_obs_steps - 1, spec.n_action_steps)
+    for i, both in enumerate(values.tolist(), begun // 2):
+        best, worst = Span(2 * i, *carried), Span(2 * i + 1, *carried)
+        info = {"scores": [round(value, 6) for value in both]}
+        pairs.append(Pair((best,), (worst,), source=SOURCE, info=info))
+    return pairs
 
 
 def _append(store: EpisodeStore, normalizer: Normalizer, obs: Any, plans: Tensor) -> None:

@@ -7,7 +7,7 @@ One objective for continuous plans and for masked sequences: a loss of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,12 @@ from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masking import MaskingProcess
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import Method
-from diffpolicy.learn.preferences.formulas import Preference, feedback_loss, preference_loss
+from diffpolicy.learn.preferences.formulas import (
+    Preference,
+    feedback_loss,
+    named_errors,
+    preference_loss,
+)
 from diffpolicy.learn.preferences.items import Draw, Items, batch_items, joined, pair_items
 from diffpolicy.learn.preferences.online import DRAWN_BY, OnlineDPOLoss, OwnPlans
 from diffpolicy.learn.preferences.scores import (
@@ -147,10 +152,10 @@ class PreferenceLoss(Referenced):
         pair = () if reference is None else reference.chunk(2)
         out = preference_loss(self.settings, *policy.chunk(2), *pair)
         errors = self.score.error(both, policy).chunk(2)
-        metrics = {**out.metrics, **_named(("chosen", "rejected"), errors)}
+        metrics = {**out.metrics, **named_errors(("chosen", "rejected"), errors)}
         if reference is not None:
             others = self.score.error(both, reference).chunk(2)
-            metrics |= _named(("chosen", "rejected"), others, "_reference")
+            metrics |= named_errors(("chosen", "rejected"), others, "_reference")
         return LossOutput(out.loss, metrics), errors[0]
 
     def _feedback(
@@ -168,8 +173,8 @@ class PreferenceLoss(Referenced):
         out = feedback_loss(self.settings, policy, reference, good)
         error, other = (self.score.error(items, found) for found in (policy, reference))
         shares = _share(good), _share(~good)
-        metrics = {**out.metrics, **_named(("good", "bad"), [s * error for s in shares])}
-        metrics |= _named(("good", "bad"), [s * other for s in shares], "_reference")
+        metrics = {**out.metrics, **named_errors(("good", "bad"), [s * error for s in shares])}
+        metrics |= named_errors(("good", "bad"), [s * other for s in shares], "_reference")
         return LossOutput(out.loss, metrics), shares[0] * error
 
     def _scores(self, items: Items, draw: Draw) -> tuple[Tensor, Tensor | None]:
@@ -179,12 +184,6 @@ class PreferenceLoss(Referenced):
             return policy, None
         with self.as_reference() as reference:
             return policy, self.score(reference, items, draw)
-
-
-def _named(sides: tuple[str, str], errors: Sequence[Tensor], suffix: str = "") -> dict[str, Tensor]:
-    """Mean errors of the two sides, by the names of their metrics."""
-    named = zip(sides, errors, strict=True)
-    return {f"error_{side}{suffix}": error.detach().mean() for side, error in named}
 
 
 def _share(members: Tensor) -> Tensor:

@@ -14,9 +14,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, Unpack
+from typing import Any, Self, Unpack
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -81,13 +80,6 @@ class PlanValueSpec:
             ValueError: a size out of range.
         """
         return judging.ensemble_of(self, self.n_obs_steps * self.obs_dim, self.n_action_steps)
-
-
-class StepRewards(Protocol):
-    """What says of every step of a store what it was worth, such as a :class:`RewardModel`."""
-
-    def rewards(self, store: EpisodeStore) -> NDArray[np.float32]:
-        """The rewards ``[T]``."""
 
 
 class PlanValue(LearnedJudge):
@@ -168,7 +160,7 @@ class PlanValue(LearnedJudge):
 
     def learn(
         self,
-        reward: StepRewards | None,
+        reward: Any,
         store: EpisodeStore,
         config: TrainerConfig,
         run_dir: str | os.PathLike[str],
@@ -181,7 +173,8 @@ class PlanValue(LearnedJudge):
         Any episodes will do, judged or not; those of the policy that is to be tuned tell most.
 
         Args:
-            reward: says what each step is worth: a reward model, or an environment's
+            reward: says what each step is worth by ``rewards(store) -> [T]``: a reward model, or an
+                environment's
                 :class:`~diffpolicy.rollout.record.steps.DenseReward`; ``None``: the field
                 ``reward`` of the store.
             store: the episodes.
@@ -203,23 +196,18 @@ class PlanValue(LearnedJudge):
         loss = PlanValueLoss(self.network, self.spec.n_obs_steps)
         return self._fit(loss, self._windows(reward, store, parts[0]), config, run_dir, **run)
 
-    def _windows(
-        self,
-        reward: StepRewards | None,
-        store: EpisodeStore,
-        episodes: Sequence[int] | NDArray[np.int64],
-    ) -> Windows:
+    def _windows(self, reward: Any, store: EpisodeStore, episodes: Any) -> Windows:
         spec = self.spec
         if reward is None:
             earned = store.read("reward", 0, store.num_steps).reshape(-1)
         else:
             earned = reward.rewards(store)
         target = judging.mean_of_next(earned, store, spec.lookahead, spec.discount)
+        sizes = {name: getattr(spec, name) for name in ("n_obs_steps", "n_action_steps")}
         return Windows(
             with_fields(store, {judging.TARGET: target}),
             horizon=spec.n_obs_steps - 1 + spec.n_action_steps,
-            n_obs_steps=spec.n_obs_steps,
-            n_action_steps=spec.n_action_steps,
+            **sizes,
             normalizer=self.normalizer.to("cpu"),
             episodes=episodes,
             fields=("obs", "action", judging.TARGET),
@@ -227,9 +215,7 @@ class PlanValue(LearnedJudge):
         )
 
     @torch.no_grad()
-    def report(
-        self, reward: StepRewards | None, store: EpisodeStore, episodes: Sequence[int]
-    ) -> dict[str, float]:
+    def report(self, reward: Any, store: EpisodeStore, episodes: Sequence[int]) -> dict[str, float]:
         """How well the values foretell what followed in episodes, and whether plans matter in it.
 
         Args:
