@@ -576,7 +576,7 @@ def test_misuse_is_refused():
     with pytest.raises(ValueError, match="has adapters already"):
         add_adapters(denoiser, SARA)
     prefixed = {f"denoiser.{k}": v for k, v in denoiser.state_dict().items()}
-    with pytest.raises(ValueError, match=r"'denoiser\..*' is in one of the two alone"):
+    with pytest.raises(ValueError, match=r"'denoiser\..*' is in one alone"):
         merged_state(denoiser, prefixed)
-    with pytest.raises(ValueError, match=r"'network.* is in one of the two alone"):
+    with pytest.raises(ValueError, match=r"'network.* is in one alone"):
         merged_state(denoiser, plan_denoiser().state_dict())
