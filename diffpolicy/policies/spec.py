@@ -139,9 +139,10 @@ class PolicySpec:
             ``inverse``, ``value``, ``critic``, ``state_value``, ``draft``.
         selection: choose among several plans by the head ``critic``, or else ``value``.
         observations: the arrays of an observation by name, whose order they are in; empty: one
-            array of ``obs_dim``.
+            array of ``obs_dim``. The name ``""`` stands for a single image.
         encoder: ``{"type": ..., settings}`` for :func:`diffpolicy.networks.encoders.make_encoder`:
-            from observations to the condition of network and critics.
+            from observations to the condition of network and critics; default: ``images`` where
+            there is one, else ``state``.
         env_id: the environment it was trained for, if known.
     """
 
@@ -173,7 +174,7 @@ class PolicySpec:
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     selection: Selection | None = None
     observations: Mapping[str, ObsField] = field(default_factory=dict)
-    encoder: Mapping[str, Any] = field(default_factory=lambda: {"type": "state"})
+    encoder: Mapping[str, Any] = field(default_factory=dict)
     env_id: str | None = None
 
     def __post_init__(self) -> None:
@@ -197,7 +198,10 @@ class PolicySpec:
 
     def _check_observations(self) -> None:
         """Refuse what takes the observation as one vector where it has names or an encoder."""
-        check_choice("encoder type", self.encoder.get("type"), ENCODERS)
+        images = any(field.is_image for field in self.observations.values())
+        usual = {"type": "images" if images else "state"}
+        object.__setattr__(self, "encoder", {**usual, **(self.encoder or {})})
+        check_choice("encoder type", self.encoder["type"], ENCODERS)
         object.__setattr__(self, "observations", dict(sorted(self.observations.items())))
         total = sum(field.size for field in self.observations.values() if not field.is_image)
         if self.observations and self.obs_dim != total:
@@ -222,7 +226,7 @@ class PolicySpec:
     @property
     def observed(self) -> ObsFields:
         """What a step's observation is made of."""
-        return self.observations or ObsField((self.obs_dim,))
+        return self.observations.get("") or self.observations or ObsField((self.obs_dim,))
 
     def make_encoder(self) -> Encoder:
         """The encoder, with freshly initialised weights if it has any."""
