@@ -37,8 +37,8 @@ class Learning:
     """How weights are learned, beyond the trainer's settings.
 
     Args:
-        actor_critic: settings of :class:`~diffpolicy.learn.actor_critic.loss.ActorCritic`; ``None``:
-            the denoiser by its denoising loss, heads by their own.
+        actor_critic: settings of :class:`~diffpolicy.learn.actor_critic.loss.ActorCritic`. Without
+            it the denoiser learns by its denoising loss, heads by their own.
         discount: of critics and of the head ``value``, per step; where the policy is conditioned
             on returns, these have their own.
         reward_scale: factor of the rewards that critics see; ``"return_range"``: 1000 over the

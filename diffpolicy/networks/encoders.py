@@ -190,7 +190,8 @@ class _Eye(nn.Module):
         self.backbone = construct(BACKBONES, {**config, "channels": channels}, "backbone")
         self.pool = SpatialSoftmax(self.backbone.out_channels, points)
         self.head = nn.Linear(self.pool.out_dim, dim)
-        self.to(memory_format=torch.channels_last)  # as images come; a CPU is faster so
+        # As images come; a CPU is faster so.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
         """Features ``[N, dim]`` of images ``[N, C, h, w]``."""

@@ -181,10 +181,9 @@ class DenoisingLoss(nn.Module):
         x0, cond = clean_plan(batch, self.layout, self.denoiser)
         valid = batch["valid"] if self.mask_padding else None
         if self.draws > 1:
-            x0, cond, valid = (
-                None if one is None else one.repeat_interleave(self.draws, 0)
-                for one in (x0, cond, valid)
-            )
+            x0 = x0.repeat_interleave(self.draws, 0)
+            cond = None if cond is None else cond.repeat_interleave(self.draws, 0)
+            valid = None if valid is None else valid.repeat_interleave(self.draws, 0)
         t = self.draw_levels(x0.shape[0], x0.shape[2], generator).to(x0.device, x0.dtype)
         noise = standard_normal(x0.shape, x0, generator)
         if cond is not None and self.cond_dropout > 0:
@@ -203,7 +202,7 @@ class DenoisingLoss(nn.Module):
             known=self.known,
             weights=self.weights,
         )
-        return LossOutput(loss.unflatten(0, (-1, self.draws)).mean(1), {})
+        return LossOutput(loss.view(-1, self.draws).mean(1), {})
 
 
 def clean_plan(
