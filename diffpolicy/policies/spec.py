@@ -218,10 +218,10 @@ class PolicySpec:
             self.layout != "action" or "anchors" in sources
         )
         if found and (self.observations or other):
-            names = ", ".join(name or "an image" for name in self.observations)
+            names = ", ".join(name or "an image" for name in self.observations) or "one vector"
             raise ValueError(
-                f"{', '.join(found)}: needs one vector as observation and the encoder 'state'; this "
-                f"policy has {names or 'one vector'} and {self.encoder['type']!r}. Leave it out, or "
+                f"{', '.join(found)}: needs one vector as observation and the encoder 'state', "
+                f"this policy has {names} and {self.encoder['type']!r}; leave it out, or "
                 "wrap the environment in gymnasium.wrappers.FlattenObservation"
             )
 
@@ -320,9 +320,9 @@ class PolicySpec:
         level = "" if start is None else f", {name} t_start={start.t_start}"
         named = [f"{name or 'image'} {list(f.shape)}" for name, f in self.observations.items()]
         return (
-            f"obs {', '.join(named) or self.obs_dim} x {self.n_obs_steps}, action {self.action_dim}, horizon "
-            f"{self.horizon}, executes {self.n_action_steps}; {self.network.get('type')}, "
-            f"{self.process.get('type')}, {self.prediction}; {drawn.solver} in "
+            f"obs {', '.join(named) or self.obs_dim} x {self.n_obs_steps}, action "
+            f"{self.action_dim}, horizon {self.horizon}, executes {self.n_action_steps}; "
+            f"{self.network.get('type')}, {self.process.get('type')}, {self.prediction}; {drawn.solver} in "
             f"{drawn.num_steps} steps{level}"
         )
 
