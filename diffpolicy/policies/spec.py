@@ -322,8 +322,8 @@ class PolicySpec:
         return (
             f"obs {', '.join(named) or self.obs_dim} x {self.n_obs_steps}, action "
             f"{self.action_dim}, horizon {self.horizon}, executes {self.n_action_steps}; "
-            f"{self.network.get('type')}, {self.process.get('type')}, {self.prediction}; {drawn.solver} in "
-            f"{drawn.num_steps} steps{level}"
+            f"{self.network.get('type')}, {self.process.get('type')}, {self.prediction}; "
+            f"{drawn.solver} in {drawn.num_steps} steps{level}"
         )
 
     def make_denoiser(self) -> Denoiser:

@@ -1,4 +1,4 @@
-"""`python scripts/bench.py gradients`: a reward's gradient against a straightforward implementation.
+"""`python scripts/bench.py gradients`: a reward's gradient against a plain implementation.
 
 Both sides compute the same gradient, of a reward and the path divergence to a reference, through
 the relaxed steps of a masked chain (DRAKES, Wang et al. 2025); it is checked before anything is
