@@ -145,6 +145,8 @@ class DenoisingLoss(nn.Module):
             (0.2 in the streaming paper); these also train full sampling.
         layout: what a plan holds; None as ``"action"``.
         weights: of the entries of a plan ``[1, H, D]`` (see :meth:`Layout.weights`); None: equal.
+        draws: levels and noises per example, over which its loss is the mean. Observations are
+            encoded once for all of them, so that a costly encoder's gradient is less noisy.
 
     Raises:
         ValueError: settings out of range, levels that the network cannot take, or a network or
@@ -165,12 +167,14 @@ class DenoisingLoss(nn.Module):
         constant_fraction: float = 0.2,
         layout: Layout | None = None,
         weights: Tensor | None = None,
+        draws: int = 1,
     ) -> None:
         super().__init__()
         check_range("[0, 1)", cond_dropout=cond_dropout)
+        check_range("[1, inf)", draws=draws)
         check_range("[0, 1]", constant_fraction=constant_fraction)
         check_level_law(level_law, denoiser, ramp)
-        self.denoiser, self.layout = denoiser, layout
+        self.denoiser, self.layout, self.draws = denoiser, layout, draws
         self.cond_dropout, self.mask_padding = cond_dropout, mask_padding
         self.level_law, self.ramp = level_law, ramp
         self.constant_fraction, known = constant_fraction, None
@@ -202,15 +206,17 @@ class DenoisingLoss(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         x0, cond = clean_plan(batch, self.layout, self.denoiser)
+        valid = batch["valid"] if self.mask_padding else None
+        if self.draws > 1:
+            x0 = x0.repeat_interleave(self.draws, 0)
+            cond = None if cond is None else cond.repeat_interleave(self.draws, 0)
+            valid = None if valid is None else valid.repeat_interleave(self.draws, 0)
         t = self.draw_levels(x0.shape[0], x0.shape[2], generator).to(x0.device, x0.dtype)
         noise = standard_normal(x0.shape, x0, generator)
-        given = {
-            "cond": drop_cond(cond, self.cond_dropout, generator),
-            "valid": batch["valid"] if self.mask_padding else None,
-            "known": self.known,
-            "weights": self.weights,
-        }
-        return LossOutput(denoising_error(self.denoiser, x0, t, noise, **given), {})
+        cond = drop_cond(cond, self.cond_dropout, generator)
+        seen = {"valid": valid, "known": self.known, "weights": self.weights}
+        loss = denoising_error(self.denoiser, x0, t, noise, cond=cond, **seen)
+        return LossOutput(loss.view(-1, self.draws).mean(1), {})
 
 
 def clean_plan(
