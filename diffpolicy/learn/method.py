@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.data.observation import from_fields, holds
 
+Batch = Mapping[str, Tensor]
+"""What an objective learns from: tensors of as many rows each, by name."""
+
 Reward = Callable[..., Tensor]
 """What items are worth: of plans, and their condition where there is one, or of sequences."""
 
@@ -38,7 +41,7 @@ def check_sizes(what: str, module: object, other: str, **sizes: int | None) -> N
             raise ValueError(f"{what} has {name}={got}, {other} {wanted}")
 
 
-def encoded(denoiser: BaseDenoiser, batch: Mapping[str, Tensor], key: str = "obs") -> Tensor | None:
+def encoded(denoiser: BaseDenoiser, batch: Batch, key: str = "obs") -> Tensor | None:
     """The condition ``[B, C]`` of a batch's observations ``key``; None: it holds none."""
     return denoiser.encode(from_fields(batch, key)) if holds(batch, key) else None
 
@@ -57,7 +60,7 @@ def plan_shape(denoiser: BaseDenoiser) -> tuple[int, int]:
     return int(horizon), int(dim)
 
 
-def rows_and_cond(denoiser: BaseDenoiser, batch: Mapping[str, Tensor]) -> tuple[int, Tensor | None]:
+def rows_and_cond(denoiser: BaseDenoiser, batch: Batch) -> tuple[int, Tensor | None]:
     """How many rows a batch has, and their condition ``[B, C]``: given, or of observations."""
     cond = batch.get("cond")
     if cond is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import stratified
 from diffpolicy.learn.cloning.denoising import LossOutput, standard_normal
-from diffpolicy.learn.method import encoded
+from diffpolicy.learn.method import Batch, encoded
 from diffpolicy.settings import check_choice, check_range
 
 Guesses = Callable[[Tensor], Tensor]
@@ -79,7 +79,7 @@ class AnchoredLoss(nn.Module):
         self.class_weight, self.recon_weight = class_weight, recon_weight
         self.classification, self.reconstruction = classification, reconstruction
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         plan = batch["action"]
         count, horizon, _ = plan.shape
         masked = self.mask_padding and "valid" in batch
@@ -102,7 +102,7 @@ class AnchoredLoss(nn.Module):
         metrics = {"classification": wrong.mean(), "reconstruction": away.mean(), "found": found}
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
-    def _guess(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def _guess(self, batch: Batch) -> Tensor:
         plan = batch["action"]
         if self._guesses is not None:
             with torch.no_grad():
@@ -126,7 +126,7 @@ class AnchoredLoss(nn.Module):
         return guess.gather(1, index), scale * (kept + 1) / many
 
     def _answers(
-        self, guess: Tensor, batch: Mapping[str, Tensor], generator: torch.Generator
+        self, guess: Tensor, batch: Batch, generator: torch.Generator
     ) -> list[tuple[Tensor, Tensor]]:
         """Per stage the denoised positive ``[B, H, A]`` and the logits ``[B, 1 + k]``."""
         denoiser, (count, many) = self.denoiser, guess.shape[:2]

@@ -13,7 +13,7 @@ from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.noise import stratified
 from diffpolicy.core.starts import Ramp
 from diffpolicy.guidance.layout import Layout
-from diffpolicy.learn.method import Method, Source, check_sizes, encoded
+from diffpolicy.learn.method import Batch, Method, Source, check_sizes, encoded
 from diffpolicy.settings import check_choice, check_range, check_shape
 
 LEVEL_LAWS = ("row", "position", "dim")
@@ -204,7 +204,7 @@ class DenoisingLoss(nn.Module):
         coin = torch.rand(count, 1, 1, generator=generator, device=generator.device)
         return torch.where(coin < self.constant_fraction, constant, finer)
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         x0, cond = clean_plan(batch, self.layout, self.denoiser)
         valid = batch["valid"] if self.mask_padding else None
         if self.draws > 1:
@@ -220,7 +220,7 @@ class DenoisingLoss(nn.Module):
 
 
 def clean_plan(
-    batch: Mapping[str, Tensor], layout: Layout | None, denoiser: BaseDenoiser | None = None
+    batch: Batch, layout: Layout | None, denoiser: BaseDenoiser | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The clean plan ``[B, H, D]`` of a batch of windows, and the condition ``[B, C]`` or None."""
     if layout is None or layout.kind == "action":

@@ -7,7 +7,6 @@ One objective for continuous plans and for masked sequences: a loss of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masking import MaskingProcess
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Method
+from diffpolicy.learn.method import Batch, Method
 from diffpolicy.learn.preferences.formulas import (
     Preference,
     feedback_loss,
@@ -127,7 +126,7 @@ class PreferenceLoss(Referenced):
             self.score.check(each)
         self.masked = isinstance(denoiser.process, MaskingProcess)
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         if self.settings.paired:
             out, anchors = self._pairs(batch, generator)
         else:
@@ -141,9 +140,7 @@ class PreferenceLoss(Referenced):
         metrics = {**out.metrics, "anchor": anchors.detach().mean()}
         return LossOutput(out.loss + self.settings.anchor_weight * anchors, metrics)
 
-    def _pairs(
-        self, batch: Mapping[str, Tensor], generator: torch.Generator
-    ) -> tuple[LossOutput, Tensor]:
+    def _pairs(self, batch: Batch, generator: torch.Generator) -> tuple[LossOutput, Tensor]:
         """The loss of pairs, and the errors of the chosen items ``[B]``."""
         chosen, rejected = pair_items(self.denoiser, batch, masked=self.masked)
         draw = self.score.draw(self.denoiser, chosen, generator).twice()
@@ -158,9 +155,7 @@ class PreferenceLoss(Referenced):
             metrics |= named_errors(("chosen", "rejected"), others, "_reference")
         return LossOutput(out.loss, metrics), errors[0]
 
-    def _feedback(
-        self, batch: Mapping[str, Tensor], generator: torch.Generator
-    ) -> tuple[LossOutput, Tensor]:
+    def _feedback(self, batch: Batch, generator: torch.Generator) -> tuple[LossOutput, Tensor]:
         """The loss of single items, and the errors of the good ones, with mean as theirs."""
         items = batch_items(self.denoiser, batch, "", masked=self.masked)
         if items is None or "good" not in batch:
@@ -266,7 +261,7 @@ class SequenceDPOLoss(ReplayTuning):
         loss = PreferenceLoss(self.denoiser, self.settings, score, reference=looked_at)
         self._loss = [loss]  # a list: its denoisers are those of this module
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         kept = self.refill(batch, generator)
         size = len(batch["index"])
         paired = self.settings.paired

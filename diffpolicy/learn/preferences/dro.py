@@ -7,7 +7,6 @@ they are ranked above is drawn during training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +17,7 @@ from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.data.observation import from_fields
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Method
+from diffpolicy.learn.method import Batch, Method
 from diffpolicy.learn.preferences.few_step import FewStep
 from diffpolicy.learn.preferences.negatives import Contrast, contrast_plans, contrast_sequences
 from diffpolicy.learn.reference import Referenced, frozen_copy
@@ -176,7 +175,7 @@ class DROLoss(Referenced):
         """Whose chains and predictions the negatives are."""
         return self.denoiser if self.own is None else self.own
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         wanted = ("tokens",) if self.masked else ("obs", "action")
         if any(name not in batch for name in wanted):
             raise ValueError(f"DRO needs a batch with {' and '.join(wanted)}; got {sorted(batch)}")
@@ -203,7 +202,7 @@ class DROLoss(Referenced):
         return LossOutput(loss.view(size, -1).mean(1), metrics)
 
     @torch.no_grad()
-    def draw(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Contrast:
+    def draw(self, batch: Batch, generator: torch.Generator) -> Contrast:
         """Negatives for a batch of demonstrations, and both at the same levels."""
         settings, policy = self.settings, self.policy
         how: dict[str, Any] = {"states": settings.states, "noised": settings.negative == "noised"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.data.observation import each, from_fields, holds
+from diffpolicy.learn.method import Batch
 
 
 class Items(NamedTuple):
@@ -61,9 +61,7 @@ class Draw(NamedTuple):
         return Draw(*(torch.cat([value, value], dim=1) for value in self))
 
 
-def batch_items(
-    denoiser: BaseDenoiser, batch: Mapping[str, Tensor], name: str, *, masked: bool
-) -> Items | None:
+def batch_items(denoiser: BaseDenoiser, batch: Batch, name: str, *, masked: bool) -> Items | None:
     """The items that a batch has under ``name``; None: it has none.
 
     Args:
@@ -99,9 +97,7 @@ def batch_items(
     return Items(action.flatten(0, 1), cond, steps, rows, count)
 
 
-def pair_items(
-    denoiser: BaseDenoiser, batch: Mapping[str, Tensor], *, masked: bool
-) -> tuple[Items, Items]:
+def pair_items(denoiser: BaseDenoiser, batch: Batch, *, masked: bool) -> tuple[Items, Items]:
     """The chosen and the rejected items of a batch, which share their noise.
 
     Raises:

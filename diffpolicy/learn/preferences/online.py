@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.starts import prior_start
 from diffpolicy.data.observation import count, each, from_fields, to_fields
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Reward, check_rewards, plan_shape
+from diffpolicy.learn.method import Batch, Reward, check_rewards, plan_shape
 from diffpolicy.learn.preferences.few_step import FewStep, evaluating
 from diffpolicy.learn.reference import Referenced
 from diffpolicy.settings import check_choice, check_range
@@ -131,7 +130,7 @@ class OnlineDPOLoss(Referenced):
         settings.grid(denoiser.process)  # refuses levels that are too close, now
         self.register_buffer("steps", steps, persistent=False)
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         pairs, found = self.draw(from_fields(batch), generator)
         anchors = {k: v for k, v in batch.items() if k.startswith("anchor_")}
         out = self._loss[0]({**pairs, **anchors}, generator)

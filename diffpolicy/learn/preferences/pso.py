@@ -7,7 +7,6 @@ log-probability of the sampler's own transitions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Method, Reward, check_rewards, plan_shape, rows_and_cond
+from diffpolicy.learn.method import Batch, Method, Reward, check_rewards, plan_shape, rows_and_cond
 from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps, PlanSteps
 from diffpolicy.learn.preferences.formulas import ANCHORS, pso_loss
 from diffpolicy.learn.preferences.items import Items, batch_items, pair_items
@@ -218,7 +217,7 @@ class PSOLoss(Referenced):
         self.register_buffer("scored", steps, persistent=False)
         self._reward = [reward]  # a list: a reward that is a module is not part of this one
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         if self.settings.online:
             out = self._online(batch, generator)
         else:
@@ -247,7 +246,7 @@ class PSOLoss(Referenced):
         return pso_loss(self.settings, policy, other, chance)
 
     @torch.no_grad()
-    def draw(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Any, Tensor]:
+    def draw(self, batch: Batch, generator: torch.Generator) -> tuple[Any, Tensor]:
         """Two chains of the present denoiser per row: all first ones, then all second ones.
 
         Returns:
@@ -271,7 +270,7 @@ class PSOLoss(Referenced):
             items, extra = paths.items.x0, cond
         return paths, self._judged(items, extra)
 
-    def bridge(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Any, Any]:
+    def bridge(self, batch: Batch, generator: torch.Generator) -> tuple[Any, Any]:
         """Chains that end in the chosen, and in the rejected items of a batch."""
         chosen, rejected = pair_items(self.denoiser, batch, masked=self.masked)
         if self.masked:
@@ -281,7 +280,7 @@ class PSOLoss(Referenced):
             shared = self.steps.process.draw_noise(shape, generator, chosen.x0)
         return self.steps.bridge(chosen, shared), self.steps.bridge(rejected, shared)
 
-    def _online(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def _online(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         paths, reward = self.draw(batch, generator)
         first, second = reward.chunk(2)
         ahead, (one, two) = second > first, torch.arange(len(reward), device=first.device).chunk(2)
@@ -299,7 +298,7 @@ class PSOLoss(Referenced):
         check_rewards(value, items)
         return value.detach().to(items)
 
-    def _anchor_items(self, batch: Mapping[str, Tensor]) -> list[Items]:
+    def _anchor_items(self, batch: Batch) -> list[Items]:
         """What is cloned, one kind or two."""
         demos = batch_items(self.denoiser, batch, "anchor", masked=self.masked)
         if self.settings.online:

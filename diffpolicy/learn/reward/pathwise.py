@@ -20,7 +20,7 @@ from diffpolicy.core.masking import hard_one_hot
 from diffpolicy.core.reveal import Ancestral, Relaxation, Scheduled
 from diffpolicy.core.starts import levels, prior_start
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Reward, check_rewards, rows_and_cond
+from diffpolicy.learn.method import Batch, Reward, check_rewards, rows_and_cond
 from diffpolicy.learn.reference import Referenced, check_no_dropout
 from diffpolicy.learn.reward.chains import chain_with_kl, masked_step_kl, released_step_kl
 from diffpolicy.learn.reward.rollouts import check_steps, draw_order
@@ -93,7 +93,7 @@ class RewardLoss(Referenced):
         """Count optimiser steps, for ``kl_warmup``."""
         self.step += 1
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         size, cond = rows_and_cond(self.denoiser, batch)
         reference = self.reference if self.kl_weight > 0 else None
         done = self.chain.run(self.denoiser, reference, size, cond, generator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.method import Batch
 from diffpolicy.learn.reward.rollouts import MaskedRollout, draw_rollout, state_log_probs, step_kl
 from diffpolicy.learn.reward.sequence_tuning import SequenceMethod, SequenceTuning, shared_cond
 from diffpolicy.settings import check_choice, check_range
@@ -126,7 +126,7 @@ class PolicyGradientLoss(SequenceTuning):
             self.replay = self.make_replay(sizes, more)
             self.register_buffer("count", torch.tensor(0))
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         settings, size = self.settings, len(batch["index"])
         self._check_rows(size)
         cond = shared_cond(batch, size, settings.group_size or 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
-from diffpolicy.learn.method import Method, Reward, check_rewards, check_sizes
+from diffpolicy.learn.method import Batch, Method, Reward, check_rewards, check_sizes
 from diffpolicy.learn.reference import Referenced, check_no_dropout
 from diffpolicy.learn.reward.replay import Columns, Replay, check_replay
 from diffpolicy.learn.reward.rollouts import MaskedRollout, check_steps, draw_rollout
@@ -174,7 +173,7 @@ class ReplayTuning(SequenceTuning):
     def after_step(self) -> None:
         self.replay.tick()
 
-    def refill(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def refill(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Replace the oldest sequences when it is time, and say how good those kept are."""
         rows = self.replay.due(training=self.training)
         if rows:
@@ -182,14 +181,12 @@ class ReplayTuning(SequenceTuning):
         return {"reward": self.replay["reward"].mean(), "kl": self.replay["kl"].mean()}
 
     @torch.no_grad()
-    def draw(
-        self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def draw(self, rows: int, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """New rows of the buffer."""
         return self.roll_out(rows, batch, generator)[1]
 
     def roll_out(
-        self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
+        self, rows: int, batch: Batch, generator: torch.Generator
     ) -> tuple[MaskedRollout, dict[str, Tensor]]:
         """Sequences of whoever draws them, and what the buffer keeps of them."""
         by_reference = getattr(self.settings, "drawn_by", "denoiser") == "reference"
@@ -209,7 +206,7 @@ class ReplayTuning(SequenceTuning):
         return rollout, new
 
 
-def shared_cond(batch: Mapping[str, Tensor], rows: int, group_size: int) -> Tensor | None:
+def shared_cond(batch: Batch, rows: int, group_size: int) -> Tensor | None:
     """Conditions ``[rows, C]`` of which each group of consecutive rows shares one.
 
     The first conditions of the batch are taken, from the start again if it has too few.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from diffpolicy.core.masking import hard_one_hot, one_hot
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
+from diffpolicy.learn.method import Batch
 from diffpolicy.learn.reward.replay import Columns, effective_fraction, remask, resample, settle
 from diffpolicy.learn.reward.rollouts import MAX_STATES, MaskedRollout, state_log_probs
 from diffpolicy.learn.reward.sequence_tuning import ReplayMethod, ReplayTuning
@@ -106,15 +106,11 @@ class WeightedDenoisingLoss(ReplayTuning):
         groups = ((self.length,), torch.long)
         return {"log_weight": ((steps,), torch.float32), "groups": groups}
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         settings, replay = self.settings, self.replay
         kept = self.refill(batch, generator)
-        weights, power = settle(
-            replay["log_weight"],
-            group_size=settings.group_size,
-            max_weight=settings.max_weight,
-            min_ess=settings.min_ess,
-        )
+        limits = {n: getattr(settings, n) for n in ("group_size", "max_weight", "min_ess")}
+        weights, power = settle(replay["log_weight"], **limits)
         size = len(batch["index"])
         if settings.target == "sequence":
             loss = self._sequences(size, weights[:, 0], generator)
@@ -129,9 +125,7 @@ class WeightedDenoisingLoss(ReplayTuning):
         return LossOutput(loss, metrics)
 
     @torch.no_grad()
-    def draw(
-        self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def draw(self, rows: int, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """New rows of the buffer, drawn by the present denoiser."""
         rollout, new = self.roll_out(rows, batch, generator)
         reward, alpha = new["reward"], self.settings.kl_weight

@@ -19,6 +19,7 @@ from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.statistics import RunningStatistics
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.method import Batch
 from diffpolicy.networks.critics import QEnsemble
 from diffpolicy.settings import check_choice, check_range, settings_of
 from diffpolicy.training.saved import Saved, part_of
@@ -296,7 +297,7 @@ class PlanValueLoss(nn.Module):
         super().__init__()
         self.network, self.n_obs_steps = network, n_obs_steps
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         now = self.n_obs_steps - 1
         values = self.network(batch["obs"].flatten(1), batch["action"][:, now:])
         error = values - batch[TARGET][:, now]
