@@ -546,7 +546,7 @@ def test_gradients_through_a_chain_that_is_recomputed_are_the_same(config):
         ({"type": "lora", "alpha": 8}, "adapter 'lora' has no setting 'alpha'"),
         ({"type": "lora", "rank": 0}, "rank must be a positive integer, got 0"),
         ({"type": "lora", "scale": 0.0}, "scale must be positive, got 0.0"),
-        ({"type": "lora", "rank": 500}, "is named '\\*'; those are none"),
+        ({"type": "lora", "rank": 500}, "no layer named '\\*'; those are none"),
         ({"type": "sara", "quantile": 100}, r"quantile must be in \(0, 1\), got 100"),
         ({"type": "lora", "rank": 2, "targets": "film"}, "targets must be patterns"),
         ({"type": "lora", "rank": 2, "targets": []}, "targets must be patterns"),
