@@ -29,7 +29,7 @@ TARGETS = {
     "startup": "import diffpolicy adds <= 0.3 s to import torch; --help within 1 s",
 }
 
-OTHERS = {"latency": "latency", "finetune": "reward_gradients", "images": "images"}
+OTHERS = {"latency": "latency", "gradients": "reward_gradients", "images": "images"}
 """Further benchmarks, by the first argument, and their modules."""
 
 
