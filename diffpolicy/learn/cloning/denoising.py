@@ -69,9 +69,7 @@ def denoising_error(
     Returns:
         ``[B]``.
     """
-    x_t = denoiser.process.add_noise(x0, t, noise)
-    seen = x_t if known is None else torch.where(known, x0, x_t)
-    error = (denoiser.raw(seen, t, cond) - denoiser.target(x0, noise, t)).square()
+    error = squared_error(denoiser, x0, t, noise, cond=cond, known=known)
     if weights is not None:
         weights = weights.to(error.dtype).expand_as(error)
         if valid is not None:
@@ -79,11 +77,38 @@ def denoising_error(
         total = weights.sum((1, 2))
         # A window without any entry to learn from has no error, rather than none that is finite.
         return (error * weights).sum((1, 2)) / torch.where(total > 0, total, 1.0)
-    error = error.mean(-1)
+    return mean_of_valid(error.mean(-1), valid)
+
+
+def squared_error(
+    denoiser: Denoiser,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    *,
+    cond: Tensor | None = None,
+    known: Tensor | None = None,
+) -> Tensor:
+    """The error of :func:`denoising_error` of every entry ``[B, H, D]``."""
+    x_t = denoiser.process.add_noise(x0, t, noise)
+    seen = x_t if known is None else torch.where(known, x0, x_t)
+    return (denoiser.raw(seen, t, cond) - denoiser.target(x0, noise, t)).square()
+
+
+def mean_of_valid(error: Tensor, valid: Tensor | None) -> Tensor:
+    """The mean of ``error [B, H]`` over the positions where ``valid``, 0 if there are none."""
     if valid is None:
         return error.mean(-1)
     weight = valid.to(error.dtype)
     return (error * weight).sum(-1) / weight.sum(-1).clamp_min(1)
+
+
+def dropped(cond: Tensor | None, fraction: float, generator: torch.Generator) -> Tensor | None:
+    """The condition ``[B, C]``, of this fraction of the rows zeroed."""
+    if cond is None or fraction == 0:
+        return cond
+    u = torch.rand(len(cond), 1, generator=generator, device=generator.device)
+    return cond * (u >= fraction).to(cond.device, cond.dtype)
 
 
 class DenoisingLoss(nn.Module):
@@ -145,7 +170,7 @@ class DenoisingLoss(nn.Module):
         self.ramp = ramp
         self.constant_fraction = constant_fraction
         self.layout = layout
-        holds_states = layout is not None and layout.kind != "action"
+        holds_states = layout is not None and layout.pinned
         if layout is not None:
             check_layout(layout, denoiser.network)
             if weights is None and holds_states:
@@ -176,12 +201,7 @@ class DenoisingLoss(nn.Module):
         x0, cond = clean_plan(batch, self.layout, self.denoiser)
         t = self.draw_levels(x0.shape[0], x0.shape[2], generator).to(x0.device, x0.dtype)
         noise = standard_normal(x0.shape, x0, generator)
-        if cond is not None and self.cond_dropout > 0:
-            keep = (
-                torch.rand(len(x0), 1, generator=generator, device=generator.device)
-                >= self.cond_dropout
-            )
-            cond = cond * keep.to(cond.device, cond.dtype)
+        cond = dropped(cond, self.cond_dropout, generator)
         valid = batch["valid"] if self.mask_padding else None
         loss = denoising_error(
             self.denoiser,
@@ -200,9 +220,11 @@ def clean_plan(
     batch: Mapping[str, Tensor], layout: Layout | None, denoiser: BaseDenoiser | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The clean plan ``[B, H, D]`` of a batch of windows, and the condition ``[B, C]`` or None."""
-    if layout is None or layout.kind == "action":
+    if layout is None or not layout.pinned:
         cond = encoded(denoiser or BaseDenoiser(), batch)
         x0, parts = batch["action"], [] if cond is None else [cond]
+        if layout is not None and layout.kind == "joint":
+            x0 = layout.join(batch["imagined"], x0)
     else:
         action = batch["action" if layout.kind == "trajectory" else "obs"]  # states need none
         x0, parts = layout.join(batch["obs"], action), []
