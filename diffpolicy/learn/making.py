@@ -15,11 +15,13 @@ from diffpolicy.data.fields import check_vector
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import ObsField, by_store_field, obs_fields, of_store
 from diffpolicy.data.returns import returns_to_go
+from diffpolicy.data.statistics import action_statistics
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.changes import check_same_weights, merged_config
 from diffpolicy.policies.choose_level import observation_step
+from diffpolicy.policies.imagined import shaped
 from diffpolicy.policies.planners import Returns
 from diffpolicy.policies.spec import PolicySpec, upgraded
 from diffpolicy.training.checkpoint import read_bundle
@@ -58,13 +60,17 @@ def fitted_spec(
         known.setdefault("observation_step", observation_step(store))
     if known.get("level_law") == "position":
         known["trained_action_steps"] = known.get("n_action_steps", PolicySpec.n_action_steps)
+    if known.get("imagined") is not None:
+        known["imagined"] = shaped(known["imagined"], store)
     full = PolicySpec.from_config(known)
     if full.returns is not None:
         full = replace(full, returns=fitted_returns(full.returns, store))
     vectors = [k for k, f in by_store_field(full.observed).items() if not f.is_image]
     modes: dict[str, Any] = dict.fromkeys(vectors, normalize.get("obs", "minmax"))
+    if full.imagined is not None and not full.imagined.is_image:
+        modes.setdefault(full.imagined.field, "minmax")
     modes |= {"action": "minmax", **{k: v for k, v in normalize.items() if k != "obs"}}
-    normalizer = Normalizer.fit(store.statistics, modes)
+    normalizer = Normalizer.fit({**store.statistics, "action": action_statistics(store)}, modes)
     for gripper in full.grippers:
         if gripper.mode == "scale":
             normalizer = normalizer.scaled("action", gripper.dim, 1 / gripper.factor)
