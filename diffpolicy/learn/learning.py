@@ -93,6 +93,8 @@ def check_learning(spec: PolicySpec, learning: Learning) -> None:
             f"the heads {sorted(critics)} are trained by learning.actor_critic; set it, or leave "
             "them out"
         )
+    if learning.actor_critic is not None and spec.actions:
+        raise ValueError("actor-critics learn actions as data hold them: leave policy.actions out")
     if learning.actor_critic is not None and (
         spec.layout != "action" or spec.level_law != "row" or spec.cond_dropout > 0
     ):
@@ -147,7 +149,8 @@ def examples(
     shape = {**sizes, "n_action_steps": spec.n_action_steps}
     if spec.layout == "action":
         names = (*by_store_field(spec.observed), "action")
-        return Windows(store, **shape, normalizer=normalizer, episodes=episodes, fields=names)
+        shape |= {"episodes": episodes, "fields": names, "actions": spec.representation}
+        return Windows(store, **shape, normalizer=normalizer)
     fields: tuple[str, ...] = ("obs", "action")
     check_constant(spec, store)
     if spec.returns is not None or "value" in spec.heads:
