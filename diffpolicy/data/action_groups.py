@@ -184,7 +184,7 @@ class _Place(NamedTuple):
 
     def seen_from(self, start: _Place) -> _Place:
         """The change that leads from ``start`` here."""
-        back = None if start.turn is None else start.turn.mT
+        back = None if start.turn is None else start.turn.transpose(-1, -2)
         position = None if self.position is None else self.position - start.position
         return _Place(_turned(back, position), None if back is None else back @ self.turn)
 
@@ -196,7 +196,7 @@ class _Place(NamedTuple):
 
     def leading_to(self, end: _Place) -> _Place:
         """Where this change leads to ``end`` from."""
-        turn = None if self.turn is None else end.turn @ self.turn.mT
+        turn = None if self.turn is None else end.turn @ self.turn.transpose(-1, -2)
         away = _turned(turn, self.position)
         return _Place(None if away is None else end.position - away, turn)
 

@@ -108,6 +108,12 @@ class Boundary:
         """Whether what a network says depends on the state."""
         return self.representation is not None and self.representation.moves
 
+    @property
+    def chooses(self) -> bool:
+        """Whether every dimension of an action is a whole number that chooses."""
+        groups = () if self.representation is None else self.representation.groups
+        return bool(groups) and all(group.choices is not None for group in groups)
+
     def relative(self, plan: Tensor, obs: Any) -> Tensor:
         """Absolute plans ``[n, H, P]`` on the host as the network says them.
 

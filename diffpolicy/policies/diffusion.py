@@ -86,6 +86,7 @@ class DiffusionPlanner(ChunkedPolicy):
         self.normalizer, self.anchors = normalizer, anchors
         bounds = spec.action_low, spec.action_high
         self.boundary = Boundary(spec.representation, normalizer, spec.planned_grippers, *bounds)
+        self.chooses = self.boundary.chooses
         self._unusual: Array | None = None  # changes of the observation that make a row cold
         if spec.rti is not None and spec.rti.innovation is not None:
             usual = np.asarray(spec.observation_step, np.float64)

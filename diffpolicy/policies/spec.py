@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -221,7 +220,7 @@ class PolicySpec:
         if high is not None:
             object.__setattr__(self, "action_high", tuple(outer.tolist()))
 
-    @cached_property
+    @property
     def representation(self) -> Representation | None:
         """Between actions and how plans say them; ``None``: plans hold actions as they are."""
         if not self.actions:
@@ -232,7 +231,8 @@ class PolicySpec:
     @property
     def planned_dim(self) -> int:
         """P, entries of a plan that say an action: ``action_dim`` without groups."""
-        return self.action_dim if self.representation is None else self.representation.dim
+        says = self.representation
+        return self.action_dim if says is None else says.dim
 
     @property
     def planned_grippers(self) -> tuple[Gripper, ...]:
