@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from diffpolicy.guidance.layout import Layout
 from diffpolicy.learn.method import Batch, Method, Source, check_sizes, encoded
 from diffpolicy.settings import check_choice, check_range, check_shape
 
+X = TypeVar("X", Tensor, Tensor | None)
 LEVEL_LAWS = ("row", "position", "dim")
 CLONED = {  # the sources of a material
     "demonstrations": ("demonstrations",),
@@ -181,7 +182,7 @@ class DenoisingLoss(nn.Module):
         if layout is not None:
             sizes = {"horizon": layout.horizon, "dim": layout.dim}
             check_sizes("the network", denoiser.network, f"a {layout.kind!r} layout", **sizes)
-            if layout.kind != "action":
+            if layout.pinned:
                 known = layout.known
                 weights = layout.weights() if weights is None else weights
         if weights is not None:
@@ -207,25 +208,33 @@ class DenoisingLoss(nn.Module):
     def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         x0, cond = clean_plan(batch, self.layout, self.denoiser)
         valid = batch["valid"] if self.mask_padding else None
-        if self.draws > 1:
-            x0 = x0.repeat_interleave(self.draws, 0)
-            cond = None if cond is None else cond.repeat_interleave(self.draws, 0)
-            valid = None if valid is None else valid.repeat_interleave(self.draws, 0)
+        x0, cond, valid = self.repeated(x0), self.repeated(cond), self.repeated(valid)
         t = self.draw_levels(x0.shape[0], x0.shape[2], generator).to(x0.device, x0.dtype)
         noise = standard_normal(x0.shape, x0, generator)
         cond = drop_cond(cond, self.cond_dropout, generator)
         seen = {"valid": valid, "known": self.known, "weights": self.weights}
         loss = denoising_error(self.denoiser, x0, t, noise, cond=cond, **seen)
-        return LossOutput(loss.view(-1, self.draws).mean(1), {})
+        return LossOutput(self.mean_of_draws(loss), {})
+
+    def repeated(self, rows: X) -> X:
+        """Every row ``draws`` times in a row; None stays None."""
+        many = rows is not None and self.draws > 1
+        return rows.repeat_interleave(self.draws, 0) if many else rows  # type: ignore[union-attr]
+
+    def mean_of_draws(self, loss: Tensor) -> Tensor:
+        """``[B]`` of losses ``[B * draws]``."""
+        return loss.view(-1, self.draws).mean(1)
 
 
 def clean_plan(
     batch: Batch, layout: Layout | None, denoiser: BaseDenoiser | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The clean plan ``[B, H, D]`` of a batch of windows, and the condition ``[B, C]`` or None."""
-    if layout is None or layout.kind == "action":
+    if layout is None or not layout.pinned:
         cond = encoded(denoiser or BaseDenoiser(), batch)
         x0, parts = batch["action"], [] if cond is None else [cond]
+        if layout is not None and layout.kind == "joint":
+            x0 = layout.join(batch["imagined"], x0)
     else:
         action = batch["action" if layout.kind == "trajectory" else "obs"]  # states need none
         x0, parts = layout.join(batch["obs"], action), []

@@ -258,9 +258,9 @@ class PlanValue(LearnedJudge):
         spec, seen = self.spec, obs.shape[1]
         now = seen - 1
         if seen < spec.n_obs_steps or action.shape[1] < now + spec.n_action_steps:
-            needs = f"{spec.n_obs_steps} observations, {spec.n_action_steps} actions from the current step"
+            needs = f"{spec.n_action_steps} actions from the current step ({now}) on"
             shapes = f"{list(obs.shape)} and {list(action.shape)}"
-            raise ValueError(f"needs {needs} ({now}) on; got {shapes}")
+            raise ValueError(f"needs {spec.n_obs_steps} observations, {needs}; got {shapes}")
         cond = self.normalizer.normalize("obs", obs[:, seen - spec.n_obs_steps :]).flatten(1)
         plan = self.normalizer.normalize("action", action[:, now : now + spec.n_action_steps])
         return judging.pessimistic(self.network(cond, plan), self.pessimism)
