@@ -55,14 +55,17 @@ class Layout:
 
     def __post_init__(self) -> None:
         check_choice("layout", self.kind, LAYOUTS)
-        sizes = ("obs_dim", "action_dim", "horizon", "n_obs_steps")
+        sizes = ("action_dim", "horizon", "n_obs_steps")
         check_range("[1, inf)", **{name: getattr(self, name) for name in sizes})
+        # Of images alone there is no vector, and plans that pin no observation need none.
+        check_range("[1, inf)" if self.pinned else "[0, inf)", obs_dim=self.obs_dim)
         check_range(f"[{self.n_obs_steps + self.pinned}, inf)", horizon=self.horizon)
-        check_range(
-            "[1, inf)" if self.kind == "joint" else "[0, 0]", imagined_dim=self.imagined_dim
-        )
+        imagined = "[1, inf)" if self.kind == "joint" else "[0, 0]"
+        check_range(imagined, imagined_dim=self.imagined_dim)
         if (self.goal or self.constant) and not self.pinned:
-            raise ValueError(f"a plan of {self.kind!r} holds no observation whose goal could be pinned")
+            raise ValueError(
+                f"layout {self.kind!r} holds no observation whose goal could be pinned"
+            )
         # Lists come from JSON and YAML; the value must stay hashable.
         object.__setattr__(self, "goal", tuple(tuple(pair) for pair in self.goal))
         object.__setattr__(self, "constant", tuple(self.constant))

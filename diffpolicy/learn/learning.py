@@ -40,9 +40,8 @@ class Learning:
     """How weights are learned, beyond the trainer's settings.
 
     Args:
-        actor_critic: settings of :class:`~diffpolicy.learn.actor_critic.loss.ActorCritic`;
-        ``None``:
-            the denoiser by its denoising loss, heads by their own.
+        actor_critic: settings of :class:`~diffpolicy.learn.actor_critic.loss.ActorCritic`. Without
+            it the denoiser learns by its denoising loss, heads by their own.
         discount: of critics and of the head ``value``, per step; where the policy is conditioned
             on returns, these have their own.
         reward_scale: factor of the rewards that critics see; ``"return_range"``: 1000 over the
@@ -55,6 +54,7 @@ class Learning:
         value_levels: ``"all"`` trains the head ``value`` on noisy plans, for guidance;
             ``"clean"``, to choose among finished plans.
         mask_padding: leave edge-padded positions out of the losses.
+        draws: noises per example in the denoising loss, for one encoding of its observation.
 
     Raises:
         ValueError: values out of range.
@@ -69,6 +69,7 @@ class Learning:
     imagined_weight: float = 1.0
     value_levels: str = "all"
     mask_padding: bool = False
+    draws: int = 1
 
     def __post_init__(self) -> None:
         check_range("(0, 1]", discount=self.discount)
@@ -254,7 +255,7 @@ def objective(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
     if spec.network.get("type") == "anchored":
         return _anchored(policy, learning)
     cloning: dict[str, Any] = {"cond_dropout": spec.cond_dropout}
-    cloning["mask_padding"] = learning.mask_padding
+    cloning |= {"mask_padding": learning.mask_padding, "draws": learning.draws}
     if spec.imagined is not None:
         weight = learning.imagined_weight
         return JointLoss(denoiser, policy.layout, imagined_weight=weight, **cloning)

@@ -13,7 +13,7 @@ from torch import nn
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.data.fields import check_vector
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.data.observation import by_store_field, obs_fields, of_store
+from diffpolicy.data.observation import ObsField, by_store_field, obs_fields, of_store
 from diffpolicy.data.returns import returns_to_go
 from diffpolicy.data.statistics import action_statistics
 from diffpolicy.data.store import EpisodeStore
@@ -67,8 +67,8 @@ def fitted_spec(
         full = replace(full, returns=fitted_returns(full.returns, store))
     vectors = [k for k, f in by_store_field(full.observed).items() if not f.is_image]
     modes: dict[str, Any] = dict.fromkeys(vectors, normalize.get("obs", "minmax"))
-    if full.imagined is not None and not full.imagined.is_image:
-        modes.setdefault(full.imagined.field, "minmax")
+    for name in () if full.imagined is None else full.imagined.vectors:
+        modes.setdefault(name, "minmax")
     modes |= {"action": "minmax", **{k: v for k, v in normalize.items() if k != "obs"}}
     normalizer = Normalizer.fit({**store.statistics, "action": action_statistics(store)}, modes)
     for gripper in full.grippers:
@@ -80,6 +80,8 @@ def fitted_spec(
 def _observed(store: EpisodeStore) -> dict[str, Any]:
     """Entries of the spec that say what is observed."""
     fields = of_store(store)
+    if isinstance(fields, ObsField) and fields.is_image:
+        fields = {"": fields}
     if isinstance(fields, Mapping):
         total = sum(field.size for field in fields.values() if not field.is_image)
         return {"obs_dim": total, "observations": {k: asdict(f) for k, f in fields.items()}}

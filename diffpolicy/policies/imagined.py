@@ -77,6 +77,11 @@ class Imagined:
         return self.shape is not None and len(self.shape) > 1
 
     @property
+    def vectors(self) -> tuple[str, ...]:
+        """The field, where it is of vectors: it is normalised as the store's statistics say."""
+        return () if self.is_image else (self.field,)
+
+    @property
     def frame_shape(self) -> tuple[int, ...]:
         """Of one imagined observation: ``(size, size, channels)``, or a vector's own."""
         assert self.shape is not None

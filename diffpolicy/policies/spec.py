@@ -142,9 +142,10 @@ class PolicySpec:
             ``inverse``, ``value``, ``critic``, ``state_value``, ``draft``.
         selection: choose among several plans by the head ``critic``, or else ``value``.
         observations: the arrays of an observation by name, whose order they are in; empty: one
-            array of ``obs_dim``.
+            array of ``obs_dim``. The name ``""`` stands for a single image.
         encoder: ``{"type": ..., settings}`` for :func:`diffpolicy.networks.encoders.make_encoder`:
-            from observations to the condition of network and critics.
+            from observations to the condition of network and critics; default: ``images`` where
+            there is one, else ``state``.
         env_id: the environment it was trained for, if known.
     """
 
@@ -177,7 +178,7 @@ class PolicySpec:
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     selection: Selection | None = None
     observations: Mapping[str, ObsField] = field(default_factory=dict)
-    encoder: Mapping[str, Any] = field(default_factory=lambda: {"type": "state"})
+    encoder: Mapping[str, Any] = field(default_factory=dict)
     env_id: str | None = None
 
     def __post_init__(self) -> None:
@@ -202,7 +203,10 @@ class PolicySpec:
 
     def _check_observations(self) -> None:
         """Refuse what takes the observation as one vector where it has names or an encoder."""
-        check_choice("encoder type", self.encoder.get("type"), ENCODERS)
+        images = any(field.is_image for field in self.observations.values())
+        usual = {"type": "images" if images else "state"}
+        object.__setattr__(self, "encoder", {**usual, **(self.encoder or {})})
+        check_choice("encoder type", self.encoder["type"], ENCODERS)
         object.__setattr__(self, "observations", dict(sorted(self.observations.items())))
         total = sum(field.size for field in self.observations.values() if not field.is_image)
         if self.observations and self.obs_dim != total:
@@ -215,19 +219,20 @@ class PolicySpec:
             "truncated with anchors": "anchors" in sources,
         }
         found = [name for name, used in needed.items() if used]
-        if self.encoder["type"] != "state" and (self.plan_layout.pinned or "anchors" in sources):
-            raise ValueError(f"{found[0]} takes the observation as it is: encoder must be state")
-        if found and self.observations:
+        whole = self.plan_layout.pinned or "anchors" in sources
+        other = self.encoder["type"] != "state" and whole
+        if found and (self.observations or other):
+            names = ", ".join(name or "an image" for name in self.observations) or "one vector"
             raise ValueError(
-                f"{', '.join(found)}: needs one vector as observation, this policy has "
-                f"{', '.join(self.observations)} by name; leave it out, or wrap the environment in "
-                "gymnasium.wrappers.FlattenObservation"
+                f"{', '.join(found)}: needs one vector as observation and the encoder 'state', "
+                f"this policy has {names} and {self.encoder['type']!r}; leave it out, or "
+                "wrap the environment in gymnasium.wrappers.FlattenObservation"
             )
 
     @property
     def observed(self) -> ObsFields:
         """What a step's observation is made of."""
-        return self.observations or ObsField((self.obs_dim,))
+        return self.observations.get("") or self.observations or ObsField((self.obs_dim,))
 
     def make_encoder(self) -> Encoder:
         """The encoder, with freshly initialised weights if it has any."""
@@ -268,16 +273,9 @@ class PolicySpec:
     @property
     def plan_layout(self) -> Layout:
         """The layout of plans with the sizes of this policy."""
-        return Layout(
-            self.layout,
-            self.obs_dim,
-            self.action_dim,
-            self.horizon,
-            self.n_obs_steps,
-            self.goal,
-            self.constant,
-            0 if self.imagined is None else self.imagined.dim(self.horizon),
-        )
+        sizes = self.obs_dim, self.action_dim, self.horizon, self.n_obs_steps
+        imagined = 0 if self.imagined is None else self.imagined.dim(self.horizon)
+        return Layout(self.layout, *sizes, self.goal, self.constant, imagined)
 
     def _check_parts(self) -> None:
         anchored = self.network.get("type") == "anchored"
@@ -318,21 +316,20 @@ class PolicySpec:
         name = "rti" if self.rti is not None else "truncated"
         drawn = start or self.sampler
         level = "" if start is None else f", {name} t_start={start.t_start}"
+        named = [f"{name or 'image'} {list(f.shape)}" for name, f in self.observations.items()]
         return (
-            f"obs {self.obs_dim} x {self.n_obs_steps}, action {self.action_dim}, horizon "
-            f"{self.horizon}, executes {self.n_action_steps}; {self.network.get('type')}, "
-            f"{self.process.get('type')}, {self.prediction}; {drawn.solver} in "
-            f"{drawn.num_steps} steps{level}"
+            f"obs {', '.join(named) or self.obs_dim} x {self.n_obs_steps}, action "
+            f"{self.action_dim}, horizon {self.horizon}, executes {self.n_action_steps}; "
+            f"{self.network.get('type')}, {self.process.get('type')}, {self.prediction}; "
+            f"{drawn.solver} in {drawn.num_steps} steps{level}"
         )
 
     def make_denoiser(self) -> Denoiser:
         """A denoiser with freshly initialised weights."""
         layout = self.plan_layout
         encoder = None if layout.pinned else self.make_encoder()
-        told = 0 if encoder is None else encoder.cond_dim
-        returns = 2 if self.returns is not None else 0
-        shape: dict[str, Any] = {"horizon": self.horizon, "dim": layout.dim}
-        shape["cond_dim"] = told + returns
+        cond_dim = (0 if encoder is None else encoder.cond_dim) + 2 * (self.returns is not None)
+        shape: dict[str, Any] = {"horizon": self.horizon, "dim": layout.dim, "cond_dim": cond_dim}
         if self.network.get("type") == "modalities":
             shape["sizes"] = [size for size in layout.parts if size]
         network, process = make_network({**self.network, **shape}), make_process(self.process)
@@ -358,8 +355,7 @@ def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
         if got != (1, dim):
             raise ValueError(f"the normaliser's field {name!r} does not have dimension {dim}")
     held = {"trajectory": ("obs", "action"), "state": ("obs",)}.get(spec.layout, ("action",))
-    if spec.imagined is not None and not spec.imagined.is_image:
-        held = (spec.imagined.field, *held)
+    held += () if spec.imagined is None else spec.imagined.vectors
     for name in held if spec.clip else ():
         if not normalizer.is_unit_range(name):
             raise ValueError(

@@ -138,6 +138,8 @@ class DenoisingLoss(nn.Module):
             (0.2 in the streaming paper); these also train full sampling.
         layout: what a plan holds; None as ``"action"``.
         weights: of the entries of a plan ``[1, H, D]`` (see :meth:`Layout.weights`); None: equal.
+        draws: levels and noises per example, over which its loss is the mean. Observations are
+            encoded once for all of them, so that a costly encoder's gradient is less noisy.
 
     Raises:
         ValueError: settings out of range, levels that the network cannot take, or a network or
@@ -158,9 +160,11 @@ class DenoisingLoss(nn.Module):
         constant_fraction: float = 0.2,
         layout: Layout | None = None,
         weights: Tensor | None = None,
+        draws: int = 1,
     ) -> None:
         super().__init__()
         check_range("[0, 1)", cond_dropout=cond_dropout)
+        check_range("[1, inf)", draws=draws)
         check_range("[0, 1]", constant_fraction=constant_fraction)
         check_level_law(level_law, denoiser, ramp)
         self.denoiser = denoiser
@@ -170,6 +174,7 @@ class DenoisingLoss(nn.Module):
         self.ramp = ramp
         self.constant_fraction = constant_fraction
         self.layout = layout
+        self.draws = draws
         holds_states = layout is not None and layout.pinned
         if layout is not None:
             check_layout(layout, denoiser.network)
@@ -181,6 +186,10 @@ class DenoisingLoss(nn.Module):
             "known", layout.known if layout and holds_states else None, persistent=False
         )
         self.register_buffer("weights", weights, persistent=False)
+
+    def repeated(self, part: Any) -> Any:
+        """A tensor of examples ``[B, ...]``, one row for each draw, or None of None."""
+        return part if part is None or self.draws == 1 else part.repeat_interleave(self.draws, 0)
 
     def draw_levels(self, count: int, dim: int, generator: torch.Generator) -> Tensor:
         """Levels ``[count, 1 or H, 1 or D]`` of the law, on the generator's device."""
@@ -199,10 +208,11 @@ class DenoisingLoss(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         x0, cond = clean_plan(batch, self.layout, self.denoiser)
+        valid = batch["valid"] if self.mask_padding else None
+        x0, cond, valid = (self.repeated(part) for part in (x0, cond, valid))
         t = self.draw_levels(x0.shape[0], x0.shape[2], generator).to(x0.device, x0.dtype)
         noise = standard_normal(x0.shape, x0, generator)
         cond = dropped(cond, self.cond_dropout, generator)
-        valid = batch["valid"] if self.mask_padding else None
         loss = denoising_error(
             self.denoiser,
             x0,
@@ -213,7 +223,7 @@ class DenoisingLoss(nn.Module):
             known=self.known,
             weights=self.weights,
         )
-        return LossOutput(loss, {})
+        return LossOutput(loss.view(-1, self.draws).mean(1), {})
 
 
 def clean_plan(

@@ -45,6 +45,7 @@ class JointLoss(DenoisingLoss):
         imagined_weight: see above; 0: it is not learned.
         same_fraction: see above.
         alone_fraction: see above.
+        draws: levels and noises per example.
 
     Raises:
         ValueError: settings out of range, another layout, or a network that takes no level per
@@ -63,6 +64,7 @@ class JointLoss(DenoisingLoss):
         imagined_weight: float = 1.0,
         same_fraction: float = 0.25,
         alone_fraction: float = 0.25,
+        draws: int = 1,
     ) -> None:
         check_choice("layout of a JointLoss", layout.kind, ("joint",))
         check_level_law("dim", denoiser, None)
@@ -70,7 +72,7 @@ class JointLoss(DenoisingLoss):
         check_range("[0, 1]", same_fraction=same_fraction, alone_fraction=alone_fraction)
         check_range("[0, 1]", same_and_alone_fraction=same_fraction + alone_fraction)
         how = {"cond_dropout": cond_dropout, "mask_padding": mask_padding}
-        super().__init__(denoiser, layout=layout, **how)  # type: ignore[arg-type]
+        super().__init__(denoiser, layout=layout, draws=draws, **how)  # type: ignore[arg-type]
         self.imagined_weight = imagined_weight
         self.same_fraction, self.alone_fraction = same_fraction, alone_fraction
         imagines = torch.arange(layout.dim) < layout.parts[0]
@@ -90,12 +92,13 @@ class JointLoss(DenoisingLoss):
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         x0, cond = clean_plan(batch, self.layout, self.denoiser)
-        t = self.draw_levels(len(x0), x0.shape[2], generator).to(x0.device, x0.dtype)
-        noise = standard_normal(tuple(x0.shape), x0, generator)
-        cond = dropped(cond, self.cond_dropout, generator)
         valid = batch["valid"] if self.mask_padding else None
         seen = batch.get("imagined_valid") if self.mask_padding else None
         acts = batch.get("has_action")
+        x0, cond, valid, seen, acts = (self.repeated(p) for p in (x0, cond, valid, seen, acts))
+        t = self.draw_levels(len(x0), x0.shape[2], generator).to(x0.device, x0.dtype)
+        noise = standard_normal(tuple(x0.shape), x0, generator)
+        cond = dropped(cond, self.cond_dropout, generator)
         if acts is not None:
             unknown = ~(self.imagines | acts.bool()[:, :1, None])
             x0, t = x0.masked_fill(unknown, 0.0), t.masked_fill(unknown, 1.0)
@@ -106,4 +109,5 @@ class JointLoss(DenoisingLoss):
         of_imagined = mean_of_valid(imagined.mean(-1), seen)
         of_action = mean_of_valid(action.mean(-1), valid)
         metrics = {"imagined": of_imagined.detach().mean(), "action": of_action.detach().mean()}
-        return LossOutput(of_action + self.imagined_weight * of_imagined, metrics)
+        loss = of_action + self.imagined_weight * of_imagined
+        return LossOutput(loss.view(-1, self.draws).mean(1), metrics)
