@@ -8,6 +8,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from diffpolicy.core.denoiser import Denoiser
@@ -113,6 +114,7 @@ def fit_anchors(
         n_obs_steps=spec.n_obs_steps,
         n_action_steps=spec.n_action_steps,
         normalizer=normalizer.to("cpu"),
+        episodes=np.flatnonzero(store.has_actions),
     )
     return Anchors.fit(windows, normalizer, **options)
 

@@ -181,6 +181,11 @@ def test_pictures_are_black_before_a_plan_and_none_without_images(make_planner):
     assert picture_of(make_planner(), None, 0) is None
 
 
+def test_images_have_one_channel_or_three():
+    with pytest.raises(ValueError, match=r"\[height, width, 1 or 3\]; .* \[8, 8, 4\]"):
+        Imagined("image", shape=(8, 8, 4))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -190,6 +195,8 @@ def test_pictures_are_black_before_a_plan_and_none_without_images(make_planner):
         ({"imagined": Imagined(shape=(3,), frames=4)}, "3 entries cannot be spread over 2"),
         ({"truncated": Truncated(t_start=0.3)}, "start from noise, or by rti"),
         ({"rti": RTI((0.3, 0.2))}, "start from noise, or by rti"),
+        ({"rti": RTI(0.3, renoise=False)}, "and rti.renoise=true"),
+        ({"temperature": 0.5}, "held at pure noise must have its standard deviation"),
         ({**IMAGES, "rti": RTI(0.3)}, "a plan cannot be shifted"),
         ({**IMAGES, "network": PARTS}, "noise of 12 imagined entries does not pass"),
         ({"network": {"type": "mlp"}}, "takes levels per"),
