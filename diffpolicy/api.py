@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from diffpolicy.data.observation import each
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import split_episodes
 from diffpolicy.learn.adapters import merged_state
@@ -370,7 +371,8 @@ class DiffusionPolicy(DiffusionPlanner):
             state = self.observe(history[:, step], state)
         found = self.propose(state)
         with torch.inference_mode():
-            plans = self._complete(found.plans.flatten(0, 1).cpu().numpy())
+            seen = each(lambda array: array.repeat(found.plans.shape[1], 0), state.history)
+            plans = self._complete(found.plans.flatten(0, 1).cpu().numpy(), seen)
         shaped = plans.reshape(*found.plans.shape[:3], self.plan_dim)
         return self.to_actions(shaped), found.scores.cpu().numpy()
 

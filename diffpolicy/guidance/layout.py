@@ -57,14 +57,15 @@ class Layout:
         check_choice("layout", self.kind, LAYOUTS)
         sizes = ("action_dim", "horizon", "n_obs_steps")
         check_range("[1, inf)", **{name: getattr(self, name) for name in sizes})
-        # Of images alone there is no vector, and plans that pin no observation need none.
+        # Of images alone there is no vector, and such plans hold none.
         check_range("[1, inf)" if self.pinned else "[0, inf)", obs_dim=self.obs_dim)
         check_range(f"[{self.n_obs_steps + self.pinned}, inf)", horizon=self.horizon)
-        imagined = "[1, inf)" if self.kind == "joint" else "[0, 0]"
-        check_range(imagined, imagined_dim=self.imagined_dim)
+        check_range(
+            "[1, inf)" if self.kind == "joint" else "[0, 0]", imagined_dim=self.imagined_dim
+        )
         if (self.goal or self.constant) and not self.pinned:
             raise ValueError(
-                f"layout {self.kind!r} holds no observation whose goal could be pinned"
+                f"a plan of {self.kind!r} holds no observation whose goal could be pinned"
             )
         # Lists come from JSON and YAML; the value must stay hashable.
         object.__setattr__(self, "goal", tuple(tuple(pair) for pair in self.goal))

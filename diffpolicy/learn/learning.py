@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.starts import Ramp
+from diffpolicy.data.blocks import Ints
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import by_store_field
 from diffpolicy.data.returns import returns_to_go, with_fields
-from diffpolicy.data.rows import Ints
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.transitions import Transitions, check_fields
 from diffpolicy.data.windows import Windows
@@ -100,6 +100,8 @@ def check_learning(spec: PolicySpec, learning: Learning) -> None:
             f"the heads {sorted(critics)} are trained by learning.actor_critic; set it, or leave "
             "them out"
         )
+    if learning.actor_critic is not None and spec.actions:
+        raise ValueError("actor-critics learn actions as data hold them: leave policy.actions out")
     if learning.actor_critic is not None and (
         spec.layout != "action" or spec.level_law != "row" or spec.cond_dropout > 0
     ):
@@ -164,6 +166,7 @@ def examples(
     if not spec.plan_layout.pinned:
         names: tuple[str, ...] = (*by_store_field(spec.observed), "action")
         shape |= {"normalizer": normalizer, "episodes": episodes}
+        shape["actions"] = spec.representation
         if spec.imagined is None:
             return Windows(store, **shape, fields=names)
         found = {"imagined": spec.imagined.rows(store, normalizer)}

@@ -224,10 +224,10 @@ def check_policy(spec: PolicySpec, method: Method) -> None:
         ValueError: plans that hold observations or are conditioned on a return, or a policy trained
             at other levels, or from other starts, than losses of comparisons look at.
     """
-    if spec.layout != "action" or spec.returns is not None:
+    if spec.layout != "action" or spec.returns is not None or spec.actions:
         raise ValueError(
-            "tuning takes plans of actions given observations alone, not "
-            f"layout={spec.layout!r} or returns={spec.returns}"
+            "tuning takes plans of actions as they are, given observations alone, not "
+            f"layout={spec.layout!r}, returns={spec.returns} or action groups {spec.actions}"
         )
     tuned = method.command == "tune" or "reward" in method.reads()
     if spec.encoder["type"] != "state" and tuned:

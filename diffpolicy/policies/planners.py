@@ -140,7 +140,7 @@ def check_anchors(spec: PolicySpec, anchors: Anchors | None) -> None:
         fix = "fit them (`diffpolicy anchors`), or give t_start and other sources"
         raise ValueError(f"truncated plans start from anchors; {fix}")
     if anchors is not None:
-        check_shape("the anchors", anchors.plans.shape, ("M", spec.horizon, spec.action_dim))
+        check_shape("the anchors", anchors.plans.shape, ("M", spec.horizon, spec.planned_dim))
 
 
 def guided(

@@ -14,8 +14,8 @@ from diffpolicy.learn.cloning.denoising import (
     LossOutput,
     check_level_law,
     clean_plan,
-    dropped,
-    mean_of_valid,
+    drop_cond,
+    mean_over_plan,
     squared_error,
     standard_normal,
 )
@@ -45,7 +45,7 @@ class JointLoss(DenoisingLoss):
         imagined_weight: see above; 0: it is not learned.
         same_fraction: see above.
         alone_fraction: see above.
-        draws: levels and noises per example.
+        draws: levels and noises per example, see :class:`DenoisingLoss`.
 
     Raises:
         ValueError: settings out of range, another layout, or a network that takes no level per
@@ -71,8 +71,8 @@ class JointLoss(DenoisingLoss):
         check_range("[0, inf)", imagined_weight=imagined_weight)
         check_range("[0, 1]", same_fraction=same_fraction, alone_fraction=alone_fraction)
         check_range("[0, 1]", same_and_alone_fraction=same_fraction + alone_fraction)
-        how = {"cond_dropout": cond_dropout, "mask_padding": mask_padding}
-        super().__init__(denoiser, layout=layout, draws=draws, **how)  # type: ignore[arg-type]
+        how = {"cond_dropout": cond_dropout, "mask_padding": mask_padding, "draws": draws}
+        super().__init__(denoiser, layout=layout, **how)  # type: ignore[arg-type]
         self.imagined_weight = imagined_weight
         self.same_fraction, self.alone_fraction = same_fraction, alone_fraction
         imagines = torch.arange(layout.dim) < layout.parts[0]
@@ -92,22 +92,23 @@ class JointLoss(DenoisingLoss):
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         x0, cond = clean_plan(batch, self.layout, self.denoiser)
-        valid = batch["valid"] if self.mask_padding else None
-        seen = batch.get("imagined_valid") if self.mask_padding else None
-        acts = batch.get("has_action")
-        x0, cond, valid, seen, acts = (self.repeated(p) for p in (x0, cond, valid, seen, acts))
+        x0, cond = self.repeated(x0), self.repeated(cond)
         t = self.draw_levels(len(x0), x0.shape[2], generator).to(x0.device, x0.dtype)
         noise = standard_normal(tuple(x0.shape), x0, generator)
-        cond = dropped(cond, self.cond_dropout, generator)
+        cond = drop_cond(cond, self.cond_dropout, generator)
+        masks = batch if self.mask_padding else {}
+        valid, seen = (self.repeated(masks.get(name)) for name in ("valid", "imagined_valid"))
+        acts = self.repeated(batch.get("has_action"))
         if acts is not None:
             unknown = ~(self.imagines | acts.bool()[:, :1, None])
             x0, t = x0.masked_fill(unknown, 0.0), t.masked_fill(unknown, 1.0)
             valid = acts.bool() if valid is None else valid & acts.bool()
-        error = squared_error(self.denoiser, x0, t, noise, cond=cond)
+        error, _, _ = squared_error(self.denoiser, x0, t, noise, cond)
         assert self.layout is not None
         imagined, action = torch.split(error, list(self.layout.parts), dim=-1)
-        of_imagined = mean_of_valid(imagined.mean(-1), seen)
-        of_action = mean_of_valid(action.mean(-1), valid)
+        of_imagined = mean_over_plan(imagined.mean(-1), seen)
+        of_action = mean_over_plan(action.mean(-1), valid)
         metrics = {"imagined": of_imagined.detach().mean(), "action": of_action.detach().mean()}
-        loss = of_action + self.imagined_weight * of_imagined
-        return LossOutput(loss.view(-1, self.draws).mean(1), metrics)
+        return LossOutput(
+            self.mean_of_draws(of_action + self.imagined_weight * of_imagined), metrics
+        )
