@@ -75,8 +75,8 @@ def fitted_spec(
         full = replace(full, returns=fitted_returns(full.returns, store))
     vectors = [k for k, f in by_store_field(full.observed).items() if not f.is_image]
     modes: dict[str, Any] = dict.fromkeys(vectors, normalize.get("obs", "minmax"))
-    if full.imagined is not None and not full.imagined.is_image:
-        modes.setdefault(full.imagined.field, "minmax")
+    for name in () if full.imagined is None else full.imagined.vectors:
+        modes.setdefault(name, "minmax")
     modes |= {"action": "minmax", **{k: v for k, v in normalize.items() if k != "obs"}}
     actions = action_statistics(store)
     if full.representation is not None:
@@ -127,9 +127,8 @@ def fit_anchors(
             "relative_to is for plans of actions as they are; this policy's action groups say what "
             "its plans, and so its anchors, are relative to: leave it out"
         )
-    return Anchors.fit(
-        _windows(spec, store, normalizer=normalizer.to("cpu")), normalizer, **options
-    )
+    how = {"normalizer": normalizer.to("cpu"), "episodes": np.flatnonzero(store.has_actions)}
+    return Anchors.fit(_windows(spec, store, **how), normalizer, **options)
 
 
 def _windows(spec: PolicySpec, store: EpisodeStore, **how: Any) -> Windows:

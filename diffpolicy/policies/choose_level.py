@@ -77,11 +77,12 @@ def demonstrations(
     Raises:
         ValueError: fewer than two episodes.
     """
-    if min(store.num_episodes, episodes) < 2:
-        got = f"{episodes} of {store.num_episodes}"
+    acting = np.flatnonzero(store.has_actions)
+    if min(len(acting), episodes) < 2:
+        got = f"{episodes} of {len(acting)}"
         raise ValueError(f"choosing a level needs at least 2 episodes, got {got}")
     rng = np.random.default_rng(seed)
-    chosen = rng.permutation(store.num_episodes)[:episodes]
+    chosen = rng.permutation(acting)[:episodes]
     whole = store.episode_lengths[chosen]
     lengths = np.minimum(whole, length)
     first = store.episode_ends[chosen] - whole + rng.integers(0, whole - lengths + 1)
