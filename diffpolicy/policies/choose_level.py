@@ -386,7 +386,7 @@ def replay(
     rows, steps = np.arange(count(obs)), next(iter(to_fields(obs).values())).shape[1]
     planner = policy if isinstance(policy, DiffusionPlanner) else None
     grippers = () if planner is None else planner.boundary.grippers
-    width = policy.action_dim if planner is None else planner.spec.planned_dim
+    width = policy.action_dim if planner is None else planner.layout.action_dim
     out = []
     for step in range(steps):
         state = policy.observe(take(obs, (slice(None), step)), state)

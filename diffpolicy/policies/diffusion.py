@@ -390,7 +390,7 @@ class DiffusionPlanner(ChunkedPolicy):
         return guess
 
     def to_actions(self, normalised: Array) -> Array:
-        actions: Array = self.boundary.actions(normalised[..., -self.spec.planned_dim :])
+        actions: Array = self.boundary.actions(normalised[..., -self.layout.action_dim :])
         return actions
 
 
