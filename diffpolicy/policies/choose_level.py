@@ -316,8 +316,7 @@ class _Study:
 
     def said(self, now: PolicyState) -> Tensor:
         """The plans of memories right after planning, as the network said them."""
-        plan = torch.from_numpy(now.plan)
-        return self.planner.boundary.relative(plan, now_of(now.history))
+        return self.planner.boundary.relative(torch.from_numpy(now.plan), now_of(now.history))
 
     def local_std(self, now: PolicyState, t: float, draws: int = 8) -> Tensor:
         """Spread of plans around their mode as the denoiser sees it at level ``t``.

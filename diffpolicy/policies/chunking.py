@@ -207,6 +207,9 @@ class RealTimeChunking(WrappedPolicy):
             for fixed in (False, True)
         }
 
+    def encoded_once(self, state: PolicyState) -> PolicyState:
+        return self.planner.encoded_once(state)
+
     @property
     def max_delay(self) -> int:
         """The longest delay that the last plan outlasts, if it is replaced after Ta steps."""
@@ -274,7 +277,7 @@ class RealTimeChunking(WrappedPolicy):
         prefix = shift_plan(torch.from_numpy(state.plan), torch.from_numpy(shift))
         prefix = planner.boundary.relative(prefix, now_of(state.history))
         plans = loop(
-            planner.on_device(state.history),
+            planner.told(loop, state),
             planner.on_device(planner.shifted(state)),
             planner.draw_noise(state, loop.draws, deterministic),
             prefix.to(planner.device),
