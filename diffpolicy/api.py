@@ -15,7 +15,7 @@ from diffpolicy.data.observation import each
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import split_episodes
 from diffpolicy.learn.adapters import merged_state
-from diffpolicy.learn.learning import Learning, examples, objective
+from diffpolicy.learn.learning import Learning, examples, objective, usable_episodes
 from diffpolicy.learn.making import fit_anchors, fitted_spec, open_store, read_policy
 from diffpolicy.learn.material import TuningData, tuned
 from diffpolicy.learn.method import Method
@@ -119,8 +119,8 @@ class DiffusionPolicy(DiffusionPlanner):
             self; ``last_training`` tells the steps done, seconds, and whether it was interrupted.
         """
         episodes = open_store(store)
-        count = min(episodes.num_episodes, max_episodes or episodes.num_episodes)
-        train, val = split_episodes(count, val_fraction, config.seed)
+        usable = usable_episodes(self.spec, episodes, max_episodes)
+        train, val = (usable[i] for i in split_episodes(len(usable), val_fraction, config.seed))
         how = Learning() if learning is None else learning
         shared = self.spec, self.normalizer.to("cpu"), episodes, how
         return self.fit(

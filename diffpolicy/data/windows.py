@@ -22,18 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffpolicy.data.action_groups import Representation
+from diffpolicy.data.blocks import Ints, episode_rows, ranges
 from diffpolicy.data.fields import check_has, check_rows_train
+from diffpolicy.data.joined import each_part
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import each, from_fields, is_obs, obs_fields
-from diffpolicy.data.rows import (
-    Ints,
-    checked_episodes,
-    episode_rows,
-    free_memory,
-    is_raw,
-    load_rows,
-    ranges,
-)
+from diffpolicy.data.reader import EpisodeReader
+from diffpolicy.data.rows import checked_episodes, free_memory, is_raw, load_rows
 from diffpolicy.data.statistics import RunningStatistics
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_range, check_shape
@@ -267,6 +262,30 @@ def split_episodes(num_episodes: int, val_fraction: float, seed: int) -> tuple[I
         count = min(max(1, round(num_episodes * val_fraction)), num_episodes - 1)
     order = np.random.default_rng(seed).permutation(num_episodes)
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def split_store(
+    store: EpisodeReader, val_fraction: float, seed: int, most: int | None = None
+) -> tuple[Ints, Ints]:
+    """Split the episodes of every part by :func:`split_episodes`.
+
+    Args:
+        store: The store, or a joined one.
+        val_fraction: Share of each part to validate on.
+        seed: Decides which.
+        most: Use the first so many episodes of each part only.
+
+    Returns:
+        Training and validation episodes.
+    """
+
+    def half(which: int) -> Ints:
+        return each_part(
+            store,
+            lambda count: split_episodes(min(count, most or count), val_fraction, seed)[which],
+        )
+
+    return half(0), half(1)
 
 
 def check_sizes(horizon: int, n_obs_steps: int) -> None:

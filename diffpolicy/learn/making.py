@@ -8,6 +8,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from diffpolicy.core.denoiser import Denoiser
@@ -21,11 +22,13 @@ from diffpolicy.data.observation import (
     store_field,
 )
 from diffpolicy.data.returns import returns_to_go
+from diffpolicy.data.statistics import action_statistics
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows, said_statistics
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.changes import check_same_weights, merged_config
 from diffpolicy.policies.choose_level import observation_step
+from diffpolicy.policies.imagined import shaped
 from diffpolicy.policies.planners import Returns
 from diffpolicy.policies.spec import PolicySpec, upgraded
 from diffpolicy.training.checkpoint import read_bundle
@@ -65,19 +68,24 @@ def fitted_spec(
         known.setdefault("observation_step", observation_step(store))
     if known.get("level_law") == "position":
         known["trained_action_steps"] = known.get("n_action_steps", PolicySpec.n_action_steps)
+    if known.get("imagined") is not None:
+        known["imagined"] = shaped(known["imagined"], store)
     full = PolicySpec.from_config(known)
     if full.returns is not None:
         full = replace(full, returns=fitted_returns(full.returns, store))
     vectors = [k for k, f in by_store_field(full.observed).items() if not f.is_image]
     modes: dict[str, Any] = dict.fromkeys(vectors, normalize.get("obs", "minmax"))
+    if full.imagined is not None and not full.imagined.is_image:
+        modes.setdefault(full.imagined.field, "minmax")
     modes |= {"action": "minmax", **{k: v for k, v in normalize.items() if k != "obs"}}
-    statistics = dict(store.statistics)
+    actions = action_statistics(store)
     if full.representation is not None:
         check_choices(full, store)
         # Of the observations those alone that actions are relative to: no images.
         states = {store_field(group.obs) for group in full.actions if group.of}
-        statistics["action"] = said_statistics(_windows(full, store, fields=(*states, "action")))
-    normalizer = Normalizer.fit(statistics, modes)
+        acting = {"fields": (*states, "action"), "episodes": np.flatnonzero(store.has_actions)}
+        actions = said_statistics(_windows(full, store, **acting))
+    normalizer = Normalizer.fit({**store.statistics, "action": actions}, modes)
     for gripper in full.planned_grippers:
         if gripper.mode == "scale":
             normalizer = normalizer.scaled("action", gripper.dim, 1 / gripper.factor)

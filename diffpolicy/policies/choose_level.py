@@ -154,9 +154,9 @@ def choose_level(
     common = ordered[_smallest(regret.max(1))]
     chosen: float | tuple[float, ...] = common
     per_dim = "dim" in getattr(planner.denoiser.network, "t_kinds", ())
-    if per_dim and isinstance(settings, RTI):
+    plain = planner.spec.layout == "action"  # contraction, and a level each, is of plans of actions
+    if per_dim and plain and isinstance(settings, RTI):
         chosen = _per_dimension(study, ordered, scores, common)
-    plain = planner.spec.layout == "action"  # contraction is of plans of actions
     probe = study.probe() if isinstance(settings, RTI) and plain else None
     table = []
     for t, policy, row in zip(ordered, made, regret, strict=True):

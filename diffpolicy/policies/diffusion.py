@@ -38,9 +38,9 @@ class DiffusionPlanner(ChunkedPolicy):
     ones (warm) start from the last plan; cold and warm rows are solved in one batch each. With
     ``spec.truncated`` every plan is the best of several guesses, solved from a low level.
 
-    Plans are actions, or with ``spec.layout`` trajectories: a planner in the sense of Diffuser and
-    its successors differs in nothing else. The plans of :class:`PolicyState` always end in the A
-    actions; with layout ``"state"`` these come from the head ``inverse``.
+    Plans are actions, or with ``spec.layout`` hold observations: a planner in the sense of Diffuser
+    and its successors differs in nothing else. The plans of :class:`PolicyState` always end in the
+    A actions; with layout ``"state"`` these come from the head ``inverse``.
 
     Args:
         spec: shapes, parameterisation and samplers.
@@ -76,7 +76,7 @@ class DiffusionPlanner(ChunkedPolicy):
         )
         check_normalizer(spec, normalizer)
         self.spec, self.layout = spec, spec.plan_layout
-        self.plan_dim = spec.planned_dim + (spec.obs_dim if spec.layout != "action" else 0)
+        self.plan_dim = self.layout.parts[0] + spec.planned_dim
         self.heads = nn.ModuleDict() if heads is None else heads.eval()
         if set(self.heads) != set(spec.heads):
             raise ValueError(
@@ -161,6 +161,7 @@ class DiffusionPlanner(ChunkedPolicy):
             assert spec.truncated is not None
             grid, start = spec.truncated.loop_grid(kind, process, self.anchors)
             solver = spec.truncated.make() if kind == "guesses" else make_solver("ddim")
+        grid = grid if spec.imagined is None else spec.imagined.held(grid, self.layout)
         return PlanLoop(
             guided(self.spec, self.denoiser, self.heads, self._known),
             self.normalizer,
@@ -173,7 +174,7 @@ class DiffusionPlanner(ChunkedPolicy):
         )
 
     def _condition(self) -> Condition:
-        if self.spec.layout == "action":
+        if not self.layout.pinned:
             return Condition(self.normalizer, self.denoiser.encoder, self.observed)
         returns = self.spec.returns
         wanted = () if returns is None else (1.0, returns.target)

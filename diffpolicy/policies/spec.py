@@ -24,6 +24,7 @@ from diffpolicy.networks.heads import make_head
 from diffpolicy.policies.base import check_horizon
 from diffpolicy.policies.best_of_n import Selection
 from diffpolicy.policies.boundary import Gripper
+from diffpolicy.policies.imagined import Imagined, check_imagined
 from diffpolicy.policies.planners import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.truncated import Truncated
@@ -76,8 +77,10 @@ class PolicySpec:
             rounded inwards to float32.
         action_high: upper bounds.
         layout: what a plan holds: ``"action"``; ``"trajectory"``, observations and actions, with
-            the observations up to now pinned (Diffuser); or ``"state"``, observations alone, with a
-            head of type ``inverse`` for the actions (Decision Diffuser, Trajectory Diffuser).
+            the observations up to now pinned (Diffuser); ``"state"``, observations alone, with a
+            head of type ``inverse`` for the actions (Decision Diffuser, Trajectory Diffuser); or
+            ``"joint"``, ``imagined`` observations and actions, each at levels of its own (PAD).
+        imagined: of layout ``"joint"``: the observations in plans, and whether they are drawn.
         goal: pairs (i, j): entry i of the last observation of a plan is pinned to entry j of the
             current observation.
         constant: entries of the observation that an episode does not change (a goal): known at
@@ -118,6 +121,7 @@ class PolicySpec:
     action_low: tuple[float, ...] | None = None
     action_high: tuple[float, ...] | None = None
     layout: str = "action"
+    imagined: Imagined | None = None
     goal: tuple[tuple[int, int], ...] = ()
     constant: tuple[int, ...] = ()
     returns: Returns | None = None
@@ -142,6 +146,7 @@ class PolicySpec:
         object.__setattr__(self, "process", explicit_process(self.process))
         given = {name: config for name, config in self.heads.items() if config is not None}
         object.__setattr__(self, "heads", given)  # YAML takes a head away by setting it to null
+        check_imagined(self)
         self._check_observations()
         self._check_sizes()
         self._round_bounds()
@@ -160,14 +165,14 @@ class PolicySpec:
             raise ValueError(f"obs_dim must be {total}, all observations, got {self.obs_dim}")
         sources = () if self.truncated is None else self.truncated.sources
         needed = {
-            f"layout={self.layout!r}": self.layout != "action",
+            f"layout={self.layout!r}": self.plan_layout.pinned,
             "rti.innovation": self.rti is not None and self.rti.innovation is not None,
             "observation_step": self.observation_step is not None,
             "truncated with anchors": "anchors" in sources,
         }
         found = [name for name, used in needed.items() if used]
         other = self.encoder["type"] != "state" and (
-            self.layout != "action" or "anchors" in sources
+            self.plan_layout.pinned or "anchors" in sources
         )
         if found and (self.observations or other):
             names = ", ".join(name or "an image" for name in self.observations) or "one vector"
@@ -263,6 +268,7 @@ class PolicySpec:
             self.n_obs_steps,
             self.goal,
             self.constant,
+            0 if self.imagined is None else self.imagined.dim(self.horizon),
         )
 
     def _check_parts(self) -> None:
@@ -315,14 +321,13 @@ class PolicySpec:
     def make_denoiser(self) -> Denoiser:
         """A denoiser with freshly initialised weights."""
         layout = self.plan_layout
-        shape = {
-            "horizon": self.horizon,
-            "dim": layout.dim,
-            "cond_dim": 2 if self.returns is not None else 0,
-        }
-        encoder = self.make_encoder() if layout.kind == "action" else None
-        if encoder is not None:
-            shape["cond_dim"] += encoder.cond_dim
+        encoder = None if layout.pinned else self.make_encoder()
+        told = 0 if encoder is None else encoder.cond_dim
+        returns = 2 if self.returns is not None else 0
+        shape: dict[str, Any] = {"horizon": self.horizon, "dim": layout.dim}
+        shape["cond_dim"] = told + returns
+        if self.network.get("type") == "modalities":
+            shape["sizes"] = [size for size in layout.parts if size]
         network, process = make_network({**self.network, **shape}), make_process(self.process)
         data_std = getattr(process, "data_std", 0.5)
         return Denoiser(
@@ -345,7 +350,9 @@ def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
         got = tuple(normalizer.normalize(name, torch.zeros(1, dim)).shape)
         if got != (1, dim):
             raise ValueError(f"the normaliser's field {name!r} does not have dimension {dim}")
-    held = {"action": ("action",), "trajectory": ("obs", "action"), "state": ("obs",)}[spec.layout]
+    held = {"trajectory": ("obs", "action"), "state": ("obs",)}.get(spec.layout, ("action",))
+    if spec.imagined is not None and not spec.imagined.is_image:
+        held = (spec.imagined.field, *held)
     for name in held if spec.clip else ():
         if not normalizer.is_unit_range(name):
             raise ValueError(
