@@ -63,7 +63,7 @@ def fitted_spec(
             "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
         )
     known = {**spec, **_observed(store), "action_dim": store.fields["action"].shape[0]}
-    known["actions"] = known.get("actions") or store.attrs.get("actions", ())
+    known["actions"] = known.get("actions") or store.attrs.get("action_groups", ())
     if not known["observations"]:
         known.setdefault("observation_step", observation_step(store))
     if known.get("level_law") == "position":

@@ -317,8 +317,7 @@ class _Study:
 
     def said(self, now: PolicyState) -> Tensor:
         """The plans of memories right after planning, as the network said them."""
-        plan = torch.from_numpy(now.plan)
-        return self.planner.boundary.relative(plan, now_of(now.history))
+        return self.planner.boundary.relative(torch.from_numpy(now.plan), now_of(now.history))
 
     def local_std(self, now: PolicyState, t: float, draws: int = 8) -> Tensor:
         """Spread of plans around their mode as the denoiser sees it at level ``t``.
@@ -387,7 +386,7 @@ def replay(
     rows, steps = np.arange(count(obs)), next(iter(to_fields(obs).values())).shape[1]
     planner = policy if isinstance(policy, DiffusionPlanner) else None
     grippers = () if planner is None else planner.boundary.grippers
-    width = policy.action_dim if planner is None else planner.spec.planned_dim
+    width = policy.action_dim if planner is None else planner.layout.action_dim
     out = []
     for step in range(steps):
         state = policy.observe(take(obs, (slice(None), step)), state)
