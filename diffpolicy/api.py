@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -11,11 +11,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from diffpolicy.data.joined import open_store
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.data.windows import split_episodes
+from diffpolicy.data.windows import split_store
 from diffpolicy.learn.adapters import merged_state
 from diffpolicy.learn.learning import Learning, examples, objective
-from diffpolicy.learn.making import fit_anchors, fitted_spec, open_store, read_policy
+from diffpolicy.learn.making import fit_anchors, fitted_spec, read_policy
 from diffpolicy.learn.material import TuningData, tuned
 from diffpolicy.learn.method import Method
 from diffpolicy.policies.base import Array
@@ -35,7 +36,8 @@ from diffpolicy.training.trainer import Trainer, TrainResult
 from diffpolicy.training.weights import unchanged_on_error
 
 Place = str | os.PathLike[str]
-Stored = EpisodeStore | str | os.PathLike[str]
+Stored = EpisodeStore | Place | Sequence[Place | Mapping[str, Any]]
+"""A store, its path, or several: ``[{"path": "a.zarr", "weight": 3}, {"path": "b.zarr"}]``."""
 Evaluate = Callable[[Path, int], Mapping[str, float]]
 
 
@@ -65,7 +67,8 @@ class DiffusionPolicy(DiffusionPlanner):
 
         Args:
             store: fields ``obs [T, O]`` (or several ``obs.NAME``) and ``action [T, A]``, with
-                statistics; or its path.
+                statistics; or its path; or a list of several with weights, whose rows are
+                normalised alike (see :func:`diffpolicy.data.joined.open_store`).
             spec: entries of :class:`~diffpolicy.policies.spec.PolicySpec` but the two dimensions.
             normalize: mode per field, ``minmax`` where none is given, see ``data.normalize.MODES``;
                 ``obs`` is that of every ``obs.NAME`` without one of its own.
@@ -103,11 +106,12 @@ class DiffusionPolicy(DiffusionPlanner):
         """Train denoiser and heads on stored episodes; ends with the averaged (EMA) weights.
 
         Args:
-            store: the demonstrations, or their path.
+            store: the demonstrations, or their path, or a list of several, each of which is drawn
+                as often as its weight says.
             config: steps, batch size, learning rate, ...
             run_dir: where metrics and checkpoints go.
             val_fraction: fraction of the episodes held out for the validation loss.
-            max_episodes: use the first so many episodes only.
+            max_episodes: use the first so many episodes (of each store) only.
             learning: what is learned beyond behaviour cloning: actor-critics, weights of losses.
             evaluate: called with a policy directory and the step; returns metrics, of which
                 ``score`` decides the best checkpoint.
@@ -118,8 +122,7 @@ class DiffusionPolicy(DiffusionPlanner):
             self; ``last_training`` tells the steps done, seconds, and whether it was interrupted.
         """
         episodes = open_store(store)
-        count = min(episodes.num_episodes, max_episodes or episodes.num_episodes)
-        train, val = split_episodes(count, val_fraction, config.seed)
+        train, val = split_store(episodes, val_fraction, config.seed, max_episodes)
         how = Learning() if learning is None else learning
         shared = self.spec, self.normalizer.to("cpu"), episodes, how
         return self.fit(

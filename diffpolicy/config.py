@@ -45,17 +45,28 @@ class CollectConfig:
     noise: float = 0.0
 
 
+_ONE_STORE = ("path", "collect", "d4rl", "transforms")
+
+
 @dataclass
 class DataConfig:
-    """Episode store, split and normalisation."""
+    """Episode store (or several, ``mix``), split and normalisation."""
 
-    path: str
+    path: str | None
     collect: CollectConfig | None = None
     d4rl: str | None = None
     transforms: list[Any] = field(default_factory=list)
     val_fraction: float = 0.02
     max_episodes: int | None = None
     normalize: dict[str, str] = field(default_factory=dict)
+    mix: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        beside = [name for name in _ONE_STORE if getattr(self, name)]
+        if self.mix and beside:
+            raise ConfigError(f"data.mix names its stores itself; leave out data.{beside[0]}")
+        if not self.mix and self.path is None:
+            raise ConfigError("give data.path=STORE, or data.mix=[{path: STORE, weight: 1}, ...]")
 
 
 @dataclass
@@ -333,6 +344,9 @@ def load_run(command: str, overrides: Sequence[str]) -> RunConfig:
     values = compose(kind.replace(" ", "_"), overrides)
     if values.get("preferences") is not None and "preferences" in keys_given(overrides):
         _compared_already(values, overrides)
+    if (values.get("data") or {}).get("mix"):  # in place of what a group says of one store
+        single = [name for name in _ONE_STORE if f"data.{name}" not in keys_given(overrides)]
+        values["data"] |= {name: [] if name == "transforms" else None for name in single}
     config = build(KINDS[kind], {**values, "run": kind})
     evaluation = getattr(config, "evaluation", None)
     if evaluation is not None:
@@ -372,6 +386,8 @@ def _compared_already(values: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def _check_data_path(data: DataConfig, given: Mapping[str, str]) -> None:
     """Raise for a path that was given, is not there, and looks mistyped: nothing is recorded."""
+    if data.path is None:
+        return
     path = Path(data.path)
     counted = any(key.startswith("data.collect") for key in given)
     if "data.path" not in given or counted or data.collect is None or path.exists():

@@ -103,7 +103,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> int:
     """Run one training configuration from data to scores."""
     began = time.perf_counter()
     run_dir = check_new(config, resume=resume)
-    check_writable(run_dir, *(() if Path(config.data.path).exists() else [config.data.path]))
+    path = config.data.path
+    check_writable(run_dir, *(() if path is None or Path(path).exists() else [path]))
     device = pick_device(config.device, config.threads)
     choose_rendering(config.evaluation.video_episodes)
     check_training(config)
@@ -186,7 +187,7 @@ def _action_bounds(
     wanted = {**shapes, "action": (info.action_dim,)}
     if len(held) > 1 and held != wanted:  # from_dataset says what is missing
         raise ConfigError(
-            f"{config.data.path} stores {held}, but {config.env.id} has {shapes} and actions of "
+            f"{store.name} stores {held}, but {config.env.id} has {shapes} and actions of "
             f"{info.action_dim} entries; convert or collect the data for this one"
         )
     return list(info.action_low), list(info.action_high)

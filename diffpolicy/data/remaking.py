@@ -19,7 +19,7 @@ from diffpolicy.data import store_layout as layout
 from diffpolicy.data.blocks import content_digest
 from diffpolicy.data.check import check_store
 from diffpolicy.data.fields import check_has
-from diffpolicy.data.joined import Joined, open_stores
+from diffpolicy.data.joined import Joined, open_store
 from diffpolicy.data.reader import EpisodeReader
 from diffpolicy.data.selection import Choice, Selection, announce, select
 from diffpolicy.data.store import EpisodeStore
@@ -155,7 +155,7 @@ def merged(
 def _opened(source: Place | EpisodeReader) -> EpisodeStore:
     if not isinstance(source, EpisodeReader) and not Path(source).exists():
         raise FileNotFoundError(f"no store at {source}")
-    return open_stores(source)
+    return open_store(source)
 
 
 def _made(

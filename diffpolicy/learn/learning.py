@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.starts import Ramp
+from diffpolicy.data.joined import Joined
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import by_store_field
 from diffpolicy.data.returns import returns_to_go, with_fields
@@ -28,7 +29,7 @@ from diffpolicy.learn.cloning.planners import DraftLoss, InverseDynamicsLoss, Su
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.settings import check_range, named_settings, settings_of
-from diffpolicy.training.sources import Source
+from diffpolicy.training.sources import Source, Weighted
 
 
 @named_settings
@@ -133,7 +134,23 @@ def examples(
     learning: Learning,
     episodes: Sequence[int],
 ) -> Source:
-    """What the trainer draws its batches from."""
+    """What the trainer draws its batches from; of joined stores, each by its weight."""
+    if not isinstance(store, Joined):
+        return _examples(spec, normalizer, store, learning, episodes)
+    parts = {
+        name: _examples(spec, normalizer, store, learning, own.tolist())
+        for name, own in store.apart(episodes).items()
+    }
+    return Weighted(parts, store.weights)
+
+
+def _examples(
+    spec: PolicySpec,
+    normalizer: Normalizer,
+    store: EpisodeStore,
+    learning: Learning,
+    episodes: Sequence[int],
+) -> Source:
     sizes: dict[str, Any] = {"horizon": spec.horizon, "n_obs_steps": spec.n_obs_steps}
     if learning.actor_critic is not None:
         return Transitions(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -24,11 +23,6 @@ from diffpolicy.policies.planners import Returns
 from diffpolicy.policies.spec import PolicySpec, upgraded
 from diffpolicy.training.checkpoint import read_bundle
 from diffpolicy.training.saved import FORMAT, VERSION
-
-
-def open_store(store: EpisodeStore | str | os.PathLike[str]) -> EpisodeStore:
-    """A store, opened where it is given by its path."""
-    return store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
 
 
 def fitted_spec(

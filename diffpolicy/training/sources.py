@@ -160,8 +160,6 @@ class Mixed:
     def __init__(
         self, main: Source, anchor: Source | None, *, seed: int = 0, mask_padding: bool = False
     ) -> None:
-        main = in_any_order(main, seed)
-        anchor = None if anchor is None else in_any_order(anchor, seed)
         self.main, self.anchor, self.mask_padding = main, anchor, mask_padding
         self.rows = len(main) * -(-ROWS // len(main))
         order = torch.Generator().manual_seed(mix_seed(seed, 0xA2C))

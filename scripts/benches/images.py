@@ -87,7 +87,7 @@ def codecs(store: str | None, field: str, frames: int, rounds: int) -> list[dict
 
 
 def _timed(images: NDArray[Any], codec: Any, rows: int, rounds: int) -> dict[str, Any]:
-    """Medians over rounds, by seconds of the CPU (threads too); frames are written in blocks of 128, as episodes come."""
+    """Medians over rounds of CPU seconds; frames come in blocks of 128, as episodes do."""
     times: dict[str, list[float]] = {"write": [], "read": []}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,7 @@ import pytest
 
 from diffpolicy.commands.data import run
 from diffpolicy.data import EpisodeStore, FieldSpec, convert
-from diffpolicy.data.joined import Joined, open_stores
+from diffpolicy.data.joined import Joined, open_store
 from diffpolicy.data.remaking import filtered, halved, merged
 from diffpolicy.data.statistics import compute_statistics
 
@@ -216,7 +216,7 @@ def test_command_line(tmp_path, capsys):
 
 def test_joined_stores_read_as_one(tmp_path):
     a, b = make(tmp_path / "a.zarr"), make(tmp_path / "b.zarr", lengths=[5, 6], seed=1)
-    both = open_stores([str(tmp_path / "a.zarr"), {"path": str(tmp_path / "b.zarr"), "weight": 3}])
+    both = open_store([str(tmp_path / "a.zarr"), {"path": str(tmp_path / "b.zarr"), "weight": 3}])
     assert isinstance(both, Joined)
     assert list(both.parts) == ["a", "b"]
     assert both.weights == (1, 3)
@@ -231,6 +231,6 @@ def test_joined_stores_read_as_one(tmp_path):
             assert both.statistics[name][key] == values[key]
         np.testing.assert_allclose(both.statistics[name]["std"], values["std"], rtol=1e-12)
     with pytest.raises(ValueError, match="part 0 of the data has no setting 'wieght'"):
-        open_stores([{"path": "a.zarr", "wieght": 1}])
+        open_store([{"path": "a.zarr", "wieght": 1}])
     with pytest.raises(ValueError, match="weight must be positive, got 0"):
-        open_stores([{"path": "a.zarr", "weight": 0}])
+        open_store([{"path": "a.zarr", "weight": 0}])
