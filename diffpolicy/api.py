@@ -37,7 +37,6 @@ from diffpolicy.training.weights import unchanged_on_error
 
 Place = str | os.PathLike[str]
 Stored = EpisodeStore | Place | Sequence[Place | Mapping[str, Any]]
-"""A store, its path, or several: ``[{"path": "a.zarr", "weight": 3}, {"path": "b.zarr"}]``."""
 Evaluate = Callable[[Path, int], Mapping[str, float]]
 
 
@@ -59,6 +58,7 @@ class DiffusionPolicy(DiffusionPlanner):
         *,
         spec: Mapping[str, Any] | None = None,
         normalize: Mapping[str, str] | None = None,
+        per_store: bool = False,
         anchors: Mapping[str, Any] | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
@@ -67,11 +67,11 @@ class DiffusionPolicy(DiffusionPlanner):
 
         Args:
             store: fields ``obs [T, O]`` (or several ``obs.NAME``) and ``action [T, A]``, with
-                statistics; or its path; or a list of several with weights, whose rows are
-                normalised alike (see :func:`diffpolicy.data.joined.open_store`).
+                statistics; or its path; or several, ``[{"path": ..., "weight": 3}, ...]``.
             spec: entries of :class:`~diffpolicy.policies.spec.PolicySpec` but the two dimensions.
             normalize: mode per field, ``minmax`` where none is given, see ``data.normalize.MODES``;
                 ``obs`` is that of every ``obs.NAME`` without one of its own.
+            per_store: a normaliser for each of several stores; the policy acts by the first's.
             anchors: settings of :meth:`Anchors.fit <diffpolicy.policies.anchors.Anchors.fit>`, for
                 a policy with ``truncated``.
             seed: of the initial weights, and of the anchors.
@@ -81,7 +81,7 @@ class DiffusionPolicy(DiffusionPlanner):
             ValueError: a missing field or statistics, or settings that do not fit together.
         """
         opened = open_store(store)
-        full, normalizer = fitted_spec(opened, spec or {}, normalize or {})
+        full, normalizer = fitted_spec(opened, spec or {}, normalize or {}, per_store=per_store)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             denoiser, heads = full.make_denoiser(), full.make_heads()
@@ -106,8 +106,7 @@ class DiffusionPolicy(DiffusionPlanner):
         """Train denoiser and heads on stored episodes; ends with the averaged (EMA) weights.
 
         Args:
-            store: the demonstrations, or their path, or a list of several, each of which is drawn
-                as often as its weight says.
+            store: the demonstrations, or their path, or several, drawn by their weights.
             config: steps, batch size, learning rate, ...
             run_dir: where metrics and checkpoints go.
             val_fraction: fraction of the episodes held out for the validation loss.
@@ -387,7 +386,8 @@ class DiffusionPolicy(DiffusionPlanner):
             changes: other entries of the spec that do not touch the weights, as plain values.
                 Groups of settings are merged with the stored ones: ``sampler={"num_steps": 4}``.
                 Another solver drops the options of the old one, and ``rti={"t_start": 0.3}`` takes
-                the place of ``truncated`` as ``truncated={...}`` does of ``rti``.
+                the place of ``truncated`` as ``truncated={...}`` does of ``rti``. A policy with a
+                normaliser per store acts by that of ``normalizer="NAME"``, else the first.
 
         Raises:
             ValueError: not a policy, a damaged file, or settings that do not fit.

@@ -165,6 +165,7 @@ def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> Diffus
         store,
         spec=spec,
         normalize=config.data.normalize,
+        per_store=config.data.normalizer == "per_store",
         anchors=config.policy.get("anchors"),
         seed=config.seed,
         device=device,

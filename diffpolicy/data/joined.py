@@ -222,7 +222,7 @@ def _shared_fields(
         keep = f"; or merge what they share, fields=[{','.join(shared)}]" if trains else ""
         raise ValueError(
             f"the stores' fields differ: {'; '.join(differ)}. Make them alike by `diffpolicy data "
-            f"convert STORE OTHER.zarr` with obs=[...], action=[...] or fields={{NAME: [...]}}{keep}"
+            "convert STORE OTHER.zarr` with obs=[...], action=[...] or fields={NAME: [...]}" + keep
         )
     for text in alone:
         _log.warning("left out, as not all stores have it: %s", text)

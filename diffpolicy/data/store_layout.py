@@ -27,7 +27,7 @@ from diffpolicy.files import (
 from diffpolicy.locks import WriterLock
 
 _CHUNK_BYTES = 2**18
-# Of images a file for every few frames costs more than their compression: docs/results.md, "Images".
+# Of images, a file for every few frames costs more than compressing them: docs/results.md, Images.
 _IMAGE_CHUNK_BYTES = 2**20
 _LEVEL, _IMAGE_LEVEL = 1, 3  # of zstd
 _MAX_CHUNK_ROWS = 4096

@@ -137,8 +137,9 @@ def examples(
     """What the trainer draws its batches from; of joined stores, each by its weight."""
     if not isinstance(store, Joined):
         return _examples(spec, normalizer, store, learning, episodes)
+    each = {n: normalizer.named(n) if normalizer.others else normalizer for n in store.parts}
     parts = {
-        name: _examples(spec, normalizer, store, learning, own.tolist())
+        name: _examples(spec, each[name], store, learning, own.tolist())
         for name, own in store.apart(episodes).items()
     }
     return Weighted(parts, store.weights)

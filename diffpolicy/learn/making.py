@@ -11,6 +11,7 @@ from torch import nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.data.fields import check_vector
+from diffpolicy.data.joined import Joined
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import ObsField, by_store_field, obs_fields, of_store
 from diffpolicy.data.returns import returns_to_go
@@ -26,7 +27,11 @@ from diffpolicy.training.saved import FORMAT, VERSION
 
 
 def fitted_spec(
-    store: EpisodeStore, spec: Mapping[str, Any], normalize: Mapping[str, str]
+    store: EpisodeStore,
+    spec: Mapping[str, Any],
+    normalize: Mapping[str, str],
+    *,
+    per_store: bool = False,
 ) -> tuple[PolicySpec, Normalizer]:
     """The full spec of a policy for a store, and its normaliser.
 
@@ -36,6 +41,7 @@ def fitted_spec(
         spec: entries other than the two dimensions.
         normalize: mode per field; ``minmax`` where none is given. ``obs`` is that of all
             ``obs.NAME`` that have none of their own.
+        per_store: fit a normaliser to each of several stores, and act by the first one's.
 
     Raises:
         ValueError: a missing field or statistics, or settings that do not fit together.
@@ -58,11 +64,22 @@ def fitted_spec(
     vectors = [k for k, f in by_store_field(full.observed).items() if not f.is_image]
     modes: dict[str, Any] = dict.fromkeys(vectors, normalize.get("obs", "minmax"))
     modes |= {"action": "minmax", **{k: v for k, v in normalize.items() if k != "obs"}}
-    normalizer = Normalizer.fit(store.statistics, modes)
+    normalizer = _fitted_normalizer(store, modes, per_store=per_store)
     for gripper in full.grippers:
         if gripper.mode == "scale":
             normalizer = normalizer.scaled("action", gripper.dim, 1 / gripper.factor)
     return full, normalizer
+
+
+def _fitted_normalizer(
+    store: EpisodeStore, modes: Mapping[str, Any], *, per_store: bool
+) -> Normalizer:
+    if not per_store:
+        return Normalizer.fit(store.statistics, modes)
+    if not isinstance(store, Joined):
+        raise ValueError("a normaliser for each store needs several: give a list of stores")
+    each = {name: Normalizer.fit(part.statistics, modes) for name, part in store.parts.items()}
+    return Normalizer.of_each(each)
 
 
 def _observed(store: EpisodeStore) -> dict[str, Any]:
@@ -95,6 +112,8 @@ def fit_anchors(
     spec: PolicySpec, store: EpisodeStore, normalizer: Normalizer, **options: Any
 ) -> Anchors:
     """Anchors over the windows of a store, for plans of the shape that ``spec`` says."""
+    if normalizer.others:
+        raise ValueError("anchors are plans in one normaliser's units; this policy has several")
     windows = Windows(
         store,
         horizon=spec.horizon,
@@ -117,6 +136,8 @@ def read_policy(
     Raises:
         ValueError: not a policy, a damaged file, or settings that do not fit.
     """
+    changes = dict(changes)
+    chosen = changes.pop("normalizer", None)
     files = read_bundle(path)
     config = upgraded(files["config.json"])
     if config.pop("format", None) != FORMAT or config.pop("version", None) != VERSION:
@@ -134,4 +155,7 @@ def read_policy(
         changed = PolicySpec.from_config(merged_config(config, changes))
         check_same_weights(spec, {f.name: getattr(changed, f.name) for f in fields(changed)})
         spec = changed
-    return spec, denoiser, Normalizer.from_parts(*parts), anchors, heads
+    normalizer = Normalizer.from_parts(*parts)
+    if chosen is not None:
+        normalizer = normalizer.named(chosen)
+    return spec, denoiser, normalizer, anchors, heads

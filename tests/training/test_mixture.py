@@ -8,7 +8,7 @@ import torch
 
 from diffpolicy import DiffusionPolicy
 from diffpolicy.config import load_train
-from diffpolicy.data import EpisodeStore, FieldSpec, Windows
+from diffpolicy.data import EpisodeStore, FieldSpec, Normalizer, Windows
 from diffpolicy.data.joined import Joined
 from diffpolicy.data.remaking import merged
 from diffpolicy.learn.learning import Learning, examples
@@ -145,3 +145,42 @@ def test_command_line(stores, tmp_path, capsys):
         load_train([*arguments, "data.path=x.zarr"])
     with pytest.raises(ConfigError, match="no setting 'wight'"):
         run([*arguments, "data.mix=[{path: a.zarr, wight: 1}]", f"run_dir={tmp_path / 'no'}"])
+
+
+def test_a_normaliser_for_each_store(stores, tmp_path):
+    how = {"spec": SMALL, "normalize": {"obs": "gaussian"}, "per_store": True}
+    policy = DiffusionPolicy.from_dataset(stores, **how)
+    config = TrainerConfig(steps=2, **TRAINER)
+    policy.learn(stores, config, tmp_path / "run", val_fraction=0)
+    parts = {n: EpisodeStore.open(s["path"]) for n, s in zip(("near", "far"), stores, strict=True)}
+    own = {n: Normalizer.fit(s.statistics, policy.normalizer.modes) for n, s in parts.items()}
+    source = examples(policy.spec, policy.normalizer, Joined(parts), Learning(), range(11))
+    for name, part in source.parts.items():  # each in its own units: centred, wherever it lies
+        windows = Windows(
+            parts[name], horizon=4, n_obs_steps=policy.spec.n_obs_steps, n_action_steps=2,
+            normalizer=own[name],
+        )  # fmt: skip
+        rows = torch.arange(len(windows))
+        assert torch.equal(part.gather(rows)["obs"], windows.gather(rows)["obs"])
+    for name in (None, "near", "far"):
+        loaded = DiffusionPolicy.from_pretrained(tmp_path / "run", normalizer=name)
+        for key, value in own[name or "near"].to_tensors().items():
+            assert torch.equal(loaded.normalizer.to_tensors()[key], value)
+    loaded.save(tmp_path / "far")
+    again = DiffusionPolicy.load(tmp_path / "far")  # as it was saved; and may be turned back
+    assert torch.equal(
+        again.normalizer.to_tensors()["obs.offset"], own["far"].to_tensors()["obs.offset"]
+    )
+    back = DiffusionPolicy.load(tmp_path / "far", normalizer="near")
+    near = DiffusionPolicy.from_pretrained(tmp_path / "run")
+    obs = np.zeros((2, 3), np.float32)
+    np.testing.assert_array_equal(back.predict(obs)[0], near.predict(obs)[0])
+    assert not np.array_equal(back.predict(obs)[0], again.predict(obs)[0])
+    with pytest.raises(ValueError, match=r"unknown normalizer 'fra'.*did you mean 'far'"):
+        DiffusionPolicy.load(tmp_path / "far", normalizer="fra")
+    with pytest.raises(ValueError, match="several"):
+        near.with_anchors(str(stores[0]["path"]))
+    with pytest.raises(ValueError, match="give a list of stores"):
+        DiffusionPolicy.from_dataset(stores[0]["path"], spec=SMALL, per_store=True)
+    plain = DiffusionPolicy.from_dataset(stores, spec=SMALL)
+    assert set(plain.normalizer.to_config()) == {"fields"}  # as before there were several
