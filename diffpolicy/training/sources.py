@@ -70,7 +70,8 @@ class Weighted:
 
     def identity(self) -> dict[str, object]:
         """What the examples are: the parts and their shares."""
-        return {"shares": self.shares, **{f"part {n}": part for n, part in self.parts.items()}}
+        parts = {f"part {i}": part for i, part in enumerate(self.parts.values())}
+        return {"shares": self.shares, **parts}  # names are places, which may change
 
     def counts(self, steps: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
         """Rows of each source in the batches of these steps, ``[len(steps), K]``."""
