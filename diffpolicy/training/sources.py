@@ -44,8 +44,8 @@ class Weighted:
     Of a batch of B, a source of share p has ``floor(p B)`` or ``ceil(p B)`` rows, ``p B`` in the
     mean: row j belongs to the source in whose stretch of [0, 1) the point ``(j + u) / B`` lies
     (systematic sampling), where u moves on by the golden section from batch to batch, so that over
-    many batches shares are kept as closely. Each source's own rows come in permutations, all of
-    them once before any comes again.
+    thousands of batches shares are kept within a few rows. Each source's own rows come in
+    permutations, all of them once before any comes again.
 
     Args:
         parts: The sources by name.
@@ -122,7 +122,8 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 def _together(sources: Sequence[Source], part: Tensor, row: Tensor) -> dict[str, Tensor]:
     """A batch whose row i is row ``row[i]`` of source ``part[i]``; of what all sources give."""
     found = [source.gather(row[part == i]) for i, source in enumerate(sources)]
-    names = set.intersection(*(set(batch) for batch in found))
+    # In the order of the first: observations by name stand side by side in the order they come in.
+    names = [name for name in found[0] if all(name in batch for batch in found)]
     batch = {name: torch.cat([one[name] for one in found]) for name in names}
     if bool((part.diff() >= 0).all()):  # in order already
         return batch

@@ -80,6 +80,10 @@ def test_gather_finds_each_row_in_any_order():
     order = torch.tensor([8, 0, 4, 3, 5, 2, 2])
     assert source.gather(order)["x"].tolist() == [2003, 0, 1001, 1000, 2000, 2, 2]
     assert len(source) == 9
+    named = {name: Numbers(3) for name in "zyxwvutsrqponm"}
+    for part in named.values():
+        part.gather = lambda rows: dict.fromkeys(named, rows)
+    assert list(Weighted(named, [1] * 14).gather(order)) == list(named)  # not that of a set
     turns = Turns([Numbers(3), Numbers(3, 1)])
     assert turns.gather(torch.arange(6))["x"].tolist() == [0, 1000, 1, 1001, 2, 1002]
 
