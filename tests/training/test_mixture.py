@@ -12,6 +12,7 @@ from diffpolicy.data import EpisodeStore, FieldSpec, Normalizer, Windows
 from diffpolicy.data.joined import Joined
 from diffpolicy.data.remaking import merged
 from diffpolicy.learn.learning import Learning, examples
+from diffpolicy.learn.material import PlanMaterial, TuningData
 from diffpolicy.settings import ConfigError
 from diffpolicy.training.run_files import read_metrics
 from diffpolicy.training.settings import TrainerConfig
@@ -67,6 +68,17 @@ def test_batches_hold_each_store_by_its_weight(stores):
     )  # fmt: skip
     found, wanted = (s.gather(torch.arange(len(alone))) for s in (source, alone))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_tuning_clones_demonstrations_by_the_same_weights(stores):
+    policy = DiffusionPolicy.from_dataset(stores, spec=SMALL, normalize={"obs": "identity"})
+    data = TuningData.of(demonstrations=stores, max_episodes=2)
+    source = PlanMaterial(policy.spec, policy.normalizer, data).demonstrations()
+    obs = source.gather(torch.arange(len(source)))["obs"]
+    far = int((obs.mean((1, 2)) > 2.5).sum())
+    assert abs(far - len(source) / 4) < 1
+    lengths = [EpisodeStore.open(one["path"]).episode_lengths[:2].sum() for one in stores]
+    assert len(obs.unique(dim=0)) == sum(lengths)
 
 
 def test_resume_of_a_mixture_is_bit_exact(stores, tmp_path):
