@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.data.joined import open_store
+from diffpolicy.data.observation import each
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import split_store
 from diffpolicy.learn.adapters import merged_state
-from diffpolicy.learn.learning import Learning, examples, objective
+from diffpolicy.learn.learning import Learning, examples, objective, usable_episodes
 from diffpolicy.learn.making import fit_anchors, fitted_spec, read_policy
 from diffpolicy.learn.material import TuningData, tuned
 from diffpolicy.learn.method import Method
@@ -72,8 +73,7 @@ class DiffusionPolicy(DiffusionPlanner):
             normalize: mode per field, ``minmax`` where none is given, see ``data.normalize.MODES``;
                 ``obs`` is that of every ``obs.NAME`` without one of its own.
             per_store: a normaliser for each of several stores; the policy acts by the first's.
-            anchors: settings of :meth:`Anchors.fit <diffpolicy.policies.anchors.Anchors.fit>`, for
-                a policy with ``truncated``.
+            anchors: settings of ``Anchors.fit``, for a policy with ``truncated``.
             seed: of the initial weights, and of the anchors.
             device: where the weights live.
 
@@ -85,9 +85,8 @@ class DiffusionPolicy(DiffusionPlanner):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             denoiser, heads = full.make_denoiser(), full.make_heads()
-        fitted = None
-        if anchors is not None:
-            fitted = fit_anchors(full, opened, normalizer, **{"seed": seed, **anchors})
+        fit = {"seed": seed, **(anchors or {})}
+        fitted = None if anchors is None else fit_anchors(full, opened, normalizer, **fit)
         return cls(full, denoiser.to(device), normalizer, fitted, heads.to(device))
 
     def learn(
@@ -112,8 +111,7 @@ class DiffusionPolicy(DiffusionPlanner):
             val_fraction: fraction of the episodes held out for the validation loss.
             max_episodes: use the first so many episodes (of each store) only.
             learning: what is learned beyond behaviour cloning: actor-critics, weights of losses.
-            evaluate: called with a policy directory and the step; returns metrics, of which
-                ``score`` decides the best checkpoint.
+            evaluate: called with a policy directory and the step; its ``score`` decides the best.
             resume: continue the run in ``run_dir`` exactly where it stopped.
             overwrite: replace an earlier run in ``run_dir``.
 
@@ -121,7 +119,8 @@ class DiffusionPolicy(DiffusionPlanner):
             self; ``last_training`` tells the steps done, seconds, and whether it was interrupted.
         """
         episodes = open_store(store)
-        train, val = split_store(episodes, val_fraction, config.seed, max_episodes)
+        usable = usable_episodes(self.spec, episodes, max_episodes)
+        train, val = split_store(episodes, usable, val_fraction, config.seed)
         how = Learning() if learning is None else learning
         shared = self.spec, self.normalizer.to("cpu"), episodes, how
         return self.fit(
@@ -327,8 +326,7 @@ class DiffusionPolicy(DiffusionPlanner):
         Args:
             store: demonstrations, or their path.
             truncated: how plans are drawn from the anchors.
-            fit: ``count``, ``relative_to``, ``top_m`` and ``seed`` of
-                :meth:`Anchors.fit <diffpolicy.policies.anchors.Anchors.fit>`.
+            fit: ``count``, ``relative_to``, ``top_m`` and ``seed`` of ``Anchors.fit``.
         """
         spec = replace(self.spec, rti=None, truncated=truncated or Truncated())
         anchors = fit_anchors(spec, open_store(store), self.normalizer, **fit)
@@ -372,7 +370,8 @@ class DiffusionPolicy(DiffusionPlanner):
             state = self.observe(history[:, step], state)
         found = self.propose(state)
         with torch.inference_mode():
-            plans = self._complete(found.plans.flatten(0, 1).cpu().numpy())
+            seen = each(lambda array: array.repeat(found.plans.shape[1], 0), state.history)
+            plans = self._complete(found.plans.flatten(0, 1).cpu().numpy(), seen)
         shaped = plans.reshape(*found.plans.shape[:3], self.plan_dim)
         return self.to_actions(shaped), found.scores.cpu().numpy()
 

@@ -28,6 +28,7 @@ from diffpolicy.settings import check_range, named_settings, settings_of
 TASK = "obs.task"
 """Where whole numbers, they are places in the list of instructions that the attribute is."""
 TASKS = "tasks"
+_MEANT = ("actions",)  # attributes that say what rows mean
 
 _log = logging.getLogger("diffpolicy.data")
 
@@ -136,12 +137,6 @@ class Joined(EpisodeReader):
         none = [np.zeros((0, *spec.shape), spec.dtype)]
         return found[0] if len(found) == 1 else np.concatenate(found or none)
 
-    def apart(self, episodes: Sequence[int]) -> dict[str, Ints]:
-        """Return some episodes' numbers (in the whole) by the part that they are of."""
-        ends = np.cumsum([store.num_episodes for store in self.parts.values()])
-        part = np.searchsorted(ends, episodes, side="right")
-        return {name: np.asarray(episodes)[part == i] for i, name in enumerate(self.parts)}
-
     def close(self) -> None:
         """Let go of the files."""
         for store in self.parts.values():
@@ -197,6 +192,21 @@ def each_part(store: EpisodeReader, choose: Callable[[int], Any]) -> Ints:
     return np.concatenate(chosen)
 
 
+def apart(store: EpisodeReader, episodes: Sequence[int] | Ints) -> dict[str, Ints]:
+    """Return some episodes' numbers by the part that they are of; that of a plain store is ``""``.
+
+    Example:
+        >>> apart(store, [0, 1, 7])  # of a store of 5 episodes, and one of 4
+        {'a': array([0, 1]), 'b': array([7])}
+    """
+    chosen = np.asarray(episodes, np.int64)
+    if not isinstance(store, Joined):
+        return {"": chosen}
+    ends = np.cumsum([part.num_episodes for part in store.parts.values()])
+    of = np.searchsorted(ends, chosen, side="right")
+    return {name: chosen[of == i] for i, name in enumerate(store.parts)}
+
+
 def _shared_fields(
     stores: Sequence[EpisodeReader], wanted: Sequence[str] | None, *, strict: bool
 ) -> dict[str, Any]:
@@ -235,6 +245,13 @@ def _shared_attrs(
     """New numbers of each store's tasks (none: as they are), and the attributes of all stores."""
     attrs = [store.attrs for store in stores]
     shared = {k: v for k, v in attrs[0].items() if all(k in o and o[k] == v for o in attrs)}
+    for name in _MEANT:
+        said = [known.get(name) for known in attrs]
+        if name not in shared and any(said):
+            texts = [f"{one} in {s.name}" for one, s in zip(said, stores, strict=True)]
+            raise ValueError(
+                f"the attribute {name!r} is {'; '.join(texts)}: they do not go together"
+            )
     told: list[Any] = [known.get(TASKS) for known in attrs]
     if not counted or TASKS in shared or not any(told):
         return [], shared

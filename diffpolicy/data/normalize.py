@@ -228,6 +228,13 @@ class Normalizer:
         others = {name: other.scaled(field, dim, factor) for name, other in self.others.items()}
         return Normalizer(self._modes, scale, offset, others)
 
+    def without(self, field: str) -> Normalizer:
+        """Return a normaliser that does not know a field."""
+        kept = {name: mode for name, mode in self._modes.items() if name != field}
+        parts = ({k: values[k] for k in kept} for values in (self._scale, self._offset))
+        others = {name: other.without(field) for name, other in self.others.items()}
+        return Normalizer(kept, *parts, others)
+
     def to(self, device: torch.device | str) -> Normalizer:
         """Return the same normaliser with its tensors on ``device``."""
         other = copy.copy(self)  # with its copies on the host, and checked already

@@ -206,6 +206,7 @@ class EpisodeStore(EpisodeReader):
         Args:
             arrays: Every field of the store, ``[T, *shape]`` with one T >= 1, finite.
             **episode_attrs: JSON values to keep with the episode, such as ``seed=3, success=True``.
+                ``actions=False`` says that it has none: ``action`` is left out, and reads as 0.
 
         Returns:
             The episode's index.
@@ -214,6 +215,9 @@ class EpisodeStore(EpisodeReader):
             ValueError: Fields, shapes, lengths, types or values that do not fit; nothing was added.
         """
         length = min((len(a) for a in arrays.values() if np.ndim(a)), default=0)
+        if episode_attrs.get("actions") is False and "action" in self._fields:
+            spec = self._fields["action"]
+            arrays = {**arrays, "action": np.zeros((length, *spec.shape), spec.dtype)}
         self.extend(arrays, [length], [episode_attrs])
         return self.num_episodes - 1
 

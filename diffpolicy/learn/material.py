@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
-from diffpolicy.data.joined import each_part, open_store
+from diffpolicy.data.joined import open_store
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import from_fields
 from diffpolicy.data.preferences.examples import LabelExamples, PairExamples
 from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.adapters import add_adapters, merge_adapters
-from diffpolicy.learn.learning import Learning, examples
+from diffpolicy.learn.learning import Learning, examples, usable_episodes
 from diffpolicy.learn.method import Method
 from diffpolicy.learn.methods import method_of
 from diffpolicy.learn.plan_pairs import PlanReward, check_readable, in_own_units, sizes_of
@@ -181,8 +181,8 @@ class PlanMaterial:
         return {"normalizer": normal, "windows": self.data.windows, **sizes_of(self.spec)}
 
     def _of_episodes(self, store: EpisodeStore, most: int | None) -> Source:
-        first = each_part(store, lambda count: range(min(count, most or count))).tolist()
-        source = examples(self.spec, self.normalizer.to("cpu"), store, Learning(), first)
+        episodes = usable_episodes(self.spec, store, most).tolist()
+        source = examples(self.spec, self.normalizer.to("cpu"), store, Learning(), episodes)
         return in_any_order(source, self.seed)
 
 
@@ -225,10 +225,10 @@ def check_policy(spec: PolicySpec, method: Method) -> None:
         ValueError: plans that hold observations or are conditioned on a return, or a policy trained
             at other levels, or from other starts, than losses of comparisons look at.
     """
-    if spec.layout != "action" or spec.returns is not None:
+    if spec.layout != "action" or spec.returns is not None or spec.actions:
         raise ValueError(
-            "tuning takes plans of actions given observations alone, not "
-            f"layout={spec.layout!r} or returns={spec.returns}"
+            "tuning takes plans of actions as they are, given observations alone, not "
+            f"layout={spec.layout!r}, returns={spec.returns} or action groups {spec.actions}"
         )
     tuned = method.command == "tune" or "reward" in method.reads()
     if spec.encoder["type"] != "state" and tuned:

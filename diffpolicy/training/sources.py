@@ -79,8 +79,8 @@ class Weighted:
         moved = np.modf(first + steps * GOLDEN)[0]
         edges = np.append(np.cumsum(self.shares)[:-1], 1.0)
         below = np.ceil(size * edges - moved[:, None]).clip(0, size)
-        counts: NDArray[np.int64] = np.diff(below.astype(np.int64), axis=1, prepend=0)
-        return counts
+        found: NDArray[np.int64] = np.diff(below.astype(np.int64), axis=1, prepend=0)
+        return found
 
     def draw(self, step: int, size: int, seed: int) -> Tensor:
         """Indices ``[size]`` of the batch at ``step``, source by source; see the class."""

@@ -8,7 +8,7 @@ import torch
 
 from diffpolicy.commands.data import run
 from diffpolicy.data import EpisodeStore, FieldSpec, Transitions, Windows, convert
-from diffpolicy.data.joined import Joined, open_store
+from diffpolicy.data.joined import Joined, apart, each_part, open_store
 from diffpolicy.data.remaking import filtered, halved, merged
 from diffpolicy.data.statistics import compute_statistics
 from diffpolicy.data.windows import split_store
@@ -253,9 +253,10 @@ def test_windows_and_transitions_of_joined_stores_are_those_of_a_merged_one(tmp_
         assert len(found) == len(wanted)
         for name, values in wanted.gather(rows).items():
             assert torch.equal(found.gather(rows)[name], values), name
-    train, val = split_store(both, 0.5, seed=0)
+    train, val = split_store(both, np.arange(6), 0.5, seed=0)
     assert sorted([*train, *val]) == list(range(6))
-    assert {name: len(own) for name, own in both.apart(val).items()} == {"a": 2, "b": 1}
-    first, held = split_store(both, 0.0, seed=0, most=1)
-    assert first.tolist() == [0, 4]
-    assert len(held) == 0
+    assert {name: len(own) for name, own in apart(both, val).items()} == {"a": 2, "b": 1}
+    assert each_part(both, lambda count: range(min(count, 1))).tolist() == [0, 4]
+    chosen = make(tmp_path / "d.zarr", attrs={"actions": [{"dims": [0], "choices": 2}]}, **more)
+    with pytest.raises(ValueError, match=r"the attribute 'actions' is .* do not go together"):
+        Joined({"a": a, "d": chosen})
