@@ -141,7 +141,7 @@ def test_episodes_are_left_out_alike(sources, arrays, tmp_path, format):
     for wrong, message in [
         ({"exclude": 3}, r"has the episodes 0\.\.2; got 3"),
         ({"keep": "mask:no"}, "has no mask 'no'; it has"),
-        ({"keep": "train"}, "names episodes by number, by 'mask:NAME'"),
+        ({"keep": "train"}, "names episodes by number, range"),
         ({"exclude": [0, 1, 2]}, "leave none of the 3 episodes"),
     ]:
         with pytest.raises(ValueError, match=message):
