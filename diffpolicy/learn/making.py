@@ -56,12 +56,11 @@ def fitted_spec(
         ValueError: a missing field or statistics, or settings that do not fit together.
     """
     seen = obs_fields(store)
-    absent = [name for name in (*(seen or ["obs"]), "action") if name not in store.fields]
-    if absent:
-        raise ValueError(
-            f"store {store.name} has no field {absent[0]!r} (it has {sorted(store.fields)}); "
-            "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
-        )
+    for name in (*(seen or ["obs"]), "action"):
+        if name not in store.fields:
+            has = f"no field {name!r} (it has {sorted(store.fields)})"
+            how = "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
+            raise ValueError(f"store {store.name} has {has}; {how}")
     known = {**spec, **_observed(store), "action_dim": store.fields["action"].shape[0]}
     known["actions"] = known.get("actions") or store.attrs.get("action_groups", ())
     if not known["observations"]:
@@ -78,9 +77,9 @@ def fitted_spec(
     for name in () if full.imagined is None else full.imagined.vectors:
         modes.setdefault(name, "minmax")
     modes |= {"action": "minmax", **{k: v for k, v in normalize.items() if k != "obs"}}
-    if per_store and not isinstance(store, Joined):
-        raise ValueError("a normaliser for each store needs several: give a list of stores")
     if per_store:
+        if not isinstance(store, Joined):
+            raise ValueError("a normaliser for each store needs several: give a list of stores")
         parts = cast("dict[str, EpisodeStore]", store.parts)
         each = {name: _fitted_normalizer(full, part, modes) for name, part in parts.items()}
         return full, Normalizer.of_each(each)
@@ -124,9 +123,7 @@ def fitted_returns(returns: Returns, store: EpisodeStore) -> Returns:
     low = float(found.min()) if returns.low is None else returns.low
     high = float(found.max()) if returns.high is None else returns.high
     if not low < high:
-        raise ValueError(
-            f"all returns of {store.name} are {high}: a policy cannot be conditioned on them"
-        )
+        raise ValueError(f"no policy can be told returns that are all {high} ({store.name})")
     return replace(returns, low=low, high=high)
 
 
