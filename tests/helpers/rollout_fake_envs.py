@@ -128,7 +128,7 @@ class FakeCameras(FakeExpertPoint):
         self.noise = np.random.default_rng(0).integers(0, 256, view.shape, np.uint8)
 
     def step(self, action):
-        obs, reward, _, cut, info = super().step(action)
+        obs, reward, _, cut, _ = super().step(action)
         return obs, reward, self.t >= self.length, cut, {"is_success": True}
 
     def _obs(self):
