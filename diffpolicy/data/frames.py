@@ -136,7 +136,7 @@ class Frames:
             if length >= half or (lively and length >= usual):
                 message = (
                     f"the camera is frozen: its frames stay the same, pixel by pixel, in steps "
-                    f"{begin}..{begin + length} of the episode, while other observations change"
+                    f"{begin}..{begin + length - 1} of the episode, while other observations change"
                 )
                 fix = "leave the episode out, and look whether the recorder lost this camera"
                 yield Suspect(name, "frozen", index, start + begin, message, fix)
