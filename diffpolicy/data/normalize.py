@@ -173,7 +173,7 @@ class Normalizer:
 
     def _of_obs(self, how: Callable[[str, Any], Any], obs: Any) -> Any:
         if not isinstance(obs, Mapping):
-            return how("obs", obs)
+            return obs if "obs" not in self._modes and _is_image(obs) else how("obs", obs)
         known = {name: f"obs.{name}" in self._modes for name in obs}
         return {name: how(f"obs.{name}", x) if known[name] else x for name, x in obs.items()}
 
@@ -237,6 +237,11 @@ class Normalizer:
         if isinstance(x, np.ndarray):
             return self._numpy[field]
         return self._scale[field], self._offset[field]
+
+
+def _is_image(array: Any) -> bool:
+    """Whether an array or tensor holds bytes."""
+    return str(array.dtype).endswith("uint8")
 
 
 def _check_affine(field: str, scale: Tensor, offset: Tensor) -> None:

@@ -37,9 +37,8 @@ class Learning:
     """How weights are learned, beyond the trainer's settings.
 
     Args:
-        actor_critic: settings of :class:`~diffpolicy.learn.actor_critic.loss.ActorCritic`;
-        ``None``:
-            the denoiser by its denoising loss, heads by their own.
+        actor_critic: settings of :class:`~diffpolicy.learn.actor_critic.loss.ActorCritic`. Without
+            it the denoiser learns by its denoising loss, heads by their own.
         discount: of critics and of the head ``value``, per step; where the policy is conditioned
             on returns, these have their own.
         reward_scale: factor of the rewards that critics see; ``"return_range"``: 1000 over the
@@ -50,6 +49,7 @@ class Learning:
         value_levels: ``"all"`` trains the head ``value`` on noisy plans, for guidance;
             ``"clean"``, to choose among finished plans.
         mask_padding: leave edge-padded positions out of the losses.
+        draws: noises per example in the denoising loss, for one encoding of its observation.
 
     Raises:
         ValueError: values out of range.
@@ -63,6 +63,7 @@ class Learning:
     next_obs_weight: float = 1.0
     value_levels: str = "all"
     mask_padding: bool = False
+    draws: int = 1
 
     def __post_init__(self) -> None:
         check_range("(0, 1]", discount=self.discount)
@@ -228,6 +229,7 @@ def objective(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
         ramp=ramp,
         layout=None if spec.layout == "action" else policy.layout,
         weights=weights,
+        draws=learning.draws,
     )
     if not len(heads):
         return denoising

@@ -13,7 +13,7 @@ from torch import nn
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.data.fields import check_vector
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.data.observation import by_store_field, obs_fields, of_store
+from diffpolicy.data.observation import ObsField, by_store_field, obs_fields, of_store
 from diffpolicy.data.returns import returns_to_go
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows
@@ -74,6 +74,8 @@ def fitted_spec(
 def _observed(store: EpisodeStore) -> dict[str, Any]:
     """Entries of the spec that say what is observed."""
     fields = of_store(store)
+    if isinstance(fields, ObsField) and fields.is_image:
+        fields = {"": fields}
     if isinstance(fields, Mapping):
         total = sum(field.size for field in fields.values() if not field.is_image)
         return {"obs_dim": total, "observations": {k: asdict(f) for k, f in fields.items()}}

@@ -287,11 +287,19 @@ class ChunkedPolicy(abc.ABC):
         def make(part: PolicyState) -> tuple[Array, Array]:
             if self.selector is None:
                 return self.make_plans(part, deterministic=deterministic)
-            return self.selector.choose(self.make_plans, part, deterministic=deterministic)
+            told = self.encoded_once(part)
+            return self.selector.choose(self.make_plans, told, deterministic=deterministic)
 
         plan, nfe = self._batched(make, chosen)
         planned = self.adopted(chosen, plan, nfe)
         return planned if whole else state.put(rows, planned)
+
+    def encoded_once(self, state: PolicyState) -> PolicyState:
+        """The memory of rows of which several plans are made, with ``cond`` ``[n, C]`` if they can.
+
+        Candidates repeat it, rather than what was observed.
+        """
+        return state
 
     def adopted(self, state: PolicyState, plan: Array, nfe: Array) -> PolicyState:
         """The memory of rows whose new plan ``[n, H, P]`` took ``nfe`` ``[n]`` evaluations."""

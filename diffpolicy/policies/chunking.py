@@ -206,6 +206,9 @@ class RealTimeChunking(WrappedPolicy):
             for fixed in (False, True)
         }
 
+    def encoded_once(self, state: PolicyState) -> PolicyState:
+        return self.planner.encoded_once(state)
+
     @property
     def max_delay(self) -> int:
         """The longest delay that the last plan outlasts, if it is replaced after Ta steps."""
@@ -272,7 +275,7 @@ class RealTimeChunking(WrappedPolicy):
         weight = chunk_weights(state.delay, self.horizon - shift, *sizes, self.settings)
         prefix = shift_plan(torch.from_numpy(state.plan), torch.from_numpy(shift))
         plans = loop(
-            planner.on_device(state.history),
+            planner.told(loop, state),
             planner.on_device(planner.shifted(state)),
             planner.draw_noise(state, loop.draws, deterministic),
             prefix.to(planner.device),

@@ -22,7 +22,7 @@ from diffpolicy.networks.base import described
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.best_of_n import Selector
-from diffpolicy.policies.plan_loop import Condition, Loop, PinnedCondition, PlanLoop
+from diffpolicy.policies.plan_loop import Condition, Encoded, Loop, PinnedCondition, PlanLoop
 from diffpolicy.policies.planners import check_anchors, guided
 from diffpolicy.policies.rows import row_noise
 from diffpolicy.policies.spec import PolicySpec, check_normalizer
@@ -95,7 +95,7 @@ class DiffusionPlanner(ChunkedPolicy):
             self._unusual = np.minimum(spec.rti.innovation * usual, largest).astype(np.float32)
         check_anchors(spec, anchors)
         if spec.selection is not None:
-            self.selector = Selector(spec.selection, self.score)
+            self.selector = Selector(spec.selection, self.score, reads_cond=True)
         self._place()
 
     def to(self, device: str | torch.device) -> Self:
@@ -282,11 +282,12 @@ class DiffusionPlanner(ChunkedPolicy):
         return torch.cat([states, torch.cat([actions, actions[:, -1:]], 1)], 2)
 
     @torch.inference_mode()
-    def score(self, history: Obs, plans: Array) -> Array:
+    def score(self, history: Obs | Encoded, plans: Array) -> Array:
         """What the head ``critic``, or else ``value``, says of plans.
 
         Args:
-            history: raw observations ``[n, To, O]``, or such arrays by name.
+            history: raw observations ``[n, To, O]``, such arrays by name, or
+                :class:`~diffpolicy.policies.plan_loop.Encoded`.
             plans: normalised ``[n, H, P]``.
 
         Returns:
@@ -299,10 +300,10 @@ class DiffusionPlanner(ChunkedPolicy):
         if not found:
             raise ValueError(f"scores need a head critic or value; heads: {sorted(self.heads)}")
         plan = self.on_device(plans)
-        cond = self.encoded(history)
         critic = found[0] == "critic"
         judged = plan[..., -self.action_dim :] if critic else plan[..., : self.layout.dim]
-        out: Array = self.heads[found[0]].score(cond if critic else None, judged).cpu().numpy()  # type: ignore[operator]
+        cond = self.encoded(history) if critic else None
+        out: Array = self.heads[found[0]].score(cond, judged).cpu().numpy()  # type: ignore[operator]
         return out
 
     def propose(self, state: PolicyState, *, deterministic: bool = False) -> ScoredPlans:
@@ -320,6 +321,7 @@ class DiffusionPlanner(ChunkedPolicy):
                 self.on_device(self.shifted(state)),
                 self.on_device(state.warm),
                 self.draw_noise(state, candidates.draws, deterministic),
+                self.told(candidates.loops["guesses"], state),
             )
 
     def _written(self, history: Tensor) -> Tensor:
@@ -339,15 +341,29 @@ class DiffusionPlanner(ChunkedPolicy):
 
     def _solve(self, loop: Loop, state: PolicyState, deterministic: bool) -> Array:
         noise = self.draw_noise(state, loop.draws, deterministic)
-        history, guess = (self.on_device(part) for part in (state.history, self.shifted(state)))
-        return loop(history, guess, noise).cpu().numpy()
+        told = self.told(loop, state)
+        return loop(told, self.on_device(self.shifted(state)), noise).cpu().numpy()
+
+    def encoded_once(self, state: PolicyState) -> PolicyState:
+        if self.spec.layout != "action":
+            return state
+        with torch.inference_mode():
+            return state.remember(cond=self.encoded(state.history).cpu().numpy())
+
+    def told(self, loop: Loop, state: PolicyState) -> Any:
+        """What a loop is told of rows: their observations, or what these were encoded to."""
+        if "cond" in state.memory and isinstance(loop, PlanLoop):
+            return Encoded(self.on_device(state.memory["cond"]))
+        return self.on_device(state.history)
 
     def on_device(self, array: Any) -> Any:
         """An array of the host (or such by name) as a tensor where the weights are."""
         return each(lambda one: torch.from_numpy(one).to(self.device), array)
 
-    def encoded(self, history: Obs) -> Tensor:
+    def encoded(self, history: Obs | Encoded) -> Tensor:
         """The condition ``[n, C]`` of raw observations ``[n, To, ...]`` of the host."""
+        if isinstance(history, Encoded):
+            return history.cond.to(self.device)
         return self.denoiser.encode(self.normalizer.normalize_obs(self.on_device(history)))
 
     def draw_noise(self, state: PolicyState, draws: int, deterministic: bool) -> Tensor:

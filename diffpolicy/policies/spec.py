@@ -139,9 +139,10 @@ class PolicySpec:
             ``inverse``, ``value``, ``critic``, ``state_value``, ``draft``.
         selection: choose among several plans by the head ``critic``, or else ``value``.
         observations: the arrays of an observation by name, whose order they are in; empty: one
-            array of ``obs_dim``.
+            array of ``obs_dim``. The name ``""`` stands for a single image.
         encoder: ``{"type": ..., settings}`` for :func:`diffpolicy.networks.encoders.make_encoder`:
-            from observations to the condition of network and critics.
+            from observations to the condition of network and critics; default: ``images`` where
+            there is one, else ``state``.
         env_id: the environment it was trained for, if known.
     """
 
@@ -173,7 +174,7 @@ class PolicySpec:
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     selection: Selection | None = None
     observations: Mapping[str, ObsField] = field(default_factory=dict)
-    encoder: Mapping[str, Any] = field(default_factory=lambda: {"type": "state"})
+    encoder: Mapping[str, Any] = field(default_factory=dict)
     env_id: str | None = None
 
     def __post_init__(self) -> None:
@@ -197,7 +198,10 @@ class PolicySpec:
 
     def _check_observations(self) -> None:
         """Refuse what takes the observation as one vector where it has names or an encoder."""
-        check_choice("encoder type", self.encoder.get("type"), ENCODERS)
+        images = any(field.is_image for field in self.observations.values())
+        usual = {"type": "images" if images else "state"}
+        object.__setattr__(self, "encoder", {**usual, **(self.encoder or {})})
+        check_choice("encoder type", self.encoder["type"], ENCODERS)
         object.__setattr__(self, "observations", dict(sorted(self.observations.items())))
         total = sum(field.size for field in self.observations.values() if not field.is_image)
         if self.observations and self.obs_dim != total:
@@ -210,19 +214,21 @@ class PolicySpec:
             "truncated with anchors": "anchors" in sources,
         }
         found = [name for name, used in needed.items() if used]
-        if self.encoder["type"] != "state" and (self.layout != "action" or "anchors" in sources):
-            raise ValueError(f"{found[0]} takes the observation as it is: encoder must be state")
-        if found and self.observations:
+        other = self.encoder["type"] != "state" and (
+            self.layout != "action" or "anchors" in sources
+        )
+        if found and (self.observations or other):
+            names = ", ".join(name or "an image" for name in self.observations) or "one vector"
             raise ValueError(
-                f"{', '.join(found)}: needs one vector as observation, this policy has "
-                f"{', '.join(self.observations)} by name; leave it out, or wrap the environment in "
-                "gymnasium.wrappers.FlattenObservation"
+                f"{', '.join(found)}: needs one vector as observation and the encoder 'state', "
+                f"this policy has {names} and {self.encoder['type']!r}; leave it out, or "
+                "wrap the environment in gymnasium.wrappers.FlattenObservation"
             )
 
     @property
     def observed(self) -> ObsFields:
         """What a step's observation is made of."""
-        return self.observations or ObsField((self.obs_dim,))
+        return self.observations.get("") or self.observations or ObsField((self.obs_dim,))
 
     def make_encoder(self) -> Encoder:
         """The encoder, with freshly initialised weights if it has any."""
@@ -312,11 +318,12 @@ class PolicySpec:
         name = "rti" if self.rti is not None else "truncated"
         drawn = start or self.sampler
         level = "" if start is None else f", {name} t_start={start.t_start}"
+        named = [f"{name or 'image'} {list(f.shape)}" for name, f in self.observations.items()]
         return (
-            f"obs {self.obs_dim} x {self.n_obs_steps}, action {self.action_dim}, horizon "
-            f"{self.horizon}, executes {self.n_action_steps}; {self.network.get('type')}, "
-            f"{self.process.get('type')}, {self.prediction}; {drawn.solver} in "
-            f"{drawn.num_steps} steps{level}"
+            f"obs {', '.join(named) or self.obs_dim} x {self.n_obs_steps}, action "
+            f"{self.action_dim}, horizon {self.horizon}, executes {self.n_action_steps}; "
+            f"{self.network.get('type')}, {self.process.get('type')}, {self.prediction}; "
+            f"{drawn.solver} in {drawn.num_steps} steps{level}"
         )
 
     def make_denoiser(self) -> Denoiser:

@@ -145,8 +145,6 @@ class Trainer:
                 f"batch_size={size} must divide over {self.group.size} processes and "
                 f"accumulate={self.config.accumulate} parts"
             )
-        if self.config.precision == "bf16" and self.device.type != "cuda":
-            raise ValueError("precision=bf16 is for GPUs; use fp32")
         if self.config.tensorboard:
             summary_writer()
 

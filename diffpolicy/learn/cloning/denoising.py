@@ -113,6 +113,8 @@ class DenoisingLoss(nn.Module):
             (0.2 in the streaming paper); these also train full sampling.
         layout: what a plan holds; None as ``"action"``.
         weights: of the entries of a plan ``[1, H, D]`` (see :meth:`Layout.weights`); None: equal.
+        draws: levels and noises per example, over which its loss is the mean. Observations are
+            encoded once for all of them, so that a costly encoder's gradient is less noisy.
 
     Raises:
         ValueError: settings out of range, levels that the network cannot take, or a network or
@@ -133,9 +135,11 @@ class DenoisingLoss(nn.Module):
         constant_fraction: float = 0.2,
         layout: Layout | None = None,
         weights: Tensor | None = None,
+        draws: int = 1,
     ) -> None:
         super().__init__()
         check_range("[0, 1)", cond_dropout=cond_dropout)
+        check_range("[1, inf)", draws=draws)
         check_range("[0, 1]", constant_fraction=constant_fraction)
         check_level_law(level_law, denoiser, ramp)
         self.denoiser = denoiser
@@ -145,6 +149,7 @@ class DenoisingLoss(nn.Module):
         self.ramp = ramp
         self.constant_fraction = constant_fraction
         self.layout = layout
+        self.draws = draws
         holds_states = layout is not None and layout.kind != "action"
         if layout is not None:
             check_layout(layout, denoiser.network)
@@ -174,6 +179,11 @@ class DenoisingLoss(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
         x0, cond = clean_plan(batch, self.layout, self.denoiser)
+        valid = batch["valid"] if self.mask_padding else None
+        if self.draws > 1:
+            x0 = x0.repeat_interleave(self.draws, 0)
+            cond = None if cond is None else cond.repeat_interleave(self.draws, 0)
+            valid = None if valid is None else valid.repeat_interleave(self.draws, 0)
         t = self.draw_levels(x0.shape[0], x0.shape[2], generator).to(x0.device, x0.dtype)
         noise = standard_normal(x0.shape, x0, generator)
         if cond is not None and self.cond_dropout > 0:
@@ -182,7 +192,6 @@ class DenoisingLoss(nn.Module):
                 >= self.cond_dropout
             )
             cond = cond * keep.to(cond.device, cond.dtype)
-        valid = batch["valid"] if self.mask_padding else None
         loss = denoising_error(
             self.denoiser,
             x0,
@@ -193,7 +202,7 @@ class DenoisingLoss(nn.Module):
             known=self.known,
             weights=self.weights,
         )
-        return LossOutput(loss, {})
+        return LossOutput(loss.view(-1, self.draws).mean(1), {})
 
 
 def clean_plan(
