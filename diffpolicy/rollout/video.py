@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from diffpolicy.data.observation import Obs, to_fields
 from diffpolicy.extras import need
 from diffpolicy.files import atomic_file
 from diffpolicy.settings import check_range
@@ -105,6 +106,45 @@ def _why_not(backend: str, timeout: float) -> str | None:
     errors = [line for line in done.stderr.splitlines() if "Error" in line]
     errors.append(f"drawing ended with exit code {done.returncode}")
     return errors[0][:200] if done.returncode else None
+
+
+def beside(picture: np.ndarray | None, obs: Obs) -> np.ndarray | None:
+    """A picture and, to its right, what cameras see at the same time.
+
+    Args:
+        picture: ``[height, width, 3]`` uint8; None: there is none, so the cameras stand alone.
+        obs: one observation; its images are shown, enlarged by whole numbers (or thinned out) to
+            the picture's height, the others are not.
+
+    Returns:
+        ``[height, wider, 3]`` uint8; None if there is nothing to see.
+    """
+    images = [
+        _rgb(array) for array in to_fields(obs).values() if shows(array.shape, str(array.dtype))
+    ]
+    parts = [] if picture is None else [picture]
+    height = len(picture) if picture is not None else max(map(len, images), default=0)
+    for image in images:
+        thin = image[:: -(-len(image) // height), :: -(-len(image) // height)]
+        times = height // len(thin)
+        large = thin.repeat(times, axis=0).repeat(times, axis=1)
+        parts.append(np.pad(large, ((0, height - len(large)), (0, 0), (0, 0))))
+    return np.concatenate(parts, axis=1) if parts else None
+
+
+def shows(shape: Sequence[int], dtype: str) -> bool:
+    """Whether rows are images of bytes, ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``."""
+    return dtype == "uint8" and (len(shape) == 2 or (len(shape) == 3 and _channels(shape) >= 0))
+
+
+def _channels(shape: Sequence[int]) -> int:
+    """The axis of the channels of three; -1: none can be."""
+    return next((axis for axis in (2, 0) if shape[axis] in (1, 3, 4)), -1)
+
+
+def _rgb(image: np.ndarray) -> np.ndarray:
+    whole = image[..., None] if image.ndim == 2 else np.moveaxis(image, _channels(image.shape), -1)
+    return whole.repeat(3, axis=2) if whole.shape[2] == 1 else whole[..., :3]
 
 
 def write_mp4(path: str | Path, videos: Sequence[EpisodeVideo], *, fps: int = 20) -> Path:

@@ -119,9 +119,9 @@ class FakeDict(FakeExpertPoint):
 class FakeCameras(FakeExpertPoint):
     """Observes where it is, and two cameras whose pixels depend on the seed, the step and both."""
 
-    def __init__(self, size=96, length=1000, fault=None, render_mode=None):
-        super().__init__(fault, render_mode)
-        self.size, self.length = size, length
+    def __init__(self, size=96, length=1000, fault=None, render_mode=None, render_fault=None):
+        super().__init__(fault, render_mode, render_fault=render_fault)
+        self.length = length
         view = spaces.Box(0, 255, (size, size, 3), np.uint8)
         place = spaces.Box(-np.inf, np.inf, (2,), np.float32)
         self.observation_space = spaces.Dict({"place": place, "front": view, "wrist": view})
