@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 from tqdm.auto import tqdm
 
+from diffpolicy.policies.imagined import picture_of
 from diffpolicy.rollout.env_spec import EnvSpec, as_spec
 from diffpolicy.rollout.pool.slots import Drawn, Outcome
 from diffpolicy.rollout.pool.supervisor import Workers
@@ -30,7 +31,7 @@ from diffpolicy.rollout.rows import (
     fitting,
     planning_in_batches,
 )
-from diffpolicy.rollout.video import beside
+from diffpolicy.rollout.video import beside, images_of
 from diffpolicy.settings import check_range
 
 
@@ -253,13 +254,14 @@ class _Run(RowLoop[_Episode]):
         return True if due else "end"
 
     def _keep_frame(self, row: int, outcome: Outcome) -> None:
-        frame = outcome.frame
         if outcome.note:  # a picture was wanted and could not be drawn
             self.notes[f"no video: {outcome.note}"] = None
-        if self.video is not None and self.video.cameras and (frame is not None or outcome.note):
-            frame = beside(frame, outcome.obs)
-        if frame is not None:
-            self.running[row].frames.append(frame)
+        if self.video is None or not (outcome.note or outcome.frame is not None):
+            return
+        seen = images_of(outcome.obs) if self.video.cameras else []
+        imagined = picture_of(self.policy, self.state, row)
+        if outcome.frame is not None or seen:
+            self.running[row].frames.append(beside(outcome.frame, *seen, imagined))
 
     def _note_errors(self, records: Sequence[EpisodeRecord]) -> None:
         errors = [record.error for record in records if record.error is not None]

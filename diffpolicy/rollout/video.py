@@ -108,28 +108,10 @@ def _why_not(backend: str, timeout: float) -> str | None:
     return errors[0][:200] if done.returncode else None
 
 
-def beside(picture: np.ndarray | None, obs: Obs) -> np.ndarray | None:
-    """A picture and, to its right, what cameras see at the same time.
-
-    Args:
-        picture: ``[height, width, 3]`` uint8; None: there is none, so the cameras stand alone.
-        obs: one observation; its images are shown, enlarged by whole numbers (or thinned out) to
-            the picture's height, the others are not.
-
-    Returns:
-        ``[height, wider, 3]`` uint8; None if there is nothing to see.
-    """
-    images = [
-        _rgb(array) for array in to_fields(obs).values() if shows(array.shape, str(array.dtype))
-    ]
-    parts = [] if picture is None else [picture]
-    height = len(picture) if picture is not None else max(map(len, images), default=0)
-    for image in images:
-        thin = image[:: -(-len(image) // height), :: -(-len(image) // height)]
-        times = height // len(thin)
-        large = thin.repeat(times, axis=0).repeat(times, axis=1)
-        parts.append(np.pad(large, ((0, height - len(large)), (0, 0), (0, 0))))
-    return np.concatenate(parts, axis=1) if parts else None
+def images_of(obs: Obs) -> list[np.ndarray]:
+    """The images ``[H, W, 3]`` uint8 in one observation, in its order."""
+    arrays = to_fields(obs).values()
+    return [_rgb(array) for array in arrays if shows(array.shape, str(array.dtype))]
 
 
 def shows(shape: Sequence[int], dtype: str) -> bool:
@@ -246,6 +228,23 @@ def framed(frames: np.ndarray, colour: Sequence[int], border: int = 4) -> np.nda
     out[:] = colour
     out[..., border : border + height, border : border + width, :] = frames
     return out
+
+
+def beside(frame: np.ndarray | None, *pictures: np.ndarray | None) -> np.ndarray:
+    """A frame with small pictures on its right, each as high as the frame is, in whole pixels.
+
+    Args:
+        frame: uint8 ``[height, width, 3]``; None: the pictures stand alone, as high as the highest.
+        pictures: uint8 ``[h, w, 3]``; None: there is none.
+    """
+    parts = [] if frame is None else [frame]
+    there = [picture for picture in pictures if picture is not None]
+    height = max(map(len, there)) if frame is None else len(frame)
+    for picture in there:
+        rows = np.arange(height) * len(picture) // height
+        columns = np.arange(height * picture.shape[1] // len(picture)) * len(picture) // height
+        parts.append(picture[rows][:, columns])
+    return np.concatenate(parts, axis=1)
 
 
 def _judged(frames: np.ndarray, success: bool | None) -> np.ndarray:

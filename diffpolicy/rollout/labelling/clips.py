@@ -15,7 +15,7 @@ from diffpolicy.rollout.env_spec import EnvSpec, stored_env_id
 from diffpolicy.rollout.pool.slots import EnvSlot
 from diffpolicy.rollout.record.steps import difference, read_obs
 from diffpolicy.rollout.results import EpisodeVideo
-from diffpolicy.rollout.video import GREEN, GREY, RED, beside, framed, shows, write_mp4
+from diffpolicy.rollout.video import GREEN, GREY, RED, beside, framed, images_of, shows, write_mp4
 from diffpolicy.settings import check_range
 
 
@@ -117,11 +117,10 @@ class ClipRenderer:
         start, stop = span.start, span.start + span.length
         if self.stored:
             rows = self._place(span.episode, start, stop)
-            seen = {name: self.store.read(name, *rows) for name in self.stored}
-            whole = np.stack(
-                [_picture(beside(None, take(seen, i)), "") for i in range(count(seen))]
-            )
-            step = -(-max(whole.shape[1], whole.shape[2] // len(seen)) // self._side)
+            images = {name: self.store.read(name, *rows) for name in self.stored}
+            steps = [images_of(take(images, i)) for i in range(count(images))]
+            whole = np.stack([beside(None, *pictures) for pictures in steps])
+            step = -(-max(whole.shape[1], whole.shape[2] // len(images)) // self._side)
             return np.ascontiguousarray(whole[:, ::step, ::step])
         assert self._slot is not None
         try:
