@@ -91,6 +91,9 @@ class InOrder:
         self._left = deque(seeds)
         self._known: dict[int, Any] = {}
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def add(self, seed: int, value: Any) -> Iterator[tuple[int, Any]]:
         """Note what is known of a seed; all that is next in order, ``(seed, value)``."""
         self._known[seed] = value
