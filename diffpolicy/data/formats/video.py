@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from diffpolicy.extras import need
 
 # H.264 plays everywhere. Every second picture stands by itself: whoever wants one decodes two. No
-# picture looks ahead, so that each stands at its own time.
-_CODEC = "libx264"
-_OPTIONS = {"crf": "18", "g": "2", "bf": "0"}
+# picture looks ahead, so that each stands at its own time; one thread writes the same bits again.
+_OPTIONS = {"crf": "18", "g": "2", "bf": "0", "threads": "1"}
 
 
 def read_frames(
@@ -71,7 +70,7 @@ def read_frames(
 def _decoded(film: Any, start: float) -> Iterator[tuple[float, Any]]:
     """Time and picture of each frame from (at the latest) ``start`` on."""
     stream = film.streams.video[0]
-    stream.thread_type = "AUTO"
+    stream.thread_type = "NONE"  # threads wait for each other longer than small pictures take
     if start > 0:
         film.seek(int(start / stream.time_base), stream=stream)  # to the key frame before it
     for frame in film.decode(stream):
@@ -86,15 +85,20 @@ class FilmWriter:
         fps: Pictures a second.
         shape: ``(H, W, 3)``. Colours are stored at half the resolution where both sizes are even,
             as most players expect.
+        lossless: Store colours as they are.
     """
 
-    def __init__(self, path: Path, fps: Fraction, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, path: Path, fps: Fraction, shape: tuple[int, ...], *, lossless: bool = False
+    ) -> None:
         self._av = need("av")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._film = self._av.open(str(path), "w")
-        self._stream = self._film.add_stream(_CODEC, rate=fps, options=_OPTIONS)
+        codec, options = ("libx264rgb", {"crf": "0"}) if lossless else ("libx264", {})
+        self._stream = self._film.add_stream(codec, rate=fps, options=_OPTIONS | options)
         self._stream.height, self._stream.width = shape[:2]
-        self._stream.pix_fmt = "yuv444p" if shape[0] % 2 or shape[1] % 2 else "yuv420p"
+        half = "yuv444p" if shape[0] % 2 or shape[1] % 2 else "yuv420p"
+        self._stream.pix_fmt = "rgb24" if lossless else half
         self.path, self._fps, self.count = path, fps, 0
 
     def append(self, pictures: NDArray[np.uint8]) -> None:
