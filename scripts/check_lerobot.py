@@ -110,7 +110,9 @@ def ours(folder: Path, path: str, python: str, episodes: int, fps: float) -> Non
             kind = "observation.images." if spec.is_image else "observation."
             meant[kind + part] = store.read(name)
     np.savez(folder / "meant.npz", **meant)
-    subprocess.run([python, __file__, "--inside", str(folder)], check=True, env={"HF_HUB_OFFLINE": "1"})
+    subprocess.run(
+        [python, __file__, "--inside", str(folder)], check=True, env={"HF_HUB_OFFLINE": "1"}
+    )
     read_theirs(EpisodeStore, convert(folder / "theirs", folder / "theirs.zarr"), folder)
 
 

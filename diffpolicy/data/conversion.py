@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,11 @@ def convert(
             said["warnings"] = warnings
         if tasks:
             said["tasks"] = tasks.texts
-        store.update_attrs({**left_out(source, used, selection), **said})
+        parts = _parts(mapping)
+        lacks = left_out(source, set(used) - set(parts), selection)
+        for name, texts in parts.items():
+            lacks["left_out"][name] += f", but for {', '.join(texts)}"
+        store.update_attrs({**lacks, **said})
         if goal is not None:
             store.close()
     made = store if goal is None else EpisodeStore.open(goal)
@@ -265,6 +269,13 @@ def _tasks(
     if task is None and encoder is not None:
         raise ValueError(f"task_encoder is given, but {reader.name} names no tasks; say task=FIELD")
     return None if task is None else Tasks(reader, task, encoder)
+
+
+def _parts(mapping: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The fields of which only some entries are stored, with these."""
+    texts = {text for group in mapping.values() for text in group}
+    partial = {field_of(text) for text in texts} - texts
+    return {name: sorted(t for t in texts if field_of(t) == name) for name in sorted(partial)}
 
 
 def _specs(columns: Columns) -> dict[str, FieldSpec]:

@@ -122,8 +122,8 @@ def _by_name(source: EpisodeSource, parts: list[str], *, task: bool) -> dict[str
 
 def _check_vector(name: str, part: str, parts: list[str], spec: FieldSpec) -> None:
     """Refuse images where a vector is wanted: flattened they would be thousands of numbers."""
-    whole = part == field_of(part)
-    if parts == [part] and whole and (name not in VECTORS or is_observed(name) and is_picture(spec)):
+    image = is_observed(name) and is_picture(spec)
+    if parts == [field_of(part)] and (image or name not in VECTORS):
         return
     if is_grid(spec):
         raise ValueError(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from diffpolicy.data.formats import EpisodeSource
 from diffpolicy.extras import need
-from diffpolicy.settings import load_named
+from diffpolicy.settings import load_named, near_miss
 
 Encoder = Callable[[list[str]], Any]
 """Makes ``[n, d]`` numbers of n instructions."""
@@ -33,7 +33,8 @@ class Tasks:
         texts: The instructions in the order of their ids.
 
     Raises:
-        ValueError: Nothing says which instructions numbers stand for, which are to be encoded.
+        ValueError: The source says nothing of that name, or not what numbers stand for that are to
+            be encoded.
     """
 
     def __init__(self, source: EpisodeSource, name: str, encoder: str | Encoder | None) -> None:
@@ -41,6 +42,10 @@ class Tasks:
         self.name, self.by_id = name, name in source.fields
         self.texts = list(source.tasks) if self.by_id else []
         self._vectors: list[NDArray[np.float32]] = []
+        if not self.by_id and source.texts(0, name) is None:
+            known = [*source.fields, *source.attrs, *source.episode_attrs[0], *source.unread]
+            hint = near_miss(name, known, listing="there are")
+            raise ValueError(f"task={name}: {source.name} has nothing of that name{hint}")
         if encoder and self.by_id and not self.texts:
             raise ValueError(
                 f"task={name} holds numbers in {source.name}, which does not say what they stand "
@@ -74,7 +79,7 @@ class Tasks:
     def _told(self, index: int, steps: int) -> NDArray[np.int64]:
         said = self._source.texts(index, self.name)
         if said is None:
-            raise ValueError(f"task={self.name}: there is no such field, and no such attribute")
+            raise ValueError(f"it does not say what task={self.name} is")
         texts = [str(text) for text in (said if isinstance(said, list) else [said] * steps)]
         if len(texts) == 1:
             texts *= steps
@@ -105,4 +110,3 @@ def _loaded(encoder: str | Encoder | None) -> Encoder | None:
         return encode
     found: Encoder = load_named("task_encoder", encoder)
     return found
-

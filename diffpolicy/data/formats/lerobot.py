@@ -123,7 +123,7 @@ class LeRobotDirectory(EpisodeSource):
             "names": {
                 name: features[name]["names"]
                 for name in self.fields
-                if features.get(name, {}).get("names")
+                if name not in self._cameras and features.get(name, {}).get("names")
             },
         }
 

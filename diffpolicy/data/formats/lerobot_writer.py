@@ -155,7 +155,9 @@ class _Writer:
         self.names = self._named()  # of what is written: the field that it comes from
         self.cameras = {n for n, f in self.names.items() if self.store.fields[f].is_image}
         self._films = {n: _Rolling(_FILM) for n in self.cameras}
-        self._data, self._rows, self._said = _Rolling(_DATA), [], {}
+        self._data = _Rolling(_DATA)
+        self._rows: list[dict[str, Any]] = []  # of the list of episodes
+        self._said: dict[str, dict[str, Any]] = {}  # of each camera's films
         self._tasks, self._known = _tasks(self.store), self.store.episode_attrs
         self._totals: dict[str, RunningStatistics] = {}
 
@@ -229,14 +231,13 @@ class _Writer:
         else:
             said = self._known[index].get("tasks") or self._tasks
             ids = np.full(len(frames), self._tasks.index(said[0]))
-        found = {
+        return {
             "timestamp": (frames / float(self.fps)).astype(np.float32),
             "frame_index": frames,
             "episode_index": np.full(len(frames), index),
             "index": np.arange(start, stop),
-            "task_index": ids,
+            "task_index": ids.astype(np.int64),
         }
-        return {n: v if n == "timestamp" else v.astype(np.int64) for n, v in found.items()}
 
     def _append(self, columns: Columns) -> dict[str, int]:
         """Write an episode's rows, a row group by itself; return in which file."""
