@@ -218,8 +218,9 @@ class _Job:
                 raw = self.reader.episode(index, sorted(names))
                 columns = {k: self._column(k, raw) for k in self.mapping}
                 steps = len(columns["action"])
+                told: dict[str, Any] = {}
                 if self.tasks:
-                    columns[TASK] = self.tasks.column(index, raw, steps)
+                    columns[TASK], told["tasks"] = self.tasks.column(index, raw, steps)
                 found = _specs(columns)
                 columns = checked_rows(specs or found, columns, np.array([steps]))
             except ValueError as error:
@@ -231,7 +232,7 @@ class _Job:
                 failed[index] = str(error)
                 continue
             specs = specs or found
-            yield columns, known[index]
+            yield columns, {**known[index], **told}
 
     def _column(self, name: str, raw: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """The column ``name`` of an episode, of one part or several."""
@@ -246,7 +247,8 @@ class _Job:
             raise ValueError(f"transform is of the one array obs; there is {name} {what}")
         if image:
             return as_bytes(self.mapping[name][0], parts[0])
-        flat = name in VECTORS or len(parts) > 1
+        # A number a step that is observed is a vector of one.
+        flat = name in VECTORS or len(parts) > 1 or (is_observed(name) and parts[0].ndim == 1)
         column = np.concatenate([p.reshape(len(p), -1) for p in parts], 1) if flat else parts[0]
         if name in VECTORS or column.dtype == np.float64:
             with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is reported

@@ -52,8 +52,10 @@ class Tasks:
                 "for: there is nothing to encode; leave task_encoder out"
             )
 
-    def column(self, index: int, raw: dict[str, NDArray[Any]], steps: int) -> NDArray[Any]:
-        """Return ids ``[T, 1]`` int64, or vectors ``[T, d]`` float32, of one episode.
+    def column(
+        self, index: int, raw: dict[str, NDArray[Any]], steps: int
+    ) -> tuple[NDArray[Any], list[str]]:
+        """Return ids ``[T, 1]`` int64, or vectors ``[T, d]`` float32, of one episode; and texts.
 
         Args:
             index: Which episode.
@@ -64,7 +66,8 @@ class Tasks:
             ValueError: The episode does not say, or the encoder answers something else.
         """
         ids = self._listed(raw[self.name]) if self.by_id else self._told(index, steps)
-        return ids[:, None] if self._encode is None else self._encoded(ids)
+        texts = [self.texts[i] for i in np.unique(ids)]
+        return (ids[:, None] if self._encode is None else self._encoded(ids)), texts
 
     def _listed(self, values: NDArray[Any]) -> NDArray[np.int64]:
         ids = values.reshape(len(values), -1)

@@ -62,6 +62,7 @@ def test_every_instruction_is_encoded_once(source, tmp_path):
     want = np.array(letters(TEXTS), np.float32)
     np.testing.assert_array_equal(store.read("obs.task"), np.repeat(want, [3, 4, 5], 0))
     assert store.attrs["tasks"] == TEXTS[:2]
+    assert [known["tasks"] for known in store.episode_attrs] == [[text] for text in TEXTS]
     # Ids that a store of ours holds, by a name that can be imported, at the command line.
     convert(source, tmp_path / "ids.zarr", task="said").close()
     module = types.ModuleType("own_sentences")

@@ -171,10 +171,11 @@ class _Writer:
                 self.left_out[name] = why
             elif name != TASK:
                 found[other] = name
-        lacks = [n for n in ("observation.", "action") if not any(k.startswith(n) for k in found)]
+        needed = ("observation", "action")
+        lacks = [n for n in needed if not any(k.partition(".")[0] == n for k in found)]
         if lacks:
             raise ValueError(
-                f"{self.store.name} has no {' and no '.join(lacks).strip('.')}; its fields are "
+                f"{self.store.name} has no {' and no '.join(lacks)}; its fields are "
                 f"{sorted(self.store.fields)}: convert it to a store of ours before"
             )
         return found
