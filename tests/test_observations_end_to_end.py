@@ -355,7 +355,7 @@ def test_an_encoder_may_take_images(monkeypatch, tmp_path):
     }
     store = EpisodeStore.from_arrays(arrays, [20, 40])
     with pytest.raises(ValueError, match="'state' takes vectors, 'camera'"):
-        DiffusionPolicy.from_dataset(store, spec=SMALL)
+        DiffusionPolicy.from_dataset(store, spec={**SMALL, "encoder": {"type": "state"}})
     spec = {**SMALL, "network": NETWORK, "encoder": {"type": "looking"}}
     policy = DiffusionPolicy.from_dataset(store, spec=spec)
     policy.learn(store, config(steps=2), tmp_path / "run")

@@ -24,6 +24,7 @@ from diffpolicy.data.selection import (
     Choice,
     Selection,
     announce,
+    attrs_with_masks,
     checked_gaps,
     left_out,
     select,
@@ -211,7 +212,7 @@ class _Job:
         names = {field_of(n) for group in self.mapping.values() for n in group}
         if self.tasks and self.tasks.by_id:
             names.add(self.tasks.name)
-        known = self.reader.episode_attrs
+        known = attrs_with_masks(self.reader)
         specs: dict[str, FieldSpec] = {}  # of the first episode: the others' are to be the same
         for index in selection.episodes:
             try:

@@ -173,7 +173,7 @@ class Normalizer:
 
     def _of_obs(self, how: Callable[[str, Any], Any], obs: Any) -> Any:
         if not isinstance(obs, Mapping):
-            return how("obs", obs)
+            return obs if "obs" not in self._modes and _is_image(obs) else how("obs", obs)
         known = {name: f"obs.{name}" in self._modes for name in obs}
         return {name: how(f"obs.{name}", x) if known[name] else x for name, x in obs.items()}
 
@@ -197,6 +197,12 @@ class Normalizer:
             {**parts, field: parts[field] * gain} for parts in (self._scale, self._offset)
         )
         return Normalizer(self._modes, scale, offset)
+
+    def without(self, field: str) -> Normalizer:
+        """Return a normaliser that does not know a field."""
+        kept = {name: mode for name, mode in self._modes.items() if name != field}
+        parts = ({k: values[k] for k in kept} for values in (self._scale, self._offset))
+        return Normalizer(kept, *parts)
 
     def to(self, device: torch.device | str) -> Normalizer:
         """Return the same normaliser with its tensors on ``device``."""
@@ -237,6 +243,11 @@ class Normalizer:
         if isinstance(x, np.ndarray):
             return self._numpy[field]
         return self._scale[field], self._offset[field]
+
+
+def _is_image(array: Any) -> bool:
+    """Whether an array or tensor holds bytes."""
+    return str(array.dtype).endswith("uint8")
 
 
 def _check_affine(field: str, scale: Tensor, offset: Tensor) -> None:

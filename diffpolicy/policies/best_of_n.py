@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffpolicy.policies.base import Array, PolicyState
+from diffpolicy.policies.plan_loop import Encoded
 from diffpolicy.policies.rows import row_generator
 from diffpolicy.settings import check_choice, check_range, named_settings
 
@@ -52,10 +54,18 @@ class Selector:
     Args:
         settings: how many, and how one is chosen.
         score: ``(raw observations [n, To, ...], plans [n, H, ...]) -> [n]``, higher is better.
+        reads_cond: it takes :class:`~diffpolicy.policies.plan_loop.Encoded` observations, where
+            the policy encoded them for its plans.
     """
 
-    def __init__(self, settings: Selection, score: Callable[[Any, Array], Array]) -> None:
-        self.settings, self.score = settings, score
+    def __init__(
+        self,
+        settings: Selection,
+        score: Callable[[Any, Array], Array],
+        *,
+        reads_cond: bool = False,
+    ) -> None:
+        self.settings, self.score, self.reads_cond = settings, score, reads_cond
 
     def choose(
         self,
@@ -78,7 +88,9 @@ class Selector:
         expanded = state.take(rows)
         expanded = expanded.remember(candidate=np.tile(np.arange(many), count))
         plans, nfe = make_plans(expanded, deterministic=deterministic)
-        scores = self.score(expanded.history, plans).reshape(count, many).astype(np.float64)
+        cond = expanded.memory.get("cond") if self.reads_cond else None
+        seen = expanded.history if cond is None else Encoded(torch.from_numpy(cond))
+        scores = self.score(seen, plans).reshape(count, many).astype(np.float64)
         if not deterministic and self.settings.rank == "softmax":
             spread = scores.std(1, keepdims=True)
             scores = scores / np.maximum(spread, 1e-12) * self.settings.weight

@@ -18,6 +18,7 @@ from torch import Tensor
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.guidance.pinned import PREFIX_MODES, PrefixCond, PrefixGuidance
 from diffpolicy.policies.base import Array, PolicyState
+from diffpolicy.policies.boundary import now_of
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.ensemble import WrappedPolicy
 from diffpolicy.policies.plan_loop import Condition, PlanLoop
@@ -206,6 +207,9 @@ class RealTimeChunking(WrappedPolicy):
             for fixed in (False, True)
         }
 
+    def encoded_once(self, state: PolicyState) -> PolicyState:
+        return self.planner.encoded_once(state)
+
     @property
     def max_delay(self) -> int:
         """The longest delay that the last plan outlasts, if it is replaced after Ta steps."""
@@ -271,12 +275,12 @@ class RealTimeChunking(WrappedPolicy):
         sizes = self.n_obs_steps, self.horizon
         weight = chunk_weights(state.delay, self.horizon - shift, *sizes, self.settings)
         prefix = shift_plan(torch.from_numpy(state.plan), torch.from_numpy(shift))
+        prefix = planner.boundary.relative(prefix, now_of(state.history))
         plans = loop(
-            planner.on_device(state.history),
+            planner.told(loop, state),
             planner.on_device(planner.shifted(state)),
             planner.draw_noise(state, loop.draws, deterministic),
             prefix.to(planner.device),
             planner.on_device(weight[..., None]),
         )
-        out: Array = plans.cpu().numpy()
-        return out
+        return planner._complete(plans.cpu().numpy(), state.history)

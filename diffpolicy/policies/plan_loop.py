@@ -7,7 +7,7 @@ arithmetic.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.noise import AtLevel
 from diffpolicy.core.sampling import Trajectory, prepare, sample
-from diffpolicy.core.starts import Start, prior_start, warm_start
+from diffpolicy.core.starts import Start, warm_start
 from diffpolicy.core.steps import Solver
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.data.observation import ObsFields, apart, side_by_side
+from diffpolicy.data.observation import ObsFields, apart, each, side_by_side
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.guidance.pinned import PinCond
 from diffpolicy.settings import check_choice
@@ -37,6 +37,23 @@ class Loop(Protocol):
 
 
 STARTS = ("prior", "noised", "given")
+
+
+class Encoded(NamedTuple):
+    """Observations that were encoded already, which eager loops take in their place.
+
+    Attributes:
+        cond: ``[n, C]``.
+    """
+
+    cond: Tensor
+
+
+def repeated(history: Any, many: int) -> Any:
+    """Every row of observations, encoded or not, ``many`` times in a row."""
+    if isinstance(history, Encoded):
+        return Encoded(history.cond.repeat_interleave(many, 0))
+    return each(lambda one: one.repeat_interleave(many, 0), history)
 
 
 class Condition(nn.Module):
@@ -68,6 +85,8 @@ class Condition(nn.Module):
 
         Compiled and exported loops take observations by name side by side.
         """
+        if isinstance(history, Encoded):
+            return history.cond
         if self.fields is not None:
             history = apart(history, self.fields)
         return self.encoder(self.normalizer.normalize_obs(history))
@@ -187,7 +206,7 @@ class PlanLoop(nn.Module):
         """One plan per row.
 
         Args:
-            history: raw observations ``[n, To, O]``, or such tensors by name.
+            history: raw observations ``[n, To, O]``, such tensors by name, or :class:`Encoded`.
             guess: normalised clean guess ``[n, H, A]`` (ignored by a prior start).
             noise: standard normal ``[R, n, H, A]``.
             known: what the loop's condition takes beside the observations.
@@ -237,7 +256,7 @@ class PlanLoop(nn.Module):
         """The start made of a guess and the first slice of noise."""
         t = self.levels[0]
         if self.start == "prior":
-            return prior_start(self.noising, noise[0])
+            return Start(self.noising.prior(noise[0]), t)
         if self.start == "given":
             return warm_start(self.noising, guess, t, guess, shift=0, renoise=False)
         return warm_start(self.noising, guess, t, noise[0], shift=0)  # shifted by its policy

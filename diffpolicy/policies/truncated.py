@@ -17,9 +17,8 @@ from torch.nn.functional import logsigmoid
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.data.observation import each
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.plan_loop import Loop, PlanLoop
+from diffpolicy.policies.plan_loop import Encoded, Loop, PlanLoop, repeated
 from diffpolicy.settings import check_choice, check_range, named_settings
 
 SOURCES = ("anchors", "previous", "draft", "autoregressive")
@@ -212,7 +211,12 @@ class Candidates:
         return sum(self.loops[kind].nfe for kind in self.settings.loops)
 
     def propose(
-        self, history: Any, previous: Tensor, has_previous: Tensor, noise: Tensor
+        self,
+        history: Any,
+        previous: Tensor,
+        has_previous: Tensor,
+        noise: Tensor,
+        told: Any = None,
     ) -> ScoredPlans:
         """Solve and rank every guess.
 
@@ -221,28 +225,32 @@ class Candidates:
             previous: shifted last plans ``[n, H, A]``, normalised.
             has_previous: bool ``[n]``, rows where ``previous`` means anything.
             noise: standard normal ``[R, n, H, A]`` with R = ``draws``.
+            told: ``history`` encoded, where it was already.
 
         Returns:
             Plans in the order anchors, previous, autoregressive, draft. A row without a last plan
             has score -inf there.
         """
-        guess, log_prob = self._guesses(history, previous, noise)
+        loop = self.loops["guesses"]
+        told = history if told is None else told
+        if isinstance(loop, PlanLoop) and not loop.condition.pinned:  # once for all candidates
+            told = Encoded(loop.condition(told))
+        guess, log_prob = self._guesses(history, told, previous, noise)
         count, many = guess.shape[:2]
         slices = noise[:many].transpose(0, 1).flatten(0, 1)[None]
-        repeated = each(lambda one: one.repeat_interleave(many, 0), history)
-        loop = self.loops["guesses"]
+        each_told = repeated(told, many)
         if self.settings.rank == "confidence":
             assert isinstance(loop, PlanLoop)
-            solved, logit = loop.with_confidence(repeated, guess.flatten(0, 1), slices)
+            solved, logit = loop.with_confidence(each_told, guess.flatten(0, 1), slices)
             scores = logit.view(count, many)
             if self._choice_slices:  # the sigmoid of a logit is the anchor's probability
                 scores = logsigmoid(scores)
         else:
-            solved = loop(repeated, guess.flatten(0, 1), slices)
+            solved = loop(each_told, guess.flatten(0, 1), slices)
             scores = log_prob
         if self.settings.ranks:
             shared = noise[-1].repeat_interleave(many, 0)[None]  # the same noise for every guess
-            again = self.loops["rank"](repeated, solved, shared)
+            again = self.loops["rank"](each_told, solved, shared)
             scores = -(solved - again).square().mean((1, 2)).view(count, many)
         plans = solved.view(guess.shape)
         if self.settings.continuity > 0:
@@ -257,7 +265,9 @@ class Candidates:
         drawn = noise[-self._choice_slices :].transpose(0, 1).flatten(1)
         return ScoredPlans(plans, scores, self.nfe, gumbel_noise(drawn, many))
 
-    def _guesses(self, history: Any, previous: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def _guesses(
+        self, history: Any, told: Any, previous: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
         parts, log_prob = [], noise.new_zeros(noise.shape[1], 0)
         if self.anchor_count:
             assert self.anchors is not None
@@ -270,6 +280,6 @@ class Candidates:
             parts.append(self.write(history)[:, None])
         if "draft" in self.settings.sources:
             own = noise[sum(part.shape[1] for part in parts) + 1]
-            parts.append(self.loops["draft"](history, previous, own[None])[:, None])
+            parts.append(self.loops["draft"](told, previous, own[None])[:, None])
         guess = torch.cat(parts, 1)
         return guess, log_prob if log_prob.shape[1] == guess.shape[1] else guess[..., 0, 0] * 0

@@ -66,7 +66,7 @@ class RolledLoop(nn.Module):
         # A number of steps that is no constant for PyTorch, which would unroll the loop again.
         steps = torch.arange(self.nfe) + torch.zeros_like(history[0, 0, :1], dtype=torch.int64)
         x: Tensor = self.repeated(steps, *state, *given)
-        return self.loop.condition.settled(x, self.loop.condition(history))
+        return self.loop.condition.settled(x, given)
 
     def _begin(
         self, history: Tensor, guess: Tensor, noise: Tensor

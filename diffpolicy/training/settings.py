@@ -35,7 +35,7 @@ class TrainerConfig:
         grad_clip: largest norm of the gradient; ``None``: no limit.
         ema_power: of the weight average (see :class:`EMA`); ``None``: no average.
         ema_max: its largest decay.
-        precision: ``fp32``, or ``bf16`` autocast on a GPU.
+        precision: ``fp32``, or ``bf16`` autocast, for GPUs and for CPUs with AMX.
         compile: ``torch.compile`` the objective.
         seed: of data order, levels and noise.
         log_every: steps between rows of ``metrics.csv``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +18,8 @@ from diffpolicy_envs.simulators import import_pusht
 RESETS = ("gym_pusht", "diffusion_policy")
 CLEAR = (50.0, 450.0, 300.0, 200.0, 0.0)
 """A state in which the disc does not touch the block."""
+IMAGE_SIZE = 96
+"""Pixels a side of observed images, as in Diffusion Policy's demonstrations."""
 
 
 def diffusion_policy_state(seed: int) -> NDArray[np.float64]:
@@ -36,13 +39,13 @@ def diffusion_policy_state(seed: int) -> NDArray[np.float64]:
     return np.array([*agent, *block, angle], dtype=np.float64)
 
 
-class PushTEnv(FlatEnv):
+class PushTBase(FlatEnv):
     """A disc pushes a T-shaped block on a table of 512 x 512 pixels, seen from above, at 10 Hz.
 
-    Observation (O = 26): see `diffpolicy_envs.pusht_features.observation_from_state`. Action [2] in
-    [0, 512]: the point the disc is drawn to, in pixels. Reward: coverage of the outline by the
-    block, divided by 0.95 and clipped to [0, 1], as in Diffusion Policy; the episode terminates,
-    and ``info["is_success"]`` is true, when ``info["coverage"]`` (0 to 1) exceeds 0.95.
+    Action [2] in [0, 512]: the point the disc is drawn to, in pixels. Reward: coverage of the
+    outline by the block, divided by 0.95 and clipped to [0, 1], as in Diffusion Policy; the episode
+    terminates, and ``info["is_success"]`` is true, when ``info["coverage"]`` (0 to 1) exceeds 0.95.
+    What is observed is a subclass's to say.
 
     Args:
         render_mode: None, ``"rgb_array"`` or ``"human"``.
@@ -78,6 +81,8 @@ class PushTEnv(FlatEnv):
             render_mode=render_mode or "rgb_array",
             visualization_width=width,
             visualization_height=height,
+            observation_width=IMAGE_SIZE,
+            observation_height=IMAGE_SIZE,
         )
         super().__init__(simulator, OBSERVATION_DIM, render_mode)
         self._physics: Any = simulator
@@ -94,7 +99,7 @@ class PushTEnv(FlatEnv):
             options: ``{"state": [5]}`` starts from a recorded state, exactly (see `set_state`).
 
         Returns:
-            The observation [26] and an info with ``is_success`` and ``coverage``.
+            The observation and an info with ``is_success`` and ``coverage``.
 
         Raises:
             ValueError: an unknown option, or a state that is not five finite numbers.
@@ -146,7 +151,7 @@ class PushTEnv(FlatEnv):
             state: [5] agent x, y; block x, y in pixels; block angle in radians.
 
         Returns:
-            The observation [26] there.
+            The observation there.
 
         Raises:
             ValueError: the state is not five finite numbers.
@@ -185,6 +190,13 @@ class PushTEnv(FlatEnv):
         goal = np.asarray(self._physics.goal_pose, dtype=np.float64)
         return self._expert.action(self.state(), goal, rng).astype(np.float32)
 
+    def _success(self, info: Mapping[str, Any]) -> bool:
+        return bool(info["is_success"])
+
+
+class PushTEnv(PushTBase):
+    """Push-T with 26 numbers as observation (`pusht_features.observation_from_state`)."""
+
     @staticmethod
     def observation_from_state(state: NDArray[Any]) -> NDArray[np.float32]:
         """Observations [T, 26] for recorded states [T, 5]; needs no simulator."""
@@ -215,5 +227,22 @@ class PushTEnv(FlatEnv):
         observation: Observation = features(raw[None])[0]
         return observation
 
-    def _success(self, info: Mapping[str, Any]) -> bool:
-        return bool(info["is_success"])
+
+class PushTImageEnv(PushTBase):
+    """Push-T seen by a camera: ``image`` uint8 [96, 96, 3] and ``agent_pos`` [2] in pixels.
+
+    The image is drawn as that of Diffusion Policy's human demonstrations, without their targets.
+    """
+
+    def __init__(self, render_mode: str | None = None, **kwargs: Any) -> None:
+        super().__init__(render_mode, **kwargs)
+        self.observation_space = gym.spaces.Dict(  # type: ignore[assignment]
+            {
+                "agent_pos": gym.spaces.Box(0.0, 512.0, (2,), np.float32),
+                "image": gym.spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
+            }
+        )
+
+    def _flatten(self, raw: NDArray[np.float64]) -> Any:
+        # Not `render`, whose image shows the last action.
+        return {"agent_pos": raw[:2].astype(np.float32), "image": self._physics._render()}

@@ -238,7 +238,9 @@ def test_the_forms_of_the_command_line(sources, tmp_path, capsys):
     assert run(["convert", source, target, *named]) == 0
     store = EpisodeStore.open(target)
     assert (store.fields["obs.hand"].shape, store.fields["obs.camera"].dtype) == ((2,), "uint8")
-    assert 'left out: {"left_out": ["next_obs/state", "state", "rewards"]' in capsys.readouterr().out
+    assert (
+        'left out: {"left_out": ["next_obs/state", "state", "rewards"]' in capsys.readouterr().out
+    )
     assert store.attrs["left_out"]["state"] == "float32 [3], but for state[1:]"
     with pytest.raises(ValueError, match=r"state\[1:9\]: 'state' has the entries 0:3"):
         run(["convert", source, target, "obs.hand=state[1:9]", "overwrite=true"])

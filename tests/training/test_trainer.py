@@ -326,8 +326,6 @@ def test_bad_settings(options, message):
 def test_bad_combinations(make_objective, table, tmp_path):
     with pytest.raises(ValueError, match="batch_size=500 is more than the 200 examples"):
         Trainer(make_objective(), table, TrainerConfig(batch_size=500), tmp_path)
-    with pytest.raises(ValueError, match="precision=bf16 is for GPUs"):
-        Trainer(make_objective(), table, TrainerConfig(batch_size=50, precision="bf16"), tmp_path)
 
 
 def test_ema_follows_the_power_schedule():

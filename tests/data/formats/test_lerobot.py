@@ -356,7 +356,9 @@ def write_films(root: Path, version: int, count: int = 3) -> Path:
         for number in range(count):
             place = V2_FILM.format(episode_chunk=0, video_key=TOP, episode_index=number)
             film(root / place, pictures(number))
-        (root / "meta/tasks.jsonl").write_text('{"task_index": 1, "task": "b"}\n{"task_index": 0, "task": "z"}')
+        (root / "meta/tasks.jsonl").write_text(
+            '{"task_index": 1, "task": "b"}\n{"task_index": 0, "task": "z"}'
+        )
         return with_stills(root)
     write_v3(root, [[episode(i) for i in range(count)]], FEATURES | CAMERAS)
     place = root / V3_FILM.format(video_key=TOP, chunk_index=0, file_index=4)
