@@ -482,8 +482,7 @@ def test_a_store_is_written_and_read_back(own, tmp_path, monkeypatch):
         lerobot_writer.write_lerobot(store, tmp_path / "d", overwrite=True)
 
 
-def test_what_cannot_be_written(own, tmp_path, capsys):
-    store, _ = own
+def test_what_cannot_be_written(tmp_path, capsys):
     bare = {"obs": np.zeros((4, 2)), "action": np.zeros((4, 1))}
     with EpisodeStore.create(tmp_path / "s.zarr", {"obs": (2,), "action": (1,)}) as made:
         made.append(bare)
