@@ -75,5 +75,5 @@ def method_of(
         raise ValueError(f"{name} is a method of {made.command!r}, not of {command!r}: use {use}")
     if items not in (None, made.items):
         known = ", ".join(key for key, kind in METHODS.items() if kind.items == items)
-        raise ValueError(f"{name} tunes {made.items}; methods of {items} are {known}")
+        raise ValueError(f"{name} tunes models of {made.items}, not {items} as {known} do")
     return made

@@ -153,7 +153,7 @@ def pair_plans(
             _append(store, policy.normalizer, take(obs, differ), plans[differ])
             bar.update(len(some))
     if not pairs:
-        raise ValueError("no pairs: this value tells no plans of an observation apart")
+        raise ValueError("no pairs: by this value all plans of an observation are worth the same")
     attrs = {**sizes_of(spec), "plans": settings.to_dict(), "seed": seed}
     return _written(pairs, store_path, prefs_path, {"made_by": MADE_BY, **attrs})
 
@@ -162,12 +162,10 @@ def check_plain(spec: PolicySpec) -> None:
     """Raise ``ValueError`` if a policy acts with guidance, or at another temperature than 1."""
     if spec.encoder["type"] != "state":
         raise ValueError(f"plans are judged by what is observed, not by {spec.encoder['type']!r}")
-    plain = {"guidance_scale": 1, "value_scale": 0, "temperature": 1}
-    told = dict(
-        zip(plain, (spec.sampler.guidance_scale, spec.value_scale, spec.temperature), strict=True)
-    )
-    if told != plain:
-        raise ValueError(f"own plans are drawn with {plain}; this policy acts with {told}")
+    told = spec.sampler.guidance_scale, spec.value_scale, spec.temperature
+    if told != (1, 0, 1):
+        how = "guidance_scale={}, value_scale={}, temperature={}".format(*told)
+        raise ValueError(f"own plans are drawn without guidance at temperature 1, not with {how}")
     if spec.actions:
         raise ValueError("own plans are judged as actions: the policy must have no action groups")
 

@@ -115,9 +115,10 @@ class PlanValue(LearnedJudge):
 
     def __repr__(self) -> str:
         spec = self.spec
-        seen = f"obs {spec.obs_dim} x {spec.n_obs_steps}, {spec.n_action_steps} actions"
-        what = f"{seen} of {spec.action_dim}; {spec.lookahead} steps, {spec.members} members"
-        return described(self, what, self.network)
+        seen = f"obs {spec.obs_dim} x {spec.n_obs_steps}"
+        plan = f"{spec.n_action_steps} actions of {spec.action_dim}"
+        made = f"rewards of {spec.lookahead} steps, {spec.members} members"
+        return described(self, f"{seen}, {plan}; {made}", self.network)
 
     @classmethod
     def for_reward(cls, reward: RewardModel, *, seed: int = 0, **spec: Any) -> Self:
@@ -261,10 +262,9 @@ class PlanValue(LearnedJudge):
         spec, seen = self.spec, obs.shape[1]
         now = seen - 1
         if seen < spec.n_obs_steps or action.shape[1] < now + spec.n_action_steps:
-            needs = (
-                f"{spec.n_obs_steps} observations and {spec.n_action_steps} actions from {now} on"
-            )
-            raise ValueError(f"needs {needs}; got {list(obs.shape)} and {list(action.shape)}")
+            needs = f"{spec.n_obs_steps} observations, {spec.n_action_steps} actions from the current step"
+            shapes = f"{list(obs.shape)} and {list(action.shape)}"
+            raise ValueError(f"needs {needs} ({now}) on; got {shapes}")
         cond = self.normalizer.normalize("obs", obs[:, seen - spec.n_obs_steps :]).flatten(1)
         plan = self.normalizer.normalize("action", action[:, now : now + spec.n_action_steps])
         return judging.pessimistic(self.network(cond, plan), self.pessimism)
