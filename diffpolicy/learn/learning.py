@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.starts import Ramp
 from diffpolicy.data.blocks import Ints
+from diffpolicy.data.joined import Joined, apart, each_part
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import by_store_field
 from diffpolicy.data.returns import returns_to_go, with_fields
@@ -31,7 +32,7 @@ from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.imagined import Imagined
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.settings import check_range, named_settings, settings_of
-from diffpolicy.training.sources import Source
+from diffpolicy.training.sources import Source, Weighted
 
 
 @named_settings
@@ -145,7 +146,24 @@ def examples(
     learning: Learning,
     episodes: Sequence[int],
 ) -> Source:
-    """What the trainer draws its batches from."""
+    """What the trainer draws its batches from; of joined stores, each by its weight."""
+    if not isinstance(store, Joined):
+        return _examples(spec, normalizer, store, learning, episodes)
+    each = {n: normalizer.named(n) if normalizer.others else normalizer for n in store.parts}
+    parts = {
+        name: _examples(spec, each[name], store, learning, own.tolist())
+        for name, own in apart(store, episodes).items()
+    }
+    return Weighted(parts, store.weights)
+
+
+def _examples(
+    spec: PolicySpec,
+    normalizer: Normalizer,
+    store: EpisodeStore,
+    learning: Learning,
+    episodes: Sequence[int],
+) -> Source:
     how: dict[str, Any] = {"horizon": spec.horizon, "n_obs_steps": spec.n_obs_steps}
     how |= {"normalizer": normalizer, "episodes": episodes}
     if learning.actor_critic is not None:
@@ -162,8 +180,8 @@ def examples(
         how["actions"] = spec.representation
         if spec.imagined is None:
             return Windows(store, **how, fields=names)
-        found = {"imagined": spec.imagined.rows(store, normalizer)}
-        found["has_action"] = np.repeat(store.has_actions, store.episode_lengths).astype(np.float32)
+        acts = np.repeat(store.has_actions, store.episode_lengths).astype(np.float32)
+        found = {"imagined": spec.imagined.rows(store, normalizer)} | {"has_action": acts}
         names, store = (*names, *found), with_fields(store, found)
         return PlanExamples(Windows(store, **how, fields=names), imagined=spec.imagined)
     fields: tuple[str, ...] = ("obs", "action")
@@ -176,22 +194,24 @@ def examples(
 
 
 def usable_episodes(spec: PolicySpec, store: EpisodeStore, most: int | None) -> Ints:
-    """The first ``most`` episodes (None: all), of which those without actions are left out.
+    """The first ``most`` episodes (None: all) of each store, without those that have no actions.
 
     Policies that imagine observations learn from these too.
 
     Raises:
         ValueError: none is left.
     """
-    count = min(store.num_episodes, most or store.num_episodes)
-    if spec.imagined is not None or not count:
-        return np.arange(count)
-    found: Ints = np.flatnonzero(store.has_actions[:count])
-    if not len(found):
-        raise ValueError(
-            f"none of the {count} episodes of {store.name} has actions (actions=False); they teach "
-            "policy.layout=joint beside others that have"
-        )
+    first = each_part(store, lambda count: range(min(count, most or count)))
+    if spec.imagined is not None or not len(first):
+        return first
+    found = first[store.has_actions[first]]
+    for name, own in apart(store, found).items():
+        if not len(own):
+            count = len(apart(store, first)[name])
+            raise ValueError(
+                f"none of the {count} episodes of {name or store.name} has actions; "
+                "they teach policy.layout=joint beside others that have"
+            )
     return found
 
 

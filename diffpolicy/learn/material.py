@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.data.joined import open_store
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import from_fields
 from diffpolicy.data.preferences.examples import LabelExamples, PairExamples
@@ -23,13 +24,12 @@ from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.adapters import add_adapters, merge_adapters
 from diffpolicy.learn.learning import Learning, examples, usable_episodes
-from diffpolicy.learn.making import open_store
 from diffpolicy.learn.method import READABLE, Method
 from diffpolicy.learn.methods import method_of
 from diffpolicy.learn.plan_pairs import PlanReward, check_readable, in_own_units, sizes_of
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.training.settings import TrainerConfig
-from diffpolicy.training.sources import ChosenWindows, Mixed, Source, Turns
+from diffpolicy.training.sources import ChosenWindows, Mixed, Source, Turns, in_any_order
 from diffpolicy.training.weights import unchanged_on_error
 
 P = TypeVar("P", bound=Any)
@@ -181,7 +181,8 @@ class PlanMaterial:
 
     def _of_episodes(self, store: EpisodeStore, most: int | None) -> Source:
         episodes = usable_episodes(self.spec, store, most).tolist()
-        return examples(self.spec, self.normalizer.to("cpu"), store, Learning(), episodes)
+        source = examples(self.spec, self.normalizer.to("cpu"), store, Learning(), episodes)
+        return in_any_order(source, self.seed)
 
 
 @dataclass(frozen=True)
@@ -224,10 +225,8 @@ def check_policy(spec: PolicySpec, method: Method) -> None:
             at other levels, or from other starts, than losses of comparisons look at.
     """
     if spec.layout != "action" or spec.returns is not None or spec.actions:
-        got = f"layout={spec.layout!r}, returns={spec.returns} or action groups {spec.actions}"
-        raise ValueError(
-            f"tuning takes plans of actions as they are, given observations, not {got}"
-        )
+        got = f"layout={spec.layout!r}, returns={spec.returns}, actions={spec.actions}"
+        raise ValueError(f"tuning takes plans of actions as they are, given no more, not {got}")
     tuned = method.command == "tune" or "reward" in method.reads()
     if spec.encoder["type"] != "state" and tuned:
         raise ValueError(

@@ -147,6 +147,10 @@ class PlanValue(LearnedJudge):
         Raises:
             ValueError: settings that are unknown or out of range.
         """
+        if policy.spec.actions:
+            raise ValueError(
+                "values are of actions as data hold them: no policy with action groups"
+            )
         names = ("obs_dim", "action_dim", "n_obs_steps", "n_action_steps")
         sizes = {name: getattr(policy, name) for name in names}
         return cls._untrained(policy, {**sizes, **spec}, seed)
