@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import diffpolicy.learn.values.learning as judging
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.returns import with_fields
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows, split_episodes
-from diffpolicy.learn.values import learning as judging
 from diffpolicy.learn.values.learning import LearnedJudge, PlanValueLoss
 from diffpolicy.learn.values.reward import RewardModel
 from diffpolicy.networks.base import described
