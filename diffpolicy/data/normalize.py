@@ -231,9 +231,9 @@ class Normalizer:
     def without(self, field: str) -> Normalizer:
         """Return a normaliser that does not know a field."""
         kept = {name: mode for name, mode in self._modes.items() if name != field}
-        parts = ({k: values[k] for k in kept} for values in (self._scale, self._offset))
+        scale, offset = ({k: part[k] for k in kept} for part in (self._scale, self._offset))
         others = {name: other.without(field) for name, other in self.others.items()}
-        return Normalizer(kept, *parts, others)
+        return Normalizer(kept, scale, offset, others)
 
     def to(self, device: torch.device | str) -> Normalizer:
         """Return the same normaliser with its tensors on ``device``."""

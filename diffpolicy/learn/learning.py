@@ -217,10 +217,10 @@ def usable_episodes(spec: PolicySpec, store: EpisodeStore, most: int | None) -> 
     found = first[store.has_actions[first]]
     for name, own in apart(store, found).items():
         if not len(own):
-            count = len(apart(store, first)[name])
+            whole = f"{len(apart(store, first)[name])} episodes of {name or store.name}"
             raise ValueError(
-                f"none of the {count} episodes of {name or store.name} has actions (actions=False); "
-                "they teach policy.layout=joint beside others that have"
+                f"none of the {whole} has actions (actions=False); they teach policy.layout=joint "
+                "beside others that have"
             )
     return found
 

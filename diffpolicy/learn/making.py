@@ -78,9 +78,9 @@ def fitted_spec(
     if full.imagined is not None and not full.imagined.is_image:
         modes.setdefault(full.imagined.field, "minmax")
     modes |= {"action": "minmax", **{k: v for k, v in normalize.items() if k != "obs"}}
-    if per_store and not isinstance(store, Joined):
-        raise ValueError("a normaliser for each store needs several: give a list of stores")
     if per_store:
+        if not isinstance(store, Joined):
+            raise ValueError("a normaliser for each store needs several: give a list of stores")
         parts = cast("dict[str, EpisodeStore]", store.parts)
         each = {name: _fitted_normalizer(full, part, modes) for name, part in parts.items()}
         return full, Normalizer.of_each(each)
