@@ -88,6 +88,7 @@ class EvaluationConfig:
     timeout: float = 60.0
     plan_batch: int | None = None
     video_episodes: int = 0
+    video_cameras: bool = False
 
     def __post_init__(self) -> None:
         for name in ("val_episodes", "episodes", "video_episodes", "num_workers"):

@@ -24,7 +24,8 @@ OPEN = (
     *("env.", "data.", "policy.", "sampler.", "evaluation.", "learning.", "method.", "guidance."),
     *("task.kwargs.", "collect.", "judge.", "plans.", "adapters."),
     *("oracles.network.", "oracles.trainer."),
-    *("rti.", "truncated.", "selection.", "returns.", "streaming.", "chunking."),  # of eval
+    *("rti.", "truncated.", "selection.", "returns.", "imagined.", "streaming."),  # of eval
+    "chunking.",
 )
 """Sections whose keys are checked by what they configure, so that a file may leave any out."""
 

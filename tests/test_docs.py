@@ -79,6 +79,7 @@ SMALL = {
     "render": ["count=1"],
     "import": [],
     "experiment=fetch_push": [*TINY, "data.collect.episodes=3", "network.width=16"],
+    "experiment=fetch_push_pad": [*TINY, "data.collect.episodes=3", "network.base.width=16"],
     "experiment=demo": [*TINY, "data.collect.episodes=3"],
     "experiment=pusht_state_small": [
         *TINY,

@@ -298,7 +298,7 @@ def evaluate_policy(
     from diffpolicy.rollout.video import save_media
 
     video = (
-        VideoOptions(episodes=settings.video_episodes, stride=2)
+        VideoOptions(settings.video_episodes, stride=2, cameras=settings.video_cameras)
         if settings.video_episodes
         else None
     )

@@ -231,7 +231,7 @@ class Normalizer:
     def without(self, field: str) -> Normalizer:
         """Return a normaliser that does not know a field."""
         kept = {name: mode for name, mode in self._modes.items() if name != field}
-        scale, offset = ({k: part[k] for k in kept} for part in (self._scale, self._offset))
+        scale, offset = ({k: v[k] for k in kept} for v in (self._scale, self._offset))
         others = {name: other.without(field) for name, other in self.others.items()}
         return Normalizer(kept, scale, offset, others)
 

@@ -56,14 +56,13 @@ def fitted_spec(
         ValueError: a missing field or statistics, or settings that do not fit together.
     """
     seen = obs_fields(store)
-    absent = [name for name in (*(seen or ["obs"]), "action") if name not in store.fields]
-    if absent:
-        raise ValueError(
-            f"store {store.name} has no field {absent[0]!r} (it has {sorted(store.fields)}); "
-            "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
-        )
+    for name in (*(seen or ["obs"]), "action"):
+        if name not in store.fields:
+            has = f"no field {name!r} (it has {sorted(store.fields)})"
+            how = "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
+            raise ValueError(f"store {store.name} has {has}; {how}")
     known = {**spec, **_observed(store), "action_dim": store.fields["action"].shape[0]}
-    known["actions"] = known.get("actions") or store.attrs.get("actions", ())
+    known["actions"] = known.get("actions") or store.attrs.get("action_groups", ())
     if not known["observations"]:
         known.setdefault("observation_step", observation_step(store))
     if known.get("level_law") == "position":
@@ -75,8 +74,8 @@ def fitted_spec(
         full = replace(full, returns=fitted_returns(full.returns, store))
     vectors = [k for k, f in by_store_field(full.observed).items() if not f.is_image]
     modes: dict[str, Any] = dict.fromkeys(vectors, normalize.get("obs", "minmax"))
-    if full.imagined is not None and not full.imagined.is_image:
-        modes.setdefault(full.imagined.field, "minmax")
+    for name in () if full.imagined is None else full.imagined.vectors:
+        modes.setdefault(name, "minmax")
     modes |= {"action": "minmax", **{k: v for k, v in normalize.items() if k != "obs"}}
     if per_store:
         if not isinstance(store, Joined):
@@ -124,9 +123,7 @@ def fitted_returns(returns: Returns, store: EpisodeStore) -> Returns:
     low = float(found.min()) if returns.low is None else returns.low
     high = float(found.max()) if returns.high is None else returns.high
     if not low < high:
-        raise ValueError(
-            f"all returns of {store.name} are {high}: a policy cannot be conditioned on them"
-        )
+        raise ValueError(f"no policy can be told returns that are all {high} ({store.name})")
     return replace(returns, low=low, high=high)
 
 
@@ -141,9 +138,8 @@ def fit_anchors(
             "relative_to is for plans of actions as they are; this policy's action groups say what "
             "its plans, and so its anchors, are relative to: leave it out"
         )
-    return Anchors.fit(
-        _windows(spec, store, normalizer=normalizer.to("cpu")), normalizer, **options
-    )
+    how = {"normalizer": normalizer.to("cpu"), "episodes": np.flatnonzero(store.has_actions)}
+    return Anchors.fit(_windows(spec, store, **how), normalizer, **options)
 
 
 def _windows(spec: PolicySpec, store: EpisodeStore, **how: Any) -> Windows:
