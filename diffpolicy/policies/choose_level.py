@@ -77,11 +77,12 @@ def demonstrations(
     Raises:
         ValueError: fewer than two episodes.
     """
-    if min(store.num_episodes, episodes) < 2:
-        got = f"{episodes} of {store.num_episodes}"
+    acting = np.flatnonzero(store.has_actions)
+    if min(len(acting), episodes) < 2:
+        got = f"{episodes} of {len(acting)}"
         raise ValueError(f"choosing a level needs at least 2 episodes, got {got}")
     rng = np.random.default_rng(seed)
-    chosen = rng.permutation(store.num_episodes)[:episodes]
+    chosen = rng.permutation(acting)[:episodes]
     whole = store.episode_lengths[chosen]
     lengths = np.minimum(whole, length)
     first = store.episode_ends[chosen] - whole + rng.integers(0, whole - lengths + 1)
@@ -316,8 +317,7 @@ class _Study:
 
     def said(self, now: PolicyState) -> Tensor:
         """The plans of memories right after planning, as the network said them."""
-        plan = torch.from_numpy(now.plan)
-        return self.planner.boundary.relative(plan, now_of(now.history))
+        return self.planner.boundary.relative(torch.from_numpy(now.plan), now_of(now.history))
 
     def local_std(self, now: PolicyState, t: float, draws: int = 8) -> Tensor:
         """Spread of plans around their mode as the denoiser sees it at level ``t``.
@@ -386,7 +386,7 @@ def replay(
     rows, steps = np.arange(count(obs)), next(iter(to_fields(obs).values())).shape[1]
     planner = policy if isinstance(policy, DiffusionPlanner) else None
     grippers = () if planner is None else planner.boundary.grippers
-    width = policy.action_dim if planner is None else planner.spec.planned_dim
+    width = policy.action_dim if planner is None else planner.layout.action_dim
     out = []
     for step in range(steps):
         state = policy.observe(take(obs, (slice(None), step)), state)

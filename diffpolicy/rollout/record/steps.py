@@ -48,7 +48,7 @@ def open_record(
             **{name: FieldSpec((), "bool") for name in flags},
         }
         made = {"rollouts": {**settings, "failed": {}, "env_steps": 0}} if rollouts else settings
-        said = {"actions": info.action_groups} if info.chooses else {}
+        said = {"action_groups": info.action_groups} if info.chooses else {}
         attrs = {**env, **made, **said, "versions": info.versions}
         return EpisodeStore.create(path, fields, attrs=attrs)
     store = EpisodeStore.open(path, "a")
