@@ -262,7 +262,8 @@ class PlanValue(LearnedJudge):
         spec, seen = self.spec, obs.shape[1]
         now = seen - 1
         if seen < spec.n_obs_steps or action.shape[1] < now + spec.n_action_steps:
-            needs = f"{spec.n_obs_steps} observations, {spec.n_action_steps} actions from the current step"
+            many = spec.n_obs_steps, spec.n_action_steps
+            needs = "{} observations, {} actions from the current step".format(*many)
             shapes = f"{list(obs.shape)} and {list(action.shape)}"
             raise ValueError(f"needs {needs} ({now}) on; got {shapes}")
         cond = self.normalizer.normalize("obs", obs[:, seen - spec.n_obs_steps :]).flatten(1)
