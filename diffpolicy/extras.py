@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from typing import Any
+
+TRUST_VARIABLE = "DIFFPOLICY_TRUST_ENVS"
+"""Names packages whose code files may name (with commas between them), or is ``true`` for all."""
 
 EXTRAS = {
     "gymnasium_robotics": "robotics",
@@ -26,6 +30,7 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "seqfold": "rna",
     "sklearn": "anchors",
+    "timm": "timm",
     "websockets": "serve",
     "msgpack": "serve",
 }
@@ -62,3 +67,9 @@ def pip_hint(text: str) -> str:
         if module in text and not installed(module):
             return f' Try: pip install "diffpolicy[{extra}]"'
     return ""
+
+
+def trusts(package: str) -> bool:
+    """Return whether the user lets files name code of a package, by ``DIFFPOLICY_TRUST_ENVS``."""
+    named = {name.strip() for name in os.environ.get(TRUST_VARIABLE, "").split(",")}
+    return bool({package, "true"} & (named - {""}))

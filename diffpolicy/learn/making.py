@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -17,6 +18,8 @@ from diffpolicy.data.observation import ObsField, by_store_field, obs_fields, of
 from diffpolicy.data.returns import returns_to_go
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows
+from diffpolicy.networks.backbones import weights_follow
+from diffpolicy.networks.encoders import encoder_class
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.changes import check_same_weights, merged_config
 from diffpolicy.policies.choose_level import observation_step
@@ -58,17 +61,32 @@ def fitted_spec(
         known.setdefault("observation_step", observation_step(store))
     if known.get("level_law") == "position":
         known["trained_action_steps"] = known.get("n_action_steps", PolicySpec.n_action_steps)
+    observed = by_store_field(of_store(store))
+    ids = [name for name, field in observed.items() if field.is_id]
+    if ids:
+        known["encoder"] = _with_task_count(known.get("encoder") or {}, store, ids[0])
     full = PolicySpec.from_config(known)
     if full.returns is not None:
         full = replace(full, returns=fitted_returns(full.returns, store))
     vectors = [k for k, f in by_store_field(full.observed).items() if not f.is_image]
     modes: dict[str, Any] = dict.fromkeys(vectors, normalize.get("obs", "minmax"))
     modes |= {"action": "minmax", **{k: v for k, v in normalize.items() if k != "obs"}}
+    modes |= dict.fromkeys(ids, "identity")
     normalizer = Normalizer.fit(store.statistics, modes)
     for gripper in full.grippers:
         if gripper.mode == "scale":
             normalizer = normalizer.scaled("action", gripper.dim, 1 / gripper.factor)
     return full, normalizer
+
+
+def _with_task_count(encoder: Mapping[str, Any], store: EpisodeStore, name: str) -> dict[str, Any]:
+    """The encoder's settings with how many tasks there are, if it asks and they do not say."""
+    kind = encoder_class(encoder.get("type", "state"))
+    if "tasks" not in inspect.signature(kind).parameters:
+        return dict(encoder)
+    listed = store.attrs.get("tasks")
+    count = len(listed) if listed else int(store.statistics[name]["max"][0]) + 1
+    return {**encoder, "tasks": {"count": count, **(encoder.get("tasks") or {})}}
 
 
 def _observed(store: EpisodeStore) -> dict[str, Any]:
@@ -132,7 +150,8 @@ def read_policy(
     if stored is not None:
         anchors = Anchors.from_parts(stored, files["anchors.safetensors"])
     spec = PolicySpec.from_config(config)
-    denoiser, heads = spec.make_denoiser(), spec.make_heads()
+    with weights_follow():
+        denoiser, heads = spec.make_denoiser(), spec.make_heads()
     denoiser.load_state_dict(files["model.safetensors"])
     if len(heads):
         heads.load_state_dict(files["heads.safetensors"])

@@ -18,7 +18,7 @@ from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import ObsField, ObsFields, by_store_field
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.networks import make_network
-from diffpolicy.networks.encoders import ENCODERS, Encoder, make_encoder
+from diffpolicy.networks.encoders import Encoder, encoder_class, make_encoder
 from diffpolicy.networks.heads import make_head
 from diffpolicy.policies.base import check_horizon
 from diffpolicy.policies.best_of_n import Selection
@@ -201,7 +201,7 @@ class PolicySpec:
         images = any(field.is_image for field in self.observations.values())
         usual = {"type": "images" if images else "state"}
         object.__setattr__(self, "encoder", {**usual, **(self.encoder or {})})
-        check_choice("encoder type", self.encoder["type"], ENCODERS)
+        encoder_class(self.encoder["type"])
         object.__setattr__(self, "observations", dict(sorted(self.observations.items())))
         total = sum(field.size for field in self.observations.values() if not field.is_image)
         if self.observations and self.obs_dim != total:

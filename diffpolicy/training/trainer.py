@@ -120,9 +120,8 @@ class Trainer:
         if config.compile:
             self._forward.compile()
         self.parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-        trained = self.parameters.values()
         self.optimizer = torch.optim.AdamW(
-            trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True
+            self._groups(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True
         )
         self.ema = EMA(objective, power=config.ema_power, max_decay=config.ema_max)
         self.step, self.train_s = 0, 0.0
@@ -147,6 +146,19 @@ class Trainer:
             )
         if self.config.tensorboard:
             summary_writer()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The weights by the scale of their learning rate, of which the encoder has its own."""
+        scale = self.config.encoder_lr_scale
+        apart: dict[float, list[Tensor]] = {1.0: [], scale: []}
+        for name, parameter in self.parameters.items():
+            apart[scale if name.startswith("denoiser.encoder.") else 1.0].append(parameter)
+        if not apart[scale]:
+            raise ValueError(
+                f"encoder_lr_scale={scale}, but no weight of an encoder of observations is trained "
+                "here; leave it out"
+            )
+        return [{"params": params, "scale": key} for key, params in apart.items()]
 
     def _begin(self, resume: bool, overwrite: bool) -> None:
         """Take the run's directory; all that can fail is checked before anything is removed."""
@@ -257,7 +269,7 @@ class Trainer:
             parameters = list(self.parameters.values())
             nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr_at(self.step)
+            group["lr"] = config.lr_at(self.step) * group["scale"]
         self.optimizer.step()
         after: Callable[[], None] | None = getattr(self.objective, "after_step", None)
         if after is not None:  # target networks follow; they are part of the objective's state
