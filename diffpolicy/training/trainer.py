@@ -385,7 +385,12 @@ class Trainer:
         self.ema.load(files["ema.safetensors"], state["ema_updates"])
         for key, value in files["optimizer.safetensors"].items():
             name, _, kind = key.rpartition("/")
-            self.optimizer.state[self.parameters[name]][kind] = value.to(self.device)
+            like = self.parameters[name]
+            if (
+                value.shape == like.shape
+            ):  # in its memory order (channels last): fused steps need it
+                value = torch.empty_like(like, dtype=value.dtype).copy_(value)
+            self.optimizer.state[like][kind] = value.to(self.device)
         self._totals = {k: v.to(self.device) for k, v in files["totals.safetensors"].items()}
         self.step, self._since = state["step"], state["since"]
         self.best_score, self.train_s = state["best_score"], state["train_s"]

@@ -242,7 +242,7 @@ def test_the_reader_runs_in_another_process(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_target_": "d.policy.DiffusionUnetImagePolicy"}, "holds a DiffusionUnetImagePolicy"),
+        ({"_target_": "d.policy.DiffusionUnetVideoPolicy"}, "holds a DiffusionUnetVideoPolicy"),
         ({"obs_as_global_cond": False}, "obs_as_global_cond=False"),
         ({"obs_as_local_cond": True}, "obs_as_local_cond=True"),
         ({"oa_step_convention": False}, "oa_step_convention=False"),
