@@ -55,8 +55,10 @@ def need(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
+        missing = (error.name or package).partition(".")[0]
+        why = "is not installed" if missing == package else f"cannot be imported: {error}"
         raise ImportError(
-            f"this needs the package {package!r}, which is not installed; "
+            f"this needs the package {package!r}, which {why}; "
             f'run: pip install "diffpolicy[{EXTRAS[package]}]"'
         ) from error
 

@@ -84,8 +84,8 @@ def _with_task_count(encoder: Mapping[str, Any], store: EpisodeStore, name: str)
     kind = encoder_class(encoder.get("type", "state"))
     if "tasks" not in inspect.signature(kind).parameters:
         return dict(encoder)
-    listed = store.attrs.get("tasks")
-    count = len(listed) if listed else int(store.statistics[name]["max"][0]) + 1
+    named = store.attrs.get("tasks") or ()
+    count = max(len(named), int(store.statistics[name]["max"][0]) + 1)
     return {**encoder, "tasks": {"count": count, **(encoder.get("tasks") or {})}}
 
 

@@ -148,9 +148,9 @@ class Timm(nn.Module):
         self, channels: int, name: str, pretrained: bool = False, frozen: bool = False
     ) -> None:
         super().__init__()
-        own = pretrained and _own_weights.get()
+        own, timm = pretrained and _own_weights.get(), need("timm")
         try:
-            self.network = need("timm").create_model(
+            self.network = timm.create_model(
                 name, pretrained=own, in_chans=channels, features_only=True
             )
         except (RuntimeError, TypeError, AttributeError) as error:

@@ -493,7 +493,16 @@ def test_lerobot_modes_and_constant_dimensions(tmp_path):
                     "observation.image": {"type": "VISUAL", "shape": [3, 96, 96]},
                 }
             },
-            "observes observation.image; only policies on",
+            "no diffusion.rgb_encoder of camera 'observation.image'",
+        ),
+        (
+            {
+                "input_features": {
+                    "observation.state": {"type": "STATE", "shape": [2]},
+                    "observation.depth": {"type": "DEPTH", "shape": [96, 96]},
+                }
+            },
+            "observes observation.depth; only observation.state",
         ),
         ({"output_features": {}}, "the output 'action'"),
         ({"noise_scheduler_type": "PNDM"}, "noise_scheduler_type='PNDM'"),
