@@ -11,10 +11,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from diffpolicy.data.observation import each
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import split_episodes
 from diffpolicy.learn.adapters import merged_state
-from diffpolicy.learn.learning import Learning, examples, objective
+from diffpolicy.learn.learning import Learning, examples, objective, usable_episodes
 from diffpolicy.learn.making import fit_anchors, fitted_spec, open_store, read_policy
 from diffpolicy.learn.material import TuningData, tuned
 from diffpolicy.learn.method import Method
@@ -118,8 +119,8 @@ class DiffusionPolicy(DiffusionPlanner):
             self; ``last_training`` tells the steps done, seconds, and whether it was interrupted.
         """
         episodes = open_store(store)
-        count = min(episodes.num_episodes, max_episodes or episodes.num_episodes)
-        train, val = split_episodes(count, val_fraction, config.seed)
+        usable = usable_episodes(self.spec, episodes, max_episodes)
+        train, val = (usable[i] for i in split_episodes(len(usable), val_fraction, config.seed))
         how = Learning() if learning is None else learning
         shared = self.spec, self.normalizer.to("cpu"), episodes, how
         return self.fit(
@@ -370,7 +371,8 @@ class DiffusionPolicy(DiffusionPlanner):
             state = self.observe(history[:, step], state)
         found = self.propose(state)
         with torch.inference_mode():
-            plans = self._complete(found.plans.flatten(0, 1).cpu().numpy())
+            seen = each(lambda array: array.repeat(found.plans.shape[1], 0), state.history)
+            plans = self._complete(found.plans.flatten(0, 1).cpu().numpy(), seen)
         shaped = plans.reshape(*found.plans.shape[:3], self.plan_dim)
         return self.to_actions(shaped), found.scores.cpu().numpy()
 

@@ -240,6 +240,7 @@ class EvalConfig:
     truncated: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
     returns: dict[str, Any] = field(default_factory=dict)
+    imagined: dict[str, Any] = field(default_factory=dict)
     temperature: float | None = None
     value_scale: float | None = None
     n_action_steps: int | None = None
@@ -263,9 +264,8 @@ class EvalConfig:
 
     def of_policy(self) -> dict[str, Any]:
         """The entries of the spec that were given."""
-        groups = ("sampler", "rti", "truncated", "selection", "returns")
-        numbers = ("temperature", "value_scale", "n_action_steps")
-        given = {name: getattr(self, name) for name in (*groups, *numbers)}
+        names = "sampler rti truncated selection returns imagined temperature value_scale"
+        given = {name: getattr(self, name) for name in [*names.split(), "n_action_steps"]}
         return {name: value for name, value in given.items() if value not in (None, {})}
 
 

@@ -1,4 +1,4 @@
-"""`diffpolicy data`: info, check, convert or collect episode stores; D4RL; preferences."""
+"""`diffpolicy data`: info, check, convert, filter, split, merge, collect; D4RL; preferences."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from diffpolicy.commands import prefs
 from diffpolicy.commands.options import Option, options_help, parse, subcommand
+from diffpolicy.config_compose import is_setting
 from diffpolicy.settings import ConfigError
 
 CHECK = {
@@ -24,15 +25,24 @@ WHICH = {
     "max_episodes": Option(None, "so many at the most"),
     "exclude": Option(
         None,
-        "[3,7], failed_check (all that cannot be stored or that `data check` would name) or "
-        "mask:NAME",
+        "episodes, as for keep, or failed_check: all that cannot be stored or that `data check` "
+        "would name",
     ),
     "keep": Option(
         None,
-        "[0,1] or mask:train (a filter key of robomimic's, a split of LeRobot's, or a flag of each "
-        "episode such as success)",
+        "one of these, or a list of them: 3, 3..7, demo_3 (the text of an attribute), success=true "
+        "or length<50 (a condition on one; quote it for the shell), mask:train (a filter key of "
+        "robomimic's, a split of LeRobot's, or a flag of each episode)",
     ),
     "allow_missing": Option(False, "read chunks that are not there as zeros"),
+}
+KEPT = {"fields": Option(None, "only these fields, [obs,action]"), "overwrite": WHICH["overwrite"]}
+FILTER = {name: WHICH[name] for name in ("exclude", "keep", "max_episodes")} | KEPT
+SPLIT = {
+    "keep": Option(None, "the episodes of OUT_A, as above; those of OUT_B are the others"),
+    "fraction": Option(None, "or the share of them that OUT_A gets, drawn by the seed"),
+    "seed": Option(0, "of that draw"),
+    **KEPT,
 }
 FIELDS = {
     "format": Option("auto", "minari or lerobot for an id of theirs"),
@@ -82,6 +92,9 @@ def help_text() -> str:
 usage: diffpolicy data info STORE [--update-statistics]
        diffpolicy data check STORE [action_low=[...]] [action_high=[...]]
        diffpolicy data convert SOURCE TARGET [key=value] ...
+       diffpolicy data filter STORE OUT [key=value] ...
+       diffpolicy data split STORE OUT_A OUT_B keep=EPISODES | fraction=0.8 [key=value] ...
+       diffpolicy data merge STORE STORE ... OUT [fields=[...]] [overwrite=true]
        diffpolicy data d4rl [PATTERN] [data_dir=DIR]
        diffpolicy data collect TARGET env=ID [episodes=200] [key=value] ...
        diffpolicy data prefs collect | import | info | render | serve ...
@@ -102,6 +115,15 @@ convert  makes a store from a Diffusion Policy replay buffer (zarr, directory or
              env=diffpolicy_envs:diffpolicy/PushT-v0
            diffpolicy data convert hopper-medium-v2 data/hopper.zarr
            diffpolicy data convert mine.hdf5 data/mine.zarr max_episode_steps=50
+filter   makes a store of some episodes of another, bit for bit; what is left out is said, and kept
+         in its attributes.
+{options_help(FILTER, " " * 11)}
+split    divides the episodes of a store over two.
+{options_help(SPLIT, " " * 11)}
+merge    makes a store of all episodes of several, which must have the same fields. For example
+           diffpolicy data filter demos.zarr good.zarr 'exclude=[failed_check,length<20,3]'
+           diffpolicy data split demos.zarr train.zarr test.zarr fraction=0.9
+           diffpolicy data merge monday.zarr tuesday.zarr week.zarr
 d4rl     the D4RL datasets whose id contains PATTERN (or matches it, with * and ?): file name, step
          limit, returns that score 0 and 100, and where the file is. Files belong into
          $D4RL_DATASET_DIR or ~/.d4rl/datasets; the d4rl package is not needed.
@@ -120,6 +142,9 @@ def run(arguments: Sequence[str]) -> int:
         "info": _info,
         "check": _check,
         "convert": _convert,
+        "filter": _filter,
+        "split": _split,
+        "merge": _merge,
         "d4rl": _d4rl,
         "collect": _collect,
         "prefs": prefs.run,
@@ -171,9 +196,39 @@ def _convert(arguments: Sequence[str]) -> int:
     store = (_converted_d4rl if is_d4rl else _converted)(options)
     for text in store.attrs.get("notes", ()):
         print(text)
-    shapes = {name: field.shape for name, field in store.fields.items()}
-    print(f"{options['target']}: {store.num_episodes} episodes, {store.num_steps} steps, {shapes}")
+    return _print_made(store)
+
+
+def _print_made(*stores: Any) -> int:
+    for store in stores:
+        shapes = {name: field.shape for name, field in store.fields.items()}
+        print(f"{store.name}: {store.num_episodes} episodes, {store.num_steps} steps, {shapes}")
     return 0
+
+
+def _filter(arguments: Sequence[str]) -> int:
+    from diffpolicy.data.remaking import filtered
+
+    options = parse(arguments, ["store", "out"], FILTER)
+    return _print_made(filtered(options.pop("store"), options.pop("out"), **options))
+
+
+def _split(arguments: Sequence[str]) -> int:
+    from diffpolicy.data.remaking import halved
+
+    options = parse(arguments, ["store", "out_a", "out_b"], SPLIT)
+    places = [options.pop(name) for name in ("store", "out_a", "out_b")]
+    return _print_made(*halved(*places, **options))
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    from diffpolicy.data.remaking import merged
+
+    stores = [a for a in arguments if not is_setting(a)]
+    if len(stores) < 3:
+        raise ConfigError("merge takes two stores at least, and behind them the one to make")
+    options = parse([a for a in arguments if is_setting(a)], [], KEPT)
+    return _print_made(merged(stores[:-1], stores[-1], **options))
 
 
 def _converted(options: dict[str, Any]) -> Any:

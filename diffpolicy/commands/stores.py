@@ -106,7 +106,7 @@ def _check_made_of(store: EpisodeStore, source: str, asked: Sequence[Transform])
     from diffpolicy.data.d4rl.transforms import parse_transforms
 
     attrs, path = store.attrs, store.name
-    if attrs.get("max_episodes") or attrs.get("left_out_episodes"):
+    if any(attrs.get(name) for name in ("max_episodes", "left_out_episodes", "made_of")):
         raise ConfigError(
             f"{path} was made of a part of {attrs.get('file')!r}. To train on it as it is, set "
             "data.d4rl=null data.transforms=[]; or give another data.path"

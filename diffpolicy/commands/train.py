@@ -154,13 +154,7 @@ def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> Diffus
 
     if Learning.from_config(config.learning).actor_critic is not None:
         check_fields(store)
-    low, high = _action_bounds(config, store)
-    spec = {
-        **config.spec(),
-        "action_low": low,
-        "action_high": high,
-        "env_id": config.env.id,
-    }
+    spec = {**config.spec(), **_of_actions(config, store), "env_id": config.env.id}
     return DiffusionPolicy.from_dataset(
         store,
         spec=spec,
@@ -171,12 +165,10 @@ def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> Diffus
     )
 
 
-def _action_bounds(
-    config: TrainConfig, store: EpisodeStore
-) -> tuple[list[float] | None, list[float] | None]:
-    """Bounds of the action space; unknown when the run needs no environment."""
+def _of_actions(config: TrainConfig, store: EpisodeStore) -> dict[str, Any]:
+    """What the action space says of a policy; unknown when the run needs no environment."""
     if config.evaluation.episodes == config.evaluation.val_episodes == 0:
-        return None, None
+        return {}
     from diffpolicy.data.observation import by_store_field, obs_fields
     from diffpolicy.rollout.env_spec import describe
 
@@ -190,7 +182,12 @@ def _action_bounds(
             f"{config.data.path} stores {held}, but {config.env.id} has {shapes} and actions of "
             f"{info.action_dim} entries; convert or collect the data for this one"
         )
-    return list(info.action_low), list(info.action_high)
+    groups = config.policy.get("actions") or info.action_groups
+    return {
+        "action_low": list(info.action_low),
+        "action_high": list(info.action_high),
+        "actions": groups,
+    }
 
 
 def validator(config: TrainConfig, stack: ExitStack, device: Any) -> Any:

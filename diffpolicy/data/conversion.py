@@ -22,6 +22,7 @@ from diffpolicy.data.selection import (
     Choice,
     Selection,
     announce,
+    attrs_with_masks,
     checked_gaps,
     left_out,
     select,
@@ -189,7 +190,7 @@ class _Job:
     ) -> Iterator[tuple[Columns, Mapping[str, Any]]]:
         """Columns and attributes of each episode; ``failed`` receives those that are left out."""
         names = sorted({n for group in self.mapping.values() for n in group})
-        known = self.reader.episode_attrs
+        known = attrs_with_masks(self.reader)
         specs: dict[str, FieldSpec] = {}  # of the first episode: the others' are to be the same
         for index in selection.episodes:
             try:

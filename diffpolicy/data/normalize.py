@@ -198,6 +198,12 @@ class Normalizer:
         )
         return Normalizer(self._modes, scale, offset)
 
+    def without(self, field: str) -> Normalizer:
+        """Return a normaliser that does not know a field."""
+        kept = {name: mode for name, mode in self._modes.items() if name != field}
+        parts = ({k: values[k] for k in kept} for values in (self._scale, self._offset))
+        return Normalizer(kept, *parts)
+
     def to(self, device: torch.device | str) -> Normalizer:
         """Return the same normaliser with its tensors on ``device``."""
         other = copy.copy(self)  # with its copies on the host, and checked already

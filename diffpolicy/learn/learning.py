@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.starts import Ramp
+from diffpolicy.data.blocks import Ints
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import by_store_field
 from diffpolicy.data.returns import returns_to_go, with_fields
@@ -24,8 +25,10 @@ from diffpolicy.learn.actor_critic.algorithms import ActorCritic
 from diffpolicy.learn.actor_critic.loss import ActorCriticLoss
 from diffpolicy.learn.cloning.anchored import AnchoredLoss
 from diffpolicy.learn.cloning.denoising import DenoisingLoss
+from diffpolicy.learn.cloning.pad import JointLoss
 from diffpolicy.learn.cloning.planners import DraftLoss, InverseDynamicsLoss, SumOfLosses, ValueLoss
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.imagined import Imagined
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.settings import check_range, named_settings, settings_of
 from diffpolicy.training.sources import Source
@@ -46,6 +49,8 @@ class Learning:
         reward_shift: added to the scaled rewards (-1 on AntMaze).
         first_action_weight: of the first executed action in the denoising loss of planners.
         next_obs_weight: of the next observation likewise.
+        imagined_weight: of the error of what is imagined beside that of the actions (layout
+            ``"joint"``).
         value_levels: ``"all"`` trains the head ``value`` on noisy plans, for guidance;
             ``"clean"``, to choose among finished plans.
         mask_padding: leave edge-padded positions out of the losses.
@@ -61,6 +66,7 @@ class Learning:
     reward_shift: float = 0.0
     first_action_weight: float = 1.0
     next_obs_weight: float = 1.0
+    imagined_weight: float = 1.0
     value_levels: str = "all"
     mask_padding: bool = False
     draws: int = 1
@@ -94,6 +100,8 @@ def check_learning(spec: PolicySpec, learning: Learning) -> None:
             f"the heads {sorted(critics)} are trained by learning.actor_critic; set it, or leave "
             "them out"
         )
+    if learning.actor_critic is not None and spec.actions:
+        raise ValueError("actor-critics learn actions as data hold them: leave policy.actions out")
     if learning.actor_critic is not None and (
         spec.layout != "action" or spec.level_law != "row" or spec.cond_dropout > 0
     ):
@@ -109,10 +117,14 @@ class PlanExamples:
 
     ``gather`` gives ``obs [B, H, O]``, ``action [B, H, A]``, ``valid [B, H]``, and where needed
     ``return_to_go [B, H]`` (normalised) and ``return [B, 2]``, ``(1, r)`` of the current step.
+    Where observations are imagined it gives what a
+    :class:`~diffpolicy.learn.cloning.pad.JointLoss` takes.
     """
 
-    def __init__(self, windows: Windows, *, conditioned: bool) -> None:
-        self.windows, self.conditioned = windows, conditioned
+    def __init__(
+        self, windows: Windows, *, conditioned: bool = False, imagined: Imagined | None = None
+    ) -> None:
+        self.windows, self.conditioned, self.imagined = windows, conditioned, imagined
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -123,6 +135,11 @@ class PlanExamples:
         if self.conditioned:
             now = batch["return_to_go"][:, self.windows.n_obs_steps - 1]
             batch["return"] = torch.stack([torch.ones_like(now), now], 1)
+        if self.imagined is not None:
+            stride = self.imagined.stride(self.windows.horizon)
+            of_frames = batch["valid"][:, stride - 1 :: stride]
+            batch["imagined_valid"] = of_frames.repeat_interleave(stride, 1)
+            batch["imagined"] = self.imagined.entries(batch["imagined"])
         return batch
 
 
@@ -146,9 +163,17 @@ def examples(
             episodes=episodes,
         )
     shape = {**sizes, "n_action_steps": spec.n_action_steps}
-    if spec.layout == "action":
-        names = (*by_store_field(spec.observed), "action")
-        return Windows(store, **shape, normalizer=normalizer, episodes=episodes, fields=names)
+    if not spec.plan_layout.pinned:
+        names: tuple[str, ...] = (*by_store_field(spec.observed), "action")
+        shape |= {"normalizer": normalizer, "episodes": episodes}
+        shape["actions"] = spec.representation
+        if spec.imagined is None:
+            return Windows(store, **shape, fields=names)
+        found = {"imagined": spec.imagined.rows(store, normalizer)}
+        found["has_action"] = np.repeat(store.has_actions, store.episode_lengths).astype(np.float32)
+        names, store = (*names, *found), with_fields(store, found)
+        windows = Windows(store, **shape, fields=names)
+        return PlanExamples(windows, imagined=spec.imagined)
     fields: tuple[str, ...] = ("obs", "action")
     check_constant(spec, store)
     if spec.returns is not None or "value" in spec.heads:
@@ -158,6 +183,26 @@ def examples(
         store, **shape, normalizer=normalizer, episodes=episodes, fields=fields, whole=True
     )
     return PlanExamples(windows, conditioned=spec.returns is not None)
+
+
+def usable_episodes(spec: PolicySpec, store: EpisodeStore, most: int | None) -> Ints:
+    """The first ``most`` episodes (None: all), of which those without actions are left out.
+
+    Policies that imagine observations learn from these too.
+
+    Raises:
+        ValueError: none is left.
+    """
+    count = min(store.num_episodes, most or store.num_episodes)
+    if spec.imagined is not None or not count:
+        return np.arange(count)
+    found: Ints = np.flatnonzero(store.has_actions[:count])
+    if not len(found):
+        raise ValueError(
+            f"none of the {count} episodes of {store.name} has actions (actions=False); they teach "
+            "policy.layout=joint beside others that have"
+        )
+    return found
 
 
 def check_constant(spec: PolicySpec, store: EpisodeStore) -> None:
@@ -212,6 +257,11 @@ def objective(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
         return ActorCriticLoss(denoiser, cast("Mapping[str, nn.Module]", heads), actor_critic)
     if spec.network.get("type") == "anchored":
         return _anchored(policy, learning)
+    cloning: dict[str, Any] = {"cond_dropout": spec.cond_dropout}
+    cloning |= {"mask_padding": learning.mask_padding, "draws": learning.draws}
+    if spec.imagined is not None:
+        weight = learning.imagined_weight
+        return JointLoss(denoiser, policy.layout, imagined_weight=weight, **cloning)
     weights = None
     if spec.layout != "action":
         weights = policy.layout.weights(
@@ -223,13 +273,11 @@ def objective(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
         ramp = Ramp(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
     denoising = DenoisingLoss(
         denoiser,
-        cond_dropout=spec.cond_dropout,
-        mask_padding=learning.mask_padding,
+        **cloning,
         level_law=spec.level_law,
         ramp=ramp,
         layout=None if spec.layout == "action" else policy.layout,
         weights=weights,
-        draws=learning.draws,
     )
     if not len(heads):
         return denoising

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.data.fields import check_vector
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.data.observation import ObsField, by_store_field, obs_fields, of_store
+from diffpolicy.data.observation import (
+    ObsField,
+    by_store_field,
+    obs_fields,
+    of_store,
+    store_field,
+)
 from diffpolicy.data.returns import returns_to_go
+from diffpolicy.data.statistics import action_statistics
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.data.windows import Windows
+from diffpolicy.data.windows import Windows, said_statistics
 from diffpolicy.networks.backbones import weights_follow
 from diffpolicy.networks.encoders import encoder_class
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.changes import check_same_weights, merged_config
 from diffpolicy.policies.choose_level import observation_step
+from diffpolicy.policies.imagined import shaped
 from diffpolicy.policies.planners import Returns
 from diffpolicy.policies.spec import PolicySpec, upgraded
 from diffpolicy.training.checkpoint import read_bundle
@@ -57,35 +66,47 @@ def fitted_spec(
             "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
         )
     known = {**spec, **_observed(store), "action_dim": store.fields["action"].shape[0]}
+    known["actions"] = known.get("actions") or store.attrs.get("actions", ())
     if not known["observations"]:
         known.setdefault("observation_step", observation_step(store))
     if known.get("level_law") == "position":
         known["trained_action_steps"] = known.get("n_action_steps", PolicySpec.n_action_steps)
-    observed = by_store_field(of_store(store))
-    ids = [name for name, field in observed.items() if field.is_id]
-    if ids:
-        known["encoder"] = _with_task_count(known.get("encoder") or {}, store, ids[0])
+    ids = [name for name, field in by_store_field(of_store(store)).items() if field.is_id]
+    known["encoder"] = _with_task_count(known.get("encoder") or {}, store, ids)
+    if known.get("imagined") is not None:
+        known["imagined"] = shaped(known["imagined"], store)
     full = PolicySpec.from_config(known)
     if full.returns is not None:
         full = replace(full, returns=fitted_returns(full.returns, store))
     vectors = [k for k, f in by_store_field(full.observed).items() if not f.is_image]
     modes: dict[str, Any] = dict.fromkeys(vectors, normalize.get("obs", "minmax"))
+    if full.imagined is not None and not full.imagined.is_image:
+        modes.setdefault(full.imagined.field, "minmax")
     modes |= {"action": "minmax", **{k: v for k, v in normalize.items() if k != "obs"}}
     modes |= dict.fromkeys(ids, "identity")
-    normalizer = Normalizer.fit(store.statistics, modes)
-    for gripper in full.grippers:
+    actions = action_statistics(store)
+    if full.representation is not None:
+        check_choices(full, store)
+        # Of the observations those alone that actions are relative to: no images.
+        states = {store_field(group.obs) for group in full.actions if group.of}
+        acting = {"fields": (*states, "action"), "episodes": np.flatnonzero(store.has_actions)}
+        actions = said_statistics(_windows(full, store, **acting))
+    normalizer = Normalizer.fit({**store.statistics, "action": actions}, modes)
+    for gripper in full.planned_grippers:
         if gripper.mode == "scale":
             normalizer = normalizer.scaled("action", gripper.dim, 1 / gripper.factor)
     return full, normalizer
 
 
-def _with_task_count(encoder: Mapping[str, Any], store: EpisodeStore, name: str) -> dict[str, Any]:
+def _with_task_count(
+    encoder: Mapping[str, Any], store: EpisodeStore, ids: Sequence[str]
+) -> dict[str, Any]:
     """The encoder's settings with how many tasks there are, if it asks and they do not say."""
     kind = encoder_class(encoder.get("type", "state"))
-    if "tasks" not in inspect.signature(kind).parameters:
+    if not ids or "tasks" not in inspect.signature(kind).parameters:
         return dict(encoder)
     named = store.attrs.get("tasks") or ()
-    count = max(len(named), int(store.statistics[name]["max"][0]) + 1)
+    count = max(len(named), int(store.statistics[ids[0]]["max"][0]) + 1)
     return {**encoder, "tasks": {"count": count, **(encoder.get("tasks") or {})}}
 
 
@@ -119,14 +140,33 @@ def fit_anchors(
     spec: PolicySpec, store: EpisodeStore, normalizer: Normalizer, **options: Any
 ) -> Anchors:
     """Anchors over the windows of a store, for plans of the shape that ``spec`` says."""
-    windows = Windows(
-        store,
-        horizon=spec.horizon,
-        n_obs_steps=spec.n_obs_steps,
-        n_action_steps=spec.n_action_steps,
-        normalizer=normalizer.to("cpu"),
+    if spec.actions and options.get("relative_to") is not None:
+        raise ValueError(
+            "relative_to is for plans of actions as they are; this policy's action groups say what "
+            "its plans, and so its anchors, are relative to: leave it out"
+        )
+    return Anchors.fit(
+        _windows(spec, store, normalizer=normalizer.to("cpu")), normalizer, **options
     )
-    return Anchors.fit(windows, normalizer, **options)
+
+
+def _windows(spec: PolicySpec, store: EpisodeStore, **how: Any) -> Windows:
+    """All windows of a store, for plans as a policy says them."""
+    names = ("horizon", "n_obs_steps", "n_action_steps")
+    sizes = {name: getattr(spec, name) for name in names}
+    return Windows(store, **sizes, actions=spec.representation, **how)
+
+
+def check_choices(spec: PolicySpec, store: EpisodeStore) -> None:
+    """Raise ``ValueError`` if a store holds actions that are none of an action group's choices."""
+    ends = [store.statistics["action"][name] for name in ("min", "max")]
+    for group in spec.actions:
+        low, high = (end[group.dims[0]] for end in ends)
+        if group.choices and not group.first <= low <= high < group.first + group.choices:
+            raise ValueError(
+                f"dimension {group.dims[0]} of the actions of {store.name} runs from {low:g} to "
+                f"{high:g}; choices={group.choices} and first={group.first} do not cover it"
+            )
 
 
 def read_policy(

@@ -22,7 +22,7 @@ from diffpolicy.data.preferences.examples import LabelExamples, PairExamples
 from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.adapters import add_adapters, merge_adapters
-from diffpolicy.learn.learning import Learning, examples
+from diffpolicy.learn.learning import Learning, examples, usable_episodes
 from diffpolicy.learn.making import open_store
 from diffpolicy.learn.method import Method
 from diffpolicy.learn.methods import method_of
@@ -181,9 +181,8 @@ class PlanMaterial:
         return {"normalizer": normal, "windows": self.data.windows, **sizes_of(self.spec)}
 
     def _of_episodes(self, store: EpisodeStore, most: int | None) -> Source:
-        count = min(store.num_episodes, most or store.num_episodes)
-        normal = self.normalizer.to("cpu")
-        return examples(self.spec, normal, store, Learning(), list(range(count)))
+        episodes = usable_episodes(self.spec, store, most).tolist()
+        return examples(self.spec, self.normalizer.to("cpu"), store, Learning(), episodes)
 
 
 @dataclass(frozen=True)
@@ -225,10 +224,10 @@ def check_policy(spec: PolicySpec, method: Method) -> None:
         ValueError: plans that hold observations or are conditioned on a return, or a policy trained
             at other levels, or from other starts, than losses of comparisons look at.
     """
-    if spec.layout != "action" or spec.returns is not None:
+    if spec.layout != "action" or spec.returns is not None or spec.actions:
         raise ValueError(
-            "tuning takes plans of actions given observations alone, not "
-            f"layout={spec.layout!r} or returns={spec.returns}"
+            "tuning takes plans of actions as they are, given observations alone, not "
+            f"layout={spec.layout!r}, returns={spec.returns} or action groups {spec.actions}"
         )
     tuned = method.command == "tune" or "reward" in method.reads()
     if spec.encoder["type"] != "state" and tuned:

@@ -24,6 +24,21 @@ def check_rewards(reward: Tensor, items: Tensor) -> None:
         )
 
 
+def check_sizes(what: str, module: object, other: str, **sizes: int | None) -> None:
+    """Raise ``ValueError`` if a module says another size than what it is used with has.
+
+    Args:
+        what: the module's name in the message.
+        module: its attributes are looked at; what it does not say is not checked.
+        other: the name of what it is used with.
+        **sizes: what that has, by the names of the attributes; ``None``: it does not say.
+    """
+    for name, wanted in sizes.items():
+        got = getattr(module, name, None)
+        if None not in (got, wanted) and got != wanted:
+            raise ValueError(f"{what} has {name}={got}, {other} {wanted}")
+
+
 def encoded(denoiser: BaseDenoiser, batch: Mapping[str, Tensor], key: str = "obs") -> Tensor | None:
     """The condition ``[B, C]`` of a batch's observations ``key``; None: it holds none."""
     return denoiser.encode(from_fields(batch, key)) if holds(batch, key) else None

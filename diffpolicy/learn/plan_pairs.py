@@ -171,6 +171,8 @@ def check_plain(spec: PolicySpec) -> None:
             f"guidance_scale={spec.sampler.guidance_scale}, value_scale={spec.value_scale}, "
             f"temperature={spec.temperature}"
         )
+    if spec.actions:
+        raise ValueError("own plans are judged as actions: the policy must have no action groups")
 
 
 def sizes_of(spec: PolicySpec) -> dict[str, Any]:

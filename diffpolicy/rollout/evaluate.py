@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 from tqdm.auto import tqdm
 
+from diffpolicy.policies.imagined import picture_of
 from diffpolicy.rollout.env_spec import EnvSpec, as_spec
 from diffpolicy.rollout.pool.slots import Drawn, Outcome
 from diffpolicy.rollout.pool.supervisor import Workers
@@ -30,6 +31,7 @@ from diffpolicy.rollout.rows import (
     fitting,
     planning_in_batches,
 )
+from diffpolicy.rollout.video import beside
 from diffpolicy.settings import check_range
 
 
@@ -251,7 +253,8 @@ class _Run(RowLoop[_Episode]):
 
     def _keep_frame(self, row: int, outcome: Outcome) -> None:
         if outcome.frame is not None:
-            self.running[row].frames.append(outcome.frame)
+            shown = beside(outcome.frame, picture_of(self.policy, self.state, row))
+            self.running[row].frames.append(shown)
         elif outcome.note:
             self.notes[f"no video: {outcome.note}"] = None
 

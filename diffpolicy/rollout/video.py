@@ -208,5 +208,20 @@ def framed(frames: np.ndarray, colour: Sequence[int], border: int = 4) -> np.nda
     return out
 
 
+def beside(frame: np.ndarray, picture: np.ndarray | None) -> np.ndarray:
+    """A frame with a small picture on its right, as high as the frame is, in whole pixels.
+
+    Args:
+        frame: uint8 ``[height, width, 3]``.
+        picture: uint8 ``[h, w, 3]``; None: there is none.
+    """
+    if picture is None:
+        return frame
+    height = len(frame)
+    rows = np.arange(height) * len(picture) // height
+    columns = np.arange(height * picture.shape[1] // len(picture)) * len(picture) // height
+    return np.concatenate([frame, picture[rows][:, columns]], axis=1)
+
+
 def _judged(frames: np.ndarray, success: bool | None) -> np.ndarray:
     return framed(frames, {True: GREEN, False: RED, None: GREY}[success])

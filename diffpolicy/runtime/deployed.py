@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffpolicy.data.observation import apart
+from diffpolicy.policies.boundary import now_of
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.plan_loop import PlanLoop
 from diffpolicy.policies.streaming import StreamingPlanner
@@ -34,9 +36,9 @@ class DeployedLoop(nn.Module):
     """Planning and the way to actions, as it goes into the file: a plan sampled by one loop.
 
     Its inputs are those of ``history [B, To, O]`` raw, ``last_plan`` (or ``last_buffer``)
-    ``[B, H, A]`` normalised, ``shift [B]`` int64 steps executed and ``noise [R, B, H, A]`` that are
-    used; its outputs ``plan [B, H, A]`` normalised, ``actions [B, Ta, A]`` in environment units,
-    and the new ``buffer`` of a streaming policy.
+    ``[B, H, P]`` normalised, ``shift [B]`` int64 steps executed and ``noise [R, B, H, P]`` that are
+    used; its outputs ``plan [B, H, P]`` normalised, ``actions [B, Ta, A]`` in environment units,
+    and the new ``buffer`` of a streaming policy. Plans are as policies remember them: absolute.
 
     Args:
         planner: the policy.
@@ -62,10 +64,6 @@ class DeployedLoop(nn.Module):
         self.start_level = loop.levels[0].flatten().tolist()
         first = planner.n_obs_steps - 1
         self.executed = slice(first, first + planner.n_action_steps)
-        self.bounds = tuple(
-            None if b is None else torch.tensor(b, dtype=torch.float32)
-            for b in (planner.spec.action_low, planner.spec.action_high)
-        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -80,23 +78,25 @@ class DeployedLoop(nn.Module):
         last = given.get(f"last_{self.carries}", history)
         shift, noise = given.get("shift", history), given.get("noise", history)
         plan, *buffer = self.planned(history, last, shift, noise)
-        return plan, self.actions(plan[:, self.executed]), *buffer
+        return plan, self.planner.boundary.actions(plan[:, self.executed]), *buffer
 
     def planned(
         self, history: Tensor, last: Tensor, shift: Tensor, noise: Tensor
     ) -> tuple[Tensor, ...]:
-        """Normalised plans ``[B, H, A]`` (and buffers); unused inputs may be anything."""
-        guess = self.planner.moved(last, shift) if self.carries else last
-        return (self.run(history, guess, noise),)
+        """Normalised plans ``[B, H, P]`` (and buffers); unused inputs may be anything."""
+        guess = self.guess(history, last, shift) if self.carries else last
+        return (self.absolute(self.run(history, guess, noise), history),)
 
-    def actions(self, normalised: Tensor) -> Tensor:
-        """Normalised to environment units, within bounds."""
-        for gripper in self.planner.spec.grippers:
-            normalised = gripper.snap(normalised)
-        out = self.planner.normalizer.unnormalize("action", normalised)
-        low, high = self.bounds
-        out = out if low is None else torch.maximum(out, low)
-        return out if high is None else torch.minimum(out, high)
+    def guess(self, history: Tensor, last: Tensor, shift: Tensor) -> Tensor:
+        """The last plan moved to the present, as the network says it."""
+        return self.planner.moved(last, shift, self._now(history))
+
+    def absolute(self, plan: Tensor, history: Tensor) -> Tensor:
+        """A plan of the network as it is remembered."""
+        return self.planner.boundary.absolute(plan, self._now(history))
+
+    def _now(self, history: Tensor) -> Any:
+        return now_of(apart(history, self.planner.observed))
 
     def inputs(self) -> list[Port]:
         """The inputs in the order of ``names``."""
@@ -114,9 +114,8 @@ class DeployedLoop(nn.Module):
 
     def outputs(self) -> list[Port]:
         """The outputs in their order."""
-        width = self.loop.action_dim
-        plan = ("batch", self.loop.horizon, width)
-        steps = ("batch", self.executed.stop - self.executed.start, width)
+        plan = ("batch", self.loop.horizon, self.loop.action_dim)
+        steps = ("batch", self.executed.stop - self.executed.start, self.planner.action_dim)
         units = "environment, within bounds; the first is for the newest observation's step"
         buffer = Port("buffer", plan, "float32", "normalised, at the levels of its actions")
         return [
@@ -129,6 +128,7 @@ class DeployedLoop(nn.Module):
         """Random inputs for ``batch`` rows, in the order of ``names``."""
         generator = torch.Generator().manual_seed(seed)
         history, last, _ = example_inputs(self.loop, batch, seed=seed)
+        last = self.absolute(last, history)
         shape = (self.draws, batch, self.loop.horizon, self.loop.action_dim)
         every = {
             "history": history,
@@ -160,10 +160,11 @@ class _Ranked(DeployedLoop):
         self, history: Tensor, last: Tensor, shift: Tensor, noise: Tensor
     ) -> tuple[Tensor, ...]:
         warm = self.carries is not None
-        previous = self.planner.moved(last, shift) if warm else torch.zeros_like(noise[0])
+        previous = self.guess(history, last, shift) if warm else torch.zeros_like(noise[0])
         same = torch.ones_like if warm else torch.zeros_like
         has_previous = same(history[:, 0, 0], dtype=torch.bool)
-        return (self.candidates.propose(history, previous, has_previous, noise).chosen(),)
+        chosen = self.candidates.propose(history, previous, has_previous, noise).chosen()
+        return (self.absolute(chosen, history),)
 
 
 class _Streamed(DeployedLoop):

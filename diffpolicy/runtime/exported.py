@@ -148,9 +148,9 @@ class ExportedPolicy:
         entry = self._entry(kind)
         history = self._checked(history)
         count = len(history)
-        if noise is None:
-            sizes = self.contract["policy"]
-            shape = (entry["draws"], count, sizes["horizon"], sizes["action_dim"])
+        drawn = next((port for port in entry["inputs"] if port["name"] == "noise"), None)
+        if noise is None and drawn is not None:
+            shape = tuple(count if axis == "batch" else axis for axis in drawn["axes"])
             noise = self._generator.standard_normal(shape, np.float32)
         given = {
             "history": history,

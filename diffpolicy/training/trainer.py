@@ -41,7 +41,7 @@ from diffpolicy.training.run_files import (
 )
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.sources import Source
-from diffpolicy.training.weights import EMA, autocast, set_training, validation_loss
+from diffpolicy.training.weights import EMA, autocast, set_training, validation_losses
 
 Evaluate = Callable[[Path, int], Mapping[str, float]]
 Export = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
@@ -121,7 +121,11 @@ class Trainer:
             self._forward.compile()
         self.parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self._groups(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True
+            by_learning_rate(self.parameters, config),
+            config.lr,
+            config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self.ema = EMA(objective, power=config.ema_power, max_decay=config.ema_max)
         self.step, self.train_s = 0, 0.0
@@ -146,19 +150,6 @@ class Trainer:
             )
         if self.config.tensorboard:
             summary_writer()
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """The weights by the scale of their learning rate, of which the encoder has its own."""
-        scale = self.config.encoder_lr_scale
-        apart: dict[float, list[Tensor]] = {1.0: [], scale: []}
-        for name, parameter in self.parameters.items():
-            apart[scale if name.startswith("denoiser.encoder.") else 1.0].append(parameter)
-        if not apart[scale]:
-            raise ValueError(
-                f"encoder_lr_scale={scale}, but no weight of an encoder of observations is trained "
-                "here; leave it out"
-            )
-        return [{"params": params, "scale": key} for key, params in apart.items()]
 
     def _begin(self, resume: bool, overwrite: bool) -> None:
         """Take the run's directory; all that can fail is checked before anything is removed."""
@@ -296,8 +287,12 @@ class Trainer:
             self._totals[name] = self._totals.get(name, 0) + value.detach()
 
     def _indices(self, step: int) -> Tensor:
-        """Rows of this process at ``step``, from a permutation that (seed, epoch) determine."""
+        """Rows of this process at ``step``; (seed, step) alone determine them."""
         size, count = self.config.batch_size, len(self.source)
+        draw = getattr(self.source, "draw", None)
+        if draw is not None:
+            drawn: Tensor = draw(step, size, self.config.seed)
+            return drawn[self.group.rank :: self.group.size]
         per_epoch = count // size
         epoch, position = divmod(step, per_epoch)
         if self._epoch != epoch:
@@ -320,8 +315,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         row: dict[str, float] = {}
         if self.val_source is not None:
-            weights, held_out = self.ema.state, self.val_source
-            row["val_loss"] = validation_loss(self.objective, weights, held_out, self.config)
+            row |= validation_losses(self.objective, self.ema.state, self.val_source, self.config)
         if self.evaluate is None or self.export is None or not self.group.first:
             return row
         folder = write_bundle(self.run_dir / ".candidate", self.export(self.ema.state))
@@ -386,9 +380,7 @@ class Trainer:
         for key, value in files["optimizer.safetensors"].items():
             name, _, kind = key.rpartition("/")
             like = self.parameters[name]
-            if (
-                value.shape == like.shape
-            ):  # in its memory order (channels last): fused steps need it
+            if value.shape == like.shape:  # in its memory order, which a fused step relies on
                 value = torch.empty_like(like, dtype=value.dtype).copy_(value)
             self.optimizer.state[like][kind] = value.to(self.device)
         self._totals = {k: v.to(self.device) for k, v in files["totals.safetensors"].items()}

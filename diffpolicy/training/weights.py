@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffpolicy.training.settings import TrainerConfig, mix_seed
-from diffpolicy.training.sources import Source
+from diffpolicy.training.sources import Source, Weighted
 
 _Place = tuple[Mapping[str, Tensor | None], str]  # a module's parameters or buffers, and a name
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -72,6 +73,26 @@ def _tensor(value: Tensor | None) -> Tensor:
     return value.detach()
 
 
+def by_learning_rate(
+    parameters: Mapping[str, nn.Parameter], config: TrainerConfig
+) -> list[dict[str, Any]]:
+    """The weights as an optimiser's groups, each with the ``scale`` of its learning rate.
+
+    Raises:
+        ValueError: a scale of the encoder, where none of its weights is trained.
+    """
+    scale = config.encoder_lr_scale
+    groups: dict[float, list[nn.Parameter]] = {1.0: [], scale: []}
+    for name, parameter in parameters.items():
+        groups[scale if name.startswith("denoiser.encoder.") else 1.0].append(parameter)
+    if not groups[scale]:
+        raise ValueError(
+            f"encoder_lr_scale={scale}, but no weight of an encoder of observations is trained; "
+            "leave it out"
+        )
+    return [{"params": params, "scale": key} for key, params in groups.items()]
+
+
 def autocast(config: TrainerConfig, device: torch.device) -> torch.autocast:
     """The precision that losses are computed in."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
@@ -82,6 +103,23 @@ def set_training(objective: nn.Module) -> None:
     for module in objective.modules():
         if any(p.requires_grad for p in module.parameters()):
             module.training = True
+
+
+def validation_losses(
+    objective: nn.Module, weights: Mapping[str, Tensor], source: Source, config: TrainerConfig
+) -> dict[str, float]:
+    """``val_loss`` of held-out examples; of weighted parts its mean, and ``val_loss_NAME`` of each.
+
+    Arguments are those of :func:`validation_loss`.
+    """
+    if not isinstance(source, Weighted):
+        return {"val_loss": validation_loss(objective, weights, source, config)}
+    found = {
+        f"val_loss_{name}": validation_loss(objective, weights, part, config)
+        for name, part in source.parts.items()
+    }
+    mean = sum(p * v for p, v in zip(source.shares, found.values(), strict=True))
+    return {"val_loss": mean, **found}
 
 
 @torch.no_grad()

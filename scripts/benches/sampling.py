@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ TARGETS = {
     "gather": ">= 500,000 windows/s",
     "startup": "import diffpolicy adds <= 0.3 s to import torch; --help within 1 s",
 }
+
+OTHERS = {"latency": "latency", "gradients": "reward_gradients", "images": "images"}
+"""Further benchmarks, by the first argument, and their modules."""
 
 
 def help_text() -> str:
@@ -43,22 +47,17 @@ Measures, both sides interleaved in one run, and prints one line each with its t
 
 
 def _others_help() -> str:
-    from benches import latency as bench_latency
-    from benches import reward_gradients as bench_finetune
+    return "\n\n".join(_other(name).help_text() for name in OTHERS)
 
-    return f"{bench_latency.help_text()}\n\n{bench_finetune.help_text()}"
+
+def _other(name: str) -> Any:
+    return import_module(f"benches.{OTHERS[name]}")
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the benchmarks and print (and store) their results."""
-    if arguments and arguments[0] == "latency":
-        from benches import latency as bench_latency
-
-        return bench_latency.run(arguments[1:])
-    if arguments and arguments[0] == "finetune":
-        from benches import reward_gradients as bench_finetune
-
-        return bench_finetune.run(arguments[1:])
+    if arguments and arguments[0] in OTHERS:
+        return int(_other(arguments[0]).run(arguments[1:]))
     options = parse(arguments, [], {"only": None, "rounds": 15, "threads": 1, "output": None})
     benches: dict[str, Callable[[int], dict[str, Any]]] = {
         "sampling": sampling,

@@ -143,12 +143,27 @@ class FakeTuple(FakePoint):
         self.observation_space = spaces.Tuple([self.observation_space])
 
 
-class FakeDiscrete(FakePoint):
+class FakeWords(FakePoint):
     """Takes discrete actions."""
 
     def __init__(self):
         super().__init__()
-        self.action_space = spaces.Discrete(3)
+        self.action_space = spaces.Text(3)
+
+
+class FakeDials(FakePoint):
+    """Two dials of 3 and 4 places, the second one's numbers from -1; its expert knows the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = spaces.MultiDiscrete([3, 4], start=[0, -1])
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return super().step(action - 1.0)
+
+    def expert_action(self, rng):
+        return np.array([0, 2])
 
 
 class FakeChaos(gym.Env):
@@ -221,7 +236,8 @@ for _name, _limit in (
     ("Image", 12),
     ("Grid", 12),
     ("Tuple", 12),
-    ("Discrete", 12),
+    ("Words", 12),
+    ("Dials", 12),
     ("Odd", 3),
     ("Chaos", 60),
     ("Forker", 12),

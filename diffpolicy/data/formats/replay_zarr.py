@@ -41,7 +41,7 @@ class ReplayBuffer(EpisodeSource):
             with zipfile.ZipFile(path) as archive:
                 self._files = set(archive.namelist())
         self.name, self.fields, self.attrs = store.name, store.fields, store.attrs
-        self.episode_attrs = store.episode_attrs
+        self.episode_attrs, self.episode_lengths = store.episode_attrs, store.episode_lengths
         try:
             self.unread = self._left_over()
         except ValueError:

@@ -1,4 +1,4 @@
-"""Which actor-critic: an actor, a critic and their settings, and the published combinations."""
+"""Which actor-critic: an actor, a critic and their settings."""
 
 from __future__ import annotations
 
@@ -79,10 +79,3 @@ class ActorCritic(Sampler):
             ValueError: unknown entries, or values out of range.
         """
         return settings_of(cls, config, "actor_critic")
-
-
-ALGORITHMS: Mapping[str, ActorCritic] = {
-    "diffusion_ql": ActorCritic("chain", "td"),  # Wang et al. 2023
-    "idql": ActorCritic("bc", "iql"),  # Hansen-Estruch et al. 2023
-    "edp": ActorCritic("one_step", "td", solver="dpmpp_2m", num_steps=15),  # Kang et al. 2023
-}

@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium import spaces
 
 from diffpolicy.data.observation import Obs, ObsFields, from_fields, to_fields
-from diffpolicy.rollout.env_spec import EnvSpec, obs_fields
+from diffpolicy.rollout.env_spec import EnvSpec, action_ends, obs_fields
 from diffpolicy.rollout.pool.values import (
     as_flag,
     as_observation,
@@ -122,16 +122,23 @@ class _Expert:
         self.mask = np.ones(())
         if env.has_wrapper_attr("expert_noise_mask"):
             self.mask = np.asarray(env.get_wrapper_attr("expert_noise_mask"), np.float64)
-        box = _box(env)
-        self.low, self.high = box.low.astype(np.float64), box.high.astype(np.float64)
+        self.chooses = not isinstance(env.action_space, spaces.Box)
+        self.ends = action_ends(env.action_space)
+        self.low, self.high = (end.astype(np.float64) for end in self.ends)
         self.rng = np.random.default_rng([seed, _EXPERT_STREAM])
         self.noise = np.random.default_rng([seed, _NOISE_STREAM])
 
     def choose(self, noise: float) -> tuple[np.ndarray, np.ndarray]:
-        """The clean action and the one to execute: ``clip(clean + N(0, noise^2))``."""
+        """The clean action and the one to execute: ``clip(clean + N(0, noise^2))``.
+
+        Of whole numbers that choose, ``noise`` is how probable a random choice is.
+        """
         clean = np.clip(np.asarray(self.action(self.rng), np.float64), self.low, self.high)
         if not np.isfinite(clean).all():
             raise ValueError(f"the expert's action {clean} is not finite")
+        if self.chooses:
+            other = self.noise.integers(*self.ends, endpoint=True)
+            return clean, np.where(self.noise.random(clean.shape) < noise * self.mask, other, clean)
         noisy = clean + noise * self.mask * self.noise.standard_normal(clean.shape)
         return clean, np.clip(noisy, self.low, self.high)
 
@@ -188,7 +195,7 @@ class EnvSlot:
         """
         if self._done:
             raise RuntimeError("step() after the end of an episode; call reset() first")
-        native = to_native(action, _box(self.env))
+        native = to_native(action, self.env.action_space)
         obs, reward, terminated, truncated, info = self.env.step(native)
         ended = as_flag(terminated, "terminated"), as_flag(truncated, "truncated")
         self._done = any(ended)
@@ -206,7 +213,7 @@ class EnvSlot:
 
         Args:
             noise: standard deviation, on the dimensions of the environment's ``expert_noise_mask``
-                (default: all).
+                (default: all); of actions that choose, the probability of a random choice.
             frame: as for :meth:`step`.
         """
         if self._expert is None:
@@ -230,11 +237,6 @@ class EnvSlot:
         self._done = True
         if env is not None:
             env.close()
-
-
-def _box(env: gym.Env[Any, Any]) -> spaces.Box:
-    assert isinstance(env.action_space, spaces.Box)
-    return env.action_space
 
 
 def _shrink(frame: np.ndarray, side: int) -> np.ndarray:

@@ -15,23 +15,25 @@ import numpy as np
 from gymnasium import spaces
 
 from diffpolicy.data.observation import Obs, ObsField, ObsFields
+from diffpolicy.rollout.env_spec import action_ends
 
 _SUCCESS_KEYS = ("is_success", "success")
 
 
-def to_native(action: np.ndarray, space: spaces.Box) -> np.ndarray:
-    """An action ``[A]`` as the environment's space wants it.
+def to_native(action: np.ndarray, space: spaces.Space[Any]) -> Any:
+    """An action ``[A]`` as the environment's space wants it; of ``Discrete`` ones a number.
 
     Whole numbers are rounded and clipped to the bounds. A number that float32 holds to be a bound
     becomes exactly that bound, also where the space is float64. Others are passed on as they are:
     what an environment does with an action outside its space is its own affair.
     """
-    dtype, low, high = space.dtype, space.low, space.high
+    dtype, (low, high) = space.dtype, action_ends(space)
     assert dtype is not None
     if dtype.kind in "iu":
         whole = np.rint(np.asarray(action, np.float64))
         inside = np.clip(whole, low.astype(np.float64), high.astype(np.float64))
-        return inside.astype(dtype)
+        whole = inside.astype(dtype)
+        return whole[0] if isinstance(space, spaces.Discrete) else whole
     native = np.asarray(action, dtype)
     if native.itemsize <= 4:
         return native

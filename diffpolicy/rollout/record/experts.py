@@ -52,7 +52,8 @@ def collect(
         seeds: of the episodes, no two alike (the project's demonstrations use 0..99,999).
         store_path: directory of the store; made if it does not exist.
         workers: environments, processes, timeout and retries.
-        noise: standard deviation of the noise, in units of the action.
+        noise: standard deviation of the noise, in units of the action; of actions that choose
+            (``Discrete``, ``MultiDiscrete``) the probability of a random choice.
         keep: ``"success"`` stores only the episodes that succeeded at some step, ``"all"`` every
             one.
         progress: whether to show a bar with the time left.

@@ -48,7 +48,8 @@ def open_record(
             **{name: FieldSpec((), "bool") for name in flags},
         }
         made = {"rollouts": {**settings, "failed": {}, "env_steps": 0}} if rollouts else settings
-        attrs = {**env, **made, "versions": info.versions}
+        said = {"actions": info.action_groups} if info.chooses else {}
+        attrs = {**env, **made, **said, "versions": info.versions}
         return EpisodeStore.create(path, fields, attrs=attrs)
     store = EpisodeStore.open(path, "a")
     known, asked = {**store.attrs, **store.attrs.get("rollouts", {})}, {**env, **settings}
