@@ -41,7 +41,13 @@ from diffpolicy.training.run_files import (
 )
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.sources import Source
-from diffpolicy.training.weights import EMA, autocast, set_training, validation_losses
+from diffpolicy.training.weights import (
+    EMA,
+    autocast,
+    by_learning_rate,
+    set_training,
+    validation_losses,
+)
 
 Evaluate = Callable[[Path, int], Mapping[str, float]]
 Export = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
