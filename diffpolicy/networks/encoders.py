@@ -374,7 +374,7 @@ def encoder_class(name: object) -> type[Encoder]:
     Raises:
         ValueError: what :func:`~diffpolicy.networks.registry.class_of` refuses.
     """
-    return class_of(ENCODERS, name, "encoder", Encoder)
+    return class_of(ENCODERS, name, "encoder type", Encoder)
 
 
 def make_encoder(config: Mapping[str, Any], fields: Fields, n_obs_steps: int) -> Encoder:

@@ -78,7 +78,7 @@ def construct(
     """
     arguments = dict(config)
     name = arguments.pop("type", None)
-    kind = class_of(kinds, name, what, base)
+    kind = class_of(kinds, name, f"{what} type", base)
     parameters = inspect.signature(kind).parameters.values()
     named = {one.name: one for one in parameters if one.kind not in _COLLECTING}
     if all(one.kind is not one.VAR_KEYWORD for one in parameters):
@@ -102,14 +102,14 @@ def class_of(
         base: what a class of the user's own must be a subclass of; None: there is only ``kinds``.
 
     Example:
-        >>> class_of(ENCODERS, "mypackage.vision:MyEncoder", "encoder", Encoder)
+        >>> class_of(ENCODERS, "mypackage.vision:MyEncoder", "encoder type", Encoder)
 
     Raises:
         ValueError: an unknown name, a module that cannot be imported, no such class in it, or one
             of another kind.
     """
     if base is None or not isinstance(name, str) or ":" not in name:
-        check_choice(f"{what} type", name, [*kinds, *([] if base is None else ["package:Class"])])
+        check_choice(what, name, [*kinds, *([] if base is None else ["package:Class"])])
         return kinds[name]  # type: ignore[index]
     module, _, inside = name.partition(":")
     try:
