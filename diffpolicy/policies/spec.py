@@ -95,8 +95,8 @@ class PolicySpec:
         observations: the arrays of an observation by name, whose order they are in; empty: one
             array of ``obs_dim``. The name ``""`` stands for a single image.
         encoder: ``{"type": ..., settings}`` for :func:`diffpolicy.networks.encoders.make_encoder`:
-            from observations to the condition of network and critics; default: ``images`` where
-            there is one, else ``state``.
+            from observations to the condition of network and critics; the type may be
+            ``package.module:Class``. Default: ``images`` where there is one, else ``state``.
         env_id: the environment it was trained for, if known.
     """
 
