@@ -154,7 +154,7 @@ class ImageEncoder(Encoder):
         if len(shape) == 2:
             images = images.unsqueeze(-1)
         sides = [max(1, round(self.crop * side)) for side in shape[:2]]
-        images = self._cropped(images, sides).movedim(-1, 2)
+        images = self._cropped(images, sides).permute(0, 1, 4, 2, 3)  # an axis -1 breaks ONNX
         weight = next(self.eyes.parameters())
         images = images.to(weight.dtype) / 127.5 - 1
         if self.training and self.jitter:

@@ -9,34 +9,28 @@ the policy's own: :meth:`DiffusionPlanner.moved`, :meth:`StreamingPlanner.moved_
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffpolicy.data.observation import from_fields, to_fields
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.plan_loop import PlanLoop
 from diffpolicy.policies.streaming import StreamingPlanner
-from diffpolicy.runtime.compile import example_inputs
+from diffpolicy.runtime.graph import example_inputs
+from diffpolicy.runtime.ports import SEEN, Port, seen_ports
 from diffpolicy.runtime.rolled import rolled
-
-
-class Port(NamedTuple):
-    """One input or output of an exported file; the axis ``"batch"`` is that of the rows."""
-
-    name: str
-    axes: tuple[int | str, ...]
-    dtype: str
-    unit: str
 
 
 class DeployedLoop(nn.Module):
     """Planning and the way to actions, as it goes into the file: a plan sampled by one loop.
 
-    Its inputs are those of ``history [B, To, O]`` raw, ``last_plan`` (or ``last_buffer``)
-    ``[B, H, A]`` normalised, ``shift [B]`` int64 steps executed and ``noise [R, B, H, A]`` that are
-    used; its outputs ``plan [B, H, A]`` normalised, ``actions [B, Ta, A]`` in environment units,
-    and the new ``buffer`` of a streaming policy.
+    Its inputs are those of ``history [B, To, O]`` raw (or each ``history.NAME``, in the type that
+    policies see: an image as bytes), ``last_plan`` (or ``last_buffer``) ``[B, H, A]`` normalised,
+    ``shift [B]`` int64 steps executed and ``noise [R, B, H, A]`` that are used; its outputs ``plan
+    [B, H, A]`` normalised, ``actions [B, Ta, A]`` in environment units, and the new ``buffer`` of a
+    streaming policy.
 
     Args:
         planner: the policy.
@@ -68,22 +62,42 @@ class DeployedLoop(nn.Module):
         )
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def ports(self) -> list[Port]:
         """The inputs that are used, in their order."""
-        carried = () if self.carries is None else (f"last_{self.carries}", "shift")
-        return ("history", *carried, *(("noise",) if self.draws else ()))
+        plan = ("batch", self.loop.horizon, self.loop.action_dim)
+        carried = [
+            Port(f"last_{self.carries}", plan, "float32", f"the last output {self.carries!r}"),
+            Port("shift", ("batch",), "int64", "control steps executed since the last plan"),
+        ]
+        noise = Port("noise", (self.draws, *plan), "float32", "standard normal")
+        seen = seen_ports(self.loop.fields, self.loop.obs_shape[0])
+        used = [noise] if self.draws else []
+        return [*seen, *(carried if self.carries else []), *used]
+
+    @property
+    def made(self) -> list[Port]:
+        """The outputs in their order."""
+        plan = ("batch", self.loop.horizon, self.loop.action_dim)
+        steps = ("batch", self.executed.stop - self.executed.start, self.loop.action_dim)
+        units = "environment, within bounds; the first is for the newest observation's step"
+        buffer = Port("buffer", plan, "float32", "normalised, at the levels of its actions")
+        return [
+            Port("plan", plan, "float32", "normalised"),
+            Port("actions", steps, "float32", units),
+            *([buffer] if self.rolls_on else []),
+        ]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The outputs for the inputs in the order of ``names``."""
-        given = dict(zip(self.names, inputs, strict=True))
-        history = given["history"]  # also stands in for an input that is not used
-        last = given.get(f"last_{self.carries}", history)
-        shift, noise = given.get("shift", history), given.get("noise", history)
+        """The outputs for the inputs in the order of ``ports``."""
+        given = {port.name: value for port, value in zip(self.ports, inputs, strict=True)}
+        unused = inputs[0]  # stands in for an input that is not used
+        last, shift = given.get(f"last_{self.carries}", unused), given.get("shift", unused)
+        history, noise = from_fields(given, SEEN), given.get("noise", unused)
         plan, *buffer = self.planned(history, last, shift, noise)
         return plan, self.actions(plan[:, self.executed]), *buffer
 
     def planned(
-        self, history: Tensor, last: Tensor, shift: Tensor, noise: Tensor
+        self, history: Any, last: Tensor, shift: Tensor, noise: Tensor
     ) -> tuple[Tensor, ...]:
         """Normalised plans ``[B, H, A]`` (and buffers); unused inputs may be anything."""
         guess = self.planner.moved(last, shift) if self.carries else last
@@ -98,45 +112,18 @@ class DeployedLoop(nn.Module):
         out = out if low is None else torch.maximum(out, low)
         return out if high is None else torch.minimum(out, high)
 
-    def inputs(self) -> list[Port]:
-        """The inputs in the order of ``names``."""
-        plan = (self.loop.horizon, self.loop.action_dim)
-        last = f"last_{self.carries}"
-        every = (
-            Port(
-                "history", ("batch", *self.loop.obs_shape), "float32", "environment, oldest first"
-            ),
-            Port(last, ("batch", *plan), "float32", f"the last output {self.carries!r}"),
-            Port("shift", ("batch",), "int64", "control steps executed since the last plan"),
-            Port("noise", (self.draws, "batch", *plan), "float32", "standard normal"),
-        )
-        return [port for port in every if port.name in self.names]
-
-    def outputs(self) -> list[Port]:
-        """The outputs in their order."""
-        width = self.loop.action_dim
-        plan = ("batch", self.loop.horizon, width)
-        steps = ("batch", self.executed.stop - self.executed.start, width)
-        units = "environment, within bounds; the first is for the newest observation's step"
-        buffer = Port("buffer", plan, "float32", "normalised, at the levels of its actions")
-        return [
-            Port("plan", plan, "float32", "normalised"),
-            Port("actions", steps, "float32", units),
-            *([buffer] if self.rolls_on else []),
-        ]
-
     def example(self, batch: int, *, seed: int = 0) -> list[Tensor]:
-        """Random inputs for ``batch`` rows, in the order of ``names``."""
+        """Random inputs for ``batch`` rows, in the order of ``ports``."""
         generator = torch.Generator().manual_seed(seed)
         history, last, _ = example_inputs(self.loop, batch, seed=seed)
         shape = (self.draws, batch, self.loop.horizon, self.loop.action_dim)
         every = {
-            "history": history,
+            **to_fields(history, SEEN),
             f"last_{self.carries}": last,
             "shift": torch.randint(self.max_shift + 1, (batch,), generator=generator),
             "noise": torch.randn(shape, generator=generator),
         }
-        return [every[name] for name in self.names]
+        return [every[port.name] for port in self.ports]
 
 
 class _Ranked(DeployedLoop):
@@ -157,12 +144,12 @@ class _Ranked(DeployedLoop):
         self.draws, self.nfe = self.candidates.draws, self.candidates.nfe
 
     def planned(
-        self, history: Tensor, last: Tensor, shift: Tensor, noise: Tensor
+        self, history: Any, last: Tensor, shift: Tensor, noise: Tensor
     ) -> tuple[Tensor, ...]:
         warm = self.carries is not None
         previous = self.planner.moved(last, shift) if warm else torch.zeros_like(noise[0])
         same = torch.ones_like if warm else torch.zeros_like
-        has_previous = same(history[:, 0, 0], dtype=torch.bool)
+        has_previous = same(noise[0, :, 0, 0], dtype=torch.bool)
         return (self.candidates.propose(history, previous, has_previous, noise).chosen(),)
 
 
@@ -182,7 +169,7 @@ class _Streamed(DeployedLoop):
         self.constant = torch.from_numpy(planner._constant)
 
     def planned(
-        self, history: Tensor, last: Tensor, shift: Tensor, noise: Tensor
+        self, history: Any, last: Tensor, shift: Tensor, noise: Tensor
     ) -> tuple[Tensor, ...]:
         own, rest = noise[-1], noise[:-1]
         if self.samples:
