@@ -28,6 +28,9 @@ OPEN = (
 )
 """Sections whose keys are checked by what they configure, so that a file may leave any out."""
 
+EARLIER = {"preference": "method", "finetune": "method"}
+"""Names of groups and settings in earlier versions, and what they are called now."""
+
 
 def config_dir() -> Path:
     """Directory of the YAML groups: inside the installed package, or beside it in a source tree."""
@@ -351,6 +354,7 @@ def _unknown(key: str, known: Any, files: Mapping[str, Any]) -> str | None:
         names = list(dict.fromkeys([*map(str, node), *([] if path else sorted(files))]))
         if part not in names:
             inside = [k for k in _keys(known) if k.split(".")[-1] == part]
+            inside += [EARLIER[part]] if part in EARLIER else []
             hint = f"; did you mean {inside[0]!r}?" if inside else ""
             hint = hint or near_miss(part, names, prefix=path)
             return f"unknown key {key!r}{hint or near_miss('', names, listing='there are')}"

@@ -51,8 +51,10 @@ class Layout:
 
     def __post_init__(self) -> None:
         check_choice("layout", self.kind, LAYOUTS)
-        sizes = ("obs_dim", "action_dim", "horizon", "n_obs_steps")
+        sizes = ("action_dim", "horizon", "n_obs_steps")
         check_range("[1, inf)", **{name: getattr(self, name) for name in sizes})
+        # Of images alone there is no vector, and plans of actions hold none.
+        check_range("[0, inf)" if self.kind == "action" else "[1, inf)", obs_dim=self.obs_dim)
         least = self.n_obs_steps + (self.kind != "action")
         check_range(f"[{least}, inf)", horizon=self.horizon)
         if (self.goal or self.constant) and self.kind == "action":

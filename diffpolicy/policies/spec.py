@@ -214,13 +214,15 @@ class PolicySpec:
             "truncated with anchors": "anchors" in sources,
         }
         found = [name for name, used in needed.items() if used]
-        if self.encoder["type"] != "state" and (self.layout != "action" or "anchors" in sources):
-            raise ValueError(f"{found[0]} takes the observation as it is: encoder must be state")
-        if found and self.observations:
+        other = self.encoder["type"] != "state" and (
+            self.layout != "action" or "anchors" in sources
+        )
+        if found and (self.observations or other):
+            names = ", ".join(name or "an image" for name in self.observations) or "one vector"
             raise ValueError(
-                f"{', '.join(found)}: needs one vector as observation, this policy has "
-                f"{', '.join(self.observations)} by name; leave it out, or wrap the environment in "
-                "gymnasium.wrappers.FlattenObservation"
+                f"{', '.join(found)}: needs one vector as observation and the encoder 'state', "
+                f"this policy has {names} and {self.encoder['type']!r}; leave it out, or "
+                "wrap the environment in gymnasium.wrappers.FlattenObservation"
             )
 
     @property
@@ -316,11 +318,12 @@ class PolicySpec:
         name = "rti" if self.rti is not None else "truncated"
         drawn = start or self.sampler
         level = "" if start is None else f", {name} t_start={start.t_start}"
+        named = [f"{name or 'image'} {list(f.shape)}" for name, f in self.observations.items()]
         return (
-            f"obs {self.obs_dim} x {self.n_obs_steps}, action {self.action_dim}, horizon "
-            f"{self.horizon}, executes {self.n_action_steps}; {self.network.get('type')}, "
-            f"{self.process.get('type')}, {self.prediction}; {drawn.solver} in "
-            f"{drawn.num_steps} steps{level}"
+            f"obs {', '.join(named) or self.obs_dim} x {self.n_obs_steps}, action "
+            f"{self.action_dim}, horizon {self.horizon}, executes {self.n_action_steps}; "
+            f"{self.network.get('type')}, {self.process.get('type')}, {self.prediction}; "
+            f"{drawn.solver} in {drawn.num_steps} steps{level}"
         )
 
     def make_denoiser(self) -> Denoiser:

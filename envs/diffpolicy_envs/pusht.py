@@ -236,7 +236,7 @@ class PushTImageEnv(PushTBase):
 
     def __init__(self, render_mode: str | None = None, **kwargs: Any) -> None:
         super().__init__(render_mode, **kwargs)
-        self.observation_space = gym.spaces.Dict(
+        self.observation_space = gym.spaces.Dict(  # type: ignore[assignment]
             {
                 "agent_pos": gym.spaces.Box(0.0, 512.0, (2,), np.float32),
                 "image": gym.spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),

@@ -1,4 +1,4 @@
-"""`python scripts/bench.py finetune`: a reward's gradient against a straightforward implementation.
+"""`python scripts/bench.py gradients`: a reward's gradient against a plain implementation.
 
 Both sides compute the same gradient, of a reward and the path divergence to a reference, through
 the relaxed steps of a masked chain (DRAKES, Wang et al. 2025); it is checked before anything is
@@ -58,9 +58,9 @@ OPTIONS: dict[str, Any] = {**asdict(Case()), "rounds": 7, "json": None}
 
 
 def help_text() -> str:
-    """The text of `python scripts/bench.py finetune --help`."""
+    """The text of `python scripts/bench.py gradients --help`."""
     return f"""\
-usage: python scripts/bench.py finetune [json=FILE] [key=value] ...
+usage: python scripts/bench.py gradients [json=FILE] [key=value] ...
 
 One gradient of reward and path divergence through a masked chain (dilated CNN, joint=True):
 straightforward (fresh evaluations of policy and reference for the divergence, all graphs kept),

@@ -43,22 +43,21 @@ Measures, both sides interleaved in one run, and prints one line each with its t
 
 
 def _others_help() -> str:
-    from benches import latency as bench_latency
-    from benches import reward_gradients as bench_finetune
+    from benches import latency, reward_gradients
 
-    return f"{bench_latency.help_text()}\n\n{bench_finetune.help_text()}"
+    return f"{latency.help_text()}\n\n{reward_gradients.help_text()}"
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the benchmarks and print (and store) their results."""
     if arguments and arguments[0] == "latency":
-        from benches import latency as bench_latency
+        from benches import latency
 
-        return bench_latency.run(arguments[1:])
-    if arguments and arguments[0] == "finetune":
-        from benches import reward_gradients as bench_finetune
+        return latency.run(arguments[1:])
+    if arguments and arguments[0] == "gradients":
+        from benches import reward_gradients
 
-        return bench_finetune.run(arguments[1:])
+        return reward_gradients.run(arguments[1:])
     options = parse(arguments, [], {"only": None, "rounds": 15, "threads": 1, "output": None})
     benches: dict[str, Callable[[int], dict[str, Any]]] = {
         "sampling": sampling,

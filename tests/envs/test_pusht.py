@@ -1,16 +1,19 @@
 """Push-T: features of recorded states, replay of the human demonstrations, resets, scores."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
+from diffpolicy import EpisodeStore
 from diffpolicy_envs.pusht import PushTEnv, diffusion_policy_state
 from diffpolicy_envs.pusht_features import keypoints_from_state, observation_from_state
 
 ENV_ID = "diffpolicy/PushT-v0"
+PUSHT_IMAGES = Path(__file__).parents[3] / "shared/data/pusht/pusht_image.zarr.zip"
 
 
 @pytest.fixture
@@ -169,3 +172,26 @@ def test_bad_arguments(kwargs: dict[str, Any], options: Any, message: str) -> No
     pytest.importorskip("gym_pusht", exc_type=ImportError)
     with pytest.raises(ValueError, match=message):
         PushTEnv(**kwargs).reset(seed=0, options=options)
+
+
+def test_image_is_that_of_the_recorded_demonstrations(env: Any) -> None:
+    """What the camera sees is the table without the last action's mark, as people recorded it."""
+    seen = gym.make("diffpolicy_envs:diffpolicy/PushTImage-v0")
+    observation, _ = seen.reset(seed=1)
+    assert seen.observation_space.contains(observation)
+    for _ in range(3):
+        observation, *_ = seen.step(np.array([100, 400], np.float32))
+    assert seen.observation_space.contains(observation)
+    env.reset(seed=1)  # the same seed is the same table
+    for _ in range(3):
+        env.step(np.array([100, 400], np.float32))
+    np.testing.assert_allclose(observation["agent_pos"], env.state()[:2], atol=1e-4)
+    still = seen.unwrapped.set_state(env.state())["image"]
+    assert (np.abs(still.astype(int) - observation["image"]) > 20).mean() < 0.005
+    if not PUSHT_IMAGES.exists():
+        return
+    recorded = EpisodeStore.open(PUSHT_IMAGES).episode(3)
+    for step in (0, 40, 80):
+        drawn = seen.unwrapped.set_state(recorded["state"][step])["image"]
+        apart = np.abs(drawn.astype(int) - recorded["img"][step]).max(-1)
+        assert (apart > 20).mean() < 0.005  # edges, by another version of the drawing library

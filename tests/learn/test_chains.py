@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from finetune_tables import TableReward, multilinear_denoiser
 from torch import Tensor, nn
+from tuning_tables import TableReward, multilinear_denoiser
 
 from diffpolicy.core import (
     Ancestral,

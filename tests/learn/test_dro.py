@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from finetune_exact_policies import gaussian_policy, table_of
-from finetune_tables import sequences, table_denoiser
 from torch import nn
+from tuning_exact_policies import gaussian_policy, table_of
+from tuning_tables import sequences, table_denoiser
 
 from diffpolicy.core import AnalyticDenoiser, Denoiser, make_process, prior_start, sample
 from diffpolicy.learn.adapters import add_adapters

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from finetune_tables import Table, sequences, table_denoiser
 from torch import nn
+from tuning_tables import Table, sequences, table_denoiser
 
 from diffpolicy.core import Cosine, LogLinear, MaskedDenoiser
 from diffpolicy.learn.cloning.masked import (

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-from finetune_tables import all_paths, multilinear_denoiser, rollout_of
 from torch.distributions import Normal, kl_divergence
+from tuning_tables import all_paths, multilinear_denoiser, rollout_of
 
 from diffpolicy.core import (
     AnalyticDenoiser,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from finetune_tilted_mixture import Mixture, MixtureDenoiser, one_dimensional
 from torch import nn
+from tuning_tilted_mixture import Mixture, MixtureDenoiser, one_dimensional
 
 from diffpolicy.api import DiffusionPolicy
 from diffpolicy.core import Denoiser, make_process

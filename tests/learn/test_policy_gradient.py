@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from finetune_tables import all_paths, rollout_of, sequences, table_denoiser
+from tuning_tables import all_paths, rollout_of, sequences, table_denoiser
 
 from diffpolicy.learn.reward.policy_gradient import Play, PolicyGradient, PolicyGradientLoss, judge
 from diffpolicy.sequences.exact import ExactLaw, StateSpace

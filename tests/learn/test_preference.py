@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from finetune_preferences import (
+from tuning_preferences import (
     GaussianDenoiser,
     consistent_denoiser,
     gaussian_kl,
@@ -14,8 +14,8 @@ from finetune_preferences import (
     plan_batch,
     pointwise,
 )
-from finetune_tables import table_denoiser
-from finetune_tilted_mixture import MixtureDenoiser, one_dimensional
+from tuning_tables import table_denoiser
+from tuning_tilted_mixture import MixtureDenoiser, one_dimensional
 
 from diffpolicy.core import Denoiser, VPCosine
 from diffpolicy.learn.adapters import add_adapters

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from finetune_tables import TableReward, multilinear_denoiser
 from torch import nn
+from tuning_tables import TableReward, multilinear_denoiser
 
 from diffpolicy.core import Denoiser, Relaxation, VPCosine
 from diffpolicy.core.denoiser import BaseDenoiser

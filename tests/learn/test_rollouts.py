@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from finetune_tables import all_paths, rollout_of, sequences, table_denoiser
+from tuning_tables import all_paths, rollout_of, sequences, table_denoiser
 
 from diffpolicy.core import Cosine, MaskedDenoiser
 from diffpolicy.learn.reward.replay import Replay, remask

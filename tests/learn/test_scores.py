@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from finetune_preferences import consistent_denoiser, plan_items, pointwise
-from finetune_tables import all_paths, sequences, table_denoiser
-from finetune_tilted_mixture import MixtureDenoiser, one_dimensional
+from tuning_preferences import consistent_denoiser, plan_items, pointwise
+from tuning_tables import all_paths, sequences, table_denoiser
+from tuning_tilted_mixture import MixtureDenoiser, one_dimensional
 
 from diffpolicy.core import Denoiser, FlowMatching, VPCosine, VPLinear
 from diffpolicy.core.processes import EDM, DiscreteVP

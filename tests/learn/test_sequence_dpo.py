@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from finetune_tables import table_denoiser
+from tuning_tables import table_denoiser
 
 from diffpolicy.learn.material import SequenceMaterial
 from diffpolicy.learn.methods import make_method

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from finetune_tables import sequences, table_denoiser
+from tuning_tables import sequences, table_denoiser
 
 from diffpolicy.learn.reward.stepwise import Stepwise, StepwiseLoss, stepwise_loss
 from diffpolicy.sequences.exact import ExactLaw

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from finetune_tilted_mixture import (
+from tuning_tilted_mixture import (
     Mixture,
     MixtureDenoiser,
     TiltedProblem,

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from finetune_tables import all_paths, rollout_of, sequences, table_denoiser
+from tuning_tables import all_paths, rollout_of, sequences, table_denoiser
 
 from diffpolicy.learn.reward.replay import effective_fraction, resample, settle
 from diffpolicy.learn.reward.weighted import WeightedDenoising, WeightedDenoisingLoss

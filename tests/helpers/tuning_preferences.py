@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from finetune_tables import Table
 from torch import nn
+from tuning_tables import Table
 
 from diffpolicy.core import Denoiser, LogLinear, MaskedDenoiser, VPCosine
 from diffpolicy.core.denoiser import BaseDenoiser, Denoised

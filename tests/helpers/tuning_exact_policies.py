@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from finetune_tables import sequences, table_denoiser
 from torch import nn
+from tuning_tables import sequences, table_denoiser
 
 from diffpolicy.core import Denoiser, make_process
 from diffpolicy.sequences.exact import StateSpace

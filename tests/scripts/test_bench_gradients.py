@@ -1,4 +1,4 @@
-"""`python scripts/bench.py finetune`: equal gradients, and counts that are right. Nothing is
+"""`python scripts/bench.py gradients`: equal gradients, and counts that are right. Nothing is
 timed."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benches import reward_gradients as bench_finetune
+from benches import reward_gradients
 from benches import sampling as bench
 from benches.reward_gradients import Case, LiveBytes, difference, gradients, peaks, run
 from diffpolicy.settings import ConfigError
@@ -80,10 +80,10 @@ def test_the_command_measures_prints_and_writes(tmp_path, capsys, monkeypatch):
         apart.append(variant)
         return peaks(variant, case)
 
-    monkeypatch.setattr(bench_finetune, "measured_apart", here)
+    monkeypatch.setattr(reward_gradients, "measured_apart", here)
     file = tmp_path / "bench" / "f.json"
     small = ["length=9", "width=8", "batch=2", "steps=3", "relaxed=2", "rounds=2"]
-    assert bench.run(["finetune", *small, f"json={file}"]) == 0
+    assert bench.run(["gradients", *small, f"json={file}"]) == 0
     assert apart == ["straightforward", "fast", "lean"]
     shown = capsys.readouterr().out
     assert "| lean |" in shown
@@ -98,15 +98,15 @@ def test_the_command_measures_prints_and_writes(tmp_path, capsys, monkeypatch):
 
 
 def test_a_process_of_its_own_reports_its_peaks():
-    found = bench_finetune.measured_apart("lean", SMALL)
+    found = reward_gradients.measured_apart("lean", SMALL)
     assert found["tensors"] > 0
     with pytest.raises(RuntimeError, match="memory of 'quick' failed"):
-        bench_finetune.measured_apart("quick", SMALL)
+        reward_gradients.measured_apart("quick", SMALL)
 
 
 def test_different_gradients_are_a_failure(monkeypatch, capsys):
-    monkeypatch.setattr(bench_finetune, "difference", lambda a, b: 0.1)
-    monkeypatch.setattr(bench_finetune, "measured_apart", lambda v, c: peaks(v, SMALL))
+    monkeypatch.setattr(reward_gradients, "difference", lambda a, b: 0.1)
+    monkeypatch.setattr(reward_gradients, "measured_apart", lambda v, c: peaks(v, SMALL))
     assert run(["length=9", "width=8", "batch=2", "steps=3", "relaxed=2", "rounds=1"]) == 1
     assert "not equal" in capsys.readouterr().out
 
@@ -127,5 +127,5 @@ def test_bad_options(argument, message):
 
 
 def test_help_tells_of_it():
-    assert "python scripts/bench.py finetune" in bench.help_text()
+    assert "python scripts/bench.py gradients" in bench.help_text()
     assert "relaxed=12" in bench.help_text()
