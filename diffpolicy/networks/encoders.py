@@ -144,7 +144,9 @@ class ImageEncoder(Encoder):
         for place, name in enumerate(self.cameras):
             eye = self.eyes[min(place, len(self.eyes) - 1)]
             images = self._prepared(named[name], self.cameras[name])
-            seen.append(eye(images.flatten(0, 1)).unflatten(0, images.shape[:2]).flatten(1))
+            rows, steps = images.shape[:2]
+            found = eye(images.flatten(0, 1))
+            seen.append(found.reshape(rows, steps * found.shape[1]))  # rows stay free in a trace
         if self.vectors is not None:
             seen.append(self.vectors(named))
         return torch.cat(seen, dim=1)

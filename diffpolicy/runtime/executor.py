@@ -272,8 +272,8 @@ class RealTimeExecutor:
         """Append an observation; whether it is a good one."""
         try:
             seen = each(np.array, as_seen(obs, self.policy.observed, lead=()))
-            arrays = to_fields(seen).values()
-            good = all(math.isfinite(value) for a in arrays for value in a.ravel().tolist())
+            real = [array for array in to_fields(seen).values() if array.dtype.kind == "f"]
+            good = all(math.isfinite(value) for a in real for value in a.ravel().tolist())
         except Exception:  # whatever a sensor sends, the loop goes on
             good = False
         if good:

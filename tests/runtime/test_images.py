@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -12,9 +9,11 @@ import torch
 from diffpolicy.api import DiffusionPolicy
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.data.observation import ObsField, each, take
+from diffpolicy.data.observation import ObsField, each, take, to_fields
+from diffpolicy.data.store import EpisodeStore
 from diffpolicy.networks.encoders import ImageEncoder
 from diffpolicy.policies.best_of_n import Selection
+from diffpolicy.policies.plan_loop import Encoded
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.policies.truncated import Truncated
@@ -22,6 +21,8 @@ from diffpolicy.runtime.backends import missing
 from diffpolicy.runtime.clock import VirtualClock
 from diffpolicy.runtime.compile import compile_loop, compile_planner
 from diffpolicy.runtime.executor import RealTimeExecutor
+from diffpolicy.runtime.export import export_policy
+from diffpolicy.runtime.exported import load_exported
 from diffpolicy.runtime.graph import LoopGraph, example_inputs
 from diffpolicy.runtime.planner import Timing
 from diffpolicy.runtime.schedule import ActionLimits
@@ -47,6 +48,7 @@ def seeing_policy(kind="several", **settings):
         n_action_steps=4,
         observations=KINDS[kind],
         encoder={"type": "images", "backbone": backbone, "dim": 4, "points": 4, "crop": 0.875},
+        prediction="v",
         network={"type": "mlp", "width": 16, "depth": 1, "time_dim": 8},
         action_low=(-1.0, -1.0),
         action_high=(1.0, 1.0),
@@ -121,12 +123,12 @@ def test_compiled_from_pixels_to_plan(kind, backend):
 def test_parts_of_a_loop_are_the_loop(backend):
     loop = seeing_policy().loop()
     inputs = LoopGraph(loop).example(2)
-    parts = {p: compile_loop(loop, backend=backend, batch_size=2, part=p) for p in ("encoder", "rest")}
+    parts = {
+        p: compile_loop(loop, backend=backend, batch_size=2, part=p) for p in ("encoder", "rest")
+    }
     history, *rest = example_inputs(loop, 2)
     with torch.inference_mode():
         wanted = LoopGraph(loop)(*inputs)
-    from diffpolicy.policies.plan_loop import Encoded
-
     got = parts["rest"](Encoded(parts["encoder"](history)), *rest)
     torch.testing.assert_close(got, wanted, atol=5e-5, rtol=0)
 
@@ -137,7 +139,7 @@ def test_parts_of_a_loop_are_the_loop(backend):
     [
         {"truncated": Truncated(t_start=0.4, num_steps=1, sources=("previous", "draft"))},
         {
-            "heads": {"critic": {"type": "critic", "width": 8}},
+            "heads": {"critic": {"type": "q_ensemble", "width": 8, "depth": 1}},
             "selection": Selection(num_candidates=3),
         },
     ],
@@ -152,3 +154,115 @@ def test_candidates_share_what_was_encoded(settings, backend, encoded_rows):
     assert encoded_rows == [2]
     np.testing.assert_allclose(fast.act(obs, state)[0], wanted, atol=5e-5)
     assert sum(encoded_rows) == (4 if backend == "eager" else 2)  # there by the other runtime
+
+
+@pytest.mark.skipif(bool(missing("onnxruntime")), reason="needs the onnx extra")
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("several", {"rti": RTI(t_start=0.3, num_steps=1)}),
+        ("bare", {"sampler": Sampler(num_steps=6)}),  # rolled
+        (
+            "several",
+            {"truncated": Truncated(t_start=0.4, num_steps=1, sources=("previous", "draft"))},
+        ),
+    ],
+    ids=["warm", "bare, rolled", "draft"],
+)
+def test_exported_with_one_input_per_camera(kind, settings, tmp_path):
+    policy = seeing_policy(kind, **settings)
+    error = export_policy(policy, tmp_path / "e", batch_size=2).max_error
+    assert error <= 1e-4
+    running = load_exported(tmp_path / "e")
+    ports = {
+        p["name"]: (p["dtype"], p["shape"]) for p in running.contract["loops"]["cold"]["inputs"]
+    }
+    image = "uint8", [2, 2, 16, 16, 3]
+    if kind == "several":
+        assert ports["history.arm"] == ("float32", [2, 2, 3])
+        assert ports["history.front"] == ports["history.wrist"] == image
+    else:
+        assert ports["history"] == image
+    state = policy.initial_state([1, 2])
+    for step in range(3):
+        state = policy.observe(sights(policy, (2,), seed=step), state)
+        noise = policy.draw_noise(state, running.draws("cold"), False).numpy()
+        got = running.plan(state.history, executed=1, noise=noise)
+        state = policy.execute(policy.replan(state, [0, 1]))[1]
+        np.testing.assert_allclose(got.plan, state.plan, atol=1e-4)
+    with pytest.raises(ValueError, match=r"history.* must be uint8, got float32"):
+        running.plan(each(lambda one: one.astype(np.float32), state.history))
+
+
+@pytest.mark.skipif(bool(missing("onnxruntime")), reason="needs the onnx extra")
+def test_the_rows_of_an_image_policy_may_be_free(tmp_path):
+    policy = seeing_policy()
+    export_policy(policy, tmp_path / "e", batch_size=2, dynamic_batch=True)
+    running, history = load_exported(tmp_path / "e"), sights(policy, (5, 2))
+    noise = np.random.default_rng(1).standard_normal((1, 5, 8, 2)).astype(np.float32)
+    whole = running.solve("cold", history, noise=noise)
+    single = running.solve("cold", take(history, [3]), noise=noise[:, 3:4])
+    np.testing.assert_allclose(whole.plan[3:4], single.plan, atol=5e-5)
+
+
+def test_served_images_travel_as_they_are():
+    pytest.importorskip("websockets")
+    from diffpolicy.runtime.client import PolicyClient, ServerError
+    from diffpolicy.runtime.serve import serving
+
+    for kind in KINDS:
+        policy = seeing_policy(kind)
+        history = sights(policy, (2,))
+        states = policy.initial_state([0])
+        with serving(policy) as server, PolicyClient(server.host, server.port) as client:
+            client.reset(seed=0)
+            for step in range(2):
+                wanted, states = policy.act(take(history, [step]), states)
+                np.testing.assert_allclose(client.act(take(history, step)), wanted[0], atol=1e-5)
+            assert client.plan(history).shape == (4, 2)
+            with pytest.raises(ServerError, match="must be uint8, got float32"):
+                client.act(each(lambda one: one[0].astype(np.float32), history))
+
+
+def test_large_images_fit_into_a_request():
+    """Two steps of a camera of 1080 lines are more than 4 MiB, the least that is accepted."""
+    pytest.importorskip("websockets")
+    from diffpolicy.runtime.serve import PolicyServer, ServeConfig
+
+    policy = seeing_policy("bare")
+    policy.observed = ObsField((1080, 1920, 3), "uint8", "image")
+    assert PolicyServer(policy, ServeConfig()).longest_message > 2 * 1080 * 1920 * 3
+    assert PolicyServer(seeing_policy()).longest_message == 1 << 22
+
+
+@pytest.mark.parametrize("latency_ms", [20.0, 80.0])
+def test_the_real_time_loop_keeps_its_rate_with_images(latency_ms):
+    """At 20 Hz plans are in time, or late: every tick has an action that may be sent."""
+    policy = seeing_policy(rti=RTI(t_start=0.3, num_steps=1))
+    limits, clock = ActionLimits((0.0, 0.0), low=-1.0, high=1.0), VirtualClock([latency_ms])
+    executor = RealTimeExecutor(policy, Timing(20.0, replan_after=2), limits, clock=clock)
+    frames = iter([sights(policy, (), seed=step) for step in range(20)])
+    sent = []
+    report = executor.run(lambda: next(frames), sent.append, ticks=20)
+    assert len(sent) == 20
+    assert all(np.isfinite(one).all() and (abs(one) <= 1).all() for one in sent)
+    assert report.bad_observations == report.worker_crashes == report.rejected_plans == 0
+    assert report.sources["safe"] == (1 if latency_ms < 50 else 2)  # until the first plan comes
+    assert (report.missed_deadlines > 0) == (latency_ms > 50)
+    blurred = each(lambda one: one.astype(np.float32), sights(policy, ()))
+    executor.tick(blurred)
+    assert executor.report().bad_observations == 1
+
+
+def test_the_level_is_chosen_with_each_image_encoded_once(encoded_rows):
+    rng, rows = np.random.default_rng(0), 4 * 10
+    policy = seeing_policy()
+    seen = to_fields(sights(policy, (rows,)))
+    action = rng.uniform(-1, 1, (rows, 2)).astype(np.float32)
+    store = EpisodeStore.from_arrays({**seen, "action": action}, np.arange(1, 5) * 10)
+    encoded_rows.clear()
+    chosen, report = policy.choose_rti(store, num_steps=1, n_action_steps=2, episodes=4)
+    assert sum(encoded_rows) == rows
+    assert chosen.spec.rti.t_start == report.t_start
+    with pytest.raises(ValueError, match=r"rti\.innovation compares vectors, one 'obs' a step"):
+        policy.choose_rti(store, innovation=3.0)
