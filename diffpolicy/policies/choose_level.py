@@ -229,12 +229,12 @@ class _Study:
 
     def _conditions(self) -> Array | None:
         """What each observation is encoded to ``[E, T, C]``: once, however often it is replayed."""
-        planner, found = _with(self.planner, None), []
+        planner, found = _with(self.planner, None), list[Array]()
         state = planner.initial_state(range(len(self.demos.action)))
         for step in range(self.demos.valid.shape[1]):
             state = planner.observe(take(self.demos.obs, (slice(None), step)), state)
-            found.append(planner.encoded_once(state).memory.get("cond"))
-        return None if found[0] is None else np.stack(found, 1)
+            found += [v for k, v in planner.encoded_once(state).memory.items() if k == "cond"]
+        return np.stack(found, 1) if found else None
 
     def crps(self, policy: ChunkedPolicy) -> Array:
         """Continuous ranked probability score of executed actions and of their changes.

@@ -28,18 +28,20 @@ class Loop(Protocol):
     """A sampling loop: a :class:`PlanLoop`, or a compiled form of one.
 
     Attributes:
-        condition: encodes observations.
-        takes_encoded: it takes them :class:`Encoded`.
+        takes_encoded: it takes observations :class:`Encoded`.
     """
 
-    condition: Callable[[Any], Any]
     takes_encoded: bool
     nfe: int
     draws: int
     horizon: int
     action_dim: int
 
-    def __call__(self, history: Any, guess: Tensor, noise: Tensor) -> Tensor:
+    @property
+    def condition(self) -> Callable[..., Any]:
+        """Encodes observations."""
+
+    def __call__(self, history: Any, guess: Tensor, noise: Tensor, /) -> Tensor:
         """Normalised plans ``[n, H, A]``."""
 
 

@@ -232,7 +232,7 @@ class RealTimeExecutor:
         self._meter.sources[source] += 1
         self._source = source
         spent = time.perf_counter_ns() - entered - (runner.blocked_ns - blocked)
-        self._meter.overhead.add(spent)
+        self._meter.latencies["tick_overhead"].add(spent)
         missed = self._planning.degraded
         return Decision(action, source, age, late_ns / NS_PER_MS, tick, missed)
 
@@ -263,7 +263,7 @@ class RealTimeExecutor:
             late = 0
         self._tick = tick
         counts["ticks"] += 1
-        self._meter.lateness.add(late)
+        self._meter.latencies["lateness"].add(late)
         if late > self._late_ns:
             counts["late_ticks"] += 1
         return tick, late

@@ -99,7 +99,7 @@ def _packed(value: Any) -> dict[str, Any]:
         what = getattr(value, "dtype", type(value).__name__)
         raise TypeError(f"cannot send {what}; arrays of {', '.join(DTYPES)} can be sent")
     plain = np.ascontiguousarray(value, DTYPES[value.dtype.name])  # and no other copy: msgpack's
-    raw = memoryview(plain.reshape(-1).view(np.uint8))
+    raw = plain.reshape(-1).view(np.uint8).data
     return {"dtype": value.dtype.name, "shape": list(value.shape), "bytes": raw}
 
 
