@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffpolicy.api import DiffusionPolicy
     from diffpolicy.core.sampler import Sampler
+    from diffpolicy.data.action_groups import ActionGroup
     from diffpolicy.data.normalize import Normalizer
     from diffpolicy.data.store import EpisodeStore
     from diffpolicy.learn.learning import Learning
     from diffpolicy.learn.material import TuningData
     from diffpolicy.policies.anchors import Anchors
+    from diffpolicy.policies.boundary import Gripper
     from diffpolicy.policies.chunking import Chunking
     from diffpolicy.policies.ensemble import TemporalEnsemble
     from diffpolicy.policies.rti import RTI
-    from diffpolicy.policies.spec import Gripper, PolicySampler, PolicySpec
+    from diffpolicy.policies.spec import PolicySampler, PolicySpec
     from diffpolicy.policies.streaming import Streaming
     from diffpolicy.policies.truncated import Truncated
     from diffpolicy.rollout.env_spec import EnvSpec
@@ -35,7 +37,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "DiffusionPolicy": "diffpolicy.api",
     "Sampler": "diffpolicy.core.sampler",
-    **dict.fromkeys(("PolicySpec", "PolicySampler", "Gripper"), "diffpolicy.policies.spec"),
+    **dict.fromkeys(("PolicySpec", "PolicySampler"), "diffpolicy.policies.spec"),
+    "ActionGroup": "diffpolicy.data.action_groups",
+    "Gripper": "diffpolicy.policies.boundary",
     "RTI": "diffpolicy.policies.rti",
     "Truncated": "diffpolicy.policies.truncated",
     "Anchors": "diffpolicy.policies.anchors",
@@ -56,6 +60,7 @@ _HOMES = {
 
 __all__ = [
     "RTI",
+    "ActionGroup",
     "Anchors",
     "Chunking",
     "DelayedPolicy",

@@ -1,4 +1,4 @@
-"""`diffpolicy data`: info, check, convert or collect episode stores; D4RL; preferences."""
+"""`diffpolicy data`: info, check, convert, filter, split, merge, collect; D4RL; preferences."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from diffpolicy.commands import prefs
 from diffpolicy.commands.options import Option, options_help, parse, subcommand
+from diffpolicy.config_compose import is_setting
 from diffpolicy.settings import ConfigError
 
 CHECK = {
@@ -24,25 +25,48 @@ WHICH = {
     "max_episodes": Option(None, "so many at the most"),
     "exclude": Option(
         None,
-        "[3,7], failed_check (all that cannot be stored or that `data check` would name) or "
-        "mask:NAME",
+        "episodes, as for keep, or failed_check: all that cannot be stored or that `data check` "
+        "would name",
     ),
     "keep": Option(
         None,
-        "[0,1] or mask:train (a filter key of robomimic's, a split of LeRobot's, or a flag of each "
-        "episode such as success)",
+        "one of these, or a list of them: 3, 3..7, demo_3 (the text of an attribute), success=true "
+        "or length<50 (a condition on one; quote it for the shell), mask:train (a filter key of "
+        "robomimic's, a split of LeRobot's, or a flag of each episode)",
     ),
     "allow_missing": Option(False, "read chunks that are not there as zeros"),
 }
+KEPT = {"fields": Option(None, "only these fields, [obs,action]"), "overwrite": WHICH["overwrite"]}
+FILTER = {name: WHICH[name] for name in ("exclude", "keep", "max_episodes")} | KEPT
+SPLIT = {
+    "keep": Option(None, "the episodes of OUT_A, as above; those of OUT_B are the others"),
+    "fraction": Option(None, "or the share of them that OUT_A gets, drawn by the seed"),
+    "seed": Option(0, "of that draw"),
+    **KEPT,
+}
 FIELDS = {
-    "format": Option("auto", "minari or lerobot for an id of theirs"),
+    "format": Option(
+        "auto", "minari or lerobot for an id of theirs; lerobot also writes a store of ours as one"
+    ),
     "env": Option(
         None,
         "pass the observation through this environment's own observation_from_state, so that the "
         "data hold what the policy will see (of D4RL's data it is only recorded)",
     ),
-    "obs": Option(None, "NAME, or a list [a,b] that is concatenated; null: found by its name"),
+    "obs": Option(
+        None,
+        "NAME, or a list [a,b] that is concatenated, but for images; null: cameras and state, "
+        "found by their names. By name: obs.camera=img obs.hand=state[:2]",
+    ),
     "action": Option(None, "likewise"),
+    "task": Option(
+        "auto",
+        "what fills obs.task with ids of instructions: a field, or what is said of each episode; "
+        "auto: LeRobot's column, where it tells several apart; null: nothing",
+    ),
+    "task_encoder": Option(
+        None, "makes vectors of them: MODULE:FUNCTION, or sentence-transformers/NAME"
+    ),
     "fields": Option({}, "others, {reward: rewards, img: img}"),
 }
 D4RL = {
@@ -64,6 +88,12 @@ D4RL = {
         "next_observations",
     ),
 }
+LEROBOT = {
+    "format": FIELDS["format"],
+    "fps": Option(None, "steps a second, where the store does not say"),
+    "lossless": Option(False, "keep every pixel, in films that fewer players show"),
+    "overwrite": WHICH["overwrite"],
+}
 COLLECT = {
     "env": Option(None, "the environment, such as diffpolicy_envs:diffpolicy/FetchPush-v0"),
     "episodes": Option(200, "how many"),
@@ -82,6 +112,9 @@ def help_text() -> str:
 usage: diffpolicy data info STORE [--update-statistics]
        diffpolicy data check STORE [action_low=[...]] [action_high=[...]]
        diffpolicy data convert SOURCE TARGET [key=value] ...
+       diffpolicy data filter STORE OUT [key=value] ...
+       diffpolicy data split STORE OUT_A OUT_B keep=EPISODES | fraction=0.8 [key=value] ...
+       diffpolicy data merge STORE STORE ... OUT [fields=[...]] [overwrite=true]
        diffpolicy data d4rl [PATTERN] [data_dir=DIR]
        diffpolicy data collect TARGET env=ID [episodes=200] [key=value] ...
        diffpolicy data prefs collect | import | info | render | serve ...
@@ -97,11 +130,25 @@ convert  makes a store from a Diffusion Policy replay buffer (zarr, directory or
 {options_help(FIELDS | WHICH, " " * 11)}
          A D4RL id or file has settled fields; in place of obs, action and fields it takes
 {options_help({n: o for n, o in D4RL.items() if n not in FIELDS}, " " * 11)}
+         A store of ours is written as a LeRobot dataset of version 3.0 by format=lerobot and
+{options_help({n: o for n, o in LEROBOT.items() if n not in FIELDS | WHICH}, " " * 11)}
          An interrupted conversion begins anew. For example
            diffpolicy data convert pusht_lowdim.zarr.zip data/pusht.zarr obs=state \\
              env=diffpolicy_envs:diffpolicy/PushT-v0
+           diffpolicy data convert pusht_image.zarr.zip data/images.zarr obs.image=img \\
+             obs.agent_pos=state[:2]
+           diffpolicy data convert data/images.zarr pusht_lerobot format=lerobot fps=10
            diffpolicy data convert hopper-medium-v2 data/hopper.zarr
            diffpolicy data convert mine.hdf5 data/mine.zarr max_episode_steps=50
+filter   makes a store of some episodes of another, bit for bit; what is left out is said, and kept
+         in its attributes.
+{options_help(FILTER, " " * 11)}
+split    divides the episodes of a store over two.
+{options_help(SPLIT, " " * 11)}
+merge    makes a store of all episodes of several, which must have the same fields. For example
+           diffpolicy data filter demos.zarr good.zarr 'exclude=[failed_check,length<20,3]'
+           diffpolicy data split demos.zarr train.zarr test.zarr fraction=0.9
+           diffpolicy data merge monday.zarr tuesday.zarr week.zarr
 d4rl     the D4RL datasets whose id contains PATTERN (or matches it, with * and ?): file name, step
          limit, returns that score 0 and 100, and where the file is. Files belong into
          $D4RL_DATASET_DIR or ~/.d4rl/datasets; the d4rl package is not needed.
@@ -120,6 +167,9 @@ def run(arguments: Sequence[str]) -> int:
         "info": _info,
         "check": _check,
         "convert": _convert,
+        "filter": _filter,
+        "split": _split,
+        "merge": _merge,
         "d4rl": _d4rl,
         "collect": _collect,
         "prefs": prefs.run,
@@ -164,19 +214,78 @@ def _check(arguments: Sequence[str]) -> int:
 
 def _convert(arguments: Sequence[str]) -> int:
     names = ["source", "target"]
-    options = parse(arguments, names, FIELDS | D4RL | WHICH)
-    is_d4rl = _is_d4rl(options["source"], options["format"])
+    named = [a for a in arguments if a.removeprefix("--").startswith("obs.")]
+    rest = [a for a in arguments if a not in named]
+    options = parse(rest, names, FIELDS | D4RL | WHICH | LEROBOT)
     # Once more, as the options of the other kind of source are none of this one's.
-    options = parse(arguments, names, (D4RL if is_d4rl else FIELDS) | WHICH)
-    store = (_converted_d4rl if is_d4rl else _converted)(options)
+    if options["format"] == "lerobot" and _is_zarr(options["source"]):
+        return _written(parse(arguments, names, LEROBOT))
+    if _is_d4rl(options["source"], options["format"]):
+        store = _converted_d4rl(parse(arguments, names, D4RL | WHICH))
+    else:
+        options = parse(rest, names, FIELDS | WHICH)
+        observed = dict.fromkeys(a.removeprefix("--").partition("=")[0] for a in named)
+        store = _converted(options, parse(named, [], observed))
     for text in store.attrs.get("notes", ()):
         print(text)
-    shapes = {name: field.shape for name, field in store.fields.items()}
-    print(f"{options['target']}: {store.num_episodes} episodes, {store.num_steps} steps, {shapes}")
+    _print_made(store)
+    kinds = ("left_out", "unread", "left_out_episodes")
+    lacks = {kind: list(store.attrs[kind]) for kind in kinds if kind in store.attrs}
+    print(f"left out: {json.dumps(lacks) if lacks else 'nothing'}")
     return 0
 
 
-def _converted(options: dict[str, Any]) -> Any:
+def _print_made(*stores: Any) -> int:
+    for store in stores:
+        shapes = {name: field.shape for name, field in store.fields.items()}
+        print(f"{store.name}: {store.num_episodes} episodes, {store.num_steps} steps, {shapes}")
+    return 0
+
+
+def _filter(arguments: Sequence[str]) -> int:
+    from diffpolicy.data.remaking import filtered
+
+    options = parse(arguments, ["store", "out"], FILTER)
+    return _print_made(filtered(options.pop("store"), options.pop("out"), **options))
+
+
+def _split(arguments: Sequence[str]) -> int:
+    from diffpolicy.data.remaking import halved
+
+    options = parse(arguments, ["store", "out_a", "out_b"], SPLIT)
+    places = [options.pop(name) for name in ("store", "out_a", "out_b")]
+    return _print_made(*halved(*places, **options))
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    from diffpolicy.data.remaking import merged
+
+    stores = [a for a in arguments if not is_setting(a)]
+    if len(stores) < 3:
+        raise ConfigError("merge takes two stores at least, and behind them the one to make")
+    options = parse([a for a in arguments if is_setting(a)], [], KEPT)
+    return _print_made(merged(stores[:-1], stores[-1], **options))
+
+
+def _is_zarr(source: str) -> bool:
+    from diffpolicy.data.formats.replay_zarr import ReplayBuffer
+
+    return Path(source).exists() and ReplayBuffer.matches(Path(source))
+
+
+def _written(options: dict[str, Any]) -> int:
+    from diffpolicy.data.formats.lerobot_writer import write_lerobot
+
+    how = {name: options[name] for name in ("fps", "lossless", "overwrite")}
+    made = write_lerobot(_open(options["source"]), options["target"], **how)
+    print(f"{made.path}: {made.episodes} episodes, {made.steps} steps, {made.fps:g} a second")
+    for name, quality in made.psnr.items():
+        print(f"{name}: {quality:.2f} dB")
+    print(f"left out: {json.dumps(dict(made.left_out)) if made.left_out else 'nothing'}")
+    return 0
+
+
+def _converted(options: dict[str, Any], observed: dict[str, Any]) -> Any:
     from diffpolicy.data.conversion import convert
 
     if not isinstance(options["fields"], dict):
@@ -188,10 +297,10 @@ def _converted(options: dict[str, Any]) -> Any:
         options["source"],
         options["target"],
         format=options["format"],
-        fields=options["fields"] | main,
+        fields=options["fields"] | main | observed,
         transform=_observation_of(options["env"]),
         attrs={"env_id": options["env"]} if options["env"] else {},
-        **{name: options[name] for name in WHICH},
+        **{name: options[name] for name in ("task", "task_encoder", *WHICH)},
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffpolicy.config import EnvConfig, EvaluationConfig, TrainConfig
 from diffpolicy.extras import EXTRAS, installed
-from diffpolicy.settings import ConfigError, check_choice, check_range, near_miss
+from diffpolicy.settings import ConfigError, check_choice, check_range, from_values, near_miss
 
 if TYPE_CHECKING:
     from diffpolicy.rollout.env_spec import EnvSpec
@@ -132,6 +132,7 @@ def check_training(config: TrainConfig) -> None:
         ValueError: likewise.
     """
     from diffpolicy.commands.runs import trainer_settings
+    from diffpolicy.data.action_groups import ActionGroup
     from diffpolicy.learn.learning import Learning, check_learning
     from diffpolicy.policies.spec import PolicySpec
 
@@ -139,7 +140,10 @@ def check_training(config: TrainConfig) -> None:
         check_installed(("tensorboard",), "trainer.tensorboard=true")
     learning = Learning.from_config(config.learning)
     # What is left out needs the dimensions of the data.
-    shape = {**config.spec(), "rti": None, "grippers": (), "goal": (), "constant": ()}
+    unknown = {"rti": None, **dict.fromkeys(("actions", "grippers", "goal", "constant"), ())}
+    shape = {**config.spec(), **unknown}
+    for i, group in enumerate(config.policy.get("actions") or ()):
+        from_values(ActionGroup, group, f"policy.actions[{i}].")
     spec = PolicySpec.from_config({"obs_dim": 1, "action_dim": 1, **shape})
     plain = replace(spec, encoder={"type": "state"})  # others may need the fields of the data
     denoiser = plain.make_denoiser()

@@ -103,7 +103,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> int:
     """Run one training configuration from data to scores."""
     began = time.perf_counter()
     run_dir = check_new(config, resume=resume)
-    check_writable(run_dir, *(() if Path(config.data.path).exists() else [config.data.path]))
+    path = config.data.path
+    check_writable(run_dir, *(() if path is None or Path(path).exists() else [path]))
     device = pick_device(config.device, config.threads)
     choose_rendering(config.evaluation.video_episodes)
     check_training(config)
@@ -153,29 +154,22 @@ def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> Diffus
 
     if Learning.from_config(config.learning).actor_critic is not None:
         check_fields(store)
-    low, high = _action_bounds(config, store)
-    spec = {
-        **config.spec(),
-        "action_low": low,
-        "action_high": high,
-        "env_id": config.env.id,
-    }
+    spec = {**config.spec(), **_of_actions(config, store), "env_id": config.env.id}
     return DiffusionPolicy.from_dataset(
         store,
         spec=spec,
         normalize=config.data.normalize,
+        per_store=config.data.normalizer == "per_store",
         anchors=config.policy.get("anchors"),
         seed=config.seed,
         device=device,
     )
 
 
-def _action_bounds(
-    config: TrainConfig, store: EpisodeStore
-) -> tuple[list[float] | None, list[float] | None]:
-    """Bounds of the action space; unknown when the run needs no environment."""
+def _of_actions(config: TrainConfig, store: EpisodeStore) -> dict[str, Any]:
+    """What the action space says of a policy; unknown when the run needs no environment."""
     if config.evaluation.episodes == config.evaluation.val_episodes == 0:
-        return None, None
+        return {}
     from diffpolicy.data.observation import by_store_field, obs_fields
     from diffpolicy.rollout.env_spec import describe
 
@@ -186,10 +180,15 @@ def _action_bounds(
     wanted = {**shapes, "action": (info.action_dim,)}
     if len(held) > 1 and held != wanted:  # from_dataset says what is missing
         raise ConfigError(
-            f"{config.data.path} stores {held}, but {config.env.id} has {shapes} and actions of "
+            f"{store.name} stores {held}, but {config.env.id} has {shapes} and actions of "
             f"{info.action_dim} entries; convert or collect the data for this one"
         )
-    return list(info.action_low), list(info.action_high)
+    groups = config.policy.get("actions") or info.action_groups
+    return {
+        "action_low": list(info.action_low),
+        "action_high": list(info.action_high),
+        "actions": groups,
+    }
 
 
 def validator(config: TrainConfig, stack: ExitStack, device: Any) -> Any:
@@ -299,7 +298,7 @@ def evaluate_policy(
     from diffpolicy.rollout.video import save_media
 
     video = (
-        VideoOptions(episodes=settings.video_episodes, stride=2)
+        VideoOptions(settings.video_episodes, stride=2, cameras=settings.video_cameras)
         if settings.video_episodes
         else None
     )

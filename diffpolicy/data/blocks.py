@@ -13,11 +13,24 @@ from numpy.typing import NDArray
 from diffpolicy.data.observation import obs_fields
 
 if TYPE_CHECKING:
+    from diffpolicy.data.reader import EpisodeReader
     from diffpolicy.data.store import EpisodeStore
 
 BLOCK_BYTES = 2**22
 _DIGEST_BYTES = 2**25
+Ints = NDArray[np.int64]
 _known: weakref.WeakKeyDictionary[EpisodeStore, list[bytes]] = weakref.WeakKeyDictionary()
+
+
+def ranges(counts: Ints) -> Ints:
+    """Return 0..n-1 for each n of ``counts``, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def episode_rows(store: EpisodeReader, episodes: Ints) -> Ints:
+    """Return the store's rows of some episodes, one episode after the other."""
+    lengths = store.episode_lengths[episodes]
+    return np.repeat(store.episode_ends[episodes] - lengths, lengths) + ranges(lengths)
 
 
 def block_rows(chunk: int, row_bytes: int) -> int:
@@ -25,7 +38,7 @@ def block_rows(chunk: int, row_bytes: int) -> int:
     return chunk * max(1, BLOCK_BYTES // (row_bytes * chunk))
 
 
-def row_blocks(store: EpisodeStore, field: str) -> Iterator[tuple[int, int]]:
+def row_blocks(store: EpisodeReader, field: str) -> Iterator[tuple[int, int]]:
     """Yield ranges ``(start, stop)`` of a field's rows that are whole blocks, in order."""
     step = block_rows(store.chunk_rows(field), store.fields[field].row_bytes)
     for start in range(0, store.num_steps, step):
@@ -33,7 +46,7 @@ def row_blocks(store: EpisodeStore, field: str) -> Iterator[tuple[int, int]]:
 
 
 def read_blocks(
-    store: EpisodeStore, field: str, rows: NDArray[np.int64]
+    store: EpisodeReader, field: str, rows: Ints
 ) -> Iterator[tuple[int, int, NDArray[Any]]]:
     """Read some rows of a field, each chunk that holds any of them once and no other.
 
@@ -59,7 +72,7 @@ def read_blocks(
         place = stop
 
 
-def read_rows(store: EpisodeStore, field: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+def read_rows(store: EpisodeReader, field: str, rows: Ints) -> NDArray[Any]:
     """Read any rows of a field, in any order.
 
     Args:

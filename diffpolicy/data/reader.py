@@ -99,6 +99,11 @@ class EpisodeReader:
             self._episode_attrs = known + [{}] * (count - len(known))
         return [dict(a) for a in self._episode_attrs]
 
+    @property
+    def has_actions(self) -> NDArray[np.bool_]:
+        """``[E]`` whether each episode has actions: not those appended with ``actions=False``."""
+        return np.array([a.get("actions") is not False for a in self.episode_attrs], bool)
+
     def chunk_rows(self, field: str) -> int:
         """Return the rows in one chunk of ``field``."""
         return int(self._array(field).chunks[0])

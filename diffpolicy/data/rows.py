@@ -17,13 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffpolicy.data.blocks import read_blocks
+from diffpolicy.data.blocks import Ints, read_blocks
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import is_obs
 from diffpolicy.data.store import EpisodeStore
-
-Ints = NDArray[np.int64]
 
 
 def is_raw(name: str, spec: FieldSpec, normalizer: Normalizer | None) -> bool:
@@ -50,17 +48,6 @@ def checked_episodes(
             f"episodes must be different, each in 0..{store.num_episodes - 1}; got {episodes}"
         )
     return chosen
-
-
-def ranges(counts: Ints) -> Ints:
-    """Return 0..n-1 for each n of ``counts``, one after the other."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
-def episode_rows(store: EpisodeStore, episodes: Ints) -> Ints:
-    """Return the store's rows of some episodes, one episode after the other."""
-    lengths = store.episode_lengths[episodes]
-    return np.repeat(store.episode_ends[episodes] - lengths, lengths) + ranges(lengths)
 
 
 def load_rows(

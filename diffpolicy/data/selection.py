@@ -1,8 +1,11 @@
 """Which episodes of a source are stored, and what of it is left out: the same for all formats.
 
-Episodes are named by
+Episodes are named by one of these, or a list of them, of which each adds to the others:
 
-- a number, or a list of numbers: episodes by their place in the source, from 0;
+- a number: an episode by its place in the source, from 0; ``"3..7"``: those from 3 to 7;
+- a word: those with an attribute of this value, such as robomimic's ``"demo_3"``;
+- a condition on an attribute, or on ``length``: ``"success=true"``, ``"length<50"``,
+  ``"return>=0.9"``; an episode without the attribute does not meet it;
 - ``"mask:<name>"``: the episodes of a list that the source has under this name (robomimic's filter
   keys, LeRobot's splits), or those with a true value of that name (``success``);
 - ``"failed_check"`` (to leave out only): every episode that cannot be stored, and every one that
@@ -13,21 +16,47 @@ What a conversion leaves out or doubts is kept in the store's attributes, and sa
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from diffpolicy.data.formats import EpisodeSource, Gap
-from diffpolicy.settings import check_range
+from diffpolicy.settings import check_choice, check_range, near_miss
+
+if TYPE_CHECKING:
+    from diffpolicy.data.formats import EpisodeSource, Gap
 
 Choice = int | str | Sequence[int | str]
 """Episodes as they are named by ``exclude`` and ``keep``."""
 
 FAILED_CHECK = "failed_check"
+MASKS = "masks"
+"""The attribute of an episode that lists the masks it is in."""
 _MASK = "mask:"
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_CONDITION = re.compile(r"([^<>=!]+?)\s*(<=|>=|!=|==?|<|>)\s*(.+)")
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    **{"=": operator.eq, "==": operator.eq, "!=": operator.ne},
+    **{"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge},
+}
 _MOST = 8  # of a kind are listed in a message; the store's attributes hold all
 _log = logging.getLogger("diffpolicy.data")
+
+
+class Episodes(Protocol):
+    """A source or a store; ``masks`` and ``episode_lengths`` are looked at where it has them."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_episodes(self) -> int: ...
+
+    @property
+    def episode_attrs(self) -> Sequence[Mapping[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +88,7 @@ class Selection:
 
 
 def select(
-    source: EpisodeSource,
+    source: Episodes,
     exclude: Choice | None = None,
     keep: Choice | None = None,
     max_episodes: int | None = None,
@@ -96,34 +125,98 @@ def _items(choice: Choice | None) -> list[int | str]:
     return [choice] if isinstance(choice, int | str) else list(choice or ())
 
 
-def _episodes(source: EpisodeSource, item: int | str, option: str) -> dict[int, str]:
+def _episodes(source: Episodes, item: int | str, option: str) -> dict[int, str]:
     """The episodes that one item of a choice names, each with the item as its reason."""
     if item == FAILED_CHECK and option == "exclude":
         return {}
-    if isinstance(item, str) and item.startswith(_MASK):
-        return dict.fromkeys(_masked(source, item.removeprefix(_MASK)), f"{option}={item}")
-    if isinstance(item, bool) or not isinstance(item, int):
+    found: Iterable[int]
+    if isinstance(item, int) and not isinstance(item, bool):
+        found = _numbered(source, item, item, option)
+    elif not isinstance(item, str):
+        found = _named(source, item, option)
+    elif item.startswith(_MASK):
+        found = _masked(source, item.removeprefix(_MASK))
+    elif span := _RANGE.fullmatch(item):
+        found = _numbered(source, int(span[1]), int(span[2]), option)
+    elif asked := _CONDITION.fullmatch(item):
+        found = _meeting(source, asked[1].strip(), asked[2], asked[3].strip(), option)
+    else:
+        found = _named(source, item, option)
+    return dict.fromkeys(found, f"{option}={item}")
+
+
+def _numbered(source: Episodes, first: int, last: int, option: str) -> range:
+    if not 0 <= first <= last < source.num_episodes:
+        raise ValueError(
+            f"{option}: {source.name} has the episodes 0..{source.num_episodes - 1}; got "
+            f"{first if first == last else f'{first}..{last}'}"
+        )
+    return range(first, last + 1)
+
+
+def _named(source: Episodes, word: Any, option: str) -> list[int]:
+    attrs = source.episode_attrs
+    found = [i for i, known in enumerate(attrs) if isinstance(word, str) and word in known.values()]
+    if not found:
         checks = f", {FAILED_CHECK!r}" if option == "exclude" else ""
+        values = {v for known in attrs for v in known.values() if isinstance(v, str)}
+        values |= {f"{_MASK}{name}" for name in _masks(source)}
         raise ValueError(
-            f"{option} names episodes by number, by '{_MASK}NAME'{checks}, or by a list of these; "
-            f"got {item!r}"
+            f"{option} names episodes by number, range '3..7', '{_MASK}NAME', a condition such as "
+            f"'success=true' or 'length<50', the text of an attribute{checks}, or by a list of "
+            f"these; got {word!r}{near_miss(word, sorted(values))}"
         )
-    if not 0 <= item < source.num_episodes:
-        raise ValueError(
-            f"{option}: {source.name} has the episodes 0..{source.num_episodes - 1}; got {item}"
-        )
-    return {item: f"{option}={item}"}
+    return found
 
 
-def _masked(source: EpisodeSource, name: str) -> Sequence[int]:
-    own, attrs = source.masks, source.episode_attrs
-    if name in own:
-        return own[name]
-    flags = {key for known in attrs for key, value in known.items() if isinstance(value, bool)}
-    if name not in flags:
-        there = sorted({*own, *flags})
-        raise ValueError(f"{source.name} has no mask {name!r}; it has {there or 'none'}")
-    return [i for i, known in enumerate(attrs) if known.get(name) is True]
+def _meeting(source: Episodes, name: str, sign: str, text: str, option: str) -> list[int]:
+    """The episodes whose attribute ``name`` compares so with the value that ``text`` says."""
+    attrs = [dict(known) for known in source.episode_attrs]
+    lengths = getattr(source, "episode_lengths", None)
+    for known, length in zip(attrs, () if lengths is None else lengths.tolist(), strict=False):
+        known.setdefault("length", length)
+    try:
+        check_choice(f"attribute of {source.name}'s episodes", name, sorted(set().union(*attrs)))
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    compare, found = _OPERATORS[sign], []
+    for index, known in enumerate(attrs):
+        try:
+            if name in known and compare(known[name], value):
+                found.append(index)
+        except TypeError:
+            raise ValueError(
+                f"{option}={name}{sign}{text}: {name} of episode {index} of {source.name} is "
+                f"{known[name]!r}, which cannot be compared with {value!r}"
+            ) from None
+    return found
+
+
+def _masked(source: Episodes, name: str) -> Sequence[int]:
+    there = _masks(source)
+    if name not in there:
+        raise ValueError(f"{source.name} has no mask {name!r}; it has {sorted(there) or 'none'}")
+    return there[name]
+
+
+def _masks(source: Episodes) -> dict[str, Sequence[int]]:
+    """Episodes by mask: those that the source lists, and what its episodes say of themselves."""
+    found: dict[str, list[int]] = {}
+    for index, known in enumerate(source.episode_attrs):
+        flags = {name: value for name, value in known.items() if isinstance(value, bool)}
+        for name in {*flags, *known.get(MASKS, ())}:
+            found.setdefault(name, []).extend([index] * flags.get(name, True))
+    return {**found, **getattr(source, MASKS, {})}
+
+
+def attrs_with_masks(source: EpisodeSource) -> list[dict[str, Any]]:
+    """Return the attributes of each episode, with the names of the ``masks`` that it is in."""
+    found = [dict(known) for known in source.episode_attrs]
+    for name, episodes in source.masks.items():
+        for index in episodes:
+            found[index].setdefault(MASKS, []).append(name)
+    return found
 
 
 def left_out(
@@ -179,7 +272,7 @@ def _told(source: EpisodeSource, gap: Gap) -> str:
 def announce(target: str, attrs: Mapping[str, Any]) -> None:
     """Say what a store lacks of its source, and what is doubtful, in a log message each."""
     if fields := attrs.get("left_out"):
-        _log.warning("%s leaves out %s. To keep one: fields={NAME:NAME}", target, _listed(fields))
+        _log.warning("%s leaves out %s. To keep one, name it in fields", target, _listed(fields))
     if unread := attrs.get("unread"):
         _log.warning("%s cannot hold %s", target, _listed(unread))
     if episodes := attrs.get("left_out_episodes"):

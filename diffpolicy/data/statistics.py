@@ -128,6 +128,22 @@ def compute_statistics(
     return result
 
 
+def action_statistics(store: EpisodeStore) -> dict[str, Any]:
+    """Return the statistics of ``action`` over the episodes that have actions.
+
+    Raises:
+        ValueError: No episode has, or the store has no statistics.
+    """
+    if store.has_actions.all():
+        return store.statistics["action"]
+    episodes = np.flatnonzero(store.has_actions)
+    total = int(store.episode_lengths[episodes].sum())
+    running = RunningStatistics("action", store.fields["action"].shape, total)
+    for episode in episodes:
+        running.update(store.episode(int(episode), ["action"])["action"])
+    return running.result()
+
+
 def usual_step(store: EpisodeStore, field: str = "obs") -> NDArray[np.float32]:
     """Return the usual largest change of each entry of a field between two steps of an episode.
 

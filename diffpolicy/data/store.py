@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -30,6 +30,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from diffpolicy.data import opening
 from diffpolicy.data import store_layout as layout
+from diffpolicy.data.blocks import episode_rows, read_blocks
 from diffpolicy.data.fields import FieldSpec, checked_rows, field_specs, jsonable, user_attrs
 from diffpolicy.data.opening import StrictStore
 from diffpolicy.data.reader import EpisodeReader
@@ -79,7 +80,8 @@ class EpisodeStore(EpisodeReader):
             fields: Row shape (float32) or ``FieldSpec`` of each field. To train on it a store needs
                 ``obs`` and ``action``.
             attrs: JSON values kept with the store, such as ``{"env_id": ...}``.
-            chunk_rows: Rows in a chunk; default as many as fit 256 KiB, at most 4096.
+            chunk_rows: Rows in a chunk; default as many as fit 256 KiB (of images
+                1 MiB), at most 4096.
             overwrite: Replace the store that is at ``path``. Anything else there is left alone.
 
         Returns:
@@ -204,6 +206,7 @@ class EpisodeStore(EpisodeReader):
         Args:
             arrays: Every field of the store, ``[T, *shape]`` with one T >= 1, finite.
             **episode_attrs: JSON values to keep with the episode, such as ``seed=3, success=True``.
+                ``actions=False`` says that it has none: ``action`` is left out, and reads as 0.
 
         Returns:
             The episode's index.
@@ -212,6 +215,9 @@ class EpisodeStore(EpisodeReader):
             ValueError: Fields, shapes, lengths, types or values that do not fit; nothing was added.
         """
         length = min((len(a) for a in arrays.values() if np.ndim(a)), default=0)
+        if episode_attrs.get("actions") is False and "action" in self._fields:
+            spec = self._fields["action"]
+            arrays = {**arrays, "action": np.zeros((length, *spec.shape), spec.dtype)}
         self.extend(arrays, [length], [episode_attrs])
         return self.num_episodes - 1
 
@@ -238,11 +244,43 @@ class EpisodeStore(EpisodeReader):
             raise ValueError(f"{len(ends)} episodes need as many attributes; got {len(attrs)}")
         columns = {name: np.asarray(value) for name, value in arrays.items()}
         rows = checked_rows(self._fields, columns, ends)
+        self._publish({name: [values] for name, values in rows.items()}, ends, attrs)
+
+    def extend_from(self, other: EpisodeReader, episodes: Sequence[int] | NDArray[Any]) -> None:
+        """Add episodes of another store, bit for bit and a few megabytes at a time.
+
+        Args:
+            other: A store that has the fields of this one, in shape and type.
+            episodes: Which of its episodes, in ascending order.
+
+        Raises:
+            ValueError: A field that differs.
+        """
+        self._require_writable()
+        for name, spec in self._fields.items():
+            if other.fields.get(name) != spec:
+                raise ValueError(f"{other.name} has no field {name!r} of {spec}")
+        chosen = np.asarray(episodes, np.int64)
+        rows, known = episode_rows(other, chosen), other.episode_attrs
+        columns = {
+            name: (values for _, _, values in read_blocks(other, name, rows))
+            for name in self._fields
+        }
+        self._publish(columns, np.cumsum(other.episode_lengths[chosen]), [known[i] for i in chosen])
+
+    def _publish(
+        self,
+        columns: Mapping[str, Iterable[NDArray[Any]]],
+        ends: NDArray[Any],
+        attrs: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Write blocks of rows of each field, and last of all the episodes' ends."""
         lines = "".join(json.dumps(jsonable(a, "episode_attrs")) + "\n" for a in attrs)
         self._begin()
         tails, self._tails = self._tails or self._open_tails(), None
-        for name, values in rows.items():
-            tails[f"data/{name}"].append(values)
+        for name, blocks in columns.items():
+            for block in blocks:
+                tails[f"data/{name}"].append(block)
         tails["meta/episode_attrs"].append(np.frombuffer(lines.encode(), np.uint8))
         new_ends = ends.astype(np.int64) + self.num_steps
         tails["meta/episode_ends"].append(new_ends)

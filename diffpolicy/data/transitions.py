@@ -17,17 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffpolicy.data.blocks import Ints, episode_rows
 from diffpolicy.data.fields import check_has, check_rows_train
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import obs_fields
-from diffpolicy.data.rows import (
-    Ints,
-    check_finite,
-    checked_episodes,
-    episode_rows,
-    is_raw,
-    load_rows,
-)
+from diffpolicy.data.rows import check_finite, checked_episodes, is_raw, load_rows
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import check_sizes
 from diffpolicy.settings import check_range, check_shape

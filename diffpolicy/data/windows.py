@@ -21,18 +21,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffpolicy.data.action_groups import Representation
+from diffpolicy.data.blocks import Ints, episode_rows, ranges
 from diffpolicy.data.fields import check_has, check_rows_train
+from diffpolicy.data.joined import apart
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.data.observation import is_obs, obs_fields
-from diffpolicy.data.rows import (
-    Ints,
-    checked_episodes,
-    episode_rows,
-    free_memory,
-    is_raw,
-    load_rows,
-    ranges,
-)
+from diffpolicy.data.observation import each, from_fields, is_obs, obs_fields
+from diffpolicy.data.reader import EpisodeReader
+from diffpolicy.data.rows import checked_episodes, free_memory, is_raw, load_rows
+from diffpolicy.data.statistics import RunningStatistics
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_range, check_shape
 
@@ -61,6 +58,8 @@ class Windows:
         pad_after: How many steps a window may reach over the end of its episode, 0..H-To; default
             H-To.
         whole: A batch holds H steps of the observation too, for plans that hold observations.
+        actions: How plans say actions; the normaliser's field ``action`` is then of what they say.
+            Default: as they are.
 
     Raises:
         ValueError: Sizes that do not fit each other, unknown fields or episodes, values that are
@@ -81,6 +80,7 @@ class Windows:
         in_memory: bool | None = None,
         pad_after: int | None = None,
         whole: bool = False,
+        actions: Representation | None = None,
     ) -> None:
         check_sizes(horizon, n_obs_steps)
         limit = horizon - n_obs_steps  # the steps of a plan after now
@@ -88,7 +88,9 @@ class Windows:
         check_range(f"[0, {limit}]", pad_after=pad_after)
         self.horizon, self.n_obs_steps, self.n_action_steps = horizon, n_obs_steps, n_action_steps
         self.pad_after = limit if pad_after is None else pad_after
-        self.fields = _checked_fields(store, fields, normalizer)
+        self._actions, self._normalizer = actions, normalizer
+        own = normalizer if actions is None or normalizer is None else normalizer.without("action")
+        self.fields = _checked_fields(store, fields, own)
         self.episodes = checked_episodes(store, episodes)
         self._lengths = store.episode_lengths[self.episodes]
         self._device = torch.device("cpu")
@@ -100,7 +102,7 @@ class Windows:
             name: (n_obs_steps if not whole and _seen(name, self.fields) else horizon, *spec.shape)
             for name, spec in specs.items()
         }
-        raw = {name: is_raw(name, spec, normalizer) for name, spec in specs.items()}
+        raw = {name: is_raw(name, spec, own) for name, spec in specs.items()}
         size = sum(
             len(rows) * spec.row_bytes if raw[name] else 4 * len(used) * spec.size
             for name, spec in specs.items()
@@ -109,7 +111,7 @@ class Windows:
         self._runs, self._frames = {}, {}
         for name in self.fields:
             wanted = rows if raw[name] else rows[used]
-            table = load_rows(store, {name: wanted}, normalizer, in_memory=self.in_memory)
+            table = load_rows(store, {name: wanted}, own, in_memory=self.in_memory)
             if raw[name]:
                 self._frames[name] = table
             else:
@@ -170,7 +172,18 @@ class Windows:
             rows = self._used.index_select(0, places).to(frames.device)
             batch[name] = frames.index_select(0, rows).view(-1, *self._shapes[name])
         batch["valid"] = self._valid.index_select(0, starts)
-        return {name: value.to(self._device) for name, value in batch.items()}
+        batch = {name: value.to(self._device) for name, value in batch.items()}
+        if self._actions is not None:
+            batch["action"] = self._said(batch, self._actions)
+        return batch
+
+    def _said(self, batch: dict[str, Tensor], actions: Representation) -> Tensor:
+        """The actions of a batch as plans say them in the state of its now, normalised."""
+        plan, known = actions.entries(batch["action"]), self._normalizer
+        if actions.moves:
+            now = each(lambda obs: obs[:, self.n_obs_steps - 1], from_fields(batch))
+            plan = actions.relative(plan, now if known is None else known.unnormalize_obs(now))
+        return plan if known is None else known.normalize("action", plan)
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return where window ``index`` is: its episode, and its now, a step of that episode.
@@ -198,6 +211,8 @@ class Windows:
         """
         moved = copy.copy(self)
         moved._device = torch.device(device)
+        if self._actions is not None and self._normalizer is not None:
+            moved._normalizer = self._normalizer.to(device)
         if self.in_memory:
             moved._starts, moved._used = self._starts.to(device), self._used.to(device)
             moved._runs = {k: _moved(v, device) for k, v in self._runs.items()}
@@ -209,6 +224,19 @@ class Windows:
         return (
             f"Windows({len(self)} of {self.horizon} steps, {len(self.episodes)} episodes, {where})"
         )
+
+
+def said_statistics(windows: Windows) -> dict[str, Any]:
+    """Statistics of the actions of all windows, edges included, as their batches hold them.
+
+    Those of a store are of actions as they are; of what plans say relative to the state it knows
+    nothing.
+    """
+    width = windows.gather(torch.zeros(1, dtype=torch.int64))["action"].shape[-1]
+    running = RunningStatistics("action", (width,), len(windows) * windows.horizon)
+    for some in torch.split(torch.arange(len(windows)), 1024):
+        running.update(windows.gather(some)["action"].flatten(0, 1).numpy())
+    return running.result()
 
 
 def split_episodes(num_episodes: int, val_fraction: float, seed: int) -> tuple[Ints, Ints]:
@@ -234,6 +262,28 @@ def split_episodes(num_episodes: int, val_fraction: float, seed: int) -> tuple[I
         count = min(max(1, round(num_episodes * val_fraction)), num_episodes - 1)
     order = np.random.default_rng(seed).permutation(num_episodes)
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def split_store(
+    store: EpisodeReader, episodes: Ints, val_fraction: float, seed: int
+) -> tuple[Ints, Ints]:
+    """Split some episodes of a store, those of each part by themselves; see :func:`split_episodes`.
+
+    Args:
+        store: The store, or a joined one.
+        episodes: Of which episodes.
+        val_fraction: Share of each part to validate on.
+        seed: Decides which.
+
+    Returns:
+        Training and validation episodes.
+    """
+    halves = [
+        [own[half] for half in split_episodes(len(own), val_fraction, seed)]
+        for own in apart(store, episodes).values()
+    ]
+    train, val = (np.concatenate(parts) for parts in zip(*halves, strict=True))
+    return train, val
 
 
 def check_sizes(horizon: int, n_obs_steps: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffpolicy.settings import check_choice, check_range, check_shape
 
-LAYOUTS = ("action", "trajectory", "state")
+LAYOUTS = ("action", "trajectory", "state", "joint")
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,12 @@ class Layout:
     ``"trajectory"``: observation, then action (Diffuser, Janner et al. 2022).
     ``"state"``: observations alone (Decision Diffuser, Ajay et al. 2023); actions come from an
     inverse dynamics model.
+    ``"joint"``: what will be observed, then action, both given the encoded history (PAD, Guo et al.
+    2024): the parts have noise levels of their own, so that the actions can be drawn alone.
 
     Position k of a plan is the step ``k - (To - 1)`` from now, so that the first To observations
-    of the last two kinds are the history. They are *known*: pinned in the plan itself instead of
-    conditioning the network (:class:`diffpolicy.guidance.pinned.Pinned`).
+    of ``"trajectory"`` and ``"state"`` are the history. They are *known*: pinned in the plan itself
+    instead of conditioning the network (:class:`diffpolicy.guidance.pinned.Pinned`).
 
     Attributes:
         kind: one of ``LAYOUTS``.
@@ -36,6 +38,7 @@ class Layout:
             the current observation, where the task's goal stands.
         constant: entries of the observation that keep their value for a whole episode, such as a
             goal that is part of it: known at every position.
+        imagined_dim: of ``"joint"``: F, how many entries of a position are not action.
 
     Raises:
         ValueError: an unknown kind, a size out of range, or a goal that does not fit.
@@ -48,17 +51,22 @@ class Layout:
     n_obs_steps: int
     goal: tuple[tuple[int, int], ...] = ()
     constant: tuple[int, ...] = ()
+    imagined_dim: int = 0
 
     def __post_init__(self) -> None:
         check_choice("layout", self.kind, LAYOUTS)
         sizes = ("action_dim", "horizon", "n_obs_steps")
         check_range("[1, inf)", **{name: getattr(self, name) for name in sizes})
-        # Of images alone there is no vector, and plans of actions hold none.
-        check_range("[0, inf)" if self.kind == "action" else "[1, inf)", obs_dim=self.obs_dim)
-        least = self.n_obs_steps + (self.kind != "action")
-        check_range(f"[{least}, inf)", horizon=self.horizon)
-        if (self.goal or self.constant) and self.kind == "action":
-            raise ValueError("an 'action' plan holds no observation whose goal could be pinned")
+        # Of images alone there is no vector, and such plans hold none.
+        check_range("[1, inf)" if self.pinned else "[0, inf)", obs_dim=self.obs_dim)
+        check_range(f"[{self.n_obs_steps + self.pinned}, inf)", horizon=self.horizon)
+        check_range(
+            "[1, inf)" if self.kind == "joint" else "[0, 0]", imagined_dim=self.imagined_dim
+        )
+        if (self.goal or self.constant) and not self.pinned:
+            raise ValueError(
+                f"a plan of {self.kind!r} holds no observation whose goal could be pinned"
+            )
         # Lists come from JSON and YAML; the value must stay hashable.
         object.__setattr__(self, "goal", tuple(tuple(pair) for pair in self.goal))
         object.__setattr__(self, "constant", tuple(self.constant))
@@ -72,21 +80,31 @@ class Layout:
             raise ValueError(f"goal pins an entry twice: {self.goal}")
 
     @property
+    def pinned(self) -> bool:
+        """Whether the history is pinned in the plan, instead of being the network's condition."""
+        return self.kind in ("trajectory", "state")
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """Sizes of what a position holds: of observation ``[..., :first]``, and of action."""
+        action = 0 if self.kind == "state" else self.action_dim
+        return self.obs_dim if self.pinned else self.imagined_dim, action
+
+    @property
     def dim(self) -> int:
         """D, the size of one position."""
-        obs, action = self.obs_dim, self.action_dim
-        return {"action": action, "trajectory": obs + action, "state": obs}[self.kind]
+        return sum(self.parts)
 
     @property
     def cond_dim(self) -> int:
-        """Size of the condition that the observations make: To O if ``"action"``, else 0."""
-        return self.n_obs_steps * self.obs_dim if self.kind == "action" else 0
+        """Size of the condition that flat observations make: To O, or 0 where they are pinned."""
+        return 0 if self.pinned else self.n_obs_steps * self.obs_dim
 
     @property
     def known(self) -> Tensor:
-        """Which entries are pinned: bool ``[1, H, D]``, none for ``"action"``."""
+        """Which entries are pinned: bool ``[1, H, D]``, none unless ``pinned``."""
         known = torch.zeros(1, self.horizon, self.dim, dtype=torch.bool)
-        if self.kind != "action":
+        if self.pinned:
             known[:, : self.n_obs_steps, : self.obs_dim] = True
             known[:, :, list(self.constant)] = True
             for i, _ in self.goal:
@@ -97,7 +115,8 @@ class Layout:
         """The clean plan of a window.
 
         Args:
-            obs: normalised ``[B, H, O]`` (not looked at for ``"action"``).
+            obs: normalised ``[B, H, O]`` (not looked at for ``"action"``); of ``"joint"`` what is
+                imagined ``[B, H, F]``.
             action: normalised ``[B, H, A]`` (not looked at for ``"state"``).
 
         Returns:
@@ -106,13 +125,14 @@ class Layout:
         Raises:
             ValueError: a part that the plan holds has another shape.
         """
-        if self.kind != "action":
-            check_shape("obs", obs.shape, ("B", self.horizon, self.obs_dim))
-        if self.kind != "state":
-            check_shape("action", action.shape, ("B", self.horizon, self.action_dim))
-        if self.kind == "trajectory":
-            return torch.cat([obs, action], dim=-1)
-        return action if self.kind == "action" else obs
+        given = [
+            (name, part, size)
+            for name, part, size in zip(("obs", "action"), (obs, action), self.parts, strict=True)
+            if size
+        ]
+        for name, part, size in given:
+            check_shape(name, part.shape, ("B", self.horizon, size))
+        return torch.cat([part for _, part, _ in given], dim=-1) if len(given) > 1 else given[0][1]
 
     def values(self, history: Tensor, goal_values: Tensor | None = None) -> Tensor:
         """What the known entries are when acting, and 0 elsewhere.
@@ -133,7 +153,7 @@ class Layout:
         given = history.new_zeros(count, 0) if goal_values is None else goal_values
         check_shape("goal_values", given.shape, (count, len(self.goal)))
         values = history.new_zeros(count, self.horizon, self.dim)
-        if self.kind == "action":
+        if not self.pinned:
             return values
         for i in self.constant:
             values[:, :, i] = history[:, -1:, i]
@@ -160,6 +180,6 @@ class Layout:
         weights = torch.ones(1, self.horizon, self.dim)
         if self.kind != "state":
             weights[:, self.n_obs_steps - 1, -self.action_dim :] = first_action
-        if self.kind != "action":
+        if self.pinned:
             weights[:, self.n_obs_steps, : self.obs_dim] = next_obs
         return weights.masked_fill(self.known, 0.0)

@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from torch import nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.data.fields import check_vector
+from diffpolicy.data.joined import Joined
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.data.observation import ObsField, by_store_field, obs_fields, of_store
+from diffpolicy.data.observation import (
+    ObsField,
+    by_store_field,
+    obs_fields,
+    of_store,
+    store_field,
+)
 from diffpolicy.data.returns import returns_to_go
+from diffpolicy.data.statistics import action_statistics
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.data.windows import Windows
+from diffpolicy.data.windows import Windows, said_statistics
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.changes import check_same_weights, merged_config
 from diffpolicy.policies.choose_level import observation_step
+from diffpolicy.policies.imagined import shaped
 from diffpolicy.policies.planners import Returns
 from diffpolicy.policies.spec import PolicySpec, upgraded
 from diffpolicy.training.checkpoint import read_bundle
 from diffpolicy.training.saved import FORMAT, VERSION
 
 
-def open_store(store: EpisodeStore | str | os.PathLike[str]) -> EpisodeStore:
-    """A store, opened where it is given by its path."""
-    return store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
-
-
 def fitted_spec(
-    store: EpisodeStore, spec: Mapping[str, Any], normalize: Mapping[str, str]
+    store: EpisodeStore,
+    spec: Mapping[str, Any],
+    normalize: Mapping[str, str],
+    *,
+    per_store: bool = False,
 ) -> tuple[PolicySpec, Normalizer]:
     """The full spec of a policy for a store, and its normaliser.
 
@@ -42,33 +50,57 @@ def fitted_spec(
         spec: entries other than the two dimensions.
         normalize: mode per field; ``minmax`` where none is given. ``obs`` is that of all
             ``obs.NAME`` that have none of their own.
+        per_store: fit a normaliser to each of several stores, and act by the first one's.
 
     Raises:
         ValueError: a missing field or statistics, or settings that do not fit together.
     """
     seen = obs_fields(store)
-    absent = [name for name in (*(seen or ["obs"]), "action") if name not in store.fields]
-    if absent:
-        raise ValueError(
-            f"store {store.name} has no field {absent[0]!r} (it has {sorted(store.fields)}); "
-            "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
-        )
+    for name in (*(seen or ["obs"]), "action"):
+        if name not in store.fields:
+            has = f"no field {name!r} (it has {sorted(store.fields)})"
+            how = "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
+            raise ValueError(f"store {store.name} has {has}; {how}")
     known = {**spec, **_observed(store), "action_dim": store.fields["action"].shape[0]}
+    known["actions"] = known.get("actions") or store.attrs.get("action_groups", ())
     if not known["observations"]:
         known.setdefault("observation_step", observation_step(store))
     if known.get("level_law") == "position":
         known["trained_action_steps"] = known.get("n_action_steps", PolicySpec.n_action_steps)
+    if known.get("imagined") is not None:
+        known["imagined"] = shaped(known["imagined"], store)
     full = PolicySpec.from_config(known)
     if full.returns is not None:
         full = replace(full, returns=fitted_returns(full.returns, store))
     vectors = [k for k, f in by_store_field(full.observed).items() if not f.is_image]
     modes: dict[str, Any] = dict.fromkeys(vectors, normalize.get("obs", "minmax"))
+    for name in () if full.imagined is None else full.imagined.vectors:
+        modes.setdefault(name, "minmax")
     modes |= {"action": "minmax", **{k: v for k, v in normalize.items() if k != "obs"}}
-    normalizer = Normalizer.fit(store.statistics, modes)
-    for gripper in full.grippers:
+    if per_store:
+        if not isinstance(store, Joined):
+            raise ValueError("a normaliser for each store needs several: give a list of stores")
+        parts = cast("dict[str, EpisodeStore]", store.parts)
+        each = {name: _fitted_normalizer(full, part, modes) for name, part in parts.items()}
+        return full, Normalizer.of_each(each)
+    return full, _fitted_normalizer(full, store, modes)
+
+
+def _fitted_normalizer(
+    full: PolicySpec, store: EpisodeStore, modes: Mapping[str, Any]
+) -> Normalizer:
+    actions = action_statistics(store)
+    if full.representation is not None:
+        check_choices(full, store)
+        # Of the observations those alone that actions are relative to: no images.
+        states = {store_field(group.obs) for group in full.actions if group.of}
+        acting = {"fields": (*states, "action"), "episodes": np.flatnonzero(store.has_actions)}
+        actions = said_statistics(_windows(full, store, **acting))
+    normalizer = Normalizer.fit({**store.statistics, "action": actions}, modes)
+    for gripper in full.planned_grippers:
         if gripper.mode == "scale":
             normalizer = normalizer.scaled("action", gripper.dim, 1 / gripper.factor)
-    return full, normalizer
+    return normalizer
 
 
 def _observed(store: EpisodeStore) -> dict[str, Any]:
@@ -91,9 +123,7 @@ def fitted_returns(returns: Returns, store: EpisodeStore) -> Returns:
     low = float(found.min()) if returns.low is None else returns.low
     high = float(found.max()) if returns.high is None else returns.high
     if not low < high:
-        raise ValueError(
-            f"all returns of {store.name} are {high}: a policy cannot be conditioned on them"
-        )
+        raise ValueError(f"no policy can be told returns that are all {high} ({store.name})")
     return replace(returns, low=low, high=high)
 
 
@@ -101,14 +131,34 @@ def fit_anchors(
     spec: PolicySpec, store: EpisodeStore, normalizer: Normalizer, **options: Any
 ) -> Anchors:
     """Anchors over the windows of a store, for plans of the shape that ``spec`` says."""
-    windows = Windows(
-        store,
-        horizon=spec.horizon,
-        n_obs_steps=spec.n_obs_steps,
-        n_action_steps=spec.n_action_steps,
-        normalizer=normalizer.to("cpu"),
-    )
-    return Anchors.fit(windows, normalizer, **options)
+    if normalizer.others:
+        raise ValueError("anchors are plans in one normaliser's units; this policy has several")
+    if spec.actions and options.get("relative_to") is not None:
+        raise ValueError(
+            "relative_to is for plans of actions as they are; this policy's action groups say what "
+            "its plans, and so its anchors, are relative to: leave it out"
+        )
+    how = {"normalizer": normalizer.to("cpu"), "episodes": np.flatnonzero(store.has_actions)}
+    return Anchors.fit(_windows(spec, store, **how), normalizer, **options)
+
+
+def _windows(spec: PolicySpec, store: EpisodeStore, **how: Any) -> Windows:
+    """All windows of a store, for plans as a policy says them."""
+    names = ("horizon", "n_obs_steps", "n_action_steps")
+    sizes = {name: getattr(spec, name) for name in names}
+    return Windows(store, **sizes, actions=spec.representation, **how)
+
+
+def check_choices(spec: PolicySpec, store: EpisodeStore) -> None:
+    """Raise ``ValueError`` if a store holds actions that are none of an action group's choices."""
+    ends = [store.statistics["action"][name] for name in ("min", "max")]
+    for group in spec.actions:
+        low, high = (end[group.dims[0]] for end in ends)
+        if group.choices and not group.first <= low <= high < group.first + group.choices:
+            raise ValueError(
+                f"dimension {group.dims[0]} of the actions of {store.name} runs from {low:g} to "
+                f"{high:g}; choices={group.choices} and first={group.first} do not cover it"
+            )
 
 
 def read_policy(
@@ -123,6 +173,8 @@ def read_policy(
     Raises:
         ValueError: not a policy, a damaged file, or settings that do not fit.
     """
+    changes = dict(changes)
+    chosen = changes.pop("normalizer", None)
     files = read_bundle(path)
     config = upgraded(files["config.json"])
     if config.pop("format", None) != FORMAT or config.pop("version", None) != VERSION:
@@ -140,4 +192,7 @@ def read_policy(
         changed = PolicySpec.from_config(merged_config(config, changes))
         check_same_weights(spec, {f.name: getattr(changed, f.name) for f in fields(changed)})
         spec = changed
-    return spec, denoiser, Normalizer.from_parts(*parts), anchors, heads
+    normalizer = Normalizer.from_parts(*parts)
+    if chosen is not None:
+        normalizer = normalizer.named(chosen)
+    return spec, denoiser, normalizer, anchors, heads

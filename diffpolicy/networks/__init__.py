@@ -8,6 +8,7 @@ from diffpolicy.networks.draft import Draft
 from diffpolicy.networks.embeddings import sinusoidal
 from diffpolicy.networks.heads import HEADS, InverseDynamics, TrajectoryValue, make_head
 from diffpolicy.networks.mlp import MLP
+from diffpolicy.networks.modalities import Modalities
 from diffpolicy.networks.registry import NETWORKS, make_network
 from diffpolicy.networks.sequence import SequenceCNN, SequenceRegressor
 from diffpolicy.networks.transformer import Transformer
@@ -20,6 +21,7 @@ __all__ = [
     "Anchored",
     "Draft",
     "InverseDynamics",
+    "Modalities",
     "Network",
     "QEnsemble",
     "SequenceCNN",

@@ -9,12 +9,13 @@ from typing import Any
 from diffpolicy.networks.anchored import Anchored
 from diffpolicy.networks.base import Network
 from diffpolicy.networks.mlp import MLP
+from diffpolicy.networks.modalities import Modalities
 from diffpolicy.networks.sequence import SequenceCNN
 from diffpolicy.networks.transformer import Transformer
 from diffpolicy.networks.unet1d import UNet1D
 from diffpolicy.settings import check_choice, check_known
 
-_KINDS: tuple[type[Network], ...] = (Anchored, MLP, SequenceCNN, Transformer, UNet1D)
+_KINDS: tuple[type[Network], ...] = (Anchored, MLP, Modalities, SequenceCNN, Transformer, UNet1D)
 NETWORKS: Mapping[str, type[Network]] = {kind.TYPE: kind for kind in _KINDS}
 
 

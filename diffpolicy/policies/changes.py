@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from diffpolicy.policies.spec import PolicySpec
@@ -10,7 +11,7 @@ from diffpolicy.policies.spec import PolicySpec
 OF_WEIGHTS = (
     *("obs_dim", "action_dim", "horizon", "n_obs_steps", "network", "process", "prediction"),
     *("cond_dropout", "level_law", "trained_action_steps", "layout", "goal", "constant", "heads"),
-    *("observations", "encoder"),
+    *("observations", "encoder", "actions"),
 )
 """Entries of a policy's spec that its weights were made or trained for."""
 
@@ -28,6 +29,11 @@ def check_same_weights(spec: PolicySpec, changes: Mapping[str, Any]) -> None:
         other = changes.get("truncated", spec.truncated)
         if other is None or other.t_start != spec.truncated.t_start:
             wrong.append("the level that a network of type 'anchored' starts from")
+    imagined = changes.get("imagined", spec.imagined)
+    if imagined is not None and spec.imagined is not None:
+        imagined = replace(imagined, predict=spec.imagined.predict)
+    if imagined != spec.imagined:
+        wrong.append("what is imagined")
     if (changes.get("returns", spec.returns) is None) != (spec.returns is None):
         wrong.append("whether plans are conditioned on returns")
     if wrong:

@@ -45,6 +45,7 @@ from diffpolicy.data.observation import (
 from diffpolicy.data.statistics import usual_step
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
+from diffpolicy.policies.boundary import now_of
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.level_report import Level, LevelReport
 from diffpolicy.policies.rti import RTI
@@ -76,11 +77,12 @@ def demonstrations(
     Raises:
         ValueError: fewer than two episodes.
     """
-    if min(store.num_episodes, episodes) < 2:
-        got = f"{episodes} of {store.num_episodes}"
+    acting = np.flatnonzero(store.has_actions)
+    if min(len(acting), episodes) < 2:
+        got = f"{episodes} of {len(acting)}"
         raise ValueError(f"choosing a level needs at least 2 episodes, got {got}")
     rng = np.random.default_rng(seed)
-    chosen = rng.permutation(store.num_episodes)[:episodes]
+    chosen = rng.permutation(acting)[:episodes]
     whole = store.episode_lengths[chosen]
     lengths = np.minimum(whole, length)
     first = store.episode_ends[chosen] - whole + rng.integers(0, whole - lengths + 1)
@@ -157,9 +159,9 @@ def choose_level(
     common = ordered[_smallest(regret.max(1))]
     chosen: float | tuple[float, ...] = common
     per_dim = "dim" in getattr(planner.denoiser.network, "t_kinds", ())
-    if per_dim and isinstance(settings, RTI):
+    plain = planner.spec.layout == "action"  # contraction, and a level each, is of plans of actions
+    if per_dim and plain and isinstance(settings, RTI):
         chosen = _per_dimension(study, ordered, scores, common)
-    plain = planner.spec.layout == "action"  # contraction is of plans of actions
     probe = study.probe() if isinstance(settings, RTI) and plain else None
     table = []
     for t, policy, row in zip(ordered, made, regret, strict=True):
@@ -222,8 +224,8 @@ class _Study:
     seed: int
 
     def __post_init__(self) -> None:
-        normalizer, warm = self.planner.normalizer.to("cpu"), isinstance(self.settings, RTI)
-        self.target = normalizer.normalize("action", self.demos.action)
+        warm = isinstance(self.settings, RTI)
+        self.target = self.planner.boundary.entries(self.demos.action)
         self.cond = self._conditions()
         self.starts = [self._start(run) if warm else None for run in range(self.replicates)]
 
@@ -267,7 +269,7 @@ class _Study:
         state = planner.observe(take(demos.obs, (rows, 0)), state)
         state = _told(state, self.cond, rows, 0)
         state = planner.replan(state, np.arange(len(rows)))
-        ahead = state.plan[:, planner.n_obs_steps - 1 :, -planner.action_dim :]
+        ahead = state.plan[:, planner.n_obs_steps - 1 :, -self.target.shape[-1] :]
         length = min(ahead.shape[1], demos.action.shape[1])
         away = np.square(ahead[:, :length] - self.target[rows, :length]).sum(2)
         distance = (away * demos.valid[rows, :length]).sum(1).reshape(count, DRAWS)
@@ -292,13 +294,13 @@ class _Study:
             return planner.replan(_told(state, self.cond, rows, at), np.arange(len(rows)))
 
         guesses = []
+        now = planned(steps + before, self.seed)
         for seed in (self.seed, self.seed + len(rows)):
             last = planned(steps, seed)
-            moved = replace(last, cursor=last.cursor + before)
+            moved = replace(now, plan=last.plan, cursor=last.cursor + before)
             guesses.append(_with(self.planner, self.settings).shifted(moved))
-        now = planned(steps + before, self.seed)
         ahead = slice(planner.n_obs_steps - 1, planner.n_obs_steps - 1 + before)
-        error = guesses[0][:, ahead] - now.plan[:, ahead]
+        error = guesses[0][:, ahead] - self.said(now).numpy()[:, ahead]
         shift_error = float(np.sqrt(np.square(error).mean()))
         return _Probe(now, (guesses[0], guesses[1]), shift_error)
 
@@ -331,6 +333,10 @@ class _Study:
             factor = factor / float(warm.denoiser.process.alpha(grid[0]))
         return measured, math.sqrt(float((factor**2 * gap).mean()) / total)
 
+    def said(self, now: PolicyState) -> Tensor:
+        """The plans of memories right after planning, as the network said them."""
+        return self.planner.boundary.relative(torch.from_numpy(now.plan), now_of(now.history))
+
     def local_std(self, now: PolicyState, t: float, draws: int = 8) -> Tensor:
         """Spread of plans around their mode as the denoiser sees it at level ``t``.
 
@@ -342,7 +348,7 @@ class _Study:
             ``[n, H, A]`` in [0, 1].
         """
         denoiser: Denoiser = self.planner.denoiser
-        plan = torch.from_numpy(now.plan).to(self.planner.device)
+        plan = self.said(now).to(self.planner.device)
         cond = self.planner.on_device(now.memory["cond"])
         generator = torch.Generator().manual_seed(self.seed)
         at = torch.full((1, 1, 1), t, dtype=plan.dtype, device=plan.device)
@@ -399,14 +405,16 @@ def replay(
     start: PolicyState | None = None,
     cond: Array | None = None,
 ) -> Array:
-    """Normalised actions ``[E, T, A]`` of a policy shown recorded observations ``[E, T, O]``.
+    """Normalised actions ``[E, T, A]``, as plans say them, for observations ``[E, T, O]``.
 
     From ``start``, a memory that holds the first plan, if there is one; ``cond`` ``[E, T, C]`` is
     what the observations were encoded to.
     """
     state = policy.initial_state(seeds) if start is None else start
     rows, steps = np.arange(count(obs)), next(iter(to_fields(obs).values())).shape[1]
-    grippers = policy.spec.grippers if isinstance(policy, DiffusionPlanner) else ()
+    planner = policy if isinstance(policy, DiffusionPlanner) else None
+    grippers = () if planner is None else planner.boundary.grippers
+    width = policy.action_dim if planner is None else planner.layout.action_dim
     out = []
     for step in range(steps):
         state = policy.observe(take(obs, (slice(None), step)), state)
@@ -414,8 +422,7 @@ def replay(
         due = np.flatnonzero(policy.needs_plan(state))
         if len(due):
             state = policy.replan(state, due)
-        action = state.plan[rows, np.minimum(state.cursor, policy.horizon - 1)]
-        action = action[..., -policy.action_dim :]
+        action = state.plan[rows, np.minimum(state.cursor, policy.horizon - 1), -width:]
         for gripper in grippers:
             action = gripper.snap(action)
         out.append(action)

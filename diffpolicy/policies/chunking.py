@@ -18,6 +18,7 @@ from torch import Tensor
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.guidance.pinned import PREFIX_MODES, PrefixCond, PrefixGuidance
 from diffpolicy.policies.base import Array, PolicyState
+from diffpolicy.policies.boundary import now_of
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.ensemble import WrappedPolicy
 from diffpolicy.policies.plan_loop import Condition, PlanLoop
@@ -274,6 +275,7 @@ class RealTimeChunking(WrappedPolicy):
         sizes = self.n_obs_steps, self.horizon
         weight = chunk_weights(state.delay, self.horizon - shift, *sizes, self.settings)
         prefix = shift_plan(torch.from_numpy(state.plan), torch.from_numpy(shift))
+        prefix = planner.boundary.relative(prefix, now_of(state.history))
         plans = loop(
             planner.told(loop, state),
             planner.on_device(planner.shifted(state)),
@@ -281,5 +283,4 @@ class RealTimeChunking(WrappedPolicy):
             prefix.to(planner.device),
             planner.on_device(weight[..., None]),
         )
-        out: Array = plans.cpu().numpy()
-        return out
+        return planner._complete(plans.cpu().numpy(), state.history)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -22,8 +23,9 @@ from diffpolicy.networks.base import described
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.best_of_n import Selector
+from diffpolicy.policies.boundary import Boundary, now_of
 from diffpolicy.policies.plan_loop import Condition, Encoded, Loop, PinnedCondition, PlanLoop
-from diffpolicy.policies.planners import check_anchors, guided
+from diffpolicy.policies.planners import check_anchors, guided, with_actions, written
 from diffpolicy.policies.rows import row_noise
 from diffpolicy.policies.spec import PolicySpec, check_normalizer
 from diffpolicy.policies.truncated import Candidates, ScoredPlans
@@ -36,9 +38,9 @@ class DiffusionPlanner(ChunkedPolicy):
     ones (warm) start from the last plan; cold and warm rows are solved in one batch each. With
     ``spec.truncated`` every plan is the best of several guesses, solved from a low level.
 
-    Plans are actions, or with ``spec.layout`` trajectories: a planner in the sense of Diffuser and
-    its successors differs in nothing else. The plans of :class:`PolicyState` always end in the A
-    actions; with layout ``"state"`` these come from the head ``inverse``.
+    Plans are actions, or with ``spec.layout`` hold observations: a planner in the sense of Diffuser
+    and its successors differs in nothing else. The plans of :class:`PolicyState` always end in the
+    A actions; with layout ``"state"`` these come from the head ``inverse``.
 
     Args:
         spec: shapes, parameterisation and samplers.
@@ -74,8 +76,7 @@ class DiffusionPlanner(ChunkedPolicy):
         )
         check_normalizer(spec, normalizer)
         self.spec, self.layout = spec, spec.plan_layout
-        if spec.layout != "action":
-            self.plan_dim = spec.obs_dim + spec.action_dim
+        self.plan_dim = self.layout.parts[0] + spec.planned_dim
         self.heads = nn.ModuleDict() if heads is None else heads.eval()
         if set(self.heads) != set(spec.heads):
             raise ValueError(
@@ -84,10 +85,9 @@ class DiffusionPlanner(ChunkedPolicy):
             )
         self.denoiser = denoiser.eval()
         self.normalizer, self.anchors = normalizer, anchors
-        self._low, self._high = (
-            None if b is None else np.asarray(b, np.float32)
-            for b in (spec.action_low, spec.action_high)
-        )
+        bounds = spec.action_low, spec.action_high
+        self.boundary = Boundary(spec.representation, normalizer, spec.planned_grippers, *bounds)
+        self.chooses = self.boundary.chooses
         self._unusual: Array | None = None  # changes of the observation that make a row cold
         if spec.rti is not None and spec.rti.innovation is not None:
             usual = np.asarray(spec.observation_step, np.float64)
@@ -161,6 +161,7 @@ class DiffusionPlanner(ChunkedPolicy):
             assert spec.truncated is not None
             grid, start = spec.truncated.loop_grid(kind, process, self.anchors)
             solver = spec.truncated.make() if kind == "guesses" else make_solver("ddim")
+        grid = grid if spec.imagined is None else spec.imagined.held(grid, self.layout)
         return PlanLoop(
             guided(self.spec, self.denoiser, self.heads, self._known),
             self.normalizer,
@@ -173,7 +174,7 @@ class DiffusionPlanner(ChunkedPolicy):
         )
 
     def _condition(self) -> Condition:
-        if self.spec.layout == "action":
+        if not self.layout.pinned:
             return Condition(self.normalizer, self.denoiser.encoder, self.observed)
         returns = self.spec.returns
         wanted = () if returns is None else (1.0, returns.target)
@@ -243,7 +244,7 @@ class DiffusionPlanner(ChunkedPolicy):
     def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
         with self._no_graph():
             plans, nfe = self._make_plans(state, deterministic)
-            return self._complete(plans), nfe
+            return self._complete(plans, state.history), nfe
 
     def _no_graph(self) -> Any:
         """Inference mode, unless guidance differentiates the value head."""
@@ -265,21 +266,12 @@ class DiffusionPlanner(ChunkedPolicy):
             nfe[rows] = loop.nfe
         return plans, nfe
 
-    def _complete(self, plans: Array) -> Array:
-        """Plans ``[n, H, P]`` of sampled ones ``[n, H, D]``: states get the actions between them.
-
-        The last state has no successor; its action is the one before it.
-        """
+    def _complete(self, plans: Array, history: Obs) -> Array:
+        """Plans ``[n, H, P]`` as remembered: absolute, and with the actions between states."""
         if self.spec.layout != "state":
-            return plans
-        out: Array = self._with_actions(self.on_device(plans)).cpu().numpy()
+            return self.boundary.absolute(torch.from_numpy(plans), now_of(history)).numpy()
+        out: Array = with_actions(self.heads, self.on_device(plans)).cpu().numpy()
         return out
-
-    def _with_actions(self, states: Tensor) -> Tensor:
-        """States ``[n, H, O]`` with the actions between them behind, ``[n, H, O + A]``."""
-        between = states[:, :-1].flatten(0, 1), states[:, 1:].flatten(0, 1)
-        actions = self.heads["inverse"](*between).view(len(states), self.horizon - 1, -1)
-        return torch.cat([states, torch.cat([actions, actions[:, -1:]], 1)], 2)
 
     @torch.inference_mode()
     def score(self, history: Obs | Encoded, plans: Array) -> Array:
@@ -324,20 +316,12 @@ class DiffusionPlanner(ChunkedPolicy):
                 self.told(candidates.loops["guesses"], state),
             )
 
-    def _written(self, history: Tensor) -> Tensor:
-        """Plans ``[n, H, D]`` that the head ``draft`` writes state by state (Huang et al. 2024)."""
-        returns = self.spec.returns
-        seen = self.normalizer.normalize("obs", history)
-        wanted = None if returns is None else seen.new_full((len(seen), 1), returns.target)
-        states: Tensor = self.heads["draft"].rollout(seen, wanted)  # type: ignore[operator]
-        return states if self.spec.layout == "state" else self._with_actions(states)
-
     def _candidates(self, *, deterministic: bool) -> Candidates:
         assert self.spec.truncated is not None
         loops = {kind: self._loops[kind, deterministic] for kind in self.kinds}
-        write = self._written if "draft" in self.heads else None
+        write = partial(written, self.spec, self.heads, self.normalizer)
         settings = self.spec.truncated, self.anchors, self.normalizer
-        return Candidates(*settings, loops, write, deterministic)
+        return Candidates(*settings, loops, write if "draft" in self.heads else None, deterministic)
 
     def _solve(self, loop: Loop, state: PolicyState, deterministic: bool) -> Array:
         noise = self.draw_noise(state, loop.draws, deterministic)
@@ -392,24 +376,23 @@ class DiffusionPlanner(ChunkedPolicy):
     def shifted(self, state: PolicyState) -> Array:
         """The last plans shifted by the steps executed ``[n, H, D]``, as guesses of new ones."""
         last = torch.from_numpy(state.plan[..., : self.layout.dim])
-        return self.moved(last, torch.from_numpy(self.executed(state))).numpy()
+        steps = torch.from_numpy(self.executed(state))
+        return self.moved(last, steps, now_of(state.history)).numpy()
 
-    def moved(self, last: Tensor, steps: Tensor) -> Tensor:
-        """Normalised plans ``[n, H, D]`` of which ``steps`` ``[n]`` were executed, as guesses."""
+    def moved(self, last: Tensor, steps: Tensor, obs: Any) -> Tensor:
+        """Remembered plans ``[n, H, D]`` of which ``steps`` ``[n]`` were executed, as guesses.
+
+        ``obs`` is the raw observation of the current step, which the network's plans begin in.
+        """
         tail = "hold" if self.spec.rti is None else self.spec.rti.tail
-        guess = shift_plan(last, steps, tail=tail)
-        for gripper in self.spec.grippers:
+        guess = self.boundary.relative(shift_plan(last, steps, tail=tail), obs)
+        for gripper in self.boundary.grippers:
             guess = gripper.guess(guess)
         return guess
 
     def to_actions(self, normalised: Array) -> Array:
-        normalised = normalised[..., -self.action_dim :]
-        for gripper in self.spec.grippers:
-            normalised = gripper.snap(normalised)
-        # On the host, where executed actions are: the normaliser keeps copies there.
-        actions: Array = self.normalizer.unnormalize("action", normalised)
-        bounded = self._low is not None or self._high is not None
-        return np.clip(actions, self._low, self._high) if bounded else actions
+        actions: Array = self.boundary.actions(normalised[..., -self.layout.action_dim :])
+        return actions
 
 
 def _where(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.noise import AtLevel
 from diffpolicy.core.sampling import Trajectory, prepare, sample
-from diffpolicy.core.starts import Start, prior_start, warm_start
+from diffpolicy.core.starts import Start, warm_start
 from diffpolicy.core.steps import Solver
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import ObsField, ObsFields, each
@@ -257,7 +257,7 @@ class PlanLoop(nn.Module):
         """The start made of a guess and the first slice of noise."""
         t = self.levels[0]
         if self.start == "prior":
-            return prior_start(self.noising, noise[0])
+            return Start(self.noising.prior(noise[0]), t)
         if self.start == "given":
             return warm_start(self.noising, guess, t, guess, shift=0, renoise=False)
         return warm_start(self.noising, guess, t, noise[0], shift=0)  # shifted by its policy

@@ -18,6 +18,7 @@ from diffpolicy.policies.base import Array
 from diffpolicy.settings import check_range, check_shape, named_settings
 
 if TYPE_CHECKING:
+    from diffpolicy.data.normalize import Normalizer
     from diffpolicy.policies.anchors import Anchors
     from diffpolicy.policies.spec import PolicySpec
 
@@ -61,16 +62,16 @@ class Returns:
 def check_planning(spec: PolicySpec) -> None:
     """Raise ``ValueError`` unless layout, heads and what uses them fit together."""
     layout = spec.plan_layout
-    if layout.kind == "action" and (spec.returns is not None or spec.goal):
+    if not layout.pinned and (spec.returns is not None or spec.goal):
         raise ValueError("returns and goal need layout 'trajectory' or 'state'")
     planning = sorted({"inverse", "value", "draft"} & set(spec.heads))
-    if layout.kind == "action" and planning:
+    if not layout.pinned and planning:
         raise ValueError(f"the heads {planning} need layout 'trajectory' or 'state'")
     if layout.kind != "action" and (spec.grippers or spec.level_law != "row"):
         has = "neither grippers nor levels finer than one per plan"
         raise ValueError(f"plans of layout {spec.layout!r} have {has} (level_law='row')")
     check_range("[0, inf)", temperature=spec.temperature, value_scale=spec.value_scale)
-    if layout.kind != "action" and spec.cond_dropout > 0 and spec.returns is None:
+    if layout.pinned and spec.cond_dropout > 0 and spec.returns is None:
         raise ValueError("cond_dropout drops the return: set returns, or cond_dropout=0")
     _check_heads(spec)
 
@@ -140,7 +141,7 @@ def check_anchors(spec: PolicySpec, anchors: Anchors | None) -> None:
         fix = "fit them (`diffpolicy anchors`), or give t_start and other sources"
         raise ValueError(f"truncated plans start from anchors; {fix}")
     if anchors is not None:
-        check_shape("the anchors", anchors.plans.shape, ("M", spec.horizon, spec.action_dim))
+        check_shape("the anchors", anchors.plans.shape, ("M", spec.horizon, spec.planned_dim))
 
 
 def guided(
@@ -160,4 +161,22 @@ def guided(
     if spec.value_scale > 0:
         value = head_value(heads["value"], denoiser.process)
         inner = ValueGuidance(inner, value, spec.value_scale, clip=spec.clip)
-    return inner if spec.layout == "action" else Pinned(inner, known)
+    return Pinned(inner, known) if spec.plan_layout.pinned else inner
+
+
+def with_actions(heads: Any, states: Tensor) -> Tensor:
+    """States ``[n, H, O]`` with the actions between them behind, ``[n, H, O + A]``.
+
+    The last state has no successor; its action is the one before it.
+    """
+    between = states[:, :-1].flatten(0, 1), states[:, 1:].flatten(0, 1)
+    actions = heads["inverse"](*between).view(len(states), states.shape[1] - 1, -1)
+    return torch.cat([states, torch.cat([actions, actions[:, -1:]], 1)], 2)
+
+
+def written(spec: PolicySpec, heads: Any, normalizer: Normalizer, history: Tensor) -> Tensor:
+    """Plans ``[n, H, D]`` that the head ``draft`` writes state by state (Huang et al. 2024)."""
+    seen = normalizer.normalize("obs", history)
+    wanted = None if spec.returns is None else seen.new_full((len(seen), 1), spec.returns.target)
+    states: Tensor = heads["draft"].rollout(seen, wanted)
+    return states if spec.layout == "state" else with_actions(heads, states)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.processes import explicit_process, make_process
 from diffpolicy.core.sampler import Sampler
+from diffpolicy.data.action_groups import ActionGroup, Representation
 from diffpolicy.data.fields import checked_bounds, inward_bounds
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import ObsField, ObsFields, by_store_field
@@ -22,10 +23,12 @@ from diffpolicy.networks.encoders import ENCODERS, Encoder, make_encoder
 from diffpolicy.networks.heads import make_head
 from diffpolicy.policies.base import check_horizon
 from diffpolicy.policies.best_of_n import Selection
+from diffpolicy.policies.boundary import Gripper
+from diffpolicy.policies.imagined import Imagined, check_imagined
 from diffpolicy.policies.planners import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.truncated import Truncated
-from diffpolicy.settings import check_choice, check_range, from_values, named_settings
+from diffpolicy.settings import check_choice, from_values, named_settings
 
 
 @named_settings
@@ -38,60 +41,6 @@ class PolicySampler(Sampler):
     """
 
     guidance_scale: float = 1.0
-
-
-GRIPPER_MODES = ("clip", "scale")
-
-
-@named_settings
-@dataclass(frozen=True)
-class Gripper:
-    """An action dimension with two values, its lowest and its highest in the demonstrations.
-
-    Such a dimension jumps across the whole normalised range [-1, 1], which a warm start from a low
-    level cannot do (Duan et al. 2025, section III-B). Executed is always one of the two values.
-
-    Args:
-        dim: index of the action dimension.
-        mode: ``"clip"`` works on any trained policy: the guess of a warm start is thresholded at 0
-            and set to ``+-1 / factor``. ``"scale"`` trains on the dimension divided by ``factor``,
-            so that a flip is a small change; the guess is left alone.
-        factor: see ``mode``; at least 1.
-
-    Raises:
-        ValueError: an unknown mode, a negative dimension or a factor below 1.
-    """
-
-    dim: int
-    mode: str = "scale"
-    factor: float = 10.0
-
-    def __post_init__(self) -> None:
-        check_choice("gripper mode", self.mode, GRIPPER_MODES)
-        check_range("[0, inf)", dim=self.dim)
-        check_range("[1, inf)", factor=self.factor)
-
-    @property
-    def executed(self) -> float:
-        """The normalised value, or minus it, that is executed: an end of the data."""
-        return 1 / self.factor if self.mode == "scale" else 1.0
-
-    def snap(self, normalised: Any) -> Any:
-        """``normalised`` ``[..., A]`` with this dimension set to the nearer end of its data."""
-        return self._set(normalised, self.executed)
-
-    def guess(self, plan: Any) -> Any:
-        """The guess ``[..., A]`` that a warm start takes to its level."""
-        return plan if self.mode == "scale" else self._set(plan, 1 / self.factor)
-
-    def _set(self, values: Any, end: float) -> Any:
-        """An array, or a tensor (in a loop that is written to a file), with this dimension set."""
-        if isinstance(values, Tensor):
-            chosen = torch.arange(values.shape[-1], device=values.device) == self.dim
-            return torch.where(chosen, torch.where(values > 0, end, -end), values)
-        out = values.copy()
-        out[..., self.dim] = np.where(values[..., self.dim] > 0, end, -end)
-        return out
 
 
 @named_settings
@@ -118,6 +67,9 @@ class PolicySpec:
         sampler: how plans are drawn.
         truncated: draw every plan from guesses (anchors, ...) in place of pure noise.
         rti: how rows that have a plan of their episode are planned; ``None``: like the first one.
+        actions: dimensions of the action that plans say in another way than the environment takes
+            them: relative to the state, as rotations, by choice; see
+            :class:`~diffpolicy.data.action_groups.ActionGroup`.
         grippers: action dimensions with two values.
         observation_step: the largest change of each observation entry between two steps that is
             usual in the demonstrations ``[O]`` (0.999 quantile), for ``rti.innovation``.
@@ -125,8 +77,10 @@ class PolicySpec:
             rounded inwards to float32.
         action_high: upper bounds.
         layout: what a plan holds: ``"action"``; ``"trajectory"``, observations and actions, with
-            the observations up to now pinned (Diffuser); or ``"state"``, observations alone, with a
-            head of type ``inverse`` for the actions (Decision Diffuser, Trajectory Diffuser).
+            the observations up to now pinned (Diffuser); ``"state"``, observations alone, with a
+            head of type ``inverse`` for the actions (Decision Diffuser, Trajectory Diffuser); or
+            ``"joint"``, ``imagined`` observations and actions, each at levels of its own (PAD).
+        imagined: of layout ``"joint"``: the observations in plans, and whether they are drawn.
         goal: pairs (i, j): entry i of the last observation of a plan is pinned to entry j of the
             current observation.
         constant: entries of the observation that an episode does not change (a goal): known at
@@ -161,11 +115,13 @@ class PolicySpec:
     sampler: PolicySampler = field(default_factory=PolicySampler)
     truncated: Truncated | None = None
     rti: RTI | None = None
+    actions: tuple[ActionGroup, ...] = ()
     grippers: tuple[Gripper, ...] = ()
     observation_step: tuple[float, ...] | None = None
     action_low: tuple[float, ...] | None = None
     action_high: tuple[float, ...] | None = None
     layout: str = "action"
+    imagined: Imagined | None = None
     goal: tuple[tuple[int, int], ...] = ()
     constant: tuple[int, ...] = ()
     returns: Returns | None = None
@@ -190,6 +146,7 @@ class PolicySpec:
         object.__setattr__(self, "process", explicit_process(self.process))
         given = {name: config for name, config in self.heads.items() if config is not None}
         object.__setattr__(self, "heads", given)  # YAML takes a head away by setting it to null
+        check_imagined(self)
         self._check_observations()
         self._check_sizes()
         self._round_bounds()
@@ -208,14 +165,14 @@ class PolicySpec:
             raise ValueError(f"obs_dim must be {total}, all observations, got {self.obs_dim}")
         sources = () if self.truncated is None else self.truncated.sources
         needed = {
-            f"layout={self.layout!r}": self.layout != "action",
+            f"layout={self.layout!r}": self.plan_layout.pinned,
             "rti.innovation": self.rti is not None and self.rti.innovation is not None,
             "observation_step": self.observation_step is not None,
             "truncated with anchors": "anchors" in sources,
         }
         found = [name for name, used in needed.items() if used]
         other = self.encoder["type"] != "state" and (
-            self.layout != "action" or "anchors" in sources
+            self.plan_layout.pinned or "anchors" in sources
         )
         if found and (self.observations or other):
             names = ", ".join(name or "an image" for name in self.observations) or "one vector"
@@ -237,10 +194,11 @@ class PolicySpec:
     def _check_sizes(self) -> None:
         """Refuse what says something per action or per observation entry, but not of each."""
         t_start = None if self.rti is None else self.rti.t_start
+        planned = "planned_dim" if self.actions else "action_dim"
         per_entry = {
             "action_low": (self.action_low, "action_dim"),
             "action_high": (self.action_high, "action_dim"),
-            "rti.t_start": (t_start if isinstance(t_start, tuple) else None, "action_dim"),
+            "rti.t_start": (t_start if isinstance(t_start, tuple) else None, planned),
             "observation_step": (self.observation_step, "obs_dim"),
         }
         for name, (values, size) in per_entry.items():
@@ -253,6 +211,13 @@ class PolicySpec:
                 raise ValueError(
                     f"gripper dimension {gripper.dim} is not below action_dim={self.action_dim}"
                 )
+        if self.actions and (self.layout != "action" or self.heads):
+            raise ValueError(
+                f"actions: groups are said in plans of actions alone, and heads judge actions as "
+                f"data hold them; this policy has layout={self.layout!r} and the heads "
+                f"{sorted(self.heads)}"
+            )
+        _ = self.planned_grippers  # of dimensions that plans say as they are
 
     def _round_bounds(self) -> None:
         checked_bounds(self.action_low, self.action_high)
@@ -267,16 +232,43 @@ class PolicySpec:
             object.__setattr__(self, "action_high", tuple(outer.tolist()))
 
     @property
+    def representation(self) -> Representation | None:
+        """Between actions and how plans say them; ``None``: plans hold actions as they are."""
+        if not self.actions:
+            return None
+        sizes = self.action_dim, self.observed, self.n_obs_steps - 1
+        return Representation(self.actions, *sizes)
+
+    @property
+    def planned_dim(self) -> int:
+        """P, entries of a plan that say an action: ``action_dim`` without groups."""
+        says = self.representation
+        return self.action_dim if says is None else says.dim
+
+    @property
+    def planned_grippers(self) -> tuple[Gripper, ...]:
+        """The grippers, by the entries of plans that they are.
+
+        Raises:
+            ValueError: one that plans say in another way.
+        """
+        says = self.representation
+        if says is None:
+            return self.grippers
+        return tuple(replace(gripper, dim=says.entry(gripper.dim)) for gripper in self.grippers)
+
+    @property
     def plan_layout(self) -> Layout:
         """The layout of plans with the sizes of this policy."""
         return Layout(
             self.layout,
             self.obs_dim,
-            self.action_dim,
+            self.planned_dim,
             self.horizon,
             self.n_obs_steps,
             self.goal,
             self.constant,
+            0 if self.imagined is None else self.imagined.dim(self.horizon),
         )
 
     def _check_parts(self) -> None:
@@ -329,14 +321,13 @@ class PolicySpec:
     def make_denoiser(self) -> Denoiser:
         """A denoiser with freshly initialised weights."""
         layout = self.plan_layout
-        shape = {
-            "horizon": self.horizon,
-            "dim": layout.dim,
-            "cond_dim": 2 if self.returns is not None else 0,
-        }
-        encoder = self.make_encoder() if layout.kind == "action" else None
-        if encoder is not None:
-            shape["cond_dim"] += encoder.cond_dim
+        encoder = None if layout.pinned else self.make_encoder()
+        told = 0 if encoder is None else encoder.cond_dim
+        returns = 2 if self.returns is not None else 0
+        shape: dict[str, Any] = {"horizon": self.horizon, "dim": layout.dim}
+        shape["cond_dim"] = told + returns
+        if self.network.get("type") == "modalities":
+            shape["sizes"] = [size for size in layout.parts if size]
         network, process = make_network({**self.network, **shape}), make_process(self.process)
         data_std = getattr(process, "data_std", 0.5)
         return Denoiser(
@@ -351,7 +342,7 @@ class PolicySpec:
 def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
     """Raise ``ValueError`` unless the normaliser fits the policy's shapes and its clipping."""
     dims = {k: f.size for k, f in by_store_field(spec.observed).items() if not f.is_image}
-    for name, dim in (dims | {"action": spec.action_dim}).items():
+    for name, dim in (dims | {"action": spec.planned_dim}).items():
         if name not in normalizer.fields:
             raise ValueError(
                 f"the normaliser has no field {name!r} (it has {sorted(normalizer.fields)})"
@@ -359,7 +350,8 @@ def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
         got = tuple(normalizer.normalize(name, torch.zeros(1, dim)).shape)
         if got != (1, dim):
             raise ValueError(f"the normaliser's field {name!r} does not have dimension {dim}")
-    held = {"action": ("action",), "trajectory": ("obs", "action"), "state": ("obs",)}[spec.layout]
+    held = {"trajectory": ("obs", "action"), "state": ("obs",)}.get(spec.layout, ("action",))
+    held += () if spec.imagined is None else spec.imagined.vectors
     for name in held if spec.clip else ():
         if not normalizer.is_unit_range(name):
             raise ValueError(

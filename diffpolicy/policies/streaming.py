@@ -136,6 +136,11 @@ class StreamingPlanner(DiffusionPlanner):
         if spec.level_law != "position":
             law = f"level_law='position', and this one was trained with {spec.level_law!r}"
             raise ValueError(f"streaming needs a policy of {law}")
+        if spec.representation is not None and spec.representation.moves:
+            raise ValueError(
+                "a streaming policy's buffer holds noisy actions, which cannot be said anew in the "
+                "next state: it takes action groups of kind 'absolute' alone"
+            )
         self.streaming = Streaming() if streaming is None else streaming
         trained = spec.trained_action_steps
         if trained is not None and trained != spec.n_action_steps:
@@ -154,10 +159,9 @@ class StreamingPlanner(DiffusionPlanner):
         """What a buffer that is not sampled begins as, normalised ``[A]``."""
         constant = self.streaming.constant
         if constant is None:
-            return np.zeros(self.action_dim, np.float32)
+            return np.zeros(self.plan_dim, np.float32)
         check_shape("streaming.constant", (len(constant),), (self.action_dim,))
-        value = torch.tensor([constant], device=self.device)
-        out: Array = self.normalizer.normalize("action", value)[0].cpu().numpy()
+        out: Array = self.boundary.entries(np.array([constant], np.float32))[0]
         return out
 
     @property
@@ -174,7 +178,7 @@ class StreamingPlanner(DiffusionPlanner):
             base.normalizer,
             base.solver,
             self.ramp.grid(self.streaming.steps_per_chunk),
-            plan_shape=(*base.obs_shape, self.horizon, self.action_dim),
+            plan_shape=(*base.obs_shape, self.horizon, self.plan_dim),
             condition=base.condition,
         )
 

@@ -8,26 +8,9 @@ from typing import Any
 
 import numpy as np
 
-import diffpolicy.report.sequences as sequences
-import diffpolicy.report.tuning as tuning
+from diffpolicy.report import sequences, tables, tuning
 from diffpolicy.report.figures import draw_pictures, plot_nfe
 from diffpolicy.report.sequence_figures import plot_front, plot_logo
-from diffpolicy.report.sequences import PRETRAINED, TOP, TUNED
-from diffpolicy.report.tables import (
-    COSTS,
-    FIGURES,
-    VERSION,
-    check_comparable,
-    ending,
-    known_columns,
-    label_of,
-    markdown,
-    method_statistics,
-    method_table,
-    read_report,
-    save_report,
-    signed,
-)
 from diffpolicy.rollout.intervals import mean_interval, paired_difference
 
 # ------------------------------------------------------------------ sequence models
@@ -52,8 +35,8 @@ def compare_report(reports: Iterable[str | Path], output: str | Path) -> Path:
         ValueError: no reports, files that are none, runs of different tasks, or two runs of one
             method with the same setting and seed.
     """
-    found = [read_report(path, sequences.FORMAT) for path in reports]
-    check_comparable(
+    found = [tables.read_report(path, sequences.FORMAT) for path in reports]
+    tables.check_comparable(
         found,
         task=lambda report: report["task"],
         alphabet=lambda report: report["alphabet"],
@@ -61,9 +44,10 @@ def compare_report(reports: Iterable[str | Path], output: str | Path) -> Path:
     )
     rows = _before_rows(found) + [_sequence_row(report) for report in found]
     exact = any(report["exact"] for report in found)
-    front = [_point(row, "mean" if exact else "median") for row in rows]
+    statistic = "mean" if exact else "median"
+    front = [_point(row, statistic) for row in rows]
     optimum: list[Any] = next((report["optimum"] for report in found if report["optimum"]), [])
-    best, label = (optimum, "mean reward") if exact else ((), "median reward")
+    best, label = optimum if exact else (), f"{statistic} reward"
     logos, alphabet = _mean_profiles(found), found[0]["alphabet"]
     task, folder = found[0]["task"], Path(output)
     drawings: dict[str, Callable[[Path], Any]] = {
@@ -71,17 +55,15 @@ def compare_report(reports: Iterable[str | Path], output: str | Path) -> Path:
         "logo.png": lambda p: plot_logo(logos, p, alphabet=alphabet, title=task),
     }
     pictures, notes = draw_pictures(folder, drawings)
-    columns = known_columns(rows, FIGURES)
+    columns = tables.known_columns(rows, tables.FIGURES)
     report = {
-        "format": f"{sequences.FORMAT}-comparison",
-        "version": VERSION,
         "task": task,
         "rows": rows,
-        "methods": method_statistics(rows, [*columns, *COSTS]),
+        "methods": tables.method_statistics(rows, [*columns, *tables.COSTS]),
         "front": front,
         "optimum": optimum,
         "warnings": [
-            f"{label_of(r)}, seed {r['seed']}, update {r['warning']['step']}: "
+            f"{tables.label_of(r)}, seed {r['seed']}, update {r['warning']['step']}: "
             f"{r['warning']['message']}"
             for r in found
             if r["warning"]
@@ -89,14 +71,15 @@ def compare_report(reports: Iterable[str | Path], output: str | Path) -> Path:
         "pictures": pictures,
         "notes": [*_kl_notes(rows), *notes],
     }
-    parts = [
+    tables.save_report(
+        folder,
+        f"{sequences.FORMAT}-comparison",
+        report,
         f"# {task}: methods compared\n",
         *(f"**Warning**, {warning}.\n" for warning in report["warnings"]),
         "Median over sequences; over seeds, median [quartiles].\n",
-        method_table(rows, columns),
-        *ending(pictures, report["notes"]),
-    ]
-    save_report(folder, report, "\n".join(parts))
+        tables.method_table(rows, columns),
+    )
     return folder / "report.md"
 
 
@@ -105,39 +88,35 @@ def _names(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sequence_row(report: Mapping[str, Any]) -> dict[str, Any]:
-    costs = {name: report["cost"].get(name) for name in COSTS}
+    costs = {name: report["cost"].get(name) for name in tables.COSTS}
     return {**_names(report), **report["after"], "exact": report["exact"], **costs}
 
 
 def _before_rows(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The pre-trained model as a method, once per seed."""
-    before = {r["seed"]: r["before"] for r in reversed(reports)}
-    laws = {r["seed"]: r["exact"] for r in reversed(reports) if r["exact"]}
-    exact = {
-        seed: {"progress": 0.0, "reward": law["objective_reference"], "kl": 0.0}
-        for seed, law in laws.items()
-    }
-    names = {"method": PRETRAINED, "setting": ""}
-    return [
-        {**names, "seed": seed, **before[seed], "exact": exact.get(seed)} for seed in sorted(before)
-    ]
+    rows: dict[int, dict[str, Any]] = {}
+    for report in reports:
+        names = {"method": sequences.PRETRAINED, "setting": "", "seed": report["seed"]}
+        row = rows.setdefault(report["seed"], {**names, **report["before"], "exact": None})
+        if report["exact"] and not row["exact"]:
+            reward = report["exact"]["objective_reference"]
+            row["exact"] = {"progress": 0.0, "reward": reward, "kl": 0.0}
+    return [rows[seed] for seed in sorted(rows)]
 
 
 def _point(row: Mapping[str, Any], statistic: str) -> dict[str, Any]:
-    if row["exact"]:
-        return {**_names(row), "kl": row["exact"]["kl"], "reward": row["exact"]["reward"]}
-    return {**_names(row), "kl": row.get("kl"), "reward": row["reward"][statistic]}
+    exact = row["exact"] or {"kl": row.get("kl"), "reward": row["reward"][statistic]}
+    return {**_names(row), "kl": exact["kl"], "reward": exact["reward"]}
 
 
 def _mean_profiles(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Profiles of the methods over their seeds, between the reference and the top of the data."""
-    groups: dict[str, list[Any]] = {PRETRAINED: []}
+    groups: dict[str, list[Any]] = {sequences.PRETRAINED: []}
     for report in reports:
         for name, profile in report["profiles"].items():
-            if name != TOP:
-                label = label_of(report) if name == TUNED else name
-                groups.setdefault(label, []).append(profile)
-    groups[TOP] = [r["profiles"][TOP] for r in reports if TOP in r["profiles"]]
+            label = tables.label_of(report) if name == sequences.TUNED else name
+            groups.setdefault(label, []).append(profile)
+    groups[sequences.TOP] = groups.pop(sequences.TOP, [])  # the last
     return {label: np.mean(found, axis=0) for label, found in groups.items() if found}
 
 
@@ -146,7 +125,7 @@ def _kl_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for row in rows:
         if row.get("kl_kind"):
-            kinds.setdefault(row["kl_kind"], []).append(label_of(row))
+            kinds.setdefault(row["kl_kind"], []).append(tables.label_of(row))
     return [
         f"KL ({', '.join(dict.fromkeys(labels))}): {says.get(kind, kind)}."
         for kind, labels in kinds.items()
@@ -178,8 +157,8 @@ def compare_tunings(
             network evaluations in common, runs that were not scored, or two runs of one method with
             the same seed.
     """
-    whole = [read_report(path, tuning.FORMAT) for path in reports]
-    check_comparable(whole, task=lambda report: report["task"], score=lambda r: r["score"])
+    whole = [tables.read_report(path, tuning.FORMAT) for path in reports]
+    tables.check_comparable(whole, task=lambda report: report["task"], score=lambda r: r["score"])
     found = _shared(whole)
     methods = dict.fromkeys(report["method"] for report in found)
     rows = [_policy_row(name, found, baseline) for name in (None, *methods)]
@@ -190,13 +169,14 @@ def compare_tunings(
         folder, {"score_by_nfe.png": lambda p: plot_nfe(lines, p, score=score, title=task)}
     )
     report = {"task": task, "score": score, "baseline": baseline, "episodes": episodes}
-    parts = [
+    tables.save_report(
+        folder,
+        f"{tuning.FORMAT}-comparison",
+        {**report, "rows": rows, "pictures": pictures},
         f"# {task}: tunings compared\n",
         f"{episodes} episodes of each policy{_left_out(whole, first)}.\n",
         _policy_table(rows, baseline),
-        *ending(pictures),
-    ]
-    save_report(folder, {**report, "rows": rows}, "\n".join(parts))
+    )
     return folder / "report.md"
 
 
@@ -208,10 +188,8 @@ def _shared(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     for report in reports:
         if not report["seeds"]:
-            raise ValueError(
-                f"the run of {report['method']!r} with seed {report['seed']} was not scored "
-                "(evaluation.episodes=0); leave it out, or tune again with episodes"
-            )
+            which = f"the run of {report['method']!r} with seed {report['seed']}"
+            raise ValueError(f"{which} was not scored (evaluation.episodes=0); leave it out")
     seeds = _common([report["seeds"] for report in reports])
     nfes = _common([list(report["before"]) for report in reports])
     if not seeds:
@@ -222,11 +200,9 @@ def _shared(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for report in reports:
         places = [report["seeds"].index(seed) for seed in seeds]
-        episodes = {
-            when: {n: np.array([report["episodes"][when][n][i] for i in places]) for n in nfes}
-            for when in ("before", "after")
-        }
-        found.append({**report, "seeds": seeds, "episodes": episodes})
+        whole = report["episodes"]
+        cut = {when: {n: np.array(whole[when][n])[places] for n in nfes} for when in whole}
+        found.append({**report, "seeds": seeds, "episodes": cut})
     return found
 
 
@@ -297,9 +273,9 @@ def _policy_table(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
             str(len(row["seeds"])),
             str(row["updates"] or ""),
             *(f"{row['score'][n]['value']:.3f}" for n in nfes),
-            *(signed(row[k].get(last)) for k in ("minus_before", "minus_baseline")),
+            *(tables.signed(row[k].get(last)) for k in ("minus_before", "minus_baseline")),
             "" if row["train_s"] is None else f"{row['train_s']:.0f}",
         ]
         for row in rows
     ]
-    return markdown(head, lines)
+    return tables.markdown(head, lines)

@@ -15,25 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffpolicy.report import sequence_figures as plots
+from diffpolicy.report import tables
 from diffpolicy.report.figures import draw_pictures, read_metrics
-from diffpolicy.report.sequence_figures import (
-    check_profiles,
-    plot_curves,
-    plot_logo,
-    standing_warning,
-)
-from diffpolicy.report.tables import (
-    COSTS,
-    FIGURES,
-    VERSION,
-    distribution,
-    ending,
-    label_of,
-    markdown,
-    plain,
-    save_report,
-    text,
-)
 from diffpolicy.sequences.oracles import Oracles, score
 
 FORMAT = "diffpolicy-finetune-report"
@@ -80,7 +64,7 @@ class TuningResult:
     optimum: Sequence[Sequence[float]] = ()
 
     def __post_init__(self) -> None:
-        check_profiles(self.profiles, self.alphabet)
+        plots.check_profiles(self.profiles, self.alphabet)
 
 
 def best_sequences(
@@ -134,63 +118,61 @@ def write_report(run_dir: str | Path, result: TuningResult) -> dict[str, Any]:
         ValueError: values that JSON does not have.
     """
     folder = Path(run_dir)
-    values = plain({f.name: getattr(result, f.name) for f in fields(result)})
+    values = tables.plain({f.name: getattr(result, f.name) for f in fields(result)})
     metrics = folder / "metrics.csv"
-    title = f"{result.task}, {label_of(values)}, seed {result.seed}"
+    title = f"{result.task}, {tables.label_of(values)}, seed {result.seed}"
     profiles, alphabet = result.profiles, result.alphabet
     drawings: dict[str, Callable[[Path], Any]] = {
-        "logo.png": lambda path: plot_logo(profiles, path, alphabet=alphabet, title=title)
+        "logo.png": lambda path: plots.plot_logo(profiles, path, alphabet=alphabet, title=title)
     }
     if metrics.is_file():
-        drawings["curves.png"] = lambda path: plot_curves(metrics, path, title=title)
+        drawings["curves.png"] = lambda path: plots.plot_curves(metrics, path, title=title)
     pictures, notes = draw_pictures(folder, drawings)
-    report = {
-        "format": FORMAT,
-        "version": VERSION,
-        **values,
-        "warning": _warning(metrics),
-        "pictures": pictures,
-        "notes": notes,
-    }
-    return save_report(folder, report, _text(report, title))
+    report = {**values, "warning": _warning(metrics), "pictures": pictures, "notes": notes}
+    settings = f"```json\n{json.dumps(values['settings'], indent=1)}\n```\n"
+    after = ["## Settings\n", settings] if values["settings"] else []
+    return tables.save_report(folder, FORMAT, report, *_words(report, title), after=after)
 
 
 def _warning(metrics: Path) -> dict[str, Any] | None:
     try:
-        return standing_warning(read_metrics(metrics, first="eval/"))
+        return plots.standing_warning(read_metrics(metrics, first="eval/"))
     except (OSError, ValueError):  # no file, or no row in it yet
         return None
 
 
-def _text(report: Mapping[str, Any], title: str) -> str:
+def _words(report: Mapping[str, Any], title: str) -> list[str]:
     before, after, warning = report["before"], report["after"], report["warning"]
     keys = [k for k in {**before, **after} if k not in ("kl_kind", "kl_standard_error")]
-    lines = [[FIGURES.get(k, k), _entry(before, k), _entry(after, k)] for k in keys]
+    lines = [[tables.FIGURES.get(k, k), _entry(before, k), _entry(after, k)] for k in keys]
     parts = [f"# {title}\n"]
     if warning:
         parts.append(f"**Since update {warning['step']}**: {warning['message']}.\n")
-    table = markdown(["figure", "before", "after"], lines)
+    table = tables.markdown(["figure", "before", "after"], lines)
     parts += ["Median [quartiles] over sequences; correlations with the top of the data.\n", table]
     for head, values in (("Exact law", report["exact"]), ("Cost", report["cost"])):
         if values:
-            lines = [[COSTS.get(k, k.replace("_", " ")), text(v)] for k, v in values.items()]
-            parts += [f"## {head}\n", markdown(["figure", "value"], lines)]
+            lines = [
+                [tables.COSTS.get(k, k.replace("_", " ")), tables.text(v)]
+                for k, v in values.items()
+            ]
+            parts += [f"## {head}\n", tables.markdown(["figure", "value"], lines)]
     if report["best"]:
         heads = list(report["best"][0])
-        lines = [[text(row.get(h)) for h in heads] for row in report["best"]]
-        parts += ["## Best sequences\n", markdown([h.replace("_", "-") for h in heads], lines)]
-    parts += ending(report["pictures"], report["notes"])
-    if report["settings"]:
-        parts += ["## Settings\n", f"```json\n{json.dumps(report['settings'], indent=1)}\n```\n"]
-    return "\n".join(parts)
+        lines = [[tables.text(row.get(h)) for h in heads] for row in report["best"]]
+        parts += [
+            "## Best sequences\n",
+            tables.markdown([h.replace("_", "-") for h in heads], lines),
+        ]
+    return parts
 
 
 def _entry(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if isinstance(value, Mapping):
-        return distribution(value)
+        return tables.distribution(value)
     if key == "kl" and value is not None:
         error = row.get("kl_standard_error")
-        spread = f" +- {text(error)}" if error else ""
-        return f"{text(value)}{spread} ({row.get('kl_kind') or 'kind unknown'})"
-    return text(value)
+        spread = f" +- {tables.text(error)}" if error else ""
+        return f"{tables.text(value)}{spread} ({row.get('kl_kind') or 'kind unknown'})"
+    return tables.text(value)

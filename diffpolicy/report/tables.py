@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpolicy.files import write_atomic
+from diffpolicy.files import write_atomic, write_json
 from diffpolicy.report.figures import is_finite
 from diffpolicy.sequences.metrics import over_seeds
 
@@ -65,9 +65,9 @@ def signed(interval: Mapping[str, Any] | None) -> str:
     """Show a difference with its interval in a cell."""
     if interval is None:
         return ""
-    if interval["low"] is None:
-        return f"{interval['value']:+.3f}"
-    return f"{interval['value']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
+    low, high = interval["low"], interval["high"]
+    ends = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
+    return f"{interval['value']:+.3f}{ends}"
 
 
 def figure(row: Mapping[str, Any], name: str) -> float | None:
@@ -125,11 +125,9 @@ def method_statistics(
         By label: ``seeds`` (how many rows) and per column what
         :func:`~diffpolicy.sequences.metrics.over_seeds` says; null where no seed has a number.
     """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(label_of(row), []).append(row)
     found: dict[str, dict[str, Any]] = {}
-    for label, mine in groups.items():
+    for label in dict.fromkeys(map(label_of, rows)):
+        mine = [row for row in rows if label_of(row) == label]
         found[label] = {"seeds": len(mine)}
         for name in columns:
             values = [v for v in (figure(row, name) for row in mine) if v is not None]
@@ -148,15 +146,26 @@ def _cell(found: Mapping[str, Any] | None, seeds: int) -> str:
 # ------------------------------------------------------------------ reports
 
 
-def save_report(folder: Path, report: Mapping[str, Any], words: str) -> dict[str, Any]:
+def save_report(
+    folder: Path, kind: str, report: Mapping[str, Any], *words: str, after: Sequence[str] = ()
+) -> dict[str, Any]:
     """Write ``report.json`` and ``report.md``; see :func:`plain` for what may be in it.
+
+    Args:
+        folder: where.
+        kind: its ``format``.
+        report: among it the names of its ``pictures`` and ``notes`` on them.
+        words: paragraphs of ``report.md`` before pictures and notes.
+        after: paragraphs after them.
 
     Returns:
         The report, as it is read.
     """
-    values: dict[str, Any] = plain(report)
-    write_atomic(folder / "report.md", words)
-    write_atomic(folder / "report.json", json.dumps(values, indent=1, allow_nan=False) + "\n")
+    values: dict[str, Any] = plain({"format": kind, "version": VERSION, **report})
+    shown = [f"![{Path(name).stem}]({name})\n" for name in report["pictures"]]
+    notes = [f"{note}\n" for note in report.get("notes", ())]
+    write_atomic(folder / "report.md", "\n".join([*words, *shown, *notes, *after]))
+    write_json(folder / "report.json", values)
     return values
 
 
@@ -204,12 +213,6 @@ def plain(value: Any, where: str = "value") -> Any:
     raise ValueError(f"a report holds plain values; {where} is {type(value).__name__}")
 
 
-def ending(pictures: Sequence[str], notes: Sequence[str] = ()) -> list[str]:
-    """Pictures and notes of a report, as Markdown."""
-    shown = [f"![{Path(name).stem}]({name})\n" for name in pictures]
-    return [*shown, *(f"{note}\n" for note in notes)]
-
-
 def check_comparable(
     reports: Sequence[Mapping[str, Any]], **same: Callable[[Mapping[str, Any]], Any]
 ) -> None:
@@ -231,7 +234,5 @@ def check_comparable(
     keys = [(label_of(report), report["seed"]) for report in reports]
     twice = [key for key in keys if keys.count(key) > 1]
     if twice:
-        raise ValueError(
-            f"two reports are of {twice[0][0]!r} with seed {twice[0][1]}; leave one out, or name "
-            "one of them with method=..."
-        )
+        which = f"{twice[0][0]!r} with seed {twice[0][1]}"
+        raise ValueError(f"two reports are of {which}; leave one out, or name it with method=...")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffpolicy.report.figures import draw_pictures, plot_nfe, plot_rounds
-from diffpolicy.report.tables import VERSION, ending, markdown, save_report, signed
+from diffpolicy.report.tables import markdown, save_report, signed
 from diffpolicy.rollout.intervals import mean_interval, paired_difference
 from diffpolicy.rollout.results import EvalResult
 
@@ -94,8 +94,6 @@ def write_tuning_report(
         drawings["score_by_nfe.png"] = lambda path: plot_nfe(rows, path, score=score, title=task)
     names = {"task": task, "method": method, "seed": seed, "score": score}
     report = {
-        "format": FORMAT,
-        "version": VERSION,
         **names,
         "seeds": [e.seed for e in runs[0].episodes] if runs else [],
         **intervals,
@@ -111,7 +109,7 @@ def write_tuning_report(
         "settings": settings,
         "pictures": draw_pictures(folder, drawings)[0],
     }
-    return save_report(folder, report, _text(report))
+    return save_report(folder, FORMAT, report, *_words(report))
 
 
 def _each(
@@ -123,13 +121,13 @@ def _each(
 
 def _made_with(results: Sequence[EvalResult]) -> dict[str, Any]:
     """What a number can be made again with: the command, the machine, versions."""
-    found: dict[str, Any] = {"command": list(sys.argv), "diffpolicy": version("diffpolicy")}
+    found: dict[str, Any] = {"command": sys.argv, "diffpolicy": version("diffpolicy")}
     for result in results[:1]:
         found |= {"env": result.env, "machine": result.settings.get("machine")}
     return found
 
 
-def _text(report: Mapping[str, Any]) -> str:
+def _words(report: Mapping[str, Any]) -> list[str]:
     head = ["NFE", f"{report['score']} before", "after", "difference (paired, 95 %)"]
     after, difference = report["after"], report["difference"]
     rows = [
@@ -144,4 +142,4 @@ def _text(report: Mapping[str, Any]) -> str:
     failed = sum(n for found in report["failed"].values() for n in found.values())
     if failed:
         parts.append(f"{failed} episodes could not be run and have the worst score.\n")
-    return "\n".join([*parts, *ending(report["pictures"])])
+    return parts

@@ -90,8 +90,8 @@ class EnvSpec:
             render_mode: passed on to the environment, e.g. ``"rgb_array"``.
 
         Returns:
-            An environment with a step limit, a one-dimensional ``Box`` of actions, and observations
-            as :func:`obs_fields` accepts them.
+            An environment with a step limit, actions as :func:`action_ends` and observations as
+            :func:`obs_fields` accept them.
 
         Raises:
             EnvSpecError: the id does not exist (with close matches), its package is missing (with
@@ -123,12 +123,7 @@ class EnvSpec:
 def _check(env: gym.Env[Any, Any]) -> None:
     """Raise ``ValueError`` unless the environment is one of the kind that policies are for."""
     obs_fields(env.observation_space)
-    action = env.action_space
-    if not isinstance(action, spaces.Box) or len(action.shape) != 1:
-        raise ValueError(
-            f"it takes actions of {action}; a one-dimensional Box is needed (continuous control)"
-        )
-    inward_bounds(action.low, action.high)
+    inward_bounds(*action_ends(env.action_space))
     if step_limit(env) is None:
         raise ValueError(
             "it has no step limit, so an episode might never end: give max_episode_steps "
@@ -157,6 +152,26 @@ def obs_fields(space: spaces.Space[Any]) -> ObsFields:
     return fields
 
 
+def action_ends(space: spaces.Space[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest action ``[A]`` of a space.
+
+    An action that chooses is the number of its choice (A = 1 of a ``Discrete`` space).
+
+    Raises:
+        ValueError: a space of another kind.
+    """
+    if isinstance(space, spaces.Box) and len(space.shape) == 1:
+        return space.low, space.high
+    if isinstance(space, spaces.Discrete):
+        return np.array([space.start]), np.array([space.start + space.n - 1])
+    if isinstance(space, spaces.MultiDiscrete) and len(space.shape) == 1:
+        return space.start, space.start + space.nvec - 1
+    raise ValueError(
+        f"it takes actions of {space}; a one-dimensional Box, a Discrete or a one-dimensional "
+        "MultiDiscrete is needed"
+    )
+
+
 def step_limit(env: gym.Env[Any, Any]) -> int | None:
     """The number of steps after which the environment ends an episode, or None."""
     limit = None if env.spec is None else env.spec.max_episode_steps
@@ -175,6 +190,8 @@ class EnvInfo:
         obs: what an observation is made of.
         action_low: ``[A]`` float32, rounded inwards; may hold -inf.
         action_high: ``[A]`` float32, rounded inwards; may hold inf.
+        chooses: whether actions are whole numbers that choose, from ``action_low`` to
+            ``action_high``.
         max_episode_steps: the step limit.
         has_expert: whether it ships a scripted expert (``expert_action(rng)``).
         versions: versions of the packages that can change a score.
@@ -184,6 +201,7 @@ class EnvInfo:
     obs: ObsFields
     action_low: np.ndarray
     action_high: np.ndarray
+    chooses: bool
     max_episode_steps: int
     has_expert: bool
     versions: dict[str, str]
@@ -192,6 +210,15 @@ class EnvInfo:
     def action_dim(self) -> int:
         """Length A of an action."""
         return len(self.action_low)
+
+    @property
+    def action_groups(self) -> list[dict[str, Any]]:
+        """A policy's ``actions``, where those of the environment choose; else empty."""
+        ends = np.stack([self.action_low, self.action_high], 1).astype(int) if self.chooses else ()
+        return [
+            {"dims": [dim], "choices": int(high - low + 1), "first": int(low)}
+            for dim, (low, high) in enumerate(ends)
+        ]
 
     @property
     def obs_dim(self) -> int:
@@ -231,15 +258,15 @@ def describe(spec: EnvSpec) -> EnvInfo:
 
 def inspect_env(spec: EnvSpec, env: gym.Env[Any, Any]) -> EnvInfo:
     """:func:`describe` for an environment that was made already."""
-    box, limit = env.action_space, step_limit(env)
-    assert isinstance(box, spaces.Box)
+    limit = step_limit(env)
     assert limit is not None
-    low, high = inward_bounds(box.low, box.high)
+    low, high = inward_bounds(*action_ends(env.action_space))
     return EnvInfo(
         spec=spec,
         obs=obs_fields(env.observation_space),
         action_low=low,
         action_high=high,
+        chooses=not isinstance(env.action_space, spaces.Box),
         max_episode_steps=limit,
         has_expert=env.has_wrapper_attr("expert_action"),
         versions=_versions(spec, env),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.data.observation import from_fields, to_fields
+from diffpolicy.policies.boundary import now_of
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.plan_loop import PlanLoop
 from diffpolicy.policies.streaming import StreamingPlanner
@@ -27,10 +28,10 @@ class DeployedLoop(nn.Module):
     """Planning and the way to actions, as it goes into the file: a plan sampled by one loop.
 
     Its inputs are those of ``history [B, To, O]`` raw (or each ``history.NAME``, in the type that
-    policies see: an image as bytes), ``last_plan`` (or ``last_buffer``) ``[B, H, A]`` normalised,
-    ``shift [B]`` int64 steps executed and ``noise [R, B, H, A]`` that are used; its outputs ``plan
-    [B, H, A]`` normalised, ``actions [B, Ta, A]`` in environment units, and the new ``buffer`` of a
-    streaming policy.
+    policies see: an image as bytes), ``last_plan`` (or ``last_buffer``) ``[B, H, P]`` normalised,
+    ``shift [B]`` int64 steps executed and ``noise [R, B, H, P]`` that are used; its outputs ``plan
+    [B, H, P]`` normalised, ``actions [B, Ta, A]`` in environment units, and the new ``buffer`` of a
+    streaming policy. Plans are as policies remember them: absolute.
 
     Args:
         planner: the policy.
@@ -56,10 +57,6 @@ class DeployedLoop(nn.Module):
         self.start_level = loop.levels[0].flatten().tolist()
         first = planner.n_obs_steps - 1
         self.executed = slice(first, first + planner.n_action_steps)
-        self.bounds = tuple(
-            None if b is None else torch.tensor(b, dtype=torch.float32)
-            for b in (planner.spec.action_low, planner.spec.action_high)
-        )
 
     @property
     def ports(self) -> list[Port]:
@@ -78,7 +75,7 @@ class DeployedLoop(nn.Module):
     def made(self) -> list[Port]:
         """The outputs in their order."""
         plan = ("batch", self.loop.horizon, self.loop.action_dim)
-        steps = ("batch", self.executed.stop - self.executed.start, self.loop.action_dim)
+        steps = ("batch", self.executed.stop - self.executed.start, self.planner.action_dim)
         units = "environment, within bounds; the first is for the newest observation's step"
         buffer = Port("buffer", plan, "float32", "normalised, at the levels of its actions")
         return [
@@ -94,28 +91,28 @@ class DeployedLoop(nn.Module):
         last, shift = given.get(f"last_{self.carries}", unused), given.get("shift", unused)
         history, noise = from_fields(given, SEEN), given.get("noise", unused)
         plan, *buffer = self.planned(history, last, shift, noise)
-        return plan, self.actions(plan[:, self.executed]), *buffer
+        return plan, self.planner.boundary.actions(plan[:, self.executed]), *buffer
 
     def planned(
         self, history: Any, last: Tensor, shift: Tensor, noise: Tensor
     ) -> tuple[Tensor, ...]:
-        """Normalised plans ``[B, H, A]`` (and buffers); unused inputs may be anything."""
-        guess = self.planner.moved(last, shift) if self.carries else last
-        return (self.run(history, guess, noise),)
+        """Normalised plans ``[B, H, P]`` (and buffers); unused inputs may be anything."""
+        guess = self.guess(history, last, shift) if self.carries else last
+        return (self.absolute(self.run(history, guess, noise), history),)
 
-    def actions(self, normalised: Tensor) -> Tensor:
-        """Normalised to environment units, within bounds."""
-        for gripper in self.planner.spec.grippers:
-            normalised = gripper.snap(normalised)
-        out = self.planner.normalizer.unnormalize("action", normalised)
-        low, high = self.bounds
-        out = out if low is None else torch.maximum(out, low)
-        return out if high is None else torch.minimum(out, high)
+    def guess(self, history: Any, last: Tensor, shift: Tensor) -> Tensor:
+        """The last plan moved to the present, as the network says it."""
+        return self.planner.moved(last, shift, now_of(history))
+
+    def absolute(self, plan: Tensor, history: Any) -> Tensor:
+        """A plan of the network as it is remembered."""
+        return self.planner.boundary.absolute(plan, now_of(history))
 
     def example(self, batch: int, *, seed: int = 0) -> list[Tensor]:
         """Random inputs for ``batch`` rows, in the order of ``ports``."""
         generator = torch.Generator().manual_seed(seed)
         history, last, _ = example_inputs(self.loop, batch, seed=seed)
+        last = self.absolute(last, history)
         shape = (self.draws, batch, self.loop.horizon, self.loop.action_dim)
         every = {
             **to_fields(history, SEEN),
@@ -147,10 +144,11 @@ class _Ranked(DeployedLoop):
         self, history: Any, last: Tensor, shift: Tensor, noise: Tensor
     ) -> tuple[Tensor, ...]:
         warm = self.carries is not None
-        previous = self.planner.moved(last, shift) if warm else torch.zeros_like(noise[0])
+        previous = self.guess(history, last, shift) if warm else torch.zeros_like(noise[0])
         same = torch.ones_like if warm else torch.zeros_like
         has_previous = same(noise[0, :, 0, 0], dtype=torch.bool)
-        return (self.candidates.propose(history, previous, has_previous, noise).chosen(),)
+        chosen = self.candidates.propose(history, previous, has_previous, noise).chosen()
+        return (self.absolute(chosen, history),)
 
 
 class _Streamed(DeployedLoop):

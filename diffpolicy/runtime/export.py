@@ -194,8 +194,8 @@ def _verify(deployed: DeployedLoop, model: bytes, batch: int, *, dynamic: bool) 
 
 
 def _check_actions(planner: DiffusionPlanner, normalised: Array, actions: Array) -> None:
-    flat = normalised.reshape(-1, planner.action_dim)
-    expected = planner.to_actions(flat).reshape(normalised.shape)
+    flat = normalised.reshape(-1, planner.plan_dim)
+    expected = planner.to_actions(flat).reshape(actions.shape)
     error = float(np.abs(actions - expected).max())
     if not error <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
         how = "this policy makes them in a way that the export does not know"

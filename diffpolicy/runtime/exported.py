@@ -163,13 +163,12 @@ class ExportedPolicy:
         noise: Array | None,
     ) -> ExportedPlan:
         entry = self._entry(kind)
-        count = len(next(iter(seen.values())))
-        if noise is None:
-            sizes = self.contract["policy"]
-            shape = (entry["draws"], count, sizes["horizon"], sizes["action_dim"])
-            noise = self._generator.standard_normal(shape, np.float32)
+        count, ports = len(next(iter(seen.values()))), self._ports[kind]
+        drawn = next((port for port in ports if port.name == "noise"), None)
+        if noise is None and drawn is not None:
+            noise = self._generator.standard_normal(drawn.shape(count), np.float32)
         given = {**seen, f"last_{entry['carries']}": last, "shift": shift, "noise": noise}
-        values, ports = [], self._ports[kind]
+        values = []
         for port in ports:
             if given.get(port.name) is None:
                 raise ValueError(f"the {kind} loop of this policy needs {port.name!r}")

@@ -21,10 +21,13 @@ class Port(NamedTuple):
     dtype: str = "float32"
     unit: str = ""
 
+    def shape(self, rows: int) -> tuple[int, ...]:
+        """The shape of ``rows`` rows."""
+        return tuple(rows if isinstance(size, str) else size for size in self.axes)
+
     def check(self, value: Any, rows: int) -> None:
         """Raise ``ValueError`` unless an array or tensor is ``rows`` rows of this port."""
-        wanted = [rows if size == "batch" else size for size in self.axes]
-        check_shape(self.name, value.shape, wanted)
+        check_shape(self.name, value.shape, self.shape(rows))
         if str(value.dtype).removeprefix("torch.") != self.dtype:
             raise ValueError(f"{self.name} must be {self.dtype}, got {value.dtype}")
 

@@ -15,16 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import diffpolicy.sequences.metrics as metrics
+from diffpolicy.learn.method import check_sizes
 from diffpolicy.learn.reward.chains import categorical_kl
-from diffpolicy.sequences.exact import (
-    ExactLaw,
-    ExactScores,
-    StateSpace,
-    divergence,
-    exact_scores,
-    optimum,
-)
+from diffpolicy.sequences import exact, metrics
+from diffpolicy.sequences.exact import ExactLaw, StateSpace
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, score
 from diffpolicy.sequences.spec import Chain, Drawing
@@ -160,7 +154,7 @@ class Exact(NamedTuple):
         front: ``(KL, E[r])`` of the best laws for weights from 1 down to 0.01.
     """
 
-    scores: ExactScores
+    scores: exact.ExactScores
     front: list[tuple[float, float]]
 
 
@@ -178,9 +172,9 @@ def exactly(
     space, p, q = _laws(model, reference)
     tokens = space.states[space.sequences]
     reward = torch.from_numpy(score(task.reward, tokens, space.vocab_size))
-    laws = [optimum(q, reward, float(weight)) for weight in torch.logspace(0, -2, 24)]
-    front = [(divergence(law, q), float((law * reward).sum())) for law in laws]
-    return Exact(exact_scores(p, q, reward, kl_weight), front)
+    laws = [exact.optimum(q, reward, float(weight)) for weight in torch.logspace(0, -2, 24)]
+    front = [(exact.divergence(law, q), float((law * reward).sum())) for law in laws]
+    return Exact(exact.exact_scores(p, q, reward, kl_weight), front)
 
 
 @torch.no_grad()
@@ -193,7 +187,7 @@ def exact_kl(model: SequenceModel, reference: SequenceModel) -> float:
         ValueError: too many states, or models that depend on the noise level.
     """
     _, p, q = _laws(model, reference)
-    return divergence(p, q)
+    return exact.divergence(p, q)
 
 
 def _laws(model: SequenceModel, reference: SequenceModel) -> tuple[StateSpace, Tensor, Tensor]:
@@ -225,9 +219,8 @@ def path_kl(
     Raises:
         ValueError: as :meth:`SequenceModel.draw`; models of different sizes.
     """
-    sizes = [(m.spec.vocab_size, m.spec.length) for m in (model, reference)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"the models differ in (vocab_size, length): {sizes[0]} and {sizes[1]}")
+    sizes = {name: getattr(reference.spec, name) for name in ("vocab_size", "length")}
+    check_sizes("the model", model.spec, "the reference", **sizes)
     chains = model.chains(model.masked(size), rows=ROWS, record=True, **how)
     return torch.cat([_chain_kl(chain, reference) for chain in chains])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, Self, Unpack
 
 import numpy as np
@@ -30,7 +31,7 @@ from diffpolicy.sequences.spec import (
     tokens_of,
 )
 from diffpolicy.sequences.task import SequenceTask, check_tokens
-from diffpolicy.settings import check_range
+from diffpolicy.settings import check_range, settings_of
 from diffpolicy.training.process import seeded
 from diffpolicy.training.saved import Saved, part_of
 from diffpolicy.training.settings import TrainerConfig
@@ -96,7 +97,7 @@ class SequenceModel(Letters, Saved):
         given = sorted(set(sizes) & set(spec or {}))
         if given:
             raise ValueError(f"the task says {', '.join(given)}: leave out of spec")
-        full = SequenceSpec.from_config({**(spec or {}), **sizes})
+        full = settings_of(SequenceSpec, {**(spec or {}), **sizes}, cls.WHAT)
         return cls(full, seeded(seed, full.make_denoiser), device=device)
 
     @property
@@ -119,8 +120,7 @@ class SequenceModel(Letters, Saved):
         labels: Any = None,
         cond: Tensor | None = None,
         val_fraction: float = 0.02,
-        resume: bool = False,
-        overwrite: bool = False,
+        **run: Unpack[Running],
     ) -> Self:
         """Train on sequences by masked cross-entropy; ends with the averaged (EMA) weights.
 
@@ -131,8 +131,7 @@ class SequenceModel(Letters, Saved):
             labels: ``[N]``, from which ``spec.label_quantiles`` make the condition.
             cond: the condition ``[N, C]`` itself.
             val_fraction: fraction of the sequences held out for the validation loss.
-            resume: continue the run in ``run_dir`` exactly where it stopped.
-            overwrite: replace an earlier run in ``run_dir``.
+            **run: ``evaluate``, ``resume`` and ``overwrite`` as of :meth:`fit`.
 
         Returns:
             self; ``last_training`` tells the steps done, seconds, and whether it was interrupted.
@@ -151,7 +150,6 @@ class SequenceModel(Letters, Saved):
             for rows in (order[:val_count], order[val_count:])
         )
         objective = MaskedDenoisingLoss(self.denoiser, cond_dropout=self.spec.cond_dropout)
-        run: Running = {"resume": resume, "overwrite": overwrite}
         run["val_source"] = held_out if val_count else None
         return self.fit(objective, train, config, run_dir, **run)
 
@@ -179,10 +177,8 @@ class SequenceModel(Letters, Saved):
             ValueError: an objective that trains another denoiser.
         """
         if getattr(objective, "denoiser", None) is not self.denoiser:
-            raise ValueError(
-                f"{type(objective).__name__} must train this model's own denoiser: build it with "
-                "model.denoiser"
-            )
+            name = type(objective).__name__
+            raise ValueError(f"{name} must train this model's own denoiser, model.denoiser")
         with unchanged_on_error(objective):
             result = Trainer(
                 objective,
@@ -279,17 +275,11 @@ class SequenceModel(Letters, Saved):
             else:
                 noise = process.draw_noise(x.shape, generator, x)
                 start = truncated_start(process, x, t_start, noise)
-            groups, grid = reveals(
-                process,
-                start,
-                how.get("num_steps"),
-                time_free=self.spec.time_free,
-                generator=generator,
-            )
-            own, solver = None if given is None else given[part], Scheduled(groups)
-            out = sample(
-                denoiser, solver, start, grid, cond=own, generator=generator, record=record
-            )
+            order: dict[str, Any] = {"time_free": self.spec.time_free, "generator": generator}
+            groups, grid = reveals(process, start, how.get("num_steps"), **order)
+            noise_of: dict[str, Any] = {"generator": generator, "record": record}
+            own = None if given is None else given[part]
+            out = sample(denoiser, Scheduled(groups), start, grid, cond=own, **noise_of)
             found = (out.x0, out.transitions) if isinstance(out, Trajectory) else (out, ())
             yield Chain(found[0], groups, found[1])
 
@@ -302,10 +292,8 @@ class SequenceModel(Letters, Saved):
         if guidance is None:
             return self.denoiser
         if not (self.spec.cond_dropout and self.spec.cond_dim):
-            raise ValueError(
-                f"guidance={guidance} needs a model trained with cond_dropout > 0 and a condition; "
-                "this one was trained without"
-            )
+            needs = "a model trained with cond_dropout > 0 and a condition"
+            raise ValueError(f"guidance={guidance} needs {needs}; this one was trained without")
         return ClassifierFreeGuidance(self.denoiser, guidance)
 
     def expand_cond(
@@ -330,9 +318,9 @@ class SequenceModel(Letters, Saved):
 
     def class_cond(self, index: int) -> Tensor:
         """The condition ``[C]`` of a class of ``label_quantiles``, 0 the lowest."""
-        if not 0 <= index < self.spec.cond_dim:
-            raise ValueError(f"class must be 0..{self.spec.cond_dim - 1}, got {index}")
-        return torch.eye(self.spec.cond_dim, device=self.device)[index]
+        size = self.spec.cond_dim
+        check_range(f"[0, {size})", class_index=index)
+        return torch.eye(size, device=self.device)[index]
 
     @torch.no_grad()
     def log_likelihood(
@@ -367,7 +355,7 @@ class SequenceModel(Letters, Saved):
 
     def _files(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         return {
-            "config.json": self._config(**self.spec.to_config()),
+            "config.json": self._config(**asdict(self.spec)),
             "model.safetensors": dict(weights or self.denoiser.state_dict()),
         }
 
@@ -375,7 +363,7 @@ class SequenceModel(Letters, Saved):
     def _made_of(
         cls, config: dict[str, Any], files: Mapping[str, Any], device: str | torch.device
     ) -> Self:
-        spec = SequenceSpec.from_config(config)
+        spec = settings_of(SequenceSpec, config, cls.WHAT)
         denoiser = spec.make_denoiser()
         denoiser.load_state_dict(files["model.safetensors"])
         return cls(spec, denoiser, device=device)

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.method import Batch
 from diffpolicy.networks.heads import make_head
 from diffpolicy.sequences.metrics import pearson, spearman
+from diffpolicy.sequences.spec import SequenceExamples
 from diffpolicy.sequences.task import SequenceTask, check_tokens
 from diffpolicy.settings import check_range
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
@@ -95,30 +97,10 @@ class RegressionLoss(nn.Module):
         super().__init__()
         self.oracle = oracle
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         target = (batch["label"] - self.oracle.mean) / self.oracle.std
         error = self.oracle.network(batch["tokens"]) - target
         return LossOutput(error.square(), {"bias": error.mean().detach()})
-
-
-class LabelledSequences:
-    """Sequences with labels as a source of the trainer.
-
-    Args:
-        tokens: integers ``[N, L]``.
-        labels: ``[N]``.
-    """
-
-    def __init__(self, tokens: Any, labels: Any) -> None:
-        self.tokens = torch.as_tensor(np.asarray(tokens, dtype=np.int16))
-        self.labels = torch.as_tensor(np.asarray(labels, dtype=np.float32))
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def gather(self, indices: Tensor) -> dict[str, Tensor]:
-        """A batch."""
-        return {"tokens": self.tokens[indices].long(), "label": self.labels[indices]}
 
 
 class Oracles(NamedTuple):
@@ -209,11 +191,11 @@ def _settle(
     objective = RegressionLoss(oracle)
     result = Trainer(
         objective,
-        LabelledSequences(*rest),
+        _examples(*rest),
         config,
         folder,
         export=lambda state: oracle._files(part_of(state, "oracle"), digest=digest),
-        val_source=LabelledSequences(*val) if len(val[0]) else None,
+        val_source=_examples(*val) if len(val[0]) else None,
         resume=old == digest,
         overwrite=overwrite and old != digest,
     ).fit()
@@ -223,6 +205,11 @@ def _settle(
     oracle.frozen()
     report = {"train": correlations(oracle, *rest), "test": correlations(oracle, *test)}
     write_bundle(folder / "oracle", oracle._files(digest=digest, report=report))
+
+
+def _examples(tokens: Any, labels: Any) -> SequenceExamples:
+    values = np.asarray(tokens, dtype=np.int16), np.asarray(labels, dtype=np.float32)
+    return SequenceExamples(torch.from_numpy(values[0]), label=torch.from_numpy(values[1]))
 
 
 def _digest(head: Mapping[str, Any], config: TrainerConfig, tokens: Any, labels: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, TypedDict
 
@@ -17,7 +17,7 @@ from diffpolicy.core.sampling import Transition
 from diffpolicy.networks.base import check_positive
 from diffpolicy.networks.registry import sized_network
 from diffpolicy.sequences.task import MASK_LETTER, check_alphabet
-from diffpolicy.settings import check_choice, check_range, check_shape, settings_of
+from diffpolicy.settings import check_choice, check_range, check_shape
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,7 @@ class SequenceSpec:
         if self.label_quantiles:
             check_quantiles(self.label_quantiles)
             classes = len(self.label_quantiles) + 1
-            if self.cond_dim not in (0, classes):
-                raise ValueError(
-                    f"{classes - 1} label_quantiles make {classes} classes, so cond_dim must be "
-                    f"{classes} (or left out), got {self.cond_dim}"
-                )
+            check_choice("cond_dim", self.cond_dim, (0, classes))
             object.__setattr__(self, "cond_dim", classes)
         check_range("[0, 1)", cond_dropout=self.cond_dropout)
 
@@ -70,19 +66,6 @@ class SequenceSpec:
     def vocab_size(self) -> int:
         """V, the number of letters."""
         return len(self.alphabet)
-
-    def to_config(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> SequenceSpec:
-        """The inverse of :meth:`to_config`.
-
-        Raises:
-            ValueError: unknown or missing entries.
-        """
-        return settings_of(cls, config, "sequence model")
 
     def training_cond(self, count: int, labels: Any, cond: Tensor | None) -> Tensor | None:
         """Make the condition ``[N, C]`` of training sequences from their labels, or check it.
@@ -97,15 +80,13 @@ class SequenceSpec:
         """
         if labels is not None:
             if cond is not None or not self.label_quantiles:
-                raise ValueError(
-                    "labels become a condition through spec.label_quantiles, e.g. (0.9,) for the "
-                    "top decile; set it, and give either labels or cond"
-                )
+                how = "through spec.label_quantiles, e.g. (0.9,) for the top decile"
+                raise ValueError(f"labels become a condition {how}; give either labels or cond")
             cond = activity_classes(labels, self.label_quantiles)
         if cond is None:
             if self.cond_dim:
                 raise ValueError(
-                    f"this model has cond_dim={self.cond_dim}: give labels or cond [N, C]"
+                    f"cond_dim={self.cond_dim} of this model: give labels or cond [N, C]"
                 )
             return None
         check_shape("the condition", cond.shape, (count, self.cond_dim))
@@ -193,25 +174,31 @@ class Letters:
 class SequenceExamples:
     """Sequences as a source of the trainer.
 
-    ``gather`` gives ``tokens`` int64 ``[B, L]`` and, if there are conditions, ``cond [B, C]``.
+    ``gather`` gives ``tokens`` int64 ``[B, L]`` and, where they are known, ``cond [B, C]`` and
+    ``label [B]``.
 
     Args:
         tokens: integers ``[N, L]``.
         cond: ``[N, C]`` or None.
+        label: ``[N]`` or None.
+
+    Raises:
+        ValueError: not as many conditions or labels as sequences.
     """
 
-    def __init__(self, tokens: Tensor, cond: Tensor | None = None) -> None:
-        if cond is not None and len(cond) != len(tokens):
-            raise ValueError(f"{len(tokens)} sequences need as many conditions, got {len(cond)}")
-        self.tokens, self.cond = tokens, cond
+    def __init__(self, tokens: Tensor, cond: Tensor | None = None, label: Any = None) -> None:
+        self.tokens = tokens
+        self.known = {k: v for k, v in {"cond": cond, "label": label}.items() if v is not None}
+        for name, value in self.known.items():
+            check_shape(f"{name} of the sequences", value.shape[:1], (len(tokens),))
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def gather(self, indices: Tensor) -> dict[str, Tensor]:
         """A batch."""
-        batch = {"tokens": self.tokens[indices].long()}
-        return batch if self.cond is None else {**batch, "cond": self.cond[indices]}
+        known = {name: value[indices] for name, value in self.known.items()}
+        return {"tokens": self.tokens[indices].long(), **known}
 
 
 class Draws:
@@ -238,8 +225,9 @@ class Draws:
 
     def gather(self, indices: Tensor) -> dict[str, Tensor]:
         """A batch."""
-        batch = {"index": indices}
-        return batch if self.cond is None else {**batch, "cond": self.cond.expand(len(indices), -1)}
+        rows = len(indices)
+        cond = {} if self.cond is None else {"cond": self.cond.expand(rows, -1)}
+        return {"index": indices, **cond}
 
 
 def activity_classes(labels: Any, quantiles: Sequence[float]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -46,8 +46,7 @@ def tune(
     *,
     eval_draws: int = 256,
     num_steps: int | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
+    **run: Unpack[Running],
 ) -> Tuned:
     """Tune a copy of ``pretrained``, which is the reference of the divergence.
 
@@ -62,8 +61,7 @@ def tune(
         run_dir: metrics and checkpoints.
         eval_draws: sequences of an evaluation.
         num_steps: of their chains; ``None``: one position at a time.
-        resume: continue the run in ``run_dir``.
-        overwrite: replace it.
+        **run: ``resume`` and ``overwrite`` of :class:`~diffpolicy.training.trainer.Trainer`.
 
     Raises:
         ValueError: unknown settings, or ones that do not fit.
@@ -74,9 +72,8 @@ def tune(
     objective = made.objective(model.denoiser, material).to(model.device)
     blank = model.expand_cond(None, 1)
     source = Draws(max(65_536, config.batch_size), None if blank is None else blank[0].cpu())
-    watch = _watch(pretrained, oracles, eval_draws, num_steps, config.seed)
-    how: Running = {"evaluate": watch, "resume": resume, "overwrite": overwrite}
-    model.fit(objective, source, config, run_dir, **how)
+    run["evaluate"] = _watch(pretrained, oracles, eval_draws, num_steps, config.seed)
+    model.fit(objective, source, config, run_dir, **run)
     training = model.last_training
     assert training is not None
     return Tuned(model, training.interrupted, training.train_s, reward.calls)

@@ -41,7 +41,7 @@ from diffpolicy.training.run_files import (
 )
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.sources import Source
-from diffpolicy.training.weights import EMA, autocast, set_training, validation_loss
+from diffpolicy.training.weights import EMA, autocast, set_training, validation_losses
 
 Evaluate = Callable[[Path, int], Mapping[str, float]]
 Export = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
@@ -284,8 +284,12 @@ class Trainer:
             self._totals[name] = self._totals.get(name, 0) + value.detach()
 
     def _indices(self, step: int) -> Tensor:
-        """Rows of this process at ``step``, from a permutation that (seed, epoch) determine."""
+        """Rows of this process at ``step``; (seed, step) alone determine them."""
         size, count = self.config.batch_size, len(self.source)
+        draw = getattr(self.source, "draw", None)
+        if draw is not None:
+            drawn: Tensor = draw(step, size, self.config.seed)
+            return drawn[self.group.rank :: self.group.size]
         per_epoch = count // size
         epoch, position = divmod(step, per_epoch)
         if self._epoch != epoch:
@@ -308,8 +312,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         row: dict[str, float] = {}
         if self.val_source is not None:
-            weights, held_out = self.ema.state, self.val_source
-            row["val_loss"] = validation_loss(self.objective, weights, held_out, self.config)
+            row |= validation_losses(self.objective, self.ema.state, self.val_source, self.config)
         if self.evaluate is None or self.export is None or not self.group.first:
             return row
         folder = write_bundle(self.run_dir / ".candidate", self.export(self.ema.state))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.training.settings import TrainerConfig, mix_seed
-from diffpolicy.training.sources import Source
+from diffpolicy.training.sources import Source, Weighted
 
 _Place = tuple[Mapping[str, Tensor | None], str]  # a module's parameters or buffers, and a name
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -82,6 +82,23 @@ def set_training(objective: nn.Module) -> None:
     for module in objective.modules():
         if any(p.requires_grad for p in module.parameters()):
             module.training = True
+
+
+def validation_losses(
+    objective: nn.Module, weights: Mapping[str, Tensor], source: Source, config: TrainerConfig
+) -> dict[str, float]:
+    """``val_loss`` of held-out examples; of weighted parts its mean, and ``val_loss_NAME`` of each.
+
+    Arguments are those of :func:`validation_loss`.
+    """
+    if not isinstance(source, Weighted):
+        return {"val_loss": validation_loss(objective, weights, source, config)}
+    found = {
+        f"val_loss_{name}": validation_loss(objective, weights, part, config)
+        for name, part in source.parts.items()
+    }
+    mean = sum(p * v for p, v in zip(source.shares, found.values(), strict=True))
+    return {"val_loss": mean, **found}
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ TARGETS = {
     "gather": ">= 500,000 windows/s",
     "startup": "import diffpolicy adds <= 0.3 s to import torch; --help within 1 s",
 }
+
+OTHERS = {"latency": "latency", "gradients": "reward_gradients", "images": "images"}
+"""Further benchmarks, by the first argument, and their modules."""
 
 
 def help_text() -> str:
@@ -43,21 +47,17 @@ Measures, both sides interleaved in one run, and prints one line each with its t
 
 
 def _others_help() -> str:
-    from benches import latency, reward_gradients
+    return "\n\n".join(_other(name).help_text() for name in OTHERS)
 
-    return f"{latency.help_text()}\n\n{reward_gradients.help_text()}"
+
+def _other(name: str) -> Any:
+    return import_module(f"benches.{OTHERS[name]}")
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the benchmarks and print (and store) their results."""
-    if arguments and arguments[0] == "latency":
-        from benches import latency
-
-        return latency.run(arguments[1:])
-    if arguments and arguments[0] == "gradients":
-        from benches import reward_gradients
-
-        return reward_gradients.run(arguments[1:])
+    if arguments and arguments[0] in OTHERS:
+        return int(_other(arguments[0]).run(arguments[1:]))
     options = parse(arguments, [], {"only": None, "rounds": 15, "threads": 1, "output": None})
     benches: dict[str, Callable[[int], dict[str, Any]]] = {
         "sampling": sampling,
@@ -93,15 +93,19 @@ def _machine() -> dict[str, str]:
     return {"processor": platform.machine(), "cores": str(os.cpu_count()), **versions}
 
 
-def interleaved(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    sides: dict[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each side in every round, the sides in turn; one warm-up round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, side in sides.items():
-            began = time.perf_counter()
+            began = clock()
             side()
             if number:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(clock() - began)
     return times
 
 

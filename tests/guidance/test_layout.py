@@ -28,6 +28,17 @@ def test_plans_are_made_and_taken_apart(kind, dim, cond_dim):
         assert torch.equal(x0[..., -2:], action)
 
 
+def test_joint_plans_hold_what_is_imagined_and_the_action():
+    layout = Layout("joint", **SIZES, imagined_dim=4)
+    assert (layout.dim, layout.parts, layout.cond_dim, layout.pinned) == (6, (4, 2), 6, False)
+    imagined, action = torch.randn(6, 4, 4), torch.randn(6, 4, 2)
+    x0 = layout.join(imagined, action)
+    assert torch.equal(x0[..., :4], imagined)
+    assert torch.equal(x0[..., 4:], action)
+    assert not layout.known.any()
+    assert torch.equal(layout.values(torch.randn(5, 2, 3)), torch.zeros(5, 4, 6))
+
+
 def test_known_entries_and_weights_by_hand():
     one, none = [True] * 3, [False] * 2
     layout = Layout("trajectory", **SIZES)
@@ -70,9 +81,11 @@ def test_a_layout_survives_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "joint"}, "unknown layout 'joint'"),
+        ({"kind": "joints"}, "unknown layout 'joints'"),
         ({"obs_dim": 0}, "obs_dim must be at least 1, got 0"),
         ({"horizon": 2}, "horizon must be at least 3, got 2"),
+        ({"kind": "joint"}, "imagined_dim must be at least 1, got 0"),
+        ({"imagined_dim": 1}, "imagined_dim must be in"),
         ({"goal": ((0, 3),)}, "indices into an observation of 3 entries"),
         ({"goal": ((0, 1), (0, 2))}, "pins an entry twice"),
         ({"goal": ((0,),)}, "pairs of integers"),

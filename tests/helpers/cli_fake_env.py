@@ -32,4 +32,22 @@ class Point(gym.Env):
         return np.clip(-self.x / 0.3, -1, 1)
 
 
+class Keys(Point):
+    """Three keys, 1 to 3: left, nothing and right; the second entry stays where it began."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode=render_mode)
+        self.action_space = spaces.Discrete(3, start=1)
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.x[0] = np.clip(self.x[0] + 0.3 * (int(action) - 2), -5, 5)
+        near = abs(self.x[0]) <= 0.16
+        return self.x.astype(np.float32), -abs(self.x[0]), False, False, {"is_success": near}
+
+    def expert_action(self, rng):
+        return 2 - int(np.sign(self.x[0])) * (abs(self.x[0]) > 0.15)
+
+
+gym.register("cli_fake/Keys-v0", entry_point=f"{__name__}:Keys", max_episode_steps=10)
 gym.register("cli_fake/Point-v0", entry_point=f"{__name__}:Point", max_episode_steps=10)

@@ -116,6 +116,28 @@ class FakeDict(FakeExpertPoint):
         }
 
 
+class FakeCameras(FakeExpertPoint):
+    """Observes where it is, and two cameras whose pixels depend on the seed, the step and both."""
+
+    def __init__(self, size=96, length=1000, fault=None, render_mode=None, render_fault=None):
+        super().__init__(fault, render_mode, render_fault=render_fault)
+        self.length = length
+        view = spaces.Box(0, 255, (size, size, 3), np.uint8)
+        place = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.observation_space = spaces.Dict({"place": place, "front": view, "wrist": view})
+        self.noise = np.random.default_rng(0).integers(0, 256, view.shape, np.uint8)
+
+    def step(self, action):
+        obs, reward, _, cut, _ = super().step(action)
+        return obs, reward, self.t >= self.length, cut, {"is_success": True}
+
+    def _obs(self):
+        front = self.noise + np.uint8(self.seed_now % 256)
+        front[0, 0] = self.seed_now % 256, self.t % 256, self.t // 256
+        self.wrist = front[::-1]  # not contiguous
+        return {"place": self.x.astype(np.float32), "front": front, "wrist": self.wrist}
+
+
 class FakeImage(FakePoint):
     """Observes a picture alone."""
 
@@ -143,12 +165,27 @@ class FakeTuple(FakePoint):
         self.observation_space = spaces.Tuple([self.observation_space])
 
 
-class FakeDiscrete(FakePoint):
+class FakeWords(FakePoint):
     """Takes discrete actions."""
 
     def __init__(self):
         super().__init__()
-        self.action_space = spaces.Discrete(3)
+        self.action_space = spaces.Text(3)
+
+
+class FakeDials(FakePoint):
+    """Two dials of 3 and 4 places, the second one's numbers from -1; its expert knows the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = spaces.MultiDiscrete([3, 4], start=[0, -1])
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return super().step(action - 1.0)
+
+    def expert_action(self, rng):
+        return np.array([0, 2])
 
 
 class FakeChaos(gym.Env):
@@ -218,10 +255,12 @@ for _name, _limit in (
     ("ExpertPoint", 12),
     ("Modules", 12),
     ("Dict", 12),
+    ("Cameras", 1000),
     ("Image", 12),
     ("Grid", 12),
     ("Tuple", 12),
-    ("Discrete", 12),
+    ("Words", 12),
+    ("Dials", 12),
     ("Odd", 3),
     ("Chaos", 60),
     ("Forker", 12),

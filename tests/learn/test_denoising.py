@@ -139,8 +139,6 @@ def test_errors():
         DenoisingLoss(mlp_denoiser("position"), level_law="dim")
     with pytest.raises(ValueError, match="needs ramp=Ramp"):
         DenoisingLoss(mlp_denoiser("position"), level_law="position")
-    with pytest.raises(ValueError, match="no other law takes one"):
-        DenoisingLoss(mlp_denoiser(), ramp=RAMP)
     with pytest.raises(ValueError, match="the ramp has horizon=20, the network 12"):
         DenoisingLoss(mlp_denoiser("position"), level_law="position", ramp=Ramp(20, 2, 8))
     with pytest.raises(ValueError, match="constant_fraction must be in"):

@@ -376,13 +376,13 @@ def test_a_few_pairs_of_each_window_estimate_the_mean_over_all():
 
 def test_errors():
     trajectory, state = LAYOUTS["trajectory"], LAYOUTS["state"]
-    with pytest.raises(ValueError, match=r"'trajectory' layout has dim=5, the network dim=3"):
+    with pytest.raises(ValueError, match="the network has dim=3, a 'trajectory' layout 5"):
         DenoisingLoss(denoiser_of(state), layout=trajectory)
     with pytest.raises(ValueError, match=r"weights must be \[1, 5, 3\], got \[5, 3\]"):
         DenoisingLoss(denoiser_of(state), layout=state, weights=torch.ones(5, 3))
     with pytest.raises(ValueError, match="must not be negative"):
         DenoisingLoss(denoiser_of(state), layout=state, weights=-torch.ones(1, 5, 3))
-    with pytest.raises(ValueError, match="nothing to learn"):
+    with pytest.raises(ValueError, match="some must be positive at entries that are not known"):
         DenoisingLoss(denoiser_of(state), layout=state, weights=state.known.float())
     with pytest.raises(ValueError, match="unknown levels"):
         ValueLoss(head_of("value"), VPCosine(), trajectory, "noisy")
@@ -399,9 +399,7 @@ def test_errors():
     with pytest.raises(ValueError, match="n_obs_steps must be at least 1"):
         InverseDynamicsLoss(head_of("inverse"), 0)
     denoiser, inverse = denoiser_of(state), head_of("inverse")
-    with pytest.raises(ValueError, match="needs at least one"):
-        SumOfLosses(denoiser, nn.ModuleDict(), {})
-    with pytest.raises(ValueError, match="belong neither to the denoiser nor to the heads"):
+    with pytest.raises(ValueError, match="trains neither the denoiser nor the heads"):
         SumOfLosses(denoiser, nn.ModuleDict(), {"inverse": InverseDynamicsLoss(inverse)})
 
 

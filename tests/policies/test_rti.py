@@ -14,10 +14,10 @@ from diffpolicy.core import DDIM, levels, sample
 from diffpolicy.core.processes import DiscreteVP
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.starts import Start, shift_plan, truncated_start
+from diffpolicy.policies.boundary import Gripper
 from diffpolicy.policies.choose_level import ddim_contraction
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.rti import RTI, LegacyRTI
-from diffpolicy.policies.spec import Gripper
 
 
 def planned(planner: DiffusionPlanner, obs: np.ndarray, times: int) -> list[np.ndarray]:

@@ -49,7 +49,7 @@ def test_without_a_limit_one_must_be_given():
         (EnvSpec(POINT, {"wrong": 1}), "unexpected keyword argument 'wrong'"),
         (EnvSpec("rollout_fake_envs:rollout_fakes/Grid-v0"), "FlattenObservation"),
         (EnvSpec("rollout_fake_envs:rollout_fakes/Tuple-v0"), "must be a Box"),
-        (EnvSpec("rollout_fake_envs:rollout_fakes/Discrete-v0"), "continuous control"),
+        (EnvSpec("rollout_fake_envs:rollout_fakes/Words-v0"), "MultiDiscrete is needed"),
     ],
 )
 def test_what_cannot_be_made_says_why(spec, message):

@@ -19,9 +19,10 @@ from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.fields import inward_bounds
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
+from diffpolicy.policies.boundary import Gripper
 from diffpolicy.policies.ensemble import TemporalEnsemble
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.spec import Gripper, PolicySpec
+from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.runtime import export as exporting

@@ -41,7 +41,7 @@ class ReplayBuffer(EpisodeSource):
             with zipfile.ZipFile(path) as archive:
                 self._files = set(archive.namelist())
         self.name, self.fields, self.attrs = store.name, store.fields, store.attrs
-        self.episode_attrs = store.episode_attrs
+        self.episode_attrs, self.episode_lengths = store.episode_attrs, store.episode_lengths
         try:
             self.unread = self._left_over()
         except ValueError:
@@ -56,11 +56,11 @@ class ReplayBuffer(EpisodeSource):
         return path.suffix == ".zip"
 
     def default_fields(self) -> dict[str, str | list[str]]:
-        """Name all fields of a store of ours; else ``obs``, or ``state``, and ``action``."""
+        """Name all fields of a store of ours; else images with ``obs`` or ``state``; ``action``."""
         if self._store.is_native:
             return {name: name for name in self.fields}
-        names = [n for n in ("obs", "state") if n in self.fields]
-        obs: dict[str, str | list[str]] = {"obs": names[:1]} if names else {}
+        states = [n for n in ("obs", "state") if n in self.fields]
+        obs: dict[str, str | list[str]] = {"obs": self.with_cameras(states[:1])} if states else {}
         return obs | ({"action": "action"} if "action" in self.fields else {})
 
     def gaps(self, fields: Sequence[str]) -> list[Gap]:

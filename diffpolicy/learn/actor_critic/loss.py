@@ -21,7 +21,14 @@ from diffpolicy.core.starts import prior_start
 from diffpolicy.core.steps import Row, Solver
 from diffpolicy.data.observation import from_fields
 from diffpolicy.learn.actor_critic.algorithms import ActorCritic
-from diffpolicy.learn.cloning.denoising import LossOutput, denoising_error, standard_normal
+from diffpolicy.learn.cloning.denoising import (
+    LossOutput,
+    denoising_error,
+    mean_over_plan,
+    squared_error,
+    standard_normal,
+)
+from diffpolicy.learn.method import Batch, check_sizes
 from diffpolicy.settings import check_range
 
 
@@ -51,12 +58,12 @@ class ActorCriticLoss(nn.Module):
         self, denoiser: Denoiser, heads: Mapping[str, nn.Module], settings: ActorCritic
     ) -> None:
         super().__init__()
-        if set(heads) != set(settings.heads):
-            raise ValueError(
-                f"critic={settings.critic!r} trains the heads {sorted(settings.heads)}, got "
-                f"{sorted(heads)}"
-            )
-        _check_sizes(denoiser, heads["critic"])
+        wanted, got = sorted(settings.heads), sorted(heads)
+        if wanted != got:
+            raise ValueError(f"critic={settings.critic!r} trains the heads {wanted}, got {got}")
+        names = {"cond_dim": "cond_dim", "horizon": "horizon", "action_dim": "dim"}
+        sizes = {mine: getattr(denoiser.network, its, None) for mine, its in names.items()}
+        check_sizes("the critic", heads["critic"], "the actor's network", **sizes)
         self.settings = settings
         self.denoiser = denoiser
         self.heads = heads if isinstance(heads, nn.ModuleDict) else nn.ModuleDict(heads)
@@ -84,7 +91,7 @@ class ActorCriticLoss(nn.Module):
             for mine, theirs in zip(target.buffers(), live.buffers(), strict=True):
                 mine.copy_(theirs)
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         cond = self.denoiser.encode(from_fields(batch))
         actor, metrics = self._actor(batch, cond, generator)
         learn = self._expectile if self.settings.critic == "iql" else self._temporal
@@ -93,7 +100,7 @@ class ActorCriticLoss(nn.Module):
         return LossOutput(actor + critic, {k: v.detach().mean() for k, v in everything.items()})
 
     def _actor(
-        self, batch: Mapping[str, Tensor], cond: Tensor, generator: torch.Generator
+        self, batch: Batch, cond: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Denoising, less the value of what the actor makes, ``[B]``."""
         settings, x0 = self.settings, batch["action"]
@@ -107,20 +114,13 @@ class ActorCriticLoss(nn.Module):
             if settings.actor == "bc":
                 return error, {"bc": error}
             assert self._chain is not None
-            plan = self._chain.run(
-                self.denoiser,
-                cond,
-                x0,
-                generator,
-                grad_steps=settings.grad_steps,
-                checkpoint=settings.checkpoint,
-            )
+            plan = self._chain.run(self.denoiser, cond, x0, generator)
         values = value_for_actor(self.heads["critic"], cond.detach(), plan)
         gain = normalized_value(values, generator)
         return error - settings.eta * gain, {"bc": error, "actor_q": values}
 
     def _temporal(
-        self, batch: Mapping[str, Tensor], cond: Tensor, generator: torch.Generator
+        self, batch: Batch, cond: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Error of Q to the target critics' value of sampled next plans, ``[B]``."""
         target = self.td_target(batch, generator)
@@ -129,7 +129,7 @@ class ActorCriticLoss(nn.Module):
         return error, {"td": error, "q": values, "target": target}
 
     @torch.no_grad()
-    def td_target(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+    def td_target(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """``r + discount min_m max_n Q_m(s', a'_n)`` with next plans of the target actor, ``[B]``.
 
         Wang et al. 2023, eq. 4.
@@ -145,7 +145,7 @@ class ActorCriticLoss(nn.Module):
         return batch["reward"] + batch["discount"] * values
 
     def _expectile(
-        self, batch: Mapping[str, Tensor], cond: Tensor, generator: torch.Generator
+        self, batch: Batch, cond: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Errors of V to an expectile of Q, and of Q to V, ``[B]`` (IQL, eqs. 5 and 6)."""
         plan = batch["action"]
@@ -230,18 +230,6 @@ def normalized_value(values: Tensor, generator: torch.Generator) -> Tensor:
     return values.index_select(0, member).squeeze(0) / unit.clamp_min(1e-6)
 
 
-def _check_sizes(denoiser: Denoiser, critic: nn.Module) -> None:
-    """Raise ``ValueError`` unless the critic judges the plans that the denoiser makes."""
-    network = denoiser.network
-    for mine, theirs in (("cond_dim",) * 2, ("horizon",) * 2, ("action_dim", "dim")):
-        has, needs = getattr(critic, mine, None), getattr(network, theirs, None)
-        if has is not None and needs is not None and has != needs:
-            raise ValueError(
-                f"the critic has {mine}={has}, the actor's network {theirs}={needs}; build both "
-                "for the same observations and plans"
-            )
-
-
 class _Table(Solver):
     """A solver whose rows for one grid were computed before: every training step needs them."""
 
@@ -264,19 +252,12 @@ class SamplingChain:
     """
 
     def __init__(self, process: GaussianProcess, settings: ActorCritic) -> None:
-        self.levels, solver = settings.grid(process), settings.make()
+        self.settings, self.levels, solver = settings, settings.grid(process), settings.make()
         self.solver = _Table(solver.rows(process, self.levels), stochastic=solver.stochastic)
         check_range(f"[1, {len(self.solver.table)}]", grad_steps=settings.grad_steps)
 
     def run(
-        self,
-        denoiser: Denoiser,
-        cond: Tensor,
-        like: Tensor,
-        generator: torch.Generator,
-        *,
-        grad_steps: int | None = None,
-        checkpoint: bool = False,
+        self, denoiser: Denoiser, cond: Tensor, like: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Plans of the shape of ``like``, ``[B, H, A]``.
 
@@ -285,22 +266,18 @@ class SamplingChain:
             cond: ``[B, C]``.
             like: their shape, dtype and device.
             generator: source of all noise.
-            grad_steps: see :func:`diffpolicy.core.sampling.sample`.
-            checkpoint: likewise.
         """
         # The weights changed since the last step, and the grid holds embeddings made by them.
         grid = prepare(denoiser, self.solver, self.levels, like)
         draws = 1 + len(self.solver.table) * self.solver.stochastic
         noise = standard_normal((draws, *like.shape), like, generator)
+        chain = denoiser, self.solver, prior_start(denoiser.process, noise[0]), grid
         plan = sample(
-            denoiser,
-            self.solver,
-            prior_start(denoiser.process, noise[0]),
-            grid,
+            *chain,
             cond=cond,
             noise=noise[1:] if self.solver.stochastic else None,
-            grad_steps=grad_steps,
-            checkpoint=checkpoint,
+            grad_steps=self.settings.grad_steps,
+            checkpoint=self.settings.checkpoint and torch.is_grad_enabled(),
         )
         assert isinstance(plan, Tensor)
         return plan
@@ -321,13 +298,8 @@ def denoise_once(
     estimate is ``(x_t - sigma eps) / alpha`` for a noise prediction (Kang et al. 2023, eq. 9),
     clipped if the denoiser clips.
     """
-    x_t = denoiser.process.add_noise(x0, t, noise)
-    output = denoiser.raw(x_t, t, cond)
-    error = (output - denoiser.target(x0, noise, t)).square().mean(-1)
+    error, x_t, output = squared_error(denoiser, x0, t, noise, cond)
     c_x, c_out, _, _ = denoiser.coefficients(t)
     x0_hat = torch.addcmul(c_x * x_t, c_out, output)
     x0_hat = x0_hat.clamp(-1, 1) if denoiser.clip else x0_hat
-    if valid is None:
-        return error.mean(-1), x0_hat
-    weight = valid.to(error.dtype)
-    return (error * weight).sum(-1) / weight.sum(-1).clamp_min(1), x0_hat
+    return mean_over_plan(error.mean(-1), valid), x0_hat

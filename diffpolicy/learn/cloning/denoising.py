@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,16 @@ from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.noise import stratified
 from diffpolicy.core.starts import Ramp
 from diffpolicy.guidance.layout import Layout
-from diffpolicy.learn.method import Method, Source, encoded
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.learn.method import Batch, Method, Source, check_sizes, encoded
+from diffpolicy.settings import check_choice, check_range, check_shape
 
+X = TypeVar("X", Tensor, Tensor | None)
 LEVEL_LAWS = ("row", "position", "dim")
-CLONED = ("demonstrations", "chosen", "both")
+CLONED = {  # the sources of a material
+    "demonstrations": ("demonstrations",),
+    "chosen": ("chosen",),
+    "both": ("chosen", "demonstrations"),
+}
 
 
 class LossOutput(NamedTuple):
@@ -36,6 +41,40 @@ def standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Gener
     """Standard normal of ``shape``, on the device and in the dtype of ``like``."""
     drawn = torch.randn(shape, generator=generator, device=generator.device, dtype=like.dtype)
     return drawn.to(like.device)
+
+
+def mean_over_plan(error: Tensor, valid: Tensor | None) -> Tensor:
+    """The mean ``[B]`` of ``error [B, H]``, over the positions that are ``valid``; None: all."""
+    if valid is None:
+        return error.mean(-1)
+    weight = valid.to(error.dtype)
+    return (error * weight).sum(-1) / weight.sum(-1).clamp_min(1)
+
+
+def drop_cond(cond: Tensor | None, share: float, generator: torch.Generator) -> Tensor | None:
+    """Conditions ``[B, C]``, a share of which are zeroed, for classifier-free guidance."""
+    if cond is None or share == 0:
+        return cond
+    u = torch.rand(len(cond), 1, generator=generator, device=generator.device)
+    return cond * (u >= share).to(cond)
+
+
+def squared_error(
+    denoiser: Denoiser,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    cond: Tensor | None = None,
+    known: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared error ``[B, H, D]`` of the network's output, what the network saw, and its output.
+
+    The arguments are those of :func:`denoising_error`.
+    """
+    x_t = denoiser.process.add_noise(x0, t, noise)
+    seen = x_t if known is None else torch.where(known, x0, x_t)
+    output = denoiser.raw(seen, t, cond)
+    return (output - denoiser.target(x0, noise, t)).square(), seen, output
 
 
 def denoising_error(
@@ -69,21 +108,15 @@ def denoising_error(
     Returns:
         ``[B]``.
     """
-    x_t = denoiser.process.add_noise(x0, t, noise)
-    seen = x_t if known is None else torch.where(known, x0, x_t)
-    error = (denoiser.raw(seen, t, cond) - denoiser.target(x0, noise, t)).square()
-    if weights is not None:
-        weights = weights.to(error.dtype).expand_as(error)
-        if valid is not None:
-            weights = weights * valid.unsqueeze(-1)
-        total = weights.sum((1, 2))
-        # A window without any entry to learn from has no error, rather than none that is finite.
-        return (error * weights).sum((1, 2)) / torch.where(total > 0, total, 1.0)
-    error = error.mean(-1)
-    if valid is None:
-        return error.mean(-1)
-    weight = valid.to(error.dtype)
-    return (error * weight).sum(-1) / weight.sum(-1).clamp_min(1)
+    error, _, _ = squared_error(denoiser, x0, t, noise, cond, known)
+    if weights is None:
+        return mean_over_plan(error.mean(-1), valid)
+    weights = weights.to(error.dtype).expand_as(error)
+    if valid is not None:
+        weights = weights * valid.unsqueeze(-1)
+    total = weights.sum((1, 2))
+    # A window without any entry to learn from has no error, rather than none that is finite.
+    return (error * weights).sum((1, 2)) / torch.where(total > 0, total, 1.0)
 
 
 class DenoisingLoss(nn.Module):
@@ -142,24 +175,19 @@ class DenoisingLoss(nn.Module):
         check_range("[1, inf)", draws=draws)
         check_range("[0, 1]", constant_fraction=constant_fraction)
         check_level_law(level_law, denoiser, ramp)
-        self.denoiser = denoiser
-        self.cond_dropout = cond_dropout
-        self.mask_padding = mask_padding
-        self.level_law = level_law
-        self.ramp = ramp
-        self.constant_fraction = constant_fraction
-        self.layout = layout
-        self.draws = draws
-        holds_states = layout is not None and layout.kind != "action"
+        self.denoiser, self.layout, self.draws = denoiser, layout, draws
+        self.cond_dropout, self.mask_padding = cond_dropout, mask_padding
+        self.level_law, self.ramp = level_law, ramp
+        self.constant_fraction, known = constant_fraction, None
         if layout is not None:
-            check_layout(layout, denoiser.network)
-            if weights is None and holds_states:
-                weights = layout.weights()
+            sizes = {"horizon": layout.horizon, "dim": layout.dim}
+            check_sizes("the network", denoiser.network, f"a {layout.kind!r} layout", **sizes)
+            if layout.pinned:
+                known = layout.known
+                weights = layout.weights() if weights is None else weights
         if weights is not None:
             weights = _checked_weights(weights, layout, denoiser.network)
-        self.register_buffer(
-            "known", layout.known if layout and holds_states else None, persistent=False
-        )
+        self.register_buffer("known", known, persistent=False)
         self.register_buffer("weights", weights, persistent=False)
 
     def draw_levels(self, count: int, dim: int, generator: torch.Generator) -> Tensor:
@@ -168,7 +196,7 @@ class DenoisingLoss(nn.Module):
         constant = process.sample_t((count, 1, 1), generator)
         if self.level_law == "row":
             return constant
-        if self.ramp is not None:
+        if self.ramp is not None and self.level_law == "position":
             finer = self.ramp.levels(stratified((count, 1, 1), generator))
         else:
             # One call per dimension: within a call, the entries of a row share their stratum.
@@ -177,41 +205,36 @@ class DenoisingLoss(nn.Module):
         coin = torch.rand(count, 1, 1, generator=generator, device=generator.device)
         return torch.where(coin < self.constant_fraction, constant, finer)
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         x0, cond = clean_plan(batch, self.layout, self.denoiser)
         valid = batch["valid"] if self.mask_padding else None
-        if self.draws > 1:
-            x0 = x0.repeat_interleave(self.draws, 0)
-            cond = None if cond is None else cond.repeat_interleave(self.draws, 0)
-            valid = None if valid is None else valid.repeat_interleave(self.draws, 0)
+        x0, cond, valid = self.repeated(x0), self.repeated(cond), self.repeated(valid)
         t = self.draw_levels(x0.shape[0], x0.shape[2], generator).to(x0.device, x0.dtype)
         noise = standard_normal(x0.shape, x0, generator)
-        if cond is not None and self.cond_dropout > 0:
-            keep = (
-                torch.rand(len(x0), 1, generator=generator, device=generator.device)
-                >= self.cond_dropout
-            )
-            cond = cond * keep.to(cond.device, cond.dtype)
-        loss = denoising_error(
-            self.denoiser,
-            x0,
-            t,
-            noise,
-            cond=cond,
-            valid=valid,
-            known=self.known,
-            weights=self.weights,
-        )
-        return LossOutput(loss.view(-1, self.draws).mean(1), {})
+        cond = drop_cond(cond, self.cond_dropout, generator)
+        seen = {"valid": valid, "known": self.known, "weights": self.weights}
+        loss = denoising_error(self.denoiser, x0, t, noise, cond=cond, **seen)
+        return LossOutput(self.mean_of_draws(loss), {})
+
+    def repeated(self, rows: X) -> X:
+        """Every row ``draws`` times in a row; None stays None."""
+        many = rows is not None and self.draws > 1
+        return rows.repeat_interleave(self.draws, 0) if many else rows  # type: ignore[union-attr]
+
+    def mean_of_draws(self, loss: Tensor) -> Tensor:
+        """``[B]`` of losses ``[B * draws]``."""
+        return loss.view(-1, self.draws).mean(1)
 
 
 def clean_plan(
-    batch: Mapping[str, Tensor], layout: Layout | None, denoiser: BaseDenoiser | None = None
+    batch: Batch, layout: Layout | None, denoiser: BaseDenoiser | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The clean plan ``[B, H, D]`` of a batch of windows, and the condition ``[B, C]`` or None."""
-    if layout is None or layout.kind == "action":
+    if layout is None or not layout.pinned:
         cond = encoded(denoiser or BaseDenoiser(), batch)
         x0, parts = batch["action"], [] if cond is None else [cond]
+        if layout is not None and layout.kind == "joint":
+            x0 = layout.join(batch["imagined"], x0)
     else:
         action = batch["action" if layout.kind == "trajectory" else "obs"]  # states need none
         x0, parts = layout.join(batch["obs"], action), []
@@ -220,45 +243,24 @@ def clean_plan(
     return x0, torch.cat(parts, dim=1) if parts else None
 
 
-def check_layout(layout: Layout, network: nn.Module) -> None:
-    """Raise ``ValueError`` unless the network's plans are those of the layout."""
-    for name, wanted in (("horizon", layout.horizon), ("dim", layout.dim)):
-        got = getattr(network, name, wanted)
-        if got != wanted:
-            raise ValueError(
-                f"a {layout.kind!r} layout has {name}={wanted}, the network {name}={got}; build "
-                f"the network with horizon={layout.horizon}, dim={layout.dim}"
-            )
-
-
 def _checked_weights(weights: Tensor, layout: Layout | None, network: nn.Module) -> Tensor:
-    horizon, dim = (
-        (getattr(network, "horizon", None), getattr(network, "dim", None))
-        if layout is None
-        else (layout.horizon, layout.dim)
-    )
-    if (
-        weights.dim() != 3
-        or weights.shape[0] != 1
-        or (horizon is not None and weights.shape[1:] != (horizon, dim))
-    ):
-        raise ValueError(f"weights must be [1, {horizon}, {dim}], got {list(weights.shape)}")
-    if bool((weights < 0).any()) or not bool((weights > 0).any()):
-        raise ValueError("weights must not be negative, and some must be positive")
+    sizes = [getattr(layout or network, name, name) for name in ("horizon", "dim")]
+    check_shape("weights", weights.shape, (1, *sizes))
     if layout is not None:
-        weights = weights.masked_fill(layout.known, 0.0)
-        if not bool((weights > 0).any()):
-            raise ValueError("weights are positive at known entries alone: nothing to learn")
+        weights = weights.masked_fill(layout.known & (weights > 0), 0.0)
+    if bool((weights < 0).any()) or not bool((weights > 0).any()):
+        raise ValueError(
+            "weights must not be negative, and some must be positive at entries that are not known"
+        )
     return weights
 
 
 def check_level_law(level_law: str, denoiser: Denoiser, ramp: Ramp | None) -> None:
     """Raise ``ValueError`` unless the denoiser's network can be trained at such levels."""
     check_choice("level_law", level_law, LEVEL_LAWS)
-    if (ramp is not None) != (level_law == "position"):
+    if level_law == "position" and ramp is None:
         raise ValueError(
-            "level_law='position' needs ramp=Ramp(horizon, n_obs_steps, n_action_steps), and no "
-            f"other law takes one; got level_law={level_law!r}, ramp={ramp}"
+            "level_law='position' needs ramp=Ramp(horizon, n_obs_steps, n_action_steps)"
         )
     network = denoiser.network
     kinds: frozenset[str] = getattr(network, "t_kinds", frozenset({"row"}))
@@ -269,9 +271,7 @@ def check_level_law(level_law: str, denoiser: Denoiser, ramp: Ramp | None) -> No
             f"{type(network).__name__} takes {sorted(kinds)}. Build an mlp with "
             f"t_kind={level_law!r} (network={{'type': 'mlp', 't_kind': {level_law!r}}}){hint}"
         )
-    horizon = getattr(network, "horizon", None)
-    if ramp is not None and horizon not in (None, ramp.horizon):
-        raise ValueError(f"the ramp has horizon={ramp.horizon}, the network {horizon}")
+    check_sizes("the ramp", ramp, "the network", horizon=getattr(network, "horizon", None))
 
 
 @dataclass(frozen=True)
@@ -295,9 +295,7 @@ class Cloning(Method):
 
     def reads(self) -> frozenset[str]:
         """What is cloned: demonstrations, pairs (whose chosen items are), or both."""
-        chosen = {"pairs"} if self.data != "demonstrations" else set()
-        demonstrations = {"demonstrations"} if self.data != "chosen" else set()
-        return frozenset(chosen | demonstrations)
+        return frozenset("pairs" if name == "chosen" else name for name in CLONED[self.data])
 
     def objective(self, denoiser: Any, material: Any) -> nn.Module:
         """See :class:`DenoisingLoss`; the steps beside an item are never cloned."""
@@ -309,9 +307,5 @@ class Cloning(Method):
 
     def source(self, material: Any) -> Source:
         """The windows of what is cloned, in turns."""
-        sources = []
-        if self.data != "demonstrations":
-            sources.append(material.chosen())
-        if self.data != "chosen":
-            sources.append(material.demonstrations())
+        sources = [getattr(material, name)() for name in CLONED[self.data]]
         return material.in_turns(*sources)  # type: ignore[no-any-return]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
-from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.cloning.denoising import LossOutput, drop_cond
+from diffpolicy.learn.method import Batch
 from diffpolicy.settings import check_range
 
 
@@ -77,16 +76,13 @@ class MaskedDenoisingLoss(nn.Module):
     def __init__(self, denoiser: MaskedDenoiser, *, cond_dropout: float = 0.0) -> None:
         super().__init__()
         check_range("[0, 1)", cond_dropout=cond_dropout)
-        self.denoiser = denoiser
-        self.cond_dropout = cond_dropout
+        self.denoiser, self.cond_dropout = denoiser, cond_dropout
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         tokens, cond = batch["tokens"].long(), batch.get("cond")
         t = antithetic_levels(len(tokens), generator).to(tokens.device)
         masked = draw_masks(self.denoiser, tokens, t, generator)
-        if cond is not None and self.cond_dropout > 0:
-            u = torch.rand(len(tokens), 1, generator=generator, device=generator.device)
-            cond = cond * (u >= self.cond_dropout).to(cond)
+        cond = drop_cond(cond, self.cond_dropout, generator)
         error = masked_cross_entropy(self.denoiser, tokens, t, masked, cond=cond)
         loss = self.denoiser.process.weight(t).view(-1) * error
         right = error.detach().sum() / masked.sum().clamp_min(1)

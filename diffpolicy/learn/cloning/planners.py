@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.guidance.value import head_value
-from diffpolicy.learn.cloning.denoising import LossOutput, clean_plan, standard_normal
+from diffpolicy.learn.cloning.denoising import (
+    LossOutput,
+    clean_plan,
+    mean_over_plan,
+    standard_normal,
+)
+from diffpolicy.learn.method import Batch, check_sizes
 from diffpolicy.settings import check_choice, check_range
 
 
@@ -42,14 +48,12 @@ class InverseDynamicsLoss(nn.Module):
         check_range("[1, inf)", n_obs_steps=n_obs_steps, max_pairs=max_pairs)
         self.head, self.n_obs_steps, self.max_pairs = head, n_obs_steps, max_pairs
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         now = self.n_obs_steps - 1
         obs, action = batch["obs"][:, now:], batch["action"][:, now:-1]
         if obs.shape[1] < 2 or action.shape[1] != obs.shape[1] - 1:
-            raise ValueError(
-                "inverse dynamics needs obs [B, H, O] and action [B, H, A] with H > n_obs_steps, "
-                f"got {list(batch['obs'].shape)} and {list(batch['action'].shape)}"
-            )
+            shapes = [list(batch[name].shape) for name in ("obs", "action")]
+            raise ValueError(f"needs obs and action [B, H, ...] with H > n_obs_steps, got {shapes}")
         pairs = torch.arange(action.shape[1], device=obs.device)
         if self.max_pairs is not None and self.max_pairs < len(pairs):
             order = torch.randperm(len(pairs), generator=generator, device=generator.device)
@@ -89,7 +93,8 @@ class ValueLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("levels", levels, ("all", "clean"))
-        _check_sizes(head, "value", horizon=layout.horizon, dim=layout.dim)
+        sizes = {"horizon": layout.horizon, "dim": layout.dim}
+        check_sizes("the value head", head, "the layout", **sizes)
         zero = float(process.network_time(torch.zeros((), dtype=torch.float64)))
         clean = getattr(head, "clean_time", zero)
         if abs(clean - zero) > 1e-6:
@@ -98,7 +103,7 @@ class ValueLoss(nn.Module):
         self.value = head_value(head, process)
         self.register_buffer("known", layout.known, persistent=False)
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         x0, cond = clean_plan(batch, self.layout)
         if self.levels == "clean":
             x_t, t = x0, x0.new_zeros(1, 1, 1)
@@ -129,10 +134,10 @@ class DraftLoss(nn.Module):
     def __init__(self, head: nn.Module, layout: Layout) -> None:
         super().__init__()
         sizes = {"obs_dim": layout.obs_dim, "n_obs_steps": layout.n_obs_steps}
-        _check_sizes(head, "draft", horizon=layout.horizon, **sizes)
+        check_sizes("the draft head", head, "the layout", horizon=layout.horizon, **sizes)
         self.head = head
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         states, told = batch["obs"], None
         if self.head.returns:
             told = batch["return_to_go"].unsqueeze(-1)
@@ -163,32 +168,29 @@ class SumOfLosses(nn.Module):
         losses: the objectives of these, by name; each draws from the generator in this order.
 
     Raises:
-        ValueError: no losses, or one with parameters that are neither the denoiser's nor a head's.
+        ValueError: a loss with parameters that are neither the denoiser's nor a head's.
     """
 
     def __init__(
         self, denoiser: nn.Module, heads: nn.ModuleDict, losses: Mapping[str, nn.Module]
     ) -> None:
         super().__init__()
-        if not losses:
-            raise ValueError("a sum of losses needs at least one")
         self.denoiser, self.heads = denoiser, heads
         own = {id(parameter) for parameter in self.parameters()}
         for name, loss in losses.items():
             if any(id(parameter) not in own for parameter in loss.parameters()):
                 raise ValueError(
-                    f"loss {name!r} has parameters that belong neither to the denoiser nor to the "
-                    f"heads {sorted(heads)}"
+                    f"{name!r} trains neither the denoiser nor the heads {sorted(heads)}"
                 )
         # Not registered (a plain dict): their networks must appear once in the state dict.
         self.losses = dict(losses)
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         outs = {name: loss(batch, generator) for name, loss in self.losses.items()}
         metrics: dict[str, Tensor] = {}
         for name, out in outs.items():
-            metrics[f"{name}/loss"] = out.loss.detach().mean()
-            metrics.update({f"{name}/{key}": value for key, value in out.metrics.items()})
+            found = {"loss": out.loss.detach().mean(), **out.metrics}
+            metrics |= {f"{name}/{key}": value for key, value in found.items()}
         return LossOutput(torch.stack([out.loss for out in outs.values()]).sum(0), metrics)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SumOfLosses:
@@ -201,14 +203,5 @@ class SumOfLosses(nn.Module):
 
 def _mean_of_pairs(error: Tensor, valid: Tensor | None, first: Tensor) -> Tensor:
     """The mean of ``error [B, P]`` over pairs, of ``first [P]`` and the next, without padding."""
-    if valid is None:
-        return error.mean(-1)
-    weight = (valid[:, first] & valid[:, first + 1]).to(error.dtype)
-    return (error * weight).sum(-1) / weight.sum(-1).clamp_min(1)
-
-
-def _check_sizes(head: nn.Module, name: str, **wanted: int) -> None:
-    for size, value in wanted.items():
-        got = getattr(head, size, value)
-        if got != value:
-            raise ValueError(f"the {name} head has {size}={got}, the layout {value}")
+    both = None if valid is None else valid[:, first] & valid[:, first + 1]
+    return mean_over_plan(error, both)

@@ -15,23 +15,25 @@ import numpy as np
 from gymnasium import spaces
 
 from diffpolicy.data.observation import Obs, ObsField, ObsFields
+from diffpolicy.rollout.env_spec import action_ends
 
 _SUCCESS_KEYS = ("is_success", "success")
 
 
-def to_native(action: np.ndarray, space: spaces.Box) -> np.ndarray:
-    """An action ``[A]`` as the environment's space wants it.
+def to_native(action: np.ndarray, space: spaces.Space[Any]) -> Any:
+    """An action ``[A]`` as the environment's space wants it; of ``Discrete`` ones a number.
 
     Whole numbers are rounded and clipped to the bounds. A number that float32 holds to be a bound
     becomes exactly that bound, also where the space is float64. Others are passed on as they are:
     what an environment does with an action outside its space is its own affair.
     """
-    dtype, low, high = space.dtype, space.low, space.high
+    dtype, (low, high) = space.dtype, action_ends(space)
     assert dtype is not None
     if dtype.kind in "iu":
         whole = np.rint(np.asarray(action, np.float64))
         inside = np.clip(whole, low.astype(np.float64), high.astype(np.float64))
-        return inside.astype(dtype)
+        whole = inside.astype(dtype)
+        return whole[0] if isinstance(space, spaces.Discrete) else whole
     native = np.asarray(action, dtype)
     if native.itemsize <= 4:
         return native
@@ -66,28 +68,38 @@ def as_flag(value: Any, name: str) -> bool:
     return bool(number)
 
 
-def as_observation(value: Any, fields: ObsFields) -> Obs:
+def as_observation(
+    value: Any, fields: ObsFields, room: Mapping[str, np.ndarray] | None = None
+) -> Obs:
     """An observation in memory of its own, each array in the type that its field says.
 
     Axes of length one do not matter.
 
+    Args:
+        value: what the environment returned.
+        fields: what it is made of.
+        room: where arrays are to be put, by the names that they have in stores; new memory for
+            the others.
+
     Raises:
         ValueError: an entry is missing or has another shape, or numbers are not finite.
     """
+    room = room or {}
     if isinstance(fields, ObsField):
-        return _as_array(value, fields, "an observation")
+        return _as_array(value, fields, "an observation", room.get("obs"))
     if not isinstance(value, Mapping) or not fields.keys() <= value.keys():
         got = sorted(value) if isinstance(value, Mapping) else type(value).__name__
         raise ValueError(f"the environment returned {got}, not observations {sorted(fields)}")
     return {
-        name: _as_array(value[name], field, f"an observation {name!r}")
+        name: _as_array(value[name], field, f"an observation {name!r}", room.get(f"obs.{name}"))
         for name, field in fields.items()
     }
 
 
-def _as_array(value: Any, field: ObsField, what: str) -> np.ndarray:
+def _as_array(value: Any, field: ObsField, what: str, place: np.ndarray | None) -> np.ndarray:
+    make = np.array if place is None else np.asarray  # environments may reuse their own buffer
     try:
-        array = np.array(value, field.dtype)  # some environments go on writing to their own buffer
+        array = make(value, field.dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the environment returned {what} that is no array of numbers: {error}"
@@ -101,7 +113,10 @@ def _as_array(value: Any, field: ObsField, what: str) -> np.ndarray:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = np.flatnonzero(~np.isfinite(array)).tolist()
         raise ValueError(f"the environment returned {what} that is not finite at {bad}")
-    return array
+    if place is None:
+        return array
+    place[...] = array
+    return place
 
 
 def as_success(info: dict[str, Any]) -> bool | None:

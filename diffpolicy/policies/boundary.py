@@ -1,0 +1,158 @@
+"""The boundary of a policy: between normalised plans and the actions that an environment takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffpolicy.data.action_groups import Representation
+from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.observation import each, take
+from diffpolicy.settings import check_choice, check_range, named_settings
+
+GRIPPER_MODES = ("clip", "scale")
+
+
+@named_settings
+@dataclass(frozen=True)
+class Gripper:
+    """An action dimension with two values, its lowest and its highest in the demonstrations.
+
+    Such a dimension jumps across the whole normalised range [-1, 1], which a warm start from a low
+    level cannot do (Duan et al. 2025, section III-B). Executed is always one of the two values.
+
+    Args:
+        dim: index of the action dimension.
+        mode: ``"clip"`` works on any trained policy: the guess of a warm start is thresholded at 0
+            and set to ``+-1 / factor``. ``"scale"`` trains on the dimension divided by ``factor``,
+            so that a flip is a small change; the guess is left alone.
+        factor: see ``mode``; at least 1.
+
+    Raises:
+        ValueError: an unknown mode, a negative dimension or a factor below 1.
+    """
+
+    dim: int
+    mode: str = "scale"
+    factor: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_choice("gripper mode", self.mode, GRIPPER_MODES)
+        check_range("[0, inf)", dim=self.dim)
+        check_range("[1, inf)", factor=self.factor)
+
+    @property
+    def executed(self) -> float:
+        """The normalised value, or minus it, that is executed: an end of the data."""
+        return 1 / self.factor if self.mode == "scale" else 1.0
+
+    def snap(self, normalised: Any) -> Any:
+        """``normalised`` ``[..., A]`` with this dimension set to the nearer end of its data."""
+        return self._set(normalised, self.executed)
+
+    def guess(self, plan: Any) -> Any:
+        """The guess ``[..., A]`` that a warm start takes to its level."""
+        return plan if self.mode == "scale" else self._set(plan, 1 / self.factor)
+
+    def _set(self, values: Any, end: float) -> Any:
+        """An array, or a tensor (in a loop that is written to a file), with this dimension set."""
+        if isinstance(values, Tensor):
+            chosen = torch.arange(values.shape[-1], device=values.device) == self.dim
+            return torch.where(chosen, torch.where(values > 0, end, -end), values)
+        out = values.copy()
+        out[..., self.dim] = np.where(values[..., self.dim] > 0, end, -end)
+        return out
+
+
+def now_of(history: Any) -> Any:
+    """The current step's observation in histories ``[n, To, ...]``."""
+    return take(history, (slice(None), -1))
+
+
+class Boundary:
+    """From plans to actions, and how plans are said in the state that they are made in.
+
+    The plans that policies remember are *absolute*: normalised entries that depend on no state, so
+    a plan is shifted, compared and averaged as it is. What a network takes and answers is relative
+    to a state where the policy's action groups say so.
+
+    Args:
+        representation: of the policy's action groups; ``None``: it has none.
+        normalizer: the policy's.
+        grippers: by entries of plans.
+        low: lower bounds of actions ``[A]`` in environment units; ``None``: unbounded.
+        high: upper bounds.
+    """
+
+    def __init__(
+        self,
+        representation: Representation | None,
+        normalizer: Normalizer,
+        grippers: Sequence[Gripper],
+        low: Sequence[float] | None,
+        high: Sequence[float] | None,
+    ) -> None:
+        self.representation, self.grippers = representation, tuple(grippers)
+        # On the host, where executed actions are; without groups its copies there are enough.
+        self.normalizer = normalizer if representation is None else normalizer.to("cpu")
+        self._bounds = [None if b is None else np.asarray(b, np.float32) for b in (low, high)]
+
+    @property
+    def moves(self) -> bool:
+        """Whether what a network says depends on the state."""
+        return self.representation is not None and self.representation.moves
+
+    @property
+    def chooses(self) -> bool:
+        """Whether every dimension of an action is a whole number that chooses."""
+        groups = () if self.representation is None else self.representation.groups
+        return bool(groups) and all(group.choices is not None for group in groups)
+
+    def relative(self, plan: Tensor, obs: Any) -> Tensor:
+        """Absolute plans ``[n, H, P]`` on the host as the network says them.
+
+        Args:
+            plan: normalised.
+            obs: raw observation of the plans' current step, arrays or tensors.
+        """
+        return self._in_state("relative", plan, obs)
+
+    def absolute(self, plan: Tensor, obs: Any) -> Tensor:
+        """The inverse of :meth:`relative`, with the same arguments."""
+        return self._in_state("absolute", plan, obs)
+
+    def _in_state(self, how: str, plan: Tensor, obs: Any) -> Tensor:
+        if not self.moves:
+            return plan
+        entries = self.normalizer.unnormalize("action", plan)
+        moved = getattr(self.representation, how)(entries, each(torch.as_tensor, obs))
+        return self.normalizer.normalize("action", moved)  # type: ignore[no-any-return]
+
+    def entries(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """Absolute normalised entries ``[..., P]`` that say actions ``[..., A]``."""
+        if self.representation is not None:
+            actions = self.representation.entries(torch.from_numpy(actions)).numpy()
+        return self.normalizer.normalize("action", actions)
+
+    def actions(self, plan: Any) -> Any:
+        """Environment actions ``[..., A]``, within bounds, for absolute plan entries ``[..., P]``.
+
+        Of arrays, or of tensors in a loop that is written to a file.
+        """
+        for gripper in self.grippers:
+            plan = gripper.snap(plan)
+        out = self.normalizer.unnormalize("action", plan)
+        if self.representation is not None:
+            out = self.representation.actions(torch.as_tensor(out))
+            out = out if isinstance(plan, Tensor) else out.numpy()
+        low, high = self._bounds
+        if isinstance(out, Tensor):
+            out = out if low is None else torch.maximum(out, torch.from_numpy(low))
+            return out if high is None else torch.minimum(out, torch.from_numpy(high))
+        return out if low is None and high is None else np.clip(out, low, high)

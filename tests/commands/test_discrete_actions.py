@@ -1,0 +1,70 @@
+"""Environments whose actions choose, from the expert to the score."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from diffpolicy import DiffusionPolicy, EnvSpec, Workers, cli, collect
+from diffpolicy.rollout.env_spec import describe
+
+HERE = Path(__file__).parent
+KEYS = "cli_fake_env:cli_fake/Keys-v0"
+
+
+def test_a_dial_is_a_choice(tmp_path):
+    spec = EnvSpec("rollout_fake_envs:rollout_fakes/Dials-v0")
+    info = describe(spec)
+    groups = [{"dims": [0], "choices": 3, "first": 0}, {"dims": [1], "choices": 4, "first": -1}]
+    assert info.action_groups == groups
+    how = {"keep": "all", "workers": Workers(num_envs=2, num_workers=1), "progress": False}
+    store = collect(spec, range(3), tmp_path / "s", **how)
+    assert store.read("action").tolist() == [[0.0, 2.0]] * store.num_steps
+    policy = DiffusionPolicy.from_dataset(store, spec={"network": {"type": "mlp", "width": 8}})
+    assert policy.plan_dim == 7
+    action, _ = policy.predict(np.zeros(3, np.float32))
+    assert action.dtype == np.int64
+    assert gym.make(spec.id).action_space.contains(action)
+    noisy = collect(spec, range(3), tmp_path / "n", noise=0.5, **how)
+    assert noisy.read("action").tolist() == [[0.0, 2.0]] * noisy.num_steps  # the clean ones
+    assert not np.array_equal(noisy.read("obs")[:12], store.read("obs")[:12])
+
+
+def test_trained_and_evaluated_by_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(HERE))
+    arguments = [
+        *("env=point", "env.name=keys", "run_dir=run", "data.collect.episodes=30"),
+        *("network.width=32", "network.depth=1", "trainer.steps=300", "trainer.batch_size=64"),
+        *("trainer.lr=0.003", "trainer.warmup_steps=5", "trainer.progress=false"),
+        *("policy.horizon=2", "policy.n_obs_steps=1", "policy.n_action_steps=1"),
+        *("policy.prediction=x0", "sampler.num_steps=3"),
+        *("evaluation.episodes=8", "evaluation.val_episodes=0", "evaluation.num_workers=0"),
+    ]
+    (tmp_path / "own/env").mkdir(parents=True)
+    (tmp_path / "own/env/point.yaml").write_text(f"id: {KEYS}\nname: keys\n")
+    assert cli.main(["train", "--config-dir=own", *arguments]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    assert result["success"] >= 0.75
+    policy = DiffusionPolicy.from_pretrained("run")
+    assert policy.spec.actions[0].choices == 3
+    assert (policy.action_dim, policy.plan_dim) == (1, 3)
+    env = gym.make(KEYS)
+    obs, _ = env.reset(seed=0)
+    action, _ = policy.predict(obs)
+    assert env.action_space.contains(action)
+    actions, _ = policy.predict(np.stack([obs, obs]))
+    assert actions.shape == (2,)
+    code = cli.main(["train", "--config-dir=own", *arguments, "run_dir=other",
+                     "policy.actions=[{dims: [0], choises: 3}]"])  # fmt: skip
+    assert code == 1
+    assert "did you mean 'policy.actions[0].choices'" in capsys.readouterr().err
+
+
+def test_other_action_spaces_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="a Discrete or a one-dimensional MultiDiscrete is needed"):
+        describe(EnvSpec("rollout_fake_envs:rollout_fakes/Words-v0"))
