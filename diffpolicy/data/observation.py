@@ -217,10 +217,14 @@ def as_seen(obs: Any, fields: ObsFields, *, lead: tuple[int | str, ...] = ("N",)
     """Return an observation as policies see it: the arrays of ``fields`` alone, float32 or bytes.
 
     Raises:
-        ValueError: what :func:`check` refuses.
+        ValueError: what :func:`check` refuses, and images that are not bytes.
     """
     obs = each(np.asarray, obs)
     check(obs, fields, lead=lead)
+    for name, field in by_store_field(fields).items():
+        if field.is_image and to_fields(obs)[name].dtype != field.dtype:
+            got = to_fields(obs)[name].dtype
+            raise ValueError(f"the image {name!r} must be uint8, from 0 to 255; got {got}")
     if isinstance(fields, Mapping):
         obs = {name: obs[name] for name in fields}
     out: Obs = each(
