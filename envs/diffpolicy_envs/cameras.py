@@ -138,9 +138,7 @@ class CameraEnv(gym.ObservationWrapper[Any, Any, Any]):
     def render(self) -> Any:
         """Draw the scene as the environment does; see `gymnasium.Env.render`."""
         viewer = getattr(getattr(self.simulator, "mujoco_renderer", None), "viewer", None)
-        if (
-            viewer is not None
-        ):  # it takes for granted that nobody else draws
+        if viewer is not None:  # it takes for granted that nobody else draws
             viewer.make_context_current()
         return super().render()
 
