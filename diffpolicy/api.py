@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -11,12 +11,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from diffpolicy.data.joined import open_store
 from diffpolicy.data.observation import each
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.data.windows import split_episodes
+from diffpolicy.data.windows import split_store
 from diffpolicy.learn.adapters import merged_state
 from diffpolicy.learn.learning import Learning, examples, objective, usable_episodes
-from diffpolicy.learn.making import fit_anchors, fitted_spec, open_store, read_policy
+from diffpolicy.learn.making import fit_anchors, fitted_spec, read_policy
 from diffpolicy.learn.material import TuningData, tuned
 from diffpolicy.learn.method import Method
 from diffpolicy.policies.base import Array
@@ -36,7 +37,7 @@ from diffpolicy.training.trainer import Trainer, TrainResult
 from diffpolicy.training.weights import unchanged_on_error
 
 Place = str | os.PathLike[str]
-Stored = EpisodeStore | str | os.PathLike[str]
+Stored = EpisodeStore | Place | Sequence[Place | Mapping[str, Any]]
 Evaluate = Callable[[Path, int], Mapping[str, float]]
 
 
@@ -58,6 +59,7 @@ class DiffusionPolicy(DiffusionPlanner):
         *,
         spec: Mapping[str, Any] | None = None,
         normalize: Mapping[str, str] | None = None,
+        per_store: bool = False,
         anchors: Mapping[str, Any] | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
@@ -66,12 +68,12 @@ class DiffusionPolicy(DiffusionPlanner):
 
         Args:
             store: fields ``obs [T, O]`` (or several ``obs.NAME``) and ``action [T, A]``, with
-                statistics; or its path.
+                statistics; or its path; or several, ``[{"path": ..., "weight": 3}, ...]``.
             spec: entries of :class:`~diffpolicy.policies.spec.PolicySpec` but the two dimensions.
             normalize: mode per field, ``minmax`` where none is given, see ``data.normalize.MODES``;
                 ``obs`` is that of every ``obs.NAME`` without one of its own.
-            anchors: settings of :meth:`Anchors.fit <diffpolicy.policies.anchors.Anchors.fit>`, for
-                a policy with ``truncated``.
+            per_store: a normaliser for each of several stores; the policy acts by the first's.
+            anchors: settings of ``Anchors.fit``, for a policy with ``truncated``.
             seed: of the initial weights, and of the anchors.
             device: where the weights live.
 
@@ -79,13 +81,12 @@ class DiffusionPolicy(DiffusionPlanner):
             ValueError: a missing field or statistics, or settings that do not fit together.
         """
         opened = open_store(store)
-        full, normalizer = fitted_spec(opened, spec or {}, normalize or {})
+        full, normalizer = fitted_spec(opened, spec or {}, normalize or {}, per_store=per_store)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             denoiser, heads = full.make_denoiser(), full.make_heads()
-        fitted = None
-        if anchors is not None:
-            fitted = fit_anchors(full, opened, normalizer, **{"seed": seed, **anchors})
+        fit = {"seed": seed, **(anchors or {})}
+        fitted = None if anchors is None else fit_anchors(full, opened, normalizer, **fit)
         return cls(full, denoiser.to(device), normalizer, fitted, heads.to(device))
 
     def learn(
@@ -104,14 +105,13 @@ class DiffusionPolicy(DiffusionPlanner):
         """Train denoiser and heads on stored episodes; ends with the averaged (EMA) weights.
 
         Args:
-            store: the demonstrations, or their path.
+            store: the demonstrations, or their path, or several, drawn by their weights.
             config: steps, batch size, learning rate, ...
             run_dir: where metrics and checkpoints go.
             val_fraction: fraction of the episodes held out for the validation loss.
-            max_episodes: use the first so many episodes only.
+            max_episodes: use the first so many episodes (of each store) only.
             learning: what is learned beyond behaviour cloning: actor-critics, weights of losses.
-            evaluate: called with a policy directory and the step; returns metrics, of which
-                ``score`` decides the best checkpoint.
+            evaluate: called with a policy directory and the step; its ``score`` decides the best.
             resume: continue the run in ``run_dir`` exactly where it stopped.
             overwrite: replace an earlier run in ``run_dir``.
 
@@ -120,7 +120,7 @@ class DiffusionPolicy(DiffusionPlanner):
         """
         episodes = open_store(store)
         usable = usable_episodes(self.spec, episodes, max_episodes)
-        train, val = (usable[i] for i in split_episodes(len(usable), val_fraction, config.seed))
+        train, val = split_store(episodes, usable, val_fraction, config.seed)
         how = Learning() if learning is None else learning
         shared = self.spec, self.normalizer.to("cpu"), episodes, how
         return self.fit(
@@ -326,8 +326,7 @@ class DiffusionPolicy(DiffusionPlanner):
         Args:
             store: demonstrations, or their path.
             truncated: how plans are drawn from the anchors.
-            fit: ``count``, ``relative_to``, ``top_m`` and ``seed`` of
-                :meth:`Anchors.fit <diffpolicy.policies.anchors.Anchors.fit>`.
+            fit: ``count``, ``relative_to``, ``top_m`` and ``seed`` of ``Anchors.fit``.
         """
         spec = replace(self.spec, rti=None, truncated=truncated or Truncated())
         anchors = fit_anchors(spec, open_store(store), self.normalizer, **fit)
@@ -386,7 +385,8 @@ class DiffusionPolicy(DiffusionPlanner):
             changes: other entries of the spec that do not touch the weights, as plain values.
                 Groups of settings are merged with the stored ones: ``sampler={"num_steps": 4}``.
                 Another solver drops the options of the old one, and ``rti={"t_start": 0.3}`` takes
-                the place of ``truncated`` as ``truncated={...}`` does of ``rti``.
+                the place of ``truncated`` as ``truncated={...}`` does of ``rti``. A policy with a
+                normaliser per store acts by that of ``normalizer="NAME"``, else the first.
 
         Raises:
             ValueError: not a policy, a damaged file, or settings that do not fit.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpolicy.config_compose import (
+    check_data_path,
     choice_files,
     compose,
     config_dir,
@@ -19,8 +20,9 @@ from diffpolicy.config_compose import (
     given_text,
     keys_given,
     read_yaml,
+    seeded_run_dir,
 )
-from diffpolicy.settings import ConfigError, check_choice, check_range, near_miss
+from diffpolicy.settings import ConfigError, check_choice, check_range
 from diffpolicy.settings import from_values as build
 
 
@@ -45,17 +47,32 @@ class CollectConfig:
     noise: float = 0.0
 
 
+_ONE_STORE = ("path", "collect", "d4rl", "transforms")
+
+
 @dataclass
 class DataConfig:
-    """Episode store, split and normalisation."""
+    """Episode store (or several, ``mix``), split and normalisation."""
 
-    path: str
+    path: str | None
     collect: CollectConfig | None = None
     d4rl: str | None = None
     transforms: list[Any] = field(default_factory=list)
     val_fraction: float = 0.02
     max_episodes: int | None = None
     normalize: dict[str, str] = field(default_factory=dict)
+    mix: list[Any] = field(default_factory=list)
+    normalizer: str = "shared"
+
+    def __post_init__(self) -> None:
+        beside = [name for name in _ONE_STORE if getattr(self, name)]
+        if self.mix and beside:
+            raise ConfigError(f"data.mix names its stores itself; leave out data.{beside[0]}")
+        check_choice("data.normalizer", self.normalizer, ("shared", "per_store"))
+        if self.normalizer == "per_store" and not self.mix:
+            raise ConfigError("data.normalizer=per_store is of several stores: give data.mix")
+        if not self.mix and self.path is None:
+            raise ConfigError("give data.path=STORE, or data.mix=[{path: STORE, weight: 1}, ...]")
 
 
 @dataclass
@@ -71,6 +88,7 @@ class EvaluationConfig:
     timeout: float = 60.0
     plan_batch: int | None = None
     video_episodes: int = 0
+    video_cameras: bool = False
 
     def __post_init__(self) -> None:
         for name in ("val_episodes", "episodes", "video_episodes", "num_workers"):
@@ -244,6 +262,7 @@ class EvalConfig:
     temperature: float | None = None
     value_scale: float | None = None
     n_action_steps: int | None = None
+    normalizer: str | None = None
     judge: dict[str, Any] = field(default_factory=dict)
     plain: bool = False
     streaming: dict[str, Any] = field(default_factory=dict)
@@ -265,7 +284,9 @@ class EvalConfig:
     def of_policy(self) -> dict[str, Any]:
         """The entries of the spec that were given."""
         names = "sampler rti truncated selection returns imagined temperature value_scale"
-        given = {name: getattr(self, name) for name in [*names.split(), "n_action_steps"]}
+        given = {
+            name: getattr(self, name) for name in [*names.split(), "n_action_steps", "normalizer"]
+        }
         return {name: value for name, value in given.items() if value not in (None, {})}
 
 
@@ -333,13 +354,16 @@ def load_run(command: str, overrides: Sequence[str]) -> RunConfig:
     values = compose(kind.replace(" ", "_"), overrides)
     if values.get("preferences") is not None and "preferences" in keys_given(overrides):
         _compared_already(values, overrides)
+    if (values.get("data") or {}).get("mix"):  # in place of what a group says of one store
+        single = [name for name in _ONE_STORE if f"data.{name}" not in keys_given(overrides)]
+        values["data"] |= {name: [] if name == "transforms" else None for name in single}
     config = build(KINDS[kind], {**values, "run": kind})
     evaluation = getattr(config, "evaluation", None)
     if evaluation is not None:
         evaluation.check_protocol()
     config.run_dir = seeded_run_dir(config.run_dir, config.seed, overrides)
     if isinstance(config, TrainConfig):
-        _check_data_path(config.data, keys_given(overrides))
+        check_data_path(config.data, keys_given(overrides))
     return config
 
 
@@ -368,31 +392,6 @@ def _compared_already(values: dict[str, Any], overrides: Sequence[str]) -> None:
     if not given & {"judge", "plans"}:  # with either, own plans are compared
         stands["plans"] = None
     values |= {name: value for name, value in stands.items() if name not in given}
-
-
-def _check_data_path(data: DataConfig, given: Mapping[str, str]) -> None:
-    """Raise for a path that was given, is not there, and looks mistyped: nothing is recorded."""
-    path = Path(data.path)
-    counted = any(key.startswith("data.collect") for key in given)
-    if "data.path" not in given or counted or data.collect is None or path.exists():
-        return
-    first = next(p for p in (*reversed(path.parents), path) if not p.exists())
-    beside = first.parent.iterdir() if first.parent.is_dir() else ()
-    hint = near_miss(first.name, [p.name for p in beside])
-    if hint:
-        raise ConfigError(
-            f"nothing is at {path}{hint} (in {first.parent}). To record demonstrations there, say "
-            f"how many: data.collect.episodes={data.collect.episodes}"
-        )
-
-
-def seeded_run_dir(run_dir: str, seed: int, overrides: Sequence[str]) -> str:
-    """The run's directory; it ends in the seed where one was given, and no directory.
-
-    So that ``for s in 0 1 2; do diffpolicy train ... seed=$s; done`` makes three runs.
-    """
-    given = keys_given(overrides)
-    return f"{run_dir}_seed{seed}" if "seed" in given and "run_dir" not in given else run_dir
 
 
 def load_eval(overrides: Sequence[str]) -> EvalConfig:

@@ -24,7 +24,8 @@ OPEN = (
     *("env.", "data.", "policy.", "sampler.", "evaluation.", "learning.", "method.", "guidance."),
     *("task.kwargs.", "collect.", "judge.", "plans.", "adapters."),
     *("oracles.network.", "oracles.trainer."),
-    *("rti.", "truncated.", "selection.", "returns.", "streaming.", "chunking."),  # of eval
+    *("rti.", "truncated.", "selection.", "returns.", "imagined.", "streaming."),  # of eval
+    "chunking.",
 )
 """Sections whose keys are checked by what they configure, so that a file may leave any out."""
 
@@ -371,3 +372,30 @@ def _keys(node: Any, path: str = "") -> Iterator[str]:
         inner = node._get_node(name)
         if isinstance(inner, DictConfig) and not inner._is_none():
             yield from _keys(inner, f"{path}{name}.")
+
+
+def seeded_run_dir(run_dir: str, seed: int, overrides: Sequence[str]) -> str:
+    """The run's directory; it ends in the seed where one was given, and no directory.
+
+    So that ``for s in 0 1 2; do diffpolicy train ... seed=$s; done`` makes three runs.
+    """
+    given = keys_given(overrides)
+    return f"{run_dir}_seed{seed}" if "seed" in given and "run_dir" not in given else run_dir
+
+
+def check_data_path(data: Any, given: Mapping[str, str]) -> None:
+    """Raise if the ``data.path`` given is not there and looks mistyped: nothing is recorded."""
+    if data.path is None:
+        return
+    path = Path(data.path)
+    counted = any(key.startswith("data.collect") for key in given)
+    if "data.path" not in given or counted or data.collect is None or path.exists():
+        return
+    first = next(p for p in (*reversed(path.parents), path) if not p.exists())
+    beside = first.parent.iterdir() if first.parent.is_dir() else ()
+    hint = near_miss(first.name, [p.name for p in beside])
+    if hint:
+        raise ConfigError(
+            f"nothing is at {path}{hint} (in {first.parent}). To record demonstrations there, say "
+            f"how many: data.collect.episodes={data.collect.episodes}"
+        )

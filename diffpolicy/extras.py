@@ -17,6 +17,8 @@ EXTRAS = {
     "mujoco": "mujoco",
     "h5py": "hdf5",
     "pyarrow": "lerobot",
+    "av": "lerobot",
+    "sentence_transformers": "language",
     "minari": "minari",
     "matplotlib": "media",
     "PIL": "media",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,6 +40,25 @@ def near_miss(name: object, known: Iterable[object], *, prefix: str = "", listin
     close = difflib.get_close_matches(str(name), names, n=1)
     every = f"; {listing} {', '.join(names)}" if listing else ""
     return every + (f"; did you mean {prefix + close[0]!r}?" if close else "")
+
+
+def load_named(option: str, text: str) -> Any:
+    """Return what ``package.module:name`` names, of a user's own code.
+
+    Args:
+        option: the setting whose value it is, for the message.
+        text: its value.
+
+    Raises:
+        ConfigError: nothing of that name can be imported.
+    """
+    module, colon, name = text.partition(":")
+    try:
+        if not colon:
+            raise ImportError("there is no ':' in it")
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{option}={text}: {error}; write MODULE:FUNCTION") from error
 
 
 def check_known(values: Iterable[object], known: Iterable[object], what: str) -> None:

@@ -31,6 +31,7 @@ from omegaconf import OmegaConf
 
 from diffpolicy.api import DiffusionPolicy
 from diffpolicy.core import Sampler
+from diffpolicy.data.observation import zeros
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.rollout.env_spec import EnvSpec
@@ -104,9 +105,7 @@ def make(
 def decision_ms(policies: dict[str, DiffusionPolicy], rounds: int = 30) -> dict[str, float]:
     """Median milliseconds of a decision for one environment; warm rows where a method has them."""
     states, times = {}, {name: [] for name in policies}
-    obs = {
-        n: p.normalizer.unnormalize("obs", np.zeros((1, p.obs_dim))) for n, p in policies.items()
-    }
+    obs = {n: p.normalizer.unnormalize_obs(zeros(p.observed, (1,))) for n, p in policies.items()}
     for name, policy in policies.items():
         state = policy.observe(obs[name], policy.initial_state([0]))
         states[name] = policy.replan(policy.replan(state, [0]), [0])

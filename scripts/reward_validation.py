@@ -16,6 +16,7 @@ from diffpolicy.data.preferences.records import Pair, episodes_of
 from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.learn.values.learning import PreferenceLearning
 from diffpolicy.learn.values.reward import RewardModel
+from diffpolicy.settings import settings_of
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 
 DRAWS = 4000  # of the bootstrap
@@ -52,7 +53,7 @@ def learn_candidate(
     model = RewardModel.for_preferences(preferences, spec=candidate.spec, seed=seed)
     quiet = {"checkpoint_every": None, "log_every": 10**9, "progress": False}
     config = TrainerConfig(**{**quiet, **candidate.trainer, "seed": seed})
-    learning = PreferenceLearning.from_config(candidate.learning)
+    learning = settings_of(PreferenceLearning, candidate.learning, "learning")
     return model.learn(preferences, config, run_dir, learning=learning, overwrite=True)
 
 

@@ -59,9 +59,9 @@ class Still:
         """The same memory."""
         return state
 
-    def act(self, obs: np.ndarray, state: Memory, *, deterministic: bool = False) -> object:
+    def act(self, obs: object, state: Memory, *, deterministic: bool = False) -> object:
         """Zeros, and the same memory."""
-        return np.zeros((len(obs), self.action_dim), np.float32), state
+        return np.zeros((len(state.nfe), self.action_dim), np.float32), state
 
 
 def measure(env: str, episodes: int, steps: int, num_envs: int, num_workers: int) -> list[float]:

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from diffpolicy import cli
+from diffpolicy.data import EpisodeStore
 from generators.command import run as generate
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
+STORES = "Data: some episodes, several stores"
 PUSHT = DATA / "pusht" / "pusht_lowdim.zarr.zip"
 DOOR = [
     DATA / "adroit_door_human" / name for name in ("door_human.npz", "door_human_prefs_unirlhf.npz")
@@ -77,7 +79,14 @@ SMALL = {
     ],
     "render": ["count=1"],
     "import": [],
+    "env=fetch_push_camera": [
+        *TINY,
+        "data.collect.episodes=3",
+        "network.width=16",
+        "policy.encoder.backbone={type: cnn, widths: [4, 4, 4]}",
+    ],
     "experiment=fetch_push": [*TINY, "data.collect.episodes=3", "network.width=16"],
+    "experiment=fetch_push_pad": [*TINY, "data.collect.episodes=3", "network.base.width=16"],
     "experiment=demo": [*TINY, "data.collect.episodes=3"],
     "experiment=pusht_state_small": [
         *TINY,
@@ -152,6 +161,7 @@ def test_commands(tmp_path, monkeypatch):
     arguments = [a for a in shlex.split(maze)[2:] if not a.startswith("steps=")]
     assert generate([*arguments, "steps=700"]) == 0
     elsewhere = (
+        STORES,
         "Push-T with the human demonstrations",
         "Sequences, tuned by a reward",
         "Preferences",
@@ -184,6 +194,24 @@ def test_camera_commands():
     assert len(found) == 3
     for command in found:
         assert cli.main([*command, "--print-config"]) == 0, command
+
+
+def test_store_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("demos", "lift", "monday", "tuesday", "real", "simulated"):
+        rows = {"obs": (60 * 21, 3), "action": (60 * 21, 2)}
+        arrays = {k: rng.normal(size=shape).astype(np.float32) for k, shape in rows.items()}
+        with EpisodeStore.create(f"{name}.zarr", {"obs": (3,), "action": (2,)}) as store:
+            known = [{"success": i % 3 > 0, "masks": ["train"][: i % 2]} for i in range(60)]
+            store.extend(arrays, np.arange(21, 61 * 21, 21), known)
+    found = commands("docs/guide.md", STORES)
+    assert len(found) == 5
+    for command in found:
+        small = ["network.width=16", "evaluation.val_episodes=0", "evaluation.episodes=0"]
+        more = [*TINY, *small, "trainer.progress=false"] if command[0] == "train" else []
+        assert cli.main([*command, *more]) == 0, command
+    assert EpisodeStore.open("good.zarr").num_episodes == 32
 
 
 def test_sequence_commands(tmp_path, monkeypatch):

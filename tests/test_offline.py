@@ -217,15 +217,15 @@ def test_heads_and_learning_must_agree(tmp_path):
         "heads": {"critic": CRITIC},
     }
     policy = DiffusionPolicy.from_dataset(bandit_store(), spec=spec)
-    with pytest.raises(ValueError, match=r"are trained by learning\.actor_critic"):
+    with pytest.raises(ValueError, match=r"learning\.actor_critic trains the heads"):
         policy.learn(bandit_store(), quick(2), tmp_path / "run", val_fraction=0)
 
 
 @pytest.mark.parametrize(
     ("spec", "learning", "message"),
     [
-        ({"layout": "trajectory"}, {"actor_critic": {}}, "learn plans of actions"),
-        ({"cond_dropout": 0.1}, {"actor_critic": {}}, "learn plans of actions"),
+        ({"layout": "trajectory"}, {"actor_critic": {}}, "actor-critics learn plans with"),
+        ({"cond_dropout": 0.1}, {"actor_critic": {}}, "actor-critics learn plans with"),
     ],
 )
 def test_settings_without_effect_are_refused(spec, learning, message):
@@ -237,7 +237,7 @@ def test_settings_without_effect_are_refused(spec, learning, message):
 def test_entries_called_constant_must_be(tmp_path):
     spec = {"layout": "trajectory", "horizon": 4, "n_obs_steps": 1, "n_action_steps": 1}
     policy = DiffusionPolicy.from_dataset(walker_store(), spec={**spec, "constant": (0,)})
-    with pytest.raises(ValueError, match="names entry 0 of the observation, which changes"):
+    with pytest.raises(ValueError, match="names entry 0, which changes in an episode"):
         policy.learn(walker_store(), quick(2), tmp_path / "run")
 
 

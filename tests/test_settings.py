@@ -69,7 +69,7 @@ def test_a_mistyped_keyword_names_the_nearest_setting():
         (lambda: make_solver("dimm"), "ddim"),
         (lambda: make_solver("ddim", etaa=1), "eta"),
         (lambda: make_masking("masked_loglin"), "masked_loglinear"),
-        (lambda: ActorCritic.from_config({"expectil": 0.9}), "expectile"),
+        (lambda: settings_of(ActorCritic, {"expectil": 0.9}, "critic"), "expectile"),
     ],
 )
 def test_every_builder_names_the_nearest(build, nearest):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from diffpolicy.settings import ConfigError, check_choice, check_range
+from diffpolicy.settings import ConfigError, check_choice, check_range, load_named
 from diffpolicy.settings import from_values as build
 
 if TYPE_CHECKING:
@@ -89,10 +88,4 @@ def score_function(text: str) -> Any:
     Raises:
         ConfigError: no such function.
     """
-    module, colon, name = text.partition(":")
-    if not colon:
-        return text
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"score={text}: {error}; write MODULE:FUNCTION") from error
+    return load_named("score", text) if ":" in text else text

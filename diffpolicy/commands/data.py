@@ -45,14 +45,28 @@ SPLIT = {
     **KEPT,
 }
 FIELDS = {
-    "format": Option("auto", "minari or lerobot for an id of theirs"),
+    "format": Option(
+        "auto", "minari or lerobot for an id of theirs; lerobot also writes a store of ours as one"
+    ),
     "env": Option(
         None,
         "pass the observation through this environment's own observation_from_state, so that the "
         "data hold what the policy will see (of D4RL's data it is only recorded)",
     ),
-    "obs": Option(None, "NAME, or a list [a,b] that is concatenated; null: found by its name"),
+    "obs": Option(
+        None,
+        "NAME, or a list [a,b] that is concatenated, but for images; null: cameras and state, "
+        "found by their names. By name: obs.camera=img obs.hand=state[:2]",
+    ),
     "action": Option(None, "likewise"),
+    "task": Option(
+        "auto",
+        "what fills obs.task with ids of instructions: a field, or what is said of each episode; "
+        "auto: LeRobot's column, where it tells several apart; null: nothing",
+    ),
+    "task_encoder": Option(
+        None, "makes vectors of them: MODULE:FUNCTION, or sentence-transformers/NAME"
+    ),
     "fields": Option({}, "others, {reward: rewards, img: img}"),
 }
 D4RL = {
@@ -73,6 +87,12 @@ D4RL = {
         "the step limit of the environment of a file of your own without timeouts and "
         "next_observations",
     ),
+}
+LEROBOT = {
+    "format": FIELDS["format"],
+    "fps": Option(None, "steps a second, where the store does not say"),
+    "lossless": Option(False, "keep every pixel, in films that fewer players show"),
+    "overwrite": WHICH["overwrite"],
 }
 COLLECT = {
     "env": Option(None, "the environment, such as diffpolicy_envs:diffpolicy/FetchPush-v0"),
@@ -110,9 +130,14 @@ convert  makes a store from a Diffusion Policy replay buffer (zarr, directory or
 {options_help(FIELDS | WHICH, " " * 11)}
          A D4RL id or file has settled fields; in place of obs, action and fields it takes
 {options_help({n: o for n, o in D4RL.items() if n not in FIELDS}, " " * 11)}
+         A store of ours is written as a LeRobot dataset of version 3.0 by format=lerobot and
+{options_help({n: o for n, o in LEROBOT.items() if n not in FIELDS | WHICH}, " " * 11)}
          An interrupted conversion begins anew. For example
            diffpolicy data convert pusht_lowdim.zarr.zip data/pusht.zarr obs=state \\
              env=diffpolicy_envs:diffpolicy/PushT-v0
+           diffpolicy data convert pusht_image.zarr.zip data/images.zarr obs.image=img \\
+             obs.agent_pos=state[:2]
+           diffpolicy data convert data/images.zarr pusht_lerobot format=lerobot fps=10
            diffpolicy data convert hopper-medium-v2 data/hopper.zarr
            diffpolicy data convert mine.hdf5 data/mine.zarr max_episode_steps=50
 filter   makes a store of some episodes of another, bit for bit; what is left out is said, and kept
@@ -189,14 +214,25 @@ def _check(arguments: Sequence[str]) -> int:
 
 def _convert(arguments: Sequence[str]) -> int:
     names = ["source", "target"]
-    options = parse(arguments, names, FIELDS | D4RL | WHICH)
-    is_d4rl = _is_d4rl(options["source"], options["format"])
+    named = [a for a in arguments if a.removeprefix("--").startswith("obs.")]
+    rest = [a for a in arguments if a not in named]
+    options = parse(rest, names, FIELDS | D4RL | WHICH | LEROBOT)
     # Once more, as the options of the other kind of source are none of this one's.
-    options = parse(arguments, names, (D4RL if is_d4rl else FIELDS) | WHICH)
-    store = (_converted_d4rl if is_d4rl else _converted)(options)
+    if options["format"] == "lerobot" and _is_zarr(options["source"]):
+        return _written(parse(arguments, names, LEROBOT))
+    if _is_d4rl(options["source"], options["format"]):
+        store = _converted_d4rl(parse(arguments, names, D4RL | WHICH))
+    else:
+        options = parse(rest, names, FIELDS | WHICH)
+        observed = dict.fromkeys(a.removeprefix("--").partition("=")[0] for a in named)
+        store = _converted(options, parse(named, [], observed))
     for text in store.attrs.get("notes", ()):
         print(text)
-    return _print_made(store)
+    _print_made(store)
+    kinds = ("left_out", "unread", "left_out_episodes")
+    lacks = {kind: list(store.attrs[kind]) for kind in kinds if kind in store.attrs}
+    print(f"left out: {json.dumps(lacks) if lacks else 'nothing'}")
+    return 0
 
 
 def _print_made(*stores: Any) -> int:
@@ -231,7 +267,25 @@ def _merge(arguments: Sequence[str]) -> int:
     return _print_made(merged(stores[:-1], stores[-1], **options))
 
 
-def _converted(options: dict[str, Any]) -> Any:
+def _is_zarr(source: str) -> bool:
+    from diffpolicy.data.formats.replay_zarr import ReplayBuffer
+
+    return Path(source).exists() and ReplayBuffer.matches(Path(source))
+
+
+def _written(options: dict[str, Any]) -> int:
+    from diffpolicy.data.formats.lerobot_writer import write_lerobot
+
+    how = {name: options[name] for name in ("fps", "lossless", "overwrite")}
+    made = write_lerobot(_open(options["source"]), options["target"], **how)
+    print(f"{made.path}: {made.episodes} episodes, {made.steps} steps, {made.fps:g} a second")
+    for name, quality in made.psnr.items():
+        print(f"{name}: {quality:.2f} dB")
+    print(f"left out: {json.dumps(dict(made.left_out)) if made.left_out else 'nothing'}")
+    return 0
+
+
+def _converted(options: dict[str, Any], observed: dict[str, Any]) -> Any:
     from diffpolicy.data.conversion import convert
 
     if not isinstance(options["fields"], dict):
@@ -243,10 +297,10 @@ def _converted(options: dict[str, Any]) -> Any:
         options["source"],
         options["target"],
         format=options["format"],
-        fields=options["fields"] | main,
+        fields=options["fields"] | main | observed,
         transform=_observation_of(options["env"]),
         attrs={"env_id": options["env"]} if options["env"] else {},
-        **{name: options[name] for name in WHICH},
+        **{name: options[name] for name in ("task", "task_encoder", *WHICH)},
     )
 
 

@@ -143,10 +143,12 @@ def rank_candidates(policy: DiffusionPolicy, config: EvalConfig) -> None:
     check_range("[0, inf)", **{"judge.pessimism": pessimism})
     if path is None:
         raise ConfigError("judge is a value of plans: give judge.path=RUN/value")
-    if config.streaming or policy.spec.layout != "action" or policy.spec.observations:
+    other = policy.spec.layout != "action" or policy.spec.observations or policy.spec.actions
+    if config.streaming or other:
         raise ConfigError(
             "judge chooses among plans of actions that are made at once, for one vector observed; "
-            "it does not go with streaming, plans that hold observations, or those by name"
+            "it does not go with streaming, action groups, plans that hold observations, or those "
+            "by name"
         )
     value = PlanValue.from_pretrained(path, device=policy.device)
     value.pessimism = float(pessimism)

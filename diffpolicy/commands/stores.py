@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from diffpolicy.config import TrainConfig
 from diffpolicy.files import write_json
@@ -26,6 +26,8 @@ def open_store(config: TrainConfig) -> EpisodeStore:
     """Open the demonstrations, collected first when the config says how and they are not there."""
     from diffpolicy.data.store import EpisodeStore
 
+    if config.data.path is None:
+        return mixed_store(config.data.mix)
     path, collect = Path(config.data.path), config.data.collect
     if config.data.d4rl is not None:
         return d4rl_store(config.data.d4rl, path, tuple(config.data.transforms))
@@ -58,6 +60,23 @@ def open_store(config: TrainConfig) -> EpisodeStore:
             f"{extra[0]}); give another data.path, or data.collect=null to train on all of them"
         )
     return store
+
+
+def mixed_store(mix: Sequence[Any]) -> EpisodeStore:
+    """Open the stores of ``data.mix`` as one.
+
+    Raises:
+        ConfigError: a part that is not there, or has a setting that there is not.
+        ValueError: stores whose fields differ.
+    """
+    from diffpolicy.data.joined import mixture
+
+    store = mixture(mix)
+    shares = [weight / sum(store.weights) for weight in store.weights]
+    for (name, part), share in zip(store.parts.items(), shares, strict=True):
+        size = f"{part.num_episodes} episodes, {part.num_steps} steps"
+        print(f"data.mix: {name}, {size}, {share:.1%} of each batch")
+    return cast("EpisodeStore", store)
 
 
 def d4rl_store(source: str, path: Path, transforms: tuple[str, ...]) -> EpisodeStore:

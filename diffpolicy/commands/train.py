@@ -104,7 +104,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> int:
     """Run one training configuration from data to scores."""
     began = time.perf_counter()
     run_dir = check_new(config, resume=resume)
-    check_writable(run_dir, *(() if Path(config.data.path).exists() else [config.data.path]))
+    path = config.data.path
+    check_writable(run_dir, *(() if path is None or Path(path).exists() else [path]))
     device = pick_device(config.device, config.threads)
     choose_rendering(config.evaluation.video_episodes)
     check_training(config)
@@ -159,6 +160,7 @@ def make_policy(config: TrainConfig, store: EpisodeStore, device: Any) -> Diffus
         store,
         spec=spec,
         normalize=config.data.normalize,
+        per_store=config.data.normalizer == "per_store",
         anchors=config.policy.get("anchors"),
         seed=config.seed,
         device=device,
@@ -179,7 +181,7 @@ def _of_actions(config: TrainConfig, store: EpisodeStore) -> dict[str, Any]:
     wanted = {**shapes, "action": (info.action_dim,)}
     if len(held) > 1 and held != wanted:  # from_dataset says what is missing
         raise ConfigError(
-            f"{config.data.path} stores {held}, but {config.env.id} has {shapes} and actions of "
+            f"{store.name} stores {held}, but {config.env.id} has {shapes} and actions of "
             f"{info.action_dim} entries; convert or collect the data for this one"
         )
     groups = config.policy.get("actions") or info.action_groups
@@ -297,7 +299,7 @@ def evaluate_policy(
     from diffpolicy.rollout.video import save_media
 
     video = (
-        VideoOptions(episodes=settings.video_episodes, stride=2)
+        VideoOptions(settings.video_episodes, stride=2, cameras=settings.video_cameras)
         if settings.video_episodes
         else None
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from diffpolicy.commands.runs import (
     trainer_settings,
     write_config,
 )
-from diffpolicy.commands.stores import env_spec
+from diffpolicy.commands.stores import env_spec, mixed_store
 from diffpolicy.commands.train import make_workers, validator
 from diffpolicy.commands.tuning_folder import check_free, clear, trained_policy
 from diffpolicy.config import PolicyTuningConfig, TrainConfig
@@ -256,7 +256,11 @@ def _load(path: str, device: Any, **changes: Any) -> DiffusionPolicy:
 def _demonstrations(config: PolicyTuningConfig, base: TrainConfig) -> EpisodeStore | None:
     from diffpolicy.data.store import EpisodeStore
 
-    path = Path(config.demonstrations or base.data.path)
+    if config.demonstrations is None and base.data.mix:
+        with suppress(FileNotFoundError):  # they may be gone, and not be needed
+            return mixed_store(base.data.mix)
+        return None
+    path = Path(config.demonstrations or str(base.data.path))
     if path.exists():
         return EpisodeStore.open(path)
     if config.demonstrations is not None:
@@ -277,7 +281,8 @@ def _inputs(config: PolicyTuningConfig, demonstrations: EpisodeStore | None) -> 
         store = PreferenceSet.open(file).store
         found |= {"preferences": file, "the store of preferences": Path(str(store.path))}
     if demonstrations is not None:
-        found["demonstrations"] = Path(str(demonstrations.path))
+        parts = getattr(demonstrations, "parts", {"": demonstrations})
+        found |= {f"demonstrations {n}".strip(): Path(str(p.path)) for n, p in parts.items()}
     return found
 
 

@@ -36,8 +36,9 @@ class ActionGroup:
     Args:
         dims: their indices, in the order that ``rotation`` or ``of`` gives them a meaning in.
         kind: ``"absolute"``: as they are; ``"relative"``: every action of a plan relative to the
-            state at the plan's beginning (Chi et al. 2024, UMI, arXiv 2402.10329, section III-C);
-            ``"delta"``: each relative to the one before it, the first to that state.
+            state at the plan's current step (Chi et al. 2024, UMI, arXiv 2402.10329); ``"delta"``:
+            each relative to the one before it, that of the current step to the state; those before
+            it each as the change to the next.
         of: that state: entries of the observation with the meaning of ``dims``, one for each.
         obs: the name of the observation that ``of`` are entries of, where there are several.
         rotation: the form of a rotation in the data, one of
@@ -72,7 +73,7 @@ class ActionGroup:
 
     def __post_init__(self) -> None:
         check_choice("kind of action group", self.kind, KINDS)
-        check_range("[2, inf)", choices=self.choices)
+        check_range("[1, inf)", choices=self.choices)
         for form in (self.rotation, self.obs_rotation, self.plan_rotation):
             if form is not None:
                 check_choice("rotation", form, SIZES)

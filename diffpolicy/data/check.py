@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,12 @@ from numpy.typing import NDArray
 
 from diffpolicy.data import opening
 from diffpolicy.data.fields import FieldSpec, checked_bounds
+from diffpolicy.data.frames import layout_problem
 from diffpolicy.data.observation import is_obs
 from diffpolicy.data.scan import Bounds, FieldScan, scan_field
 from diffpolicy.data.statistics import PARTS, statistics_problem
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.data.suspects import suspects
+from diffpolicy.data.suspects import moving, suspects
 
 Severity = Literal["error", "warning"]
 RECOPY = "copy the store again from where it is whole; otherwise the episodes there are lost"
@@ -203,6 +205,9 @@ class _Checker:
         if flat or (name == "action" and array.ndim != 2):
             message = f"rows have the shape {list(array.shape[1:])}; they must be vectors to train"
             self._field_error(name, message, "store it as [T, D]: array.reshape(len(array), -1)")
+        spec = FieldSpec(array.shape[1:], str(array.dtype))
+        if is_obs(name) and (problem := layout_problem(name, spec)):
+            self._add("images", f"data/{name}", *problem, "warning", field=name)
         if array.dtype == np.float64:
             message, fix = "takes twice the memory of float32", "store it as float32"
         elif name == "action" and array.dtype.kind != "f":
@@ -325,7 +330,13 @@ class _Checker:
             for name, scan in self._scans.items()
             if scan.sound and _is_vectors(name, self._arrays[name]) and scan.whole.all()
         }
-        for name, kind, index, row, message, fix in suspects(arrays, self._ends):
+        seen = {name: array for name, array in arrays.items() if is_obs(name)}
+        cameras = {n: s.frames for n, s in self._scans.items() if s.frames and s.whole.all()}
+        odd = [suspects(arrays, self._ends)]
+        if cameras and len(self._ends):
+            changes = moving(seen, self._ends)
+            odd += [frames.suspects(name, changes) for name, frames in cameras.items()]
+        for name, kind, index, row, message, fix in chain.from_iterable(odd):
             if kind != "frozen" or index not in frozen:
                 place = f"data/{name}"
                 self._add(kind, place, message, fix, "warning", field=name, index=index, row=row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from zarr.storage import MemoryStore
 
 from diffpolicy.data import store_layout as layout
 from diffpolicy.data.check import check_store, format_issue
-from diffpolicy.data.fields import FieldSpec, check_has, checked_rows
+from diffpolicy.data.fields import FieldSpec, checked_rows
 from diffpolicy.data.formats import EpisodeSource, get_format
+from diffpolicy.data.formats.images import as_bytes, is_picture
+from diffpolicy.data.mapping import VECTORS, Fields, field_of, is_observed, mapping_of, part_of
 from diffpolicy.data.observation import is_obs
 from diffpolicy.data.selection import (
     Choice,
@@ -28,18 +30,14 @@ from diffpolicy.data.selection import (
     select,
 )
 from diffpolicy.data.store import EpisodeStore
+from diffpolicy.data.tasks import FIELD as TASK
+from diffpolicy.data.tasks import Encoder, Tasks
 from diffpolicy.locks import WriterLock
 
 # Episodes are handed to the store in blocks of about so many bytes.
 _BLOCK_BYTES = 2**25
-# What a state-only policy and its critics are given: float32 vectors.
-_OBSERVATIONS = ("obs", "next_obs")
-_VECTORS = (*_OBSERVATIONS, "action")
-# Rows of two sizes are few key points or short histories, unless both are at least so large.
-_IMAGE_SIDE = 12
 
 Columns = dict[str, NDArray[Any]]
-Fields = Mapping[str, str | Sequence[str]]
 
 
 def convert(
@@ -49,6 +47,8 @@ def convert(
     format: str = "auto",
     fields: Fields | None = None,
     transform: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
+    task: str | None = "auto",
+    task_encoder: str | Encoder | None = None,
     max_episodes: int | None = None,
     exclude: Choice | None = None,
     keep: Choice | None = None,
@@ -68,12 +68,23 @@ def convert(
         target: The store to make, by custom ``something.zarr``; None keeps it in memory.
         format: A format's name, or ``"auto"`` to look.
         fields: The target's fields, each made of one source field or of several, which are
-            flattened and concatenated: ``{"obs": ["state"], "action": "action"}``. What is not said
-            of ``obs`` and ``action`` comes from the format. Both become float32 vectors; other
-            fields keep their shape and type (float64 becomes float32). Several observations are
-            named ``obs.NAME``: ``{"obs.joints": "state", "obs.camera": "img"}``.
+            flattened and concatenated: ``{"obs": ["state"], "action": "action"}``; ``state[:2]`` is
+            the first two entries. What is not said of ``obs`` and ``action`` comes from the format:
+            all cameras and the state. Both become float32 vectors; other fields keep their shape
+            and type (float64 becomes float32). Several observations are named ``obs.NAME``:
+            ``{"obs.joints": "state", "obs.camera": "img"}``. An observed image stays one, in bytes
+            H x W x C: of images and vectors in ``obs`` each image becomes ``obs.NAME``, and the
+            vectors together ``obs.state``.
         transform: Applied to ``obs`` ``[T, O]`` of each episode; returns ``[T, O']``. Also to
-            ``next_obs``, where the format knows the observation after each step.
+            ``next_obs``, where the format knows the observation after each step. As it makes the
+            one vector ``obs``, cameras have to be asked for.
+        task: What fills ``obs.task``, int64 ``[T, 1]``: a field of ids, or what the source says in
+            words of each step, episode or the whole. The instructions become the attribute
+            ``tasks``, in the order of their ids. ``"auto"``: the source's own task column, where it
+            tells several apart and no observation is chosen; None: nothing.
+        task_encoder: What makes float32 vectors ``[n, d]`` of n instructions, once each, which
+            ``obs.task`` then holds: a function, ``"package:function"`` or
+            ``"sentence-transformers/NAME"``.
         max_episodes: Stop after so many.
         exclude: Episodes to leave out: numbers, ``"mask:NAME"`` or ``"failed_check"``, or a list of
             these; see :mod:`diffpolicy.data.selection`.
@@ -100,8 +111,10 @@ def convert(
             source = stack.enter_context(kind(Path(source)))
         if goal is not None:
             layout.clear_target(goal, overwrite=overwrite, remove=False)
-        mapping = _mapping(source, fields or {})
-        used = [n for group in mapping.values() for n in group]
+        tasks = _tasks(source, fields or {}, task, task_encoder)
+        mapping = mapping_of(source, fields or {}, flat=transform is not None, task=bool(tasks))
+        used = [field_of(n) for group in mapping.values() for n in group]
+        used += [tasks.name] if tasks and tasks.by_id else []
         selection = select(source, exclude, keep, max_episodes)
         selection, doubts = checked_gaps(source, used, selection, allow_missing=allow_missing)
         known |= {} if max_episodes is None else {"max_episodes": max_episodes}
@@ -110,12 +123,18 @@ def convert(
             stack.enter_context(WriterLock(goal, "converting to it"))
             partial = stack.enter_context(layout.replaced(goal))
         attrs = {**source.attrs, **known, **(attrs or {})}
-        job = _Job(source, mapping, transform, partial, str(goal), attrs)
+        job = _Job(source, mapping, transform, tasks, partial, str(goal), attrs)
         store, selection, found = job.write_checked(selection)
         said = source.remarks(store)
         if warnings := [*doubts, *said.get("warnings", []), *found]:
             said["warnings"] = warnings
-        store.update_attrs({**left_out(source, used, selection), **said})
+        if tasks:
+            said["tasks"] = tasks.texts
+        parts = _parts(mapping)
+        lacks = left_out(source, set(used) - set(parts), selection)
+        for name, texts in parts.items():
+            lacks["left_out"][name] += f", but for {', '.join(texts)}"
+        store.update_attrs({**lacks, **said})
         if goal is not None:
             store.close()
     made = store if goal is None else EpisodeStore.open(goal)
@@ -130,6 +149,7 @@ class _Job:
     reader: EpisodeSource
     mapping: Mapping[str, list[str]]
     transform: Callable[[NDArray[Any]], NDArray[Any]] | None
+    tasks: Tasks | None
     place: Path | None
     shown: str  # the name that the store will have
     attrs: Mapping[str, Any]
@@ -189,15 +209,21 @@ class _Job:
         self, selection: Selection, failed: dict[int, str]
     ) -> Iterator[tuple[Columns, Mapping[str, Any]]]:
         """Columns and attributes of each episode; ``failed`` receives those that are left out."""
-        names = sorted({n for group in self.mapping.values() for n in group})
+        names = {field_of(n) for group in self.mapping.values() for n in group}
+        if self.tasks and self.tasks.by_id:
+            names.add(self.tasks.name)
         known = attrs_with_masks(self.reader)
         specs: dict[str, FieldSpec] = {}  # of the first episode: the others' are to be the same
         for index in selection.episodes:
             try:
-                raw = self.reader.episode(index, names)
+                raw = self.reader.episode(index, sorted(names))
                 columns = {k: self._column(k, raw) for k in self.mapping}
+                steps = len(columns["action"])
+                told: dict[str, Any] = {}
+                if self.tasks:
+                    columns[TASK], told["tasks"] = self.tasks.column(index, raw, steps)
                 found = _specs(columns)
-                columns = checked_rows(specs or found, columns, np.array([len(columns["action"])]))
+                columns = checked_rows(specs or found, columns, np.array([steps]))
             except ValueError as error:
                 if not selection.failed_check:
                     raise ValueError(
@@ -207,22 +233,28 @@ class _Job:
                 failed[index] = str(error)
                 continue
             specs = specs or found
-            yield columns, known[index]
+            yield columns, {**known[index], **told}
 
     def _column(self, name: str, raw: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """The column ``name`` of an episode, of one part or several."""
-        parts = [raw[part] for part in self.mapping[name]]
+        parts = [part_of(text, raw) for text in self.mapping[name]]
         lengths = [len(p) for p in parts]
         if len(set(lengths)) > 1:
             raise ValueError(f"the parts of {name!r} have different lengths: {lengths}")
-        flat = name in _VECTORS or len(parts) > 1
+        first = FieldSpec(parts[0].shape[1:], str(parts[0].dtype))
+        image = len(parts) == 1 and is_observed(name) and is_picture(first)
+        if self.transform is not None and is_observed(name) and (image or name not in VECTORS):
+            what = "of bytes" if name in VECTORS else "by name"
+            raise ValueError(f"transform is of the one array obs; there is {name} {what}")
+        if image:
+            return as_bytes(self.mapping[name][0], parts[0])
+        # A number a step that is observed is a vector of one.
+        flat = name in VECTORS or len(parts) > 1 or (is_observed(name) and parts[0].ndim == 1)
         column = np.concatenate([p.reshape(len(p), -1) for p in parts], 1) if flat else parts[0]
-        if name in _VECTORS or column.dtype == np.float64:
+        if name in VECTORS or column.dtype == np.float64:
             with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is reported
                 column = column.astype(np.float32)
-        if self.transform is None or name not in _OBSERVATIONS:
-            if self.transform is not None and name.startswith("obs."):
-                raise ValueError(f"transform is of the one array obs; there is {name} by name")
+        if self.transform is None or not is_observed(name):
             return column
         changed = np.asarray(self.transform(column))
         if changed.ndim != 2 or len(changed) != len(column):
@@ -231,40 +263,22 @@ class _Job:
         return changed.astype(np.float32)
 
 
-def _mapping(reader: EpisodeSource, fields: Fields) -> dict[str, list[str]]:
-    """Of which source fields each field of the store is made."""
-    default = reader.default_fields()
-    if any(name.startswith("obs.") for name in fields):
-        default = {name: made_of for name, made_of in default.items() if not is_obs(name)}
-    chosen: dict[str, str | Sequence[str]] = {**default, **fields}
-    lists = {k: [v] if isinstance(v, str) else list(v) for k, v in chosen.items()}
-    follow = getattr(reader, "next_fields", None)
-    if follow is not None and "next_obs" not in fields:  # it is made of what makes obs
-        lists.pop("next_obs", None)
-        lists |= {f"next_{k}": n for k, v in lists.items() if is_obs(k) and (n := follow(v))}
-    for name, there in {"obs": any(map(is_obs, lists)), "action": "action" in lists}.items():
-        if not there or not lists.get(name, [name]):
-            raise ValueError(
-                f"{reader.name} does not say what {name!r} is; choose of its fields "
-                f"{sorted(reader.fields)}, for example {name}=[NAME, NAME] at the command line, "
-                f'fields={{"{name}": [...]}} from Python'
-            )
-    check_has(reader.name, {n for names in lists.values() for n in names}, reader.fields)
-    for name in (n for n in lists if n in _VECTORS or len(lists[n]) > 1):
-        for part in lists[name]:
-            _check_vector(name, part, reader.fields[part])
-    return lists
+def _tasks(
+    reader: EpisodeSource, fields: Fields, task: str | None, encoder: str | Encoder | None
+) -> Tasks | None:
+    """Where ``obs.task`` comes from, if from anywhere."""
+    if task == "auto":
+        task = None if any(map(is_obs, fields)) and not encoder else reader.task_field
+    if task is None and encoder is not None:
+        raise ValueError(f"task_encoder is given, but {reader.name} names no tasks; say task=FIELD")
+    return None if task is None else Tasks(reader, task, encoder)
 
 
-def _check_vector(name: str, part: str, spec: FieldSpec) -> None:
-    """Refuse images where a vector is wanted: flattened they would be thousands of numbers."""
-    image = len(spec.shape) >= 3 or (len(spec.shape) == 2 and min(spec.shape) >= _IMAGE_SIDE)
-    if image:
-        raise ValueError(
-            f"{name!r} is a vector, but {part!r} is an image or a grid, {list(spec.shape)}; make "
-            f"{name!r} of vectors, and keep it as fields={{{part}:{part}}}; or name the "
-            f"observations, such as fields={{obs.{part}:{part}, obs.state:...}}"
-        )
+def _parts(mapping: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The fields of which only some entries are stored, with these."""
+    texts = {text for group in mapping.values() for text in group}
+    partial = {field_of(text) for text in texts} - texts
+    return {name: sorted(t for t in texts if field_of(t) == name) for name in sorted(partial)}
 
 
 def _specs(columns: Columns) -> dict[str, FieldSpec]:

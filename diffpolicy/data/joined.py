@@ -28,6 +28,7 @@ from diffpolicy.settings import check_range, named_settings, settings_of
 TASK = "obs.task"
 """Where whole numbers, they are places in the list of instructions that the attribute is."""
 TASKS = "tasks"
+_MEANT = ("actions",)  # attributes that say what rows mean
 
 _log = logging.getLogger("diffpolicy.data")
 
@@ -142,7 +143,7 @@ class Joined(EpisodeReader):
             cast("EpisodeStore", store).close()
 
 
-def open_stores(given: Any) -> EpisodeStore:
+def open_store(given: Any) -> EpisodeStore:
     """Open a store, or several as one.
 
     Args:
@@ -160,25 +161,21 @@ def open_stores(given: Any) -> EpisodeStore:
         return cast("EpisodeStore", given)
     if isinstance(given, str | os.PathLike):
         return EpisodeStore.open(given)
+    return cast("EpisodeStore", mixture(given))
+
+
+def mixture(given: Sequence[Any]) -> Joined:
+    """Open several stores as one; parts and errors are those of :func:`open_store`."""
     entries = [one if isinstance(one, Mapping) else {"path": str(one)} for one in given]
     settings = [settings_of(Part, one, f"part {i} of the data") for i, one in enumerate(entries)]
     names = [one.name or Path(one.path).name.removesuffix(".zarr") for one in settings]
     if len(set(names)) < len(names):
-        raise ValueError(f"two stores of one name, {names}: give each a name={{...}} of its own")
-    parts = {n: EpisodeStore.open(one.path) for n, one in zip(names, settings, strict=True)}
-    return cast("EpisodeStore", Joined(parts, [one.weight for one in settings]))
-
-
-def parts_of(store: EpisodeReader) -> dict[str, tuple[EpisodeReader, int]]:
-    """Return the parts of a store by name, each with the number of its first episode.
-
-    A store that is not joined is its own only part, named ``""``.
-    """
-    if not isinstance(store, Joined):
-        return {"": (store, 0)}
-    counts = [part.num_episodes for part in store.parts.values()]
-    firsts = np.cumsum(counts) - counts
-    return {n: (p, int(i)) for (n, p), i in zip(store.parts.items(), firsts, strict=True)}
+        raise ValueError(
+            f"two stores of one name, {names}: give each its own, {{path: ..., name: ...}}"
+        )
+    places = [Path(one.path).expanduser() for one in settings]
+    parts = {n: EpisodeStore.open(place) for n, place in zip(names, places, strict=True)}
+    return Joined(parts, [one.weight for one in settings])
 
 
 def each_part(store: EpisodeReader, choose: Callable[[int], Any]) -> Ints:
@@ -187,11 +184,27 @@ def each_part(store: EpisodeReader, choose: Callable[[int], Any]) -> Ints:
     Example:
         >>> each_part(store, lambda count: range(min(count, 10)))  # the first ten of every part
     """
-    chosen = [
-        first + np.asarray(choose(part.num_episodes), np.int64)
-        for part, first in parts_of(store).values()
-    ]
+    parts = store.parts.values() if isinstance(store, Joined) else [store]
+    chosen, first = [], 0
+    for part in parts:
+        chosen.append(first + np.asarray(choose(part.num_episodes), np.int64))
+        first += part.num_episodes
     return np.concatenate(chosen)
+
+
+def apart(store: EpisodeReader, episodes: Sequence[int] | Ints) -> dict[str, Ints]:
+    """Return some episodes' numbers by the part that they are of; that of a plain store is ``""``.
+
+    Example:
+        >>> apart(store, [0, 1, 7])  # of a store of 5 episodes, and one of 4
+        {'a': array([0, 1]), 'b': array([7])}
+    """
+    chosen = np.asarray(episodes, np.int64)
+    if not isinstance(store, Joined):
+        return {"": chosen}
+    ends = np.cumsum([part.num_episodes for part in store.parts.values()])
+    of = np.searchsorted(ends, chosen, side="right")
+    return {name: chosen[of == i] for i, name in enumerate(store.parts)}
 
 
 def _shared_fields(
@@ -215,11 +228,11 @@ def _shared_fields(
         partly = None in specs and not (strict or is_obs(name) or name == "action")
         (alone if partly else differ).append(text)
     if differ:
-        keep = "fields=[" + ",".join(shared) + "]"
+        trains = "action" in shared and any(map(is_obs, shared))
+        keep = f"; or merge what they share, fields=[{','.join(shared)}]" if trains else ""
         raise ValueError(
             f"the stores' fields differ: {'; '.join(differ)}. Make them alike by `diffpolicy data "
-            f"convert STORE OTHER.zarr` with obs=[...], action=[...] or fields={{NAME: [...]}}"
-            + (f"; or keep what they share, `diffpolicy data merge ... {keep}`" if shared else "")
+            "convert STORE OTHER.zarr` with obs=[...], action=[...] or fields={NAME: [...]}" + keep
         )
     for text in alone:
         _log.warning("left out, as not all stores have it: %s", text)
@@ -232,6 +245,13 @@ def _shared_attrs(
     """New numbers of each store's tasks (none: as they are), and the attributes of all stores."""
     attrs = [store.attrs for store in stores]
     shared = {k: v for k, v in attrs[0].items() if all(k in o and o[k] == v for o in attrs)}
+    for name in _MEANT:
+        said = [known.get(name) for known in attrs]
+        if name not in shared and any(said):
+            texts = [f"{one} in {s.name}" for one, s in zip(said, stores, strict=True)]
+            raise ValueError(
+                f"the attribute {name!r} is {'; '.join(texts)}: they do not go together"
+            )
     told: list[Any] = [known.get(TASKS) for known in attrs]
     if not counted or TASKS in shared or not any(told):
         return [], shared

@@ -44,6 +44,8 @@ class Normalizer:
         modes: The mode of each field.
         scale: Per field, float32, of the shape of one row; nowhere zero.
         offset: Per field, the same shapes.
+        others: Normalisers of the same fields for other data, by name: those of each store that a
+            policy was trained on, where each has its own. :meth:`named` chooses one.
 
     Raises:
         ValueError: Unknown mode, fields that differ, shapes that differ, or a scale or offset that
@@ -51,7 +53,11 @@ class Normalizer:
     """
 
     def __init__(
-        self, modes: Mapping[str, Mode], scale: Mapping[str, Tensor], offset: Mapping[str, Tensor]
+        self,
+        modes: Mapping[str, Mode],
+        scale: Mapping[str, Tensor],
+        offset: Mapping[str, Tensor],
+        others: Mapping[str, Normalizer] | None = None,
     ) -> None:
         if not set(modes) == set(scale) == set(offset):
             got = f"{sorted(modes)}, {sorted(scale)} and {sorted(offset)}"
@@ -59,7 +65,7 @@ class Normalizer:
         for field, mode in modes.items():
             check_choice(f"mode of field {field!r}:", mode, MODES)
             _check_affine(field, scale[field], offset[field])
-        self._modes = dict(modes)
+        self._modes, self.others = dict(modes), dict(others or {})
         self._scale = {k: scale[k].detach().to(torch.float32).contiguous() for k in modes}
         self._offset = {k: offset[k].detach().to(torch.float32).contiguous() for k in modes}
         # Environments speak numpy: keep the host copies, so that no call converts.
@@ -99,8 +105,8 @@ class Normalizer:
         """Rebuild from what :meth:`to_config`` and :meth:``to_tensors` returned.
 
         Args:
-            config: ``{"fields": {name: {"mode": ..., "shape": [...]}}}``.
-            tensors: ``{"name.scale": ..., "name.offset": ...}``.
+            config: ``{"fields": {name: {"mode": ..., "shape": [...]}}}``, and ``others`` by name.
+            tensors: ``{"name.scale": ..., "name.offset": ...}``, of others after ``"OTHER/"``.
 
         Returns:
             The normaliser, on the tensors' device.
@@ -117,7 +123,30 @@ class Normalizer:
                     f"config says; got {got}: the two files do not belong together"
                 )
         scale, offset = ({k: tensors[f"{k}.{kind}"] for k in fields} for kind in _AFFINE)
-        return cls({k: part["mode"] for k, part in fields.items()}, scale, offset)
+        others = {
+            name: cls.from_parts(
+                part,
+                {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{name}/")},
+            )
+            for name, part in config.get("others", {}).items()
+        }
+        return cls({k: part["mode"] for k, part in fields.items()}, scale, offset, others)
+
+    @classmethod
+    def of_each(cls, normalizers: Mapping[str, Normalizer]) -> Normalizer:
+        """Return the first of some normalisers, with all of them as its ``others``."""
+        return cls({}, {}, {}, normalizers).named(next(iter(normalizers)))
+
+    def named(self, name: str) -> Normalizer:
+        """Return the normaliser of this name, with the same ``others``.
+
+        Raises:
+            ValueError: There is none.
+        """
+        check_choice("normalizer", name, self.others or ["(there is one for all data)"])
+        chosen = copy.copy(self.others[name])
+        chosen.others = dict(self.others)
+        return chosen
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -196,25 +225,33 @@ class Normalizer:
         scale, offset = (
             {**parts, field: parts[field] * gain} for parts in (self._scale, self._offset)
         )
-        return Normalizer(self._modes, scale, offset)
+        others = {name: other.scaled(field, dim, factor) for name, other in self.others.items()}
+        return Normalizer(self._modes, scale, offset, others)
 
     def without(self, field: str) -> Normalizer:
         """Return a normaliser that does not know a field."""
         kept = {name: mode for name, mode in self._modes.items() if name != field}
-        parts = ({k: values[k] for k in kept} for values in (self._scale, self._offset))
-        return Normalizer(kept, *parts)
+        scale, offset = ({k: v[k] for k in kept} for v in (self._scale, self._offset))
+        others = {name: other.without(field) for name, other in self.others.items()}
+        return Normalizer(kept, scale, offset, others)
 
     def to(self, device: torch.device | str) -> Normalizer:
         """Return the same normaliser with its tensors on ``device``."""
         other = copy.copy(self)  # with its copies on the host, and checked already
         other._scale = {k: v.to(device) for k, v in self._scale.items()}
         other._offset = {k: v.to(device) for k, v in self._offset.items()}
+        other.others = {name: one.to(device) for name, one in self.others.items()}
         return other
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return ``{"obs.scale": ..., "obs.offset": ..., ...}``, for a safetensors file."""
         scales = {f"{k}.scale": v for k, v in self._scale.items()}
-        return scales | {f"{k}.offset": v for k, v in self._offset.items()}
+        others = {
+            f"{name}/{key}": value.clone()  # the chosen one's are its own, too: files hold no alias
+            for name, one in self.others.items()
+            for key, value in one.to_tensors().items()
+        }
+        return scales | {f"{k}.offset": v for k, v in self._offset.items()} | others
 
     def identity(self) -> dict[str, Any]:
         """Return what this normaliser is, for telling one training run from another."""
@@ -223,7 +260,9 @@ class Normalizer:
     def to_config(self) -> dict[str, Any]:
         """Return the JSON half: mode and shape of each field."""
         shapes = {k: list(v.shape) for k, v in self._scale.items()}
-        return {"fields": {k: {"mode": m, "shape": shapes[k]} for k, m in self._modes.items()}}
+        own = {"fields": {k: {"mode": m, "shape": shapes[k]} for k, m in self._modes.items()}}
+        others = {name: other.to_config() for name, other in self.others.items()}
+        return {**own, **({"others": others} if others else {})}
 
     def __repr__(self) -> str:
         inner = ", ".join(f"{k}: {m} {list(self._scale[k].shape)}" for k, m in self._modes.items())

@@ -217,10 +217,14 @@ def as_seen(obs: Any, fields: ObsFields, *, lead: tuple[int | str, ...] = ("N",)
     """Return an observation as policies see it: the arrays of ``fields`` alone, float32 or bytes.
 
     Raises:
-        ValueError: what :func:`check` refuses.
+        ValueError: what :func:`check` refuses, and images that are not bytes.
     """
     obs = each(np.asarray, obs)
     check(obs, fields, lead=lead)
+    for name, field in by_store_field(fields).items():
+        if field.is_image and to_fields(obs)[name].dtype != field.dtype:
+            got = to_fields(obs)[name].dtype
+            raise ValueError(f"the image {name!r} must be uint8, from 0 to 255; got {got}")
     if isinstance(fields, Mapping):
         obs = {name: obs[name] for name in fields}
     out: Obs = each(
@@ -270,10 +274,22 @@ def check(obs: Any, fields: ObsFields, *, lead: tuple[int | str, ...] = ("N",)) 
         got = sorted(obs) if isinstance(obs, Mapping) else type(obs).__name__
         raise ValueError(f"the observation must be {expected}, got {got}")
     if isinstance(fields, ObsField):
-        check_shape("the observation", obs.shape, (*lead, *fields.shape))
+        _check_array("the observation", obs, fields, lead)
         return
     for name, field in fields.items():
         if name not in obs:
             hint = near_miss(name, obs, listing="there are")
             raise ValueError(f"the observation has no {name!r}{hint}")
-        check_shape(f"observation {name!r}", obs[name].shape, (*lead, *field.shape))
+        _check_array(f"observation {name!r}", obs[name], field, lead)
+
+
+def _check_array(what: str, array: Any, field: ObsField, lead: tuple[int | str, ...]) -> None:
+    try:
+        check_shape(what, array.shape, (*lead, *field.shape))
+    except ValueError as error:
+        if not field.is_image or array.shape[-3:] != (field.shape[-1], *field.shape[:-1]):
+            raise
+        raise ValueError(
+            f"{error}: its channels come first. Give images as environments do, [height, width, "
+            "channels]; Stable-Baselines3's VecTransposeImage moves the channels, so leave it out"
+        ) from None

@@ -9,7 +9,7 @@ and ``left_out_episodes``.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from diffpolicy.data import store_layout as layout
 from diffpolicy.data.blocks import content_digest
 from diffpolicy.data.check import check_store
 from diffpolicy.data.fields import check_has
-from diffpolicy.data.joined import Joined, open_stores
+from diffpolicy.data.joined import Joined, open_store
 from diffpolicy.data.reader import EpisodeReader
 from diffpolicy.data.selection import Choice, Selection, announce, select
 from diffpolicy.data.store import EpisodeStore
@@ -58,12 +58,13 @@ def filtered(
 
     Raises:
         FileExistsError: Something is at ``target``.
-        ValueError: No such episode or field, or nothing is left.
+        ValueError: No such episode or field, nothing is left, or the target is the source.
 
     Example:
         >>> filtered("demos.zarr", "good.zarr", exclude=["success=false", "length<20"])
     """
     store = _opened(source)
+    _check_apart([store], target)
     selection = select(store, exclude, keep)
     if max_episodes is not None:
         check_range("[1, inf)", max_episodes=max_episodes)
@@ -106,6 +107,7 @@ def halved(
         raise ValueError("a split takes keep=EPISODES or fraction=SHARE, one of them")
     check_range("(0, 1)", fraction=fraction)
     store = _opened(source)
+    _check_apart([store], first, second)
     if fraction is not None:
         order = np.random.default_rng(seed).permutation(store.num_episodes)
         keep = [int(i) for i in np.sort(order[: round(fraction * store.num_episodes)])]
@@ -148,6 +150,7 @@ def merged(
         ValueError: Fields that differ in shape or type, or that some store lacks: names them.
     """
     parts = {f"{i} {source}": _opened(source) for i, source in enumerate(sources)}
+    _check_apart(parts.values(), target)
     joined = Joined(parts, fields=fields, strict=True)
     return _made(joined, target, Selection(tuple(range(joined.num_episodes))), None, overwrite)
 
@@ -155,7 +158,16 @@ def merged(
 def _opened(source: Place | EpisodeReader) -> EpisodeStore:
     if not isinstance(source, EpisodeReader) and not Path(source).exists():
         raise FileNotFoundError(f"no store at {source}")
-    return open_stores(source)
+    return open_store(source)
+
+
+def _check_apart(sources: Iterable[EpisodeReader], *targets: Place) -> None:
+    """Raise ``ValueError`` for a target that is read, or is two: neither would be whole."""
+    places = [store.path.resolve() for store in sources if store.path is not None]
+    for target in targets:
+        if (place := Path(target).resolve()) in places:
+            raise ValueError(f"{target} is read or made already; choose another place for it")
+        places.append(place)
 
 
 def _made(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from diffpolicy.data.blocks import block_rows
 from diffpolicy.data.fields import FieldSpec
+from diffpolicy.data.frames import Frames
 from diffpolicy.data.opening import MissingChunkError, ZarrArray, reason
 from diffpolicy.data.statistics import RunningStatistics, has_statistics
 
@@ -40,6 +41,7 @@ class FieldScan:
         digests: Per episode, a hash of its rows.
         statistics: Of all rows that can be read and are finite, as a store keeps them; None if
             there are none, or the rows are images.
+        frames: Notes on the images; None if the rows are none.
     """
 
     changed: NDArray[np.bool_]
@@ -49,6 +51,7 @@ class FieldScan:
     outside: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     digests: list[bytes] = field(default_factory=list)
     statistics: dict[str, Any] | None = None
+    frames: Frames | None = None
 
     @property
     def sound(self) -> bool:
@@ -76,6 +79,7 @@ def scan_field(
     first_rows: dict[int, NDArray[Any]] = {}
     spec = FieldSpec(array.shape[1:], str(array.dtype))
     running = RunningStatistics(array.name, spec.shape, rows)
+    result.frames = Frames(spec, ends) if Frames.fit(spec) else None
     for start, block in _blocks(array, rows, spec.row_bytes):
         stop = block.stop if isinstance(block, Damage) else start + len(block)
         first, final = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
@@ -86,11 +90,13 @@ def scan_field(
         good = _look_at_values(result, start, block, bounds)
         if has_statistics(spec):
             running.update(good)
+        if result.frames is not None:
+            result.frames.note(start, block)
         flat = np.ascontiguousarray(block).reshape(len(block), -1)
         cuts = np.clip(ends[first:final] - start, 0, None)
         for index, part in enumerate(np.split(flat, cuts), first):
             hashes[index].update(part.tobytes())
-            begun = first_rows.setdefault(index, part[0])
+            begun = first_rows.setdefault(index, part[0].copy())  # a view would keep the block
             result.changed[index] |= bool((part != begun).any())
     result.digests = [h.digest() for h in hashes]
     result.statistics = running.result() if running.count else None

@@ -160,6 +160,7 @@ def _named(source: Episodes, word: Any, option: str) -> list[int]:
     if not found:
         checks = f", {FAILED_CHECK!r}" if option == "exclude" else ""
         values = {v for known in attrs for v in known.values() if isinstance(v, str)}
+        values |= {f"{_MASK}{name}" for name in _masks(source)}
         raise ValueError(
             f"{option} names episodes by number, range '3..7', '{_MASK}NAME', a condition such as "
             f"'success=true' or 'length<50', the text of an attribute{checks}, or by a list of "
@@ -193,16 +194,20 @@ def _meeting(source: Episodes, name: str, sign: str, text: str, option: str) -> 
 
 
 def _masked(source: Episodes, name: str) -> Sequence[int]:
-    own: Mapping[str, Sequence[int]] = getattr(source, MASKS, {})
-    if name in own:
-        return own[name]
-    attrs = source.episode_attrs
-    flags = {key for known in attrs for key, value in known.items() if isinstance(value, bool)}
-    lists = {one for known in attrs for one in known.get(MASKS, ())}
-    if name not in flags | lists:
-        there = sorted({*own, *flags, *lists})
-        raise ValueError(f"{source.name} has no mask {name!r}; it has {there or 'none'}")
-    return [i for i, a in enumerate(attrs) if a.get(name) is True or name in a.get(MASKS, ())]
+    there = _masks(source)
+    if name not in there:
+        raise ValueError(f"{source.name} has no mask {name!r}; it has {sorted(there) or 'none'}")
+    return there[name]
+
+
+def _masks(source: Episodes) -> dict[str, Sequence[int]]:
+    """Episodes by mask: those that the source lists, and what its episodes say of themselves."""
+    found: dict[str, list[int]] = {}
+    for index, known in enumerate(source.episode_attrs):
+        flags = {name: value for name, value in known.items() if isinstance(value, bool)}
+        for name in {*flags, *known.get(MASKS, ())}:
+            found.setdefault(name, []).extend([index] * flags.get(name, True))
+    return {**found, **getattr(source, MASKS, {})}
 
 
 def attrs_with_masks(source: EpisodeSource) -> list[dict[str, Any]]:

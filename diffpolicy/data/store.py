@@ -80,7 +80,8 @@ class EpisodeStore(EpisodeReader):
             fields: Row shape (float32) or ``FieldSpec`` of each field. To train on it a store needs
                 ``obs`` and ``action``.
             attrs: JSON values kept with the store, such as ``{"env_id": ...}``.
-            chunk_rows: Rows in a chunk; default as many as fit 256 KiB, at most 4096.
+            chunk_rows: Rows in a chunk; default as many as fit 256 KiB (of images
+                1 MiB), at most 4096.
             overwrite: Replace the store that is at ``path``. Anything else there is left alone.
 
         Returns:

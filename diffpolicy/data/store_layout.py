@@ -27,6 +27,9 @@ from diffpolicy.files import (
 from diffpolicy.locks import WriterLock
 
 _CHUNK_BYTES = 2**18
+# Of images, a file for every few frames costs more than compressing them: docs/results.md, Images.
+_IMAGE_CHUNK_BYTES = 2**20
+_LEVEL, _IMAGE_LEVEL = 1, 3  # of zstd
 _MAX_CHUNK_ROWS = 4096
 _ENDS_CHUNK = 1024
 _ATTRS_CHUNK = 2**14
@@ -89,7 +92,8 @@ def create_arrays(
     """Create the empty arrays of a store in ``group``."""
     arrays: dict[str, tuple[int, FieldSpec, float]] = {}  # rows of a chunk, rows, fill value
     for name, spec in specs.items():
-        rows = chunk_rows or min(_MAX_CHUNK_ROWS, max(1, _CHUNK_BYTES // spec.row_bytes))
+        most = _IMAGE_CHUNK_BYTES if spec.is_image else _CHUNK_BYTES
+        rows = chunk_rows or min(_MAX_CHUNK_ROWS, max(1, most // spec.row_bytes))
         # A float chunk that got lost reads as NaN, never as plausible zeros.
         arrays[f"data/{name}"] = rows, spec, np.nan if spec.dtype.startswith("float") else 0
     arrays["meta/episode_attrs"] = _ATTRS_CHUNK, FieldSpec((), "uint8"), 0
@@ -102,7 +106,10 @@ def create_arrays(
                 chunks=(rows, *spec.shape),
                 dtype=spec.dtype,
                 fill_value=fill,
-                compressors=[ZstdCodec(level=1), Crc32cCodec()],
+                compressors=[
+                    ZstdCodec(level=_IMAGE_LEVEL if spec.is_image else _LEVEL),
+                    Crc32cCodec(),
+                ],
             )
 
 

@@ -21,9 +21,9 @@ Ints = NDArray[np.int64]
 
 FAR = 10.0  # outliers: so many times the range of 98 % of the values beyond it
 _NARROW = 1e-4  # a range that counts as constant, as for normalisers
-_FROZEN_STEPS = 8
-_FROZEN_TIMES = 5  # and so many times the usual longest stay
-_STILL = 0.05  # share of steps without a change above which an entry may stay
+FROZEN_STEPS = 8
+FROZEN_TIMES = 5  # and so many times the usual longest stay
+STILL = 0.05  # share of steps without a change above which an entry may stay
 _LAGS = (0, -3, -2, -1, 1, 2, 3)
 _EXPLAINS = 0.3  # share of the changes from which on actions count as their cause
 _FOREIGN = -0.5  # share explained below which actions are not this episode's; real ones: -0.2 to 1
@@ -125,10 +125,10 @@ def frozen(name: str, values: Values, ends: Ints) -> Iterator[Suspect]:
         if name == "action":
             same &= (rows[1:] > low) & (rows[1:] < high)
         still.append(same.mean(axis=0) if len(same) else np.zeros(values.shape[1]))
-        runs.append([_longest_run(entry) for entry in same.T])
+        runs.append([longest_run(entry) for entry in same.T])
     stays, begins = np.array(runs).transpose(2, 0, 1)  # [E, D] each
-    limit = np.maximum(_FROZEN_STEPS, _FROZEN_TIMES * np.median(stays, axis=0))
-    odd = (stays >= limit) & (np.median(np.array(still), axis=0) <= _STILL)
+    limit = np.maximum(FROZEN_STEPS, FROZEN_TIMES * np.median(stays, axis=0))
+    odd = (stays >= limit) & (np.median(np.array(still), axis=0) <= STILL)
     for index in np.flatnonzero(odd.any(axis=1)).tolist():
         entries = np.flatnonzero(odd[index])
         first, steps = int(begins[index, entries[0]]), int(stays[index, entries[0]])
@@ -141,8 +141,21 @@ def frozen(name: str, values: Values, ends: Ints) -> Iterator[Suspect]:
         yield Suspect(name, "frozen", index, starts[index] + first, message, fix)
 
 
-def _longest_run(same: NDArray[np.bool_]) -> tuple[int, int]:
-    """Length and begin of the longest run of equal values, of flags between neighbours."""
+def moving(arrays: Mapping[str, ZarrArray], ends: Ints) -> NDArray[np.bool_]:
+    """Return ``[T]`` whether any vector changed by a share of its range since the row before.
+
+    Where there are no vectors, everything counts as moving.
+    """
+    found = np.full(int(ends[-1]), not arrays)
+    for array in arrays.values():
+        values = np.asarray(array[: len(found)])
+        far = _NARROW * np.maximum(values.max(axis=0) - values.min(axis=0), 1e-12)
+        found[1:] |= (np.abs(np.diff(values, axis=0)) > far).any(axis=1)
+    return found
+
+
+def longest_run(same: NDArray[np.bool_]) -> tuple[int, int]:
+    """Return length and begin of the longest run of equal values, of flags between neighbours."""
     cuts = np.flatnonzero(np.concatenate([[True], ~same, [True]]))
     lengths = np.diff(cuts)
     longest = int(lengths.argmax())

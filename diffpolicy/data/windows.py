@@ -24,7 +24,7 @@ from torch import Tensor
 from diffpolicy.data.action_groups import Representation
 from diffpolicy.data.blocks import Ints, episode_rows, ranges
 from diffpolicy.data.fields import check_has, check_rows_train
-from diffpolicy.data.joined import each_part
+from diffpolicy.data.joined import apart
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import each, from_fields, is_obs, obs_fields
 from diffpolicy.data.reader import EpisodeReader
@@ -265,27 +265,25 @@ def split_episodes(num_episodes: int, val_fraction: float, seed: int) -> tuple[I
 
 
 def split_store(
-    store: EpisodeReader, val_fraction: float, seed: int, most: int | None = None
+    store: EpisodeReader, episodes: Ints, val_fraction: float, seed: int
 ) -> tuple[Ints, Ints]:
-    """Split the episodes of every part by :func:`split_episodes`.
+    """Split some episodes of a store, those of each part by themselves; see :func:`split_episodes`.
 
     Args:
         store: The store, or a joined one.
+        episodes: Of which episodes.
         val_fraction: Share of each part to validate on.
         seed: Decides which.
-        most: Use the first so many episodes of each part only.
 
     Returns:
         Training and validation episodes.
     """
-
-    def half(which: int) -> Ints:
-        return each_part(
-            store,
-            lambda count: split_episodes(min(count, most or count), val_fraction, seed)[which],
-        )
-
-    return half(0), half(1)
+    halves = [
+        [own[half] for half in split_episodes(len(own), val_fraction, seed)]
+        for own in apart(store, episodes).values()
+    ]
+    train, val = (np.concatenate(parts) for parts in zip(*halves, strict=True))
+    return train, val
 
 
 def check_sizes(horizon: int, n_obs_steps: int) -> None:

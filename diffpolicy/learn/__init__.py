@@ -8,8 +8,7 @@ from diffpolicy.learn.preferences.dro import DRO
 from diffpolicy.learn.preferences.formulas import Preference
 from diffpolicy.learn.preferences.pso import PSO
 from diffpolicy.learn.preferences.scores import DenoisingScore, MaskedScore
-from diffpolicy.learn.reward.masked_chain import MaskedChain
-from diffpolicy.learn.reward.pathwise import RewardLoss
+from diffpolicy.learn.reward.pathwise import MaskedChain, RewardLoss
 from diffpolicy.learn.reward.plan_chain import PlanChain
 
 __all__ = [

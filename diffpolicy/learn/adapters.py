@@ -138,10 +138,8 @@ def merged_state(denoiser: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
     expected = denoiser.state_dict().keys()
     wrong = sorted(expected ^ state.keys())
     if wrong:
-        raise ValueError(
-            f"state is not one of this denoiser, {wrong[0]!r} is in one of the two alone; leave out"
-            " the objective's prefix ('denoiser.')"
-        )
+        text = "leave out the objective's prefix ('denoiser.')"
+        raise ValueError(f"state is not of this denoiser: {wrong[0]!r} is in one alone; {text}")
     plain = {name: value.detach() for name, value in state.items()}
     for site in _sites(denoiser) if has_adapters(denoiser) else ():
         weight = plain.pop(f"{site.path}.original")
@@ -172,13 +170,10 @@ class _Site(NamedTuple):
 def _sites(denoiser: nn.Module) -> list[_Site]:
     found = []
     for path, module in denoiser.named_modules():
-        if not isinstance(module, parametrize.ParametrizationList):
-            continue
-        adapter = module[0]
-        if isinstance(adapter, Adapter):
+        if isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], Adapter):
             owner, _, tensor = path.rpartition(".parametrizations.")
             layer = denoiser.get_submodule(owner)
-            found.append(_Site(path, f"{owner}.{tensor}", layer, tensor, adapter))
+            found.append(_Site(path, f"{owner}.{tensor}", layer, tensor, module[0]))
     if not found:
         raise ValueError(NONE)
     return found
@@ -190,10 +185,8 @@ def _chosen(network: nn.Module, settings: Lora | Sara) -> list[_Target]:
     patterns = ("*",) if settings.targets is None else settings.targets
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"no layer that {settings} can adapt is named {pattern!r}; those are "
-                f"{', '.join(names) or 'none'}"
-            )
+            known = ", ".join(names) or "none"
+            raise ValueError(f"{settings} can adapt no layer named {pattern!r}; those are {known}")
     return [t for t in able if any(fnmatchcase(t.name, pattern) for pattern in patterns)]
 
 

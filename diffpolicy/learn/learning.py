@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.starts import Ramp
 from diffpolicy.data.blocks import Ints
+from diffpolicy.data.joined import Joined, apart, each_part
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import by_store_field
 from diffpolicy.data.returns import returns_to_go, with_fields
@@ -31,7 +32,7 @@ from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.imagined import Imagined
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.settings import check_range, named_settings, settings_of
-from diffpolicy.training.sources import Source
+from diffpolicy.training.sources import Source, Weighted
 
 
 @named_settings
@@ -53,7 +54,8 @@ class Learning:
             ``"joint"``).
         value_levels: ``"all"`` trains the head ``value`` on noisy plans, for guidance;
             ``"clean"``, to choose among finished plans.
-        mask_padding: leave edge-padded positions out of the losses.
+        mask_padding: leave edge-padded positions out of the losses (an actor-critic has a setting
+            of its own for that).
         draws: noises per example in the denoising loss, for one encoding of its observation.
 
     Raises:
@@ -76,8 +78,6 @@ class Learning:
         scale = self.reward_scale
         if isinstance(scale, str) and scale != "return_range":
             raise ValueError(f"reward_scale must be a number or 'return_range', got {scale!r}")
-        if self.actor_critic is not None and self.mask_padding:
-            raise ValueError("with an actor-critic, set learning.actor_critic.mask_padding")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Learning:
@@ -88,7 +88,8 @@ class Learning:
         """
         values = dict(config)
         if values.get("actor_critic") is not None:
-            values["actor_critic"] = ActorCritic.from_config(values["actor_critic"])
+            given = values["actor_critic"]
+            values["actor_critic"] = settings_of(ActorCritic, given, "actor_critic")
         return settings_of(cls, values, "learning")
 
 
@@ -96,19 +97,14 @@ def check_learning(spec: PolicySpec, learning: Learning) -> None:
     """Raise ``ValueError`` for a policy that cannot be learned so."""
     critics = {"critic", "state_value"} & set(spec.heads)
     if learning.actor_critic is None and critics:
-        raise ValueError(
-            f"the heads {sorted(critics)} are trained by learning.actor_critic; set it, or leave "
-            "them out"
-        )
+        raise ValueError(f"learning.actor_critic trains the heads {sorted(critics)}; set it")
     if learning.actor_critic is not None and spec.actions:
         raise ValueError("actor-critics learn actions as data hold them: leave policy.actions out")
-    if learning.actor_critic is not None and (
-        spec.layout != "action" or spec.level_law != "row" or spec.cond_dropout > 0
-    ):
+    told = spec.layout, spec.level_law, spec.cond_dropout
+    if learning.actor_critic is not None and told != ("action", "row", 0):
         raise ValueError(
-            "actor-critics learn plans of actions at one level each, with their condition; got "
-            f"layout={spec.layout!r}, level_law={spec.level_law!r}, cond_dropout="
-            f"{spec.cond_dropout}"
+            "actor-critics learn plans with layout='action', level_law='row', cond_dropout=0; got "
+            + ", ".join(map(repr, told))
         )
 
 
@@ -150,58 +146,72 @@ def examples(
     learning: Learning,
     episodes: Sequence[int],
 ) -> Source:
-    """What the trainer draws its batches from."""
-    sizes: dict[str, Any] = {"horizon": spec.horizon, "n_obs_steps": spec.n_obs_steps}
+    """What the trainer draws its batches from; of joined stores, each by its weight."""
+    if not isinstance(store, Joined):
+        return _examples(spec, normalizer, store, learning, episodes)
+    each = {n: normalizer.named(n) if normalizer.others else normalizer for n in store.parts}
+    parts = {
+        name: _examples(spec, each[name], store, learning, own.tolist())
+        for name, own in apart(store, episodes).items()
+    }
+    return Weighted(parts, store.weights)
+
+
+def _examples(
+    spec: PolicySpec,
+    normalizer: Normalizer,
+    store: EpisodeStore,
+    learning: Learning,
+    episodes: Sequence[int],
+) -> Source:
+    how: dict[str, Any] = {"horizon": spec.horizon, "n_obs_steps": spec.n_obs_steps}
+    how |= {"normalizer": normalizer, "episodes": episodes}
     if learning.actor_critic is not None:
         return Transitions(
             store,
-            **sizes,
-            normalizer=normalizer,
+            **how,
             discount=learning.discount,
             reward_scale=reward_scale(store, learning),
             reward_shift=learning.reward_shift,
-            episodes=episodes,
         )
-    shape = {**sizes, "n_action_steps": spec.n_action_steps}
+    how["n_action_steps"] = spec.n_action_steps
     if not spec.plan_layout.pinned:
         names: tuple[str, ...] = (*by_store_field(spec.observed), "action")
-        shape |= {"normalizer": normalizer, "episodes": episodes}
-        shape["actions"] = spec.representation
+        how["actions"] = spec.representation
         if spec.imagined is None:
-            return Windows(store, **shape, fields=names)
-        found = {"imagined": spec.imagined.rows(store, normalizer)}
-        found["has_action"] = np.repeat(store.has_actions, store.episode_lengths).astype(np.float32)
+            return Windows(store, **how, fields=names)
+        acts = np.repeat(store.has_actions, store.episode_lengths).astype(np.float32)
+        found = {"imagined": spec.imagined.rows(store, normalizer)} | {"has_action": acts}
         names, store = (*names, *found), with_fields(store, found)
-        windows = Windows(store, **shape, fields=names)
-        return PlanExamples(windows, imagined=spec.imagined)
+        return PlanExamples(Windows(store, **how, fields=names), imagined=spec.imagined)
     fields: tuple[str, ...] = ("obs", "action")
     check_constant(spec, store)
     if spec.returns is not None or "value" in spec.heads:
         store = with_fields(store, {"return_to_go": _normalised_returns(spec, store, learning)})
         fields = (*fields, "return_to_go")
-    windows = Windows(
-        store, **shape, normalizer=normalizer, episodes=episodes, fields=fields, whole=True
-    )
+    windows = Windows(store, **how, fields=fields, whole=True)
     return PlanExamples(windows, conditioned=spec.returns is not None)
 
 
 def usable_episodes(spec: PolicySpec, store: EpisodeStore, most: int | None) -> Ints:
-    """The first ``most`` episodes (None: all), of which those without actions are left out.
+    """The first ``most`` episodes (None: all) of each store, without those that have no actions.
 
     Policies that imagine observations learn from these too.
 
     Raises:
         ValueError: none is left.
     """
-    count = min(store.num_episodes, most or store.num_episodes)
-    if spec.imagined is not None or not count:
-        return np.arange(count)
-    found: Ints = np.flatnonzero(store.has_actions[:count])
-    if not len(found):
-        raise ValueError(
-            f"none of the {count} episodes of {store.name} has actions (actions=False); they teach "
-            "policy.layout=joint beside others that have"
-        )
+    first = each_part(store, lambda count: range(min(count, most or count)))
+    if spec.imagined is not None or not len(first):
+        return first
+    found = first[store.has_actions[first]]
+    for name, own in apart(store, found).items():
+        if not len(own):
+            count = len(apart(store, first)[name])
+            raise ValueError(
+                f"none of the {count} episodes of {name or store.name} has actions; "
+                "they teach policy.layout=joint beside others that have"
+            )
     return found
 
 
@@ -213,11 +223,8 @@ def check_constant(spec: PolicySpec, store: EpisodeStore) -> None:
     changed[store.episode_ends[:-1] - 1] = False
     for entry in spec.constant:
         if changed[:, entry].any():
-            step = int(changed[:, entry].argmax())
-            raise ValueError(
-                f"constant names entry {entry} of the observation, which changes within an "
-                f"episode (row {step} of {store.name}); plans would be told their own future"
-            )
+            place = f"row {int(changed[:, entry].argmax())} of {store.name}"
+            raise ValueError(f"constant names entry {entry}, which changes in an episode ({place})")
 
 
 def _normalised_returns(spec: PolicySpec, store: EpisodeStore, learning: Learning) -> Any:
@@ -238,9 +245,7 @@ def reward_scale(store: EpisodeStore, learning: Learning) -> float:
     totals = np.add.reduceat(reward, starts)
     spread = float(totals.max() - totals.min())
     if spread <= 0:
-        raise ValueError(
-            f"all episodes of {store.name} have the same return; give reward_scale as a number"
-        )
+        raise ValueError(f"all returns of {store.name} are alike; give reward_scale as a number")
     return 1000.0 / spread
 
 
@@ -257,36 +262,26 @@ def objective(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
         return ActorCriticLoss(denoiser, cast("Mapping[str, nn.Module]", heads), actor_critic)
     if spec.network.get("type") == "anchored":
         return _anchored(policy, learning)
-    cloning: dict[str, Any] = {"cond_dropout": spec.cond_dropout}
-    cloning |= {"mask_padding": learning.mask_padding, "draws": learning.draws}
+    how: dict[str, Any] = {"cond_dropout": spec.cond_dropout, "draws": learning.draws}
+    how["mask_padding"] = learning.mask_padding
     if spec.imagined is not None:
         weight = learning.imagined_weight
-        return JointLoss(denoiser, policy.layout, imagined_weight=weight, **cloning)
-    weights = None
+        return JointLoss(denoiser, policy.layout, imagined_weight=weight, **how)
     if spec.layout != "action":
-        weights = policy.layout.weights(
-            **({} if spec.layout == "state" else {"first_action": learning.first_action_weight}),
-            next_obs=learning.next_obs_weight,
-        )
-    ramp = None
+        first = {} if spec.layout == "state" else {"first_action": learning.first_action_weight}
+        how["weights"] = policy.layout.weights(**first, next_obs=learning.next_obs_weight)
+        how["layout"] = policy.layout
     if spec.level_law == "position":
-        ramp = Ramp(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
-    denoising = DenoisingLoss(
-        denoiser,
-        **cloning,
-        level_law=spec.level_law,
-        ramp=ramp,
-        layout=None if spec.layout == "action" else policy.layout,
-        weights=weights,
-    )
+        how["ramp"] = Ramp(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
+    denoising = DenoisingLoss(denoiser, level_law=spec.level_law, **how)
     if not len(heads):
         return denoising
     losses: dict[str, nn.Module] = {"denoising": denoising}
     if "inverse" in heads:
         losses["inverse"] = InverseDynamicsLoss(heads["inverse"], spec.n_obs_steps)
     if "value" in heads:
-        levels = learning.value_levels
-        losses["value"] = ValueLoss(heads["value"], denoiser.process, policy.layout, levels=levels)
+        made = heads["value"], denoiser.process, policy.layout, learning.value_levels
+        losses["value"] = ValueLoss(*made)
     if "draft" in heads:
         losses["draft"] = DraftLoss(heads["draft"], policy.layout)
     return SumOfLosses(denoiser, heads, losses)

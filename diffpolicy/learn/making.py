@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.data.fields import check_vector
+from diffpolicy.data.joined import Joined
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import (
     ObsField,
@@ -38,13 +38,12 @@ from diffpolicy.training.checkpoint import read_bundle
 from diffpolicy.training.saved import FORMAT, VERSION
 
 
-def open_store(store: EpisodeStore | str | os.PathLike[str]) -> EpisodeStore:
-    """A store, opened where it is given by its path."""
-    return store if isinstance(store, EpisodeStore) else EpisodeStore.open(store)
-
-
 def fitted_spec(
-    store: EpisodeStore, spec: Mapping[str, Any], normalize: Mapping[str, str]
+    store: EpisodeStore,
+    spec: Mapping[str, Any],
+    normalize: Mapping[str, str],
+    *,
+    per_store: bool = False,
 ) -> tuple[PolicySpec, Normalizer]:
     """The full spec of a policy for a store, and its normaliser.
 
@@ -54,6 +53,7 @@ def fitted_spec(
         spec: entries other than the two dimensions.
         normalize: mode per field; ``minmax`` where none is given. ``obs`` is that of all
             ``obs.NAME`` that have none of their own.
+        per_store: fit a normaliser to each of several stores, and act by the first one's.
 
     Raises:
         ValueError: a missing field or statistics, or settings that do not fit together.
@@ -61,12 +61,11 @@ def fitted_spec(
     seen = obs_fields(store)
     absent = [name for name in (*(seen or ["obs"]), "action") if name not in store.fields]
     if absent:
-        raise ValueError(
-            f"store {store.name} has no field {absent[0]!r} (it has {sorted(store.fields)}); "
-            "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
-        )
+        has = f"no field {absent[0]!r} (it has {sorted(store.fields)})"
+        how = "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
+        raise ValueError(f"store {store.name} has {has}; {how}")
     known = {**spec, **_observed(store), "action_dim": store.fields["action"].shape[0]}
-    known["actions"] = known.get("actions") or store.attrs.get("actions", ())
+    known["actions"] = known.get("actions") or store.attrs.get("action_groups", ())
     if not known["observations"]:
         known.setdefault("observation_step", observation_step(store))
     if known.get("level_law") == "position":
@@ -80,10 +79,22 @@ def fitted_spec(
         full = replace(full, returns=fitted_returns(full.returns, store))
     vectors = [k for k, f in by_store_field(full.observed).items() if not f.is_image]
     modes: dict[str, Any] = dict.fromkeys(vectors, normalize.get("obs", "minmax"))
-    if full.imagined is not None and not full.imagined.is_image:
-        modes.setdefault(full.imagined.field, "minmax")
+    for name in () if full.imagined is None else full.imagined.vectors:
+        modes.setdefault(name, "minmax")
     modes |= {"action": "minmax", **{k: v for k, v in normalize.items() if k != "obs"}}
     modes |= dict.fromkeys(ids, "identity")
+    if per_store:
+        if not isinstance(store, Joined):
+            raise ValueError("a normaliser for each store needs several: give a list of stores")
+        parts = cast("dict[str, EpisodeStore]", store.parts)
+        each = {name: _fitted_normalizer(full, part, modes) for name, part in parts.items()}
+        return full, Normalizer.of_each(each)
+    return full, _fitted_normalizer(full, store, modes)
+
+
+def _fitted_normalizer(
+    full: PolicySpec, store: EpisodeStore, modes: Mapping[str, Any]
+) -> Normalizer:
     actions = action_statistics(store)
     if full.representation is not None:
         check_choices(full, store)
@@ -95,7 +106,7 @@ def fitted_spec(
     for gripper in full.planned_grippers:
         if gripper.mode == "scale":
             normalizer = normalizer.scaled("action", gripper.dim, 1 / gripper.factor)
-    return full, normalizer
+    return normalizer
 
 
 def _with_task_count(
@@ -130,9 +141,7 @@ def fitted_returns(returns: Returns, store: EpisodeStore) -> Returns:
     low = float(found.min()) if returns.low is None else returns.low
     high = float(found.max()) if returns.high is None else returns.high
     if not low < high:
-        raise ValueError(
-            f"all returns of {store.name} are {high}: a policy cannot be conditioned on them"
-        )
+        raise ValueError(f"no policy can be told returns that are all {high} ({store.name})")
     return replace(returns, low=low, high=high)
 
 
@@ -140,20 +149,20 @@ def fit_anchors(
     spec: PolicySpec, store: EpisodeStore, normalizer: Normalizer, **options: Any
 ) -> Anchors:
     """Anchors over the windows of a store, for plans of the shape that ``spec`` says."""
+    if normalizer.others:
+        raise ValueError("anchors are plans in one normaliser's units; this policy has several")
     if spec.actions and options.get("relative_to") is not None:
         raise ValueError(
             "relative_to is for plans of actions as they are; this policy's action groups say what "
             "its plans, and so its anchors, are relative to: leave it out"
         )
-    return Anchors.fit(
-        _windows(spec, store, normalizer=normalizer.to("cpu")), normalizer, **options
-    )
+    how = {"normalizer": normalizer.to("cpu"), "episodes": np.flatnonzero(store.has_actions)}
+    return Anchors.fit(_windows(spec, store, **how), normalizer, **options)
 
 
 def _windows(spec: PolicySpec, store: EpisodeStore, **how: Any) -> Windows:
     """All windows of a store, for plans as a policy says them."""
-    names = ("horizon", "n_obs_steps", "n_action_steps")
-    sizes = {name: getattr(spec, name) for name in names}
+    sizes = {n: getattr(spec, n) for n in ("horizon", "n_obs_steps", "n_action_steps")}
     return Windows(store, **sizes, actions=spec.representation, **how)
 
 
@@ -181,6 +190,8 @@ def read_policy(
     Raises:
         ValueError: not a policy, a damaged file, or settings that do not fit.
     """
+    changes = dict(changes)
+    chosen = changes.pop("normalizer", None)
     files = read_bundle(path)
     config = upgraded(files["config.json"])
     if config.pop("format", None) != FORMAT or config.pop("version", None) != VERSION:
@@ -199,4 +210,7 @@ def read_policy(
         changed = PolicySpec.from_config(merged_config(config, changes))
         check_same_weights(spec, {f.name: getattr(changed, f.name) for f in fields(changed)})
         spec = changed
-    return spec, denoiser, Normalizer.from_parts(*parts), anchors, heads
+    normalizer = Normalizer.from_parts(*parts)
+    if chosen is not None:
+        normalizer = normalizer.named(chosen)
+    return spec, denoiser, normalizer, anchors, heads

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.data.joined import open_store
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import from_fields
 from diffpolicy.data.preferences.examples import LabelExamples, PairExamples
@@ -23,13 +24,12 @@ from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.adapters import add_adapters, merge_adapters
 from diffpolicy.learn.learning import Learning, examples, usable_episodes
-from diffpolicy.learn.making import open_store
-from diffpolicy.learn.method import Method
+from diffpolicy.learn.method import READABLE, Method
 from diffpolicy.learn.methods import method_of
 from diffpolicy.learn.plan_pairs import PlanReward, check_readable, in_own_units, sizes_of
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.training.settings import TrainerConfig
-from diffpolicy.training.sources import ChosenWindows, Mixed, Source, Turns
+from diffpolicy.training.sources import ChosenWindows, Mixed, Source, Turns, in_any_order
 from diffpolicy.training.weights import unchanged_on_error
 
 P = TypeVar("P", bound=Any)
@@ -146,10 +146,9 @@ class PlanMaterial:
 
     def source(self, method: Method) -> Source:
         """The first that a method reads, of pairs, labels, observations and demonstrations."""
-        names = ("pairs", "labels", "observations", "demonstrations")
-        found = [name for name in names if name in method.reads()]
+        found = [name for name in READABLE[:-1] if name in method.reads()]
         if not found:
-            raise ValueError(f"{type(method).__name__}.reads() names none of {', '.join(names)}")
+            raise ValueError(f"{type(method).__name__}.reads() names none of {READABLE[:-1]}")
         main: Source = getattr(self, found[0])()
         if method.command == "tune" and found[0] == "observations":
             return Conditions(main, self.spec.make_encoder())
@@ -167,7 +166,7 @@ class PlanMaterial:
         value = getattr(self.data, name)
         if value is None:
             raise ValueError(
-                f"this method needs {name}, which the data lack: TuningData({name}=...)"
+                f"this method needs {name}, which is not given: TuningData({name}=...)"
             )
         return value
 
@@ -182,7 +181,8 @@ class PlanMaterial:
 
     def _of_episodes(self, store: EpisodeStore, most: int | None) -> Source:
         episodes = usable_episodes(self.spec, store, most).tolist()
-        return examples(self.spec, self.normalizer.to("cpu"), store, Learning(), episodes)
+        source = examples(self.spec, self.normalizer.to("cpu"), store, Learning(), episodes)
+        return in_any_order(source, self.seed)
 
 
 @dataclass(frozen=True)
@@ -225,22 +225,19 @@ def check_policy(spec: PolicySpec, method: Method) -> None:
             at other levels, or from other starts, than losses of comparisons look at.
     """
     if spec.layout != "action" or spec.returns is not None or spec.actions:
-        raise ValueError(
-            "tuning takes plans of actions as they are, given observations alone, not "
-            f"layout={spec.layout!r}, returns={spec.returns} or action groups {spec.actions}"
-        )
+        got = f"layout={spec.layout!r}, returns={spec.returns}, actions={spec.actions}"
+        raise ValueError(f"tuning takes plans of actions as they are, given no more, not {got}")
     tuned = method.command == "tune" or "reward" in method.reads()
     if spec.encoder["type"] != "state" and tuned:
         raise ValueError(
-            f"rewards judge what policies observe, which the encoder {spec.encoder['type']!r} does "
-            "not tell; tune this policy by preferences, or one with the encoder 'state'"
+            f"rewards judge states, which the encoder {spec.encoder['type']!r} does not tell; tune "
+            "this policy by preferences"
         )
-    anchored = spec.network.get("type") == "anchored"
-    if method.command == "prefer" and (spec.level_law != "row" or anchored):
+    law, network = spec.level_law, spec.network.get("type")
+    if method.command == "prefer" and (law != "row" or network == "anchored"):
         raise ValueError(
-            "preferences tune policies trained at one level per plan, from pure noise on; this one "
-            f"has level_law={spec.level_law!r} and network.type={spec.network.get('type')!r}. Tune "
-            "one without, and act with streaming or anchors afterwards"
+            f"preferences tune policies of one level per plan, from pure noise on, not {law!r} or "
+            f"{network!r}; tune one without, and act with streaming or anchors afterwards"
         )
 
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.data.observation import from_fields, holds
 
+Batch = Mapping[str, Tensor]
+"""What an objective learns from: tensors of as many rows each, by name."""
+
 Reward = Callable[..., Tensor]
 """What items are worth: of plans, and their condition where there is one, or of sequences."""
 
@@ -19,9 +22,8 @@ READABLE = ("pairs", "labels", "observations", "demonstrations", "reward")
 def check_rewards(reward: Tensor, items: Tensor) -> None:
     """Raise ``ValueError`` unless there is one number for each item."""
     if reward.shape != items.shape[:1]:
-        raise ValueError(
-            f"a reward returns one number per item, [{len(items)}]; got {list(reward.shape)}"
-        )
+        shape = list(reward.shape)
+        raise ValueError(f"a reward returns one number per item, [{len(items)}]; got {shape}")
 
 
 def check_sizes(what: str, module: object, other: str, **sizes: int | None) -> None:
@@ -39,28 +41,26 @@ def check_sizes(what: str, module: object, other: str, **sizes: int | None) -> N
             raise ValueError(f"{what} has {name}={got}, {other} {wanted}")
 
 
-def encoded(denoiser: BaseDenoiser, batch: Mapping[str, Tensor], key: str = "obs") -> Tensor | None:
+def encoded(denoiser: BaseDenoiser, batch: Batch, key: str = "obs") -> Tensor | None:
     """The condition ``[B, C]`` of a batch's observations ``key``; None: it holds none."""
     return denoiser.encode(from_fields(batch, key)) if holds(batch, key) else None
 
 
 def plan_shape(denoiser: BaseDenoiser) -> tuple[int, int]:
-    """``(H, D)`` of the plans that a denoiser's network makes.
+    """``(H, D)`` of the plans that a denoiser's network (without one, the denoiser) makes.
 
     Raises:
         ValueError: a denoiser that does not tell.
     """
-    network = getattr(denoiser, "network", None)
+    network = getattr(denoiser, "network", denoiser)
     horizon, dim = (getattr(network, name, None) for name in ("horizon", "dim"))
     if horizon is None or dim is None:
-        raise ValueError(
-            f"the network of {type(denoiser).__name__} does not tell the shape of a plan by its "
-            "attributes horizon and dim"
-        )
+        name = type(network).__name__
+        raise ValueError(f"{name} does not tell plans' shape by its attributes horizon and dim")
     return int(horizon), int(dim)
 
 
-def rows_and_cond(denoiser: BaseDenoiser, batch: Mapping[str, Tensor]) -> tuple[int, Tensor | None]:
+def rows_and_cond(denoiser: BaseDenoiser, batch: Batch) -> tuple[int, Tensor | None]:
     """How many rows a batch has, and their condition ``[B, C]``: given, or of observations."""
     cond = batch.get("cond")
     if cond is None:

@@ -7,11 +7,10 @@ from typing import Any
 
 from diffpolicy.learn.cloning.denoising import Cloning
 from diffpolicy.learn.method import Method
-from diffpolicy.learn.preferences.dpo import DPO
+from diffpolicy.learn.preferences.dpo import DPO, SequenceDPO
 from diffpolicy.learn.preferences.dro import DRO
 from diffpolicy.learn.preferences.pso import PSO, SequencePSO
-from diffpolicy.learn.preferences.sequence_dpo import SequenceDPO
-from diffpolicy.learn.reward.masked_chain import Pathwise
+from diffpolicy.learn.reward.pathwise import Pathwise
 from diffpolicy.learn.reward.plan_chain import PlanChain
 from diffpolicy.learn.reward.policy_gradient import PolicyGradient
 from diffpolicy.learn.reward.stepwise import Stepwise
@@ -82,13 +81,9 @@ def method_of(
     made = method if isinstance(method, Method) else make_method(method)
     name = type(made).__name__
     if command not in (None, made.command):
-        raise ValueError(
-            f"{name} is a method of {made.command!r}, not of {command!r}: use "
-            f"policy.{made.command}(...) or `diffpolicy {made.command}`"
-        )
+        use = f"policy.{made.command}(...) or `diffpolicy {made.command}`"
+        raise ValueError(f"{name} is a method of {made.command!r}, not of {command!r}: use {use}")
     if items not in (None, made.items):
-        fitting = ", ".join(key for key, kind in METHODS.items() if kind.items == items)
-        raise ValueError(
-            f"{name} tunes models of {made.items}, not {items}; methods of {items} are {fitting}"
-        )
+        known = ", ".join(key for key, kind in METHODS.items() if kind.items == items)
+        raise ValueError(f"{name} tunes models of {made.items}, not {items} as {known} do")
     return made

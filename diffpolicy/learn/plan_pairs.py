@@ -80,9 +80,8 @@ class PlanPairs:
         names = [name for name in setting_names(OwnPlans) if name not in NOT_READ]
         check_known(config, ["every", *names], "plans")
         sampler = spec.sampler
-        values: dict[str, Any] = {"candidates": 16}
-        for name in ("num_steps", "solver", "spacing", "options"):
-            values[name] = getattr(sampler, name)
+        given = ("num_steps", "solver", "spacing", "options")
+        values: dict[str, Any] = {"candidates": 16, **{n: getattr(sampler, n) for n in given}}
         if config.get("solver", sampler.solver) != sampler.solver:
             values["options"] = {}
         values |= {name: value for name, value in config.items() if name != "every"}
@@ -154,9 +153,7 @@ def pair_plans(
             _append(store, policy.normalizer, take(obs, differ), plans[differ])
             bar.update(len(some))
     if not pairs:
-        raise ValueError(
-            "no pairs: all plans of every observation are worth the same by this value"
-        )
+        raise ValueError("no pairs: by this value all plans of an observation are worth the same")
     attrs = {**sizes_of(spec), "plans": settings.to_dict(), "seed": seed}
     return _written(pairs, store_path, prefs_path, {"made_by": MADE_BY, **attrs})
 
@@ -165,14 +162,12 @@ def check_plain(spec: PolicySpec) -> None:
     """Raise ``ValueError`` if a policy acts with guidance, or at another temperature than 1."""
     if spec.encoder["type"] != "state":
         raise ValueError(f"plans are judged by what is observed, not by {spec.encoder['type']!r}")
-    if spec.sampler.guidance_scale != 1 or spec.value_scale != 0 or spec.temperature != 1:
-        raise ValueError(
-            "own plans are drawn without guidance at temperature 1; this policy acts with "
-            f"guidance_scale={spec.sampler.guidance_scale}, value_scale={spec.value_scale}, "
-            f"temperature={spec.temperature}"
-        )
     if spec.actions:
         raise ValueError("own plans are judged as actions: the policy must have no action groups")
+    guidance, value, temperature = spec.sampler.guidance_scale, spec.value_scale, spec.temperature
+    if guidance != 1 or value != 0 or temperature != 1:
+        how = f"guidance_scale={guidance}, value_scale={value}, temperature={temperature}"
+        raise ValueError(f"own plans are drawn without guidance at temperature 1, not with {how}")
 
 
 def sizes_of(spec: PolicySpec) -> dict[str, Any]:
@@ -190,10 +185,8 @@ def check_readable(preferences: PreferenceSet, spec: PolicySpec) -> None:
         return
     theirs = {name: preferences.attrs.get(name) for name in sizes_of(spec)}
     if theirs != sizes_of(spec):
-        raise ValueError(
-            f"{preferences.name} holds plans of a policy with {theirs}, this one has "
-            f"{sizes_of(spec)}; draw plans of this one (plans=...)"
-        )
+        own = f"this one has {sizes_of(spec)}; draw its own (plans=...)"
+        raise ValueError(f"{preferences.name} holds plans of a policy with {theirs}, {own}")
 
 
 def check_replaceable(path: Path) -> None:
@@ -212,10 +205,7 @@ def _rows(episodes: EpisodeStore, every: int) -> NDArray[np.int64]:
     """Steps ``every / 2``, ``3 every / 2``, ... of each episode, counted over the whole store."""
     ends, lengths = episodes.episode_ends, episodes.episode_lengths
     if not (lengths > every // 2).any():
-        raise ValueError(
-            f"no observations: no episode reaches step {every // 2}, where plans are drawn first; "
-            "lower plans.every"
-        )
+        raise ValueError(f"no episode reaches step {every // 2}, the first; lower plans.every")
     found = [np.arange(e - n + every // 2, e) for e, n in zip(ends, lengths, strict=True)]
     rows: NDArray[np.int64] = np.concatenate([steps[::every] for steps in found])
     return rows
@@ -233,16 +223,12 @@ def _new_store(path: Path, prefs_path: Path, spec: PolicySpec) -> EpisodeStore:
 
 def _pairs(begun: int, values: Tensor, spec: PolicySpec) -> list[Pair]:
     """The pairs of plans that are the next episodes of a store, best and worst in turn."""
-    start, length = spec.n_obs_steps - 1, spec.n_action_steps
-    return [
-        Pair(
-            (Span(begun + 2 * i, start, length),),
-            (Span(begun + 2 * i + 1, start, length),),
-            source=SOURCE,
-            info={"scores": [round(value, 6) for value in both]},
-        )
-        for i, both in enumerate(values.tolist())
-    ]
+    pairs, carried = [], (spec.n_obs_steps - 1, spec.n_action_steps)
+    for i, both in enumerate(values.tolist(), begun // 2):
+        best, worst = Span(2 * i, *carried), Span(2 * i + 1, *carried)
+        info = {"scores": [round(value, 6) for value in both]}
+        pairs.append(Pair((best,), (worst,), source=SOURCE, info=info))
+    return pairs
 
 
 def _append(store: EpisodeStore, normalizer: Normalizer, obs: Any, plans: Tensor) -> None:

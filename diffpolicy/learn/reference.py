@@ -32,10 +32,8 @@ def check_no_dropout(denoiser: nn.Module) -> None:
     """Raise ``ValueError`` if two evaluations at the same noise may differ."""
     for module in denoiser.modules():
         if (share := dropout_of(module)) > 0:
-            raise ValueError(
-                f"dropout={share} in {type(module).__name__} makes random what two denoisers are "
-                "compared by; pre-train with dropout=0"
-            )
+            what = f"dropout={share} in {type(module).__name__}"
+            raise ValueError(f"{what} makes comparisons random; pre-train with dropout=0")
 
 
 class Referenced(nn.Module):
@@ -45,13 +43,12 @@ class Referenced(nn.Module):
         denoiser: what is tuned.
         reference: frozen here, and always in evaluation mode; None: the denoiser with its adapters
             off (:mod:`diffpolicy.learn.adapters`) if it has any, else a copy of it as it is now.
-        needed: whether the objective looks at a reference at all; if not, it makes none.
+        needed: whether the objective looks at a reference at all; if not, it has none.
         apart: chains evaluate the two in turns, so that the reference always has weights of its
             own, and dropout does no harm.
 
     Raises:
-        ValueError: dropout, a reference that shares weights with the denoiser, or one that the
-            objective does not look at.
+        ValueError: dropout, or a reference that shares weights with the denoiser.
     """
 
     def __init__(
@@ -63,11 +60,11 @@ class Referenced(nn.Module):
         apart: bool = False,
     ) -> None:
         super().__init__()
-        if reference is None and needed and (apart or not has_adapters(denoiser)):
+        if not needed:
+            reference = None
+        elif reference is None and (apart or not has_adapters(denoiser)):
             reference = frozen_copy(denoiser)
         elif reference is not None:
-            if not needed:
-                raise ValueError("these settings look at no reference; leave reference=None")
             own = {id(p) for p in reference.parameters()}
             if any(id(p) in own for p in denoiser.parameters()):
                 raise ValueError("the reference shares weights with the denoiser; give a copy")

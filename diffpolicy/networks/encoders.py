@@ -261,7 +261,9 @@ class ImageEncoder(Encoder):
         for place, name in enumerate(self.cameras):
             eye = self.eyes[min(place, len(self.eyes) - 1)]
             images = self._prepared(named[name], name)
-            seen.append(eye(images.flatten(0, 1)).unflatten(0, images.shape[:2]).flatten(1))
+            rows, steps = images.shape[:2]
+            found = eye(images.flatten(0, 1))
+            seen.append(found.reshape(rows, steps * found.shape[1]))  # rows stay free in a trace
         if self.vectors is not None:
             seen.append(self.vectors(named))
         return torch.cat(seen, dim=1)
@@ -271,7 +273,8 @@ class ImageEncoder(Encoder):
         shape = self.cameras[name]
         if len(shape) == 2:
             images = images.unsqueeze(-1)
-        images = self._cropped(images, self._sides(shape)).movedim(-1, 2)
+        # An axis -1 breaks ONNX.
+        images = self._cropped(images, self._sides(shape)).permute(0, 1, 4, 2, 3)
         weight = next(self.eyes.parameters())
         images = images.to(weight.dtype) / 127.5 - 1
         if self.training and self.jitter:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -24,7 +25,7 @@ from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.best_of_n import Selector
 from diffpolicy.policies.boundary import Boundary, now_of
 from diffpolicy.policies.plan_loop import Condition, Encoded, Loop, PinnedCondition, PlanLoop
-from diffpolicy.policies.planners import check_anchors, guided
+from diffpolicy.policies.planners import check_anchors, guided, with_actions, written
 from diffpolicy.policies.rows import row_noise
 from diffpolicy.policies.spec import PolicySpec, check_normalizer
 from diffpolicy.policies.truncated import Candidates, ScoredPlans
@@ -266,21 +267,11 @@ class DiffusionPlanner(ChunkedPolicy):
         return plans, nfe
 
     def _complete(self, plans: Array, history: Obs) -> Array:
-        """Plans ``[n, H, P]`` as they are remembered, of sampled ones ``[n, H, D]``.
-
-        Actions become absolute. States get the actions between them; the last state has no
-        successor, its action is the one before it.
-        """
+        """Plans ``[n, H, P]`` as remembered: absolute, and with the actions between states."""
         if self.spec.layout != "state":
             return self.boundary.absolute(torch.from_numpy(plans), now_of(history)).numpy()
-        out: Array = self._with_actions(self.on_device(plans)).cpu().numpy()
+        out: Array = with_actions(self.heads, self.on_device(plans)).cpu().numpy()
         return out
-
-    def _with_actions(self, states: Tensor) -> Tensor:
-        """States ``[n, H, O]`` with the actions between them behind, ``[n, H, O + A]``."""
-        between = states[:, :-1].flatten(0, 1), states[:, 1:].flatten(0, 1)
-        actions = self.heads["inverse"](*between).view(len(states), self.horizon - 1, -1)
-        return torch.cat([states, torch.cat([actions, actions[:, -1:]], 1)], 2)
 
     @torch.inference_mode()
     def score(self, history: Obs | Encoded, plans: Array) -> Array:
@@ -325,20 +316,12 @@ class DiffusionPlanner(ChunkedPolicy):
                 self.told(candidates.loops["guesses"], state),
             )
 
-    def _written(self, history: Tensor) -> Tensor:
-        """Plans ``[n, H, D]`` that the head ``draft`` writes state by state (Huang et al. 2024)."""
-        returns = self.spec.returns
-        seen = self.normalizer.normalize("obs", history)
-        wanted = None if returns is None else seen.new_full((len(seen), 1), returns.target)
-        states: Tensor = self.heads["draft"].rollout(seen, wanted)  # type: ignore[operator]
-        return states if self.spec.layout == "state" else self._with_actions(states)
-
     def _candidates(self, *, deterministic: bool) -> Candidates:
         assert self.spec.truncated is not None
         loops = {kind: self._loops[kind, deterministic] for kind in self.kinds}
-        write = self._written if "draft" in self.heads else None
+        write = partial(written, self.spec, self.heads, self.normalizer)
         settings = self.spec.truncated, self.anchors, self.normalizer
-        return Candidates(*settings, loops, write, deterministic)
+        return Candidates(*settings, loops, write if "draft" in self.heads else None, deterministic)
 
     def _solve(self, loop: Loop, state: PolicyState, deterministic: bool) -> Array:
         noise = self.draw_noise(state, loop.draws, deterministic)
@@ -349,11 +332,12 @@ class DiffusionPlanner(ChunkedPolicy):
         if self.spec.layout != "action":
             return state
         with torch.inference_mode():
-            return state.remember(cond=self.encoded(state.history).cpu().numpy())
+            encode = self._loops[self.kinds[0], False].condition
+            return state.remember(cond=encode(self.on_device(state.history)).cpu().numpy())
 
     def told(self, loop: Loop, state: PolicyState) -> Any:
         """What a loop is told of rows: their observations, or what these were encoded to."""
-        if "cond" in state.memory and isinstance(loop, PlanLoop):
+        if "cond" in state.memory and loop.takes_encoded:
             return Encoded(self.on_device(state.memory["cond"]))
         return self.on_device(state.history)
 
@@ -407,7 +391,7 @@ class DiffusionPlanner(ChunkedPolicy):
         return guess
 
     def to_actions(self, normalised: Array) -> Array:
-        actions: Array = self.boundary.actions(normalised[..., -self.spec.planned_dim :])
+        actions: Array = self.boundary.actions(normalised[..., -self.layout.action_dim :])
         return actions
 
 

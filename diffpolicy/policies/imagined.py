@@ -65,16 +65,23 @@ class Imagined:
     def __post_init__(self) -> None:
         check_choice("imagined.predict", self.predict, PREDICTS)
         check_range("[1, inf)", **{"imagined.size": self.size, "imagined.frames": self.frames})
-        if self.shape is not None and (len(self.shape) not in (1, 2, 3)):
-            raise ValueError(
-                f"imagined.field={self.field!r} has rows of shape {list(self.shape)}; imagined are "
-                "vectors, or images [height, width] or [height, width, channels]"
-            )
+        if self.shape is not None:
+            sides, colours = len(self.shape), (*self.shape, 1, 1)[2]
+            if sides not in (1, 2, 3) or (sides == 3 and colours not in (1, 3)):
+                raise ValueError(
+                    f"imagined are vectors, or images [height, width] or [height, width, 1 or 3]; "
+                    f"imagined.field={self.field!r} has rows of shape {list(self.shape)}"
+                )
 
     @property
     def is_image(self) -> bool:
         """Whether images are imagined."""
         return self.shape is not None and len(self.shape) > 1
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """The field, where it is of vectors: it is normalised as the store's statistics say."""
+        return () if self.is_image else (self.field,)
 
     @property
     def frame_shape(self) -> tuple[int, ...]:
@@ -124,7 +131,7 @@ class Imagined:
             values = torch.from_numpy(store.read(self.field).astype(np.float32, copy=False))
             vectors: Array = normalizer.normalize(self.field, values).numpy()
             return vectors
-        blocks = [store.read(self.field, *ends) for ends in row_blocks(store, self.field)]
+        blocks = (store.read(self.field, *ends) for ends in row_blocks(store, self.field))
         return np.concatenate([self._small(torch.from_numpy(block)).numpy() for block in blocks])
 
     def _small(self, images: Tensor) -> Tensor:
@@ -176,13 +183,18 @@ def check_imagined(spec: PolicySpec) -> None:
         )
     if spec.imagined is None:
         return
-    rti = spec.rti
-    if spec.truncated is not None or (rti is not None and isinstance(rti.t_start, tuple)):
+    rti, joint = spec.rti, spec.imagined.predict == "joint"
+    other = rti is not None and (isinstance(rti.t_start, tuple) or not rti.renoise)
+    if spec.truncated is not None or other:
         raise ValueError(
-            "plans of layout 'joint' start from noise, or by rti from one level: leave out "
-            "truncated, and give rti.t_start as one number"
+            "plans of layout 'joint' start from noise, or by rti noised to one level: leave out "
+            "truncated, give rti.t_start as one number, and rti.renoise=true"
         )
-    joint = spec.imagined.predict == "joint"
+    if spec.temperature != 1 and not joint:
+        raise ValueError(
+            "what is held at pure noise must have its standard deviation: temperature=1, or "
+            "imagined.predict=joint"
+        )
     if rti is not None and joint and spec.imagined.stride(spec.horizon) > 1:
         raise ValueError(
             "the entries of a frame lie on several positions, so that a plan cannot be shifted: "

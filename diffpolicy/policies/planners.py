@@ -18,6 +18,7 @@ from diffpolicy.policies.base import Array
 from diffpolicy.settings import check_range, check_shape, named_settings
 
 if TYPE_CHECKING:
+    from diffpolicy.data.normalize import Normalizer
     from diffpolicy.policies.anchors import Anchors
     from diffpolicy.policies.spec import PolicySpec
 
@@ -161,3 +162,21 @@ def guided(
         value = head_value(heads["value"], denoiser.process)
         inner = ValueGuidance(inner, value, spec.value_scale, clip=spec.clip)
     return Pinned(inner, known) if spec.plan_layout.pinned else inner
+
+
+def with_actions(heads: Any, states: Tensor) -> Tensor:
+    """States ``[n, H, O]`` with the actions between them behind, ``[n, H, O + A]``.
+
+    The last state has no successor; its action is the one before it.
+    """
+    between = states[:, :-1].flatten(0, 1), states[:, 1:].flatten(0, 1)
+    actions = heads["inverse"](*between).view(len(states), states.shape[1] - 1, -1)
+    return torch.cat([states, torch.cat([actions, actions[:, -1:]], 1)], 2)
+
+
+def written(spec: PolicySpec, heads: Any, normalizer: Normalizer, history: Tensor) -> Tensor:
+    """Plans ``[n, H, D]`` that the head ``draft`` writes state by state (Huang et al. 2024)."""
+    seen = normalizer.normalize("obs", history)
+    wanted = None if spec.returns is None else seen.new_full((len(seen), 1), spec.returns.target)
+    states: Tensor = heads["draft"].rollout(seen, wanted)
+    return states if spec.layout == "state" else with_actions(heads, states)

@@ -351,8 +351,7 @@ def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
         if got != (1, dim):
             raise ValueError(f"the normaliser's field {name!r} does not have dimension {dim}")
     held = {"trajectory": ("obs", "action"), "state": ("obs",)}.get(spec.layout, ("action",))
-    if spec.imagined is not None and not spec.imagined.is_image:
-        held = (spec.imagined.field, *held)
+    held += () if spec.imagined is None else spec.imagined.vectors
     for name in held if spec.clip else ():
         if not normalizer.is_unit_range(name):
             raise ValueError(

@@ -188,10 +188,8 @@ def _shared(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     for report in reports:
         if not report["seeds"]:
-            raise ValueError(
-                f"the run of {report['method']!r} with seed {report['seed']} was not scored "
-                "(evaluation.episodes=0); leave it out, or tune again with episodes"
-            )
+            which = f"the run of {report['method']!r} with seed {report['seed']}"
+            raise ValueError(f"{which} was not scored (evaluation.episodes=0); leave it out")
     seeds = _common([report["seeds"] for report in reports])
     nfes = _common([list(report["before"]) for report in reports])
     if not seeds:
@@ -202,11 +200,9 @@ def _shared(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for report in reports:
         places = [report["seeds"].index(seed) for seed in seeds]
-        episodes = {
-            when: {n: np.array([report["episodes"][when][n][i] for i in places]) for n in nfes}
-            for when in ("before", "after")
-        }
-        found.append({**report, "seeds": seeds, "episodes": episodes})
+        whole = report["episodes"]
+        cut = {when: {n: np.array(whole[when][n])[places] for n in nfes} for when in whole}
+        found.append({**report, "seeds": seeds, "episodes": cut})
     return found
 
 

@@ -234,7 +234,5 @@ def check_comparable(
     keys = [(label_of(report), report["seed"]) for report in reports]
     twice = [key for key in keys if keys.count(key) > 1]
     if twice:
-        raise ValueError(
-            f"two reports are of {twice[0][0]!r} with seed {twice[0][1]}; leave one out, or name "
-            "one of them with method=..."
-        )
+        which = f"{twice[0][0]!r} with seed {twice[0][1]}"
+        raise ValueError(f"two reports are of {which}; leave one out, or name it with method=...")

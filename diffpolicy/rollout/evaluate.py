@@ -31,7 +31,7 @@ from diffpolicy.rollout.rows import (
     fitting,
     planning_in_batches,
 )
-from diffpolicy.rollout.video import beside
+from diffpolicy.rollout.video import beside, images_of
 from diffpolicy.settings import check_range
 
 
@@ -43,14 +43,16 @@ class VideoOptions:
         episodes: of the first so many seeds.
         stride: a frame every so many steps.
         side: longest side of a frame in pixels; larger pictures are shrunk in the worker.
+        cameras: whether the images that the policy sees stand beside the frame.
     """
 
     episodes: int = 4
     stride: int = 1
     side: int = 256
+    cameras: bool = False
 
     def __post_init__(self) -> None:
-        check_range("[1, inf)", **asdict(self))
+        check_range("[1, inf)", episodes=self.episodes, stride=self.stride, side=self.side)
 
 
 def evaluate(
@@ -252,11 +254,14 @@ class _Run(RowLoop[_Episode]):
         return True if due else "end"
 
     def _keep_frame(self, row: int, outcome: Outcome) -> None:
-        if outcome.frame is not None:
-            shown = beside(outcome.frame, picture_of(self.policy, self.state, row))
-            self.running[row].frames.append(shown)
-        elif outcome.note:
+        if outcome.note:  # a picture was wanted and could not be drawn
             self.notes[f"no video: {outcome.note}"] = None
+        if self.video is None or not (outcome.note or outcome.frame is not None):
+            return
+        seen = images_of(outcome.obs) if self.video.cameras else []
+        imagined = picture_of(self.policy, self.state, row)
+        if outcome.frame is not None or seen:
+            self.running[row].frames.append(beside(outcome.frame, *seen, imagined))
 
     def _note_errors(self, records: Sequence[EpisodeRecord]) -> None:
         errors = [record.error for record in records if record.error is not None]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from diffpolicy.data.observation import Obs, to_fields
 from diffpolicy.extras import need
 from diffpolicy.files import atomic_file
 from diffpolicy.settings import check_range
@@ -105,6 +106,27 @@ def _why_not(backend: str, timeout: float) -> str | None:
     errors = [line for line in done.stderr.splitlines() if "Error" in line]
     errors.append(f"drawing ended with exit code {done.returncode}")
     return errors[0][:200] if done.returncode else None
+
+
+def images_of(obs: Obs) -> list[np.ndarray]:
+    """The images ``[H, W, 3]`` uint8 in one observation, in its order."""
+    arrays = to_fields(obs).values()
+    return [_rgb(array) for array in arrays if shows(array.shape, str(array.dtype))]
+
+
+def shows(shape: Sequence[int], dtype: str) -> bool:
+    """Whether rows are images of bytes, ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``."""
+    return dtype == "uint8" and (len(shape) == 2 or (len(shape) == 3 and _channels(shape) >= 0))
+
+
+def _channels(shape: Sequence[int]) -> int:
+    """The axis of the channels of three; -1: none can be."""
+    return next((axis for axis in (2, 0) if shape[axis] in (1, 3, 4)), -1)
+
+
+def _rgb(image: np.ndarray) -> np.ndarray:
+    whole = image[..., None] if image.ndim == 2 else np.moveaxis(image, _channels(image.shape), -1)
+    return whole.repeat(3, axis=2) if whole.shape[2] == 1 else whole[..., :3]
 
 
 def write_mp4(path: str | Path, videos: Sequence[EpisodeVideo], *, fps: int = 20) -> Path:
@@ -208,19 +230,21 @@ def framed(frames: np.ndarray, colour: Sequence[int], border: int = 4) -> np.nda
     return out
 
 
-def beside(frame: np.ndarray, picture: np.ndarray | None) -> np.ndarray:
-    """A frame with a small picture on its right, as high as the frame is, in whole pixels.
+def beside(frame: np.ndarray | None, *pictures: np.ndarray | None) -> np.ndarray:
+    """A frame with small pictures on its right, each as high as the frame is, in whole pixels.
 
     Args:
-        frame: uint8 ``[height, width, 3]``.
-        picture: uint8 ``[h, w, 3]``; None: there is none.
+        frame: uint8 ``[height, width, 3]``; None: the pictures stand alone, as high as the highest.
+        pictures: uint8 ``[h, w, 3]``; None: there is none.
     """
-    if picture is None:
-        return frame
-    height = len(frame)
-    rows = np.arange(height) * len(picture) // height
-    columns = np.arange(height * picture.shape[1] // len(picture)) * len(picture) // height
-    return np.concatenate([frame, picture[rows][:, columns]], axis=1)
+    parts = [] if frame is None else [frame]
+    there = [picture for picture in pictures if picture is not None]
+    height = max(map(len, there)) if frame is None else len(frame)
+    for picture in there:
+        rows = np.arange(height) * len(picture) // height
+        columns = np.arange(height * picture.shape[1] // len(picture)) * len(picture) // height
+        parts.append(picture[rows][:, columns])
+    return np.concatenate(parts, axis=1)
 
 
 def _judged(frames: np.ndarray, success: bool | None) -> np.ndarray:

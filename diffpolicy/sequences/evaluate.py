@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import diffpolicy.sequences.exact as exact
+import diffpolicy.sequences.metrics as metrics
+from diffpolicy.learn.method import check_sizes
 from diffpolicy.learn.reward.chains import categorical_kl
-from diffpolicy.sequences import exact, metrics
 from diffpolicy.sequences.exact import ExactLaw, StateSpace
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, score
@@ -218,9 +220,8 @@ def path_kl(
     Raises:
         ValueError: as :meth:`SequenceModel.draw`; models of different sizes.
     """
-    sizes = [(m.spec.vocab_size, m.spec.length) for m in (model, reference)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"the models differ in (vocab_size, length): {sizes[0]} and {sizes[1]}")
+    sizes = {name: getattr(reference.spec, name) for name in ("vocab_size", "length")}
+    check_sizes("the model", model.spec, "the reference", **sizes)
     chains = model.chains(model.masked(size), rows=ROWS, record=True, **how)
     return torch.cat([_chain_kl(chain, reference) for chain in chains])
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.learn.method import check_sizes
+from diffpolicy.learn.reward.chains import categorical_kl
 
 MAX_STATES = 2_000_000
 
@@ -51,10 +53,8 @@ class StateSpace:
     def __init__(self, vocab_size: int, length: int) -> None:
         count = (vocab_size + 1) ** length
         if count > MAX_STATES:
-            raise ValueError(
-                f"{vocab_size + 1}^{length} = {count} states are too many for an exact law (at "
-                f"most {MAX_STATES}); estimate by sampling instead"
-            )
+            states = f"{vocab_size + 1}^{length} = {count} states"
+            raise ValueError(f"{states} are too many (at most {MAX_STATES}); estimate by sampling")
         self.vocab_size, self.length, self.count = vocab_size, length, count
         self.place = (vocab_size + 1) ** torch.arange(length - 1, -1, -1)
         index = torch.arange(count)
@@ -89,10 +89,7 @@ class StateSpace:
         Raises:
             ValueError: a denoiser of another size, or one that depends on the noise level.
         """
-        if denoiser.vocab_size != self.vocab_size:
-            raise ValueError(
-                f"the denoiser has {denoiser.vocab_size} tokens, the state space {self.vocab_size}"
-            )
+        check_sizes("the denoiser", denoiser, "the state space", vocab_size=self.vocab_size)
         if not denoiser.time_free:
             raise ValueError("the law of one token at a time is defined for time_free denoisers")
         device = next(denoiser.parameters(), torch.zeros(())).device
@@ -120,11 +117,7 @@ class ExactLaw:
 
     @classmethod
     def of(
-        cls,
-        denoiser: MaskedDenoiser,
-        space: StateSpace | None = None,
-        *,
-        cond: Tensor | None = None,
+        cls, denoiser: MaskedDenoiser, space: StateSpace | None = None, *, cond: Any = None
     ) -> ExactLaw:
         """The law of a denoiser; differentiable if gradients are enabled."""
         if space is None:
@@ -150,7 +143,7 @@ class ExactLaw:
     def path_kl(self, reference: ExactLaw) -> Tensor:
         """KL of the law of whole reveal paths to that of ``reference``; at least the sequences'."""
         log_p, log_q = self.log_p.double(), reference.log_p.double()
-        inner = (log_p.exp() * (log_p - log_q)).sum(-1)
+        inner = categorical_kl(log_p, log_q)
         masked = self.space.states == self.space.vocab_size
         mean = (inner * masked).sum(1) / self.space.masks.clamp_min(1)
         return (self.visits * mean).sum()

@@ -22,8 +22,7 @@ def quartiles(values: npt.ArrayLike) -> dict[str, float]:
         ValueError: no values.
     """
     found = np.asarray(values, dtype=np.float64)
-    if not found.size:
-        raise ValueError("quartiles of no values")
+    check_range("[1, inf)", number_of_values=found.size)
     low, median, high = np.quantile(found, [0.25, 0.5, 0.75])
     mean = float(found.mean())
     return {"median": float(median), "q25": float(low), "q75": float(high), "mean": mean}
@@ -168,10 +167,7 @@ def hacking_warning(
     Raises:
         ValueError: histories of different length, or settings out of range.
     """
-    if len(reward) != len(held_out):
-        raise ValueError(
-            f"the histories must be of one length, got {len(reward)} and {len(held_out)}"
-        )
+    check_shape("held_out", (len(held_out),), (len(reward),))
     check_range("(0, inf)", tolerance=tolerance)
     check_range("[1, inf)", patience=patience)
     if len(reward) <= patience:

@@ -177,10 +177,8 @@ class SequenceModel(Letters, Saved):
             ValueError: an objective that trains another denoiser.
         """
         if getattr(objective, "denoiser", None) is not self.denoiser:
-            raise ValueError(
-                f"{type(objective).__name__} must train this model's own denoiser: build it with "
-                "model.denoiser"
-            )
+            name = type(objective).__name__
+            raise ValueError(f"{name} must train this model's own denoiser, model.denoiser")
         with unchanged_on_error(objective):
             result = Trainer(
                 objective,
@@ -294,10 +292,8 @@ class SequenceModel(Letters, Saved):
         if guidance is None:
             return self.denoiser
         if not (self.spec.cond_dropout and self.spec.cond_dim):
-            raise ValueError(
-                f"guidance={guidance} needs a model trained with cond_dropout > 0 and a condition; "
-                "this one was trained without"
-            )
+            needs = "a model trained with cond_dropout > 0 and a condition"
+            raise ValueError(f"guidance={guidance} needs {needs}; this one was trained without")
         return ClassifierFreeGuidance(self.denoiser, guidance)
 
     def expand_cond(

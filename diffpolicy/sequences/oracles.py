@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.method import Batch
 from diffpolicy.networks.heads import make_head
 from diffpolicy.sequences.metrics import pearson, spearman
 from diffpolicy.sequences.spec import SequenceExamples
@@ -96,7 +97,7 @@ class RegressionLoss(nn.Module):
         super().__init__()
         self.oracle = oracle
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         target = (batch["label"] - self.oracle.mean) / self.oracle.std
         error = self.oracle.network(batch["tokens"]) - target
         return LossOutput(error.square(), {"bias": error.mean().detach()})

@@ -80,10 +80,8 @@ class SequenceSpec:
         """
         if labels is not None:
             if cond is not None or not self.label_quantiles:
-                raise ValueError(
-                    "labels become a condition through spec.label_quantiles, e.g. (0.9,) for the "
-                    "top decile; set it, and give either labels or cond"
-                )
+                how = "through spec.label_quantiles, e.g. (0.9,) for the top decile"
+                raise ValueError(f"labels become a condition {how}; give either labels or cond")
             cond = activity_classes(labels, self.label_quantiles)
         if cond is None:
             if self.cond_dim:

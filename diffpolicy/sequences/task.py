@@ -88,10 +88,7 @@ def open_task(env_id: str, **options: Any) -> SequenceTask:
     missing = [name for name in (*_SAYS, *_DOES) if not hasattr(task, name)]
     if missing:
         lacks = "task" if task is None else ", ".join(missing)
-        raise ValueError(
-            f"{env_id!r} is no task on sequences: its environment lacks {lacks} (see "
-            "diffpolicy.sequences.SequenceTask)"
-        )
+        raise ValueError(f"{env_id!r} is no task on sequences: its environment lacks {lacks}")
     check_alphabet(task.alphabet)
     check_positive(length=task.length)
     check_choice("kind of task", task.kind, KINDS)
@@ -103,20 +100,16 @@ def check_tokens(tokens: Any, alphabet: str, length: int, what: str) -> None:
     """Raise ``ValueError`` unless ``tokens`` (array or tensor) are integers ``[N, L]`` below V."""
     found = tokens.cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
     if found.ndim != 2 or found.shape[1] != length or not np.issubdtype(found.dtype, np.integer):
-        raise ValueError(
-            f"{what} must be integers [N, {length}], got {found.dtype} {list(found.shape)}"
-        )
-    if found.size and (found.min() < 0 or found.max() >= len(alphabet)):
-        raise ValueError(
-            f"{what} must hold tokens 0..{len(alphabet) - 1} ({alphabet!r}), got "
-            f"{int(found.min())}..{int(found.max())}"
-        )
+        got = f"{found.dtype} {list(found.shape)}"
+        raise ValueError(f"{what} must be integers [N, {length}], got {got}")
+    low, high = (int(found.min()), int(found.max())) if found.size else (0, 0)
+    if low < 0 or high >= len(alphabet):
+        known = f"tokens 0..{len(alphabet) - 1} ({alphabet!r})"
+        raise ValueError(f"{what} must hold {known}, got {low}..{high}")
 
 
 def check_alphabet(alphabet: str) -> None:
     """Raise ``ValueError`` unless there are two or more letters, all different, none the mask's."""
     if len(alphabet) < 2 or len(set(alphabet)) != len(alphabet) or MASK_LETTER in alphabet:
-        raise ValueError(
-            f"an alphabet needs at least two letters, all different and none {MASK_LETTER!r} "
-            f"(which stands for a mask); got {alphabet!r}"
-        )
+        rule = f"at least two letters, all different and none {MASK_LETTER!r}, the mask's"
+        raise ValueError(f"an alphabet needs {rule}; got {alphabet!r}")

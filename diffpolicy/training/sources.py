@@ -44,8 +44,8 @@ class Weighted:
     Of a batch of B, a source of share p has ``floor(p B)`` or ``ceil(p B)`` rows, ``p B`` in the
     mean: row j belongs to the source in whose stretch of [0, 1) the point ``(j + u) / B`` lies
     (systematic sampling), where u moves on by the golden section from batch to batch, so that over
-    many batches shares are kept as closely. Each source's own rows come in permutations, all of
-    them once before any comes again.
+    thousands of batches shares are kept within a few rows. Each source's own rows come in
+    permutations, all of them once before any comes again.
 
     Args:
         parts: The sources by name.
@@ -70,7 +70,8 @@ class Weighted:
 
     def identity(self) -> dict[str, object]:
         """What the examples are: the parts and their shares."""
-        return {"shares": self.shares, **{f"part {n}": part for n, part in self.parts.items()}}
+        parts = {f"part {i}": part for i, part in enumerate(self.parts.values())}
+        return {"shares": self.shares, **parts}  # names are places, which may change
 
     def counts(self, steps: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
         """Rows of each source in the batches of these steps, ``[len(steps), K]``."""
@@ -121,7 +122,8 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 def _together(sources: Sequence[Source], part: Tensor, row: Tensor) -> dict[str, Tensor]:
     """A batch whose row i is row ``row[i]`` of source ``part[i]``; of what all sources give."""
     found = [source.gather(row[part == i]) for i, source in enumerate(sources)]
-    names = set.intersection(*(set(batch) for batch in found))
+    # In the order of the first: observations by name stand side by side in the order they come in.
+    names = [name for name in found[0] if all(name in batch for batch in found)]
     batch = {name: torch.cat([one[name] for one in found]) for name in names}
     if bool((part.diff() >= 0).all()):  # in order already
         return batch
@@ -161,8 +163,6 @@ class Mixed:
     def __init__(
         self, main: Source, anchor: Source | None, *, seed: int = 0, mask_padding: bool = False
     ) -> None:
-        main = in_any_order(main, seed)
-        anchor = None if anchor is None else in_any_order(anchor, seed)
         self.main, self.anchor, self.mask_padding = main, anchor, mask_padding
         self.rows = len(main) * -(-ROWS // len(main))
         order = torch.Generator().manual_seed(mix_seed(seed, 0xA2C))

@@ -20,6 +20,7 @@ ENV_IDS = (
     "diffpolicy/AntMazeLarge-v0",
     "diffpolicy/AntMazeMedium-v0",
     "diffpolicy/AntMazeUMaze-v0",
+    "diffpolicy/Cameras-v0",
     "diffpolicy/FetchPickAndPlace-v0",
     "diffpolicy/FetchPush-v0",
     "diffpolicy/FetchReach-v0",
@@ -44,12 +45,14 @@ ENV_IDS = (
 def _register() -> None:
     """Register every id once; importing the package again in the same process changes nothing."""
     fetch = "diffpolicy_envs.fetch:FetchEnv"
+    moving = "diffpolicy_envs.fetch_moving:FetchReachMovingEnv"
     maze = "diffpolicy_envs.pointmaze:PointMazeEnv"
     ant, kitchen = (f"diffpolicy_envs.d4rl_tasks:{name}Env" for name in ("AntMaze", "Kitchen"))
     slider = ["microwave", "kettle", "light switch", "slide cabinet"]  # complete and partial
     burner = ["microwave", "kettle", "bottom burner", "light switch"]  # mixed
     design = "diffpolicy_envs.sequences.env:SequenceDesignEnv"  # ends by itself after one step
-    entries: tuple[tuple[str, str, int | None, dict[str, object]], ...] = (
+    entries: tuple[tuple[str, str | None, int | None, dict[str, object]], ...] = (
+        ("Cameras", None, None, {}),  # in an environment of another package, which knows its limit
         ("AntMazeLarge", ant, 1000, {"simulator_id": "AntMaze_Large-v4", "goal_cell": [7, 10]}),
         ("AntMazeMedium", ant, 1000, {"simulator_id": "AntMaze_Medium-v4", "goal_cell": [6, 6]}),
         ("AntMazeUMaze", ant, 700, {"simulator_id": "AntMaze_UMaze-v4", "goal_cell": [3, 1]}),
@@ -58,7 +61,7 @@ def _register() -> None:
         ("FetchPickAndPlace", fetch, 50, {"task": "pick_and_place"}),
         ("FetchPush", fetch, 50, {"task": "push"}),
         ("FetchReach", fetch, 50, {"task": "reach"}),
-        ("FetchReachMoving", "diffpolicy_envs.fetch_moving:FetchReachMovingEnv", 100, {}),
+        ("FetchReachMoving", moving, 100, {}),
         ("PointMazeLarge", maze, 800, {"simulator_id": "PointMaze_Large-v3"}),
         ("PointMazeMedium", maze, 600, {"simulator_id": "PointMaze_Medium-v3"}),
         ("PointMazeUMaze", maze, 300, {"simulator_id": "PointMaze_UMaze-v3"}),
@@ -73,6 +76,9 @@ def _register() -> None:
     )
     for name, entry_point, steps, kwargs in entries:
         env_id = f"diffpolicy/{name}-v0"
+        if entry_point in (None, fetch, moving, maze, ant, kitchen):  # may be seen by cameras
+            kwargs = {"home": entry_point, **kwargs}
+            entry_point = "diffpolicy_envs.cameras:make"
         if env_id not in gym.registry:
             gym.register(env_id, entry_point, max_episode_steps=steps, kwargs=kwargs)
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffpolicy_envs.base import Action, FlatEnv, Info, Observation
+from diffpolicy_envs.cameras import place_goal
 from diffpolicy_envs.fetch_experts import Expert, PickAndPlaceExpert, PushExpert, ReachExpert
 from diffpolicy_envs.simulators import import_robotics
 
@@ -115,10 +116,7 @@ class FetchEnv(FlatEnv):
         if self.render_mode is None:
             return super().render()
         simulator: Any = self.simulator
-        # The simulator's own `render` runs mj_forward to move the goal marker, and so changes what
-        # the next step starts from: an episode that is filmed would take another course than one
-        # that is not (centimetres after 40 steps). Only the marker's place is needed.
-        simulator.data.site("target0").xpos[:] = simulator.goal
+        place_goal(simulator)  # not the simulator's own `render`, which would change its course
         return simulator.mujoco_renderer.render(self.render_mode)
 
     @property

@@ -225,8 +225,7 @@ def gradients(case: Case) -> dict[str, Callable[[], list[Tensor]]]:
     """By variant, a function that computes one gradient; the same in all three."""
     from diffpolicy.core.reveal import Relaxation
     from diffpolicy.learn.reference import frozen_copy
-    from diffpolicy.learn.reward.masked_chain import MaskedChain
-    from diffpolicy.learn.reward.pathwise import RewardLoss
+    from diffpolicy.learn.reward.pathwise import MaskedChain, RewardLoss
 
     denoiser, reference, reward = networks(case)
 

@@ -93,15 +93,19 @@ def _machine() -> dict[str, str]:
     return {"processor": platform.machine(), "cores": str(os.cpu_count()), **versions}
 
 
-def interleaved(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    sides: dict[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each side in every round, the sides in turn; one warm-up round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, side in sides.items():
-            began = time.perf_counter()
+            began = clock()
             side()
             if number:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(clock() - began)
     return times
 
 

@@ -21,7 +21,7 @@ def test_a_dial_is_a_choice(tmp_path):
     info = describe(spec)
     groups = [{"dims": [0], "choices": 3, "first": 0}, {"dims": [1], "choices": 4, "first": -1}]
     assert info.action_groups == groups
-    how = {"keep": "all", "workers": Workers(num_envs=2, num_workers=0), "progress": False}
+    how = {"keep": "all", "workers": Workers(num_envs=2, num_workers=1), "progress": False}
     store = collect(spec, range(3), tmp_path / "s", **how)
     assert store.read("action").tolist() == [[0.0, 2.0]] * store.num_steps
     policy = DiffusionPolicy.from_dataset(store, spec={"network": {"type": "mlp", "width": 8}})

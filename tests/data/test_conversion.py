@@ -43,10 +43,11 @@ def test_replay_buffer_conversion(tmp_path, name, write_replay, replay_arrays):
     write_replay(tmp_path / name, replay_arrays, [20, 37, 50])
     target = tmp_path / "out.zarr"
     store = convert(tmp_path / name, target, attrs={"env_id": "PushT"})
-    np.testing.assert_array_equal(store.read("obs"), replay_arrays["state"])
+    np.testing.assert_array_equal(store.read("obs.img"), replay_arrays["img"])
+    np.testing.assert_array_equal(store.read("obs.state"), replay_arrays["state"])
     np.testing.assert_array_equal(store.read("action"), replay_arrays["action"])
     np.testing.assert_array_equal(store.episode_ends, [20, 37, 50])
-    assert store.statistics["obs"]["count"] == 50
+    assert store.statistics["obs.state"]["count"] == 50
     assert store.attrs["env_id"] == "PushT"
     assert store.attrs["source"] == {"name": name, "format": "replay_zarr"}
     assert check_store(target) == []
@@ -162,7 +163,7 @@ def test_bad_input(tmp_path, write_replay, replay_arrays):
     source, target = tmp_path / "r.zarr", tmp_path / "out.zarr"
     replay_arrays["state"][30, 2] = np.nan
     write_replay(source, replay_arrays, [20, 37, 50])
-    with pytest.raises(ValueError, match=r"r.zarr, episode 1: field .obs. .* at row 10"):
+    with pytest.raises(ValueError, match=r"r.zarr, episode 1: field .obs.state. .* at row 10"):
         convert(source, target)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.zarr"]
     with pytest.raises(ValueError, match=r"unknown format 'rlds'; expected one of auto"):

@@ -4,12 +4,14 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 
 from diffpolicy.commands.data import run
-from diffpolicy.data import EpisodeStore, FieldSpec, convert
-from diffpolicy.data.joined import Joined, open_stores
+from diffpolicy.data import EpisodeStore, FieldSpec, Transitions, Windows, convert
+from diffpolicy.data.joined import Joined, apart, each_part, open_store
 from diffpolicy.data.remaking import filtered, halved, merged
 from diffpolicy.data.statistics import compute_statistics
+from diffpolicy.data.windows import split_store
 
 
 def make(path, lengths=(7, 30, 12, 19), seed=0, attrs=None, **more):
@@ -207,6 +209,9 @@ def test_command_line(tmp_path, capsys):
         (["merge", a, back], "two stores at least"),
         (["split", a, one, two], "one of them"),
         (["filter", a, one], "exists"),
+        (["split", a, one, a, "keep=1", "overwrite=true"], "read or made already"),
+        (["split", a, one, one, "keep=1", "overwrite=true"], "read or made already"),
+        (["merge", a, one, a, "overwrite=true"], "read or made already"),
         (["filter", a, back, "excldue=1"], "did you mean 'exclude'"),
         (["filter", str(tmp_path / "no.zarr"), one, "keep=1"], "no store at"),
     ):
@@ -216,7 +221,7 @@ def test_command_line(tmp_path, capsys):
 
 def test_joined_stores_read_as_one(tmp_path):
     a, b = make(tmp_path / "a.zarr"), make(tmp_path / "b.zarr", lengths=[5, 6], seed=1)
-    both = open_stores([str(tmp_path / "a.zarr"), {"path": str(tmp_path / "b.zarr"), "weight": 3}])
+    both = open_store([str(tmp_path / "a.zarr"), {"path": str(tmp_path / "b.zarr"), "weight": 3}])
     assert isinstance(both, Joined)
     assert list(both.parts) == ["a", "b"]
     assert both.weights == (1, 3)
@@ -231,6 +236,27 @@ def test_joined_stores_read_as_one(tmp_path):
             assert both.statistics[name][key] == values[key]
         np.testing.assert_allclose(both.statistics[name]["std"], values["std"], rtol=1e-12)
     with pytest.raises(ValueError, match="part 0 of the data has no setting 'wieght'"):
-        open_stores([{"path": "a.zarr", "wieght": 1}])
+        open_store([{"path": "a.zarr", "wieght": 1}])
     with pytest.raises(ValueError, match="weight must be positive, got 0"):
-        open_stores([{"path": "a.zarr", "weight": 0}])
+        open_store([{"path": "a.zarr", "weight": 0}])
+
+
+def test_windows_and_transitions_of_joined_stores_are_those_of_a_merged_one(tmp_path):
+    more = {"reward": ()}
+    a, b = make(tmp_path / "a.zarr", **more), make(tmp_path / "b.zarr", [5, 6], seed=1, **more)
+    both, merge = Joined({"a": a, "b": b}), merged([a, b], tmp_path / "c.zarr")
+    for kind, sizes in ((Windows, {"n_action_steps": 2}), (Transitions, {})):
+        found, wanted = (
+            kind(s, horizon=4, n_obs_steps=2, episodes=[1, 3, 4], **sizes) for s in (both, merge)
+        )
+        rows = torch.arange(len(wanted))
+        assert len(found) == len(wanted)
+        for name, values in wanted.gather(rows).items():
+            assert torch.equal(found.gather(rows)[name], values), name
+    train, val = split_store(both, np.arange(6), 0.5, seed=0)
+    assert sorted([*train, *val]) == list(range(6))
+    assert {name: len(own) for name, own in apart(both, val).items()} == {"a": 2, "b": 1}
+    assert each_part(both, lambda count: range(min(count, 1))).tolist() == [0, 4]
+    chosen = make(tmp_path / "d.zarr", attrs={"actions": [{"dims": [0], "choices": 2}]}, **more)
+    with pytest.raises(ValueError, match=r"the attribute 'actions' is .* do not go together"):
+        Joined({"a": a, "d": chosen})

@@ -141,7 +141,7 @@ def test_episodes_are_left_out_alike(sources, arrays, tmp_path, format):
     for wrong, message in [
         ({"exclude": 3}, r"has the episodes 0\.\.2; got 3"),
         ({"keep": "mask:no"}, "has no mask 'no'; it has"),
-        ({"keep": "train"}, "names episodes by number, by 'mask:NAME'"),
+        ({"keep": "train"}, "names episodes by number, range"),
         ({"exclude": [0, 1, 2]}, "leave none of the 3 episodes"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -170,7 +170,7 @@ def test_bad_episodes_are_left_out_by_the_check(
         "arrays": npz(tmp_path / "a.npz", arrays),
         "d4rl": d4rl(tmp_path / "d.hdf5", arrays),
     }[format]
-    fields = {"obs": ["state"]} if format == "robomimic" else {}
+    fields = {} if format == "d4rl" else {"obs": "state" if format == "robomimic" else "obs"}
     with pytest.raises(ValueError, match=r"exclude=\[1\]"):
         convert(source, tmp_path / "a.zarr", fields=fields)
     made = convert(source, tmp_path / "b.zarr", fields=fields, exclude="failed_check")
@@ -190,9 +190,9 @@ def test_bad_episodes_are_left_out_by_the_check(
 @pytest.mark.parametrize(
     ("format", "left", "unread"),
     [
-        ("replay_zarr", ["done", "img"], []),
+        ("replay_zarr", ["done"], []),
         ("robomimic", ["front_image", "next_obs/state", "rewards"], ["mask/train"]),
-        ("arrays", ["done", "img"], []),
+        ("arrays", ["done"], []),
         ("d4rl", [], []),
     ],
 )
@@ -206,14 +206,24 @@ def test_what_is_left_out_is_said(sources, tmp_path, caplog, format, left, unrea
         assert name in caplog.text
 
 
-def test_images_are_no_vectors(sources, tmp_path):
+def test_images_stay_images(sources, arrays, tmp_path):
     source, _ = sources["replay_zarr"]
-    with pytest.raises(ValueError, match=r"'obs' is a vector, but 'img' is an image or a grid"):
-        convert(source, tmp_path / "a.zarr", fields={"obs": "img"})
-    kept = convert(source, tmp_path / "b.zarr", fields={"img": "img"})  # as the message says
+    alone = convert(source, tmp_path / "a.zarr", fields={"obs": "img"})
+    np.testing.assert_array_equal(alone.read("obs"), arrays["img"])
+    beside = convert(source, tmp_path / "b.zarr", fields={"obs": ["obs", "img"]})
+    np.testing.assert_array_equal(beside.read("obs.img"), arrays["img"])
+    np.testing.assert_array_equal(beside.read("obs.state"), arrays["obs"])
+    for odd in ({"obs.both": ["obs", "img"]}, {"action": "img"}, {"obs.row": "img[:9]"}):
+        with pytest.raises(ValueError, match=r"is a vector, but 'img.*' is an image or a grid"):
+            convert(source, tmp_path / "c.zarr", fields=odd)
+    kept = convert(source, tmp_path / "d.zarr", fields={"obs": "obs", "img": "img"})
     assert kept.fields["img"].shape == (16, 16, 3)
-    again = convert(tmp_path / "b.zarr", tmp_path / "c.zarr")  # a store of ours keeps all it has
+    again = convert(tmp_path / "d.zarr", tmp_path / "e.zarr")  # a store of ours keeps all it has
     assert set(again.fields) == {"obs", "action", "img"}
+    flat = convert(source, tmp_path / "f.zarr", transform=lambda obs: 2 * obs)
+    np.testing.assert_array_equal(flat.read("obs"), 2 * arrays["obs"])  # what makes one vector
+    with pytest.raises(ValueError, match="transform is of the one array obs; there is obs of byt"):
+        convert(source, tmp_path / "g.zarr", fields={"obs": "img"}, transform=lambda obs: obs)
 
 
 def test_the_forms_of_the_command_line(sources, tmp_path, capsys):
@@ -224,13 +234,24 @@ def test_the_forms_of_the_command_line(sources, tmp_path, capsys):
     assert run(["convert", source, target, *options]) == 0
     store = EpisodeStore.open(target)
     assert (store.num_episodes, sorted(store.fields)) == (1, ["action", "obs", "reward"])
+    named = ["obs.camera=front_image", "obs.hand=state[1:]", "overwrite=true"]
+    assert run(["convert", source, target, *named]) == 0
+    store = EpisodeStore.open(target)
+    assert (store.fields["obs.hand"].shape, store.fields["obs.camera"].dtype) == ((2,), "uint8")
+    assert (
+        'left out: {"left_out": ["next_obs/state", "state", "rewards"]' in capsys.readouterr().out
+    )
+    assert store.attrs["left_out"]["state"] == "float32 [3], but for state[1:]"
+    with pytest.raises(ValueError, match=r"state\[1:9\]: 'state' has the entries 0:3"):
+        run(["convert", source, target, "obs.hand=state[1:9]", "overwrite=true"])
     with pytest.raises(ConfigError, match="fields is a table"):
         run(["convert", source, target, "fields=reward"])
     with pytest.raises(ConfigError, match="is no list or table"):
         run(["convert", source, target, "obs=[state"])
     own = str(sources["d4rl"][0])
     assert run(["convert", own, str(tmp_path / "u.zarr"), "exclude=[1]", "transforms=[]"]) == 0
-    assert "2 episodes, 40 steps" in capsys.readouterr().out
+    assert "2 episodes, 40 steps" in (out := capsys.readouterr().out)
+    assert 'left out: {"left_out_episodes": ["1"]}' in out
 
 
 # -- HDF5 files that reach for others -------------------------------------------------------------

@@ -116,6 +116,28 @@ class FakeDict(FakeExpertPoint):
         }
 
 
+class FakeCameras(FakeExpertPoint):
+    """Observes where it is, and two cameras whose pixels depend on the seed, the step and both."""
+
+    def __init__(self, size=96, length=1000, fault=None, render_mode=None, render_fault=None):
+        super().__init__(fault, render_mode, render_fault=render_fault)
+        self.length = length
+        view = spaces.Box(0, 255, (size, size, 3), np.uint8)
+        place = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.observation_space = spaces.Dict({"place": place, "front": view, "wrist": view})
+        self.noise = np.random.default_rng(0).integers(0, 256, view.shape, np.uint8)
+
+    def step(self, action):
+        obs, reward, _, cut, _ = super().step(action)
+        return obs, reward, self.t >= self.length, cut, {"is_success": True}
+
+    def _obs(self):
+        front = self.noise + np.uint8((self.seed_now or 0) % 256)
+        front[0, 0] = (self.seed_now or 0) % 256, self.t % 256, self.t // 256
+        self.wrist = front[::-1]  # not contiguous
+        return {"place": self.x.astype(np.float32), "front": front, "wrist": self.wrist}
+
+
 class FakeImage(FakePoint):
     """Observes a picture alone."""
 
@@ -233,6 +255,7 @@ for _name, _limit in (
     ("ExpertPoint", 12),
     ("Modules", 12),
     ("Dict", 12),
+    ("Cameras", 1000),
     ("Image", 12),
     ("Grid", 12),
     ("Tuple", 12),

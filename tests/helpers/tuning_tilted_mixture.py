@@ -156,6 +156,7 @@ class MixtureDenoiser(BaseDenoiser):
     def __init__(self, process: GaussianProcess, law: Mixture) -> None:
         super().__init__()
         self.process = process
+        self.horizon, self.dim = 1, law.dim
         factor = torch.linalg.cholesky(law.covs)
         self.logits = nn.Parameter(law.weights.log())
         self.means = nn.Parameter(law.means.clone())

@@ -25,6 +25,7 @@ from diffpolicy.learn.actor_critic.loss import (
 )
 from diffpolicy.networks import make_network
 from diffpolicy.networks.critics import QEnsemble, StateValue
+from diffpolicy.settings import settings_of
 
 SMALL = {
     "diffusion_ql": ActorCritic("chain", "td", num_steps=2),
@@ -502,7 +503,7 @@ def test_critics_need_their_heads():
 )
 def test_bad_settings_are_named(config, message):
     with pytest.raises(ValueError, match=message):
-        ActorCritic.from_config(config)
+        settings_of(ActorCritic, config, "actor_critic")
 
 
 def test_bad_parts_are_named():

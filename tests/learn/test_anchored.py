@@ -225,5 +225,5 @@ def test_bad_loss_settings(settings, message):
 def test_a_network_without_confidence_is_refused():
     network = make_network({"type": "mlp", "horizon": 4, "dim": 2})
     denoiser = Denoiser(network, make_process("vp_cosine"), "x0")
-    with pytest.raises(ValueError, match="needs a network with a confidence head"):
+    with pytest.raises(ValueError, match="needs a network of type 'anchored'"):
         AnchoredLoss(denoiser, ANCHORS, t_max=0.1)

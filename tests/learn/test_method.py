@@ -20,7 +20,7 @@ from diffpolicy.data.preferences.records import Pair, Span
 from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn import METHODS, LossOutput, Method, make_method
-from diffpolicy.learn.reward.masked_chain import Pathwise
+from diffpolicy.learn.reward.pathwise import Pathwise
 
 CONFIG = TrainerConfig(
     steps=60, batch_size=32, lr=3e-3, warmup_steps=1, ema_power=None, progress=False

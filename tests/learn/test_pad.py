@@ -181,3 +181,33 @@ def test_it_learns_the_action_and_what_comes_next(tmp_path):
         if predict == "joint":
             seen = policy.normalizer.unnormalize("obs", torch.from_numpy(state.plan[:, 0, :1]))
             np.testing.assert_allclose(seen.numpy(), obs, atol=0.2)
+
+
+def test_images_are_observed_and_imagined_by_one_policy(tmp_path):
+    """Encoded, the present conditions the plan; small copies of what follows are a part of it."""
+    rng = np.random.default_rng(0)
+    store = EpisodeStore.from_arrays(
+        {
+            "obs.camera": rng.integers(0, 255, (24, 16, 16, 3), np.uint8),
+            "obs.state": rng.normal(size=(24, 2)),
+            "action": rng.normal(size=(24, 1)),
+        },
+        [12, 24],
+    )
+    given = {
+        **SPEC,
+        "layout": "joint",
+        "imagined": {"field": "obs.camera", "size": 4, "frames": 1, "predict": "joint"},
+        "network": {**PARTS, "width": 12},
+    }
+    policy = DiffusionPolicy.from_dataset(store, spec=given)
+    assert policy.layout.parts == (4 * 4 * 3 // 4, 1)
+    config = TrainerConfig(steps=2, batch_size=8, progress=False)
+    policy.learn(store, config, tmp_path / "run", val_fraction=0.0, learning=Learning(draws=2))
+    loaded = DiffusionPolicy.from_pretrained(tmp_path / "run", imagined={"predict": "action"})
+    assert loaded.spec.imagined.predict == "action"
+    seen = {"camera": np.zeros((2, 16, 16, 3), np.uint8), "state": np.zeros((2, 2), np.float32)}
+    for acting in (policy, loaded):
+        action, state = acting.predict(seen)
+        assert action.shape == (2, 1)
+        assert state.plan.shape == (2, 4, 13)

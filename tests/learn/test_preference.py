@@ -325,8 +325,6 @@ def test_a_network_learns_to_rank_plans_by_its_own_error(kind):
 
 
 def test_objectives_that_cannot_work():
-    with pytest.raises(ValueError, match="look at no reference"):
-        PreferenceLoss(pointwise(), Preference("margin"), reference=pointwise())
     denoiser = pointwise()
     with pytest.raises(ValueError, match="shares weights"):
         PreferenceLoss(denoiser, reference=denoiser)
@@ -342,7 +340,7 @@ def test_objectives_that_cannot_work():
     [
         ("kto", False, plan_batch(), "loss='kto' needs a batch with obs, action and good; got"),
         ("dpo", False, plan_batch(single=True), "chosen_obs, chosen_action"),
-        ("dpo", True, plan_batch(), "pairs of sequences need a batch with chosen, rejected"),
+        ("dpo", True, plan_batch(), "pairs of sequences need chosen"),
         ("kto", True, {"tokens": torch.zeros(2, 3).long()}, "tokens and good"),
     ],
 )

@@ -238,7 +238,7 @@ def test_a_policy_of_another_training_is_refused(how, trained, preferences):
     spec = copy.copy(policy.spec)
     for name, value in how.items():
         object.__setattr__(spec, name, value)
-    with pytest.raises(ValueError, match="trained at one level per plan"):
+    with pytest.raises(ValueError, match="policies of one level per plan"):
         PlanMaterial(spec, policy.normalizer, TuningData(preferences)).check(make_method(DPO))
 
 

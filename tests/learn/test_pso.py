@@ -436,8 +436,6 @@ def test_anchor_is_the_denoising_error_of_demonstrations_or_of_chosen_items():
             assert found == out.metrics["anchor"]
         else:
             assert found > max(out.metrics["anchor"], other.metrics["anchor"])
-    with pytest.raises(ValueError, match="has no chosen items"):
-        PSO(online=True, anchor_weight=1.0, anchor="both")
     online = PSOLoss(policy, PSO(online=True, **settings), reward=lambda x, cond: x.sum((1, 2)))
     windows = {"obs": demos["anchor_obs"], "action": demos["anchor_action"]}
     assert online(windows, seeded()).metrics["anchor"] > 0
@@ -503,7 +501,7 @@ def test_bad_settings():
 def test_samplers_without_a_density_are_refused():
     policy = gaussian_policy()
     for values, message in (
-        ({"solver": "ddim"}, "have no density .*use solver='ddpm'"),
+        ({"solver": "ddim"}, "have no density: .*use solver='ddpm'"),
         ({"solver": "heun"}, "have no density"),
         ({"solver": "dpmpp_2m_sde"}, "or have a memory"),
         ({"num_steps": 1}, "num_steps of at least 2"),
@@ -528,10 +526,8 @@ def test_bad_batches_and_rewards():
     online = PSOLoss(policy, PSO(online=True), reward=lambda x: x.sum())
     with pytest.raises(ValueError, match="one number per item, \\[8\\]; got \\[\\]"):
         online({"index": torch.arange(4)}, seeded())
-    with pytest.raises(ValueError, match="needs a batch with one of"):
-        online({"chosen_action": torch.zeros(4, 1, 1, 1)}, seeded())
     given = PSOLoss(policy)
-    with pytest.raises(ValueError, match="pairs of plans need a batch with chosen_obs"):
+    with pytest.raises(ValueError, match="pairs of plans need chosen_obs"):
         given({"index": torch.arange(4)}, seeded())
     plans = torch.zeros(4, 2, 1, 1).double()
     with pytest.raises(ValueError, match="pad the shorter segments"):

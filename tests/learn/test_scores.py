@@ -294,7 +294,7 @@ def test_the_kind_of_score_is_the_denoisers():
         (
             {},
             MixtureDenoiser(VPCosine(), one_dimensional().prior),
-            "MixtureDenoiser has none; use weighting='elbo'",
+            "MixtureDenoiser has no prediction of its own",
         ),
     ],
 )

@@ -10,8 +10,8 @@ from tuning_tables import table_denoiser
 
 from diffpolicy.learn.material import SequenceMaterial
 from diffpolicy.learn.methods import make_method
+from diffpolicy.learn.preferences.dpo import SequenceDPO, SequenceDPOLoss
 from diffpolicy.learn.preferences.pso import PSOLoss
-from diffpolicy.learn.preferences.sequence_dpo import SequenceDPO, SequenceDPOLoss
 from diffpolicy.sequences.exact import ExactLaw, divergence, optimum
 
 ALPHA = 0.5

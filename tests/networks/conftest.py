@@ -17,6 +17,12 @@ SMALL_NETWORKS = {
         "cond_predict_scale": False,
         "kernel_size": 3,
     },
+    "modalities": {
+        "type": "modalities",
+        "sizes": [2, 1],
+        "base": {"type": "mlp", "width": 16, "depth": 1},
+        "width": 8,
+    },
     "transformer": {"type": "transformer", "width": 32, "depth": 2, "heads": 2},
     "sequence_cnn": {"type": "sequence_cnn", "width": 16, "dilations": [1, 4], "stacks": 2},
 }

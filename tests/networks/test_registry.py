@@ -8,9 +8,8 @@ SHAPE = {"horizon": 8, "dim": 2, "cond_dim": 4}
 
 
 def test_types():
-    assert set(NETWORKS) == {
-        *("anchored", "mlp", "modalities", "sequence_cnn", "transformer", "unet1d")
-    }
+    names = {"anchored", "mlp", "modalities", "sequence_cnn", "transformer", "unet1d"}
+    assert set(NETWORKS) == names
     assert isinstance(make_network({"type": "mlp", **SHAPE}), MLP)
     assert isinstance(make_network({"type": "unet1d", "down_dims": [16, 32], **SHAPE}), UNet1D)
     assert isinstance(

@@ -154,6 +154,9 @@ def test_files_hold_the_boundary(store, tmp_path):
     from diffpolicy.runtime.export import export_policy
 
     export_policy(policy, tmp_path / "e", batch_size=2)
+    compiled = policy.compile(backend="onnxruntime", batch_size=2, threads=1)
+    fast, _ = compiled.act(obs[0], state)
+    np.testing.assert_allclose(fast, policy.act(obs[0], state)[0], atol=1e-4)
     running, other = load_exported(tmp_path / "e"), loaded.initial_state([0, 1])
     for seen in obs:
         due = bool(policy.needs_plan(state).any())

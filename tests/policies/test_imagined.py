@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from diffpolicy import DiffusionPolicy
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.processes import make_process
 from diffpolicy.core.sampler import Sampler
@@ -17,6 +18,8 @@ from diffpolicy.policies.imagined import Imagined, picture_of
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.policies.truncated import Truncated
+from diffpolicy.runtime.compile import compile_planner
+from diffpolicy.runtime.export import export_policy
 
 COVARIANCE = torch.tensor([[0.5, 0.3], [0.3, 0.4]])  # of (state, action)
 PARTS = {"type": "modalities", "base": {"type": "mlp", "width": 8, "depth": 1}, "width": 4}
@@ -135,8 +138,6 @@ def test_the_shape_comes_from_the_store_and_settings_round_trip():
     rng = np.random.default_rng(0)
     arrays = {name: rng.uniform(-1, 1, (9, size)) for name, size in (("obs", 3), ("action", 2))}
     store = EpisodeStore.from_arrays(arrays, [9])
-    from diffpolicy import DiffusionPolicy
-
     given = {"layout": "joint", "imagined": {"field": "obs"}, "network": PARTS, "horizon": 4}
     policy = DiffusionPolicy.from_dataset(store, spec={**given, "n_action_steps": 2})
     assert policy.spec.imagined == Imagined(shape=(3,))
@@ -181,6 +182,11 @@ def test_pictures_are_black_before_a_plan_and_none_without_images(make_planner):
     assert picture_of(make_planner(), None, 0) is None
 
 
+def test_images_have_one_channel_or_three():
+    with pytest.raises(ValueError, match=r"\[height, width, 1 or 3\]; .* \[8, 8, 4\]"):
+        Imagined("image", shape=(8, 8, 4))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -190,6 +196,8 @@ def test_pictures_are_black_before_a_plan_and_none_without_images(make_planner):
         ({"imagined": Imagined(shape=(3,), frames=4)}, "3 entries cannot be spread over 2"),
         ({"truncated": Truncated(t_start=0.3)}, "start from noise, or by rti"),
         ({"rti": RTI((0.3, 0.2))}, "start from noise, or by rti"),
+        ({"rti": RTI(0.3, renoise=False)}, "and rti.renoise=true"),
+        ({"temperature": 0.5}, "held at pure noise must have its standard deviation"),
         ({**IMAGES, "rti": RTI(0.3)}, "a plan cannot be shifted"),
         ({**IMAGES, "network": PARTS}, "noise of 12 imagined entries does not pass"),
         ({"network": {"type": "mlp"}}, "takes levels per"),
@@ -199,3 +207,11 @@ def test_pictures_are_black_before_a_plan_and_none_without_images(make_planner):
 def test_what_does_not_go_together(make_planner, changes, message):
     with pytest.raises(ValueError, match=message):
         make_planner(**{**VECTORS, **changes})
+
+
+def test_compiled_loops_hold_it_too(make_planner):
+    planner = make_planner(**VECTORS, rti=RTI(0.4, num_steps=2))
+    fast = compile_planner(planner, backend="onnxruntime", batch_size=3)
+    np.testing.assert_allclose(plan_of(fast).plan, plan_of(planner).plan, atol=1e-4)
+    with pytest.raises(ValueError, match="holds one plan of actions"):
+        export_policy(planner, "nowhere")

@@ -17,6 +17,7 @@ from diffpolicy.rollout.pool.supervisor import Workers
 from diffpolicy.rollout.pool.workers import WorkerPool
 from diffpolicy.rollout.record.branches import Branching, Repeats, collect_rollouts
 from diffpolicy.rollout.record.pairing import Scoring, rollout_records, write_pairs
+from diffpolicy.rollout.record.steps import InOrder
 from diffpolicy.rollout.record.tracks import Job, ReplayError, TrackRunner
 from diffpolicy.rollout.rows import AllFailedError
 
@@ -388,7 +389,7 @@ def test_push_t_repeats_itself_exactly():
             tracks[job.key] = track
             return _further(job, track) if len(job.key) == 1 else []
 
-        runner.run([Job(s, s, key=(s,)) for s in range(2)], base_done)
+        runner.run([Job(s, s, key=(s,)) for s in range(2)], base_done, InOrder(range(2)))
     assert len(tracks) == 2 + 2 * 4  # every replay was compared with its record, bit by bit
     for key, track in tracks.items():
         assert not isinstance(track, str)

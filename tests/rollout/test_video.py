@@ -8,9 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffpolicy import DiffusionPolicy
+from diffpolicy.data import EpisodeStore
 from diffpolicy.rollout import video
+from diffpolicy.rollout.env_spec import EnvSpec
+from diffpolicy.rollout.evaluate import VideoOptions, evaluate
+from diffpolicy.rollout.pool.supervisor import Workers
 from diffpolicy.rollout.results import EpisodeVideo
-from diffpolicy.rollout.video import choose_gl_backend, contact_sheet, save_media, write_mp4
+from diffpolicy.rollout.video import (
+    beside,
+    choose_gl_backend,
+    contact_sheet,
+    save_media,
+    write_mp4,
+)
 
 GREEN, RED, GREY = (46, 160, 67), (218, 54, 51), (128, 128, 128)
 
@@ -37,6 +48,49 @@ def test_contact_sheet_shows_key_frames_and_outcomes(tmp_path):
     centres = [sheet[16 + 24, 19 + 38 * column, 0] for column in range(3)]
     assert centres == [0, 90, 180]  # first, middle and last frame
     assert [p.name for p in path.parent.iterdir()] == ["sheet.png"]
+
+
+def test_a_picture_stands_beside_its_frame_in_whole_pixels():
+    frame = np.full((6, 4, 3), 9, np.uint8)
+    picture = np.arange(4, dtype=np.uint8).reshape(2, 2, 1).repeat(3, 2)
+    both = beside(frame, picture)
+    assert both.shape == (6, 10, 3)
+    assert (both[:, :4] == 9).all()
+    np.testing.assert_array_equal(both[:, 4:, 0], np.kron([[0, 1], [2, 3]], np.ones((3, 3))))
+    assert beside(frame, None) is frame
+
+
+def test_a_film_shows_what_was_imagined():
+    """The picture of a plan that was made for the step before, and black at the reset."""
+    rng = np.random.default_rng(0)
+    store = EpisodeStore.from_arrays(
+        {
+            "obs": rng.normal(size=(20, 3)),
+            "action": rng.normal(size=(20, 2)),
+            "image": np.full((20, 8, 8, 3), 255, np.uint8),
+        },
+        [20],
+    )
+    spec = {
+        "layout": "joint",
+        "imagined": {"field": "image", "size": 4, "predict": "joint"},
+        "network": {"type": "modalities", "base": {"type": "mlp", "width": 8}, "width": 8},
+        "prediction": "x0",
+        "horizon": 4,
+        "n_action_steps": 2,
+        "sampler": {"num_steps": 2},
+    }
+    policy = DiffusionPolicy.from_dataset(store, spec=spec)
+    options = {"workers": Workers(num_envs=2, num_workers=0), "progress": False}
+    env = EnvSpec("rollout_fake_envs:rollout_fakes/Point-v0")
+    film = evaluate(policy, env, [3, 4], video=VideoOptions(episodes=1), **options).videos[0]
+    assert film.frames.shape[1:] == (64, 128, 3)
+    assert not film.frames[0, :, 64:].any()
+    assert film.frames[1:, :, 64:].any(axis=(1, 2, 3)).all()
+    plain = {"imagined": {**spec["imagined"], "predict": "action"}}
+    alone = DiffusionPolicy.from_dataset(store, spec={**spec, **plain})
+    film = evaluate(alone, env, [3], video=VideoOptions(episodes=1), **options).videos[0]
+    assert film.frames.shape[1:] == (64, 64, 3)
 
 
 @pytest.mark.parametrize("size", [(40, 30), (41, 33)])

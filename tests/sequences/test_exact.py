@@ -158,7 +158,7 @@ class TestStateSpace:
             StateSpace(4, 20)
 
     def test_denoiser_must_fit(self):
-        with pytest.raises(ValueError, match="the denoiser has 2 tokens, the state space 3"):
+        with pytest.raises(ValueError, match="the denoiser has vocab_size=2, the state space 3"):
             StateSpace(3, 3).log_probs(table(2, 3))
         with pytest.raises(ValueError, match="defined for time_free denoisers"):
             ExactLaw.of(random_network(2, 3, time_free=False))

@@ -99,8 +99,8 @@ def test_both_falling_is_no_hacking():
         (lambda: metrics.pearson([1, 2], [1, 2, 3]), r"must be \[2\]"),
         (lambda: metrics.top_sequences(ROWS, [1, 2, 3], 0), "fraction must be"),
         (lambda: metrics.top_sequences(ROWS, [1, 2], 0.5), r"labels must be \[3\]"),
-        (lambda: metrics.quartiles([]), "no values"),
-        (lambda: metrics.hacking_warning([1], [1, 2]), "one length"),
+        (lambda: metrics.quartiles([]), "number_of_values must be at least 1"),
+        (lambda: metrics.hacking_warning([1], [1, 2]), r"held_out must be \[1\]"),
         (lambda: metrics.hacking_warning([1], [1], patience=0), "patience"),
     ],
 )

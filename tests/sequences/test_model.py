@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffpolicy.learn.reward.masked_chain import MaskedChain
-from diffpolicy.learn.reward.pathwise import RewardLoss
+from diffpolicy.learn.reward.pathwise import MaskedChain, RewardLoss
 from diffpolicy.sequences import (
     Draws,
     SequenceExamples,

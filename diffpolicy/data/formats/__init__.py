@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Self
 from numpy.typing import NDArray
 
 from diffpolicy.data.fields import FieldSpec, check_has
+from diffpolicy.data.formats.images import is_picture
 from diffpolicy.data.hdf5 import open_hdf5
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.settings import check_choice
@@ -73,7 +74,10 @@ class EpisodeSource(ABC):
 
     @abstractmethod
     def default_fields(self) -> dict[str, str | list[str]]:
-        """Name the fields that make ``obs`` and ``action``, as far as the format settles them."""
+        """Name the fields that make ``obs`` and ``action``, as far as the format settles them.
+
+        Cameras stand first in ``obs``; together with vectors they become observations by name.
+        """
 
     @cached_property
     def fields(self) -> Mapping[str, FieldSpec]:
@@ -99,6 +103,34 @@ class EpisodeSource(ABC):
     def masks(self) -> Mapping[str, Sequence[int]]:
         """Named lists of episodes, such as a training split."""
         return {}
+
+    @cached_property
+    def tasks(self) -> Sequence[str]:
+        """Instructions in the order of their ids; none where the source does not list them."""
+        found = self.attrs.get("tasks")
+        return found if isinstance(found, list) else []
+
+    @property
+    def task_field(self) -> str | None:
+        """The field of each step's task, where the format settles it and it is no constant."""
+        return None
+
+    def texts(self, index: int, name: str) -> Any:
+        """Return what an episode, or the whole, says under a name that is no field.
+
+        Returns:
+            A value, or one for each step; None where there is nothing of that name.
+        """
+        return self.episode_attrs[index].get(name, self.attrs.get(name))
+
+    def cameras(self) -> list[str]:
+        """Name the fields of observed images."""
+        pictures = [name for name, spec in self.fields.items() if is_picture(spec)]
+        return [name for name in pictures if not name.startswith("next")]
+
+    def with_cameras(self, state: Iterable[str]) -> list[str]:
+        """Name all cameras, and the fields of ``state`` behind them."""
+        return list(dict.fromkeys([*self.cameras(), *state]))
 
     @property
     def num_episodes(self) -> int:

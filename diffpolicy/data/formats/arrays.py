@@ -94,12 +94,13 @@ class ArraysFile(EpisodeSource):
         return path.suffix == ".npz" and path.is_file()
 
     def default_fields(self) -> dict[str, str | list[str]]:
-        """Name observation, action, reward and ends, by their usual names."""
-        found = {
-            field: next((name for name in names if name in self.fields), None)
+        """Name observation, action, reward and ends, by their usual names; images beside obs."""
+        found: dict[str, str | list[str]] = {
+            field: there[0]
             for field, names in _ALIASES.items()
+            if (there := [name for name in names if name in self.fields])
         }
-        return {field: name for field, name in found.items() if name is not None}
+        return found | ({"obs": self.with_cameras([str(found["obs"])])} if "obs" in found else {})
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
         """Read ``[T, *shape]`` of each of the ``fields`` (default all) of one episode."""

@@ -1,9 +1,10 @@
-"""LeRobot datasets, versions 2.0, 2.1 and 3.0: the low-dimensional columns of their Parquet files.
+"""LeRobot datasets, versions 2.0, 2.1 and 3.0: columns of Parquet files, and films.
 
 ``meta/info.json`` describes the features. In versions 2.x every episode has a file
 (``data/chunk-000/episode_000000.parquet``) and a line in ``meta/episodes.jsonl``; in 3.0 files hold
 many episodes (``data/chunk-000/file-000.parquet``), and ``meta/episodes/`` lists them. Either way
-every row says in ``episode_index`` which episode it is of.
+every row says in ``episode_index`` which episode it is of, and in ``timestamp`` which picture of
+its films it saw: in 3.0 seconds from where the episode begins in a film of many.
 
 LeRobot keeps as many observations as actions: nothing is known after the last action, and so there
 is no ``next_obs``. ``next.done`` says that an episode ended, by termination or by time-out alike
@@ -23,14 +24,16 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.formats import EpisodeSource
+from diffpolicy.data.formats.images import decoded, hwc
+from diffpolicy.data.formats.video import read_frames
 from diffpolicy.extras import need
 
 _INFO = "meta/info.json"
@@ -39,14 +42,28 @@ _INDICES = ("index", "episode_index", "frame_index")
 _ENDS = ("next.done", "next.truncated", "next.success")
 _MADE = ("terminated", "truncated")  # of the ends, by this module
 _AGAIN = "Download the dataset again (a clone needs `git lfs pull`)"
+_STATES = ("observation.state", "observation.environment_state")
+_CAMERAS = ("video", "image")  # dtypes of features; the second is a column of PNG files
+_TASK = "task_index"
+_FRACTION = 1e-4  # seconds that a picture may be off, as LeRobot's own reader
+
+
+class _Episode(NamedTuple):
+    """What the list of episodes says of one."""
+
+    number: int
+    length: int
+    tasks: list[str]
+    row: Mapping[str, Any]  # all of it, for where its films are
 
 
 class LeRobotDirectory(EpisodeSource):
     """A dataset's directory, its episodes in numerical order.
 
-    Fields are the numeric columns, as ``[T]`` where a row has one number, and ``terminated`` and
-    ``truncated`` (see the module). Images, videos and text are not read; ``unread`` names them. A
-    column is read as a whole when it is first asked for.
+    Fields are the numeric columns, as ``[T]`` where a row has one number, ``terminated`` and
+    ``truncated`` (see the module), and the cameras, uint8 ``[T, H, W, C]``, of films or columns of
+    pictures. Texts and depths are not read; ``unread`` names them. A column of numbers is read as a
+    whole when it is first asked for, pictures by the episode.
 
     Args:
         path: The directory, or an id such as ``lerobot/pusht`` that is looked up in LeRobot's
@@ -63,7 +80,10 @@ class LeRobotDirectory(EpisodeSource):
         self._root = locate(path)
         self.name = str(self._root)
         self._info = self._read_info()
-        self._lengths = self._list()
+        self._episodes = self._list()
+        self.episode_attrs = [
+            {"episode_index": known.number, "tasks": known.tasks} for known in self._episodes
+        ]
         with self._reading("the data"):
             self._table = self._arrow.dataset(self._root / "data", format="parquet")
         self._loaded: dict[str, NDArray[Any]] = {}
@@ -75,9 +95,8 @@ class LeRobotDirectory(EpisodeSource):
         return (path / _INFO).is_file()
 
     def default_fields(self) -> dict[str, str | list[str]]:
-        """Name state before environment state, as LeRobot; action; with rewards also the ends."""
-        states = ("observation.state", "observation.environment_state")
-        obs = [n for n in states if n in self.fields]
+        """Name cameras, state, environment state; action; with rewards also the ends."""
+        obs = self.with_cameras(n for n in _STATES if n in self.fields)
         chosen: dict[str, str | list[str]] = {"obs": obs} if obs else {}
         if "action" in self.fields:
             chosen["action"] = "action"
@@ -87,19 +106,36 @@ class LeRobotDirectory(EpisodeSource):
         return chosen
 
     @cached_property
+    def tasks(self) -> list[str]:
+        """The instructions in the order of their ids; none where they are not listed."""
+        try:
+            with self._reading("the list of tasks"):
+                rows = self._rows("tasks.jsonl", "tasks.parquet")
+                # Written by pandas, of which the text is the index.
+                texts = {r[_TASK]: r.get("task", r.get("__index_level_0__")) for r in rows}
+        except FileNotFoundError:
+            return []
+        return [str(texts.get(i, i)) for i in range(max(texts, default=-1) + 1)]
+
+    @property
+    def task_field(self) -> str | None:
+        """``task_index``, where there is more than one task to tell apart."""
+        return _TASK if len(self.tasks) > 1 and _TASK in self.fields else None
+
+    @cached_property
     def attrs(self) -> dict[str, Any]:
-        """Version, rate in Hz, robot, tasks, and the names of the columns' entries."""
+        """Version, rate in Hz, robot, tasks by their ids, and the names of the columns' entries."""
         features = self._info["features"]
         return {
             "dataset": _id_of(self._root),
             "lerobot_version": self._info["codebase_version"],
             "fps": self._info.get("fps"),
             "robot_type": self._info.get("robot_type"),
-            "tasks": sorted({task for known in self.episode_attrs for task in known["tasks"]}),
+            "tasks": self.tasks or sorted({t for e in self._episodes for t in e.tasks}),
             "names": {
                 name: features[name]["names"]
                 for name in self.fields
-                if features.get(name, {}).get("names")
+                if name not in self._cameras and features.get(name, {}).get("names")
             },
         }
 
@@ -121,18 +157,19 @@ class LeRobotDirectory(EpisodeSource):
         Raises:
             ValueError: No such field, or the files are damaged or contradict the metadata.
         """
-        names, length = self._names(fields), self._lengths[index]
-        number = self.episode_attrs[index]["episode_index"]
-        rows = np.flatnonzero(self._column("episode_index") == number)
-        if len(rows) != length or not length or rows[-1] - rows[0] != length - 1:
+        names, known = self._names(fields), self._episodes[index]
+        rows = np.flatnonzero(self._column("episode_index") == known.number)
+        if len(rows) != known.length or not len(rows) or rows[-1] - rows[0] != known.length - 1:
             raise ValueError(
-                f"{self.name}: episode {number} has {len(rows)} rows; the list of episodes says "
-                f"{length}, back to back. {_AGAIN}"
+                f"{self.name}: episode {known.number} has {len(rows)} rows; the list of episodes "
+                f"says {known.length}, back to back. {_AGAIN}"
             )
-        columns = {n for n in names if n not in _MADE}
+        span = slice(int(rows[0]), int(rows[-1]) + 1)
+        films = {n: self._pictures(n, known, span) for n in names if n in self._cameras}
+        columns = {n for n in names if n not in (*_MADE, *films)}
         ends = {n for n in _ENDS if n in self.fields and set(_MADE) & set(names)}
-        part = {n: self._column(n)[rows[0] : rows[-1] + 1] for n in columns | ends}
-        made = part | _ends(part, length)
+        part = {n: self._column(n)[span] for n in columns | ends}
+        made = films | part | _ends(part, known.length)
         return {n: made[n] for n in names}
 
     # -- inside -------------------------------------------------------------------------------
@@ -148,50 +185,101 @@ class LeRobotDirectory(EpisodeSource):
             )
         return info
 
-    def _list(self) -> list[int]:
-        """Read the list of episodes into ``episode_attrs``; return their lengths."""
+    def _rows(self, old: str, new: str) -> list[dict[str, Any]]:
+        """Rows of the metadata: lines of JSON in version 2, a table (or several) in 3."""
+        if _major(self._info) == 2:
+            lines = (self._root / "meta" / old).read_text(encoding="utf-8").splitlines()
+            return [dict(json.loads(line)) for line in lines if line.strip()]
+        table = self._arrow.dataset(self._root / "meta" / new, format="parquet")
+        names = [n for n in table.schema.names if not n.startswith("stats/")]
+        return list(table.to_table(columns=names).to_pylist())
+
+    def _list(self) -> list[_Episode]:
+        """Read the list of episodes."""
         with self._reading("the list of episodes"):
-            if _major(self._info) == 2:
-                text = (self._root / "meta/episodes.jsonl").read_text(encoding="utf-8")
-                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-            else:
-                found = self._arrow.dataset(self._root / "meta/episodes", format="parquet")
-                columns = {"episode_index", "length", "tasks"} & set(found.schema.names)
-                rows = found.to_table(columns=sorted(columns)).to_pylist()
-            known = sorted(
-                (int(row["episode_index"]), int(row["length"]), row.get("tasks") or [])
-                for row in rows
-            )
-        count, said = len({number for number, *_ in known}), self._info.get("total_episodes")
+            rows = self._rows("episodes.jsonl", "episodes")
+            known = [
+                _Episode(int(r["episode_index"]), int(r["length"]), list(r.get("tasks") or []), r)
+                for r in rows
+            ]
+        count, said = len({one.number for one in known}), self._info.get("total_episodes")
         if not known or said not in (None, len(known)) or count != len(known):
             raise ValueError(
                 f"{self.name}: the list of episodes has {len(known)} entries for {count} episodes; "
                 f"{_INFO} says {said}. {_AGAIN}"
             )
-        self.episode_attrs = [
-            {"episode_index": number, "tasks": list(tasks)} for number, _, tasks in known
-        ]
-        return [length for _, length, _ in known]
+        return sorted(known, key=lambda one: one.number)
 
     def _look(self) -> None:
         """Tell which features are fields, and which are not read."""
         fields: dict[str, FieldSpec] = {}
         unread: dict[str, str] = {}
+        self._cameras: set[str] = set()
         for name, feature in self._info["features"].items():
+            kind, shape = feature.get("dtype"), tuple(feature.get("shape") or ())
             if name in (*_INDICES, *_MADE):
                 continue
-            if not _is_number(feature.get("dtype")):
-                unread[name] = f"{feature.get('dtype')}: only columns of numbers are read"
-                continue
-            shape = tuple(feature.get("shape") or ())
-            fields[name] = FieldSpec(() if shape == (1,) else shape, feature["dtype"])
+            if kind in _CAMERAS and len(shape) == 3 and not _is_depth(feature):
+                self._cameras.add(name)
+                fields[name] = FieldSpec(hwc(shape), "uint8")
+            elif _is_number(kind):
+                fields[name] = FieldSpec(() if shape == (1,) else shape, kind)
+            else:
+                what = "a map of depths" if _is_depth(feature) else kind
+                unread[name] = f"{what}: only numbers and colours are read"
         there = self._table.schema.names
-        if lacks := sorted({"episode_index", *fields} - set(there)):
+        films = {n for n in self._cameras if self._info["features"][n]["dtype"] == "video"}
+        if films and "timestamp" not in fields:
+            raise ValueError(f"{self.name}: {_INFO} has films, but no timestamps of rows. {_AGAIN}")
+        if lacks := sorted({"episode_index", *fields} - films - set(there)):
             raise ValueError(
                 f"{self.name}: the data lack the columns {lacks} of {_INFO}; they have {there}"
             )
         self.fields = fields | dict.fromkeys(_MADE, FieldSpec((), "bool"))
         self.unread = unread
+
+    def _pictures(self, name: str, known: _Episode, span: slice) -> NDArray[Any]:
+        """``[T, H, W, C]`` of one camera in one episode."""
+        spec = self.fields[name]
+        if self._info["features"][name]["dtype"] == "video":
+            file, start = self._film(name, known)
+            times = self._column("timestamp")[span]
+            # As float32 they are rounded, in long episodes by more than the fraction.
+            tolerance = _FRACTION + float(np.spacing(np.abs(times).max()))
+            found = read_frames(self._root / file, start + times.astype(np.float64), tolerance)
+        else:
+            mine = self._arrow.field("episode_index") == known.number
+            with self._reading(f"the pictures {name!r} of episode {known.number}"):
+                column = self._table.to_table(columns=[name], filter=mine).column(name)
+                found = decoded([one["bytes"] for one in column.to_pylist()], spec.shape)
+        if found.shape[1:] != spec.shape:
+            raise ValueError(
+                f"{self.name}: {name!r} shows {list(found.shape[1:])} in episode {known.number}; "
+                f"{_INFO} says {list(spec.shape)}"
+            )
+        return found
+
+    def _film(self, name: str, known: _Episode) -> tuple[PurePosixPath, float]:
+        """The film of a camera's view of an episode, and when the episode begins in it.
+
+        Raises:
+            ValueError: The metadata do not say, or point out of the dataset.
+        """
+        with self._reading(f"where the film {name!r} of episode {known.number} is"):
+            size = int(self._info.get("chunks_size") or 1000)
+            places = {k: known.row.get(f"videos/{name}/{k}") for k in ("chunk_index", "file_index")}
+            file = PurePosixPath(
+                str(self._info["video_path"]).format(
+                    video_key=name,
+                    episode_index=known.number,
+                    episode_chunk=known.number // size,
+                    **places,
+                )
+            )
+            start = float(known.row.get(f"videos/{name}/from_timestamp") or 0.0)
+            if file.is_absolute() or ".." in file.parts:
+                raise ValueError(f"{file} lies outside of the dataset")
+        return file, start
 
     def _column(self, name: str) -> NDArray[Any]:
         """``[rows, *shape]`` of a column of numbers, or of (nested) lists of them."""
@@ -282,6 +370,11 @@ def _is_number(dtype: Any) -> bool:
         return isinstance(dtype, str) and np.dtype(dtype).kind in "fiub"
     except TypeError:
         return False
+
+
+def _is_depth(feature: Mapping[str, Any]) -> bool:
+    known = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
+    return bool(known.get("is_depth_map") or known.get("video.is_depth_map"))
 
 
 def _ends(columns: Mapping[str, NDArray[Any]], length: int) -> dict[str, NDArray[Any]]:

@@ -62,6 +62,7 @@ class MinariDataset(EpisodeSource):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._data = locate(path)
+        self._last: tuple[int, dict[str, NDArray[Any]]] = (-1, {})
         self.name = str(self._data)
         minari = need("minari.dataset.minari_storage")
         self._metadata = self._read_metadata()
@@ -97,13 +98,15 @@ class MinariDataset(EpisodeSource):
 
         A dictionary of vectors becomes one vector in the order of its space, which is the order of
         ``gymnasium.wrappers.FlattenObservation``. Where a part is not of floating-point numbers (an
-        index, text, an image) nothing is chosen.
+        index, text) nothing is chosen; beside images, only what is of such numbers.
         """
         chosen: dict[str, str | list[str]] = {}
         for target, base in (("obs", "observation"), ("action", "action")):
             names = [n for n in self.fields if _is_part(n, base)]
-            floats = all(np.dtype(self.fields[n].dtype).kind == "f" for n in names)
-            if names and floats and not any(_is_part(n, base) for n in self.unread):
+            floats = [n for n in names if np.dtype(self.fields[n].dtype).kind == "f"]
+            if target == "obs" and self.cameras():
+                chosen[target] = self.with_cameras(floats)
+            elif names and floats == names and not any(_is_part(n, base) for n in self.unread):
                 chosen[target] = names
         chosen |= {name: name for name in ("reward", *_ENDS)}
         # Of a choice among several parts only the user knows, and next_obs must follow it.
@@ -120,6 +123,17 @@ class MinariDataset(EpisodeSource):
         """
         known = all(_is_part(name, "observation") for name in obs)
         return [f"next_{name}" for name in obs] if known else []
+
+    def cameras(self) -> list[str]:
+        """Name the fields of images in the observation."""
+        return [name for name in super().cameras() if _is_part(name, "observation")]
+
+    def texts(self, index: int, name: str) -> Any:
+        """Return the texts of the steps, such as ``observation.mission``, or what the base does."""
+        found = self._columns(index).get(name) if name in self.unread else None
+        if found is None or found.dtype.kind != "U":
+            return super().texts(index, name)
+        return found[: len(self._columns(index)["reward"])].tolist()
 
     def gaps(self, fields: Sequence[str]) -> list[Gap]:
         """List the episodes of an HDF5 file with chunks that were never written."""
@@ -181,7 +195,9 @@ class MinariDataset(EpisodeSource):
             )
 
     def _columns(self, index: int) -> dict[str, NDArray[Any]]:
-        """Every leaf of an episode, by its name as a field."""
+        """Every leaf of an episode, by its name as a field; the last one is remembered."""
+        if self._last[0] == index:
+            return self._last[1]
         if self._file is not None:  # refuses what lies in other files, which minari would follow
             list(self._file[f"episode_{index}"].datasets())
         with self._reading(f"episode {index}"):
@@ -190,6 +206,7 @@ class MinariDataset(EpisodeSource):
         for base, part in _PARTS.items():
             space = _parsed(self._metadata.get(f"{base}_space"))
             found |= {n: np.asarray(rows) for n, rows in _leaves(values[part], base, space)}
+        self._last = index, found
         return found
 
     def _look(self) -> None:

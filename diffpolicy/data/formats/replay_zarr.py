@@ -56,11 +56,11 @@ class ReplayBuffer(EpisodeSource):
         return path.suffix == ".zip"
 
     def default_fields(self) -> dict[str, str | list[str]]:
-        """Name all fields of a store of ours; else ``obs``, or ``state``, and ``action``."""
+        """Name all fields of a store of ours; else images with ``obs`` or ``state``; ``action``."""
         if self._store.is_native:
             return {name: name for name in self.fields}
-        names = [n for n in ("obs", "state") if n in self.fields]
-        obs: dict[str, str | list[str]] = {"obs": names[:1]} if names else {}
+        states = [n for n in ("obs", "state") if n in self.fields]
+        obs: dict[str, str | list[str]] = {"obs": self.with_cameras(states[:1])} if states else {}
         return obs | ({"action": "action"} if "action" in self.fields else {})
 
     def gaps(self, fields: Sequence[str]) -> list[Gap]:

@@ -58,9 +58,14 @@ class RobomimicFile(EpisodeSource):
         return names is None or "data" in names  # opening it says what is wrong
 
     def default_fields(self) -> dict[str, str | list[str]]:
-        """Name the benchmark's low-dimensional observation, if all of it is there; ``actions``."""
-        has_all = all(key in self.fields for key in LOW_DIM_KEYS)
-        obs: dict[str, str | list[str]] = {"obs": list(LOW_DIM_KEYS)} if has_all else {}
+        """Name cameras with the robot's own state, or the low-dimensional observation; ``actions``.
+
+        Nothing is chosen unless all parts of the state are there. Beside cameras the objects' poses
+        are none of them: a robot does not have these.
+        """
+        state = LOW_DIM_KEYS[1:] if self.cameras() else LOW_DIM_KEYS
+        has_all = all(key in self.fields for key in state)
+        obs: dict[str, str | list[str]] = {"obs": self.with_cameras(state)} if has_all else {}
         return obs | ({"action": "actions"} if "actions" in self.fields else {})
 
     @cached_property

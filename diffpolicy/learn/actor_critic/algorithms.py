@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
 
 from diffpolicy.core.sampler import Sampler
-from diffpolicy.settings import check_choice, check_range, named_settings, settings_of
+from diffpolicy.settings import check_choice, check_range, named_settings
 
 
 @named_settings
@@ -70,12 +68,3 @@ class ActorCritic(Sampler):
     def heads(self) -> tuple[str, ...]:
         """The networks it needs beside the denoiser: ``critic`` and, for ``iql``, state_value."""
         return ("critic", "state_value") if self.critic == "iql" else ("critic",)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """From plain values.
-
-        Raises:
-            ValueError: unknown entries, or values out of range.
-        """
-        return settings_of(cls, config, "actor_critic")

@@ -28,7 +28,7 @@ from diffpolicy.learn.cloning.denoising import (
     squared_error,
     standard_normal,
 )
-from diffpolicy.learn.method import check_sizes
+from diffpolicy.learn.method import Batch, check_sizes
 from diffpolicy.settings import check_range
 
 
@@ -91,7 +91,7 @@ class ActorCriticLoss(nn.Module):
             for mine, theirs in zip(target.buffers(), live.buffers(), strict=True):
                 mine.copy_(theirs)
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         cond = self.denoiser.encode(from_fields(batch))
         actor, metrics = self._actor(batch, cond, generator)
         learn = self._expectile if self.settings.critic == "iql" else self._temporal
@@ -100,7 +100,7 @@ class ActorCriticLoss(nn.Module):
         return LossOutput(actor + critic, {k: v.detach().mean() for k, v in everything.items()})
 
     def _actor(
-        self, batch: Mapping[str, Tensor], cond: Tensor, generator: torch.Generator
+        self, batch: Batch, cond: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Denoising, less the value of what the actor makes, ``[B]``."""
         settings, x0 = self.settings, batch["action"]
@@ -120,7 +120,7 @@ class ActorCriticLoss(nn.Module):
         return error - settings.eta * gain, {"bc": error, "actor_q": values}
 
     def _temporal(
-        self, batch: Mapping[str, Tensor], cond: Tensor, generator: torch.Generator
+        self, batch: Batch, cond: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Error of Q to the target critics' value of sampled next plans, ``[B]``."""
         target = self.td_target(batch, generator)
@@ -129,7 +129,7 @@ class ActorCriticLoss(nn.Module):
         return error, {"td": error, "q": values, "target": target}
 
     @torch.no_grad()
-    def td_target(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+    def td_target(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """``r + discount min_m max_n Q_m(s', a'_n)`` with next plans of the target actor, ``[B]``.
 
         Wang et al. 2023, eq. 4.
@@ -145,7 +145,7 @@ class ActorCriticLoss(nn.Module):
         return batch["reward"] + batch["discount"] * values
 
     def _expectile(
-        self, batch: Mapping[str, Tensor], cond: Tensor, generator: torch.Generator
+        self, batch: Batch, cond: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Errors of V to an expectile of Q, and of Q to V, ``[B]`` (IQL, eqs. 5 and 6)."""
         plan = batch["action"]
@@ -271,11 +271,9 @@ class SamplingChain:
         grid = prepare(denoiser, self.solver, self.levels, like)
         draws = 1 + len(self.solver.table) * self.solver.stochastic
         noise = standard_normal((draws, *like.shape), like, generator)
+        chain = denoiser, self.solver, prior_start(denoiser.process, noise[0]), grid
         plan = sample(
-            denoiser,
-            self.solver,
-            prior_start(denoiser.process, noise[0]),
-            grid,
+            *chain,
             cond=cond,
             noise=noise[1:] if self.solver.stochastic else None,
             grad_steps=self.settings.grad_steps,

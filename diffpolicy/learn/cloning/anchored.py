@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import stratified
 from diffpolicy.learn.cloning.denoising import LossOutput, standard_normal
-from diffpolicy.learn.method import encoded
+from diffpolicy.learn.method import Batch, encoded
 from diffpolicy.settings import check_choice, check_range
 
 Guesses = Callable[[Tensor], Tensor]
@@ -62,10 +63,8 @@ class AnchoredLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not hasattr(denoiser.network, "cascade"):
-            raise ValueError(
-                "AnchoredLoss needs a network with a confidence head (type 'anchored'), got "
-                f"{type(denoiser.network).__name__}"
-            )
+            name = type(denoiser.network).__name__
+            raise ValueError(f"AnchoredLoss needs a network of type 'anchored', got {name}")
         check_choice("classification", classification, ("focal", "bce"))
         check_choice("reconstruction", reconstruction, ("l1", "l2"))
         check_range("(0, 1]", t_max=t_max)
@@ -80,14 +79,11 @@ class AnchoredLoss(nn.Module):
         self.class_weight, self.recon_weight = class_weight, recon_weight
         self.classification, self.reconstruction = classification, reconstruction
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         plan = batch["action"]
         count, horizon, _ = plan.shape
-        weight = (
-            batch["valid"].to(plan.dtype)
-            if self.mask_padding and "valid" in batch
-            else plan.new_ones(count, horizon)
-        )
+        masked = self.mask_padding and "valid" in batch
+        weight = batch["valid"].to(plan.dtype) if masked else plan.new_ones(count, horizon)
         weight = weight / weight.sum(1, keepdim=True).clamp_min(1)
         guess = self._guess(batch)
         distance = (guess - plan[:, None]).square().mean(-1).mul(weight[:, None]).sum(-1)
@@ -106,7 +102,7 @@ class AnchoredLoss(nn.Module):
         metrics = {"classification": wrong.mean(), "reconstruction": away.mean(), "found": found}
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
-    def _guess(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def _guess(self, batch: Batch) -> Tensor:
         plan = batch["action"]
         if self._guesses is not None:
             with torch.no_grad():
@@ -125,13 +121,12 @@ class AnchoredLoss(nn.Module):
         chosen = keys.topk(kept + 1, dim=1).indices  # rand() < 1: the positive is the first
         scale = torch.full((kept + 1,), (many - 1) / max(1, kept), device=guess.device)
         scale[0] = 1.0
+        index = chosen[..., None, None].expand(-1, -1, *guess.shape[2:])
         # A mean over kept + 1 anchors below; the loss is a mean over all of them.
-        return guess.gather(1, chosen[..., None, None].expand(-1, -1, *guess.shape[2:])), (
-            scale * (kept + 1) / many
-        )
+        return guess.gather(1, index), scale * (kept + 1) / many
 
     def _answers(
-        self, guess: Tensor, batch: Mapping[str, Tensor], generator: torch.Generator
+        self, guess: Tensor, batch: Batch, generator: torch.Generator
     ) -> list[tuple[Tensor, Tensor]]:
         """Per stage the denoised positive ``[B, H, A]`` and the logits ``[B, 1 + k]``."""
         denoiser, (count, many) = self.denoiser, guess.shape[:2]
@@ -143,15 +138,12 @@ class AnchoredLoss(nn.Module):
         if cond is not None:
             cond = cond.repeat_interleave(many, dim=0)
         c_x, c_out, c_in, time = denoiser.coefficients(rows)
-        network = denoiser.network
-        stages: list[tuple[Tensor, Tensor]] = network.cascade(c_in * x_t, time, cond)  # type: ignore[operator]
-        return [
-            (
-                torch.addcmul(c_x * x_t, c_out, output).view(guess.shape)[:, 0],
-                logit.view(count, many),
-            )
-            for output, logit in stages
-        ]
+        network: Any = denoiser.network
+        found = []
+        for output, logit in network.cascade(c_in * x_t, time, cond):
+            x0_hat = torch.addcmul(c_x * x_t, c_out, output).view(guess.shape)
+            found.append((x0_hat[:, 0], logit.view(count, many)))
+        return found
 
     def _levels(self, count: int, generator: torch.Generator) -> Tensor:
         """Stratified uniform in (0, t_max], on the knots of a discrete process, ``[B, 1, 1]``."""

@@ -13,7 +13,7 @@ from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.noise import stratified
 from diffpolicy.core.starts import Ramp
 from diffpolicy.guidance.layout import Layout
-from diffpolicy.learn.method import Method, Source, check_sizes, encoded
+from diffpolicy.learn.method import Batch, Method, Source, check_sizes, encoded
 from diffpolicy.settings import check_choice, check_range, check_shape
 
 X = TypeVar("X", Tensor, Tensor | None)
@@ -175,11 +175,10 @@ class DenoisingLoss(nn.Module):
         check_range("[1, inf)", draws=draws)
         check_range("[0, 1]", constant_fraction=constant_fraction)
         check_level_law(level_law, denoiser, ramp)
-        self.denoiser, self.layout = denoiser, layout
+        self.denoiser, self.layout, self.draws = denoiser, layout, draws
         self.cond_dropout, self.mask_padding = cond_dropout, mask_padding
         self.level_law, self.ramp = level_law, ramp
         self.constant_fraction, known = constant_fraction, None
-        self.draws = draws
         if layout is not None:
             sizes = {"horizon": layout.horizon, "dim": layout.dim}
             check_sizes("the network", denoiser.network, f"a {layout.kind!r} layout", **sizes)
@@ -206,19 +205,15 @@ class DenoisingLoss(nn.Module):
         coin = torch.rand(count, 1, 1, generator=generator, device=generator.device)
         return torch.where(coin < self.constant_fraction, constant, finer)
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         x0, cond = clean_plan(batch, self.layout, self.denoiser)
         valid = batch["valid"] if self.mask_padding else None
         x0, cond, valid = self.repeated(x0), self.repeated(cond), self.repeated(valid)
         t = self.draw_levels(x0.shape[0], x0.shape[2], generator).to(x0.device, x0.dtype)
         noise = standard_normal(x0.shape, x0, generator)
-        given = {
-            "cond": drop_cond(cond, self.cond_dropout, generator),
-            "valid": valid,
-            "known": self.known,
-            "weights": self.weights,
-        }
-        loss = denoising_error(self.denoiser, x0, t, noise, **given)
+        cond = drop_cond(cond, self.cond_dropout, generator)
+        seen = {"valid": valid, "known": self.known, "weights": self.weights}
+        loss = denoising_error(self.denoiser, x0, t, noise, cond=cond, **seen)
         return LossOutput(self.mean_of_draws(loss), {})
 
     def repeated(self, rows: X) -> X:
@@ -232,7 +227,7 @@ class DenoisingLoss(nn.Module):
 
 
 def clean_plan(
-    batch: Mapping[str, Tensor], layout: Layout | None, denoiser: BaseDenoiser | None = None
+    batch: Batch, layout: Layout | None, denoiser: BaseDenoiser | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The clean plan ``[B, H, D]`` of a batch of windows, and the condition ``[B, C]`` or None."""
     if layout is None or not layout.pinned:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput, drop_cond
+from diffpolicy.learn.method import Batch
 from diffpolicy.settings import check_range
 
 
@@ -79,7 +78,7 @@ class MaskedDenoisingLoss(nn.Module):
         check_range("[0, 1)", cond_dropout=cond_dropout)
         self.denoiser, self.cond_dropout = denoiser, cond_dropout
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         tokens, cond = batch["tokens"].long(), batch.get("cond")
         t = antithetic_levels(len(tokens), generator).to(tokens.device)
         masked = draw_masks(self.denoiser, tokens, t, generator)

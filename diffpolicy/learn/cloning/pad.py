@@ -23,12 +23,12 @@ from diffpolicy.settings import check_choice, check_range
 
 
 class JointLoss(DenoisingLoss):
-    """The denoising loss of plans of layout ``"joint"`` (PAD, Guo et al. 2024, eq. 5).
+    """The denoising loss of plans of layout ``"joint"`` (PAD, Guo et al. 2024).
 
     ``action error + imagined_weight * imagined error``, each the mean over its own entries, so that
     pixels do not outweigh actions by their number.
 
-    The two parts have levels of their own (Bao et al. 2023, UniDiffuser, eq. 7): the same one for
+    The two parts have levels of their own (Bao et al. 2023, UniDiffuser): the same one for
     ``same_fraction`` of the examples, on which both are drawn together; pure noise in place of what
     is imagined for ``alone_fraction``, on which actions are drawn alone; and independent ones for
     the rest. Where an episode has no actions, these are pure noise, and have no loss.

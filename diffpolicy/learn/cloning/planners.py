@@ -17,7 +17,7 @@ from diffpolicy.learn.cloning.denoising import (
     mean_over_plan,
     standard_normal,
 )
-from diffpolicy.learn.method import check_sizes
+from diffpolicy.learn.method import Batch, check_sizes
 from diffpolicy.settings import check_choice, check_range
 
 
@@ -48,7 +48,7 @@ class InverseDynamicsLoss(nn.Module):
         check_range("[1, inf)", n_obs_steps=n_obs_steps, max_pairs=max_pairs)
         self.head, self.n_obs_steps, self.max_pairs = head, n_obs_steps, max_pairs
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         now = self.n_obs_steps - 1
         obs, action = batch["obs"][:, now:], batch["action"][:, now:-1]
         if obs.shape[1] < 2 or action.shape[1] != obs.shape[1] - 1:
@@ -103,7 +103,7 @@ class ValueLoss(nn.Module):
         self.value = head_value(head, process)
         self.register_buffer("known", layout.known, persistent=False)
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         x0, cond = clean_plan(batch, self.layout)
         if self.levels == "clean":
             x_t, t = x0, x0.new_zeros(1, 1, 1)
@@ -137,7 +137,7 @@ class DraftLoss(nn.Module):
         check_sizes("the draft head", head, "the layout", horizon=layout.horizon, **sizes)
         self.head = head
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         states, told = batch["obs"], None
         if self.head.returns:
             told = batch["return_to_go"].unsqueeze(-1)
@@ -185,7 +185,7 @@ class SumOfLosses(nn.Module):
         # Not registered (a plain dict): their networks must appear once in the state dict.
         self.losses = dict(losses)
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         outs = {name: loss(batch, generator) for name, loss in self.losses.items()}
         metrics: dict[str, Tensor] = {}
         for name, out in outs.items():

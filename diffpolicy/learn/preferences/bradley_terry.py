@@ -7,13 +7,14 @@ for equal lengths n it is the model of Christiano et al. 2017 (eq. 1) with rewar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.method import Batch
 from diffpolicy.settings import check_range
 
 StepRewards = Callable[[Tensor, Tensor], Tensor]
@@ -90,7 +91,7 @@ class BradleyTerryLoss(nn.Module):
         check_range("[0, 0.5)", label_smoothing=label_smoothing)
         self.network, self.label_smoothing = network, label_smoothing
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         chosen, rejected = (
             segment_rewards(
                 self.network, *(batch[f"{side}_{k}"] for k in ("obs", "action", "steps"))

@@ -7,7 +7,6 @@ One objective for continuous plans and for masked sequences: a loss of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,12 +16,25 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masking import MaskingProcess
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Method
-from diffpolicy.learn.preferences.formulas import Preference, feedback_loss, preference_loss
+from diffpolicy.learn.method import Batch, Method
+from diffpolicy.learn.preferences.formulas import (
+    Preference,
+    feedback_loss,
+    named_errors,
+    preference_loss,
+)
 from diffpolicy.learn.preferences.items import Draw, Items, batch_items, joined, pair_items
-from diffpolicy.learn.preferences.online import OnlineDPOLoss, OwnPlans
-from diffpolicy.learn.preferences.scores import DenoisingScore, Score, default_score, drawn_error
+from diffpolicy.learn.preferences.online import DRAWN_BY, OnlineDPOLoss, OwnPlans
+from diffpolicy.learn.preferences.scores import (
+    DenoisingScore,
+    MaskedScore,
+    Score,
+    default_score,
+    drawn_error,
+)
 from diffpolicy.learn.reference import Referenced
+from diffpolicy.learn.reward.sequence_tuning import ReplayMethod, ReplayTuning
+from diffpolicy.settings import check_choice, check_range
 
 
 @dataclass(frozen=True)
@@ -88,13 +100,14 @@ class PreferenceLoss(Referenced):
         denoiser: what is tuned.
         settings: which loss; None: the defaults.
         score: how items are scored; None: the default one of the denoiser's kind.
-        reference: the pre-trained denoiser; frozen here, and always in evaluation mode. None: the
+        reference: the pre-trained denoiser, where the loss looks at one; frozen here, and always in
+            evaluation mode. None: the
             denoiser with its adapters off (:mod:`diffpolicy.learn.adapters`) if it has any, else
             a copy of it as it is now.
 
     Raises:
-        ValueError: a score that does not fit, dropout, a reference that shares weights with the
-            denoiser, or one that the loss does not look at.
+        ValueError: a score that does not fit, dropout, or a reference that shares weights with the
+            denoiser.
     """
 
     def __init__(
@@ -113,7 +126,7 @@ class PreferenceLoss(Referenced):
             self.score.check(each)
         self.masked = isinstance(denoiser.process, MaskingProcess)
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         if self.settings.paired:
             out, anchors = self._pairs(batch, generator)
         else:
@@ -127,9 +140,7 @@ class PreferenceLoss(Referenced):
         metrics = {**out.metrics, "anchor": anchors.detach().mean()}
         return LossOutput(out.loss + self.settings.anchor_weight * anchors, metrics)
 
-    def _pairs(
-        self, batch: Mapping[str, Tensor], generator: torch.Generator
-    ) -> tuple[LossOutput, Tensor]:
+    def _pairs(self, batch: Batch, generator: torch.Generator) -> tuple[LossOutput, Tensor]:
         """The loss of pairs, and the errors of the chosen items ``[B]``."""
         chosen, rejected = pair_items(self.denoiser, batch, masked=self.masked)
         draw = self.score.draw(self.denoiser, chosen, generator).twice()
@@ -138,15 +149,13 @@ class PreferenceLoss(Referenced):
         pair = () if reference is None else reference.chunk(2)
         out = preference_loss(self.settings, *policy.chunk(2), *pair)
         errors = self.score.error(both, policy).chunk(2)
-        metrics = {**out.metrics, **_named(("chosen", "rejected"), errors)}
+        metrics = {**out.metrics, **named_errors(("chosen", "rejected"), errors)}
         if reference is not None:
             others = self.score.error(both, reference).chunk(2)
-            metrics |= _named(("chosen", "rejected"), others, "_reference")
+            metrics |= named_errors(("chosen", "rejected"), others, "_reference")
         return LossOutput(out.loss, metrics), errors[0]
 
-    def _feedback(
-        self, batch: Mapping[str, Tensor], generator: torch.Generator
-    ) -> tuple[LossOutput, Tensor]:
+    def _feedback(self, batch: Batch, generator: torch.Generator) -> tuple[LossOutput, Tensor]:
         """The loss of single items, and the errors of the good ones, with mean as theirs."""
         items = batch_items(self.denoiser, batch, "", masked=self.masked)
         if items is None or "good" not in batch:
@@ -159,8 +168,8 @@ class PreferenceLoss(Referenced):
         out = feedback_loss(self.settings, policy, reference, good)
         error, other = (self.score.error(items, found) for found in (policy, reference))
         shares = _share(good), _share(~good)
-        metrics = {**out.metrics, **_named(("good", "bad"), [s * error for s in shares])}
-        metrics |= _named(("good", "bad"), [s * other for s in shares], "_reference")
+        metrics = {**out.metrics, **named_errors(("good", "bad"), [s * error for s in shares])}
+        metrics |= named_errors(("good", "bad"), [s * other for s in shares], "_reference")
         return LossOutput(out.loss, metrics), shares[0] * error
 
     def _scores(self, items: Items, draw: Draw) -> tuple[Tensor, Tensor | None]:
@@ -172,12 +181,119 @@ class PreferenceLoss(Referenced):
             return policy, self.score(reference, items, draw)
 
 
-def _named(sides: tuple[str, str], errors: Sequence[Tensor], suffix: str = "") -> dict[str, Tensor]:
-    """Mean errors of the two sides, by the names of their metrics."""
-    named = zip(sides, errors, strict=True)
-    return {f"error_{side}{suffix}": error.detach().mean() for side, error in named}
-
-
 def _share(members: Tensor) -> Tensor:
     """Weights ``[B]`` whose mean with values is that of the members alone; 0 if there are none."""
     return members * (len(members) / members.sum().clamp_min(1))
+
+
+# ------------------------------------------------------------------ own sequences
+
+
+@dataclass(frozen=True)
+class SequenceDPO(Preference, ReplayMethod):
+    """Which preference loss, who draws the sequences, and how they are labelled.
+
+    The settings of the loss are those of
+    :class:`~diffpolicy.learn.preferences.formulas.Preference`, ``kl_beta`` in nats, and those of
+    the buffer :class:`~diffpolicy.learn.reward.sequence_tuning.ReplayMethod`'s.
+
+    Two sequences are labelled by a Bradley-Terry model, ``P(1 above 2) = sigmoid((r_1 - r_2) / s)``
+    with ``s = kl_weight / kl_beta``: the optimum of ``dpo`` is then ``p_ref exp(r / kl_weight)``,
+    that of reward tuning, as far as the average over few masks stands for the log-likelihood; its
+    variance makes the loss more cautious. ``kto`` reads single sequences that are good with chance
+    ``sigmoid((r - mean) / s)``.
+
+    Args:
+        draws: masks of each pair that its scores are averaged over.
+        drawn_by: ``"denoiser"``: the present one, so that comparisons follow it (online).
+            ``"reference"``: comparisons of the pre-trained model's sequences alone.
+
+    Raises:
+        ValueError: an unknown choice, or a value out of range.
+    """
+
+    command: ClassVar[str] = "prefer"
+
+    draws: int = 4
+    drawn_by: str = "denoiser"
+
+    def __post_init__(self) -> None:
+        Preference.__post_init__(self)
+        ReplayMethod.__post_init__(self)
+        check_choice("drawn_by", self.drawn_by, DRAWN_BY)
+        check_range("[1, inf)", draws=self.draws)
+
+    def objective(self, denoiser: Any, material: Any) -> nn.Module:
+        """See :class:`SequenceDPOLoss`."""
+        return SequenceDPOLoss(denoiser, material.reference, material.reward, self)
+
+    @property
+    def label_scale(self) -> float:
+        """s, in units of the reward."""
+        return self.kl_weight / self.kl_beta
+
+
+class SequenceDPOLoss(ReplayTuning):
+    """A preference loss on labelled sequences from a replay buffer (see :class:`SequenceDPO`).
+
+    ``forward(batch, generator)`` takes ``index [B]`` and optionally ``cond [B, C]``; B pairs (or
+    sequences, for ``kto``) are compared. Sequences, pairs, labels and masks come from
+    ``generator``; the buffer is part of the state, and of one process. With conditions both
+    sequences of a pair have the same one.
+
+    Metrics: those of :class:`PreferenceLoss`, ``reward`` (mean of the buffer) and ``kl`` (of those
+    who drew it to the reference, path, nats).
+
+    Args:
+        denoiser: trained.
+        reference: frozen; None: a copy of ``denoiser`` as it is now.
+        reward: see :class:`diffpolicy.learn.reward.sequence_tuning.SequenceTuning`.
+        settings: which.
+
+    Raises:
+        ValueError: see :class:`diffpolicy.learn.reward.sequence_tuning.SequenceTuning`.
+    """
+
+    def prepare(self) -> None:
+        super().prepare()
+        looked_at = self.reference if self.settings.needs_reference else None
+        score = MaskedScore(draws=self.settings.draws)
+        loss = PreferenceLoss(self.denoiser, self.settings, score, reference=looked_at)
+        self._loss = [loss]  # a list: its denoisers are those of this module
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
+        kept = self.refill(batch, generator)
+        size = len(batch["index"])
+        paired = self.settings.paired
+        labelled = self.pairs(size, generator) if paired else self.labels(size, generator)
+        out = self._loss[0](labelled, generator)
+        return LossOutput(out.loss, {**kept, **out.metrics})
+
+    def pairs(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """``size`` pairs of the buffer with their labels, as a batch of the loss."""
+        first = self._picked(size, generator)
+        other = self._picked(size, generator)
+        one, reward, cond = self.kept(first)
+        if cond is not None:  # a partner under the same condition, or the sequence itself
+            same = (self.replay["cond"][other] == cond).all(1)
+            other = torch.where(same, other, first)
+        two, less, _ = self.kept(other)
+        wins = self._drawn(reward - less, generator).unsqueeze(1)
+        batch = {"chosen": torch.where(wins, one, two), "rejected": torch.where(wins, two, one)}
+        return batch if cond is None else {**batch, "cond": cond}
+
+    def labels(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """``size`` sequences of the buffer, good or bad."""
+        tokens, reward, cond = self.kept(self._picked(size, generator))
+        good = self._drawn(reward - self.replay["reward"].mean(), generator)
+        batch = {"tokens": tokens, "good": good}
+        return batch if cond is None else {**batch, "cond": cond}
+
+    def _picked(self, size: int, generator: torch.Generator) -> Tensor:
+        most, place = self.replay.slots, self.replay["reward"].device
+        return torch.randint(most, (size,), generator=generator, device=generator.device).to(place)
+
+    def _drawn(self, lead: Tensor, generator: torch.Generator) -> Tensor:
+        """Whether a label says that what leads by so much is the better, bool ``[size]``."""
+        u = torch.rand(len(lead), generator=generator, device=generator.device)
+        return u.to(lead.device) < torch.sigmoid(lead / self.settings.label_scale)

@@ -7,7 +7,6 @@ they are ranked above is drawn during training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,11 +17,12 @@ from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.data.observation import from_fields
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Method
-from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps
+from diffpolicy.learn.method import Batch, Method
+from diffpolicy.learn.preferences.few_step import FewStep
 from diffpolicy.learn.preferences.negatives import Contrast, contrast_plans, contrast_sequences
 from diffpolicy.learn.reference import Referenced, frozen_copy
 from diffpolicy.learn.reward.chains import categorical_kl
+from diffpolicy.learn.reward.rollouts import check_steps
 from diffpolicy.settings import check_choice, check_range
 
 
@@ -43,10 +43,10 @@ class DRO(FewStep, Method):
       policy itself predicts there (mean square; KL of the probabilities of tokens). The policy is
       a copy, made anew every ``sync_every`` updates. Right after that ``L_own`` is 0 and has no
       gradient; with ``sync_every=1``, the value of the released code, always. What is left is
-      behaviour cloning on those demonstrations that the policy does not yet explain better than
-      the reference by ``margin + L_own(ref)``. With n updates between, ``L_own`` pushes the policy
-      away from its copy and cancels the curvature of ``L_exp``: they are like one update of n times
-      the learning rate, and as stable as that.
+      behaviour cloning (of all demonstrations without a margin) of those that the policy does
+      not yet explain better than the reference by ``margin + L_own(ref)``. With n updates between,
+      ``L_own`` pushes the policy away from its copy and cancels the curvature of ``L_exp``: they
+      are like one update of n times the learning rate, and as stable as that.
     - ``"noised"``: the chain's end, noised (masked) like the demonstration, and the error of its
       denoising. This is the gradient of maximum-margin inverse reinforcement learning at every
       update. It vanishes where the *sampler* makes what the demonstrations are, so the law of a
@@ -66,8 +66,9 @@ class DRO(FewStep, Method):
         margin: of the hinge, in units of the error; the published 0.001 is of a mean squared error
             of noise. None: no hinge, and no reference.
         negative: ``"prediction"`` or ``"noised"``.
-        jitter: of plans: shift the levels of every chain at random, so that together they cover all
-            (as published). False: the sampler's own levels alone, which few-step policies need.
+        jitter: of plans and two steps or more: shift the levels of every chain at random, so that
+            together they cover all (as published). False: the sampler's own levels alone, which
+            few-step policies need.
         states: how many states of a chain are used, each with a demonstration at its level.
         sync_every: updates between synchronisations of the policy's copy.
         num_steps: K, network evaluations of the policy's chain (published: 20, of ``dpmpp_2m``).
@@ -75,7 +76,7 @@ class DRO(FewStep, Method):
         solver: of plans, any.
 
     Raises:
-        ValueError: values out of range, unknown names, or a combination that is behaviour cloning.
+        ValueError: values out of range, unknown names.
     """
 
     command: ClassVar[str] = "prefer"
@@ -94,13 +95,8 @@ class DRO(FewStep, Method):
         check_choice("negative", self.negative, ("prediction", "noised"))
         check_range("[0, inf)", margin=self.margin)
         check_range("[1, inf)", states=self.states, sync_every=self.sync_every)
-        if self.num_steps is not None and self.states > self.num_steps:
-            raise ValueError(f"states={self.states} is more than the {self.num_steps} of a chain")
-        if self.margin is None and self.negative == "prediction" and self.sync_every == 1:
-            raise ValueError(
-                "margin=None, negative='prediction' and sync_every=1 leave behaviour cloning: "
-                "change one of them, or use the method cloning"
-            )
+        if self.num_steps is not None:
+            check_range(f"[1, {self.num_steps}]", states=self.states)
 
     def reads(self) -> frozenset[str]:
         """Demonstrations alone."""
@@ -132,7 +128,7 @@ class DROLoss(Referenced):
             :class:`~diffpolicy.learn.reference.Referenced`; none is made for ``margin=None``.
 
     Raises:
-        ValueError: a denoiser without a network, settings that have no effect here, and what
+        ValueError: a denoiser without a network, a sampler that does not fit, and what
             :class:`~diffpolicy.learn.reference.Referenced` refuses.
     """
 
@@ -150,7 +146,7 @@ class DROLoss(Referenced):
         self.settings = settings
         self.masked = isinstance(denoiser, MaskedDenoiser)
         if isinstance(denoiser, MaskedDenoiser):
-            MaskedSteps(denoiser, settings)  # refuses a sampler that does not fit
+            check_steps(denoiser, settings.num_steps)
             length: int = denoiser.network.horizon  # type: ignore[assignment]
             check_range(f"[1, {length}]", states=settings.states)
         else:
@@ -179,7 +175,7 @@ class DROLoss(Referenced):
         """Whose chains and predictions the negatives are."""
         return self.denoiser if self.own is None else self.own
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         wanted = ("tokens",) if self.masked else ("obs", "action")
         if any(name not in batch for name in wanted):
             raise ValueError(f"DRO needs a batch with {' and '.join(wanted)}; got {sorted(batch)}")
@@ -206,7 +202,7 @@ class DROLoss(Referenced):
         return LossOutput(loss.view(size, -1).mean(1), metrics)
 
     @torch.no_grad()
-    def draw(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Contrast:
+    def draw(self, batch: Batch, generator: torch.Generator) -> Contrast:
         """Negatives for a batch of demonstrations, and both at the same levels."""
         settings, policy = self.settings, self.policy
         how: dict[str, Any] = {"states": settings.states, "noised": settings.negative == "noised"}
@@ -240,17 +236,11 @@ class DROLoss(Referenced):
 def _check_plans(denoiser: BaseDenoiser, settings: DRO) -> None:
     settings.check_plans()
     if not isinstance(denoiser, Denoiser):
-        raise ValueError(
-            "DRO compares errors of a network's own prediction and takes a Denoiser or a "
-            f"MaskedDenoiser, got {type(denoiser).__name__}"
-        )
+        what = type(denoiser).__name__
+        raise ValueError(f"DRO takes a Denoiser or a MaskedDenoiser (own predictions), got {what}")
     assert settings.num_steps is not None  # check_plans
     if settings.make().nfe(2) != 2:
-        raise ValueError(
-            f"solver={settings.solver!r} evaluates the network more than once a step; use dpmpp_2m "
-            "or ddim"
-        )
-    if settings.jitter and settings.num_steps == 1:
-        raise ValueError("jitter does not move the one level of one step; set jitter=False")
+        solver = settings.solver
+        raise ValueError(f"{solver=} evaluates more than once a step; use dpmpp_2m or ddim")
     # Refuses more steps than a discrete process has.
-    settings.grid(denoiser.process, num_steps=settings.num_steps - settings.jitter)
+    settings.grid(denoiser.process, num_steps=max(1, settings.num_steps - settings.jitter))

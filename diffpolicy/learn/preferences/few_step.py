@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from diffpolicy.learn.preferences.items import Items, joined
 from diffpolicy.learn.reward.rollouts import (
     MaskedRollout,
     at_reveal,
+    check_steps,
     draw_order,
     run_order,
     state_log_probs,
@@ -101,9 +102,8 @@ class PlanSteps:
         self.solver = sampler.make()
         if not (isinstance(self.solver, DDIM) and self.solver.stochastic):
             raise ValueError(
-                f"steps of solver={sampler.solver!r} with options={dict(sampler.options)} have no "
-                "density given the state: they add no noise, or have a memory; use solver='ddpm', "
-                "or 'ddim' with options={'eta': 1.0}"
+                f"steps of solver={sampler.solver!r} have no density: they add no noise, or have a "
+                "memory; use solver='ddpm', or 'ddim' with options={'eta': 1.0}"
             )
         self.levels = sampler.grid(process)
         rows = self.solver.rows(process, self.levels)
@@ -131,18 +131,13 @@ class PlanSteps:
         ``cond [N, C]`` is the condition, bool ``steps [N, H]`` says which positions are scored.
         """
         noise = self.process.draw_noise((self.nfe, *start.shape), generator, start)
-        begin = prior_start(self.process, start)
+        chain = self.solver, prior_start(self.process, start), self.levels
         with evaluating(denoiser):
-            path = sample(
-                denoiser, self.solver, begin, self.levels, cond=cond, noise=noise, record=True
-            )
+            path = sample(denoiser, *chain, cond=cond, noise=noise, record=True)
         assert isinstance(path, Trajectory)
         taken = path.transitions[: len(self)]
-        return PlanPaths(
-            torch.stack([row.x for row in taken]),
-            torch.stack([row.x_next for row in taken]),
-            rows_alone(path.x0, cond, steps),
-        )
+        x, after = torch.stack([row.x for row in taken]), torch.stack([row.x_next for row in taken])
+        return PlanPaths(x, after, rows_alone(path.x0, cond, steps))
 
     def bridge(self, items: Items, noise: Tensor) -> PlanPaths:
         """Chains that end in given plans: the sampler's, if its ``x0_hat`` were their ``x0``.
@@ -155,13 +150,12 @@ class PlanSteps:
             items: N rows.
             noise: standard normal ``[K, N, H, D]``, K being ``len(self) + 1``.
         """
-        x0, states = items.x0, []
+        x0 = items.x0
         top = self.levels[0].to(x0.device, x0.dtype)
-        x = self.process.add_noise(x0, top, noise[0])
-        states.append(x)
+        states = [self.process.add_noise(x0, top, noise[0])]
         for i, row in enumerate(self.rows):
-            x = _mean(row, x, x0) + self._bridge_std(i).to(x) * noise[i + 1]
-            states.append(x)
+            x = states[-1]
+            states.append(_mean(row, x, x0) + self._bridge_std(i).to(x) * noise[i + 1])
         return PlanPaths(torch.stack(states[:-1]), torch.stack(states[1:]), items)
 
     def log_prob(self, denoiser: BaseDenoiser, paths: PlanPaths) -> Moves:
@@ -183,11 +177,8 @@ class PlanSteps:
 
     def pair(self, first: PlanPaths, second: PlanPaths) -> PlanPaths:
         """Both, the second's items after the first's: one evaluation of a network for all."""
-        return PlanPaths(
-            torch.cat([first.x, second.x], dim=1),
-            torch.cat([first.x_next, second.x_next], dim=1),
-            joined(first.items, second.items),
-        )
+        x, after = (torch.cat([a, b], dim=1) for a, b in zip(first[:2], second[:2], strict=True))
+        return PlanPaths(x, after, joined(first.items, second.items))
 
     def take(self, paths: PlanPaths, rows: Tensor) -> PlanPaths:
         """Some of the chains, each an item of its own."""
@@ -214,13 +205,11 @@ class MaskedSteps:
         sampler: its ``num_steps``.
 
     Raises:
-        ValueError: settings without effect here, or ``num_steps=None`` with a denoiser that depends
-            on the level.
+        ValueError: ``num_steps=None`` with a denoiser that depends on the level.
     """
 
     def __init__(self, denoiser: MaskedDenoiser, sampler: FewStep) -> None:
-        if sampler.num_steps is None and not denoiser.time_free:
-            raise ValueError("a denoiser that depends on the level needs num_steps=K")
+        check_steps(denoiser, sampler.num_steps)
         self.vocab_size, self.num_steps = denoiser.vocab_size, sampler.num_steps
 
     def shared(self, denoiser: MaskedDenoiser, size: int, generator: torch.Generator) -> Order:
@@ -229,12 +218,7 @@ class MaskedSteps:
 
     @torch.no_grad()
     def draw(
-        self,
-        denoiser: MaskedDenoiser,
-        order: Order,
-        generator: torch.Generator,
-        *,
-        cond: Tensor | None = None,
+        self, denoiser: MaskedDenoiser, order: Order, generator: torch.Generator, *, cond: Any
     ) -> MaskedRollout:
         """Run the sampler in a given order; ``log_p`` is that of the reveals, without a graph."""
         with evaluating(denoiser):
@@ -254,18 +238,16 @@ class MaskedSteps:
         return Moves(zero.scatter_add(1, rollout.groups, log_p), entries)
 
     def pair(self, first: MaskedRollout, second: MaskedRollout) -> MaskedRollout:
-        """Both, the second's rows after the first's; ``log_p`` is left empty."""
-        cond = None
-        if first.cond is not None and second.cond is not None:
-            cond = torch.cat([first.cond, second.cond])
-        order = torch.cat([first.groups, second.groups]), first.levels
-        return self.bridge(rows_alone(torch.cat([first.tokens, second.tokens]), cond, None), order)
+        """Both, the second's rows after the first's; ``log_p`` is that of the first."""
+        tokens, groups = (torch.cat([a, b]) for a, b in zip(first[:2], second[:2], strict=True))
+        cond = None if first.cond is None else torch.cat([first.cond, cast("Tensor", second.cond)])
+        return first._replace(tokens=tokens, groups=groups, cond=cond)
 
     def take(self, rollout: MaskedRollout, rows: Tensor) -> MaskedRollout:
-        """Some of the chains; ``log_p`` is left empty."""
+        """Some of the chains; ``log_p`` is that of all."""
         cond = None if rollout.cond is None else rollout.cond[rows]
-        order = rollout.groups[rows], rollout.levels
-        return self.bridge(rows_alone(rollout.tokens[rows], cond, None), order)
+        tokens, groups = rollout.tokens[rows], rollout.groups[rows]
+        return rollout._replace(tokens=tokens, groups=groups, cond=cond)
 
 
 @contextmanager

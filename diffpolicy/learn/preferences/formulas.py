@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ class Preference:
             there.
 
     Raises:
-        ValueError: an unknown loss, a value out of range, or a setting without effect on the loss.
+        ValueError: an unknown loss, or a value out of range.
     """
 
     loss: str = "dpo"
@@ -235,6 +236,13 @@ def _pso_metrics(
     entries = policy.entries.sum(1).clamp_min(1)
     for values, suffix in ((log_p, ""), (reference.log_p, "_reference")):
         errors = (-values.sum(1) / entries).chunk(2)
-        for name, error in zip(("chosen", "rejected"), errors, strict=True):
-            metrics[f"error_{name}{suffix}"] = error.mean()
+        metrics |= named_errors(("chosen", "rejected"), errors, suffix)
     return metrics
+
+
+def named_errors(
+    sides: tuple[str, str], errors: Sequence[Tensor], suffix: str = ""
+) -> dict[str, Tensor]:
+    """Mean errors of the two sides, by the names of their metrics."""
+    named = zip(sides, errors, strict=True)
+    return {f"error_{side}{suffix}": error.detach().mean() for side, error in named}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.data.observation import each, from_fields, holds
+from diffpolicy.learn.method import Batch
 
 
 class Items(NamedTuple):
@@ -61,9 +61,7 @@ class Draw(NamedTuple):
         return Draw(*(torch.cat([value, value], dim=1) for value in self))
 
 
-def batch_items(
-    denoiser: BaseDenoiser, batch: Mapping[str, Tensor], name: str, *, masked: bool
-) -> Items | None:
+def batch_items(denoiser: BaseDenoiser, batch: Batch, name: str, *, masked: bool) -> Items | None:
     """The items that a batch has under ``name``; None: it has none.
 
     Args:
@@ -95,18 +93,11 @@ def batch_items(
     rows = torch.arange(count, device=action.device).repeat_interleave(windows)
     with torch.no_grad():
         cond = None if obs is None else denoiser.encode(obs)
-    return Items(
-        action.flatten(0, 1),
-        cond,
-        None if steps is None else steps.flatten(0, 1).bool(),
-        rows,
-        count,
-    )
+    steps = None if steps is None else steps.flatten(0, 1).bool()
+    return Items(action.flatten(0, 1), cond, steps, rows, count)
 
 
-def pair_items(
-    denoiser: BaseDenoiser, batch: Mapping[str, Tensor], *, masked: bool
-) -> tuple[Items, Items]:
+def pair_items(denoiser: BaseDenoiser, batch: Batch, *, masked: bool) -> tuple[Items, Items]:
     """The chosen and the rejected items of a batch, which share their noise.
 
     Raises:
@@ -116,14 +107,11 @@ def pair_items(
         batch_items(denoiser, batch, name, masked=masked) for name in ("chosen", "rejected")
     )
     if chosen is None or rejected is None:
-        keys = "chosen, rejected" if masked else "chosen_obs, chosen_action, rejected_..."
-        what = "sequences" if masked else "plans"
-        raise ValueError(f"pairs of {what} need a batch with {keys}; got {sorted(batch)}")
+        keys = "sequences need chosen" if masked else "plans need chosen_obs, chosen_action"
+        raise ValueError(f"pairs of {keys}, rejected... in a batch; got {sorted(batch)}")
     if chosen.x0.shape != rejected.x0.shape:
-        raise ValueError(
-            "chosen and rejected share their noise and must be of one shape; pad the shorter "
-            f"segments, with no steps; got rows {list(chosen.x0.shape)}, {list(rejected.x0.shape)}"
-        )
+        shapes = f"{list(chosen.x0.shape)} and {list(rejected.x0.shape)}"
+        raise ValueError(f"pad the shorter segments, with no steps: chosen, rejected are {shapes}")
     return chosen, rejected
 
 

@@ -35,6 +35,12 @@ class Contrast(NamedTuple):
     target: Tensor
     cond: Tensor | None
 
+    @classmethod
+    def of(cls, x: Tensor, t: Tensor, target: Tensor, cond: Tensor | None) -> Contrast:
+        """Both from states and targets ``[2, N, ...]``, the levels and condition of either."""
+        twice = None if cond is None else torch.cat([cond, cond])
+        return cls(x.flatten(0, 1), torch.cat([t, t]), target.flatten(0, 1), twice)
+
     def demonstrations(self) -> Contrast:
         """The first half."""
         return Contrast(*(None if v is None else v.chunk(2)[0] for v in self))  # type: ignore[arg-type]
@@ -68,7 +74,7 @@ def contrast_plans(
         ``N = B n`` of each.
     """
     process = policy.process
-    if jitter:
+    if jitter and sampler.num_steps != 1:
         grid = jittered_levels(process, sampler, len(x0), generator)
     else:
         grid = sampler.grid(process).expand(-1, len(x0), 1, 1)
@@ -91,12 +97,8 @@ def contrast_plans(
         other = torch.stack([row.x for row in path.transitions])[at, rows]
         with evaluating(policy):
             goal = policy.raw(other, t, cond)
-    return Contrast(
-        torch.cat([x, other]),
-        torch.cat([t, t]),
-        torch.cat([policy.target(x0, noise, t), goal]),
-        None if cond is None else torch.cat([cond, cond]),
-    )
+    target = torch.stack([policy.target(x0, noise, t), goal])
+    return Contrast.of(torch.stack([x, other]), t, target, cond)
 
 
 def jittered_levels(
@@ -160,12 +162,7 @@ def contrast_sequences(
     if not noised:
         with evaluating(policy):
             target[1] = policy.log_probs(x[1], t, cond)
-    return Contrast(
-        x.flatten(0, 1),
-        torch.cat([t, t]),
-        target.flatten(0, 1),
-        None if cond is None else torch.cat([cond, cond]),
-    )
+    return Contrast.of(x, t, target, cond)
 
 
 def _places(first: Tensor, count: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,9 @@ from torch import Tensor
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.starts import prior_start
-from diffpolicy.data.observation import count, each, from_fields, holds, to_fields
+from diffpolicy.data.observation import count, each, from_fields, to_fields
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Reward, check_rewards, plan_shape
+from diffpolicy.learn.method import Batch, Reward, check_rewards, plan_shape
 from diffpolicy.learn.preferences.few_step import FewStep, evaluating
 from diffpolicy.learn.reference import Referenced
 from diffpolicy.settings import check_choice, check_range
@@ -117,30 +116,21 @@ class OnlineDPOLoss(Referenced):
     steps: Tensor | None
 
     def __init__(
-        self,
-        loss: Any,
-        settings: OwnPlans | None = None,
-        *,
-        reward: Reward,
-        steps: Tensor | None = None,
+        self, loss: Any, settings: OwnPlans, *, reward: Reward, steps: Tensor | None = None
     ) -> None:
-        self.settings = settings = settings or OwnPlans()
+        self.settings = settings
         denoiser, preference = loss.denoiser, loss.settings
         needed = preference.needs_reference or settings.drawn_by == "reference"
         super().__init__(denoiser, loss.reference, needed=needed)
         if not preference.paired or not isinstance(denoiser.process, GaussianProcess):
-            raise ValueError(
-                "own plans are compared in pairs, by dpo, ipo or margin (sequences by the method "
-                f"sequence_dpo); got {preference.loss!r}, {type(denoiser.process).__name__}"
-            )
+            got = f"{preference.loss!r}, {type(denoiser.process).__name__}"
+            raise ValueError(f"own plans (not sequences) take dpo, ipo or margin; got {got}")
         self._loss = [loss]  # lists: neither the loss nor a reward is a further part of this one
         self._reward = [reward]
         settings.grid(denoiser.process)  # refuses levels that are too close, now
         self.register_buffer("steps", steps, persistent=False)
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
-        if not holds(batch):
-            raise ValueError(f"plans are drawn for obs [B, To, O]; got a batch of {sorted(batch)}")
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         pairs, found = self.draw(from_fields(batch), generator)
         anchors = {k: v for k, v in batch.items() if k.startswith("anchor_")}
         out = self._loss[0]({**pairs, **anchors}, generator)

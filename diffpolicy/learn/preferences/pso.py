@@ -7,7 +7,6 @@ log-probability of the sampler's own transitions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,9 +17,8 @@ from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
 from diffpolicy.core.noise import GaussianProcess
-from diffpolicy.data.observation import is_obs
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Method, Reward, check_rewards, plan_shape, rows_and_cond
+from diffpolicy.learn.method import Batch, Method, Reward, check_rewards, plan_shape, rows_and_cond
 from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps, PlanSteps
 from diffpolicy.learn.preferences.formulas import ANCHORS, pso_loss
 from diffpolicy.learn.preferences.items import Items, batch_items, pair_items
@@ -62,8 +60,8 @@ class PSO(FewStep, Method):
         anchor_weight: of the behaviour-cloning error at the sampler's own levels that is added:
             mean squared error per entry (nats per token of sequences).
         anchor: what it is the error of: ``"demonstrations"`` (the chosen items, or those of the
-            batch, where there are none), ``"chosen"``, or ``"both"``, the sum of what is there; the
-            latter two of given pairs.
+            batch, where there are none; online always), ``"chosen"``, or ``"both"``, the sum of
+            what is there.
 
     Raises:
         ValueError: values out of range, unknown names.
@@ -88,8 +86,6 @@ class PSO(FewStep, Method):
         check_range("(0, inf)", kl_beta=self.kl_beta, label_scale=self.label_scale)
         check_range("(0, 1)", clip=self.clip)
         check_range("[0, inf)", anchor_weight=self.anchor_weight)
-        if self.online and self.anchor != "demonstrations":
-            raise ValueError("online PSO has no chosen items; set anchor='demonstrations'")
 
     def reads(self) -> frozenset[str]:
         """Pairs, or what is needed to compare own chains.
@@ -137,12 +133,9 @@ class SequencePSO(PSO):
 
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """See :class:`PSOLoss`."""
-        scale = self.label_scale
-        if scale is None:
-            scale = self.kl_weight / self.kl_beta
-        settings = replace(self, label_scale=scale)
-        reference = material.reference
-        return PSOLoss(denoiser, settings, reward=material.reward, reference=reference)
+        settings = replace(self, label_scale=self.label_scale or self.kl_weight / self.kl_beta)
+        known = {"reward": material.reward, "reference": material.reference}
+        return PSOLoss(denoiser, settings, **known)
 
 
 class PSOLoss(Referenced):
@@ -215,8 +208,7 @@ class PSOLoss(Referenced):
             score = DenoisingScore(levels=tuple(self.steps.levels[:-1].flatten().tolist()))
         else:
             raise ValueError(
-                f"PSO takes plans under Gaussian noise or a MaskedDenoiser, got "
-                f"{type(denoiser).__name__} under {type(denoiser.process).__name__}"
+                f"PSO takes Gaussian noise or a MaskedDenoiser, got {type(denoiser).__name__}"
             )
         self.anchor = score if settings.anchor_weight > 0 else None
         if self.anchor is not None:
@@ -225,7 +217,7 @@ class PSOLoss(Referenced):
         self.register_buffer("scored", steps, persistent=False)
         self._reward = [reward]  # a list: a reward that is a module is not part of this one
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         if self.settings.online:
             out = self._online(batch, generator)
         else:
@@ -254,7 +246,7 @@ class PSOLoss(Referenced):
         return pso_loss(self.settings, policy, other, chance)
 
     @torch.no_grad()
-    def draw(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Any, Tensor]:
+    def draw(self, batch: Batch, generator: torch.Generator) -> tuple[Any, Tensor]:
         """Two chains of the present denoiser per row: all first ones, then all second ones.
 
         Returns:
@@ -278,7 +270,7 @@ class PSOLoss(Referenced):
             items, extra = paths.items.x0, cond
         return paths, self._judged(items, extra)
 
-    def bridge(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Any, Any]:
+    def bridge(self, batch: Batch, generator: torch.Generator) -> tuple[Any, Any]:
         """Chains that end in the chosen, and in the rejected items of a batch."""
         chosen, rejected = pair_items(self.denoiser, batch, masked=self.masked)
         if self.masked:
@@ -288,17 +280,11 @@ class PSOLoss(Referenced):
             shared = self.steps.process.draw_noise(shape, generator, chosen.x0)
         return self.steps.bridge(chosen, shared), self.steps.bridge(rejected, shared)
 
-    def _online(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
-        wanted = ("index", "tokens") if self.masked else ("index", "obs", "cond")
-        if not any(name in batch for name in wanted):
-            raise ValueError(
-                f"PSO with online=True needs a batch with one of {wanted}; got {sorted(batch)}"
-            )
+    def _online(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         paths, reward = self.draw(batch, generator)
         first, second = reward.chunk(2)
-        rows = torch.arange(len(first), device=first.device)
-        better = torch.where(second > first, rows + len(rows), rows)
-        worse = torch.where(second > first, rows, rows + len(rows))
+        ahead, (one, two) = second > first, torch.arange(len(reward), device=first.device).chunk(2)
+        better, worse = torch.where(ahead, two, one), torch.where(ahead, one, two)
         lead, scale = reward[better] - reward[worse], self.settings.label_scale
         chance = 0.5 + 0.5 * lead.sign() if scale is None else (lead / scale).sigmoid()
         out = self.compare(self.steps.take(paths, better), self.steps.take(paths, worse), chance)
@@ -312,13 +298,12 @@ class PSOLoss(Referenced):
         check_rewards(value, items)
         return value.detach().to(items)
 
-    def _anchor_items(self, batch: Mapping[str, Tensor]) -> list[Items]:
+    def _anchor_items(self, batch: Batch) -> list[Items]:
         """What is cloned, one kind or two."""
         demos = batch_items(self.denoiser, batch, "anchor", masked=self.masked)
         if self.settings.online:
             if demos is None:  # those that the chains take their conditions of
-                own = [k for k in batch if is_obs(k) or k in ("action", "tokens", "cond")]
-                whole = {f"anchor_{name}": batch[name] for name in own}
+                whole = {f"anchor_{name}": value for name, value in batch.items()}
                 demos = batch_items(self.denoiser, whole, "anchor", masked=self.masked)
             if demos is None:
                 wanted = "anchor_tokens" if self.masked else "anchor_obs and anchor_action"

@@ -90,15 +90,10 @@ class DenoisingScore:
     def check(self, denoiser: BaseDenoiser) -> None:
         process = denoiser.process
         if not isinstance(process, GaussianProcess):
-            raise ValueError(
-                f"a denoising score needs a Gaussian process, not {type(process).__name__}; "
-                "sequences take MaskedScore"
-            )
+            raise ValueError("DenoisingScore is of Gaussian noise; sequences take MaskedScore")
         if self.weighting == "own" and not isinstance(denoiser, Denoiser):
-            raise ValueError(
-                f"weighting='own' scores a network's own prediction, and {type(denoiser).__name__} "
-                "has none; use weighting='elbo'"
-            )
+            name = type(denoiser).__name__
+            raise ValueError(f"{name} has no prediction of its own to score; use weighting='elbo'")
         if self.weighting == "elbo":
             self._ends(process)
 
@@ -168,10 +163,8 @@ class DenoisingScore:
         if isinstance(process, DiscreteVP):  # nothing was trained below its first knot
             high = min(high, float(process.log_snr(one / len(process.betas))))
         if not low < high:
-            raise ValueError(
-                f"log_snr={self.log_snr} leaves nothing of what the process trains, which is "
-                f"{low:.3g} and up at t = 1; widen it"
-            )
+            least = f"the process trains {low:.3g} (t = 1) and up"
+            raise ValueError(f"log_snr={self.log_snr} leaves nothing: {least}; widen it")
         return low, high
 
 
@@ -198,10 +191,7 @@ class MaskedScore:
 
     def check(self, denoiser: BaseDenoiser) -> None:
         if not isinstance(denoiser, MaskedDenoiser):
-            raise ValueError(
-                f"a masked score needs a MaskedDenoiser, got {type(denoiser).__name__}; plans take "
-                "DenoisingScore"
-            )
+            raise ValueError("MaskedScore is of masked sequences; plans take DenoisingScore")
 
     def draw(self, denoiser: BaseDenoiser, items: Items, generator: torch.Generator) -> Draw:
         assert isinstance(denoiser, MaskedDenoiser)

@@ -13,7 +13,7 @@ not look at the level, equal states are evaluated once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -113,16 +113,8 @@ def chain_with_kl(
             x = differentiable_chain(denoiser, solver, begin, first, cond=cond, noise=noise[:split])
     kl = meter.total(x) * scale
     part = grid.part(split, count)
-    trajectory = sample(
-        denoiser,
-        solver,
-        Start(x, part.levels[0]),
-        part,
-        cond=cond,
-        noise=noise[split:],
-        checkpoint=checkpoint,
-        record=True,
-    )
+    begin, how = Start(x, part.levels[0]), {"noise": noise[split:], "checkpoint": checkpoint}
+    trajectory = sample(denoiser, solver, begin, part, cond=cond, record=True, **how)
     assert isinstance(trajectory, Trajectory)
     for i, step in enumerate(trajectory.transitions, start=split):
         if i in chosen:
@@ -140,20 +132,18 @@ def _reference_answer(
         return grid.denoise(*inputs)
 
 
+@dataclass(eq=False)
 class _Meter:
     """A denoiser on a grid whose divergence, and its gradient, are taken at every call."""
 
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        grid: Grid,
-        theirs: Grid,
-        step_kl: StepKL,
-        chosen: frozenset[int],
-    ) -> None:
-        self.grid, self.theirs, self.step_kl, self.chosen = grid, theirs, step_kl, chosen
-        self.denoiser = denoiser
-        self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
+    denoiser: nn.Module
+    grid: Grid
+    theirs: Grid
+    step_kl: StepKL
+    chosen: frozenset[int]
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
         self.value: Tensor | None = None
 

@@ -7,7 +7,7 @@ Tunes a diffusion policy by a differentiable critic or simulator: DRaFT-K and DR
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,10 @@ from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.solvers import DDIM
 from diffpolicy.core.starts import explicit_levels, prior_start, truncated_start
-from diffpolicy.core.steps import Solver
 from diffpolicy.learn.method import Method, plan_shape
 from diffpolicy.learn.reward.chains import chain_with_kl, differentiable_chain, gaussian_step_kl
 from diffpolicy.learn.reward.pathwise import Finished, RewardLoss
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.settings import check_choice, check_range, check_shape
 
 KL_PROBLEM = (
     "paths have a divergence to the reference's only if steps add noise and have no memory: use "
@@ -40,32 +39,28 @@ class PlanChain(Sampler, Method):
     Args:
         solver: as ``num_steps``, ``options`` and ``spacing``, see :class:`diffpolicy.core.Sampler`.
         grad_steps: how many of the last evaluations carry a graph (DRaFT-K); ``None``: all.
-        truncation: ``"fixed"``, as ``grad_steps`` says, or their number is drawn for every batch:
-            ``"uniform"`` from 1 to all, or ``"gaussian"``. AlignProp detaches the network's answer
-            in the evaluations before; nothing that requires a gradient is left in them, so this is
-            the same.
+        truncation: ``"fixed"``, as ``grad_steps`` says, or their number is drawn for every batch,
+            whatever it says: ``"uniform"`` from 1 to all, or ``"gaussian"``. AlignProp detaches the
+            network's answer in the evaluations before; nothing that requires a gradient is left in
+            them, so this is the same.
         spread: of ``"gaussian"``: mean and standard deviation of the share of the evaluations with
             a graph. AlignProp: 8 and 5 of 50.
         renoise: n of DRaFT-LV: plans are sampled without a graph, noised n times to the last level
-            and denoised in one step with a graph; their rewards are averaged. 0: off.
+            and denoised in one step with a graph, which alone has one then; their rewards are
+            averaged. 0: off.
         checkpoint: recompute evaluations with a graph in the backward pass: least memory.
-        shape: ``[H, D]`` of a plan; ``None``: that of the denoiser's network.
         kl_weight: of the path divergence from the denoiser as it is now, in units of reward.
         kl_warmup: optimiser steps over which ``kl_weight`` rises linearly from 0.
 
     Raises:
-        ValueError: values out of range, or that make no sense together.
+        ValueError: values out of range.
     """
-
-    command: ClassVar[str] = "tune"
-    items: ClassVar[str] = "plans"
 
     grad_steps: int | None = None
     truncation: str = "fixed"
     spread: tuple[float, float] = (0.16, 0.1)
     renoise: int = 0
     checkpoint: bool = False
-    shape: tuple[int, int] | None = None
     kl_weight: float = 0.0
     kl_warmup: int = 0
 
@@ -73,22 +68,10 @@ class PlanChain(Sampler, Method):
         super().__post_init__()
         check_choice("truncation", self.truncation, ("fixed", "uniform", "gaussian"))
         check_range("[0, inf)", renoise=self.renoise)
-        if self.shape is not None and (len(self.shape) != 2 or min(self.shape) < 1):
-            raise ValueError(f"shape must be [H, D] of a plan, got {self.shape}")
-        nfe = self.make().nfe(self.num_steps)
-        check_range(f"[1, {nfe}]", grad_steps=self.grad_steps)
-        if self.truncation != "fixed" and (self.grad_steps is not None or self.renoise):
-            raise ValueError(
-                f"truncation={self.truncation!r} draws grad_steps itself; leave it null"
-            )
-        if len(self.spread) != 2 or not (0 < self.spread[0] <= 1 and self.spread[1] > 0):
-            raise ValueError(
-                f"spread is a mean in (0, 1] and a positive standard deviation, got {self.spread}"
-            )
-        if self.renoise and self.grad_steps != 1:
-            raise ValueError(
-                f"renoise={self.renoise} differentiates the last step alone; set grad_steps=1"
-            )
+        check_range(f"[1, {self.make().nfe(self.num_steps)}]", grad_steps=self.grad_steps)
+        check_shape("spread (mean, standard deviation)", (len(self.spread),), (2,))
+        check_range("(0, 1]", mean_of_spread=self.spread[0])
+        check_range("(0, inf)", std_of_spread=self.spread[1])
 
     @classmethod
     def draft_k(cls, k: int = 1, **settings: Any) -> Self:
@@ -98,7 +81,7 @@ class PlanChain(Sampler, Method):
     @classmethod
     def draft_lv(cls, n: int = 2, **settings: Any) -> Self:
         """DRaFT-LV: the last step's gradient, averaged over ``n`` draws of its noise."""
-        return cls(**{"grad_steps": 1, "renoise": n, **settings})
+        return cls(**{"renoise": n, **settings})
 
     @classmethod
     def alignprop(cls, **settings: Any) -> Self:
@@ -124,7 +107,7 @@ class PlanChain(Sampler, Method):
                 f"this chain is of continuous plans; for {type(denoiser.process).__name__} use "
                 "MaskedChain"
             )
-        self._shape(denoiser)
+        plan_shape(denoiser)  # refuses one that does not tell
 
     def run(
         self,
@@ -134,17 +117,10 @@ class PlanChain(Sampler, Method):
         cond: Tensor | None,
         generator: torch.Generator,
     ) -> Finished:
-        """Sample ``size`` plans ``[size, H, D]``; with ``renoise`` ``[size n, H, D]``.
-
-        Raises:
-            ValueError: a reference, where paths have no divergence to it.
-        """
-        if reference is not None and self.kl_problem is not None:
-            raise ValueError(self.kl_problem)
+        """Sample ``size`` plans ``[size, H, D]``; with ``renoise`` ``[size n, H, D]``."""
         weight = next(denoiser.parameters(), torch.zeros(()))
-        like = torch.zeros(
-            (size, *self._shape(denoiser)), device=generator.device, dtype=weight.dtype
-        )
+        shape, place = (size, *plan_shape(denoiser)), generator.device
+        like = torch.zeros(shape, device=place, dtype=weight.dtype)
         process, solver = denoiser.process, self.make()
         start = prior_start(process, process.draw_noise(like.shape, generator, like))
         grid = self.grid(process, start)
@@ -152,51 +128,22 @@ class PlanChain(Sampler, Method):
         if solver.stochastic:
             noise = process.draw_noise((count, *like.shape), generator, like)
         steps = 0 if self.renoise else self._drawn_steps(count, generator)
-        x0, kl, _ = chain_with_kl(
-            denoiser,
-            reference,
-            solver,
-            start,
-            grid,
-            step_kl=gaussian_step_kl,
-            noise=noise,
-            cond=cond,
-            grad_steps=steps,
-            checkpoint=self.checkpoint,
-        )
-        if self.renoise:
-            x0 = self._denoised_again(denoiser, solver, x0, grid, cond, generator)
+        how: dict[str, Any] = {"noise": noise, "cond": cond, "checkpoint": self.checkpoint}
+        chain = denoiser, reference, solver, start, grid
+        done = chain_with_kl(*chain, step_kl=gaussian_step_kl, grad_steps=steps, **how)
+        if self.renoise:  # copies of each plan, from the last level before clean, [B n, H, D]
+            copies = done.x0.detach().repeat_interleave(self.renoise, 0)
+            noise = process.draw_noise(copies.shape, generator, copies)
+            start = truncated_start(process, copies, grid[-2], noise)
+            how["cond"] = None if cond is None else cond.repeat_interleave(self.renoise, 0)
+            # The step to clean of a stochastic solver adds no noise, but takes some.
+            how["noise"] = torch.zeros_like(copies)[None] if solver.stochastic else None
+            last = explicit_levels(start, [0.0])
+            return Finished(differentiable_chain(denoiser, solver, start, last, **how), done.kl, {})
         metrics = {}
         if self.truncation != "fixed":
             metrics["grad_steps"] = like.new_tensor(float(count if steps is None else steps))
-        return Finished(x0, kl, metrics)
-
-    def _denoised_again(
-        self,
-        denoiser: BaseDenoiser,
-        solver: Solver,
-        x0: Tensor,
-        grid: Tensor,
-        cond: Tensor | None,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """``renoise`` copies of each plan, from the last level before clean, ``[B n, H, D]``."""
-        copies = x0.detach().repeat_interleave(self.renoise, 0)
-        process = denoiser.process
-        noise = process.draw_noise(copies.shape, generator, copies)
-        start = truncated_start(process, copies, grid[-2], noise)
-        last = None
-        if solver.stochastic:  # its step to clean adds none, but takes one
-            last = torch.zeros_like(copies)[None]
-        return differentiable_chain(
-            denoiser,
-            solver,
-            start,
-            explicit_levels(start, [0.0]),
-            noise=last,
-            cond=None if cond is None else cond.repeat_interleave(self.renoise, 0),
-            checkpoint=self.checkpoint,
-        )
+        return Finished(done.x0, done.kl, metrics)
 
     def _drawn_steps(self, count: int, generator: torch.Generator) -> int | None:
         """How many of the last evaluations carry a graph; ``None``: all."""
@@ -210,12 +157,3 @@ class PlanChain(Sampler, Method):
             z = torch.randn((), generator=generator, device=device).item()
             drawn = round(count * (mean + std * z))
         return int(min(count, max(1, drawn)))
-
-    def _shape(self, denoiser: BaseDenoiser) -> tuple[int, int]:
-        if self.shape is None:
-            return plan_shape(denoiser)
-        network = getattr(denoiser, "network", None)
-        found = getattr(network, "horizon", None), getattr(network, "dim", None)
-        if None not in found and tuple(self.shape) != found:
-            raise ValueError(f"the network makes plans {found}, the chain has shape={self.shape}")
-        return self.shape

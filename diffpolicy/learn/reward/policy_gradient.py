@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Reward
+from diffpolicy.learn.method import Batch
 from diffpolicy.learn.reward.rollouts import MaskedRollout, draw_rollout, state_log_probs, step_kl
 from diffpolicy.learn.reward.sequence_tuning import SequenceMethod, SequenceTuning, shared_cond
 from diffpolicy.settings import check_choice, check_range
@@ -114,28 +112,21 @@ class PolicyGradientLoss(SequenceTuning):
 
     count: Tensor
 
-    def __init__(
-        self,
-        denoiser: MaskedDenoiser,
-        reference: MaskedDenoiser | None,
-        reward: Reward,
-        settings: PolicyGradient,
-    ) -> None:
-        super().__init__(denoiser, reference, reward)
-        self.settings = settings
+    def prepare(self) -> None:
+        settings = self.settings
         most = self.evaluations(settings.num_steps)
         check_range(f"[1, {most}]", grad_states=settings.grad_states)
         if settings.epochs > 1:
             if settings.rows is None:
                 raise ValueError("epochs > 1 keeps a rollout of rows=<batch size>; give rows")
             self._check_rows(settings.rows)
-            row: tuple[Sequence[int], torch.dtype] = ((self.length,), torch.float32)
-            more = {"groups": ((self.length,), torch.long), "log_p": row, "advantage": row}
+            row, groups = ((self.length,), torch.float32), ((self.length,), torch.long)
+            more = {"groups": groups, "log_p": row, "advantage": row}
             sizes = (settings.rows, settings.rows, settings.epochs)
             self.replay = self.make_replay(sizes, more)
             self.register_buffer("count", torch.tensor(0))
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         settings, size = self.settings, len(batch["index"])
         self._check_rows(size)
         cond = shared_cond(batch, size, settings.group_size or 1)
@@ -169,24 +160,13 @@ class PolicyGradientLoss(SequenceTuning):
         return LossOutput(loss, metrics)
 
     def draw(
-        self,
-        size: int,
-        cond: Tensor | None,
-        generator: torch.Generator,
-        *,
-        graph: bool = False,
+        self, size: int, cond: Tensor | None, generator: torch.Generator, *, graph: bool = False
     ) -> Play:
         """Roll out the present denoiser and judge its reveals; one call of the reward."""
         settings = self.settings
-        rollout = draw_rollout(
-            self.denoiser,
-            size,
-            generator=generator,
-            num_steps=settings.num_steps,
-            reference=self.reference if settings.kl_weight > 0 else None,
-            cond=cond,
-            graph=graph,
-        )
+        other = self.reference if settings.kl_weight > 0 else None
+        how: dict[str, Any] = {"generator": generator, "num_steps": settings.num_steps}
+        rollout = draw_rollout(self.denoiser, size, reference=other, cond=cond, graph=graph, **how)
         reward = self.score(rollout.tokens)
         with torch.no_grad():
             return Play(rollout, reward, *judge(rollout, reward, settings))
@@ -202,9 +182,8 @@ class PolicyGradientLoss(SequenceTuning):
             return rollout.log_p, rollout.path_kl if needs_kl else None, 1.0
         steps, share = rollout.steps(), 1.0
         if settings.grad_states is not None and settings.grad_states < rollout.nfe:
-            u = torch.rand(
-                len(rollout.tokens), rollout.nfe, generator=generator, device=generator.device
-            )
+            shape = len(rollout.tokens), rollout.nfe
+            u = torch.rand(shape, generator=generator, device=generator.device)
             steps = u.argsort(1)[:, : settings.grad_states].to(rollout.tokens.device)
             share = rollout.nfe / settings.grad_states
         log_p = state_log_probs(self.denoiser, rollout, steps)
@@ -250,21 +229,15 @@ class PolicyGradientLoss(SequenceTuning):
 
     def _store(self, play: Play) -> None:
         rollout = play.rollout
-        rows = {"tokens": rollout.tokens, "groups": rollout.groups, "log_p": rollout.log_p}
-        rows |= {"advantage": play.advantage, "reward": play.reward, "kl": play.kl}
-        if rollout.cond is not None:
-            rows["cond"] = rollout.cond
-        self.replay.write(rows)
+        self.replay.write({**rollout._asdict(), **play._asdict()})
         self.count.fill_(rollout.nfe)
 
     def _stored(self) -> Play:
         kept, count = self.replay, int(self.count)
         grid = torch.linspace(1, 0, count + 1, dtype=torch.float64).view(-1, 1, 1, 1)
         cond = kept["cond"] if self.cond_dim else None
-        vocab_size, log_p = self.denoiser.vocab_size, kept["log_p"]
-        rollout = MaskedRollout(
-            kept["tokens"], kept["groups"], count, grid, vocab_size, log_p, cond
-        )
+        how = count, grid, self.denoiser.vocab_size, kept["log_p"], cond
+        rollout = MaskedRollout(kept["tokens"], kept["groups"], *how)
         return Play(rollout, kept["reward"], kept["advantage"], kept["kl"])
 
 
@@ -315,13 +288,11 @@ def judge(
     else:
         total = reward
     if settings.ratio == "sequence":
-        advantage = (total - _baseline(total.unsqueeze(1), settings).squeeze(1)).unsqueeze(1)
-        advantage = advantage.expand_as(own)
-    else:
-        steps = reward.unsqueeze(1) - later
-        base = _baseline(steps - at_step, settings)
-        advantage = (steps - base).gather(1, rollout.groups) - own
-    return advantage, kl
+        total = total.unsqueeze(1)
+        return (total - _baseline(total, settings)).expand_as(own), kl
+    steps = reward.unsqueeze(1) - later
+    base = _baseline(steps - at_step, settings)
+    return (steps - base).gather(1, rollout.groups) - own, kl
 
 
 def _baseline(returns: Tensor, settings: PolicyGradient) -> Tensor:

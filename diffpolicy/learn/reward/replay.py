@@ -15,6 +15,9 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.learn.cloning.masked import random_masks
 from diffpolicy.settings import check_range
 
+Columns = Mapping[str, tuple[Sequence[int], torch.dtype]]
+"""Shape of a row and type, by name."""
+
 
 class Replay(nn.Module):
     """Rows of a fixed number of slots, the oldest replaced first; all of it is saved state.
@@ -23,7 +26,7 @@ class Replay(nn.Module):
         slots: N.
         refresh: rows replaced at a time; divides N.
         every: optimiser steps between replacements.
-        columns: shape of a row and type, by name.
+        columns: what a row holds.
 
     Raises:
         ValueError: ``refresh`` that does not divide N, or a value below 1.
@@ -32,13 +35,7 @@ class Replay(nn.Module):
     cursor: Tensor
     age: Tensor
 
-    def __init__(
-        self,
-        slots: int,
-        refresh: int,
-        every: int,
-        columns: Mapping[str, tuple[Sequence[int], torch.dtype]],
-    ) -> None:
+    def __init__(self, slots: int, refresh: int, every: int, columns: Columns) -> None:
         super().__init__()
         check_replay(slots, refresh, every)
         self.slots, self.refresh, self.every = slots, refresh, every
@@ -123,7 +120,7 @@ def settle(
     rows = len(log_weight) if group_size is None else group_size
     groups = log_weight.view(-1, rows, log_weight.shape[1])
     power = log_weight.new_ones(())
-    if min_ess is not None and effective_fraction(_relative(groups), groups) < min_ess:
+    if min_ess is not None and _ess(groups) < min_ess:
         low, high = torch.zeros_like(power), power
         for _ in range(20):  # the effective sample size falls as the power rises
             middle = (low + high) / 2

@@ -67,9 +67,7 @@ class MaskedRollout(NamedTuple):
 
         The order of reveals has the same law under both and cancels.
         """
-        if self.log_reference is None:
-            raise ValueError("this rollout was drawn without reference=...")
-        return (self.log_p - self.log_reference).sum(1)
+        return (self.log_p - self._scored(self.log_reference)).sum(1)
 
     @property
     def path_kl(self) -> Tensor:
@@ -77,9 +75,12 @@ class MaskedRollout(NamedTuple):
 
         Has the mean of :attr:`log_ratio` and less variance.
         """
-        if self.step_kl is None:
+        return self._scored(self.step_kl).sum(1)
+
+    def _scored(self, value: Tensor | None) -> Tensor:
+        if value is None:
             raise ValueError("this rollout was drawn without reference=...")
-        return self.step_kl.sum(1)
+        return value
 
 
 def draw_rollout(
@@ -119,6 +120,12 @@ def draw_rollout(
         return rollout._replace(
             log_reference=at_reveal(other, rollout), step_kl=step_kl(log_p, other, rollout)
         )
+
+
+def check_steps(denoiser: MaskedDenoiser, num_steps: int | None) -> None:
+    """Raise ``ValueError`` if a denoiser that sees levels is to reveal one position at a time."""
+    if num_steps is None and not denoiser.time_free:
+        raise ValueError("a denoiser that depends on the level (not time_free) needs num_steps=K")
 
 
 def draw_order(

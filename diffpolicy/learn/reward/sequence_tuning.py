@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,10 +10,10 @@ from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
-from diffpolicy.learn.method import Method, Reward, check_rewards
+from diffpolicy.learn.method import Batch, Method, Reward, check_rewards, check_sizes
 from diffpolicy.learn.reference import Referenced, check_no_dropout
-from diffpolicy.learn.reward.replay import Replay, check_replay
-from diffpolicy.learn.reward.rollouts import MaskedRollout, draw_rollout
+from diffpolicy.learn.reward.replay import Columns, Replay, check_replay
+from diffpolicy.learn.reward.rollouts import MaskedRollout, check_steps, draw_rollout
 from diffpolicy.settings import check_range
 
 
@@ -67,26 +66,34 @@ class SequenceTuning(Referenced):
             ``denoiser`` as it is now.
         reward: ``[B, L, V] -> [B]`` of hard one-hot sequences (no mask channel), called without
             gradients: anything goes. If it is a module, it is not part of this one.
+        settings: of the method.
 
     Raises:
         ValueError: a reference of other sizes, or one that shares weights with the denoiser.
+            Of objectives with settings also ones that do not fit the denoiser.
     """
 
     denoiser: MaskedDenoiser
     reference: MaskedDenoiser
 
     def __init__(
-        self, denoiser: MaskedDenoiser, reference: MaskedDenoiser | None, reward: Reward
+        self,
+        denoiser: MaskedDenoiser,
+        reference: MaskedDenoiser | None,
+        reward: Reward,
+        settings: Any = None,
     ) -> None:
         super().__init__(denoiser, reference, apart=True)
         check_no_dropout(denoiser)
-        for name, mine, theirs in (
-            ("vocab_size", denoiser.vocab_size, self.reference.vocab_size),
-            ("length", denoiser.network.horizon, self.reference.network.horizon),
-        ):
-            if mine != theirs:
-                raise ValueError(f"the denoiser has {name}={mine}, the reference {theirs}")
-        self._reward = [reward]
+        theirs: Any = self.reference
+        check_sizes("the denoiser", denoiser, "the reference", vocab_size=theirs.vocab_size)
+        network = denoiser.network
+        check_sizes("the network", network, "the reference's", horizon=theirs.network.horizon)
+        self.settings, self._reward = settings, [reward]
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Refuse settings that do not fit, and make the buffers that they ask for."""
 
     def after_step(self) -> None:
         """Tell the objective that an optimiser step was made."""
@@ -102,11 +109,7 @@ class SequenceTuning(Referenced):
         """C, 0 if the network takes no condition."""
         return int(getattr(self.denoiser.network, "cond_dim", 0))
 
-    def make_replay(
-        self,
-        sizes: tuple[int, int, int],
-        more: Mapping[str, tuple[Sequence[int], torch.dtype]] | None = None,
-    ) -> Replay:
+    def make_replay(self, sizes: tuple[int, int, int], more: Columns) -> Replay:
         """A buffer of own sequences, on the denoiser's device.
 
         ``sizes`` are its rows, how many are replaced at once, and the optimiser steps between.
@@ -114,16 +117,12 @@ class SequenceTuning(Referenced):
         Its columns are ``tokens``, ``reward``, ``kl``, ``cond`` where the network takes one, and
         ``more``.
         """
-        columns: dict[str, tuple[Sequence[int], torch.dtype]] = {
-            "tokens": ((self.length,), torch.long),
-            "reward": ((), torch.float32),
-            "kl": ((), torch.float32),
-            **(more or {}),
-        }
+        number: tuple[tuple[int, ...], torch.dtype] = (), torch.float32
+        tokens = (self.length,), torch.long
+        columns: dict[str, Any] = {"tokens": tokens, "reward": number, "kl": number, **more}
         if self.cond_dim:
-            columns["cond"] = ((self.cond_dim,), torch.float32)
-        replay = Replay(*sizes, columns)
-        return replay.to(next(self.denoiser.parameters()).device)
+            columns["cond"] = (self.cond_dim,), torch.float32
+        return Replay(*sizes, columns).to(next(self.denoiser.parameters()).device)
 
     def evaluations(self, num_steps: int | None) -> int:
         """The most network evaluations that a rollout of so many steps takes.
@@ -131,11 +130,9 @@ class SequenceTuning(Referenced):
         Raises:
             ValueError: ``None`` for a denoiser that depends on the level.
         """
-        if num_steps is None:
-            if not self.denoiser.time_free:
-                raise ValueError("a denoiser that depends on the level needs num_steps=K")
-            return self.length
-        return min(num_steps, self.length) if self.denoiser.time_free else num_steps
+        check_steps(self.denoiser, num_steps)
+        steps = self.length if num_steps is None else num_steps
+        return min(steps, self.length) if self.denoiser.time_free else steps
 
     @torch.no_grad()
     def score(self, tokens: Tensor) -> Tensor:
@@ -158,27 +155,25 @@ class ReplayTuning(SequenceTuning):
     share a condition, without it all; with ``drawn_by="reference"`` the reference draws them.
     """
 
-    def __init__(
-        self,
-        denoiser: MaskedDenoiser,
-        reference: MaskedDenoiser | None,
-        reward: Reward,
-        settings: Any,
-    ) -> None:
-        super().__init__(denoiser, reference, reward)
-        self.settings = settings
-        self.evaluations(settings.num_steps)  # refuses what cannot be drawn
+    def prepare(self) -> None:
+        settings = self.settings
+        check_steps(self.denoiser, settings.num_steps)
         sizes = settings.buffer, settings.refresh, settings.refresh_every
         self.replay = self.make_replay(sizes, self.columns())
 
-    def columns(self) -> Mapping[str, tuple[Sequence[int], torch.dtype]]:
+    def columns(self) -> Columns:
         """Further columns of the buffer."""
         return {}
+
+    def kept(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens, rewards and conditions (``None``: it has none) of rows of the buffer."""
+        cond = self.replay["cond"][rows] if self.cond_dim else None
+        return self.replay["tokens"][rows], self.replay["reward"][rows], cond
 
     def after_step(self) -> None:
         self.replay.tick()
 
-    def refill(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def refill(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Replace the oldest sequences when it is time, and say how good those kept are."""
         rows = self.replay.due(training=self.training)
         if rows:
@@ -186,14 +181,12 @@ class ReplayTuning(SequenceTuning):
         return {"reward": self.replay["reward"].mean(), "kl": self.replay["kl"].mean()}
 
     @torch.no_grad()
-    def draw(
-        self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def draw(self, rows: int, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """New rows of the buffer."""
         return self.roll_out(rows, batch, generator)[1]
 
     def roll_out(
-        self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
+        self, rows: int, batch: Batch, generator: torch.Generator
     ) -> tuple[MaskedRollout, dict[str, Tensor]]:
         """Sequences of whoever draws them, and what the buffer keeps of them."""
         by_reference = getattr(self.settings, "drawn_by", "denoiser") == "reference"
@@ -206,14 +199,14 @@ class ReplayTuning(SequenceTuning):
             reference=self.reference,
             cond=shared_cond(batch, rows, group_size),
         )
-        new = {"tokens": rollout.tokens, "reward": self.score(rollout.tokens)}
-        new["kl"] = rollout.path_kl
+        reward = self.score(rollout.tokens)
+        new = {"tokens": rollout.tokens, "reward": reward, "kl": rollout.path_kl}
         if rollout.cond is not None:
             new["cond"] = rollout.cond
         return rollout, new
 
 
-def shared_cond(batch: Mapping[str, Tensor], rows: int, group_size: int) -> Tensor | None:
+def shared_cond(batch: Batch, rows: int, group_size: int) -> Tensor | None:
     """Conditions ``[rows, C]`` of which each group of consecutive rows shares one.
 
     The first conditions of the batch are taken, from the start again if it has too few.

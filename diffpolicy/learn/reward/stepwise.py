@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
+from diffpolicy.learn.method import Batch
 from diffpolicy.learn.reward.replay import remask
 from diffpolicy.learn.reward.sequence_tuning import ReplayMethod, ReplayTuning
 from diffpolicy.settings import check_choice, check_range
@@ -84,15 +84,13 @@ class StepwiseLoss(ReplayTuning):
         ValueError: see :class:`diffpolicy.learn.reward.sequence_tuning.SequenceTuning`.
     """
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
-        settings, replay = self.settings, self.replay
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
+        settings = self.settings
         size, group = len(batch["index"]), settings.group_size
         if size % group:
             raise ValueError(f"group_size={group} must divide the batch of {size} rows")
         kept = self.refill(batch, generator)
-        picked = self._picked(size, generator)
-        tokens, reward = replay["tokens"][picked], replay["reward"][picked]
-        cond = replay["cond"][picked] if self.cond_dim else None
+        tokens, reward, cond = self.kept(self._picked(size, generator))
         gain = self._implicit(tokens, cond, generator)
         loss, best = stepwise_loss(gain, reward.view(-1, group), settings)
         top = gain.detach().gather(1, best.view(-1, 1, 1).expand(-1, 1, gain.shape[-1]))

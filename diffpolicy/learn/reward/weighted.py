@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from diffpolicy.core.masking import hard_one_hot, one_hot
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
-from diffpolicy.learn.reward.replay import effective_fraction, remask, resample, settle
+from diffpolicy.learn.method import Batch
+from diffpolicy.learn.reward.replay import Columns, effective_fraction, remask, resample, settle
 from diffpolicy.learn.reward.rollouts import MAX_STATES, MaskedRollout, state_log_probs
 from diffpolicy.learn.reward.sequence_tuning import ReplayMethod, ReplayTuning
 from diffpolicy.settings import check_choice, check_range
@@ -99,22 +99,18 @@ class WeightedDenoisingLoss(ReplayTuning):
         ValueError: as :class:`diffpolicy.learn.reward.sequence_tuning.SequenceTuning` says.
     """
 
-    def columns(self) -> Mapping[str, tuple[Sequence[int], torch.dtype]]:
+    def columns(self) -> Columns:
         if self.settings.target == "sequence":
             return {"log_weight": ((1,), torch.float32)}
         steps = self.evaluations(self.settings.num_steps)
         groups = ((self.length,), torch.long)
         return {"log_weight": ((steps,), torch.float32), "groups": groups}
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         settings, replay = self.settings, self.replay
         kept = self.refill(batch, generator)
-        weights, power = settle(
-            replay["log_weight"],
-            group_size=settings.group_size,
-            max_weight=settings.max_weight,
-            min_ess=settings.min_ess,
-        )
+        limits = {n: getattr(settings, n) for n in ("group_size", "max_weight", "min_ess")}
+        weights, power = settle(replay["log_weight"], **limits)
         size = len(batch["index"])
         if settings.target == "sequence":
             loss = self._sequences(size, weights[:, 0], generator)
@@ -129,15 +125,12 @@ class WeightedDenoisingLoss(ReplayTuning):
         return LossOutput(loss, metrics)
 
     @torch.no_grad()
-    def draw(
-        self, rows: int, batch: Mapping[str, Tensor], generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def draw(self, rows: int, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """New rows of the buffer, drawn by the present denoiser."""
-        settings = self.settings
         rollout, new = self.roll_out(rows, batch, generator)
-        reward = new["reward"]
-        if settings.target == "sequence":
-            new["log_weight"] = (reward / settings.kl_weight - rollout.log_ratio).unsqueeze(1)
+        reward, alpha = new["reward"], self.settings.kl_weight
+        if self.settings.target == "sequence":
+            new["log_weight"] = (reward / alpha - rollout.log_ratio).unsqueeze(1)
         else:
             new["groups"] = rollout.groups
             new["log_weight"] = self._step_weights(rollout, reward, generator)
@@ -145,12 +138,11 @@ class WeightedDenoisingLoss(ReplayTuning):
 
     def _sequences(self, size: int, weights: Tensor, generator: torch.Generator) -> Tensor:
         """Bounds of the negative log-likelihood of picked sequences, weighted, ``[size]``."""
-        settings, replay = self.settings, self.replay
+        draws = self.settings.remasks
         rows, scale = self._picked(weights, size, generator)
-        masked, t, bound = remask(self.denoiser, size, settings.remasks, generator)
-        many = rows.repeat_interleave(settings.remasks)
-        cond = replay["cond"][many] if self.cond_dim else None
-        error = masked_cross_entropy(self.denoiser, replay["tokens"][many], t, masked, cond=cond)
+        masked, t, bound = remask(self.denoiser, size, draws, generator)
+        tokens, _, cond = self.kept(rows.repeat_interleave(draws))
+        error = masked_cross_entropy(self.denoiser, tokens, t, masked, cond=cond)
         return scale * (bound * error).view(size, -1).mean(1)
 
     def _steps(self, size: int, weights: Tensor, generator: torch.Generator) -> Tensor:
@@ -159,8 +151,7 @@ class WeightedDenoisingLoss(ReplayTuning):
         count = weights.shape[1]
         entries, scale = self._picked(weights.flatten(), size * settings.remasks, generator)
         rows, steps = entries // count, (entries % count).unsqueeze(1)
-        tokens, groups = replay["tokens"][rows], replay["groups"][rows]
-        cond = replay["cond"][rows] if self.cond_dim else None
+        (tokens, _, cond), groups = self.kept(rows), replay["groups"][rows]
         state = torch.where(groups >= steps, self.denoiser.mask_id, tokens)
         t = (1 - steps / count).unsqueeze(-1)
         log_p = self.denoiser.log_probs(state, t, cond).gather(-1, tokens.unsqueeze(-1))
@@ -189,9 +180,8 @@ class WeightedDenoisingLoss(ReplayTuning):
         empty = torch.zeros_like(weight)
         if settings.anchored:
             assert rollout.log_reference is not None
-            weight = weight + empty.scatter_add(
-                1, rollout.groups, rollout.log_reference - rollout.log_p
-            )
+            ratio = rollout.log_reference - rollout.log_p
+            weight = weight + empty.scatter_add(1, rollout.groups, ratio)
         weight = weight.masked_fill(empty.scatter_add(1, rollout.groups, ones) == 0, -math.inf)
         missing = self.replay["log_weight"].shape[1] - rollout.nfe
         return torch.nn.functional.pad(weight, (0, missing), value=-math.inf)
@@ -200,10 +190,9 @@ class WeightedDenoisingLoss(ReplayTuning):
         """``v`` of the states of all evaluations, ``[B, K]``."""
         vocab_size = self.denoiser.vocab_size
         every = (rollout.states(), state_log_probs(self.reference, rollout))
+        parts = (torch.split(v.flatten(0, 1), MAX_STATES) for v in every)
         values = []
-        for state, log_p in zip(
-            *(torch.split(v.flatten(0, 1), MAX_STATES) for v in every), strict=True
-        ):
+        for state, log_p in zip(*parts, strict=True):
             guess = self._guess(log_p, generator)
             known = one_hot(state, vocab_size).to(guess)
             values.append(self.score_soft(known[..., :-1] + known[..., -1:] * guess))

@@ -19,6 +19,7 @@ from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.statistics import RunningStatistics
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.cloning.denoising import LossOutput
+from diffpolicy.learn.method import Batch
 from diffpolicy.networks.critics import QEnsemble
 from diffpolicy.settings import check_choice, check_range, settings_of
 from diffpolicy.training.saved import Saved, part_of
@@ -185,15 +186,6 @@ class PreferenceLearning:
         check_range("[1, inf)", windows=self.windows)
         check_range("[0, 0.5]", val_fraction=self.val_fraction)
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> PreferenceLearning:
-        """From JSON values.
-
-        Raises:
-            ValueError: unknown entries or values out of range.
-        """
-        return settings_of(cls, config, "preference learning")
-
     def split(
         self, preferences: PreferenceSet, seed: int
     ) -> tuple[PreferenceSet, PreferenceSet | None]:
@@ -206,15 +198,9 @@ class PreferenceLearning:
         self, preferences: PreferenceSet, normalizer: Normalizer, members: int, seed: int
     ) -> BootstrapPairs:
         """The pairs as examples for an ensemble."""
-        pairs = PairExamples(
-            preferences,
-            horizon=1,
-            n_obs_steps=1,
-            n_action_steps=1,
-            normalizer=normalizer,
-            windows=self.windows,
-            ties=self.ties,
-        )
+        single = dict.fromkeys(("horizon", "n_obs_steps", "n_action_steps"), 1)
+        how: dict[str, Any] = {"windows": self.windows, "ties": self.ties, **single}
+        pairs = PairExamples(preferences, normalizer=normalizer, **how)
         return BootstrapPairs(pairs, members if self.bootstrap else 0, seed)
 
 
@@ -277,10 +263,8 @@ def read_rows(
 ) -> tuple[Tensor, Tensor]:
     """Observations and actions of ascending rows, float32 in the data's units."""
     first, last = int(rows[0]), int(rows[-1]) + 1
-    obs, action = (
-        torch.from_numpy(store.read(name, first, last)[rows - first].astype(np.float32)).to(device)
-        for name in ("obs", "action")
-    )
+    found = (store.read(name, first, last)[rows - first] for name in ("obs", "action"))
+    obs, action = (torch.from_numpy(part.astype(np.float32)).to(device) for part in found)
     return obs, action
 
 
@@ -313,7 +297,7 @@ class PlanValueLoss(nn.Module):
         super().__init__()
         self.network, self.n_obs_steps = network, n_obs_steps
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> LossOutput:
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         now = self.n_obs_steps - 1
         values = self.network(batch["obs"].flatten(1), batch["action"][:, now:])
         error = values - batch[TARGET][:, now]

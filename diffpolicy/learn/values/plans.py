@@ -14,31 +14,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self, Unpack
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import diffpolicy.learn.values.learning as judging
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.returns import with_fields
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows, split_episodes
-from diffpolicy.learn.values.learning import (
-    TARGET,
-    LearnedJudge,
-    PlanValueLoss,
-    ensemble_of,
-    mean_of_next,
-    pessimistic,
-)
+from diffpolicy.learn.values.learning import LearnedJudge, PlanValueLoss
 from diffpolicy.learn.values.reward import RewardModel
 from diffpolicy.networks.base import described
 from diffpolicy.networks.critics import QEnsemble
 from diffpolicy.settings import check_range, settings_of
 from diffpolicy.training.process import seeded
 from diffpolicy.training.settings import TrainerConfig
+from diffpolicy.training.trainer import Running
 
 
 @dataclass(frozen=True)
@@ -85,14 +79,7 @@ class PlanValueSpec:
         Raises:
             ValueError: a size out of range.
         """
-        return ensemble_of(self, self.n_obs_steps * self.obs_dim, self.n_action_steps)
-
-
-class StepRewards(Protocol):
-    """What says of every step of a store what it was worth, such as a :class:`RewardModel`."""
-
-    def rewards(self, store: EpisodeStore) -> NDArray[np.float32]:
-        """The rewards ``[T]``."""
+        return judging.ensemble_of(self, self.n_obs_steps * self.obs_dim, self.n_action_steps)
 
 
 class PlanValue(LearnedJudge):
@@ -128,11 +115,10 @@ class PlanValue(LearnedJudge):
 
     def __repr__(self) -> str:
         spec = self.spec
-        what = (
-            f"obs {spec.obs_dim} x {spec.n_obs_steps}, {spec.n_action_steps} actions of "
-            f"{spec.action_dim}; rewards of {spec.lookahead} steps, {spec.members} members"
-        )
-        return described(self, what, self.network)
+        seen = f"obs {spec.obs_dim} x {spec.n_obs_steps}"
+        plan = f"{spec.n_action_steps} actions of {spec.action_dim}"
+        made = f"rewards of {spec.lookahead} steps, {spec.members} members"
+        return described(self, f"{seen}, {plan}; {made}", self.network)
 
     @classmethod
     def for_reward(cls, reward: RewardModel, *, seed: int = 0, **spec: Any) -> Self:
@@ -161,6 +147,10 @@ class PlanValue(LearnedJudge):
         Raises:
             ValueError: settings that are unknown or out of range.
         """
+        if policy.spec.actions:
+            raise ValueError(
+                "values are of actions as data hold them: no policy with action groups"
+            )
         names = ("obs_dim", "action_dim", "n_obs_steps", "n_action_steps")
         sizes = {name: getattr(policy, name) for name in names}
         return cls._untrained(policy, {**sizes, **spec}, seed)
@@ -175,21 +165,21 @@ class PlanValue(LearnedJudge):
 
     def learn(
         self,
-        reward: StepRewards | None,
+        reward: Any,
         store: EpisodeStore,
         config: TrainerConfig,
         run_dir: str | os.PathLike[str],
         *,
         val_fraction: float = 0.1,
-        resume: bool = False,
-        overwrite: bool = False,
+        **run: Unpack[Running],
     ) -> Self:
         """Learn what followed in a store, by given rewards or by the store's own.
 
         Any episodes will do, judged or not; those of the policy that is to be tuned tell most.
 
         Args:
-            reward: says what each step is worth: a reward model, or an environment's
+            reward: says what each step is worth by ``rewards(store) -> [T]``: a reward model, or an
+                environment's
                 :class:`~diffpolicy.rollout.record.steps.DenseReward`; ``None``: the field
                 ``reward`` of the store.
             store: the episodes.
@@ -197,8 +187,8 @@ class PlanValue(LearnedJudge):
             run_dir: where metrics and checkpoints go; with held-out episodes ``metrics.csv`` has
                 ``val_loss``.
             val_fraction: share of the episodes held out.
-            resume: continue the run in ``run_dir``.
-            overwrite: replace it.
+            **run: ``resume`` and ``overwrite`` of
+                :class:`~diffpolicy.training.trainer.Trainer`.
 
         Returns:
             self, with the averaged (EMA) weights.
@@ -207,45 +197,30 @@ class PlanValue(LearnedJudge):
             ValueError: a store that does not fit, or settings out of range.
         """
         parts = split_episodes(store.num_episodes, val_fraction, config.seed)
-        sources = [self._windows(reward, store, p) if len(p) else None for p in parts]
-        assert sources[0] is not None
-        return self._fit(
-            PlanValueLoss(self.network, self.spec.n_obs_steps),
-            sources[0],
-            config,
-            run_dir,
-            val_source=sources[1],
-            resume=resume,
-            overwrite=overwrite,
-        )
+        run["val_source"] = self._windows(reward, store, parts[1]) if len(parts[1]) else None
+        loss = PlanValueLoss(self.network, self.spec.n_obs_steps)
+        return self._fit(loss, self._windows(reward, store, parts[0]), config, run_dir, **run)
 
-    def _windows(
-        self,
-        reward: StepRewards | None,
-        store: EpisodeStore,
-        episodes: Sequence[int] | NDArray[np.int64],
-    ) -> Windows:
+    def _windows(self, reward: Any, store: EpisodeStore, episodes: Any) -> Windows:
         spec = self.spec
         if reward is None:
             earned = store.read("reward", 0, store.num_steps).reshape(-1)
         else:
             earned = reward.rewards(store)
-        target = mean_of_next(earned, store, spec.lookahead, spec.discount)
+        target = judging.mean_of_next(earned, store, spec.lookahead, spec.discount)
+        sizes = {name: getattr(spec, name) for name in ("n_obs_steps", "n_action_steps")}
         return Windows(
-            with_fields(store, {TARGET: target}),
+            with_fields(store, {judging.TARGET: target}),
             horizon=spec.n_obs_steps - 1 + spec.n_action_steps,
-            n_obs_steps=spec.n_obs_steps,
-            n_action_steps=spec.n_action_steps,
+            **sizes,
             normalizer=self.normalizer.to("cpu"),
             episodes=episodes,
-            fields=("obs", "action", TARGET),
+            fields=("obs", "action", judging.TARGET),
             pad_after=0,  # plans that were carried out to their end
         )
 
     @torch.no_grad()
-    def report(
-        self, reward: StepRewards | None, store: EpisodeStore, episodes: Sequence[int]
-    ) -> dict[str, float]:
+    def report(self, reward: Any, store: EpisodeStore, episodes: Sequence[int]) -> dict[str, float]:
         """How well the values foretell what followed in episodes, and whether plans matter in it.
 
         Args:
@@ -261,7 +236,7 @@ class PlanValue(LearnedJudge):
         """
         windows = self._windows(reward, store, episodes)
         batch = windows.gather(torch.arange(len(windows)))
-        wanted = batch[TARGET][:, self.spec.n_obs_steps - 1]
+        wanted = batch[judging.TARGET][:, self.spec.n_obs_steps - 1]
         other = torch.randperm(len(wanted), generator=torch.Generator().manual_seed(0))
         cond, plan = batch["obs"].flatten(1).to(self.device), batch["action"]
         plan = plan[:, self.spec.n_obs_steps - 1 :].to(self.device)
@@ -287,14 +262,12 @@ class PlanValue(LearnedJudge):
         spec, seen = self.spec, obs.shape[1]
         now = seen - 1
         if seen < spec.n_obs_steps or action.shape[1] < now + spec.n_action_steps:
-            raise ValueError(
-                f"this value needs {spec.n_obs_steps} observations and {spec.n_action_steps} "
-                f"actions from the current step on, position {now} of plans; got "
-                f"{list(obs.shape)} and {list(action.shape)}"
-            )
+            needs = f"{spec.n_action_steps} actions from the current step ({now}) on"
+            shapes = f"{list(obs.shape)} and {list(action.shape)}"
+            raise ValueError(f"needs {spec.n_obs_steps} observations, {needs}; got {shapes}")
         cond = self.normalizer.normalize("obs", obs[:, seen - spec.n_obs_steps :]).flatten(1)
         plan = self.normalizer.normalize("action", action[:, now : now + spec.n_action_steps])
-        return pessimistic(self.network(cond, plan), self.pessimism)
+        return judging.pessimistic(self.network(cond, plan), self.pessimism)
 
     def ranking(
         self, normalizer: Normalizer

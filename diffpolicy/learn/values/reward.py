@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 import torch
@@ -13,27 +13,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+import diffpolicy.learn.values.learning as judging
 from diffpolicy.data.fields import FieldSpec, check_vector
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.preferences.records import Pair
 from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.preferences.bradley_terry import BradleyTerryLoss
-from diffpolicy.learn.values.learning import (
-    LearnedJudge,
-    PreferenceLearning,
-    RewardSpec,
-    fit_normalizer,
-    judged_episodes,
-    pessimistic,
-    read_rows,
-    rows_of_episodes,
-)
+from diffpolicy.learn.values.learning import LearnedJudge, PreferenceLearning, RewardSpec
 from diffpolicy.networks.base import described
 from diffpolicy.networks.critics import QEnsemble
 from diffpolicy.settings import check_shape, settings_of
 from diffpolicy.training.process import seeded
 from diffpolicy.training.settings import TrainerConfig
+from diffpolicy.training.trainer import Running
 
 ROWS = 16_384  # steps judged at once: bounds memory
 MOST_ROWS = 65_536  # steps that the scale of the rewards is measured on
@@ -117,7 +110,8 @@ class RewardModel(LearnedJudge):
             check_vector(name, shape, store.name)
             sizes[f"{name}_dim"] = shape[0]
         full = settings_of(RewardSpec, {**(spec or {}), **sizes}, cls.WHAT)
-        normalizer = fit_normalizer(store, judged_episodes(preferences), full.normalize)
+        episodes = judging.judged_episodes(preferences)
+        normalizer = judging.fit_normalizer(store, episodes, full.normalize)
         return cls(full, normalizer, seeded(seed, full.make_network), device=device)
 
     # ---------------------------------------------------------------- learning
@@ -129,8 +123,7 @@ class RewardModel(LearnedJudge):
         run_dir: str | os.PathLike[str],
         *,
         learning: PreferenceLearning | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
+        **run: Unpack[Running],
     ) -> Self:
         """Train on the pairs (and rankings) of a preference set.
 
@@ -139,8 +132,8 @@ class RewardModel(LearnedJudge):
             config: of the trainer. A few hundred steps are enough for a thousand pairs.
             run_dir: where metrics and checkpoints go.
             learning: settings beside the trainer's.
-            resume: continue the run in ``run_dir`` exactly where it stopped.
-            overwrite: replace it.
+            **run: ``resume`` and ``overwrite`` of
+                :class:`~diffpolicy.training.trainer.Trainer`.
 
         Returns:
             self, with the averaged (EMA) weights, or the best ones where episodes are held out.
@@ -150,8 +143,8 @@ class RewardModel(LearnedJudge):
         """
         learning = PreferenceLearning() if learning is None else learning
         train, held_out = learning.split(preferences, config.seed)
-        rows = rows_of_episodes(train.store, judged_episodes(train))
-        judged = read_rows(train.store, rows[:: -(-len(rows) // MOST_ROWS)], self.device)
+        rows = judging.rows_of_episodes(train.store, judging.judged_episodes(train))
+        judged = judging.read_rows(train.store, rows[:: -(-len(rows) // MOST_ROWS)], self.device)
 
         def evaluate(folder: Path, step: int) -> Mapping[str, float]:
             assert held_out is not None
@@ -160,16 +153,9 @@ class RewardModel(LearnedJudge):
 
         source = learning.examples(train, self.normalizer.to("cpu"), self.spec.members, config.seed)
         self._judged = judged
-        self._fit(
-            BradleyTerryLoss(self.network, label_smoothing=learning.label_smoothing),
-            source,
-            config,
-            run_dir,
-            about={"learning": learning},
-            evaluate=None if held_out is None else evaluate,
-            resume=resume,
-            overwrite=overwrite,
-        )
+        loss = BradleyTerryLoss(self.network, label_smoothing=learning.label_smoothing)
+        run["evaluate"] = None if held_out is None else evaluate
+        self._fit(loss, source, config, run_dir, about={"learning": learning}, **run)
         if held_out is not None:
             self._take(type(self).from_pretrained(run_dir, device=self.device)._weights())
         return self
@@ -208,20 +194,17 @@ class RewardModel(LearnedJudge):
             ValueError: shapes that do not fit.
         """
         if obs.shape[:-1] != action.shape[:-1]:
-            raise ValueError(
-                "obs [..., O] and action [..., A] must agree but for the last dimension; got "
-                f"{list(obs.shape)} and {list(action.shape)}"
-            )
+            shapes = f"{list(obs.shape)} and {list(action.shape)}"
+            raise ValueError(f"obs and action must agree but for the last dimension; got {shapes}")
         shift, scale = self.standard.unsqueeze(-1)
         out: Tensor = (self.network(*self._normalised(obs, action)) - shift) / scale
         return out.view(-1, *obs.shape[:-1])
 
     def _normalised(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """What the network takes: ``[N, O]`` and ``[N, 1, A]``."""
-        return (
-            self.normalizer.normalize("obs", obs).reshape(-1, self.spec.obs_dim),
-            self.normalizer.normalize("action", action).reshape(-1, 1, self.spec.action_dim),
-        )
+        seen = self.normalizer.normalize("obs", obs).reshape(-1, self.spec.obs_dim)
+        done = self.normalizer.normalize("action", action)
+        return seen, done.reshape(-1, 1, self.spec.action_dim)
 
     def reward(self, obs: Any, action: Any, *, pessimism: float = 0.0) -> Any:
         """The reward of taking actions in observations.
@@ -238,20 +221,19 @@ class RewardModel(LearnedJudge):
             ValueError: shapes that do not fit.
         """
         if isinstance(obs, Tensor):
-            return pessimistic(self.member_rewards(obs, action), pessimism)
-        given = (
-            torch.as_tensor(np.asarray(v, np.float32), device=self.device) for v in (obs, action)
-        )
+            return judging.pessimistic(self.member_rewards(obs, action), pessimism)
+        arrays = (np.asarray(v, np.float32) for v in (obs, action))
+        given = (torch.as_tensor(array, device=self.device) for array in arrays)
         with torch.no_grad():
-            return pessimistic(self.member_rewards(*given), pessimism).cpu().numpy()
+            return judging.pessimistic(self.member_rewards(*given), pessimism).cpu().numpy()
 
     def rewards(self, store: EpisodeStore, *, pessimism: float = 0.0) -> NDArray[np.float32]:
         """The reward of every step of a store, ``[T]``."""
-        blocks = [(i, min(i + ROWS, store.num_steps)) for i in range(0, store.num_steps, ROWS)]
-        found = [
-            self.reward(store.read("obs", a, b), store.read("action", a, b), pessimism=pessimism)
-            for a, b in blocks
-        ]
+        found = []
+        for a in range(0, store.num_steps, ROWS):
+            rows = a, min(a + ROWS, store.num_steps)
+            seen = store.read("obs", *rows), store.read("action", *rows)
+            found.append(self.reward(*seen, pessimism=pessimism))
         return np.concatenate(found)
 
     def relabel(
@@ -320,7 +302,9 @@ class RewardModel(LearnedJudge):
         rows, place = np.unique(np.concatenate(every), return_inverse=True)
         with torch.no_grad():
             parts = [
-                self.member_rewards(*read_rows(preferences.store, part, self.device)).double()
+                self.member_rewards(
+                    *judging.read_rows(preferences.store, part, self.device)
+                ).double()
                 for part in np.split(rows, range(ROWS, len(rows), ROWS))
             ]
         of_steps = torch.cat(parts, 1).cpu()[:, torch.from_numpy(place)]

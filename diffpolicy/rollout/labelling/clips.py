@@ -8,14 +8,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from diffpolicy.data.observation import Obs, concat, count, take
+from diffpolicy.data.observation import Obs, concat, count, obs_fields, take
 from diffpolicy.data.preferences.records import Segment, Span
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.rollout.env_spec import EnvSpec, stored_env_id
 from diffpolicy.rollout.pool.slots import EnvSlot
 from diffpolicy.rollout.record.steps import difference, read_obs
 from diffpolicy.rollout.results import EpisodeVideo
-from diffpolicy.rollout.video import GREEN, GREY, RED, framed, write_mp4
+from diffpolicy.rollout.video import GREEN, GREY, RED, beside, framed, images_of, shows, write_mp4
 from diffpolicy.settings import check_range
 
 
@@ -26,7 +26,7 @@ class ClipError(ValueError):
 class ClipRenderer:
     """Draws the steps of segments, one frame per step.
 
-    Three ways, the first that applies:
+    Four ways, the first that applies:
 
     1. frames in the store: field ``img``, ``[T, height, width, 3]`` or ``[T, 3, height, width]``
        uint8;
@@ -36,7 +36,8 @@ class ClipRenderer:
        number by number, so a picture is never one of another episode;
     3. an environment with a method ``show_observation(obs [O])`` (found by
        ``env.get_wrapper_attr``) that puts it into the state of an observation. A person's recorded
-       demonstrations have no seed and need this.
+       demonstrations have no seed and need this;
+    4. without an environment, the images that were observed, side by side.
 
     The environment runs in this process. Use the renderer as a context manager, or call
     :meth:`close`.
@@ -49,7 +50,7 @@ class ClipRenderer:
         after: likewise, after it.
 
     Raises:
-        ClipError: the store has neither frames nor an environment.
+        ClipError: the store has neither frames nor images nor an environment.
         ValueError: a number out of range.
     """
 
@@ -66,14 +67,17 @@ class ClipRenderer:
         check_range("[0, inf)", before=before, after=after)
         self.store, self._side, self._margin = store, side, (before, after)
         self._ends, self._lengths = store.episode_ends, store.episode_lengths
-        self.stored = _is_pictures(store)
         spec = _environment(store) if env is None else env
+        self.stored = _pictures(store, ["img"]) or (
+            _pictures(store, obs_fields(store)) if spec is None else []
+        )
         self._slot = None if spec is None else EnvSlot(spec, side)
         if not self.stored and self._slot is None:
             raise ClipError(
                 f"{store.name} cannot be shown: it has neither frames (a field img, "
-                "[T, height, width, 3] uint8) nor says its environment (attribute env_id). Give "
-                "the environment: with a seed per episode its actions are repeated, else it needs "
+                "[T, height, width, 3] uint8), nor images among its observations, nor says its "
+                "environment (attribute env_id). Give the environment: with a seed per episode its "
+                "actions are repeated, else it needs "
                 "a method show_observation(obs)"
             )
 
@@ -112,16 +116,18 @@ class ClipRenderer:
     def _span(self, span: Span) -> np.ndarray:
         start, stop = span.start, span.start + span.length
         if self.stored:
-            pictures = self.store.read("img", *self._place(span.episode, start, stop))
-            whole = pictures if pictures.shape[-1] == 3 else np.moveaxis(pictures, 1, -1)
-            step = -(-max(whole.shape[1:3]) // self._side)
+            rows = self._place(span.episode, start, stop)
+            images = {name: self.store.read(name, *rows) for name in self.stored}
+            steps = [images_of(take(images, i)) for i in range(count(images))]
+            whole = np.stack([beside(None, *pictures) for pictures in steps])
+            step = -(-max(whole.shape[1], whole.shape[2] // len(images)) // self._side)
             return np.ascontiguousarray(whole[:, ::step, ::step])
         assert self._slot is not None
         try:
             if "seed" in self.store.episode_attrs[span.episode]:
                 return np.stack(self._replayed(self._slot, span))
-            seen = read_obs(self.store, *self._place(span.episode, start, stop))
-            return np.stack(self._shown(self._slot, seen))
+            known = read_obs(self.store, *self._place(span.episode, start, stop))
+            return np.stack(self._shown(self._slot, known))
         except Exception:
             self.close()  # the next span is drawn by a new environment
             raise
@@ -184,11 +190,10 @@ def _environment(store: EpisodeStore) -> EnvSpec | None:
     return EnvSpec(name, kwargs, store.attrs.get("max_episode_steps"))
 
 
-def _is_pictures(store: EpisodeStore) -> bool:
-    spec = store.fields.get("img")
-    return (
-        spec is not None and spec.dtype == "uint8" and len(spec.shape) == 3 and 3 in spec.shape[::2]
-    )
+def _pictures(store: EpisodeStore, names: Sequence[str]) -> list[str]:
+    """Those of some fields that the store has as images."""
+    specs = {name: store.fields[name] for name in names if name in store.fields}
+    return [name for name, spec in specs.items() if shows(spec.shape, spec.dtype)]
 
 
 def side_by_side(

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from diffpolicy.data.observation import ObsFields
 from diffpolicy.rollout.env_spec import EnvSpec
 from diffpolicy.rollout.pool import wire
+from diffpolicy.rollout.pool.shared import Progress, Room, image_rooms, memory_file
 
 # The child gets our import path, so that it finds whatever registers the environment.
 _BOOTSTRAP = (
@@ -37,32 +36,6 @@ _CHILD_ENV = {
 }
 
 
-class Progress:
-    """Which of its rows a process is at and since when, in memory that both sides see.
-
-    A process answers for all rows of a command at once, so this alone tells which of them hangs,
-    or was the last before it died. It costs no message.
-
-    Args:
-        file: descriptor of a file of at least :attr:`SIZE` bytes.
-    """
-
-    _LAYOUT = struct.Struct("=qd")
-    SIZE = _LAYOUT.size
-
-    def __init__(self, file: int) -> None:
-        self._memory = mmap.mmap(file, self.SIZE)
-
-    def at(self, place: int) -> None:
-        """Note that the row at ``place`` of the command is worked on from now on."""
-        self._LAYOUT.pack_into(self._memory, 0, place, time.monotonic())
-
-    def read(self) -> tuple[int, float]:
-        """The place, and since when (``time.monotonic()``, which processes share)."""
-        place, since = self._LAYOUT.unpack_from(self._memory)
-        return int(place), float(since)
-
-
 class WorkerProcess:
     """A worker process and what it still owes us.
 
@@ -78,6 +51,8 @@ class WorkerProcess:
         pending: rows of the command that is not answered yet, in order.
         greeted: whether the process has said that its environment could be made.
         gone: why there is no process any more; empty while there is one.
+        rooms: where the images of its rows come, see :func:`image_rooms`; empty until it has
+            started.
     """
 
     def __init__(
@@ -85,30 +60,31 @@ class WorkerProcess:
     ) -> None:
         self.rows = tuple(rows)
         self.pending: tuple[int, ...] = ()
+        self.rooms: dict[int, tuple[Room, Room] | None] = {}
         self.greeted = False
         self.gone = self._how = ""
         self._asked, self._limit = time.monotonic(), start_timeout
         self.sock, theirs = socket.socketpair()
+        self._file = memory_file()
         try:
-            with tempfile.TemporaryFile(buffering=0) as shared:
-                shared.write(bytes(Progress.SIZE))  # not a hole, which a full disk could not fill
-                self._progress = Progress(shared.fileno())
-                self.proc = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-c",
-                        _BOOTSTRAP,
-                        str(theirs.fileno()),
-                        json.dumps([str(entry) for entry in sys.path]),
-                        str(shared.fileno()),
-                    ],
-                    stdin=subprocess.PIPE,  # never written to: its end tells that we are gone
-                    pass_fds=(theirs.fileno(), shared.fileno()),
-                    env={**os.environ, **_CHILD_ENV, **_headless()},
-                    start_new_session=True,
-                )
+            self._progress = Progress(self._file)
+            self.proc = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    _BOOTSTRAP,
+                    str(theirs.fileno()),
+                    json.dumps([str(entry) for entry in sys.path]),
+                    str(self._file),
+                ],
+                stdin=subprocess.PIPE,  # never written to: its end tells that we are gone
+                pass_fds=(theirs.fileno(), self._file),
+                env={**os.environ, **_CHILD_ENV, **_headless()},
+                start_new_session=True,
+            )
         except BaseException:
             self.sock.close()
+            os.close(self._file)
             raise
         finally:
             theirs.close()
@@ -157,8 +133,9 @@ class WorkerProcess:
         self.sock.settimeout(timeout)
         wire.send(self.sock, {"do": name, "rows": list(rows), "values": plain}, arrays)
 
-    def greet(self, timeout: float) -> None:
-        """Note that it has started; a command that waited for that begins now."""
+    def greet(self, timeout: float, fields: ObsFields) -> None:
+        """Note that it has started, and what it observes; a command that waited begins now."""
+        self.rooms = image_rooms(self._file, fields, self.rows)
         self.greeted = True
         self._begin(timeout)
 
@@ -175,6 +152,7 @@ class WorkerProcess:
             return self._how
         ended_itself = self._wait(grace)
         self.sock.close()
+        os.close(self._file)
         with contextlib.suppress(OSError):  # the group is empty: nothing was left behind
             os.killpg(self.proc.pid, signal.SIGKILL)
         if not ended_itself:

@@ -18,6 +18,7 @@ from gymnasium import spaces
 
 from diffpolicy.data.observation import Obs, ObsFields, from_fields, to_fields
 from diffpolicy.rollout.env_spec import EnvSpec, action_ends, obs_fields
+from diffpolicy.rollout.pool.shared import Room
 from diffpolicy.rollout.pool.values import (
     as_flag,
     as_observation,
@@ -40,7 +41,8 @@ class Outcome(NamedTuple):
     """What came of a reset or a step of one environment.
 
     Attributes:
-        obs: ``[O]`` float32, or as the environment's fields say.
+        obs: ``[O]`` float32, or as the environment's fields say. Images of a worker process lie in
+            memory that it shares: they stay until the row's next command but one, unless copied.
         reward: 0 for a reset.
         terminated: Gymnasium's.
         truncated: Gymnasium's.
@@ -97,20 +99,31 @@ Result = Outcome | Failure | None
 """What a row answers; None: nothing but that it is done."""
 
 
-def to_flat(result: Result) -> dict[str, Any]:
-    """A result as values and arrays by name, for a message; :func:`from_flat` undoes it."""
+def to_flat(result: Result, rooms: tuple[Room, Room] | None = None) -> dict[str, Any]:
+    """A result as values and arrays by name, for a message; :func:`from_flat` undoes it.
+
+    What lies in one of the ``rooms``, which the other side sees as well, is left out: ``room``
+    says in which.
+    """
     flat = {} if result is None else result._asdict()
     if isinstance(result, Outcome):
         del flat["obs"]
-        flat |= to_fields(result.obs)
+        seen = to_fields(result.obs)
+        if rooms is not None:
+            name = next(iter(rooms[0]))
+            flat["room"] = int(seen[name] is rooms[1][name])
+            seen = {name: array for name, array in seen.items() if name not in rooms[0]}
+        flat |= seen
     return flat
 
 
-def from_flat(flat: Mapping[str, Any]) -> Result:
+def from_flat(flat: dict[str, Any], rooms: tuple[Room, Room] | None = None) -> Result:
     """The result that :func:`to_flat` made values of."""
     if "kind" in flat:
         return Failure(**flat)
     own = {name: value for name, value in flat.items() if name in Outcome._fields}
+    if rooms is not None and flat:
+        flat |= rooms[flat["room"]]
     return Outcome(**{**own, "obs": from_fields(flat)}) if flat else None
 
 
@@ -150,6 +163,9 @@ class EnvSlot:
         spec: the environment.
         frame_side: longest side of the frames that may be asked for; 0: there will be none. Larger
             pictures are shrunk here, so that they need not travel.
+
+    Attributes:
+        rooms: where images that are observed are put, in turn; None: in memory of their own.
     """
 
     def __init__(self, spec: EnvSpec, frame_side: int = 0) -> None:
@@ -158,6 +174,8 @@ class EnvSlot:
         self._side = frame_side
         self._env: gym.Env[Any, Any] | None = None
         self._fields: ObsFields = {}
+        self.rooms: tuple[Room, Room] | None = None
+        self._turn = 0
         self._note = ""
         self._done = True
         self._seed = 0
@@ -184,7 +202,7 @@ class EnvSlot:
         self._fields = obs_fields(self.env.observation_space)
         self._done, self._seed, self._expert = False, seed, None
         picture, note = self.render() if frame is True else (None, "")
-        seen = as_observation(obs, self._fields)
+        seen = self._seen(obs)
         return Outcome(seen, 0.0, False, False, as_success(info), picture, note)
 
     def step(self, action: np.ndarray, frame: Drawn = False) -> Outcome:
@@ -202,7 +220,7 @@ class EnvSlot:
         value = as_reward(reward)
         wanted = self._done if frame == "end" else frame
         picture, note = self.render() if wanted else (None, "")
-        seen = as_observation(obs, self._fields)
+        seen = self._seen(obs)
         return Outcome(seen, value, *ended, as_success(info), picture, note)
 
     def expert_step(self, noise: float, frame: Drawn = False) -> Outcome:
@@ -220,6 +238,12 @@ class EnvSlot:
             self._expert = _Expert(self.env, self._seed)
         clean, executed = self._expert.choose(noise)
         return self.step(executed, frame)._replace(action=clean.astype(np.float32))
+
+    def _seen(self, obs: Any) -> Obs:
+        if self.rooms is None:
+            return as_observation(obs, self._fields)
+        self._turn = 1 - self._turn
+        return as_observation(obs, self._fields, self.rooms[self._turn])
 
     def render(self) -> tuple[np.ndarray | None, str]:
         """A picture ``[height, width, 3]`` uint8, or None and why not."""

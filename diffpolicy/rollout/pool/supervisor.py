@@ -221,8 +221,8 @@ class Supervisor:
         if not process.greeted:
             return self._greet(process, values, arrays)
         rows, process.pending = process.pending, ()
-        answers = map(from_flat, wire.unpack_rows((values, arrays)))
-        found = list(zip(rows, answers, strict=True))
+        answers = zip(rows, wire.unpack_rows((values, arrays)), strict=True)
+        found = [(row, from_flat(flat, process.rooms[row])) for row, flat in answers]
         self.live -= {row for row, result in found if isinstance(result, Failure)}
         return found
 
@@ -234,11 +234,11 @@ class Supervisor:
             if not self._started:
                 raise EnvSpecError(values["fatal"])
             return self._fail(process, "raised", values["fatal"])
-        process.greet(self._workers.timeout)
-        self._started = True
-        self._failed_starts[index] = 0
         fields = {name: ObsField(**field) for name, field in values["obs"].items()}
         own = {"spec": self._spec, "obs": from_fields(fields)}
+        process.greet(self._workers.timeout, own["obs"])
+        self._started = True
+        self._failed_starts[index] = 0
         self.info = EnvInfo(**{**values, **arrays, **own})
         return []
 

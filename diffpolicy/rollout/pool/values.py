@@ -68,28 +68,38 @@ def as_flag(value: Any, name: str) -> bool:
     return bool(number)
 
 
-def as_observation(value: Any, fields: ObsFields) -> Obs:
+def as_observation(
+    value: Any, fields: ObsFields, room: Mapping[str, np.ndarray] | None = None
+) -> Obs:
     """An observation in memory of its own, each array in the type that its field says.
 
     Axes of length one do not matter.
 
+    Args:
+        value: what the environment returned.
+        fields: what it is made of.
+        room: where arrays are to be put, by the names that they have in stores; new memory for
+            the others.
+
     Raises:
         ValueError: an entry is missing or has another shape, or numbers are not finite.
     """
+    room = room or {}
     if isinstance(fields, ObsField):
-        return _as_array(value, fields, "an observation")
+        return _as_array(value, fields, "an observation", room.get("obs"))
     if not isinstance(value, Mapping) or not fields.keys() <= value.keys():
         got = sorted(value) if isinstance(value, Mapping) else type(value).__name__
         raise ValueError(f"the environment returned {got}, not observations {sorted(fields)}")
     return {
-        name: _as_array(value[name], field, f"an observation {name!r}")
+        name: _as_array(value[name], field, f"an observation {name!r}", room.get(f"obs.{name}"))
         for name, field in fields.items()
     }
 
 
-def _as_array(value: Any, field: ObsField, what: str) -> np.ndarray:
+def _as_array(value: Any, field: ObsField, what: str, place: np.ndarray | None) -> np.ndarray:
+    make = np.array if place is None else np.asarray  # environments may reuse their own buffer
     try:
-        array = np.array(value, field.dtype)  # some environments go on writing to their own buffer
+        array = make(value, field.dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the environment returned {what} that is no array of numbers: {error}"
@@ -103,7 +113,10 @@ def _as_array(value: Any, field: ObsField, what: str) -> np.ndarray:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = np.flatnonzero(~np.isfinite(array)).tolist()
         raise ValueError(f"the environment returned {what} that is not finite at {bad}")
-    return array
+    if place is None:
+        return array
+    place[...] = array
+    return place
 
 
 def as_success(info: dict[str, Any]) -> bool | None:

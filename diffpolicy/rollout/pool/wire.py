@@ -32,15 +32,16 @@ def send(sock: socket.socket, values: Mapping[str, Any], arrays: Mapping[str, np
         TypeError: an array of another type.
         OSError: the peer is gone.
     """
-    parts, layout = [], []
+    parts: list[Any] = []
+    layout = []
     for name, array in arrays.items():
         if array.dtype.kind not in "fiub":
             raise TypeError(f"array {name!r} has dtype {array.dtype}, expected plain numbers")
         layout.append([name, array.dtype.name, list(array.shape)])
-        parts.append(np.ascontiguousarray(array).tobytes())
+        parts.append(np.ascontiguousarray(array))
     header = json.dumps([dict(values), layout]).encode()
-    payload = b"".join(parts)
-    sock.sendall(_LENGTHS.pack(len(header), len(payload)) + header + payload)
+    lengths = _LENGTHS.pack(len(header), sum(part.nbytes for part in parts))
+    sock.sendall(b"".join([lengths, header, *parts]))
 
 
 def receive(sock: socket.socket, timeout: float | None = None) -> Message:

@@ -17,21 +17,26 @@ from typing import NoReturn
 from diffpolicy.data.observation import by_store_field
 from diffpolicy.rollout.env_spec import EnvSpec, EnvSpecError, inspect_env
 from diffpolicy.rollout.pool import wire
-from diffpolicy.rollout.pool.process import Progress
+from diffpolicy.rollout.pool.shared import Progress, image_rooms
 from diffpolicy.rollout.pool.slots import EnvSlot, run_command, to_flat
 
 
-def run_worker(sock: socket.socket, progress: Progress) -> bool:
+def run_worker(sock: socket.socket, file: int) -> bool:
     """The worker's loop: commands in, one reply for all their rows, until the pool says "close".
+
+    Args:
+        sock: to the pool.
+        file: what both see, see :mod:`~diffpolicy.rollout.pool.shared`.
 
     Returns:
         Whether it did; false if it is gone without a word.
     """
     init, _ = wire.receive(sock)
+    progress = Progress(file)
     spec = EnvSpec(**init["spec"])
     slots = {row: EnvSlot(spec, init["frame_side"]) for row in init["rows"]}
     try:
-        _send_hello(sock, spec, next(iter(slots.values())))
+        _send_hello(sock, spec, slots, file)
         while True:
             command, arrays = wire.receive(sock)
             if command["do"] == "close":
@@ -39,7 +44,8 @@ def run_worker(sock: socket.socket, progress: Progress) -> bool:
             values, replies = {**command["values"], **arrays}, []
             for place, row in enumerate(command["rows"]):
                 progress.at(place)
-                replies.append(to_flat(run_command(slots[row], command["do"], values, place)))
+                result = run_command(slots[row], command["do"], values, place)
+                replies.append(to_flat(result, slots[row].rooms))
             wire.send(sock, *wire.pack_rows(replies))
     except (EOFError, OSError):
         return False  # the pool is gone, and so is the reason to live
@@ -48,9 +54,11 @@ def run_worker(sock: socket.socket, progress: Progress) -> bool:
             slot.close()
 
 
-def _send_hello(sock: socket.socket, spec: EnvSpec, slot: EnvSlot) -> None:
+def _send_hello(sock: socket.socket, spec: EnvSpec, slots: dict[int, EnvSlot], file: int) -> None:
     try:
-        info = inspect_env(spec, slot.env)
+        info = inspect_env(spec, next(iter(slots.values())).env)
+        for row, rooms in image_rooms(file, info.obs, list(slots)).items():
+            slots[row].rooms = rooms
     except Exception as error:
         expected = isinstance(error, EnvSpecError)
         wire.send(sock, {"fatal": str(error) if expected else traceback.format_exc()}, {})
@@ -61,12 +69,12 @@ def _send_hello(sock: socket.socket, spec: EnvSpec, slot: EnvSlot) -> None:
     wire.send(sock, values, bounds)
 
 
-def main(fd: int, progress_fd: int) -> NoReturn:
+def main(fd: int, file: int) -> NoReturn:
     """Entry point of a worker process.
 
     Args:
         fd: its end of the socket pair.
-        progress_fd: the file that it shares with the pool, see :class:`Progress`.
+        file: that it shares with the pool, see :mod:`~diffpolicy.rollout.pool.shared`.
     """
     # Ctrl-C is for the pool, which decides what happens to its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -75,7 +83,7 @@ def main(fd: int, progress_fd: int) -> NoReturn:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     code = 0
     try:
-        if not run_worker(socket.socket(fileno=fd), Progress(progress_fd)):
+        if not run_worker(socket.socket(fileno=fd), file):
             _end_group()
     except Exception:
         traceback.print_exc()

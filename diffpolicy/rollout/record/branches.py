@@ -182,7 +182,7 @@ def collect_rollouts(
         ):
             family = _Families(store, policy, settings, numbers, bar)
             try:
-                runner.run(family.first_jobs(), family.done)
+                runner.run(family.first_jobs(), family.done, family.order)
             finally:
                 family.write_report(runner.steps)
             failed = list(family.failed.values())
@@ -223,7 +223,7 @@ class _Families:
         before: dict[str, str] = store.attrs["rollouts"]["failed"]
         self.failed = {k: why for k, why in before.items() if int(k.split("/")[0]) in stored}
         self._seeds = [seed for seed in seeds if seed not in stored]
-        self._order = InOrder(self._seeds)
+        self.order = InOrder(self._seeds)
         bar.reset(len(self._seeds))
 
     def first_jobs(self) -> Iterator[Job]:
@@ -246,7 +246,7 @@ class _Families:
                 further = self._branches(self._settings, job.seed, result)
         self._missing[job.seed] += len(further) - 1
         if not self._missing[job.seed]:
-            for _, tracks in self._order.add(job.seed, self._tracks.pop(job.seed)):
+            for _, tracks in self.order.add(job.seed, self._tracks.pop(job.seed)):
                 self._append(tracks)
                 self._bar.update()
         return further

@@ -90,7 +90,7 @@ def collect(
             report = _Report(store, numbers, keep, bar)
             try:
                 jobs = [Job(seed, seed, key=(seed,)) for seed in report.todo]
-                _Experts(pool, noise).run(jobs, report.add)
+                _Experts(pool, noise).run(jobs, report.add, report.order)
             finally:
                 store.update_attrs({"collection": report.summary()})
     if report.kept == 0:
@@ -126,12 +126,12 @@ class _Report:
         known = stored | set(self.failed)
         self.todo = [seed for seed in seeds if seed not in known]
         self.kept = len(stored & set(seeds))
-        self._order = InOrder(self.todo)
+        self.order = InOrder(self.todo)
         bar.reset(len(self.todo))
 
     def add(self, job: Job, result: Track | str) -> list[Job]:
         """Keep a result, and store those that are next in the order of the seeds."""
-        for seed, known in self._order.add(job.seed, result):
+        for seed, known in self.order.add(job.seed, result):
             self._store_one(seed, known)
             self._bar.update()
             self._bar.set_postfix(kept=self.kept, refresh=False)

@@ -48,7 +48,7 @@ def open_record(
             **{name: FieldSpec((), "bool") for name in flags},
         }
         made = {"rollouts": {**settings, "failed": {}, "env_steps": 0}} if rollouts else settings
-        said = {"actions": info.action_groups} if info.chooses else {}
+        said = {"action_groups": info.action_groups} if info.chooses else {}
         attrs = {**env, **made, **said, "versions": info.versions}
         return EpisodeStore.create(path, fields, attrs=attrs)
     store = EpisodeStore.open(path, "a")
@@ -90,6 +90,9 @@ class InOrder:
     def __init__(self, seeds: Sequence[int]) -> None:
         self._left = deque(seeds)
         self._known: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
 
     def add(self, seed: int, value: Any) -> Iterator[tuple[int, Any]]:
         """Note what is known of a seed; all that is next in order, ``(seed, value)``."""

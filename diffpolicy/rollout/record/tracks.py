@@ -9,11 +9,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from diffpolicy.data.observation import Obs, from_fields, stack, take, to_fields
+from diffpolicy.data.observation import Obs, each, from_fields, stack, take, to_fields
 from diffpolicy.rollout.pool.slots import Failure, Outcome
 from diffpolicy.rollout.pool.workers import WorkerPool
-from diffpolicy.rollout.record.steps import difference
+from diffpolicy.rollout.record.steps import InOrder, difference
 from diffpolicy.rollout.rows import Episode, Policy, RowLoop, planning_in_batches
+
+_HELD = 4  # results per row that may wait for one before them
 
 
 class ReplayError(ValueError):
@@ -135,18 +137,27 @@ class TrackRunner(RowLoop[Job]):
         self._urgent: deque[Job] = deque()
         self.steps = 0
 
-    def run(self, jobs: Iterable[Job], on_done: Done) -> None:
+    def run(self, jobs: Iterable[Job], on_done: Done, order: InOrder) -> None:
         """Run all jobs, which are taken one at a time, when a row is free.
+
+        Args:
+            jobs: in the order of ``order``.
+            on_done: see :data:`Done`.
+            order: holds the results until those before them are known; while it holds many, no new
+                job is begun, so that one slow episode does not fill the memory with others.
 
         Raises:
             ValueError: the policy's actions are not finite or have the wrong shape.
         """
         self._waiting: Iterator[Job] = iter(jobs)
-        self._on_done = on_done
+        self._on_done, self._order = on_done, order
         self.loop()
 
     def upcoming(self) -> Job | None:
-        return self._urgent.popleft() if self._urgent else next(self._waiting, None)
+        if self._urgent:
+            return self._urgent.popleft()
+        full = len(self._order) >= _HELD * self.pool.num_envs
+        return None if full and self.running else next(self._waiting, None)
 
     def began(self, row: int, outcome: Outcome) -> None:
         if self.running[row].prefix is not None:
@@ -190,7 +201,7 @@ class TrackRunner(RowLoop[Job]):
         if job.step <= job.replayed:
             _check_repeated(job, outcome)
             return False
-        job.seen.append(self.obs[row])
+        job.seen.append(each(np.array, self.obs[row]))  # shared memory, to be written again
         job.outcomes.append(outcome)
         over = outcome.done or len(job.outcomes) == job.limit
         if over:

@@ -1,5 +1,6 @@
 """LeRobot datasets through the store; the files here have the layouts of versions 2.1 and 3.0."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -7,17 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffpolicy.data import check_store, convert
-from diffpolicy.data.formats import get_format, lerobot
+from diffpolicy.commands.data import run
+from diffpolicy.data import EpisodeStore, check_store, convert
+from diffpolicy.data.fields import FieldSpec
+from diffpolicy.data.formats import get_format, lerobot, lerobot_writer
 from diffpolicy.data.formats.lerobot import LeRobotDirectory
+from diffpolicy.settings import ConfigError
 
 pa = pytest.importorskip("pyarrow", reason='pyarrow is not installed (extra "lerobot")')
 pq = pytest.importorskip("pyarrow.parquet")
 
 V2_PATH = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 V3_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+V2_FILM = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+V3_FILM = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+TOP, STILL = "observation.images.top", "observation.images.still"
+CAMERAS = {
+    TOP: {"dtype": "video", "shape": [16, 24, 3], "names": ["height", "width", "channels"]},
+    STILL: {"dtype": "image", "shape": [3, 16, 24], "names": ["channels", "height", "width"]},
+}
 FEATURES = {
-    "observation.image": {"dtype": "video", "shape": [96, 96, 3], "names": ["h", "w", "c"]},
+    "observation.caption": {"dtype": "string", "shape": [1], "names": None},
     "observation.state": {"dtype": "float32", "shape": [2], "names": {"motors": ["x", "y"]}},
     "observation.environment_state": {"dtype": "float32", "shape": [4], "names": None},
     "pose": {"dtype": "float32", "shape": [2, 3], "names": None},
@@ -67,6 +78,32 @@ def table(episodes: list[dict[str, np.ndarray]]):
     return pa.table(columns)
 
 
+def film(path: Path, pictures: np.ndarray, fps: int = 10) -> None:
+    """Write pictures as they are; by hand, so that our own writer is not its own judge."""
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264rgb", rate=fps, options={"crf": "0", "threads": "1"})
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "rgb24"
+        for pixels in pictures:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode(None))
+
+
+def pictures(number: int) -> np.ndarray:
+    """What a camera of 16 x 24 pixels saw in an episode."""
+    rng = np.random.default_rng(100 + number)
+    return rng.integers(0, 256, (3 + number, 16, 24, 3), dtype=np.uint8)
+
+
+def png(pixels: np.ndarray) -> dict:
+    image = pytest.importorskip("PIL.Image")
+    file = io.BytesIO()
+    image.fromarray(pixels).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
 def write_info(root: Path, version: str, path: str, count: int, features: dict) -> None:
     (root / "meta").mkdir(parents=True, exist_ok=True)
     info = {
@@ -76,6 +113,7 @@ def write_info(root: Path, version: str, path: str, count: int, features: dict) 
         "total_episodes": count,
         "chunks_size": 8,
         "data_path": path,
+        "video_path": V2_FILM if version.startswith("v2") else V3_FILM,
         "features": features,
     }
     (root / "meta/info.json").write_text(json.dumps(info))
@@ -146,7 +184,7 @@ def check(root: Path, target: Path, version: str) -> None:
     assert (attrs["fps"], attrs["robot_type"], attrs["dataset"]) == (10, "2d", root.name)
     assert attrs["tasks"] == ["task 0", "task 1"]
     assert attrs["names"] == {"observation.state": {"motors": ["x", "y"]}}
-    assert attrs["unread"] == {"observation.image": "video: only columns of numbers are read"}
+    assert attrs["unread"] == {"observation.caption": "string: only numbers and colours are read"}
     assert attrs["source"] == {"name": root.name, "format": "lerobot"}
     assert check_store(target, action_low=-1, action_high=1) == []
 
@@ -295,3 +333,170 @@ def test_damaged_data(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r'pip install "diffpolicy\[lerobot\]"'):
         convert(root, target)
     assert not target.exists()
+
+
+# -- pictures -------------------------------------------------------------------------------------
+
+
+def with_stills(root: Path) -> Path:
+    """Put a column of PNG files into every Parquet file of a dataset."""
+    for file in root.glob("data/*/*.parquet"):
+        found = pq.read_table(file)
+        frames = zip(*(found[n].to_pylist() for n in ("episode_index", "frame_index")), strict=True)
+        column = pa.array([png(255 - pictures(number)[step]) for number, step in frames])
+        pq.write_table(found.append_column(STILL, column), file, row_group_size=3)
+    return root
+
+
+def write_films(root: Path, version: int, count: int = 3) -> Path:
+    """A dataset with a film and a column of pictures; in version 3 one film of all episodes."""
+    if version == 2:
+        write_v2(root, [episode(i) for i in range(count)], FEATURES | CAMERAS)
+        for number in range(count):
+            place = V2_FILM.format(episode_chunk=0, video_key=TOP, episode_index=number)
+            film(root / place, pictures(number))
+        (root / "meta/tasks.jsonl").write_text(
+            '{"task_index": 1, "task": "b"}\n{"task_index": 0, "task": "z"}'
+        )
+        return with_stills(root)
+    write_v3(root, [[episode(i) for i in range(count)]], FEATURES | CAMERAS)
+    place = root / V3_FILM.format(video_key=TOP, chunk_index=0, file_index=4)
+    film(place, np.concatenate([pictures(i) for i in range(count)]))
+    file, start = root / "meta/episodes/chunk-000/file-000.parquet", 0.0
+    known = pq.ParquetDataset(root / "meta/episodes").read().to_pylist()
+    for row in known:
+        row |= {f"videos/{TOP}/chunk_index": 0, f"videos/{TOP}/file_index": 4}
+        row[f"videos/{TOP}/from_timestamp"] = start / 10
+        start += row["length"]
+    (root / "meta/episodes/chunk-000/file-001.parquet").unlink()
+    pq.write_table(pa.Table.from_pylist(known), file)
+    texts = pa.table({"task_index": [0, 1], "__index_level_0__": ["z", "b"]})
+    pq.write_table(texts, root / "meta/tasks.parquet")
+    return with_stills(root)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_pictures_are_read_bit_for_bit(tmp_path, version):
+    pytest.importorskip("av", reason='PyAV is not installed (extra "lerobot")')
+    root = write_films(tmp_path / "d", version)
+    store = convert(root, tmp_path / "o.zarr")
+    assert store.attrs["tasks"] == ["z", "b"]  # in the order of their ids
+    for number in range(3):
+        got, want = store.episode(number), episode(number)
+        np.testing.assert_array_equal(got["obs.top"], pictures(number))
+        np.testing.assert_array_equal(got["obs.still"], 255 - pictures(number))
+        np.testing.assert_array_equal(got["obs.state"][:, :2], want["observation.state"])
+        np.testing.assert_array_equal(got["obs.task"][:, 0], want["task_index"])
+    flat = convert(root, tmp_path / "flat.zarr", fields={"obs": "observation.state"})
+    assert sorted(flat.fields) == ["action", "obs", "reward", "terminated", "truncated"]
+    assert TOP in flat.attrs["left_out"]
+
+
+def test_a_picture_is_that_of_its_time(tmp_path):
+    pytest.importorskip("av", reason='PyAV is not installed (extra "lerobot")')
+    root = write_films(tmp_path / "d", 2, 2)
+    file = root / "data/chunk-000/episode_000001.parquet"
+    found = pq.read_table(file)
+    place = found.column_names.index("timestamp")
+
+    def at(times):
+        column = pa.array(np.array(times, np.float32))
+        pq.write_table(found.set_column(place, "timestamp", column), file)
+        return LeRobotDirectory(root).episode(1, [TOP])[TOP]
+
+    np.testing.assert_array_equal(at([0.3, 0.00005, 0.1, 0.1]), pictures(1)[[3, 0, 1, 1]])
+    with pytest.raises(ValueError, match=r"000001.mp4 shows nothing at 0.150000 s: the nearest"):
+        at([0, 0.1, 0.15, 0.3])
+    with pytest.raises(ValueError, match=r"shows nothing at 0.400000 s.* that of 0.300000 s"):
+        at([0, 0.1, 0.2, 0.4])
+    kept = convert(root, tmp_path / "o.zarr", exclude="failed_check")
+    assert list(kept.attrs["left_out_episodes"]) == ["1"]
+    film = next(root.glob("videos/*/*/episode_000000.mp4"))
+    film.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"holds no pictures that can be decoded.*git lfs pull"):
+        convert(root, tmp_path / "p.zarr")
+    info = json.loads((root / "meta/info.json").read_text()) | {"video_path": "../{video_key}.mp4"}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="lies outside of the dataset"):
+        LeRobotDirectory(root).episode(0, [TOP])
+    info["features"][TOP]["info"] = {"is_depth_map": True}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    assert LeRobotDirectory(root).unread[TOP].startswith("a map of depths")
+
+
+# -- written --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A store of ours with everything that LeRobot has a place for, and more."""
+    rng = np.random.default_rng(0)
+    lengths, steps = [7, 5, 9], 21
+    ends, ramp = np.cumsum(lengths), np.linspace(0, 255, 24, dtype=np.uint8)
+    arrays = {
+        "obs.state": rng.normal(size=(steps, 3)),
+        "obs.hand": rng.normal(size=(steps, 1)),
+        "obs.top": np.broadcast_to(ramp[None, None, :, None], (steps, 16, 24, 3)),
+        "obs.task": np.repeat([1, 0, 1], lengths)[:, None],
+        "action": rng.normal(size=(steps, 2)),
+        "reward": rng.normal(size=steps),
+        "terminated": np.isin(np.arange(steps), ends[:2] - 1),
+        "truncated": np.arange(steps) == steps - 1,
+        "grid": rng.normal(size=(steps, 2, 3)),
+        "next_obs.state": rng.normal(size=(steps, 3)),
+    }
+    arrays = {n: v.astype(np.float32) if v.dtype == np.float64 else v for n, v in arrays.items()}
+    specs = {n: FieldSpec(v.shape[1:], str(v.dtype)) for n, v in arrays.items()}
+    attrs = {"fps": 12.5, "tasks": ["open", "close"], "robot_type": "arm"}
+    with EpisodeStore.create(tmp_path / "own.zarr", specs, attrs=attrs) as store:
+        store.extend(arrays, ends)
+    return EpisodeStore.open(tmp_path / "own.zarr"), arrays
+
+
+def test_a_store_is_written_and_read_back(own, tmp_path, monkeypatch):
+    pytest.importorskip("av", reason='PyAV is not installed (extra "lerobot")')
+    monkeypatch.setattr(lerobot_writer, "_DATA_BYTES", 1)  # a file an episode
+    store, arrays = own
+    made = lerobot_writer.write_lerobot(store, tmp_path / "d", lossless=True)
+    assert dict(made.psnr) == {"observation.images.top": np.inf}
+    assert list(made.left_out) == ["next_obs.state"]
+    fields = {"obs.hand": "observation.hand", "obs.state": "observation.state", "grid": "grid"}
+    back = convert(tmp_path / "d", None, fields=fields | {"obs.top": TOP}, task="task_index")
+    assert back.episode_ends.tolist() == store.episode_ends.tolist()
+    for name in set(arrays) - {"next_obs.state"}:
+        np.testing.assert_array_equal(back.read(name), arrays[name])
+        assert back.read(name).dtype == arrays[name].dtype
+    assert (back.attrs["fps"], back.attrs["robot_type"]) == (12.5, "arm")
+    assert back.attrs["tasks"] == ["open", "close"]
+    assert len(list((tmp_path / "d/data/chunk-000").iterdir())) == 3
+    stats = json.loads((tmp_path / "d/meta/stats.json").read_text())
+    np.testing.assert_allclose(stats["action"]["mean"], arrays["action"].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(stats[TOP]["max"], np.ones((3, 1, 1)))
+    with pytest.raises(FileExistsError, match="overwrite"):
+        lerobot_writer.write_lerobot(store, tmp_path / "d")
+    lossy = lerobot_writer.write_lerobot(store, tmp_path / "d", overwrite=True)
+    assert 35 < lossy.psnr[TOP] < 100
+    (tmp_path / "d/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"what diffpolicy did not write there: notes.txt"):
+        lerobot_writer.write_lerobot(store, tmp_path / "d", overwrite=True)
+
+
+def test_what_cannot_be_written(tmp_path, capsys):
+    bare = {"obs": np.zeros((4, 2)), "action": np.zeros((4, 1))}
+    with EpisodeStore.create(tmp_path / "s.zarr", {"obs": (2,), "action": (1,)}) as made:
+        made.append(bare)
+    args = ["convert", str(tmp_path / "s.zarr"), str(tmp_path / "d"), "format=lerobot"]
+    with pytest.raises(ValueError, match="does not say how many steps a second has; give it"):
+        run(args)
+    with pytest.raises(ConfigError, match="unknown option 'keep'"):
+        run([*args, "keep=0"])
+    assert run([*args, "fps=20"]) == 0
+    out = capsys.readouterr().out
+    assert "1 episodes, 4 steps, 20 a second" in out
+    assert "left out: nothing" in out
+    np.testing.assert_array_equal(convert(tmp_path / "d", None).read("obs"), bare["obs"])
+    with EpisodeStore.create(tmp_path / "t.zarr", {"state": (2,)}) as made:
+        made.append({"state": bare["obs"]})
+    with pytest.raises(ValueError, match=r"has no observation and no action; its fields are"):
+        lerobot_writer.write_lerobot(EpisodeStore.open(tmp_path / "t.zarr"), tmp_path / "e", fps=1)
+    assert not (tmp_path / "e").exists()

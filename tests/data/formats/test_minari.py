@@ -188,8 +188,10 @@ def test_tuples_indices_images_and_texts(write, tmp_path):
     store = convert(data, tmp_path / "n.zarr", fields=named)
     assert store.fields["obs.camera"].shape == (40, 48, 3)
     assert {"next_obs.state", "next_obs.camera"} <= set(store.fields)
-    with pytest.raises(ValueError, match="does not say what 'obs' is"):
-        convert(data, tmp_path / "j.zarr")
+    store = convert(data, tmp_path / "j.zarr", task="observation.mission")
+    np.testing.assert_array_equal(store.read("obs.state"), parts[0][:-1])
+    np.testing.assert_array_equal(store.read("obs.rgb"), store.read("next_obs.rgb"))
+    assert (store.attrs["tasks"], store.read("obs.task").sum()) == (texts[:1], 0)
 
 
 def test_ids_are_looked_up(write, root, monkeypatch, tmp_path):
