@@ -22,6 +22,7 @@ PUSHT = DATA / "pusht" / "pusht_lowdim.zarr.zip"
 DOOR = [
     DATA / "adroit_door_human" / name for name in ("door_human.npz", "door_human_prefs_unirlhf.npz")
 ]
+CAMERAS = "Cameras, tasks, and parts of your own"
 TINY = [
     "trainer.steps=4",
     "trainer.eval_every=4",
@@ -164,6 +165,7 @@ def test_commands(tmp_path, monkeypatch):
         "Push-T with the human demonstrations",
         "Sequences, tuned by a reward",
         "Preferences",
+        CAMERAS,
     )
     others = [c for section in elsewhere for c in commands("docs/guide.md", section)]
     found = []
@@ -184,6 +186,14 @@ def test_commands(tmp_path, monkeypatch):
         command = [longer[1] if argument == longer[0] else argument for argument in command]
         status = cli.main(tiny(command))
         assert status == 0 or command[0] == "doctor", command
+
+
+def test_camera_commands():
+    """They are composed; trained are smaller ones, in tests of their own."""
+    found = commands("docs/guide.md", CAMERAS)
+    assert len(found) == 3
+    for command in found:
+        assert cli.main([*command, "--print-config"]) == 0, command
 
 
 def test_store_commands(tmp_path, monkeypatch):
