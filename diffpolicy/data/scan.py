@@ -96,7 +96,7 @@ def scan_field(
         cuts = np.clip(ends[first:final] - start, 0, None)
         for index, part in enumerate(np.split(flat, cuts), first):
             hashes[index].update(part.tobytes())
-            begun = first_rows.setdefault(index, part[0])
+            begun = first_rows.setdefault(index, part[0].copy())  # a view would keep the block
             result.changed[index] |= bool((part != begun).any())
     result.digests = [h.digest() for h in hashes]
     result.statistics = running.result() if running.count else None

@@ -104,7 +104,7 @@ class EpisodeSource(ABC):
         """Named lists of episodes, such as a training split."""
         return {}
 
-    @property
+    @cached_property
     def tasks(self) -> Sequence[str]:
         """Instructions in the order of their ids; none where the source does not list them."""
         found = self.attrs.get("tasks")

@@ -105,6 +105,18 @@ class LeRobotDirectory(EpisodeSource):
             chosen |= {"truncated": "truncated"}
         return chosen
 
+    @cached_property
+    def tasks(self) -> list[str]:
+        """The instructions in the order of their ids; none where they are not listed."""
+        try:
+            with self._reading("the list of tasks"):
+                rows = self._rows("tasks.jsonl", "tasks.parquet")
+                # Written by pandas, of which the text is the index.
+                texts = {r[_TASK]: r.get("task", r.get("__index_level_0__")) for r in rows}
+        except FileNotFoundError:
+            return []
+        return [str(texts.get(i, i)) for i in range(max(texts, default=-1) + 1)]
+
     @property
     def task_field(self) -> str | None:
         """``task_index``, where there is more than one task to tell apart."""
@@ -119,7 +131,7 @@ class LeRobotDirectory(EpisodeSource):
             "lerobot_version": self._info["codebase_version"],
             "fps": self._info.get("fps"),
             "robot_type": self._info.get("robot_type"),
-            "tasks": self._tasks() or sorted({t for e in self._episodes for t in e.tasks}),
+            "tasks": self.tasks or sorted({t for e in self._episodes for t in e.tasks}),
             "names": {
                 name: features[name]["names"]
                 for name in self.fields
@@ -198,17 +210,6 @@ class LeRobotDirectory(EpisodeSource):
             )
         return sorted(known, key=lambda one: one.number)
 
-    def _tasks(self) -> list[str]:
-        """The instructions in the order of their ids; none where they are not listed."""
-        try:
-            with self._reading("the list of tasks"):
-                rows = self._rows("tasks.jsonl", "tasks.parquet")
-                # Written by pandas, of which the text is the index.
-                texts = {r[_TASK]: r.get("task", r.get("__index_level_0__")) for r in rows}
-        except FileNotFoundError:
-            return []
-        return [str(texts.get(i, i)) for i in range(max(texts, default=-1) + 1)]
-
     def _look(self) -> None:
         """Tell which features are fields, and which are not read."""
         fields: dict[str, FieldSpec] = {}
@@ -228,6 +229,8 @@ class LeRobotDirectory(EpisodeSource):
                 unread[name] = f"{what}: only numbers and colours are read"
         there = self._table.schema.names
         films = {n for n in self._cameras if self._info["features"][n]["dtype"] == "video"}
+        if films and "timestamp" not in fields:
+            raise ValueError(f"{self.name}: {_INFO} has films, but no timestamps of rows. {_AGAIN}")
         if lacks := sorted({"episode_index", *fields} - films - set(there)):
             raise ValueError(
                 f"{self.name}: the data lack the columns {lacks} of {_INFO}; they have {there}"

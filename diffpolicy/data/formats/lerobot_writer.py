@@ -33,7 +33,7 @@ _DATA, _FILM = f"data/{_FILE}.parquet", f"videos/{{video_key}}/{_FILE}.mp4"
 _NAMES = {"obs": "observation.state", "action": "action", "reward": "next.reward"}
 _ENDS = {"terminated": "next.done", "truncated": "next.truncated"}
 _INDICES = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-_PIXELS = 2**14  # of an episode's pictures, for their statistics
+_PIXELS = 2**12  # of an episode's pictures, for their statistics
 _log = logging.getLogger("diffpolicy.data")
 
 Columns = dict[str, NDArray[Any]]
@@ -120,7 +120,6 @@ class _Rolling:
     template: str
     number: int = 0
     writer: Any = None
-    start: int = 0  # rows before the present file
 
     @property
     def place(self) -> dict[str, int]:
@@ -228,7 +227,7 @@ class _Writer:
         """What LeRobot counts: steps, episodes, seconds; and the task of each step."""
         frames = np.arange(stop - start)
         if _by_id(self.store):
-            ids = self.store.read(TASK, start, stop)[:, 0]
+            ids = self.store.read(TASK, start, stop).reshape(-1)
         else:
             said = self._known[index].get("tasks") or self._tasks
             ids = np.full(len(frames), self._tasks.index(said[0]))
@@ -368,7 +367,7 @@ def _tasks(store: EpisodeStore) -> list[str]:
     known = store.attrs.get("tasks")
     texts = [str(text) for text in known] if isinstance(known, list) else []
     if _by_id(store):
-        ids = range(len(texts), int(store.statistics[TASK]["max"][0]) + 1)
+        ids = range(len(texts), int(np.max(store.statistics[TASK]["max"])) + 1)
         return texts + [str(i) for i in ids]
     of_episodes = {str(t) for known in store.episode_attrs for t in known.get("tasks") or []}
     return texts + sorted(of_episodes - set(texts)) or [str(store.attrs.get("task", ""))]

@@ -171,8 +171,7 @@ def check(root: Path, target: Path, version: str) -> None:
     for number in range(11):  # numerically: episode 2 before episode 10
         want, got = episode(number), store.episode(number)
         parts = [want["observation.state"], want["observation.environment_state"]]
-        np.testing.assert_array_equal(got["obs.state"], np.concatenate(parts, 1))
-        np.testing.assert_array_equal(got["obs.task"][:, 0], want["task_index"])
+        np.testing.assert_array_equal(got["obs"], np.concatenate(parts, 1))
         np.testing.assert_array_equal(got["action"], want["action"])
         np.testing.assert_array_equal(got["reward"], want["next.reward"])
         last = np.arange(3 + number) == 2 + number
