@@ -174,7 +174,9 @@ def main(arguments: list[str]) -> None:
                 break
             found = cells[arm, seed] = cell(settings, runs, arm, seed)
             spent, longest = spent + found["cpu_s"], max(longest, found["cpu_s"])
-            rates = {k: np.mean(v["success"]) for k, v in found.items() if isinstance(v, dict)}
+            rates = {
+                k: float(np.mean(v["success"])) for k, v in found.items() if isinstance(v, dict)
+            }
             print(f"seed {seed}: {rates}, {found['cpu_s']:.0f} s of processor", flush=True)
         if all((arm, seed) in cells for arm in ARMS):
             done.append(seed)
