@@ -259,6 +259,8 @@ class _Run(RowLoop[_Episode]):
         if self.video is None or not (outcome.note or outcome.frame is not None):
             return
         seen = images_of(outcome.obs) if self.video.cameras else []
+        if self.video.cameras and not seen:
+            self.notes["no cameras in the video: nothing that is observed is an image"] = None
         imagined = picture_of(self.policy, self.state, row)
         if outcome.frame is not None or seen:
             self.running[row].frames.append(beside(outcome.frame, *seen, imagined))

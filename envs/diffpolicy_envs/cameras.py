@@ -81,8 +81,8 @@ class CameraEnv(gym.ObservationWrapper[Any, Any, Any]):
             to look from elsewhere, ``view`` (a camera of the model) or any of ``distance``,
             ``azimuth``, ``elevation`` and ``lookat`` (of a free one). A camera with the name of one
             of the model's looks from there, others as the environment's own pictures.
-        entries: of the vector that is still observed, those that stay; None: all. What a camera is
-            to show, a policy should not be told.
+        entries: of the vector that is still observed, those that stay; None: all; empty: no vector.
+            What a camera is to show, a policy should not be told.
 
     Raises:
         ValueError: no MuJoCo, no camera, a name that is taken, or settings that are none.
@@ -103,11 +103,13 @@ class CameraEnv(gym.ObservationWrapper[Any, Any, Any]):
         named = dict(space.spaces) if isinstance(space, gym.spaces.Dict) else {"observation": space}
         self._entries = None if entries is None else np.asarray(entries, np.int64)
         if self._entries is not None:
-            vector = named.get("observation")
-            if not isinstance(vector, gym.spaces.Box) or self._entries.max() >= vector.shape[0]:
+            vector = named.pop("observation", None)
+            known = np.arange(vector.shape[0] if isinstance(vector, gym.spaces.Box) else 0)
+            if not isinstance(vector, gym.spaces.Box) or not np.isin(self._entries, known).all():
                 raise ValueError(f"entries must be some of the observation's; it is {vector}")
-            low, high = vector.low[self._entries], vector.high[self._entries]
-            named["observation"] = gym.spaces.Box(low, high, dtype=vector.dtype.type)
+            if len(self._entries):
+                low, high = vector.low[self._entries], vector.high[self._entries]
+                named["observation"] = gym.spaces.Box(low, high, dtype=vector.dtype.type)
         taken = sorted(set(named) & set(cameras))
         if taken:
             raise ValueError(f"cameras cannot be called {taken}: the environment observes these")
@@ -126,7 +128,8 @@ class CameraEnv(gym.ObservationWrapper[Any, Any, Any]):
         if not seen:
             seen["observation"] = observation
         if self._entries is not None:
-            seen["observation"] = seen["observation"][self._entries]
+            vector = seen.pop("observation")[self._entries]
+            seen |= {"observation": vector} if len(vector) else {}
         place_goal(self.simulator)
         for name, (size, camera) in self._cameras.items():
             renderer = self._renderers[size]

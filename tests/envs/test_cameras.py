@@ -62,6 +62,13 @@ def test_the_environments_own_pictures_are_as_without_cameras():
     assert np.array_equal(*pictures)
 
 
+def test_cameras_may_be_all_that_is_observed():
+    env = made(REACH, cameras={"front": 8}, entries=[])
+    obs, _ = env.reset(seed=0)
+    assert list(obs) == list(env.observation_space.spaces) == ["front"]
+    env.close()
+
+
 def test_any_environment_with_mujoco_inside_may_have_cameras():
     env = made(ANY, env_id="Hopper-v5", cameras={"track": 16})
     obs, _ = env.reset(seed=0)
@@ -79,6 +86,7 @@ def test_any_environment_with_mujoco_inside_may_have_cameras():
         ({"cameras": {"front": [8, 0]}}, r"needs a size of pixels"),
         ({"cameras": {"front": {"size": 8, "view": "moon"}}}, "the model has .*head_camera_rgb"),
         ({"cameras": {"front": 8}, "entries": [99]}, "entries must be"),
+        ({"cameras": {"front": 8}, "entries": [-1]}, "entries must be"),
         ({"entries": [1]}, "give cameras="),
     ],
 )
