@@ -165,6 +165,7 @@ def to_onnx(
         ImportError: the package ``onnx`` is missing.
     """
     need("onnx")
+    module.eval()  # or the exporter leaves it, and the policy it shares weights with, in training
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
         # Shape checks are Python branches on constants, which the tracer reports one by one, and

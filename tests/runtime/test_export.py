@@ -412,6 +412,22 @@ def test_a_contract_cannot_name_files_elsewhere(damaged_copy):
         load_exported(damaged_copy)
 
 
+def test_files_of_the_first_version_run(one_export, damaged_copy):
+    """They take vectors by name side by side, as one input."""
+
+    def older(contract):
+        contract["version"] = 1
+        contract["policy"]["observations"] = {"arm": 1, "goal": 2}
+
+    edit_contract(damaged_copy, older, sign=True)
+    history = np.random.default_rng(0).standard_normal((2, 2, 3)).astype(np.float32)
+    noise = np.random.default_rng(1).standard_normal((1, 2, 8, 2)).astype(np.float32)
+    named = {"goal": history[..., 1:], "arm": history[..., :1]}
+    got = load_exported(damaged_copy).plan(named, noise=noise)
+    wanted = load_exported(one_export[1]).plan(history, noise=noise)
+    np.testing.assert_array_equal(got.actions, wanted.actions)
+
+
 def test_what_is_not_an_export_is_refused(damaged_copy, tmp_path):
     with pytest.raises(ValueError, match=r"has no contract\.json"):
         load_exported(tmp_path)

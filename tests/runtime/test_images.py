@@ -111,6 +111,7 @@ def test_compiled_from_pixels_to_plan(kind, backend):
     policy = seeing_policy(kind, rti=RTI(t_start=0.3, num_steps=6))  # its warm loop is rolled
     fast = compile_planner(policy, backend=backend, batch_size=2, threads=1)
     assert max(loop.error for loop in fast._loops.values() if hasattr(loop, "error")) <= 1e-4
+    assert not any(module.training for module in policy.denoiser.modules())  # crops stay central
     acts_alike(policy, fast)
     loop = fast._loops["cold", False]
     history, *rest = example_inputs(policy.loop(), 2)
