@@ -50,8 +50,8 @@ commands:
 
   --config-dir DIR       your own YAML choices (DIR/experiment/mine.yaml, DIR/env/robot.yaml, ...);
                          ./configs unless given, or the variable DIFFPOLICY_CONFIG_DIR
-  trust_env=PACKAGE      let files name environments of this package, which is running its code
-                         (true: of any); or the variable DIFFPOLICY_TRUST_ENVS
+  trust_env=PACKAGE      let files name environments, encoders, ... of this package, which is
+                         running its code (true: of any); or the variable DIFFPOLICY_TRUST_ENVS
   --traceback            where an error comes from (or the variable DIFFPOLICY_TRACEBACK=1)
 
 A first run:

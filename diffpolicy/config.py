@@ -336,11 +336,11 @@ def _of_sequences(given: Mapping[str, str]) -> bool:
     if "pretrained" in given:
         before = Path(given_text(given["pretrained"])).expanduser() / "config.yaml"
         return before.is_file() and read_run(before)["run"].endswith("sequences")
-    from diffpolicy.learn.methods import METHODS
+    from diffpolicy.learn.methods import method_class
 
     file = choice_files()["method"].get(given.get("method", ""))
-    kind = "" if file is None else str(read_yaml(file).get("type"))
-    return kind == "none" or (kind in METHODS and METHODS[kind].items == "sequences")
+    kind = None if file is None else read_yaml(file).get("type")
+    return kind == "none" or (kind is not None and method_class(kind).items == "sequences")
 
 
 def load_run(command: str, overrides: Sequence[str]) -> RunConfig:

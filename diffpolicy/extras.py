@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from typing import Any
+
+TRUST_VARIABLE = "DIFFPOLICY_TRUST_ENVS"
+"""Names packages whose code files may name (with commas between them), or is ``true`` for all."""
 
 EXTRAS = {
     "gymnasium_robotics": "robotics",
@@ -28,6 +32,7 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "seqfold": "rna",
     "sklearn": "anchors",
+    "timm": "timm",
     "websockets": "serve",
     "msgpack": "serve",
 }
@@ -52,8 +57,10 @@ def need(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
+        missing = (error.name or package).partition(".")[0]
+        why = "is not installed" if missing == package else f"cannot be imported: {error}"
         raise ImportError(
-            f"this needs the package {package!r}, which is not installed; "
+            f"this needs the package {package!r}, which {why}; "
             f'run: pip install "diffpolicy[{EXTRAS[package]}]"'
         ) from error
 
@@ -64,3 +71,9 @@ def pip_hint(text: str) -> str:
         if module in text and not installed(module):
             return f' Try: pip install "diffpolicy[{extra}]"'
     return ""
+
+
+def trusts(package: str) -> bool:
+    """Return whether the user lets files name code of a package, by ``DIFFPOLICY_TRUST_ENVS``."""
+    named = {name.strip() for name in os.environ.get(TRUST_VARIABLE, "").split(",")}
+    return bool({package, "true"} & (named - {""}))

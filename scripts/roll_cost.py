@@ -29,7 +29,8 @@ from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.plan_loop import PlanLoop
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.runtime import rolled
-from diffpolicy.runtime.compile import CompiledLoop, example_inputs
+from diffpolicy.runtime.compile import CompiledLoop
+from diffpolicy.runtime.graph import example_inputs
 
 FORMS = {"copies": math.inf, "rolled": 0}
 DEFAULTS: dict[str, Any] = {

@@ -81,6 +81,12 @@ SMALL = {
     ],
     "render": ["count=1"],
     "import": [],
+    "env=fetch_push_camera": [
+        *TINY,
+        "data.collect.episodes=3",
+        "network.width=16",
+        "policy.encoder.backbone={type: cnn, widths: [4, 4, 4]}",
+    ],
     "experiment=fetch_push": [*TINY, "data.collect.episodes=3", "network.width=16"],
     "experiment=fetch_push_pad": [*TINY, "data.collect.episodes=3", "network.base.width=16"],
     "experiment=demo": [*TINY, "data.collect.episodes=3"],

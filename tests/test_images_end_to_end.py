@@ -15,7 +15,7 @@ from diffpolicy.rollout.record.experts import collect
 
 CAMERAS = "rollout_fake_envs:rollout_fakes/Cameras-v0"
 KWARGS = {"size": 16, "length": 6}
-CNN = "{type: images, dim: 4, points: 2, backbone: {type: cnn, width: 4}}"
+CNN = "{type: images, dim: 4, points: 2, backbone: {type: cnn, widths: [4, 4]}}"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,25 @@
-"""`diffpolicy export`: a policy as ONNX files for deployment."""
+"""A policy as ONNX files for deployment.
+
+usage: diffpolicy export checkpoint=RUN output=DIR [key=value ...]
+
+Writes the policy's whole sampling loop, with normaliser, warm start and bounds, as ONNX files
+(cold.onnx and, with real-time iteration, warm.onnx) and a contract.json that says what goes in and
+comes out. The files are compared with eager PyTorch before they are put in place. Needs
+`pip install "diffpolicy[onnx]"`; to run an export, NumPy and ONNX Runtime are enough:
+
+    from diffpolicy.runtime.exported import load_exported
+    policy = load_exported("DIR")
+
+settings:
+    batch_size: 1            # rows per call
+    dynamic_batch: false     # leave the number of rows free
+    deterministic: false     # the noise-free form of a stochastic solver
+    rate_hz: null            # control rate, for the contract
+    overwrite: false         # replace an earlier export
+    sampler.solver: null     # instead of the policy's
+    sampler.num_steps: null
+    n_action_steps: null
+"""
 
 from __future__ import annotations
 
@@ -21,27 +42,8 @@ DEFAULTS = {
 
 
 def help_text() -> str:
-    """The text of `diffpolicy export --help`."""
-    return """\
-usage: diffpolicy export checkpoint=RUN output=DIR [key=value ...]
-
-Writes the policy's whole sampling loop, with normaliser, warm start and bounds, as ONNX files
-(cold.onnx and, with real-time iteration, warm.onnx) and a contract.json that says what goes in and
-comes out. The files are compared with eager PyTorch before they are put in place. Needs
-`pip install "diffpolicy[onnx]"`; to run an export, NumPy and ONNX Runtime are enough:
-
-    from diffpolicy.runtime.exported import load_exported
-    policy = load_exported("DIR")
-
-settings:
-    batch_size: 1            # rows per call
-    dynamic_batch: false     # leave the number of rows free
-    deterministic: false     # the noise-free form of a stochastic solver
-    rate_hz: null            # control rate, for the contract
-    overwrite: false         # replace an earlier export
-    sampler.solver: null     # instead of the policy's
-    sampler.num_steps: null
-    n_action_steps: null"""
+    """The text of `diffpolicy export --help`: this module's own."""
+    return str(__doc__)
 
 
 def run(arguments: Sequence[str]) -> int:

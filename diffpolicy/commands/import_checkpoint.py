@@ -13,7 +13,7 @@ def help_text() -> str:
 usage: diffpolicy import-checkpoint SOURCE TARGET [kind=auto]
 
 SOURCE is a LeRobot diffusion policy (directory with config.json and model.safetensors) or a
-Diffusion Policy checkpoint (.ckpt, low-dimensional observations, 1-D U-Net). TARGET becomes a
+Diffusion Policy checkpoint (.ckpt, 1-D U-Net), of vectors or of cameras too. TARGET becomes a
 policy directory for `diffpolicy eval`. A .ckpt is a pickle: it is read in a process of its own by
 an unpickler that builds tensors and plain containers and runs nothing else.
 kind: auto, lerobot or diffusion_policy."""

@@ -42,6 +42,7 @@ had the new value from its beginning, a ResumeWarning says so. Anything else is 
 
 def run(arguments: Sequence[str]) -> int:
     """Load the run's configuration, with what is to change, and go on."""
+    from diffpolicy.networks.registry import check_stored_code
     from diffpolicy.policies.spec import upgraded
     from diffpolicy.rollout.env_spec import stored_env_id
 
@@ -54,6 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     for section in ("env", "task"):
         if isinstance(plain.get(section), dict):
             stored_env_id(str(plain[section].get("id")), file, instead="")
+    check_stored_code(plain, file)
     if {"preference", "finetune"} & set(plain):
         raise ConfigError(
             f"{run_dir} is a tuning that an earlier version began, and this one cannot go on with; "

@@ -1,4 +1,42 @@
-"""`diffpolicy serve`: a policy behind a socket."""
+"""A policy behind a socket.
+
+usage: diffpolicy serve checkpoint=RUN [key=value] ...
+
+Serves a policy over a WebSocket until Ctrl-C or SIGTERM: clients send observations and get actions.
+The server keeps the memory of every client's episode; requests that wait at the same time are
+answered by one call of the policy. Prints one line with the address when clients can connect.
+
+    host=127.0.0.1       address to listen on; any but loopback needs token_file
+    port=5555            TCP port; 0 takes a free one, which is printed
+    token_file=FILE      file with a shared secret, one line of at least 8 characters
+    max_clients=16       most clients at a time; further ones are refused
+    max_batch=64         most clients in one call of the policy
+    batch_window_ms=1    how long a request waits for others; 0 never waits
+    idle_timeout_s=600   hang up on a client that asked nothing for so many seconds; null waits
+    reclaim_after_s=30   when all places are taken, a new client gets that of one that asked nothing
+                         for so many seconds; null refuses it
+    deterministic=false  fixed noise: the same observations give the same actions
+    solver= num_steps=   replace the checkpoint's sampler
+    n_action_steps=      replace the actions executed per plan
+    device=auto          cpu, cuda or auto
+    threads=             CPU threads of the network
+
+The connection is not encrypted; between machines prefer a tunnel to loopback (ssh -L). The messages
+(msgpack) are documented in diffpolicy/runtime/wire_format.py, for clients in other languages. Both
+ends need `pip install "diffpolicy[serve]"`. In Python:
+
+    from diffpolicy.runtime.client import PolicyClient
+
+    with PolicyClient(port=5555) as client:
+        client.reset(seed=0)
+        action = client.act(observation)
+
+For example:
+
+    diffpolicy serve checkpoint=runs/demo
+    diffpolicy serve checkpoint=runs/demo port=0 num_steps=4 threads=1
+    diffpolicy serve checkpoint=runs/demo host=0.0.0.0 token_file=token.txt
+"""
 
 from __future__ import annotations
 
@@ -36,43 +74,8 @@ DEFAULTS: dict[str, Any] = {
 
 
 def help_text() -> str:
-    """The text of `diffpolicy serve --help`."""
-    return """\
-usage: diffpolicy serve checkpoint=RUN [key=value] ...
-
-Serves a policy over a WebSocket until Ctrl-C or SIGTERM: clients send observations and get actions.
-The server keeps the memory of every client's episode; requests that wait at the same time are
-answered by one call of the policy. Prints one line with the address when clients can connect.
-
-    host=127.0.0.1       address to listen on; any but loopback needs token_file
-    port=5555            TCP port; 0 takes a free one, which is printed
-    token_file=FILE      file with a shared secret, one line of at least 8 characters
-    max_clients=16       most clients at a time; further ones are refused
-    max_batch=64         most clients in one call of the policy
-    batch_window_ms=1    how long a request waits for others; 0 never waits
-    idle_timeout_s=600   hang up on a client that asked nothing for so many seconds; null waits
-    reclaim_after_s=30   when all places are taken, a new client gets that of one that asked nothing
-                         for so many seconds; null refuses it
-    deterministic=false  fixed noise: the same observations give the same actions
-    solver= num_steps=   replace the checkpoint's sampler
-    n_action_steps=      replace the actions executed per plan
-    device=auto          cpu, cuda or auto
-    threads=             CPU threads of the network
-
-The connection is not encrypted; between machines prefer a tunnel to loopback (ssh -L). The messages
-(msgpack) are documented in diffpolicy/runtime/wire_format.py, for clients in other languages. Both
-ends need `pip install "diffpolicy[serve]"`. In Python:
-
-    from diffpolicy.runtime.client import PolicyClient
-
-    with PolicyClient(port=5555) as client:
-        client.reset(seed=0)
-        action = client.act(observation)
-
-examples:
-    diffpolicy serve checkpoint=runs/demo
-    diffpolicy serve checkpoint=runs/demo port=0 num_steps=4 threads=1
-    diffpolicy serve checkpoint=runs/demo host=0.0.0.0 token_file=token.txt"""
+    """The text of `diffpolicy serve --help`: this module's own."""
+    return str(__doc__)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -46,6 +46,7 @@ GROUPS = (
     "env",
     "data",
     "policy",
+    "encoder",
     "network",
     "process",
     "sampler",

@@ -24,6 +24,7 @@ Arrays keep their own types: an image of bytes stays an image of bytes. Torch te
 """
 
 ROLES = ("state", "image", "task", "goal")
+_USUAL = {"desired_goal": "goal", "task": "task"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class ObsField(FieldSpec):
         super().__post_init__()
         check_choice("role", self.role, ROLES)
 
+    @property
+    def is_id(self) -> bool:
+        """Whether it says which of several tasks is meant, as one integer."""
+        return self.role == "task" and self.shape == (1,) and "int" in self.dtype
+
 
 ObsFields = ObsField | Mapping[str, ObsField]
 """What an :data:`Obs` is made of: one field, or fields by name."""
@@ -56,7 +62,8 @@ def of_space(space: Any, roles: Mapping[str, str] | None = None) -> ObsFields:
     Args:
         space: the space.
         roles: by name, where a field is not ``"state"``. Images (grids of bytes) are
-            ``"image"``, and a ``Dict``'s ``desired_goal`` is a ``"goal"``, unless said otherwise.
+            ``"image"``, a ``Dict``'s ``desired_goal`` is a ``"goal"`` and its ``task`` a
+            ``"task"``, unless said otherwise.
 
     Raises:
         ValueError: a space of another kind, with the name of the entry.
@@ -89,7 +96,7 @@ def _fields(named: Mapping[str, Any], roles: Mapping[str, str] | None) -> ObsFie
     found = {}
     for name, one in named.items():
         spec = FieldSpec(one.shape, str(one.dtype))
-        usual = "image" if spec.is_image else "goal" if name == "desired_goal" else "state"
+        usual = "image" if spec.is_image else _USUAL.get(name, "state")
         found[name] = ObsField(spec.shape, spec.dtype, (roles or {}).get(name, usual))
     return found[""] if list(found) == [""] else found
 
@@ -210,10 +217,14 @@ def as_seen(obs: Any, fields: ObsFields, *, lead: tuple[int | str, ...] = ("N",)
     """Return an observation as policies see it: the arrays of ``fields`` alone, float32 or bytes.
 
     Raises:
-        ValueError: what :func:`check` refuses.
+        ValueError: what :func:`check` refuses, and images that are not bytes.
     """
     obs = each(np.asarray, obs)
     check(obs, fields, lead=lead)
+    for name, field in by_store_field(fields).items():
+        if field.is_image and to_fields(obs)[name].dtype != field.dtype:
+            got = to_fields(obs)[name].dtype
+            raise ValueError(f"the image {name!r} must be uint8, from 0 to 255; got {got}")
     if isinstance(fields, Mapping):
         obs = {name: obs[name] for name in fields}
     out: Obs = each(

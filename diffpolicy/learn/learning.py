@@ -98,9 +98,9 @@ def check_learning(spec: PolicySpec, learning: Learning) -> None:
     critics = {"critic", "state_value"} & set(spec.heads)
     if learning.actor_critic is None and critics:
         raise ValueError(f"learning.actor_critic trains the heads {sorted(critics)}; set it")
-    told = spec.layout, spec.level_law, spec.cond_dropout
     if learning.actor_critic is not None and spec.actions:
         raise ValueError("actor-critics learn actions as data hold them: leave policy.actions out")
+    told = spec.layout, spec.level_law, spec.cond_dropout
     if learning.actor_critic is not None and told != ("action", "row", 0):
         raise ValueError(
             "actor-critics learn plans with layout='action', level_law='row', cond_dropout=0; got "
@@ -262,24 +262,18 @@ def objective(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
         return ActorCriticLoss(denoiser, cast("Mapping[str, nn.Module]", heads), actor_critic)
     if spec.network.get("type") == "anchored":
         return _anchored(policy, learning)
-    cloning: dict[str, Any] = {"cond_dropout": spec.cond_dropout}
-    cloning |= {"mask_padding": learning.mask_padding, "draws": learning.draws}
+    how: dict[str, Any] = {"cond_dropout": spec.cond_dropout, "draws": learning.draws}
+    how["mask_padding"] = learning.mask_padding
     if spec.imagined is not None:
         weight = learning.imagined_weight
-        return JointLoss(denoiser, policy.layout, imagined_weight=weight, **cloning)
-    how: dict[str, Any] = {}
+        return JointLoss(denoiser, policy.layout, imagined_weight=weight, **how)
     if spec.layout != "action":
         first = {} if spec.layout == "state" else {"first_action": learning.first_action_weight}
         how["weights"] = policy.layout.weights(**first, next_obs=learning.next_obs_weight)
         how["layout"] = policy.layout
     if spec.level_law == "position":
         how["ramp"] = Ramp(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
-    denoising = DenoisingLoss(
-        denoiser,
-        **cloning,
-        level_law=spec.level_law,
-        **how,
-    )
+    denoising = DenoisingLoss(denoiser, level_law=spec.level_law, **how)
     if not len(heads):
         return denoising
     losses: dict[str, nn.Module] = {"denoising": denoising}

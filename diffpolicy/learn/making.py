@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,8 @@ from diffpolicy.data.returns import returns_to_go
 from diffpolicy.data.statistics import action_statistics
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows, said_statistics
+from diffpolicy.networks.backbones import weights_follow
+from diffpolicy.networks.encoders import encoder_class
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.changes import check_same_weights, merged_config
 from diffpolicy.policies.choose_level import observation_step
@@ -56,17 +59,19 @@ def fitted_spec(
         ValueError: a missing field or statistics, or settings that do not fit together.
     """
     seen = obs_fields(store)
-    for name in (*(seen or ["obs"]), "action"):
-        if name not in store.fields:
-            has = f"no field {name!r} (it has {sorted(store.fields)})"
-            how = "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
-            raise ValueError(f"store {store.name} has {has}; {how}")
+    absent = [name for name in (*(seen or ["obs"]), "action") if name not in store.fields]
+    if absent:
+        has = f"no field {absent[0]!r} (it has {sorted(store.fields)})"
+        how = "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
+        raise ValueError(f"store {store.name} has {has}; {how}")
     known = {**spec, **_observed(store), "action_dim": store.fields["action"].shape[0]}
     known["actions"] = known.get("actions") or store.attrs.get("action_groups", ())
     if not known["observations"]:
         known.setdefault("observation_step", observation_step(store))
     if known.get("level_law") == "position":
         known["trained_action_steps"] = known.get("n_action_steps", PolicySpec.n_action_steps)
+    ids = [name for name, field in by_store_field(of_store(store)).items() if field.is_id]
+    known["encoder"] = _with_task_count(known.get("encoder") or {}, store, ids)
     if known.get("imagined") is not None:
         known["imagined"] = shaped(known["imagined"], store)
     full = PolicySpec.from_config(known)
@@ -77,6 +82,7 @@ def fitted_spec(
     for name in () if full.imagined is None else full.imagined.vectors:
         modes.setdefault(name, "minmax")
     modes |= {"action": "minmax", **{k: v for k, v in normalize.items() if k != "obs"}}
+    modes |= dict.fromkeys(ids, "identity")
     if per_store:
         if not isinstance(store, Joined):
             raise ValueError("a normaliser for each store needs several: give a list of stores")
@@ -101,6 +107,18 @@ def _fitted_normalizer(
         if gripper.mode == "scale":
             normalizer = normalizer.scaled("action", gripper.dim, 1 / gripper.factor)
     return normalizer
+
+
+def _with_task_count(
+    encoder: Mapping[str, Any], store: EpisodeStore, ids: Sequence[str]
+) -> dict[str, Any]:
+    """The encoder's settings with how many tasks there are, if it asks and they do not say."""
+    kind = encoder_class(encoder.get("type", "state"))
+    if not ids or "tasks" not in inspect.signature(kind).parameters:
+        return dict(encoder)
+    named = store.attrs.get("tasks") or ()
+    count = max(len(named), int(store.statistics[ids[0]]["max"][0]) + 1)
+    return {**encoder, "tasks": {"count": count, **(encoder.get("tasks") or {})}}
 
 
 def _observed(store: EpisodeStore) -> dict[str, Any]:
@@ -144,8 +162,7 @@ def fit_anchors(
 
 def _windows(spec: PolicySpec, store: EpisodeStore, **how: Any) -> Windows:
     """All windows of a store, for plans as a policy says them."""
-    names = ("horizon", "n_obs_steps", "n_action_steps")
-    sizes = {name: getattr(spec, name) for name in names}
+    sizes = {n: getattr(spec, n) for n in ("horizon", "n_obs_steps", "n_action_steps")}
     return Windows(store, **sizes, actions=spec.representation, **how)
 
 
@@ -184,7 +201,8 @@ def read_policy(
     if stored is not None:
         anchors = Anchors.from_parts(stored, files["anchors.safetensors"])
     spec = PolicySpec.from_config(config)
-    denoiser, heads = spec.make_denoiser(), spec.make_heads()
+    with weights_follow():
+        denoiser, heads = spec.make_denoiser(), spec.make_heads()
     denoiser.load_state_dict(files["model.safetensors"])
     if len(heads):
         heads.load_state_dict(files["heads.safetensors"])

@@ -15,7 +15,8 @@ from diffpolicy.learn.reward.plan_chain import PlanChain
 from diffpolicy.learn.reward.policy_gradient import PolicyGradient
 from diffpolicy.learn.reward.stepwise import Stepwise
 from diffpolicy.learn.reward.weighted import WeightedDenoising
-from diffpolicy.settings import ConfigError, check_choice, from_values
+from diffpolicy.networks.registry import class_of
+from diffpolicy.settings import ConfigError, from_values
 
 METHODS: dict[str, type[Method]] = {
     "plan_chain": PlanChain,
@@ -37,8 +38,9 @@ def make_method(values: Mapping[str, Any]) -> Method:
     """A method from plain values.
 
     Args:
-        values: ``type`` (a name of :data:`METHODS`), a ``name`` that is not looked at, and the
-            settings of the method, groups of them as nested values.
+        values: ``type`` (a name of :data:`METHODS`, or ``package.module:Class`` of a subclass of
+            :class:`Method`), a ``name`` that is not looked at, and the settings of the method,
+            groups of them as nested values.
 
     Example:
         >>> make_method({"type": "dpo", "loss": "ipo", "score": {"draws": 2}})
@@ -51,8 +53,16 @@ def make_method(values: Mapping[str, Any]) -> Method:
         raise ConfigError(f"a method needs a type, one of {', '.join(METHODS)}; got {given}")
     kind = given.pop("type")
     given.pop("name", None)
-    check_choice("method", kind, METHODS)
-    return from_values(METHODS[kind], given, f"{kind}.")
+    return from_values(method_class(kind), given, f"{kind}.")
+
+
+def method_class(name: object) -> type[Method]:
+    """The class of a name of :data:`METHODS`, or of ``package.module:Class``.
+
+    Raises:
+        ValueError: what :func:`~diffpolicy.networks.registry.class_of` refuses.
+    """
+    return class_of(METHODS, name, "method", Method)
 
 
 def method_of(

@@ -162,12 +162,12 @@ def check_plain(spec: PolicySpec) -> None:
     """Raise ``ValueError`` if a policy acts with guidance, or at another temperature than 1."""
     if spec.encoder["type"] != "state":
         raise ValueError(f"plans are judged by what is observed, not by {spec.encoder['type']!r}")
-    told = spec.sampler.guidance_scale, spec.value_scale, spec.temperature
-    if told != (1, 0, 1):
-        how = "guidance_scale={}, value_scale={}, temperature={}".format(*told)
-        raise ValueError(f"own plans are drawn without guidance at temperature 1, not with {how}")
     if spec.actions:
         raise ValueError("own plans are judged as actions: the policy must have no action groups")
+    guidance, value, temperature = spec.sampler.guidance_scale, spec.value_scale, spec.temperature
+    if guidance != 1 or value != 0 or temperature != 1:
+        how = f"guidance_scale={guidance}, value_scale={value}, temperature={temperature}"
+        raise ValueError(f"own plans are drawn without guidance at temperature 1, not with {how}")
 
 
 def sizes_of(spec: PolicySpec) -> dict[str, Any]:

@@ -2,7 +2,11 @@
 
 from diffpolicy.networks.anchored import Anchored
 from diffpolicy.networks.base import Network
-from diffpolicy.networks.convert import from_diffusion_policy_state_dict, from_lerobot_state_dict
+from diffpolicy.networks.convert import (
+    from_diffusion_policy_state_dict,
+    from_lerobot_state_dict,
+    from_resnet18_state_dict,
+)
 from diffpolicy.networks.critics import QEnsemble, StateValue
 from diffpolicy.networks.draft import Draft
 from diffpolicy.networks.embeddings import sinusoidal
@@ -32,6 +36,7 @@ __all__ = [
     "UNet1D",
     "from_diffusion_policy_state_dict",
     "from_lerobot_state_dict",
+    "from_resnet18_state_dict",
     "make_head",
     "make_network",
     "sinusoidal",

@@ -8,12 +8,18 @@ chooses it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffpolicy.settings import check_range
+from diffpolicy.extras import need
+from diffpolicy.settings import check_choice, check_range
+
+NORMS = ("group", "none")
 
 
 class SmallCNN(nn.Module):
@@ -41,6 +47,126 @@ class SmallCNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """A map ``[N, F, h', w']``."""
         out: Tensor = self.layers(images)
+        return out
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 without its classifier (He et al. 2016, table 1), as in Diffusion Policy.
+
+    Its map has a 32nd of the image's sides. The parameters have torchvision's names.
+
+    Args:
+        channels: C of the images.
+        width: output channels W of the first convolution; the stages have W, 2W, 4W and 8W.
+        norm: ``"group"``, groups of 16 channels (Wu & He 2018): batch statistics and averaged
+            weights do not go together; ``"none"``, convolutions with a bias, which is what batch
+            normalisation of weights that were trained elsewhere becomes.
+
+    Raises:
+        ValueError: an unknown norm, or a width that is no multiple of 16.
+    """
+
+    def __init__(self, channels: int, width: int = 64, norm: str = "group") -> None:
+        super().__init__()
+        check_choice("norm", norm, NORMS)
+        if width < 16 or width % 16:
+            raise ValueError(f"width must be a multiple of 16, got {width}")
+        self.conv1, self.bn1 = _conv(channels, width, 7, 2, norm), _norm(width, norm)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        before = width
+        for stage in range(4):
+            wide = width << stage
+            blocks = _Block(before, wide, 1 + (stage > 0), norm), _Block(wide, wide, 1, norm)
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            before = wide
+        self.out_channels = before
+
+    def forward(self, images: Tensor) -> Tensor:
+        """A map ``[N, 8W, h/32, w/32]``, not negative."""
+        x: Tensor = self.pool(F.relu(self.bn1(self.conv1(images))))
+        for stage in range(4):
+            x = self.get_submodule(f"layer{stage + 1}")(x)
+        return x
+
+
+class _Block(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut (He et al. 2016, fig. 2)."""
+
+    def __init__(self, before: int, wide: int, stride: int, norm: str) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv(before, wide, 3, stride, norm), _norm(wide, norm)
+        self.conv2, self.bn2 = _conv(wide, wide, 3, 1, norm), _norm(wide, norm)
+        self.downsample = nn.Sequential()
+        if before != wide:
+            self.downsample = nn.Sequential(_conv(before, wide, 1, stride, norm), _norm(wide, norm))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        out = out + self.downsample(x)
+        return F.relu(out)
+
+
+def _conv(before: int, wide: int, size: int, stride: int, norm: str) -> nn.Conv2d:
+    made = nn.Conv2d(before, wide, size, stride, size // 2, bias=norm == "none")
+    nn.init.kaiming_normal_(made.weight, mode="fan_out", nonlinearity="relu")
+    return made
+
+
+def _norm(wide: int, norm: str) -> nn.Module:
+    return nn.Identity() if norm == "none" else nn.GroupNorm(wide // 16, wide)
+
+
+_own_weights: ContextVar[bool] = ContextVar("own_weights", default=True)
+
+
+@contextmanager
+def weights_follow() -> Iterator[None]:
+    """Within, backbones download no weights of their own: those of a saved policy follow."""
+    token = _own_weights.set(False)
+    try:
+        yield
+    finally:
+        _own_weights.reset(token)
+
+
+class Timm(nn.Module):
+    """The last map of features of any model of the package timm that has such maps.
+
+    Args:
+        channels: C of the images.
+        name: timm's, such as ``"efficientnet_lite0"``; ``timm.list_models()`` says them all.
+        pretrained: begin with published weights, downloaded once. They expect images of a mean and
+            a standard deviation: ``policy.encoder.pixels``.
+        frozen: keep these weights, and batch statistics, as they are.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: no such model, or one that has no maps of features.
+    """
+
+    def __init__(
+        self, channels: int, name: str, pretrained: bool = False, frozen: bool = False
+    ) -> None:
+        super().__init__()
+        own, timm = pretrained and _own_weights.get(), need("timm")
+        try:
+            self.network = timm.create_model(
+                name, pretrained=own, in_chans=channels, features_only=True
+            )
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(f"timm has no backbone {name!r} with maps: {error}") from error
+        self.frozen = frozen
+        self.requires_grad_(not frozen)
+        self.train(not frozen)
+        self.out_channels = int(self.network.feature_info.channels()[-1])
+
+    def train(self, mode: bool = True) -> Timm:
+        super().train(mode and not self.frozen)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """A map ``[N, F, h', w']``."""
+        out: Tensor = self.network(images)[-1]
         return out
 
 
@@ -73,4 +199,20 @@ class SpatialSoftmax(nn.Module):
         return places.flatten(1).to(features.dtype)
 
 
-BACKBONES: dict[str, type[nn.Module]] = {"cnn": SmallCNN}
+class MeanPool(nn.Module):
+    """The mean of each feature over the map.
+
+    Args:
+        channels: F of the map.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.out_dim = channels
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Means ``[N, F]``."""
+        return features.mean((2, 3))
+
+
+BACKBONES: dict[str, type[nn.Module]] = {"cnn": SmallCNN, "resnet18": ResNet18, "timm": Timm}

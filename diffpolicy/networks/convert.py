@@ -54,6 +54,51 @@ def from_lerobot_state_dict(
     return _convert(state, _LEROBOT, "", horizon, n_groups)
 
 
+def from_resnet18_state_dict(
+    state: Mapping[str, Tensor],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Convert torchvision's ResNet-18 without its classifier.
+
+    Batch normalisation is folded into the convolutions, which is exact for its kept statistics.
+
+    Args:
+        state: its state dict, by torchvision's names (``layer1.0.conv1.weight``) or by the numbers
+            of a sequence of its children (``4.0.conv1.weight``).
+
+    Returns:
+        A config of a backbone and the state dict of the module it makes.
+
+    Raises:
+        ValueError: names or shapes that are not such a network's.
+    """
+    numbers = {"0": "conv1", "1": "bn1", **{str(4 + k): f"layer{1 + k}" for k in range(4)}}
+    named = {}
+    for name, value in state.items():
+        first, _, rest = name.partition(".")
+        if not name.endswith("num_batches_tracked"):
+            named[f"{numbers.get(first, first)}.{rest}"] = value
+    source, out = _Source(named), {}
+    width = named["conv1.weight"].shape[0] if "conv1.weight" in named else 0
+    folded = "bn1.running_mean" in named
+    pairs = [("conv1", "bn1")]
+    for block in (f"layer{1 + k}.{j}" for k in range(4) for j in range(2)):
+        pairs += [(f"{block}.conv{n}", f"{block}.bn{n}") for n in (1, 2)]
+        if f"{block}.downsample.0.weight" in named:
+            pairs.append((f"{block}.downsample.0", f"{block}.downsample.1"))
+    for conv, norm in pairs:
+        kernel = source.take(f"{conv}.weight").clone()
+        gain, bias = source.take(f"{norm}.weight").clone(), source.take(f"{norm}.bias").clone()
+        if folded:
+            mean, variance = (source.take(f"{norm}.running_{what}") for what in ("mean", "var"))
+            gain = gain * (variance + 1e-5).rsqrt()
+            out[f"{conv}.weight"] = kernel * gain[:, None, None, None]
+            out[f"{conv}.bias"] = bias - mean * gain
+        else:
+            out |= {f"{conv}.weight": kernel, f"{norm}.weight": gain, f"{norm}.bias": bias}
+    source.check_used_up("ResNet18")
+    return {"type": "resnet18", "width": width, "norm": "none" if folded else "group"}, out
+
+
 def _convert(
     state: Mapping[str, Tensor], blocks: Mapping[str, str], resample: str, horizon: int, groups: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -136,7 +181,7 @@ class _Source:
         for kind in ("weight", "bias"):
             out[f"{ours}.{kind}"] = self.take(f"{theirs}.{kind}").clone()
 
-    def check_used_up(self) -> None:
+    def check_used_up(self, where: str = "UNet1D") -> None:
         if self.left:
             some = sorted(self.left)[:3]
-            raise ValueError(f"{len(self.left)} tensors have no place in UNet1D, such as {some}")
+            raise ValueError(f"{len(self.left)} tensors have no place in {where}, such as {some}")

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -103,8 +103,12 @@ def observation_step(store: EpisodeStore) -> tuple[float, ...]:
     Raises:
         ValueError: observations that are not one vector.
     """
-    if "obs" not in store.fields:
-        raise ValueError(f"rti.innovation needs one vector 'obs'; {store.name} has {store.fields}")
+    seen = obs_fields(store)
+    if seen != ["obs"] or store.fields["obs"].is_image:
+        raise ValueError(
+            f"rti.innovation compares vectors, one 'obs' a step; {store.name} has {seen} (images "
+            "count as none): leave it out"
+        )
     return tuple(float(v) for v in usual_step(store))
 
 
@@ -222,7 +226,17 @@ class _Study:
     def __post_init__(self) -> None:
         warm = isinstance(self.settings, RTI)
         self.target = self.planner.boundary.entries(self.demos.action)
+        self.cond = self._conditions()
         self.starts = [self._start(run) if warm else None for run in range(self.replicates)]
+
+    def _conditions(self) -> Array | None:
+        """What each observation is encoded to ``[E, T, C]``: once, however often it is replayed."""
+        planner, found = _with(self.planner, None), list[Array]()
+        state = planner.initial_state(range(len(self.demos.action)))
+        for step in range(self.demos.valid.shape[1]):
+            state = planner.observe(take(self.demos.obs, (slice(None), step)), state)
+            found += [v for k, v in planner.encoded_once(state).memory.items() if k == "cond"]
+        return np.stack(found, 1) if found else None
 
     def crps(self, policy: ChunkedPolicy) -> Array:
         """Continuous ranked probability score of executed actions and of their changes.
@@ -234,7 +248,10 @@ class _Study:
         first = [self.seed + run * count for run in range(self.replicates)]
         pairs = zip(first, self.starts, strict=True)
         runs = np.stack(
-            [replay(policy, self.demos.obs, range(n, n + count), start) for n, start in pairs]
+            [
+                replay(policy, self.demos.obs, range(n, n + count), start, self.cond)
+                for n, start in pairs
+            ]
         )
         scores = [_crps(runs, self.target, valid)]
         for lag in LAGS:
@@ -250,6 +267,7 @@ class _Study:
         first = self.seed + run * len(rows)
         state = planner.initial_state(range(first, first + len(rows)))
         state = planner.observe(take(demos.obs, (rows, 0)), state)
+        state = _told(state, self.cond, rows, 0)
         state = planner.replan(state, np.arange(len(rows)))
         ahead = state.plan[:, planner.n_obs_steps - 1 :, -self.target.shape[-1] :]
         length = min(ahead.shape[1], demos.action.shape[1])
@@ -273,7 +291,7 @@ class _Study:
             for back in range(planner.n_obs_steps - 1, -1, -1):
                 seen = take(self.demos.obs, (rows, np.maximum(at - back, 0)))
                 state = planner.observe(seen, state)
-            return planner.replan(state, np.arange(len(rows)))
+            return planner.replan(_told(state, self.cond, rows, at), np.arange(len(rows)))
 
         guesses = []
         now = planned(steps + before, self.seed)
@@ -295,10 +313,10 @@ class _Study:
         """
         loop = warm.loop("warm")
         noise = warm.draw_noise(probe.state, loop.draws, False)
-        history = warm.on_device(probe.state.history)
+        told = warm.told(loop, probe.state)
         with torch.inference_mode():
             ends = [
-                loop(history, torch.from_numpy(g).to(warm.device), noise).cpu().numpy()
+                loop(told, torch.from_numpy(g).to(warm.device), noise).cpu().numpy()
                 for g in probe.guesses
             ]
         ahead = slice(warm.n_obs_steps - 1, warm.n_obs_steps - 1 + warm.n_action_steps)
@@ -331,7 +349,7 @@ class _Study:
         """
         denoiser: Denoiser = self.planner.denoiser
         plan = self.said(now).to(self.planner.device)
-        cond = self.planner.encoded(now.history)
+        cond = self.planner.on_device(now.memory["cond"])
         generator = torch.Generator().manual_seed(self.seed)
         at = torch.full((1, 1, 1), t, dtype=plan.dtype, device=plan.device)
         alpha, sigma = denoiser.process.alpha(at), denoiser.process.sigma(at)
@@ -375,12 +393,22 @@ def _crps(runs: Array, target: Array, valid: Array) -> Array:
     return np.maximum(out, 1e-3)  # below a two-thousandth of the range differences mean nothing
 
 
+def _told(state: PolicyState, cond: Array | None, rows: Any, steps: Any) -> PolicyState:
+    """The memory with what its observations were encoded to, if they were."""
+    return state if cond is None else state.remember(cond=cond[rows, steps])
+
+
 def replay(
-    policy: ChunkedPolicy, obs: Obs, seeds: Sequence[int], start: PolicyState | None = None
+    policy: ChunkedPolicy,
+    obs: Obs,
+    seeds: Sequence[int],
+    start: PolicyState | None = None,
+    cond: Array | None = None,
 ) -> Array:
     """Normalised actions ``[E, T, A]``, as plans say them, for observations ``[E, T, O]``.
 
-    From ``start``, a memory that holds the first plan, if there is one.
+    From ``start``, a memory that holds the first plan, if there is one; ``cond`` ``[E, T, C]`` is
+    what the observations were encoded to.
     """
     state = policy.initial_state(seeds) if start is None else start
     rows, steps = np.arange(count(obs)), next(iter(to_fields(obs).values())).shape[1]
@@ -390,6 +418,7 @@ def replay(
     out = []
     for step in range(steps):
         state = policy.observe(take(obs, (slice(None), step)), state)
+        state = _told(state, cond, rows, step)
         due = np.flatnonzero(policy.needs_plan(state))
         if len(due):
             state = policy.replan(state, due)

@@ -332,11 +332,12 @@ class DiffusionPlanner(ChunkedPolicy):
         if self.spec.layout != "action":
             return state
         with torch.inference_mode():
-            return state.remember(cond=self.encoded(state.history).cpu().numpy())
+            encode = self._loops[self.kinds[0], False].condition
+            return state.remember(cond=encode(self.on_device(state.history)).cpu().numpy())
 
     def told(self, loop: Loop, state: PolicyState) -> Any:
         """What a loop is told of rows: their observations, or what these were encoded to."""
-        if "cond" in state.memory and isinstance(loop, PlanLoop):
+        if "cond" in state.memory and loop.takes_encoded:
             return Encoded(self.on_device(state.memory["cond"]))
         return self.on_device(state.history)
 

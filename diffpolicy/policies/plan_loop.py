@@ -6,7 +6,7 @@ arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,21 +18,30 @@ from diffpolicy.core.sampling import Trajectory, prepare, sample
 from diffpolicy.core.starts import Start, warm_start
 from diffpolicy.core.steps import Solver
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.data.observation import ObsFields, apart, each, side_by_side
+from diffpolicy.data.observation import ObsField, ObsFields, each
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.guidance.pinned import PinCond
 from diffpolicy.settings import check_choice
 
 
 class Loop(Protocol):
-    """A sampling loop: a :class:`PlanLoop`, or a compiled form of one."""
+    """A sampling loop: a :class:`PlanLoop`, or a compiled form of one.
 
+    Attributes:
+        takes_encoded: it takes observations :class:`Encoded`.
+    """
+
+    takes_encoded: bool
     nfe: int
     draws: int
     horizon: int
     action_dim: int
 
-    def __call__(self, history: Any, guess: Tensor, noise: Tensor) -> Tensor:
+    @property
+    def condition(self) -> Callable[..., Any]:
+        """Encodes observations."""
+
+    def __call__(self, history: Any, guess: Tensor, noise: Tensor, /) -> Tensor:
         """Normalised plans ``[n, H, A]``."""
 
 
@@ -81,22 +90,10 @@ class Condition(nn.Module):
         self.encoder = nn.Flatten(1) if encoder is None else encoder
 
     def forward(self, history: Any, *known: Tensor) -> Any:
-        """``cond`` for raw observations ``[n, To, ...]``, and what else a loop was given.
-
-        Compiled and exported loops take observations by name side by side.
-        """
+        """``cond`` for raw observations ``[n, To, ...]``, and what else a loop was given."""
         if isinstance(history, Encoded):
             return history.cond
-        if self.fields is not None:
-            history = apart(history, self.fields)
         return self.encoder(self.normalizer.normalize_obs(history))
-
-    def unnormalize(self, observed: Tensor) -> Tensor:
-        """Raw observations, side by side, of normalised ones ``[n, To, O]``."""
-        if self.fields is not None:
-            observed = apart(observed, self.fields)
-        raw: Tensor = side_by_side(self.normalizer.unnormalize_obs(observed))
-        return raw
 
     def settled(self, plan: Tensor, given: Any) -> Tensor:
         """The plan ``[n, H, D]`` with what is known of it set exactly."""
@@ -162,6 +159,8 @@ class PlanLoop(nn.Module):
     Attributes:
         nfe: network evaluations K.
         draws: R, slices of noise that :meth:`forward` needs.
+        fields: what is observed in a step.
+        takes_encoded: it takes observations :class:`Encoded`.
         uses_guess: whether the guess matters.
 
     Raises:
@@ -187,6 +186,8 @@ class PlanLoop(nn.Module):
         self.denoiser, self.normalizer, self.solver = denoiser, normalizer, solver
         self.start, self.levels, self.temperature = start, levels, temperature
         self.condition = Condition(normalizer) if condition is None else condition
+        self.fields = self.condition.fields or ObsField((obs_dim,))
+        self.takes_encoded = not self.condition.pinned
         parameter = next(denoiser.parameters(), torch.zeros(1))
         shape = (1, self.horizon, self.action_dim)
         like = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)

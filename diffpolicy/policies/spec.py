@@ -19,7 +19,7 @@ from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import ObsField, ObsFields, by_store_field
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.networks import make_network
-from diffpolicy.networks.encoders import ENCODERS, Encoder, make_encoder
+from diffpolicy.networks.encoders import Encoder, encoder_class, make_encoder
 from diffpolicy.networks.heads import make_head
 from diffpolicy.policies.base import check_horizon
 from diffpolicy.policies.best_of_n import Selection
@@ -28,7 +28,7 @@ from diffpolicy.policies.imagined import Imagined, check_imagined
 from diffpolicy.policies.planners import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.truncated import Truncated
-from diffpolicy.settings import check_choice, from_values, named_settings
+from diffpolicy.settings import from_values, named_settings
 
 
 @named_settings
@@ -95,8 +95,8 @@ class PolicySpec:
         observations: the arrays of an observation by name, whose order they are in; empty: one
             array of ``obs_dim``. The name ``""`` stands for a single image.
         encoder: ``{"type": ..., settings}`` for :func:`diffpolicy.networks.encoders.make_encoder`:
-            from observations to the condition of network and critics; default: ``images`` where
-            there is one, else ``state``.
+            from observations to the condition of network and critics; the type may be
+            ``package.module:Class``. Default: ``images`` where there is one, else ``state``.
         env_id: the environment it was trained for, if known.
     """
 
@@ -158,7 +158,7 @@ class PolicySpec:
         images = any(field.is_image for field in self.observations.values())
         usual = {"type": "images" if images else "state"}
         object.__setattr__(self, "encoder", {**usual, **(self.encoder or {})})
-        check_choice("encoder type", self.encoder["type"], ENCODERS)
+        encoder_class(self.encoder["type"])
         object.__setattr__(self, "observations", dict(sorted(self.observations.items())))
         total = sum(field.size for field in self.observations.values() if not field.is_image)
         if self.observations and self.obs_dim != total:

@@ -233,7 +233,7 @@ class Candidates:
         """
         loop = self.loops["guesses"]
         told = history if told is None else told
-        if isinstance(loop, PlanLoop) and not loop.condition.pinned:  # once for all candidates
+        if loop.takes_encoded and not isinstance(told, Encoded):  # once for all candidates
             told = Encoded(loop.condition(told))
         guess, log_prob = self._guesses(history, told, previous, noise)
         count, many = guess.shape[:2]

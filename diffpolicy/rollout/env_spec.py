@@ -11,7 +11,6 @@ import importlib
 import importlib.metadata
 import itertools
 import json
-import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +23,7 @@ from gymnasium import spaces
 
 from diffpolicy.data.fields import inward_bounds
 from diffpolicy.data.observation import ObsField, ObsFields, by_store_field, of_space
-from diffpolicy.extras import pip_hint
+from diffpolicy.extras import TRUST_VARIABLE, pip_hint, trusts
 from diffpolicy.settings import check_range
 
 # Distributions whose version can change any score; MuJoCo's simulator is part of Gymnasium's own
@@ -32,7 +31,6 @@ from diffpolicy.settings import check_range
 _VERSIONED = ("diffpolicy", "gymnasium", "mujoco", "numpy")
 _NUMBERS = itertools.count()
 
-TRUST_VARIABLE = "DIFFPOLICY_TRUST_ENVS"
 KNOWN = ("diffpolicy_envs", "gymnasium", "gymnasium_robotics", "gym_pusht", "gym_aloha", "gym_xarm")
 """Packages whose environments a file may name without the user having named them.
 
@@ -370,9 +368,8 @@ def stored_env_id(env_id: str, source: object, *, instead: str = "env.id=") -> s
     """
     module, colon, name = env_id.rpartition(":")
     package = module.split(".")[0]
-    trusted = {name.strip() for name in os.environ.get(TRUST_VARIABLE, "").split(",")} - {""}
     safe = package in KNOWN if colon else True
-    if (safe and not name.startswith(_ADAPTERS)) or package in trusted or "true" in trusted:
+    if (safe and not name.startswith(_ADAPTERS)) or trusts(package):
         return env_id
     name_it = f"{instead}{env_id}, or " if instead else ""
     raise EnvSpecError(

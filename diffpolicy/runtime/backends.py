@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffpolicy.extras import installed, need
 from diffpolicy.runtime.exported import cpu_session
-from diffpolicy.runtime.rolled import rolled
+from diffpolicy.runtime.graph import LoopGraph
 
 Run = Callable[..., Tensor]  # of the example's tensors, in their order
 Builder = Callable[[nn.Module, Sequence[Tensor], int], Run]
@@ -125,12 +125,10 @@ def _feed(inputs: Sequence[Tensor], wanted: set[str]) -> dict[str, Any]:
 def _graph(module: nn.Module, example: Sequence[Tensor]) -> bytes:
     """The ONNX graph of a loop: its step once where that pays and the network allows it."""
     names = [f"input_{i}" for i in range(len(example))]
-    form = rolled(module, example)
+    form = module.rolled() if isinstance(module, LoopGraph) else module
     try:
         return to_onnx(form, example, names, ["plan"])
     except RuntimeError:  # of the exporter: within a loop it wants constants of some operators
-        if form is module:
-            raise
         return to_onnx(module, example, names, ["plan"])
 
 

@@ -215,7 +215,7 @@ class PolicyClient:
             raise ServerError("bad_reply", f"{self._where} sent no float32 {name} {list(shape)}")
         if not np.isfinite(array).all():
             raise ServerError("bad_reply", f"{self._where} sent {name} that are not finite")
-        return array
+        return array.copy()  # writable
 
 
 def _array(obs: npt.ArrayLike) -> Array:

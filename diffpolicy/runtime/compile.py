@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from diffpolicy.data.observation import side_by_side
+from diffpolicy.data.observation import to_fields
 from diffpolicy.extras import need
 from diffpolicy.policies.diffusion import DiffusionPlanner
-from diffpolicy.policies.plan_loop import PlanLoop
+from diffpolicy.policies.plan_loop import Encoded, PlanLoop
 from diffpolicy.runtime.backends import BUILDERS, REQUIRES, Run, eager, missing
-from diffpolicy.settings import check_choice, check_range, check_shape
+from diffpolicy.runtime.graph import LoopGraph
+from diffpolicy.runtime.ports import SEEN, in_groups, in_order
+from diffpolicy.settings import check_choice, check_range
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ class CompiledLoop:
         batch_size: rows per call that it is built for, at least 1.
         threads: CPU threads of ``onnxruntime`` and ``openvino`` (PyTorch's number when absent); the
             other backends use PyTorch's.
+        part: of the loop, see :class:`~diffpolicy.runtime.graph.LoopGraph`.
+        condition: encodes observations for the part ``"rest"``; default: in eager PyTorch.
 
     Attributes:
         backend: the backend's name.
@@ -50,6 +54,7 @@ class CompiledLoop:
         nfe: network evaluations.
         draws: R, slices of noise.
         uses_guess: whether the guess matters.
+        takes_encoded: it takes encoded observations, and no others: the part ``"rest"``.
         error: largest absolute difference from eager when it was built.
         timings: median milliseconds of every backend tried, if :func:`fastest` chose this one.
         failed: backends that :func:`fastest` could not build, with their errors.
@@ -61,7 +66,14 @@ class CompiledLoop:
     """
 
     def __init__(
-        self, loop: PlanLoop, backend: str, batch_size: int, *, threads: int | None = None
+        self,
+        loop: PlanLoop,
+        backend: str,
+        batch_size: int,
+        *,
+        threads: int | None = None,
+        part: str = "whole",
+        condition: Callable[[Any], Tensor] | None = None,
     ) -> None:
         check_choice("backend", backend, BUILDERS)
         check_range("[1, inf)", batch_size=batch_size, threads=threads)
@@ -69,57 +81,60 @@ class CompiledLoop:
             need(package)
         self.backend, self.batch_size = backend, batch_size
         self.nfe, self.draws, self.uses_guess = loop.nfe, loop.draws, loop.uses_guess
-        self.obs_shape, self.device = loop.obs_shape, loop.device
         self.horizon, self.action_dim = loop.horizon, loop.action_dim
+        self.condition, self.takes_encoded = condition or loop.condition, part == "rest"
         self.timings: Mapping[str, float] = {}
         self.failed: Mapping[str, str] = {}
-        self._loop = loop
+        self._loop, self._graph = loop, LoopGraph(loop, part).eval()
         self._ways: dict[int, Run] = {}  # by number of groups
-        example = example_inputs(loop, batch_size)
+        example = self._graph.example(batch_size)
         threads = torch.get_num_threads() if threads is None else threads
-        self._run: Run = BUILDERS[backend](loop, example, threads)
-        self._eagerly = eager(loop, example, threads)
+        self._run: Run = BUILDERS[backend](self._graph, example, threads)
+        self._eagerly = eager(self._graph, example, threads)
         self._made_of = loop.grid.weight_versions()
         self.error = self.verify()
 
-    def __call__(self, history: Any, guess: Tensor, noise: Tensor) -> Tensor:
+    def __call__(self, history: Any, *rest: Tensor) -> Tensor:
         """One plan per row.
 
         Args:
-            history: raw observations ``[n, To, O]``, or such tensors by name; float32 as all.
-            guess: normalised clean guess ``[n, H, A]``.
-            noise: standard normal ``[R, n, H, A]``.
+            history: raw observations ``[n, To, ...]``, or such tensors by name, float32 or bytes;
+                :class:`~diffpolicy.policies.plan_loop.Encoded` for the part ``"rest"``.
+            rest: normalised clean guess ``[n, H, A]`` and standard normal noise ``[R, n, H, A]``,
+                float32; neither for the part ``"encoder"``.
 
         Returns:
-            Normalised plans ``[n, H, A]``.
+            Normalised plans ``[n, H, A]``, or of the part ``"encoder"`` ``[n, C]``.
 
         Raises:
             ValueError: other shapes or dtypes, or weights that changed since it was compiled.
         """
         if self._loop.grid.weight_versions() != self._made_of:
             raise ValueError("the weights changed since this policy was compiled: compile it again")
-        inputs = side_by_side(history), guess, noise
-        count = self._count(*inputs)
+        ports, encoded = self._graph.ports, isinstance(history, Encoded)
+        seen = {"cond": history.cond} if encoded else to_fields(history, SEEN)
+        names = [port.name for port in ports[len(seen) :]]
+        inputs = in_order(ports, {**seen, **dict(zip(names, rest, strict=True))})
+        count = inputs[-1].shape[ports[-1].axes.index("batch")]
+        for port, value in zip(ports, inputs, strict=True):
+            port.check(value, count)
         if count == self.batch_size:
             return self._run(*inputs)
         groups = -(-count // self.batch_size)
         if groups < 2 or self.backend == "eager":
-            return self._in_groups(*inputs)
+            return self._eagerly(*inputs) if self.backend == "eager" else self._grouped(*inputs)
         if groups not in self._ways:
-            ways = {"groups": self._in_groups, "eager": self._eagerly}
+            ways = {"groups": self._grouped, "eager": self._eagerly}
             taken = measure(ways, inputs, seconds=0.0)
             self._ways[groups] = ways[min(taken, key=taken.__getitem__)]
         return self._ways[groups](*inputs)
 
-    def _in_groups(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
-        count, size = len(history), self.batch_size
-        plans = []
-        for first in range(0, count, size):
-            rows = torch.arange(first, first + size, device=history.device)
-            rows = rows.clamp(max=count - 1)  # the last one fills its group up
-            made = self._run(history[rows], guess[rows], noise[:, rows])
-            plans.append(made[: count - first])
-        return torch.cat(plans) if plans else guess.clone()
+    def _grouped(self, *inputs: Tensor) -> Tensor:
+        count = inputs[-1].shape[self._graph.ports[-1].axes.index("batch")]
+        if not count:
+            return self._eagerly(*inputs)
+        made = in_groups(self._run, self._graph.ports, inputs, count, self.batch_size)
+        return torch.cat([plan[:wanted] for plan, wanted in made])
 
     def verify(self, trials: int = 3, *, seed: int = 0) -> float:
         """The largest absolute difference from eager on random inputs.
@@ -136,27 +151,14 @@ class CompiledLoop:
         """
         got, expected, nudged = [], [], []
         for trial in range(trials):
-            inputs = example_inputs(self._loop, self.batch_size, seed=seed + trial)
+            inputs = self._graph.example(self.batch_size, seed=seed + trial)
+            moved = [v * (1 + 2**-22) if v.is_floating_point() else v for v in inputs]
             got.append(self._run(*inputs))
             expected.append(self._eagerly(*inputs))
-            nudged.append(self._eagerly(*(value * (1 + 2**-22) for value in inputs)))
+            nudged.append(self._eagerly(*moved))
         answer = torch.cat(expected)
         rounding = min(float((torch.cat(nudged) - answer).abs().max()), 0.01)
         return check_close(torch.cat(got), answer, f"{self.backend!r}", rounding=rounding)
-
-    def _count(self, history: Tensor, guess: Tensor, noise: Tensor) -> int:
-        """Rows n of inputs whose shapes and types are checked."""
-        n, plan = len(history), (self.horizon, self.action_dim)
-        wanted = {
-            "history": (history, (n, *self.obs_shape)),
-            "guess": (guess, (n, *plan)),
-            "noise": (noise, (self.draws, n, *plan)),
-        }
-        for name, (value, shape) in wanted.items():
-            check_shape(name, value.shape, shape)
-            if value.dtype != torch.float32:
-                raise ValueError(f"{name} must be float32, got {value.dtype}")
-        return n
 
     def __repr__(self) -> str:
         sizes = f"batch_size={self.batch_size}, nfe={self.nfe}, error={self.error:.1e}"
@@ -164,7 +166,7 @@ class CompiledLoop:
 
 
 def compile_loop(
-    loop: PlanLoop, *, backend: str = "auto", batch_size: int = 1, threads: int | None = None
+    loop: PlanLoop, *, backend: str = "auto", batch_size: int = 1, **options: Any
 ) -> CompiledLoop:
     """Build a loop under a backend and check it against eager.
 
@@ -173,15 +175,15 @@ def compile_loop(
         backend: ``"eager"``, ``"torch.compile"``, ``"cuda_graph"`` (CUDA only), ``"onnxruntime"``,
             ``"openvino"``, or ``"auto"``, the fastest of those at hand (measured).
         batch_size: see :class:`CompiledLoop`.
-        threads: see :class:`CompiledLoop`.
+        options: ``threads``, ``part`` and ``condition`` of :class:`CompiledLoop`.
 
     Raises:
         ValueError: see :class:`CompiledLoop`.
         ImportError: the backend's package is missing.
     """
     if backend == "auto":
-        return fastest(loop, batch_size, threads=threads)
-    return CompiledLoop(loop, backend, batch_size, threads=threads)
+        return fastest(loop, batch_size, **options)
+    return CompiledLoop(loop, backend, batch_size, **options)
 
 
 def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
@@ -196,7 +198,7 @@ def fastest(
     candidates: Sequence[str] | None = None,
     *,
     seconds: float = 1.0,
-    threads: int | None = None,
+    **options: Any,
 ) -> CompiledLoop:
     """The backend with the lowest median time here, each built and measured in turns.
 
@@ -209,7 +211,7 @@ def fastest(
         candidates: backends to try; when absent those of :func:`available_backends`, of which one
             that fails is passed over with a warning.
         seconds: time to measure for, all backends together.
-        threads: see :class:`CompiledLoop`.
+        options: ``threads``, ``part`` and ``condition`` of :class:`CompiledLoop`.
 
     Returns:
         The winner; its ``timings`` hold every backend's median in milliseconds.
@@ -224,23 +226,22 @@ def fastest(
     built, failed = {}, {}
     for name in names:
         try:
-            built[name] = CompiledLoop(loop, name, batch_size, threads=threads)
+            built[name] = CompiledLoop(loop, name, batch_size, **options)
         except Exception as error:  # a runtime's own exceptions, of any type
             if candidates is not None or name == "eager":
                 raise
             failed[name] = f"{type(error).__name__}: {error}"
             log.warning("backend %r is not used: %s", name, failed[name])
-    timings = measure(built, example_inputs(loop, batch_size), seconds=seconds)
+    graph = next(iter(built.values()))._graph
+    runs = {name: one._run for name, one in built.items()}
+    timings = measure(runs, graph.example(batch_size), seconds=seconds)
     best = built[min(timings, key=timings.__getitem__)]
     best.timings, best.failed = timings, failed
     return best
 
 
 def measure(
-    runs: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]],
-    inputs: tuple[Tensor, Tensor, Tensor],
-    *,
-    seconds: float = 1.0,
+    runs: Mapping[str, Run], inputs: Sequence[Tensor], *, seconds: float = 1.0
 ) -> dict[str, float]:
     """Median milliseconds per call of each of ``runs``, measured in turns.
 
@@ -279,45 +280,32 @@ def compile_planner(
         ValueError: see :class:`CompiledLoop`.
         ImportError: the backend's package is missing.
     """
-    truncated = planner.spec.truncated
+    spec, truncated = planner.spec, planner.spec.truncated
     if truncated is not None and truncated.rank == "confidence":
         raise ValueError(
             "compiled loops return no confidence, and plans ranked by 'confidence' need more: "
             "export this policy (`diffpolicy export`), or rank by 'denoising' or 'prior'"
         )
+    if spec.value_scale > 0:
+        raise ValueError("guidance by a value differentiates its network, compiled loops cannot")
     # The plans of one row that compete are solved in one batch.
     many = 1 if truncated is None else planner._candidates(deterministic=False).guess_count
-    if planner.spec.value_scale > 0:
-        raise ValueError("guidance by a value differentiates its network, compiled loops cannot")
-    if planner.spec.selection is not None:
-        batch_size *= planner.spec.selection.num_candidates
+    encoded_rows = batch_size
+    if spec.selection is not None:
+        batch_size *= spec.selection.num_candidates
+    how: dict[str, Any] = {"backend": backend, "threads": threads}
+    # An encoder with weights sees what several plans are made of once, and not with each of them.
+    learned = next(planner.denoiser.encoder.parameters(), None) is not None
+    parts: dict[str, Any] = {}
+    if learned and (truncated or spec.selection) is not None:
+        first = planner.loop(planner.kinds[0])
+        encoder = compile_loop(first, batch_size=encoded_rows, part="encoder", **how)
+        parts = {"part": "rest", "condition": encoder}
     loops = {}
     for kind in planner.kinds:
         rows = batch_size if kind == "draft" else batch_size * many
-        loop = planner.loop(kind)
-        loops[kind] = compile_loop(loop, backend=backend, batch_size=rows, threads=threads)
+        loops[kind] = compile_loop(planner.loop(kind), batch_size=rows, **how, **parts)
     return planner.with_loops(loops)
-
-
-def example_inputs(loop: PlanLoop, batch: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Random inputs on the loop's device: observations like the training data, a guess and noise.
-
-    Args:
-        loop: the loop.
-        batch: n.
-        seed: same seed, same inputs.
-
-    Returns:
-        ``history [n, To, O]`` raw, ``guess [n, H, A]`` in [-1, 1], ``noise [R, n, H, A]``.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    plan = (loop.horizon, loop.action_dim)
-    # Normalised data lie about [-1, 1]; raw observations of arbitrary scale would saturate the net.
-    observed = torch.randn(batch, *loop.obs_shape, generator=generator).to(loop.device)
-    guess = 2 * torch.rand(batch, *plan, generator=generator) - 1
-    noise = torch.randn(loop.draws, batch, *plan, generator=generator)
-    history = loop.condition.unnormalize(observed)
-    return history, guess.to(loop.device), noise.to(loop.device)
 
 
 def check_close(got: Tensor, expected: Tensor, who: str, *, rounding: float = 0.0) -> float:

@@ -9,36 +9,29 @@ the policy's own: :meth:`DiffusionPlanner.moved`, :meth:`StreamingPlanner.moved_
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffpolicy.data.observation import apart
+from diffpolicy.data.observation import from_fields, to_fields
 from diffpolicy.policies.boundary import now_of
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.plan_loop import PlanLoop
 from diffpolicy.policies.streaming import StreamingPlanner
-from diffpolicy.runtime.compile import example_inputs
+from diffpolicy.runtime.graph import example_inputs
+from diffpolicy.runtime.ports import SEEN, Port, seen_ports
 from diffpolicy.runtime.rolled import rolled
-
-
-class Port(NamedTuple):
-    """One input or output of an exported file; the axis ``"batch"`` is that of the rows."""
-
-    name: str
-    axes: tuple[int | str, ...]
-    dtype: str
-    unit: str
 
 
 class DeployedLoop(nn.Module):
     """Planning and the way to actions, as it goes into the file: a plan sampled by one loop.
 
-    Its inputs are those of ``history [B, To, O]`` raw, ``last_plan`` (or ``last_buffer``)
-    ``[B, H, P]`` normalised, ``shift [B]`` int64 steps executed and ``noise [R, B, H, P]`` that are
-    used; its outputs ``plan [B, H, P]`` normalised, ``actions [B, Ta, A]`` in environment units,
-    and the new ``buffer`` of a streaming policy. Plans are as policies remember them: absolute.
+    Its inputs are those of ``history [B, To, O]`` raw (or each ``history.NAME``, in the type that
+    policies see: an image as bytes), ``last_plan`` (or ``last_buffer``) ``[B, H, P]`` normalised,
+    ``shift [B]`` int64 steps executed and ``noise [R, B, H, P]`` that are used; its outputs ``plan
+    [B, H, P]`` normalised, ``actions [B, Ta, A]`` in environment units, and the new ``buffer`` of a
+    streaming policy. Plans are as policies remember them: absolute.
 
     Args:
         planner: the policy.
@@ -66,53 +59,20 @@ class DeployedLoop(nn.Module):
         self.executed = slice(first, first + planner.n_action_steps)
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def ports(self) -> list[Port]:
         """The inputs that are used, in their order."""
-        carried = () if self.carries is None else (f"last_{self.carries}", "shift")
-        return ("history", *carried, *(("noise",) if self.draws else ()))
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The outputs for the inputs in the order of ``names``."""
-        given = dict(zip(self.names, inputs, strict=True))
-        history = given["history"]  # also stands in for an input that is not used
-        last = given.get(f"last_{self.carries}", history)
-        shift, noise = given.get("shift", history), given.get("noise", history)
-        plan, *buffer = self.planned(history, last, shift, noise)
-        return plan, self.planner.boundary.actions(plan[:, self.executed]), *buffer
-
-    def planned(
-        self, history: Tensor, last: Tensor, shift: Tensor, noise: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Normalised plans ``[B, H, P]`` (and buffers); unused inputs may be anything."""
-        guess = self.guess(history, last, shift) if self.carries else last
-        return (self.absolute(self.run(history, guess, noise), history),)
-
-    def guess(self, history: Tensor, last: Tensor, shift: Tensor) -> Tensor:
-        """The last plan moved to the present, as the network says it."""
-        return self.planner.moved(last, shift, self._now(history))
-
-    def absolute(self, plan: Tensor, history: Tensor) -> Tensor:
-        """A plan of the network as it is remembered."""
-        return self.planner.boundary.absolute(plan, self._now(history))
-
-    def _now(self, history: Tensor) -> Any:
-        return now_of(apart(history, self.planner.observed))
-
-    def inputs(self) -> list[Port]:
-        """The inputs in the order of ``names``."""
-        plan = (self.loop.horizon, self.loop.action_dim)
-        last = f"last_{self.carries}"
-        every = (
-            Port(
-                "history", ("batch", *self.loop.obs_shape), "float32", "environment, oldest first"
-            ),
-            Port(last, ("batch", *plan), "float32", f"the last output {self.carries!r}"),
+        plan = ("batch", self.loop.horizon, self.loop.action_dim)
+        carried = [
+            Port(f"last_{self.carries}", plan, "float32", f"the last output {self.carries!r}"),
             Port("shift", ("batch",), "int64", "control steps executed since the last plan"),
-            Port("noise", (self.draws, "batch", *plan), "float32", "standard normal"),
-        )
-        return [port for port in every if port.name in self.names]
+        ]
+        noise = Port("noise", (self.draws, *plan), "float32", "standard normal")
+        seen = seen_ports(self.loop.fields, self.loop.obs_shape[0])
+        used = [noise] if self.draws else []
+        return [*seen, *(carried if self.carries else []), *used]
 
-    def outputs(self) -> list[Port]:
+    @property
+    def made(self) -> list[Port]:
         """The outputs in their order."""
         plan = ("batch", self.loop.horizon, self.loop.action_dim)
         steps = ("batch", self.executed.stop - self.executed.start, self.planner.action_dim)
@@ -124,19 +84,43 @@ class DeployedLoop(nn.Module):
             *([buffer] if self.rolls_on else []),
         ]
 
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs for the inputs in the order of ``ports``."""
+        given = {port.name: value for port, value in zip(self.ports, inputs, strict=True)}
+        unused = inputs[0]  # stands in for an input that is not used
+        last, shift = given.get(f"last_{self.carries}", unused), given.get("shift", unused)
+        history, noise = from_fields(given, SEEN), given.get("noise", unused)
+        plan, *buffer = self.planned(history, last, shift, noise)
+        return plan, self.planner.boundary.actions(plan[:, self.executed]), *buffer
+
+    def planned(
+        self, history: Any, last: Tensor, shift: Tensor, noise: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Normalised plans ``[B, H, P]`` (and buffers); unused inputs may be anything."""
+        guess = self.guess(history, last, shift) if self.carries else last
+        return (self.absolute(self.run(history, guess, noise), history),)
+
+    def guess(self, history: Any, last: Tensor, shift: Tensor) -> Tensor:
+        """The last plan moved to the present, as the network says it."""
+        return self.planner.moved(last, shift, now_of(history))
+
+    def absolute(self, plan: Tensor, history: Any) -> Tensor:
+        """A plan of the network as it is remembered."""
+        return self.planner.boundary.absolute(plan, now_of(history))
+
     def example(self, batch: int, *, seed: int = 0) -> list[Tensor]:
-        """Random inputs for ``batch`` rows, in the order of ``names``."""
+        """Random inputs for ``batch`` rows, in the order of ``ports``."""
         generator = torch.Generator().manual_seed(seed)
         history, last, _ = example_inputs(self.loop, batch, seed=seed)
         last = self.absolute(last, history)
         shape = (self.draws, batch, self.loop.horizon, self.loop.action_dim)
         every = {
-            "history": history,
+            **to_fields(history, SEEN),
             f"last_{self.carries}": last,
             "shift": torch.randint(self.max_shift + 1, (batch,), generator=generator),
             "noise": torch.randn(shape, generator=generator),
         }
-        return [every[name] for name in self.names]
+        return [every[port.name] for port in self.ports]
 
 
 class _Ranked(DeployedLoop):
@@ -157,12 +141,12 @@ class _Ranked(DeployedLoop):
         self.draws, self.nfe = self.candidates.draws, self.candidates.nfe
 
     def planned(
-        self, history: Tensor, last: Tensor, shift: Tensor, noise: Tensor
+        self, history: Any, last: Tensor, shift: Tensor, noise: Tensor
     ) -> tuple[Tensor, ...]:
         warm = self.carries is not None
         previous = self.guess(history, last, shift) if warm else torch.zeros_like(noise[0])
         same = torch.ones_like if warm else torch.zeros_like
-        has_previous = same(history[:, 0, 0], dtype=torch.bool)
+        has_previous = same(noise[0, :, 0, 0], dtype=torch.bool)
         chosen = self.candidates.propose(history, previous, has_previous, noise).chosen()
         return (self.absolute(chosen, history),)
 
@@ -183,7 +167,7 @@ class _Streamed(DeployedLoop):
         self.constant = torch.from_numpy(planner._constant)
 
     def planned(
-        self, history: Tensor, last: Tensor, shift: Tensor, noise: Tensor
+        self, history: Any, last: Tensor, shift: Tensor, noise: Tensor
     ) -> tuple[Tensor, ...]:
         own, rest = noise[-1], noise[:-1]
         if self.samples:

@@ -232,7 +232,7 @@ class RealTimeExecutor:
         self._meter.sources[source] += 1
         self._source = source
         spent = time.perf_counter_ns() - entered - (runner.blocked_ns - blocked)
-        self._meter.overhead.add(spent)
+        self._meter.latencies["tick_overhead"].add(spent)
         missed = self._planning.degraded
         return Decision(action, source, age, late_ns / NS_PER_MS, tick, missed)
 
@@ -263,7 +263,7 @@ class RealTimeExecutor:
             late = 0
         self._tick = tick
         counts["ticks"] += 1
-        self._meter.lateness.add(late)
+        self._meter.latencies["lateness"].add(late)
         if late > self._late_ns:
             counts["late_ticks"] += 1
         return tick, late
@@ -272,8 +272,8 @@ class RealTimeExecutor:
         """Append an observation; whether it is a good one."""
         try:
             seen = each(np.array, as_seen(obs, self.policy.observed, lead=()))
-            arrays = to_fields(seen).values()
-            good = all(math.isfinite(value) for a in arrays for value in a.ravel().tolist())
+            real = [array for array in to_fields(seen).values() if array.dtype.kind == "f"]
+            good = all(math.isfinite(value) for a in real for value in a.ravel().tolist())
         except Exception:  # whatever a sensor sends, the loop goes on
             good = False
         if good:

@@ -25,8 +25,9 @@ from diffpolicy.policies.base import Array
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.runtime.backends import OPSET, to_onnx
 from diffpolicy.runtime.compile import TOLERANCE, check_close
-from diffpolicy.runtime.deployed import DeployedLoop, Port, deployed_kinds, deployed_loop
-from diffpolicy.runtime.exported import CONTRACT, FORMAT, VERSION, checksum, cpu_session
+from diffpolicy.runtime.deployed import DeployedLoop, deployed_kinds, deployed_loop
+from diffpolicy.runtime.exported import CONTRACT, FORMAT, VERSIONS, checksum, cpu_session
+from diffpolicy.runtime.ports import Port
 from diffpolicy.settings import check_range
 
 TRIALS = 3
@@ -155,12 +156,11 @@ def _traced(
 
 
 def _trace(deployed: DeployedLoop, batch: int, *, dynamic: bool) -> bytes:
-    names = [port.name for port in deployed.outputs()]
-    free = {port.name: {port.axes.index("batch"): "batch"} for port in deployed.inputs()}
-    free.update({name: {0: "batch"} for name in names})
-    example = deployed.example(batch)
+    takes, makes = ([port.name for port in ports] for ports in (deployed.ports, deployed.made))
+    every = [*deployed.ports, *deployed.made] if dynamic else []
+    free = {port.name: {port.axes.index("batch"): "batch"} for port in every}
     try:
-        return to_onnx(deployed, example, deployed.names, names, dynamic=free if dynamic else None)
+        return to_onnx(deployed, deployed.example(batch), takes, makes, dynamic=free)
     except RuntimeError as error:  # the exporter's own errors derive from it
         if not dynamic:
             raise
@@ -179,7 +179,7 @@ def _verify(deployed: DeployedLoop, model: bytes, batch: int, *, dynamic: bool) 
         inputs = deployed.example(rows, seed=100 + trial)
         with torch.inference_mode():
             expected = deployed(*inputs)
-        feed = {name: value.numpy() for name, value in zip(deployed.names, inputs, strict=True)}
+        feed = {p.name: value.numpy() for p, value in zip(deployed.ports, inputs, strict=True)}
         try:
             plan, actions, *buffer = session.run(None, feed)
         except Exception as failure:  # a runtime's own exceptions, of any type
@@ -215,8 +215,8 @@ def _loop_entry(
         "sha256": hashlib.sha256(model).hexdigest(),
         "bytes": len(model),
         **{name: getattr(deployed, name) for name in _LOOP},
-        "inputs": [entry(port) for port in deployed.inputs()],
-        "outputs": [entry(port) for port in deployed.outputs()],
+        "inputs": [entry(port) for port in deployed.ports],
+        "outputs": [entry(port) for port in deployed.made],
         "max_error": error,
     }
 
@@ -229,17 +229,12 @@ def _contract(
 ) -> dict[str, Any]:
     spec, jump = planner.spec, planner._unusual
     sizes = ("obs_dim", "action_dim", "horizon", "n_obs_steps", "n_action_steps")
-    named = {name: field.size for name, field in spec.observations.items()}  # in their order
     versions = {p: importlib.metadata.version(p) for p in ("diffpolicy", "torch", "onnx")}
     by = f"onnxruntime {importlib.metadata.version('onnxruntime')}"
     contract = {
         "format": FORMAT,
-        "version": VERSION,
-        "policy": {
-            **{name: getattr(planner, name) for name in sizes},
-            **({"observations": named} if named else {}),
-            "env_id": spec.env_id,
-        },
+        "version": VERSIONS[-1],
+        "policy": {**{name: getattr(planner, name) for name in sizes}, "env_id": spec.env_id},
         "rate_hz": rate_hz,
         "batch": dict(batch),
         "actions": {

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from diffpolicy.data.observation import to_fields
 from diffpolicy.extras import need
+from diffpolicy.runtime.ports import SEEN, Port, in_groups, in_order
 from diffpolicy.settings import check_shape
 
 Array = npt.NDArray[Any]
 History = Array | Mapping[str, Array]
-FORMAT, VERSION = "diffpolicy-export", 1
+FORMAT, VERSIONS = "diffpolicy-export", (1, 2)  # 1: vectors by name travel side by side
 CONTRACT = "contract.json"
 
 
@@ -64,6 +66,10 @@ class ExportedPolicy:
         self.contract = read_contract(folder)
         loops = self.contract["loops"].items()
         self._sessions = {kind: _session(folder, entry, threads) for kind, entry in loops}
+        self._ports = {
+            kind: [Port(*(entry[name] for name in Port._fields)) for entry in loop["inputs"]]
+            for kind, loop in loops
+        }
         self._generator = np.random.default_rng(seed)
         self._last: Array | None = None
         self._warm: npt.NDArray[np.bool_] = np.zeros(0, bool)
@@ -78,8 +84,8 @@ class ExportedPolicy:
         """Plan for every row: warm where the row has a plan since :meth:`reset`, else cold.
 
         Args:
-            history: raw observations ``[n, To, O]``, or such arrays by name, oldest first; the same
-                rows at every call.
+            history: raw observations ``[n, To, O]``, or such arrays by name, oldest first, images
+                as bytes; the same rows at every call.
             executed: steps executed since the last plan, one number or ``[n]`` (Ta when absent).
                 A policy that plans anew when its observation jumps looks for jumps within
                 ``history`` here; call :meth:`reset` for jumps between two calls.
@@ -89,25 +95,26 @@ class ExportedPolicy:
         Raises:
             ValueError: wrong shapes or values that are not finite.
         """
-        history = self._checked(history)
-        count = len(history)
+        seen = self._checked(history)
+        count = len(next(iter(seen.values())))
         if len(self._warm) != count or "warm" not in self._sessions:
             self._warm, self._last = np.zeros(count, bool), None
         sizes = self.contract["policy"]
         shift = np.full(count, sizes["n_action_steps"] if executed is None else executed)
-        warm = self._usable(history, shift)
+        warm = self._usable(seen, shift)
         parts: list[tuple[Array, ExportedPlan]] = []
         for kind, rows in (("cold", np.flatnonzero(~warm)), ("warm", np.flatnonzero(warm))):
             if len(rows):
                 last = None if self._last is None else self._last[rows]
                 given = None if noise is None else np.asarray(noise)[: self.draws(kind), rows]
-                parts.append((rows, self.solve(kind, history[rows], last, shift[rows], given)))
+                told = {name: array[rows] for name, array in seen.items()}
+                parts.append((rows, self._solved(kind, told, last, shift[rows], given)))
         solved = _joined(parts)
         carried = solved.buffer if solved.buffer is not None else solved.plan
         self._last, self._warm = carried.copy(), np.ones(count, bool)
         return solved
 
-    def _usable(self, history: Array, shift: Array) -> npt.NDArray[np.bool_]:
+    def _usable(self, seen: Mapping[str, Array], shift: Array) -> npt.NDArray[np.bool_]:
         """Rows to be planned warm; limits ``shift`` to what the warm loop takes."""
         warm = self._warm.copy()
         if "warm" not in self._sessions:
@@ -117,7 +124,7 @@ class ExportedPolicy:
             warm &= shift <= entry["max_shift"]  # its levels belong to that many steps
         np.minimum(shift, entry["max_shift"], out=shift)
         if limits is not None:
-            steps = np.abs(np.diff(history, axis=1))
+            steps = np.abs(np.diff(seen[SEEN], axis=1))
             warm &= ~(steps > np.asarray(limits, np.float32)).any((1, 2))
         return warm
 
@@ -145,32 +152,40 @@ class ExportedPolicy:
         Raises:
             ValueError: an unknown kind, a missing input, wrong shapes or values not finite.
         """
+        return self._solved(kind, self._checked(history), last, shift, noise)
+
+    def _solved(
+        self,
+        kind: str,
+        seen: Mapping[str, Array],
+        last: Array | None,
+        shift: Array | None,
+        noise: Array | None,
+    ) -> ExportedPlan:
         entry = self._entry(kind)
-        history = self._checked(history)
-        count = len(history)
-        drawn = next((port for port in entry["inputs"] if port["name"] == "noise"), None)
+        count, ports = len(next(iter(seen.values()))), self._ports[kind]
+        drawn = next((port for port in ports if port.name == "noise"), None)
         if noise is None and drawn is not None:
-            shape = tuple(count if axis == "batch" else axis for axis in drawn["axes"])
-            noise = self._generator.standard_normal(shape, np.float32)
-        given = {
-            "history": history,
-            f"last_{entry['carries']}": last,
-            "shift": shift,
-            "noise": noise,
-        }
-        feed = {}
-        for port in entry["inputs"]:
-            value = given[port["name"]]
-            if value is None:
-                raise ValueError(f"the {kind} loop of this policy needs {port['name']!r}")
-            feed[port["name"]] = _fitted(port, value, count)
-        size = count if self.contract["batch"]["dynamic"] else self.contract["batch"]["size"]
-        session = self._sessions[kind]
-        results = [
-            [out[: min(size, count - first)] for out in session.run(None, _rows(feed, first, size))]
-            for first in range(0, count, max(size, 1))
-        ]
-        return ExportedPlan(*(np.concatenate(parts) for parts in zip(*results, strict=True)))
+            noise = self._generator.standard_normal(drawn.shape(count), np.float32)
+        given = {**seen, f"last_{entry['carries']}": last, "shift": shift, "noise": noise}
+        values = []
+        for port in ports:
+            if given.get(port.name) is None:
+                raise ValueError(f"the {kind} loop of this policy needs {port.name!r}")
+            values.append(port.fitted(given[port.name], count))
+        names, session = [port.name for port in ports], self._sessions[kind]
+
+        def run(*inputs: Array) -> list[Array]:
+            feed = {n: np.ascontiguousarray(v) for n, v in zip(names, inputs, strict=True)}
+            out: list[Array] = session.run(None, feed)
+            return out
+
+        size = max(
+            count if self.contract["batch"]["dynamic"] else self.contract["batch"]["size"], 1
+        )
+        groups = list(in_groups(run, ports, values, count, size))
+        columns = zip(*(outputs for outputs, _ in groups), strict=True)
+        return ExportedPlan(*(np.concatenate(column)[:count] for column in columns))
 
     def _entry(self, kind: str) -> Mapping[str, Any]:
         loops: Mapping[str, Mapping[str, Any]] = self.contract["loops"]
@@ -178,22 +193,25 @@ class ExportedPolicy:
             raise ValueError(f"this export has no {kind!r} loop; it has {sorted(loops)}")
         return loops[kind]
 
-    def _checked(self, history: History) -> Array:
-        sizes = self.contract["policy"]
-        if isinstance(history, Mapping):  # the file takes them side by side
-            fields = sizes.get("observations", {})
-            if sorted(fields) != sorted(history):
-                wanted = sorted(fields) or "one array"
-                raise ValueError(f"history must hold {wanted}, got {sorted(history)}")
-            for name, size in fields.items():
-                shape = np.shape(history[name])
-                check_shape(f"history {name!r}", shape, ("n", sizes["n_obs_steps"], size))
-            history = np.concatenate([np.asarray(history[name]) for name in fields], axis=-1)
-        value = np.asarray(history, np.float32)
-        check_shape("history", value.shape, ("n", sizes["n_obs_steps"], sizes["obs_dim"]))
-        if not len(value) or not np.isfinite(value).all():
-            raise ValueError("history holds no rows, or values that are not finite")
-        return value
+    def _checked(self, history: History) -> dict[str, Array]:
+        """Observations by the names of their ports; those of the first version side by side."""
+        ports = [port for port in self._ports["cold"] if port.name.split(".")[0] == SEEN]
+        given, fields = to_fields(history, SEEN), self.contract["policy"].get("observations")
+        if fields:
+            ports = [
+                ports[0]._replace(name=f"{SEEN}.{k}", axes=(*ports[0].axes[:2], n))
+                for k, n in fields.items()
+            ]
+        arrays = {
+            p.name: np.asarray(one) for p, one in zip(ports, in_order(ports, given), strict=True)
+        }
+        for port in ports:
+            check_shape(port.name, arrays[port.name].shape, ("n", *port.axes[1:]))
+        count = len(arrays[ports[0].name])
+        if not count:
+            raise ValueError("history holds no rows")
+        arrays = {port.name: port.fitted(arrays[port.name], count) for port in ports}
+        return {SEEN: np.concatenate(list(arrays.values()), -1)} if fields else arrays
 
 
 def load_exported(
@@ -219,9 +237,9 @@ def read_contract(folder: Path) -> dict[str, Any]:
         known = False
     if not known:
         raise ValueError(f"{file} is not the contract of an exported policy; export it anew")
-    if contract.get("version") != VERSION:
-        got = contract.get("version")
-        raise ValueError(f"{file} has version {got!r}; this diffpolicy reads {VERSION}")
+    if contract.get("version") not in VERSIONS:
+        got, read = contract.get("version"), " and ".join(map(str, VERSIONS))
+        raise ValueError(f"{file} has version {got!r}; this diffpolicy reads {read}")
     if contract.get("checksum") != checksum(contract):
         raise ValueError(f"{file} was changed after the export; export the policy anew")
     return dict(contract)
@@ -274,26 +292,3 @@ def _joined(parts: Sequence[tuple[Array, ExportedPlan]]) -> ExportedPlan:
     order = np.argsort(np.concatenate([rows for rows, _ in parts]))
     columns = [c for c in zip(*(plans for _, plans in parts), strict=True) if c[0] is not None]
     return ExportedPlan(*(np.concatenate(column)[order] for column in columns))
-
-
-def _fitted(port: Mapping[str, Any], value: Array, count: int) -> Array:
-    """``value`` in the port's dtype, refused if its shape is not the port's for ``count`` rows."""
-    value = np.ascontiguousarray(value, port["dtype"])
-    shape = [count if size == "batch" else size for size in port["axes"]]
-    check_shape(port["name"], value.shape, shape)
-    if value.dtype.kind == "f" and not np.isfinite(value).all():
-        raise ValueError(f"{port['name']} holds values that are not finite")
-    if value.dtype.kind == "i" and (value < 0).any():
-        raise ValueError(f"{port['name']} must not be negative, got {int(value.min())}")
-    return value
-
-
-def _rows(feed: Mapping[str, Array], first: int, size: int) -> dict[str, Array]:
-    """``size`` rows of every input from ``first`` on; beyond the end the last one is repeated."""
-    out = {}
-    for name, value in feed.items():
-        axis = 1 if name == "noise" else 0
-        index = np.minimum(np.arange(first, first + size), value.shape[axis] - 1)
-        whole = size == value.shape[axis]
-        out[name] = value if whole else np.ascontiguousarray(value.take(index, axis))
-    return out

@@ -170,7 +170,7 @@ class Planning:
             return None
         outcome = self.runner.call(self._refinement(self.refiner, track, tuple(trail), tick))
         self.meter.counts["refinements"] += 1
-        self.meter.refine.add(outcome.latency_ns)
+        self.meter.latencies["refine_latency"].add(outcome.latency_ns)
         self._refine_ns = float(outcome.latency_ns)
         refined: Track | None = outcome.value
         if refined is None or not refined.finite or not refined.good[0]:
@@ -258,7 +258,7 @@ class Planning:
         meter, latency_ns = self.meter, outcome.latency_ns
         meter.counts["plans"] += 1
         warm = request.warm and (outcome.value is None or outcome.value.warm)
-        (meter.plan if warm else meter.cold).add(latency_ns)
+        meter.latencies["plan_latency" if warm else "cold_latency"].add(latency_ns)
         self._expected[int(warm)] = self._ticks(latency_ns)
         if latency_ns > self._budget_ns and not self._overdue:
             meter.counts["missed_deadlines"] += 1

@@ -1,4 +1,7 @@
-"""What a control loop did: latencies in bounded memory, counts, JSON and a picture."""
+"""What a control loop did: latencies in bounded memory, counts, JSON.
+
+``python scripts/executor_figure.py REPORT.json`` draws the histograms.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from diffpolicy.extras import need
-from diffpolicy.files import atomic_file, write_json
+from diffpolicy.files import write_json
 
 _PER_OCTAVE = 128  # buckets per factor of 2: quantiles are exact to 0.6 %
 _LOWEST_NS, _OCTAVES = 16.0, 44  # 16 ns .. 78 hours
@@ -164,37 +166,6 @@ class ExecutorReport:
         """
         return write_json(path, self.to_dict())
 
-    def plot(self, path: str | Path, *, title: str = "") -> Path:
-        """Draw the histograms of plan latency and tick overhead, with p50, p99 and the budget.
-
-        Args:
-            path: of the picture; its ending says the format (``.png``, ``.svg``, ``.pdf``).
-            title: above it.
-
-        Returns:
-            ``path``.
-
-        Raises:
-            ImportError: matplotlib is missing (with the pip command).
-            ValueError: nothing was measured yet.
-        """
-        plans = "plan latency", self.plan_bars, self.plan_latency, self.budget_ms
-        overhead = "tick overhead", self.overhead_bars, self.tick_overhead, 0.0
-        panels = [panel for panel in (plans, overhead) if panel[1]]
-        if not panels:
-            raise ValueError("there is no latency to draw: the loop has had no tick yet")
-        # A figure without pyplot: no global state, and never a window.
-        size = (7, 2.8 * len(panels) + 0.4)
-        figure = need("matplotlib.figure").Figure(figsize=size, layout="constrained")
-        figure.suptitle(title)
-        axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-        for axis, panel in zip(axes, panels, strict=True):
-            _draw(axis, *panel)
-        target = Path(path)
-        with atomic_file(target, target.suffix or ".png") as partial:
-            figure.savefig(partial, dpi=120)
-        return target
-
 
 class Meter:
     """Counts what happens in a loop, in memory that does not grow.
@@ -202,19 +173,15 @@ class Meter:
     Attributes:
         counts: the integers of :class:`ExecutorReport`, by name.
         sources: ticks by where their action came from.
-        plan: latencies of plans with a warm start.
-        cold: of plans without one.
-        refine: of refinements.
-        overhead: time within ticks apart from the policy.
-        lateness: how late ticks began.
+        latencies: the histograms that it summarises, by name.
         warm_up_ms: latencies of the plans made before the loop began.
     """
 
     def __init__(self, sources: tuple[str, ...]) -> None:
         self.counts: Counter[str] = Counter()
         self.sources = dict.fromkeys(sources, 0)
-        self.plan, self.cold, self.refine = (LatencyHistogram() for _ in range(3))
-        self.overhead, self.lateness = LatencyHistogram(), LatencyHistogram()
+        names = (f.name for f in fields(ExecutorReport) if f.type == "LatencySummary")
+        self.latencies = {name: LatencyHistogram() for name in names}
         self.warm_up_ms: list[float] = []
         self._errors: deque[str] = deque(maxlen=10)
 
@@ -226,32 +193,14 @@ class Meter:
     def report(self, **settings: Any) -> ExecutorReport:
         """Everything so far, under the ``settings`` of the loop."""
         names = [f.name for f in fields(ExecutorReport) if f.type == "int"]
-        numbers: dict[str, Any] = {n: self.counts[n] for n in names if n not in settings}
+        known: dict[str, Any] = {n: self.counts[n] for n in names if n not in settings}
+        known |= {name: histogram.summary() for name, histogram in self.latencies.items()}
         return ExecutorReport(
             **settings,
-            **numbers,
+            **known,
             sources=dict(self.sources),
-            plan_latency=self.plan.summary(),
-            cold_latency=self.cold.summary(),
-            refine_latency=self.refine.summary(),
-            tick_overhead=self.overhead.summary(),
-            lateness=self.lateness.summary(),
             warm_up_ms=tuple(self.warm_up_ms),
             errors=tuple(self._errors),
-            plan_bars=tuple(self.plan.bars()),
-            overhead_bars=tuple(self.overhead.bars()),
+            plan_bars=tuple(self.latencies["plan_latency"].bars()),
+            overhead_bars=tuple(self.latencies["tick_overhead"].bars()),
         )
-
-
-def _draw(axis: Any, name: str, bars: Bars, summary: LatencySummary, budget_ms: float) -> None:
-    lows = [max(low, _LOWEST_NS / 2e6) for low, _, _ in bars]
-    widths = [high - low for low, (_, high, _) in zip(lows, bars, strict=True)]
-    axis.bar(lows, [count for _, _, count in bars], widths, align="edge", color="tab:blue")
-    marks = {"p50": (summary.p50_ms, "green"), "p99": (summary.p99_ms, "orange")}
-    for label, (value, color) in {**marks, "budget": (budget_ms, "red")}.items():
-        if value > 0:
-            axis.axvline(value, color=f"tab:{color}", linewidth=1, label=f"{label} {value:.3g} ms")
-    axis.set(xscale="log", yscale="log", ylabel="count")
-    axis.set_xlabel(f"{name} (ms), n = {summary.count}")
-    axis.grid(alpha=0.3)
-    axis.legend()

@@ -8,13 +8,13 @@ holds a loop over it (in ONNX the operator ``Loop``): inputs, outputs and arithm
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.steps import Row
+from diffpolicy.data.observation import each, zeros
 from diffpolicy.guidance.pinned import PinCond
 from diffpolicy.policies.plan_loop import PlanLoop
 
@@ -23,20 +23,12 @@ from diffpolicy.policies.plan_loop import PlanLoop
 ROLL_FROM = 6
 
 
-def rolled(loop: nn.Module, example: Sequence[Tensor] | None = None) -> nn.Module:
+def rolled(loop: nn.Module) -> nn.Module:
     """The loop in its rolled form where that pays, else as it is.
 
-    Args:
-        loop: a module; all but plain loops (a tick of a streaming policy, say) stay as they are.
-        example: inputs of any number of rows; made up when absent.
+    All but plain loops (a tick of a streaming policy, say) stay as they are.
     """
-    if type(loop) is not PlanLoop or loop.nfe < ROLL_FROM:
-        return loop
-    if example is None:
-        plan = (2, loop.horizon, loop.action_dim)
-        history = torch.zeros(2, *loop.obs_shape)
-        example = history, torch.zeros(plan), torch.zeros(loop.draws, *plan)
-    return RolledLoop(loop, example)
+    return RolledLoop(loop) if type(loop) is PlanLoop and loop.nfe >= ROLL_FROM else loop
 
 
 class RolledLoop(nn.Module):
@@ -44,48 +36,50 @@ class RolledLoop(nn.Module):
 
     Args:
         loop: the loop.
-        example: inputs to trace the step with.
     """
 
-    def __init__(self, loop: PlanLoop, example: Sequence[Tensor]) -> None:
+    def __init__(self, loop: PlanLoop) -> None:
         super().__init__()
         self.loop, self.nfe, self.draws = loop, loop.nfe, loop.draws
         self.horizon, self.action_dim = loop.horizon, loop.action_dim
-        self.step = _Step(loop)
+        self.condition, self.takes_encoded = loop.condition, loop.takes_encoded
+        self.step, plan = _Step(loop), (2, loop.horizon, loop.action_dim)
+        seen = each(torch.from_numpy, zeros(loop.fields, (2, loop.obs_shape[0])))
         with torch.no_grad(), warnings.catch_warnings():
             # Of branches on constants, and of PyTorch's later plans.
             warnings.simplefilter("ignore")
-            state, given = self._begin(*example)
+            state, given, _ = self._begin(seen, torch.zeros(plan), torch.zeros(loop.draws, *plan))
             step = (torch.zeros((), dtype=torch.int64), *state, *given)
             traced = torch.jit.trace(self.step, step, check_trace=False)  # type: ignore[no-untyped-call]
             self.repeated: Any = torch.jit.script(_Repeated(traced))
 
-    def forward(self, history: Tensor, guess: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, history: Any, guess: Tensor, noise: Tensor) -> Tensor:
         """As the loop's own: plans ``[n, H, A]``, the same to within rounding."""
-        state, given = self._begin(history, guess, noise)
+        state, given, told = self._begin(history, guess, noise)
         # A number of steps that is no constant for PyTorch, which would unroll the loop again.
-        steps = torch.arange(self.nfe) + torch.zeros_like(history[0, 0, :1], dtype=torch.int64)
+        steps = torch.arange(self.nfe) + torch.zeros_like(state[0][0, 0, :1], dtype=torch.int64)
         x: Tensor = self.repeated(steps, *state, *given)
-        return self.loop.condition.settled(x, given)
+        return self.loop.condition.settled(x, told)
 
     def _begin(
-        self, history: Tensor, guess: Tensor, noise: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The state before the first step, and what every step is given; empty: not used."""
+        self, history: Any, guess: Tensor, noise: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Any]:
+        """The state before the first step, what every step is given (empty: not used), and cond."""
         loop, empty = self.loop, noise.new_zeros(0)
         noise = loop.tempered(noise)
         x = loop.begin(guess, noise).x
-        given = loop.condition(history)
+        told = loop.condition(history)
         modulations = getattr(loop.grid.denoise, "modulations", None)
-        films = None if modulations is None else modulations(x, given)
+        films = None if modulations is None else modulations(x, told)
         self.step.has_film = films is not None
-        values, cond = (given.values, given.cond) if isinstance(given, PinCond) else (empty, given)
-        return (x, x, torch.stack([torch.zeros_like(x)] * self.step.depth)), (
+        values, cond = (told.values, told.cond) if isinstance(told, PinCond) else (empty, told)
+        given = (
             values,
             empty if cond is None else cond,
             empty if films is None else torch.stack(list(films)),
             noise[self.draws - self.nfe :] if loop.grid.stochastic else empty,
         )
+        return (x, x, torch.stack([torch.zeros_like(x)] * self.step.depth)), given, told
 
 
 class _Repeated(nn.Module):

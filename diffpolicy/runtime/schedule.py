@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from diffpolicy.data.fields import checked_bounds, inward_bounds
 from diffpolicy.data.observation import Obs, stack, take
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.settings import check_shape
@@ -39,12 +40,14 @@ class ActionLimits:
         given = np.array(safe, np.float64)
         if given.ndim != 1 or not len(given) or not np.isfinite(given).all():
             raise ValueError(f"the safe action must be finite numbers [A], got {safe!r}")
-        lowest = _bound("low", -np.inf if low is None else low, given.shape)
-        highest = _bound("high", np.inf if high is None else high, given.shape)
-        if not ((lowest <= given) & (given <= highest)).all():
+        bounds = checked_bounds(
+            -np.inf if low is None else low, np.inf if high is None else high, given.shape
+        )
+        assert bounds is not None
+        if not ((bounds[0] <= given) & (given <= bounds[1])).all():
             raise ValueError(f"the safe action {safe!r} is not within {low!r} .. {high!r}")
         # Actions are in single precision; bounds are rounded inwards, so that none passes them.
-        self.low, self.high = _rounded(lowest, np.inf), _rounded(highest, -np.inf)
+        self.low, self.high = inward_bounds(*bounds)
         self.safe = np.clip(given.astype(np.float32), self.low, self.high)
         self.safe.setflags(write=False)
         scale = np.maximum(np.abs(self.low), np.abs(self.high))
@@ -61,21 +64,6 @@ class ActionLimits:
             kept = np.clip(given, self.low, self.high)
         kept.setflags(write=False)
         return kept, good.tolist()
-
-
-def _bound(name: str, value: Any, shape: tuple[int, ...]) -> Array:
-    bound = np.asarray(value, np.float64)
-    if bound.shape not in ((), shape) or np.isnan(bound).any():
-        wanted = f"a number or one per dimension of the safe action ({shape[0]})"
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
-    return np.broadcast_to(bound, shape)
-
-
-def _rounded(bound: Array, towards: float) -> Array:
-    """The nearest float32 that is not beyond ``bound`` as seen from the side of ``towards``."""
-    near = bound.astype(np.float32)
-    beyond = near < bound if towards > 0 else near > bound
-    return np.where(beyond, np.nextafter(near, np.float32(towards)), near)
 
 
 class UnusablePlanError(ValueError):

@@ -25,7 +25,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from diffpolicy.data.observation import ObsField, ObsFields
+from diffpolicy.data.observation import ObsField, ObsFields, to_fields, zeros
 from diffpolicy.extras import need
 from diffpolicy.policies.base import ChunkedPolicy
 from diffpolicy.runtime.batching import Batcher, Session
@@ -66,7 +66,6 @@ class ServeConfig:
         deterministic: fixed noise: the same observations give the same actions.
         max_clients: most clients at a time.
         max_batch: most rows in one policy call.
-        max_message_bytes: longest message that is read.
         peer_timeout_s: seconds for the opening of a connection, and for a peer to show that it is
             alive; one that stops inside a message is not.
         idle_timeout_s: seconds without a request after which a client is hung up on; ``None``
@@ -85,7 +84,6 @@ class ServeConfig:
     deterministic: bool = False
     max_clients: int = 16
     max_batch: int = 64
-    max_message_bytes: int = 1 << 22
     peer_timeout_s: float = 20.0
     idle_timeout_s: float | None = 600.0
     reclaim_after_s: float | None = 30.0
@@ -94,7 +92,6 @@ class ServeConfig:
         check_range("[0, 65535]", port=self.port)
         check_range("[0, 1000]", batch_window_ms=self.batch_window_ms)
         check_range("[1, inf]", max_clients=self.max_clients, max_batch=self.max_batch)
-        check_range("[1, inf]", max_message_bytes=self.max_message_bytes)
         check_range("(0, inf]", peer_timeout_s=self.peer_timeout_s)
         check_range("(0, inf]", idle_timeout_s=self.idle_timeout_s)
         check_range("(0, inf]", reclaim_after_s=self.reclaim_after_s)
@@ -126,6 +123,8 @@ class PolicyServer:
         host: where it listens.
         port: the real one, once it has started.
         contract: what every client is told of the policy: shapes, types and bounds.
+        longest_message: bytes of the longest message that is read: 4 MiB, or what the observations
+            of a plan take twice over.
         batcher: the clients' sessions.
 
     Raises:
@@ -137,6 +136,9 @@ class PolicyServer:
         self.config = config = config or ServeConfig()
         self.host, self.port = config.host, config.port
         self.fields = policy.observed
+        seen = zeros(self.fields, (policy.n_obs_steps,))
+        size = sum(array.nbytes for array in to_fields(seen).values())
+        self.longest_message = max(1 << 22, 2 * size)
         self.contract = contract(policy, self.fields, deterministic=config.deterministic)
         self.batcher = Batcher(
             policy,
@@ -185,7 +187,7 @@ class PolicyServer:
                 ping_interval=config.peer_timeout_s,
                 ping_timeout=config.peer_timeout_s,
                 close_timeout=1.0,
-                max_size=config.max_message_bytes,
+                max_size=self.longest_message,
                 max_queue=1,
                 logger=_quiet,
                 create_connection=_counted(config.max_clients + _SPARE_CONNECTIONS),

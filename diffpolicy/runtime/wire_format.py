@@ -47,7 +47,10 @@ MAX_SEED = 2**63 - 1
 #: Element types that may travel, with the layout of one element.
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(name).newbyteorder("<")
-    for name in ("float32", "float64", "int32", "int64", "uint8")
+    for name in (
+        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+        *("float16", "float32", "float64"),
+    )
 }
 
 #: What an error reply can say.
@@ -95,8 +98,9 @@ def _packed(value: Any) -> dict[str, Any]:
     if not isinstance(value, np.ndarray) or value.dtype.name not in DTYPES:
         what = getattr(value, "dtype", type(value).__name__)
         raise TypeError(f"cannot send {what}; arrays of {', '.join(DTYPES)} can be sent")
-    plain = value.astype(DTYPES[value.dtype.name], copy=False)
-    return {"dtype": value.dtype.name, "shape": list(value.shape), "bytes": plain.tobytes()}
+    plain = np.ascontiguousarray(value, DTYPES[value.dtype.name])  # and no other copy: msgpack's
+    raw = plain.reshape(-1).view(np.uint8).data
+    return {"dtype": value.dtype.name, "shape": list(value.shape), "bytes": raw}
 
 
 def decode(data: bytes | str) -> dict[str, Any]:
@@ -133,7 +137,7 @@ def _unpacked(value: dict[Any, Any]) -> Any:
         array = np.frombuffer(raw, DTYPES[dtype]).reshape(shape)
     except (ValueError, OverflowError):
         raise WireError("bad_request", "an array's bytes are not those of its shape") from None
-    return array.astype(array.dtype.newbyteorder("="))
+    return array.astype(array.dtype.newbyteorder("="), copy=False)  # read-only, of the message
 
 
 def check_request(message: Mapping[str, Any]) -> None:
@@ -187,7 +191,7 @@ def _steps(name: str, given: Any, field: ObsField, most: int) -> Array:
         shapes = f"[{one}]" + (f" or [1..{most}, {one}]" if most > 1 else "")
         raise WireError("bad_observation", f"{name} must be {shapes}, got {list(given.shape)}")
     with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is refused below
-        out = given.reshape(-1, *field.shape).astype(wanted)
-    if not np.isfinite(out).all():
+        out = given.reshape(-1, *field.shape).astype(wanted, copy=False)
+    if wanted.kind == "f" and not np.isfinite(out).all():
         raise WireError("bad_observation", f"{name} is not finite (as {wanted})")
     return out

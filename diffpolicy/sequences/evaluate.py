@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import diffpolicy.sequences.exact as exact
+import diffpolicy.sequences.metrics as metrics
 from diffpolicy.learn.method import check_sizes
 from diffpolicy.learn.reward.chains import categorical_kl
-from diffpolicy.sequences import exact, metrics
 from diffpolicy.sequences.exact import ExactLaw, StateSpace
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, score

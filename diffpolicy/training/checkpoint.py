@@ -34,6 +34,7 @@ from diffpolicy.files import (
     write_atomic,
     write_manifest,
 )
+from diffpolicy.networks.registry import check_stored_code
 
 
 class CheckpointError(ValueError):
@@ -101,16 +102,20 @@ def read_bundle(path: str | os.PathLike[str], prefix: str = "") -> dict[str, Any
 
     Raises:
         CheckpointError: no bundle, or a file that is missing, cut short or changed.
+        ValueError: its ``config.json`` names code that the user did not choose, see
+            :func:`~diffpolicy.networks.registry.check_stored_code`.
     """
     root = settled(path)
     manifest = _manifest(root)
     if not any(name.startswith(prefix) for name in manifest):
         raise CheckpointError(f"{root} holds nothing under {prefix!r}; it has {sorted(manifest)}")
-    return {
+    files = {
         name.removeprefix(prefix): _read(root / name, entry)
         for name, entry in manifest.items()
         if name.startswith(prefix)
     }
+    check_stored_code(files.get("config.json"), root)
+    return files
 
 
 def _manifest(root: Path) -> dict[str, dict[str, Any]]:

@@ -27,6 +27,8 @@ class TrainerConfig:
         batch_size: examples per step, over all processes.
         accumulate: parts that a batch is cut into, one after the other, to save memory.
         lr: peak learning rate.
+        encoder_lr_scale: what the encoder of observations learns at, as a share of ``lr`` at every
+            step: 0.1 for a backbone with pre-trained weights, 0 to leave it as it is.
         betas: of AdamW.
         weight_decay: of AdamW.
         warmup_steps: linear warm-up, over half of ``steps`` at most; ``None``: a tenth of them, at
@@ -50,6 +52,7 @@ class TrainerConfig:
     batch_size: int = 256
     accumulate: int = 1
     lr: float = 3e-4
+    encoder_lr_scale: float = 1.0
     betas: tuple[float, float] = (0.95, 0.999)
     weight_decay: float = 1e-6
     warmup_steps: int | None = None
@@ -75,7 +78,8 @@ class TrainerConfig:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         first, second = self.betas
         check_range("[0, 1)", beta_1=first, beta_2=second, ema_max=self.ema_max)
-        check_range("[0, inf)", warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
+        for name in ("warmup_steps", "weight_decay", "encoder_lr_scale"):
+            check_range("[0, inf)", **{name: getattr(self, name)})
         check_range("(0, inf)", **{name: getattr(self, name) for name in _POSITIVE})
 
     @property

@@ -41,7 +41,13 @@ from diffpolicy.training.run_files import (
 )
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.sources import Source
-from diffpolicy.training.weights import EMA, autocast, set_training, validation_losses
+from diffpolicy.training.weights import (
+    EMA,
+    autocast,
+    by_learning_rate,
+    set_training,
+    validation_losses,
+)
 
 Evaluate = Callable[[Path, int], Mapping[str, float]]
 Export = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
@@ -120,9 +126,12 @@ class Trainer:
         if config.compile:
             self._forward.compile()
         self.parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-        trained = self.parameters.values()
         self.optimizer = torch.optim.AdamW(
-            trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True
+            by_learning_rate(self.parameters, config),
+            config.lr,
+            config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self.ema = EMA(objective, power=config.ema_power, max_decay=config.ema_max)
         self.step, self.train_s = 0, 0.0
@@ -257,7 +266,7 @@ class Trainer:
             parameters = list(self.parameters.values())
             nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr_at(self.step)
+            group["lr"] = config.lr_at(self.step) * group["scale"]
         self.optimizer.step()
         after: Callable[[], None] | None = getattr(self.objective, "after_step", None)
         if after is not None:  # target networks follow; they are part of the objective's state
@@ -376,7 +385,10 @@ class Trainer:
         self.ema.load(files["ema.safetensors"], state["ema_updates"])
         for key, value in files["optimizer.safetensors"].items():
             name, _, kind = key.rpartition("/")
-            self.optimizer.state[self.parameters[name]][kind] = value.to(self.device)
+            like = self.parameters[name]
+            if value.shape == like.shape:  # in its memory order, which a fused step relies on
+                value = torch.empty_like(like, dtype=value.dtype).copy_(value)
+            self.optimizer.state[like][kind] = value.to(self.device)
         self._totals = {k: v.to(self.device) for k, v in files["totals.safetensors"].items()}
         self.step, self._since = state["step"], state["since"]
         self.best_score, self.train_s = state["best_score"], state["train_s"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,26 @@ class EMA:
 def _tensor(value: Tensor | None) -> Tensor:
     assert value is not None  # it had a value when its average began
     return value.detach()
+
+
+def by_learning_rate(
+    parameters: Mapping[str, nn.Parameter], config: TrainerConfig
+) -> list[dict[str, Any]]:
+    """The weights as an optimiser's groups, each with the ``scale`` of its learning rate.
+
+    Raises:
+        ValueError: a scale of the encoder, where none of its weights is trained.
+    """
+    scale = config.encoder_lr_scale
+    groups: dict[float, list[nn.Parameter]] = {1.0: [], scale: []}
+    for name, parameter in parameters.items():
+        groups[scale if name.startswith("denoiser.encoder.") else 1.0].append(parameter)
+    if not groups[scale]:
+        raise ValueError(
+            f"encoder_lr_scale={scale}, but no weight of an encoder of observations is trained; "
+            "leave it out"
+        )
+    return [{"params": params, "scale": key} for key, params in groups.items()]
 
 
 def autocast(config: TrainerConfig, device: torch.device) -> torch.autocast:

@@ -135,6 +135,13 @@ class CameraEnv(gym.ObservationWrapper[Any, Any, Any]):
             seen[name] = renderer.render()
         return seen
 
+    def render(self) -> Any:
+        """Draw the scene as the environment does; see `gymnasium.Env.render`."""
+        viewer = getattr(getattr(self.simulator, "mujoco_renderer", None), "viewer", None)
+        if viewer is not None:  # it takes for granted that nobody else draws
+            viewer.make_context_current()
+        return super().render()
+
     def close(self) -> None:
         """Free the renderers and the environment."""
         for renderer in self._renderers.values():

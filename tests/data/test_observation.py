@@ -235,3 +235,16 @@ def test_normalisers_take_observations_of_both_kinds():
     assert normal["joints"].flatten().tolist() == [3, 3]
     assert normal["camera"] is obs["camera"]
     assert torch.equal(normalizer.unnormalize_obs(normal)["joints"], obs["joints"])
+
+
+def test_a_field_named_task_is_one_and_an_integer_is_its_number():
+    boxes = {
+        "task": gym.spaces.Box(0, 9, (1,), np.int64),
+        "words": gym.spaces.Box(-1, 1, (4,), np.float32),
+    }
+    found = observation.of_space(gym.spaces.Dict(boxes), roles={"words": "task"})
+    assert {name: (field.role, field.is_id) for name, field in found.items()} == {
+        "task": ("task", True),
+        "words": ("task", False),
+    }
+    assert not observation.of_space(gym.spaces.Box(0, 9, (1,), np.int64)).is_id

@@ -47,6 +47,21 @@ def test_images_stand_beside_the_vector_and_leave_its_course_alone():
     blind.close()
 
 
+def test_the_environments_own_pictures_are_as_without_cameras():
+    pictures = []
+    for views in ({"front": 16}, None):
+        env = made(REACH, cameras=views, render_mode="rgb_array", width=40, height=40)
+        env.reset(seed=1)
+        frames = []
+        for _ in range(3):
+            env.step(np.full(4, 0.5, np.float32))
+            frames.append(env.render())
+        pictures.append(np.stack(frames))
+        env.close()
+    assert pictures[0].std() > 10
+    assert np.array_equal(*pictures)
+
+
 def test_any_environment_with_mujoco_inside_may_have_cameras():
     env = made(ANY, env_id="Hopper-v5", cameras={"track": 16})
     obs, _ = env.reset(seed=0)

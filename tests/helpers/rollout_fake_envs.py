@@ -132,8 +132,8 @@ class FakeCameras(FakeExpertPoint):
         return obs, reward, self.t >= self.length, cut, {"is_success": True}
 
     def _obs(self):
-        front = self.noise + np.uint8(self.seed_now % 256)
-        front[0, 0] = self.seed_now % 256, self.t % 256, self.t // 256
+        front = self.noise + np.uint8((self.seed_now or 0) % 256)
+        front[0, 0] = (self.seed_now or 0) % 256, self.t % 256, self.t // 256
         self.wrist = front[::-1]  # not contiguous
         return {"place": self.x.astype(np.float32), "front": front, "wrist": self.wrist}
 

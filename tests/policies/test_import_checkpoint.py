@@ -242,7 +242,7 @@ def test_the_reader_runs_in_another_process(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_target_": "d.policy.DiffusionUnetImagePolicy"}, "holds a DiffusionUnetImagePolicy"),
+        ({"_target_": "d.policy.DiffusionUnetVideoPolicy"}, "holds a DiffusionUnetVideoPolicy"),
         ({"obs_as_global_cond": False}, "obs_as_global_cond=False"),
         ({"obs_as_local_cond": True}, "obs_as_local_cond=True"),
         ({"oa_step_convention": False}, "oa_step_convention=False"),
@@ -493,7 +493,16 @@ def test_lerobot_modes_and_constant_dimensions(tmp_path):
                     "observation.image": {"type": "VISUAL", "shape": [3, 96, 96]},
                 }
             },
-            "observes observation.image; only policies on",
+            "no diffusion.rgb_encoder of camera 'observation.image'",
+        ),
+        (
+            {
+                "input_features": {
+                    "observation.state": {"type": "STATE", "shape": [2]},
+                    "observation.depth": {"type": "DEPTH", "shape": [96, 96]},
+                }
+            },
+            "observes observation.depth; only observation.state",
         ),
         ({"output_features": {}}, "the output 'action'"),
         ({"noise_scheduler_type": "PNDM"}, "noise_scheduler_type='PNDM'"),

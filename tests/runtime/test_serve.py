@@ -562,12 +562,12 @@ def test_slow_and_silent_peers_are_hung_up_on(policy):
 
 def test_messages_over_the_limit_end_the_connection(policy):
     with (
-        serving(policy, limited(max_message_bytes=500)) as server,
+        serving(policy, limited()) as server,
         client_of(server) as good,
         raw(server) as connection,
     ):
-        connection.send(bytes(501))
-        assert "exceeds limit of 500 bytes" in farewell(connection)
+        connection.send(bytes((1 << 22) + 1))
+        assert "exceeds limit of 4194304 bytes" in farewell(connection)
         assert good.act(np.zeros(O)).shape == (A,)
 
 

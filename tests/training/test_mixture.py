@@ -9,9 +9,9 @@ import torch
 from diffpolicy import DiffusionPolicy
 from diffpolicy.config import load_train
 from diffpolicy.data import EpisodeStore, FieldSpec, Normalizer, Windows
-from diffpolicy.data.joined import Joined
+from diffpolicy.data.joined import Joined, open_store
 from diffpolicy.data.remaking import merged
-from diffpolicy.learn.learning import Learning, examples
+from diffpolicy.learn.learning import Learning, examples, usable_episodes
 from diffpolicy.learn.material import PlanMaterial, TuningData
 from diffpolicy.settings import ConfigError
 from diffpolicy.training.run_files import read_metrics
@@ -127,6 +127,20 @@ def test_padding_with_images_never_crosses_an_episode_or_a_store(tmp_path):
         marks = values.flatten(1).float()
         assert (marks == marks[:, :1]).all()
         assert torch.equal(marks[:, 0], batch["action"][:, 0, 0])
+
+
+def test_episodes_without_actions_are_left_out_of_each_store(stores, tmp_path):
+    rows = {"obs": np.zeros((5, 3), np.float32), "action": np.zeros((5, 2), np.float32)}
+    for name, free in (("some", [False, True, True]), ("none", [True, True])):
+        with EpisodeStore.create(tmp_path / f"{name}.zarr", {"obs": (3,), "action": (2,)}) as store:
+            for alone in free:
+                store.append(rows, **({"actions": False} if alone else {}))
+    spec = DiffusionPolicy.from_dataset(stores, spec=SMALL).spec
+    some = open_store([stores[0], str(tmp_path / "some.zarr")])
+    assert usable_episodes(spec, some, None).tolist() == [0, 1, 2, 3, 4]
+    assert usable_episodes(spec, some, 1).tolist() == [0, 4]
+    with pytest.raises(ValueError, match="none of the 2 episodes of none has actions"):
+        usable_episodes(spec, open_store([stores[0], str(tmp_path / "none.zarr")]), None)
 
 
 def test_fields_that_differ_are_refused_by_name(stores, tmp_path):

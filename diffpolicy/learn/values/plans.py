@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import diffpolicy.learn.values.learning as judging
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.returns import with_fields
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows, split_episodes
-from diffpolicy.learn.values import learning as judging
 from diffpolicy.learn.values.learning import LearnedJudge, PlanValueLoss
 from diffpolicy.learn.values.reward import RewardModel
 from diffpolicy.networks.base import described
@@ -262,9 +262,9 @@ class PlanValue(LearnedJudge):
         spec, seen = self.spec, obs.shape[1]
         now = seen - 1
         if seen < spec.n_obs_steps or action.shape[1] < now + spec.n_action_steps:
-            needs = f"{spec.n_obs_steps} observations, {spec.n_action_steps} actions from the current step"
+            needs = f"{spec.n_action_steps} actions from the current step ({now}) on"
             shapes = f"{list(obs.shape)} and {list(action.shape)}"
-            raise ValueError(f"needs {needs} ({now}) on; got {shapes}")
+            raise ValueError(f"needs {spec.n_obs_steps} observations, {needs}; got {shapes}")
         cond = self.normalizer.normalize("obs", obs[:, seen - spec.n_obs_steps :]).flatten(1)
         plan = self.normalizer.normalize("action", action[:, now : now + spec.n_action_steps])
         return judging.pessimistic(self.network(cond, plan), self.pessimism)

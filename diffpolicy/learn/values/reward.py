@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+import diffpolicy.learn.values.learning as judging
 from diffpolicy.data.fields import FieldSpec, check_vector
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.preferences.records import Pair
 from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.preferences.bradley_terry import BradleyTerryLoss
-from diffpolicy.learn.values import learning as judging
 from diffpolicy.learn.values.learning import LearnedJudge, PreferenceLearning, RewardSpec
 from diffpolicy.networks.base import described
 from diffpolicy.networks.critics import QEnsemble

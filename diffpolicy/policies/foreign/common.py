@@ -38,6 +38,7 @@ def imported(
     *,
     groups: int,
     normalizer: Normalizer,
+    sight: Any = None,
     **settings: Any,
 ) -> ForeignPolicy:
     """The policy of a checkpoint, whose sizes stand in its config by the field's names.
@@ -50,6 +51,8 @@ def imported(
         where: What the config is, for messages.
         groups: Of the U-Net's normalisations.
         normalizer: The checkpoint's.
+        sight: Of its cameras, a :class:`~diffpolicy.policies.foreign.cameras.Sight`; None: it has
+            none.
         settings: Of the spec, what else there is.
 
     Raises:
@@ -59,8 +62,19 @@ def imported(
     sizes = {name: require(config, name, where) for name in names}
     unet = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
     network, weights = convert(unet, horizon=sizes["horizon"], n_groups=groups)
+    named = {f"network.{n}": v for n, v in weights.items()}
+    if sight is not None:
+        settings |= {"observations": sight.observations, "encoder": sight.encoder}
+        named |= {f"encoder.{n}": v.clone() for n, v in sight.weights.items()}
+        columns, embed = sight.columns(sizes["n_obs_steps"]), network["diffusion_step_embed_dim"]
+        if len(columns) != network["cond_dim"]:
+            raise ValueError(
+                f"the U-Net takes {network['cond_dim']} features, the config says {len(columns)}"
+            )
+        film = named["network.film.weight"]
+        named["network.film.weight"] = torch.cat([film[:, :embed], film[:, embed:][:, columns]], 1)
     spec = PolicySpec(**sizes, **settings, network=network)
-    return ForeignPolicy(spec, {f"network.{n}": v for n, v in weights.items()}, normalizer)
+    return ForeignPolicy(spec, named, normalizer)
 
 
 def diffusion_settings(

@@ -13,8 +13,17 @@ import torch
 from torch import Tensor
 
 from diffpolicy.data.normalize import Mode, Normalizer
+from diffpolicy.data.observation import ObsField
 from diffpolicy.networks import from_diffusion_policy_state_dict
 from diffpolicy.policies.foreign import unpickle
+from diffpolicy.policies.foreign.cameras import (
+    IMAGENET,
+    Eye,
+    Sight,
+    cameras_of,
+    image_field,
+    under,
+)
 from diffpolicy.policies.foreign.common import (
     ForeignPolicy,
     diffusion_settings,
@@ -25,11 +34,16 @@ from diffpolicy.policies.foreign.common import (
     require,
 )
 
+POLICIES = (
+    "DiffusionUnetLowdimPolicy",
+    "DiffusionUnetHybridImagePolicy",
+    "DiffusionUnetImagePolicy",
+)
 _TIMEOUT = 600.0
 
 
 def read_diffusion_policy(path: Path) -> ForeignPolicy:
-    """Read a ``.ckpt`` of ``DiffusionUnetLowdimPolicy`` with global conditioning.
+    """Read a ``.ckpt`` of one of ``POLICIES`` with global conditioning.
 
     Args:
         path: The file.
@@ -42,27 +56,96 @@ def read_diffusion_policy(path: Path) -> ForeignPolicy:
     """
     config, tensors = extract(path)
     policy = require(config, "policy", "the checkpoint's config")
-    _check_policy(policy)
-    model = require(policy, "model", "the checkpoint's policy")
     where = "the checkpoint's policy"
+    kind = _check_policy(policy)
     scheduler = dict(require(policy, "noise_scheduler", where))
-    kind = str(scheduler.pop("_target_", "DDPMScheduler")).rpartition(".")[2]
-    refuse_unless("noise_scheduler", kind, ("DDPMScheduler", "DDIMScheduler"))
-    sizes = {name: require(policy, f"{name}_dim", where) for name in ("obs", "action")}
-    solver = "ddpm" if kind == "DDPMScheduler" else "ddim"
+    scheduler_kind = str(scheduler.pop("_target_", "DDPMScheduler")).rpartition(".")[2]
+    refuse_unless("noise_scheduler", scheduler_kind, ("DDPMScheduler", "DDIMScheduler"))
+    solver = "ddpm" if scheduler_kind == "DDPMScheduler" else "ddim"
     steps, eta = policy.get("num_inference_steps"), policy.get("eta") or 0.0
+    observed: dict[str, Any] = {}
+    if kind == POLICIES[0]:
+        unet = require(policy, "model", where)
+        sizes = {name: require(policy, f"{name}_dim", where) for name in ("obs", "action")}
+        observed["obs_dim"] = sizes["obs"]
+    else:
+        unet, meta = policy, require(policy, "shape_meta", where)
+        observed["sight"] = sight = _sight(kind, policy, meta, tensors)
+        vectors = {n: f.size for n, f in sight.observations.items() if not f.is_image}
+        observed["obs_dim"] = sum(vectors.values())
+        sizes = {**vectors, "action": int(meta["action"]["shape"][0])}
     return imported(
         tensors,
         "model.",
         from_diffusion_policy_state_dict,
         policy,
         where,
-        groups=model.get("n_groups", 8),
-        normalizer=_normalizer(tensors, sizes),
-        obs_dim=sizes["obs"],
+        groups=unet.get("n_groups", 8),
+        normalizer=_normalizer(tensors, sizes, named=kind != POLICIES[0]),
         action_dim=sizes["action"],
+        **observed,
         **diffusion_settings(scheduler, solver, steps, eta=eta),
     )
+
+
+def _sight(
+    kind: str, policy: Mapping[str, Any], meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Sight:
+    """The cameras of an image policy: robomimic's encoder, or ``MultiImageObsEncoder``."""
+    fields, types = {}, {}
+    for name, entry in require(meta, "obs", "shape_meta").items():
+        types[name] = entry.get("type", "low_dim")
+        refuse_unless(f"type of {name}", types[name], ("rgb", "low_dim"))
+        image = types[name] == "rgb"
+        fields[name] = image_field(entry["shape"]) if image else ObsField(tuple(entry["shape"]))
+    cameras = [name for name, what in types.items() if what == "rgb"]
+    order, shared, normalise, options = list(types), False, False, policy
+    if kind == POLICIES[1]:
+        eyes = {name: _robomimic_eye(tensors, name) for name in cameras}
+    else:
+        options = require(policy, "obs_encoder", "the checkpoint's policy")
+        shared, normalise = (bool(options.get(k)) for k in ("share_rgb_model", "imagenet_norm"))
+        prefix = "obs_encoder.key_model_map."
+        eyes = {n: Eye(under(tensors, f"{prefix}{'rgb' if shared else n}.")) for n in cameras}
+        order = sorted(cameras) + sorted(set(types) - set(cameras))
+        sizes = [list(fields[name].shape[:2]) for name in cameras]
+        refuse_unless("resize_shape", options.get("resize_shape"), (None, *sizes))
+    crop = options.get("crop_shape")
+    if isinstance(crop, Mapping):
+        each = [list(crop[name]) for name in cameras]
+        refuse_unless("crop_shape", each, ([each[0]] * len(each),))
+        crop = each[0]
+    pixels = {name: _pixels(tensors, name, normalise) for name in cameras}
+    parts = [(name, 0 if name in cameras else fields[name].size) for name in order]
+    return cameras_of(eyes, fields, pixels, crop, parts, shared=shared)
+
+
+def _robomimic_eye(tensors: Mapping[str, Tensor], name: str) -> Eye:
+    """A ``VisualCore``: ResNet-18, spatial softmax, a linear layer, and the encoder's ReLU."""
+    core = under(tensors, f"obs_encoder.obs_nets.{name}.")
+    maps, head = under(core, "pool.nets."), under(core, "nets.3.")
+    if not ({"weight", "bias"} <= maps.keys() & head.keys()):
+        raise ValueError(
+            f"camera {name!r} is not seen by a VisualCore with SpatialSoftmax and a linear layer; "
+            f"it has {sorted(core)[:3]}"
+        )
+    heat = float(core.get("pool.temperature", torch.ones(1)))
+    return Eye(
+        under(core, "backbone.nets."),
+        (maps["weight"] / heat, maps["bias"] / heat),
+        (head["weight"], head["bias"]),
+    )
+
+
+def _pixels(tensors: Mapping[str, Tensor], name: str, normalise: bool) -> dict[str, list[float]]:
+    """Mean and standard deviation of [0, 1] that a camera's pictures are normalised by."""
+    part = _affine(tensors, name, 3)
+    mean, std = (torch.tensor(IMAGENET[key]) for key in ("mean", "std"))
+    if not normalise:
+        mean, std = torch.zeros(3), torch.ones(3)
+    scale, offset = part["scale"], part["offset"]
+    values = {"mean": (mean - offset) / scale, "std": std / scale}
+    return {key: [round(float(v), 7) for v in value] for key, value in values.items()}
 
 
 def extract(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -86,33 +169,45 @@ def extract(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return read_json(made / unpickle.CONFIG), read_tensors(made / unpickle.TENSORS)
 
 
-def _check_policy(policy: Mapping[str, Any]) -> None:
+def _check_policy(policy: Mapping[str, Any]) -> str:
     target = str(policy.get("_target_", "")).rpartition(".")[2]
-    if target != "DiffusionUnetLowdimPolicy":
+    if target not in POLICIES:
         held = target or "policy of unknown class"
-        only = "only DiffusionUnetLowdimPolicy can be imported"
-        raise ValueError(f"this checkpoint holds a {held}; {only}")
-    wanted = {"obs_as_global_cond", "oa_step_convention"}
+        raise ValueError(
+            f"this checkpoint holds a {held}; only {', '.join(POLICIES)} can be imported"
+        )
+    usual, wanted = {"obs_as_global_cond"}, {"obs_as_global_cond"}
+    if target == POLICIES[0]:
+        usual, wanted = set(), {"obs_as_global_cond", "oa_step_convention"}
     for name in sorted(wanted | {"obs_as_local_cond", "pred_action_steps_only"}):
-        refuse_unless(name, bool(policy.get(name, False)), (name in wanted,))
+        refuse_unless(name, bool(policy.get(name, name in usual)), (name in wanted,))
+    return target
 
 
-def _normalizer(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Normalizer:
+def _normalizer(
+    tensors: Mapping[str, Tensor], sizes: Mapping[str, int], *, named: bool
+) -> Normalizer:
     modes: dict[str, Mode] = {}
     scales, offsets = {}, {}
-    for field, size in sizes.items():
-        prefix = f"normalizer.params_dict.{field}."
-        part = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-        if not {"scale", "offset"} <= part.keys():
-            raise ValueError(f"the checkpoint has no normaliser for {field!r} ({prefix}scale)")
-        wrong = {v.numel() for v in part.values()} - {1, size}
-        if wrong:
-            what = f"the checkpoint's normaliser of {field!r}"
-            raise ValueError(f"{what} has {wrong.pop()} dimensions, its config says {size}")
-        full = {n: v.detach().float().flatten().expand(size).clone() for n, v in part.items()}
+    for name, size in sizes.items():
+        full = _affine(tensors, name, size)
+        field = f"obs.{name}" if named and name != "action" else name
         scales[field], offsets[field] = full["scale"], full["offset"]
         modes[field] = _mode(full)
     return Normalizer(modes, scales, offsets)
+
+
+def _affine(tensors: Mapping[str, Tensor], field: str, size: int) -> dict[str, Tensor]:
+    """Scale, offset and statistics of one field, each ``[size]``."""
+    prefix = f"normalizer.params_dict.{field}."
+    part = under(tensors, prefix)
+    if not {"scale", "offset"} <= part.keys():
+        raise ValueError(f"the checkpoint has no normaliser for {field!r} ({prefix}scale)")
+    wrong = {v.numel() for v in part.values()} - {1, size}
+    if wrong:
+        what = f"the checkpoint's normaliser of {field!r}"
+        raise ValueError(f"{what} has {wrong.pop()} dimensions, its config says {size}")
+    return {n: v.detach().float().flatten().expand(size).clone() for n, v in part.items()}
 
 
 def _mode(part: Mapping[str, Tensor]) -> Mode:

@@ -19,13 +19,20 @@ KINDS = ("auto", "lerobot", "diffusion_policy")
 
 
 def read_checkpoint(source: str | os.PathLike[str], *, kind: str = "auto") -> ForeignPolicy:
-    """Read a published checkpoint of a diffusion policy on low-dimensional observations.
+    """Read a published checkpoint of a diffusion policy.
 
     - LeRobot: a directory with ``config.json`` and ``model.safetensors``. The observation is
-      ``observation.state`` followed by ``observation.environment_state``.
-    - Diffusion Policy: a ``.ckpt`` of ``DiffusionUnetLowdimPolicy`` with global conditioning. It is
-      a pickle, so it is read in a process of its own that builds tensors and plain containers and
-      calls nothing the file names; the averaged (EMA) weights are taken when there are any.
+      ``observation.state`` followed by ``observation.environment_state``; with cameras these two
+      are ``state``, beside each ``observation.images.NAME`` as ``NAME``.
+    - Diffusion Policy: a ``.ckpt`` of ``DiffusionUnetLowdimPolicy``,
+      ``DiffusionUnetHybridImagePolicy`` or ``DiffusionUnetImagePolicy`` with global conditioning,
+      whose observations keep their names. It is a pickle, so it is read in a process of its own
+      that builds tensors and plain containers and calls nothing the file names; the averaged (EMA)
+      weights are taken when there are any.
+
+    Cameras have a ResNet-18 of any width, with group normalisation or with batch normalisation,
+    which is folded into the convolutions. Pictures are bytes ``[h, w, C]``, as robots give them;
+    what the checkpoint normalises them by is kept.
 
     The noise schedule is kept exactly (``discrete_vp``). Fewer inference steps than training steps
     are spread over the whole schedule, from pure noise; the published loops start below it. With
@@ -41,7 +48,7 @@ def read_checkpoint(source: str | os.PathLike[str], *, kind: str = "auto") -> Fo
 
     Raises:
         ValueError: Not such a checkpoint, a damaged one, or one that needs what this library does
-            not have (images, local conditioning, ...), by name.
+            not have (other backbones, local conditioning, ...), by name.
     """
     path = Path(source)
     check_choice("kind", kind, KINDS)
@@ -80,15 +87,16 @@ def _check(foreign: ForeignPolicy) -> None:
     """Raise unless the parts fit together; no weight is copied."""
     spec = foreign.spec
     check_normalizer(spec, foreign.normalizer)
-    cond_dim = spec.n_obs_steps * spec.obs_dim
+    with torch.device("meta"):
+        encoder, network = spec.make_encoder(), make_network(spec.network)
+    cond_dim = encoder.cond_dim
     shape = {"horizon": spec.horizon, "dim": spec.action_dim, "cond_dim": cond_dim}
     stated = {name: spec.network[name] for name in shape}
     if stated != shape:
         raise ValueError(f"the weights are for {stated}, the policy's config says {shape}")
-    with torch.device("meta"):
-        network = make_network(spec.network)
-    weights = {name.removeprefix("network."): value for name, value in foreign.weights.items()}
     try:
-        network.load_state_dict(weights, assign=True)
+        torch.nn.ModuleDict({"network": network, "encoder": encoder}).load_state_dict(
+            foreign.weights, assign=True
+        )
     except RuntimeError as error:
         raise ValueError(f"the weights do not fit the architecture they imply: {error}") from None

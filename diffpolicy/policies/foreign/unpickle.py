@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 MAX_VALUES = 1_000_000  # of the config; shared parts count as often as they are used
 SPARE_BYTES, CPU_SECONDS = 1 << 30, 300  # beside a multiple of the file's size
 TENSORS, CONFIG = "tensors.safetensors", "config.json"
-KEPT = ("model.", "normalizer.")
+KEPT = ("model.", "normalizer.", "obs_encoder.")
 
 _FORMATS = {"Double": "<f8", "Float": "<f4", "Half": "<f2", "Long": "<i8", "Int": "<i4"}
 _FORMATS |= {"Short": "<i2", "Char": "<i1", "Byte": "<u1", "Bool": "?"}
