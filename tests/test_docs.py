@@ -6,6 +6,8 @@ import pickle
 import re
 import shlex
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from generators.command import run as generate
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
+FORMATS = "Data as people keep it"
 STORES = "Data: some episodes, several stores"
 PUSHT = DATA / "pusht" / "pusht_lowdim.zarr.zip"
 DOOR = [
@@ -162,6 +165,7 @@ def test_commands(tmp_path, monkeypatch):
     assert generate([*arguments, "steps=700"]) == 0
     elsewhere = (
         STORES,
+        FORMATS,
         "Push-T with the human demonstrations",
         "Sequences, tuned by a reward",
         "Preferences",
@@ -194,6 +198,21 @@ def test_camera_commands():
     assert len(found) == 3
     for command in found:
         assert cli.main([*command, "--print-config"]) == 0, command
+
+
+def test_format_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arrays = {"obs": np.zeros((6, 3)), "action": np.random.default_rng(0).normal(size=(6, 2))}
+    texts = {"instruction": np.array(["open", "close"]), "episode_ends": [2, 6]}
+    np.savez("demos.npz", **arrays, **texts)
+    module = types.ModuleType("my_module")
+    module.encode = lambda texts: [[len(text), 1.0] for text in texts]
+    monkeypatch.setitem(sys.modules, "my_module", module)
+    found = [c for c in commands("docs/guide.md", FORMATS) if "demos.npz" in c]
+    assert len(found) == 2
+    for command in found:
+        assert cli.main(command) == 0, command
+    assert EpisodeStore.open("data/demos.zarr").fields["obs.task"].shape == (2,)
 
 
 def test_store_commands(tmp_path, monkeypatch):
