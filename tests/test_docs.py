@@ -25,7 +25,7 @@ PUSHT = DATA / "pusht" / "pusht_lowdim.zarr.zip"
 DOOR = [
     DATA / "adroit_door_human" / name for name in ("door_human.npz", "door_human_prefs_unirlhf.npz")
 ]
-CAMERAS = "Cameras, tasks, and parts of your own"
+CAMERAS = "Encoders, tasks, and parts of your own"
 TINY = [
     "trainer.steps=4",
     "trainer.eval_every=4",
