@@ -376,7 +376,7 @@ class ChunkedPolicy(abc.ABC):
                 f"{error} ({rows} environments; for another number of them start with state=None)"
             ) from None
         for name, array in to_fields(seen).items():
-            if not np.isfinite(array).all():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():  # bytes always are
                 row, *index = np.argwhere(~np.isfinite(array))[0].tolist()
                 found, where = array[(row, *index)], ", ".join(map(str, index))
                 raise ValueError(f"{name!r} of environment {row} is {found} at index {where}")
