@@ -1,11 +1,23 @@
-"""`diffpolicy anchors`: a truncated policy on a trained one, its anchors from demonstrations."""
+"""`diffpolicy anchors`: a truncated policy on a trained one, its anchors from demonstrations.
+
+usage: diffpolicy anchors RUN OUTPUT [data=STORE] [key=value] ...
+
+Truncated diffusion without training: plans start from anchors (k-means over the demonstrations'
+plans) noised to t_start, all solved in one batch, and the best is executed. OUTPUT receives the
+policy and anchors.json.
+
+$options
+
+    diffpolicy anchors runs/demo runs/demo_truncated count=64 top_m=8
+    diffpolicy eval checkpoint=runs/demo_truncated
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from diffpolicy.commands.options import Option, options_help
+from diffpolicy.commands.options import Option, helped, options_help
 from diffpolicy.commands.rti import derive
 from diffpolicy.settings import from_values
 
@@ -44,18 +56,8 @@ OPTIONS = {
 
 
 def help_text() -> str:
-    """Return the text of `diffpolicy anchors --help`."""
-    return f"""\
-usage: diffpolicy anchors RUN OUTPUT [data=STORE] [key=value] ...
-
-Truncated diffusion without training: plans start from anchors (k-means over the demonstrations'
-plans) noised to t_start, all solved in one batch, and the best is executed. OUTPUT receives the
-policy and anchors.json.
-
-{options_help(OPTIONS)}
-
-    diffpolicy anchors runs/demo runs/demo_truncated count=64 top_m=8
-    diffpolicy eval checkpoint=runs/demo_truncated"""
+    """This module's own text."""
+    return helped(__doc__, options=options_help(OPTIONS))
 
 
 def run(arguments: Sequence[str]) -> int:

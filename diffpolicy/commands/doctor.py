@@ -1,7 +1,10 @@
 """`diffpolicy doctor`: versions, devices, rendering, and what of it is broken, with the fix.
 
-torch and MuJoCo are asked in subprocesses with a time limit, because in a broken environment they
-hang or crash.
+usage: diffpolicy doctor [probe=true]
+
+Prints the versions that matter, the devices, whether pictures can be rendered, and any combination
+of packages that is known to be broken, with the fix. probe=false skips what starts processes.
+Exit status 1 if something is broken.
 """
 
 from __future__ import annotations
@@ -23,20 +26,15 @@ from diffpolicy.commands.doctor_checks import (
     installed_versions,
     mujoco_libraries,
 )
-from diffpolicy.commands.options import parse
+from diffpolicy.commands.options import helped, parse
 
 GL_PACKAGES = {"egl": "libegl1 libegl-mesa0 libgl1-mesa-dri", "osmesa": "libosmesa6"}
 TIME_LIMIT = 60.0
 
 
 def help_text() -> str:
-    """Return the text of `diffpolicy doctor --help`."""
-    return """\
-usage: diffpolicy doctor [probe=true]
-
-Prints the versions that matter, the devices, whether pictures can be rendered, and any combination
-of packages that is known to be broken, with the fix. probe=false skips what starts processes.
-Exit status 1 if something is broken."""
+    """This module's own text."""
+    return helped(__doc__)
 
 
 def run(arguments: Sequence[str]) -> int:

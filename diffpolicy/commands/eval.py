@@ -1,4 +1,26 @@
-"""`diffpolicy eval`: roll a trained policy out and score it."""
+"""`diffpolicy eval`: roll a trained policy out and score it.
+
+usage: diffpolicy eval RUN [key=value] ...
+
+Rolls a policy out in its environment, one episode per seed, and prints `RESULT {json}`;
+everything about each episode goes to eval.json, in output= or in RUN/eval (RUN/eval_2, ... for
+later evaluations: none is overwritten).
+
+settings:
+$settings
+
+evaluation.KEY:
+$evaluation
+
+$groups
+
+Examples:
+    diffpolicy eval runs/demo evaluation.episodes=100
+    diffpolicy eval runs/demo sampler.solver=unipc sampler.num_steps=5
+    diffpolicy eval runs/demo rti.t_start=0.4 rti.num_steps=3 n_action_steps=1
+    diffpolicy eval runs/demo latency_ms=140 replan=always
+    diffpolicy eval runs/pusht evaluation.seed=100000   # Diffusion Policy's own seeds
+"""
 
 from __future__ import annotations
 
@@ -10,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.lineage import recorded
-from diffpolicy.commands.options import groups_help, indented
+from diffpolicy.commands.options import groups_help, helped, indented
 from diffpolicy.commands.own_pairs import check_judge
 from diffpolicy.commands.runs import print_result
 from diffpolicy.commands.stores import d4rl_score
@@ -24,30 +46,15 @@ if TYPE_CHECKING:
 
 
 def help_text() -> str:
-    """The text of `diffpolicy eval --help`."""
+    """This module's own text."""
     settings = (config_dir() / "eval.yaml").read_text().split("_self_\n")[1]
     evaluation = (config_dir() / "evaluation" / "default.yaml").read_text()
-    return f"""\
-usage: diffpolicy eval RUN [key=value] ...
-
-Rolls a policy out in its environment, one episode per seed, and prints `RESULT {{json}}`;
-everything about each episode goes to eval.json, in output= or in RUN/eval (RUN/eval_2, ... for
-later evaluations: none is overwritten).
-
-settings:
-{indented(settings)}
-
-evaluation.KEY:
-{indented(evaluation)}
-
-{groups_help(("evaluation",))}
-
-examples:
-    diffpolicy eval runs/demo evaluation.episodes=100
-    diffpolicy eval runs/demo sampler.solver=unipc sampler.num_steps=5
-    diffpolicy eval runs/demo rti.t_start=0.4 rti.num_steps=3 n_action_steps=1
-    diffpolicy eval runs/demo latency_ms=140 replan=always
-    diffpolicy eval runs/pusht evaluation.seed=100000   # Diffusion Policy's own seeds"""
+    return helped(
+        __doc__,
+        settings=indented(settings),
+        evaluation=indented(evaluation),
+        groups=groups_help(("evaluation",)),
+    )
 
 
 def run(arguments: Sequence[str]) -> int:

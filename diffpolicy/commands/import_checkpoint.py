@@ -1,22 +1,24 @@
-"""`diffpolicy import-checkpoint`: turn a published checkpoint into one of ours."""
+"""`diffpolicy import-checkpoint`: turn a published checkpoint into one of ours.
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from diffpolicy.commands.options import parse
-
-
-def help_text() -> str:
-    """Return the text of `diffpolicy import-checkpoint --help`."""
-    return """\
 usage: diffpolicy import-checkpoint SOURCE TARGET [kind=auto]
 
 SOURCE is a LeRobot diffusion policy (directory with config.json and model.safetensors) or a
 Diffusion Policy checkpoint (.ckpt, 1-D U-Net), of vectors or of cameras too. TARGET becomes a
 policy directory for `diffpolicy eval`. A .ckpt is a pickle: it is read in a process of its own by
 an unpickler that builds tensors and plain containers and runs nothing else.
-kind: auto, lerobot or diffusion_policy."""
+kind: auto, lerobot or diffusion_policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffpolicy.commands.options import helped, parse
+
+
+def help_text() -> str:
+    """This module's own text."""
+    return helped(__doc__)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from string import Template
 from typing import Any, NamedTuple, TypeVar
 
 from diffpolicy.config_compose import group_choices, is_setting
@@ -19,6 +20,11 @@ class Option(NamedTuple):
 
     default: Any
     text: str
+
+
+def helped(doc: str | None, **parts: str) -> str:
+    """The help of a command: the docstring of its module, with every ``$name`` filled in."""
+    return Template(doc or "").substitute(parts).strip()
 
 
 def options_help(options: Mapping[str, Option], indent: str = "    ") -> str:

@@ -1,12 +1,5 @@
-"""`diffpolicy prefer`: policies and sequence models tuned by comparisons."""
+"""`diffpolicy prefer`: policies and sequence models tuned by comparisons.
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from diffpolicy.commands import tuning
-
-INTRO = """\
 usage: diffpolicy prefer [group=choice] [key=value] ...
        diffpolicy prefer compare RUN [RUN ...] output=DIR [baseline=METHOD]
 
@@ -22,12 +15,19 @@ scored on the same episodes.
 
 Or tunes a sequence model by comparisons of its own sequences, which its task's reward labels:
 
-    diffpolicy prefer experiment=tfbind8_dpo"""
+    diffpolicy prefer experiment=tfbind8_dpo
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffpolicy.commands import tuning
 
 
 def help_text() -> str:
-    """The text of `diffpolicy prefer --help`."""
-    return tuning.help_of(INTRO)
+    """This module's own text, and what both commands have in common."""
+    return tuning.help_of(__doc__)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,27 +1,5 @@
-"""`diffpolicy data prefs`: collect, import, look at, draw and label preferences."""
+"""`diffpolicy data prefs`: collect, import, look at, draw and label preferences.
 
-from __future__ import annotations
-
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from diffpolicy.commands.collecting import Collecting
-from diffpolicy.commands.lineage import recorded
-from diffpolicy.commands.options import parse, subcommand
-from diffpolicy.settings import ConfigError
-
-if TYPE_CHECKING:
-    from diffpolicy.data.preferences.set import PreferenceSet
-    from diffpolicy.rollout.labelling.clips import ClipRenderer
-    from diffpolicy.rollout.labelling.page import Question
-
-
-def help_text() -> str:
-    """The text of `diffpolicy data prefs --help`."""
-    return """\
 usage: diffpolicy data prefs collect TARGET.zarr checkpoint=RUN [key=value] ...
        diffpolicy data prefs import STORE LABELS TARGET.jsonl [key=value] ...
        diffpolicy data prefs info FILE.jsonl
@@ -68,7 +46,31 @@ page     a page (FOLDER/index.html, to open in a browser) that shows two clips a
 
 render and page draw frames of the store (a field img), else repeat the episode from its seed and
 actions, else (recorded demonstrations have no seed) need env=ID with show_observation(obs); env,
-kwargs and max_episode_steps choose another environment than the store's."""
+kwargs and max_episode_steps choose another environment than the store's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffpolicy.commands.collecting import Collecting
+from diffpolicy.commands.lineage import recorded
+from diffpolicy.commands.options import helped, parse, subcommand
+from diffpolicy.settings import ConfigError
+
+if TYPE_CHECKING:
+    from diffpolicy.data.preferences.set import PreferenceSet
+    from diffpolicy.rollout.labelling.clips import ClipRenderer
+    from diffpolicy.rollout.labelling.page import Question
+
+
+def help_text() -> str:
+    """This module's own text."""
+    return helped(__doc__)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,4 +1,18 @@
-"""`diffpolicy resume RUN`: continue an interrupted run where it stopped, or a finished one."""
+"""`diffpolicy resume RUN`: continue an interrupted run where it stopped, or a finished one.
+
+usage: diffpolicy resume RUN [trainer.KEY=VALUE ...]
+
+Continues the run in directory RUN from its last checkpoint, with the configuration it was started
+with (RUN/config.yaml). On a CPU the result is bit for bit that of an uninterrupted run. A finished
+run is only evaluated again, unless it is to train for longer:
+
+    diffpolicy resume RUN trainer.steps=20000 trainer.lr=1e-4
+
+What may change, in every kind of run: trainer.KEY of
+$settings.
+Any change is said, and kept in RUN/config.yaml; where the result is then not that of a run which
+had the new value from its beginning, a ResumeWarning says so. Anything else is another run.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpolicy.commands.options import parse
+from diffpolicy.commands.options import helped, parse
 from diffpolicy.commands.runs import trainer_settings
 from diffpolicy.config import (
     KINDS,
@@ -22,22 +36,10 @@ from diffpolicy.settings import from_values as build
 
 
 def help_text() -> str:
-    """The text of `diffpolicy resume --help`."""
+    """This module's own text."""
     from diffpolicy.training.settings import MAY_CHANGE
 
-    return f"""\
-usage: diffpolicy resume RUN [trainer.KEY=VALUE ...]
-
-Continues the run in directory RUN from its last checkpoint, with the configuration it was started
-with (RUN/config.yaml). On a CPU the result is bit for bit that of an uninterrupted run. A finished
-run is only evaluated again, unless it is to train for longer:
-
-    diffpolicy resume RUN trainer.steps=20000 trainer.lr=1e-4
-
-What may change, in every kind of run: trainer.KEY of
-{", ".join(MAY_CHANGE)}.
-Any change is said, and kept in RUN/config.yaml; where the result is then not that of a run which
-had the new value from its beginning, a ResumeWarning says so. Anything else is another run."""
+    return helped(__doc__, settings=", ".join(MAY_CHANGE))
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,4 +1,17 @@
-"""`diffpolicy rti`: warm starts for a trained policy, their level chosen from demonstrations."""
+"""`diffpolicy rti`: warm starts for a trained policy, their level chosen from demonstrations.
+
+usage: diffpolicy rti RUN OUTPUT [data=STORE] [key=value] ...
+
+Real-time iteration: every plan after an episode's first starts from the last one, shifted, and
+takes one to three network evaluations. The noise level it starts from is chosen from the
+demonstrations and the trained policy alone (no rollouts); OUTPUT receives a policy with these
+settings, and levels.json, which says why.
+
+$options
+
+    diffpolicy rti runs/demo runs/demo_rti
+    diffpolicy eval checkpoint=runs/demo_rti
+"""
 
 from __future__ import annotations
 
@@ -8,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpolicy.commands.options import Option, options_help, parse
+from diffpolicy.commands.options import Option, helped, options_help, parse
 from diffpolicy.config_compose import read_yaml
 from diffpolicy.files import write_atomic, write_json
 from diffpolicy.settings import ConfigError
@@ -34,19 +47,8 @@ OPTIONS = {
 
 
 def help_text() -> str:
-    """Return the text of `diffpolicy rti --help`."""
-    return f"""\
-usage: diffpolicy rti RUN OUTPUT [data=STORE] [key=value] ...
-
-Real-time iteration: every plan after an episode's first starts from the last one, shifted, and
-takes one to three network evaluations. The noise level it starts from is chosen from the
-demonstrations and the trained policy alone (no rollouts); OUTPUT receives a policy with these
-settings, and levels.json, which says why.
-
-{options_help(OPTIONS)}
-
-    diffpolicy rti runs/demo runs/demo_rti
-    diffpolicy eval checkpoint=runs/demo_rti"""
+    """This module's own text."""
+    return helped(__doc__, options=options_help(OPTIONS))
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,4 +1,27 @@
-"""`diffpolicy train`: demonstrations in, a trained and evaluated policy out."""
+"""`diffpolicy train`: demonstrations in, a trained and evaluated policy out.
+
+usage: diffpolicy train [group=choice] [key=value] ...
+
+Trains a policy on demonstrations and evaluates it. An experiment is a tested set of choices;
+any of them can be overridden: diffpolicy train experiment=demo trainer.steps=2000
+
+With task=..., or an experiment of one, it trains a masked diffusion model of sequences instead, and
+the oracles of its reward; `diffpolicy tune` and `diffpolicy prefer` go on from there.
+`diffpolicy train task=tfbind8 --print-config` shows what can be set.
+
+$groups
+
+settings:
+$settings
+
+trainer.KEY (also policy.KEY, network.KEY, sampler.KEY, evaluation.KEY ...):
+$trainer
+
+--print-config shows the composed configuration and stops.
+--multirun seed=0,1,2 trainer.lr=1e-3,1e-4 runs every combination (Hydra's sweepers and launchers).
+Results: RUN/metrics.csv, curve.png, eval.json, checkpoints/ (last, best), and with video
+rollouts.mp4 and contact_sheet.png. The last line printed is `RESULT {json}`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands import sweep
-from diffpolicy.commands.options import groups_help, indented
+from diffpolicy.commands.options import groups_help, helped, indented
 from diffpolicy.commands.preflight import (
     check_environment,
     check_training,
@@ -56,31 +79,12 @@ GROUPS = (
 
 
 def help_text() -> str:
-    """The text of `diffpolicy train --help`."""
+    """This module's own text."""
     settings = (config_dir() / "train.yaml").read_text().split("experiment: null\n")[1].strip()
     trainer = (config_dir() / "trainer" / "default.yaml").read_text().strip()
-    return f"""\
-usage: diffpolicy train [group=choice] [key=value] ...
-
-Trains a policy on demonstrations and evaluates it. An experiment is a tested set of choices;
-any of them can be overridden: diffpolicy train experiment=demo trainer.steps=2000
-
-With task=..., or an experiment of one, it trains a masked diffusion model of sequences instead, and
-the oracles of its reward; `diffpolicy tune` and `diffpolicy prefer` go on from there.
-`diffpolicy train task=tfbind8 --print-config` shows what can be set.
-
-{groups_help(GROUPS)}
-
-settings:
-{indented(settings)}
-
-trainer.KEY (also policy.KEY, network.KEY, sampler.KEY, evaluation.KEY ...):
-{indented(trainer)}
-
---print-config shows the composed configuration and stops.
---multirun seed=0,1,2 trainer.lr=1e-3,1e-4 runs every combination (Hydra's sweepers and launchers).
-Results: RUN/metrics.csv, curve.png, eval.json, checkpoints/ (last, best), and with video
-rollouts.mp4 and contact_sheet.png. The last line printed is `RESULT {{json}}`."""
+    return helped(
+        __doc__, groups=groups_help(GROUPS), settings=indented(settings), trainer=indented(trainer)
+    )
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,12 +1,5 @@
-"""`diffpolicy tune`: policies and sequence models tuned by a reward."""
+"""`diffpolicy tune`: policies and sequence models tuned by a reward.
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from diffpolicy.commands import tuning
-
-INTRO = """\
 usage: diffpolicy tune [group=choice] [key=value] ...
        diffpolicy tune compare RUN [RUN ...] output=DIR [baseline=METHOD]
 
@@ -21,12 +14,19 @@ Or tunes a policy of `diffpolicy train` so that its plans are worth more, by bac
 through its sampling chain the value that a judge gives them. The judge (judge.KEY) is learned from
 the policy's own rollouts (collect.KEY), or an earlier tuning has left it:
 
-    diffpolicy tune pretrained=runs/demo method=draft_k collect.episodes=50 judge.reward=store"""
+    diffpolicy tune pretrained=runs/demo method=draft_k collect.episodes=50 judge.reward=store
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffpolicy.commands import tuning
 
 
 def help_text() -> str:
-    """The text of `diffpolicy tune --help`."""
-    return tuning.help_of(INTRO)
+    """This module's own text, and what both commands have in common."""
+    return tuning.help_of(__doc__)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,26 +1,12 @@
-"""What `diffpolicy tune` and `diffpolicy prefer` share: kinds of run, help, comparison."""
+"""What `diffpolicy tune` and `diffpolicy prefer` share: kinds of run, help, comparison.
 
-from __future__ import annotations
-
-import json
-from collections.abc import Sequence
-from pathlib import Path
-
-from diffpolicy.commands import sweep
-from diffpolicy.commands.options import groups_help, indented
-from diffpolicy.commands.runs import print_config
-from diffpolicy.config import PolicyTuningConfig, SequenceTuningConfig, load_run
-from diffpolicy.config_compose import config_dir, is_setting, keys_given
-from diffpolicy.settings import ConfigError
-
-HELP = """\
 settings of policies (also method, collect, judge, plans, trainer and evaluation.KEY):
-{plans}
+$plans
 
 settings of sequence models (also method.KEY, guidance.KEY, trainer.KEY):
-{sequences}
+$sequences
 
-{groups}
+$groups
 
 collect.KEY: kind, episodes, seed, noise_seed, repeats, points, every, branches, lookahead,
 common_noise, score, discount, after_end, pairs, min_gap and span are those of `diffpolicy data
@@ -40,16 +26,31 @@ some judge.KEY or plans.KEY is given: the judge then learns from the rollouts of
 Results: RUN/report.md with pictures, report.json, metrics.csv, checkpoints/; of policies also
 policy/, rollouts.zarr and preferences.jsonl (pairs of rollouts) where there were collected, value/
 of a judge, and plans.zarr and plans.jsonl (with rounds=N, what is of one round in RUN/round_K).
-The last line printed is `RESULT {{json}}`."""
+The last line printed is `RESULT {json}`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffpolicy.commands import sweep
+from diffpolicy.commands.options import groups_help, helped, indented
+from diffpolicy.commands.runs import print_config
+from diffpolicy.config import PolicyTuningConfig, SequenceTuningConfig, load_run
+from diffpolicy.config_compose import config_dir, is_setting, keys_given
+from diffpolicy.settings import ConfigError
 
 
-def help_of(intro: str) -> str:
+def help_of(intro: str | None) -> str:
     """The help of a tuning command: what it is for, then what both have in common."""
     settings = {
         name: indented((config_dir() / f"tuning_{name}.yaml").read_text().split("\n", 1)[1])
         for name in ("plans", "sequences")
     }
-    return f"{intro}\n\n{HELP}".format(**settings, groups=groups_help(("method", "guidance")))
+    shared = str(__doc__).split("\n\n", 1)[1]
+    return helped(f"{intro}\n{shared}", **settings, groups=groups_help(("method", "guidance")))
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
