@@ -313,6 +313,8 @@ class DiffusionPolicy(DiffusionPlanner):
         settings = self.spec.truncated
         if settings is None:
             raise ValueError("a policy without truncated settings: begin with with_anchors(store)")
+        another = replace(settings, t_start=0.5 if settings.t_start == 1 else 1.0)
+        check_same_weights(self.spec, {"truncated": another})  # a level that may not be chosen
         demos = demonstrations(open_store(store), episodes, seed=seed)
         report = choose_level(self, demos, settings, seed=seed)
         assert isinstance(report.t_start, float)  # one for all dimensions
