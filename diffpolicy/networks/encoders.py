@@ -274,7 +274,7 @@ class ImageEncoder(Encoder):
         if len(shape) == 2:
             images = images.unsqueeze(-1)
         # An axis -1 breaks ONNX.
-        images = self._cropped(images, self._sides(shape)).permute(0, 1, 4, 2, 3)
+        images = self._cropped(images, shape, self._sides(shape)).permute(0, 1, 4, 2, 3)
         weight = next(self.eyes.parameters())
         images = images.to(weight.dtype) / 127.5 - 1
         if self.training and self.jitter:
@@ -290,9 +290,10 @@ class ImageEncoder(Encoder):
             images = images * scale + offset
         return images
 
-    def _cropped(self, images: Tensor, sides: list[int]) -> Tensor:
+    def _cropped(self, images: Tensor, shape: tuple[int, ...], sides: list[int]) -> Tensor:
         """A part of ``sides`` of images ``[B, To, h, w, C]``: at random when training."""
-        spare = [images.shape[axis + 2] - sides[axis] for axis in range(2)]
+        # Of the declared shape: in a trace the sides of a tensor are tensors, which round() is not.
+        spare = [shape[axis] - sides[axis] for axis in range(2)]
         if not any(spare):
             return images
         if not self.training:
