@@ -188,7 +188,8 @@ class _Job:
         failed: dict[int, str] = {}
         size = 0
         for columns, known in self._episodes(selection, failed):
-            store = store or self._create(_specs(columns))
+            if store is None:  # "store or" would make it anew for every episode: empty is false
+                store = self._create(_specs(columns))
             block.append((columns, known))
             size += sum(c.nbytes for c in columns.values())
             if size > _BLOCK_BYTES:
