@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.data.joined import open_store
-from diffpolicy.data.observation import each
+from diffpolicy.data.observation import Obs, count, each, take
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import split_store
 from diffpolicy.learn.adapters import merged_state
@@ -22,10 +22,11 @@ from diffpolicy.learn.material import TuningData, tuned
 from diffpolicy.learn.method import Method
 from diffpolicy.policies.base import Array
 from diffpolicy.policies.changes import check_same_weights
-from diffpolicy.policies.choose_level import choose_level, demonstrations, observation_step
+from diffpolicy.policies.choose_level import choose_level
 from diffpolicy.policies.chunking import Chunking, RealTimeChunking
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.level_report import LevelReport
+from diffpolicy.policies.recorded import demonstrations, observation_step
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
@@ -227,8 +228,7 @@ class DiffusionPolicy(DiffusionPlanner):
     ) -> Self:
         """Tune by comparisons: Diffusion-DPO, PSO, DRO and their relatives.
 
-        The policy as it is now is the reference. Arguments are those of :meth:`tune`; what the
-        data must hold depends on the method.
+        The policy as it is now is the reference. Arguments are those of :meth:`tune`.
 
         Example:
             >>> data = TuningData.of("data/pairs.jsonl", "data/demos.zarr")
@@ -303,18 +303,17 @@ class DiffusionPolicy(DiffusionPlanner):
     ) -> tuple[Self, LevelReport]:
         """A truncated policy with its start level chosen from demonstrations, as for warm starts.
 
-        The default level of :meth:`with_anchors` covers the anchors' quantisation error and no
-        more; where the plan depends much on the state, a higher one is better. Arguments and result
-        are those of :meth:`choose_rti`.
+        Where the plan depends much on the state, a higher one than the anchors' default is better.
+        Arguments and result are those of :meth:`choose_rti`.
 
         Raises:
-            ValueError: a policy without truncated settings.
+            ValueError: a policy without truncated settings, or whose level belongs to its weights.
         """
         settings = self.spec.truncated
         if settings is None:
             raise ValueError("a policy without truncated settings: begin with with_anchors(store)")
-        another = replace(settings, t_start=0.5 if settings.t_start == 1 else 1.0)
-        check_same_weights(self.spec, {"truncated": another})  # a level that may not be chosen
+        other = replace(settings, t_start=0.5 if settings.t_start == 1 else 1.0)
+        check_same_weights(self.spec, {"truncated": other})
         demos = demonstrations(open_store(store), episodes, seed=seed)
         report = choose_level(self, demos, settings, seed=seed)
         assert isinstance(report.t_start, float)  # one for all dimensions
@@ -361,15 +360,15 @@ class DiffusionPolicy(DiffusionPlanner):
         """Real-time chunking: new plans agree with what is executed while they are computed."""
         return RealTimeChunking(self, settings or Chunking())
 
-    def plans(self, history: Array, *, seed: int = 0) -> tuple[Array, Array]:
+    def plans(self, history: Obs, *, seed: int = 0) -> tuple[Array, Array]:
         """All candidate plans of a truncated policy, with their scores.
 
-        For raw observations ``history [N, To, O]``, oldest first: actions ``[N, M, H, A]`` in
-        environment units, and scores ``[N, M]``, the higher the better within a row.
+        For raw observations ``history [N, To, O]`` (or by name), oldest first: actions
+        ``[N, M, H, A]`` in environment units, and scores ``[N, M]``, the higher the better.
         """
-        state = self.initial_state(range(seed, seed + len(history)))
+        state = self.initial_state(range(seed, seed + count(history)))
         for step in range(self.n_obs_steps):
-            state = self.observe(history[:, step], state)
+            state = self.observe(take(history, (slice(None), step)), state)
         found = self.propose(state)
         with torch.inference_mode():
             seen = each(lambda array: array.repeat(found.plans.shape[1], 0), state.history)
@@ -385,10 +384,9 @@ class DiffusionPolicy(DiffusionPlanner):
             path: a directory written by :meth:`save` or a checkpoint's ``policy``.
             device: where the weights go.
             changes: other entries of the spec that do not touch the weights, as plain values.
-                Groups of settings are merged with the stored ones: ``sampler={"num_steps": 4}``.
-                Another solver drops the options of the old one, and ``rti={"t_start": 0.3}`` takes
-                the place of ``truncated`` as ``truncated={...}`` does of ``rti``. A policy with a
-                normaliser per store acts by that of ``normalizer="NAME"``, else the first.
+                Groups are merged with the stored ones: ``sampler={"num_steps": 4}``. Another solver
+                drops the options of the old one; ``rti`` and ``truncated`` replace each other. A
+                policy with a normaliser per store acts by that of ``normalizer="NAME"``.
 
         Raises:
             ValueError: not a policy, a damaged file, or settings that do not fit.

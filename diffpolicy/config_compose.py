@@ -24,13 +24,12 @@ OPEN = (
     *("env.", "data.", "policy.", "sampler.", "evaluation.", "learning.", "method.", "guidance."),
     *("task.kwargs.", "collect.", "judge.", "plans.", "adapters."),
     *("oracles.network.", "oracles.trainer."),
-    *("rti.", "truncated.", "selection.", "returns.", "imagined.", "streaming."),  # of eval
-    "chunking.",
+    *("rti.", "truncated.", "selection.", "returns.", "imagined."),  # these, and below, of eval
+    *("streaming.", "chunking."),
 )
 """Sections whose keys are checked by what they configure, so that a file may leave any out."""
 
-EARLIER = {"preference": "method", "finetune": "method"}
-"""Names of groups and settings in earlier versions, and what they are called now."""
+EARLIER = {"preference": "method", "finetune": "method"}  # earlier names, and what they are now
 
 
 def config_dir() -> Path:

@@ -25,7 +25,7 @@ from zarr.storage import LocalStore
 
 from diffpolicy.commands.options import parse
 from diffpolicy.data import EpisodeStore, Windows
-from diffpolicy.policies.choose_level import observation_step
+from diffpolicy.policies.recorded import observation_step
 
 DEFAULTS: dict[str, Any] = {"steps": 1_000_000, "length": 1000, "dir": None}
 

@@ -30,9 +30,9 @@ from diffpolicy.networks.backbones import weights_follow
 from diffpolicy.networks.encoders import encoder_class
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.changes import check_same_weights, merged_config
-from diffpolicy.policies.choose_level import observation_step
 from diffpolicy.policies.imagined import shaped
 from diffpolicy.policies.planners import Returns
+from diffpolicy.policies.recorded import observation_step
 from diffpolicy.policies.spec import PolicySpec, upgraded
 from diffpolicy.training.checkpoint import read_bundle
 from diffpolicy.training.saved import FORMAT, VERSION

@@ -287,7 +287,7 @@ class PolicySpec:
             raise ValueError(
                 "rti.innovation compares observations with the demonstrations' steps, which this "
                 "policy does not hold; train it anew, or measure them with "
-                "diffpolicy.policies.choose_level.observation_step"
+                "diffpolicy.policies.recorded.observation_step"
             )
 
     def to_config(self) -> dict[str, Any]:

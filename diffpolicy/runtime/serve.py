@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from websockets.http11 import Request, Response
 
 log = logging.getLogger(__name__)
-_quiet = logging.getLogger(f"{__name__}.connections")  # strangers' garbage is no news
-_quiet.setLevel(logging.CRITICAL)
+_quiet = logging.getLogger(f"{__name__}.connections")
+_quiet.setLevel(logging.CRITICAL)  # strangers' garbage is no news
 
 # Connections beyond the clients: those that are greeting, being turned away or hanging up.
 _SPARE_CONNECTIONS = 16
@@ -66,8 +66,7 @@ class ServeConfig:
         deterministic: fixed noise: the same observations give the same actions.
         max_clients: most clients at a time.
         max_batch: most rows in one policy call.
-        peer_timeout_s: seconds for the opening of a connection, and for a peer to show that it is
-            alive; one that stops inside a message is not.
+        peer_timeout_s: seconds for opening a connection, and for a peer to show that it is alive.
         idle_timeout_s: seconds without a request after which a client is hung up on; ``None``
             waits for ever (until its place is wanted, see ``reclaim_after_s``).
         reclaim_after_s: when every place is taken, a new client gets the place of the one that has
@@ -106,10 +105,9 @@ class ServeConfig:
 
 def is_loopback(host: str) -> bool:
     """Whether an address can be reached from this machine only; other names than localhost no."""
-    try:
+    with contextlib.suppress(ValueError):
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return False
 
 
 class PolicyServer:

@@ -18,8 +18,8 @@ from diffpolicy.core.processes import DiscreteVP
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.base import Array
-from diffpolicy.policies.choose_level import Demonstrations, replay
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.recorded import Demonstrations, replay
 from diffpolicy.policies.spec import PolicySpec
 
 HORIZON = 8

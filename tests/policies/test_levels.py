@@ -14,10 +14,9 @@ from policies_exact_mixture import World
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.choose_level import (
+from diffpolicy.policies.choose_level import choose_level, ddim_contraction
+from diffpolicy.policies.recorded import (
     Demonstrations,
-    choose_level,
-    ddim_contraction,
     demonstrations,
     observation_step,
     replay,
