@@ -495,6 +495,14 @@ def test_what_cannot_be_written(tmp_path, capsys):
     assert "1 episodes, 4 steps, 20 a second" in out
     assert "left out: nothing" in out
     np.testing.assert_array_equal(convert(tmp_path / "d", None).read("obs"), bare["obs"])
+    with EpisodeStore.open(tmp_path / "s.zarr", "a") as made:
+        made.append(bare, success=True)
+    assert run([*args, "fps=20", "overwrite=true"]) == 0
+    assert '{"success of each episode": "LeRobot keeps its tasks alone"}' in capsys.readouterr().out
+    with EpisodeStore.open(tmp_path / "s.zarr", "a") as made:
+        made.append({"obs": bare["obs"]}, actions=False)
+    with pytest.raises(ValueError, match=r"the episodes \[2\] .* exclude=actions=false"):
+        run([*args, "fps=20", "overwrite=true"])
     with EpisodeStore.create(tmp_path / "t.zarr", {"state": (2,)}) as made:
         made.append({"state": bare["obs"]})
     with pytest.raises(ValueError, match=r"has no observation and no action; its fields are"):
