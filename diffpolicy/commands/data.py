@@ -237,6 +237,7 @@ def _print_made(*stores: Any) -> int:
         print(f"{store.name}: {store.num_episodes} episodes, {store.num_steps} steps, {shapes}")
         kinds = ("left_out", "unread", "left_out_episodes")
         lacks = {kind: list(store.attrs[kind]) for kind in kinds if kind in store.attrs}
+        lacks |= {k: [*v[:8], f"{len(v) - 8} more"] for k, v in lacks.items() if len(v) > 9}
         print(f"left out: {json.dumps(lacks) if lacks else 'nothing'}")
     return 0
 
@@ -269,7 +270,8 @@ def _merge(arguments: Sequence[str]) -> int:
 def _is_zarr(source: str) -> bool:
     from diffpolicy.data.formats.replay_zarr import ReplayBuffer
 
-    return Path(source).exists() and ReplayBuffer.matches(Path(source))
+    path = Path(source)
+    return path.suffix == ".zarr" or (path.exists() and ReplayBuffer.matches(path))
 
 
 def _written(options: dict[str, Any]) -> int:

@@ -488,6 +488,8 @@ def test_what_cannot_be_written(tmp_path, capsys):
     args = ["convert", str(tmp_path / "s.zarr"), str(tmp_path / "d"), "format=lerobot"]
     with pytest.raises(ValueError, match="does not say how many steps a second has; give it"):
         run(args)
+    with pytest.raises(ConfigError, match=r"no store at nowhere\.zarr"):
+        run(["convert", "nowhere.zarr", *args[2:], "fps=20"])
     with pytest.raises(ConfigError, match="unknown option 'keep'"):
         run([*args, "keep=0"])
     assert run([*args, "fps=20"]) == 0
