@@ -228,17 +228,17 @@ def _convert(arguments: Sequence[str]) -> int:
         store = _converted(options, parse(named, [], observed))
     for text in store.attrs.get("notes", ()):
         print(text)
-    _print_made(store)
-    kinds = ("left_out", "unread", "left_out_episodes")
-    lacks = {kind: list(store.attrs[kind]) for kind in kinds if kind in store.attrs}
-    print(f"left out: {json.dumps(lacks) if lacks else 'nothing'}")
-    return 0
+    return _print_made(store)
 
 
 def _print_made(*stores: Any) -> int:
     for store in stores:
         shapes = {name: field.shape for name, field in store.fields.items()}
         print(f"{store.name}: {store.num_episodes} episodes, {store.num_steps} steps, {shapes}")
+        kinds = ("left_out", "unread", "left_out_episodes")
+        lacks = {kind: list(store.attrs[kind]) for kind in kinds if kind in store.attrs}
+        lacks |= {k: [*v[:8], f"{len(v) - 8} more"] for k, v in lacks.items() if len(v) > 9}
+        print(f"left out: {json.dumps(lacks) if lacks else 'nothing'}")
     return 0
 
 
@@ -270,7 +270,8 @@ def _merge(arguments: Sequence[str]) -> int:
 def _is_zarr(source: str) -> bool:
     from diffpolicy.data.formats.replay_zarr import ReplayBuffer
 
-    return Path(source).exists() and ReplayBuffer.matches(Path(source))
+    path = Path(source)
+    return path.suffix == ".zarr" or (path.exists() and ReplayBuffer.matches(path))
 
 
 def _written(options: dict[str, Any]) -> int:

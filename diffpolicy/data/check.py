@@ -336,10 +336,22 @@ class _Checker:
         if cameras and len(self._ends):
             changes = moving(seen, self._ends)
             odd += [frames.suspects(name, changes) for name, frames in cameras.items()]
+        idle = self._without_actions()
         for name, kind, index, row, message, fix in chain.from_iterable(odd):
+            if name == "action" and index in idle:
+                continue
             if kind != "frozen" or index not in frozen:
                 place = f"data/{name}"
                 self._add(kind, place, message, fix, "warning", field=name, index=index, row=row)
+
+    def _without_actions(self) -> set[int]:
+        """Indices of the episodes that say that they have no actions: these stand as zeros."""
+        try:
+            lines = opening.episode_lines(self._group, len(self._episodes), self._name)
+        except ValueError:  # which is reported as damage of its own
+            return set()
+        numbers = {i for i, known in enumerate(lines) if known.get("actions") is False}
+        return set(np.flatnonzero(np.isin(self._episodes, sorted(numbers))).tolist())
 
     # -- what stands beside the data ----------------------------------------------------------
 

@@ -21,6 +21,7 @@ from diffpolicy.data.formats.images import as_bytes, is_picture
 from diffpolicy.data.mapping import VECTORS, Fields, field_of, is_observed, mapping_of, part_of
 from diffpolicy.data.observation import is_obs
 from diffpolicy.data.selection import (
+    OF_MAKING,
     Choice,
     Selection,
     announce,
@@ -117,12 +118,14 @@ def convert(
         used += [tasks.name] if tasks and tasks.by_id else []
         selection = select(source, exclude, keep, max_episodes)
         selection, doubts = checked_gaps(source, used, selection, allow_missing=allow_missing)
-        known |= {} if max_episodes is None else {"max_episodes": max_episodes}
         partial = None
         if goal is not None:
             stack.enter_context(WriterLock(goal, "converting to it"))
             partial = stack.enter_context(layout.replaced(goal))
-        attrs = {**source.attrs, **known, **(attrs or {})}
+        before = {k: v for k, v in source.attrs.items() if k in OF_MAKING}  # of a store of ours
+        known |= {"made_of": [{"store": Path(source.name).name, "attrs": before}]} if before else {}
+        own = {k: v for k, v in source.attrs.items() if k not in before}
+        attrs = {**own, **known, **(attrs or {})}
         job = _Job(source, mapping, transform, tasks, partial, str(goal), attrs)
         store, selection, found = job.write_checked(selection)
         said = source.remarks(store)
@@ -131,7 +134,7 @@ def convert(
         if tasks:
             said["tasks"] = tasks.texts
         parts = _parts(mapping)
-        lacks = left_out(source, set(used) - set(parts), selection)
+        lacks = left_out(source.fields, set(used) - set(parts), selection, source.unread)
         for name, texts in parts.items():
             lacks["left_out"][name] += f", but for {', '.join(texts)}"
         store.update_attrs({**lacks, **said})

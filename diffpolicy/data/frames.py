@@ -152,11 +152,13 @@ class Frames:
         if len(maps) < _ENOUGH or np.median(sizes) < _COLOURED:
             return
         maps = maps / np.maximum(sizes, 1e-9)
-        usual, signs = maps[0], np.ones(len(maps))
-        for _ in range(4):  # which half is which is found from the first episode on
-            likeness = maps @ (usual / np.maximum(np.linalg.norm(usual), 1e-9))
+        signs = np.sign(maps @ maps[0])  # which half is which is found from the first episode on
+        for _ in range(4):
+            turned = signs[:, None] * maps
+            others = turned.sum(axis=0) - turned  # each would be like itself
+            sizes = np.linalg.norm(others, axis=1)
+            likeness = (maps * others).sum(axis=1) / np.maximum(sizes, 1e-9)
             signs = np.sign(likeness)
-            usual = (signs[:, None] * maps).mean(axis=0)
         if (np.abs(likeness) >= _ALIKE).mean() < 0.95:
             return
         found = np.flatnonzero(likeness <= -_ALIKE)

@@ -23,11 +23,10 @@ from diffpolicy.data.observation import is_obs
 from diffpolicy.data.reader import EpisodeReader
 from diffpolicy.data.statistics import compute_statistics
 from diffpolicy.data.store import EpisodeStore
+from diffpolicy.data.tasks import FIELD as TASK
 from diffpolicy.settings import check_range, named_settings, settings_of
 
-TASK = "obs.task"
-"""Where whole numbers, they are places in the list of instructions that the attribute is."""
-TASKS = "tasks"
+TASKS = "tasks"  # the attribute whose places ``obs.task`` counts, where it is whole numbers
 _MEANT = ("actions",)  # attributes that say what rows mean
 
 _log = logging.getLogger("diffpolicy.data")

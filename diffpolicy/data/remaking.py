@@ -21,15 +21,12 @@ from diffpolicy.data.check import check_store
 from diffpolicy.data.fields import check_has
 from diffpolicy.data.joined import Joined, open_store
 from diffpolicy.data.reader import EpisodeReader
-from diffpolicy.data.selection import Choice, Selection, announce, select
+from diffpolicy.data.selection import OF_MAKING, Choice, Selection, announce, left_out, select
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.locks import WriterLock
 from diffpolicy.settings import check_range
 
 Place = str | os.PathLike[str]
-
-# Attributes that speak of the episodes of the store that they stand in, by number.
-_OF_EPISODES = ("made_of", "left_out_episodes", "max_episodes", "warnings")
 
 
 def filtered(
@@ -65,11 +62,7 @@ def filtered(
     """
     store = _opened(source)
     _check_apart([store], target)
-    selection = select(store, exclude, keep)
-    if max_episodes is not None:
-        check_range("[1, inf)", max_episodes=max_episodes)
-        late = selection.episodes[max_episodes:]
-        selection = selection.without(dict.fromkeys(late, f"max_episodes={max_episodes}"))
+    selection = select(store, exclude, keep, max_episodes)
     return _made(store, target, selection, fields, overwrite)
 
 
@@ -111,8 +104,14 @@ def halved(
     if fraction is not None:
         order = np.random.default_rng(seed).permutation(store.num_episodes)
         keep = [int(i) for i in np.sort(order[: round(fraction * store.num_episodes)])]
-    chosen = set(select(store, None, keep).episodes) if keep else set()
     every = Selection(tuple(range(store.num_episodes)))
+    chosen = set(select(store, None, keep).episodes) if keep else set()
+    if not 0 < len(chosen) < len(every.episodes):
+        asked = f"keep={keep}" if fraction is None else f"fraction={fraction}"
+        raise ValueError(
+            f"{asked} puts {len(chosen)} of the {len(every.episodes)} episodes of {store.name} "
+            "into the first store; each needs one at least"
+        )
     others = [(first, set(every.episodes) - chosen, second), (second, chosen, first)]
     pairs = [
         (place, every.without(dict.fromkeys(sorted(gone), f"in {Path(other).name}")))
@@ -182,7 +181,7 @@ def _made(
     goal = Path(target)
     specs = {n: s for n, s in source.fields.items() if fields is None or n in fields}
     layout.clear_target(goal, overwrite=overwrite, remove=False)
-    attrs = {k: v for k, v in source.attrs.items() if k not in _OF_EPISODES}
+    attrs = {k: v for k, v in source.attrs.items() if k not in OF_MAKING}
     with WriterLock(goal, "making it"), layout.replaced(goal) as partial:
         while True:
             with EpisodeStore.create(partial, specs, attrs=attrs, overwrite=True) as store:
@@ -205,20 +204,13 @@ def _provenance(source: EpisodeReader, selection: Selection, fields: set[str]) -
     """Attributes that say what a store was made of."""
     parts = list(source.parts.values()) if isinstance(source, Joined) else [source]
     said: dict[str, Any] = {"made_of": [_described(part, source.attrs) for part in parts]}
-    gone = {n: s for n, s in source.fields.items() if n not in fields}
-    for part in parts:
-        gone |= {n: s for n, s in part.fields.items() if n not in fields}
-    if gone:
-        said["left_out"] = {n: f"{s.dtype} {list(s.shape)}" for n, s in gone.items()}
-    if selection.left_out:
-        episodes = sorted(selection.left_out.items())
-        said["left_out_episodes"] = {str(i): text for i, text in episodes}
-    return said
+    every = {name: spec for part in parts for name, spec in part.fields.items()}
+    return said | left_out(every, fields, selection)
 
 
 def _described(store: EpisodeReader, kept: Mapping[str, Any]) -> dict[str, Any]:
     """What a store was: name, sizes, digest of its vectors, and attributes that are not kept."""
-    before = {k: v for k, v in store.attrs.items() if k in _OF_EPISODES or kept.get(k) != v}
+    before = {k: v for k, v in store.attrs.items() if k in OF_MAKING or kept.get(k) != v}
     return {
         "store": store.name if store.path is None else store.path.name,
         "episodes": store.num_episodes,

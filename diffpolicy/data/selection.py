@@ -27,12 +27,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from diffpolicy.settings import check_choice, check_range, near_miss
 
 if TYPE_CHECKING:
+    from diffpolicy.data.fields import FieldSpec
     from diffpolicy.data.formats import EpisodeSource, Gap
 
 Choice = int | str | Sequence[int | str]
 """Episodes as they are named by ``exclude`` and ``keep``."""
 
 FAILED_CHECK = "failed_check"
+OF_MAKING = ("left_out", "unread", "left_out_episodes", "max_episodes", "warnings", "made_of")
+"""Attributes that say how a store was made: they are not true of what is made of it."""
 MASKS = "masks"
 """The attribute of an episode that lists the masks it is in."""
 _MASK = "mask:"
@@ -118,7 +121,9 @@ def select(
     if not chosen:
         which = f"none of the {source.num_episodes} episodes of {source.name}"
         raise ValueError(f"exclude={exclude} and keep={keep} leave {which}")
-    return Selection(chosen[:max_episodes], drop, FAILED_CHECK in items)
+    late = () if max_episodes is None else chosen[max_episodes:]
+    drop |= dict.fromkeys(late, f"max_episodes={max_episodes}")
+    return Selection(chosen[: len(chosen) - len(late)], drop, FAILED_CHECK in items)
 
 
 def _items(choice: Choice | None) -> list[int | str]:
@@ -220,18 +225,23 @@ def attrs_with_masks(source: EpisodeSource) -> list[dict[str, Any]]:
 
 
 def left_out(
-    source: EpisodeSource, used: Iterable[str], selection: Selection
+    fields: Mapping[str, FieldSpec],
+    used: Iterable[str],
+    selection: Selection,
+    unread: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, str]]:
-    """Return attributes for what a store lacks of its source, each name or number with a reason.
+    """Return attributes for what a store lacks of the ``fields`` and episodes of its source.
+
+    Each name or number has a reason.
 
     Returns:
         ``left_out``: fields that could be stored, ``unread``: what is none, ``left_out_episodes``;
         those of them that are not empty.
     """
-    others = {name: spec for name, spec in source.fields.items() if name not in set(used)}
+    others = {name: spec for name, spec in fields.items() if name not in set(used)}
     found = {
         "left_out": {name: f"{spec.dtype} {list(spec.shape)}" for name, spec in others.items()},
-        "unread": dict(source.unread),
+        "unread": dict(unread or {}),
         "left_out_episodes": {str(i): text for i, text in sorted(selection.left_out.items())},
     }
     return {name: values for name, values in found.items() if values}

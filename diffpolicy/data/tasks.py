@@ -46,6 +46,12 @@ class Tasks:
             known = [*source.fields, *source.attrs, *source.episode_attrs[0], *source.unread]
             hint = near_miss(name, known, listing="there are")
             raise ValueError(f"task={name}: {source.name} has nothing of that name{hint}")
+        spec = source.fields.get(name)
+        if spec is not None and (spec.size != 1 or not spec.dtype.startswith(("int", "uint"))):
+            raise ValueError(
+                f"task={name} must be one whole number from 0 a step; got {list(spec.shape)} "
+                f"{spec.dtype} in {source.name}"
+            )
         if encoder and self.by_id and not self.texts:
             raise ValueError(
                 f"task={name} holds numbers in {source.name}, which does not say what they stand "
@@ -70,14 +76,10 @@ class Tasks:
         return (ids[:, None] if self._encode is None else self._encoded(ids)), texts
 
     def _listed(self, values: NDArray[Any]) -> NDArray[np.int64]:
-        ids = values.reshape(len(values), -1)
-        if ids.shape[1] != 1 or ids.dtype.kind not in "iu" or ids.min() < 0:
-            raise ValueError(
-                f"task={self.name} must be one whole number from 0 a step; got "
-                f"{list(values.shape[1:])} {values.dtype}, least {values.min()}"
-            )
-        self.texts += map(str, range(len(self.texts), int(ids.max()) + 1))
-        return ids[:, 0].astype(np.int64)
+        if values.min() < 0:
+            raise ValueError(f"task={self.name} must count from 0; the least is {values.min()}")
+        self.texts += map(str, range(len(self.texts), int(values.max()) + 1))
+        return values.reshape(-1).astype(np.int64)
 
     def _told(self, index: int, steps: int) -> NDArray[np.int64]:
         said = self._source.texts(index, self.name)

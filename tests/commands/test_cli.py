@@ -100,7 +100,7 @@ def test_dashes_are_accepted():
         ("sampler=unpc", "unknown sampler 'unpc'.*did you mean 'unipc'"),
         ("trainer.stps=3", "trainer.stps"),
         ("polcy.horizon=3", "polcy"),
-        ("data=store", "needs a value for data.path"),
+        ("data=store", "give data.path=STORE, or data.mix="),
         ("evaluation.seed=5", "evaluation seeds start at 100,000"),
         ("evaluation.seed=200010", "test seeds start at 300,000"),
         ("evaluation.val_seed=300000", "validation seeds lie in"),

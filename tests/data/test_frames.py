@@ -37,6 +37,8 @@ def test_sound_frames_raise_no_alarm(scene):
     grey = {**scene, "obs.camera": scene["obs.camera"][..., :1]}
     assert found(grey) == []
     assert found({**scene, "obs.camera": scene["obs.camera"][..., 0]}) == []
+    unlike = np.random.default_rng(12).integers(0, 255, scene["obs.camera"].shape).astype(np.uint8)
+    assert found({**scene, "obs.camera": unlike}) == []  # no two episodes have colours in common
 
 
 def test_a_camera_that_froze_while_the_robot_moved(scene):

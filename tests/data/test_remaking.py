@@ -105,6 +105,22 @@ def test_split_then_merge_gives_the_rows_back(tmp_path):
     assert again[0].episode_attrs == halves[1][0].episode_attrs
 
 
+def test_each_step_says_what_it_leaves_out_itself(tmp_path, capsys):
+    before = {"left_out": {"keypoint": "float32 [9, 2]"}, "max_episodes": 4}
+    make(tmp_path / "a.zarr", attrs=before)
+    a, b = str(tmp_path / "a.zarr"), str(tmp_path / "b.zarr")
+    for command in ("filter", "convert"):
+        assert run([command, a, b, "overwrite=true"]) == 0
+        assert "left out: nothing" in capsys.readouterr().out
+        attrs = EpisodeStore.open(b).attrs
+        assert not {*before, "left_out_episodes"} & set(attrs)
+        assert attrs["made_of"][0]["attrs"] == before
+        assert run([command, a, b, "overwrite=true", "max_episodes=3"]) == 0
+        assert 'left out: {"left_out_episodes": ["3"]}' in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"fraction=0.01 puts 0 of the 4 episodes .* into the"):
+        halved(a, tmp_path / "x.zarr", tmp_path / "y.zarr", fraction=0.01)
+
+
 def test_memory_is_bounded_by_blocks(tmp_path, monkeypatch):
     source = make(tmp_path / "a.zarr", lengths=[200, 3])
     sizes = []
@@ -130,6 +146,17 @@ def test_failed_check_leaves_out_what_the_check_names(tmp_path, make_store, make
     store = EpisodeStore.open(tmp_path / "b.zarr")
     assert [a["seed"] for a in store.episode_attrs] == [0, 2, 3, 4, 5]
     assert list(store.attrs["left_out_episodes"]) == ["1"]
+
+
+def test_episodes_that_have_no_actions_pass_the_check(tmp_path):
+    rng = np.random.default_rng(0)
+    with EpisodeStore.create(tmp_path / "a.zarr", {"obs": (3,), "action": (2,)}) as store:
+        for index in range(6):
+            rows = {"obs": rng.normal(size=(50, 3)), "action": rng.normal(size=(50, 2))}
+            store.append(rows, actions=index != 2)
+    assert len(filtered(tmp_path / "a.zarr", tmp_path / "b.zarr", exclude="failed_check")) == 6
+    kept = filtered(tmp_path / "a.zarr", tmp_path / "c.zarr", exclude="actions=false")
+    assert len(kept) == 5
 
 
 def test_merge_refuses_what_differs_and_says_how_to_mend_it(tmp_path):

@@ -50,7 +50,7 @@ class Written:
         fps: Steps a second.
         psnr: Peak signal-to-noise ratio of each camera's films in dB, over all pixels, as they are
             decoded again; infinite if no pixel has changed.
-        left_out: Fields that LeRobot has no place for, with the reason.
+        left_out: What LeRobot has no place for, with the reason.
     """
 
     path: Path
@@ -89,7 +89,8 @@ def write_lerobot(
     Raises:
         ImportError: pyarrow is not installed; or PyAV, and there are images.
         FileExistsError: Something is at ``target``.
-        ValueError: Nothing says how many steps a second has, or there is no observation or action.
+        ValueError: Nothing says how many steps a second has, or there is no observation or action,
+            or none in some episode.
 
     Example:
         >>> write_lerobot(EpisodeStore.open("data/pusht.zarr"), "data/pusht_lerobot", fps=10)
@@ -158,6 +159,7 @@ class _Writer:
         self._rows: list[dict[str, Any]] = []  # of the list of episodes
         self._said: dict[str, dict[str, Any]] = {}  # of each camera's films
         self._tasks, self._known = _tasks(self.store), self.store.episode_attrs
+        self._say_episodes()
         self._totals: dict[str, RunningStatistics] = {}
 
     def _named(self) -> dict[str, str]:
@@ -178,6 +180,25 @@ class _Writer:
                 f"{sorted(self.store.fields)}: convert it to a store of ours before"
             )
         return found
+
+    def _say_episodes(self) -> None:
+        """See what is known of episodes, of which LeRobot keeps the tasks alone.
+
+        Raises:
+            ValueError: Some have no actions, which would be written as zeros.
+        """
+        if len(idle := np.flatnonzero(~self.store.has_actions)):
+            raise ValueError(
+                f"the episodes {idle.tolist()} of {self.store.name} have no actions, which LeRobot "
+                f"cannot say: leave them out by `diffpolicy data filter {self.store.name} "
+                "OTHER.zarr exclude=actions=false`"
+            )
+        names = {name for known in self._known for name in known} - {"tasks", "episode_index"}
+        for name in sorted(names):
+            self.left_out[f"{name} of each episode"] = "LeRobot keeps its tasks alone"
+        several = [i for i, known in enumerate(self._known) if len(known.get("tasks") or ()) > 1]
+        if several and not _by_id(self.store):
+            self.left_out["tasks"] = f"of the several of each of {several} the first stands for all"
 
     def write(self) -> None:
         """Write data, films and metadata."""

@@ -488,6 +488,8 @@ def test_what_cannot_be_written(tmp_path, capsys):
     args = ["convert", str(tmp_path / "s.zarr"), str(tmp_path / "d"), "format=lerobot"]
     with pytest.raises(ValueError, match="does not say how many steps a second has; give it"):
         run(args)
+    with pytest.raises(ConfigError, match=r"no store at nowhere\.zarr"):
+        run(["convert", "nowhere.zarr", *args[2:], "fps=20"])
     with pytest.raises(ConfigError, match="unknown option 'keep'"):
         run([*args, "keep=0"])
     assert run([*args, "fps=20"]) == 0
@@ -495,6 +497,14 @@ def test_what_cannot_be_written(tmp_path, capsys):
     assert "1 episodes, 4 steps, 20 a second" in out
     assert "left out: nothing" in out
     np.testing.assert_array_equal(convert(tmp_path / "d", None).read("obs"), bare["obs"])
+    with EpisodeStore.open(tmp_path / "s.zarr", "a") as made:
+        made.append(bare, success=True)
+    assert run([*args, "fps=20", "overwrite=true"]) == 0
+    assert '{"success of each episode": "LeRobot keeps its tasks alone"}' in capsys.readouterr().out
+    with EpisodeStore.open(tmp_path / "s.zarr", "a") as made:
+        made.append({"obs": bare["obs"]}, actions=False)
+    with pytest.raises(ValueError, match=r"the episodes \[2\] .* exclude=actions=false"):
+        run([*args, "fps=20", "overwrite=true"])
     with EpisodeStore.create(tmp_path / "t.zarr", {"state": (2,)}) as made:
         made.append({"state": bare["obs"]})
     with pytest.raises(ValueError, match=r"has no observation and no action; its fields are"):
