@@ -89,7 +89,8 @@ def write_lerobot(
     Raises:
         ImportError: pyarrow is not installed; or PyAV, and there are images.
         FileExistsError: Something is at ``target``.
-        ValueError: Nothing says how many steps a second has, or there is no observation or action.
+        ValueError: Nothing says how many steps a second has, or there is no observation or action
+            (in some episode).
 
     Example:
         >>> write_lerobot(EpisodeStore.open("data/pusht.zarr"), "data/pusht_lerobot", fps=10)
@@ -176,6 +177,11 @@ class _Writer:
             raise ValueError(
                 f"{self.store.name} has no {' and no '.join(lacks)}; its fields are "
                 f"{sorted(self.store.fields)}: convert it to a store of ours before"
+            )
+        if not self.store.has_actions.all():
+            raise ValueError(
+                f"{self.store.name} has episodes without actions, which LeRobot would read as 0: "
+                f"leave them out before, `diffpolicy data filter ... 'exclude=[actions=false]'`"
             )
         return found
 

@@ -495,6 +495,11 @@ def test_what_cannot_be_written(tmp_path, capsys):
     assert "1 episodes, 4 steps, 20 a second" in out
     assert "left out: nothing" in out
     np.testing.assert_array_equal(convert(tmp_path / "d", None).read("obs"), bare["obs"])
+    with EpisodeStore.create(tmp_path / "u.zarr", {"obs": (2,), "action": (1,)}) as made:
+        made.append(bare)
+        made.append({"obs": bare["obs"]}, actions=False)
+    with pytest.raises(ValueError, match="has episodes without actions"):
+        lerobot_writer.write_lerobot(EpisodeStore.open(tmp_path / "u.zarr"), tmp_path / "e", fps=1)
     with EpisodeStore.create(tmp_path / "t.zarr", {"state": (2,)}) as made:
         made.append({"state": bare["obs"]})
     with pytest.raises(ValueError, match=r"has no observation and no action; its fields are"):
