@@ -28,7 +28,7 @@ from diffpolicy.settings import check_range, named_settings, settings_of
 TASK = "obs.task"
 """Where whole numbers, they are places in the list of instructions that the attribute is."""
 TASKS = "tasks"
-_MEANT = ("actions",)  # attributes that say what rows mean
+_MEANT = ("action_groups",)  # attributes that say what rows mean
 
 _log = logging.getLogger("diffpolicy.data")
 

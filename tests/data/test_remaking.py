@@ -257,6 +257,8 @@ def test_windows_and_transitions_of_joined_stores_are_those_of_a_merged_one(tmp_
     assert sorted([*train, *val]) == list(range(6))
     assert {name: len(own) for name, own in apart(both, val).items()} == {"a": 2, "b": 1}
     assert each_part(both, lambda count: range(min(count, 1))).tolist() == [0, 4]
-    chosen = make(tmp_path / "d.zarr", attrs={"actions": [{"dims": [0], "choices": 2}]}, **more)
-    with pytest.raises(ValueError, match=r"the attribute 'actions' is .* do not go together"):
+    chosen = make(
+        tmp_path / "d.zarr", attrs={"action_groups": [{"dims": [0], "choices": 2}]}, **more
+    )
+    with pytest.raises(ValueError, match=r"the attribute 'action_groups' is .* do not go together"):
         Joined({"a": a, "d": chosen})
