@@ -111,7 +111,7 @@ def halved(
     if fraction is not None:
         order = np.random.default_rng(seed).permutation(store.num_episodes)
         keep = [int(i) for i in np.sort(order[: round(fraction * store.num_episodes)])]
-    chosen = set(select(store, None, keep).episodes) if keep else set()
+    chosen = set() if keep == [] else set(select(store, None, keep).episodes)  # 0 is an episode
     every = Selection(tuple(range(store.num_episodes)))
     others = [(first, set(every.episodes) - chosen, second), (second, chosen, first)]
     pairs = [

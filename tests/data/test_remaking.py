@@ -202,6 +202,7 @@ def test_command_line(tmp_path, capsys):
     assert run(["filter", a, one, "exclude=[demo_0,length>20]"]) == 0
     assert f"{one}: 2 episodes, 31 steps" in capsys.readouterr().out
     assert run(["split", a, one, two, "keep=success=true", "overwrite=true"]) == 0
+    assert run(["split", a, one, two, "keep=0", "overwrite=true"]) == 0
     assert f"{two}: 2 episodes, 49 steps" in capsys.readouterr().out
     assert run(["merge", one, two, back, "fields=[obs.state,action]"]) == 0
     assert f"{back}: 4 episodes, 68 steps" in capsys.readouterr().out
