@@ -229,9 +229,10 @@ class Denoiser(BaseDenoiser):
         kind = t_kind(t)
         kinds: frozenset[str] = self.network.t_kinds  # type: ignore[assignment]
         if kind not in kinds:
+            does = f"mlp with t_kind={kind!r}" + (", or modalities" if kind == "dim" else "")
             raise ValueError(
                 f"{type(self.network).__name__} takes levels per {sorted(kinds)}, not per {kind} "
-                f"(t {tuple(t.shape)}); choose a network that does"
+                f"(t {tuple(t.shape)}); choose a network that does, such as {does}"
             )
 
 

@@ -27,7 +27,7 @@ from diffpolicy.data.tasks import FIELD as TASK
 from diffpolicy.settings import check_range, named_settings, settings_of
 
 TASKS = "tasks"  # the attribute whose places ``obs.task`` counts, where it is whole numbers
-_MEANT = ("actions",)  # attributes that say what rows mean
+_MEANT = ("action_groups",)  # attributes that say what rows mean
 
 _log = logging.getLogger("diffpolicy.data")
 

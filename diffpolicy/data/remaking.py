@@ -105,7 +105,7 @@ def halved(
         order = np.random.default_rng(seed).permutation(store.num_episodes)
         keep = [int(i) for i in np.sort(order[: round(fraction * store.num_episodes)])]
     every = Selection(tuple(range(store.num_episodes)))
-    chosen = set(select(store, None, keep).episodes) if keep else set()
+    chosen = set() if keep == [] else set(select(store, None, keep).episodes)  # 0 is an episode
     if not 0 < len(chosen) < len(every.episodes):
         asked = f"keep={keep}" if fraction is None else f"fraction={fraction}"
         raise ValueError(

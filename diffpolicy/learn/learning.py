@@ -99,7 +99,10 @@ def check_learning(spec: PolicySpec, learning: Learning) -> None:
     if learning.actor_critic is None and critics:
         raise ValueError(f"learning.actor_critic trains the heads {sorted(critics)}; set it")
     if learning.actor_critic is not None and spec.actions:
-        raise ValueError("actor-critics learn actions as data hold them: leave policy.actions out")
+        raise ValueError(
+            "actor-critics learn actions as data hold them, without action groups (policy.actions, "
+            "or those of a store whose actions choose)"
+        )
     told = spec.layout, spec.level_law, spec.cond_dropout
     if learning.actor_critic is not None and told != ("action", "row", 0):
         raise ValueError(

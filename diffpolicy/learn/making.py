@@ -97,7 +97,7 @@ def _fitted_normalizer(
 ) -> Normalizer:
     actions = action_statistics(store)
     if full.representation is not None:
-        check_choices(full, store)
+        check_choices(full, actions, store.name)
         # Of the observations those alone that actions are relative to: no images.
         states = {store_field(group.obs) for group in full.actions if group.of}
         acting = {"fields": (*states, "action"), "episodes": np.flatnonzero(store.has_actions)}
@@ -166,14 +166,14 @@ def _windows(spec: PolicySpec, store: EpisodeStore, **how: Any) -> Windows:
     return Windows(store, **sizes, actions=spec.representation, **how)
 
 
-def check_choices(spec: PolicySpec, store: EpisodeStore) -> None:
-    """Raise ``ValueError`` if a store holds actions that are none of an action group's choices."""
-    ends = [store.statistics["action"][name] for name in ("min", "max")]
+def check_choices(spec: PolicySpec, actions: Mapping[str, Any], name: str) -> None:
+    """Raise ``ValueError`` if actions with these statistics are none of a group's choices."""
+    ends = [actions[end] for end in ("min", "max")]
     for group in spec.actions:
         low, high = (end[group.dims[0]] for end in ends)
         if group.choices and not group.first <= low <= high < group.first + group.choices:
             raise ValueError(
-                f"dimension {group.dims[0]} of the actions of {store.name} runs from {low:g} to "
+                f"dimension {group.dims[0]} of the actions of {name} runs from {low:g} to "
                 f"{high:g}; choices={group.choices} and first={group.first} do not cover it"
             )
 

@@ -118,7 +118,7 @@ class Boundary:
         """Absolute plans ``[n, H, P]`` on the host as the network says them.
 
         Args:
-            plan: normalised.
+            plan: normalised; what it holds before the P entries of its actions stays as it is.
             obs: raw observation of the plans' current step, arrays or tensors.
         """
         return self._in_state("relative", plan, obs)
@@ -130,9 +130,14 @@ class Boundary:
     def _in_state(self, how: str, plan: Tensor, obs: Any) -> Tensor:
         if not self.moves:
             return plan
-        entries = self.normalizer.unnormalize("action", plan)
+        assert self.representation is not None
+        seen, said = plan.shape[-1] - self.representation.dim, plan
+        if seen:  # of layout "joint": first what is imagined
+            said = plan[..., seen:]
+        entries = self.normalizer.unnormalize("action", said)
         moved = getattr(self.representation, how)(entries, each(torch.as_tensor, obs))
-        return self.normalizer.normalize("action", moved)  # type: ignore[no-any-return]
+        moved = self.normalizer.normalize("action", moved)
+        return torch.cat([plan[..., :seen], moved], -1) if seen else moved
 
     def entries(self, actions: NDArray[Any]) -> NDArray[Any]:
         """Absolute normalised entries ``[..., P]`` that say actions ``[..., A]``."""

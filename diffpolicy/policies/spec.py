@@ -211,11 +211,11 @@ class PolicySpec:
                 raise ValueError(
                     f"gripper dimension {gripper.dim} is not below action_dim={self.action_dim}"
                 )
-        if self.actions and (self.layout != "action" or self.heads):
+        if self.actions and (self.plan_layout.pinned or self.heads):
             raise ValueError(
-                f"actions: groups are said in plans of actions alone, and heads judge actions as "
-                f"data hold them; this policy has layout={self.layout!r} and the heads "
-                f"{sorted(self.heads)}"
+                f"action groups (policy.actions, or those of a store whose actions choose) go with "
+                f"layout 'action' or 'joint', and heads judge actions as data hold them; this "
+                f"policy has layout={self.layout!r} and the heads {sorted(self.heads)}"
             )
         _ = self.planned_grippers  # of dimensions that plans say as they are
 

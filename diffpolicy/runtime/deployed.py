@@ -91,7 +91,8 @@ class DeployedLoop(nn.Module):
         last, shift = given.get(f"last_{self.carries}", unused), given.get("shift", unused)
         history, noise = from_fields(given, SEEN), given.get("noise", unused)
         plan, *buffer = self.planned(history, last, shift, noise)
-        return plan, self.planner.boundary.actions(plan[:, self.executed]), *buffer
+        acting = plan[:, self.executed, -self.planner.layout.action_dim :]
+        return plan, self.planner.boundary.actions(acting), *buffer
 
     def planned(
         self, history: Any, last: Tensor, shift: Tensor, noise: Tensor

@@ -116,9 +116,9 @@ def export_policy(
 def _check_exportable(planner: DiffusionPlanner) -> None:
     if not isinstance(planner, DiffusionPlanner):
         raise ValueError(f"{type(planner).__name__} cannot be exported; export what it wraps")
-    if planner.spec.layout != "action" or planner.spec.selection is not None:
+    if planner.layout.pinned or planner.spec.selection is not None:
         raise ValueError(
-            "an exported file holds one plan of actions; plans that hold observations or are "
+            "an exported file makes one plan given observations; plans that begin with them or are "
             "chosen by a critic run from the policy's directory (`diffpolicy serve`, compile())"
         )
     if planner.device.type != "cpu":

@@ -229,6 +229,7 @@ def test_command_line(tmp_path, capsys):
     assert run(["filter", a, one, "exclude=[demo_0,length>20]"]) == 0
     assert f"{one}: 2 episodes, 31 steps" in capsys.readouterr().out
     assert run(["split", a, one, two, "keep=success=true", "overwrite=true"]) == 0
+    assert run(["split", a, one, two, "keep=0", "overwrite=true"]) == 0
     assert f"{two}: 2 episodes, 49 steps" in capsys.readouterr().out
     assert run(["merge", one, two, back, "fields=[obs.state,action]"]) == 0
     assert f"{back}: 4 episodes, 68 steps" in capsys.readouterr().out
@@ -284,6 +285,8 @@ def test_windows_and_transitions_of_joined_stores_are_those_of_a_merged_one(tmp_
     assert sorted([*train, *val]) == list(range(6))
     assert {name: len(own) for name, own in apart(both, val).items()} == {"a": 2, "b": 1}
     assert each_part(both, lambda count: range(min(count, 1))).tolist() == [0, 4]
-    chosen = make(tmp_path / "d.zarr", attrs={"actions": [{"dims": [0], "choices": 2}]}, **more)
-    with pytest.raises(ValueError, match=r"the attribute 'actions' is .* do not go together"):
+    chosen = make(
+        tmp_path / "d.zarr", attrs={"action_groups": [{"dims": [0], "choices": 2}]}, **more
+    )
+    with pytest.raises(ValueError, match=r"the attribute 'action_groups' is .* do not go together"):
         Joined({"a": a, "d": chosen})

@@ -11,6 +11,7 @@ import torch
 from diffpolicy import DiffusionPolicy
 from diffpolicy.data.action_groups import ActionGroup
 from diffpolicy.data.store import EpisodeStore
+from diffpolicy.learn.learning import Learning, examples, objective
 from diffpolicy.policies.boundary import Gripper
 from diffpolicy.policies.chunking import Chunking
 from diffpolicy.policies.ensemble import TemporalEnsemble
@@ -122,6 +123,36 @@ def test_plans_of_different_states_blend_absolutely(store):
     assert np.abs(after[:, 3:] - before[:, 5:][:, [0, 1, 2, 2, 2]]).max() > 1e-2
 
 
+def test_groups_stand_behind_what_is_imagined(store):
+    """Plans of layout joint translate their actions and leave the rest as it is."""
+    parts = {"type": "modalities", "base": NETWORK, "width": 16}
+    joint = {"layout": "joint", "imagined": {"field": "obs"}, "network": parts}
+    policy = policy_of(store, ARM, **joint, rti={"t_start": 0.3})
+    assert policy.plan_dim == 8 + 10
+    obs, plan = torch.randn(2, 8), torch.randn(2, 8, 18)
+    said = policy.boundary.relative(plan, obs)
+    assert torch.equal(said[..., :8], plan[..., :8])
+    alone = policy.boundary.relative(plan[..., 8:], obs)
+    assert torch.equal(said[..., 8:], alone)
+    seen, state = observations(store, 3), policy.initial_state([0, 1])
+    for step in seen:
+        action, state = policy.act(step, state)
+    assert np.abs(action[:, :3] - seen[0][:, :3]).max() < 5
+    episodes = range(len(store.episode_ends))
+    batch = examples(policy.spec, policy.normalizer, store, Learning(), episodes)
+    loss = objective(policy, Learning())(batch.gather(torch.arange(4)), torch.Generator())
+    assert loss.loss.isfinite().all()
+
+
+def test_choices_are_checked_where_there_are_actions():
+    rows = {"obs": np.zeros((4, 1)), "action": np.array([[1], [2], [3], [1]])}
+    store = EpisodeStore.from_arrays(rows, [4])
+    store.append({"obs": np.zeros((4, 1))}, actions=False)  # read as 0, which is no choice
+    store.finalize()
+    group = ActionGroup((0,), choices=3, first=1)
+    assert policy_of(store, group).plan_dim == 3
+
+
 def test_what_cannot_be_said_anew_is_refused(store):
     policy = policy_of(store, ARM, level_law="position", network={"type": "transformer"})
     with pytest.raises(ValueError, match="buffer holds noisy actions"):
@@ -135,7 +166,7 @@ def test_what_cannot_be_said_anew_is_refused(store):
         policy.with_anchors(store, relative_to=(None,) * 10)
     with pytest.raises(ValueError, match="not said as it is in plans"):
         policy_of(store, ARM, grippers=[{"dim": 3}])
-    with pytest.raises(ValueError, match="plans of actions alone"):
+    with pytest.raises(ValueError, match="go with layout 'action' or 'joint'"):
         policy_of(store, ARM, layout="trajectory")
     with pytest.raises(ValueError, match="do not cover it"):
         policy_of(store, ActionGroup((7,), choices=2, first=0))

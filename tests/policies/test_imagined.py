@@ -20,6 +20,7 @@ from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.runtime.compile import compile_planner
 from diffpolicy.runtime.export import export_policy
+from diffpolicy.runtime.exported import load_exported
 
 COVARIANCE = torch.tensor([[0.5, 0.3], [0.3, 0.4]])  # of (state, action)
 PARTS = {"type": "modalities", "base": {"type": "mlp", "width": 8, "depth": 1}, "width": 4}
@@ -209,9 +210,13 @@ def test_what_does_not_go_together(make_planner, changes, message):
         make_planner(**{**VECTORS, **changes})
 
 
-def test_compiled_loops_hold_it_too(make_planner):
+def test_compiled_loops_and_exported_ones_hold_it_too(make_planner, tmp_path):
     planner = make_planner(**VECTORS, rti=RTI(0.4, num_steps=2))
     fast = compile_planner(planner, backend="onnxruntime", batch_size=3)
     np.testing.assert_allclose(plan_of(fast).plan, plan_of(planner).plan, atol=1e-4)
-    with pytest.raises(ValueError, match="holds one plan of actions"):
-        export_policy(planner, "nowhere")
+    export_policy(planner, tmp_path / "e", batch_size=3)
+    state, running = plan_of(planner), load_exported(tmp_path / "e")
+    noise = planner.draw_noise(planner.initial_state(range(3)), 1, False).numpy()
+    given = running.plan(state.history, noise=noise)
+    np.testing.assert_allclose(given.plan, state.plan, atol=1e-4)
+    np.testing.assert_allclose(given.actions[:, 0], planner.execute(state)[0], atol=1e-4)

@@ -227,5 +227,5 @@ def test_compiled_loops_of_planners_are_the_same(make_planner):
 
 
 def test_planners_are_not_exported(make_planner, tmp_path):
-    with pytest.raises(ValueError, match="holds one plan of actions"):
+    with pytest.raises(ValueError, match="one plan given observations"):
         export_policy(make_planner(layout="trajectory"), tmp_path / "file")
