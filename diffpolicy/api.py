@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.data.joined import open_store
-from diffpolicy.data.observation import each
+from diffpolicy.data.observation import Obs, count, each, take
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import split_store
 from diffpolicy.learn.adapters import merged_state
@@ -359,15 +359,15 @@ class DiffusionPolicy(DiffusionPlanner):
         """Real-time chunking: new plans agree with what is executed while they are computed."""
         return RealTimeChunking(self, settings or Chunking())
 
-    def plans(self, history: Array, *, seed: int = 0) -> tuple[Array, Array]:
+    def plans(self, history: Obs, *, seed: int = 0) -> tuple[Array, Array]:
         """All candidate plans of a truncated policy, with their scores.
 
-        For raw observations ``history [N, To, O]``, oldest first: actions ``[N, M, H, A]`` in
-        environment units, and scores ``[N, M]``, the higher the better within a row.
+        For raw observations ``[N, To, O]`` (or such by name), oldest first: actions ``[N, M, H,
+        A]`` in environment units, and scores ``[N, M]``, the higher the better within a row.
         """
-        state = self.initial_state(range(seed, seed + len(history)))
+        state = self.initial_state(range(seed, seed + count(history)))
         for step in range(self.n_obs_steps):
-            state = self.observe(history[:, step], state)
+            state = self.observe(take(history, (slice(None), step)), state)
         found = self.propose(state)
         with torch.inference_mode():
             seen = each(lambda array: array.repeat(found.plans.shape[1], 0), state.history)
