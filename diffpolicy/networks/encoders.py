@@ -183,8 +183,8 @@ class ImageEncoder(Encoder):
         tasks: of a field whose role is ``task``, see :class:`Tasks`.
 
     Raises:
-        ValueError: no image, cameras of different channels with ``shared``, or settings out of
-            range.
+        ValueError: no image, cameras of different channels with ``shared``, settings out of range,
+            or a backbone whose map is a single pixel (or none) of such images.
 
     Example:
         >>> settings = {"type": "images", "backbone": {"type": "resnet18"}, "crop": 0.875}
@@ -237,6 +237,8 @@ class ImageEncoder(Encoder):
             for c in list(channels.values())[: 1 if shared else None]
         ]
         self.eyes = nn.ModuleList(eyes)
+        for place, (name, shape) in enumerate(self.cameras.items()):
+            eyes[min(place, len(eyes) - 1)].check(name, channels[name], self._sides(shape))
         beside = 0 if self.vectors is None else self.vectors.cond_dim
         self.cond_dim = n_obs_steps * eyes[0].out_dim * len(self.cameras) + beside
 
@@ -357,6 +359,19 @@ class _Eye(nn.Module):
             self.relu = relu
         # As images come; a CPU is faster so.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.no_grad()
+    def check(self, name: str, channels: int, sides: Sequence[int]) -> None:
+        """Raise ``ValueError`` where the map of ``[C, h, w]`` is none, or has no places to tell."""
+        found = self.backbone.eval()(torch.zeros(1, channels, *sides))
+        self.backbone.train()
+        what = f"the map of the backbone of {name!r}, of images {list(sides)},"
+        check_shape(what, found.shape, (1, self.backbone.out_channels, "h", "w"))
+        if isinstance(self.pool, SpatialSoftmax) and found.shape[2:].numel() == 1:
+            raise ValueError(
+                f"{what} is a single pixel, whose place says nothing: policy.encoder.points=null "
+                "takes the features instead of their places; or larger images, another backbone"
+            )
 
     @property
     def out_dim(self) -> int:

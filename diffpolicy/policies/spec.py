@@ -178,8 +178,9 @@ class PolicySpec:
             names = ", ".join(name or "an image" for name in self.observations) or "one vector"
             raise ValueError(
                 f"{', '.join(found)}: needs one vector as observation and the encoder 'state', "
-                f"this policy has {names} and {self.encoder['type']!r}; leave it out, or "
-                "wrap the environment in gymnasium.wrappers.FlattenObservation"
+                f"this policy has {names} and {self.encoder['type']!r}; leave it out"
+                # Flattened images would be tens of thousands of floats.
+                + ("" if images else ", or wrap it in gymnasium.wrappers.FlattenObservation")
             )
 
     @property

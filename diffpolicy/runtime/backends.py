@@ -167,6 +167,9 @@ def to_onnx(
     need("onnx")
     module.eval()  # or the exporter leaves it, and the policy it shares weights with, in training
     buffer = io.BytesIO()
+    # The exporter puts the outermost module's mode back into all of its parts: a policy's encoder
+    # would crop at random ever after.
+    module.eval()
     with warnings.catch_warnings(), torch.no_grad():
         # Shape checks are Python branches on constants, which the tracer reports one by one, and
         # the exporter announces its successor.

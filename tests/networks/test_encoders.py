@@ -179,6 +179,7 @@ def test_grey_images_and_a_single_image():
         ({"pixels": {"mean": [0.5]}}, "must hold mean and std"),
         ({"pixels": {"mean": [0.5], "std": [1.0]}}, r"mean of 'c' must be \[3\], got \[1\]"),
         ({"tasks": {"count": 2}}, "there is none"),
+        ({"backbone": {"type": "resnet18", "width": 16}}, r"of 'c'.*single pixel.*points=null"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

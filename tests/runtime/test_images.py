@@ -113,6 +113,7 @@ def test_compiled_from_pixels_to_plan(kind, backend):
     assert max(loop.error for loop in fast._loops.values() if hasattr(loop, "error")) <= 1e-4
     assert not any(module.training for module in policy.denoiser.modules())  # crops stay central
     acts_alike(policy, fast)
+    assert not any(part.training for part in policy.denoiser.modules())  # which crops at random
     loop = fast._loops["cold", False]
     history, *rest = example_inputs(policy.loop(), 2)
     blurred = each(lambda one: one.float(), history)
@@ -155,6 +156,8 @@ def test_candidates_share_what_was_encoded(settings, backend, encoded_rows):
     assert encoded_rows == [2]
     np.testing.assert_allclose(fast.act(obs, state)[0], wanted, atol=5e-5)
     assert sum(encoded_rows) == (4 if backend == "eager" else 2)  # there by the other runtime
+    if policy.spec.truncated is not None:
+        assert policy.plans(sights(policy, (2, 2)))[0].shape == (2, 2, 8, 2)
 
 
 @pytest.mark.skipif(bool(missing("onnxruntime")), reason="needs the onnx extra")
