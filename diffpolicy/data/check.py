@@ -80,10 +80,8 @@ def check_store(
     Raises:
         ValueError: Bounds that do not fit the actions.
     """
-    if isinstance(path_or_store, EpisodeStore):
-        store = path_or_store
-        checker = _Checker(store._group, store.path, store.name)
-        return checker.run(action_low, action_high)
+    if isinstance(store := path_or_store, EpisodeStore):
+        return _Checker(store._group, store.path, store.name).run(action_low, action_high)
     path = Path(path_or_store)
     try:
         group = opening.open_group(path)

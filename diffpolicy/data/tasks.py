@@ -115,3 +115,19 @@ def _loaded(encoder: str | Encoder | None) -> Encoder | None:
         return encode
     found: Encoder = load_named("task_encoder", encoder)
     return found
+
+
+def counts_tasks(store: Any) -> bool:
+    """Whether a store's ``obs.task`` are ids."""
+    return FIELD in store.fields and store.fields[FIELD].dtype.startswith("int")
+
+
+def instructions(store: Any) -> list[str]:
+    """The instructions of a store by their ids; one at least, if need be without words."""
+    known = store.attrs.get("tasks")
+    texts = [str(text) for text in known] if isinstance(known, list) else []
+    if counts_tasks(store):
+        ids = range(len(texts), int(np.max(store.statistics[FIELD]["max"])) + 1)
+        return texts + [str(i) for i in ids]
+    of_episodes = {str(t) for known in store.episode_attrs for t in known.get("tasks") or []}
+    return texts + sorted(of_episodes - set(texts)) or [str(store.attrs.get("task", ""))]

@@ -8,16 +8,18 @@ chooses it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffpolicy.extras import need
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.networks.registry import construct
+from diffpolicy.settings import check_choice, check_range, check_shape
 
 NORMS = ("group", "none")
 
@@ -216,3 +218,52 @@ class MeanPool(nn.Module):
 
 
 BACKBONES: dict[str, type[nn.Module]] = {"cnn": SmallCNN, "resnet18": ResNet18, "timm": Timm}
+
+
+class Eye(nn.Module):
+    """One camera's network: backbone, places of points or means, a linear layer."""
+
+    relu = False
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        channels: int,
+        points: int | None,
+        dim: int | None,
+        relu: bool,
+    ) -> None:
+        super().__init__()
+        self.backbone = construct(
+            BACKBONES, {**config, "channels": channels}, "backbone", nn.Module
+        )
+        size = self.backbone.out_channels
+        self.pool = MeanPool(size) if points is None else SpatialSoftmax(size, points)
+        self.head = nn.Identity() if dim is None else nn.Linear(self.pool.out_dim, dim)
+        if relu:
+            self.relu = relu
+        # As images come; a CPU is faster so.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.no_grad()
+    def check(self, name: str, channels: int, sides: Sequence[int]) -> None:
+        """Raise ``ValueError`` where the map of ``[C, h, w]`` is none, or has no places to tell."""
+        found = self.backbone.eval()(torch.zeros(1, channels, *sides))
+        self.backbone.train()
+        what = f"the map of the backbone of {name!r}, of images {list(sides)},"
+        check_shape(what, found.shape, (1, self.backbone.out_channels, "h", "w"))
+        if isinstance(self.pool, SpatialSoftmax) and found.shape[2:].numel() == 1:
+            raise ValueError(
+                f"{what} is a single pixel, whose place says nothing: policy.encoder.points=null "
+                "takes the features instead of their places; or larger images, another backbone"
+            )
+
+    @property
+    def out_dim(self) -> int:
+        """Features of an image."""
+        return int(getattr(self.head, "out_features", self.pool.out_dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features ``[N, dim]`` of images ``[N, C, h, w]``."""
+        out: Tensor = self.head(self.pool(self.backbone(images)))
+        return F.relu(out) if self.relu else out

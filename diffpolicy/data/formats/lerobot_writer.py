@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.formats.lerobot import LeRobotDirectory
-from diffpolicy.data.formats.video import FilmWriter
+from diffpolicy.data.formats.video import FilmWriter, decibels
 from diffpolicy.data.observation import is_obs
 from diffpolicy.data.statistics import RunningStatistics, has_statistics
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.tasks import FIELD as TASK
+from diffpolicy.data.tasks import instructions
 from diffpolicy.extras import need
 from diffpolicy.files import replaced_directory
 from diffpolicy.settings import check_range
@@ -158,7 +159,7 @@ class _Writer:
         self._data = _Rolling(_DATA)
         self._rows: list[dict[str, Any]] = []  # of the list of episodes
         self._said: dict[str, dict[str, Any]] = {}  # of each camera's films
-        self._tasks, self._known = _tasks(self.store), self.store.episode_attrs
+        self._tasks, self._known = instructions(self.store), self.store.episode_attrs
         self._say_episodes()
         self._totals: dict[str, RunningStatistics] = {}
 
@@ -197,7 +198,7 @@ class _Writer:
         for name in sorted(names):
             self.left_out[f"{name} of each episode"] = "LeRobot keeps its tasks alone"
         several = [i for i, known in enumerate(self._known) if len(known.get("tasks") or ()) > 1]
-        if several and not _by_id(self.store):
+        if several and not counts_tasks(self.store):
             self.left_out["tasks"] = f"of the several of each of {several} the first stands for all"
 
     def write(self) -> None:
@@ -247,7 +248,7 @@ class _Writer:
     def _indices(self, index: int, start: int, stop: int) -> Columns:
         """What LeRobot counts: steps, episodes, seconds; and the task of each step."""
         frames = np.arange(stop - start)
-        if _by_id(self.store):
+        if counts_tasks(self.store):
             ids = self.store.read(TASK, start, stop).reshape(-1)
         else:
             said = self._known[index].get("tasks") or self._tasks
@@ -356,7 +357,7 @@ class _Writer:
                 off = shown[name].astype(np.int16) - meant[self.names[name]]
                 squares.append(float(np.square(off, dtype=np.float64).sum()))
         sizes = {n: self.store.num_steps * self.store.fields[self.names[n]].size for n in errors}
-        return {name: _decibels(sum(found) / sizes[name]) for name, found in errors.items()}
+        return {name: decibels(sum(found) / sizes[name]) for name, found in errors.items()}
 
 
 def _name(name: str, spec: FieldSpec) -> str:
@@ -379,28 +380,9 @@ def _no_place(name: str, spec: FieldSpec) -> str | None:
     return "LeRobot counts this itself" if name in (*_INDICES, "task") else None
 
 
-def _by_id(store: EpisodeStore) -> bool:
-    return TASK in store.fields and store.fields[TASK].dtype.startswith("int")
-
-
-def _tasks(store: EpisodeStore) -> list[str]:
-    """The instructions by their ids; every step of LeRobot's has one."""
-    known = store.attrs.get("tasks")
-    texts = [str(text) for text in known] if isinstance(known, list) else []
-    if _by_id(store):
-        ids = range(len(texts), int(np.max(store.statistics[TASK]["max"])) + 1)
-        return texts + [str(i) for i in ids]
-    of_episodes = {str(t) for known in store.episode_attrs for t in known.get("tasks") or []}
-    return texts + sorted(of_episodes - set(texts)) or [str(store.attrs.get("task", ""))]
-
-
 def _as_lists(known: Mapping[str, Any]) -> dict[str, Any]:
     """Statistics as LeRobot has them: lists, the count too."""
     return {part: value if isinstance(value, list) else [value] for part, value in known.items()}
-
-
-def _decibels(error: float) -> float:
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 # By this pandas takes the texts for the names of the rows, which LeRobot looks them up by.

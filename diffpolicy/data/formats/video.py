@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -127,3 +128,8 @@ class FilmWriter:
             "is_depth_map": False,
             "has_audio": False,
         }
+
+
+def decibels(error: float) -> float:
+    """The peak signal-to-noise ratio of bytes with this mean squared error, in dB."""
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
