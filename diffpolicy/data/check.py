@@ -80,8 +80,9 @@ def check_store(
     Raises:
         ValueError: Bounds that do not fit the actions.
     """
-    if isinstance(store := path_or_store, EpisodeStore):
-        return _Checker(store._group, store.path, store.name).run(action_low, action_high)
+    if isinstance(path_or_store, EpisodeStore):
+        parts = path_or_store._group, path_or_store.path, path_or_store.name
+        return _Checker(*parts).run(action_low, action_high)
     path = Path(path_or_store)
     try:
         group = opening.open_group(path)

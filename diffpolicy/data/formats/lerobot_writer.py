@@ -21,7 +21,7 @@ from diffpolicy.data.observation import is_obs
 from diffpolicy.data.statistics import RunningStatistics, has_statistics
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.tasks import FIELD as TASK
-from diffpolicy.data.tasks import instructions
+from diffpolicy.data.tasks import counts_tasks, instructions
 from diffpolicy.extras import need
 from diffpolicy.files import replaced_directory
 from diffpolicy.settings import check_range
