@@ -312,8 +312,10 @@ def _check_state(group: ActionGroup, fields: Mapping[str, Any]) -> None:
     if name not in fields:
         known = [known.partition(".")[2] for known in fields]
         hint = near_miss(group.obs, known, listing="there are" if any(known) else "")
-        alone = "" if any(known) else "; the observation is one vector: leave obs out"
-        raise ValueError(f"an action group is relative to obs={group.obs!r}{hint}{alone}")
+        fix = (
+            "say which, obs=NAME" if any(known) else "the observation is one vector: leave obs out"
+        )
+        raise ValueError(f"an action group is relative to obs={group.obs!r}{hint}; {fix}")
     size = fields[name].size
     if fields[name].is_image or min(group.of) < 0 or max(group.of) >= size:
         raise ValueError(f"of={group.of} must be entries of {name!r}, a vector of {size}")

@@ -83,9 +83,8 @@ def check_store(
     if isinstance(path_or_store, EpisodeStore):
         parts = path_or_store._group, path_or_store.path, path_or_store.name
         return _Checker(*parts).run(action_low, action_high)
-    path = Path(path_or_store)
     try:
-        group = opening.open_group(path)
+        group = opening.open_group(path := Path(path_or_store))
     except (FileNotFoundError, ValueError) as error:
         fix = RECOPY if path.exists() else "give the path of a store"
         return [Issue("error", str(path), str(error), fix)]

@@ -62,7 +62,7 @@ class Learning:
         ValueError: values out of range.
     """
 
-    actor_critic: ActorCritic | None = None
+    actor_critic: ActorCritic | None = None  # or its plain values
     discount: float = 0.99
     reward_scale: float | str = 1.0
     reward_shift: float = 0.0
@@ -74,6 +74,10 @@ class Learning:
     draws: int = 1
 
     def __post_init__(self) -> None:
+        given: Any = self.actor_critic
+        if isinstance(given, Mapping):
+            made = settings_of(ActorCritic, given, "actor_critic")
+            object.__setattr__(self, "actor_critic", made)
         check_range("(0, 1]", discount=self.discount)
         scale = self.reward_scale
         if isinstance(scale, str) and scale != "return_range":
@@ -86,11 +90,7 @@ class Learning:
         Raises:
             ValueError: unknown entries or values out of range.
         """
-        values = dict(config)
-        if values.get("actor_critic") is not None:
-            given = values["actor_critic"]
-            values["actor_critic"] = settings_of(ActorCritic, given, "actor_critic")
-        return settings_of(cls, values, "learning")
+        return settings_of(cls, config, "learning")
 
 
 def check_learning(spec: PolicySpec, learning: Learning) -> None:

@@ -193,6 +193,10 @@ def read_policy(
     changes = dict(changes)
     chosen = changes.pop("normalizer", None)
     files = read_bundle(path)
+    if "config.json" not in files:
+        raise ValueError(
+            f"{path} is no policy; DiffusionPolicy.from_pretrained finds that of a run"
+        )
     config = upgraded(files["config.json"])
     if config.pop("format", None) != FORMAT or config.pop("version", None) != VERSION:
         raise ValueError(f"{path} is not a diffpolicy policy of version {VERSION}")

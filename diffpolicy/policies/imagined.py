@@ -229,6 +229,8 @@ def shaped(imagined: dict[str, object], store: EpisodeStore) -> dict[str, object
     """
     name = str(imagined.get("field", Imagined.field))
     check_has(store.name, [name], store.fields, ": imagined.field names one that it has")
+    if name == "action":
+        raise ValueError("imagined.field is of what is seen, such as obs; a plan has the actions")
     spec: FieldSpec = store.fields[name]
     if not spec.is_image and len(spec.shape) != 1:
         raise ValueError(

@@ -123,7 +123,8 @@ def _manifest(root: Path) -> dict[str, dict[str, Any]]:
         return read_manifest(root)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{root} has no {MANIFEST}: not a checkpoint, or only a part of one"
+            f"{root} has no {MANIFEST}: not a checkpoint, or only a part of one (from_pretrained "
+            "finds the policy of a run)"
         ) from None
     except ValueError as error:
         raise CheckpointError(str(error)) from None
