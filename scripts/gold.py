@@ -5,9 +5,9 @@
 
 Each kind trains a few hundred updates on one thread from fixed seeds and hashes (SHA-256) its
 weights, actions, tokens and scores. Bits depend on the processor and the version of torch: the file
-names both, and ``check`` says when they are others (gold_xeon.json is of an Intel Xeon). Weights are
-hashed tensor by tensor and sorted, so that renaming a parameter is no difference. Exits 1 with every line that differs. Needs the
-simulators (``.[all,onnx,hdf5]``); two minutes.
+names both (gold_xeon.json is of an Intel Xeon); ``check`` says when they are others. Weights are
+hashed tensor by tensor and sorted, so that renaming a parameter is no difference. Exits 1 with
+every line that differs. Needs the simulators (``.[all,onnx,hdf5]``); two minutes.
 """
 
 from __future__ import annotations
