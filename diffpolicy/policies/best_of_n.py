@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffpolicy.data.observation import each
 from diffpolicy.policies.base import Array, PolicyState
 from diffpolicy.policies.plan_loop import Encoded
 from diffpolicy.policies.rows import row_generator
@@ -85,6 +86,8 @@ class Selector:
         if many == 1:
             return make_plans(state, deterministic=deterministic)
         rows = np.repeat(np.arange(count), many)
+        if self.reads_cond and "cond" in state.memory:  # candidates repeat that, never an image
+            state = state.having(history=each(_without_pixels, state.history))
         expanded = state.take(rows)
         expanded = expanded.remember(candidate=np.tile(np.arange(many), count))
         plans, nfe = make_plans(expanded, deterministic=deterministic)
@@ -101,3 +104,8 @@ class Selector:
         best = scores.argmax(1)
         picked: Array = plans.reshape(count, many, *plans.shape[1:])[np.arange(count), best]
         return picked, nfe.reshape(count, many)[:, 0]
+
+
+def _without_pixels(history: Array) -> Array:
+    """Observations ``[n, To, ...]`` of a kind; of images ``[n, To, h, w, C]`` no row of pixels."""
+    return history[:, :, :0] if history.dtype == np.uint8 else history

@@ -329,7 +329,7 @@ class DiffusionPlanner(ChunkedPolicy):
         return loop(told, self.on_device(self.shifted(state)), noise).cpu().numpy()
 
     def encoded_once(self, state: PolicyState) -> PolicyState:
-        if self.layout.pinned:
+        if self.layout.pinned or not all(loop.takes_encoded for loop in self._loops.values()):
             return state
         with torch.inference_mode():
             encode = self._loops[self.kinds[0], False].condition

@@ -89,6 +89,22 @@ def test_an_observation_is_encoded_once_per_decision(spec):
     assert rows == [3, 3]
 
 
+def test_candidates_repeat_the_condition_and_no_image(monkeypatch):
+    critic = {"critic": {"type": "q_ensemble", "width": 8, "depth": 1}}
+    policy = policy_of(heads=critic, selection={"num_candidates": 5})
+    seen, make_plans = [], policy.make_plans
+
+    def watched(state, **how):
+        seen.append(state.history)
+        return make_plans(state, **how)
+
+    monkeypatch.setattr(policy, "make_plans", watched)
+    _, state = policy.act(observed(), policy.initial_state([0, 1, 2]))
+    assert [h["camera"].size for h in seen] == [0]
+    assert [len(h["joints"]) for h in seen] == [15]
+    assert state.history["camera"].shape == (3, 2, 10, 10, 3)  # the memory keeps what it saw
+
+
 def test_a_loss_of_several_draws_is_their_mean_and_encodes_once():
     policy = policy_of()
     batch = {k: torch.from_numpy(v[:, None].repeat(2, 1)) for k, v in observed(5).items()}

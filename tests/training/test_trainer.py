@@ -328,6 +328,17 @@ def test_bad_combinations(make_objective, table, tmp_path):
         Trainer(make_objective(), table, TrainerConfig(batch_size=500), tmp_path)
 
 
+def test_bf16_trains_on_a_cpu_and_keeps_weights_in_fp32(make_objective, table, tmp_path):
+    few = {"steps": 3, "batch_size": 50, "warmup_steps": 1, "progress": False}
+    ends = {}
+    for precision in ("fp32", "bf16"):
+        objective, config = make_objective(), TrainerConfig(**few, precision=precision)
+        ends[precision] = Trainer(objective, table, config, tmp_path / precision).fit().ema
+    assert {value.dtype for value in ends["bf16"].values()} == {torch.float32}
+    apart = [(ends["fp32"][k] - ends["bf16"][k]).abs().max() for k in ends["fp32"]]
+    assert 0 < max(apart) < 0.01
+
+
 def test_ema_follows_the_power_schedule():
     module = torch.nn.Linear(1, 1, bias=False)
     ema = EMA(module)
