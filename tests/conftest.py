@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core import AnalyticDenoiser, GaussianProcess
+from diffpolicy.rollout.video import choose_gl_backend
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything imports mujoco: how it draws here, if at all."""
+    choose_gl_backend()
 
 
 @dataclass(frozen=True)
