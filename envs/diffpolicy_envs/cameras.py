@@ -201,7 +201,7 @@ def _renderer(model: Any, size: tuple[int, int]) -> Any:
     import mujoco
     from mujoco import gl_context
 
-    # Where nothing can be drawn, both are deleted half made, and complain of what they have not got.
+    # Where nothing can be drawn both are deleted half made, and complain of what they have not got.
     for part in (mujoco.Renderer, getattr(gl_context, "GLContext", None)):
         for name in ("_context", "_gl_context", "_mjr_context"):
             if part is not None and not hasattr(part, name):
