@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from diffpolicy.training.checkpoint import write_bundle
 from diffpolicy.training.saved import find_policy, policy_files
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.sources import Source
-from diffpolicy.training.trainer import Trainer, TrainResult
+from diffpolicy.training.trainer import Running, Trainer, TrainResult
 from diffpolicy.training.weights import unchanged_on_error
 
 Place = str | os.PathLike[str]
@@ -142,12 +142,8 @@ class DiffusionPolicy(DiffusionPlanner):
         source: Source,
         config: TrainerConfig,
         run_dir: Place,
-        *,
-        val_source: Source | None = None,
-        evaluate: Evaluate | None = None,
         about: Mapping[str, Any] | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
+        **run: Unpack[Running],
     ) -> Self:
         """Train with any objective of this policy; if that fails, nothing has changed.
 
@@ -173,11 +169,8 @@ class DiffusionPolicy(DiffusionPlanner):
                 config,
                 run_dir,
                 export=self._bundle,
-                val_source=val_source,
-                evaluate=evaluate,
                 identity={**own, **(about or {})},
-                resume=resume,
-                overwrite=overwrite,
+                **run,
             ).fit()
             objective.load_state_dict(result.ema)
             self.denoiser.eval()
@@ -194,9 +187,7 @@ class DiffusionPolicy(DiffusionPlanner):
         run_dir: Place,
         *,
         adapters: Mapping[str, Any] | None = None,
-        evaluate: Evaluate | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
+        **run: Unpack[Running],
     ) -> Self:
         """Tune by a reward of the policy's own plans: DRaFT, AlignProp.
 
@@ -208,11 +199,9 @@ class DiffusionPolicy(DiffusionPlanner):
         Example:
             >>> near = lambda action, obs: -(action - obs[:, -1:, :2]).square().sum((1, 2))
             >>> data = TuningData.of(reward=near, observations="data/demos.zarr")
-            >>> draft = {"type": "plan_chain", "grad_steps": 1}
-            >>> policy.tune(data, draft, TrainerConfig(steps=200, lr=1e-4), "runs/tuned")
+            >>> policy.tune(data, {"type": "plan_chain"}, TrainerConfig(steps=200), "runs/tuned")
         """
-        how = {"evaluate": evaluate, "resume": resume, "overwrite": overwrite}
-        return tuned(self, "tune", method, data, config, run_dir, adapters, **how)
+        return tuned(self, "tune", method, data, config, run_dir, adapters, **run)
 
     def prefer(
         self,
@@ -222,9 +211,7 @@ class DiffusionPolicy(DiffusionPlanner):
         run_dir: Place,
         *,
         adapters: Mapping[str, Any] | None = None,
-        evaluate: Evaluate | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
+        **run: Unpack[Running],
     ) -> Self:
         """Tune by comparisons: Diffusion-DPO, PSO, DRO and their relatives.
 
@@ -232,11 +219,24 @@ class DiffusionPolicy(DiffusionPlanner):
 
         Example:
             >>> data = TuningData.of("data/pairs.jsonl", "data/demos.zarr")
-            >>> dpo = {"type": "dpo", "kl_beta": 0.3}
-            >>> policy.prefer(data, dpo, TrainerConfig(steps=500, lr=1e-4), "runs/preferred")
+            >>> policy.prefer(data, {"type": "dpo", "kl_beta": 0.3}, config, "runs/preferred")
         """
-        how = {"evaluate": evaluate, "resume": resume, "overwrite": overwrite}
-        return tuned(self, "prefer", method, data, config, run_dir, adapters, **how)
+        return tuned(self, "prefer", method, data, config, run_dir, adapters, **run)
+
+    def distill(
+        self,
+        data: TuningData,
+        method: Method | Mapping[str, Any],
+        config: TrainerConfig,
+        run_dir: Place,
+        **run: Unpack[Running],
+    ) -> Self:
+        """A student that draws plans in one or a few evaluations; this policy stays as it is.
+
+        Example:
+            >>> quick = policy.distill(data, {"type": "consistency"}, config, "runs/quick")
+        """
+        return tuned(self, "distill", method, data, config, run_dir, **run)
 
     def _bundle(self, objective_state: Mapping[str, Tensor]) -> dict[str, Any]:
         """The files of this policy with other weights; heads that are not trained stay."""

@@ -296,6 +296,7 @@ KINDS: dict[str, type[RunConfig]] = {
     "tune": PolicyTuningConfig,
     "tune sequences": SequenceTuningConfig,
     "prefer": PolicyTuningConfig,
+    "distill": PolicyTuningConfig,
     "prefer sequences": SequenceTuningConfig,
 }
 """The configuration of every kind of run."""

@@ -71,6 +71,7 @@ SMALL = {
         *("judge.trainer.batch_size=8", "plans.every=8", "plans.candidates=2"),
     ],
     "experiment=pusht_dro": PREFER,
+    "distill": PREFER,
     "experiment=door_human": [*TINY, *TUNE, "network.width=16", "env.max_episode_steps=20"],
     "experiment=door_human_dpo": [*PREFER, "windows=2"],
     "experiment=tfbind8_dpo": [*TUNE, "trainer.steps=2", "draws=32", "eval_draws=16"],

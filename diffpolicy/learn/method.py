@@ -85,7 +85,8 @@ class Method:
     :data:`diffpolicy.learn.methods.METHODS`.
 
     Attributes:
-        command: ``"tune"`` (by a reward) or ``"prefer"`` (by comparisons): who offers it.
+        command: ``"tune"`` (by a reward), ``"prefer"`` (by comparisons) or ``"distill"`` (by the
+            policy's own plans): who offers it.
         items: ``"plans"`` of policies or ``"sequences"``: what it tunes.
 
     Example:
@@ -110,6 +111,10 @@ class Method:
     def clones_demonstrations(self) -> bool:
         """Whether behaviour cloning of demonstrations is added, where there are some."""
         return False
+
+    def begin(self, policy: Any) -> Any:
+        """What is tuned: the policy itself, unless the method makes another one of it."""
+        return policy
 
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """The loss, a module that holds what is tuned as its ``denoiser``.
