@@ -29,7 +29,7 @@ from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.process import seeded
 from diffpolicy.training.saved import Saved, find_bundle, part_of
 from diffpolicy.training.settings import TrainerConfig, mix_seed
-from diffpolicy.training.trainer import Trainer
+from diffpolicy.training.train import train
 
 ROWS = 1024
 # Settings of the trainer that do not change the weights.
@@ -171,26 +171,25 @@ def _settle(
     head: Mapping[str, Any],
     config: TrainerConfig,
     folder: Path,
-    train: tuple[Any, Any],
+    known: tuple[Any, Any],
     test: tuple[Any, Any],
     overwrite: bool,
     device: str | torch.device,
 ) -> None:
     """Train the oracle of ``folder`` unless it is there already, begun or whole."""
-    digest, done = _digest(head, config, *train), _known_digest(folder / "oracle")
+    digest, done = _digest(head, config, *known), _known_digest(folder / "oracle")
     old = done or _known_digest(folder)
     if old not in (None, digest) and not overwrite:
         raise ValueError(f"{folder} holds an oracle of other settings or data; overwrite it")
     if done == digest:
         return
-    labels = np.asarray(train[1], dtype=np.float64)
+    labels = np.asarray(known[1], dtype=np.float64)
     made = seeded(config.seed, lambda: Oracle(head, mean=labels.mean(), std=labels.std()))
     oracle = made.to(device)
     order = np.random.default_rng(config.seed).permutation(len(labels))
-    val, rest = ([part[rows] for part in train] for rows in np.split(order, [len(labels) // 20]))
-    objective = RegressionLoss(oracle)
-    result = Trainer(
-        objective,
+    val, rest = ([part[rows] for part in known] for rows in np.split(order, [len(labels) // 20]))
+    result = train(
+        RegressionLoss(oracle),
         _examples(*rest),
         config,
         folder,
@@ -198,10 +197,9 @@ def _settle(
         val_source=_examples(*val) if len(val[0]) else None,
         resume=old == digest,
         overwrite=overwrite and old != digest,
-    ).fit()
+    )
     if result.interrupted:
         raise KeyboardInterrupt(f"the oracle in {folder} is not done; run again to go on")
-    objective.load_state_dict(result.ema)
     oracle.frozen()
     report = {"train": correlations(oracle, *rest), "test": correlations(oracle, *test)}
     write_bundle(folder / "oracle", oracle._files(digest=digest, report=report))

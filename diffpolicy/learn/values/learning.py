@@ -25,7 +25,8 @@ from diffpolicy.settings import check_choice, check_range, settings_of
 from diffpolicy.training.saved import Saved, part_of
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.sources import Source
-from diffpolicy.training.trainer import Trainer, TrainResult
+from diffpolicy.training.train import train
+from diffpolicy.training.trainer import TrainResult
 from diffpolicy.training.weights import unchanged_on_error
 
 TARGET = "plan_value_target"
@@ -116,18 +117,11 @@ class LearnedJudge(Saved):
         """Train by a loss that holds the network as ``network``; ``how`` is the trainer's."""
         with unchanged_on_error(self.network):
             self.network.requires_grad_(True)
-            result = Trainer(
-                loss,
-                source,
-                config,
-                run_dir,
-                export=lambda state: self._files(self._weights(state)),
-                identity={"model": self.spec, "normalizer": self.normalizer, **(about or {})},
-                **how,
-            ).fit()
-            self._take(self._weights(result.ema))
-            self.network.eval().requires_grad_(False)
-        self.last_training = result
+            how["export"] = lambda state: self._files(self._weights(state))
+            how["identity"] = {"model": self.spec, "normalizer": self.normalizer, **(about or {})}
+            self.last_training = train(loss, source, config, run_dir, **how)
+            self._take(self._weights(self.last_training.ema))
+            self.network.requires_grad_(False)
         return self
 
     def _weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
