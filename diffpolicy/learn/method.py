@@ -19,11 +19,17 @@ Reward = Callable[..., Tensor]
 READABLE = ("pairs", "labels", "observations", "demonstrations", "reward")
 
 
-def check_rewards(reward: Tensor, items: Tensor) -> None:
-    """Raise ``ValueError`` unless there is one number for each item."""
-    if reward.shape != items.shape[:1]:
-        shape = list(reward.shape)
+def judged(reward: Reward, items: Tensor, cond: Tensor | None = None) -> Tensor:
+    """The reward of items ``[B]``, given their condition if there is one.
+
+    Raises:
+        ValueError: unless it is one number for each.
+    """
+    value = reward(items) if cond is None else reward(items, cond)
+    if value.shape != items.shape[:1]:
+        shape = list(value.shape)
         raise ValueError(f"a reward returns one number per item, [{len(items)}]; got {shape}")
+    return value
 
 
 def check_sizes(what: str, module: object, other: str, **sizes: int | None) -> None:

@@ -11,7 +11,7 @@ import abc
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ from diffpolicy.data.observation import (
     zeros,
 )
 from diffpolicy.policies.rows import in_batches
+
+if TYPE_CHECKING:
+    from diffpolicy.policies.best_of_n import Selector
 
 Array = npt.NDArray[Any]
 
@@ -96,15 +99,6 @@ class PolicyState:
 _ROWS = tuple(f.name for f in fields(PolicyState))
 
 
-class PlanSelector(Protocol):
-    """Makes several plans and keeps one, see :class:`diffpolicy.policies.best_of_n.Selector`."""
-
-    def choose(
-        self, make_plans: Any, state: PolicyState, *, deterministic: bool
-    ) -> tuple[Array, Array]:
-        """Plans ``[n, H, P]`` and network evaluations ``[n]``."""
-
-
 class ChunkedPolicy(abc.ABC):
     """History, chunk execution and per-row bookkeeping; subclasses say how a plan is made.
 
@@ -131,7 +125,7 @@ class ChunkedPolicy(abc.ABC):
     """
 
     chooses = False
-    selector: PlanSelector | None = None
+    selector: Selector | None = None
     plan_batch: int | None = None
 
     def __init__(
@@ -151,7 +145,7 @@ class ChunkedPolicy(abc.ABC):
         self.horizon, self.n_obs_steps, self.n_action_steps = horizon, n_obs_steps, n_action_steps
 
     @abc.abstractmethod
-    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
+    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, ...]:
         """Normalised plans ``[n, H, P]``, and the network evaluations ``[n]`` each took.
 
         ``state`` holds the rows that need a plan: their observations, and their last plan with the
@@ -287,14 +281,13 @@ class ChunkedPolicy(abc.ABC):
         whole = len(state) == 1 or np.array_equal(rows, np.arange(len(state)))
         chosen = state if whole else state.take(rows)  # copying a memory costs tens of microseconds
 
-        def make(part: PolicyState) -> tuple[Array, Array]:
+        def make(part: PolicyState) -> tuple[Array, ...]:
             if self.selector is None:
                 return self.make_plans(part, deterministic=deterministic)
             told = self.encoded_once(part)
             return self.selector.choose(self.make_plans, told, deterministic=deterministic)
 
-        plan, nfe = self._batched(make, chosen)
-        planned = self.adopted(chosen, plan, nfe)
+        planned = self.adopted(chosen, *self._batched(make, chosen))
         return planned if whole else state.put(rows, planned)
 
     def encoded_once(self, state: PolicyState) -> PolicyState:
@@ -304,8 +297,13 @@ class ChunkedPolicy(abc.ABC):
         """
         return state
 
-    def adopted(self, state: PolicyState, plan: Array, nfe: Array) -> PolicyState:
-        """The memory of rows whose new plan ``[n, H, P]`` took ``nfe`` ``[n]`` evaluations."""
+    def adopted(self, state: PolicyState, plan: Array, nfe: Array, *made: Array) -> PolicyState:
+        """The memory of rows whose new plan ``[n, H, P]`` took ``nfe`` ``[n]`` evaluations.
+
+        ``made`` is what else :meth:`make_plans` returned.
+        """
+        if "jumped" in state.memory:  # the plan is the answer to a surprising observation
+            state = state.remember(jumped=np.zeros(len(state), bool))
         return state.having(
             plan=plan,
             level=np.zeros_like(state.level),

@@ -70,11 +70,11 @@ class Selector:
 
     def choose(
         self,
-        make_plans: Callable[..., tuple[Array, Array]],
+        make_plans: Callable[..., tuple[Array, ...]],
         state: PolicyState,
         *,
         deterministic: bool,
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, ...]:
         """Plans of n rows, and the evaluations each took (of all its candidates at once).
 
         Args:

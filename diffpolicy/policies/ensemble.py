@@ -39,7 +39,7 @@ class WrappedPolicy(ChunkedPolicy):
     def starts_warm(self, state: PolicyState) -> Array:
         return self.policy.starts_warm(state)
 
-    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
+    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, ...]:
         return self.policy.make_plans(state, deterministic=deterministic)
 
     def to_actions(self, normalised: Array) -> Array:

@@ -14,7 +14,7 @@ from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.starts import prior_start
 from diffpolicy.data.observation import count, each, from_fields, to_fields
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Batch, Reward, check_rewards, plan_shape
+from diffpolicy.learn.method import Batch, Reward, judged, plan_shape
 from diffpolicy.learn.preferences.few_step import FewStep, evaluating
 from diffpolicy.learn.reference import Referenced
 from diffpolicy.settings import check_choice, check_range
@@ -85,8 +85,7 @@ def draw_plans(
     begin = prior_start(process, noise)
     with evaluating(denoiser):
         plans = settings.draw(denoiser, begin, cond=cond, generator=generator)
-    worth = reward(plans, cond)
-    check_rewards(worth, plans)
+    worth = judged(reward, plans, cond)
     if not worth.isfinite().all():
         raise ValueError(f"{int((~worth.isfinite()).sum())} of {len(worth)} rewards are not finite")
     return plans.view(-1, many, *plans.shape[1:]), worth.view(-1, many)

@@ -18,10 +18,10 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Batch, Method, Reward, check_rewards, plan_shape, rows_and_cond
+from diffpolicy.learn.method import Batch, Method, Reward, judged, plan_shape, rows_and_cond
 from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps, PlanSteps
 from diffpolicy.learn.preferences.formulas import ANCHORS, pso_loss
-from diffpolicy.learn.preferences.items import Items, batch_items, pair_items
+from diffpolicy.learn.preferences.items import Items, batch_items, joined, pair_items
 from diffpolicy.learn.preferences.scores import DenoisingScore, MaskedScore, Score, drawn_error
 from diffpolicy.learn.reference import Referenced
 from diffpolicy.settings import check_choice, check_range
@@ -215,13 +215,15 @@ class PSOLoss(Referenced):
             self.anchor.check(denoiser)
         self.scored: Tensor | None
         self.register_buffer("scored", steps, persistent=False)
-        self._reward = [reward]  # a list: a reward that is a module is not part of this one
+        self._reward: list[Any] = [
+            reward
+        ]  # a list: a reward that is a module is not part of this one
 
     def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         if self.settings.online:
             out = self._online(batch, generator)
         else:
-            out = self.compare(*self.bridge(batch, generator))
+            out = self.compare(self.bridge(batch, generator))
         if self.anchor is None:
             return out
         cloned = self._anchor_items(batch)
@@ -230,19 +232,18 @@ class PSOLoss(Referenced):
         loss = out.loss + self.settings.anchor_weight * error
         return LossOutput(loss, {**out.metrics, "anchor": error.detach().mean()})
 
-    def compare(self, chosen: Any, rejected: Any, chance: Tensor | None = None) -> LossOutput:
+    def compare(self, paths: Any, chance: Tensor | None = None) -> LossOutput:
         """The loss of B pairs of chains, whoever drew them.
 
         Args:
-            chosen: :class:`~diffpolicy.learn.preferences.few_step.PlanPaths`, or a
-                :class:`~diffpolicy.learn.reward.rollouts.MaskedRollout`.
-            rejected: of the same steps.
+            paths: :class:`~diffpolicy.learn.preferences.few_step.PlanPaths`, or a
+                :class:`~diffpolicy.learn.reward.rollouts.MaskedRollout`: all chosen ones, then
+                all rejected ones.
             chance: that the chosen one is the better, ``[B]``; None: 1.
         """
-        both = self.steps.pair(chosen, rejected)
-        policy = self.steps.log_prob(self.denoiser, both)
+        policy = self.steps.log_prob(self.denoiser, paths)
         with self.as_reference() as reference:
-            other = self.steps.log_prob(reference, both)
+            other = self.steps.log_prob(reference, paths)
         return pso_loss(self.settings, policy, other, chance)
 
     @torch.no_grad()
@@ -257,8 +258,7 @@ class PSOLoss(Referenced):
         steps = None if self.scored is None else self.scored.expand(2 * size, -1)
         like = next(self.denoiser.parameters()).detach()
         if self.masked:
-            groups, grid = self.steps.shared(self.denoiser, size, generator)
-            order = torch.cat([groups, groups]), grid
+            order = self.steps.shared(self.denoiser, size, generator)
             paths = self.steps.draw(self.denoiser, order, generator, cond=cond)
             clean = one_hot(paths.tokens, self.steps.vocab_size)[..., :-1]
             items, extra = clean.to(like.dtype), None
@@ -268,17 +268,17 @@ class PSOLoss(Referenced):
             start = self.steps.process.draw_noise(shape, generator, like).repeat(copies, 1, 1)
             paths = self.steps.draw(self.denoiser, start, generator, cond=cond, steps=steps)
             items, extra = paths.items.x0, cond
-        return paths, self._judged(items, extra)
+        return paths, judged(self._reward[0], items, extra).to(items)
 
-    def bridge(self, batch: Batch, generator: torch.Generator) -> tuple[Any, Any]:
-        """Chains that end in the chosen, and in the rejected items of a batch."""
+    def bridge(self, batch: Batch, generator: torch.Generator) -> Any:
+        """Chains that end in the chosen items of a batch, then those that do in the rejected."""
         chosen, rejected = pair_items(self.denoiser, batch, masked=self.masked)
         if self.masked:
             shared = self.steps.shared(self.denoiser, len(chosen.x0), generator)
         else:
             shape = (len(self.steps) + 1, *chosen.x0.shape)
-            shared = self.steps.process.draw_noise(shape, generator, chosen.x0)
-        return self.steps.bridge(chosen, shared), self.steps.bridge(rejected, shared)
+            shared = self.steps.process.draw_noise(shape, generator, chosen.x0).repeat(1, 2, 1, 1)
+        return self.steps.bridge(joined(chosen, rejected), shared)
 
     def _online(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         paths, reward = self.draw(batch, generator)
@@ -287,16 +287,9 @@ class PSOLoss(Referenced):
         better, worse = torch.where(ahead, two, one), torch.where(ahead, one, two)
         lead, scale = reward[better] - reward[worse], self.settings.label_scale
         chance = 0.5 + 0.5 * lead.sign() if scale is None else (lead / scale).sigmoid()
-        out = self.compare(self.steps.take(paths, better), self.steps.take(paths, worse), chance)
+        out = self.compare(self.steps.take(paths, torch.cat([better, worse])), chance)
         found = {"reward": reward.mean(), "ties": (lead == 0).to(reward).mean()}
         return LossOutput(out.loss, {**out.metrics, **found})
-
-    def _judged(self, items: Tensor, cond: Tensor | None) -> Tensor:
-        reward = self._reward[0]
-        assert reward is not None
-        value = reward(items) if cond is None else reward(items, cond)
-        check_rewards(value, items)
-        return value.detach().to(items)
 
     def _anchor_items(self, batch: Batch) -> list[Items]:
         """What is cloned, one kind or two."""

@@ -20,7 +20,7 @@ from diffpolicy.core.masking import hard_one_hot
 from diffpolicy.core.reveal import Ancestral, Relaxation, Scheduled
 from diffpolicy.core.starts import levels, prior_start
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Batch, Reward, check_rewards, rows_and_cond
+from diffpolicy.learn.method import Batch, Reward, judged, rows_and_cond
 from diffpolicy.learn.reference import Referenced, check_no_dropout
 from diffpolicy.learn.reward.chains import chain_with_kl, masked_step_kl, released_step_kl
 from diffpolicy.learn.reward.rollouts import check_steps, draw_order
@@ -98,10 +98,10 @@ class RewardLoss(Referenced):
         reference = self.reference if self.kl_weight > 0 else None
         done = self.chain.run(self.denoiser, reference, size, cond, generator)
         copies = len(done.items) // size
-        # Rewards of sequences are of the sequence alone.
-        given = () if cond is None or isinstance(self.denoiser, MaskedDenoiser) else (cond,)
-        reward = self._reward[0](done.items, *(c.repeat_interleave(copies, 0) for c in given))
-        check_rewards(reward, done.items)
+        if isinstance(self.denoiser, MaskedDenoiser):  # rewards are of the sequence alone
+            cond = None
+        told = None if cond is None else cond.repeat_interleave(copies, 0)
+        reward = judged(self._reward[0], done.items, told)
         if done.items.requires_grad and not reward.requires_grad:
             raise ValueError(
                 "this reward has no gradient, so nothing would be learned: compute it in torch "

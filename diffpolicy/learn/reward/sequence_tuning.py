@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
-from diffpolicy.learn.method import Batch, Method, Reward, check_rewards, check_sizes
+from diffpolicy.learn.method import Batch, Method, Reward, check_sizes, judged
 from diffpolicy.learn.reference import Referenced, check_no_dropout
 from diffpolicy.learn.reward.replay import Columns, Replay, check_replay
 from diffpolicy.learn.reward.rollouts import MaskedRollout, check_steps, draw_rollout
@@ -143,9 +143,7 @@ class SequenceTuning(Referenced):
     @torch.no_grad()
     def score_soft(self, x: Tensor) -> Tensor:
         """The reward of ``x [B, L, V]``, checked for its shape."""
-        value = self._reward[0](x)
-        check_rewards(value, x)
-        return value.to(x)
+        return judged(self._reward[0], x).to(x)
 
 
 class ReplayTuning(SequenceTuning):
