@@ -31,7 +31,7 @@ from diffpolicy.learn.cloning.planners import DraftLoss, InverseDynamicsLoss, Su
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.imagined import Imagined
 from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.settings import check_range, named_settings, settings_of
+from diffpolicy.settings import check_settings, named_settings, ranged, settings_of
 from diffpolicy.training.sources import Source, Weighted
 
 
@@ -63,7 +63,7 @@ class Learning:
     """
 
     actor_critic: ActorCritic | None = None  # or its plain values
-    discount: float = 0.99
+    discount: float = ranged("(0, 1]", 0.99)
     reward_scale: float | str = 1.0
     reward_shift: float = 0.0
     first_action_weight: float = 1.0
@@ -78,7 +78,7 @@ class Learning:
         if isinstance(given, Mapping):
             made = settings_of(ActorCritic, given, "actor_critic")
             object.__setattr__(self, "actor_critic", made)
-        check_range("(0, 1]", discount=self.discount)
+        check_settings(self)
         scale = self.reward_scale
         if isinstance(scale, str) and scale != "return_range":
             raise ValueError(f"reward_scale must be a number or 'return_range', got {scale!r}")

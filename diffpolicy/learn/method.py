@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.data.observation import from_fields, holds
+from diffpolicy.settings import check_settings
 
 Batch = Mapping[str, Tensor]
 """What an objective learns from: tensors of as many rows each, by name."""
@@ -107,6 +108,9 @@ class Method:
 
     command: ClassVar[str] = "tune"
     items: ClassVar[str] = "plans"
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def reads(self) -> frozenset[str]:
         """What the method cannot do without, some of ``READABLE``."""

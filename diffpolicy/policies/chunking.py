@@ -23,9 +23,7 @@ from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.ensemble import WrappedPolicy
 from diffpolicy.policies.plan_loop import Condition, PlanLoop
 from diffpolicy.policies.rows import kind_by_kind
-from diffpolicy.settings import check_choice, check_range, named_settings
-
-SCHEDULES = ("linear", "exp", "ones", "zeros")
+from diffpolicy.settings import check_settings, named_settings, one_of, ranged
 
 
 @named_settings
@@ -50,16 +48,13 @@ class Chunking:
         ValueError: settings out of range.
     """
 
-    schedule: str = "linear"
-    overlap: int | None = None
-    mode: str = "soft"
-    max_weight: float = 5.0
+    schedule: str = one_of("linear", "exp", "ones", "zeros")
+    overlap: int | None = ranged("[0, inf)", None)
+    mode: str = one_of(*PREFIX_MODES)
+    max_weight: float = ranged("(0, inf)", 5.0)
 
     def __post_init__(self) -> None:
-        check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("mode", self.mode, PREFIX_MODES)
-        check_range("[0, inf)", overlap=self.overlap)
-        check_range("(0, inf)", max_weight=self.max_weight)
+        check_settings(self)
 
 
 def frozen_steps(delay: Array, valid: Array, n_obs_steps: int) -> Array:

@@ -26,9 +26,7 @@ from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.plan_loop import Condition, PlanLoop
 from diffpolicy.policies.rows import kind_by_kind
 from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.settings import check_choice, check_range, check_shape, named_settings
-
-FILLS = ("denoise", "noise", "constant")
+from diffpolicy.settings import check_settings, check_shape, named_settings, one_of, ranged
 
 
 @named_settings
@@ -49,13 +47,12 @@ class Streaming:
         ValueError: settings out of range or that do not belong together.
     """
 
-    steps_per_chunk: int = 5
-    fill: str = "denoise"
+    steps_per_chunk: int = ranged("[1, inf)", 5)
+    fill: str = one_of("denoise", "noise", "constant")
     constant: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_range("[1, inf)", steps_per_chunk=self.steps_per_chunk)
-        check_choice("fill", self.fill, FILLS)
+        check_settings(self)
         if self.constant is None and self.fill == "constant":
             raise ValueError("fill='constant' needs constant=(the action to begin with)")
 

@@ -23,7 +23,7 @@ from diffpolicy.learn.preferences.negatives import Contrast, contrast_plans, con
 from diffpolicy.learn.reference import Referenced, frozen_copy
 from diffpolicy.learn.reward.chains import categorical_kl
 from diffpolicy.learn.reward.rollouts import check_steps
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.settings import check_range, one_of, ranged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +84,14 @@ class DRO(FewStep, Method):
 
     num_steps: int | None = 10  # type: ignore[assignment]  # None: not of plans
     solver: str = "dpmpp_2m"
-    margin: float | None = 0.001
-    negative: str = "prediction"
+    margin: float | None = ranged("[0, inf)", 0.001)
+    negative: str = one_of("prediction", "noised")
     jitter: bool = True
-    states: int = 1
-    sync_every: int = 1
+    states: int = ranged("[1, inf)", 1)
+    sync_every: int = ranged("[1, inf)", 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("negative", self.negative, ("prediction", "noised"))
-        check_range("[0, inf)", margin=self.margin)
-        check_range("[1, inf)", states=self.states, sync_every=self.sync_every)
         if self.num_steps is not None:
             check_range(f"[1, {self.num_steps}]", states=self.states)
 

@@ -17,7 +17,7 @@ from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import Batch, Reward, judged, plan_shape
 from diffpolicy.learn.preferences.few_step import FewStep, evaluating
 from diffpolicy.learn.reference import Referenced
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.settings import one_of, ranged
 
 DRAWN_BY = ("denoiser", "reference")
 
@@ -40,18 +40,15 @@ class OwnPlans(FewStep):
         ValueError: values out of range, unknown names.
     """
 
-    candidates: int = 4
-    drawn_by: str = "denoiser"
-    label_scale: float | None = None
+    candidates: int = ranged("[2, inf)", 4)
+    drawn_by: str = one_of(*DRAWN_BY)
+    label_scale: float | None = ranged("(0, inf)", None)
     num_steps: int | None = 5
     solver: str = "ddim"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_plans()
-        check_choice("drawn_by", self.drawn_by, DRAWN_BY)
-        check_range("[2, inf)", candidates=self.candidates)
-        check_range("(0, inf)", label_scale=self.label_scale)
 
 
 @torch.no_grad()

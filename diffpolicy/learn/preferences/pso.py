@@ -20,15 +20,15 @@ from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import Batch, Method, Reward, judged, plan_shape, rows_and_cond
 from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps, PlanSteps
-from diffpolicy.learn.preferences.formulas import ANCHORS, pso_loss
+from diffpolicy.learn.preferences.formulas import Anchoring, pso_loss
 from diffpolicy.learn.preferences.items import Items, batch_items, joined, pair_items
 from diffpolicy.learn.preferences.scores import DenoisingScore, MaskedScore, Score, drawn_error
 from diffpolicy.learn.reference import Referenced
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.settings import one_of, ranged
 
 
 @dataclass(frozen=True, kw_only=True)
-class PSO(FewStep, Method):
+class PSO(Anchoring, FewStep, Method):
     """PSO and the sampler whose moves it compares.
 
     With ``l_k = log p(x_next | x) - log p_ref(x_next | x)`` of step k, summed over the scored
@@ -71,21 +71,11 @@ class PSO(FewStep, Method):
     items: ClassVar[str] = "plans"
 
     online: bool = False
-    kl_beta: float = 1.0
-    clip: float | None = 0.1
-    compare: str = "step"
-    label_scale: float | None = None
+    kl_beta: float = ranged("(0, inf)", 1.0)
+    clip: float | None = ranged("(0, 1)", 0.1)
+    compare: str = one_of("step", "path")
+    label_scale: float | None = ranged("(0, inf)", None)
     shared_start: bool = True
-    anchor_weight: float = 0.0
-    anchor: str = "demonstrations"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("anchor", self.anchor, ANCHORS)
-        check_choice("compare", self.compare, ("step", "path"))
-        check_range("(0, inf)", kl_beta=self.kl_beta, label_scale=self.label_scale)
-        check_range("(0, 1)", clip=self.clip)
-        check_range("[0, inf)", anchor_weight=self.anchor_weight)
 
     def reads(self) -> frozenset[str]:
         """Pairs, or what is needed to compare own chains.
@@ -96,11 +86,6 @@ class PSO(FewStep, Method):
             return frozenset({"pairs"})
         anchor = {"demonstrations"} if self.clones_demonstrations else set()
         return frozenset({"observations", "reward", *anchor})
-
-    @property
-    def clones_demonstrations(self) -> bool:
-        """Whether demonstrations are cloned beside, where there are some."""
-        return self.anchor_weight > 0 and self.anchor != "chosen"
 
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """See :class:`PSOLoss`."""
@@ -121,11 +106,7 @@ class SequencePSO(PSO):
     items: ClassVar[str] = "sequences"
 
     online: bool = True
-    kl_weight: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_range("(0, inf)", kl_weight=self.kl_weight)
-        super().__post_init__()
+    kl_weight: float = ranged("(0, inf)", 0.1)
 
     def reads(self) -> frozenset[str]:
         """A reward, of own sequences."""

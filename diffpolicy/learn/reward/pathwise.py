@@ -25,7 +25,7 @@ from diffpolicy.learn.reference import Referenced, check_no_dropout
 from diffpolicy.learn.reward.chains import chain_with_kl, masked_step_kl, released_step_kl
 from diffpolicy.learn.reward.rollouts import check_steps, draw_order
 from diffpolicy.learn.reward.sequence_tuning import SequenceMethod
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.settings import check_range, check_settings, one_of, ranged
 
 
 class Finished(NamedTuple):
@@ -141,20 +141,19 @@ class MaskedChain:
         ValueError: values out of range.
     """
 
-    num_steps: int | None = None
+    num_steps: int | None = ranged("[1, inf)", None)
     relaxation: Relaxation = field(default_factory=Relaxation)
     joint: bool = False
     straight_through_end: bool = True
-    kl: str = "path"
-    kl_steps: int | None = None
+    kl: str = one_of("path", "drakes_released")
+    kl_steps: int | None = ranged("[1, inf)", None)
     kl_prefix: bool = True
     checkpoint: bool = False
     reference_graph: bool = True
     kl_problem: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        check_range("[1, inf)", num_steps=self.num_steps, kl_steps=self.kl_steps)
-        check_choice("kl", self.kl, ("path", "drakes_released"))
+        check_settings(self)
         if self.joint and self.num_steps is None:
             raise ValueError("joint=True draws reveals step by step and needs num_steps")
 

@@ -14,7 +14,7 @@ from diffpolicy.learn.method import Batch, Method, Reward, check_sizes, judged
 from diffpolicy.learn.reference import Referenced, check_no_dropout
 from diffpolicy.learn.reward.replay import Columns, Replay, check_replay
 from diffpolicy.learn.reward.rollouts import MaskedRollout, check_steps, draw_rollout
-from diffpolicy.settings import check_range
+from diffpolicy.settings import ranged
 
 
 class SequenceMethod(Method):
@@ -42,15 +42,14 @@ class ReplayMethod(SequenceMethod):
         ValueError: a value out of range, or sizes that do not divide.
     """
 
-    kl_weight: float = 0.1
+    kl_weight: float = ranged("(0, inf)", 0.1)
     buffer: int = 512
     refresh: int = 128
     refresh_every: int = 1
-    num_steps: int | None = None
+    num_steps: int | None = ranged("[1, inf)", None)
 
     def __post_init__(self) -> None:
-        check_range("(0, inf)", kl_weight=self.kl_weight)
-        check_range("[1, inf)", num_steps=self.num_steps)
+        super().__post_init__()
         group_size = getattr(self, "group_size", None) or 1
         check_replay(self.buffer, self.refresh, self.refresh_every, group_size)
 

@@ -21,7 +21,7 @@ from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import Batch
 from diffpolicy.networks.critics import QEnsemble
-from diffpolicy.settings import check_choice, check_range, settings_of
+from diffpolicy.settings import check_choice, check_range, check_settings, ranged, settings_of
 from diffpolicy.training.saved import Saved, part_of
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.sources import Source
@@ -169,16 +169,14 @@ class PreferenceLearning:
         ValueError: values out of range.
     """
 
-    label_smoothing: float = 0.0
+    label_smoothing: float = ranged("[0, 0.5)", 0.0)
     ties: bool = False
     bootstrap: bool = True
-    windows: int | None = 10
-    val_fraction: float = 0.0
+    windows: int | None = ranged("[1, inf)", 10)
+    val_fraction: float = ranged("[0, 0.5]", 0.0)
 
     def __post_init__(self) -> None:
-        check_range("[0, 0.5)", label_smoothing=self.label_smoothing)
-        check_range("[1, inf)", windows=self.windows)
-        check_range("[0, 0.5]", val_fraction=self.val_fraction)
+        check_settings(self)
 
     def split(
         self, preferences: PreferenceSet, seed: int
