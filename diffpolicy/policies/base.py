@@ -30,6 +30,7 @@ from diffpolicy.data.observation import (
     zeros,
 )
 from diffpolicy.policies.rows import in_batches
+from diffpolicy.settings import check_range
 
 if TYPE_CHECKING:
     from diffpolicy.policies.best_of_n import Selector
@@ -260,8 +261,7 @@ class ChunkedPolicy(abc.ABC):
         Raises:
             ValueError: a size below 1.
         """
-        if size is not None and size < 1:
-            raise ValueError(f"a batch of plans has at least one row, got {size}")
+        check_range("[1, inf)", plan_batch=size)
         other = copy.copy(self)
         other.plan_batch = size
         return other
@@ -383,12 +383,9 @@ class ChunkedPolicy(abc.ABC):
 
 def check_horizon(horizon: int, n_obs_steps: int, n_action_steps: int) -> None:
     """Raise ``ValueError`` unless ``1 <= Ta <= H - To + 1``."""
+    sizes = {"horizon": horizon, "n_obs_steps": n_obs_steps, "n_action_steps": n_action_steps}
+    check_range("[1, inf)", **sizes)
     limit = horizon - n_obs_steps + 1
-    if min(horizon, n_obs_steps, n_action_steps) < 1:
-        raise ValueError(
-            "horizon, n_obs_steps and n_action_steps must be positive, "
-            f"got {horizon}, {n_obs_steps}, {n_action_steps}"
-        )
     if n_action_steps > limit:
         raise ValueError(
             f"n_action_steps={n_action_steps} is too large: a plan of horizon={horizon} with "

@@ -286,7 +286,6 @@ class Cloning(Method):
     """
 
     command: ClassVar[str] = "prefer"
-    items: ClassVar[str] = "plans"
 
     data: str = one_of(*CLONED)
 

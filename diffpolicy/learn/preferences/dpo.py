@@ -50,7 +50,6 @@ class DPO(Preference, Method):
     """
 
     command: ClassVar[str] = "prefer"
-    items: ClassVar[str] = "plans"
 
     score: DenoisingScore | None = None
     online: OwnPlans | None = None

@@ -80,7 +80,6 @@ class DRO(FewStep, Method):
     """
 
     command: ClassVar[str] = "prefer"
-    items: ClassVar[str] = "plans"
 
     num_steps: int | None = 10  # type: ignore[assignment]  # None: not of plans
     solver: str = "dpmpp_2m"
@@ -144,8 +143,7 @@ class DROLoss(Referenced):
         self.masked = isinstance(denoiser, MaskedDenoiser)
         if isinstance(denoiser, MaskedDenoiser):
             check_steps(denoiser, settings.num_steps)
-            length: int = denoiser.network.horizon  # type: ignore[assignment]
-            check_range(f"[1, {length}]", states=settings.states)
+            check_range(f"[1, {denoiser.length}]", states=settings.states)
         else:
             _check_plans(denoiser, settings)
         # Without updates in between the copy is the denoiser itself.

@@ -23,16 +23,11 @@ DRAWN_BY = ("denoiser", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnPlans(FewStep):
-    """How a policy's plans are drawn and compared.
+class DrawnPlans(FewStep):
+    """How several plans of a policy are drawn for an observation.
 
     Args:
-        candidates: plans drawn for an observation; the best and the worst of them are compared.
-        drawn_by: ``"denoiser"``: the present one, so that comparisons follow it; the reward is then
-            asked about ever other plans, which one that was learned may not know. ``"reference"``:
-            the policy before tuning, whose plans such a reward was learned on.
-        label_scale: ``None``: the greater reward wins. A number s, in units of the reward: the
-            better one is preferred with chance ``sigmoid((r_1 - r_2) / s)`` (Bradley-Terry).
+        candidates: how many; the best and the worst of them are compared.
         num_steps: K, network evaluations of a plan.
         solver: as ``options`` and ``spacing``, see :class:`diffpolicy.core.Sampler`.
 
@@ -41,8 +36,6 @@ class OwnPlans(FewStep):
     """
 
     candidates: int = ranged("[2, inf)", 4)
-    drawn_by: str = one_of(*DRAWN_BY)
-    label_scale: float | None = ranged("(0, inf)", None)
     num_steps: int | None = 5
     solver: str = "ddim"
 
@@ -51,10 +44,27 @@ class OwnPlans(FewStep):
         self.check_plans()
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnPlans(DrawnPlans):
+    """How a policy's plans are drawn and compared while it is tuned.
+
+    Args:
+        drawn_by: ``"denoiser"``: the present one, so that comparisons follow it; the reward is then
+            asked about ever other plans, which one that was learned may not know. ``"reference"``:
+            the policy before tuning, whose plans such a reward was learned on.
+        label_scale: ``None``: the greater reward wins. A number s, in units of the reward: the
+            better one is preferred with chance ``sigmoid((r_1 - r_2) / s)`` (Bradley-Terry).
+        **others: see :class:`DrawnPlans`.
+    """
+
+    drawn_by: str = one_of(*DRAWN_BY)
+    label_scale: float | None = ranged("(0, inf)", None)
+
+
 @torch.no_grad()
 def draw_plans(
     denoiser: BaseDenoiser,
-    settings: OwnPlans,
+    settings: DrawnPlans,
     obs: Any,
     reward: Reward,
     generator: torch.Generator,

@@ -24,6 +24,7 @@ from diffpolicy.learn.preferences.formulas import Anchoring, pso_loss
 from diffpolicy.learn.preferences.items import Items, batch_items, joined, pair_items
 from diffpolicy.learn.preferences.scores import DenoisingScore, MaskedScore, Score, drawn_error
 from diffpolicy.learn.reference import Referenced
+from diffpolicy.learn.reward.sequence_tuning import SequenceMethod
 from diffpolicy.settings import one_of, ranged
 
 
@@ -68,7 +69,6 @@ class PSO(Anchoring, FewStep, Method):
     """
 
     command: ClassVar[str] = "prefer"
-    items: ClassVar[str] = "plans"
 
     online: bool = False
     kl_beta: float = ranged("(0, inf)", 1.0)
@@ -96,21 +96,15 @@ class PSO(Anchoring, FewStep, Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequencePSO(PSO):
+class SequencePSO(SequenceMethod, PSO):
     """PSO on own sequences whose labels make ``p_ref exp(r / kl_weight)`` the optimum of chains.
 
     Args:
         kl_weight: alpha, reward per nat; ``label_scale`` is ``kl_weight / kl_beta`` unless given.
     """
 
-    items: ClassVar[str] = "sequences"
-
     online: bool = True
     kl_weight: float = ranged("(0, inf)", 0.1)
-
-    def reads(self) -> frozenset[str]:
-        """A reward, of own sequences."""
-        return frozenset({"reward"})
 
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """See :class:`PSOLoss`."""

@@ -209,13 +209,8 @@ class MaskedScore:
         cond = None if items.cond is None else items.cond.repeat(draws, 1)
         t, masked = draw.t.flatten(0, 1), draw.noise.flatten(0, 1)
         tokens = items.x0.repeat(draws, 1)
-        if items.steps is None:
-            error = masked_cross_entropy(denoiser, tokens, t, masked, cond=cond)
-        else:
-            state = torch.where(masked, denoiser.mask_id, tokens)
-            log_p = denoiser.log_probs(state, t, cond).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            scored = masked & items.steps.repeat(draws, 1)
-            error = -torch.where(scored, log_p, 0.0).sum(-1)
+        scored = None if items.steps is None else items.steps.repeat(draws, 1)
+        error = masked_cross_entropy(denoiser, tokens, t, masked, cond=cond, scored=scored)
         return items.total(-(draw.weight * error.view(draws, -1)).mean(0))
 
     def error(self, items: Items, score: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import hard_one_hot
 from diffpolicy.core.reveal import Ancestral, Relaxation, Scheduled
-from diffpolicy.core.starts import levels, prior_start
+from diffpolicy.core.starts import levels
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import Batch, Reward, judged, rows_and_cond
 from diffpolicy.learn.reference import Referenced, check_no_dropout
 from diffpolicy.learn.reward.chains import chain_with_kl, masked_step_kl, released_step_kl
-from diffpolicy.learn.reward.rollouts import check_steps, draw_order
+from diffpolicy.learn.reward.rollouts import all_masked, check_steps, draw_order
 from diffpolicy.learn.reward.sequence_tuning import SequenceMethod
 from diffpolicy.settings import check_range, check_settings, one_of, ranged
 
@@ -175,10 +175,7 @@ class MaskedChain:
     ) -> Finished:
         """Sample ``size`` sequences ``[size, L, V]``, one-hot or relaxed."""
         assert isinstance(denoiser, MaskedDenoiser)
-        process, length = denoiser.process, int(denoiser.network.horizon)  # type: ignore[arg-type]
-        shape = (size, length, denoiser.vocab_size + 1)
-        like = torch.zeros(shape, device=generator.device, dtype=denoiser.weight.dtype)
-        start = prior_start(process, like)
+        process, start = denoiser.process, all_masked(denoiser, size)
         solver: Ancestral | Scheduled
         if self.joint:
             assert self.num_steps is not None
@@ -191,7 +188,7 @@ class MaskedChain:
         result = chain_with_kl(
             *chain,
             step_kl=masked_step_kl if self.kl == "path" else released_step_kl(process),
-            noise=process.draw_noise((count, *like.shape), generator, like),
+            noise=process.draw_noise((count, *start.x.shape), generator, start.x),
             cond=cond,
             grad_steps=self.relaxation.relaxed_steps,
             kl_steps=None if reference is None else self._chosen(count, generator),

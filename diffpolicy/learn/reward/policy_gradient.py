@@ -113,7 +113,10 @@ class PolicyGradientLoss(SequenceTuning):
             if settings.rows is None:
                 raise ValueError("epochs > 1 keeps a rollout of rows=<batch size>; give rows")
             self._check_rows(settings.rows)
-            row, groups = ((self.length,), torch.float32), ((self.length,), torch.long)
+            row, groups = (
+                ((self.denoiser.length,), torch.float32),
+                ((self.denoiser.length,), torch.long),
+            )
             more = {"groups": groups, "log_p": row, "advantage": row}
             sizes = (settings.rows, settings.rows, settings.epochs)
             self.replay = self.make_replay(sizes, more)

@@ -85,9 +85,8 @@ class SequenceTuning(Referenced):
         super().__init__(denoiser, reference, apart=True)
         check_no_dropout(denoiser)
         theirs: Any = self.reference
-        check_sizes("the denoiser", denoiser, "the reference", vocab_size=theirs.vocab_size)
-        network = denoiser.network
-        check_sizes("the network", network, "the reference's", horizon=theirs.network.horizon)
+        sizes = {"vocab_size": theirs.vocab_size, "length": theirs.length}
+        check_sizes("the denoiser", denoiser, "the reference", **sizes)
         self.settings, self._reward = settings, [reward]
         self.prepare()
 
@@ -96,12 +95,6 @@ class SequenceTuning(Referenced):
 
     def after_step(self) -> None:
         """Tell the objective that an optimiser step was made."""
-
-    @property
-    def length(self) -> int:
-        """L."""
-        length: int = self.denoiser.network.horizon  # type: ignore[assignment]
-        return length
 
     @property
     def cond_dim(self) -> int:
@@ -117,7 +110,7 @@ class SequenceTuning(Referenced):
         ``more``.
         """
         number: tuple[tuple[int, ...], torch.dtype] = (), torch.float32
-        tokens = (self.length,), torch.long
+        tokens = (self.denoiser.length,), torch.long
         columns: dict[str, Any] = {"tokens": tokens, "reward": number, "kl": number, **more}
         if self.cond_dim:
             columns["cond"] = (self.cond_dim,), torch.float32
@@ -130,8 +123,8 @@ class SequenceTuning(Referenced):
             ValueError: ``None`` for a denoiser that depends on the level.
         """
         check_steps(self.denoiser, num_steps)
-        steps = self.length if num_steps is None else num_steps
-        return min(steps, self.length) if self.denoiser.time_free else steps
+        steps = self.denoiser.length if num_steps is None else num_steps
+        return min(steps, self.denoiser.length) if self.denoiser.time_free else steps
 
     @torch.no_grad()
     def score(self, tokens: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class WeightedDenoisingLoss(ReplayTuning):
         if self.settings.target == "sequence":
             return {"log_weight": ((1,), torch.float32)}
         steps = self.evaluations(self.settings.num_steps)
-        groups = ((self.length,), torch.long)
+        groups = ((self.denoiser.length,), torch.long)
         return {"log_weight": ((steps,), torch.float32), "groups": groups}
 
     def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
