@@ -15,13 +15,7 @@ from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.data.fields import check_vector
 from diffpolicy.data.joined import Joined
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.data.observation import (
-    ObsField,
-    by_store_field,
-    obs_fields,
-    of_store,
-    store_field,
-)
+from diffpolicy.data.observation import ObsField, by_store_field, obs_fields, of_store, store_field
 from diffpolicy.data.returns import returns_to_go
 from diffpolicy.data.statistics import action_statistics
 from diffpolicy.data.store import EpisodeStore

@@ -261,10 +261,7 @@ def _check_relative(
 
 
 def _reference(
-    now: Tensor,
-    normalizer: Normalizer,
-    relative_to: tuple[int | None, ...] | None,
-    like: Tensor,
+    now: Tensor, normalizer: Normalizer, relative_to: tuple[int | None, ...] | None, like: Tensor
 ) -> Tensor:
     """The current state as a normalised action, ``[n, 1, A]``; 0 where anchors are absolute."""
     if relative_to is None:

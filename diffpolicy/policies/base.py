@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from diffpolicy.policies.best_of_n import Selector
 
 Array = npt.NDArray[Any]
+Rows = Array | Sequence[int]  # of environments: their numbers
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,11 @@ class PolicyState:
     def __len__(self) -> int:
         return len(self.cursor)
 
-    def take(self, rows: Array | Sequence[int]) -> PolicyState:
+    def take(self, rows: Rows) -> PolicyState:
         """The state of some rows (indices or a bool mask)."""
         return PolicyState(**{n: take(getattr(self, n), rows) for n in _ROWS})
 
-    def put(self, rows: Array | Sequence[int], other: PolicyState) -> PolicyState:
+    def put(self, rows: Rows, other: PolicyState) -> PolicyState:
         """This state with ``rows`` replaced by those of ``other``."""
         pairs = {n: (getattr(self, n), getattr(other, n)) for n in _ROWS}
         return PolicyState(**{n: put(a, rows, b) for n, (a, b) in pairs.items()})
@@ -274,9 +275,7 @@ class ChunkedPolicy(abc.ABC):
             return plan(state)
         return in_batches(plan, state, self.plan_kinds(state), self.plan_batch)
 
-    def replan(
-        self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False
-    ) -> PolicyState:
+    def replan(self, state: PolicyState, rows: Rows, *, deterministic: bool = False) -> PolicyState:
         """The memory with new plans for ``rows`` (indices), made for their last observation."""
         whole = len(state) == 1 or np.array_equal(rows, np.arange(len(state)))
         chosen = state if whole else state.take(rows)  # copying a memory costs tens of microseconds

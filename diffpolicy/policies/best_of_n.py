@@ -56,11 +56,7 @@ class Selector:
     """
 
     def __init__(
-        self,
-        settings: Selection,
-        score: Callable[[Any, Array], Array],
-        *,
-        reads_cond: bool = False,
+        self, settings: Selection, score: Callable[[Any, Array], Array], *, reads_cond: bool = False
     ) -> None:
         self.settings, self.score, self.reads_cond = settings, score, reads_cond
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.guidance.pinned import PREFIX_MODES, PrefixCond, PrefixGuidance
-from diffpolicy.policies.base import Array, PolicyState
+from diffpolicy.policies.base import Array, PolicyState, Rows
 from diffpolicy.policies.boundary import now_of
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.ensemble import WrappedPolicy
@@ -216,9 +216,7 @@ class RealTimeChunking(WrappedPolicy):
         jumps = {name: np.zeros(count, np.float64) for name in ("seam", "seam_max")}
         return state.remember(**jumps, **{n: np.zeros(count, np.int64) for n in ("seams", "short")})
 
-    def replan(
-        self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False
-    ) -> PolicyState:
+    def replan(self, state: PolicyState, rows: Rows, *, deterministic: bool = False) -> PolicyState:
         before = state.take(rows)
         planned = super().replan(state, rows, deterministic=deterministic)
         after = planned.take(rows)

@@ -205,12 +205,7 @@ class Candidates:
         return sum(self.loops[kind].nfe for kind in self.settings.loops)
 
     def propose(
-        self,
-        history: Any,
-        previous: Tensor,
-        has_previous: Tensor,
-        noise: Tensor,
-        told: Any = None,
+        self, history: Any, previous: Tensor, has_previous: Tensor, noise: Tensor, told: Any = None
     ) -> ScoredPlans:
         """Solve and rank every guess.
 

@@ -142,11 +142,7 @@ def unique_fraction(tokens: Tokens) -> float:
 
 
 def hacking_warning(
-    reward: Sequence[float],
-    held_out: Sequence[float],
-    *,
-    tolerance: float = 0.1,
-    patience: int = 2,
+    reward: Sequence[float], held_out: Sequence[float], *, tolerance: float = 0.1, patience: int = 2
 ) -> str | None:
     """A message when the training oracle still rises while the held-out one falls, else ``None``.
 

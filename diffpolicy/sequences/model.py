@@ -33,7 +33,7 @@ from diffpolicy.sequences.spec import (
 from diffpolicy.sequences.task import SequenceTask, check_tokens
 from diffpolicy.settings import check_range, settings_of
 from diffpolicy.training.process import seeded
-from diffpolicy.training.saved import Saved, part_of
+from diffpolicy.training.saved import Device, Saved, part_of
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.sources import Source
 from diffpolicy.training.train import train
@@ -59,11 +59,7 @@ class SequenceModel(Letters, Saved):
     last_training: TrainResult | None = None
 
     def __init__(
-        self,
-        spec: SequenceSpec,
-        denoiser: MaskedDenoiser | None = None,
-        *,
-        device: str | torch.device = "cpu",
+        self, spec: SequenceSpec, denoiser: MaskedDenoiser | None = None, *, device: Device = "cpu"
     ) -> None:
         self.spec = spec
         self.denoiser = (spec.make_denoiser() if denoiser is None else denoiser).to(device).eval()
@@ -80,7 +76,7 @@ class SequenceModel(Letters, Saved):
         *,
         spec: Mapping[str, Any] | None = None,
         seed: int = 0,
-        device: str | torch.device = "cpu",
+        device: Device = "cpu",
     ) -> Self:
         """An untrained model of a task's alphabet and length.
 
@@ -350,9 +346,7 @@ class SequenceModel(Letters, Saved):
         }
 
     @classmethod
-    def _made_of(
-        cls, config: dict[str, Any], files: Mapping[str, Any], device: str | torch.device
-    ) -> Self:
+    def _made_of(cls, config: dict[str, Any], files: Mapping[str, Any], device: Device) -> Self:
         spec = settings_of(SequenceSpec, config, cls.WHAT)
         denoiser = spec.make_denoiser()
         denoiser.load_state_dict(files["model.safetensors"])

@@ -27,7 +27,7 @@ from diffpolicy.sequences.task import SequenceTask, check_tokens
 from diffpolicy.settings import check_range
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.process import seeded
-from diffpolicy.training.saved import Saved, find_bundle, part_of
+from diffpolicy.training.saved import Device, Saved, find_bundle, part_of
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.train import train
 
@@ -79,9 +79,7 @@ class Oracle(Saved, nn.Module):
         }
 
     @classmethod
-    def _made_of(
-        cls, config: dict[str, Any], files: Mapping[str, Any], device: str | torch.device
-    ) -> Self:
+    def _made_of(cls, config: dict[str, Any], files: Mapping[str, Any], device: Device) -> Self:
         oracle = cls(config["network"])
         oracle.load_state_dict(files["model.safetensors"])
         return oracle.to(device).frozen()
@@ -126,7 +124,7 @@ def train_oracles(
     network: Mapping[str, Any] | None = None,
     surrogate: bool = False,
     overwrite: bool = False,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
 ) -> Oracles:
     """The rewards of a task, learned where it has measurements alone.
 
@@ -174,7 +172,7 @@ def _settle(
     known: tuple[Any, Any],
     test: tuple[Any, Any],
     overwrite: bool,
-    device: str | torch.device,
+    device: Device,
 ) -> None:
     """Train the oracle of ``folder`` unless it is there already, begun or whole."""
     digest, done = _digest(head, config, *known), _known_digest(folder / "oracle")

@@ -22,7 +22,7 @@ from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import Batch
 from diffpolicy.networks.critics import QEnsemble
 from diffpolicy.settings import check_choice, check_range, check_settings, ranged, settings_of
-from diffpolicy.training.saved import Saved, part_of
+from diffpolicy.training.saved import Device, Saved, part_of
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.sources import Source
 from diffpolicy.training.train import train
@@ -89,7 +89,7 @@ class LearnedJudge(Saved):
         normalizer: Normalizer,
         network: QEnsemble | None = None,
         *,
-        device: str | torch.device = "cpu",
+        device: Device = "cpu",
     ) -> None:
         self.spec, self.normalizer = spec, normalizer.to(device)
         self.network: QEnsemble = (spec.make_network() if network is None else network).to(device)
@@ -141,9 +141,7 @@ class LearnedJudge(Saved):
         }
 
     @classmethod
-    def _made_of(
-        cls, config: dict[str, Any], files: Mapping[str, Any], device: str | torch.device
-    ) -> Self:
+    def _made_of(cls, config: dict[str, Any], files: Mapping[str, Any], device: Device) -> Self:
         normalizer = Normalizer.from_parts(config["normalizer"], files["normalizer.safetensors"])
         made = cls(settings_of(cls.SPEC, config["spec"], cls.WHAT), normalizer, device=device)
         made._take(files)

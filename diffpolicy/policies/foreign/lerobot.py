@@ -145,10 +145,7 @@ def _scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _normalisation(
-    path: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    cameras: Iterable[str],
+    path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], cameras: Iterable[str]
 ) -> tuple[dict[str, str], Statistics]:
     """Mode and statistics per feature: from buffers in the weights, else from the processors."""
     old: dict[str, Any] = {}
