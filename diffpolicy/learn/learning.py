@@ -275,7 +275,7 @@ def objective(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
         how["weights"] = policy.layout.weights(**first, next_obs=learning.next_obs_weight)
         how["layout"] = policy.layout
     if spec.level_law == "position":
-        how["ramp"] = Ramp(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
+        how["ramp"] = Ramp(**spec.sizes)
     denoising = DenoisingLoss(denoiser, level_law=spec.level_law, **how)
     if not len(heads):
         return denoising

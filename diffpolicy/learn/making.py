@@ -156,8 +156,7 @@ def fit_anchors(
 
 def _windows(spec: PolicySpec, store: EpisodeStore, **how: Any) -> Windows:
     """All windows of a store, for plans as a policy says them."""
-    sizes = {n: getattr(spec, n) for n in ("horizon", "n_obs_steps", "n_action_steps")}
-    return Windows(store, **sizes, actions=spec.representation, **how)
+    return Windows(store, **spec.sizes, actions=spec.representation, **how)
 
 
 def check_choices(spec: PolicySpec, actions: Mapping[str, Any], name: str) -> None:

@@ -124,7 +124,7 @@ def pair_plans(
     check_plain(spec)
     check_replaceable(prefs_path)
     rows = _rows(episodes, settings.every)
-    windows = Windows(episodes, **sizes_of(spec), normalizer=policy.normalizer.to("cpu"))
+    windows = Windows(episodes, **spec.sizes, normalizer=policy.normalizer.to("cpu"))
     worth = in_own_units(reward, spec, policy.normalizer)
     noise = torch.Generator(policy.device).manual_seed(seed)
     pairs: list[Pair] = []
@@ -145,7 +145,7 @@ def pair_plans(
             bar.update(len(some))
     if not pairs:
         raise ValueError("no pairs: by this value all plans of an observation are worth the same")
-    attrs = {**sizes_of(spec), "plans": asdict(settings), "seed": seed}
+    attrs = {**spec.sizes, "plans": asdict(settings), "seed": seed}
     return _written(pairs, store_path, prefs_path, {"made_by": MADE_BY, **attrs})
 
 
@@ -161,12 +161,6 @@ def check_plain(spec: PolicySpec) -> None:
         raise ValueError(f"own plans are drawn without guidance at temperature 1, not with {how}")
 
 
-def sizes_of(spec: PolicySpec) -> dict[str, Any]:
-    """What a policy must share with that whose plans it learns from."""
-    names = ("horizon", "n_obs_steps", "n_action_steps")
-    return {name: getattr(spec, name) for name in names}
-
-
 def check_readable(preferences: PreferenceSet, spec: PolicySpec) -> None:
     """Raise ``ValueError`` if preferences are plans of a policy that plans otherwise.
 
@@ -174,9 +168,9 @@ def check_readable(preferences: PreferenceSet, spec: PolicySpec) -> None:
     """
     if preferences.attrs.get("made_by") != MADE_BY:
         return
-    theirs = {name: preferences.attrs.get(name) for name in sizes_of(spec)}
-    if theirs != sizes_of(spec):
-        own = f"this one has {sizes_of(spec)}; draw its own (plans=...)"
+    theirs = {name: preferences.attrs.get(name) for name in spec.sizes}
+    if theirs != spec.sizes:
+        own = f"this one has {spec.sizes}; draw its own (plans=...)"
         raise ValueError(f"{preferences.name} holds plans of a policy with {theirs}, {own}")
 
 

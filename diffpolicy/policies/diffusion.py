@@ -66,14 +66,8 @@ class DiffusionPlanner(ChunkedPolicy):
         anchors: Anchors | None = None,
         heads: nn.ModuleDict | None = None,
     ) -> None:
-        super().__init__(
-            obs_dim=spec.obs_dim,
-            action_dim=spec.action_dim,
-            horizon=spec.horizon,
-            n_obs_steps=spec.n_obs_steps,
-            n_action_steps=spec.n_action_steps,
-            observations=spec.observed,
-        )
+        entries: dict[str, Any] = {"obs_dim": spec.obs_dim, "action_dim": spec.action_dim}
+        super().__init__(**entries, **spec.sizes, observations=spec.observed)
         check_normalizer(spec, normalizer)
         self.spec, self.layout = spec, spec.plan_layout
         self.plan_dim = self.layout.parts[0] + spec.planned_dim

@@ -29,6 +29,8 @@ from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.settings import check_range, check_shape, from_values, named_settings
 
+SIZES = ("horizon", "n_obs_steps", "n_action_steps")
+
 
 @named_settings
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +183,11 @@ class PolicySpec:
                 # Flattened images would be tens of thousands of floats.
                 + ("" if images else ", or wrap it in gymnasium.wrappers.FlattenObservation")
             )
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """``horizon``, ``n_obs_steps`` and ``n_action_steps``, by these names."""
+        return {name: getattr(self, name) for name in SIZES}
 
     @property
     def observed(self) -> ObsFields:

@@ -144,7 +144,7 @@ class StreamingPlanner(DiffusionPlanner):
         if trained is not None and trained != spec.n_action_steps:
             other = f"n_action_steps={spec.n_action_steps}"
             raise ValueError(f"this policy was trained to stream chunks of {trained}, not {other}")
-        self.ramp = Ramp(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
+        self.ramp = Ramp(**spec.sizes)
         super().__init__(spec, denoiser, normalizer)
         self._constant = self._first_action()
 
