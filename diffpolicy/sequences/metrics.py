@@ -149,9 +149,9 @@ def hacking_warning(reward: Sequence[float], held_out: Sequence[float]) -> str |
     evaluation neither raises nor hides an alarm. Let ``peak`` be the row in which the held-out
     reward was highest. There is a warning if that was at least two rows ago (``PATIENCE``), the
     training oracle has risen since, and the held-out reward has fallen since by more than a tenth
-    (``TOLERANCE``) of the whole rise of the training oracle. Both rewards estimate the same quantity, so the
-    latter is the scale of what tuning claims to have gained; the noise of a held-out reward that is
-    merely flat is small against it.
+    (``TOLERANCE``) of the whole rise of the training oracle. Both rewards estimate the same
+    quantity, so the latter is the scale of what tuning claims to have gained; the noise of a
+    held-out reward that is merely flat is small against it.
 
     Args:
         reward: under the training oracle at every evaluation, oldest first (medians, say).

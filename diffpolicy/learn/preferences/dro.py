@@ -200,13 +200,12 @@ class DROLoss(Referenced):
     def draw(self, batch: Batch, generator: torch.Generator) -> Contrast:
         """Negatives for a batch of demonstrations, and both at the same levels."""
         settings, policy = self.settings, self.policy
-        how: dict[str, Any] = {"states": settings.states, "noised": settings.negative == "noised"}
         if isinstance(policy, MaskedDenoiser):
             tokens, cond = batch["tokens"].long(), batch.get("cond")
-            return contrast_sequences(policy, settings.num_steps, tokens, cond, generator, **how)
+            return contrast_sequences(policy, settings, tokens, cond, generator)
         assert isinstance(policy, Denoiser)
-        cond, how["jitter"] = policy.encode(from_fields(batch)).detach(), settings.jitter
-        return contrast_plans(policy, settings, batch["action"], cond, generator, **how)
+        cond = policy.encode(from_fields(batch)).detach()
+        return contrast_plans(policy, settings, batch["action"], cond, generator)
 
     # ---------------------------------------------------------------- errors
 
