@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, Unpack
@@ -31,15 +31,14 @@ from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.training.checkpoint import write_bundle
-from diffpolicy.training.saved import find_policy, policy_files
+from diffpolicy.training.saved import find_policy, part_of, policy_files
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.sources import Source
-from diffpolicy.training.trainer import Running, Trainer, TrainResult
-from diffpolicy.training.weights import unchanged_on_error
+from diffpolicy.training.train import train
+from diffpolicy.training.trainer import Running, TrainResult
 
 Place = str | os.PathLike[str]
 Stored = EpisodeStore | Place | Sequence[Place | Mapping[str, Any]]
-Evaluate = Callable[[Path, int], Mapping[str, float]]
 
 
 class DiffusionPolicy(DiffusionPlanner):
@@ -99,9 +98,7 @@ class DiffusionPolicy(DiffusionPlanner):
         val_fraction: float = 0.02,
         max_episodes: int | None = None,
         learning: Learning | None = None,
-        evaluate: Evaluate | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
+        **run: Unpack[Running],
     ) -> Self:
         """Train denoiser and heads on stored episodes; ends with the averaged (EMA) weights.
 
@@ -112,28 +109,22 @@ class DiffusionPolicy(DiffusionPlanner):
             val_fraction: fraction of the episodes held out for the validation loss.
             max_episodes: use the first so many episodes (of each store) only.
             learning: what is learned beyond behaviour cloning: actor-critics, weights of losses.
-            evaluate: called with a policy directory and the step; its ``score`` decides the best.
-            resume: continue the run in ``run_dir`` exactly where it stopped.
-            overwrite: replace an earlier run in ``run_dir``.
+            **run: ``evaluate``, called with a policy directory and the step, whose ``score``
+                decides the best; ``resume`` the run in ``run_dir`` exactly where it stopped;
+                ``overwrite`` an earlier one there.
 
         Returns:
             self; ``last_training`` tells the steps done, seconds, and whether it was interrupted.
         """
         episodes = open_store(store)
         usable = usable_episodes(self.spec, episodes, max_episodes)
-        train, val = split_store(episodes, usable, val_fraction, config.seed)
+        training, val = split_store(episodes, usable, val_fraction, config.seed)
         how = Learning() if learning is None else learning
         shared = self.spec, self.normalizer.to("cpu"), episodes, how
+        run["val_source"] = examples(*shared, val.tolist()) if len(val) else None
+        source = examples(*shared, training.tolist())
         return self.fit(
-            objective(self, how),
-            examples(*shared, train.tolist()),
-            config,
-            run_dir,
-            val_source=examples(*shared, val.tolist()) if len(val) else None,
-            evaluate=evaluate,
-            about={"learning": how},
-            resume=resume,
-            overwrite=overwrite,
+            objective(self, how), source, config, run_dir, about={"learning": how}, **run
         )
 
     def fit(
@@ -142,6 +133,7 @@ class DiffusionPolicy(DiffusionPlanner):
         source: Source,
         config: TrainerConfig,
         run_dir: Place,
+        *,
         about: Mapping[str, Any] | None = None,
         **run: Unpack[Running],
     ) -> Self:
@@ -162,20 +154,8 @@ class DiffusionPolicy(DiffusionPlanner):
                 "policy.denoiser"
             )
         own = {"policy": self.spec, "normalizer": self.normalizer, "anchors": self.anchors}
-        with unchanged_on_error(self.denoiser, self.heads):
-            result = Trainer(
-                objective,
-                source,
-                config,
-                run_dir,
-                export=self._bundle,
-                identity={**own, **(about or {})},
-                **run,
-            ).fit()
-            objective.load_state_dict(result.ema)
-            self.denoiser.eval()
-            self.heads.eval()
-        self.last_training = result
+        run_as: dict[str, Any] = {"export": self._bundle, "identity": {**own, **(about or {})}}
+        self.last_training = train(objective, source, config, run_dir, **run_as, **run)
         self._loops = self._made_loops()  # compiled ones hold the old weights
         return self
 
@@ -240,12 +220,8 @@ class DiffusionPolicy(DiffusionPlanner):
 
     def _bundle(self, objective_state: Mapping[str, Tensor]) -> dict[str, Any]:
         """The files of this policy with other weights; heads that are not trained stay."""
-        parts = [
-            {k.removeprefix(p): v for k, v in objective_state.items() if k.startswith(p)}
-            for p in ("denoiser.", "heads.")
-        ]
-        weights = merged_state(self.denoiser, parts[0])
-        heads = parts[1] or self.heads.state_dict()
+        weights = merged_state(self.denoiser, part_of(objective_state, "denoiser"))
+        heads = part_of(objective_state, "heads") or self.heads.state_dict()
         return policy_files(self.spec, weights, self.normalizer, self.anchors, heads)
 
     def save(self, path: Place) -> Path:

@@ -31,7 +31,7 @@ from diffpolicy.learn.cloning.planners import DraftLoss, InverseDynamicsLoss, Su
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.imagined import Imagined
 from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.settings import check_range, named_settings, settings_of
+from diffpolicy.settings import check_settings, named_settings, ranged, settings_of
 from diffpolicy.training.sources import Source, Weighted
 
 
@@ -63,7 +63,7 @@ class Learning:
     """
 
     actor_critic: ActorCritic | None = None  # or its plain values
-    discount: float = 0.99
+    discount: float = ranged("(0, 1]", 0.99)
     reward_scale: float | str = 1.0
     reward_shift: float = 0.0
     first_action_weight: float = 1.0
@@ -78,7 +78,7 @@ class Learning:
         if isinstance(given, Mapping):
             made = settings_of(ActorCritic, given, "actor_critic")
             object.__setattr__(self, "actor_critic", made)
-        check_range("(0, 1]", discount=self.discount)
+        check_settings(self)
         scale = self.reward_scale
         if isinstance(scale, str) and scale != "return_range":
             raise ValueError(f"reward_scale must be a number or 'return_range', got {scale!r}")
@@ -275,7 +275,7 @@ def objective(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
         how["weights"] = policy.layout.weights(**first, next_obs=learning.next_obs_weight)
         how["layout"] = policy.layout
     if spec.level_law == "position":
-        how["ramp"] = Ramp(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
+        how["ramp"] = Ramp(**spec.sizes)
     denoising = DenoisingLoss(denoiser, level_law=spec.level_law, **how)
     if not len(heads):
         return denoising

@@ -26,7 +26,7 @@ from diffpolicy.learn.adapters import add_adapters, merge_adapters
 from diffpolicy.learn.learning import Learning, examples, usable_episodes
 from diffpolicy.learn.method import READABLE, Method
 from diffpolicy.learn.methods import method_of
-from diffpolicy.learn.plan_pairs import PlanReward, check_readable, in_own_units, sizes_of
+from diffpolicy.learn.plan_pairs import PlanReward, check_readable, in_own_units
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.sources import ChosenWindows, Mixed, Source, Turns, in_any_order
@@ -177,7 +177,7 @@ class PlanMaterial:
 
     def _windows(self) -> dict[str, Any]:
         normal = self.normalizer.to("cpu")
-        return {"normalizer": normal, "windows": self.data.windows, **sizes_of(self.spec)}
+        return {"normalizer": normal, "windows": self.data.windows, **self.spec.sizes}
 
     def _of_episodes(self, store: EpisodeStore, most: int | None) -> Source:
         episodes = usable_episodes(self.spec, store, most).tolist()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.data.observation import from_fields, holds
+from diffpolicy.settings import check_settings
 
 Batch = Mapping[str, Tensor]
 """What an objective learns from: tensors of as many rows each, by name."""
@@ -19,11 +20,17 @@ Reward = Callable[..., Tensor]
 READABLE = ("pairs", "labels", "observations", "demonstrations", "reward")
 
 
-def check_rewards(reward: Tensor, items: Tensor) -> None:
-    """Raise ``ValueError`` unless there is one number for each item."""
-    if reward.shape != items.shape[:1]:
-        shape = list(reward.shape)
+def judged(reward: Reward, items: Tensor, cond: Tensor | None = None) -> Tensor:
+    """The reward of items ``[B]``, given their condition if there is one.
+
+    Raises:
+        ValueError: unless it is one number for each.
+    """
+    value = reward(items) if cond is None else reward(items, cond)
+    if value.shape != items.shape[:1]:
+        shape = list(value.shape)
         raise ValueError(f"a reward returns one number per item, [{len(items)}]; got {shape}")
+    return value
 
 
 def check_sizes(what: str, module: object, other: str, **sizes: int | None) -> None:
@@ -102,6 +109,9 @@ class Method:
 
     command: ClassVar[str] = "tune"
     items: ClassVar[str] = "plans"
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def reads(self) -> frozenset[str]:
         """What the method cannot do without, some of ``READABLE``."""

@@ -15,7 +15,7 @@ from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.guidance.pinned import Pinned
 from diffpolicy.guidance.value import ValueGuidance, head_value
 from diffpolicy.policies.base import Array
-from diffpolicy.settings import check_range, check_shape, named_settings
+from diffpolicy.settings import check_range, check_settings, check_shape, named_settings, ranged
 
 if TYPE_CHECKING:
     from diffpolicy.data.normalize import Normalizer
@@ -42,12 +42,12 @@ class Returns:
     """
 
     target: float = 1.0
-    discount: float = 0.99
+    discount: float = ranged("(0, 1]", 0.99)
     low: float | None = None
     high: float | None = None
 
     def __post_init__(self) -> None:
-        check_range("(0, 1]", discount=self.discount)
+        check_settings(self)
         if self.low is not None and self.high is not None and not self.low < self.high:
             raise ValueError(f"returns.low must be below high, got {self.low} and {self.high}")
 

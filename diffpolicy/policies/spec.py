@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from diffpolicy.core.denoiser import Denoiser
@@ -28,7 +27,9 @@ from diffpolicy.policies.imagined import Imagined, check_imagined
 from diffpolicy.policies.planners import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.truncated import Truncated
-from diffpolicy.settings import from_values, named_settings
+from diffpolicy.settings import check_range, check_shape, from_values, named_settings
+
+SIZES = ("horizon", "n_obs_steps", "n_action_steps")
 
 
 @named_settings
@@ -184,6 +185,11 @@ class PolicySpec:
             )
 
     @property
+    def sizes(self) -> dict[str, Any]:
+        """``horizon``, ``n_obs_steps`` and ``n_action_steps``, by these names."""
+        return {name: getattr(self, name) for name in SIZES}
+
+    @property
     def observed(self) -> ObsFields:
         """What a step's observation is made of."""
         return self.observations.get("") or self.observations or ObsField((self.obs_dim,))
@@ -203,15 +209,12 @@ class PolicySpec:
             "observation_step": (self.observation_step, "obs_dim"),
         }
         for name, (values, size) in per_entry.items():
-            if values is not None and len(values) != getattr(self, size):
-                raise ValueError(
-                    f"{name} must have {size}={getattr(self, size)} entries, got {len(values)}"
+            if values is not None:
+                check_shape(
+                    f"{name} (one for each of {size})", (len(values),), (getattr(self, size),)
                 )
         for gripper in self.grippers:
-            if gripper.dim >= self.action_dim:
-                raise ValueError(
-                    f"gripper dimension {gripper.dim} is not below action_dim={self.action_dim}"
-                )
+            check_range(f"[0, {self.action_dim})", **{"gripper.dim": gripper.dim})
         if self.actions and (self.plan_layout.pinned or self.heads):
             raise ValueError(
                 f"action groups (policy.actions, or those of a store whose actions choose) go with "
@@ -344,13 +347,7 @@ def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
     """Raise ``ValueError`` unless the normaliser fits the policy's shapes and its clipping."""
     dims = {k: f.size for k, f in by_store_field(spec.observed).items() if not f.is_image}
     for name, dim in (dims | {"action": spec.planned_dim}).items():
-        if name not in normalizer.fields:
-            raise ValueError(
-                f"the normaliser has no field {name!r} (it has {sorted(normalizer.fields)})"
-            )
-        got = tuple(normalizer.normalize(name, torch.zeros(1, dim)).shape)
-        if got != (1, dim):
-            raise ValueError(f"the normaliser's field {name!r} does not have dimension {dim}")
+        check_shape(f"the normaliser's field {name!r}", normalizer.shape(name), (dim,))
     held = {"trajectory": ("obs", "action"), "state": ("obs",)}.get(spec.layout, ("action",))
     held += () if spec.imagined is None else spec.imagined.vectors
     for name in held if spec.clip else ():

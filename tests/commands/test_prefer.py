@@ -320,7 +320,7 @@ def test_runs_are_compared_by_episode(trained, tmp_path, capsys, rollouts):
         ([*ONLINE, "judge=null"], "judges the policy's own plans"),
         (["method=dpo", "plans={every: 2}", *COLLECT], "judges the policy's own plans"),
         (["method=dpo", "plans={every: 90}", *ONLINE[2:]], "no episode is longer than 20"),
-        (["method=dpo", "plans={evry: 2}", *ONLINE[2:]], "plans has no setting 'evry'"),
+        (["method=dpo", "plans={evry: 2}", *ONLINE[2:]], "unknown key 'plans.evry'; did you mean"),
         ([*ONLINE, "judge.reward=dense"], "no method dense_reward"),
         ([*ONLINE, "judge.reward=mine"], "unknown judge.reward 'mine'"),
         ([*ONLINE, "judge.lookahead=0"], "lookahead must be at least 1"),
