@@ -19,9 +19,7 @@ def sheet_path(store: Path, suffix: str) -> Path:
     return store.with_name(f"{store.name.removesuffix('.zarr')}.datasheet{suffix}")
 
 
-def datasheet(
-    store: EpisodeReader, name: str, recipe: Any, digest: str, maker: str
-) -> dict[str, Any]:
+def datasheet(store: EpisodeReader, name: str, recipe: Any, digest: str) -> dict[str, Any]:
     """Say what a data set is, as JSON values that depend on the set and its recipe alone.
 
     Args:
@@ -29,7 +27,6 @@ def datasheet(
         name: of the recipe.
         recipe: with the number of episodes and the arguments that were asked for.
         digest: see :func:`~diffpolicy.data.store_digest.store_digest`.
-        maker: the distribution that declares the recipe.
 
     Returns:
         ``returns`` and ``lengths`` are over the kept episodes, ``expert`` over all that were tried.
@@ -42,7 +39,7 @@ def datasheet(
     return {
         "name": name,
         "about": recipe.about,
-        "maker": f"{maker} {attrs['versions'].get(maker, '')}".strip(),
+        "maker": attrs["maker"],
         "command": _command(name, recipe),
         "licence": recipe.licence,
         "settings": attrs["recipe"],
