@@ -128,3 +128,22 @@ def import_pusht() -> ModuleType:
             f"gym-pusht is installed but cannot be imported ({error}). "
             'Run: pip install --force-reinstall "diffpolicy[pusht]"'
         ) from error
+
+
+def import_metaworld() -> ModuleType:
+    """Import Meta-World.
+
+    Returns:
+        The module ``metaworld``, with ``env_dict`` and ``policies``.
+
+    Raises:
+        DependencyNotInstalled: it is missing or broken.
+    """
+    why = "is not installed"
+    if installed_version("metaworld") is not None:
+        try:
+            importlib.import_module("metaworld.policies")
+            return importlib.import_module("metaworld")
+        except (ImportError, OSError, AttributeError) as error:
+            why = f"is installed but cannot be imported ({error})"
+    raise DependencyNotInstalled(f'metaworld {why}. Run: pip install "diffpolicy[metaworld]"')
