@@ -38,6 +38,7 @@ ENV_IDS = (
     "diffpolicy/RNAFolding-v0",
     "diffpolicy/SpliceSite-v0",
     "diffpolicy/TFBind8-v0",
+    "diffpolicy/OCBench-v0",
 )
 """The ids this package registers."""
 
@@ -50,6 +51,7 @@ def _register() -> None:
     ant, kitchen = (f"diffpolicy_envs.d4rl_tasks:{name}Env" for name in ("AntMaze", "Kitchen"))
     slider = ["microwave", "kettle", "light switch", "slide cabinet"]  # complete and partial
     burner = ["microwave", "kettle", "bottom burner", "light switch"]  # mixed
+    ocbench = "diffpolicy_envs.ocbench:OCBenchEnv"
     design = "diffpolicy_envs.sequences.env:SequenceDesignEnv"  # ends by itself after one step
     entries: tuple[tuple[str, str | None, int | None, dict[str, object]], ...] = (
         ("Cameras", None, None, {}),  # in an environment of another package, which knows its limit
@@ -73,10 +75,11 @@ def _register() -> None:
         ("RNAFolding", design, None, {"task": "rna_folding"}),
         ("SpliceSite", design, None, {"task": "splice_site"}),
         ("TFBind8", design, None, {"task": "tfbind8"}),
+        ("OCBench", ocbench, None, {}),  # its limit is the task's
     )
     for name, entry_point, steps, kwargs in entries:
         env_id = f"diffpolicy/{name}-v0"
-        if entry_point in (None, fetch, moving, maze, ant, kitchen):  # may be seen by cameras
+        if entry_point in (None, fetch, moving, maze, ant, kitchen, ocbench):  # may be seen by cameras
             kwargs = {"home": entry_point, **kwargs}
             entry_point = "diffpolicy_envs.cameras:make"
         if env_id not in gym.registry:

@@ -128,3 +128,23 @@ def import_pusht() -> ModuleType:
             f"gym-pusht is installed but cannot be imported ({error}). "
             'Run: pip install --force-reinstall "diffpolicy[pusht]"'
         ) from error
+
+
+def import_ocbench() -> None:
+    """Import ocbench, which registers its environments on import.
+
+    Raises:
+        DependencyNotInstalled: it is missing or broken.
+    """
+    if installed_version("ocbench") is None or installed_version("mujoco") is None:
+        raise DependencyNotInstalled(
+            'ocbench or mujoco is not installed. Run: pip install "diffpolicy[ocbench]"'
+        )
+    try:
+        importlib.import_module("ocbench")
+        importlib.import_module("ocbench.oracles")
+    except (ImportError, OSError, AttributeError) as error:  # as of import_robotics
+        raise DependencyNotInstalled(
+            f"ocbench is installed but cannot be imported ({error}). "
+            'Run: pip install --force-reinstall "diffpolicy[ocbench]"'
+        ) from error
