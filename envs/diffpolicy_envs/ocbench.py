@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffpolicy_envs.base import Action, FlatEnv, Info, Observation
+from diffpolicy_envs.recipes import Recipe
 from diffpolicy_envs.simulators import import_ocbench
 
 _KINDS: Mapping[str, Mapping[str, int]] = {
@@ -159,3 +160,6 @@ def _lent(rng: np.random.Generator) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(state)  # noqa: NPY002
+
+
+RECIPES: dict[str, Recipe] = {}

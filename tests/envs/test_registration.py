@@ -32,12 +32,13 @@ def test_an_unknown_id_is_gymnasiums_error() -> None:
 def test_import_needs_gymnasium_and_numpy_alone() -> None:
     code = """
 import sys
-for name in ("mujoco", "gymnasium_robotics", "gym_pusht", "pymunk", "torch", "zarr", "diffpolicy"):
+others = ("gym_pusht", "pymunk", "torch", "zarr", "diffpolicy", "ocbench")
+for name in ("mujoco", "gymnasium_robotics", *others):
     sys.modules[name] = None
 import diffpolicy_envs, numpy
 assert diffpolicy_envs.observation_from_state(numpy.zeros((2, 5))).shape == (2, 26)
 import diffpolicy_envs.fetch, diffpolicy_envs.pointmaze, diffpolicy_envs.pusht
-import diffpolicy_envs.sequences
+import diffpolicy_envs.sequences, diffpolicy_envs.ocbench
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
