@@ -98,13 +98,14 @@ class OCBenchEnv(FlatEnv):
         ).unwrapped
         raw, self._info = simulator.reset(seed=0)  # compiles the model, which cameras ask for
         super().__init__(simulator, len(raw), render_mode)
-        self.metadata = {
+        self.metadata = {  # type: ignore[misc]  # the lite tasks have a rate of their own
             "render_modes": ["rgb_array"],
             "render_fps": round(1 / simulator.control_timestep()),
             "packages": ["ocbench", "mujoco", "dm-control"],
         }
         self.max_episode_steps = int(spec.max_episode_steps or 0)
-        self._family, self._raw, self._controller = family, raw, None
+        self._family, self._raw = family, raw
+        self._controller: Any = None
         self._steps, self._return = 0, 0.0
 
     def reset(

@@ -1,4 +1,4 @@
-"""OCBench: the benchmark's own tasks, limits and successes; controllers that depend on seeds alone."""
+"""OCBench: the benchmark's tasks, limits and successes; controllers that depend on seeds alone."""
 
 from __future__ import annotations
 
