@@ -170,7 +170,7 @@ _WORK = {
     "hanoi": "a tower of Hanoi, moved disk by disk; of the moves 0.2 % are mistakes",
     "bowling": "a ball pushed at ten pins, each time in another way",
 }
-# The package's name of what is to be done; the length of an observation; of the controller's episodes
+# The package's name of what is to be done; the length of an observation; of the expert's episodes
 # the mean length, how many were solved, and of how many (ocbench 1.0.2, MuJoCo 3.3.0).
 _MEASURED: Mapping[str, tuple[str, int, int, int, int]] = {}
 
