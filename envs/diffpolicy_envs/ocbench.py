@@ -172,7 +172,34 @@ _WORK = {
 }
 # The package's name of what is to be done; the length of an observation; of the expert's episodes
 # the mean length, how many were solved, and of how many (ocbench 1.0.2, MuJoCo 3.3.0).
-_MEASURED: Mapping[str, tuple[str, int, int, int, int]] = {}
+_MEASURED: Mapping[str, tuple[str, int, int, int, int]] = {
+    "block-lite-single-task1": ("move", 28, 76, 195, 200),
+    "block-lite-double-task1": ("double_pnp", 37, 143, 3, 3),
+    "block-lite-double-task2": ("stack_anywhere", 37, 117, 3, 3),
+    "block-lite-triple-task1": ("triple_pnp", 46, 229, 3, 3),
+    "block-lite-triple-task2": ("stack_anywhere", 46, 210, 3, 3),
+    "block-lite-quadruple-task1": ("quadruple_pnp", 55, 346, 3, 3),
+    "block-lite-quadruple-task2": ("stack_anywhere", 55, 457, 3, 3),
+    "block-lite-quadruple-task3": ("grid", 55, 701, 2, 3),
+    "chamber-lite-easy-task1": ("open_all", 53, 160, 3, 3),
+    "chamber-lite-easy-task2": ("put_in", 53, 326, 3, 3),
+    "chamber-lite-easy-task3": ("take_out", 53, 288, 3, 3),
+    "chamber-lite-medium-task1": ("put_all_in", 62, 542, 2, 3),
+    "chamber-lite-medium-task2": ("stack_anywhere", 62, 441, 2, 3),
+    "chamber-lite-hard-task1": ("put_all_in", 71, 531, 3, 3),
+    "chamber-lite-hard-task2": ("stack_anywhere", 71, 487, 3, 3),
+    "switch-lite-3x3-task1": ("monochrome", 64, 288, 1, 3),
+    "switch-lite-3x3-task2": ("monochrome_drop", 64, 206, 1, 3),
+    "switch-lite-4x4-task1": ("monochrome", 99, 224, 1, 3),
+    "switch-lite-4x4-task2": ("monochrome_drop", 99, 258, 1, 3),
+    "switch-lite-5x5-task1": ("monochrome", 144, 618, 1, 3),
+    "switch-lite-5x5-task2": ("monochrome_drop", 144, 800, 0, 3),
+    "block-single-task1": ("move", 28, 762, 1, 1),
+    "block-double-task1": ("double_pnp", 37, 2500, 0, 1),
+    "block-double-task2": ("stack_anywhere", 37, 557, 1, 1),
+    "block-triple-task1": ("triple_pnp", 46, 3750, 0, 1),
+    "block-triple-task2": ("stack_anywhere", 46, 3750, 0, 1),
+}
 
 
 def _recipe(task: str) -> Recipe:
