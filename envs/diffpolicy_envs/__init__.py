@@ -39,6 +39,7 @@ ENV_IDS = (
     "diffpolicy/SpliceSite-v0",
     "diffpolicy/TFBind8-v0",
     "diffpolicy/MetaWorld-v0",
+    "diffpolicy/OCBench-v0",
 )
 """The ids this package registers."""
 
@@ -51,6 +52,7 @@ def _register() -> None:
     ant, kitchen = (f"diffpolicy_envs.d4rl_tasks:{name}Env" for name in ("AntMaze", "Kitchen"))
     slider = ["microwave", "kettle", "light switch", "slide cabinet"]  # complete and partial
     burner = ["microwave", "kettle", "bottom burner", "light switch"]  # mixed
+    ocbench = "diffpolicy_envs.ocbench:OCBenchEnv"
     design = "diffpolicy_envs.sequences.env:SequenceDesignEnv"  # ends by itself after one step
     metaworld = "diffpolicy_envs.metaworld:MetaWorldEnv"
     entries: tuple[tuple[str, str | None, int | None, dict[str, object]], ...] = (
@@ -76,10 +78,12 @@ def _register() -> None:
         ("SpliceSite", design, None, {"task": "splice_site"}),
         ("TFBind8", design, None, {"task": "tfbind8"}),
         ("MetaWorld", metaworld, 500, {}),
+        ("OCBench", ocbench, None, {}),  # its limit is the task's
     )
+    seen = {None, fetch, moving, maze, ant, kitchen, metaworld, ocbench}  # by cameras, if wanted
     for name, entry_point, steps, kwargs in entries:
         env_id = f"diffpolicy/{name}-v0"
-        if entry_point in (None, fetch, moving, maze, ant, kitchen, metaworld):  # may be seen by cameras
+        if entry_point in seen:
             kwargs = {"home": entry_point, **kwargs}
             entry_point = "diffpolicy_envs.cameras:make"
         if env_id not in gym.registry:

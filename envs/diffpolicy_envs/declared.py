@@ -11,7 +11,15 @@ No simulator is imported here.
 
 from __future__ import annotations
 
-from diffpolicy_envs import fetch, fetch_moving, metaworld, pointmaze, pusht, pusht_disturbed
+from diffpolicy_envs import (
+    fetch,
+    fetch_moving,
+    metaworld,
+    ocbench,
+    pointmaze,
+    pusht,
+    pusht_disturbed,
+)
 from diffpolicy_envs.recipes import Recipe
 
 # A new family is one line: its module has RECIPES, by names such as "family/task".
@@ -22,6 +30,7 @@ FAMILIES = (
     pointmaze,
     pusht,
     pusht_disturbed,
+    ocbench,
 )
 
 RECIPES: dict[str, Recipe] = {

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffpolicy_envs.recipes import Recipe
-from diffpolicy_envs.simulators import import_metaworld
+from diffpolicy_envs.simulators import import_benchmark
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "easy": (
@@ -140,7 +140,7 @@ class MetaWorldEnv(gym.Env[Any, NDArray[np.float32]]):
         if after_success < 0:
             raise ValueError(f"after_success must be a number of steps, got {after_success}")
         chosen = _names([task or "pick-place"] if tasks is None else tasks)
-        self._package = import_metaworld()
+        self._package = import_benchmark("metaworld", "policies")
         if isinstance(tasks, str):
             members = getattr(self._package.env_dict, f"{tasks}_V3")
             chosen = tuple(name.removesuffix("-v3") for name in members)
@@ -178,9 +178,7 @@ class MetaWorldEnv(gym.Env[Any, NDArray[np.float32]]):
         self._left: int | None = None
         return self._observation(), {"is_success": False, "task": self.tasks[self._number]}
 
-    def step(
-        self, action: NDArray[np.float32]
-    ) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[np.float32]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Advance one control step of 0.0125 s; see `gymnasium.Env.step`.
 
         Args:

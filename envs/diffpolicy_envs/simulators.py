@@ -130,20 +130,21 @@ def import_pusht() -> ModuleType:
         ) from error
 
 
-def import_metaworld() -> ModuleType:
-    """Import Meta-World.
+def import_benchmark(name: str, *modules: str) -> ModuleType:
+    """Import a package of benchmarks, and modules of it; the extra of its name installs it.
 
     Returns:
-        The module ``metaworld``, with ``env_dict`` and ``policies``.
+        The package.
 
     Raises:
         DependencyNotInstalled: it is missing or broken.
     """
     why = "is not installed"
-    if installed_version("metaworld") is not None:
+    if installed_version(name) is not None:
         try:
-            importlib.import_module("metaworld.policies")
-            return importlib.import_module("metaworld")
-        except (ImportError, OSError, AttributeError) as error:
+            for module in modules:
+                importlib.import_module(f"{name}.{module}")
+            return importlib.import_module(name)
+        except (ImportError, OSError, AttributeError) as error:  # as of import_robotics
             why = f"is installed but cannot be imported ({error})"
-    raise DependencyNotInstalled(f'metaworld {why}. Run: pip install "diffpolicy[metaworld]"')
+    raise DependencyNotInstalled(f'{name} {why}. Run: pip install "diffpolicy[{name}]"')

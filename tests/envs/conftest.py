@@ -14,11 +14,11 @@ PUSHT_DATA = Path(__file__).parents[3] / "shared/data/pusht/pusht_lowdim.zarr.zi
 
 
 @pytest.fixture
-def gymnasium_checks() -> Callable[[str], None]:
+def gymnasium_checks() -> Callable[..., None]:
     """Run Gymnasium's checks: seeds, spaces, types, determinism, no reused buffers."""
 
-    def run(env_id: str) -> None:
-        env = gym.make(f"diffpolicy_envs:{env_id}")
+    def run(env_id: str, **kwargs: Any) -> None:
+        env = gym.make(f"diffpolicy_envs:{env_id}", **kwargs)
         with warnings.catch_warnings():
             # Advice on infinite observation bounds and on pixels as actions; both are meant.
             warnings.simplefilter("ignore")

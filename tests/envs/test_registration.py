@@ -17,7 +17,8 @@ DESIGN = {
 
 def test_every_id_is_registered_with_a_time_limit_or_ends_by_itself() -> None:
     for env_id in diffpolicy_envs.ENV_IDS:
-        free = DESIGN | {"diffpolicy/Cameras-v0"}  # as the environment in which they are
+        # As the environment in which they are, or the task.
+        free = DESIGN | {"diffpolicy/Cameras-v0", "diffpolicy/OCBench-v0"}
         limits = (None,) if env_id in free else (50, 100, 280, 300, 600, 700, 800, 1000)
         assert gym.spec(env_id).max_episode_steps in limits
     assert set(diffpolicy_envs.ENV_IDS) >= DESIGN
@@ -31,12 +32,13 @@ def test_an_unknown_id_is_gymnasiums_error() -> None:
 def test_import_needs_gymnasium_and_numpy_alone() -> None:
     code = """
 import sys
-for name in ("mujoco", "gymnasium_robotics", "gym_pusht", "pymunk", "torch", "zarr", "diffpolicy"):
+others = ("gym_pusht", "pymunk", "torch", "zarr", "diffpolicy", "ocbench")
+for name in ("mujoco", "gymnasium_robotics", *others):
     sys.modules[name] = None
 import diffpolicy_envs, numpy
 assert diffpolicy_envs.observation_from_state(numpy.zeros((2, 5))).shape == (2, 26)
 import diffpolicy_envs.fetch, diffpolicy_envs.pointmaze, diffpolicy_envs.pusht
-import diffpolicy_envs.sequences
+import diffpolicy_envs.sequences, diffpolicy_envs.ocbench
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
