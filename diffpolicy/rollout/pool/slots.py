@@ -24,6 +24,7 @@ from diffpolicy.rollout.pool.values import (
     as_observation,
     as_reward,
     as_success,
+    as_task,
     to_native,
 )
 
@@ -52,6 +53,7 @@ class Outcome(NamedTuple):
         note: why no frame could be drawn, else empty.
         action: the clean action ``[A]`` float32 of a step of the environment's expert, which chose
             it; None for other steps.
+        task: the name in ``info["task"]``; None if there is none.
     """
 
     obs: Obs
@@ -62,6 +64,7 @@ class Outcome(NamedTuple):
     frame: np.ndarray | None = None
     note: str = ""
     action: np.ndarray | None = None
+    task: str | None = None
 
     @property
     def done(self) -> bool:
@@ -203,7 +206,8 @@ class EnvSlot:
         self._done, self._seed, self._expert = False, seed, None
         picture, note = self.render() if frame is True else (None, "")
         seen = self._seen(obs)
-        return Outcome(seen, 0.0, False, False, as_success(info), picture, note)
+        said = as_success(info)
+        return Outcome(seen, 0.0, False, False, said, picture, note, task=as_task(info))
 
     def step(self, action: np.ndarray, frame: Drawn = False) -> Outcome:
         """Take ``action [A]``; there is no automatic reset.
@@ -221,7 +225,8 @@ class EnvSlot:
         wanted = self._done if frame == "end" else frame
         picture, note = self.render() if wanted else (None, "")
         seen = self._seen(obs)
-        return Outcome(seen, value, *ended, as_success(info), picture, note)
+        said = as_success(info)
+        return Outcome(seen, value, *ended, said, picture, note, task=as_task(info))
 
     def expert_step(self, noise: float, frame: Drawn = False) -> Outcome:
         """Take the action of the environment's scripted expert, made noisier.

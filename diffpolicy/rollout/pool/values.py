@@ -130,6 +130,15 @@ def as_success(info: dict[str, Any]) -> bool | None:
     return any(known) if known else None
 
 
+def as_task(info: Mapping[str, Any]) -> str | None:
+    """The name of the task that ``info["task"]`` tells; None if it tells none.
+
+    Only text names a task: environments that know of no tasks use that key for other things.
+    """
+    value = info.get("task")
+    return str(value) if isinstance(value, str) and value else None
+
+
 def _said(key: str, value: Any) -> bool | None:
     if value is None:
         return None

@@ -47,11 +47,13 @@ class Track:
             ``terminated``, ``truncated`` and ``success`` (false where nothing was said).
         success: whether any step was a success; None if the environment never said.
         final_success: what it said at the last step.
+        task: the name of the episode's task, where the environment has several.
     """
 
     columns: dict[str, np.ndarray]
     success: bool | None
     final_success: bool | None
+    task: str | None = None
 
     @classmethod
     def of(cls, seen: Sequence[Obs], outcomes: Sequence[Outcome]) -> Track:
@@ -65,7 +67,8 @@ class Track:
             "truncated": np.array([one.truncated for one in outcomes]),
             "success": np.array([bool(one) for one in said]),
         }
-        return cls(columns, any(said) if set(said) != {None} else None, said[-1])
+        success = any(said) if set(said) != {None} else None
+        return cls(columns, success, said[-1], outcomes[0].task)
 
     def __len__(self) -> int:
         return len(self.columns["reward"])
