@@ -277,6 +277,7 @@ class EvalConfig:
     hold_ticks: int | None = None
     safe_action: list[float] = field(default_factory=list)
     output: str | None = None
+    report: bool = False
     deterministic: bool = False
     device: str = "auto"
     threads: int | None = None

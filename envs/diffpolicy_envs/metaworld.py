@@ -215,7 +215,7 @@ class MetaWorldEnv(gym.Env[Any, NDArray[np.float32]]):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that its displacements are larger than 1: clipped
             action = self._expert.get_action(self._raw)
-        return np.clip(action, -1.0, 1.0).astype(np.float32)
+        return np.asarray(np.clip(action, -1.0, 1.0), np.float32)
 
     def render(self) -> Any:
         """Draw the scene, uint8 [height, width, 3]; see `gymnasium.Env.render`."""

@@ -44,9 +44,9 @@ def collect(
     Executed is ``clip(clean + N(0, noise^2))``, on the dimensions of the environment's
     ``expert_noise_mask`` if it has one; stored is the clean action. Fields: ``obs`` (or
     ``obs.NAME`` of each entry of a ``Dict``), ``action`` (float32), ``reward``, ``terminated``,
-    ``truncated``. Attributes of each episode: ``seed``, ``success``, ``final_success``, ``return``.
-    The store's attribute ``collection`` says how many episodes were tried and kept and which seeds
-    failed.
+    ``truncated``. Attributes of each episode: ``seed``, ``success``, ``final_success``, ``return``,
+    and ``task`` where the environment tells one (``info["task"]``). The store's attribute
+    ``collection`` says how many episodes were tried and kept and which seeds failed.
 
     Args:
         spec: an environment that ships an expert: a method ``expert_action(rng) -> action [A]``
@@ -258,6 +258,7 @@ class _Report:
             success=result.success,
             final_success=result.final_success,
             **{"return": result.total},
+            **({} if result.task is None else {"task": result.task}),
         )
         self.kept += 1
 
