@@ -128,3 +128,23 @@ def import_pusht() -> ModuleType:
             f"gym-pusht is installed but cannot be imported ({error}). "
             'Run: pip install --force-reinstall "diffpolicy[pusht]"'
         ) from error
+
+
+def import_ogbench() -> None:
+    """Import OGBench's manipulation environments, which register themselves on import.
+
+    Raises:
+        DependencyNotInstalled: ogbench is missing or broken.
+    """
+    if installed_version("ogbench") is None:
+        raise DependencyNotInstalled(
+            'ogbench is not installed. Run: pip install "diffpolicy[ogbench]"'
+        )
+    try:
+        importlib.import_module("ogbench.manipspace")
+    except (ImportError, OSError, AttributeError) as error:
+        raise DependencyNotInstalled(
+            f"ogbench is installed but cannot be imported ({error}). "
+            'Run "diffpolicy doctor" to learn why; a fresh virtual environment with '
+            'pip install "diffpolicy[ogbench]" cures most cases.'
+        ) from error
