@@ -16,12 +16,13 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from diffpolicy.data.observation import Obs, ObsFields, from_fields, to_fields
+from diffpolicy.data.observation import Obs, ObsFields, from_fields, holds, to_fields
 from diffpolicy.rollout.env_spec import EnvSpec, action_ends, obs_fields
 from diffpolicy.rollout.pool.shared import Room
 from diffpolicy.rollout.pool.values import (
     as_flag,
     as_observation,
+    as_record,
     as_reward,
     as_success,
     to_native,
@@ -52,6 +53,8 @@ class Outcome(NamedTuple):
         note: why no frame could be drawn, else empty.
         action: the clean action ``[A]`` float32 of a step of the environment's expert, which chose
             it; None for other steps.
+        record: the arrays of ``info["record"]``, which belong to ``obs`` and may be stored beside
+            it; None if there are none.
     """
 
     obs: Obs
@@ -62,6 +65,7 @@ class Outcome(NamedTuple):
     frame: np.ndarray | None = None
     note: str = ""
     action: np.ndarray | None = None
+    record: dict[str, np.ndarray] | None = None
 
     @property
     def done(self) -> bool:
@@ -107,7 +111,8 @@ def to_flat(result: Result, rooms: tuple[Room, Room] | None = None) -> dict[str,
     """
     flat = {} if result is None else result._asdict()
     if isinstance(result, Outcome):
-        del flat["obs"]
+        del flat["obs"], flat["record"]
+        flat |= to_fields(result.record or {}, "record")
         seen = to_fields(result.obs)
         if rooms is not None:
             name = next(iter(rooms[0]))
@@ -124,7 +129,8 @@ def from_flat(flat: dict[str, Any], rooms: tuple[Room, Room] | None = None) -> R
     own = {name: value for name, value in flat.items() if name in Outcome._fields}
     if rooms is not None and flat:
         flat |= rooms[flat["room"]]
-    return Outcome(**{**own, "obs": from_fields(flat)}) if flat else None
+    record = from_fields(flat, "record") if holds(flat, "record") else None
+    return Outcome(**{**own, "obs": from_fields(flat), "record": record}) if flat else None
 
 
 class _Expert:
@@ -203,7 +209,8 @@ class EnvSlot:
         self._done, self._seed, self._expert = False, seed, None
         picture, note = self.render() if frame is True else (None, "")
         seen = self._seen(obs)
-        return Outcome(seen, 0.0, False, False, as_success(info), picture, note)
+        beside = as_record(info)
+        return Outcome(seen, 0.0, False, False, as_success(info), picture, note, record=beside)
 
     def step(self, action: np.ndarray, frame: Drawn = False) -> Outcome:
         """Take ``action [A]``; there is no automatic reset.
@@ -221,7 +228,8 @@ class EnvSlot:
         wanted = self._done if frame == "end" else frame
         picture, note = self.render() if wanted else (None, "")
         seen = self._seen(obs)
-        return Outcome(seen, value, *ended, as_success(info), picture, note)
+        beside = as_record(info)
+        return Outcome(seen, value, *ended, as_success(info), picture, note, record=beside)
 
     def expert_step(self, noise: float, frame: Drawn = False) -> Outcome:
         """Take the action of the environment's scripted expert, made noisier.
