@@ -11,7 +11,7 @@ No simulator is imported here.
 
 from __future__ import annotations
 
-from diffpolicy_envs import fetch, fetch_moving, pointmaze, pusht, pusht_disturbed
+from diffpolicy_envs import fetch, fetch_moving, ogbench, pointmaze, pusht, pusht_disturbed
 from diffpolicy_envs.recipes import Recipe
 
 # A new family is one line: its module has RECIPES, by names such as "family/task".
@@ -21,6 +21,7 @@ FAMILIES = (
     pointmaze,
     pusht,
     pusht_disturbed,
+    ogbench,
 )
 
 RECIPES: dict[str, Recipe] = {
