@@ -40,6 +40,9 @@ ENV_IDS = (
     "diffpolicy/TFBind8-v0",
     "diffpolicy/MetaWorld-v0",
     "diffpolicy/OCBench-v0",
+    "diffpolicy/OGBench-v0",
+    "diffpolicy/OGBenchCollect-v0",
+    "diffpolicy/OGBenchGoals-v0",
 )
 """The ids this package registers."""
 
@@ -55,6 +58,9 @@ def _register() -> None:
     ocbench = "diffpolicy_envs.ocbench:OCBenchEnv"
     design = "diffpolicy_envs.sequences.env:SequenceDesignEnv"  # ends by itself after one step
     metaworld = "diffpolicy_envs.metaworld:MetaWorldEnv"
+    ogbench = "diffpolicy_envs.ogbench"  # ends by itself after the benchmark's number of steps
+    goals, single = (f"{ogbench}.tasks:OGBench{name}Env" for name in ("Goals", ""))
+    recorded = f"{ogbench}.collecting:OGBenchCollectEnv"
     entries: tuple[tuple[str, str | None, int | None, dict[str, object]], ...] = (
         ("Cameras", None, None, {}),  # in an environment of another package, which knows its limit
         ("AntMazeLarge", ant, 1000, {"simulator_id": "AntMaze_Large-v4", "goal_cell": [7, 10]}),
@@ -79,11 +85,14 @@ def _register() -> None:
         ("TFBind8", design, None, {"task": "tfbind8"}),
         ("MetaWorld", metaworld, 500, {}),
         ("OCBench", ocbench, None, {}),  # its limit is the task's
+        ("OGBench", single, None, {}),
+        ("OGBenchCollect", recorded, None, {}),
+        ("OGBenchGoals", goals, None, {}),
     )
-    seen = {None, fetch, moving, maze, ant, kitchen, metaworld, ocbench}  # by cameras, if wanted
+    seen = {None, fetch, moving, maze, ant, kitchen, metaworld, ocbench, single, recorded, goals}
     for name, entry_point, steps, kwargs in entries:
         env_id = f"diffpolicy/{name}-v0"
-        if entry_point in seen:
+        if entry_point in seen:  # by cameras, if wanted
             kwargs = {"home": entry_point, **kwargs}
             entry_point = "diffpolicy_envs.cameras:make"
         if env_id not in gym.registry:

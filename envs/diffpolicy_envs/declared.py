@@ -16,6 +16,7 @@ from diffpolicy_envs import (
     fetch_moving,
     metaworld,
     ocbench,
+    ogbench,
     pointmaze,
     pusht,
     pusht_disturbed,
@@ -31,6 +32,7 @@ FAMILIES = (
     pusht,
     pusht_disturbed,
     ocbench,
+    ogbench,
 )
 
 RECIPES: dict[str, Recipe] = {

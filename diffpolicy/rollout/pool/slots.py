@@ -225,14 +225,14 @@ class EnvSlot:
             raise RuntimeError("step() after the end of an episode; call reset() first")
         native = to_native(action, self.env.action_space)
         obs, reward, terminated, truncated, info = self.env.step(native)
-        ended = as_flag(terminated, "terminated"), as_flag(truncated, "truncated")
-        self._done = any(ended)
+        ended, over = as_flag(terminated, "terminated"), as_flag(truncated, "truncated")
+        self._done = ended or over
         value = as_reward(reward)
         wanted = self._done if frame == "end" else frame
         picture, note = self.render() if wanted else (None, "")
         seen = self._seen(obs)
         said = as_success(info), picture, note, None, as_record(info), as_task(info)
-        return Outcome(seen, value, *ended, *said)
+        return Outcome(seen, value, ended, over, *said)
 
     def expert_step(self, noise: float, frame: Drawn = False) -> Outcome:
         """Take the action of the environment's scripted expert, made noisier.
