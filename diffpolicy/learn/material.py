@@ -27,6 +27,7 @@ from diffpolicy.learn.learning import Learning, examples, usable_episodes
 from diffpolicy.learn.method import READABLE, Method
 from diffpolicy.learn.methods import method_of
 from diffpolicy.learn.plan_pairs import PlanReward, check_readable, in_own_units
+from diffpolicy.policies.direct import refuse_direct
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.sources import ChosenWindows, Mixed, Source, Turns, in_any_order
@@ -290,6 +291,7 @@ def tuned(
         ValueError: a policy that the method cannot tune, or data that lack what it reads.
     """
     made = method_of(method, command, items="plans")
+    refuse_direct(policy.spec, f"{command} by {type(made).__name__}")
     material = PlanMaterial(policy.spec, policy.normalizer, data, config.seed)
     material.check(made)
     policy = made.begin(policy)

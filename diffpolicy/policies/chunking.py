@@ -20,6 +20,7 @@ from diffpolicy.guidance.pinned import PREFIX_MODES, PrefixCond, PrefixGuidance
 from diffpolicy.policies.base import Array, PolicyState, Rows
 from diffpolicy.policies.boundary import now_of
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.direct import refuse_direct
 from diffpolicy.policies.ensemble import WrappedPolicy
 from diffpolicy.policies.plan_loop import Condition, PlanLoop
 from diffpolicy.policies.rows import kind_by_kind
@@ -194,6 +195,7 @@ class RealTimeChunking(WrappedPolicy):
             raise ValueError(f"{kind} makes its plans in a way of its own; chunking guides others")
         if planner.spec.layout != "action":
             raise ValueError(f"chunking blends plans of actions, not of {planner.spec.layout!r}")
+        refuse_direct(planner.spec, "real-time chunking")
         super().__init__(planner)
         self.planner, self.selector = planner, planner.selector
         self.settings = Chunking() if settings is None else settings

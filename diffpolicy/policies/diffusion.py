@@ -24,8 +24,9 @@ from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.best_of_n import Selector
 from diffpolicy.policies.boundary import Boundary, now_of
+from diffpolicy.policies.direct import draws_in_one_call
 from diffpolicy.policies.plan_loop import Condition, Encoded, Loop, PinnedCondition, PlanLoop
-from diffpolicy.policies.planners import check_anchors, guided, with_actions, written
+from diffpolicy.policies.planners import check_anchors, guided, noise_factor, with_actions, written
 from diffpolicy.policies.rows import kind_by_kind, row_noise
 from diffpolicy.policies.spec import PolicySpec, check_normalizer
 from diffpolicy.policies.truncated import Candidates, ScoredPlans
@@ -115,8 +116,7 @@ class DiffusionPlanner(ChunkedPolicy):
         self._loops: dict[tuple[str, bool], Loop] = self._made_loops()
 
     def _made_loops(self) -> dict[tuple[str, bool], Loop]:
-        kinds = [(kind, deterministic) for kind in self.kinds for deterministic in (False, True)]
-        return {(k, quiet): self.loop(k, deterministic=quiet) for k, quiet in kinds}
+        return {(k, q): self.loop(k, deterministic=q) for k in self.kinds for q in (False, True)}
 
     def identity(self) -> dict[str, Any]:
         """What this policy is, for telling one training run from another."""
@@ -157,14 +157,14 @@ class DiffusionPlanner(ChunkedPolicy):
             solver = spec.truncated.make() if kind == "guesses" else make_solver("ddim")
         grid = grid if spec.imagined is None else spec.imagined.held(grid, self.layout)
         return PlanLoop(
-            guided(self.spec, self.denoiser, self.heads, self._known),
+            guided(self.spec, self.denoiser, self.heads, self._known, quiet=deterministic),
             self.normalizer,
             solver,
             grid,
             start=start,
             plan_shape=(self.n_obs_steps, self.obs_dim, self.horizon, self.layout.dim),
             condition=self._condition(),
-            temperature=1.0 if kind == "rank" else spec.temperature,
+            temperature=noise_factor(spec, kind),
         )
 
     def _condition(self) -> Condition:
@@ -189,7 +189,7 @@ class DiffusionPlanner(ChunkedPolicy):
         other._loops = dict(self._loops)
         for kind, loop in loops.items():
             other._loops[kind, False] = loop
-            if self._loops[kind, True].draws == loop.draws:
+            if self._loops[kind, True].draws == loop.draws and not draws_in_one_call(self.spec):
                 other._loops[kind, True] = loop
         return other
 

@@ -23,6 +23,7 @@ from diffpolicy.networks.heads import make_head
 from diffpolicy.policies.base import check_horizon
 from diffpolicy.policies.best_of_n import Selection
 from diffpolicy.policies.boundary import Gripper
+from diffpolicy.policies.direct import check_direct, direct_class
 from diffpolicy.policies.imagined import Imagined, check_imagined
 from diffpolicy.policies.planners import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
@@ -153,6 +154,7 @@ class PolicySpec:
         self._round_bounds()
         self._check_parts()
         check_planning(self)
+        check_direct(self)
 
     def _check_observations(self) -> None:
         """Refuse what takes the observation as one vector where it has names or an encoder."""
@@ -314,12 +316,13 @@ class PolicySpec:
         name = "rti" if self.rti is not None else "truncated"
         drawn = start or self.sampler
         level = "" if start is None else f", {name} t_start={start.t_start}"
+        how = f"{self.process.get('type')}, {self.prediction}; "
+        how += f"{drawn.solver} in {drawn.num_steps} steps{level}"
         named = [f"{name or 'image'} {list(f.shape)}" for name, f in self.observations.items()]
         return (
             f"obs {', '.join(named) or self.obs_dim} x {self.n_obs_steps}, action "
             f"{self.action_dim}, horizon {self.horizon}, executes {self.n_action_steps}; "
-            f"{self.network.get('type')}, {self.process.get('type')}, {self.prediction}; "
-            f"{drawn.solver} in {drawn.num_steps} steps{level}"
+            f"{self.network.get('type')}, " + ("in one call" if direct_class(self) else how)
         )
 
     def make_denoiser(self) -> Denoiser:
