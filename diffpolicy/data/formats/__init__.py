@@ -28,6 +28,7 @@ FORMATS: dict[str, str] = {
     "replay_zarr": "diffpolicy.data.formats.replay_zarr:ReplayBuffer",
     "d4rl": "diffpolicy.data.d4rl.file:D4RLFile",
     "robomimic": "diffpolicy.data.formats.robomimic:RobomimicFile",
+    "ogbench": "diffpolicy.data.formats.ogbench:OGBenchFile",
     "arrays": "diffpolicy.data.formats.arrays:ArraysFile",
 }
 """Where the class of each format is; the first that matches a file reads it."""

@@ -20,6 +20,8 @@ from diffpolicy.data.fields import FieldSpec, checked_ends
 from diffpolicy.data.formats import EpisodeSource
 
 _ENDS = "episode_ends"
+Headers = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
+"""Shape and type of each array, by its name."""
 _MOST = 1000  # numbers in an attribute of an episode
 # What a step's parts are usually called.
 _ALIASES = {
@@ -49,22 +51,31 @@ class ArraysFile(EpisodeSource):
         self.name = str(path)
         try:
             # An npz file is a zip of npy files; each is read when it is asked for.
-            headers = _headers(path)
+            headers = array_headers(path)
             self._file = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not a whole npz file of plain arrays: {error}") from error
         self._loaded: dict[str, NDArray[Any]] = {}
         try:
             self._check_plain(headers)
-            self._ends = checked_ends(f"{self.name}: {_ENDS}", self._array(_ENDS))
-            del headers[_ENDS]
+            self._ends = self._read_ends(headers)
             self._check_steps(headers)
         except ValueError:
             self._file.close()
             raise
         self._sort(headers)
 
-    def _sort(self, headers: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
+    def _read_ends(self, headers: Headers) -> NDArray[np.int64]:
+        """The cumulative ends of the episodes; what says them is taken out of ``headers``."""
+        if _ENDS not in headers:
+            raise ValueError(
+                f"{self.name} has no array {_ENDS!r} (the cumulative ends of the episodes, the "
+                f"last one the number of steps); it has {sorted(headers)}"
+            )
+        del headers[_ENDS]
+        return checked_ends(f"{self.name}: {_ENDS}", self._array(_ENDS))
+
+    def _sort(self, headers: Headers) -> None:
         """Tell what each array is: a field, an attribute of an episode or of all, or nothing."""
         steps, episodes = int(self._ends[-1]), len(self._ends)
         fields: dict[str, FieldSpec] = {}
@@ -112,18 +123,13 @@ class ArraysFile(EpisodeSource):
             self._loaded[name] = self._file[name]
         return self._loaded[name]
 
-    def _check_plain(self, headers: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
+    def _check_plain(self, headers: Headers) -> None:
         if objects := [name for name, (_, dtype) in headers.items() if dtype.hasobject]:
             raise ValueError(
                 f"{self.name}: {objects} are pickled Python objects; save them as plain numbers"
             )
-        if _ENDS not in headers:
-            raise ValueError(
-                f"{self.name} has no array {_ENDS!r} (the cumulative ends of the episodes, the "
-                f"last one the number of steps); it has {sorted(headers)}"
-            )
 
-    def _check_steps(self, headers: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
+    def _check_steps(self, headers: Headers) -> None:
         shapes = {name: list(shape) for name, (shape, _) in headers.items()}
         rows, last = {shape[0] for shape in shapes.values() if shape}, int(self._ends[-1])
         if last in rows:
@@ -135,7 +141,7 @@ class ArraysFile(EpisodeSource):
         )
 
 
-def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+def array_headers(path: Path) -> Headers:
     """Shape and dtype of every array, without reading it."""
     headers = {}
     with zipfile.ZipFile(path) as archive:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from diffpolicy.data.fields import check_has
+from diffpolicy.data.fields import FieldSpec, check_has
 from diffpolicy.data.reader import EpisodeReader
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.store_digest import store_digest
@@ -171,7 +171,8 @@ def _derive(
             )
         left = {n for n in source.fields if n.startswith("info.")}
         left -= {f"info.{name}" for name in recipe.fields}
-        fields = {n: spec for n, spec in source.fields.items() if n not in left}
+        fields = {"reward": FieldSpec(()), "terminated": FieldSpec((), "bool")}  # converted: none
+        fields |= {n: spec for n, spec in source.fields.items() if n not in left}
         attrs = {n: source.attrs[n] for n in ("versions",) if n in source.attrs}
         attrs |= {"env_id": recipe.env, "env_kwargs": dict(kwargs), "recipe": _settings(recipe)}
         attrs["made_of"] = {"name": recipe.derived, "sha256": store_digest(source)}
