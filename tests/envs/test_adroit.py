@@ -1,4 +1,4 @@
-"""Presets of the Adroit hand and of the Franka kitchen: sizes, step limits, and who says success."""
+"""Presets of the Adroit hand and the Franka kitchen: sizes, step limits, who says success."""
 
 from __future__ import annotations
 
