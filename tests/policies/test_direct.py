@@ -7,14 +7,20 @@ import pytest
 import torch
 
 from diffpolicy.core.sampler import Sampler
+from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.observation import ObsField
 from diffpolicy.learn.learning import Learning, objective
+from diffpolicy.learn.material import TuningData, tuned
 from diffpolicy.policies.chunking import RealTimeChunking
+from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.direct import ONE_CALL, OneCall
 from diffpolicy.policies.ensemble import TemporalEnsemble
 from diffpolicy.policies.rti import RTI
+from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.runtime.compile import compile_planner
 from diffpolicy.runtime.export import export_policy
 from diffpolicy.runtime.exported import load_exported
+from diffpolicy.training.settings import TrainerConfig
 
 NETWORKS = {
     "bc_mlp": {"type": "bc_mlp", "width": 16},
@@ -130,8 +136,12 @@ def test_what_needs_noise_levels_is_refused(changes, says, make_direct):
         make_direct(**changes)
 
 
-def test_what_else_needs_them(make_direct):
+def test_what_else_needs_them(make_direct, tmp_path):
     policy = make_direct()
+    data = TuningData.of(reward=lambda action, obs: action.sum((1, 2)))
+    method = {"type": "plan_chain", "grad_steps": 1}
+    with pytest.raises(ValueError, match="tune by PlanChain works on the noise levels"):
+        tuned(policy, "tune", method, data, TrainerConfig(steps=1), tmp_path / "run")
     with pytest.raises(ValueError, match="real-time chunking works on the noise levels"):
         RealTimeChunking(policy)
     with pytest.raises(ValueError, match=r"learning\.draws=4 is of the noise of denoisers"):
@@ -140,3 +150,28 @@ def test_what_else_needs_them(make_direct):
     x, cond = torch.randn(2, 8, 2), torch.randn(2, 6)
     plan = one(x, torch.ones(1, 1, 1), cond).x0_hat
     torch.testing.assert_close(plan, policy.denoiser(x, torch.ones(1, 1, 1), cond).x0_hat)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_camera_and_a_vector_by_name(name):
+    """The encoder's weights are learned by the network's own loss; it acts on dicts."""
+    torch.manual_seed(0)
+    fields = {
+        "camera": ObsField((32, 32, 3), "uint8", "image"),
+        "joints": ObsField((2,)),
+    }
+    values = {**ONE_CALL, "network": NETWORKS[name], "horizon": 4, "n_action_steps": 2}
+    spec = PolicySpec.from_config({"obs_dim": 2, "action_dim": 2, "observations": fields, **values})
+    span = {"min": -1.0, "q01": -1.0, "max": 1.0, "q99": 1.0, "mean": 0.0, "std": 0.5}
+    statistics = {name: {k: [v] * 2 for k, v in span.items()} for name in ("obs.joints", "action")}
+    normalizer = Normalizer.fit(statistics, dict.fromkeys(statistics, "minmax"))
+    policy = DiffusionPlanner(spec, spec.make_denoiser(), normalizer)
+    camera = torch.randint(256, (5, 2, 32, 32, 3), dtype=torch.uint8)
+    batch = {"obs.camera": camera, "obs.joints": torch.randn(5, 2, 2)}
+    batch |= {"action": torch.rand(5, 4, 2), "valid": torch.ones(5, 4).bool()}
+    loss = objective(policy, Learning(mask_padding=True))
+    loss(batch, torch.Generator().manual_seed(0)).loss.mean().backward()
+    assert all(weight.grad is not None for weight in policy.denoiser.encoder.parameters())
+    seen = {"camera": camera[:, 0].numpy(), "joints": batch["obs.joints"][:, 0].numpy()}
+    actions, _ = policy.predict(seen)
+    assert actions.shape == (5, 2)

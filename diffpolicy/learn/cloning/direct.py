@@ -34,9 +34,9 @@ class DirectLoss(nn.Module):
 
     def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         network, plan = self.denoiser.network, batch["action"]
-        assert isinstance(network, Direct)
         cond = encoded(self.denoiser, batch)
-        assert cond is not None  # such networks have a condition
+        assert isinstance(network, Direct)
+        assert cond is not None  # windows hold observations
         whole = torch.ones(plan.shape[:2], dtype=torch.bool, device=plan.device)
         valid = batch["valid"] if self.mask_padding else whole
         return LossOutput(*network.errors(cond, plan, valid, generator))
