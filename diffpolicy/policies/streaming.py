@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
+from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampling import Trajectory
 from diffpolicy.core.starts import Ramp, ramp_start, shift_plan
-from diffpolicy.core.steps import Solver
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.base import Array, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
-from diffpolicy.policies.plan_loop import Condition, PlanLoop
+from diffpolicy.policies.plan_loop import PlanLoop
 from diffpolicy.policies.rows import kind_by_kind
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.settings import check_settings, check_shape, named_settings, one_of, ranged
@@ -65,19 +64,9 @@ class StreamingLoop(PlanLoop):
     first ``To - 1 + Ta`` positions are finished; the others are the network's last clean estimate.
     """
 
-    def __init__(
-        self,
-        denoiser: BaseDenoiser,
-        normalizer: Normalizer,
-        solver: Solver,
-        levels: Tensor,
-        *,
-        plan_shape: tuple[int, int, int, int],
-        condition: Condition,
-    ) -> None:
-        shape: dict[str, Any] = {"plan_shape": plan_shape, "condition": condition}
-        super().__init__(denoiser, normalizer, solver, levels, start="given", **shape)
-        self.finished = (levels[-1] == 0).to(self.device)
+    def __init__(self, *parts: Any, **how: Any) -> None:
+        super().__init__(*parts, start="given", **how)
+        self.finished = (self.levels[-1] == 0).to(self.device)
 
     def forward(self, history: Tensor, guess: Tensor, noise: Tensor, *known: Tensor) -> Tensor:
         """One tick per row.

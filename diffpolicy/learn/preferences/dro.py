@@ -150,13 +150,6 @@ class DROLoss(Referenced):
         self.own = frozen_copy(denoiser) if settings.sync_every > 1 else None
         self.register_buffer("age", torch.zeros((), dtype=torch.long))
 
-    def train(self, mode: bool = True) -> DROLoss:
-        """Training mode, of all but the reference and the copy."""
-        super().train(mode)
-        if self.own is not None:
-            self.own.eval()
-        return self
-
     @torch.no_grad()
     def after_step(self) -> None:
         """Count updates, and synchronise the policy's copy when it is due."""
