@@ -62,7 +62,7 @@ def expert_rate(task: str, store: Path) -> dict[str, Any]:
     workers = Workers(num_envs=10, num_workers=1)
     episodes = collect(spec, SCORES, store, workers=workers, keep="all", progress=False)
     successes = sum(bool(attrs["success"]) for attrs in episodes.episode_attrs)
-    return vars(wilson_interval(successes, episodes.num_episodes))
+    return wilson_interval(successes, episodes.num_episodes)._asdict()
 
 
 def row(task: str, seed: int, data: Path, runs: Path) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> int:
     for task in options["tasks"]:
         found = row(task, options["seed"], Path(options["data"]), Path(options["runs"]))
         rows[task, options["seed"]] = {**found, "seed": options["seed"]}
-        write_json(output, {"machine": machine(), "rows": list(rows.values())})
+        write_json(output, {"machine": machine("cpu"), "rows": list(rows.values())})
         ours, expert = found["success"], found["expert"]
         print(
             f"{task}: {ours['value']:.2f} ({ours['low']:.2f}-{ours['high']:.2f}), "

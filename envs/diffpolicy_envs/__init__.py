@@ -79,7 +79,15 @@ def _register() -> None:
     )
     for name, entry_point, steps, kwargs in entries:
         env_id = f"diffpolicy/{name}-v0"
-        if entry_point in (None, fetch, moving, maze, ant, kitchen, metaworld):  # may be seen by cameras
+        if entry_point in (
+            None,
+            fetch,
+            moving,
+            maze,
+            ant,
+            kitchen,
+            metaworld,
+        ):  # may be seen by cameras
             kwargs = {"home": entry_point, **kwargs}
             entry_point = "diffpolicy_envs.cameras:make"
         if env_id not in gym.registry:
