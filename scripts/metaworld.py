@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffpolicy.cli import main as diffpolicy
 from diffpolicy.commands.options import parse
 from diffpolicy.files import write_json
@@ -102,7 +104,7 @@ def main(arguments: list[str]) -> int:
     for task in options["tasks"]:
         found = row(task, options["seed"], Path(options["data"]), Path(options["runs"]))
         rows[task, options["seed"]] = {**found, "seed": options["seed"]}
-        write_json(output, {"machine": machine("cpu"), "rows": list(rows.values())})
+        write_json(output, {"machine": machine(torch.device("cpu")), "rows": list(rows.values())})
         ours, expert = found["success"], found["expert"]
         print(
             f"{task}: {ours['value']:.2f} ({ours['low']:.2f}-{ours['high']:.2f}), "
