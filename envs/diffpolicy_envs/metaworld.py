@@ -214,8 +214,8 @@ class MetaWorldEnv(gym.Env[Any, NDArray[np.float32]]):
         del rng
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that its displacements are larger than 1: clipped
-            action = self._expert.get_action(self._raw)
-        return np.asarray(np.clip(action, -1.0, 1.0), np.float32)
+            action = np.asarray(self._expert.get_action(self._raw), np.float32)
+        return np.clip(action, np.float32(-1), np.float32(1))
 
     def render(self) -> Any:
         """Draw the scene, uint8 [height, width, 3]; see `gymnasium.Env.render`."""
@@ -234,7 +234,7 @@ class MetaWorldEnv(gym.Env[Any, NDArray[np.float32]]):
         if hasattr(self, "simulator"):
             self.simulator.close()
         name = f"{self.tasks[number]}-v3"
-        # One at a time: it is made in 0.2 s, and fifty of them would fill the memory of a worker.
+        # One at a time: it is made in 0.2 s, and fifty of them are a gigabyte.
         simulator = self._package.env_dict.ALL_V3_ENVIRONMENTS[name](**self._pictures)
         # What the package's own goal-observable environments set, but for a pool of goals.
         simulator._partially_observable = False
