@@ -18,8 +18,8 @@ from diffpolicy.data.store_digest import store_digest
 from diffpolicy.rollout import declared as module
 from diffpolicy.rollout.declared import declared, install_hint
 from diffpolicy.rollout.env_spec import EnvSpecError, stored_env_id
-from diffpolicy.rollout.record.datasheet import sheet_path
-from diffpolicy.rollout.record.making import UnknownSetError, make_set
+from diffpolicy.rollout.record.datasheet import datasheet, sheet_path
+from diffpolicy.rollout.record.making import UnknownSetError, find_recipe, make_set
 from diffpolicy.rollout.rows import AllFailedError
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -70,7 +70,8 @@ def test_the_same_bytes_for_any_number_of_workers(toys, tmp_path):
     for workers in (0, 1, 2, 4):
         path = tmp_path / f"{workers}.zarr"
         stores[workers] = make_set("toy/points", path, workers=workers, progress=False)
-        assert _files(path) == _files(tmp_path / "0.zarr")
+        if workers:  # this process may have loaded other packages, whose versions are noted
+            assert _files(path) == _files(tmp_path / "1.zarr")
     seeds = [attrs["seed"] for attrs in stores[4].episode_attrs]
     assert seeds == [seed for seed in range(14) if seed % 7 != 3]  # exactly 12 are kept
     assert len({store_digest(store) for store in stores.values()}) == 1
@@ -96,7 +97,7 @@ make_set("toy/points", {str(path)!r}, episodes=4_000, workers=2, progress=False)
     count = _episodes(path) + 6
     assert 14 <= count < 4_000
     again = make_set("toy/points", path, episodes=count, workers=1, progress=False)
-    whole = make_set("toy/points", tmp_path / "b.zarr", episodes=count, workers=0, progress=False)
+    whole = make_set("toy/points", tmp_path / "b.zarr", episodes=count, workers=2, progress=False)
     assert store_digest(again) == store_digest(whole)
     assert again.attrs == whole.attrs
     assert _files(path) == _files(tmp_path / "b.zarr")
@@ -132,6 +133,17 @@ def test_the_datasheet_is_true(toys):
     assert _files(store.path.parent) == before
 
 
+def test_a_datasheet_counts_the_episodes_of_each_task(toys):
+    arrays = {"obs": np.zeros((4, 2)), "action": np.zeros((4, 1)), "reward": np.zeros(4)}
+    recipe = find_recipe("toy/points")
+    attrs = {"versions": {}, "maker": "toys 1.2", "recipe": {}}
+    store = EpisodeStore.create("a.zarr", {"obs": (2,), "action": (1,), "reward": ()}, attrs=attrs)
+    for seed, task in enumerate(["push", "reach", "push"]):
+        store.append(arrays, seed=seed, task=task, success=True, **{"return": 0.0})
+    assert datasheet(store, "toy/points", recipe, "0")["tasks"] == {"push": 2, "reach": 1}
+    store.close()
+
+
 def test_more_are_appended_and_fewer_or_others_are_refused(toys, tmp_path):
     path = tmp_path / "a.zarr"
     make_set("toy/points", path, episodes=3, workers=0, progress=False)
@@ -143,6 +155,15 @@ def test_more_are_appended_and_fewer_or_others_are_refused(toys, tmp_path):
     other = {"reward_scale": 2.0}
     with pytest.raises(ValueError, match="was collected with"):
         make_set("toy/points", path, episodes=9, kwargs=other, workers=0, progress=False)
+
+
+def test_other_versions_are_no_part_of_a_set(toys, tmp_path):
+    path = tmp_path / "a.zarr"
+    make_set("toy/points", path, episodes=3, workers=0, progress=False)
+    with EpisodeStore.open(path, "a") as store:
+        store.update_attrs({"versions": {**store.attrs["versions"], "numpy": "1.0"}})
+    with pytest.raises(ValueError, match=r"was begun with numpy 1\.0 \(now"):
+        make_set("toy/points", path, episodes=9, workers=0, progress=False)
 
 
 def test_what_is_recorded_beside_the_observations(toys):
@@ -169,6 +190,7 @@ def test_a_set_derived_from_another_by_new_rewards(toys):
     assert store.attrs["env_id"].endswith("Point-v0")
     sheet = json.loads(sheet_path(store.path, ".json").read_text())
     assert sheet["settings"]["derived"] == "toy/all"
+    assert sheet["made_of"] == {"name": "toy/all", "sha256": store_digest(base)}
     assert sheet["expert"] is None
 
 
@@ -191,7 +213,7 @@ def test_what_breaks_by_chance_is_no_part_of_a_set(toys, tmp_path):
     )
     assert [attrs["seed"] for attrs in made.episode_attrs] == [0, 1, 2, 4]
     del fault["fault"]["once"]
-    with pytest.raises(ValueError, match=r"seed 2 of b\.zarr died.*run this again"):
+    with pytest.raises(ValueError, match=r"seed 2 of .*b\.zarr died.*run this again"):
         make_set(
             "toy/points", tmp_path / "b.zarr", episodes=4, kwargs=fault, workers=2, progress=False
         )

@@ -175,7 +175,7 @@ def _derive(
         fields |= {n: spec for n, spec in source.fields.items() if n not in left}
         attrs = {n: source.attrs[n] for n in ("versions",) if n in source.attrs}
         attrs |= {"env_id": recipe.env, "env_kwargs": dict(kwargs), "recipe": _settings(recipe)}
-        attrs["collection"] = source.attrs.get("collection", {})
+        attrs["made_of"] = {"name": recipe.derived, "sha256": store_digest(source)}
         again = _unfinished(target, recipe)
         with EpisodeStore.create(target, fields, attrs=attrs, overwrite=again) as store:
             for index in range(recipe.episodes):
