@@ -87,7 +87,7 @@ make_set("toy/points", {str(path)!r}, episodes=4_000, workers=2, progress=False)
 """
     process = subprocess.Popen([sys.executable, "-c", script])
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline and _episodes(path) < 8:
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
