@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+from diffpolicy.data import convert
+from diffpolicy.rollout.record.making import make_set
 from diffpolicy_envs import simulators
 from diffpolicy_envs.ogbench import RECIPES, relabel
 from diffpolicy_envs.ogbench.collecting import RANDOM, make_oracles
@@ -247,6 +250,25 @@ class TestTasks:
         sparse = relabel(ours, name="scene", task=4, sparse=True)
         np.testing.assert_array_equal(sparse["reward"], -1.0 * (theirs["rewards"] != 0))
         env.close()
+
+    def test_the_authors_file_gets_rewards(self, tmp_path: Path) -> None:
+        rng = np.random.default_rng(0)
+        arrays = {"observations": rng.normal(size=(8, 40)), "actions": rng.normal(size=(8, 5))}
+        arrays |= {"terminals": np.arange(8) % 4 == 3, "button_states": np.zeros((8, 2), np.int64)}
+        qpos = np.zeros((8, 25), np.float32)
+        qpos[:, 14:17] = [0.35, -0.05, 0.02]  # where task 2 wants the cube
+        qpos[:3, 23] = -0.16  # the drawer is open
+        np.savez(tmp_path / "scene-play-v0.npz", **arrays, qpos=qpos)
+        convert(tmp_path / "scene-play-v0.npz", tmp_path / "scene.zarr").close()
+        for end in ("", "-sparse"):
+            name = f"ogbench/scene-play-task2{end}"
+            place = tmp_path / f"{end}.zarr"
+            store = make_set(name, place, base=tmp_path / "scene.zarr", episodes=2, progress=False)
+            assert store.read("reward").tolist() == [-1] * 3 + [0] * 5
+            assert store.read("terminated").tolist() == [False] * 3 + [True] * 5
+            assert store.read("truncated").tolist() == arrays["terminals"].tolist()
+            assert sorted(store.fields) == ["action", "obs", "reward", "terminated", "truncated"]
+            store.close()
 
     @pytest.mark.parametrize("name", ["cube-double", "puzzle-3x3"])
     def test_relabelling_of_recorded_steps_is_the_wheels(self, name: str) -> None:

@@ -14,9 +14,19 @@ SPARSE = ("scene", "puzzle-3x3")
 # The published validation sets are a tenth as long and of other episodes.
 _VALIDATION_FROM = 50_000
 _LICENCE = "MIT (ogbench); BSD-3-Clause and BSD-2-Clause (models of the arm and the gripper)"
-# CPU minutes and megabytes of a million steps: measured on an idle core where in the first line.
-_MINUTES = {"cube-single": 33, "cube-double": 35, "scene": 38, "puzzle-3x3": 36, "puzzle-4x4": 52}
-_MINUTES |= {"cube-triple": 38, "cube-quadruple": 42, "puzzle-4x5": 60, "puzzle-4x6": 70}
+# Of a million steps: CPU minutes on a core that does nothing else, megabytes, and megabytes without
+# the simulator's states. Measured for the two smaller cubes, scene and the two smaller puzzles.
+_COSTS = {
+    "cube-single": (33, 250, 110),
+    "cube-double": (35, 325, 145),
+    "cube-triple": (38, 400, 175),
+    "cube-quadruple": (42, 475, 205),
+    "scene": (40, 335, 160),
+    "puzzle-3x3": (37, 360, 205),
+    "puzzle-4x4": (54, 505, 300),
+    "puzzle-4x5": (65, 585, 355),
+    "puzzle-4x6": (75, 665, 410),
+}
 _ENV = "diffpolicy_envs:diffpolicy/OGBench-v0"
 _COLLECT = "diffpolicy_envs:diffpolicy/OGBenchCollect-v0"
 
@@ -25,6 +35,7 @@ def _recorded(name: str, style: str, *, validation: bool) -> Recipe:
     episodes = EPISODES.get(name, 1000) // (10 if validation else 1)
     buttons = () if family(name) == "cube" else ("button_states",)
     how = {"play": "open-loop plans", "noisy": "closed loop, noisy and at times random"}[style]
+    minutes, megabytes, _ = _COSTS[name]
     steps = episodes * STEPS / 1e6
     return Recipe(
         env=_COLLECT,
@@ -34,8 +45,8 @@ def _recorded(name: str, style: str, *, validation: bool) -> Recipe:
         about=f"OGBench {name}: random tasks, {how}; {'validation' if validation else 'training'}",
         licence=_LICENCE,
         extra="ogbench",
-        minutes=max(1.0, round(_MINUTES[name] * steps, 1)),
-        megabytes=round(_megabytes(name) * steps, 1),
+        minutes=round(minutes * steps),
+        megabytes=round(megabytes * steps),
         fields=("qpos", "qvel", *buttons),
     )
 
@@ -50,15 +61,11 @@ def _rewarded(name: str, task: int, *, sparse: bool) -> Recipe:
         about=f"OGBench {name}, play, rewarded for task {task}: {kind}",
         licence=_LICENCE,
         extra="ogbench",
-        minutes=max(1.0, round(steps)),
-        megabytes=round(_megabytes(name) * steps, 1),
+        minutes=max(1, round(steps)),
+        megabytes=round(_COSTS[name][2] * steps),
         derived=f"ogbench/{name}-play",
         relabel="diffpolicy_envs.ogbench:relabel",
     )
-
-
-def _megabytes(name: str) -> float:
-    return 200.0
 
 
 RECIPES: dict[str, Recipe] = {
