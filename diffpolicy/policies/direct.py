@@ -45,14 +45,15 @@ def check_direct(spec: PolicySpec) -> None:
     kind = direct_class(spec)
     if kind is None:
         return
-    sampler = spec.sampler
+    name, sampler = spec.network["type"], spec.sampler
     once = sampler.solver == "ddim" and sampler.num_steps == 1
     if spec.prediction != "x0" or spec.process.get("type") != "flow" or not once:
         raise ValueError(
-            f"a network of type {kind.TYPE!r} answers in one call: it needs prediction='x0', "
-            f"process='flow' and sampler ddim in 1 step (diffpolicy.policies.direct.ONE_CALL; on "
-            f"the command line algorithm={kind.TYPE}); got {spec.prediction!r}, "
-            f"{spec.process.get('type')!r}, {sampler.solver} in {sampler.num_steps} steps"
+            f"a network of type {name!r} answers in one call: it needs prediction='x0', "
+            f"process='flow' and sampler ddim in 1 step (diffpolicy.policies.direct.ONE_CALL; "
+            "algorithm=bc_mlp, bc_gmm and act say so on the command line); got "
+            f"{spec.prediction!r}, {spec.process.get('type')!r}, {sampler.solver} in "
+            f"{sampler.num_steps} steps"
         )
     foreign = {
         "rti": spec.rti is not None,
@@ -66,18 +67,18 @@ def check_direct(spec: PolicySpec) -> None:
     found = [name for name, used in foreign.items() if used]
     if found:
         raise ValueError(
-            f"a network of type {kind.TYPE!r} answers in one call and has no use for "
+            f"a network of type {name!r} answers in one call and has no use for "
             f"{', '.join(found)}; leave out, or train a denoiser (network.type=mlp, ...)"
         )
 
 
 def refuse_direct(spec: PolicySpec, what: str) -> None:
     """Raise ``ValueError`` if a policy has no noise levels, which ``what`` needs."""
-    kind = direct_class(spec)
-    if kind is not None:
+    if direct_class(spec) is not None:
         raise ValueError(
-            f"{what} works on the noise levels of a denoiser; a network of type {kind.TYPE!r} "
-            "answers in one call. Train a policy with network.type=mlp, unet1d or transformer"
+            f"{what} works on the noise levels of a denoiser; a network of type "
+            f"{spec.network['type']!r} answers in one call. Train a policy with network.type=mlp, "
+            "unet1d or transformer"
         )
 
 

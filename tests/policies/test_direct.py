@@ -121,7 +121,7 @@ def test_a_spread_cannot_be_exported(make_direct, tmp_path):
     ("changes", "says"),
     [
         ({"prediction": "eps"}, "needs prediction='x0', process='flow' and sampler ddim in 1 step"),
-        ({"process": {"type": "vp_cosine"}}, "on the command line algorithm=bc_mlp"),
+        ({"process": {"type": "vp_cosine"}}, "algorithm=bc_mlp, bc_gmm and act say so"),
         ({"sampler": Sampler(num_steps=4)}, "ddim in 4 steps"),
         ({"rti": RTI(t_start=0.5)}, "has no use for rti"),
         ({"cond_dropout": 0.1}, "has no use for cond_dropout"),
