@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffpolicy.data.blocks import spans
 from diffpolicy.data.fields import FieldSpec, checked_ends
 from diffpolicy.data.formats import EpisodeSource
 
@@ -31,6 +32,10 @@ _ALIASES = {
     "terminated": ("terminated", "terminals"),
     "truncated": ("truncated", "truncations", "timeouts"),
 }
+
+
+# Shape and type of each array.
+_Headers = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
 
 
 class ArraysFile(EpisodeSource):
@@ -59,6 +64,7 @@ class ArraysFile(EpisodeSource):
         try:
             self._check_plain(headers)
             self._ends = self._read_ends(headers)
+            self._spans = spans(self._ends)
             self._check_steps(headers)
         except ValueError:
             self._file.close()
@@ -92,10 +98,8 @@ class ArraysFile(EpisodeSource):
             elif small and shape[:1] == (episodes,) and _finite(self._array(name)):
                 columns[name] = self._array(name).tolist()
             else:
-                unread[name] = (
-                    f"{dtype} {list(shape)}: no row a step; too large or not finite for an "
-                    "attribute"
-                )
+                why = "no row a step; too large or not finite for an attribute"
+                unread[name] = f"{dtype} {list(shape)}: {why}"
         self.fields, self.attrs, self.unread = fields, attrs, unread
         self.episode_attrs = [{n: c[i] for n, c in columns.items()} for i in range(episodes)]
 
@@ -115,8 +119,8 @@ class ArraysFile(EpisodeSource):
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
         """Read ``[T, *shape]`` of each of the ``fields`` (default all) of one episode."""
-        first = int(self._ends[index - 1]) if index else 0
-        return {n: self._array(n)[first : int(self._ends[index])] for n in self._names(fields)}
+        rows = slice(*self._spans[index])
+        return {name: self._array(name)[rows] for name in self._names(fields)}
 
     def _array(self, name: str) -> NDArray[Any]:
         if name not in self._loaded:
@@ -132,13 +136,12 @@ class ArraysFile(EpisodeSource):
     def _check_steps(self, headers: Headers) -> None:
         shapes = {name: list(shape) for name, (shape, _) in headers.items()}
         rows, last = {shape[0] for shape in shapes.values() if shape}, int(self._ends[-1])
-        if last in rows:
-            return
-        hint = ". They look like the indices of the last rows: save one more than each"
-        raise ValueError(
-            f"{self.name}: {_ENDS} says {last} steps, but no array has as many rows: "
-            f"{shapes}{hint if last + 1 in rows else ''}"
-        )
+        if last not in rows:
+            hint = ". They look like the indices of the last rows: save one more than each"
+            raise ValueError(
+                f"{self.name}: {_ENDS} says {last} steps, but no array has as many rows: "
+                f"{shapes}{hint if last + 1 in rows else ''}"
+            )
 
 
 def array_headers(path: Path) -> Headers:
@@ -147,10 +150,9 @@ def array_headers(path: Path) -> Headers:
     with zipfile.ZipFile(path) as archive:
         for member in archive.namelist():
             with archive.open(member) as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0
-                if version != (1, 0):
-                    read = np.lib.format.read_array_header_2_0
+                npy = np.lib.format
+                first = npy.read_magic(file) == (1, 0)
+                read = npy.read_array_header_1_0 if first else npy.read_array_header_2_0
                 shape, _, dtype = read(file)
                 headers[member.removesuffix(".npy")] = (shape, dtype)
     return headers
