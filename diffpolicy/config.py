@@ -294,11 +294,8 @@ class EvalConfig:
 KINDS: dict[str, type[RunConfig]] = {
     "train": TrainConfig,
     "train sequences": SequenceTrainConfig,
-    "tune": PolicyTuningConfig,
-    "tune sequences": SequenceTuningConfig,
-    "prefer": PolicyTuningConfig,
-    "distill": PolicyTuningConfig,
-    "prefer sequences": SequenceTuningConfig,
+    **dict.fromkeys(("tune", "prefer", "distill"), PolicyTuningConfig),
+    **dict.fromkeys(("tune sequences", "prefer sequences"), SequenceTuningConfig),
 }
 """The configuration of every kind of run."""
 

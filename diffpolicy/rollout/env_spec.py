@@ -305,9 +305,9 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def _import_home(env_id: str) -> None:
-    if ":" not in env_id:
+    module, colon, _ = env_id.partition(":")
+    if not colon:
         return
-    module = env_id.split(":", 1)[0]
     try:
         importlib.import_module(module)
     except ImportError as error:
@@ -328,8 +328,7 @@ def _unknown_id(env_id: str, name: str) -> str:
     message = f"No environment {env_id!r} is registered.{near}"
     if ":" in env_id:
         return message
-    space = name.split("/")[0]
-    known = declared().homes
+    space, known = name.split("/")[0], declared().homes
     homes = [home for home in known if home.startswith(space)] if "/" in name else []
     return (
         f"{message} If a package registers it on import, write '{(homes or ['package'])[0]}:{name}'"
