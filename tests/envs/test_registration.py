@@ -18,7 +18,7 @@ DESIGN = {
 def test_every_id_is_registered_with_a_time_limit_or_ends_by_itself() -> None:
     for env_id in diffpolicy_envs.ENV_IDS:
         free = DESIGN | {"diffpolicy/Cameras-v0"}  # as the environment in which they are
-        limits = (None,) if env_id in free else (50, 100, 280, 300, 600, 700, 800, 1000)
+        limits = (None,) if env_id in free else (50, 100, 280, 300, 500, 600, 700, 800, 1000)
         assert gym.spec(env_id).max_episode_steps in limits
     assert set(diffpolicy_envs.ENV_IDS) >= DESIGN
 
@@ -31,19 +31,25 @@ def test_an_unknown_id_is_gymnasiums_error() -> None:
 def test_import_needs_gymnasium_and_numpy_alone() -> None:
     code = """
 import sys
-for name in ("mujoco", "gymnasium_robotics", "gym_pusht", "pymunk", "torch", "zarr", "diffpolicy"):
+simulators = ("mujoco", "gymnasium_robotics", "gym_pusht", "pymunk", "metaworld")
+for name in (*simulators, "torch", "zarr", "diffpolicy"):
     sys.modules[name] = None
 import diffpolicy_envs, numpy
 assert diffpolicy_envs.observation_from_state(numpy.zeros((2, 5))).shape == (2, 26)
 import diffpolicy_envs.fetch, diffpolicy_envs.pointmaze, diffpolicy_envs.pusht
-import diffpolicy_envs.sequences
+import diffpolicy_envs.metaworld, diffpolicy_envs.sequences
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.parametrize(
     ("env_id", "extra"),
-    [("FetchReach", "robotics"), ("PointMazeUMaze", "robotics"), ("PushT", "pusht")],
+    [
+        ("FetchReach", "robotics"),
+        ("PointMazeUMaze", "robotics"),
+        ("PushT", "pusht"),
+        ("MetaWorld", "metaworld"),
+    ],
 )
 def test_a_missing_simulator_names_the_pip_command(
     monkeypatch: pytest.MonkeyPatch, env_id: str, extra: str
