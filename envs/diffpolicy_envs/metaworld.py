@@ -289,7 +289,7 @@ def _recipe(about: str, episodes: int, minutes: float, megabytes: float, **kwarg
         env="diffpolicy_envs:diffpolicy/MetaWorld-v0",
         kwargs=kwargs,
         episodes=episodes,
-        noise=0.1,
+        noise=0.2,
         about=about,
         licence="simulator and experts: MIT (metaworld), Apache-2.0 (MuJoCo)",
         extra="metaworld",
@@ -300,9 +300,9 @@ def _recipe(about: str, episodes: int, minutes: float, megabytes: float, **kwarg
 
 RECIPES: dict[str, Recipe] = {
     **{
-        f"metaworld/{name}": _recipe(f"Meta-World's {name}, scripted", 50, 1, 1, task=name)
+        f"metaworld/{name}": _recipe(f"Meta-World's {name}, scripted", 50, 0.3, 0.4, task=name)
         for name in TASKS
     },
-    "metaworld/mt10": _recipe("Meta-World's MT10, 50 a task", 500, 10, 10, tasks="MT10"),
-    "metaworld/mt50": _recipe("Meta-World's MT50, 50 a task", 2500, 40, 50, tasks="MT50"),
+    "metaworld/mt10": _recipe("Meta-World's MT10, some 50 a task", 500, 3, 4, tasks="MT10"),
+    "metaworld/mt50": _recipe("Meta-World's MT50, some 50 a task", 2500, 15, 20, tasks="MT50"),
 }

@@ -9,7 +9,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from diffpolicy_envs import simulators
 from diffpolicy_envs.metaworld import GROUPS, RECIPES, TASKS
 
 NAME = "diffpolicy/MetaWorld-v0"
@@ -183,12 +182,6 @@ def test_cameras_see_the_task_of_the_episode() -> None:
 def test_bad_input_is_refused(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gym.make(f"diffpolicy_envs:{NAME}", **kwargs)
-
-
-def test_a_missing_simulator_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulators, "installed_version", lambda name: None)
-    with pytest.raises(gym.error.DependencyNotInstalled, match=r'"diffpolicy\[metaworld\]"'):
-        gym.make(f"diffpolicy_envs:{NAME}")
 
 
 def test_a_policy_is_trained_on_a_recipe_and_told_the_task(

@@ -33,20 +33,27 @@ def test_an_unknown_id_is_gymnasiums_error() -> None:
 def test_import_needs_gymnasium_and_numpy_alone() -> None:
     code = """
 import sys
-others = ("gym_pusht", "pymunk", "torch", "zarr", "diffpolicy", "ocbench")
-for name in ("mujoco", "gymnasium_robotics", *others):
+simulators = ("mujoco", "gymnasium_robotics", "gym_pusht", "pymunk")
+benchmarks = ("metaworld", "ogbench", "ocbench")
+for name in (*simulators, *benchmarks, "torch", "zarr", "diffpolicy"):
     sys.modules[name] = None
 import diffpolicy_envs, numpy
 assert diffpolicy_envs.observation_from_state(numpy.zeros((2, 5))).shape == (2, 26)
 import diffpolicy_envs.fetch, diffpolicy_envs.pointmaze, diffpolicy_envs.pusht
-import diffpolicy_envs.sequences, diffpolicy_envs.ocbench
+import diffpolicy_envs.metaworld, diffpolicy_envs.ogbench, diffpolicy_envs.ocbench
+import diffpolicy_envs.sequences
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.parametrize(
     ("env_id", "extra"),
-    [("FetchReach", "robotics"), ("PointMazeUMaze", "robotics"), ("PushT", "pusht")],
+    [
+        ("FetchReach", "robotics"),
+        ("PointMazeUMaze", "robotics"),
+        ("PushT", "pusht"),
+        ("MetaWorld", "metaworld"),
+    ],
 )
 def test_a_missing_simulator_names_the_pip_command(
     monkeypatch: pytest.MonkeyPatch, env_id: str, extra: str
