@@ -52,9 +52,9 @@ def datasheet(
         "licence": recipe.licence,
         "settings": attrs["recipe"],
         "made_of": attrs.get("made_of"),
-        "versions": attrs["versions"],
+        "versions": attrs.get("versions", {}),  # somebody else's file, converted, names none
         "episodes": {"tried": tried, "kept": len(kept)},
-        "seeds": {"first": kept[0]["seed"], "last": kept[-1]["seed"]},
+        "seeds": {end: kept[i].get("seed") for end, i in (("first", 0), ("last", -1))},
         "tasks": dict(sorted(Counter(a["task"] for a in kept if "task" in a).items())),
         "steps": store.num_steps,
         "lengths": _spread(store.episode_lengths),
@@ -84,8 +84,7 @@ def as_markdown(sheet: Mapping[str, Any]) -> str:
         "rewards": f"`{settings['relabel']}`" if settings["relabel"] else "the environment's",
         "noise": f"{settings['noise']:g} on what is executed; the clean action is stored",
         "episodes": f"{sheet['episodes']['kept']} kept ({settings['keep']}) of "
-        f"{sheet['episodes']['tried']} tried, seeds {sheet['seeds']['first']} to "
-        f"{sheet['seeds']['last']}",
+        f"{sheet['episodes']['tried']} tried{_seeds(**sheet['seeds'])}",
         "episodes by task": ", ".join(f"{n} {count}" for n, count in sheet["tasks"].items()),
         "steps": f"{sheet['steps']}, {_words(sheet['lengths'])} an episode",
         "return": _words(sheet["returns"]),
@@ -110,6 +109,10 @@ def _command(name: str, episodes: int, kwargs: Mapping[str, Any]) -> str:
     if kwargs:
         words.append(f"kwargs={json.dumps(dict(kwargs))}")
     return shlex.join(words)
+
+
+def _seeds(first: int | None, last: int | None) -> str:
+    return "" if first is None else f", seeds {first} to {last}"
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
