@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +31,14 @@ from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.training.checkpoint import write_bundle
-from diffpolicy.training.saved import find_policy, policy_files
+from diffpolicy.training.saved import find_policy, part_of, policy_files
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.sources import Source
-from diffpolicy.training.trainer import Trainer, TrainResult
-from diffpolicy.training.weights import unchanged_on_error
+from diffpolicy.training.train import train
+from diffpolicy.training.trainer import Running, TrainResult
 
 Place = str | os.PathLike[str]
 Stored = EpisodeStore | Place | Sequence[Place | Mapping[str, Any]]
-Evaluate = Callable[[Path, int], Mapping[str, float]]
 
 
 class DiffusionPolicy(DiffusionPlanner):
@@ -99,9 +98,7 @@ class DiffusionPolicy(DiffusionPlanner):
         val_fraction: float = 0.02,
         max_episodes: int | None = None,
         learning: Learning | None = None,
-        evaluate: Evaluate | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
+        **run: Unpack[Running],
     ) -> Self:
         """Train denoiser and heads on stored episodes; ends with the averaged (EMA) weights.
 
@@ -112,28 +109,22 @@ class DiffusionPolicy(DiffusionPlanner):
             val_fraction: fraction of the episodes held out for the validation loss.
             max_episodes: use the first so many episodes (of each store) only.
             learning: what is learned beyond behaviour cloning: actor-critics, weights of losses.
-            evaluate: called with a policy directory and the step; its ``score`` decides the best.
-            resume: continue the run in ``run_dir`` exactly where it stopped.
-            overwrite: replace an earlier run in ``run_dir``.
+            **run: ``evaluate``, called with a policy directory and the step, whose ``score``
+                decides the best; ``resume`` the run in ``run_dir`` exactly where it stopped;
+                ``overwrite`` an earlier one there.
 
         Returns:
             self; ``last_training`` tells the steps done, seconds, and whether it was interrupted.
         """
         episodes = open_store(store)
         usable = usable_episodes(self.spec, episodes, max_episodes)
-        train, val = split_store(episodes, usable, val_fraction, config.seed)
+        training, val = split_store(episodes, usable, val_fraction, config.seed)
         how = Learning() if learning is None else learning
         shared = self.spec, self.normalizer.to("cpu"), episodes, how
+        run["val_source"] = examples(*shared, val.tolist()) if len(val) else None
+        source = examples(*shared, training.tolist())
         return self.fit(
-            objective(self, how),
-            examples(*shared, train.tolist()),
-            config,
-            run_dir,
-            val_source=examples(*shared, val.tolist()) if len(val) else None,
-            evaluate=evaluate,
-            about={"learning": how},
-            resume=resume,
-            overwrite=overwrite,
+            objective(self, how), source, config, run_dir, about={"learning": how}, **run
         )
 
     def fit(
@@ -143,11 +134,8 @@ class DiffusionPolicy(DiffusionPlanner):
         config: TrainerConfig,
         run_dir: Place,
         *,
-        val_source: Source | None = None,
-        evaluate: Evaluate | None = None,
         about: Mapping[str, Any] | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
+        **run: Unpack[Running],
     ) -> Self:
         """Train with any objective of this policy; if that fails, nothing has changed.
 
@@ -166,23 +154,8 @@ class DiffusionPolicy(DiffusionPlanner):
                 "policy.denoiser"
             )
         own = {"policy": self.spec, "normalizer": self.normalizer, "anchors": self.anchors}
-        with unchanged_on_error(self.denoiser, self.heads):
-            result = Trainer(
-                objective,
-                source,
-                config,
-                run_dir,
-                export=self._bundle,
-                val_source=val_source,
-                evaluate=evaluate,
-                identity={**own, **(about or {})},
-                resume=resume,
-                overwrite=overwrite,
-            ).fit()
-            objective.load_state_dict(result.ema)
-            self.denoiser.eval()
-            self.heads.eval()
-        self.last_training = result
+        run_as: dict[str, Any] = {"export": self._bundle, "identity": {**own, **(about or {})}}
+        self.last_training = train(objective, source, config, run_dir, **run_as, **run)
         self._loops = self._made_loops()  # compiled ones hold the old weights
         return self
 
@@ -194,9 +167,7 @@ class DiffusionPolicy(DiffusionPlanner):
         run_dir: Place,
         *,
         adapters: Mapping[str, Any] | None = None,
-        evaluate: Evaluate | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
+        **run: Unpack[Running],
     ) -> Self:
         """Tune by a reward of the policy's own plans: DRaFT, AlignProp.
 
@@ -208,11 +179,9 @@ class DiffusionPolicy(DiffusionPlanner):
         Example:
             >>> near = lambda action, obs: -(action - obs[:, -1:, :2]).square().sum((1, 2))
             >>> data = TuningData.of(reward=near, observations="data/demos.zarr")
-            >>> draft = {"type": "plan_chain", "grad_steps": 1}
-            >>> policy.tune(data, draft, TrainerConfig(steps=200, lr=1e-4), "runs/tuned")
+            >>> policy.tune(data, {"type": "plan_chain"}, TrainerConfig(steps=200), "runs/tuned")
         """
-        how = {"evaluate": evaluate, "resume": resume, "overwrite": overwrite}
-        return tuned(self, "tune", method, data, config, run_dir, adapters, **how)
+        return tuned(self, "tune", method, data, config, run_dir, adapters, **run)
 
     def prefer(
         self,
@@ -222,9 +191,7 @@ class DiffusionPolicy(DiffusionPlanner):
         run_dir: Place,
         *,
         adapters: Mapping[str, Any] | None = None,
-        evaluate: Evaluate | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
+        **run: Unpack[Running],
     ) -> Self:
         """Tune by comparisons: Diffusion-DPO, PSO, DRO and their relatives.
 
@@ -232,20 +199,29 @@ class DiffusionPolicy(DiffusionPlanner):
 
         Example:
             >>> data = TuningData.of("data/pairs.jsonl", "data/demos.zarr")
-            >>> dpo = {"type": "dpo", "kl_beta": 0.3}
-            >>> policy.prefer(data, dpo, TrainerConfig(steps=500, lr=1e-4), "runs/preferred")
+            >>> policy.prefer(data, {"type": "dpo", "kl_beta": 0.3}, config, "runs/preferred")
         """
-        how = {"evaluate": evaluate, "resume": resume, "overwrite": overwrite}
-        return tuned(self, "prefer", method, data, config, run_dir, adapters, **how)
+        return tuned(self, "prefer", method, data, config, run_dir, adapters, **run)
+
+    def distill(
+        self,
+        data: TuningData,
+        method: Method | Mapping[str, Any],
+        config: TrainerConfig,
+        run_dir: Place,
+        **run: Unpack[Running],
+    ) -> Self:
+        """A student that draws plans in one or a few evaluations; this policy stays as it is.
+
+        Example:
+            >>> quick = policy.distill(data, {"type": "consistency"}, config, "runs/quick")
+        """
+        return tuned(self, "distill", method, data, config, run_dir, **run)
 
     def _bundle(self, objective_state: Mapping[str, Tensor]) -> dict[str, Any]:
         """The files of this policy with other weights; heads that are not trained stay."""
-        parts = [
-            {k.removeprefix(p): v for k, v in objective_state.items() if k.startswith(p)}
-            for p in ("denoiser.", "heads.")
-        ]
-        weights = merged_state(self.denoiser, parts[0])
-        heads = parts[1] or self.heads.state_dict()
+        weights = merged_state(self.denoiser, part_of(objective_state, "denoiser"))
+        heads = part_of(objective_state, "heads") or self.heads.state_dict()
         return policy_files(self.spec, weights, self.normalizer, self.anchors, heads)
 
     def save(self, path: Place) -> Path:

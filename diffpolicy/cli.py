@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a policy on demonstrations, evaluate it and leave a run directory",
     "tune": "tune a policy or a sequence model by a reward, and report",
     "prefer": "tune a policy or a sequence model by comparisons, and report",
+    "distill": "make a student of a policy that needs one or a few evaluations a plan, and report",
     "eval": "roll a trained policy out and score it",
     "resume": "continue an interrupted run exactly where it stopped, or train one for longer",
     "rti": "give a policy warm starts (real-time iteration), their level chosen from data",

@@ -277,6 +277,7 @@ class EvalConfig:
     hold_ticks: int | None = None
     safe_action: list[float] = field(default_factory=list)
     output: str | None = None
+    report: bool = False
     deterministic: bool = False
     device: str = "auto"
     threads: int | None = None
@@ -293,10 +294,8 @@ class EvalConfig:
 KINDS: dict[str, type[RunConfig]] = {
     "train": TrainConfig,
     "train sequences": SequenceTrainConfig,
-    "tune": PolicyTuningConfig,
-    "tune sequences": SequenceTuningConfig,
-    "prefer": PolicyTuningConfig,
-    "prefer sequences": SequenceTuningConfig,
+    **dict.fromkeys(("tune", "prefer", "distill"), PolicyTuningConfig),
+    **dict.fromkeys(("tune sequences", "prefer sequences"), SequenceTuningConfig),
 }
 """The configuration of every kind of run."""
 

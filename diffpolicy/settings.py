@@ -12,7 +12,7 @@ import importlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -136,6 +136,36 @@ def check_shape(name: str, shape: Iterable[int], expected: Iterable[int | str]) 
     )
     if not fits:
         raise ValueError(f"{name} must be [{', '.join(map(str, wanted))}], got {got}")
+
+
+def ranged(interval: str, default: Any = MISSING, **how: Any) -> Any:
+    """A setting of a dataclass that must lie in an interval, see :func:`check_range`.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Smoothing:
+        ...     rate: float = ranged("(0, 1]", 0.1)
+        ...
+        ...     def __post_init__(self):
+        ...         check_settings(self)
+    """
+    return field(default=default, metadata={"interval": interval}, **how)
+
+
+def one_of(*known: str, default: str | None = None, **how: Any) -> Any:
+    """A setting of a dataclass that is one of some names, the first of them unless given."""
+    first = known[0] if default is None else default
+    return field(default=first, metadata={"known": known}, **how)
+
+
+def check_settings(settings: Any) -> None:
+    """Raise ``ValueError`` unless what :func:`ranged` and :func:`one_of` declared is so."""
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        if "interval" in entry.metadata:
+            check_range(entry.metadata["interval"], **{entry.name: value})
+        if "known" in entry.metadata:
+            check_choice(entry.name, value, entry.metadata["known"])
 
 
 def setting_names(kind: type[Any]) -> list[str]:

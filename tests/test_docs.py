@@ -71,6 +71,7 @@ SMALL = {
         *("judge.trainer.batch_size=8", "plans.every=8", "plans.candidates=2"),
     ],
     "experiment=pusht_dro": PREFER,
+    "distill": PREFER,
     "experiment=door_human": [*TINY, *TUNE, "network.width=16", "env.max_episode_steps=20"],
     "experiment=door_human_dpo": [*PREFER, "windows=2"],
     "experiment=tfbind8_dpo": [*TUNE, "trainer.steps=2", "draws=32", "eval_draws=16"],
@@ -111,6 +112,7 @@ SMALL = {
     "rti": ["episodes=2", "num_steps=1"],
     "anchors": ["count=4"],
     "export": [],
+    "fetch/push": ["episodes=2", "workers=0"],
     "data": [],
 }
 

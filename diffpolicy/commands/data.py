@@ -116,8 +116,8 @@ check    looks at every value; names episode, row and fix for what is wrong. Exi
 {options_help(CHECK, " " * 11)}
 convert  makes a store from a Diffusion Policy replay buffer (zarr, directory or zip), a robomimic
          or D4RL HDF5 file, a Minari (HDF5) or LeRobot (Parquet) dataset, an npz file of arrays with
-         episode_ends, or an id of D4RL's, Minari's or LeRobot's. What is left out is said, and so
-         is what is doubtful.
+         episode_ends or of OGBench, or an id of D4RL's, Minari's or LeRobot's. What is left out is
+         said, and so is what is doubtful.
 {options_help(FIELDS | WHICH, " " * 11)}
          A D4RL id or file has settled fields; in place of obs, action and fields it takes
 {options_help({n: o for n, o in D4RL.items() if n not in FIELDS}, " " * 11)}

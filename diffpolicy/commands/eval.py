@@ -1,10 +1,14 @@
 """`diffpolicy eval`: roll a trained policy out and score it.
 
 usage: diffpolicy eval RUN [key=value] ...
+       diffpolicy eval compare RUN RUN [RUN ...] output=DIR [score=SCORE]
 
 Rolls a policy out in its environment, one episode per seed, and prints `RESULT {json}`;
 everything about each episode goes to eval.json, in output= or in RUN/eval (RUN/eval_2, ... for
-later evaluations: none is overwritten).
+later evaluations: none is overwritten). Of an environment with several tasks it prints a table:
+episodes, success and return of each, their mean, and means of the groups that the environment
+declares. `compare` pairs evaluations (RUN is a run, a directory or an eval.json) episode by
+episode, task by task; score=success, final_success, max_reward or return.
 
 settings:
 $settings
@@ -20,6 +24,8 @@ Examples:
     diffpolicy eval runs/demo rti.t_start=0.4 rti.num_steps=3 n_action_steps=1
     diffpolicy eval runs/demo latency_ms=140 replan=always
     diffpolicy eval runs/pusht evaluation.seed=100000   # Diffusion Policy's own seeds
+    diffpolicy eval runs/demo report=true               # and a page with a clip of every task
+    diffpolicy eval compare runs/plain runs/wide output=runs/comparison
 """
 
 from __future__ import annotations
@@ -37,7 +43,7 @@ from diffpolicy.commands.own_pairs import check_judge
 from diffpolicy.commands.runs import print_result
 from diffpolicy.commands.stores import d4rl_score
 from diffpolicy.config import EnvConfig, EvalConfig, load_eval
-from diffpolicy.config_compose import config_dir, is_setting, quoted
+from diffpolicy.config_compose import config_dir, is_setting, keys_given, quoted
 from diffpolicy.settings import ConfigError, check_known, check_range
 from diffpolicy.settings import from_values as build
 
@@ -59,11 +65,14 @@ def help_text() -> str:
 
 def run(arguments: Sequence[str]) -> int:
     """Compose the configuration, evaluate, report."""
+    if arguments and arguments[0] == "compare":
+        return compare(arguments[1:])
     from diffpolicy.api import DiffusionPolicy
     from diffpolicy.commands.preflight import check_writable, choose_rendering, pick_device
     from diffpolicy.commands.train import evaluate_policy, summary
     from diffpolicy.rollout.env_spec import EnvSpec
     from diffpolicy.rollout.latency import DelayedPolicy
+    from diffpolicy.rollout.video import can_film
 
     began = time.perf_counter()
     config = load_eval(_named(arguments))
@@ -72,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     output = output_of(config)
     check_writable(output)
     device = pick_device(config.device, config.threads)
-    choose_rendering(config.evaluation.video_episodes)
+    choose_rendering(config.evaluation.video_episodes or int(config.report and can_film()))
     policy = DiffusionPolicy.from_pretrained(config.checkpoint, device=device, **_of_policy(config))
     if config.plain:
         policy = policy.with_settings(rti=None, truncated=None)
@@ -87,6 +96,7 @@ def run(arguments: Sequence[str]) -> int:
         output,
         env.success_threshold,
         deterministic=config.deterministic,
+        page=f"{env.name}: {config.checkpoint}" if config.report else None,
     )
     report: dict[str, Any] = {"task": env.name, **summary(result)}
     report |= d4rl_score(*_data_attrs(config.checkpoint), spec, result, output)
@@ -94,6 +104,25 @@ def run(arguments: Sequence[str]) -> int:
         report["latency"] = {"control_ms": config.control_ms, **_latency_settings(config)}
     report["output"] = str(output)
     print_result(report, began)
+    return 0
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """`compare RUN RUN... output=DIR`: evaluations paired by episode, task by task.
+
+    Raises:
+        ConfigError: too few runs, or options of something else.
+        ValueError: evaluations that cannot be compared.
+    """
+    from diffpolicy.report.tasks import compare_evaluations
+
+    runs = [a for a in arguments if not is_setting(a)]
+    options = keys_given(arguments)
+    if len(runs) < 2 or not {"output"} <= set(options) <= {"output", "score"}:
+        raise ConfigError(
+            "usage: diffpolicy eval compare RUN RUN [RUN ...] output=DIR [score=SCORE]"
+        )
+    print(compare_evaluations(runs, **options).read_text())
     return 0
 
 

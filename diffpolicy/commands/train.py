@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from diffpolicy.rollout.env_spec import EnvSpec
     from diffpolicy.rollout.results import EvalResult
 
+_CLIP_FRAMES = 100  # of a clip; those of many tasks are in memory together
 GROUPS = (
     "experiment",
     "task",
@@ -297,16 +298,24 @@ def evaluate_policy(
     success_threshold: float | None,
     *,
     deterministic: bool = False,
+    page: str | None = None,
 ) -> EvalResult:
-    """Roll out on the test seeds; leave ``eval.json`` and any pictures in ``output``."""
-    from diffpolicy.rollout.evaluate import VideoOptions, evaluate
-    from diffpolicy.rollout.video import save_media
+    """Roll out on the test seeds; leave ``eval.json`` and any pictures in ``output``.
 
-    video = (
-        VideoOptions(settings.video_episodes, stride=2, cameras=settings.video_cameras)
-        if settings.video_episodes
-        else None
-    )
+    Where the environment has several tasks their table is printed. With ``page``, a title, a page
+    with a clip of each is written as well.
+    """
+    from diffpolicy.report.page import write_page
+    from diffpolicy.report.tasks import task_table
+    from diffpolicy.rollout.evaluate import VideoOptions, evaluate
+    from diffpolicy.rollout.video import can_film, save_media
+
+    first = settings.video_episodes
+    video = None
+    clips = page is not None and can_film()
+    if first or clips:
+        per_task = {"per_task": 1, "frames": _CLIP_FRAMES} if clips else {}
+        video = VideoOptions(first, stride=2, cameras=settings.video_cameras, **per_task)
     result = evaluate(
         policy,
         spec,
@@ -319,8 +328,13 @@ def evaluate_policy(
     )
     result.save(output)
     notes = list(result.notes)
-    if video is not None:
-        notes += save_media(output, result.videos).notes
+    if first:
+        films = [film for film in result.videos if film.seed < settings.seed + first]
+        notes += save_media(output, films).notes
+    if page is not None:
+        notes += write_page(output, result, title=page)[1]
+    if "tasks" in result.summary:
+        print(task_table(result.summary))
     for note in notes:
         print(f"note: {note}")
     return result
@@ -347,6 +361,12 @@ def summary(result: EvalResult) -> dict[str, Any]:
                 and metrics[source].is_integer()
             )
             out[name] = int(metrics[source]) if whole else round(metrics[source], 4)
+    tasks = result.summary.get("tasks")
+    if tasks is not None:
+        out["tasks"] = tasks["mean"]["n_tasks"]
+        over = tasks["mean"]["success"]
+        if over is not None:
+            out["success_over_tasks"] = round(over["value"], 4)
     if "success_low" in metrics:
         out["success_95"] = [round(metrics["success_low"], 3), round(metrics["success_high"], 3)]
     return out

@@ -152,23 +152,24 @@ class _Run:
         self, policy: DiffusionPolicy, folder: Path, number: int, validate: Any
     ) -> tuple[DiffusionPolicy, dict[str, Any]] | None:
         """The best checkpoint by the validation score; ``None`` if it was stopped."""
+        from diffpolicy.learn.material import tuned
         from diffpolicy.training.run_files import has_run
 
         config = self.config
         data = self._data(policy, folder, number)
         if data is None:
             return None
-        tuned = policy.tune if config.run == "tune" else policy.prefer
-        tuned(
-            data,
+        training = tuned(
+            policy,
+            config.run,
             self.method,
+            data,
             trainer_settings(config.trainer, config.seed),
             folder,
-            adapters=config.adapters,
+            config.adapters,
             evaluate=validate,
             resume=self.resume and has_run(folder),
-        )
-        training = policy.last_training
+        ).last_training
         assert training is not None
         if training.interrupted:
             return None

@@ -45,12 +45,14 @@ from diffpolicy.settings import ConfigError
 
 def help_of(intro: str | None) -> str:
     """The help of a tuning command: what it is for, then what both have in common."""
-    settings = {
-        name: indented((config_dir() / f"tuning_{name}.yaml").read_text().split("\n", 1)[1])
-        for name in ("plans", "sequences")
-    }
+    settings = {name: settings_of(name) for name in ("plans", "sequences")}
     shared = str(__doc__).split("\n\n", 1)[1]
     return helped(f"{intro}\n{shared}", **settings, groups=groups_help(("method", "guidance")))
+
+
+def settings_of(kind: str) -> str:
+    """The settings of tunings of ``"plans"`` or ``"sequences"``, as their YAML file says them."""
+    return indented((config_dir() / f"tuning_{kind}.yaml").read_text().split("\n", 1)[1])
 
 
 def run(command: str, arguments: Sequence[str]) -> int:

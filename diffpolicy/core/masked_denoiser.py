@@ -61,6 +61,11 @@ class MaskedDenoiser(BaseDenoiser):
         return next(self.network.parameters(), torch.zeros(()))
 
     @property
+    def length(self) -> int:
+        """L, tokens of a sequence."""
+        return int(self.network.horizon)  # type: ignore[arg-type]
+
+    @property
     def mask_id(self) -> int:
         """The token that stands for a mask: ``vocab_size``."""
         return self.vocab_size

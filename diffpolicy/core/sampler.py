@@ -20,7 +20,7 @@ from diffpolicy.core.sampling import sample
 from diffpolicy.core.solvers import make_solver
 from diffpolicy.core.starts import SPACINGS, Start, levels, trained_level
 from diffpolicy.core.steps import Solver
-from diffpolicy.settings import check_choice, check_range, named_settings
+from diffpolicy.settings import check_range, check_settings, named_settings, one_of, ranged
 
 
 @named_settings
@@ -45,14 +45,13 @@ class Sampler:
 
     solver: str = "ddim"
     num_steps: int = 10
-    spacing: str = "t"
+    spacing: str = one_of(*SPACINGS, default="t")
     options: Mapping[str, Any] = field(default_factory=dict)
-    t_min: float | None = None
+    t_min: float | None = ranged("(0, 1)", None)
 
     def __post_init__(self) -> None:
-        check_range("[1, inf)", num_steps=self.num_steps)
-        check_range("(0, 1)", t_min=self.t_min)
-        check_choice("spacing", self.spacing, SPACINGS)
+        check_settings(self)
+        check_range("[1, inf)", num_steps=self.num_steps)  # whatever default a subclass gives it
         self.make()
 
     def make(self, *, deterministic: bool = False) -> Solver:

@@ -38,8 +38,9 @@ class DDIM(Solver):
     It takes any process. ``eta = 0`` is the deterministic DDIM, which is also Euler's rule on the
     probability-flow ODE in ``(x / alpha, sigma / alpha)``, DPM-Solver++ 1 and, for flow matching,
     Euler in ``t``. ``eta = 1`` is ancestral DDPM sampling between the levels actually visited;
-    ``variance = "large"`` uses the forward variance for its noise (Ho et al. 2020, section 3.2). No
-    noise is added on the step to ``t = 0``.
+    ``variance = "large"`` uses the forward variance for its noise (Ho et al. 2020, section 3.2),
+    and ``"renoise"`` with ``eta = 1`` noises the clean estimate anew, as consistency models are
+    sampled (Song et al. 2023, algorithm 1). No noise is added on the step to ``t = 0``.
     """
 
     eta: float = 0.0
@@ -48,7 +49,7 @@ class DDIM(Solver):
 
     def __post_init__(self) -> None:
         check_range("[0, 1]", eta=self.eta)
-        check_choice("variance", self.variance, ("small", "large"))
+        check_choice("variance", self.variance, ("small", "large", "renoise"))
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
@@ -58,14 +59,16 @@ class DDIM(Solver):
         return [self._row(step) for step in steps_of(process, levels)]
 
     def _row(self, step: Step) -> Row:
-        small = self.eta**2 * step.sigma_s.square() * -torch.expm1(-2 * step.h)
+        small = self.eta**2 * step.sigma_s.square()
+        if self.variance != "renoise":
+            small = small * -torch.expm1(-2 * step.h)
         a = (step.sigma_s.square() - small).clamp_min(0).sqrt() / step.sigma_t
         a, b = step.freeze(a, [step.alpha_s - step.alpha_t * a])
         g = None
         if self.stochastic:
             forward = step.sigma_t.square() - (step.alpha_t / step.alpha_s * step.sigma_s).square()
             large = self.eta**2 * torch.where(step.sigma_s > 0, forward, 0.0)
-            g = (small if self.variance == "small" else large).clamp_min(0).sqrt()
+            g = (large if self.variance == "large" else small).clamp_min(0).sqrt()
         return Row(step.t, a, b, g)
 
 

@@ -94,8 +94,7 @@ class ActionGroup:
             self._check_length("of", self.of, self.obs_rotation or self.rotation)
 
     def _check_length(self, name: str, given: tuple[int, ...], form: str | None) -> None:
-        size = len(self.dims) if form is None else 3 * self.pose + SIZES[form]
-        if len(given) != size:
+        if len(given) != (size := self._numbers(form)):
             what = "as many entries as dims" if form is None else f"the {size} entries of {form}"
             what += " after those of a position" if self.pose else ""
             raise ValueError(f"{name} must name {what}, got {given}")
@@ -103,9 +102,10 @@ class ActionGroup:
     @property
     def size(self) -> int:
         """Entries of a plan that say these dimensions."""
-        if self.choices is not None:
-            return self.choices
-        form = self._planned
+        return self._numbers(self._planned) if self.choices is None else self.choices
+
+    def _numbers(self, form: str | None) -> int:
+        """How many numbers say these dimensions, with the rotation in this form."""
         return len(self.dims) if form is None else 3 * self.pose + SIZES[form]
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,18 @@ def episode_rows(store: EpisodeReader, episodes: Ints) -> Ints:
     """Return the store's rows of some episodes, one episode after the other."""
     lengths = store.episode_lengths[episodes]
     return np.repeat(store.episode_ends[episodes] - lengths, lengths) + ranges(lengths)
+
+
+def spans(ends: Ints) -> list[tuple[int, int]]:
+    """Return the first row of each episode, and one past its last, of cumulative ends."""
+    return list(itertools.pairwise([0, *ends.tolist()]))
+
+
+def by_episode(rows: Ints, ends: Ints) -> Iterator[tuple[int, Ints]]:
+    """Yield the episodes, of cumulative ends, that have some of these rows; each with its rows."""
+    place = np.searchsorted(ends, rows, side="right")
+    for index in np.unique(place).tolist():
+        yield index, rows[place == index]
 
 
 def block_rows(chunk: int, row_bytes: int) -> int:

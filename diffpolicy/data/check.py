@@ -14,6 +14,7 @@ import zarr
 from numpy.typing import NDArray
 
 from diffpolicy.data import opening
+from diffpolicy.data.blocks import by_episode
 from diffpolicy.data.fields import FieldSpec, checked_bounds
 from diffpolicy.data.frames import layout_problem
 from diffpolicy.data.observation import is_obs
@@ -122,7 +123,8 @@ class _Checker:
         self._check_ends()
         for name, array in self._arrays.items():
             if problem := opening.unusable(array):
-                self._field_error(name, problem, "store rows of plain numbers; others do not train")
+                fix = "store rows of plain numbers; others do not train"
+                self._add("damaged fields", problem, fix, field=name)
                 continue
             self._check_type(name, array)
             self._check_length(name, array)
@@ -147,11 +149,11 @@ class _Checker:
     def _add(
         self,
         kind: str,
-        place: str,
         message: str,
         fix: str = RECOPY,
         severity: Severity = "error",
         *,
+        place: str | None = None,
         field: str | None = None,
         index: int | None = None,
         row: int | None = None,
@@ -159,13 +161,10 @@ class _Checker:
         """Add an issue of the file ``place``; ``index``: of its episode, among those with ends."""
         self._counts[kind, field] += 1
         if self._counts[kind, field] <= MAX_LISTED:
-            file = f"{self._name}/{place}" if place else self._name
+            file = f"{self._name}/{f'data/{field}' if place is None else place}".rstrip("/")
             episode = None if index is None else int(self._episodes[index])
             row = int(self._begins[index]) if row is None and index is not None else row
             self._issues.append(Issue(severity, file, message, fix, episode, row, field))
-
-    def _field_error(self, name: str, message: str, fix: str = RECOPY) -> None:
-        self._add("damaged fields", f"data/{name}", message, fix, field=name)
 
     # -- fields -------------------------------------------------------------------------------
 
@@ -175,37 +174,39 @@ class _Checker:
             self._native = True  # if it cannot be told: or no other question would be answered
             self._native = opening.is_native(self._group, self._name)
         except ValueError as error:
-            self._add("format", "zarr.json", str(error))
+            self._add("format", str(error), place="zarr.json")
         try:
             names = opening.field_names(self._group, self._path, self._name)
             if self._native:
                 self._declared = opening.declared_fields(self._attrs, self._name)
         except ValueError as error:
-            self._add("format", "zarr.json", str(error))
+            self._add("format", str(error), place="zarr.json")
         known = sorted({*names, *self._declared})
         for name in known:
             try:
                 array = opening.child_array(self._group, f"data/{name}", self._name)
             except ValueError as error:
                 text = f"the field cannot be opened: {error}"
-                self._field_error(name, text if name in names else "the field is missing")
+                text = text if name in names else "the field is missing"
+                self._add("damaged fields", text, field=name)
                 continue
             self._arrays[name] = array
             if name in self._declared and (odd := opening.misfit(array, self._declared[name])):
-                self._field_error(name, odd)
+                self._add("damaged fields", odd, field=name)
         for name, there in {"obs": map(is_obs, known), "action": ["action" in known]}.items():
             if not any(there) and (self._native or name == "action"):
+                message = f"there is no field {name!r}, which training needs"
                 fix = "run `diffpolicy data convert` and say which fields it is made of"
-                self._field_error(name, f"there is no field {name!r}, which training needs", fix)
+                self._add("damaged fields", message, fix, field=name)
 
     def _check_type(self, name: str, array: opening.ZarrArray) -> None:
         flat = array.ndim == 1 and name == "obs" and self._native
         if flat or (name == "action" and array.ndim != 2):
             message = f"rows have the shape {list(array.shape[1:])}; they must be vectors to train"
-            self._field_error(name, message, "store it as [T, D]: array.reshape(len(array), -1)")
-        spec = FieldSpec(array.shape[1:], str(array.dtype))
-        if is_obs(name) and (problem := layout_problem(name, spec)):
-            self._add("images", f"data/{name}", *problem, "warning", field=name)
+            fix = "store it as [T, D]: array.reshape(len(array), -1)"
+            self._add("damaged fields", message, fix, field=name)
+        if is_obs(name) and (problem := layout_problem(name, FieldSpec.of(array))):
+            self._add("images", *problem, "warning", field=name)
         if array.dtype == np.float64:
             message, fix = "takes twice the memory of float32", "store it as float32"
         elif name == "action" and array.dtype.kind != "f":
@@ -213,8 +214,7 @@ class _Checker:
             fix = "store them as float32, if they are quantities; one-hot, if they are choices"
         else:
             return
-        message = f"dtype {array.dtype} {message}"
-        self._add("dtypes", f"data/{name}", message, fix, "warning", field=name)
+        self._add("dtypes", f"dtype {array.dtype} {message}", fix, "warning", field=name)
 
     # -- lengths ------------------------------------------------------------------------------
 
@@ -224,35 +224,35 @@ class _Checker:
             ends = opening.raw_ends(self._group, self._name, native=self._native)
             rows = opening.child_array(self._group, place, self._name).shape[0]
         except ValueError as error:
-            self._add("ends", place, f"episode_ends cannot be read: {error}")
+            self._add("ends", f"episode_ends cannot be read: {error}", place=place)
             return
         self._unpublished = self._native and len(ends) < rows
         if len(ends) == 0:
-            self._add("ends", place, "the store holds no episodes", "record or convert some")
+            message = "the store holds no episodes"
+            self._add("ends", message, "record or convert some", place=place)
         before = np.maximum.accumulate(np.concatenate([[0], ends]))[:-1]
         self._episodes, self._ends, self._begins = np.arange(len(ends)), ends, before
         for index in np.flatnonzero(ends <= before).tolist():
             end = int(ends[index])
             what = f"the episode ends at row {end}, but begins at row {int(before[index])}"
             fix = "correct or drop this entry of meta/episode_ends; ends increase strictly"
-            self._add("order", place, what, fix, index=index, row=end)
+            self._add("order", what, fix, place=place, index=index, row=end)
         kept = np.flatnonzero(ends > before)
         self._episodes, self._ends, self._begins = kept, ends[kept], before[kept]
 
     def _check_length(self, name: str, array: opening.ZarrArray) -> None:
         rows, total = int(array.shape[0]), int(self._ends.max(initial=0))
-        place = f"data/{name}"
         if rows < total:
             index = self._index_at(rows)
             message = f"the field has {rows} rows, but episode_ends counts {total}"
             fix = f"drop the episodes from {self._episodes[index]} on, or copy the store again"
-            self._add("lengths", place, message, fix, index=index, row=rows, field=name)
+            self._add("lengths", message, fix, index=index, row=rows, field=name)
         elif rows > total and total and self._native:
             self._unpublished = True
         elif rows > total and total:
             message = f"the field has {rows} rows, but the last episode ends at {total}"
             fix = "add the missing end to meta/episode_ends, or drop the rows"
-            self._add("lengths", place, message, fix, "warning", row=total, field=name)
+            self._add("lengths", message, fix, "warning", row=total, field=name)
 
     def _index_at(self, row: int) -> int:
         return int(np.searchsorted(self._ends, row, side="right"))
@@ -270,7 +270,7 @@ class _Checker:
                 f"cannot be read: {why}"
             )
             place = missing or f"data/{name}/{key}"
-            self._add("damaged chunks", place, message, index=first, row=start, field=name)
+            self._add("damaged chunks", message, place=place, index=first, row=start, field=name)
 
     def _bounds(self, array: opening.ZarrArray, low: Any, high: Any) -> Bounds | None:
         shape = tuple(array.shape[1:])
@@ -280,18 +280,16 @@ class _Checker:
         try:
             return checked_bounds(low, high, shape)
         except ValueError as error:
-            self._add("bounds", "zarr.json", str(error))
+            self._add("bounds", str(error), place="zarr.json")
             return None
 
     def _report_rows(self, name: str, rows: NDArray[np.int64], what: str) -> None:
-        place = np.searchsorted(self._ends, rows, side="right")
-        for index in np.unique(place).tolist():
-            inside = rows[place == index]
-            step = inside[0] - self._begins[index]
-            message = f"{what} in {len(inside)} steps, first in step {step} of the episode"
-            fix = "leave the episode out (data convert with exclude=failed_check), or record it"
+        fix = "leave the episode out (data convert with exclude=failed_check), or record it"
+        for index, inside in by_episode(rows, self._ends):
             row = int(inside[0])
-            self._add(what, f"data/{name}", message, fix, index=index, row=row, field=name)
+            step = row - self._begins[index]
+            message = f"{what} in {len(inside)} steps, first in step {step} of the episode"
+            self._add(what, message, fix, index=index, row=row, field=name)
 
     # -- episodes -----------------------------------------------------------------------------
 
@@ -305,7 +303,7 @@ class _Checker:
             if earlier != number:
                 message = f"the episode is a copy of episode {earlier}"
                 fix = "leave one of them out: copies leak from training into validation"
-                self._add("duplicates", "data", message, fix, "warning", index=index)
+                self._add("duplicates", message, fix, "warning", place="data", index=index)
 
     def _check_frozen(self) -> list[int]:
         """Report episodes in which nothing moves; return their indices."""
@@ -315,11 +313,11 @@ class _Checker:
         still = np.all([s.whole & ~s.changed for s in seen.values()], axis=0)
         lengths = self._ends - self._begins
         found: list[int] = np.flatnonzero(still & (lengths > 1)).tolist()
+        fix = "leave the episode out, and look whether the recorder lost its sensors"
         for index in found:
             message = f"no observation changes in its {lengths[index]} steps: the episode is frozen"
-            fix = "leave the episode out, and look whether the recorder lost its sensors"
-            names = ", ".join(seen)
-            self._add("frozen", "data", message, fix, "warning", field=names, index=index)
+            where: Any = {"place": "data", "field": ", ".join(seen), "index": index}
+            self._add("frozen", message, fix, "warning", **where)
         return found
 
     def _check_suspects(self, frozen: list[int]) -> None:
@@ -339,8 +337,7 @@ class _Checker:
             if name == "action" and index in idle:
                 continue
             if kind != "frozen" or index not in frozen:
-                place = f"data/{name}"
-                self._add(kind, place, message, fix, "warning", field=name, index=index, row=row)
+                self._add(kind, message, fix, "warning", field=name, index=index, row=row)
 
     def _without_actions(self) -> set[int]:
         """Indices of the episodes that say that they have no actions: these stand as zeros."""
@@ -358,7 +355,7 @@ class _Checker:
         update = f"run `diffpolicy data info --update-statistics {self._name}`"
         if self._unpublished:
             message = "rows follow the last episode: its writer still runs, or was killed"
-            self._add("writer", "", message, f"if no writer runs: {update}", "warning")
+            self._add("writer", message, f"if no writer runs: {update}", "warning", place="")
         count, total = len(self._episodes), int(self._ends.max(initial=0))
         try:
             lines = opening.episode_lines(self._group, count, self._name)
@@ -367,17 +364,17 @@ class _Checker:
             lines, problem = [], f"the episodes' attributes cannot be read: {error}"
         if len(lines) < count:
             fix = "copy the store again; training works without them"
-            self._add("attrs", "meta/episode_attrs", problem, fix, "warning")
+            self._add("attrs", problem, fix, "warning", place="meta/episode_attrs")
         if odd := statistics_problem(self._attrs, self._declared, total):
             if total or self._attrs.get("statistics"):
-                self._add("statistics", "zarr.json", odd, update, "warning")
+                self._add("statistics", odd, update, "warning", place="zarr.json")
             return
         for name, values in self._attrs["statistics"].items():
             scan = self._scans.get(name)
             if scan is not None and (parts := _contradicted(scan, values)):
-                text = f"the statistics {', '.join(parts)} are not those of the data"
-                message = f"{text}, which were changed since"
-                self._add("statistics", "zarr.json", message, update, "warning", field=name)
+                said = f"the statistics {', '.join(parts)} are not those of the data"
+                text, place = f"{said}, which were changed since", "zarr.json"
+                self._add("statistics", text, update, "warning", place=place, field=name)
 
 
 def _is_vectors(name: str, array: opening.ZarrArray) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from zarr.storage import MemoryStore
 
 from diffpolicy.data import store_layout as layout
 from diffpolicy.data.check import check_store, format_issue
@@ -114,8 +113,8 @@ def convert(
             layout.clear_target(goal, overwrite=overwrite, remove=False)
         tasks = _tasks(source, fields or {}, task, task_encoder)
         mapping = mapping_of(source, fields or {}, flat=transform is not None, task=bool(tasks))
-        used = [field_of(n) for group in mapping.values() for n in group]
-        used += [tasks.name] if tasks and tasks.by_id else []
+        by_id = {tasks.name} if tasks and tasks.by_id else set()
+        used = sorted({field_of(n) for group in mapping.values() for n in group} | by_id)
         selection = select(source, exclude, keep, max_episodes)
         selection, doubts = checked_gaps(source, used, selection, allow_missing=allow_missing)
         partial = None
@@ -126,7 +125,7 @@ def convert(
         known |= {"made_of": [{"store": Path(source.name).name, "attrs": before}]} if before else {}
         own = {k: v for k, v in source.attrs.items() if k not in before}
         attrs = {**own, **known, **(attrs or {})}
-        job = _Job(source, mapping, transform, tasks, partial, str(goal), attrs)
+        job = _Job(source, mapping, used, transform, tasks, partial, str(goal), attrs)
         store, selection, found = job.write_checked(selection)
         said = source.remarks(store)
         if warnings := [*doubts, *said.get("warnings", []), *found]:
@@ -151,6 +150,7 @@ class _Job:
 
     reader: EpisodeSource
     mapping: Mapping[str, list[str]]
+    used: list[str]  # the fields that are read
     transform: Callable[[NDArray[Any]], NDArray[Any]] | None
     tasks: Tasks | None
     place: Path | None
@@ -192,7 +192,8 @@ class _Job:
         size = 0
         for columns, known in self._episodes(selection, failed):
             if store is None:  # "store or" would make it anew for every episode: empty is false
-                store = self._create(_specs(columns))
+                specs = _specs(columns)
+                store = EpisodeStore.create(self.place, specs, attrs=self.attrs, overwrite=True)
             block.append((columns, known))
             size += sum(c.nbytes for c in columns.values())
             if size > _BLOCK_BYTES:
@@ -204,23 +205,15 @@ class _Job:
         store.finalize()
         return store, selection
 
-    def _create(self, specs: Mapping[str, FieldSpec]) -> EpisodeStore:
-        if self.place is None:
-            return EpisodeStore._create(MemoryStore(), None, specs, self.attrs, None)
-        return EpisodeStore.create(self.place, specs, attrs=self.attrs, overwrite=True)
-
     def _episodes(
         self, selection: Selection, failed: dict[int, str]
     ) -> Iterator[tuple[Columns, Mapping[str, Any]]]:
         """Columns and attributes of each episode; ``failed`` receives those that are left out."""
-        names = {field_of(n) for group in self.mapping.values() for n in group}
-        if self.tasks and self.tasks.by_id:
-            names.add(self.tasks.name)
         known = attrs_with_masks(self.reader)
         specs: dict[str, FieldSpec] = {}  # of the first episode: the others' are to be the same
         for index in selection.episodes:
             try:
-                raw = self.reader.episode(index, sorted(names))
+                raw = self.reader.episode(index, self.used)
                 columns = {k: self._column(k, raw) for k in self.mapping}
                 steps = len(columns["action"])
                 told: dict[str, Any] = {}
@@ -245,8 +238,7 @@ class _Job:
         lengths = [len(p) for p in parts]
         if len(set(lengths)) > 1:
             raise ValueError(f"the parts of {name!r} have different lengths: {lengths}")
-        first = FieldSpec(parts[0].shape[1:], str(parts[0].dtype))
-        image = len(parts) == 1 and is_observed(name) and is_picture(first)
+        image = len(parts) == 1 and is_observed(name) and is_picture(FieldSpec.of(parts[0]))
         if self.transform is not None and is_observed(name) and (image or name not in VECTORS):
             what = "of bytes" if name in VECTORS else "by name"
             raise ValueError(f"transform is of the one array obs; there is {name} {what}")
@@ -286,7 +278,7 @@ def _parts(mapping: Mapping[str, list[str]]) -> dict[str, list[str]]:
 
 
 def _specs(columns: Columns) -> dict[str, FieldSpec]:
-    return {k: FieldSpec(c.shape[1:], str(c.dtype)) for k, c in columns.items()}
+    return {k: FieldSpec.of(c) for k, c in columns.items()}
 
 
 def _write_block(store: EpisodeStore, block: list[tuple[Columns, Mapping[str, Any]]]) -> None:

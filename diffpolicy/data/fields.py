@@ -40,6 +40,11 @@ class FieldSpec:
                 f"a field holds plain numbers (float, int, uint, bool); got dtype {self.dtype!r}"
             )
 
+    @staticmethod
+    def of(array: Any) -> FieldSpec:
+        """Return the field whose rows an array holds."""
+        return FieldSpec(tuple(array.shape[1:]), str(array.dtype))
+
     @property
     def size(self) -> int:
         """Numbers in one row."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffpolicy.data.blocks import by_episode, spans
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.suspects import FROZEN_STEPS, FROZEN_TIMES, STILL, Suspect, longest_run
 
@@ -106,30 +107,27 @@ class Frames:
             name: The field.
             moving: ``[T]`` whether other observations changed since the row before.
         """
-        starts = np.concatenate([[0], self._ends[:-1]])
-        yield from self._frozen(name, moving, starts.tolist())
-        plain = np.flatnonzero(self.level >= 0)
-        place = np.searchsorted(self._ends, plain, side="right")
-        for index in np.unique(place).tolist():
-            rows = plain[place == index]
-            level = float(self.level[rows[0]])
+        places = spans(self._ends)
+        yield from self._frozen(name, moving, places)
+        fix = "leave the episode out, and look whether the camera or its light failed"
+        for index, rows in by_episode(np.flatnonzero(self.level >= 0), self._ends):
+            (start, stop), level = places[index], float(self.level[rows[0]])
             colour = "black" if level <= _DARK else "white" if level >= _BRIGHT else "one colour"
             message = (
-                f"{len(rows)} of the episode's {self._ends[index] - starts[index]} frames have no "
-                f"picture, first in step {rows[0] - starts[index]}: it is {colour} (level "
-                f"{level:.0f} of 255)"
+                f"{len(rows)} of the episode's {stop - start} frames have no picture, first in "
+                f"step {rows[0] - start}: it is {colour} (level {level:.0f} of 255)"
             )
-            fix = "leave the episode out, and look whether the camera or its light failed"
             yield Suspect(name, "plain", index, int(rows[0]), message, fix)
-        yield from self._swapped(name, starts)
+        yield from self._swapped(name)
 
-    def _frozen(self, name: str, moving: NDArray[np.bool_], starts: list[int]) -> Iterator[Suspect]:
+    def _frozen(
+        self, name: str, moving: NDArray[np.bool_], places: list[tuple[int, int]]
+    ) -> Iterator[Suspect]:
         still = self.repeats & moving
-        spans = list(zip(starts, self._ends.tolist(), strict=True))
-        runs = [longest_run(still[start + 1 : stop]) for start, stop in spans]
+        runs = [longest_run(still[start + 1 : stop]) for start, stop in places]
         usual = max(FROZEN_STEPS, FROZEN_TIMES * np.median([length for length, _ in runs]))
-        lively = np.median([still[start:stop].mean() for start, stop in spans]) <= STILL
-        for index, ((start, stop), (length, begin)) in enumerate(zip(spans, runs, strict=True)):
+        lively = np.median([still[start:stop].mean() for start, stop in places]) <= STILL
+        for index, ((start, stop), (length, begin)) in enumerate(zip(places, runs, strict=True)):
             # For half of an episode a camera that shows the robot cannot stay the same, usual or
             # not; for less, this one must be unlike the others.
             half = max(FROZEN_STEPS, (stop - start) / 2)
@@ -141,13 +139,14 @@ class Frames:
                 fix = "leave the episode out, and look whether the recorder lost this camera"
                 yield Suspect(name, "frozen", index, start + begin, message, fix)
 
-    def _swapped(self, name: str, starts: NDArray[np.int64]) -> Iterator[Suspect]:
+    def _swapped(self, name: str) -> Iterator[Suspect]:
         """Episodes in which what is redder than blue elsewhere is bluer, and the other way round.
 
         Which of two groups is right nobody can tell from them, nor whether all are wrong; and
         nothing is said where episodes do not look alike, or are grey.
         """
-        maps = self._redder.reshape(len(starts), -1) / (self._ends - starts)[:, None]
+        lengths = np.diff(self._ends, prepend=0)
+        maps = self._redder.reshape(len(lengths), -1) / lengths[:, None]
         sizes = np.linalg.norm(maps, axis=1, keepdims=True)
         if len(maps) < _ENOUGH or np.median(sizes) < _COLOURED:
             return
@@ -166,10 +165,11 @@ class Frames:
             found = np.flatnonzero(likeness >= _ALIKE)
         if not len(found):
             return
+        first = int(found[0])
         listed = ", ".join(map(str, found[:_LISTED])) + (", ..." if len(found) > _LISTED else "")
         message = (
             f"red and blue look exchanged in {len(found)} of {len(maps)} episodes ({listed}): what "
             "is redder than blue in the others is bluer there"
         )
         fix = "look at a frame of each kind, and reverse the channels of those in BGR: [..., ::-1]"
-        yield Suspect(name, "channels", int(found[0]), int(starts[found[0]]), message, fix)
+        yield Suspect(name, "channels", first, spans(self._ends)[first][0], message, fix)

@@ -102,17 +102,13 @@ class Joined(EpisodeReader):
         return dict(self._attrs)
 
     @cached_property
-    def _statistics(self) -> dict[str, dict[str, Any]]:
-        return compute_statistics(cast("EpisodeStore", self))
-
-    @property
     def statistics(self) -> dict[str, dict[str, Any]]:
         """Statistics of all rows together, computed when they are first asked for.
 
         Raises:
             ValueError: A value is not finite.
         """
-        return self._statistics
+        return compute_statistics(cast("EpisodeStore", self))
 
     def chunk_rows(self, field: str) -> int:
         """Return the rows in one chunk of ``field``, in the part that has the largest."""

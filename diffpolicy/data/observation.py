@@ -204,12 +204,11 @@ def _joined(join: Callable[[list[Any]], Any], parts: Sequence[Any]) -> Any:
 
 def zeros(fields: ObsFields, lead: tuple[int, ...]) -> Obs:
     """Return zeros ``[*lead, ...]`` in the types that policies see: float32, bytes of images."""
-    out: Obs = each(
-        lambda field: np.zeros(
-            (*lead, *field.shape), field.dtype if field.is_image else np.float32
-        ),
-        fields,
-    )
+
+    def empty(field: ObsField) -> Array:
+        return np.zeros((*lead, *field.shape), field.dtype if field.is_image else np.float32)
+
+    out: Obs = each(empty, fields)
     return out
 
 
@@ -221,17 +220,16 @@ def as_seen(obs: Any, fields: ObsFields, *, lead: tuple[int | str, ...] = ("N",)
     """
     obs = each(np.asarray, obs)
     check(obs, fields, lead=lead)
+    arrays = to_fields(obs)
     for name, field in by_store_field(fields).items():
-        if field.is_image and to_fields(obs)[name].dtype != field.dtype:
-            got = to_fields(obs)[name].dtype
+        if field.is_image and arrays[name].dtype != field.dtype:
+            got = arrays[name].dtype
             raise ValueError(f"the image {name!r} must be uint8, from 0 to 255; got {got}")
-    if isinstance(fields, Mapping):
-        obs = {name: obs[name] for name in fields}
-    out: Obs = each(
-        lambda array, field: array if field.is_image else array.astype(np.float32, copy=False),
-        obs,
-        fields,
-    )
+
+    def seen(field: ObsField, array: Array) -> Array:
+        return array if field.is_image else array.astype(np.float32, copy=False)
+
+    out: Obs = each(seen, fields, obs)
     return out
 
 

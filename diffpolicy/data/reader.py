@@ -33,7 +33,7 @@ class EpisodeReader:
         self.name = "<episodes in memory>" if path is None else str(path)
         self.is_native = native = opening.is_native(group, self.name)
         self._arrays = opening.field_arrays(group, path, self.name, native=native)
-        self._fields = {k: FieldSpec(a.shape[1:], str(a.dtype)) for k, a in self._arrays.items()}
+        self._fields = {k: FieldSpec.of(a) for k, a in self._arrays.items()}
         self._ends = opening.published_ends(group, self.name, native=native)
         for name, array in self._arrays.items():
             if array.shape[0] < self.num_steps:

@@ -112,15 +112,14 @@ def halved(
             f"{asked} puts {len(chosen)} of the {len(every.episodes)} episodes of {store.name} "
             "into the first store; each needs one at least"
         )
-    others = [(first, set(every.episodes) - chosen, second), (second, chosen, first)]
-    pairs = [
-        (place, every.without(dict.fromkeys(sorted(gone), f"in {Path(other).name}")))
-        for place, gone, other in others
-    ]
     for place in (first, second):
         layout.clear_target(Path(place), overwrite=overwrite, remove=False)
-    one, two = (_made(store, place, part, fields, overwrite) for place, part in pairs)
-    return one, two
+
+    def made(place: Place, gone: Iterable[int], other: Place) -> EpisodeStore:
+        part = every.without(dict.fromkeys(sorted(gone), f"in {Path(other).name}"))
+        return _made(store, place, part, fields, overwrite)
+
+    return made(first, set(every.episodes) - chosen, second), made(second, chosen, first)
 
 
 def merged(

@@ -55,8 +55,7 @@ class _Derived:
 
     def __init__(self, store: EpisodeStore, arrays: Mapping[str, NDArray[Any]]) -> None:
         self._store, self._extra = store, dict(arrays)
-        extra = {k: FieldSpec(tuple(a.shape[1:]), str(a.dtype)) for k, a in arrays.items()}
-        self.fields = {**store.fields, **extra}
+        self.fields = store.fields | {k: FieldSpec.of(a) for k, a in arrays.items()}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)

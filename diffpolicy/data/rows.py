@@ -105,7 +105,7 @@ def check_finite(store: EpisodeStore, field: str, rows: Ints, values: Tensor) ->
 
 
 def _on_disk(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Map a temporary file that goes when the array does.
+    """Map a temporary file, which has no name any more and goes when the array does.
 
     Its place on the disk is taken at once: where a file has holes and the disk fills, the system
     kills the process (SIGBUS) at whatever row it is.
@@ -113,26 +113,19 @@ def _on_disk(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     Raises:
         OSError: The disk is full, with the file's name.
     """
-    handle, name = tempfile.mkstemp(prefix="diffpolicy-windows-")
     size = int(np.prod(shape)) * dtype.itemsize
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, size)
-        else:
-            os.truncate(handle, size)
-        return np.memmap(name, dtype, "r+", shape=shape)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{os.strerror(error.errno or 0)}: windows streamed from the disk need "
-            f"{size / 2**20:.0f} MiB there. Set TMPDIR to a folder of a disk with more room, or "
-            "train on fewer episodes",
-            name,
-        ) from error
-    finally:
-        os.close(handle)
-        if os.name == "posix":  # the mapping outlives the name
-            os.unlink(name)
+    with tempfile.NamedTemporaryFile(prefix="diffpolicy-windows-") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            return np.memmap(file, dtype, "r+", shape=shape)
+        except OSError as error:
+            text = (
+                f"{os.strerror(error.errno or 0)}: windows streamed from the disk need "
+                f"{size / 2**20:.0f} MiB there. Set TMPDIR to a folder of a disk with more room, "
+                "or train on fewer episodes"
+            )
+            raise OSError(error.errno, text, file.name) from error
 
 
 def free_memory() -> int:

@@ -77,7 +77,7 @@ def scan_field(
     result.whole[ends > array.shape[0]] = False
     hashes = [hashlib.blake2b(digest_size=16) for _ in ends]
     first_rows: dict[int, NDArray[Any]] = {}
-    spec = FieldSpec(array.shape[1:], str(array.dtype))
+    spec = FieldSpec.of(array)
     running = RunningStatistics(array.name, spec.shape, rows)
     result.frames = Frames(spec, ends) if Frames.fit(spec) else None
     for start, block in _blocks(array, rows, spec.row_bytes):

@@ -135,15 +135,14 @@ def _episodes(source: Episodes, item: int | str, option: str) -> dict[int, str]:
     if item == FAILED_CHECK and option == "exclude":
         return {}
     found: Iterable[int]
+    text = item if isinstance(item, str) else ""
     if isinstance(item, int) and not isinstance(item, bool):
         found = _numbered(source, item, item, option)
-    elif not isinstance(item, str):
-        found = _named(source, item, option)
-    elif item.startswith(_MASK):
-        found = _masked(source, item.removeprefix(_MASK))
-    elif span := _RANGE.fullmatch(item):
+    elif text.startswith(_MASK):
+        found = _masked(source, text.removeprefix(_MASK))
+    elif span := _RANGE.fullmatch(text):
         found = _numbered(source, int(span[1]), int(span[2]), option)
-    elif asked := _CONDITION.fullmatch(item):
+    elif asked := _CONDITION.fullmatch(text):
         found = _meeting(source, asked[1].strip(), asked[2], asked[3].strip(), option)
     else:
         found = _named(source, item, option)
@@ -152,10 +151,9 @@ def _episodes(source: Episodes, item: int | str, option: str) -> dict[int, str]:
 
 def _numbered(source: Episodes, first: int, last: int, option: str) -> range:
     if not 0 <= first <= last < source.num_episodes:
-        raise ValueError(
-            f"{option}: {source.name} has the episodes 0..{source.num_episodes - 1}; got "
-            f"{first if first == last else f'{first}..{last}'}"
-        )
+        got = first if first == last else f"{first}..{last}"
+        there = f"{source.name} has the episodes 0..{source.num_episodes - 1}"
+        raise ValueError(f"{option}: {there}; got {got}")
     return range(first, last + 1)
 
 
@@ -177,9 +175,8 @@ def _named(source: Episodes, word: Any, option: str) -> list[int]:
 def _meeting(source: Episodes, name: str, sign: str, text: str, option: str) -> list[int]:
     """The episodes whose attribute ``name`` compares so with the value that ``text`` says."""
     attrs = [dict(known) for known in source.episode_attrs]
-    lengths = getattr(source, "episode_lengths", None)
-    for known, length in zip(attrs, () if lengths is None else lengths.tolist(), strict=False):
-        known.setdefault("length", length)
+    for known, length in zip(attrs, getattr(source, "episode_lengths", ()), strict=False):
+        known.setdefault("length", int(length))
     try:
         check_choice(f"attribute of {source.name}'s episodes", name, sorted(set().union(*attrs)))
         value = json.loads(text)
@@ -248,7 +245,7 @@ def left_out(
 
 
 def checked_gaps(
-    source: EpisodeSource, used: Iterable[str], selection: Selection, *, allow_missing: bool
+    source: EpisodeSource, used: Sequence[str], selection: Selection, *, allow_missing: bool
 ) -> tuple[Selection, list[str]]:
     """See to the rows of a source that were never written, or got lost, and read as zeros.
 
@@ -259,7 +256,7 @@ def checked_gaps(
         ValueError: There are such rows, and nothing says what to do with them.
     """
     chosen = set(selection.episodes)
-    gaps = [g for g in source.gaps(sorted(set(used))) if chosen & set(range(g.first, g.last + 1))]
+    gaps = [g for g in source.gaps(used) if chosen & set(range(g.first, g.last + 1))]
     if gaps and allow_missing and hasattr(source, "fill_gaps"):
         source.fill_gaps()  # zarr's files, which are otherwise read strictly
     if not gaps or allow_missing:

@@ -32,7 +32,6 @@ from diffpolicy.data import opening
 from diffpolicy.data import store_layout as layout
 from diffpolicy.data.blocks import episode_rows, read_blocks
 from diffpolicy.data.fields import FieldSpec, checked_rows, field_specs, jsonable, user_attrs
-from diffpolicy.data.opening import StrictStore
 from diffpolicy.data.reader import EpisodeReader
 from diffpolicy.data.statistics import checksum, compute_statistics
 from diffpolicy.files import naming
@@ -66,7 +65,7 @@ class EpisodeStore(EpisodeReader):
     @classmethod
     def create(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None,
         fields: Mapping[str, tuple[int, ...] | FieldSpec],
         *,
         attrs: Mapping[str, Any] | None = None,
@@ -76,7 +75,8 @@ class EpisodeStore(EpisodeReader):
         """Create an empty store to append to.
 
         Args:
-            path: A directory that does not exist yet, by custom ``something.zarr``.
+            path: A directory that does not exist yet, by custom ``something.zarr``; None keeps the
+                store in memory.
             fields: Row shape (float32) or ``FieldSpec`` of each field. To train on it a store needs
                 ``obs`` and ``action``.
             attrs: JSON values kept with the store, such as ``{"env_id": ...}``.
@@ -91,13 +91,17 @@ class EpisodeStore(EpisodeReader):
             FileExistsError: Something is at ``path``.
             ValueError: No fields, a bad name, shape or attribute.
         """
+        specs, user = field_specs(fields), user_attrs(attrs)
+        check_range("[1, inf)", chunk_rows=chunk_rows)
+        if path is None:
+            group = layout.create_group(MemoryStore(), specs, user, chunk_rows)
+            return cls(group, None, writable=True)
         target = Path(path)
-        specs = field_specs(fields)
         if target.suffix == ".zip":
             raise ValueError(f"a zip cannot be appended to: name the directory {target.stem}")
         layout.clear_target(target, overwrite=overwrite, remove=False)
-        with WriterLock(target, "making it"), layout.replaced(target) as partial:
-            cls._create(LocalStore(partial), partial, specs, attrs, chunk_rows)._finalizer()
+        with WriterLock(target, "making it"), layout.replaced(target) as partial, naming(partial):
+            layout.create_group(LocalStore(partial), specs, user, chunk_rows).store.close()
         return cls(opening.open_group(target, writable=True), target, writable=True)
 
     @classmethod
@@ -171,32 +175,10 @@ class EpisodeStore(EpisodeReader):
             name: FieldSpec(c.shape[1:], "float32" if c.dtype == np.float64 else str(c.dtype))
             for name, c in columns.items()
         }
-        if path is None:
-            store = cls._create(MemoryStore(), None, field_specs(specs), attrs, None)
-        else:
-            store = cls.create(path, specs, attrs=attrs)
+        store = cls.create(path, specs, attrs=attrs)
         store.extend(columns, episode_ends)
         store.finalize()
         return store
-
-    @classmethod
-    def _create(
-        cls,
-        backend: LocalStore | MemoryStore,
-        path: Path | None,
-        specs: Mapping[str, FieldSpec],
-        attrs: Mapping[str, Any] | None,
-        chunk_rows: int | None,
-    ) -> EpisodeStore:
-        user = user_attrs(attrs)
-        check_range("[1, inf)", chunk_rows=chunk_rows)
-        fields: Any = {k: {"shape": list(s.shape), "dtype": s.dtype} for k, s in specs.items()}
-        own = {"format": opening.FORMAT, "version": opening.VERSION, "fields": fields}
-        with naming(path or "memory"):
-            group = zarr.create_group(StrictStore(backend), zarr_format=3)
-            layout.create_arrays(group, specs, chunk_rows)
-            group.attrs.update({**own, **user})
-        return cls(group, path, writable=True)
 
     # -- writing ------------------------------------------------------------------------------
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from diffpolicy.data import opening
 from diffpolicy.data.fields import FieldSpec
-from diffpolicy.data.opening import FORMAT, UNPUBLISHED, StoreDamagedError, ZarrArray, reason
 from diffpolicy.files import (
     ForeignFilesError,
     check_owned,
@@ -43,7 +44,7 @@ class Tail:
     file an array and never reads; the file is replaced atomically, so its old rows are safe.
     """
 
-    def __init__(self, array: ZarrArray, length: int) -> None:
+    def __init__(self, array: opening.ZarrArray, length: int) -> None:
         self._array = array
         self._length = length
         self._chunk = int(array.chunks[0])
@@ -51,9 +52,9 @@ class Tail:
         try:
             self._buffer = np.asarray(array[length - used : length])
         except Exception as error:  # zarr, codecs and the system each raise their own
-            raise StoreDamagedError(
-                f"the last chunk of {array.store_path} cannot be read ({reason(error)}), so "
-                "nothing can be appended behind it; `diffpolicy data check` lists the damage"
+            raise opening.StoreDamagedError(
+                f"the last chunk of {array.store_path} cannot be read ({opening.reason(error)}), "
+                "so nothing can be appended behind it; `diffpolicy data check` lists the damage"
             ) from error
 
     def append(self, rows: NDArray[Any]) -> None:
@@ -86,10 +87,11 @@ class Tail:
                 self._array.resize((rows, *self._array.shape[1:]))
 
 
-def create_arrays(
-    group: zarr.Group, specs: Mapping[str, FieldSpec], chunk_rows: int | None
-) -> None:
-    """Create the empty arrays of a store in ``group``."""
+def create_group(
+    backend: Store, specs: Mapping[str, FieldSpec], attrs: Mapping[str, Any], chunk_rows: int | None
+) -> zarr.Group:
+    """Create a store of no episodes: its group, its empty arrays, and its attributes."""
+    group = zarr.create_group(opening.StrictStore(backend), zarr_format=3)
     arrays: dict[str, tuple[int, FieldSpec, float]] = {}  # rows of a chunk, rows, fill value
     for name, spec in specs.items():
         most = _IMAGE_CHUNK_BYTES if spec.is_image else _CHUNK_BYTES
@@ -97,7 +99,7 @@ def create_arrays(
         # A float chunk that got lost reads as NaN, never as plausible zeros.
         arrays[f"data/{name}"] = rows, spec, np.nan if spec.dtype.startswith("float") else 0
     arrays["meta/episode_attrs"] = _ATTRS_CHUNK, FieldSpec((), "uint8"), 0
-    arrays["meta/episode_ends"] = _ENDS_CHUNK, FieldSpec((), "int64"), UNPUBLISHED
+    arrays["meta/episode_ends"] = _ENDS_CHUNK, FieldSpec((), "int64"), opening.UNPUBLISHED
     for name, (rows, spec, fill) in arrays.items():
         with _naming(group.store_path / name):
             group.create_array(
@@ -111,6 +113,11 @@ def create_arrays(
                     Crc32cCodec(),
                 ],
             )
+    fields: Any = {k: {"shape": list(s.shape), "dtype": s.dtype} for k, s in specs.items()}
+    group.attrs.update(
+        {"format": opening.FORMAT, "version": opening.VERSION, "fields": fields, **attrs}
+    )
+    return group
 
 
 def _naming(place: object) -> contextlib.AbstractContextManager[None]:
@@ -148,7 +155,7 @@ def _owned(target: Path) -> Callable[[str], bool]:
     """Which files of a store are ours: those of the arrays that its attributes name."""
     try:
         attributes = json.loads((target / "zarr.json").read_bytes())["attributes"]
-        fields = list(attributes["fields"]) if attributes["format"] == FORMAT else []
+        fields = list(attributes["fields"]) if attributes["format"] == opening.FORMAT else []
     except (OSError, ValueError, KeyError, TypeError):  # nothing there, or damaged
         fields = []
     if not fields:

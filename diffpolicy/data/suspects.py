@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from diffpolicy.data.blocks import Ints, by_episode, spans
 from diffpolicy.data.opening import ZarrArray
 
 Values = NDArray[Any]
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 FAR = 10.0  # outliers: so many times the range of 98 % of the values beyond it
 _NARROW = 1e-4  # a range that counts as constant, as for normalisers
@@ -62,17 +62,18 @@ def suspects(arrays: Mapping[str, ZarrArray], ends: Ints) -> Iterator[Suspect]:
         ends: ``[E]`` cumulative ends, strictly increasing.
     """
     width = sum(a.shape[1] for a in arrays.values())
-    first = 0
+    first, begin = 0, 0
     while arrays and first < len(ends):
-        begin = int(ends[first - 1]) if first else 0
         last = int(np.searchsorted(ends, begin + _MAX_VALUES // width, side="right"))
         last = max(last, first + 1)
-        part = {n: np.asarray(a[begin : int(ends[last - 1])]) for n, a in arrays.items()}
+        stop = int(ends[last - 1])
+        part = {n: np.asarray(a[begin:stop]) for n, a in arrays.items()}
         for found in _of_part(part, ends[first:last] - begin):
-            episode = None if found.episode is None else found.episode + first
-            row = None if found.row is None else found.row + begin
-            yield found._replace(episode=episode, row=row)
-        first = last
+            if found.episode is None or found.row is None:  # of the whole
+                yield found
+            else:
+                yield found._replace(episode=found.episode + first, row=found.row + begin)
+        first, begin = last, stop
 
 
 def _of_part(part: Mapping[str, Values], ends: Ints) -> Iterator[Suspect]:
@@ -95,16 +96,14 @@ def outliers(name: str, values: Values, ends: Ints) -> Iterator[Suspect]:
     # A rare flag spans nothing in 98 % of the rows: there only the absurd is far.
     slack = np.where(width < _NARROW, 1e3 * np.maximum(np.abs(middle), 1.0), FAR * width)
     far = (values > high + slack) | (values < low - slack)
-    rows = np.flatnonzero(far.any(axis=1))
-    place = np.searchsorted(ends, rows, side="right")
-    for index in np.unique(place).tolist():
-        row = int(rows[place == index][0])
+    fix = "correct the values, leave the episode out, or normalise by quantiles"
+    for index, rows in by_episode(np.flatnonzero(far.any(axis=1)), ends):
+        row = int(rows[0])
         entry = int(far[row].argmax())
         message = (
-            f"outliers in {int((place == index).sum())} steps, first {values[row, entry]:.6g} in "
-            f"entry {entry}, of which 98 % of all rows lie in [{low[entry]:.4g}, {high[entry]:.4g}]"
+            f"outliers in {len(rows)} steps, first {values[row, entry]:.6g} in entry {entry}, "
+            f"of which 98 % of all rows lie in [{low[entry]:.4g}, {high[entry]:.4g}]"
         )
-        fix = "correct the values, leave the episode out, or normalise by quantiles"
         yield Suspect(name, "outliers", index, row, message, fix)
 
 
@@ -116,10 +115,9 @@ def frozen(name: str, values: Values, ends: Ints) -> Iterator[Suspect]:
         values: ``[T, D]``.
         ends: ``[E]`` cumulative ends.
     """
-    starts = np.concatenate([[0], ends[:-1]]).tolist()
     low, high = values.min(axis=0), values.max(axis=0)
-    still, runs = [], []
-    for start, stop in zip(starts, ends.tolist(), strict=True):
+    still, runs, places = [], [], spans(ends)
+    for start, stop in places:
         rows = values[start:stop]
         same = rows[1:] == rows[:-1]
         if name == "action":
@@ -129,6 +127,7 @@ def frozen(name: str, values: Values, ends: Ints) -> Iterator[Suspect]:
     stays, begins = np.array(runs).transpose(2, 0, 1)  # [E, D] each
     limit = np.maximum(FROZEN_STEPS, FROZEN_TIMES * np.median(stays, axis=0))
     odd = (stays >= limit) & (np.median(np.array(still), axis=0) <= STILL)
+    fix = "leave the episode out, and look whether the recorder lost these entries"
     for index in np.flatnonzero(odd.any(axis=1)).tolist():
         entries = np.flatnonzero(odd[index])
         first, steps = int(begins[index, entries[0]]), int(stays[index, entries[0]])
@@ -137,8 +136,7 @@ def frozen(name: str, values: Values, ends: Ints) -> Iterator[Suspect]:
             f"{first}..{first + steps - 1} of the episode; elsewhere they change at nearly every "
             "step: a frozen sensor"
         )
-        fix = "leave the episode out, and look whether the recorder lost these entries"
-        yield Suspect(name, "frozen", index, starts[index] + first, message, fix)
+        yield Suspect(name, "frozen", index, places[index][0] + first, message, fix)
 
 
 def moving(arrays: Mapping[str, ZarrArray], ends: Ints) -> NDArray[np.bool_]:
@@ -189,10 +187,9 @@ def shifted(obs: Values, action: Values, ends: Ints) -> Iterator[Suspect]:
     A linear model on top of position and velocity is fitted; by how much actions of ``lag`` steps
     later improve it says when they act.
     """
-    spans = zip(np.concatenate([[0], ends[:-1]]).tolist(), ends.tolist(), strict=True)
     parts = [
         _Part.of(index, start, obs[start:stop], action[start:stop])
-        for index, (start, stop) in enumerate(spans)
+        for index, (start, stop) in enumerate(spans(ends))
         if stop - start > 3 * _MARGIN
     ]
     if sum(len(p.change) for p in parts) < _MIN_ROWS + 20 * (2 * obs.shape[1] + action.shape[1]):

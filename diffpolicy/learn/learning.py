@@ -26,12 +26,14 @@ from diffpolicy.learn.actor_critic.algorithms import ActorCritic
 from diffpolicy.learn.actor_critic.loss import ActorCriticLoss
 from diffpolicy.learn.cloning.anchored import AnchoredLoss
 from diffpolicy.learn.cloning.denoising import DenoisingLoss
+from diffpolicy.learn.cloning.direct import DirectLoss
 from diffpolicy.learn.cloning.pad import JointLoss
 from diffpolicy.learn.cloning.planners import DraftLoss, InverseDynamicsLoss, SumOfLosses, ValueLoss
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.direct import direct_class
 from diffpolicy.policies.imagined import Imagined
 from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.settings import check_range, named_settings, settings_of
+from diffpolicy.settings import check_settings, named_settings, ranged, settings_of
 from diffpolicy.training.sources import Source, Weighted
 
 
@@ -63,7 +65,7 @@ class Learning:
     """
 
     actor_critic: ActorCritic | None = None  # or its plain values
-    discount: float = 0.99
+    discount: float = ranged("(0, 1]", 0.99)
     reward_scale: float | str = 1.0
     reward_shift: float = 0.0
     first_action_weight: float = 1.0
@@ -78,7 +80,7 @@ class Learning:
         if isinstance(given, Mapping):
             made = settings_of(ActorCritic, given, "actor_critic")
             object.__setattr__(self, "actor_critic", made)
-        check_range("(0, 1]", discount=self.discount)
+        check_settings(self)
         scale = self.reward_scale
         if isinstance(scale, str) and scale != "return_range":
             raise ValueError(f"reward_scale must be a number or 'return_range', got {scale!r}")
@@ -102,6 +104,11 @@ def check_learning(spec: PolicySpec, learning: Learning) -> None:
         raise ValueError(
             "actor-critics learn actions as data hold them, without action groups (policy.actions, "
             "or those of a store whose actions choose)"
+        )
+    if direct_class(spec) is not None and learning.draws != 1:
+        raise ValueError(
+            f"learning.draws={learning.draws} is of the noise of denoisers; a network of type "
+            f"{spec.network['type']!r} answers in one call: leave it at 1"
         )
     told = spec.layout, spec.level_law, spec.cond_dropout
     if learning.actor_critic is not None and told != ("action", "row", 0):
@@ -263,8 +270,9 @@ def objective(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
     actor_critic = learning.actor_critic
     if actor_critic is not None:
         return ActorCriticLoss(denoiser, cast("Mapping[str, nn.Module]", heads), actor_critic)
-    if spec.network.get("type") == "anchored":
-        return _anchored(policy, learning)
+    own = _of_network(policy, learning)
+    if own is not None:
+        return own
     how: dict[str, Any] = {"cond_dropout": spec.cond_dropout, "draws": learning.draws}
     how["mask_padding"] = learning.mask_padding
     if spec.imagined is not None:
@@ -275,7 +283,7 @@ def objective(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
         how["weights"] = policy.layout.weights(**first, next_obs=learning.next_obs_weight)
         how["layout"] = policy.layout
     if spec.level_law == "position":
-        how["ramp"] = Ramp(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
+        how["ramp"] = Ramp(**spec.sizes)
     denoising = DenoisingLoss(denoiser, level_law=spec.level_law, **how)
     if not len(heads):
         return denoising
@@ -288,6 +296,15 @@ def objective(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
     if "draft" in heads:
         losses["draft"] = DraftLoss(heads["draft"], policy.layout)
     return SumOfLosses(denoiser, heads, losses)
+
+
+def _of_network(policy: DiffusionPlanner, learning: Learning) -> nn.Module | None:
+    """The loss of a network that is trained in a way of its own; None: it denoises."""
+    if policy.spec.network.get("type") == "anchored":
+        return _anchored(policy, learning)
+    if direct_class(policy.spec) is not None:
+        return DirectLoss(policy.denoiser, mask_padding=learning.mask_padding)
+    return None
 
 
 def _anchored(policy: DiffusionPlanner, learning: Learning) -> nn.Module:

@@ -15,13 +15,7 @@ from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.data.fields import check_vector
 from diffpolicy.data.joined import Joined
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.data.observation import (
-    ObsField,
-    by_store_field,
-    obs_fields,
-    of_store,
-    store_field,
-)
+from diffpolicy.data.observation import ObsField, by_store_field, obs_fields, of_store, store_field
 from diffpolicy.data.returns import returns_to_go
 from diffpolicy.data.statistics import action_statistics
 from diffpolicy.data.store import EpisodeStore
@@ -162,8 +156,7 @@ def fit_anchors(
 
 def _windows(spec: PolicySpec, store: EpisodeStore, **how: Any) -> Windows:
     """All windows of a store, for plans as a policy says them."""
-    sizes = {n: getattr(spec, n) for n in ("horizon", "n_obs_steps", "n_action_steps")}
-    return Windows(store, **sizes, actions=spec.representation, **how)
+    return Windows(store, **spec.sizes, actions=spec.representation, **how)
 
 
 def check_choices(spec: PolicySpec, actions: Mapping[str, Any], name: str) -> None:

@@ -26,7 +26,8 @@ from diffpolicy.learn.adapters import add_adapters, merge_adapters
 from diffpolicy.learn.learning import Learning, examples, usable_episodes
 from diffpolicy.learn.method import READABLE, Method
 from diffpolicy.learn.methods import method_of
-from diffpolicy.learn.plan_pairs import PlanReward, check_readable, in_own_units, sizes_of
+from diffpolicy.learn.plan_pairs import PlanReward, check_readable, in_own_units
+from diffpolicy.policies.direct import refuse_direct
 from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.sources import ChosenWindows, Mixed, Source, Turns, in_any_order
@@ -177,7 +178,7 @@ class PlanMaterial:
 
     def _windows(self) -> dict[str, Any]:
         normal = self.normalizer.to("cpu")
-        return {"normalizer": normal, "windows": self.data.windows, **sizes_of(self.spec)}
+        return {"normalizer": normal, "windows": self.data.windows, **self.spec.sizes}
 
     def _of_episodes(self, store: EpisodeStore, most: int | None) -> Source:
         episodes = usable_episodes(self.spec, store, most).tolist()
@@ -224,7 +225,8 @@ def check_policy(spec: PolicySpec, method: Method) -> None:
         ValueError: plans that hold observations or are conditioned on a return, or a policy trained
             at other levels, or from other starts, than losses of comparisons look at.
     """
-    if spec.layout != "action" or spec.returns is not None or spec.actions:
+    said_otherwise = spec.actions and method.command != "distill"
+    if spec.layout != "action" or spec.returns is not None or said_otherwise:
         got = f"layout={spec.layout!r}, returns={spec.returns}, actions={spec.actions}"
         raise ValueError(f"tuning takes plans of actions as they are, given no more, not {got}")
     tuned = method.command == "tune" or "reward" in method.reads()
@@ -234,10 +236,11 @@ def check_policy(spec: PolicySpec, method: Method) -> None:
             "this policy by preferences"
         )
     law, network = spec.level_law, spec.network.get("type")
-    if method.command == "prefer" and (law != "row" or network == "anchored"):
+    if method.command != "tune" and (law != "row" or network == "anchored"):
         raise ValueError(
-            f"preferences tune policies of one level per plan, from pure noise on, not {law!r} or "
-            f"{network!r}; tune one without, and act with streaming or anchors afterwards"
+            f"{type(method).__name__} is for policies of one level per plan, from pure noise on, "
+            f"not {law!r} or {network!r}; tune one without, and act with streaming or anchors "
+            "afterwards"
         )
 
 
@@ -273,7 +276,7 @@ def tuned(
 
     Args:
         policy: a :class:`diffpolicy.DiffusionPolicy`.
-        command: ``"tune"`` or ``"prefer"``.
+        command: ``"tune"``, ``"prefer"`` or ``"distill"``.
         method: of that command, or its plain values.
         data: what there is to learn from.
         config: of the trainer.
@@ -281,12 +284,17 @@ def tuned(
         adapters: tune these few weights alone; they are merged at the end.
         how: further arguments of :meth:`diffpolicy.DiffusionPolicy.fit`.
 
+    Returns:
+        What was tuned: the policy, or the student that the method made of it.
+
     Raises:
         ValueError: a policy that the method cannot tune, or data that lack what it reads.
     """
     made = method_of(method, command, items="plans")
+    refuse_direct(policy.spec, f"{command} by {type(made).__name__}")
     material = PlanMaterial(policy.spec, policy.normalizer, data, config.seed)
     material.check(made)
+    policy = made.begin(policy)
     denoiser = policy.denoiser
     with unchanged_on_error(denoiser, policy.heads):
         if adapters is not None:

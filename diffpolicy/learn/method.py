@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.data.observation import from_fields, holds
+from diffpolicy.settings import check_settings
 
 Batch = Mapping[str, Tensor]
 """What an objective learns from: tensors of as many rows each, by name."""
@@ -19,11 +20,17 @@ Reward = Callable[..., Tensor]
 READABLE = ("pairs", "labels", "observations", "demonstrations", "reward")
 
 
-def check_rewards(reward: Tensor, items: Tensor) -> None:
-    """Raise ``ValueError`` unless there is one number for each item."""
-    if reward.shape != items.shape[:1]:
-        shape = list(reward.shape)
+def judged(reward: Reward, items: Tensor, cond: Tensor | None = None) -> Tensor:
+    """The reward of items ``[B]``, given their condition if there is one.
+
+    Raises:
+        ValueError: unless it is one number for each.
+    """
+    value = reward(items) if cond is None else reward(items, cond)
+    if value.shape != items.shape[:1]:
+        shape = list(value.shape)
         raise ValueError(f"a reward returns one number per item, [{len(items)}]; got {shape}")
+    return value
 
 
 def check_sizes(what: str, module: object, other: str, **sizes: int | None) -> None:
@@ -85,7 +92,8 @@ class Method:
     :data:`diffpolicy.learn.methods.METHODS`.
 
     Attributes:
-        command: ``"tune"`` (by a reward) or ``"prefer"`` (by comparisons): who offers it.
+        command: ``"tune"`` (by a reward), ``"prefer"`` (by comparisons) or ``"distill"`` (by the
+            policy's own plans): who offers it.
         items: ``"plans"`` of policies or ``"sequences"``: what it tunes.
 
     Example:
@@ -102,6 +110,9 @@ class Method:
     command: ClassVar[str] = "tune"
     items: ClassVar[str] = "plans"
 
+    def __post_init__(self) -> None:
+        check_settings(self)
+
     def reads(self) -> frozenset[str]:
         """What the method cannot do without, some of ``READABLE``."""
         return frozenset({"reward", "observations"})
@@ -110,6 +121,10 @@ class Method:
     def clones_demonstrations(self) -> bool:
         """Whether behaviour cloning of demonstrations is added, where there are some."""
         return False
+
+    def begin(self, policy: Any) -> Any:
+        """What is tuned: the policy itself, unless the method makes another one of it."""
+        return policy
 
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """The loss, a module that holds what is tuned as its ``denoiser``.

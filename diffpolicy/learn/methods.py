@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffpolicy.learn.cloning.denoising import Cloning
+from diffpolicy.learn.distill.consistency import Consistency
+from diffpolicy.learn.distill.halving import Halving
+from diffpolicy.learn.distill.rectified import Rectified
 from diffpolicy.learn.method import Method
 from diffpolicy.learn.preferences.dpo import DPO, SequenceDPO
 from diffpolicy.learn.preferences.dro import DRO
@@ -25,6 +28,9 @@ METHODS: dict[str, type[Method]] = {
     "weighted": WeightedDenoising,
     "stepwise": Stepwise,
     "cloning": Cloning,
+    "consistency": Consistency,
+    "halving": Halving,
+    "rectified": Rectified,
     "dpo": DPO,
     "pso": PSO,
     "dro": DRO,
@@ -72,7 +78,7 @@ def method_of(
 
     Args:
         method: a method, or values for :func:`make_method`.
-        command: ``"tune"`` or ``"prefer"``; None: either.
+        command: ``"tune"``, ``"prefer"`` or ``"distill"``; None: any.
         items: ``"plans"`` or ``"sequences"``; None: either.
 
     Raises:

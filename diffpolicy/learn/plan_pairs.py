@@ -7,7 +7,7 @@ once, and every method that reads pairs or labels learns from the same ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,16 +25,15 @@ from diffpolicy.data.preferences.records import Pair, Span
 from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.windows import Windows
-from diffpolicy.learn.preferences.online import OwnPlans, draw_plans
+from diffpolicy.learn.preferences.online import DrawnPlans, draw_plans
 from diffpolicy.networks.base import check_positive
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.settings import check_known, from_values, setting_names
+from diffpolicy.settings import from_values, ranged
 
 PlanReward = Callable[[Tensor, Tensor], Tensor]
 SOURCE, MADE_BY = "value", "plans"
 BLOCK = 256  # observations whose plans are drawn at once
-NOT_READ = ("drawn_by", "label_scale")  # of OwnPlans: the policy draws, the greater value wins
 
 
 def in_own_units(reward: PlanReward, spec: PolicySpec, normalizer: Normalizer) -> PlanReward:
@@ -47,27 +46,28 @@ def in_own_units(reward: PlanReward, spec: PolicySpec, normalizer: Normalizer) -
     return scored
 
 
-@dataclass(frozen=True)
-class PlanPairs:
-    """Which observations plans are drawn for, and how many.
+@dataclass(frozen=True, kw_only=True)
+class PlanPairs(DrawnPlans):
+    """Which observations plans are drawn for, and how; best and worst of them are compared.
 
     Args:
         every: steps of an episode from one observation to the next.
-        plans: how they are drawn; the best and the worst of its ``candidates`` are compared.
+        **others: see :class:`~diffpolicy.learn.preferences.online.DrawnPlans`.
 
     Raises:
         ValueError: values out of range.
     """
 
     every: int = 16
-    plans: OwnPlans = field(default_factory=lambda: OwnPlans(candidates=16))
+    candidates: int = ranged("[2, inf)", 16)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(every=self.every)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], spec: PolicySpec) -> Self:
-        """From plain values: ``every``, and settings of ``OwnPlans``.
+        """From plain values.
 
         What is not given is the policy's sampler's: solver, steps and spacing. Plans are full
         solves from noise, also of a policy that acts from warm starts or anchors.
@@ -77,20 +77,11 @@ class PlanPairs:
                 or another temperature, with which these plans would not be drawn.
         """
         check_plain(spec)
-        names = [name for name in setting_names(OwnPlans) if name not in NOT_READ]
-        check_known(config, ["every", *names], "plans")
-        sampler = spec.sampler
         given = ("num_steps", "solver", "spacing", "options")
-        values: dict[str, Any] = {"candidates": 16, **{n: getattr(sampler, n) for n in given}}
-        if config.get("solver", sampler.solver) != sampler.solver:
+        values = {name: getattr(spec.sampler, name) for name in given}
+        if config.get("solver", values["solver"]) != values["solver"]:
             values["options"] = {}
-        values |= {name: value for name, value in config.items() if name != "every"}
-        return cls(config.get("every", cls.every), from_values(OwnPlans, values, "plans."))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        how = {k: v for k, v in asdict(self.plans).items() if k not in NOT_READ}
-        return {"every": self.every, **how}
+        return from_values(cls, {**values, **config}, "plans.")
 
 
 def pair_plans(
@@ -133,7 +124,7 @@ def pair_plans(
     check_plain(spec)
     check_replaceable(prefs_path)
     rows = _rows(episodes, settings.every)
-    windows = Windows(episodes, **sizes_of(spec), normalizer=policy.normalizer.to("cpu"))
+    windows = Windows(episodes, **spec.sizes, normalizer=policy.normalizer.to("cpu"))
     worth = in_own_units(reward, spec, policy.normalizer)
     noise = torch.Generator(policy.device).manual_seed(seed)
     pairs: list[Pair] = []
@@ -144,7 +135,7 @@ def pair_plans(
         for some in torch.split(torch.from_numpy(rows), BLOCK):
             seen = from_fields(windows.gather(some))
             obs = each(lambda array: array.to(policy.device), seen)
-            drawn, scores = draw_plans(policy.denoiser, settings.plans, obs, worth, noise)
+            drawn, scores = draw_plans(policy.denoiser, settings, obs, worth, noise)
             which = torch.stack([scores.argmax(1), scores.argmin(1)], 1)
             values = scores.gather(1, which)
             differ = values[:, 0] > values[:, 1]
@@ -154,7 +145,7 @@ def pair_plans(
             bar.update(len(some))
     if not pairs:
         raise ValueError("no pairs: by this value all plans of an observation are worth the same")
-    attrs = {**sizes_of(spec), "plans": settings.to_dict(), "seed": seed}
+    attrs = {**spec.sizes, "plans": asdict(settings), "seed": seed}
     return _written(pairs, store_path, prefs_path, {"made_by": MADE_BY, **attrs})
 
 
@@ -170,12 +161,6 @@ def check_plain(spec: PolicySpec) -> None:
         raise ValueError(f"own plans are drawn without guidance at temperature 1, not with {how}")
 
 
-def sizes_of(spec: PolicySpec) -> dict[str, Any]:
-    """What a policy must share with that whose plans it learns from."""
-    names = ("horizon", "n_obs_steps", "n_action_steps")
-    return {name: getattr(spec, name) for name in names}
-
-
 def check_readable(preferences: PreferenceSet, spec: PolicySpec) -> None:
     """Raise ``ValueError`` if preferences are plans of a policy that plans otherwise.
 
@@ -183,9 +168,9 @@ def check_readable(preferences: PreferenceSet, spec: PolicySpec) -> None:
     """
     if preferences.attrs.get("made_by") != MADE_BY:
         return
-    theirs = {name: preferences.attrs.get(name) for name in sizes_of(spec)}
-    if theirs != sizes_of(spec):
-        own = f"this one has {sizes_of(spec)}; draw its own (plans=...)"
+    theirs = {name: preferences.attrs.get(name) for name in spec.sizes}
+    if theirs != spec.sizes:
+        own = f"this one has {spec.sizes}; draw its own (plans=...)"
         raise ValueError(f"{preferences.name} holds plans of a policy with {theirs}, {own}")
 
 

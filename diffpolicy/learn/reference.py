@@ -75,10 +75,11 @@ class Referenced(nn.Module):
         self.denoiser, self.reference = denoiser, reference
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode, of all but the reference."""
+        """Training mode, of all but frozen parts: the reference, copies of the denoiser."""
         super().train(mode)
-        if self.reference is not None:
-            self.reference.eval()
+        for part in self.children():
+            if not any(p.requires_grad for p in part.parameters()):
+                part.eval()
         return self
 
     @contextmanager

@@ -1,13 +1,17 @@
 """Networks: raw modules that map a noisy plan, a time and an observation to a plan."""
 
+from diffpolicy.networks.act import ACT
 from diffpolicy.networks.anchored import Anchored
 from diffpolicy.networks.base import Network
+from diffpolicy.networks.bc_gmm import BCGMM
+from diffpolicy.networks.bc_mlp import BCMLP
 from diffpolicy.networks.convert import (
     from_diffusion_policy_state_dict,
     from_lerobot_state_dict,
     from_resnet18_state_dict,
 )
 from diffpolicy.networks.critics import QEnsemble, StateValue
+from diffpolicy.networks.direct import Direct
 from diffpolicy.networks.draft import Draft
 from diffpolicy.networks.embeddings import sinusoidal
 from diffpolicy.networks.heads import HEADS, InverseDynamics, TrajectoryValue, make_head
@@ -19,10 +23,14 @@ from diffpolicy.networks.transformer import Transformer
 from diffpolicy.networks.unet1d import UNet1D
 
 __all__ = [
+    "ACT",
+    "BCGMM",
+    "BCMLP",
     "HEADS",
     "MLP",
     "NETWORKS",
     "Anchored",
+    "Direct",
     "Draft",
     "InverseDynamics",
     "Modalities",

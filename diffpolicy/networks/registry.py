@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffpolicy.extras import TRUST_VARIABLE, trusts
+from diffpolicy.networks.act import ACT
 from diffpolicy.networks.anchored import Anchored
 from diffpolicy.networks.base import Network
+from diffpolicy.networks.bc_gmm import BCGMM
+from diffpolicy.networks.bc_mlp import BCMLP
 from diffpolicy.networks.mlp import MLP
 from diffpolicy.networks.modalities import Modalities
 from diffpolicy.networks.sequence import SequenceCNN
@@ -18,7 +21,9 @@ from diffpolicy.networks.transformer import Transformer
 from diffpolicy.networks.unet1d import UNet1D
 from diffpolicy.settings import check_choice, check_known, near_miss
 
-_KINDS: tuple[type[Network], ...] = (Anchored, MLP, Modalities, SequenceCNN, Transformer, UNet1D)
+_DENOISING = (Anchored, MLP, Modalities, SequenceCNN, Transformer, UNet1D)
+_IN_ONE_CALL = (BCMLP, BCGMM, ACT)
+_KINDS: tuple[type[Network], ...] = (*_DENOISING, *_IN_ONE_CALL)
 NETWORKS: Mapping[str, type[Network]] = {kind.TYPE: kind for kind in _KINDS}
 _COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -38,6 +43,15 @@ def make_network(config: Mapping[str, Any]) -> Network:
     """
     network: Network = construct(NETWORKS, config, "network", Network)
     return network
+
+
+def network_class(name: object) -> type[Network]:
+    """The class of a key of ``NETWORKS``, or of ``package.module:Class``.
+
+    Raises:
+        ValueError: What :func:`class_of` refuses.
+    """
+    return class_of(NETWORKS, name, "network type", Network)
 
 
 def sized_network(config: Mapping[str, Any], horizon: int, dim: int, cond_dim: int) -> Network:

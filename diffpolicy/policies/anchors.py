@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,25 +18,13 @@ from torch import Tensor
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.processes import DiscreteVP
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.windows import Windows
 from diffpolicy.policies.clusters import ClusterClassifier, clusters
 from diffpolicy.settings import check_range, check_shape
 
 _MOST_WINDOWS = 20_000  # k-means learns nothing from more
 _HELD_OUT = 0.1
 _TENSORS = ("plans", "frequency", "position_error")
-
-
-class PlanSource(Protocol):
-    """Windows with normalised ``obs [B, To, O]`` and ``action [B, H, A]``, by index."""
-
-    def __len__(self) -> int:
-        """Number of windows."""
-
-    def gather(self, indices: Tensor) -> dict[str, Tensor]:
-        """A batch of windows."""
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """The episode of a window, and its step in there."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +71,7 @@ class Anchors:
     @classmethod
     def fit(
         cls,
-        windows: PlanSource,
+        windows: Windows,
         normalizer: Normalizer,
         *,
         count: int = 20,
@@ -273,10 +261,7 @@ def _check_relative(
 
 
 def _reference(
-    now: Tensor,
-    normalizer: Normalizer,
-    relative_to: tuple[int | None, ...] | None,
-    like: Tensor,
+    now: Tensor, normalizer: Normalizer, relative_to: tuple[int | None, ...] | None, like: Tensor
 ) -> Tensor:
     """The current state as a normalised action, ``[n, 1, A]``; 0 where anchors are absolute."""
     if relative_to is None:
@@ -286,7 +271,7 @@ def _reference(
     return (normalizer.normalize("action", state) * kept)[:, None]
 
 
-def _held_out(windows: PlanSource, chosen: Tensor, generator: torch.Generator) -> Tensor:
+def _held_out(windows: Windows, chosen: Tensor, generator: torch.Generator) -> Tensor:
     """Bool per chosen window: whether its episode is among the tenth that is held out."""
     episode = torch.tensor([windows.locate(int(i))[0] for i in chosen])
     names = torch.unique(episode)

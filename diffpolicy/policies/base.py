@@ -11,7 +11,7 @@ import abc
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +30,13 @@ from diffpolicy.data.observation import (
     zeros,
 )
 from diffpolicy.policies.rows import in_batches
+from diffpolicy.settings import check_range
+
+if TYPE_CHECKING:
+    from diffpolicy.policies.best_of_n import Selector
 
 Array = npt.NDArray[Any]
+Rows = Array | Sequence[int]  # of environments: their numbers
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,11 @@ class PolicyState:
     def __len__(self) -> int:
         return len(self.cursor)
 
-    def take(self, rows: Array | Sequence[int]) -> PolicyState:
+    def take(self, rows: Rows) -> PolicyState:
         """The state of some rows (indices or a bool mask)."""
         return PolicyState(**{n: take(getattr(self, n), rows) for n in _ROWS})
 
-    def put(self, rows: Array | Sequence[int], other: PolicyState) -> PolicyState:
+    def put(self, rows: Rows, other: PolicyState) -> PolicyState:
         """This state with ``rows`` replaced by those of ``other``."""
         pairs = {n: (getattr(self, n), getattr(other, n)) for n in _ROWS}
         return PolicyState(**{n: put(a, rows, b) for n, (a, b) in pairs.items()})
@@ -94,15 +99,6 @@ class PolicyState:
 
 
 _ROWS = tuple(f.name for f in fields(PolicyState))
-
-
-class PlanSelector(Protocol):
-    """Makes several plans and keeps one, see :class:`diffpolicy.policies.best_of_n.Selector`."""
-
-    def choose(
-        self, make_plans: Any, state: PolicyState, *, deterministic: bool
-    ) -> tuple[Array, Array]:
-        """Plans ``[n, H, P]`` and network evaluations ``[n]``."""
 
 
 class ChunkedPolicy(abc.ABC):
@@ -131,7 +127,7 @@ class ChunkedPolicy(abc.ABC):
     """
 
     chooses = False
-    selector: PlanSelector | None = None
+    selector: Selector | None = None
     plan_batch: int | None = None
 
     def __init__(
@@ -151,7 +147,7 @@ class ChunkedPolicy(abc.ABC):
         self.horizon, self.n_obs_steps, self.n_action_steps = horizon, n_obs_steps, n_action_steps
 
     @abc.abstractmethod
-    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
+    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, ...]:
         """Normalised plans ``[n, H, P]``, and the network evaluations ``[n]`` each took.
 
         ``state`` holds the rows that need a plan: their observations, and their last plan with the
@@ -266,8 +262,7 @@ class ChunkedPolicy(abc.ABC):
         Raises:
             ValueError: a size below 1.
         """
-        if size is not None and size < 1:
-            raise ValueError(f"a batch of plans has at least one row, got {size}")
+        check_range("[1, inf)", plan_batch=size)
         other = copy.copy(self)
         other.plan_batch = size
         return other
@@ -280,21 +275,18 @@ class ChunkedPolicy(abc.ABC):
             return plan(state)
         return in_batches(plan, state, self.plan_kinds(state), self.plan_batch)
 
-    def replan(
-        self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False
-    ) -> PolicyState:
+    def replan(self, state: PolicyState, rows: Rows, *, deterministic: bool = False) -> PolicyState:
         """The memory with new plans for ``rows`` (indices), made for their last observation."""
         whole = len(state) == 1 or np.array_equal(rows, np.arange(len(state)))
         chosen = state if whole else state.take(rows)  # copying a memory costs tens of microseconds
 
-        def make(part: PolicyState) -> tuple[Array, Array]:
+        def make(part: PolicyState) -> tuple[Array, ...]:
             if self.selector is None:
                 return self.make_plans(part, deterministic=deterministic)
             told = self.encoded_once(part)
             return self.selector.choose(self.make_plans, told, deterministic=deterministic)
 
-        plan, nfe = self._batched(make, chosen)
-        planned = self.adopted(chosen, plan, nfe)
+        planned = self.adopted(chosen, *self._batched(make, chosen))
         return planned if whole else state.put(rows, planned)
 
     def encoded_once(self, state: PolicyState) -> PolicyState:
@@ -304,8 +296,13 @@ class ChunkedPolicy(abc.ABC):
         """
         return state
 
-    def adopted(self, state: PolicyState, plan: Array, nfe: Array) -> PolicyState:
-        """The memory of rows whose new plan ``[n, H, P]`` took ``nfe`` ``[n]`` evaluations."""
+    def adopted(self, state: PolicyState, plan: Array, nfe: Array, *made: Array) -> PolicyState:
+        """The memory of rows whose new plan ``[n, H, P]`` took ``nfe`` ``[n]`` evaluations.
+
+        ``made`` is what else :meth:`make_plans` returned.
+        """
+        if "jumped" in state.memory:  # the plan is the answer to a surprising observation
+            state = state.remember(jumped=np.zeros(len(state), bool))
         return state.having(
             plan=plan,
             level=np.zeros_like(state.level),
@@ -385,12 +382,9 @@ class ChunkedPolicy(abc.ABC):
 
 def check_horizon(horizon: int, n_obs_steps: int, n_action_steps: int) -> None:
     """Raise ``ValueError`` unless ``1 <= Ta <= H - To + 1``."""
+    sizes = {"horizon": horizon, "n_obs_steps": n_obs_steps, "n_action_steps": n_action_steps}
+    check_range("[1, inf)", **sizes)
     limit = horizon - n_obs_steps + 1
-    if min(horizon, n_obs_steps, n_action_steps) < 1:
-        raise ValueError(
-            "horizon, n_obs_steps and n_action_steps must be positive, "
-            f"got {horizon}, {n_obs_steps}, {n_action_steps}"
-        )
     if n_action_steps > limit:
         raise ValueError(
             f"n_action_steps={n_action_steps} is too large: a plan of horizon={horizon} with "

@@ -17,9 +17,7 @@ from diffpolicy.data.observation import each
 from diffpolicy.policies.base import Array, PolicyState
 from diffpolicy.policies.plan_loop import Encoded
 from diffpolicy.policies.rows import row_generator
-from diffpolicy.settings import check_choice, check_range, named_settings
-
-RANKS = ("argmax", "softmax")
+from diffpolicy.settings import check_settings, named_settings, one_of, ranged
 
 
 @named_settings
@@ -39,14 +37,12 @@ class Selection:
         ValueError: values out of range.
     """
 
-    num_candidates: int = 10
-    rank: str = "argmax"
-    weight: float = 1.0
+    num_candidates: int = ranged("[1, inf)", 10)
+    rank: str = one_of("argmax", "softmax")
+    weight: float = ranged("(0, inf)", 1.0)
 
     def __post_init__(self) -> None:
-        check_range("[1, inf)", num_candidates=self.num_candidates)
-        check_range("(0, inf)", weight=self.weight)
-        check_choice("rank", self.rank, RANKS)
+        check_settings(self)
 
 
 class Selector:
@@ -60,21 +56,17 @@ class Selector:
     """
 
     def __init__(
-        self,
-        settings: Selection,
-        score: Callable[[Any, Array], Array],
-        *,
-        reads_cond: bool = False,
+        self, settings: Selection, score: Callable[[Any, Array], Array], *, reads_cond: bool = False
     ) -> None:
         self.settings, self.score, self.reads_cond = settings, score, reads_cond
 
     def choose(
         self,
-        make_plans: Callable[..., tuple[Array, Array]],
+        make_plans: Callable[..., tuple[Array, ...]],
         state: PolicyState,
         *,
         deterministic: bool,
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, ...]:
         """Plans of n rows, and the evaluations each took (of all its candidates at once).
 
         Args:

@@ -14,9 +14,7 @@ from torch import Tensor
 from diffpolicy.data.action_groups import Representation
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import each, take
-from diffpolicy.settings import check_choice, check_range, named_settings
-
-GRIPPER_MODES = ("clip", "scale")
+from diffpolicy.settings import check_settings, named_settings, one_of, ranged
 
 
 @named_settings
@@ -38,14 +36,12 @@ class Gripper:
         ValueError: an unknown mode, a negative dimension or a factor below 1.
     """
 
-    dim: int
-    mode: str = "scale"
-    factor: float = 10.0
+    dim: int = ranged("[0, inf)")
+    mode: str = one_of("clip", "scale", default="scale")
+    factor: float = ranged("[1, inf)", 10.0)
 
     def __post_init__(self) -> None:
-        check_choice("gripper mode", self.mode, GRIPPER_MODES)
-        check_range("[0, inf)", dim=self.dim)
-        check_range("[1, inf)", factor=self.factor)
+        check_settings(self)
 
     @property
     def executed(self) -> float:

@@ -31,9 +31,7 @@ from torch import Tensor
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import GaussianProcess
-from diffpolicy.data.observation import (
-    take,
-)
+from diffpolicy.data.observation import take
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.boundary import now_of
 from diffpolicy.policies.diffusion import DiffusionPlanner

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.guidance.pinned import PREFIX_MODES, PrefixCond, PrefixGuidance
-from diffpolicy.policies.base import Array, PolicyState
+from diffpolicy.policies.base import Array, PolicyState, Rows
 from diffpolicy.policies.boundary import now_of
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.direct import refuse_direct
 from diffpolicy.policies.ensemble import WrappedPolicy
 from diffpolicy.policies.plan_loop import Condition, PlanLoop
-from diffpolicy.settings import check_choice, check_range, named_settings
-
-SCHEDULES = ("linear", "exp", "ones", "zeros")
+from diffpolicy.policies.rows import kind_by_kind
+from diffpolicy.settings import check_settings, named_settings, one_of, ranged
 
 
 @named_settings
@@ -49,16 +49,13 @@ class Chunking:
         ValueError: settings out of range.
     """
 
-    schedule: str = "linear"
-    overlap: int | None = None
-    mode: str = "soft"
-    max_weight: float = 5.0
+    schedule: str = one_of("linear", "exp", "ones", "zeros")
+    overlap: int | None = ranged("[0, inf)", None)
+    mode: str = one_of(*PREFIX_MODES)
+    max_weight: float = ranged("(0, inf)", 5.0)
 
     def __post_init__(self) -> None:
-        check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("mode", self.mode, PREFIX_MODES)
-        check_range("[0, inf)", overlap=self.overlap)
-        check_range("(0, inf)", max_weight=self.max_weight)
+        check_settings(self)
 
 
 def frozen_steps(delay: Array, valid: Array, n_obs_steps: int) -> Array:
@@ -198,6 +195,7 @@ class RealTimeChunking(WrappedPolicy):
             raise ValueError(f"{kind} makes its plans in a way of its own; chunking guides others")
         if planner.spec.layout != "action":
             raise ValueError(f"chunking blends plans of actions, not of {planner.spec.layout!r}")
+        refuse_direct(planner.spec, "real-time chunking")
         super().__init__(planner)
         self.planner, self.selector = planner, planner.selector
         self.settings = Chunking() if settings is None else settings
@@ -220,16 +218,11 @@ class RealTimeChunking(WrappedPolicy):
         jumps = {name: np.zeros(count, np.float64) for name in ("seam", "seam_max")}
         return state.remember(**jumps, **{n: np.zeros(count, np.int64) for n in ("seams", "short")})
 
-    def replan(
-        self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False
-    ) -> PolicyState:
+    def replan(self, state: PolicyState, rows: Rows, *, deterministic: bool = False) -> PolicyState:
         before = state.take(rows)
         planned = super().replan(state, rows, deterministic=deterministic)
         after = planned.take(rows)
-        memory = self._seams(before, after)
-        if "jumped" in after.memory:  # of the planner's innovation test: answered by this plan
-            memory["jumped"] = np.zeros_like(after.memory["jumped"])
-        return planned.put(rows, after.remember(**memory))
+        return planned.put(rows, after.remember(**self._seams(before, after)))
 
     def _seams(self, before: PolicyState, after: PolicyState) -> dict[str, Array]:
         """The report of new plans; rows without a last plan have no seam."""
@@ -245,27 +238,19 @@ class RealTimeChunking(WrappedPolicy):
             "short": old["short"] + (warm & (frozen < before.delay)),
         }
 
-    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
-        plans, nfe = np.empty_like(state.plan), np.empty(len(state), np.int64)
-        cold = np.flatnonzero(~state.warm)
-        if len(cold):
-            first = state.take(cold)
-            plans[cold], nfe[cold] = self.planner.make_plans(first, deterministic=deterministic)
-        kinds = self.plan_kinds(state)
-        for number, kind in ((1, "cold"), (2, "warm")):
-            rows = np.flatnonzero(kinds == number)
-            if len(rows):
-                loop = self._loops[kind, deterministic]
-                plans[rows] = self._blended(loop, state.take(rows), deterministic)
-                nfe[rows] = loop.nfe
-        return plans, nfe
+    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, ...]:
+        def solve(kind: int, rows: PolicyState) -> tuple[Array, ...]:
+            if kind == 0:
+                return self.planner.make_plans(rows, deterministic=deterministic)
+            loop = self._loops["cold" if kind == 1 else "warm", deterministic]
+            return self._blended(loop, rows, deterministic), np.full(len(rows), loop.nfe)
+
+        return kind_by_kind(solve, state, self.plan_kinds(state))
 
     def plan_kinds(self, state: PolicyState) -> Array:
         """0: without a plan to follow; 1: follows it, sampled from noise; 2: from its own start."""
         # A row whose observation jumped still follows the plan that runs, but is sampled anew.
-        anew = state.memory.get("jumped", np.zeros(len(state), bool))
-        if self.planner.spec.rti is None:
-            anew = np.ones(len(state), bool)
+        anew = (self.planner.spec.rti is None) | state.memory.get("jumped", np.False_)
         kinds: Array = np.where(state.warm, np.where(anew, 1, 2), 0)
         return kinds
 

@@ -24,9 +24,10 @@ from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.best_of_n import Selector
 from diffpolicy.policies.boundary import Boundary, now_of
+from diffpolicy.policies.direct import draws_in_one_call
 from diffpolicy.policies.plan_loop import Condition, Encoded, Loop, PinnedCondition, PlanLoop
-from diffpolicy.policies.planners import check_anchors, guided, with_actions, written
-from diffpolicy.policies.rows import row_noise
+from diffpolicy.policies.planners import check_anchors, guided, noise_factor, with_actions, written
+from diffpolicy.policies.rows import kind_by_kind, row_noise
 from diffpolicy.policies.spec import PolicySpec, check_normalizer
 from diffpolicy.policies.truncated import Candidates, ScoredPlans
 
@@ -66,14 +67,8 @@ class DiffusionPlanner(ChunkedPolicy):
         anchors: Anchors | None = None,
         heads: nn.ModuleDict | None = None,
     ) -> None:
-        super().__init__(
-            obs_dim=spec.obs_dim,
-            action_dim=spec.action_dim,
-            horizon=spec.horizon,
-            n_obs_steps=spec.n_obs_steps,
-            n_action_steps=spec.n_action_steps,
-            observations=spec.observed,
-        )
+        entries: dict[str, Any] = {"obs_dim": spec.obs_dim, "action_dim": spec.action_dim}
+        super().__init__(**entries, **spec.sizes, observations=spec.observed)
         check_normalizer(spec, normalizer)
         self.spec, self.layout = spec, spec.plan_layout
         self.plan_dim = self.layout.parts[0] + spec.planned_dim
@@ -121,8 +116,7 @@ class DiffusionPlanner(ChunkedPolicy):
         self._loops: dict[tuple[str, bool], Loop] = self._made_loops()
 
     def _made_loops(self) -> dict[tuple[str, bool], Loop]:
-        kinds = [(kind, deterministic) for kind in self.kinds for deterministic in (False, True)]
-        return {(k, quiet): self.loop(k, deterministic=quiet) for k, quiet in kinds}
+        return {(k, q): self.loop(k, deterministic=q) for k in self.kinds for q in (False, True)}
 
     def identity(self) -> dict[str, Any]:
         """What this policy is, for telling one training run from another."""
@@ -163,14 +157,14 @@ class DiffusionPlanner(ChunkedPolicy):
             solver = spec.truncated.make() if kind == "guesses" else make_solver("ddim")
         grid = grid if spec.imagined is None else spec.imagined.held(grid, self.layout)
         return PlanLoop(
-            guided(self.spec, self.denoiser, self.heads, self._known),
+            guided(self.spec, self.denoiser, self.heads, self._known, quiet=deterministic),
             self.normalizer,
             solver,
             grid,
             start=start,
             plan_shape=(self.n_obs_steps, self.obs_dim, self.horizon, self.layout.dim),
             condition=self._condition(),
-            temperature=1.0 if kind == "rank" else spec.temperature,
+            temperature=noise_factor(spec, kind),
         )
 
     def _condition(self) -> Condition:
@@ -195,7 +189,7 @@ class DiffusionPlanner(ChunkedPolicy):
         other._loops = dict(self._loops)
         for kind, loop in loops.items():
             other._loops[kind, False] = loop
-            if self._loops[kind, True].draws == loop.draws:
+            if self._loops[kind, True].draws == loop.draws and not draws_in_one_call(self.spec):
                 other._loops[kind, True] = loop
         return other
 
@@ -207,41 +201,26 @@ class DiffusionPlanner(ChunkedPolicy):
         return self._loops["cold", False].nfe
 
     def initial_state(self, seeds: Sequence[int]) -> PolicyState:
-        state = super().initial_state(seeds)
-        if self._unusual is None:
-            return state
-        last = np.zeros((len(seeds), self.obs_dim), np.float32)
-        return state.remember(last=last, jumped=np.zeros(len(seeds), bool))
+        state, none = super().initial_state(seeds), np.zeros(len(seeds), bool)
+        return state if self._unusual is None else state.remember(jumped=none)
 
     def observe(self, obs: Obs, state: PolicyState) -> PolicyState:
         seen = super().observe(obs, state)
         if self._unusual is None:
             return seen
-        assert isinstance(seen.history, np.ndarray)  # innovation is of one vector
-        newest = seen.history[:, -1]
-        step = np.abs(newest - state.memory["last"])
+        step = np.abs(now_of(seen.history) - now_of(state.history))  # innovation is of one vector
         jumped = ~state.fresh & (step > self._unusual).any(1)
-        return seen.remember(last=newest, jumped=state.memory["jumped"] | jumped)
+        return seen.remember(jumped=state.memory["jumped"] | jumped)
 
     def needs_plan(self, state: PolicyState) -> Array:
-        needed = super().needs_plan(state)
-        return needed if self._unusual is None else needed | state.memory["jumped"]
+        needed: Array = super().needs_plan(state) | state.memory.get("jumped", np.False_)
+        return needed
 
     def starts_warm(self, state: PolicyState) -> Array:
         warm: Array = state.warm & (self.spec.rti is not None)
-        return warm if self._unusual is None else warm & ~state.memory["jumped"]
+        return warm & ~state.memory.get("jumped", np.False_)
 
-    def replan(
-        self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False
-    ) -> PolicyState:
-        planned = super().replan(state, rows, deterministic=deterministic)
-        if self._unusual is None:
-            return planned
-        jumped = planned.memory["jumped"].copy()
-        jumped[rows] = False
-        return planned.remember(jumped=jumped)
-
-    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
+    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, ...]:
         with self._no_graph():
             plans, nfe = self._make_plans(state, deterministic)
             return self._complete(plans, state.history), nfe
@@ -250,21 +229,16 @@ class DiffusionPlanner(ChunkedPolicy):
         """Inference mode, unless guidance differentiates the value head."""
         return torch.no_grad() if self.spec.value_scale > 0 else torch.inference_mode()
 
-    def _make_plans(self, state: PolicyState, deterministic: bool) -> tuple[Array, Array]:
+    def _make_plans(self, state: PolicyState, deterministic: bool) -> tuple[Array, ...]:
         if self.spec.truncated is not None:
             found = self.propose(state, deterministic=deterministic)
             return found.chosen().cpu().numpy(), np.full(len(state), found.nfe)
-        warm = self.starts_warm(state)
-        if warm.all() or not warm.any():
-            loop = self._loops["warm" if warm.all() else "cold", deterministic]
-            return self._solve(loop, state, deterministic), np.full(len(state), loop.nfe)
-        shape = (len(state), self.horizon, self.layout.dim)
-        plans, nfe = np.empty(shape, np.float32), np.empty(len(state), np.int64)
-        for kind, rows in (("cold", np.flatnonzero(~warm)), ("warm", np.flatnonzero(warm))):
-            loop = self._loops[kind, deterministic]
-            plans[rows] = self._solve(loop, state.take(rows), deterministic)
-            nfe[rows] = loop.nfe
-        return plans, nfe
+
+        def solve(warm: bool, rows: PolicyState) -> tuple[Array, ...]:
+            loop = self._loops["warm" if warm else "cold", deterministic]
+            return self._solve(loop, rows, deterministic), np.full(len(rows), loop.nfe)
+
+        return kind_by_kind(solve, state, self.starts_warm(state))
 
     def _complete(self, plans: Array, history: Obs) -> Array:
         """Plans ``[n, H, P]`` as remembered: absolute, and with the actions between states."""

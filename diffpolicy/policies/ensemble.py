@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from diffpolicy.data.observation import Obs
-from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
+from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState, Rows
 
 
 class WrappedPolicy(ChunkedPolicy):
@@ -39,7 +39,7 @@ class WrappedPolicy(ChunkedPolicy):
     def starts_warm(self, state: PolicyState) -> Array:
         return self.policy.starts_warm(state)
 
-    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
+    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, ...]:
         return self.policy.make_plans(state, deterministic=deterministic)
 
     def to_actions(self, normalised: Array) -> Array:
@@ -82,9 +82,7 @@ class TemporalEnsemble(WrappedPolicy):
         other.policy = self.policy.with_plan_batch(size)
         return other
 
-    def replan(
-        self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False
-    ) -> PolicyState:
+    def replan(self, state: PolicyState, rows: Rows, *, deterministic: bool = False) -> PolicyState:
         before = state.take(rows)
         planned = self.policy.replan(state, rows, deterministic=deterministic)
         after = planned.take(rows)

@@ -15,7 +15,8 @@ from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.guidance.pinned import Pinned
 from diffpolicy.guidance.value import ValueGuidance, head_value
 from diffpolicy.policies.base import Array
-from diffpolicy.settings import check_range, check_shape, named_settings
+from diffpolicy.policies.direct import OneCall, direct_class
+from diffpolicy.settings import check_range, check_settings, check_shape, named_settings, ranged
 
 if TYPE_CHECKING:
     from diffpolicy.data.normalize import Normalizer
@@ -42,12 +43,12 @@ class Returns:
     """
 
     target: float = 1.0
-    discount: float = 0.99
+    discount: float = ranged("(0, 1]", 0.99)
     low: float | None = None
     high: float | None = None
 
     def __post_init__(self) -> None:
-        check_range("(0, 1]", discount=self.discount)
+        check_settings(self)
         if self.low is not None and self.high is not None and not self.low < self.high:
             raise ValueError(f"returns.low must be below high, got {self.low} and {self.high}")
 
@@ -145,7 +146,7 @@ def check_anchors(spec: PolicySpec, anchors: Anchors | None) -> None:
 
 
 def guided(
-    spec: PolicySpec, denoiser: Denoiser, heads: nn.ModuleDict, known: Tensor
+    spec: PolicySpec, denoiser: Denoiser, heads: nn.ModuleDict, known: Tensor, *, quiet: bool
 ) -> BaseDenoiser:
     """The denoiser with guidance, and with the known entries of its plans pinned.
 
@@ -154,14 +155,22 @@ def guided(
         denoiser: its own.
         heads: of which ``value`` guides.
         known: which entries of a plan are, bool ``[1, H, D]``.
+        quiet: for a deterministic loop.
     """
     inner: BaseDenoiser = denoiser
+    if direct_class(spec) is not None:
+        return OneCall(denoiser, spec.temperature, likeliest=quiet)
     if spec.sampler.guidance_scale != 1:
         inner = ClassifierFreeGuidance(inner, spec.sampler.guidance_scale, clip=spec.clip)
     if spec.value_scale > 0:
         value = head_value(heads["value"], denoiser.process)
         inner = ValueGuidance(inner, value, spec.value_scale, clip=spec.clip)
     return Pinned(inner, known) if spec.plan_layout.pinned else inner
+
+
+def noise_factor(spec: PolicySpec, kind: str) -> float:
+    """The factor of the noise of a loop; networks that answer in one call scale it themselves."""
+    return 1.0 if kind == "rank" or direct_class(spec) is not None else spec.temperature
 
 
 def with_actions(heads: Any, states: Tensor) -> Tensor:

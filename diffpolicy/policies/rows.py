@@ -51,9 +51,31 @@ def in_batches(
         done = plan(state.take(np.array(rows)))
         order += batch.values()
         parts.append(tuple(array[list(batch)] for array in done))
+    return _joined(parts, order)
+
+
+def kind_by_kind(
+    plan: Callable[[Any, PolicyState], tuple[Array, ...]], state: PolicyState, kinds: Array
+) -> tuple[Array, ...]:
+    """``plan(kind, rows)``, called once for all rows of a kind; the answers are in their order.
+
+    Args:
+        plan: of a kind and the state of n rows to arrays of n rows.
+        state: of N rows.
+        kinds: of each row, ``[N]``.
+    """
+    found = sorted(set(kinds.tolist()))
+    if len(found) == 1:
+        return plan(found[0], state)
+    rows = [np.flatnonzero(kinds == kind) for kind in found]
+    parts = [plan(kind, state.take(own)) for kind, own in zip(found, rows, strict=True)]
+    return _joined(parts, np.concatenate(rows))
+
+
+def _joined(parts: list[tuple[Array, ...]], order: Array | list[int]) -> tuple[Array, ...]:
+    """Arrays of parts of the rows, by the rows' order."""
     back = np.argsort(order)
-    joined: list[Any] = [np.concatenate(arrays)[back] for arrays in zip(*parts, strict=True)]
-    return tuple(joined)
+    return tuple(np.concatenate(arrays)[back] for arrays in zip(*parts, strict=True))
 
 
 def usual_batch(policy: Any) -> int:

@@ -20,9 +20,7 @@ from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.solvers import DDIM
 from diffpolicy.core.starts import TAILS, Start, check_snapped, explicit_levels, trained_level
 from diffpolicy.core.steps import Row, Solver
-from diffpolicy.settings import check_choice, check_range, named_settings
-
-SCHEDULES = ("matched", "linear")
+from diffpolicy.settings import check_range, named_settings, one_of, ranged
 
 
 @named_settings
@@ -56,19 +54,16 @@ class RTI(Sampler):
     num_steps: int = 3
     levels: tuple[float, ...] | None = None
     renoise: bool = True
-    tail: str = "hold"
-    innovation: float | None = None
+    tail: str = one_of(*TAILS)
+    innovation: float | None = ranged("(0, inf)", None)
     legacy: bool = False
-    legacy_schedule: str = "matched"
+    legacy_schedule: str = one_of("matched", "linear")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         first = self.t_start if isinstance(self.t_start, tuple) else (self.t_start,)
         for t in first:
             check_range("(0, 1]", t_start=t)
-        check_range("(0, inf)", innovation=self.innovation)
-        check_choice("tail", self.tail, TAILS)
-        check_choice("legacy_schedule", self.legacy_schedule, SCHEDULES)
         if self.legacy and (self.renoise or self.levels is None):
             example = "t_start=0.03, levels=(0.02, 0.01, 0)"
             raise ValueError(f"legacy=True needs renoise=False and levels, such as {example}")

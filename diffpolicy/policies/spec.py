@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from diffpolicy.core.denoiser import Denoiser
@@ -24,11 +23,14 @@ from diffpolicy.networks.heads import make_head
 from diffpolicy.policies.base import check_horizon
 from diffpolicy.policies.best_of_n import Selection
 from diffpolicy.policies.boundary import Gripper
+from diffpolicy.policies.direct import check_direct, direct_class
 from diffpolicy.policies.imagined import Imagined, check_imagined
 from diffpolicy.policies.planners import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.truncated import Truncated
-from diffpolicy.settings import from_values, named_settings
+from diffpolicy.settings import check_range, check_shape, from_values, named_settings
+
+SIZES = ("horizon", "n_obs_steps", "n_action_steps")
 
 
 @named_settings
@@ -152,6 +154,7 @@ class PolicySpec:
         self._round_bounds()
         self._check_parts()
         check_planning(self)
+        check_direct(self)
 
     def _check_observations(self) -> None:
         """Refuse what takes the observation as one vector where it has names or an encoder."""
@@ -184,6 +187,11 @@ class PolicySpec:
             )
 
     @property
+    def sizes(self) -> dict[str, Any]:
+        """``horizon``, ``n_obs_steps`` and ``n_action_steps``, by these names."""
+        return {name: getattr(self, name) for name in SIZES}
+
+    @property
     def observed(self) -> ObsFields:
         """What a step's observation is made of."""
         return self.observations.get("") or self.observations or ObsField((self.obs_dim,))
@@ -203,15 +211,12 @@ class PolicySpec:
             "observation_step": (self.observation_step, "obs_dim"),
         }
         for name, (values, size) in per_entry.items():
-            if values is not None and len(values) != getattr(self, size):
-                raise ValueError(
-                    f"{name} must have {size}={getattr(self, size)} entries, got {len(values)}"
+            if values is not None:
+                check_shape(
+                    f"{name} (one for each of {size})", (len(values),), (getattr(self, size),)
                 )
         for gripper in self.grippers:
-            if gripper.dim >= self.action_dim:
-                raise ValueError(
-                    f"gripper dimension {gripper.dim} is not below action_dim={self.action_dim}"
-                )
+            check_range(f"[0, {self.action_dim})", **{"gripper.dim": gripper.dim})
         if self.actions and (self.plan_layout.pinned or self.heads):
             raise ValueError(
                 f"action groups (policy.actions, or those of a store whose actions choose) go with "
@@ -311,12 +316,13 @@ class PolicySpec:
         name = "rti" if self.rti is not None else "truncated"
         drawn = start or self.sampler
         level = "" if start is None else f", {name} t_start={start.t_start}"
+        how = f"{self.process.get('type')}, {self.prediction}; "
+        how += f"{drawn.solver} in {drawn.num_steps} steps{level}"
         named = [f"{name or 'image'} {list(f.shape)}" for name, f in self.observations.items()]
         return (
             f"obs {', '.join(named) or self.obs_dim} x {self.n_obs_steps}, action "
             f"{self.action_dim}, horizon {self.horizon}, executes {self.n_action_steps}; "
-            f"{self.network.get('type')}, {self.process.get('type')}, {self.prediction}; "
-            f"{drawn.solver} in {drawn.num_steps} steps{level}"
+            f"{self.network.get('type')}, " + ("in one call" if direct_class(self) else how)
         )
 
     def make_denoiser(self) -> Denoiser:
@@ -344,13 +350,7 @@ def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
     """Raise ``ValueError`` unless the normaliser fits the policy's shapes and its clipping."""
     dims = {k: f.size for k, f in by_store_field(spec.observed).items() if not f.is_image}
     for name, dim in (dims | {"action": spec.planned_dim}).items():
-        if name not in normalizer.fields:
-            raise ValueError(
-                f"the normaliser has no field {name!r} (it has {sorted(normalizer.fields)})"
-            )
-        got = tuple(normalizer.normalize(name, torch.zeros(1, dim)).shape)
-        if got != (1, dim):
-            raise ValueError(f"the normaliser's field {name!r} does not have dimension {dim}")
+        check_shape(f"the normaliser's field {name!r}", normalizer.shape(name), (dim,))
     held = {"trajectory": ("obs", "action"), "state": ("obs",)}.get(spec.layout, ("action",))
     held += () if spec.imagined is None else spec.imagined.vectors
     for name in held if spec.clip else ():

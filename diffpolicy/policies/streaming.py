@@ -15,19 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
+from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampling import Trajectory
 from diffpolicy.core.starts import Ramp, ramp_start, shift_plan
-from diffpolicy.core.steps import Solver
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.base import Array, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
-from diffpolicy.policies.plan_loop import Condition, PlanLoop
+from diffpolicy.policies.plan_loop import PlanLoop
+from diffpolicy.policies.rows import kind_by_kind
 from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.settings import check_choice, check_range, check_shape, named_settings
-
-FILLS = ("denoise", "noise", "constant")
+from diffpolicy.settings import check_settings, check_shape, named_settings, one_of, ranged
 
 
 @named_settings
@@ -48,13 +46,12 @@ class Streaming:
         ValueError: settings out of range or that do not belong together.
     """
 
-    steps_per_chunk: int = 5
-    fill: str = "denoise"
+    steps_per_chunk: int = ranged("[1, inf)", 5)
+    fill: str = one_of("denoise", "noise", "constant")
     constant: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_range("[1, inf)", steps_per_chunk=self.steps_per_chunk)
-        check_choice("fill", self.fill, FILLS)
+        check_settings(self)
         if self.constant is None and self.fill == "constant":
             raise ValueError("fill='constant' needs constant=(the action to begin with)")
 
@@ -67,19 +64,9 @@ class StreamingLoop(PlanLoop):
     first ``To - 1 + Ta`` positions are finished; the others are the network's last clean estimate.
     """
 
-    def __init__(
-        self,
-        denoiser: BaseDenoiser,
-        normalizer: Normalizer,
-        solver: Solver,
-        levels: Tensor,
-        *,
-        plan_shape: tuple[int, int, int, int],
-        condition: Condition,
-    ) -> None:
-        shape: dict[str, Any] = {"plan_shape": plan_shape, "condition": condition}
-        super().__init__(denoiser, normalizer, solver, levels, start="given", **shape)
-        self.finished = (levels[-1] == 0).to(self.device)
+    def __init__(self, *parts: Any, **how: Any) -> None:
+        super().__init__(*parts, start="given", **how)
+        self.finished = (self.levels[-1] == 0).to(self.device)
 
     def forward(self, history: Tensor, guess: Tensor, noise: Tensor, *known: Tensor) -> Tensor:
         """One tick per row.
@@ -146,7 +133,7 @@ class StreamingPlanner(DiffusionPlanner):
         if trained is not None and trained != spec.n_action_steps:
             other = f"n_action_steps={spec.n_action_steps}"
             raise ValueError(f"this policy was trained to stream chunks of {trained}, not {other}")
-        self.ramp = Ramp(spec.horizon, spec.n_obs_steps, spec.n_action_steps)
+        self.ramp = Ramp(**spec.sizes)
         super().__init__(spec, denoiser, normalizer)
         self._constant = self._first_action()
 
@@ -191,17 +178,8 @@ class StreamingPlanner(DiffusionPlanner):
         state = super().initial_state(seeds)
         return state.remember(buffer=np.zeros_like(state.plan))
 
-    def replan(
-        self, state: PolicyState, rows: Array | Sequence[int], *, deterministic: bool = False
-    ) -> PolicyState:
-        chosen = state.take(rows)
-
-        def tick(part: PolicyState) -> tuple[Array, ...]:
-            return self.advance(part, deterministic=deterministic)
-
-        plan, buffer, nfe = self._batched(tick, chosen)
-        planned = self.adopted(chosen.remember(buffer=buffer), plan, nfe)
-        return state.put(rows, planned)
+    def adopted(self, state: PolicyState, plan: Array, nfe: Array, *made: Array) -> PolicyState:
+        return super().adopted(state.remember(buffer=made[0]), plan, nfe)
 
     def _cold(self, state: PolicyState) -> Array:
         stale = state.cursor > self.n_obs_steps - 1 + self.n_action_steps
@@ -213,36 +191,18 @@ class StreamingPlanner(DiffusionPlanner):
         rolled: Array = ~self._cold(state) | (self.streaming.fill != "denoise")
         return rolled
 
-    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, Array]:
-        plan, _, nfe = self.advance(state, deterministic=deterministic)
-        return plan, nfe
-
     @torch.inference_mode()
-    def advance(
-        self, state: PolicyState, *, deterministic: bool = False
-    ) -> tuple[Array, Array, Array]:
-        """One tick of every row.
+    def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, ...]:
+        """One tick of every row: plans, network evaluations and buffers ``[n, H, A]``."""
 
-        Args:
-            state: memory of n rows.
-            deterministic: as in :meth:`act`.
+        def tick(rolls: bool, rows: PolicyState) -> tuple[Array, ...]:
+            plan, buffer = (self._rolled if rolls else self._sampled)(rows, deterministic)
+            nfe = self._loops["warm" if rolls else "cold", deterministic].nfe
+            return plan, np.full(len(rows), nfe), buffer
 
-        Returns:
-            Plans and buffers ``[n, H, A]``, normalised, and network evaluations ``[n]``.
-        """
-        cold = self._cold(state)
-        sampled = ~self.plan_kinds(state)
-        plans, buffers = np.empty_like(state.plan), np.empty_like(state.plan)
-        nfe = np.empty(len(state), np.int64)
-        for kind, chosen in (("cold", sampled), ("warm", ~sampled)):
-            rows = np.flatnonzero(chosen)
-            if len(rows):
-                tick = self._sampled if kind == "cold" else self._rolled
-                plans[rows], buffers[rows] = tick(state.take(rows), cold[rows], deterministic)
-                nfe[rows] = self._loops[kind, deterministic].nfe
-        return plans, buffers, nfe
+        return kind_by_kind(tick, state, self.plan_kinds(state))
 
-    def _sampled(self, state: PolicyState, cold: Array, deterministic: bool) -> tuple[Array, Array]:
+    def _sampled(self, state: PolicyState, deterministic: bool) -> tuple[Array, Array]:
         """A full sample, as a policy without streaming draws it, and a buffer made of it."""
         loop = self._loops["cold", deterministic]
         noise = self.draw_noise(state, loop.draws + 1, deterministic)
@@ -250,14 +210,14 @@ class StreamingPlanner(DiffusionPlanner):
         buffer = self._noised(plan, 0.0, noise[-1])
         return plan.cpu().numpy(), buffer.cpu().numpy()
 
-    def _rolled(self, state: PolicyState, cold: Array, deterministic: bool) -> tuple[Array, Array]:
+    def _rolled(self, state: PolicyState, deterministic: bool) -> tuple[Array, Array]:
         """One tick of buffers moved up by the steps executed; those of cold rows are filled."""
         loop = self._loops["warm", deterministic]
         noise = self.draw_noise(state, loop.draws + 1, deterministic)
         steps = np.minimum(self.executed(state), self.n_action_steps)
         moved = self.on_device(steps)
         buffer = self.moved_up(self.on_device(state.memory["buffer"]), moved, noise[-1])
-        if cold.any():
+        if (cold := self._cold(state)).any():
             start = self.on_device(self._constant).expand_as(buffer)
             filled = self._noised(start, 1.0, noise[-1])
             buffer = torch.where(self.on_device(cold)[:, None, None], filled, buffer)

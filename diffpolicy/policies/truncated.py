@@ -19,11 +19,9 @@ from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.plan_loop import Encoded, Loop, PlanLoop, repeated
-from diffpolicy.settings import check_choice, check_range, named_settings
+from diffpolicy.settings import check_choice, named_settings, one_of, ranged
 
 SOURCES = ("anchors", "previous", "draft", "autoregressive")
-RANKS = ("confidence", "denoising", "prior")
-CHOICES = ("best", "draw")
 
 
 @named_settings
@@ -55,20 +53,16 @@ class Truncated(Sampler):
         ValueError: settings out of range, or sources that ``rank`` cannot compare.
     """
 
-    t_start: float | None = None
+    t_start: float | None = ranged("(0, 1]", None)
     num_steps: int = 2
     sources: tuple[str, ...] = ("anchors",)
-    rank: str = "denoising"
-    rank_t: float = 0.3
-    continuity: float = 0.0
-    choose: str = "best"
+    rank: str = one_of("confidence", "denoising", "prior", default="denoising")
+    rank_t: float = ranged("(0, 1]", 0.3)
+    continuity: float = ranged("[0, inf)", 0.0)
+    choose: str = one_of("best", "draw")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("(0, 1]", t_start=self.t_start, rank_t=self.rank_t)
-        check_range("[0, inf)", continuity=self.continuity)
-        check_choice("rank", self.rank, RANKS)
-        check_choice("choose", self.choose, CHOICES)
         for source in self.sources or ("none",):
             check_choice("source", source, SOURCES)
         if self.sources == ("previous",):
@@ -211,12 +205,7 @@ class Candidates:
         return sum(self.loops[kind].nfe for kind in self.settings.loops)
 
     def propose(
-        self,
-        history: Any,
-        previous: Tensor,
-        has_previous: Tensor,
-        noise: Tensor,
-        told: Any = None,
+        self, history: Any, previous: Tensor, has_previous: Tensor, noise: Tensor, told: Any = None
     ) -> ScoredPlans:
         """Solve and rank every guess.
 

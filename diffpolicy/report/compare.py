@@ -11,6 +11,7 @@ import numpy as np
 from diffpolicy.report import sequences, tables, tuning
 from diffpolicy.report.figures import draw_pictures, plot_nfe
 from diffpolicy.report.sequence_figures import plot_front, plot_logo
+from diffpolicy.report.tables import Row
 from diffpolicy.rollout.intervals import mean_interval, paired_difference
 
 # ------------------------------------------------------------------ sequence models
@@ -83,16 +84,16 @@ def compare_report(reports: Iterable[str | Path], output: str | Path) -> Path:
     return folder / "report.md"
 
 
-def _names(report: Mapping[str, Any]) -> dict[str, Any]:
+def _names(report: Row) -> dict[str, Any]:
     return {name: report[name] for name in ("method", "setting", "seed")}
 
 
-def _sequence_row(report: Mapping[str, Any]) -> dict[str, Any]:
+def _sequence_row(report: Row) -> dict[str, Any]:
     costs = {name: report["cost"].get(name) for name in tables.COSTS}
     return {**_names(report), **report["after"], "exact": report["exact"], **costs}
 
 
-def _before_rows(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _before_rows(reports: Sequence[Row]) -> list[dict[str, Any]]:
     """The pre-trained model as a method, once per seed."""
     rows: dict[int, dict[str, Any]] = {}
     for report in reports:
@@ -104,12 +105,12 @@ def _before_rows(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [rows[seed] for seed in sorted(rows)]
 
 
-def _point(row: Mapping[str, Any], statistic: str) -> dict[str, Any]:
+def _point(row: Row, statistic: str) -> dict[str, Any]:
     exact = row["exact"] or {"kl": row.get("kl"), "reward": row["reward"][statistic]}
     return {**_names(row), "kl": exact["kl"], "reward": exact["reward"]}
 
 
-def _mean_profiles(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _mean_profiles(reports: Sequence[Row]) -> dict[str, Any]:
     """Profiles of the methods over their seeds, between the reference and the top of the data."""
     groups: dict[str, list[Any]] = {sequences.PRETRAINED: []}
     for report in reports:
@@ -120,7 +121,7 @@ def _mean_profiles(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {label: np.mean(found, axis=0) for label, found in groups.items() if found}
 
 
-def _kl_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _kl_notes(rows: Sequence[Row]) -> list[str]:
     says = {"exact": "of sequences, exact", "path": "of paths, an upper bound of that of sequences"}
     kinds: dict[str, list[str]] = {}
     for row in rows:
@@ -180,7 +181,7 @@ def compare_tunings(
     return folder / "report.md"
 
 
-def _shared(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _shared(reports: Sequence[Row]) -> list[dict[str, Any]]:
     """The reports cut down to the episodes and numbers of steps that all of them have.
 
     Raises:
@@ -211,7 +212,7 @@ def _common(lists: Sequence[Sequence[Any]]) -> list[Any]:
     return [item for item in lists[0] if all(item in other for other in lists[1:])]
 
 
-def _left_out(reports: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> str:
+def _left_out(reports: Sequence[Row], shared: Row) -> str:
     """Which methods have results that are not compared."""
     nfes, seeds = list(shared["episodes"]["before"]), shared["seeds"]
     more = [r["method"] for r in reports if r["seeds"] != seeds or list(r["before"]) != nfes]
@@ -220,9 +221,7 @@ def _left_out(reports: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -
     return f"; further episodes or numbers of steps of {', '.join(dict.fromkeys(more))} left out"
 
 
-def _policy_row(
-    name: str | None, reports: Sequence[Mapping[str, Any]], baseline: str
-) -> dict[str, Any]:
+def _policy_row(name: str | None, reports: Sequence[Row], baseline: str) -> dict[str, Any]:
     """A method over its seeds; ``None``: the policies before."""
     others = {r["seed"]: r for r in reports if r["method"] == baseline}
     mine = [report for report in reports if name in (None, report["method"])]
@@ -249,7 +248,7 @@ def _policy_row(
     return row
 
 
-def _joined(reports: Sequence[Mapping[str, Any]], when: str) -> dict[str, list[Any]]:
+def _joined(reports: Sequence[Row], when: str) -> dict[str, list[Any]]:
     """Scores of the episodes of every report, by number of network evaluations."""
     nfes = reports[0]["episodes"][when]
     return {n: [report["episodes"][when][n] for report in reports] for n in nfes}
@@ -262,7 +261,7 @@ def _differences(own: Mapping[str, list[Any]], others: Mapping[str, list[Any]]) 
     }
 
 
-def _policy_table(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
+def _policy_table(rows: Sequence[Row], baseline: str) -> str:
     nfes = list(rows[0]["score"])
     last = nfes[-1]
     head = ["method", "seeds", "updates", *(f"NFE {n}" for n in nfes)]

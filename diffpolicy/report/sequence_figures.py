@@ -163,11 +163,7 @@ def plot_curves(metrics: str | Path, path: str | Path, *, title: str = "") -> Pa
 
 
 def plot_logo(
-    profiles: Mapping[str, Any],
-    path: str | Path,
-    *,
-    alphabet: str,
-    title: str = "",
+    profiles: Mapping[str, Any], path: str | Path, *, alphabet: str, title: str = ""
 ) -> Path:
     """Draw sequence logos below each other: letters as tall as the information they carry.
 

@@ -18,6 +18,7 @@ import torch
 from diffpolicy.report import sequence_figures as plots
 from diffpolicy.report import tables
 from diffpolicy.report.figures import draw_pictures, read_metrics
+from diffpolicy.report.tables import Row
 from diffpolicy.sequences.oracles import Oracles, score
 
 FORMAT = "diffpolicy-finetune-report"
@@ -52,15 +53,15 @@ class TuningResult:
     task: str
     method: str
     seed: int
-    before: Mapping[str, Any]
-    after: Mapping[str, Any]
+    before: Row
+    after: Row
     alphabet: str
-    profiles: Mapping[str, Any]
+    profiles: Row
     setting: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    cost: Mapping[str, Any] = field(default_factory=dict)
-    exact: Mapping[str, Any] | None = None
-    best: Sequence[Mapping[str, Any]] = ()
+    settings: Row = field(default_factory=dict)
+    cost: Row = field(default_factory=dict)
+    exact: Row | None = None
+    best: Sequence[Row] = ()
     optimum: Sequence[Sequence[float]] = ()
 
     def __post_init__(self) -> None:
@@ -141,7 +142,7 @@ def _warning(metrics: Path) -> dict[str, Any] | None:
         return None
 
 
-def _words(report: Mapping[str, Any], title: str) -> list[str]:
+def _words(report: Row, title: str) -> list[str]:
     before, after, warning = report["before"], report["after"], report["warning"]
     keys = [k for k in {**before, **after} if k not in ("kl_kind", "kl_standard_error")]
     lines = [[tables.FIGURES.get(k, k), _entry(before, k), _entry(after, k)] for k in keys]
@@ -167,7 +168,7 @@ def _words(report: Mapping[str, Any], title: str) -> list[str]:
     return parts
 
 
-def _entry(row: Mapping[str, Any], key: str) -> str:
+def _entry(row: Row, key: str) -> str:
     value = row.get(key)
     if isinstance(value, Mapping):
         return tables.distribution(value)

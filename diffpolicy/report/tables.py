@@ -30,6 +30,9 @@ FIGURES = {  # in the order of their columns
 }
 VERSION = 1
 
+Row = Mapping[str, Any]
+"""What is known of a run, a report or a row of a table, as plain values."""
+
 
 # ------------------------------------------------------------------ cells and tables
 
@@ -56,12 +59,12 @@ def text(value: Any) -> str:
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
 
 
-def distribution(found: Mapping[str, Any]) -> str:
+def distribution(found: Row) -> str:
     """Show median and quartiles in a cell."""
     return f"{text(found['median'])} [{text(found['q25'])}, {text(found['q75'])}]"
 
 
-def signed(interval: Mapping[str, Any] | None) -> str:
+def signed(interval: Row | None) -> str:
     """Show a difference with its interval in a cell."""
     if interval is None:
         return ""
@@ -70,7 +73,7 @@ def signed(interval: Mapping[str, Any] | None) -> str:
     return f"{interval['value']:+.3f}{ends}"
 
 
-def figure(row: Mapping[str, Any], name: str) -> float | None:
+def figure(row: Row, name: str) -> float | None:
     """Look up a number of a row by its dotted name; of a distribution, its median.
 
     Returns:
@@ -84,17 +87,17 @@ def figure(row: Mapping[str, Any], name: str) -> float | None:
     return float(value) if is_finite(value) else None
 
 
-def known_columns(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, str]:
+def known_columns(rows: Sequence[Row], names: Mapping[str, str]) -> dict[str, str]:
     """Of figures and their heads, those that any row has a number of."""
     return {k: v for k, v in names.items() if any(figure(row, k) is not None for row in rows)}
 
 
-def label_of(row: Mapping[str, Any]) -> str:
+def label_of(row: Row) -> str:
     """Method and setting of a row, as one name."""
     return f"{row['method']}, {row['setting']}" if row.get("setting") else str(row["method"])
 
 
-def method_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+def method_table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     """Make a Markdown table with one line per method and setting, over the seeds.
 
     A cell is a median [lower, upper quartile]; a single value stands alone, an undefined one is
@@ -116,9 +119,7 @@ def method_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) 
     return markdown(["method", "seeds", *columns.values(), *costs.values()], lines)
 
 
-def method_statistics(
-    rows: Sequence[Mapping[str, Any]], columns: Sequence[str]
-) -> dict[str, dict[str, Any]]:
+def method_statistics(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Distributions over the seeds by method and setting, in the order of the rows.
 
     Returns:
@@ -135,7 +136,7 @@ def method_statistics(
     return found
 
 
-def _cell(found: Mapping[str, Any] | None, seeds: int) -> str:
+def _cell(found: Row | None, seeds: int) -> str:
     if found is None:
         return ""
     count = len(found["values"])
@@ -147,7 +148,7 @@ def _cell(found: Mapping[str, Any] | None, seeds: int) -> str:
 
 
 def save_report(
-    folder: Path, kind: str, report: Mapping[str, Any], *words: str, after: Sequence[str] = ()
+    folder: Path, kind: str, report: Row, *words: str, after: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Write ``report.json`` and ``report.md``; see :func:`plain` for what may be in it.
 
@@ -213,9 +214,7 @@ def plain(value: Any, where: str = "value") -> Any:
     raise ValueError(f"a report holds plain values; {where} is {type(value).__name__}")
 
 
-def check_comparable(
-    reports: Sequence[Mapping[str, Any]], **same: Callable[[Mapping[str, Any]], Any]
-) -> None:
+def check_comparable(reports: Sequence[Row], **same: Callable[[Row], Any]) -> None:
     """Raise ``ValueError`` unless reports can stand in one table.
 
     That is: there are some, they agree in what is given, and no two are of one method, setting and

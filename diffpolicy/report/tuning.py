@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffpolicy.report.figures import draw_pictures, plot_nfe, plot_rounds
-from diffpolicy.report.tables import markdown, save_report, signed
+from diffpolicy.report.tables import Row, markdown, save_report, signed
 from diffpolicy.rollout.intervals import mean_interval, paired_difference
 from diffpolicy.rollout.results import EvalResult
 
@@ -112,9 +112,7 @@ def write_tuning_report(
     return save_report(folder, FORMAT, report, *_words(report))
 
 
-def _each(
-    found: Mapping[str, Mapping[str, Any]], make: Callable[[Any], Any]
-) -> dict[str, dict[str, Any]]:
+def _each(found: Mapping[str, Row], make: Callable[[Any], Any]) -> dict[str, dict[str, Any]]:
     """Apply a function to what was found before and after, at each number of evaluations."""
     return {when: {nfe: make(value) for nfe, value in own.items()} for when, own in found.items()}
 
@@ -127,7 +125,7 @@ def _made_with(results: Sequence[EvalResult]) -> dict[str, Any]:
     return found
 
 
-def _words(report: Mapping[str, Any]) -> list[str]:
+def _words(report: Row) -> list[str]:
     head = ["NFE", f"{report['score']} before", "after", "difference (paired, 95 %)"]
     after, difference = report["after"], report["difference"]
     rows = [

@@ -189,6 +189,7 @@ class EnvInfo:
         max_episode_steps: the step limit.
         has_expert: whether it ships a scripted expert (``expert_action(rng)``).
         versions: versions of the packages that can change a score.
+        task_groups: names of tasks by the groups that ``metadata["task_groups"]`` declares.
     """
 
     spec: EnvSpec
@@ -199,6 +200,7 @@ class EnvInfo:
     max_episode_steps: int
     has_expert: bool
     versions: dict[str, str]
+    task_groups: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def action_dim(self) -> int:
@@ -234,6 +236,7 @@ class EnvInfo:
             **self.spec.to_dict(),
             "max_episode_steps": self.max_episode_steps,
             "versions": dict(self.versions),
+            **({"task_groups": self.task_groups} if self.task_groups else {}),
         }
 
 
@@ -264,7 +267,23 @@ def inspect_env(spec: EnvSpec, env: gym.Env[Any, Any]) -> EnvInfo:
         max_episode_steps=limit,
         has_expert=env.has_wrapper_attr("expert_action"),
         versions=_versions(spec, env),
+        task_groups=_task_groups(spec, env),
     )
+
+
+def _task_groups(spec: EnvSpec, env: gym.Env[Any, Any]) -> dict[str, list[str]]:
+    """The groups of tasks that an environment of several declares; most declare none."""
+    groups = env.metadata.get("task_groups", {})
+    named = isinstance(groups, Mapping) and all(
+        isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        for names in groups.values()
+    )
+    if not named:
+        raise EnvSpecError(
+            f"{spec.id!r} has metadata['task_groups'] = {groups!r}; lists of task names by group "
+            "are needed, such as {'easy': ['reach', 'push']}"
+        )
+    return {str(group): list(names) for group, names in groups.items()}
 
 
 def _versions(spec: EnvSpec, env: gym.Env[Any, Any]) -> dict[str, str]:
@@ -286,9 +305,9 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def _import_home(env_id: str) -> None:
-    if ":" not in env_id:
+    module, colon, _ = env_id.partition(":")
+    if not colon:
         return
-    module = env_id.split(":", 1)[0]
     try:
         importlib.import_module(module)
     except ImportError as error:
@@ -309,8 +328,7 @@ def _unknown_id(env_id: str, name: str) -> str:
     message = f"No environment {env_id!r} is registered.{near}"
     if ":" in env_id:
         return message
-    space = name.split("/")[0]
-    known = declared().homes
+    space, known = name.split("/")[0], declared().homes
     homes = [home for home in known if home.startswith(space)] if "/" in name else []
     return (
         f"{message} If a package registers it on import, write '{(homes or ['package'])[0]}:{name}'"

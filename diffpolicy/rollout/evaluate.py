@@ -8,6 +8,7 @@ import os
 import platform
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -41,18 +42,25 @@ class VideoOptions:
 
     Args:
         episodes: of the first so many seeds.
+        per_task: also of the first so many episodes of every task (``info["task"]``); where there
+            are no tasks, of all. Their first frame is that of a step.
         stride: a frame every so many steps.
+        frames: about so many of an episode at most, by a wider stride where its step limit asks for
+            one; None: as many as there are.
         side: longest side of a frame in pixels; larger pictures are shrunk in the worker.
         cameras: whether the images that the policy sees stand beside the frame.
     """
 
     episodes: int = 4
+    per_task: int = 0
     stride: int = 1
+    frames: int | None = None
     side: int = 256
     cameras: bool = False
 
     def __post_init__(self) -> None:
-        check_range("[1, inf)", episodes=self.episodes, stride=self.stride, side=self.side)
+        check_range("[1, inf)", stride=self.stride, side=self.side, frames=self.frames)
+        check_range("[0, inf)", episodes=self.episodes, per_task=self.per_task)
 
 
 def evaluate(
@@ -153,7 +161,13 @@ class _Run(RowLoop[_Episode]):
         self.videos: dict[int, EpisodeVideo] = {}
         self.notes: dict[str, None] = {}  # an ordered set
         self.filmed = set(seeds[: video.episodes]) if video is not None else set()
+        self.per_task: Counter[str | None] = Counter()  # episodes that are filmed for their task
+        self.stride = 1 if video is None else video.stride
+        if video is not None and video.frames is not None:
+            widest = math.ceil(pool.info.max_episode_steps / video.frames)
+            self.stride = max(self.stride, widest)
         self.calls: list[tuple[float, int]] = []  # seconds and plans of the calls that planned
+        self.tasks: dict[int, str] = {}  # by seed
 
     def finish(self, progress: bool) -> EvalResult:
         began = time.perf_counter()
@@ -175,7 +189,13 @@ class _Run(RowLoop[_Episode]):
         self._note_errors(records)
         return EvalResult(
             episodes=records,
-            summary=summarise(records, calls=self.calls, wall_s=wall_s, setup_s=setup_s),
+            summary=summarise(
+                records,
+                calls=self.calls,
+                wall_s=wall_s,
+                setup_s=setup_s,
+                task_groups=self.pool.info.task_groups,
+            ),
             env=self.pool.info.labels(),
             settings=self._settings(),
             videos=tuple(self.videos[seed] for seed in self.seeds if seed in self.videos),
@@ -186,8 +206,24 @@ class _Run(RowLoop[_Episode]):
         return next(self.waiting, None)
 
     def began(self, row: int, outcome: Outcome) -> None:
+        self._note_task(row, outcome)
+        self._film_task(self.running[row])
         self._keep_frame(row, outcome)
         self.running[row].before = self._spent(row)
+
+    def _film_task(self, episode: _Episode) -> None:
+        """Film an episode that is among the first of its task; resets come in the seeds' order."""
+        task = self.tasks.get(episode.seed)
+        if self.video is None or self.per_task[task] >= self.video.per_task:
+            return
+        if episode.attempts == 1:
+            self.per_task[task] += 1
+            self.filmed.add(episode.seed)
+
+    def _note_task(self, row: int, outcome: Outcome) -> None:
+        """The first task that an episode tells is its task, also of an attempt that fails later."""
+        if outcome.task is not None:
+            self.tasks.setdefault(self.running[row].seed, outcome.task)
 
     def _spent(self, row: int) -> np.ndarray:
         """Network evaluations and plans of the policy in a row so far."""
@@ -206,6 +242,7 @@ class _Run(RowLoop[_Episode]):
     def stepped(self, row: int, outcome: Outcome) -> bool:
         """Note what a step brought; whether the episode is over."""
         episode = self.running[row]
+        self._note_task(row, outcome)
         self._keep_frame(row, outcome)
         if self.threshold is not None:
             outcome = outcome._replace(success=outcome.reward >= self.threshold)
@@ -232,6 +269,7 @@ class _Run(RowLoop[_Episode]):
             plans=plans,
             attempts=episode.attempts,
             failed_attempts=episode.failed,
+            task=self.tasks.get(episode.seed),
         )
         self.records[episode.seed] = record
         if episode.frames:
@@ -240,7 +278,11 @@ class _Run(RowLoop[_Episode]):
 
     def gave_up(self, episode: _Episode, why: str) -> None:
         self.records[episode.seed] = EpisodeRecord(
-            episode.seed, error=why, attempts=episode.attempts, failed_attempts=episode.failed
+            episode.seed,
+            error=why,
+            attempts=episode.attempts,
+            failed_attempts=episode.failed,
+            task=self.tasks.get(episode.seed),
         )
 
     def films(self, row: int) -> Drawn:
@@ -250,7 +292,7 @@ class _Run(RowLoop[_Episode]):
             return False
         # Asked before a reset, and before the step that will be number step + 1. The end decides,
         # so it is drawn even between two frames.
-        due = episode.before is None or (episode.step + 1) % self.video.stride == 0
+        due = episode.before is None or (episode.step + 1) % self.stride == 0
         return True if due else "end"
 
     def _keep_frame(self, row: int, outcome: Outcome) -> None:
@@ -279,6 +321,11 @@ class _Run(RowLoop[_Episode]):
         )
         self.notes[text] = None
         warnings.warn(text, RuntimeWarning, stacklevel=4)
+        homeless = sum(r.error is not None and r.task is None for r in records)
+        if self.tasks and homeless:
+            self.notes[
+                f"{homeless} episodes failed before they told their task: no task counts them"
+            ] = None
         if self.lost:
             self.notes[f"environments were lost on the way: {self.lost}"] = None
 

@@ -95,6 +95,32 @@ def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> I
     return mean_interval(first - second, confidence)
 
 
+def mean_over(parts: Sequence[Interval]) -> Interval:
+    """The mean of independent estimates, each counting the same, with its interval.
+
+    The parts are what there is (tasks of a benchmark), no sample of others, so only the
+    uncertainty of each counts. Its bounds are combined as by Newcombe's "square and add" (Zou and
+    Donner 2008, Statistics in Medicine 27:1693, eq. 4), which keeps the honesty of Wilson's
+    interval at rates of 0 and 1.
+
+    Args:
+        parts: at least one, such as the success rate of every task.
+
+    Returns:
+        The mean, NaN where a part has no value; its bounds, NaN where a part has none; and the
+        sizes of all samples together.
+
+    Example:
+        >>> mean_over([wilson_interval(5, 10), wilson_interval(10, 10)]).value
+        0.75
+    """
+    values, lows, highs = (np.array([part[i] for part in parts], np.float64) for i in range(3))
+    mean = float(values.mean()) if len(parts) else math.nan
+    below = math.sqrt(np.sum((values - lows) ** 2)) / max(len(parts), 1)
+    above = math.sqrt(np.sum((highs - values) ** 2)) / max(len(parts), 1)
+    return Interval(mean, mean - below, mean + above, sum(part.n for part in parts))
+
+
 def _newcombe(a: np.ndarray, b: np.ndarray, confidence: float) -> Interval:
     """Newcombe 1998 (Statistics in Medicine 17:2635), method 10: square and add."""
     n = len(a)

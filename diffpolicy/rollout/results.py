@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from diffpolicy.files import write_json
 from diffpolicy.rollout.intervals import mean_interval, wilson_interval
+from diffpolicy.rollout.tasks import summarise_tasks
 
 
 class EpisodeVideo(NamedTuple):
@@ -41,6 +42,7 @@ class EpisodeRecord:
         attempts: how often it was tried.
         error: why the last attempt failed; None if it did not.
         failed_attempts: why earlier attempts failed.
+        task: the name that the environment gave in ``info["task"]``; None if it gave none.
     """
 
     seed: int
@@ -56,6 +58,7 @@ class EpisodeRecord:
     attempts: int = 1
     error: str | None = None
     failed_attempts: tuple[str, ...] = ()
+    task: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; the return is called ``return``, what is not known is None."""
@@ -65,6 +68,20 @@ class EpisodeRecord:
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EpisodeRecord:
+        """The record that :meth:`to_dict` made JSON values of.
+
+        Entries that an earlier version did not write have their defaults; those that it does not
+        know are left out.
+        """
+        known = {one.name for one in fields(cls)}
+        own = {**values, "episode_return": values.get("return")}
+        own["failed_attempts"] = tuple(own.get("failed_attempts") or ())
+        numbers = ("episode_return", "max_reward")
+        own |= {name: math.nan for name in numbers if own.get(name) is None}
+        return cls(**{name: value for name, value in own.items() if name in known})
 
 
 @dataclass(frozen=True)
@@ -110,6 +127,37 @@ class EvalResult:
             "episodes": [episode.to_dict() for episode in self.episodes],
         }
 
+    @classmethod
+    def load(cls, path: str | Path) -> EvalResult:
+        """Read what :meth:`save` wrote, without the frames.
+
+        Args:
+            path: the file, a directory that holds ``eval.json``, or a run whose evaluation is in
+                ``eval/eval.json``.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is no evaluation.
+        """
+        given = Path(path)
+        places = [given, given / "eval.json", given / "eval" / "eval.json"]
+        file = next((place for place in places if place.is_file()), None)
+        if file is None:
+            raise FileNotFoundError(
+                f"no evaluation at {given}: neither a file, nor eval.json or eval/eval.json in it; "
+                "`diffpolicy eval RUN` makes one"
+            )
+        if not _is_evaluation(file):
+            raise ValueError(f"{file} is no evaluation; give what `diffpolicy eval` wrote")
+        found = json.loads(file.read_bytes())
+        return cls(
+            episodes=tuple(EpisodeRecord.from_dict(one) for one in found["episodes"]),
+            summary=found["summary"],
+            env=found["env"],
+            settings=found["settings"],
+            notes=tuple(found.get("notes", ())),
+        )
+
     def save(self, path: str | Path) -> Path:
         """Write ``eval.json`` (whole or not at all) and return its path.
 
@@ -145,6 +193,7 @@ def summarise(
     calls: Sequence[tuple[float, int]] = (),
     wall_s: float = math.nan,
     setup_s: float = math.nan,
+    task_groups: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """The summary of an evaluation, as JSON values.
 
@@ -154,6 +203,7 @@ def summarise(
             the times as warm-up, unless it is the only one.
         wall_s: of all episodes.
         setup_s: of making the environments before.
+        task_groups: names of tasks by group, where the environment declares some.
 
     Returns:
         ``success`` and ``final_success`` (rates over all episodes, Wilson 95 %; None if the task
@@ -162,8 +212,10 @@ def summarise(
         with ``value``, ``low``, ``high``, ``n``. ``n_episodes``, ``n_errors``, ``steps``,
         ``plans``, ``nfe_per_plan``; ``ms_per_call`` (one ``act`` that planned, for all rows that
         planned in it), ``ms_per_plan`` (the same per planned row): mean, p50, p95; ``wall_s``,
-        ``steps_per_s`` (of that time), ``setup_s``.
+        ``steps_per_s`` (of that time), ``setup_s``; and ``tasks`` of
+        :func:`~diffpolicy.rollout.tasks.summarise_tasks` where episodes told their task.
     """
+    tasks = summarise_tasks(records, task_groups or {})
     sound = [record for record in records if record.error is None]
     steps, plans = sum(r.length for r in sound), sum(r.plans for r in sound)
     timed = list(calls[1:] if len(calls) > 1 else calls)
@@ -183,6 +235,7 @@ def summarise(
         "wall_s": wall_s if math.isfinite(wall_s) else None,
         "steps_per_s": steps / wall_s if wall_s > 0 else None,
         "setup_s": setup_s if math.isfinite(setup_s) else None,
+        **({} if tasks is None else {"tasks": tasks}),
     }
 
 

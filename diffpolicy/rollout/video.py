@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from diffpolicy.data.observation import Obs, to_fields
-from diffpolicy.extras import need
+from diffpolicy.extras import installed, need
 from diffpolicy.files import atomic_file
 from diffpolicy.settings import check_range
 
@@ -189,6 +189,11 @@ def contact_sheet(path: str | Path, videos: Sequence[EpisodeVideo], *, columns: 
     with atomic_file(path, ".png") as partial:
         image_module.fromarray(np.concatenate(padded)).save(partial)
     return Path(path)
+
+
+def can_film() -> bool:
+    """Whether the packages that write films and pictures are installed (the extra media)."""
+    return all(map(installed, ("imageio", "imageio_ffmpeg", "PIL")))
 
 
 class Media(NamedTuple):

@@ -24,7 +24,7 @@ from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, score
 from diffpolicy.sequences.spec import Chain, Drawing
 from diffpolicy.sequences.task import SequenceTask, check_tokens
-from diffpolicy.settings import check_range
+from diffpolicy.settings import check_range, check_settings, ranged
 
 ROWS = 256
 
@@ -49,17 +49,16 @@ class Evaluation:
 
     EXACT_STATES: ClassVar[int] = 1_000_000
 
-    kmer: int = 3
-    top_fraction: float = 0.01
-    chains: int = 512
+    kmer: int = ranged("[1, inf)", 3)
+    top_fraction: float = ranged("(0, 1]", 0.01)
+    chains: int = ranged("[1, inf)", 512)
     num_steps: int | None = None
-    elbo_draws: int = 16
+    elbo_draws: int = ranged("[1, inf)", 16)
     exact: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_range("[1, inf)", kmer=self.kmer, chains=self.chains, elbo_draws=self.elbo_draws)
-        check_range("(0, 1]", top_fraction=self.top_fraction)
+        check_settings(self)
 
 
 def evaluate_sequences(

@@ -121,7 +121,7 @@ class ExactLaw:
     ) -> ExactLaw:
         """The law of a denoiser; differentiable if gradients are enabled."""
         if space is None:
-            space = StateSpace(denoiser.vocab_size, denoiser.network.horizon)  # type: ignore[arg-type]
+            space = StateSpace(denoiser.vocab_size, denoiser.length)
         return cls.from_log_probs(space, space.log_probs(denoiser, cond=cond))
 
     @classmethod

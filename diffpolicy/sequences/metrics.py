@@ -11,6 +11,7 @@ from scipy.stats import rankdata
 
 from diffpolicy.settings import check_range, check_shape
 
+PATIENCE, TOLERANCE = 2, 0.1  # of the warning of reward hacking
 Floats = npt.NDArray[np.float64]
 Tokens = npt.NDArray[Any]  # integers [N, L]
 
@@ -141,43 +142,31 @@ def unique_fraction(tokens: Tokens) -> float:
     return len(np.unique(tokens, axis=0)) / len(tokens)
 
 
-def hacking_warning(
-    reward: Sequence[float],
-    held_out: Sequence[float],
-    *,
-    tolerance: float = 0.1,
-    patience: int = 2,
-) -> str | None:
+def hacking_warning(reward: Sequence[float], held_out: Sequence[float]) -> str | None:
     """A message when the training oracle still rises while the held-out one falls, else ``None``.
 
     Both histories are smoothed by a running median of three rows (two at the ends), so that one odd
     evaluation neither raises nor hides an alarm. Let ``peak`` be the row in which the held-out
-    reward was highest. There is a warning if that was at least ``patience`` rows ago, the training
-    oracle has risen since, and the held-out reward has fallen since by more than ``tolerance``
-    times the whole rise of the training oracle. Both rewards estimate the same quantity, so the
-    latter is the scale of what tuning claims to have gained; the noise of a held-out reward that is
-    merely flat is small against it.
+    reward was highest. There is a warning if that was at least two rows ago (``PATIENCE``), the
+    training oracle has risen since, and the held-out reward has fallen since by more than a tenth
+    (``TOLERANCE``) of the whole rise of the training oracle. Both rewards estimate the same
+    quantity, so the latter is the scale of what tuning claims to have gained; the noise of a
+    held-out reward that is merely flat is small against it.
 
     Args:
         reward: under the training oracle at every evaluation, oldest first (medians, say).
         held_out: under the held-out oracle.
-        tolerance: see above, positive.
-        patience: rows since the peak, at least 1.
 
     Raises:
-        ValueError: histories of different length, or settings out of range.
+        ValueError: histories of different length.
     """
     check_shape("held_out", (len(held_out),), (len(reward),))
-    check_range("(0, inf)", tolerance=tolerance)
-    check_range("[1, inf)", patience=patience)
-    if len(reward) <= patience:
-        return None
     trained, judged = _smooth(reward), _smooth(held_out)
     peak = int(judged.argmax())
     since, fall = float(trained[-1] - trained[peak]), float(judged[peak] - judged[-1])
     rise = float(trained[-1] - trained.min())
-    late = len(judged) - 1 - peak >= patience
-    if not (late and since > 0 and fall > tolerance * rise):
+    late = len(judged) - 1 - peak >= PATIENCE
+    if not (late and since > 0 and fall > TOLERANCE * rise):
         return None
     return (
         f"the reward is being hacked: since evaluation {peak} the training oracle rose by "

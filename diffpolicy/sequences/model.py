@@ -33,11 +33,11 @@ from diffpolicy.sequences.spec import (
 from diffpolicy.sequences.task import SequenceTask, check_tokens
 from diffpolicy.settings import check_range, settings_of
 from diffpolicy.training.process import seeded
-from diffpolicy.training.saved import Saved, part_of
+from diffpolicy.training.saved import Device, Saved, part_of
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.sources import Source
-from diffpolicy.training.trainer import Running, Trainer, TrainResult
-from diffpolicy.training.weights import unchanged_on_error
+from diffpolicy.training.train import train
+from diffpolicy.training.trainer import Running, TrainResult
 
 
 class SequenceModel(Letters, Saved):
@@ -59,11 +59,7 @@ class SequenceModel(Letters, Saved):
     last_training: TrainResult | None = None
 
     def __init__(
-        self,
-        spec: SequenceSpec,
-        denoiser: MaskedDenoiser | None = None,
-        *,
-        device: str | torch.device = "cpu",
+        self, spec: SequenceSpec, denoiser: MaskedDenoiser | None = None, *, device: Device = "cpu"
     ) -> None:
         self.spec = spec
         self.denoiser = (spec.make_denoiser() if denoiser is None else denoiser).to(device).eval()
@@ -80,7 +76,7 @@ class SequenceModel(Letters, Saved):
         *,
         spec: Mapping[str, Any] | None = None,
         seed: int = 0,
-        device: str | torch.device = "cpu",
+        device: Device = "cpu",
     ) -> Self:
         """An untrained model of a task's alphabet and length.
 
@@ -145,13 +141,13 @@ class SequenceModel(Letters, Saved):
         given = self.spec.training_cond(len(held), labels, cond)
         order = torch.randperm(len(held), generator=torch.Generator().manual_seed(config.seed))
         val_count = int(val_fraction * len(held))
-        held_out, train = (
+        held_out, training = (
             SequenceExamples(held[rows], None if given is None else given[rows])
             for rows in (order[:val_count], order[val_count:])
         )
         objective = MaskedDenoisingLoss(self.denoiser, cond_dropout=self.spec.cond_dropout)
         run["val_source"] = held_out if val_count else None
-        return self.fit(objective, train, config, run_dir, **run)
+        return self.fit(objective, training, config, run_dir, **run)
 
     def fit(
         self,
@@ -179,19 +175,9 @@ class SequenceModel(Letters, Saved):
         if getattr(objective, "denoiser", None) is not self.denoiser:
             name = type(objective).__name__
             raise ValueError(f"{name} must train this model's own denoiser, model.denoiser")
-        with unchanged_on_error(objective):
-            result = Trainer(
-                objective,
-                source,
-                config,
-                run_dir,
-                export=lambda state: self._files(part_of(state, "denoiser")),
-                identity={"model": self.spec},
-                **run,
-            ).fit()
-            objective.load_state_dict(result.ema)
-            self.denoiser.eval()
-        self.last_training = result
+        own: dict[str, Any] = {"export": lambda state: self._files(part_of(state, "denoiser"))}
+        own["identity"] = {"model": self.spec}
+        self.last_training = train(objective, source, config, run_dir, **own, **run)
         return self
 
     # ---------------------------------------------------------------- drawing and scoring
@@ -360,9 +346,7 @@ class SequenceModel(Letters, Saved):
         }
 
     @classmethod
-    def _made_of(
-        cls, config: dict[str, Any], files: Mapping[str, Any], device: str | torch.device
-    ) -> Self:
+    def _made_of(cls, config: dict[str, Any], files: Mapping[str, Any], device: Device) -> Self:
         spec = settings_of(SequenceSpec, config, cls.WHAT)
         denoiser = spec.make_denoiser()
         denoiser.load_state_dict(files["model.safetensors"])

@@ -27,9 +27,9 @@ from diffpolicy.sequences.task import SequenceTask, check_tokens
 from diffpolicy.settings import check_range
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.process import seeded
-from diffpolicy.training.saved import Saved, find_bundle, part_of
+from diffpolicy.training.saved import Device, Saved, find_bundle, part_of
 from diffpolicy.training.settings import TrainerConfig, mix_seed
-from diffpolicy.training.trainer import Trainer
+from diffpolicy.training.train import train
 
 ROWS = 1024
 # Settings of the trainer that do not change the weights.
@@ -79,9 +79,7 @@ class Oracle(Saved, nn.Module):
         }
 
     @classmethod
-    def _made_of(
-        cls, config: dict[str, Any], files: Mapping[str, Any], device: str | torch.device
-    ) -> Self:
+    def _made_of(cls, config: dict[str, Any], files: Mapping[str, Any], device: Device) -> Self:
         oracle = cls(config["network"])
         oracle.load_state_dict(files["model.safetensors"])
         return oracle.to(device).frozen()
@@ -126,7 +124,7 @@ def train_oracles(
     network: Mapping[str, Any] | None = None,
     surrogate: bool = False,
     overwrite: bool = False,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
 ) -> Oracles:
     """The rewards of a task, learned where it has measurements alone.
 
@@ -171,26 +169,25 @@ def _settle(
     head: Mapping[str, Any],
     config: TrainerConfig,
     folder: Path,
-    train: tuple[Any, Any],
+    known: tuple[Any, Any],
     test: tuple[Any, Any],
     overwrite: bool,
-    device: str | torch.device,
+    device: Device,
 ) -> None:
     """Train the oracle of ``folder`` unless it is there already, begun or whole."""
-    digest, done = _digest(head, config, *train), _known_digest(folder / "oracle")
+    digest, done = _digest(head, config, *known), _known_digest(folder / "oracle")
     old = done or _known_digest(folder)
     if old not in (None, digest) and not overwrite:
         raise ValueError(f"{folder} holds an oracle of other settings or data; overwrite it")
     if done == digest:
         return
-    labels = np.asarray(train[1], dtype=np.float64)
+    labels = np.asarray(known[1], dtype=np.float64)
     made = seeded(config.seed, lambda: Oracle(head, mean=labels.mean(), std=labels.std()))
     oracle = made.to(device)
     order = np.random.default_rng(config.seed).permutation(len(labels))
-    val, rest = ([part[rows] for part in train] for rows in np.split(order, [len(labels) // 20]))
-    objective = RegressionLoss(oracle)
-    result = Trainer(
-        objective,
+    val, rest = ([part[rows] for part in known] for rows in np.split(order, [len(labels) // 20]))
+    result = train(
+        RegressionLoss(oracle),
         _examples(*rest),
         config,
         folder,
@@ -198,10 +195,9 @@ def _settle(
         val_source=_examples(*val) if len(val[0]) else None,
         resume=old == digest,
         overwrite=overwrite and old != digest,
-    ).fit()
+    )
     if result.interrupted:
         raise KeyboardInterrupt(f"the oracle in {folder} is not done; run again to go on")
-    objective.load_state_dict(result.ema)
     oracle.frozen()
     report = {"train": correlations(oracle, *rest), "test": correlations(oracle, *test)}
     write_bundle(folder / "oracle", oracle._files(digest=digest, report=report))

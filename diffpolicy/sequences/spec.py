@@ -17,7 +17,7 @@ from diffpolicy.core.sampling import Transition
 from diffpolicy.networks.base import check_positive
 from diffpolicy.networks.registry import sized_network
 from diffpolicy.sequences.task import MASK_LETTER, check_alphabet
-from diffpolicy.settings import check_choice, check_range, check_shape
+from diffpolicy.settings import check_choice, check_range, check_settings, check_shape, ranged
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,12 @@ class SequenceSpec:
     network: Mapping[str, Any] = field(default_factory=lambda: {"type": "sequence_cnn"})
     process: Mapping[str, Any] = field(default_factory=lambda: {"type": "masked_loglinear"})
     time_free: bool = True
-    cond_dropout: float = 0.0
+    cond_dropout: float = ranged("[0, 1)", 0.0)
     label_quantiles: tuple[float, ...] = ()
     env_id: str | None = None
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_alphabet(self.alphabet)
         check_positive(length=self.length)
         object.__setattr__(self, "label_quantiles", tuple(self.label_quantiles))
@@ -60,7 +61,6 @@ class SequenceSpec:
             classes = len(self.label_quantiles) + 1
             check_choice("cond_dim", self.cond_dim, (0, classes))
             object.__setattr__(self, "cond_dim", classes)
-        check_range("[0, 1)", cond_dropout=self.cond_dropout)
 
     @property
     def vocab_size(self) -> int:

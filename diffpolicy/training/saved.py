@@ -19,6 +19,7 @@ from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.training.checkpoint import CheckpointError, Snapshots, read_bundle, write_bundle
 
 FORMAT, VERSION = "diffpolicy-policy", 1
+Device = str | torch.device
 
 
 class Saved(ABC):
@@ -38,9 +39,7 @@ class Saved(ABC):
 
     @classmethod
     @abstractmethod
-    def _made_of(
-        cls, config: dict[str, Any], files: Mapping[str, Any], device: str | torch.device
-    ) -> Self:
+    def _made_of(cls, config: dict[str, Any], files: Mapping[str, Any], device: Device) -> Self:
         """Make it from its ``config.json``, without format and version, and all of its files."""
 
     @classmethod
@@ -52,7 +51,7 @@ class Saved(ABC):
         return write_bundle(path, self._files())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
+    def load(cls, path: str | os.PathLike[str], *, device: Device = "cpu") -> Self:
         """Read it from its directory, a checkpoint or a run, verifying every hash.
 
         Of a run, its best checkpoint, else its last.
@@ -74,9 +73,7 @@ class Saved(ABC):
         return cls._made_of(config, files, device)
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
-    ) -> Self:
+    def from_pretrained(cls, path: str | os.PathLike[str], *, device: Device = "cpu") -> Self:
         """Read it as :meth:`load` does, under the name that policies use."""
         return cls.load(path, device=device)
 

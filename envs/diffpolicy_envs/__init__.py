@@ -38,7 +38,11 @@ ENV_IDS = (
     "diffpolicy/RNAFolding-v0",
     "diffpolicy/SpliceSite-v0",
     "diffpolicy/TFBind8-v0",
+    "diffpolicy/MetaWorld-v0",
     "diffpolicy/OCBench-v0",
+    "diffpolicy/OGBench-v0",
+    "diffpolicy/OGBenchCollect-v0",
+    "diffpolicy/OGBenchGoals-v0",
 )
 """The ids this package registers."""
 
@@ -53,6 +57,10 @@ def _register() -> None:
     burner = ["microwave", "kettle", "bottom burner", "light switch"]  # mixed
     ocbench = "diffpolicy_envs.ocbench:OCBenchEnv"
     design = "diffpolicy_envs.sequences.env:SequenceDesignEnv"  # ends by itself after one step
+    metaworld = "diffpolicy_envs.metaworld:MetaWorldEnv"
+    ogbench = "diffpolicy_envs.ogbench"  # ends by itself after the benchmark's number of steps
+    goals, single = (f"{ogbench}.tasks:OGBench{name}Env" for name in ("Goals", ""))
+    recorded = f"{ogbench}.collecting:OGBenchCollectEnv"
     entries: tuple[tuple[str, str | None, int | None, dict[str, object]], ...] = (
         ("Cameras", None, None, {}),  # in an environment of another package, which knows its limit
         ("AntMazeLarge", ant, 1000, {"simulator_id": "AntMaze_Large-v4", "goal_cell": [7, 10]}),
@@ -75,19 +83,16 @@ def _register() -> None:
         ("RNAFolding", design, None, {"task": "rna_folding"}),
         ("SpliceSite", design, None, {"task": "splice_site"}),
         ("TFBind8", design, None, {"task": "tfbind8"}),
+        ("MetaWorld", metaworld, 500, {}),
         ("OCBench", ocbench, None, {}),  # its limit is the task's
+        ("OGBench", single, None, {}),
+        ("OGBenchCollect", recorded, None, {}),
+        ("OGBenchGoals", goals, None, {}),
     )
+    seen = {None, fetch, moving, maze, ant, kitchen, metaworld, ocbench, single, recorded, goals}
     for name, entry_point, steps, kwargs in entries:
         env_id = f"diffpolicy/{name}-v0"
-        if entry_point in (
-            None,
-            fetch,
-            moving,
-            maze,
-            ant,
-            kitchen,
-            ocbench,
-        ):  # may be seen by cameras
+        if entry_point in seen:  # by cameras, if wanted
             kwargs = {"home": entry_point, **kwargs}
             entry_point = "diffpolicy_envs.cameras:make"
         if env_id not in gym.registry:

@@ -118,9 +118,7 @@ class CameraEnv(gym.ObservationWrapper[Any, Any, Any]):
             named[name] = gym.spaces.Box(0, 255, (*size, 3), np.uint8)
         self.observation_space = gym.spaces.Dict(named)
         self._renderers: dict[tuple[int, int], Any] = {}
-        for size, _ in self._cameras.values():
-            if size not in self._renderers:
-                self._renderers[size] = _renderer(self.simulator.model, size)
+        self._draw_from(self.simulator)
 
     def observation(self, observation: Any) -> dict[str, Any]:
         """What the environment observes, and an image of every camera."""
@@ -130,6 +128,9 @@ class CameraEnv(gym.ObservationWrapper[Any, Any, Any]):
         if self._entries is not None:
             vector = seen.pop("observation")[self._entries]
             seen |= {"observation": vector} if len(vector) else {}
+        simulator = _simulator(self.env)
+        if simulator is not self.simulator:  # an episode of another task, with another model
+            self._draw_from(simulator)
         place_goal(self.simulator)
         for name, (size, camera) in self._cameras.items():
             renderer = self._renderers[size]
@@ -147,10 +148,20 @@ class CameraEnv(gym.ObservationWrapper[Any, Any, Any]):
 
     def close(self) -> None:
         """Free the renderers and the environment."""
+        self._free()
+        super().close()
+
+    def _free(self) -> None:
         for renderer in self._renderers.values():
             renderer.close()
         self._renderers = {}
-        super().close()
+
+    def _draw_from(self, simulator: Any) -> None:
+        """Make the renderers of a simulator's model, one of each size."""
+        self._free()
+        self.simulator = simulator
+        for size in {size for size, _ in self._cameras.values()}:
+            self._renderers[size] = _renderer(simulator.model, size)
 
     def _camera(self, name: str, value: Any) -> tuple[tuple[int, int], Any]:
         """The size of a camera's images, and the camera: of the model (a number) or a free one."""

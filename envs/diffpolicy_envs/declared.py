@@ -11,17 +11,28 @@ No simulator is imported here.
 
 from __future__ import annotations
 
-from diffpolicy_envs import fetch, fetch_moving, ocbench, pointmaze, pusht, pusht_disturbed
+from diffpolicy_envs import (
+    fetch,
+    fetch_moving,
+    metaworld,
+    ocbench,
+    ogbench,
+    pointmaze,
+    pusht,
+    pusht_disturbed,
+)
 from diffpolicy_envs.recipes import Recipe
 
 # A new family is one line: its module has RECIPES, by names such as "family/task".
 FAMILIES = (
     fetch,
     fetch_moving,
+    metaworld,
     pointmaze,
     pusht,
     pusht_disturbed,
     ocbench,
+    ogbench,
 )
 
 RECIPES: dict[str, Recipe] = {

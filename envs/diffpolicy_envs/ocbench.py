@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from diffpolicy_envs.base import Action, FlatEnv, Info, Observation
 from diffpolicy_envs.recipes import Recipe
-from diffpolicy_envs.simulators import import_ocbench
+from diffpolicy_envs.simulators import import_benchmark
 
 # The package's name of what is to be done; the length of an observation; of the expert's episodes
 # the mean length, how many were solved, and of how many (ocbench 1.0.2, MuJoCo 3.3.0). Of none: the
@@ -130,7 +130,7 @@ class OCBenchEnv(FlatEnv):
         if task not in TASKS:
             near = difflib.get_close_matches(str(task), TASKS, n=3, cutoff=0.3) or TASKS[:1]
             raise ValueError(f"OCBench has no task {task!r}; did you mean {' or '.join(near)}?")
-        import_ocbench()
+        import_benchmark("ocbench", "oracles")
         self.task = task
         family, kind = task.split("-", 1)
         spec = gym.spec(f"{family}-cpu-{kind}-v0")  # the package's name for "not on a GPU"

@@ -29,10 +29,10 @@ class Recipe:
             every step) that are stored beside the observations, as ``info.NAME``.
         derived: the name of the set that this one is made from, by new rewards; None: it is
             recorded.
-        relabel: of a derived set ``"module:function"``. The function takes the arrays of one
-            episode of that set, by the names of its fields, and ``kwargs``. It returns the arrays
-            that replace fields: ``{"reward": [T], "terminated": [T]}``, and ``"success"`` [T] if
-            the task knows one.
+        relabel: of a derived set ``"module:function"``, called as ``function(episode, **kwargs)``.
+            ``episode`` has the arrays of one episode of that set, by the names of its fields. It
+            returns the arrays that replace fields: ``{"reward": [T], "terminated": [T]}``, and
+            ``"success"`` [T], which is not stored, if the task knows one.
 
     Raises:
         ValueError: no episode, an unknown ``keep``, or only one of ``derived`` and ``relabel``.

@@ -130,21 +130,21 @@ def import_pusht() -> ModuleType:
         ) from error
 
 
-def import_ocbench() -> None:
-    """Import ocbench, which registers its environments on import.
+def import_benchmark(name: str, *modules: str) -> ModuleType:
+    """Import a package of benchmarks, and modules of it; the extra of its name installs it.
+
+    Returns:
+        The package.
 
     Raises:
         DependencyNotInstalled: it is missing or broken.
     """
-    if installed_version("ocbench") is None or installed_version("mujoco") is None:
-        raise DependencyNotInstalled(
-            'ocbench or mujoco is not installed. Run: pip install "diffpolicy[ocbench]"'
-        )
-    try:
-        importlib.import_module("ocbench")
-        importlib.import_module("ocbench.oracles")
-    except (ImportError, OSError, AttributeError) as error:  # as of import_robotics
-        raise DependencyNotInstalled(
-            f"ocbench is installed but cannot be imported ({error}). "
-            'Run: pip install --force-reinstall "diffpolicy[ocbench]"'
-        ) from error
+    why = "is not installed"
+    if installed_version(name) is not None:
+        try:
+            for module in modules:
+                importlib.import_module(f"{name}.{module}")
+            return importlib.import_module(name)
+        except (ImportError, OSError, AttributeError) as error:  # as of import_robotics
+            why = f"is installed but cannot be imported ({error})"
+    raise DependencyNotInstalled(f'{name} {why}. Run: pip install "diffpolicy[{name}]"')

@@ -1,1 +1,1 @@
-"""The D4RL table: cells of dataset and algorithm, run and tabulated."""
+"""Reproductions: published rows of ours by name (studies), and the D4RL table (cells)."""

@@ -320,7 +320,7 @@ def test_runs_are_compared_by_episode(trained, tmp_path, capsys, rollouts):
         ([*ONLINE, "judge=null"], "judges the policy's own plans"),
         (["method=dpo", "plans={every: 2}", *COLLECT], "judges the policy's own plans"),
         (["method=dpo", "plans={every: 90}", *ONLINE[2:]], "no episode is longer than 20"),
-        (["method=dpo", "plans={evry: 2}", *ONLINE[2:]], "plans has no setting 'evry'"),
+        (["method=dpo", "plans={evry: 2}", *ONLINE[2:]], "unknown key 'plans.evry'; did you mean"),
         ([*ONLINE, "judge.reward=dense"], "no method dense_reward"),
         ([*ONLINE, "judge.reward=mine"], "unknown judge.reward 'mine'"),
         ([*ONLINE, "judge.lookahead=0"], "lookahead must be at least 1"),
@@ -514,3 +514,25 @@ def test_a_reward_of_plans_is_back_propagated(trained, tmp_path, capsys):
     assert not (tmp_path / "again" / "rollouts.zarr").exists()
     assert cli.main(["tune", *where, "method=dpo", f"run_dir={tmp_path / 'other'}"]) == 1
     assert "use policy.prefer(...) or `diffpolicy prefer`" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::diffpolicy.training.identity.ResumeWarning")
+@pytest.mark.parametrize("method", ["consistency", "rectified"])
+def test_a_policy_is_distilled(method, trained, tmp_path, capsys):
+    run = tmp_path / method
+    how = [f"method={method}", "method.num_steps=4", "trainer.steps=3", "nfe=[1]"]
+    where = [str(trained / "run"), f"run_dir={run}"]
+    assert cli.main(["distill", *where, *how, *FEW, *QUICK]) == 0
+    assert result_of(capsys.readouterr().out)["method"] == method
+    assert DiffusionPolicy.from_pretrained(run).spec.sampler.num_steps == 1
+    assert cli.main(["resume", str(run), "trainer.steps=5"]) == 0
+    again = ["method=halving", "method.num_steps=2", "trainer.steps=2", f"run_dir={tmp_path / 'h'}"]
+    assert cli.main(["distill", str(run), *again, *QUICK, *UNSCORED]) == 0
+    assert DiffusionPolicy.from_pretrained(tmp_path / "h").spec.sampler.num_steps == 2
+
+
+def test_a_distillation_says_what_it_needs(trained, tmp_path, capsys):
+    assert cli.main(["distill", str(trained / "run"), "method=dpo", f"run_dir={tmp_path}"]) == 1
+    assert "DPO is a method of 'prefer', not of 'distill'" in capsys.readouterr().err
+    assert cli.main(["distill", "--help"]) == 0
+    assert "method=halving" in capsys.readouterr().out

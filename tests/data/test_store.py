@@ -147,6 +147,7 @@ def test_from_arrays_in_memory_and_on_disk(tmp_path):
         store.update_attrs({"b": None})
         assert store.attrs == {"a": [1, 2], "b": None}
         store.close()
+    assert EpisodeStore.create(None, {"obs": (3,)}).path is None  # empty, to append to
 
 
 def test_a_reader_sees_whole_episodes_while_a_writer_works(tmp_path, make_episode):

@@ -64,7 +64,7 @@ def test_every_recipe_is_of_a_task() -> None:
 @pytest.mark.mujoco
 class TestSimulated:
     def test_the_tasks_are_the_packages(self) -> None:
-        simulators.import_ocbench()
+        simulators.import_benchmark("ocbench", "oracles")
         own = [i for i in gym.registry if "-cpu-" in i and not i.startswith("visual-")]
         assert sorted(i.replace("-cpu-", "-").removesuffix("-v0") for i in own) == sorted(TASKS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from tuning_tables import sequences, table_denoiser
 from diffpolicy.core import AnalyticDenoiser, Denoiser, make_process, prior_start, sample
 from diffpolicy.learn.adapters import add_adapters
 from diffpolicy.learn.preferences.dro import DRO, DROLoss
-from diffpolicy.learn.preferences.few_step import FewStep
 from diffpolicy.learn.preferences.negatives import Contrast, contrast_plans, contrast_sequences
 from diffpolicy.learn.reference import frozen_copy
 from diffpolicy.learn.reward.rollouts import draw_rollout
@@ -186,10 +186,9 @@ def test_updates_between_synchronisations_are_one_of_a_larger_rate():
 
 
 def test_states_are_those_of_the_policys_chain_at_the_demonstrations_levels():
-    policy, sampler = gaussian_policy(0.3, 0.4), FewStep(num_steps=4, solver="ddim")
-    batch = demonstrations(16)
-    settings = {"states": 4, "jitter": False}
-    pairs = contrast_plans(policy, sampler, batch["action"], None, seeded(), **settings)
+    policy, batch = gaussian_policy(0.3, 0.4), demonstrations(16)
+    sampler = DRO(num_steps=4, solver="ddim", states=4, jitter=False)
+    pairs = contrast_plans(policy, sampler, batch["action"], None, seeded())
     start = prior_start(policy.process, torch.randn(16, 1, 1).double())  # its shape
     noise = policy.process.draw_noise(start.x.shape, seeded(), start.x)
     begin = prior_start(policy.process, noise)
@@ -206,9 +205,8 @@ def test_states_are_those_of_the_policys_chain_at_the_demonstrations_levels():
     implied = (demos - (1 - t).view(-1, 1, 1) * x0) / t.view(-1, 1, 1)
     assert abs(implied.mean()) < 0.5
     assert 0.7 < implied.std() < 1.3
-    noised = contrast_plans(
-        policy, sampler, batch["action"], None, seeded(), noised=True, **settings
-    )
+    sampler = replace(sampler, negative="noised")
+    noised = contrast_plans(policy, sampler, batch["action"], None, seeded())
     torch.testing.assert_close(noised.target.chunk(2)[1], path.x0.repeat_interleave(4, 0))
     shared = (noised.x.chunk(2)[1] - (1 - t).view(-1, 1, 1) * noised.target.chunk(2)[1]) / t.view(
         -1, 1, 1
@@ -224,9 +222,9 @@ def test_jittered_levels_cover_the_clock_and_stay_finite(process, solver):
         network = make_network({"type": "mlp", "width": 8, "depth": 1, "horizon": 2, "dim": 1})
     kind = make_process(process)
     policy = Denoiser(network, kind, "x0" if process != "edm" else "edm")
-    sampler = FewStep(num_steps=5, solver=solver)
+    sampler = DRO(num_steps=5, solver=solver, states=2)
     x0 = torch.randn(400, 2, 1, generator=seeded())
-    pairs = contrast_plans(policy, sampler, x0, None, seeded(), states=2)
+    pairs = contrast_plans(policy, sampler, x0, None, seeded())
     assert all(bool(v.isfinite().all()) for v in pairs[:3])
     t = pairs.t.chunk(2)[0].flatten()
     shares = torch.histc(t, 4, 0, 1) / len(t)
@@ -246,9 +244,8 @@ def test_masks_of_demonstrations_are_those_of_the_chains_states():
     shown = demos != 2
     assert torch.equal(demos[shown], tokens.repeat_interleave(3, 0)[shown])
     torch.testing.assert_close(pairs.target.chunk(2)[1], policy.log_probs(own, pairs.t[:1]))
-    hard = contrast_sequences(
-        policy, loss.settings.num_steps, tokens, None, seeded(), states=3, noised=True
-    )
+    settings = replace(loss.settings, negative="noised")
+    hard = contrast_sequences(policy, settings, tokens, None, seeded())
     drawn = hard.target.chunk(2)[1].argmax(-1)
     assert torch.equal(drawn[shown], own[shown])
 

@@ -175,7 +175,7 @@ def test_a_method_of_another_command_or_kind_is_refused(policy, store, tmp_path)
 
 
 def test_registered_methods_say_what_they_are():
-    assert {m.command for m in METHODS.values()} == {"tune", "prefer"}
+    assert {m.command for m in METHODS.values()} == {"tune", "prefer", "distill"}
     for name, method in METHODS.items():
         assert make_method({"type": name, "name": "any"}) == method()
         assert method.items in ("plans", "sequences")

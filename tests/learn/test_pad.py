@@ -104,7 +104,6 @@ def test_padding_is_left_out_part_by_part():
     ("how", "message"),
     [
         ({"imagined_weight": -1.0}, "imagined_weight must be at least 0"),
-        ({"same_fraction": 0.8, "alone_fraction": 0.3}, "same_and_alone_fraction must be in"),
         ({"layout": Layout("action", 3, A, H, 1)}, "unknown layout of a JointLoss 'action'"),
     ],
 )

@@ -16,7 +16,6 @@ from diffpolicy.data.preferences.set import PreferenceSet
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.material import TuningData
 from diffpolicy.learn.plan_pairs import PlanPairs, pair_plans
-from diffpolicy.learn.preferences.online import OwnPlans
 from diffpolicy.learn.values import PlanValue
 from diffpolicy.rollout.env_spec import EnvSpec
 from diffpolicy.rollout.record.steps import DenseReward
@@ -57,7 +56,7 @@ def highest(action, obs):
 
 
 def paired(policy, episodes, folder, *, reward=highest, settings=None, **options):
-    settings = settings or PlanPairs(4, OwnPlans(candidates=5, num_steps=3))
+    settings = settings or PlanPairs(every=4, candidates=5, num_steps=3)
     return pair_plans(
         policy,
         reward,
@@ -115,7 +114,7 @@ def test_the_seed_decides_everything(policy, episodes, tmp_path):
 def test_more_candidates_are_further_apart(policy, episodes, tmp_path):
     leads = []
     for count in (2, 32):
-        settings = PlanPairs(1, OwnPlans(candidates=count, num_steps=3))
+        settings = PlanPairs(every=1, candidates=count, num_steps=3)
         found = paired(policy, episodes, tmp_path, settings=settings)
         leads.append(np.mean([np.subtract(*r.info["scores"]) for r in found.records]))
     assert leads[1] > 1.5 * leads[0]
@@ -133,8 +132,8 @@ def test_plans_that_are_worth_the_same_make_no_pair(policy, episodes, tmp_path):
 def test_such_pairs_are_replaced(policy, episodes, tmp_path):
     """By fewer ones, too."""
     for every, count in ((1, sum(LENGTHS)), (4, 6)):
-        plans = OwnPlans(candidates=2, num_steps=3)
-        found = paired(policy, episodes, tmp_path, settings=PlanPairs(every, plans))
+        settings = PlanPairs(every=every, candidates=2, num_steps=3)
+        found = paired(policy, episodes, tmp_path, settings=settings)
         assert count // 2 <= len(found) <= count
         assert not check_preferences(tmp_path / "plans.jsonl")
 
@@ -206,10 +205,10 @@ def test_a_policy_at_another_temperature_draws_other_plans(policy, episodes, tmp
     ("config", "message"),
     [
         ({"every": 0}, "every must be a positive integer"),
-        ({"every": 2.5}, "every must be a positive integer"),
+        ({"every": 2.5}, "plans.every must be int"),
         ({"candidates": "3"}, "plans.candidates must be int"),
         ({"candidates": 1}, "at least 2"),
-        ({"drawn_by": "reference"}, "plans has no setting 'drawn_by'"),
+        ({"drawn_by": "reference"}, "unknown key 'plans.drawn_by'"),
         ({"solver": "euler_maruyama"}, "euler_maruyama"),
         ({"num_steps": None}, "num_steps"),
     ],
@@ -221,13 +220,13 @@ def test_settings_are_checked(config, message, policy):
 
 def test_plans_are_drawn_with_the_policys_sampler(policy):
     made = PlanPairs.from_config({"candidates": 4}, policy.spec)
-    assert (made.plans.solver, made.plans.num_steps) == ("ddim", 3)
-    assert PlanPairs.from_config({"num_steps": 2}, policy.spec).plans.num_steps == 2
+    assert (made.solver, made.num_steps) == ("ddim", 3)
+    assert PlanPairs.from_config({"num_steps": 2}, policy.spec).num_steps == 2
 
 
 def test_episodes_without_an_observation_to_draw_for(policy, episodes, tmp_path):
     with pytest.raises(ValueError, match=r"lower plans\.every"):
-        paired(policy, episodes, tmp_path, settings=PlanPairs(40))
+        paired(policy, episodes, tmp_path, settings=PlanPairs(every=40))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +239,7 @@ def test_episodes_without_an_observation_to_draw_for(policy, episodes, tmp_path)
     ids=["dpo", "kto", "chosen"],
 )
 def test_plans_become_more_worth(method, policy, episodes, tmp_path):
-    found = paired(policy, episodes, tmp_path, settings=PlanPairs(1, OwnPlans(candidates=8)))
+    found = paired(policy, episodes, tmp_path, settings=PlanPairs(every=1, candidates=8))
     tuned = copy.deepcopy(policy)
     obs = episodes.read("obs", 0, episodes.num_steps)
     before = tuned.predict(obs)[0].mean()

@@ -129,7 +129,7 @@ def test_step_weights_are_those_by_hand():
         got = loss._step_weights(rollout, worth, seeded())
         t = torch.zeros(1, 1, 1)
         first, second = (
-            loss.reference(torch.nn.functional.one_hot(rollout.state(k), 3).float(), t).x0_hat
+            loss.reference(torch.nn.functional.one_hot(rollout.states()[:, k], 3).float(), t).x0_hat
             for k in (0, 1)
         )
         v = [reward(first[..., :2]), reward(second[..., :2]), worth]

@@ -42,3 +42,22 @@ def small_network(small_config):
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return network
+
+
+@pytest.fixture
+def two_modes():
+    """Fits a network that answers in one call to plans that are all 0.8 or all -0.8."""
+
+    def fit(network, steps=200, lr=5e-3, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        optimiser = torch.optim.Adam(network.parameters(), lr)
+        cond, valid = torch.zeros(16, network.cond_dim), torch.ones(16, network.horizon).bool()
+        sign = torch.tensor([0.8, -0.8]).repeat(8).view(-1, 1, 1)
+        plan = sign.expand(-1, network.horizon, network.dim)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            network.errors(cond, plan, valid, generator)[0].mean().backward()
+            optimiser.step()
+        return network.eval(), plan
+
+    return fit

@@ -9,7 +9,8 @@ SHAPE = {"horizon": 8, "dim": 2, "cond_dim": 4}
 
 def test_types():
     names = {"anchored", "mlp", "modalities", "sequence_cnn", "transformer", "unet1d"}
-    assert set(NETWORKS) == names
+    in_one_call = {"act", "bc_gmm", "bc_mlp"}
+    assert set(NETWORKS) == names | in_one_call
     assert isinstance(make_network({"type": "mlp", **SHAPE}), MLP)
     assert isinstance(make_network({"type": "unet1d", "down_dims": [16, 32], **SHAPE}), UNet1D)
     assert isinstance(

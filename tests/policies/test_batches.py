@@ -38,7 +38,7 @@ def test_every_batch_has_one_size_one_kind_and_every_row_its_place():
     assert all(len(kinds) == 1 for kinds in policy.kinds)
     assert {kind for kinds in policy.kinds for kind in kinds} == {False, True}
     assert Placed().plan_batch is None
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="plan_batch must be at least 1"):
         policy.with_plan_batch(0)
 
 

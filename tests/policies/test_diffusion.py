@@ -163,10 +163,13 @@ def test_bad_observations(make_planner, obs, message):
     ("changes", "message"),
     [
         ({"n_action_steps": 8}, r"n_action_steps=8 is too large.*has 7 actions"),
-        ({"n_obs_steps": 0}, "must be positive"),
+        ({"n_obs_steps": 0}, "n_obs_steps must be at least 1, got 0"),
         ({"network": {"type": "cnn"}}, "cnn"),
         ({"process": {"type": "vp_cos"}}, "unknown noise process"),
-        ({"action_low": (0.0,)}, "action_low must have action_dim=2"),
+        (
+            {"action_low": (0.0,)},
+            r"action_low \(one for each of action_dim\) must be \[2\], got \[1\]",
+        ),
     ],
 )
 def test_bad_specs(make_planner, changes, message):

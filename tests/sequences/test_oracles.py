@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffpolicy.sequences import oracles
 from diffpolicy.sequences.oracles import Oracle, score, split_measurements, train_oracles
+from diffpolicy.training import train as training
 
 NETWORK = {"type": "sequence_regressor", "width": 8, "depth": 1, "dropout": 0.0}
 HEAD = {**NETWORK, "length": 6, "vocab_size": 4}
@@ -40,7 +40,7 @@ def test_kept_oracles_are_loaded(kept, measured_task, quick, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(oracles, "Trainer", refuse)
+    monkeypatch.setattr(training, "Trainer", refuse)
     second = learn(measured_task, kept, quick(120, lr=2e-2, log_every=7))
     assert second.report == first.report
     x = torch.rand(5, 6, 4)
@@ -57,14 +57,14 @@ def test_an_interrupted_training_goes_on(tmp_path, measured_task, quick, monkeyp
     whole = learn(measured_task, tmp_path / "a", config)
     steps = []
 
-    class Stopping(oracles.Trainer):
+    class Stopping(training.Trainer):
         def _train_step(self) -> None:
             super()._train_step()
             steps.append(self.step)
             self._stop.asked = self.step == 10
 
     with monkeypatch.context() as patch:
-        patch.setattr(oracles, "Trainer", Stopping)
+        patch.setattr(training, "Trainer", Stopping)
         with pytest.raises(KeyboardInterrupt, match="run again"):
             learn(measured_task, tmp_path / "b", config)
     again = learn(measured_task, tmp_path / "b", config)

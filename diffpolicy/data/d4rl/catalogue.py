@@ -59,19 +59,12 @@ def _table(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines()))
 
 
-def _read() -> dict[str, DatasetInfo]:
-    return {
-        row["id"]: DatasetInfo(
-            row["id"],
-            row["file"],
-            int(row["max_episode_steps"]),
-            *(float(row[k]) if row[k] else None for k in ("ref_min", "ref_max")),
-        )
-        for row in _table("catalogue.csv")
-    }
+def _parsed(row: dict[str, str]) -> DatasetInfo:
+    low, high = (float(row[k]) if row[k] else None for k in ("ref_min", "ref_max"))
+    return DatasetInfo(row["id"], row["file"], int(row["max_episode_steps"]), low, high)
 
 
-DATASETS: dict[str, DatasetInfo] = _read()
+DATASETS = {row["id"]: _parsed(row) for row in _table("catalogue.csv")}
 """Every dataset by its id, in D4RL's order."""
 
 _BY_FILE = {info.file: info for info in DATASETS.values()}

@@ -31,21 +31,18 @@ class Episodes(NamedTuple):
     @property
     def starts(self) -> NDArray[np.int64]:
         """``[E]`` first rows."""
-        return np.concatenate([np.zeros(1, np.int64), self.ends[:-1]])
+        return self.ends - np.diff(self.ends, prepend=0)
 
     def sums(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Sum ``values`` ``[N]`` over each of them: ``[E]``, in float64."""
         if not len(self.ends):
             return np.zeros(0)
-        found: NDArray[np.float64] = np.add.reduceat(
-            values[: self.ends[-1]].astype(np.float64), self.starts
-        )
-        return found
+        return np.add.reduceat(values[: self.ends[-1]].astype(np.float64), self.starts)
 
-    def first(self, count: int) -> Episodes:
-        """Keep only the first ``count`` of them."""
-        partial = self.partial and count >= len(self.ends)
-        return Episodes(self.ends[:count], self.terminated[:count], self.truncated[:count], partial)
+    def complete(self) -> Episodes:
+        """Leave out the last one, if it is partial."""
+        count = len(self.ends) - self.partial
+        return Episodes(self.ends[:count], self.terminated[:count], self.truncated[:count], False)
 
 
 def find_episodes(

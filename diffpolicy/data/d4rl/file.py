@@ -16,13 +16,7 @@ from diffpolicy.data.d4rl.catalogue import SOURCE
 from diffpolicy.data.d4rl.episodes import Episodes, read_episodes
 from diffpolicy.data.d4rl.location import find_dataset, identify
 from diffpolicy.data.d4rl.raw import REQUIRED, RawFile
-from diffpolicy.data.d4rl.transforms import (
-    RewardMap,
-    Trips,
-    parse_transforms,
-    reward_map,
-    split_at_goals,
-)
+from diffpolicy.data.d4rl.transforms import RewardMap, parse_transforms, reward_map, split_at_goals
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.formats import EpisodeSource, Gap, hdf5_names
 from diffpolicy.data.store import EpisodeStore
@@ -117,7 +111,7 @@ class D4RLFile(EpisodeSource):
         except ValueError:
             self.raw.close()
             raise
-        self.fields = self._fields()
+        self.fields, self.unread = self._fields(), self._left_over()
 
     def _check(self) -> None:
         known = "timeouts" in self.raw or "next_observations" in self.raw
@@ -199,10 +193,8 @@ class D4RLFile(EpisodeSource):
     @cached_property
     def episode_attrs(self) -> list[dict[str, Any]]:
         """``{"partial": True}`` for an unfinished last episode, ``{}`` for the others."""
-        found: list[dict[str, Any]] = [{} for _ in self.episodes.ends]
-        if self.episodes.partial:
-            found[-1] = {"partial": True}
-        return found
+        last = len(self.episodes.ends) - 1 if self.episodes.partial else None
+        return [{"partial": True} if i == last else {} for i in range(len(self.episodes.ends))]
 
     @property
     def notes(self) -> list[str]:
@@ -211,7 +203,7 @@ class D4RLFile(EpisodeSource):
         if how and self.info is not None and self._asked_limit is None:
             how += f", the limit of {self.info.id}"
         found = [text for text in (how, self._foreign) if text]
-        if self._whole.episodes.partial:
+        if self._whole[0].partial:
             what = "kept, marked partial" if self._keep_partial else "left out"
             found.append(f"the file ends within an episode, which was {what}")
         return found
@@ -222,8 +214,7 @@ class D4RLFile(EpisodeSource):
         with self.raw.path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
-    @cached_property
-    def unread(self) -> dict[str, str]:
+    def _left_over(self) -> dict[str, str]:
         """The arrays that are no field, with the reason; ``metadata/`` is in ``attrs``."""
         layout = {*_SOURCES.values(), "terminals", "timeouts"}
         others = [n for n in self.raw.names if n not in layout and not n.startswith("infos/")]
@@ -248,9 +239,7 @@ class D4RLFile(EpisodeSource):
     @property
     def episodes(self) -> Episodes:
         """Where the episodes end, and how."""
-        whole = self._whole.episodes
-        keep = self._keep_partial or not whole.partial
-        return whole if keep else whole.first(len(whole.ends) - 1)
+        return self._whole[0] if self._keep_partial else self._whole[0].complete()
 
     @property
     def returns(self) -> NDArray[np.float64]:
@@ -261,7 +250,7 @@ class D4RLFile(EpisodeSource):
     def reward_map(self) -> RewardMap:
         """What ``transforms`` make of a reward (after ``split_goals`` has computed it anew)."""
         lengths = np.diff(self.episodes.ends, prepend=0)
-        return reward_map(self._changes, self.episodes.sums(self._base_rewards), lengths)
+        return reward_map(self._changes, self.episodes.sums(self._whole[1]), lengths)
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
         """Read ``[T, *shape]`` of each of the ``fields`` (default all) of one episode.
@@ -272,19 +261,16 @@ class D4RLFile(EpisodeSource):
         """
         if not 0 <= index < self.num_episodes:
             raise IndexError(f"episode {index} of {self.name}, which has {self.num_episodes}")
-        start, stop = int(self.episodes.starts[index]), int(self.episodes.ends[index])
-        return {name: self._column(name, start, stop) for name in self._names(fields)}
+        return {name: self._column(name, index) for name in self._names(fields)}
 
     def remarks(self, store: EpisodeStore) -> dict[str, Any]:
         """Name observed entries that never change, and warn of actions outside of D4RL's bounds."""
-        known, warnings = store.statistics, []
+        known = store.statistics
         largest = np.abs([known["action"]["min"], known["action"]["max"]]).max()
         family = self.info.id.split("-")[0] if self.info else ""
-        if family not in _UNBOUNDED and largest > 1 + _SLACK:
-            warnings = [
-                f"{self.name}: actions lie outside [-1, 1], up to {largest:.6g}: clip them, or "
-                "learn in their own units"
-            ]
+        far = family not in _UNBOUNDED and largest > 1 + _SLACK
+        where = f"{self.name}: actions lie outside [-1, 1], up to {largest:.6g}"
+        warnings = [f"{where}: clip them, or learn in their own units"] if far else []
         obs = known.get("obs")
         constant = np.equal(obs["min"], obs["max"]) if obs else []
         return {"constant_obs_columns": np.flatnonzero(constant).tolist(), "warnings": warnings}
@@ -340,34 +326,23 @@ class D4RLFile(EpisodeSource):
         return read_episodes(self.raw, of_dataset, self._asked_limit)
 
     @cached_property
-    def _whole(self) -> Trips:
-        """The episodes, the partial one included; and where goals were reached."""
+    def _whole(self) -> tuple[Episodes, NDArray[Any]]:
+        """The episodes, the partial one included; ``[N]`` rewards, not scaled or shifted yet."""
         radius = self._goal_radius
         if radius is None:
-            return Trips(self._found[0], np.zeros(0, bool))
+            return self._found[0], self._raw_rewards
         goals = self.raw.read(_GOAL)
         positions = self.raw.read("observations")[:, : goals.shape[1]]
-        return split_at_goals(self._found[0], positions, goals, radius)
+        trips, reached = split_at_goals(self._found[0], positions, goals, radius)
+        return trips, reached.astype(np.float32)
 
-    @property
-    def _base_rewards(self) -> NDArray[Any]:
-        """``[N]`` rewards before they are scaled or shifted."""
-        return self._whole.reached.astype(np.float32) if self.splits else self._raw_rewards
-
-    @cached_property
-    def _flags(self) -> dict[str, NDArray[np.bool_]]:
-        """``[N]`` terminated and truncated, true in last rows alone."""
-        flags = {name: np.zeros(self.raw.num_rows, bool) for name in _ENDS}
-        for name, flag in flags.items():
-            flag[self.episodes.ends - 1] = getattr(self.episodes, name)
-        return flags
-
-    def _column(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows ``start..stop-1`` of one field."""
+    def _column(self, name: str, index: int) -> NDArray[Any]:
+        """One field of one episode."""
+        start, stop = int(self.episodes.starts[index]), int(self.episodes.ends[index])
         if name == "reward":
-            return self.reward_map(self._base_rewards[start:stop]).astype(np.float32)
-        if name in _ENDS:
-            return self._flags[name][start:stop]
+            return self.reward_map(self._whole[1][start:stop]).astype(np.float32)
+        if name in _ENDS:  # true in last rows alone
+            return np.append(np.zeros(stop - start - 1, bool), getattr(self.episodes, name)[index])
         values = self.raw.read(_SOURCES.get(name, name), start, stop)
         if name not in _VECTORS:
             return values.astype(_kept_type(values.dtype), copy=False)

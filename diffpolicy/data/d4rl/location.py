@@ -103,8 +103,8 @@ def identify(raw: RawFile, dataset: str | None) -> tuple[DatasetInfo | None, str
 
 
 def _missing(info: DatasetInfo, folder: Path) -> str:
-    home = str(Path.home())
-    shown = f"~{str(folder)[len(home) :]}" if str(folder).startswith(home + os.sep) else str(folder)
+    home = Path.home()
+    shown = f"~/{folder.relative_to(home)}" if home in folder.parents else str(folder)
     successor = minari_name(info.id)
     other = f", or use Minari {successor!r} (different data; no D4RL score)" if successor else ""
     return (

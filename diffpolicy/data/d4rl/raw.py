@@ -62,10 +62,9 @@ class RawFile:
         self.num_rows = n = len(rewards) if rewards.ndim else 0
         if n == 0:
             raise ValueError(f"{self.path} holds no steps")
-        for name in (*REQUIRED, "timeouts", "next_observations"):
-            member = self._members.get(name)
-            if member is None:
-                continue
+        optional = [k for k in ("timeouts", "next_observations") if k in self._members]
+        for name in (*REQUIRED, *optional):
+            member = self._members[name]
             shapes = [(n,), (n, 1)] if name in FLAT else [(n, *member.shape[1:])]
             if name == "next_observations":
                 shapes = [self._members["observations"].shape]

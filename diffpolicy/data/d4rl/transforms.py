@@ -136,21 +136,9 @@ def _normalizing(returns: NDArray[np.float64]) -> float:
     return 1000.0 / spread
 
 
-class Trips(NamedTuple):
-    """Episodes cut at changes of the goal.
-
-    Attributes:
-        episodes: the trips.
-        reached: ``[N]`` whether a row's position is at the row's goal.
-    """
-
-    episodes: Episodes
-    reached: NDArray[np.bool_]
-
-
 def split_at_goals(
     episodes: Episodes, positions: NDArray[Any], goals: NDArray[Any], radius: float
-) -> Trips:
+) -> tuple[Episodes, NDArray[np.bool_]]:
     """Cut trajectories that pursue one goal after the other into one episode for each goal.
 
     D4RL's maze files hold long trajectories of a controller whose goal, ``infos/goal``, changes on
@@ -169,17 +157,13 @@ def split_at_goals(
         radius: In the unit of the positions (metres).
 
     Returns:
-        The trips, and where goals were reached.
+        The trips, and ``[N]`` whether a row's position is at the row's goal.
     """
-    truncated, terminal = np.zeros((2, len(goals)), bool)
+    truncated = np.append((goals[1:] != goals[:-1]).any(1), False)
+    ends = np.union1d(np.flatnonzero(truncated) + 1, episodes.ends)
     truncated[episodes.ends - 1] = episodes.truncated
-    terminal[episodes.ends - 1] = episodes.terminated
-    changed = np.append((goals[1:] != goals[:-1]).any(1), False)
-    changed[episodes.ends - 1] = False
-    truncated |= changed
-    reached = np.linalg.norm(positions - goals, axis=1) <= radius
-    ends = np.union1d(np.flatnonzero(changed) + 1, episodes.ends)
-    trips = Episodes(
-        ends, terminal[ends - 1] | reached[ends - 1], truncated[ends - 1], episodes.partial
-    )
-    return Trips(trips, reached)
+    terminated = np.linalg.norm(positions - goals, axis=1) <= radius
+    reached = terminated.copy()
+    terminated[episodes.ends - 1] |= episodes.terminated
+    last = ends - 1
+    return Episodes(ends, terminated[last], truncated[last], episodes.partial), reached

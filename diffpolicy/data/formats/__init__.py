@@ -10,7 +10,6 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -20,7 +19,7 @@ from diffpolicy.data.fields import FieldSpec, check_has
 from diffpolicy.data.formats.images import is_picture
 from diffpolicy.data.hdf5 import open_hdf5
 from diffpolicy.data.store import EpisodeStore
-from diffpolicy.settings import check_choice
+from diffpolicy.settings import check_choice, load_named
 
 FORMATS: dict[str, str] = {
     "minari": "diffpolicy.data.formats.minari:MinariDataset",
@@ -28,6 +27,7 @@ FORMATS: dict[str, str] = {
     "replay_zarr": "diffpolicy.data.formats.replay_zarr:ReplayBuffer",
     "d4rl": "diffpolicy.data.d4rl.file:D4RLFile",
     "robomimic": "diffpolicy.data.formats.robomimic:RobomimicFile",
+    "ogbench": "diffpolicy.data.formats.ogbench:OGBenchFile",
     "arrays": "diffpolicy.data.formats.arrays:ArraysFile",
 }
 """Where the class of each format is; the first that matches a file reads it."""
@@ -50,13 +50,21 @@ class Gap(NamedTuple):
 class EpisodeSource(ABC):
     """Episodes of a file or directory, read one after the other.
 
-    A format settles the properties below when it opens a file, or when they are asked for.
+    A format settles the attributes below when it opens a file, or when they are asked for.
 
     Attributes:
         name: The path, for messages.
+        fields: Name -> row shape and dtype.
+
+        unread: What the source holds and no field is made of, each with the reason.
+        masks: Named lists of episodes, such as a training split.
     """
 
     name: str
+    fields: Mapping[str, FieldSpec] = {}
+
+    unread: Mapping[str, str] = {}
+    masks: Mapping[str, Sequence[int]] = {}
     _file: Any = None
 
     @abstractmethod
@@ -80,11 +88,6 @@ class EpisodeSource(ABC):
         """
 
     @cached_property
-    def fields(self) -> Mapping[str, FieldSpec]:
-        """Name -> row shape and dtype."""
-        return {}
-
-    @cached_property
     def attrs(self) -> Mapping[str, Any]:
         """JSON values that describe the whole."""
         return {}
@@ -93,16 +96,6 @@ class EpisodeSource(ABC):
     def episode_attrs(self) -> Sequence[Mapping[str, Any]]:
         """JSON values that describe each episode."""
         return []
-
-    @cached_property
-    def unread(self) -> Mapping[str, str]:
-        """What the source holds and no field is made of, each with the reason."""
-        return {}
-
-    @cached_property
-    def masks(self) -> Mapping[str, Sequence[int]]:
-        """Named lists of episodes, such as a training split."""
-        return {}
 
     @cached_property
     def tasks(self) -> Sequence[str]:
@@ -125,7 +118,7 @@ class EpisodeSource(ABC):
 
     def cameras(self) -> list[str]:
         """Name the fields of observed images."""
-        pictures = [name for name, spec in self.fields.items() if is_picture(spec)]
+        pictures = (name for name, spec in self.fields.items() if is_picture(spec))
         return [name for name in pictures if not name.startswith("next")]
 
     def with_cameras(self, state: Iterable[str]) -> list[str]:
@@ -198,20 +191,14 @@ def get_format(name: str, path: Path) -> tuple[str, Format]:
     """
     if name != "auto":
         check_choice("format", name, ["auto", *FORMATS])
-        return name, _format(name)
+        return name, load_named("format", FORMATS[name])
     if not path.exists():
         hint = "to look up a dataset by its id, name the format, such as format=minari"
         raise FileNotFoundError(f"nothing to convert at {path}; {hint}")
-    for candidate in FORMATS:
-        if (found := _format(candidate)).matches(path):
+    for candidate, place in FORMATS.items():
+        if (found := load_named("format", place)).matches(path):
             return candidate, found
     raise ValueError(f"{path} looks like none of the formats {sorted(FORMATS)}; say format=...")
-
-
-def _format(name: str) -> Format:
-    module, _, kind = FORMATS[name].partition(":")
-    found: Format = getattr(import_module(module), kind)
-    return found
 
 
 def hdf5_names(path: Path) -> list[str] | None:

@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffpolicy.data.blocks import spans
 from diffpolicy.data.fields import FieldSpec, checked_ends
 from diffpolicy.data.formats import EpisodeSource
 
 _ENDS = "episode_ends"
+Headers = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
+"""Shape and type of each array, by its name."""
 _MOST = 1000  # numbers in an attribute of an episode
 # What a step's parts are usually called.
 _ALIASES = {
@@ -29,6 +32,10 @@ _ALIASES = {
     "terminated": ("terminated", "terminals"),
     "truncated": ("truncated", "truncations", "timeouts"),
 }
+
+
+# Shape and type of each array.
+_Headers = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
 
 
 class ArraysFile(EpisodeSource):
@@ -49,22 +56,32 @@ class ArraysFile(EpisodeSource):
         self.name = str(path)
         try:
             # An npz file is a zip of npy files; each is read when it is asked for.
-            headers = _headers(path)
+            headers = array_headers(path)
             self._file = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not a whole npz file of plain arrays: {error}") from error
         self._loaded: dict[str, NDArray[Any]] = {}
         try:
             self._check_plain(headers)
-            self._ends = checked_ends(f"{self.name}: {_ENDS}", self._array(_ENDS))
-            del headers[_ENDS]
+            self._ends = self._read_ends(headers)
+            self._spans = spans(self._ends)
             self._check_steps(headers)
         except ValueError:
             self._file.close()
             raise
         self._sort(headers)
 
-    def _sort(self, headers: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
+    def _read_ends(self, headers: Headers) -> NDArray[np.int64]:
+        """The cumulative ends of the episodes; what says them is taken out of ``headers``."""
+        if _ENDS not in headers:
+            raise ValueError(
+                f"{self.name} has no array {_ENDS!r} (the cumulative ends of the episodes, the "
+                f"last one the number of steps); it has {sorted(headers)}"
+            )
+        del headers[_ENDS]
+        return checked_ends(f"{self.name}: {_ENDS}", self._array(_ENDS))
+
+    def _sort(self, headers: Headers) -> None:
         """Tell what each array is: a field, an attribute of an episode or of all, or nothing."""
         steps, episodes = int(self._ends[-1]), len(self._ends)
         fields: dict[str, FieldSpec] = {}
@@ -81,10 +98,8 @@ class ArraysFile(EpisodeSource):
             elif small and shape[:1] == (episodes,) and _finite(self._array(name)):
                 columns[name] = self._array(name).tolist()
             else:
-                unread[name] = (
-                    f"{dtype} {list(shape)}: no row a step; too large or not finite for an "
-                    "attribute"
-                )
+                why = "no row a step; too large or not finite for an attribute"
+                unread[name] = f"{dtype} {list(shape)}: {why}"
         self.fields, self.attrs, self.unread = fields, attrs, unread
         self.episode_attrs = [{n: c[i] for n, c in columns.items()} for i in range(episodes)]
 
@@ -104,47 +119,40 @@ class ArraysFile(EpisodeSource):
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
         """Read ``[T, *shape]`` of each of the ``fields`` (default all) of one episode."""
-        first = int(self._ends[index - 1]) if index else 0
-        return {n: self._array(n)[first : int(self._ends[index])] for n in self._names(fields)}
+        rows = slice(*self._spans[index])
+        return {name: self._array(name)[rows] for name in self._names(fields)}
 
     def _array(self, name: str) -> NDArray[Any]:
         if name not in self._loaded:
             self._loaded[name] = self._file[name]
         return self._loaded[name]
 
-    def _check_plain(self, headers: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
+    def _check_plain(self, headers: Headers) -> None:
         if objects := [name for name, (_, dtype) in headers.items() if dtype.hasobject]:
             raise ValueError(
                 f"{self.name}: {objects} are pickled Python objects; save them as plain numbers"
             )
-        if _ENDS not in headers:
-            raise ValueError(
-                f"{self.name} has no array {_ENDS!r} (the cumulative ends of the episodes, the "
-                f"last one the number of steps); it has {sorted(headers)}"
-            )
 
-    def _check_steps(self, headers: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
+    def _check_steps(self, headers: Headers) -> None:
         shapes = {name: list(shape) for name, (shape, _) in headers.items()}
         rows, last = {shape[0] for shape in shapes.values() if shape}, int(self._ends[-1])
-        if last in rows:
-            return
-        hint = ". They look like the indices of the last rows: save one more than each"
-        raise ValueError(
-            f"{self.name}: {_ENDS} says {last} steps, but no array has as many rows: "
-            f"{shapes}{hint if last + 1 in rows else ''}"
-        )
+        if last not in rows:
+            hint = ". They look like the indices of the last rows: save one more than each"
+            raise ValueError(
+                f"{self.name}: {_ENDS} says {last} steps, but no array has as many rows: "
+                f"{shapes}{hint if last + 1 in rows else ''}"
+            )
 
 
-def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+def array_headers(path: Path) -> Headers:
     """Shape and dtype of every array, without reading it."""
     headers = {}
     with zipfile.ZipFile(path) as archive:
         for member in archive.namelist():
             with archive.open(member) as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0
-                if version != (1, 0):
-                    read = np.lib.format.read_array_header_2_0
+                npy = np.lib.format
+                first = npy.read_magic(file) == (1, 0)
+                read = npy.read_array_header_1_0 if first else npy.read_array_header_2_0
                 shape, _, dtype = read(file)
                 headers[member.removesuffix(".npy")] = (shape, dtype)
     return headers

@@ -24,9 +24,10 @@ def is_grid(spec: FieldSpec) -> bool:
 
 def is_picture(spec: FieldSpec) -> bool:
     """Return whether rows are images: grids of bytes, or of colours in numbers of another type."""
-    height, width = _sides(spec.shape)
-    coloured = len(spec.shape) == 3 and {spec.shape[0], spec.shape[-1]} & {3, 4}
-    return is_grid(spec) and (spec.is_image or (bool(coloured) and min(height, width) >= _SIDE))
+    colours = len(spec.shape) == 3 and {spec.shape[0], spec.shape[-1]} & {3, 4}
+    return is_grid(spec) and (
+        spec.is_image or (bool(colours) and min(hwc(spec.shape)[:2]) >= _SIDE)
+    )
 
 
 def hwc(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -75,11 +76,6 @@ def decoded(files: Iterable[bytes], shape: tuple[int, ...]) -> NDArray[np.uint8]
     if sizes := {row.shape[:2] for row in rows} - {shape[:2]}:
         raise ValueError(f"pictures of {sorted(sizes)} pixels; expected {list(shape[:2])}")
     return np.stack(rows).reshape(len(rows), *shape)
-
-
-def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    found = hwc(shape)
-    return (found[0], found[1]) if len(found) >= 2 else (0, 0)
 
 
 def _channels_first(shape: tuple[int, ...]) -> bool:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -81,12 +82,11 @@ class LeRobotDirectory(EpisodeSource):
         self.name = str(self._root)
         self._info = self._read_info()
         self._episodes = self._list()
-        self.episode_attrs = [
-            {"episode_index": known.number, "tasks": known.tasks} for known in self._episodes
-        ]
+        self.episode_attrs = [{"episode_index": e.number, "tasks": e.tasks} for e in self._episodes]
         with self._reading("the data"):
             self._table = self._arrow.dataset(self._root / "data", format="parquet")
         self._loaded: dict[str, NDArray[Any]] = {}
+        self.masks = self._splits()
         self._look()
 
     @staticmethod
@@ -101,8 +101,7 @@ class LeRobotDirectory(EpisodeSource):
         if "action" in self.fields:
             chosen["action"] = "action"
         if "next.reward" in self.fields:
-            chosen |= {"reward": "next.reward", "terminated": "terminated"}
-            chosen |= {"truncated": "truncated"}
+            chosen |= {"reward": "next.reward"} | {name: name for name in _MADE}
         return chosen
 
     @cached_property
@@ -139,16 +138,13 @@ class LeRobotDirectory(EpisodeSource):
             },
         }
 
-    @cached_property
-    def masks(self) -> dict[str, list[int]]:
+    def _splits(self) -> dict[str, list[int]]:
         """The splits that ``meta/info.json`` names, such as ``{"train": "0:50"}``."""
         found = {}
         for name, text in dict(self._info.get("splits") or {}).items():
-            first, _, stop = str(text).partition(":")
-            if first.isdecimal() and stop.isdecimal():
-                said = range(int(first), int(stop))
-                numbers = (known["episode_index"] for known in self.episode_attrs)
-                found[str(name)] = [i for i, number in enumerate(numbers) if number in said]
+            if span := re.fullmatch(r"(\d+):(\d+)", str(text)):
+                said = range(int(span[1]), int(span[2]))
+                found[str(name)] = [i for i, e in enumerate(self._episodes) if e.number in said]
         return found
 
     def episode(self, index: int, fields: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
@@ -221,6 +217,7 @@ class LeRobotDirectory(EpisodeSource):
                 continue
             if kind in _CAMERAS and len(shape) == 3 and not _is_depth(feature):
                 self._cameras.add(name)
+
                 fields[name] = FieldSpec(hwc(shape), "uint8")
             elif _is_number(kind):
                 fields[name] = FieldSpec(() if shape == (1,) else shape, kind)
@@ -229,6 +226,7 @@ class LeRobotDirectory(EpisodeSource):
                 unread[name] = f"{what}: only numbers and colours are read"
         there = self._table.schema.names
         films = {n for n in self._cameras if self._info["features"][n]["dtype"] == "video"}
+
         if films and "timestamp" not in fields:
             raise ValueError(f"{self.name}: {_INFO} has films, but no timestamps of rows. {_AGAIN}")
         if lacks := sorted({"episode_index", *fields} - films - set(there)):
@@ -267,15 +265,9 @@ class LeRobotDirectory(EpisodeSource):
         """
         with self._reading(f"where the film {name!r} of episode {known.number} is"):
             size = int(self._info.get("chunks_size") or 1000)
-            places = {k: known.row.get(f"videos/{name}/{k}") for k in ("chunk_index", "file_index")}
-            file = PurePosixPath(
-                str(self._info["video_path"]).format(
-                    video_key=name,
-                    episode_index=known.number,
-                    episode_chunk=known.number // size,
-                    **places,
-                )
-            )
+            place = {k: known.row.get(f"videos/{name}/{k}") for k in ("chunk_index", "file_index")}
+            place |= {"episode_index": known.number, "episode_chunk": known.number // size}
+            file = PurePosixPath(str(self._info["video_path"]).format(video_key=name, **place))
             start = float(known.row.get(f"videos/{name}/from_timestamp") or 0.0)
             if file.is_absolute() or ".." in file.parts:
                 raise ValueError(f"{file} lies outside of the dataset")
@@ -344,8 +336,8 @@ def _id_of(root: Path) -> str:
 
 
 def _major(info: Mapping[str, Any]) -> int:
-    major = str(info["codebase_version"]).removeprefix("v").partition(".")[0]
-    return int(major) if major.isdecimal() else 0
+    found = re.match(r"v?(\d+)", str(info["codebase_version"]))
+    return int(found[1]) if found else 0
 
 
 def _array(column: Any, spec: FieldSpec) -> NDArray[Any]:

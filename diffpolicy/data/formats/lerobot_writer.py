@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffpolicy.data.blocks import spans
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.formats.lerobot import LeRobotDirectory
 from diffpolicy.data.formats.video import FilmWriter, decibels
@@ -173,9 +174,8 @@ class _Writer:
                 self.left_out[name] = why
             elif name != TASK:
                 found[other] = name
-        needed = ("observation", "action")
-        lacks = [n for n in needed if not any(k.partition(".")[0] == n for k in found)]
-        if lacks:
+        kinds = {name.partition(".")[0] for name in found}
+        if lacks := [name for name in ("observation", "action") if name not in kinds]:
             raise ValueError(
                 f"{self.store.name} has no {' and no '.join(lacks)}; its fields are "
                 f"{sorted(self.store.fields)}: convert it to a store of ours before"
@@ -203,9 +203,7 @@ class _Writer:
 
     def write(self) -> None:
         """Write data, films and metadata."""
-        ends = self.store.episode_ends
-        for index, stop in enumerate(ends.tolist()):
-            start = int(ends[index - 1]) if index else 0
+        for index, (start, stop) in enumerate(spans(self.store.episode_ends)):
             self._write_episode(index, start, stop)
         for file in (self._data, *self._films.values()):
             file.close()
@@ -307,7 +305,7 @@ class _Writer:
             pixels = values.reshape(-1, 3)
             pixels = pixels[:: max(1, len(pixels) // _PIXELS)]
             rows = (pixels / 255).reshape(-1, 3, 1, 1)
-        elif not has_statistics(FieldSpec(rows.shape[1:], str(rows.dtype))):
+        elif not has_statistics(FieldSpec.of(rows)):
             return {}
         shape, many = rows.shape[1:], len(rows) * len(self.store)
         total = self._totals.setdefault(name, RunningStatistics(name, shape, many))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +40,28 @@ class RobomimicFile(EpisodeSource):
     def __init__(self, path: Path) -> None:
         self._file = open_hdf5(path)
         self.name = str(path)
-        data = self._file.get("data")
+        try:
+            self._look()
+        except ValueError:
+            self._file.close()
+            raise
+
+    def _look(self) -> None:
+        """Tell what there is: demonstrations, filter keys, and the fields of the first one."""
+        self._data = data = self._file.get("data")
         names = [n for n in data if _number(n) is not None] if isinstance(data, Hdf5Group) else []
         if not names:
-            self._file.close()
-            raise ValueError(f"{path} is not a robomimic file: it has no data/demo_<i> groups")
-        self._data = data
+            raise ValueError(f"{self.name} is not a robomimic file: it has no data/demo_<i> groups")
         self._demos = sorted(names, key=lambda n: _number(n) or 0)
         self.attrs = _described(data)
         self.episode_attrs = [{"demo": name} for name in self._demos]
+        first = dict(data[self._demos[0]].datasets())
+        rows = {place: array for place, array in first.items() if _is_rows(array)}
+        self.fields = {_field(place): FieldSpec.of(array) for place, array in rows.items()}
+        self.masks = self._filter_keys()
+        odd = {n: f"{first[n].dtype}, not a row of numbers a step" for n in first if n not in rows}
+        keys = {f"mask/{n}": f"a filter key, to choose by: keep=mask:{n}" for n in self.masks}
+        self.unread = odd | keys
 
     @staticmethod
     def matches(path: Path) -> bool:
@@ -68,29 +80,7 @@ class RobomimicFile(EpisodeSource):
         obs: dict[str, str | list[str]] = {"obs": self.with_cameras(state)} if has_all else {}
         return obs | ({"action": "actions"} if "actions" in self.fields else {})
 
-    @cached_property
-    def fields(self) -> dict[str, FieldSpec]:
-        """The numeric fields of the first demonstration."""
-        return {
-            _field(place): FieldSpec(tuple(array.shape[1:]), str(array.dtype))
-            for place, array in self._data[self._demos[0]].datasets()
-            if _is_rows(array)
-        }
-
-    @cached_property
-    def unread(self) -> dict[str, str]:
-        """What of the first demonstration is not made of numbers; and the filter keys."""
-        found = {
-            place: f"{array.dtype}, not a row of numbers a step"
-            for place, array in self._data[self._demos[0]].datasets()
-            if not _is_rows(array)
-        }
-        return found | {
-            f"mask/{name}": f"a filter key, to choose by: keep=mask:{name}" for name in self.masks
-        }
-
-    @cached_property
-    def masks(self) -> dict[str, list[int]]:
+    def _filter_keys(self) -> dict[str, list[int]]:
         """The demonstrations of each filter key."""
         group = self._file.get("mask")
         place = {name: i for i, name in enumerate(self._demos)}

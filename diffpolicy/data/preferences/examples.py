@@ -9,7 +9,7 @@ no step outside of it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -39,7 +39,7 @@ class _Examples:
     Args:
         preferences: Whose store the segments are of.
         records: What is made examples of.
-        sides: Which segment of a record stands under which name.
+        sides: Which attribute of a record, a segment, stands under which name.
         most: At most so many windows of a segment in an example; None: all.
         plans: See ``PairExamples``.
     """
@@ -48,7 +48,7 @@ class _Examples:
         self,
         preferences: PreferenceSet,
         records: Sequence[Pair | Label],
-        sides: dict[str, Callable[[Any], Segment]],
+        sides: dict[str, str],
         most: int | None,
         **plans: Any,
     ) -> None:
@@ -61,8 +61,8 @@ class _Examples:
         first = dict(zip(self._windows.episodes.tolist(), begins, strict=True))
         every = self._windows.n_action_steps
         laid = {
-            name: [_laid_out(segment(record), first, every) for record in records]
-            for name, segment in sides.items()
+            name: [_laid_out(getattr(record, side), first, every) for record in records]
+            for name, side in sides.items()
         }
         longest = max(len(windows) for segments in laid.values() for windows in segments)
         self._parts = 1 if most is None else -(-longest // most)
@@ -123,10 +123,8 @@ class _Examples:
 
     def __repr__(self) -> str:
         width = next(iter(self._tables.values())).window.shape[1]
-        return (
-            f"{type(self).__name__}({len(self)} examples, up to {width} windows of "
-            f"{self._windows.horizon} steps in a segment)"
-        )
+        size = f"up to {width} windows of {self._windows.horizon} steps in a segment"
+        return f"{type(self).__name__}({len(self)} examples, {size})"
 
 
 class PairExamples(_Examples):
@@ -166,13 +164,8 @@ class PairExamples(_Examples):
         if not self.pairs:
             reason = "has no pairs to learn from (ties are left out unless ties=True)"
             raise ValueError(f"{preferences!r} {reason}; LabelExamples reads good and bad labels")
-        super().__init__(
-            preferences,
-            self.pairs,
-            {"chosen_": lambda pair: pair.chosen, "rejected_": lambda pair: pair.rejected},
-            windows,
-            **plans,
-        )
+        sides = {"chosen_": "chosen", "rejected_": "rejected"}
+        super().__init__(preferences, self.pairs, sides, windows, **plans)
         if ties:
             self._flags = {"tie": torch.tensor([pair.tie for pair in self.pairs])}
 
@@ -206,13 +199,7 @@ class LabelExamples(_Examples):
         if not self.labels:
             hint = "" if pairs else "; pairs=True takes the segments of pairs as labels"
             raise ValueError(f"{preferences!r} has no good or bad labels to learn from{hint}")
-        super().__init__(
-            preferences,
-            self.labels,
-            {"": lambda label: label.item},
-            windows,
-            **plans,
-        )
+        super().__init__(preferences, self.labels, {"": "item"}, windows, **plans)
         self._flags = {"good": torch.tensor([label.good for label in self.labels])}
 
 

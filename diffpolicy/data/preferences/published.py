@@ -71,9 +71,8 @@ def from_indices(
         got = f"{len(first)}, {len(second)} and {len(verdict)}"
         raise ValueError(f"index_1, index_2 and label must have the same length; got {got}")
     ends = store.episode_ends
-    rows = np.arange(store.num_steps)
-    if raw_index_map is not None:
-        rows = whole_numbers("raw_index_map", raw_index_map)
+    rows = np.arange(store.num_steps) if raw_index_map is None else raw_index_map
+    rows = whole_numbers("raw_index_map", rows)
 
     def segment(index: int) -> Segment:
         if not 0 <= index <= len(rows) - length:
@@ -234,9 +233,7 @@ def _verdicts(label: NDArray[Any]) -> NDArray[np.int64]:
             f"label must be [N] or [N, 2] finite numbers; got shape {label.shape} of {label.dtype}"
         )
     if label.ndim == 2:
-        better = np.where(label[:, 1] > label[:, 0], 1, 0)
-        return np.where(label[:, 0] == label[:, 1], -1, better)
-    wrong = np.flatnonzero(~np.isin(label, (-1, 0, 1)))
-    if len(wrong):
-        raise ValueError(f"label must be 0, 1 or -1; got {label[wrong[0]]} in row {wrong[0]}")
+        return np.where(label[:, 0] == label[:, 1], -1, label[:, 1] > label[:, 0])
+    for row in np.flatnonzero(~np.isin(label, (-1, 0, 1)))[:1]:
+        raise ValueError(f"label must be 0, 1 or -1; got {label[row]} in row {row}")
     return label.astype(np.int64)

@@ -119,11 +119,7 @@ class Label:
 
 
 Record = Pair | Ranking | Label
-_KINDS: dict[str, type[Pair] | type[Ranking] | type[Label]] = {
-    "pair": Pair,
-    "ranking": Ranking,
-    "label": Label,
-}
+_KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in (Pair, Ranking, Label)}
 
 
 def segments_of(record: Record) -> tuple[Segment, ...]:

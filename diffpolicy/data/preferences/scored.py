@@ -69,11 +69,15 @@ def from_scores(
     members: dict[Hashable, list[int]] = {}
     for place, key in enumerate(keys):
         members.setdefault(key, []).append(place)
-    return [
-        _record([segments[i] for i in row], values[row].tolist(), source, choose)
-        for places in members.values()
-        for row in _orders(places, values, choose, min_gap)
-    ]
+    made: list[Record] = []
+    for places in members.values():
+        for row in _orders(places, values, choose, min_gap):
+            items, info = tuple(segments[i] for i in row), {"scores": values[row].tolist()}
+            if choose == "ranking":
+                made.append(Ranking(items, source, info))
+            else:
+                made.append(Pair(items[0], items[1], source=source, info=info))
+    return made
 
 
 def by_return(
@@ -133,13 +137,6 @@ def _orders(
         row += [place] if apart(row[-1], place) else []
     if len(row) > 1:
         yield row
-
-
-def _record(segments: list[Segment], scores: list[float], source: str, choose: Choose) -> Record:
-    info = {"scores": scores}
-    if choose == "ranking":
-        return Ranking(tuple(segments), source, info)
-    return Pair(segments[0], segments[1], source=source, info=info)
 
 
 def _episode_scores(

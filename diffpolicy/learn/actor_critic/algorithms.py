@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from diffpolicy.core.sampler import Sampler
-from diffpolicy.settings import check_choice, check_range, named_settings
+from diffpolicy.settings import named_settings, one_of, ranged
 
 
 @named_settings
@@ -37,27 +37,17 @@ class ActorCritic(Sampler):
         ValueError: an unknown choice, or a value out of range.
     """
 
-    actor: str = field(default="chain", kw_only=False)
-    critic: str = field(default="td", kw_only=False)
-    eta: float = 1.0
-    expectile: float = 0.7
-    target_rate: float = 0.005
-    max_q_backup: int = 0
+    actor: str = one_of("bc", "chain", "one_step", default="chain", kw_only=False)
+    critic: str = one_of("td", "iql", kw_only=False)
+    eta: float = ranged("(0, inf)", 1.0)
+    expectile: float = ranged("(0, 1)", 0.7)
+    target_rate: float = ranged("(0, 1]", 0.005)
+    max_q_backup: int = ranged("[0, inf)", 0)
     solver: str = "ddpm"
     num_steps: int = 5
-    grad_steps: int | None = None
+    grad_steps: int | None = ranged("[1, inf)", None)
     checkpoint: bool = False
     mask_padding: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("actor", self.actor, ("bc", "chain", "one_step"))
-        check_choice("critic", self.critic, ("td", "iql"))
-        check_range("(0, inf)", eta=self.eta)
-        check_range("(0, 1)", expectile=self.expectile)
-        check_range("(0, 1]", target_rate=self.target_rate)
-        check_range("[0, inf)", max_q_backup=self.max_q_backup)
-        check_range("[1, inf)", grad_steps=self.grad_steps)
 
     @property
     def samples(self) -> bool:

@@ -14,7 +14,7 @@ from diffpolicy.core.noise import stratified
 from diffpolicy.core.starts import Ramp
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.learn.method import Batch, Method, Source, check_sizes, encoded
-from diffpolicy.settings import check_choice, check_range, check_shape
+from diffpolicy.settings import check_choice, check_range, check_shape, one_of
 
 X = TypeVar("X", Tensor, Tensor | None)
 LEVEL_LAWS = ("row", "position", "dim")
@@ -286,12 +286,8 @@ class Cloning(Method):
     """
 
     command: ClassVar[str] = "prefer"
-    items: ClassVar[str] = "plans"
 
-    data: str = "demonstrations"
-
-    def __post_init__(self) -> None:
-        check_choice("data", self.data, CLONED)
+    data: str = one_of(*CLONED)
 
     def reads(self) -> frozenset[str]:
         """What is cloned: demonstrations, pairs (whose chosen items are), or both."""

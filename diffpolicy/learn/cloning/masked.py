@@ -18,6 +18,7 @@ def masked_cross_entropy(
     masked: Tensor,
     *,
     cond: Tensor | None = None,
+    scored: Tensor | None = None,
 ) -> Tensor:
     """``sum_{i masked} -log p(x0_i | x_t)`` per example, unweighted.
 
@@ -29,13 +30,14 @@ def masked_cross_entropy(
         t: levels ``[B, 1, 1]`` that the denoiser is told.
         masked: bool ``[B, L]``.
         cond: ``[B, C]``.
+        scored: bool ``[B, L]``, which of them count; None: all.
 
     Returns:
         ``[B]``.
     """
     state = torch.where(masked, denoiser.mask_id, tokens)
     log_p = denoiser.log_probs(state, t, cond).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return -(log_p * masked).sum(-1)
+    return -(log_p * (masked if scored is None else masked & scored)).sum(-1)
 
 
 def draw_masks(
@@ -138,7 +140,7 @@ def random_masks(
         ``masked`` bool ``[N, L]``, levels ``[N, 1, 1]``, and weights ``L / k [N]`` with which the
         masked log-probability is the likelihood bound without bias, for uniform ``u``.
     """
-    length = int(denoiser.network.horizon)  # type: ignore[arg-type]
+    length = denoiser.length
     masks = (u * length).long().clamp(max=length - 1) + 1
     order = torch.rand(len(u), length, generator=generator, device=u.device)
     masked = order.argsort(1).argsort(1) < masks[:, None]

@@ -21,6 +21,8 @@ from diffpolicy.learn.cloning.denoising import (
 )
 from diffpolicy.settings import check_choice, check_range
 
+SAME, ALONE = 0.25, 0.25  # shares of the examples
+
 
 class JointLoss(DenoisingLoss):
     """The denoising loss of plans of layout ``"joint"`` (PAD, Guo et al. 2024).
@@ -29,9 +31,9 @@ class JointLoss(DenoisingLoss):
     pixels do not outweigh actions by their number.
 
     The two parts have levels of their own (Bao et al. 2023, UniDiffuser): the same one for
-    ``same_fraction`` of the examples, on which both are drawn together; pure noise in place of what
-    is imagined for ``alone_fraction``, on which actions are drawn alone; and independent ones for
-    the rest. Where an episode has no actions, these are pure noise, and have no loss.
+    a quarter of the examples (``SAME``), on which both are drawn together; pure noise in place of
+    what is imagined for another (``ALONE``), on which actions are drawn alone; and independent ones
+    for the rest. Where an episode has no actions, these are pure noise, and have no loss.
 
     ``forward(batch, generator)`` takes what :class:`DenoisingLoss` takes, ``imagined [B, H, F]``,
     and optionally ``has_action [B, H]`` (the same of all positions) and ``imagined_valid [B, H]``,
@@ -43,8 +45,6 @@ class JointLoss(DenoisingLoss):
         cond_dropout: fraction of examples whose condition is zeroed.
         mask_padding: leave edge-padded positions out.
         imagined_weight: see above; 0: it is not learned.
-        same_fraction: see above.
-        alone_fraction: see above.
         draws: levels and noises per example, see :class:`DenoisingLoss`.
 
     Raises:
@@ -62,19 +62,14 @@ class JointLoss(DenoisingLoss):
         cond_dropout: float = 0.0,
         mask_padding: bool = False,
         imagined_weight: float = 1.0,
-        same_fraction: float = 0.25,
-        alone_fraction: float = 0.25,
         draws: int = 1,
     ) -> None:
         check_choice("layout of a JointLoss", layout.kind, ("joint",))
         check_level_law("dim", denoiser, None)
         check_range("[0, inf)", imagined_weight=imagined_weight)
-        check_range("[0, 1]", same_fraction=same_fraction, alone_fraction=alone_fraction)
-        check_range("[0, 1]", same_and_alone_fraction=same_fraction + alone_fraction)
         how = {"cond_dropout": cond_dropout, "mask_padding": mask_padding, "draws": draws}
         super().__init__(denoiser, layout=layout, **how)  # type: ignore[arg-type]
         self.imagined_weight = imagined_weight
-        self.same_fraction, self.alone_fraction = same_fraction, alone_fraction
         imagines = torch.arange(layout.dim) < layout.parts[0]
         self.register_buffer("imagines", imagines.view(1, 1, -1), persistent=False)
 
@@ -85,8 +80,8 @@ class JointLoss(DenoisingLoss):
             self.denoiser.process.sample_t((count, 1, 1), generator) for _ in range(2)
         )
         coin = torch.rand(count, 1, 1, generator=generator, device=generator.device)
-        alone = (coin >= self.same_fraction) & (coin < self.same_fraction + self.alone_fraction)
-        imagined = torch.where(coin < self.same_fraction, action, imagined)
+        alone = (coin >= SAME) & (coin < SAME + ALONE)
+        imagined = torch.where(coin < SAME, action, imagined)
         imagined = torch.where(alone, 1.0, imagined)
         return torch.where(self.imagines.to(generator.device), imagined, action)
 

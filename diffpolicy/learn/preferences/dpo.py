@@ -34,7 +34,7 @@ from diffpolicy.learn.preferences.scores import (
 )
 from diffpolicy.learn.reference import Referenced
 from diffpolicy.learn.reward.sequence_tuning import ReplayMethod, ReplayTuning
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.settings import one_of, ranged
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,6 @@ class DPO(Preference, Method):
     """
 
     command: ClassVar[str] = "prefer"
-    items: ClassVar[str] = "plans"
 
     score: DenoisingScore | None = None
     online: OwnPlans | None = None
@@ -214,14 +213,11 @@ class SequenceDPO(Preference, ReplayMethod):
 
     command: ClassVar[str] = "prefer"
 
-    draws: int = 4
-    drawn_by: str = "denoiser"
+    draws: int = ranged("[1, inf)", 4)
+    drawn_by: str = one_of(*DRAWN_BY)
 
     def __post_init__(self) -> None:
-        Preference.__post_init__(self)
         ReplayMethod.__post_init__(self)
-        check_choice("drawn_by", self.drawn_by, DRAWN_BY)
-        check_range("[1, inf)", draws=self.draws)
 
     def objective(self, denoiser: Any, material: Any) -> nn.Module:
         """See :class:`SequenceDPOLoss`."""

@@ -23,7 +23,7 @@ from diffpolicy.learn.preferences.negatives import Contrast, contrast_plans, con
 from diffpolicy.learn.reference import Referenced, frozen_copy
 from diffpolicy.learn.reward.chains import categorical_kl
 from diffpolicy.learn.reward.rollouts import check_steps
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.settings import check_range, one_of, ranged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,21 +80,17 @@ class DRO(FewStep, Method):
     """
 
     command: ClassVar[str] = "prefer"
-    items: ClassVar[str] = "plans"
 
     num_steps: int | None = 10  # type: ignore[assignment]  # None: not of plans
     solver: str = "dpmpp_2m"
-    margin: float | None = 0.001
-    negative: str = "prediction"
+    margin: float | None = ranged("[0, inf)", 0.001)
+    negative: str = one_of("prediction", "noised")
     jitter: bool = True
-    states: int = 1
-    sync_every: int = 1
+    states: int = ranged("[1, inf)", 1)
+    sync_every: int = ranged("[1, inf)", 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("negative", self.negative, ("prediction", "noised"))
-        check_range("[0, inf)", margin=self.margin)
-        check_range("[1, inf)", states=self.states, sync_every=self.sync_every)
         if self.num_steps is not None:
             check_range(f"[1, {self.num_steps}]", states=self.states)
 
@@ -147,20 +143,12 @@ class DROLoss(Referenced):
         self.masked = isinstance(denoiser, MaskedDenoiser)
         if isinstance(denoiser, MaskedDenoiser):
             check_steps(denoiser, settings.num_steps)
-            length: int = denoiser.network.horizon  # type: ignore[assignment]
-            check_range(f"[1, {length}]", states=settings.states)
+            check_range(f"[1, {denoiser.length}]", states=settings.states)
         else:
             _check_plans(denoiser, settings)
         # Without updates in between the copy is the denoiser itself.
         self.own = frozen_copy(denoiser) if settings.sync_every > 1 else None
         self.register_buffer("age", torch.zeros((), dtype=torch.long))
-
-    def train(self, mode: bool = True) -> DROLoss:
-        """Training mode, of all but the reference and the copy."""
-        super().train(mode)
-        if self.own is not None:
-            self.own.eval()
-        return self
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -205,13 +193,12 @@ class DROLoss(Referenced):
     def draw(self, batch: Batch, generator: torch.Generator) -> Contrast:
         """Negatives for a batch of demonstrations, and both at the same levels."""
         settings, policy = self.settings, self.policy
-        how: dict[str, Any] = {"states": settings.states, "noised": settings.negative == "noised"}
         if isinstance(policy, MaskedDenoiser):
             tokens, cond = batch["tokens"].long(), batch.get("cond")
-            return contrast_sequences(policy, settings.num_steps, tokens, cond, generator, **how)
+            return contrast_sequences(policy, settings, tokens, cond, generator)
         assert isinstance(policy, Denoiser)
-        cond, how["jitter"] = policy.encode(from_fields(batch)).detach(), settings.jitter
-        return contrast_plans(policy, settings, batch["action"], cond, generator, **how)
+        cond = policy.encode(from_fields(batch)).detach()
+        return contrast_plans(policy, settings, batch["action"], cond, generator)
 
     # ---------------------------------------------------------------- errors
 

@@ -22,7 +22,7 @@ from diffpolicy.core.sampling import Trajectory, sample
 from diffpolicy.core.solvers import DDIM
 from diffpolicy.core.starts import prior_start
 from diffpolicy.core.steps import Row
-from diffpolicy.learn.preferences.items import Items, joined
+from diffpolicy.learn.preferences.items import Items
 from diffpolicy.learn.reward.rollouts import (
     MaskedRollout,
     at_reveal,
@@ -175,11 +175,6 @@ class PlanSteps:
         log_p = torch.stack([items.total(step) for step in each.sum(-1)], dim=1)
         return Moves(log_p, items.entries().to(log_p).unsqueeze(1).expand(-1, count))
 
-    def pair(self, first: PlanPaths, second: PlanPaths) -> PlanPaths:
-        """Both, the second's items after the first's: one evaluation of a network for all."""
-        x, after = (torch.cat([a, b], dim=1) for a, b in zip(first[:2], second[:2], strict=True))
-        return PlanPaths(x, after, joined(first.items, second.items))
-
     def take(self, paths: PlanPaths, rows: Tensor) -> PlanPaths:
         """Some of the chains, each an item of its own."""
         items = paths.items
@@ -213,8 +208,9 @@ class MaskedSteps:
         self.vocab_size, self.num_steps = denoiser.vocab_size, sampler.num_steps
 
     def shared(self, denoiser: MaskedDenoiser, size: int, generator: torch.Generator) -> Order:
-        """What ``size`` chains have in common: when each position is revealed, and the grid."""
-        return draw_order(denoiser, size, self.num_steps, generator)
+        """When each position is revealed, and the grid: the same of both halves of 2 ``size``."""
+        groups, grid = draw_order(denoiser, size, self.num_steps, generator)
+        return groups.repeat(2, 1), grid
 
     @torch.no_grad()
     def draw(
@@ -236,12 +232,6 @@ class MaskedSteps:
         zero = log_p.new_zeros(len(log_p), rollout.nfe)
         entries = zero.scatter_add(1, rollout.groups, torch.ones_like(log_p))
         return Moves(zero.scatter_add(1, rollout.groups, log_p), entries)
-
-    def pair(self, first: MaskedRollout, second: MaskedRollout) -> MaskedRollout:
-        """Both, the second's rows after the first's; ``log_p`` is that of the first."""
-        tokens, groups = (torch.cat([a, b]) for a, b in zip(first[:2], second[:2], strict=True))
-        cond = None if first.cond is None else torch.cat([first.cond, cast("Tensor", second.cond)])
-        return first._replace(tokens=tokens, groups=groups, cond=cond)
 
     def take(self, rollout: MaskedRollout, rows: Tensor) -> MaskedRollout:
         """Some of the chains; ``log_p`` is that of all."""

@@ -13,18 +13,34 @@ from torch import Tensor
 
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.preferences.few_step import Moves
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.settings import check_settings, one_of, ranged
 
 if TYPE_CHECKING:
     from diffpolicy.learn.preferences.pso import PSO
 
-LOSSES = ("dpo", "ipo", "kto", "margin")
-ANCHORS = ("demonstrations", "chosen", "both")
 SATURATED = 0.01  # the slope of a loss below which an example no longer counts
 
 
+@dataclass(frozen=True, kw_only=True)
+class Anchoring:
+    """What is cloned beside a preference loss.
+
+    Args:
+        anchor_weight: of the behaviour-cloning error that is added.
+        anchor: whose error that is, ``"demonstrations"``, ``"chosen"`` or ``"both"``.
+    """
+
+    anchor_weight: float = ranged("[0, inf)", 0.0)
+    anchor: str = one_of("demonstrations", "chosen", "both")
+
+    @property
+    def clones_demonstrations(self) -> bool:
+        """Whether demonstrations are cloned beside, where there are some."""
+        return self.anchor_weight > 0 and self.anchor != "chosen"
+
+
 @dataclass(frozen=True)
-class Preference:
+class Preference(Anchoring):
     """Which preference loss, and its settings.
 
     With scores ``s`` in sum units (see
@@ -66,27 +82,15 @@ class Preference:
         ValueError: an unknown loss, or a value out of range.
     """
 
-    loss: str = "dpo"
-    kl_beta: float = 0.3
-    label_smoothing: float = 0.0
-    margin: float = 0.0
-    good_weight: float = 1.0
-    bad_weight: float = 1.0
-    anchor_weight: float = 0.0
-    anchor: str = "demonstrations"
+    loss: str = one_of("dpo", "ipo", "kto", "margin")
+    kl_beta: float = ranged("(0, inf)", 0.3)
+    label_smoothing: float = ranged("[0, 0.5)", 0.0)
+    margin: float = ranged("[0, inf)", 0.0)
+    good_weight: float = ranged("(0, inf)", 1.0)
+    bad_weight: float = ranged("(0, inf)", 1.0)
 
     def __post_init__(self) -> None:
-        check_choice("anchor", self.anchor, ANCHORS)
-        check_choice("loss", self.loss, LOSSES)
-        positive = {n: getattr(self, n) for n in ("kl_beta", "good_weight", "bad_weight")}
-        check_range("(0, inf)", **positive)
-        check_range("[0, inf)", margin=self.margin, anchor_weight=self.anchor_weight)
-        check_range("[0, 0.5)", label_smoothing=self.label_smoothing)
-
-    @property
-    def clones_demonstrations(self) -> bool:
-        """Whether demonstrations are cloned beside, where there are some."""
-        return self.anchor_weight > 0 and self.anchor != "chosen"
+        check_settings(self)
 
     @property
     def paired(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from diffpolicy.core.sampling import Trajectory, sample
 from diffpolicy.core.starts import Start
 from diffpolicy.learn.preferences.few_step import FewStep, evaluating
 from diffpolicy.learn.reward.rollouts import draw_order, run_order
+
+if TYPE_CHECKING:
+    from diffpolicy.learn.preferences.dro import DRO
 
 LOWEST = 1e-3  # level of a jittered chain; the noise of a lower one cannot be told from the plan
 
@@ -48,48 +51,37 @@ class Contrast(NamedTuple):
 
 @torch.no_grad()
 def contrast_plans(
-    policy: Denoiser,
-    sampler: FewStep,
-    x0: Tensor,
-    cond: Tensor | None,
-    generator: torch.Generator,
-    *,
-    states: int = 1,
-    jitter: bool = True,
-    noised: bool = False,
+    policy: Denoiser, settings: DRO, x0: Tensor, cond: Tensor | None, generator: torch.Generator
 ) -> Contrast:
     """States of one chain of a policy per demonstration, and the demonstrations noised to match.
 
     Args:
         policy: who draws, and whose predictions are the targets.
-        sampler: of one evaluation a step.
+        settings: the sampler, of one evaluation a step, and which states of its chains.
         x0: demonstrations ``[B, H, D]``.
         cond: ``[B, C]``, of both.
         generator: of levels, noise and chains.
-        states: of each chain, n.
-        jitter: see :func:`jittered_levels`; else the sampler's own levels.
-        noised: in place of the chain's states, its end, noised as the demonstration is.
 
     Returns:
-        ``N = B n`` of each.
+        ``N = B settings.states`` of each.
     """
     process = policy.process
-    if jitter and sampler.num_steps != 1:
-        grid = jittered_levels(process, sampler, len(x0), generator)
+    if settings.jitter and settings.num_steps != 1:
+        grid = jittered_levels(process, settings, len(x0), generator)
     else:
-        grid = sampler.grid(process).expand(-1, len(x0), 1, 1)
+        grid = settings.grid(process).expand(-1, len(x0), 1, 1)
     start = Start(process.prior(process.draw_noise(x0.shape, generator, x0)), grid[0])
-    solver = sampler.make()
+    chain = policy, settings.make(), start, grid
     with evaluating(policy):
-        path = sample(policy, solver, start, grid, cond=cond, generator=generator, record=True)
+        path = sample(*chain, cond=cond, generator=generator, record=True)
     assert isinstance(path, Trajectory)
     first = torch.zeros(len(x0), device=x0.device)
-    rows, at = _places(first, len(path.transitions), states, generator)
+    rows, at = _places(first, len(path.transitions), settings.states, generator)
     t = grid[:-1].to(x0.device, x0.dtype)[at, rows]
     x0, cond = x0[rows], None if cond is None else cond[rows]
     noise = process.draw_noise(x0.shape, generator, x0)
     x = process.add_noise(x0, t, noise)
-    if noised:
+    if settings.negative == "noised":  # the chain's end, noised as the demonstration is
         end = path.x0[rows]
         other = process.add_noise(end, t, noise)
         goal = policy.target(end, noise, t)
@@ -121,37 +113,34 @@ def jittered_levels(
 @torch.no_grad()
 def contrast_sequences(
     policy: MaskedDenoiser,
-    num_steps: int | None,
+    settings: DRO,
     tokens: Tensor,
     cond: Tensor | None,
     generator: torch.Generator,
-    *,
-    states: int = 1,
-    noised: bool = False,
 ) -> Contrast:
     """States of one chain of a policy per demonstration, and the demonstrations masked likewise.
 
     Args:
         policy: who draws.
-        num_steps: of its sampler, see :func:`diffpolicy.learn.reward.rollouts.draw_rollout`.
+        settings: how, and which states of its chains. ``negative="noised"`` is the end of a chain,
+            masked anew and as the demonstration is; the targets are its tokens, in place of the
+            policy's probabilities.
         tokens: demonstrations ``[B, L]``.
         cond: ``[B, C]``, of both.
         generator: of orders and chains.
-        states: of each chain, n.
-        noised: in place of the chain's states, its end, masked anew and as the demonstration is;
-            the targets are its tokens, in place of the policy's probabilities.
 
     Returns:
-        ``N = B n`` of each.
+        ``N = B settings.states`` of each.
     """
-    order = draw_order(policy, len(tokens), num_steps, generator)
+    noised, new = settings.negative == "noised", (policy, len(tokens), settings.num_steps)
+    order = draw_order(*new, generator)
     with evaluating(policy):
         path, _ = run_order(policy, order, cond=cond, generator=generator)
     if noised:  # what was drawn may depend on the order of its reveals; demonstrations cannot
-        order = draw_order(policy, len(tokens), num_steps, generator)
+        order = draw_order(*new, generator)
     groups, levels = order
     # Rows that advance on their own wait, all masked, at first.
-    rows, at = _places(groups.amin(1), len(levels) - 1, states, generator)
+    rows, at = _places(groups.amin(1), len(levels) - 1, settings.states, generator)
     masks = groups[rows] >= at.unsqueeze(1)
     dtype = policy.weight.dtype
     t = levels[:-1].flatten().to(tokens.device, dtype)[at].view(-1, 1, 1)

@@ -14,25 +14,20 @@ from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.starts import prior_start
 from diffpolicy.data.observation import count, each, from_fields, to_fields
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Batch, Reward, check_rewards, plan_shape
+from diffpolicy.learn.method import Batch, Reward, judged, plan_shape
 from diffpolicy.learn.preferences.few_step import FewStep, evaluating
 from diffpolicy.learn.reference import Referenced
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.settings import one_of, ranged
 
 DRAWN_BY = ("denoiser", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnPlans(FewStep):
-    """How a policy's plans are drawn and compared.
+class DrawnPlans(FewStep):
+    """How several plans of a policy are drawn for an observation.
 
     Args:
-        candidates: plans drawn for an observation; the best and the worst of them are compared.
-        drawn_by: ``"denoiser"``: the present one, so that comparisons follow it; the reward is then
-            asked about ever other plans, which one that was learned may not know. ``"reference"``:
-            the policy before tuning, whose plans such a reward was learned on.
-        label_scale: ``None``: the greater reward wins. A number s, in units of the reward: the
-            better one is preferred with chance ``sigmoid((r_1 - r_2) / s)`` (Bradley-Terry).
+        candidates: how many; the best and the worst of them are compared.
         num_steps: K, network evaluations of a plan.
         solver: as ``options`` and ``spacing``, see :class:`diffpolicy.core.Sampler`.
 
@@ -40,24 +35,36 @@ class OwnPlans(FewStep):
         ValueError: values out of range, unknown names.
     """
 
-    candidates: int = 4
-    drawn_by: str = "denoiser"
-    label_scale: float | None = None
+    candidates: int = ranged("[2, inf)", 4)
     num_steps: int | None = 5
     solver: str = "ddim"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_plans()
-        check_choice("drawn_by", self.drawn_by, DRAWN_BY)
-        check_range("[2, inf)", candidates=self.candidates)
-        check_range("(0, inf)", label_scale=self.label_scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnPlans(DrawnPlans):
+    """How a policy's plans are drawn and compared while it is tuned.
+
+    Args:
+        drawn_by: ``"denoiser"``: the present one, so that comparisons follow it; the reward is then
+            asked about ever other plans, which one that was learned may not know. ``"reference"``:
+            the policy before tuning, whose plans such a reward was learned on.
+        label_scale: ``None``: the greater reward wins. A number s, in units of the reward: the
+            better one is preferred with chance ``sigmoid((r_1 - r_2) / s)`` (Bradley-Terry).
+        **others: see :class:`DrawnPlans`.
+    """
+
+    drawn_by: str = one_of(*DRAWN_BY)
+    label_scale: float | None = ranged("(0, inf)", None)
 
 
 @torch.no_grad()
 def draw_plans(
     denoiser: BaseDenoiser,
-    settings: OwnPlans,
+    settings: DrawnPlans,
     obs: Any,
     reward: Reward,
     generator: torch.Generator,
@@ -85,8 +92,7 @@ def draw_plans(
     begin = prior_start(process, noise)
     with evaluating(denoiser):
         plans = settings.draw(denoiser, begin, cond=cond, generator=generator)
-    worth = reward(plans, cond)
-    check_rewards(worth, plans)
+    worth = judged(reward, plans, cond)
     if not worth.isfinite().all():
         raise ValueError(f"{int((~worth.isfinite()).sum())} of {len(worth)} rewards are not finite")
     return plans.view(-1, many, *plans.shape[1:]), worth.view(-1, many)

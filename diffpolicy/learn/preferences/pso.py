@@ -18,17 +18,18 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Batch, Method, Reward, check_rewards, plan_shape, rows_and_cond
+from diffpolicy.learn.method import Batch, Method, Reward, judged, plan_shape, rows_and_cond
 from diffpolicy.learn.preferences.few_step import FewStep, MaskedSteps, PlanSteps
-from diffpolicy.learn.preferences.formulas import ANCHORS, pso_loss
-from diffpolicy.learn.preferences.items import Items, batch_items, pair_items
+from diffpolicy.learn.preferences.formulas import Anchoring, pso_loss
+from diffpolicy.learn.preferences.items import Items, batch_items, joined, pair_items
 from diffpolicy.learn.preferences.scores import DenoisingScore, MaskedScore, Score, drawn_error
 from diffpolicy.learn.reference import Referenced
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.learn.reward.sequence_tuning import SequenceMethod
+from diffpolicy.settings import one_of, ranged
 
 
 @dataclass(frozen=True, kw_only=True)
-class PSO(FewStep, Method):
+class PSO(Anchoring, FewStep, Method):
     """PSO and the sampler whose moves it compares.
 
     With ``l_k = log p(x_next | x) - log p_ref(x_next | x)`` of step k, summed over the scored
@@ -68,24 +69,13 @@ class PSO(FewStep, Method):
     """
 
     command: ClassVar[str] = "prefer"
-    items: ClassVar[str] = "plans"
 
     online: bool = False
-    kl_beta: float = 1.0
-    clip: float | None = 0.1
-    compare: str = "step"
-    label_scale: float | None = None
+    kl_beta: float = ranged("(0, inf)", 1.0)
+    clip: float | None = ranged("(0, 1)", 0.1)
+    compare: str = one_of("step", "path")
+    label_scale: float | None = ranged("(0, inf)", None)
     shared_start: bool = True
-    anchor_weight: float = 0.0
-    anchor: str = "demonstrations"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("anchor", self.anchor, ANCHORS)
-        check_choice("compare", self.compare, ("step", "path"))
-        check_range("(0, inf)", kl_beta=self.kl_beta, label_scale=self.label_scale)
-        check_range("(0, 1)", clip=self.clip)
-        check_range("[0, inf)", anchor_weight=self.anchor_weight)
 
     def reads(self) -> frozenset[str]:
         """Pairs, or what is needed to compare own chains.
@@ -97,11 +87,6 @@ class PSO(FewStep, Method):
         anchor = {"demonstrations"} if self.clones_demonstrations else set()
         return frozenset({"observations", "reward", *anchor})
 
-    @property
-    def clones_demonstrations(self) -> bool:
-        """Whether demonstrations are cloned beside, where there are some."""
-        return self.anchor_weight > 0 and self.anchor != "chosen"
-
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """See :class:`PSOLoss`."""
         if not self.online:
@@ -111,25 +96,15 @@ class PSO(FewStep, Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequencePSO(PSO):
+class SequencePSO(SequenceMethod, PSO):
     """PSO on own sequences whose labels make ``p_ref exp(r / kl_weight)`` the optimum of chains.
 
     Args:
         kl_weight: alpha, reward per nat; ``label_scale`` is ``kl_weight / kl_beta`` unless given.
     """
 
-    items: ClassVar[str] = "sequences"
-
     online: bool = True
-    kl_weight: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_range("(0, inf)", kl_weight=self.kl_weight)
-        super().__post_init__()
-
-    def reads(self) -> frozenset[str]:
-        """A reward, of own sequences."""
-        return frozenset({"reward"})
+    kl_weight: float = ranged("(0, inf)", 0.1)
 
     def objective(self, denoiser: BaseDenoiser, material: Any) -> nn.Module:
         """See :class:`PSOLoss`."""
@@ -215,13 +190,15 @@ class PSOLoss(Referenced):
             self.anchor.check(denoiser)
         self.scored: Tensor | None
         self.register_buffer("scored", steps, persistent=False)
-        self._reward = [reward]  # a list: a reward that is a module is not part of this one
+        self._reward: list[Any] = [
+            reward
+        ]  # a list: a reward that is a module is not part of this one
 
     def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         if self.settings.online:
             out = self._online(batch, generator)
         else:
-            out = self.compare(*self.bridge(batch, generator))
+            out = self.compare(self.bridge(batch, generator))
         if self.anchor is None:
             return out
         cloned = self._anchor_items(batch)
@@ -230,19 +207,18 @@ class PSOLoss(Referenced):
         loss = out.loss + self.settings.anchor_weight * error
         return LossOutput(loss, {**out.metrics, "anchor": error.detach().mean()})
 
-    def compare(self, chosen: Any, rejected: Any, chance: Tensor | None = None) -> LossOutput:
+    def compare(self, paths: Any, chance: Tensor | None = None) -> LossOutput:
         """The loss of B pairs of chains, whoever drew them.
 
         Args:
-            chosen: :class:`~diffpolicy.learn.preferences.few_step.PlanPaths`, or a
-                :class:`~diffpolicy.learn.reward.rollouts.MaskedRollout`.
-            rejected: of the same steps.
+            paths: :class:`~diffpolicy.learn.preferences.few_step.PlanPaths`, or a
+                :class:`~diffpolicy.learn.reward.rollouts.MaskedRollout`: all chosen ones, then
+                all rejected ones.
             chance: that the chosen one is the better, ``[B]``; None: 1.
         """
-        both = self.steps.pair(chosen, rejected)
-        policy = self.steps.log_prob(self.denoiser, both)
+        policy = self.steps.log_prob(self.denoiser, paths)
         with self.as_reference() as reference:
-            other = self.steps.log_prob(reference, both)
+            other = self.steps.log_prob(reference, paths)
         return pso_loss(self.settings, policy, other, chance)
 
     @torch.no_grad()
@@ -257,8 +233,7 @@ class PSOLoss(Referenced):
         steps = None if self.scored is None else self.scored.expand(2 * size, -1)
         like = next(self.denoiser.parameters()).detach()
         if self.masked:
-            groups, grid = self.steps.shared(self.denoiser, size, generator)
-            order = torch.cat([groups, groups]), grid
+            order = self.steps.shared(self.denoiser, size, generator)
             paths = self.steps.draw(self.denoiser, order, generator, cond=cond)
             clean = one_hot(paths.tokens, self.steps.vocab_size)[..., :-1]
             items, extra = clean.to(like.dtype), None
@@ -268,17 +243,17 @@ class PSOLoss(Referenced):
             start = self.steps.process.draw_noise(shape, generator, like).repeat(copies, 1, 1)
             paths = self.steps.draw(self.denoiser, start, generator, cond=cond, steps=steps)
             items, extra = paths.items.x0, cond
-        return paths, self._judged(items, extra)
+        return paths, judged(self._reward[0], items, extra).to(items)
 
-    def bridge(self, batch: Batch, generator: torch.Generator) -> tuple[Any, Any]:
-        """Chains that end in the chosen, and in the rejected items of a batch."""
+    def bridge(self, batch: Batch, generator: torch.Generator) -> Any:
+        """Chains that end in the chosen items of a batch, then those that do in the rejected."""
         chosen, rejected = pair_items(self.denoiser, batch, masked=self.masked)
         if self.masked:
             shared = self.steps.shared(self.denoiser, len(chosen.x0), generator)
         else:
             shape = (len(self.steps) + 1, *chosen.x0.shape)
-            shared = self.steps.process.draw_noise(shape, generator, chosen.x0)
-        return self.steps.bridge(chosen, shared), self.steps.bridge(rejected, shared)
+            shared = self.steps.process.draw_noise(shape, generator, chosen.x0).repeat(1, 2, 1, 1)
+        return self.steps.bridge(joined(chosen, rejected), shared)
 
     def _online(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         paths, reward = self.draw(batch, generator)
@@ -287,16 +262,9 @@ class PSOLoss(Referenced):
         better, worse = torch.where(ahead, two, one), torch.where(ahead, one, two)
         lead, scale = reward[better] - reward[worse], self.settings.label_scale
         chance = 0.5 + 0.5 * lead.sign() if scale is None else (lead / scale).sigmoid()
-        out = self.compare(self.steps.take(paths, better), self.steps.take(paths, worse), chance)
+        out = self.compare(self.steps.take(paths, torch.cat([better, worse])), chance)
         found = {"reward": reward.mean(), "ties": (lead == 0).to(reward).mean()}
         return LossOutput(out.loss, {**out.metrics, **found})
-
-    def _judged(self, items: Tensor, cond: Tensor | None) -> Tensor:
-        reward = self._reward[0]
-        assert reward is not None
-        value = reward(items) if cond is None else reward(items, cond)
-        check_rewards(value, items)
-        return value.detach().to(items)
 
     def _anchor_items(self, batch: Batch) -> list[Items]:
         """What is cloned, one kind or two."""

@@ -22,7 +22,7 @@ from diffpolicy.learn.cloning.denoising import standard_normal
 from diffpolicy.learn.cloning.masked import masked_cross_entropy
 from diffpolicy.learn.preferences.items import Draw, Items
 from diffpolicy.learn.reward.replay import remask
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.settings import check_settings, one_of, ranged
 
 LOG_SNR = (-7.0, 7.0)  # of the bound: from all but pure noise to a blur of 0.03
 
@@ -73,14 +73,13 @@ class DenoisingScore:
         ValueError: a choice that does not exist, or a value out of range.
     """
 
-    weighting: str = "own"
-    draws: int = 1
+    weighting: str = one_of("own", "elbo")
+    draws: int = ranged("[1, inf)", 1)
     levels: tuple[float, ...] | None = None
     log_snr: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("weighting", self.weighting, ("own", "elbo"))
-        check_range("[1, inf)", draws=self.draws)
+        check_settings(self)
         levels, ends = self.levels, self.log_snr
         if levels is not None and not (levels and all(0 < t <= 1 for t in levels)):
             raise ValueError(f"levels must be in (0, 1], at least one, got {levels}")
@@ -184,10 +183,10 @@ class MaskedScore:
         ValueError: fewer than one draw.
     """
 
-    draws: int = 1
+    draws: int = ranged("[1, inf)", 1)
 
     def __post_init__(self) -> None:
-        check_range("[1, inf)", draws=self.draws)
+        check_settings(self)
 
     def check(self, denoiser: BaseDenoiser) -> None:
         if not isinstance(denoiser, MaskedDenoiser):
@@ -210,13 +209,8 @@ class MaskedScore:
         cond = None if items.cond is None else items.cond.repeat(draws, 1)
         t, masked = draw.t.flatten(0, 1), draw.noise.flatten(0, 1)
         tokens = items.x0.repeat(draws, 1)
-        if items.steps is None:
-            error = masked_cross_entropy(denoiser, tokens, t, masked, cond=cond)
-        else:
-            state = torch.where(masked, denoiser.mask_id, tokens)
-            log_p = denoiser.log_probs(state, t, cond).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            scored = masked & items.steps.repeat(draws, 1)
-            error = -torch.where(scored, log_p, 0.0).sum(-1)
+        scored = None if items.steps is None else items.steps.repeat(draws, 1)
+        error = masked_cross_entropy(denoiser, tokens, t, masked, cond=cond, scored=scored)
         return items.total(-(draw.weight * error.view(draws, -1)).mean(0))
 
     def error(self, items: Items, score: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import hard_one_hot
 from diffpolicy.core.reveal import Ancestral, Relaxation, Scheduled
-from diffpolicy.core.starts import levels, prior_start
+from diffpolicy.core.starts import levels
 from diffpolicy.learn.cloning.denoising import LossOutput
-from diffpolicy.learn.method import Batch, Reward, check_rewards, rows_and_cond
+from diffpolicy.learn.method import Batch, Reward, judged, rows_and_cond
 from diffpolicy.learn.reference import Referenced, check_no_dropout
 from diffpolicy.learn.reward.chains import chain_with_kl, masked_step_kl, released_step_kl
-from diffpolicy.learn.reward.rollouts import check_steps, draw_order
+from diffpolicy.learn.reward.rollouts import all_masked, check_steps, draw_order
 from diffpolicy.learn.reward.sequence_tuning import SequenceMethod
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.settings import check_range, check_settings, one_of, ranged
 
 
 class Finished(NamedTuple):
@@ -98,10 +98,10 @@ class RewardLoss(Referenced):
         reference = self.reference if self.kl_weight > 0 else None
         done = self.chain.run(self.denoiser, reference, size, cond, generator)
         copies = len(done.items) // size
-        # Rewards of sequences are of the sequence alone.
-        given = () if cond is None or isinstance(self.denoiser, MaskedDenoiser) else (cond,)
-        reward = self._reward[0](done.items, *(c.repeat_interleave(copies, 0) for c in given))
-        check_rewards(reward, done.items)
+        if isinstance(self.denoiser, MaskedDenoiser):  # rewards are of the sequence alone
+            cond = None
+        told = None if cond is None else cond.repeat_interleave(copies, 0)
+        reward = judged(self._reward[0], done.items, told)
         if done.items.requires_grad and not reward.requires_grad:
             raise ValueError(
                 "this reward has no gradient, so nothing would be learned: compute it in torch "
@@ -141,20 +141,19 @@ class MaskedChain:
         ValueError: values out of range.
     """
 
-    num_steps: int | None = None
+    num_steps: int | None = ranged("[1, inf)", None)
     relaxation: Relaxation = field(default_factory=Relaxation)
     joint: bool = False
     straight_through_end: bool = True
-    kl: str = "path"
-    kl_steps: int | None = None
+    kl: str = one_of("path", "drakes_released")
+    kl_steps: int | None = ranged("[1, inf)", None)
     kl_prefix: bool = True
     checkpoint: bool = False
     reference_graph: bool = True
     kl_problem: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        check_range("[1, inf)", num_steps=self.num_steps, kl_steps=self.kl_steps)
-        check_choice("kl", self.kl, ("path", "drakes_released"))
+        check_settings(self)
         if self.joint and self.num_steps is None:
             raise ValueError("joint=True draws reveals step by step and needs num_steps")
 
@@ -176,10 +175,7 @@ class MaskedChain:
     ) -> Finished:
         """Sample ``size`` sequences ``[size, L, V]``, one-hot or relaxed."""
         assert isinstance(denoiser, MaskedDenoiser)
-        process, length = denoiser.process, int(denoiser.network.horizon)  # type: ignore[arg-type]
-        shape = (size, length, denoiser.vocab_size + 1)
-        like = torch.zeros(shape, device=generator.device, dtype=denoiser.weight.dtype)
-        start = prior_start(process, like)
+        process, start = denoiser.process, all_masked(denoiser, size)
         solver: Ancestral | Scheduled
         if self.joint:
             assert self.num_steps is not None
@@ -192,7 +188,7 @@ class MaskedChain:
         result = chain_with_kl(
             *chain,
             step_kl=masked_step_kl if self.kl == "path" else released_step_kl(process),
-            noise=process.draw_noise((count, *like.shape), generator, like),
+            noise=process.draw_noise((count, *start.x.shape), generator, start.x),
             cond=cond,
             grad_steps=self.relaxation.relaxed_steps,
             kl_steps=None if reference is None else self._chosen(count, generator),

@@ -20,7 +20,7 @@ from diffpolicy.core.starts import explicit_levels, prior_start, truncated_start
 from diffpolicy.learn.method import Method, plan_shape
 from diffpolicy.learn.reward.chains import chain_with_kl, differentiable_chain, gaussian_step_kl
 from diffpolicy.learn.reward.pathwise import Finished, RewardLoss
-from diffpolicy.settings import check_choice, check_range, check_shape
+from diffpolicy.settings import check_range, check_shape, one_of, ranged
 
 KL_PROBLEM = (
     "paths have a divergence to the reference's only if steps add noise and have no memory: use "
@@ -57,17 +57,15 @@ class PlanChain(Sampler, Method):
     """
 
     grad_steps: int | None = None
-    truncation: str = "fixed"
+    truncation: str = one_of("fixed", "uniform", "gaussian")
     spread: tuple[float, float] = (0.16, 0.1)
-    renoise: int = 0
+    renoise: int = ranged("[0, inf)", 0)
     checkpoint: bool = False
     kl_weight: float = 0.0
     kl_warmup: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("truncation", self.truncation, ("fixed", "uniform", "gaussian"))
-        check_range("[0, inf)", renoise=self.renoise)
         check_range(f"[1, {self.make().nfe(self.num_steps)}]", grad_steps=self.grad_steps)
         check_shape("spread (mean, standard deviation)", (len(self.spread),), (2,))
         check_range("(0, 1]", mean_of_spread=self.spread[0])

@@ -12,7 +12,7 @@ from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import Batch
 from diffpolicy.learn.reward.rollouts import MaskedRollout, draw_rollout, state_log_probs, step_kl
 from diffpolicy.learn.reward.sequence_tuning import SequenceMethod, SequenceTuning, shared_cond
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.settings import check_range, one_of, ranged
 
 
 @dataclass(frozen=True)
@@ -50,27 +50,20 @@ class PolicyGradient(SequenceMethod):
         ValueError: an unknown choice, a value out of range, or settings that do not go together.
     """
 
-    kl_weight: float = 0.1
-    kl: str = "path"
-    baseline: str = "leave_one_out"
-    group_size: int | None = None
+    kl_weight: float = ranged("[0, inf)", 0.1)
+    kl: str = one_of("path", "reward")
+    baseline: str = one_of("leave_one_out", "mean", "group")
+    group_size: int | None = ranged("[2, inf)", None)
     normalize: bool = False
-    ratio: str = "token"
-    clip: float = 0.2
-    epochs: int = 1
-    rows: int | None = None
-    num_steps: int | None = None
-    grad_states: int | None = None
+    ratio: str = one_of("token", "sequence")
+    clip: float = ranged("(0, inf)", 0.2)
+    epochs: int = ranged("[1, inf)", 1)
+    rows: int | None = ranged("[1, inf)", None)
+    num_steps: int | None = ranged("[1, inf)", None)
+    grad_states: int | None = ranged("[1, inf)", None)
 
     def __post_init__(self) -> None:
-        check_choice("kl", self.kl, ("path", "reward"))
-        check_choice("baseline", self.baseline, ("leave_one_out", "mean", "group"))
-        check_choice("ratio", self.ratio, ("token", "sequence"))
-        check_range("[0, inf)", kl_weight=self.kl_weight)
-        check_range("(0, inf)", clip=self.clip)
-        at_least_1 = {n: getattr(self, n) for n in ("epochs", "num_steps", "grad_states", "rows")}
-        check_range("[1, inf)", **at_least_1)
-        check_range("[2, inf)", group_size=self.group_size)
+        super().__post_init__()
         if self.baseline == "group" and self.group_size is None:
             raise ValueError("baseline='group' needs group_size=N, rows that share a condition")
         if self.baseline == "mean" and self.group_size is not None:
@@ -120,7 +113,10 @@ class PolicyGradientLoss(SequenceTuning):
             if settings.rows is None:
                 raise ValueError("epochs > 1 keeps a rollout of rows=<batch size>; give rows")
             self._check_rows(settings.rows)
-            row, groups = ((self.length,), torch.float32), ((self.length,), torch.long)
+            row, groups = (
+                ((self.denoiser.length,), torch.float32),
+                ((self.denoiser.length,), torch.long),
+            )
             more = {"groups": groups, "log_p": row, "advantage": row}
             sizes = (settings.rows, settings.rows, settings.epochs)
             self.replay = self.make_replay(sizes, more)

@@ -15,7 +15,7 @@ from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import to_tokens
 from diffpolicy.core.reveal import Scheduled, reveals
 from diffpolicy.core.sampling import Trajectory, sample
-from diffpolicy.core.starts import prior_start
+from diffpolicy.core.starts import Start, prior_start
 from diffpolicy.learn.reward.chains import categorical_kl
 
 MAX_STATES = 4096  # evaluated at a time: larger batches leave the cache and gain nothing
@@ -47,12 +47,11 @@ class MaskedRollout(NamedTuple):
     log_reference: Tensor | None = None
     step_kl: Tensor | None = None
 
-    def state(self, k: int) -> Tensor:
-        """What evaluation ``k`` saw: tokens ``[B, L]``, masked where not yet revealed."""
-        return torch.where(self.groups >= k, self.vocab_size, self.tokens)
-
     def states(self, steps: Tensor | None = None) -> Tensor:
-        """What evaluations ``steps [B or 1, n]`` (None: all) saw, ``[B, n, L]``."""
+        """What evaluations ``steps [B or 1, n]`` (None: all) saw, tokens ``[B, n, L]``.
+
+        Masked are those that were not yet revealed.
+        """
         at = self.steps() if steps is None else steps
         hidden = self.groups.unsqueeze(1) >= at.unsqueeze(-1)
         return torch.where(hidden, self.vocab_size, self.tokens.unsqueeze(1))
@@ -128,6 +127,12 @@ def check_steps(denoiser: MaskedDenoiser, num_steps: int | None) -> None:
         raise ValueError("a denoiser that depends on the level (not time_free) needs num_steps=K")
 
 
+def all_masked(denoiser: MaskedDenoiser, size: int) -> Start:
+    """The start of ``size`` sequences that are masks alone."""
+    like = denoiser.weight.new_zeros((size, denoiser.length, denoiser.vocab_size + 1))
+    return prior_start(denoiser.process, like)
+
+
 def draw_order(
     denoiser: MaskedDenoiser, size: int, num_steps: int | None, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
@@ -136,10 +141,8 @@ def draw_order(
     Raises:
         ValueError: ``num_steps=None`` for a denoiser that depends on the level.
     """
-    length: int = denoiser.network.horizon  # type: ignore[assignment]
-    like = denoiser.weight.new_zeros((size, length, denoiser.vocab_size + 1))
-    start, time_free = prior_start(denoiser.process, like), denoiser.time_free
-    return reveals(denoiser.process, start, num_steps, time_free=time_free, generator=generator)
+    start, how = all_masked(denoiser, size), {"generator": generator}
+    return reveals(denoiser.process, start, num_steps, time_free=denoiser.time_free, **how)
 
 
 def run_order(
@@ -161,11 +164,8 @@ def run_order(
         The rollout, and log-probabilities ``[B, K, L, V]`` at all its states.
     """
     groups, grid = order
-    like = denoiser.weight.new_zeros((*groups.shape, denoiser.vocab_size + 1))
-    start = prior_start(denoiser.process, like)
-    path = sample(
-        denoiser, Scheduled(groups), start, grid, cond=cond, generator=generator, record=True
-    )
+    chain = denoiser, Scheduled(groups), all_masked(denoiser, len(groups)), grid
+    path = sample(*chain, cond=cond, generator=generator, record=True)
     assert isinstance(path, Trajectory)
     log_p = torch.stack([row.denoised.aux["log_p"] for row in path.transitions], 1)
     tokens = to_tokens(path.x0)

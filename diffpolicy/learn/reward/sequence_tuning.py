@@ -10,11 +10,11 @@ from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
-from diffpolicy.learn.method import Batch, Method, Reward, check_rewards, check_sizes
+from diffpolicy.learn.method import Batch, Method, Reward, check_sizes, judged
 from diffpolicy.learn.reference import Referenced, check_no_dropout
 from diffpolicy.learn.reward.replay import Columns, Replay, check_replay
 from diffpolicy.learn.reward.rollouts import MaskedRollout, check_steps, draw_rollout
-from diffpolicy.settings import check_range
+from diffpolicy.settings import ranged
 
 
 class SequenceMethod(Method):
@@ -42,15 +42,14 @@ class ReplayMethod(SequenceMethod):
         ValueError: a value out of range, or sizes that do not divide.
     """
 
-    kl_weight: float = 0.1
+    kl_weight: float = ranged("(0, inf)", 0.1)
     buffer: int = 512
     refresh: int = 128
     refresh_every: int = 1
-    num_steps: int | None = None
+    num_steps: int | None = ranged("[1, inf)", None)
 
     def __post_init__(self) -> None:
-        check_range("(0, inf)", kl_weight=self.kl_weight)
-        check_range("[1, inf)", num_steps=self.num_steps)
+        super().__post_init__()
         group_size = getattr(self, "group_size", None) or 1
         check_replay(self.buffer, self.refresh, self.refresh_every, group_size)
 
@@ -86,9 +85,8 @@ class SequenceTuning(Referenced):
         super().__init__(denoiser, reference, apart=True)
         check_no_dropout(denoiser)
         theirs: Any = self.reference
-        check_sizes("the denoiser", denoiser, "the reference", vocab_size=theirs.vocab_size)
-        network = denoiser.network
-        check_sizes("the network", network, "the reference's", horizon=theirs.network.horizon)
+        sizes = {"vocab_size": theirs.vocab_size, "length": theirs.length}
+        check_sizes("the denoiser", denoiser, "the reference", **sizes)
         self.settings, self._reward = settings, [reward]
         self.prepare()
 
@@ -97,12 +95,6 @@ class SequenceTuning(Referenced):
 
     def after_step(self) -> None:
         """Tell the objective that an optimiser step was made."""
-
-    @property
-    def length(self) -> int:
-        """L."""
-        length: int = self.denoiser.network.horizon  # type: ignore[assignment]
-        return length
 
     @property
     def cond_dim(self) -> int:
@@ -118,7 +110,7 @@ class SequenceTuning(Referenced):
         ``more``.
         """
         number: tuple[tuple[int, ...], torch.dtype] = (), torch.float32
-        tokens = (self.length,), torch.long
+        tokens = (self.denoiser.length,), torch.long
         columns: dict[str, Any] = {"tokens": tokens, "reward": number, "kl": number, **more}
         if self.cond_dim:
             columns["cond"] = (self.cond_dim,), torch.float32
@@ -131,8 +123,8 @@ class SequenceTuning(Referenced):
             ValueError: ``None`` for a denoiser that depends on the level.
         """
         check_steps(self.denoiser, num_steps)
-        steps = self.length if num_steps is None else num_steps
-        return min(steps, self.length) if self.denoiser.time_free else steps
+        steps = self.denoiser.length if num_steps is None else num_steps
+        return min(steps, self.denoiser.length) if self.denoiser.time_free else steps
 
     @torch.no_grad()
     def score(self, tokens: Tensor) -> Tensor:
@@ -143,9 +135,7 @@ class SequenceTuning(Referenced):
     @torch.no_grad()
     def score_soft(self, x: Tensor) -> Tensor:
         """The reward of ``x [B, L, V]``, checked for its shape."""
-        value = self._reward[0](x)
-        check_rewards(value, x)
-        return value.to(x)
+        return judged(self._reward[0], x).to(x)
 
 
 class ReplayTuning(SequenceTuning):

@@ -13,7 +13,7 @@ from diffpolicy.learn.cloning.masked import masked_cross_entropy
 from diffpolicy.learn.method import Batch
 from diffpolicy.learn.reward.replay import remask
 from diffpolicy.learn.reward.sequence_tuning import ReplayMethod, ReplayTuning
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.settings import one_of, ranged
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,10 @@ class Stepwise(ReplayMethod):
         ValueError: an unknown choice, or a value out of range.
     """
 
-    group_size: int = 8
-    labels: str = "soft"
-    beta: str = "constant"
-    remasks: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("labels", self.labels, ("soft", "hard"))
-        check_choice("beta", self.beta, ("constant", "bound"))
-        check_range("[2, inf)", group_size=self.group_size)
-        check_range("[1, inf)", remasks=self.remasks)
+    group_size: int = ranged("[2, inf)", 8)
+    labels: str = one_of("soft", "hard")
+    beta: str = one_of("constant", "bound")
+    remasks: int = ranged("[1, inf)", 4)
 
     def objective(self, denoiser: Any, material: Any) -> nn.Module:
         """See :class:`StepwiseLoss`."""

@@ -16,7 +16,7 @@ from diffpolicy.learn.method import Batch
 from diffpolicy.learn.reward.replay import Columns, effective_fraction, remask, resample, settle
 from diffpolicy.learn.reward.rollouts import MAX_STATES, MaskedRollout, state_log_probs
 from diffpolicy.learn.reward.sequence_tuning import ReplayMethod, ReplayTuning
-from diffpolicy.settings import check_choice, check_range
+from diffpolicy.settings import one_of, ranged
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,14 @@ class WeightedDenoising(ReplayMethod):
         ValueError: an unknown choice, a value out of range, or sizes that do not divide.
     """
 
-    target: str = "sequence"
-    remasks: int = 4
-    pick: str = "resample"
-    max_weight: float | None = None
-    min_ess: float | None = None
-    group_size: int | None = None
-    value: str = "mean"
+    target: str = one_of("sequence", "soft_value")
+    remasks: int = ranged("[1, inf)", 4)
+    pick: str = one_of("resample", "uniform")
+    max_weight: float | None = ranged("(1, inf)", None)
+    min_ess: float | None = ranged("(0, 1)", None)
+    group_size: int | None = ranged("[2, inf)", None)
+    value: str = one_of("mean", "mode", "draw")
     anchored: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("target", self.target, ("sequence", "soft_value"))
-        check_choice("pick", self.pick, ("resample", "uniform"))
-        check_choice("value", self.value, ("mean", "mode", "draw"))
-        check_range("[1, inf)", remasks=self.remasks)
-        check_range("(1, inf)", max_weight=self.max_weight)
-        check_range("(0, 1)", min_ess=self.min_ess)
-        check_range("[2, inf)", group_size=self.group_size)
 
     def objective(self, denoiser: Any, material: Any) -> nn.Module:
         """See :class:`WeightedDenoisingLoss`."""
@@ -103,7 +93,7 @@ class WeightedDenoisingLoss(ReplayTuning):
         if self.settings.target == "sequence":
             return {"log_weight": ((1,), torch.float32)}
         steps = self.evaluations(self.settings.num_steps)
-        groups = ((self.length,), torch.long)
+        groups = ((self.denoiser.length,), torch.long)
         return {"log_weight": ((steps,), torch.float32), "groups": groups}
 
     def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:

@@ -4,10 +4,4 @@ from diffpolicy.learn.values.learning import PreferenceLearning, RewardSpec
 from diffpolicy.learn.values.plans import PlanValue, PlanValueSpec
 from diffpolicy.learn.values.reward import RewardModel
 
-__all__ = [
-    "PlanValue",
-    "PlanValueSpec",
-    "PreferenceLearning",
-    "RewardModel",
-    "RewardSpec",
-]
+__all__ = ["PlanValue", "PlanValueSpec", "PreferenceLearning", "RewardModel", "RewardSpec"]

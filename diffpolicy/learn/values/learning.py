@@ -21,11 +21,12 @@ from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import Batch
 from diffpolicy.networks.critics import QEnsemble
-from diffpolicy.settings import check_choice, check_range, settings_of
-from diffpolicy.training.saved import Saved, part_of
+from diffpolicy.settings import check_choice, check_range, check_settings, ranged, settings_of
+from diffpolicy.training.saved import Device, Saved, part_of
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.sources import Source
-from diffpolicy.training.trainer import Trainer, TrainResult
+from diffpolicy.training.train import train
+from diffpolicy.training.trainer import TrainResult
 from diffpolicy.training.weights import unchanged_on_error
 
 TARGET = "plan_value_target"
@@ -88,7 +89,7 @@ class LearnedJudge(Saved):
         normalizer: Normalizer,
         network: QEnsemble | None = None,
         *,
-        device: str | torch.device = "cpu",
+        device: Device = "cpu",
     ) -> None:
         self.spec, self.normalizer = spec, normalizer.to(device)
         self.network: QEnsemble = (spec.make_network() if network is None else network).to(device)
@@ -116,18 +117,11 @@ class LearnedJudge(Saved):
         """Train by a loss that holds the network as ``network``; ``how`` is the trainer's."""
         with unchanged_on_error(self.network):
             self.network.requires_grad_(True)
-            result = Trainer(
-                loss,
-                source,
-                config,
-                run_dir,
-                export=lambda state: self._files(self._weights(state)),
-                identity={"model": self.spec, "normalizer": self.normalizer, **(about or {})},
-                **how,
-            ).fit()
-            self._take(self._weights(result.ema))
-            self.network.eval().requires_grad_(False)
-        self.last_training = result
+            how["export"] = lambda state: self._files(self._weights(state))
+            how["identity"] = {"model": self.spec, "normalizer": self.normalizer, **(about or {})}
+            self.last_training = train(loss, source, config, run_dir, **how)
+            self._take(self._weights(self.last_training.ema))
+            self.network.requires_grad_(False)
         return self
 
     def _weights(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
@@ -147,9 +141,7 @@ class LearnedJudge(Saved):
         }
 
     @classmethod
-    def _made_of(
-        cls, config: dict[str, Any], files: Mapping[str, Any], device: str | torch.device
-    ) -> Self:
+    def _made_of(cls, config: dict[str, Any], files: Mapping[str, Any], device: Device) -> Self:
         normalizer = Normalizer.from_parts(config["normalizer"], files["normalizer.safetensors"])
         made = cls(settings_of(cls.SPEC, config["spec"], cls.WHAT), normalizer, device=device)
         made._take(files)
@@ -175,16 +167,14 @@ class PreferenceLearning:
         ValueError: values out of range.
     """
 
-    label_smoothing: float = 0.0
+    label_smoothing: float = ranged("[0, 0.5)", 0.0)
     ties: bool = False
     bootstrap: bool = True
-    windows: int | None = 10
-    val_fraction: float = 0.0
+    windows: int | None = ranged("[1, inf)", 10)
+    val_fraction: float = ranged("[0, 0.5]", 0.0)
 
     def __post_init__(self) -> None:
-        check_range("[0, 0.5)", label_smoothing=self.label_smoothing)
-        check_range("[1, inf)", windows=self.windows)
-        check_range("[0, 0.5]", val_fraction=self.val_fraction)
+        check_settings(self)
 
     def split(
         self, preferences: PreferenceSet, seed: int

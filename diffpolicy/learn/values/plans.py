@@ -29,7 +29,7 @@ from diffpolicy.learn.values.learning import LearnedJudge, PlanValueLoss
 from diffpolicy.learn.values.reward import RewardModel
 from diffpolicy.networks.base import described
 from diffpolicy.networks.critics import QEnsemble
-from diffpolicy.settings import check_range, settings_of
+from diffpolicy.settings import check_settings, ranged, settings_of
 from diffpolicy.training.process import seeded
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Running
@@ -59,19 +59,17 @@ class PlanValueSpec:
 
     obs_dim: int
     action_dim: int
-    n_action_steps: int
-    lookahead: int = 16
-    discount: float = 1.0
-    n_obs_steps: int = 1
+    n_action_steps: int = ranged("[1, inf)")
+    lookahead: int = ranged("[1, inf)", 16)
+    discount: float = ranged("(0, 1]", 1.0)
+    n_obs_steps: int = ranged("[1, inf)", 1)
     width: int = 128
     depth: int = 2
     members: int = 5
     layer_norm: bool = True
 
     def __post_init__(self) -> None:
-        names = ("n_action_steps", "lookahead", "n_obs_steps")
-        check_range("[1, inf)", **{name: getattr(self, name) for name in names})
-        check_range("(0, 1]", discount=self.discount)
+        check_settings(self)
 
     def make_network(self) -> QEnsemble:
         """The networks, freshly initialised.

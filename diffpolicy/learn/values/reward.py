@@ -25,6 +25,7 @@ from diffpolicy.networks.base import described
 from diffpolicy.networks.critics import QEnsemble
 from diffpolicy.settings import check_shape, settings_of
 from diffpolicy.training.process import seeded
+from diffpolicy.training.saved import Device
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Running
 
@@ -69,7 +70,7 @@ class RewardModel(LearnedJudge):
         network: QEnsemble | None = None,
         standard: Tensor | None = None,
         *,
-        device: str | torch.device = "cpu",
+        device: Device = "cpu",
     ) -> None:
         for name, size in (("obs", spec.obs_dim), ("action", spec.action_dim)):
             check_shape(f"what normalizes {name}", normalizer.shape(name), (size,))
@@ -90,7 +91,7 @@ class RewardModel(LearnedJudge):
         *,
         spec: Mapping[str, Any] | None = None,
         seed: int = 0,
-        device: str | torch.device = "cpu",
+        device: Device = "cpu",
     ) -> Self:
         """An untrained model with the sizes and the normaliser of the episodes that were judged.
 

@@ -136,8 +136,3 @@ def image_field(shape: Sequence[int]) -> ObsField:
         raise ValueError(f"pictures are [C, h, w], this policy's camera has {list(shape)}")
     channels, height, width = (int(side) for side in shape)
     return ObsField((height, width, channels), "uint8", "image")
-
-
-def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries whose names start with ``prefix``, without it."""
-    return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffpolicy.core.processes import DiscreteVP
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.policies.spec import PolicySpec
+from diffpolicy.policies.spec import SIZES, PolicySpec
 from diffpolicy.settings import check_range
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -58,10 +58,8 @@ def imported(
     Raises:
         ValueError: A size is missing, or weights of another architecture.
     """
-    names = ("horizon", "n_obs_steps", "n_action_steps")
-    sizes = {name: require(config, name, where) for name in names}
-    unet = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-    network, weights = convert(unet, horizon=sizes["horizon"], n_groups=groups)
+    sizes = {name: require(config, name, where) for name in SIZES}
+    network, weights = convert(under(state, prefix), horizon=sizes["horizon"], n_groups=groups)
     named = {f"network.{n}": v for n, v in weights.items()}
     if sight is not None:
         settings |= {"observations": sight.observations, "encoder": sight.encoder}
@@ -141,6 +139,11 @@ def _betas(values: Mapping[str, Any], count: int) -> tuple[float, ...]:
         return DiscreteVP.linear(count, beta_start=first, beta_end=last).betas
     roots = torch.linspace(first**0.5, last**0.5, count, dtype=torch.float64)
     return tuple(roots.square().tolist())
+
+
+def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose names start with ``prefix``, without it."""
+    return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
 
 
 def refuse_unless(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

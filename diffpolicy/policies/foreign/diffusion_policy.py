@@ -16,14 +16,7 @@ from diffpolicy.data.normalize import Mode, Normalizer
 from diffpolicy.data.observation import ObsField
 from diffpolicy.networks import from_diffusion_policy_state_dict
 from diffpolicy.policies.foreign import unpickle
-from diffpolicy.policies.foreign.cameras import (
-    IMAGENET,
-    Eye,
-    Sight,
-    cameras_of,
-    image_field,
-    under,
-)
+from diffpolicy.policies.foreign.cameras import IMAGENET, Eye, Sight, cameras_of, image_field
 from diffpolicy.policies.foreign.common import (
     ForeignPolicy,
     diffusion_settings,
@@ -32,6 +25,7 @@ from diffpolicy.policies.foreign.common import (
     read_tensors,
     refuse_unless,
     require,
+    under,
 )
 
 POLICIES = (

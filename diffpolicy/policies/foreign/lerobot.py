@@ -13,7 +13,7 @@ from torch import Tensor
 from diffpolicy.data.normalize import Mode, Normalizer
 from diffpolicy.data.observation import ObsField
 from diffpolicy.networks import from_lerobot_state_dict
-from diffpolicy.policies.foreign.cameras import Eye, Sight, cameras_of, image_field, under
+from diffpolicy.policies.foreign.cameras import Eye, Sight, cameras_of, image_field
 from diffpolicy.policies.foreign.common import (
     ForeignPolicy,
     diffusion_settings,
@@ -21,6 +21,7 @@ from diffpolicy.policies.foreign.common import (
     read_json,
     read_tensors,
     refuse_unless,
+    under,
 )
 
 STATE, ENV, ACTION = "observation.state", "observation.environment_state", "action"
@@ -145,10 +146,7 @@ def _scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _normalisation(
-    path: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    cameras: Iterable[str],
+    path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], cameras: Iterable[str]
 ) -> tuple[dict[str, str], Statistics]:
     """Mode and statistics per feature: from buffers in the weights, else from the processors."""
     old: dict[str, Any] = {}

@@ -25,6 +25,7 @@ from diffpolicy.rollout.pool.values import (
     as_record,
     as_reward,
     as_success,
+    as_task,
     to_native,
 )
 
@@ -55,6 +56,7 @@ class Outcome(NamedTuple):
             it; None for other steps.
         record: the arrays of ``info["record"]``, which belong to ``obs`` and may be stored beside
             it; None if there are none.
+        task: the name in ``info["task"]``; None if there is none.
     """
 
     obs: Obs
@@ -66,6 +68,7 @@ class Outcome(NamedTuple):
     note: str = ""
     action: np.ndarray | None = None
     record: dict[str, np.ndarray] | None = None
+    task: str | None = None
 
     @property
     def done(self) -> bool:
@@ -209,8 +212,8 @@ class EnvSlot:
         self._done, self._seed, self._expert = False, seed, None
         picture, note = self.render() if frame is True else (None, "")
         seen = self._seen(obs)
-        beside = as_record(info)
-        return Outcome(seen, 0.0, False, False, as_success(info), picture, note, record=beside)
+        said = as_success(info), picture, note, None, as_record(info), as_task(info)
+        return Outcome(seen, 0.0, False, False, *said)
 
     def step(self, action: np.ndarray, frame: Drawn = False) -> Outcome:
         """Take ``action [A]``; there is no automatic reset.
@@ -222,14 +225,14 @@ class EnvSlot:
             raise RuntimeError("step() after the end of an episode; call reset() first")
         native = to_native(action, self.env.action_space)
         obs, reward, terminated, truncated, info = self.env.step(native)
-        ended = as_flag(terminated, "terminated"), as_flag(truncated, "truncated")
-        self._done = any(ended)
+        ended, over = as_flag(terminated, "terminated"), as_flag(truncated, "truncated")
+        self._done = ended or over
         value = as_reward(reward)
         wanted = self._done if frame == "end" else frame
         picture, note = self.render() if wanted else (None, "")
         seen = self._seen(obs)
-        beside = as_record(info)
-        return Outcome(seen, value, *ended, as_success(info), picture, note, record=beside)
+        said = as_success(info), picture, note, None, as_record(info), as_task(info)
+        return Outcome(seen, value, ended, over, *said)
 
     def expert_step(self, noise: float, frame: Drawn = False) -> Outcome:
         """Take the action of the environment's scripted expert, made noisier.

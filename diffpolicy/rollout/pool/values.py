@@ -144,6 +144,15 @@ def as_record(info: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
     return {name: array for name, array in arrays.items() if array.dtype.kind in NUMBERS} or None
 
 
+def as_task(info: Mapping[str, Any]) -> str | None:
+    """The name of the task that ``info["task"]`` tells; None if it tells none.
+
+    Only text names a task: environments that know of no tasks use that key for other things.
+    """
+    value = info.get("task")
+    return str(value) if isinstance(value, str) and value else None
+
+
 def _said(key: str, value: Any) -> bool | None:
     if value is None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,7 @@ def sheet_path(store: Path, suffix: str) -> Path:
     return store.with_name(f"{store.name.removesuffix('.zarr')}.datasheet{suffix}")
 
 
-def datasheet(
-    store: EpisodeReader, name: str, recipe: Any, digest: str, maker: str
-) -> dict[str, Any]:
+def datasheet(store: EpisodeReader, name: str, recipe: Any, digest: str) -> dict[str, Any]:
     """Say what a data set is, as JSON values that depend on the set and its recipe alone.
 
     Args:
@@ -29,7 +28,6 @@ def datasheet(
         name: of the recipe.
         recipe: with the number of episodes and the arguments that were asked for.
         digest: see :func:`~diffpolicy.data.store_digest.store_digest`.
-        maker: the distribution that declares the recipe.
 
     Returns:
         ``returns`` and ``lengths`` are over the kept episodes, ``expert`` over all that were tried.
@@ -42,13 +40,15 @@ def datasheet(
     return {
         "name": name,
         "about": recipe.about,
-        "maker": f"{maker} {attrs['versions'].get(maker, '')}".strip(),
+        "maker": attrs["maker"],
         "command": _command(name, recipe),
         "licence": recipe.licence,
         "settings": attrs["recipe"],
+        "made_of": attrs.get("made_of"),
         "versions": attrs["versions"],
         "episodes": {"tried": tried, "kept": len(kept)},
         "seeds": {"first": kept[0]["seed"], "last": kept[-1]["seed"]},
+        "tasks": dict(sorted(Counter(a["task"] for a in kept if "task" in a).items())),
         "steps": store.num_steps,
         "lengths": _spread(store.episode_lengths),
         "returns": _spread(np.array([one["return"] for one in kept])),
@@ -71,12 +71,15 @@ def as_markdown(sheet: Mapping[str, Any]) -> str:
         "maker": sheet["maker"],
         "licence": sheet["licence"],
         "environment": f"`{settings['env']}` {json.dumps(settings['kwargs'])}",
-        "made from": settings["derived"] or "nothing: recorded in the simulator",
+        "made from": f"{base['name']}, SHA-256 `{base['sha256']}`"
+        if (base := sheet["made_of"])
+        else "nothing: recorded in the simulator",
         "rewards": f"`{settings['relabel']}`" if settings["relabel"] else "the environment's",
         "noise": f"{settings['noise']:g} on what is executed; the clean action is stored",
         "episodes": f"{sheet['episodes']['kept']} kept ({settings['keep']}) of "
         f"{sheet['episodes']['tried']} tried, seeds {sheet['seeds']['first']} to "
         f"{sheet['seeds']['last']}",
+        "episodes by task": ", ".join(f"{n} {count}" for n, count in sheet["tasks"].items()),
         "steps": f"{sheet['steps']}, {_words(sheet['lengths'])} an episode",
         "return": _words(sheet["returns"]),
         "expert": "no success is told"
@@ -88,7 +91,7 @@ def as_markdown(sheet: Mapping[str, Any]) -> str:
         "versions": ", ".join(f"{n} {v}" for n, v in sheet["versions"].items()),
         "SHA-256": f"`{sheet['sha256']}`",
     }
-    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items() if text)
     return (
         f"# {sheet['name']}\n\n{sheet['about']}\n\n```\n{sheet['command']}\n```\n\n"
         f"| | |\n|---|---|\n{table}\n"

@@ -44,9 +44,9 @@ def collect(
     Executed is ``clip(clean + N(0, noise^2))``, on the dimensions of the environment's
     ``expert_noise_mask`` if it has one; stored is the clean action. Fields: ``obs`` (or
     ``obs.NAME`` of each entry of a ``Dict``), ``action`` (float32), ``reward``, ``terminated``,
-    ``truncated``. Attributes of each episode: ``seed``, ``success``, ``final_success``, ``return``.
-    The store's attribute ``collection`` says how many episodes were tried and kept and which seeds
-    failed.
+    ``truncated``. Attributes of each episode: ``seed``, ``success``, ``final_success``, ``return``,
+    and ``task`` where the environment tells one (``info["task"]``). The store's attribute
+    ``collection`` says how many episodes were tried and kept and which seeds failed.
 
     Args:
         spec: an environment that ships an expert: a method ``expert_action(rng) -> action [A]``
@@ -100,12 +100,10 @@ class Wanted:
         check_choice("keep", self.keep, ("success", "all"))
         check_range("[1, inf)", episodes=self.enough)
 
-    def settings(self, versions: Mapping[str, str]) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What decides the episodes, as JSON values."""
         beside = {"record": list(self.fields)} if self.fields else {}
-        # A set of a given size is a value: half of it must not be of other versions.
-        same = {"versions": dict(versions)} if self.enough else {}
-        return {"expert_noise": self.noise, "keep": self.keep, **beside, **same}
+        return {"expert_noise": self.noise, "keep": self.keep, **beside}
 
 
 def record_experts(
@@ -151,9 +149,11 @@ def record_experts(
             )
         beside = _specs(pool, numbers[0], wanted.fields)
         with (
-            open_record(path, pool.info, wanted.settings(pool.info.versions), beside) as store,
+            open_record(path, pool.info, wanted.settings(), beside) as store,
             tqdm(desc="collect", unit="episode", disable=not progress) as bar,
         ):
+            if wanted.enough is not None:
+                _check_versions(store, pool.info.versions)
             report = _Report(store, numbers, wanted, bar)
             try:
                 jobs = (Job(seed, seed, key=(seed,)) for seed in report.todo)
@@ -177,6 +177,17 @@ def _specs(pool: WorkerPool, seed: int, fields: Sequence[str]) -> dict[str, Fiel
     record = outcome.record or {}
     check_has(f"{pool.spec.id!r}: info['record']", fields, record)
     return {f"info.{n}": FieldSpec(record[n].shape, record[n].dtype.name) for n in fields}
+
+
+def _check_versions(store: EpisodeStore, now: Mapping[str, str]) -> None:
+    """Refuse to go on with a set of a given size, which is one value, by other versions."""
+    begun = store.attrs["versions"]
+    changed = [f"{n} {begun[n]} (now {now[n]})" for n in begun if now.get(n, begun[n]) != begun[n]]
+    if changed:
+        raise ValueError(
+            f"{store.name} was begun with {', '.join(changed)}, which may give other values: "
+            "choose another path, or remove it and begin anew"
+        )
 
 
 class _Experts(TrackRunner):
@@ -258,6 +269,7 @@ class _Report:
             success=result.success,
             final_success=result.final_success,
             **{"return": result.total},
+            **({} if result.task is None else {"task": result.task}),
         )
         self.kept += 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ from diffpolicy.data.reader import EpisodeReader
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.store_digest import store_digest
 from diffpolicy.rollout.declared import declared
-from diffpolicy.rollout.env_spec import EnvSpec
+from diffpolicy.rollout.env_spec import EnvSpec, installed_versions
 from diffpolicy.rollout.pool.supervisor import Workers
 from diffpolicy.rollout.record.datasheet import datasheet, write_datasheet
 from diffpolicy.rollout.record.experts import Wanted, record_experts
@@ -25,7 +26,7 @@ FOLDER = "data"
 _DEMONSTRATIONS = 100_000  # seeds below are for demonstrations, those above for choices and scores
 _ROWS = 8
 
-Relabel = Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], Mapping[str, np.ndarray]]
+Relabel = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 class UnknownSetError(ValueError):
@@ -107,10 +108,17 @@ def make_set(
             _record(recipe, target, workers, progress)
         else:
             _derive(recipe, target, base, workers=workers, progress=progress)
+        with EpisodeStore.open(target, "a") as made:
+            made.update_attrs({"recipe": _settings(recipe), "maker": _maker(name)})
     store = EpisodeStore.open(target)
-    sheet = datasheet(store, name, recipe, store_digest(store), declared().sources[name])
-    write_datasheet(target, sheet)
+    write_datasheet(target, datasheet(store, name, recipe, store_digest(store)))
     return store
+
+
+def _maker(name: str) -> str:
+    """The package that declares a recipe, with its version."""
+    distribution = declared().sources[name]
+    return f"{distribution} {installed_versions([distribution]).get(distribution, '')}".strip()
 
 
 def _whole(path: Path, recipe: Any) -> bool:
@@ -143,8 +151,6 @@ def _record(recipe: Any, target: Path, workers: int | None, progress: bool) -> N
         workers=Workers(num_envs=max(_ROWS, workers or 0), num_workers=workers),
         progress=progress,
     ).close()
-    with EpisodeStore.open(target, "a") as store:
-        store.update_attrs({"recipe": _settings(recipe)})
 
 
 def _derive(
@@ -155,8 +161,8 @@ def _derive(
     if base is None and _count(place) < recipe.episodes:
         count = recipe.episodes
         make_set(recipe.derived, place, episodes=count, workers=workers, progress=progress)
-    relabel = _function(recipe.relabel)
     kwargs = EnvSpec(recipe.env, recipe.kwargs).kwargs
+    relabel = functools.partial(_function(recipe.relabel), **kwargs)
     with EpisodeStore.open(place) as source:
         if source.num_episodes < recipe.episodes:
             raise ValueError(
@@ -165,32 +171,20 @@ def _derive(
             )
         left = {n for n in source.fields if n.startswith("info.")}
         left -= {f"info.{name}" for name in recipe.fields}
-        fields = {n: spec for n, spec in source.fields.items() if n not in left}
-        first = relabel(source.episode(0), kwargs)
-        fields |= {n: FieldSpec(v.shape[1:], str(v.dtype)) for n, v in _new(first, fields)}
+        fields = {"reward": FieldSpec(()), "terminated": FieldSpec((), "bool")}  # converted: none
+        fields |= {n: spec for n, spec in source.fields.items() if n not in left}
         attrs = {n: source.attrs[n] for n in ("versions",) if n in source.attrs}
         attrs |= {"env_id": recipe.env, "env_kwargs": dict(kwargs), "recipe": _settings(recipe)}
-        attrs["collection"] = source.attrs.get("collection", {})
+        attrs["made_of"] = {"name": recipe.derived, "sha256": store_digest(source)}
         again = _unfinished(target, recipe)
         with EpisodeStore.create(target, fields, attrs=attrs, overwrite=again) as store:
             for index in range(recipe.episodes):
-                _append(store, source, index, relabel, kwargs)
+                _append(store, source, index, relabel)
 
 
-def _new(values: Mapping[str, np.ndarray], fields: Mapping[str, FieldSpec]) -> list[Any]:
-    """Arrays that a function of rewards adds, of which no field has the name."""
-    return [(n, np.asarray(v)) for n, v in values.items() if n not in fields]
-
-
-def _append(
-    store: EpisodeStore,
-    source: EpisodeReader,
-    index: int,
-    relabel: Relabel,
-    kwargs: Mapping[str, Any],
-) -> None:
+def _append(store: EpisodeStore, source: EpisodeReader, index: int, relabel: Relabel) -> None:
     episode = source.episode(index)
-    given = {name: np.asarray(value) for name, value in relabel(episode, kwargs).items()}
+    given = {name: np.asarray(value) for name, value in relabel(episode).items()}
     check_has("what the function of rewards returns", ("reward", "terminated"), given)
     columns = {**episode, **given}
     columns = {name: columns[name].astype(spec.dtype) for name, spec in store.fields.items()}
@@ -216,7 +210,7 @@ def _count(path: Path) -> int:
     return EpisodeStore.open(path).num_episodes if path.exists() else 0
 
 
-def _function(place: str) -> Relabel:
+def _function(place: str) -> Callable[..., Any]:
     module, _, name = place.partition(":")
-    function: Relabel = getattr(importlib.import_module(module), name)
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function

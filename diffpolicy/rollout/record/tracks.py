@@ -48,11 +48,13 @@ class Track:
             ``info.NAME`` of each array that the environment gave beside the observation.
         success: whether any step was a success; None if the environment never said.
         final_success: what it said at the last step.
+        task: the name of the episode's task, where the environment has several.
     """
 
     columns: dict[str, np.ndarray]
     success: bool | None
     final_success: bool | None
+    task: str | None = None
 
     @classmethod
     def of(
@@ -74,7 +76,8 @@ class Track:
         given = [one or {} for one in beside]
         for name in given[0] if given else ():
             columns[f"info.{name}"] = np.stack([one[name] for one in given])
-        return cls(columns, any(said) if set(said) != {None} else None, said[-1])
+        success = any(said) if set(said) != {None} else None
+        return cls(columns, success, said[-1], outcomes[0].task)
 
     def __len__(self) -> int:
         return len(self.columns["reward"])

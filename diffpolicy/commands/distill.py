@@ -1,0 +1,45 @@
+"""`diffpolicy distill`: a student that draws a plan in one or a few evaluations.
+
+usage: diffpolicy distill [RUN] [group=choice] [key=value] ...
+       diffpolicy distill compare RUN [RUN ...] output=DIR [baseline=METHOD]
+
+The policy of a run (or pretrained=RUN) is the teacher; the student begins with its weights, learns
+from the teacher's demonstrations or plans, and is a policy like any other: `eval`, `rti`, `export`,
+`serve`. Both are scored on the same episodes with each of nfe=[1,2,4,10] steps.
+
+    diffpolicy distill runs/demo                       # consistency: one evaluation, or more
+    diffpolicy distill runs/demo method=rectified run_dir=runs/rectified
+    diffpolicy distill runs/demo method=halving method.num_steps=4 run_dir=runs/four
+    diffpolicy distill runs/four method=halving method.num_steps=2 run_dir=runs/two
+
+settings (also method, trainer and evaluation.KEY; collect, judge, plans and rounds are of `tune`):
+$plans
+
+$groups
+
+--print-config shows the composed configuration and stops; --multirun seed=0,1,2 runs them all.
+Results: RUN/report.md with pictures, report.json, metrics.csv, checkpoints/, policy/. The last line
+printed is `RESULT {json}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffpolicy.commands import tuning
+from diffpolicy.commands.options import groups_help, helped
+from diffpolicy.config_compose import is_setting
+
+
+def help_text() -> str:
+    """This module's own text with the settings of policies."""
+    settings = tuning.settings_of("plans")
+    return helped(__doc__, plans=settings, groups=groups_help(("method", "trainer")))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Distill the policy of a run."""
+    first = arguments[0] if arguments else "compare"
+    if first != "compare" and not first.startswith("-") and not is_setting(first):
+        arguments = [f"pretrained={first}", *arguments[1:]]
+    return tuning.run("distill", arguments)

@@ -1,0 +1,1 @@
+"""Students that need one or a few evaluations where their teacher needs many."""

@@ -1,0 +1,85 @@
+"""Consistency distillation: every state of a path is mapped to where the path ends.
+
+Song et al. 2023, Consistency Models (arXiv 2303.01469), algorithm 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffpolicy.core.sampler import Sampler
+from diffpolicy.learn.cloning.denoising import (
+    LossOutput,
+    clean_plan,
+    mean_over_plan,
+    standard_normal,
+)
+from diffpolicy.learn.distill.teaching import Distillation, Taught, ddim_move, drawn_step, unclipped
+from diffpolicy.learn.method import Batch
+from diffpolicy.settings import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consistency(Distillation):
+    """A student whose clean estimate is the end of the teacher's path, from any level in one step.
+
+    A demonstration is noised to a level of a grid, the teacher takes one step of DDIM down, and the
+    student's estimate before the step is drawn to its own after it, whose gradient is not followed.
+    At level 0 the estimate is the state itself. There is no moving average of the student as target
+    (Song and Dhariwal 2023, arXiv 2310.14189, found that it does harm).
+
+    The student draws plans in one evaluation, or in more by estimating and noising in turns:
+    solver ``ddim`` with the options ``eta: 1, variance: renoise``.
+
+    Args:
+        num_steps: K of the grid, ``"t"``-spaced. More: less error per step, more steps that the
+            end has to travel over.
+        draws: see :class:`~diffpolicy.learn.distill.teaching.Distillation`.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    num_steps: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("[2, inf)", num_steps=self.num_steps)
+
+    def student_sampler(self) -> Mapping[str, Any]:
+        renoise = {"eta": 1.0, "variance": "renoise"}
+        return {"solver": "ddim", "num_steps": 1, "spacing": "t", "options": renoise}
+
+    def objective(self, denoiser: Any, material: Any) -> nn.Module:
+        """See :class:`ConsistencyLoss`."""
+        return ConsistencyLoss.of(denoiser, self, material)  # type: ignore[no-any-return]
+
+
+class ConsistencyLoss(Taught):
+    """Squared difference of clean estimates at both ends of one step of the teacher, ``[B]``.
+
+    ``forward(batch, generator)`` takes ``obs`` and ``action [B, H, A]``, normalised, and with
+    ``mask_padding`` also ``valid [B, H]``.
+    """
+
+    settings: Consistency
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
+        x0, _ = clean_plan(batch, None, self.denoiser)
+        x0 = self.repeated(x0)
+        cond, told = self.conditions(batch)
+        process = self.denoiser.process
+        grid = Sampler(num_steps=self.settings.num_steps).grid(process)
+        t, s = drawn_step(grid, 1, x0, generator)
+        x_t = process.add_noise(x0, t, standard_normal(x0.shape, x0, generator))
+        with torch.no_grad():
+            x_s = ddim_move(process, x_t, self.teacher(x_t, t, told).x0_hat, t, s)
+            target = torch.where(s > 0, self.denoiser(x_s, s, cond).x0_hat, x_s)
+        error = (unclipped(self.denoiser, x_t, t, cond) - target).square()
+        loss = mean_over_plan(error.mean(-1), self.valid(batch))
+        return LossOutput(self.mean_of_draws(loss), {})

@@ -1,0 +1,152 @@
+"""What methods of distillation share: a student, its frozen teacher, and steps between levels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
+from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.guidance.cfg import ClassifierFreeGuidance
+from diffpolicy.learn.method import Method, encoded
+from diffpolicy.learn.reference import Referenced
+from diffpolicy.settings import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Method):
+    """Settings of all distillations; the student begins with the weights of its teacher.
+
+    Classifier-free guidance of the teacher becomes the student's own, which is then unguided.
+
+    Args:
+        draws: levels (and noises) per example, over which its loss is the mean. Observations are
+            encoded once for all of them.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    command: ClassVar[str] = "distill"
+    items: ClassVar[str] = "plans"
+
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        check_range("[1, inf)", draws=self.draws)
+
+    def reads(self) -> frozenset[str]:
+        return frozenset({"demonstrations"})
+
+    def student_sampler(self) -> Mapping[str, Any]:
+        """How students draw their plans: entries of :class:`~diffpolicy.core.Sampler`."""
+        raise NotImplementedError(f"{type(self).__name__} defines no student_sampler()")
+
+    def begin(self, policy: Any) -> Any:
+        """The student: a copy of its teacher that draws plans in its own way, from pure noise."""
+        sampler = {**self.student_sampler(), "t_min": None, "guidance_scale": 1.0}
+        sampler = replace(policy.spec.sampler, **sampler)
+        spec = replace(policy.spec, sampler=sampler, rti=None, truncated=None)
+        weights = copy.deepcopy(policy.denoiser), policy.normalizer, None
+        return type(policy)(spec, *weights, copy.deepcopy(policy.heads))
+
+
+class Taught(Referenced):
+    """An objective with a frozen teacher, which is the student as it is when training begins.
+
+    Args:
+        denoiser: the student.
+        settings: ``draws``.
+        guidance_scale: of the teacher's classifier-free guidance; 1: none.
+        mask_padding: leave edge-padded positions out.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        settings: Distillation,
+        *,
+        guidance_scale: float = 1.0,
+        mask_padding: bool = False,
+    ) -> None:
+        super().__init__(denoiser, None, apart=True)
+        self.denoiser: Denoiser
+        self.settings, self.guidance_scale = settings, guidance_scale
+        self.mask_padding = mask_padding
+
+    @classmethod
+    def of(cls, denoiser: Any, settings: Any, material: Any) -> Any:
+        """The objective for what there is to learn from."""
+        scale = material.spec.sampler.guidance_scale
+        return cls(
+            denoiser, settings, guidance_scale=scale, mask_padding=material.data.mask_padding
+        )
+
+    @property
+    def teacher(self) -> BaseDenoiser:
+        """What the student learns from, guided as the policy before was."""
+        assert self.reference is not None
+        if self.guidance_scale == 1:
+            return self.reference
+        clip = getattr(self.reference, "clip", False)
+        return ClassifierFreeGuidance(self.reference, self.guidance_scale, clip=clip)
+
+    def conditions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """What the student and the teacher see, ``[B * draws, C]``, each by its own encoder."""
+        return self.repeated(encoded(self.denoiser, batch)), self.repeated(self.told(batch))
+
+    @torch.no_grad()
+    def told(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """What the teacher sees, ``[B, C]``."""
+        assert self.reference is not None
+        return encoded(self.reference, batch)
+
+    def repeated(self, rows: Any) -> Any:
+        """Every row ``draws`` times in a row; None stays None."""
+        return rows if rows is None else rows.repeat_interleave(self.settings.draws, 0)
+
+    def valid(self, batch: Mapping[str, Tensor]) -> Any:
+        """The positions ``[B * draws, H]`` that are learned from; None: all."""
+        return self.repeated(batch["valid"]) if self.mask_padding else None
+
+    def mean_of_draws(self, loss: Tensor) -> Tensor:
+        """``[B]`` of losses ``[B * draws]``."""
+        return loss.view(-1, self.settings.draws).mean(1)
+
+
+def drawn_step(grid: Tensor, stride: int, like: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Levels ``[B, 1, 1]`` of ``stride`` steps in a row, begun anywhere on a grid, row by row.
+
+    Args:
+        grid: host levels ``[K stride + 1, 1, 1, 1]``, falling to 0.
+        stride: steps in a row; what is drawn begins at a multiple of it.
+        like: states ``[B, H, D]``, for device and type.
+        generator: source of the draws.
+
+    Returns:
+        ``stride + 1`` tensors, falling.
+    """
+    starts = (len(grid) - 1) // stride
+    drawn = torch.randint(starts, like.shape[:1], generator=generator, device=generator.device)
+    levels = grid.view(-1).to(like.device, like.dtype)
+    first = drawn.to(like.device) * stride
+    return [levels[first + i].view(-1, 1, 1) for i in range(stride + 1)]
+
+
+def ddim_move(
+    process: GaussianProcess, x_t: Tensor, x0_hat: Tensor, t: Tensor, s: Tensor
+) -> Tensor:
+    """Deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0) from ``t`` to ``s``, per row."""
+    noise = (x_t - process.alpha(t) * x0_hat) / process.sigma(t)
+    return process.alpha(s) * x0_hat + process.sigma(s) * noise
+
+
+def unclipped(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+    """The clean estimate, of which no entry is clamped: there it would have no gradient."""
+    c_x, c_out, _, _ = denoiser.coefficients(t)
+    return c_x * x_t + c_out * denoiser.raw(x_t, t, cond)
