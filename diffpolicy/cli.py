@@ -21,7 +21,7 @@ COMMANDS = {
     "resume": "continue an interrupted run exactly where it stopped, or train one for longer",
     "rti": "give a policy warm starts (real-time iteration), their level chosen from data",
     "anchors": "give a policy truncated starts from anchors of the demonstrations",
-    "data": "info, check, convert or collect episode stores",
+    "data": "make, check, convert or collect episode stores",
     "export": "write a policy as ONNX files with a contract, for deployment",
     "serve": "answer observations with actions over a WebSocket, for many clients at a time",
     "import-checkpoint": "turn a LeRobot or Diffusion Policy checkpoint into one of ours",
@@ -216,15 +216,22 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 def _said(error: Exception) -> str:
     """An error as one line; our own explain themselves, of others the kind is said."""
-    from diffpolicy.extras import pip_hint
-
     text = str(error).strip()
     if isinstance(error, ImportError):
-        return f"{text}.{pip_hint(text)}" if pip_hint(text) and "pip install" not in text else text
+        return text if "pip install" in text else f"{text}{_how_to_install(text)}"
     if isinstance(error, ValueError | OSError) and text:
         return text
     first = text.splitlines()[0] if text else "no reason is given"
     return f"{type(error).__name__}: {first} (--traceback shows where)"
+
+
+def _how_to_install(text: str) -> str:
+    """What to say of a package that a message names; empty if it is none of ours."""
+    from diffpolicy.extras import pip_hint
+    from diffpolicy.rollout.declared import install_hint
+
+    hint = pip_hint(text) or install_hint(text)
+    return f".{hint}" if hint else ""
 
 
 def _nobody_reads() -> bool:

@@ -11,10 +11,6 @@ TRUST_VARIABLE = "DIFFPOLICY_TRUST_ENVS"
 """Names packages whose code files may name (with commas between them), or is ``true`` for all."""
 
 EXTRAS = {
-    "gymnasium_robotics": "robotics",
-    "gym_pusht": "pusht",
-    "pymunk": "pusht",
-    "mujoco": "mujoco",
     "h5py": "hdf5",
     "pyarrow": "lerobot",
     "av": "lerobot",
@@ -30,13 +26,15 @@ EXTRAS = {
     "stable_baselines3": "sb3",
     "sb3_contrib": "tqc",
     "tensorboard": "tensorboard",
-    "seqfold": "rna",
     "sklearn": "anchors",
     "timm": "timm",
     "websockets": "serve",
     "msgpack": "serve",
 }
-"""The extra that installs a package, by the package's module."""
+"""The extra that installs a package, by the package's module.
+
+Simulators are declared beside the environments: see :mod:`diffpolicy.rollout.declared`.
+"""
 
 
 def installed(module: str) -> bool:

@@ -111,6 +111,7 @@ SMALL = {
     "rti": ["episodes=2", "num_steps=1"],
     "anchors": ["count=4"],
     "export": [],
+    "fetch/push": ["episodes=2", "workers=0"],
     "data": [],
 }
 

@@ -52,3 +52,12 @@ def test_both_packages_are_typed_and_environments_register(installed):
         assert (installed / "site" / package / "py.typed").is_file()
     out = run(installed, "import diffpolicy_envs; print(diffpolicy_envs.__file__)")
     assert str(installed / "site") in out
+
+
+def test_what_the_environments_declare_is_found_by_its_entry_point(installed):
+    code = """
+from diffpolicy.rollout import declared as module
+module.OWN = "no_such_package.declared"  # which a checkout on the path needs
+print(module.declared().homes["diffpolicy_envs"], "fetch/push" in module.declared().recipes)
+"""
+    assert run(installed, code).strip() == "Home(distribution='diffpolicy', extra='') True"

@@ -1,4 +1,4 @@
-"""`diffpolicy data`: info, check, convert, filter, split, merge, collect; D4RL; preferences."""
+"""`diffpolicy data`: info, check, convert, filter, split, merge; demonstrations; preferences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpolicy.commands import prefs
+from diffpolicy.commands import demonstrations, prefs
 from diffpolicy.commands.options import Option, options_help, parse, subcommand
 from diffpolicy.config_compose import is_setting
 from diffpolicy.settings import ConfigError
@@ -94,16 +94,6 @@ LEROBOT = {
     "lossless": Option(False, "keep every pixel, in films that fewer players show"),
     "overwrite": WHICH["overwrite"],
 }
-COLLECT = {
-    "env": Option(None, "the environment, such as diffpolicy_envs:diffpolicy/FetchPush-v0"),
-    "episodes": Option(200, "how many"),
-    "seed": Option(0, "of the first; each later one has the next seed"),
-    "noise": Option(0.15, "added to what is executed; the clean action is stored"),
-    "keep": Option("success", "or all"),
-    "num_workers": Option(None, "processes; 0: none but this one"),
-    "kwargs": Option({}, "of the environment"),
-    "max_episode_steps": Option(None, "another step limit"),
-}
 
 
 def help_text() -> str:
@@ -116,6 +106,7 @@ usage: diffpolicy data info STORE [--update-statistics]
        diffpolicy data split STORE OUT_A OUT_B keep=EPISODES | fraction=0.8 [key=value] ...
        diffpolicy data merge STORE STORE ... OUT [fields=[...]] [overwrite=true]
        diffpolicy data d4rl [PATTERN] [data_dir=DIR]
+       diffpolicy data make NAME [out=STORE] [key=value] ... | --list [PATTERN]
        diffpolicy data collect TARGET env=ID [episodes=200] [key=value] ...
        diffpolicy data prefs collect | import | info | render | serve ...
 
@@ -152,9 +143,7 @@ merge    makes a store of all episodes of several, which must have the same fiel
 d4rl     the D4RL datasets whose id contains PATTERN (or matches it, with * and ?): file name, step
          limit, returns that score 0 and 100, and where the file is. Files belong into
          $D4RL_DATASET_DIR or ~/.d4rl/datasets; the d4rl package is not needed.
-collect  records demonstrations of the environment's scripted expert; continues an interrupted
-         collection.
-{options_help(COLLECT, " " * 11)}
+{demonstrations.help_text()}
 prefs    preferences between stored segments: pairs from rollouts, labels of people, side-by-side
          clips, and a page to label on.
 
@@ -171,7 +160,8 @@ def run(arguments: Sequence[str]) -> int:
         "split": _split,
         "merge": _merge,
         "d4rl": _d4rl,
-        "collect": _collect,
+        "make": demonstrations.make,
+        "collect": demonstrations.collect,
         "prefs": prefs.run,
     }
     return subcommand(arguments, commands, "data")(arguments[1:])
@@ -370,26 +360,3 @@ def _observation_of(env_id: str | None) -> Any:
     name = "observation_from_state"
     with contextlib.closing(EnvSpec(env_id).make()) as env:
         return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else None
-
-
-def _collect(arguments: Sequence[str]) -> int:
-    from diffpolicy.rollout.env_spec import EnvSpec
-    from diffpolicy.rollout.pool.supervisor import Workers
-    from diffpolicy.rollout.record.experts import collect
-
-    options = parse(arguments, ["target"], COLLECT)
-    if options["env"] is None:
-        raise ConfigError(
-            "collect needs env=ID, for example env=diffpolicy_envs:diffpolicy/FetchPush-v0"
-        )
-    seeds = range(options["seed"], options["seed"] + options["episodes"])
-    store = collect(
-        EnvSpec(options["env"], options["kwargs"], options["max_episode_steps"]),
-        seeds,
-        options["target"],
-        workers=Workers(num_envs=16, num_workers=options["num_workers"]),
-        noise=float(options["noise"]),
-        keep=options["keep"],
-    )
-    print(f"{options['target']}: {store.num_episodes} episodes, {store.num_steps} steps")
-    return 0

@@ -2,9 +2,9 @@
 
 usage: diffpolicy doctor [probe=true]
 
-Prints the versions that matter, the devices, whether pictures can be rendered, and any combination
-of packages that is known to be broken, with the fix. probe=false skips what starts processes.
-Exit status 1 if something is broken.
+Prints the versions that matter, the devices, whether pictures can be rendered, which simulators are
+there and whether their versions fit, and any combination of packages that is known to be broken,
+each with the fix. probe=false skips what starts processes. Exit status 1 if something is broken.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
+from diffpolicy.commands.doctor_benchmarks import READ, check_benchmarks
 from diffpolicy.commands.doctor_checks import (
     CORE,
     OPTIONAL,
@@ -149,6 +150,15 @@ def probe_devices() -> Finding:
     return Finding("ok", "devices", f"{devices}; torch uses {answer['threads']} CPU threads")
 
 
+def probe_benchmarks() -> list[Finding]:
+    """Read what is declared of environments, in a subprocess, and look for what they need."""
+    output, reason = _run(READ, TIME_LIMIT)
+    if reason:
+        fix = "pip install --force-reinstall gymnasium"
+        return [Finding("warning", "simulators", f"declarations cannot be read: {reason}", fix)]
+    return check_benchmarks(json.loads(output.splitlines()[-1]))
+
+
 def diagnose(*, probe: bool = True) -> list[Finding]:
     """Examine this Python environment and machine.
 
@@ -172,6 +182,8 @@ def diagnose(*, probe: bool = True) -> list[Finding]:
         findings.append(probe_devices())
     if probe and "mujoco" in versions:
         findings.append(probe_gl())
+    if probe and "gymnasium" in versions:
+        findings += probe_benchmarks()
     if (table := check_d4rl_table()) is not None:
         findings.append(table)
     fine = Finding("ok", "combinations", "none of the known-broken ones is present")

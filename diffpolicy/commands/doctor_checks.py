@@ -19,13 +19,15 @@ CORE = (
     "tqdm",
 )
 OPTIONAL = (
-    *("mujoco", "gymnasium-robotics", "gym-pusht", "pymunk", "metaworld", "stable-baselines3"),
-    *("scikit-learn", "websockets", "msgpack", "h5py", "minari", "pyarrow", "pillow"),
-    *("onnx", "onnxruntime", "openvino", "seqfold", "matplotlib", "imageio-ffmpeg", "tensorboard"),
+    *("stable-baselines3", "scikit-learn", "websockets", "msgpack", "h5py", "minari", "pyarrow"),
+    *("pillow", "onnx", "onnxruntime", "openvino", "matplotlib", "imageio-ffmpeg", "tensorboard"),
 )
 TENSORFLOW = ("tensorflow", "tensorflow-cpu", "tensorflow-intel", "tf-nightly")
-# Only looked at because of what they break.
-TROUBLE = ("d4rl", "mujoco-core", "mujoco-studio", "packaging", *TENSORFLOW)
+# Only looked at because of what they break, or what breaks them.
+TROUBLE = (
+    *("d4rl", "mujoco", "mujoco-core", "mujoco-studio", "packaging", *TENSORFLOW),
+    *("gymnasium-robotics", "gym-pusht", "pymunk", "metaworld"),
+)
 Level = Literal["ok", "info", "warning", "error"]
 
 
@@ -187,14 +189,14 @@ def _fits(version: str | None, bound: str | None) -> bool:
     if version is None or bound is None:
         return version is bound
     number = bound.lstrip("<>!=")
-    have, want = _release(version), _release(number)
+    have, want = release(version), release(number)
     return {"": True, "<": have < want, ">=": have >= want, "!=": have != want}[
         bound.removesuffix(number)
     ]
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """Leading numbers of a version: (2, 13, 0) for "2.13.0+cpu"."""
+def release(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version: (2, 13, 0) for "2.13.0+cpu"."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(map(int, match.group().split("."))) if match else ()
 

@@ -24,6 +24,7 @@ from gymnasium import spaces
 from diffpolicy.data.fields import inward_bounds
 from diffpolicy.data.observation import ObsField, ObsFields, by_store_field, of_space
 from diffpolicy.extras import TRUST_VARIABLE, pip_hint, trusts
+from diffpolicy.rollout.declared import declared, install_hint
 from diffpolicy.settings import check_range
 
 # Distributions whose version can change any score; MuJoCo's simulator is part of Gymnasium's own
@@ -31,11 +32,6 @@ from diffpolicy.settings import check_range
 _VERSIONED = ("diffpolicy", "gymnasium", "mujoco", "numpy")
 _NUMBERS = itertools.count()
 
-KNOWN = ("diffpolicy_envs", "gymnasium", "gymnasium_robotics", "gym_pusht", "gym_aloha", "gym_xarm")
-"""Packages whose environments a file may name without the user having named them.
-
-``module:Name-v0`` imports ``module``, which is running its code.
-"""
 # Gymnasium's adapters, whose arguments name, and import, an environment of another library.
 _ADAPTERS = ("GymV21Environment", "GymV26Environment")
 
@@ -106,7 +102,7 @@ class EnvSpec:
             env: gym.Env[Any, Any] = gym.make(name, disable_env_checker=True, **kwargs)
         except (ImportError, gym.error.DependencyNotInstalled) as error:
             raise EnvSpecError(
-                f"{self.id!r} cannot be made: {error}.{pip_hint(str(error))}"
+                f"{self.id!r} cannot be made: {error}.{_hint(str(error))}"
             ) from error
         except (TypeError, gym.error.Error) as error:
             raise EnvSpecError(f"{self.id!r} cannot be made with {kwargs}: {error}") from error
@@ -278,16 +274,13 @@ def inspect_env(spec: EnvSpec, env: gym.Env[Any, Any]) -> EnvInfo:
 def _task_groups(spec: EnvSpec, env: gym.Env[Any, Any]) -> dict[str, list[str]]:
     """The groups of tasks that an environment of several declares; most declare none."""
     groups = env.metadata.get("task_groups", {})
-    named = isinstance(groups, Mapping) and all(
-        isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-        for names in groups.values()
-    )
-    if not named:
+    kinds = map(type, groups.values() if isinstance(groups, Mapping) else [None])
+    if not set(kinds) <= {list, tuple}:
         raise EnvSpecError(
             f"{spec.id!r} has metadata['task_groups'] = {groups!r}; lists of task names by group "
             "are needed, such as {'easy': ['reach', 'push']}"
         )
-    return {str(group): list(names) for group, names in groups.items()}
+    return {str(group): list(map(str, names)) for group, names in groups.items()}
 
 
 def _versions(spec: EnvSpec, env: gym.Env[Any, Any]) -> dict[str, str]:
@@ -317,8 +310,13 @@ def _import_home(env_id: str) -> None:
     except ImportError as error:
         raise EnvSpecError(
             f"{env_id!r} needs the module {module!r}, which cannot be imported: {error}."
-            f"{pip_hint(f'{module} {error}')}"
+            f"{_hint(f'{module} {error}')}"
         ) from error
+
+
+def _hint(text: str) -> str:
+    """How to install what a message names, unless the message says it itself."""
+    return "" if "pip install" in text else pip_hint(text) or install_hint(text)
 
 
 def _unknown_id(env_id: str, name: str) -> str:
@@ -328,10 +326,11 @@ def _unknown_id(env_id: str, name: str) -> str:
     if ":" in env_id:
         return message
     space = name.split("/")[0]
-    homes = [name for name in KNOWN if name.startswith(space)] if "/" in name else []
+    known = declared().homes
+    homes = [home for home in known if home.startswith(space)] if "/" in name else []
     return (
         f"{message} If a package registers it on import, write '{(homes or ['package'])[0]}:{name}'"
-        f" (packages that do: {', '.join(KNOWN)}).{pip_hint(homes[0]) if homes else ''}"
+        f" (packages that do: {', '.join(known)}).{install_hint(homes[0]) if homes else ''}"
     )
 
 
@@ -381,13 +380,14 @@ def stored_env_id(env_id: str, source: object, *, instead: str = "env.id=") -> s
         ``env_id``.
 
     Raises:
-        EnvSpecError: it imports a package that is not known and that the user does not trust (the
-            variable ``DIFFPOLICY_TRUST_ENVS`` names packages, or is ``true`` for all; on the
-            command line ``trust_env=`` sets it).
+        EnvSpecError: it imports a package that no installed package declares (see
+            :mod:`~diffpolicy.rollout.declared`) and that the user does not trust (the variable
+            ``DIFFPOLICY_TRUST_ENVS`` names packages, or is ``true`` for all; on the command line
+            ``trust_env=`` sets it).
     """
     module, colon, name = env_id.rpartition(":")
     package = module.split(".")[0]
-    safe = package in KNOWN if colon else True
+    safe = package in declared().homes if colon else True
     if (safe and not name.startswith(_ADAPTERS)) or trusts(package):
         return env_id
     name_it = f"{instead}{env_id}, or " if instead else ""

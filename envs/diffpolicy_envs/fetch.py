@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from diffpolicy_envs.base import Action, FlatEnv, Info, Observation
 from diffpolicy_envs.cameras import place_goal
 from diffpolicy_envs.fetch_experts import Expert, PickAndPlaceExpert, PushExpert, ReachExpert
+from diffpolicy_envs.recipes import Recipe
 from diffpolicy_envs.simulators import import_robotics
 
 
@@ -148,3 +149,28 @@ class FetchEnv(FlatEnv):
         simulator: Any = self.simulator  # a reset's info is empty
         distance = np.linalg.norm(self._raw["desired_goal"] - self._raw["achieved_goal"])
         return bool(distance < simulator.distance_threshold)
+
+
+LICENCE = "simulator: MIT and Apache-2.0 (gymnasium-robotics, MuJoCo); expert: MIT (ours)"
+
+
+def _recipe(env: str, about: str, minutes: float, megabytes: float) -> Recipe:
+    return Recipe(
+        env=f"diffpolicy_envs:diffpolicy/{env}-v0",
+        episodes=200,
+        noise=0.15,
+        about=about,
+        licence=LICENCE,
+        extra="robotics",
+        minutes=minutes,
+        megabytes=megabytes,
+    )
+
+
+RECIPES = {
+    "fetch/reach": _recipe("FetchReach", "the gripper goes to a point in the air", 0.5, 1.0),
+    "fetch/push": _recipe("FetchPush", "a block is pushed to a place on the table", 0.5, 1.5),
+    "fetch/pick-and-place": _recipe(
+        "FetchPickAndPlace", "a block is lifted to a point, often in the air", 0.5, 1.6
+    ),
+}

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffpolicy_envs.base import Action, Info, Observation
-from diffpolicy_envs.fetch import FetchEnv
+from diffpolicy_envs.fetch import LICENCE, FetchEnv
 from diffpolicy_envs.fetch_experts import MovingReachExpert
 from diffpolicy_envs.motion import Motion, MotionSettings, draw_motion
+from diffpolicy_envs.recipes import Recipe
 
 EPISODE_STEPS = 100
 """Control steps of an episode, of 0.04 s each."""
@@ -156,3 +157,18 @@ class FetchReachMovingEnv(FetchEnv):
         velocity = self._motion.velocity[self._clock]
         position = super()._flatten({**raw, "target_velocity": velocity})
         return np.concatenate([position, velocity.astype(np.float32)])
+
+
+RECIPES = {
+    "fetch/reach-moving": Recipe(
+        env="diffpolicy_envs:diffpolicy/FetchReachMoving-v0",
+        episodes=200,
+        noise=0.15,
+        keep="all",
+        about="the gripper follows a target that turns and jumps without notice",
+        licence=LICENCE,
+        extra="robotics",
+        minutes=1.0,
+        megabytes=2.4,
+    ),
+}

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffpolicy_envs.base import FlatEnv, Observation
+from diffpolicy_envs.recipes import Recipe
 from diffpolicy_envs.simulators import import_robotics
 
 Cell = tuple[int, int]
@@ -165,3 +166,22 @@ def _gains(
         if (value is None and name != "speed") or (value is not None and not value > 0):
             raise ValueError(f"controller {name} must be a positive number, got {value!r}")
     return gains
+
+
+RECIPES = {
+    f"pointmaze/{name.lower()}": Recipe(
+        env=f"diffpolicy_envs:diffpolicy/PointMaze{name}-v0",
+        episodes=100,
+        noise=0.1,
+        about="a ball goes to a goal along the shortest path through the maze",
+        licence="simulator: MIT and Apache-2.0 (gymnasium-robotics, MuJoCo); expert: MIT (ours)",
+        extra="robotics",
+        minutes=minutes,
+        megabytes=megabytes,
+    )
+    for name, minutes, megabytes in (
+        ("UMaze", 0.1, 0.6),
+        ("Medium", 0.2, 0.7),
+        ("Large", 0.2, 0.9),
+    )
+}

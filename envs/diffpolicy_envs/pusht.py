@@ -13,6 +13,7 @@ from diffpolicy_envs.base import FlatEnv, Info, Observation
 from diffpolicy_envs.pusht_expert import PushTExpert
 from diffpolicy_envs.pusht_features import OBSERVATION_DIM, STATE_DIM, distance_to_goal
 from diffpolicy_envs.pusht_features import observation_from_state as features
+from diffpolicy_envs.recipes import Recipe
 from diffpolicy_envs.simulators import import_pusht
 
 RESETS = ("gym_pusht", "diffusion_policy")
@@ -246,3 +247,18 @@ class PushTImageEnv(PushTBase):
     def _flatten(self, raw: NDArray[np.float64]) -> Any:
         # Not `render`, whose image shows the last action.
         return {"agent_pos": raw[:2].astype(np.float32), "image": self._physics._render()}
+
+
+LICENCE = "simulator: Apache-2.0 and MIT (gym-pusht, pymunk); expert: MIT (ours)"
+
+RECIPES = {
+    "pusht/script": Recipe(
+        env="diffpolicy_envs:diffpolicy/PushT-v0",
+        episodes=200,
+        about="a script that looks one push ahead brings the T into its outline",
+        licence=LICENCE,
+        extra="pusht",
+        minutes=1.3,
+        megabytes=2.8,
+    ),
+}

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from diffpolicy_envs.base import Info, Observation
 from diffpolicy_envs.motion import MotionSettings, check_rate, draw_motion
-from diffpolicy_envs.pusht import RESETS, PushTEnv
+from diffpolicy_envs.pusht import LICENCE, RESETS, PushTEnv
+from diffpolicy_envs.recipes import Recipe
 
 Vector = NDArray[np.float64]
 
@@ -273,3 +274,17 @@ class PushTDisturbedEnv(PushTEnv):
         if turn or shift.any():
             body.velocity = tuple((shift / STEP_SECONDS).tolist())
             body.angular_velocity = float(turn / STEP_SECONDS)
+
+
+RECIPES = {
+    "pusht/disturbed": Recipe(
+        env="diffpolicy_envs:diffpolicy/PushTDisturbed-v0",
+        episodes=100,
+        keep="all",
+        about="the script keeps the T in an outline that moves, while the T is kicked",
+        licence=LICENCE,
+        extra="pusht",
+        minutes=1.8,
+        megabytes=3.5,
+    ),
+}

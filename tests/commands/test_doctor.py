@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from diffpolicy.commands import doctor
+from diffpolicy.commands.doctor_benchmarks import Requirement, check_benchmarks
 from diffpolicy.commands.doctor_checks import Finding, check_installation
 
 TESTED = {
@@ -121,6 +122,49 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+TOLD = {
+    "homes": {
+        "gymnasium_robotics": ["diffpolicy", "robotics"],
+        "metaworld": ["diffpolicy", "metaworld"],
+        "toy_simulator": ["toys", "sim"],
+        "gymnasium": ["diffpolicy", ""],
+    },
+    "sets": [["diffpolicy", "robotics"], ["toys", "sim"], ["toys", "sim"], ["diffpolicy", ""]],
+    "broken": {"other": "other_declared: no licence"},
+}
+REQUIRED = {
+    "diffpolicy": (
+        'gymnasium-robotics>=1.4.1; extra == "robotics"',
+        'mujoco<3.12,>=3.3; extra == "robotics"',
+        "mujoco<1; extra == 'other'",
+        "zarr<1; python_version < '3'",
+    ),
+    "metaworld": ("mujoco==3.3", "imageio", "numpy==1.*"),
+}
+
+
+@pytest.mark.parametrize(
+    ("mujoco", "level", "message"),
+    [
+        ("3.3.0", "ok", "gymnasium-robotics 1.4.2; 1 data sets can be made"),
+        ("3.12.1", "warning", "mujoco 3.12.1 is not mujoco<3.12,>=3.3"),
+    ],
+)
+def test_simulators_are_there_fit_or_are_installed_so(
+    mujoco: str, level: str, message: str
+) -> None:
+    have = {"gymnasium-robotics": "1.4.2", "metaworld": "3.1.1", "mujoco": mujoco, "numpy": "2.4"}
+    read = {name: [Requirement.read(one) for one in texts] for name, texts in REQUIRED.items()}
+    robotics, metaworld, toys, other = check_benchmarks(
+        TOLD, have.get, lambda name: [one for one in read.get(name, []) if one is not None]
+    )
+    assert (robotics.level, robotics.message) == (level, message)
+    assert metaworld.level == level  # it pins mujoco itself
+    assert toys.message == "not installed: toy-simulator (2 data sets need it)"
+    assert toys.fix == 'pip install "toys[sim]"'
+    assert (other.level, other.message) == ("warning", "other_declared: no licence")
+
+
 def test_devices_are_listed() -> None:
     finding = doctor.probe_devices()
     assert finding.level == "ok"
@@ -136,6 +180,7 @@ def test_format() -> None:
 def test_report_names_versions_and_rendering() -> None:
     pytest.importorskip("mujoco", exc_type=ImportError)
     text = doctor.format_findings(doctor.diagnose())
-    assert "mujoco: " in text
+    assert "[mujoco]: mujoco 3." in text
+    assert "data sets can be made" in text
     assert "rendering: " in text
     assert "combinations: none" in text

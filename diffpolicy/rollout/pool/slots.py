@@ -16,12 +16,13 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from diffpolicy.data.observation import Obs, ObsFields, from_fields, to_fields
+from diffpolicy.data.observation import Obs, ObsFields, from_fields, holds, to_fields
 from diffpolicy.rollout.env_spec import EnvSpec, action_ends, obs_fields
 from diffpolicy.rollout.pool.shared import Room
 from diffpolicy.rollout.pool.values import (
     as_flag,
     as_observation,
+    as_record,
     as_reward,
     as_success,
     as_task,
@@ -54,6 +55,8 @@ class Outcome(NamedTuple):
         action: the clean action ``[A]`` float32 of a step of the environment's expert, which chose
             it; None for other steps.
         task: the name in ``info["task"]``; None if there is none.
+        record: the arrays of ``info["record"]``, which belong to ``obs`` and may be stored beside
+            it; None if there are none.
     """
 
     obs: Obs
@@ -65,6 +68,7 @@ class Outcome(NamedTuple):
     note: str = ""
     action: np.ndarray | None = None
     task: str | None = None
+    record: dict[str, np.ndarray] | None = None
 
     @property
     def done(self) -> bool:
@@ -110,7 +114,8 @@ def to_flat(result: Result, rooms: tuple[Room, Room] | None = None) -> dict[str,
     """
     flat = {} if result is None else result._asdict()
     if isinstance(result, Outcome):
-        del flat["obs"]
+        del flat["obs"], flat["record"]
+        flat |= to_fields(result.record or {}, "record")
         seen = to_fields(result.obs)
         if rooms is not None:
             name = next(iter(rooms[0]))
@@ -127,7 +132,8 @@ def from_flat(flat: dict[str, Any], rooms: tuple[Room, Room] | None = None) -> R
     own = {name: value for name, value in flat.items() if name in Outcome._fields}
     if rooms is not None and flat:
         flat |= rooms[flat["room"]]
-    return Outcome(**{**own, "obs": from_fields(flat)}) if flat else None
+    record = from_fields(flat, "record") if holds(flat, "record") else None
+    return Outcome(**{**own, "obs": from_fields(flat), "record": record}) if flat else None
 
 
 class _Expert:
@@ -206,8 +212,8 @@ class EnvSlot:
         self._done, self._seed, self._expert = False, seed, None
         picture, note = self.render() if frame is True else (None, "")
         seen = self._seen(obs)
-        said = as_success(info)
-        return Outcome(seen, 0.0, False, False, said, picture, note, task=as_task(info))
+        told: dict[str, Any] = {"task": as_task(info), "record": as_record(info)}
+        return Outcome(seen, 0.0, False, False, as_success(info), picture, note, **told)
 
     def step(self, action: np.ndarray, frame: Drawn = False) -> Outcome:
         """Take ``action [A]``; there is no automatic reset.
@@ -225,8 +231,8 @@ class EnvSlot:
         wanted = self._done if frame == "end" else frame
         picture, note = self.render() if wanted else (None, "")
         seen = self._seen(obs)
-        said = as_success(info)
-        return Outcome(seen, value, *ended, said, picture, note, task=as_task(info))
+        told: dict[str, Any] = {"task": as_task(info), "record": as_record(info)}
+        return Outcome(seen, value, *ended, as_success(info), picture, note, **told)
 
     def expert_step(self, noise: float, frame: Drawn = False) -> Outcome:
         """Take the action of the environment's scripted expert, made noisier.

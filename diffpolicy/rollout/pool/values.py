@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from diffpolicy.data.fields import NUMBERS
 from diffpolicy.data.observation import Obs, ObsField, ObsFields
 from diffpolicy.rollout.env_spec import action_ends
 
@@ -137,6 +138,19 @@ def as_task(info: Mapping[str, Any]) -> str | None:
     """
     value = info.get("task")
     return str(value) if isinstance(value, str) and value else None
+
+
+def as_record(info: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
+    """The arrays of numbers in ``info["record"]``, in memory of their own; None if there are none.
+
+    Whatever else is there is left out: the entry is of our own making, and others may mean
+    something else by it.
+    """
+    record = info.get("record")
+    if not isinstance(record, Mapping):
+        return None
+    arrays = {str(name): np.array(value) for name, value in record.items()}
+    return {name: array for name, array in arrays.items() if array.dtype.kind in NUMBERS} or None
 
 
 def _said(key: str, value: Any) -> bool | None:

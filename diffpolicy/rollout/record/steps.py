@@ -19,7 +19,12 @@ METHOD = "dense_reward"
 
 
 def open_record(
-    path: Path, info: EnvInfo, settings: Mapping[str, Any], *, rollouts: bool = False
+    path: Path,
+    info: EnvInfo,
+    settings: Mapping[str, Any],
+    beside: Mapping[str, FieldSpec] | None = None,
+    *,
+    rollouts: bool = False,
 ) -> EpisodeStore:
     """The store of recorded steps at ``path``, made or opened to go on.
 
@@ -27,6 +32,7 @@ def open_record(
         path: of the store.
         info: the environment.
         settings: what decides the episodes, as JSON values.
+        beside: further fields of a store that is made.
         rollouts: whether they are rollouts of a policy: the settings then are part of the store's
             attribute ``rollouts``, and there is a field for the success at every step.
 
@@ -46,6 +52,7 @@ def open_record(
             "action": FieldSpec((info.action_dim,), "float32"),
             "reward": FieldSpec((), "float32"),
             **{name: FieldSpec((), "bool") for name in flags},
+            **(beside or {}),
         }
         made = {"rollouts": {**settings, "failed": {}, "env_steps": 0}} if rollouts else settings
         said = {"action_groups": info.action_groups} if info.chooses else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -44,7 +44,8 @@ class Track:
     Attributes:
         columns: T rows under the names and in the types of a store's fields: the observations
             (each from before the action), ``action`` (an expert's clean ones), ``reward``,
-            ``terminated``, ``truncated`` and ``success`` (false where nothing was said).
+            ``terminated``, ``truncated`` and ``success`` (false where nothing was said), and
+            ``info.NAME`` of each array that the environment gave beside the observation.
         success: whether any step was a success; None if the environment never said.
         final_success: what it said at the last step.
         task: the name of the episode's task, where the environment has several.
@@ -56,8 +57,13 @@ class Track:
     task: str | None = None
 
     @classmethod
-    def of(cls, seen: Sequence[Obs], outcomes: Sequence[Outcome]) -> Track:
-        """The track of some steps."""
+    def of(
+        cls,
+        seen: Sequence[Obs],
+        outcomes: Sequence[Outcome],
+        beside: Sequence[Mapping[str, np.ndarray] | None] = (),
+    ) -> Track:
+        """The track of some steps; ``beside`` is what was given beside each observation."""
         said = [one.success for one in outcomes]
         columns = {
             **to_fields(stack(seen)),
@@ -67,6 +73,9 @@ class Track:
             "truncated": np.array([one.truncated for one in outcomes]),
             "success": np.array([bool(one) for one in said]),
         }
+        given = [one or {} for one in beside]
+        for name in given[0] if given else ():
+            columns[f"info.{name}"] = np.stack([one[name] for one in given])
         success = any(said) if set(said) != {None} else None
         return cls(columns, success, said[-1], outcomes[0].task)
 
@@ -98,6 +107,7 @@ class Job(Episode):
     limit: int | None = None
     seen: list[Obs] = field(default_factory=list, init=False)
     outcomes: list[Outcome] = field(default_factory=list, init=False)
+    beside: list[Mapping[str, np.ndarray] | None] = field(default_factory=list, init=False)
 
     @property
     def repeated(self) -> dict[str, np.ndarray]:
@@ -138,6 +148,7 @@ class TrackRunner(RowLoop[Job]):
             )
         super().__init__(planning_in_batches(policy, None), pool)
         self._urgent: deque[Job] = deque()
+        self._given: dict[int, Mapping[str, np.ndarray] | None] = {}
         self.steps = 0
 
     def run(self, jobs: Iterable[Job], on_done: Done, order: InOrder) -> None:
@@ -163,6 +174,7 @@ class TrackRunner(RowLoop[Job]):
         return None if full and self.running else next(self._waiting, None)
 
     def began(self, row: int, outcome: Outcome) -> None:
+        self._given[row] = outcome.record
         if self.running[row].prefix is not None:
             _check_observation(self.running[row], outcome.obs)
 
@@ -201,15 +213,21 @@ class TrackRunner(RowLoop[Job]):
 
     def stepped(self, row: int, outcome: Outcome) -> bool:
         job = self.running[row]
+        given, self._given[row] = self._given[row], outcome.record
         if job.step <= job.replayed:
             _check_repeated(job, outcome)
             return False
         job.seen.append(each(np.array, self.obs[row]))  # shared memory, to be written again
         job.outcomes.append(outcome)
+        job.beside.append(given)
         over = outcome.done or len(job.outcomes) == job.limit
         if over:
-            track = Track.of(job.seen, job.outcomes)
-            job.seen, job.outcomes = [], []  # the track has it all, and the job is kept
+            track = Track.of(job.seen, job.outcomes, job.beside)
+            job.seen, job.outcomes, job.beside = (
+                [],
+                [],
+                [],
+            )  # the track has it all, and the job is kept
             self._urgent.extend(self._on_done(job, track))
         return over
 
