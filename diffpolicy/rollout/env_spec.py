@@ -274,16 +274,13 @@ def inspect_env(spec: EnvSpec, env: gym.Env[Any, Any]) -> EnvInfo:
 def _task_groups(spec: EnvSpec, env: gym.Env[Any, Any]) -> dict[str, list[str]]:
     """The groups of tasks that an environment of several declares; most declare none."""
     groups = env.metadata.get("task_groups", {})
-    named = isinstance(groups, Mapping) and all(
-        isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-        for names in groups.values()
-    )
-    if not named:
+    kinds = map(type, groups.values() if isinstance(groups, Mapping) else [None])
+    if not set(kinds) <= {list, tuple}:
         raise EnvSpecError(
             f"{spec.id!r} has metadata['task_groups'] = {groups!r}; lists of task names by group "
             "are needed, such as {'easy': ['reach', 'push']}"
         )
-    return {str(group): list(names) for group, names in groups.items()}
+    return {str(group): list(map(str, names)) for group, names in groups.items()}
 
 
 def _versions(spec: EnvSpec, env: gym.Env[Any, Any]) -> dict[str, str]:

@@ -246,7 +246,7 @@ class _Run(RowLoop[_Episode]):
         self._keep_frame(row, outcome)
         if self.threshold is not None:
             outcome = outcome._replace(success=outcome.reward >= self.threshold)
-        episode.outcomes.append(outcome._replace(obs={}, frame=None))
+        episode.outcomes.append(outcome._replace(obs={}, frame=None, record=None))
         if outcome.done:
             self._ended(row, episode, outcome)
         return outcome.done

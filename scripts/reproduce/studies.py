@@ -5,6 +5,7 @@ A file of ``rows/`` is a study: a section of docs/results.md, its commands in or
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -127,6 +128,7 @@ class Study:
             if any(fnmatchcase(row, pattern) for row in rows for pattern in step.rows)
         ]
 
+    @functools.cached_property
     def recorded(self) -> Any:
         """The recorded files, as :func:`read_results` reads them."""
         return None if self.recorded_in is None else read_results(self.recorded_in, RECORDED)
@@ -134,7 +136,7 @@ class Study:
     def tolerance(self, name: str) -> float:
         """How far another run of a row may be from its recorded figure."""
         row = self.rows[name]
-        return tolerance_of(row.tolerance, row.recorded, self.recorded(), self.recorded_path(name))
+        return tolerance_of(row.tolerance, row.recorded, self.recorded, self.recorded_path(name))
 
     def recorded_path(self, name: str) -> list[Any]:
         """Where a row's figure is in the recorded file."""

@@ -76,7 +76,7 @@ def test_tolerances_are_intervals_of_differences():
 def test_recorded_figures_are_those_of_the_files(name):
     study = OURS[name]
     assert f"## {study.section}\n" in PAGE
-    tree = study.recorded()
+    tree = study.recorded
     for row, one in study.rows.items():
         assert study.tolerance(row) > 0, row
         if tree is None:
