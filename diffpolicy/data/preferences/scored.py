@@ -76,7 +76,7 @@ def from_scores(
             if choose == "ranking":
                 made.append(Ranking(items, source, info))
             else:
-                made.append(Pair(*items, source=source, info=info))
+                made.append(Pair(items[0], items[1], source=source, info=info))
     return made
 
 
