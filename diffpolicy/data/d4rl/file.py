@@ -338,7 +338,8 @@ class D4RLFile(EpisodeSource):
 
     def _column(self, name: str, index: int) -> NDArray[Any]:
         """One field of one episode."""
-        start, stop = int(self.episodes.starts[index]), int(self.episodes.ends[index])
+        ends = self.episodes.ends
+        start, stop = int(ends[index - 1]) if index else 0, int(ends[index])
         if name == "reward":
             return self.reward_map(self._whole[1][start:stop]).astype(np.float32)
         if name in _ENDS:  # true in last rows alone
