@@ -192,8 +192,13 @@ def test_a_policy_is_trained_on_a_recipe_and_told_the_task(
     monkeypatch.chdir(tmp_path)
     quick = ["episodes=2", "workers=0", "kwargs={tasks: [reach, push]}"]
     assert main(["data", "make", "metaworld/mt10", *quick]) == 0
-    settings = ["trainer.steps=2", "network.width=16", "evaluation.episodes=2", "threads=1"]
-    settings += ["evaluation.num_workers=0", "env.max_episode_steps=10", "trainer.progress=false"]
+    settings = ["trainer.steps=2", "trainer.batch_size=16", "network.width=16", "threads=1"]
+    settings += [
+        "evaluation.episodes=2",
+        "evaluation.num_workers=0",
+        "env.max_episode_steps=10",
+        "trainer.progress=false",
+    ]
     settings += ["env.kwargs.tasks=[reach,push]", "run_dir=run"]
     assert main(["train", "experiment=metaworld_mt10", *settings]) == 0
     assert "metaworld_mt10" in capsys.readouterr().out
