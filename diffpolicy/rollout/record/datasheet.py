@@ -20,7 +20,13 @@ def sheet_path(store: Path, suffix: str) -> Path:
     return store.with_name(f"{store.name.removesuffix('.zarr')}.datasheet{suffix}")
 
 
-def datasheet(store: EpisodeReader, name: str, recipe: Any, digest: str) -> dict[str, Any]:
+def datasheet(
+    store: EpisodeReader,
+    name: str,
+    recipe: Any,
+    digest: str,
+    kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Say what a data set is, as JSON values that depend on the set and its recipe alone.
 
     Args:
@@ -28,6 +34,7 @@ def datasheet(store: EpisodeReader, name: str, recipe: Any, digest: str) -> dict
         name: of the recipe.
         recipe: with the number of episodes and the arguments that were asked for.
         digest: see :func:`~diffpolicy.data.store_digest.store_digest`.
+        kwargs: arguments of the environment that were asked for beside the recipe's.
 
     Returns:
         ``returns`` and ``lengths`` are over the kept episodes, ``expert`` over all that were tried.
@@ -41,7 +48,7 @@ def datasheet(store: EpisodeReader, name: str, recipe: Any, digest: str) -> dict
         "name": name,
         "about": recipe.about,
         "maker": attrs["maker"],
-        "command": _command(name, recipe),
+        "command": _command(name, recipe.episodes, kwargs or {}),
         "licence": recipe.licence,
         "settings": attrs["recipe"],
         "made_of": attrs.get("made_of"),
@@ -97,10 +104,10 @@ def as_markdown(sheet: Mapping[str, Any]) -> str:
     )
 
 
-def _command(name: str, recipe: Any) -> str:
-    words = ["diffpolicy", "data", "make", name, f"episodes={recipe.episodes}"]
-    if recipe.kwargs:
-        words.append(f"kwargs={json.dumps(dict(recipe.kwargs))}")
+def _command(name: str, episodes: int, kwargs: Mapping[str, Any]) -> str:
+    words = ["diffpolicy", "data", "make", name, f"episodes={episodes}"]
+    if kwargs:
+        words.append(f"kwargs={json.dumps(dict(kwargs))}")
     return shlex.join(words)
 
 
