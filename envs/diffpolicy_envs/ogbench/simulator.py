@@ -70,6 +70,13 @@ def make_simulator(name: str, **settings: Any) -> tuple[Any, int]:
             found: tuple[Any, Info] = super().reset(options, seed=seed)
             return found
 
+        def close(self) -> None:
+            # The wheel leaves its renderer to the end of the process, which is too late to free it.
+            if self._renderer is not None:
+                self._renderer.close()
+                self._renderer = None
+            super().close()
+
     return Seeded(**{**spec.kwargs, **settings}), limit
 
 
