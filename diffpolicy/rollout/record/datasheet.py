@@ -82,13 +82,12 @@ def as_markdown(sheet: Mapping[str, Any]) -> str:
         if (base := sheet["made_of"])
         else "nothing: recorded in the simulator",
         "rewards": f"`{settings['relabel']}`" if settings["relabel"] else "the environment's",
-        "noise": f"{settings['noise']:g} on what is executed; the clean action is stored",
-        "episodes": f"{sheet['episodes']['kept']} kept ({settings['keep']}) of "
-        f"{sheet['episodes']['tried']} tried{_seeds(**sheet['seeds'])}",
+        "noise": _noise(settings),
+        "episodes": _episodes(sheet),
         "episodes by task": ", ".join(f"{n} {count}" for n, count in sheet["tasks"].items()),
         "steps": f"{sheet['steps']}, {_words(sheet['lengths'])} an episode",
         "return": _words(sheet["returns"]),
-        "expert": "no success is told"
+        "expert": ("" if settings["derived"] else "no success is told")
         if expert is None
         else f"{expert['succeeded']} of {expert['tried']} succeeded ({expert['success_rate']:.1%})",
         "fields": ", ".join(
@@ -102,6 +101,22 @@ def as_markdown(sheet: Mapping[str, Any]) -> str:
         f"# {sheet['name']}\n\n{sheet['about']}\n\n```\n{sheet['command']}\n```\n\n"
         f"| | |\n|---|---|\n{table}\n"
     )
+
+
+def _noise(settings: Mapping[str, Any]) -> str:
+    if settings["derived"]:
+        return ""
+    if not settings["noise"]:
+        return "none is added to the expert's actions"
+    return f"{settings['noise']:g} on what is executed; the clean action is stored"
+
+
+def _episodes(sheet: Mapping[str, Any]) -> str:
+    kept, tried = sheet["episodes"]["kept"], sheet["episodes"]["tried"]
+    seeds = f"seeds {sheet['seeds']['first']} to {sheet['seeds']['last']}"
+    if sheet["settings"]["derived"]:
+        return f"{kept}, the first of {sheet['settings']['derived']}; {seeds}"
+    return f"{kept} kept ({sheet['settings']['keep']}) of {tried} tried, {seeds}"
 
 
 def _command(name: str, episodes: int, kwargs: Mapping[str, Any]) -> str:
