@@ -58,6 +58,8 @@ def make_simulator(name: str, **settings: Any) -> tuple[Any, int]:
     limit = int(spec.max_episode_steps or 0)
 
     class Seeded(kind):  # type: ignore[misc]
+        _renderer: Any
+
         @cached_property
         def action_space(self) -> gym.spaces.Box:
             return gym.spaces.Box(-1.0, 1.0, (5,), np.float32)
