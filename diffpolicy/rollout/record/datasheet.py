@@ -113,10 +113,10 @@ def _noise(settings: Mapping[str, Any]) -> str:
 
 def _episodes(sheet: Mapping[str, Any]) -> str:
     kept, tried = sheet["episodes"]["kept"], sheet["episodes"]["tried"]
-    seeds = f"seeds {sheet['seeds']['first']} to {sheet['seeds']['last']}"
+    seeds = _seeds(**sheet["seeds"])
     if sheet["settings"]["derived"]:
-        return f"{kept}, the first of {sheet['settings']['derived']}; {seeds}"
-    return f"{kept} kept ({sheet['settings']['keep']}) of {tried} tried, {seeds}"
+        return f"{kept}, the first of {sheet['settings']['derived']}{seeds}"
+    return f"{kept} kept ({sheet['settings']['keep']}) of {tried} tried{seeds}"
 
 
 def _command(name: str, episodes: int, kwargs: Mapping[str, Any]) -> str:
@@ -127,6 +127,7 @@ def _command(name: str, episodes: int, kwargs: Mapping[str, Any]) -> str:
 
 
 def _seeds(first: int | None, last: int | None) -> str:
+    """Of the episodes; a set that is derived from somebody's own file has none."""
     return "" if first is None else f", seeds {first} to {last}"
 
 
