@@ -113,6 +113,7 @@ SMALL = {
     "anchors": ["count=4"],
     "export": [],
     "fetch/push": ["episodes=2", "workers=0"],
+    "metaworld/mt10": ["episodes=2", "workers=0"],
     "data": [],
 }
 
@@ -160,6 +161,7 @@ def write_hopper(path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::diffpolicy.training.identity.ResumeWarning")
 def test_commands(tmp_path, monkeypatch):
     pytest.importorskip("gymnasium_robotics", reason="needs the robotics extra")
+    pytest.importorskip("metaworld", reason="needs the metaworld extra")
     monkeypatch.chdir(tmp_path)
     lines = [line for block in blocks("docs/guide.md", "") for line in block.splitlines()]
     maze = next(line for line in lines if line.startswith("python scripts/generate.py pointmaze"))
