@@ -15,7 +15,7 @@ SPARSE = ("scene", "puzzle-3x3")
 _VALIDATION_FROM = 50_000
 _LICENCE = "MIT (ogbench); BSD-3-Clause and BSD-2-Clause (models of the arm and the gripper)"
 # Of a million steps: CPU minutes on a core that does nothing else, megabytes, and megabytes without
-# the simulator's states. Measured for the two smaller cubes, scene and the two smaller puzzles.
+# the simulator's states. Estimated, from the simulators' rates and the sizes of what is stored.
 _COSTS = {
     "cube-single": (33, 250, 110),
     "cube-double": (35, 325, 145),
