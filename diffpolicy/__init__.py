@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from diffpolicy.rollout.latency import DelayedPolicy
     from diffpolicy.rollout.pool.supervisor import Workers
     from diffpolicy.rollout.record.experts import collect
+    from diffpolicy.rollout.record.making import make_set
     from diffpolicy.training.settings import TrainerConfig
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ _HOMES = {
     "Normalizer": "diffpolicy.data.normalize",
     "EpisodeStore": "diffpolicy.data.store",
     "collect": "diffpolicy.rollout.record.experts",
+    "make_set": "diffpolicy.rollout.record.making",
     "evaluate": "diffpolicy.rollout.evaluate",
     "EnvSpec": "diffpolicy.rollout.env_spec",
     "Workers": "diffpolicy.rollout.pool.workers",
@@ -82,6 +84,7 @@ __all__ = [
     "__version__",
     "collect",
     "evaluate",
+    "make_set",
 ]
 
 

@@ -21,7 +21,7 @@ COMMANDS = {
     "resume": "continue an interrupted run exactly where it stopped, or train one for longer",
     "rti": "give a policy warm starts (real-time iteration), their level chosen from data",
     "anchors": "give a policy truncated starts from anchors of the demonstrations",
-    "data": "info, check, convert or collect episode stores",
+    "data": "make, check, convert or collect episode stores",
     "export": "write a policy as ONNX files with a contract, for deployment",
     "serve": "answer observations with actions over a WebSocket, for many clients at a time",
     "import-checkpoint": "turn a LeRobot or Diffusion Policy checkpoint into one of ours",

@@ -168,9 +168,9 @@ def _recipe(env: str, about: str, minutes: float, megabytes: float) -> Recipe:
 
 
 RECIPES = {
-    "fetch/reach": _recipe("FetchReach", "the gripper goes to a point in the air", 0.5, 0.5),
-    "fetch/push": _recipe("FetchPush", "a block is pushed to a place on the table", 0.5, 0.9),
+    "fetch/reach": _recipe("FetchReach", "the gripper goes to a point in the air", 0.5, 1.0),
+    "fetch/push": _recipe("FetchPush", "a block is pushed to a place on the table", 0.5, 1.5),
     "fetch/pick-and-place": _recipe(
-        "FetchPickAndPlace", "a block is lifted to a point, often in the air", 0.5, 0.9
+        "FetchPickAndPlace", "a block is lifted to a point, often in the air", 0.5, 1.6
     ),
 }

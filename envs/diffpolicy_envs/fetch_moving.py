@@ -169,6 +169,6 @@ RECIPES = {
         licence=LICENCE,
         extra="robotics",
         minutes=1.0,
-        megabytes=1.0,
+        megabytes=2.4,
     ),
 }

@@ -180,8 +180,8 @@ RECIPES = {
         megabytes=megabytes,
     )
     for name, minutes, megabytes in (
-        ("UMaze", 0.5, 0.3),
-        ("Medium", 1.0, 0.5),
-        ("Large", 1.5, 0.8),
+        ("UMaze", 0.1, 0.6),
+        ("Medium", 0.2, 0.7),
+        ("Large", 0.2, 0.9),
     )
 }

@@ -258,7 +258,7 @@ RECIPES = {
         about="a script that looks one push ahead brings the T into its outline",
         licence=LICENCE,
         extra="pusht",
-        minutes=10.0,
-        megabytes=2.0,
+        minutes=1.3,
+        megabytes=2.8,
     ),
 }

@@ -284,7 +284,7 @@ RECIPES = {
         about="the script keeps the T in an outline that moves, while the T is kicked",
         licence=LICENCE,
         extra="pusht",
-        minutes=10.0,
-        megabytes=2.0,
+        minutes=1.8,
+        megabytes=3.5,
     ),
 }

@@ -364,6 +364,12 @@ def test_success_where_the_environment_never_says(tmp_path):
     assert json.dumps(kept.episode_attrs[0]["success"]) == "null"
 
 
+def test_what_is_given_beside_the_observations_is_not_stored(tmp_path):
+    spec = EnvSpec("rollout_fake_envs:rollout_fakes/Recorded-v0")
+    store = _collect(tmp_path, seeds=[0], spec=spec).store
+    assert not any(name.startswith("info.") for name in store.fields)
+
+
 def test_branches_can_be_drawn(tmp_path):
     store = _collect(tmp_path, seeds=[0, 1]).store
     with ClipRenderer(store, side=64) as renderer:

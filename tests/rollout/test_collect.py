@@ -87,7 +87,7 @@ collect(EnvSpec({EXPERT.id!r}), range(100_000), {str(path)!r}, noise=0.1,
 """
     process = subprocess.Popen([sys.executable, "-c", script])
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             time.sleep(0.1)
             if path.exists() and _episodes(path) >= 8:

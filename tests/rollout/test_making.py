@@ -87,7 +87,7 @@ make_set("toy/points", {str(path)!r}, episodes=4_000, workers=2, progress=False)
 """
     process = subprocess.Popen([sys.executable, "-c", script])
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline and _episodes(path) < 8:
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
@@ -180,6 +180,8 @@ def test_a_set_derived_from_another_by_new_rewards(toys):
     store = make_set("toy/near", workers=0, progress=False)
     base = EpisodeStore.open("data/toy/all.zarr")  # made on the way
     assert "info.place" not in store.fields
+    text = sheet_path(store.path, ".md").read_text()
+    assert "diffpolicy data make toy/near episodes=6\n" in text  # the recipe knows its arguments
     near = np.linalg.norm(base.read("info.place"), axis=1) < 0.5
     np.testing.assert_array_equal(store.read("terminated"), near)
     np.testing.assert_array_equal(store.read("reward"), near - 1.0)

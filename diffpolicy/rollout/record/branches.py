@@ -282,7 +282,9 @@ class _Families:
             parts.append(track.columns)
             lengths.append(start + len(track))
             lines.append(_attributes(self._settings, job, track, start, index))
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        arrays = {
+            name: np.concatenate([part[name] for part in parts]) for name in self._store.fields
+        }
         self._store.extend(arrays, np.cumsum(lengths), lines)
 
     def write_report(self, steps: int) -> None:

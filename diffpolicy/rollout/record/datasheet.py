@@ -20,7 +20,13 @@ def sheet_path(store: Path, suffix: str) -> Path:
     return store.with_name(f"{store.name.removesuffix('.zarr')}.datasheet{suffix}")
 
 
-def datasheet(store: EpisodeReader, name: str, recipe: Any, digest: str) -> dict[str, Any]:
+def datasheet(
+    store: EpisodeReader,
+    name: str,
+    recipe: Any,
+    digest: str,
+    kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Say what a data set is, as JSON values that depend on the set and its recipe alone.
 
     Args:
@@ -28,6 +34,7 @@ def datasheet(store: EpisodeReader, name: str, recipe: Any, digest: str) -> dict
         name: of the recipe.
         recipe: with the number of episodes and the arguments that were asked for.
         digest: see :func:`~diffpolicy.data.store_digest.store_digest`.
+        kwargs: arguments of the environment that were asked for beside the recipe's.
 
     Returns:
         ``returns`` and ``lengths`` are over the kept episodes, ``expert`` over all that were tried.
@@ -41,7 +48,7 @@ def datasheet(store: EpisodeReader, name: str, recipe: Any, digest: str) -> dict
         "name": name,
         "about": recipe.about,
         "maker": attrs["maker"],
-        "command": _command(name, recipe),
+        "command": _command(name, recipe.episodes, kwargs or {}),
         "licence": recipe.licence,
         "settings": attrs["recipe"],
         "made_of": attrs.get("made_of"),
@@ -75,14 +82,12 @@ def as_markdown(sheet: Mapping[str, Any]) -> str:
         if (base := sheet["made_of"])
         else "nothing: recorded in the simulator",
         "rewards": f"`{settings['relabel']}`" if settings["relabel"] else "the environment's",
-        "noise": f"{settings['noise']:g} on what is executed; the clean action is stored",
-        "episodes": f"{sheet['episodes']['kept']} kept ({settings['keep']}) of "
-        f"{sheet['episodes']['tried']} tried, seeds {sheet['seeds']['first']} to "
-        f"{sheet['seeds']['last']}",
+        "noise": _noise(settings),
+        "episodes": _episodes(sheet),
         "episodes by task": ", ".join(f"{n} {count}" for n, count in sheet["tasks"].items()),
         "steps": f"{sheet['steps']}, {_words(sheet['lengths'])} an episode",
         "return": _words(sheet["returns"]),
-        "expert": "no success is told"
+        "expert": ("" if settings["derived"] else "no success is told")
         if expert is None
         else f"{expert['succeeded']} of {expert['tried']} succeeded ({expert['success_rate']:.1%})",
         "fields": ", ".join(
@@ -98,10 +103,26 @@ def as_markdown(sheet: Mapping[str, Any]) -> str:
     )
 
 
-def _command(name: str, recipe: Any) -> str:
-    words = ["diffpolicy", "data", "make", name, f"episodes={recipe.episodes}"]
-    if recipe.kwargs:
-        words.append(f"kwargs={json.dumps(dict(recipe.kwargs))}")
+def _noise(settings: Mapping[str, Any]) -> str:
+    if settings["derived"]:
+        return ""
+    if not settings["noise"]:
+        return "none is added to the expert's actions"
+    return f"{settings['noise']:g} on what is executed; the clean action is stored"
+
+
+def _episodes(sheet: Mapping[str, Any]) -> str:
+    kept, tried = sheet["episodes"]["kept"], sheet["episodes"]["tried"]
+    seeds = f"seeds {sheet['seeds']['first']} to {sheet['seeds']['last']}"
+    if sheet["settings"]["derived"]:
+        return f"{kept}, the first of {sheet['settings']['derived']}; {seeds}"
+    return f"{kept} kept ({sheet['settings']['keep']}) of {tried} tried, {seeds}"
+
+
+def _command(name: str, episodes: int, kwargs: Mapping[str, Any]) -> str:
+    words = ["diffpolicy", "data", "make", name, f"episodes={episodes}"]
+    if kwargs:
+        words.append(f"kwargs={json.dumps(dict(kwargs))}")
     return shlex.join(words)
 
 

@@ -111,7 +111,7 @@ def make_set(
         with EpisodeStore.open(target, "a") as made:
             made.update_attrs({"recipe": _settings(recipe), "maker": _maker(name)})
     store = EpisodeStore.open(target)
-    write_datasheet(target, datasheet(store, name, recipe, store_digest(store)))
+    write_datasheet(target, datasheet(store, name, recipe, store_digest(store), kwargs))
     return store
 
 
