@@ -1,7 +1,7 @@
 """Meta-World: a policy for each task from 50 scripted demonstrations, beside the expert itself.
 
-    python scripts/metaworld_table.py [tasks=[pick-place, ...]] [seed=0] [data=data/metaworld]
-                                [runs=runs/metaworld] [output=metaworld.json]
+    python scripts/metaworld_table.py [tasks=[pick-place, door-open, ...]] [seed=0]
+                [data=data/metaworld] [runs=runs/metaworld] [output=metaworld.json]
 
 For each task: ``diffpolicy data make metaworld/TASK``, ``diffpolicy train experiment=metaworld
 env.kwargs.task=TASK threads=1``, and the expert without noise on the seeds of the policy's 50
