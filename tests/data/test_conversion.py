@@ -187,5 +187,5 @@ def test_bad_input(tmp_path, write_replay, replay_arrays):
 
 
 def test_formats_are_registered():
-    known = ["arrays", "d4rl", "lerobot", "minari", "replay_zarr", "robomimic"]
+    known = ["arrays", "d4rl", "lerobot", "minari", "ogbench", "replay_zarr", "robomimic"]
     assert sorted(FORMATS) == known
