@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffpolicy.commands.lineage import recorded
 from diffpolicy.commands.options import Option, helped, options_help, parse
 from diffpolicy.config_compose import read_yaml
 from diffpolicy.files import write_atomic, write_json
@@ -106,7 +107,9 @@ def demonstrations_of(checkpoint: str | Path, data: str | None) -> str:
     if data is not None:
         return str(data)
     file = Path(checkpoint) / "config.yaml"
-    path = (read_yaml(file).get("data") or {}).get("path") if file.is_file() else None
+    own = read_yaml(file).get("demonstrations") if file.is_file() else None
+    # A tuned run says which run it was tuned from, and that one its data.
+    path = own or (recorded(checkpoint, "data") or {}).get("path")
     if path is None or not Path(path).exists():
         raise ConfigError(
             f"{checkpoint} does not say where its demonstrations are (or they are gone); "

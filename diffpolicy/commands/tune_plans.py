@@ -49,6 +49,7 @@ def tune_plans(config: PolicyTuningConfig, *, resume: bool = False) -> int:
     began = time.perf_counter()
     run_dir = Path(config.run_dir)
     _check_alone(config)
+    _check_read(config)
     if not resume and not config.overwrite:
         check_free(config)
     check_writable(run_dir)
@@ -245,6 +246,18 @@ def _check_alone(config: PolicyTuningConfig) -> None:
         raise ConfigError(
             f"policies are tuned by one process, and this is one of {os.environ['WORLD_SIZE']} "
             f"(WORLD_SIZE): start `diffpolicy {config.run}` without torchrun"
+        )
+
+
+def _check_read(config: PolicyTuningConfig) -> None:
+    """Raise ``ConfigError`` if a distillation is given what no distillation looks at."""
+    unread = ("preferences", "collect", "judge", "plans", "windows")
+    given = [name for name in unread if getattr(config, name) is not None]
+    given += ["rounds"] * (config.rounds != 1)
+    if config.run == "distill" and given:
+        raise ConfigError(
+            f"`diffpolicy distill` learns from its teacher and the demonstrations alone, in one "
+            f"round, without {', '.join(given)}: leave them out, or distill its student once more"
         )
 
 

@@ -60,7 +60,9 @@ class DDIM(Solver):
 
     def _row(self, step: Step) -> Row:
         small = self.eta**2 * step.sigma_s.square()
-        if self.variance != "renoise":
+        if self.variance == "renoise":
+            small = torch.where(step.still, 0.0, small)  # what rests is not noised either
+        else:
             small = small * -torch.expm1(-2 * step.h)
         a = (step.sigma_s.square() - small).clamp_min(0).sqrt() / step.sigma_t
         a, b = step.freeze(a, [step.alpha_s - step.alpha_t * a])

@@ -517,6 +517,7 @@ def test_a_reward_of_plans_is_back_propagated(trained, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::diffpolicy.training.identity.ResumeWarning")
+@pytest.mark.filterwarnings("ignore:a student of prediction:UserWarning")
 @pytest.mark.parametrize("method", ["consistency", "rectified"])
 def test_a_policy_is_distilled(method, trained, tmp_path, capsys):
     run = tmp_path / method
@@ -534,5 +535,7 @@ def test_a_policy_is_distilled(method, trained, tmp_path, capsys):
 def test_a_distillation_says_what_it_needs(trained, tmp_path, capsys):
     assert cli.main(["distill", str(trained / "run"), "method=dpo", f"run_dir={tmp_path}"]) == 1
     assert "DPO is a method of 'prefer', not of 'distill'" in capsys.readouterr().err
+    assert cli.main(["distill", str(trained / "run"), "rounds=2", f"run_dir={tmp_path}"]) == 1
+    assert "in one round, without rounds" in capsys.readouterr().err
     assert cli.main(["distill", "--help"]) == 0
     assert "method=halving" in capsys.readouterr().out

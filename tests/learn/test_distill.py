@@ -139,6 +139,38 @@ def test_a_consistent_student_may_renoise_and_estimate_in_turns():
         assert torch.equal(a.b[0], b.b[0])
 
 
+def test_what_rests_is_not_noised_anew():
+    held = torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64).view(3, 1, 1, 1)
+    rest, moves = make_solver("ddim", eta=1.0, variance="renoise").rows(PROCESS, held)
+    assert (rest.a, rest.b[0], rest.g) == (1, 0, 0)
+    torch.testing.assert_close(moves.g, PROCESS.sigma(held[2]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (ConsistencyLoss, Consistency(num_steps=5)),
+        (HalvingLoss, Halving(num_steps=3)),
+        (RectifiedLoss, Rectified(num_steps=5)),
+    ],
+    ids=["consistency", "halving", "rectified"],
+)
+def test_a_teacher_has_no_more_steps_than_training_levels(kind, settings):
+    few = Denoiser(
+        Exact(posterior_mean), make_process({"type": "ddpm_cosine", "num_steps": 4}), "v"
+    )
+    with pytest.raises(ValueError, match="Take at most 4 steps"):
+        kind(few, settings)
+
+
+def test_settings_are_in_their_range():
+    for kind, least in ((Consistency, 2), (Halving, 1), (Rectified, 1)):
+        with pytest.raises(ValueError, match=f"num_steps must be at least {least}"):
+            kind(num_steps=least - 1)
+        with pytest.raises(ValueError, match="draws must be at least 1"):
+            kind(draws=0)
+
+
 def test_a_solver_that_adds_noise_has_no_pairs():
     with pytest.raises(ValueError, match="adds noise"):
         Rectified(solver="ddpm")

@@ -34,10 +34,6 @@ _ALIASES = {
 }
 
 
-# Shape and type of each array.
-_Headers = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
-
-
 class ArraysFile(EpisodeSource):
     """An open file. Its fields are the arrays with one row a step.
 

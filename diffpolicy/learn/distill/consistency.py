@@ -19,9 +19,16 @@ from diffpolicy.learn.cloning.denoising import (
     mean_over_plan,
     standard_normal,
 )
-from diffpolicy.learn.distill.teaching import Distillation, Taught, ddim_move, drawn_step, unclipped
+from diffpolicy.learn.distill.teaching import (
+    Distillation,
+    Taught,
+    ddim_move,
+    drawn_step,
+    unclipped,
+    warn_of_eps,
+)
 from diffpolicy.learn.method import Batch
-from diffpolicy.settings import check_range
+from diffpolicy.settings import ranged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,9 @@ class Consistency(Distillation):
     student's estimate before the step is drawn to its own after it, whose gradient is not followed.
     At level 0 the estimate is the state itself. There is no moving average of the student as target
     (Song and Dhariwal 2023, arXiv 2310.14189, found that it does harm).
+
+    Predictions ``v``, ``x0``, ``edm`` and ``velocity`` suit it; of ``eps`` there is a warning, see
+    :class:`~diffpolicy.learn.distill.halving.Halving`.
 
     The student draws plans in one evaluation, or in more by estimating and noising in turns:
     solver ``ddim`` with the options ``eta: 1, variance: renoise``.
@@ -45,11 +55,10 @@ class Consistency(Distillation):
         ValueError: a value out of range.
     """
 
-    num_steps: int = 10
+    num_steps: int = ranged("[2, inf)", 10)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("[2, inf)", num_steps=self.num_steps)
+    def teacher_sampler(self) -> Sampler:
+        return Sampler(num_steps=self.num_steps)
 
     def student_sampler(self) -> Mapping[str, Any]:
         renoise = {"eta": 1.0, "variance": "renoise"}
@@ -57,6 +66,7 @@ class Consistency(Distillation):
 
     def objective(self, denoiser: Any, material: Any) -> nn.Module:
         """See :class:`ConsistencyLoss`."""
+        warn_of_eps(denoiser)
         return ConsistencyLoss.of(denoiser, self, material)  # type: ignore[no-any-return]
 
 
@@ -74,8 +84,7 @@ class ConsistencyLoss(Taught):
         x0 = self.repeated(x0)
         cond, told = self.conditions(batch)
         process = self.denoiser.process
-        grid = Sampler(num_steps=self.settings.num_steps).grid(process)
-        t, s = drawn_step(grid, 1, x0, generator)
+        t, s = drawn_step(self.grid, 1, x0, generator)
         x_t = process.add_noise(x0, t, standard_normal(x0.shape, x0, generator))
         with torch.no_grad():
             x_s = ddim_move(process, x_t, self.teacher(x_t, t, told).x0_hat, t, s)

@@ -20,9 +20,15 @@ from diffpolicy.learn.cloning.denoising import (
     mean_over_plan,
     standard_normal,
 )
-from diffpolicy.learn.distill.teaching import Distillation, Taught, ddim_move, drawn_step
+from diffpolicy.learn.distill.teaching import (
+    Distillation,
+    Taught,
+    ddim_move,
+    drawn_step,
+    warn_of_eps,
+)
 from diffpolicy.learn.method import Batch
-from diffpolicy.settings import check_range
+from diffpolicy.settings import ranged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +49,17 @@ class Halving(Distillation):
         ValueError: a value out of range.
     """
 
-    num_steps: int = 4
+    num_steps: int = ranged("[1, inf)", 4)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("[1, inf)", num_steps=self.num_steps)
+    def teacher_sampler(self) -> Sampler:
+        return Sampler(num_steps=2 * self.num_steps)
 
     def student_sampler(self) -> Mapping[str, Any]:
         return {"solver": "ddim", "num_steps": self.num_steps, "spacing": "t", "options": {}}
 
     def objective(self, denoiser: Any, material: Any) -> nn.Module:
         """See :class:`HalvingLoss`."""
+        warn_of_eps(denoiser)
         return HalvingLoss.of(denoiser, self, material)  # type: ignore[no-any-return]
 
 
@@ -71,8 +77,7 @@ class HalvingLoss(Taught):
         x0 = self.repeated(x0)
         cond, told = self.conditions(batch)
         process = self.denoiser.process
-        grid = Sampler(num_steps=2 * self.settings.num_steps).grid(process)
-        t, between, s = drawn_step(grid, 2, x0, generator)
+        t, between, s = drawn_step(self.grid, 2, x0, generator)
         x_t = process.add_noise(x0, t, standard_normal(x0.shape, x0, generator))
         with torch.no_grad():
             half = ddim_move(process, x_t, self.teacher(x_t, t, told).x0_hat, t, between)

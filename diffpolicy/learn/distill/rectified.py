@@ -18,6 +18,7 @@ from diffpolicy.core.starts import prior_start
 from diffpolicy.learn.cloning.denoising import LossOutput, denoising_error, standard_normal
 from diffpolicy.learn.distill.teaching import Distillation, Taught
 from diffpolicy.learn.method import Batch, encoded, plan_shape
+from diffpolicy.settings import ranged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +38,10 @@ class Rectified(Sampler, Distillation):
         ValueError: a value out of range, or a solver that adds noise.
     """
 
-    draws: int = 8
+    draws: int = ranged("[1, inf)", 8)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Distillation.__post_init__(self)
         if self.make().stochastic:
             raise ValueError(
                 f"plans must belong to the noise that they are drawn from, but {self.solver!r} "
@@ -50,6 +50,9 @@ class Rectified(Sampler, Distillation):
 
     def reads(self) -> frozenset[str]:
         return frozenset({"observations"})
+
+    def teacher_sampler(self) -> Sampler:
+        return self
 
     def student_sampler(self) -> Mapping[str, Any]:
         return {"solver": "ddim", "num_steps": 1, "spacing": "t", "options": {}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.sampler import Sampler
 from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.learn.method import Method, encoded
 from diffpolicy.learn.reference import Referenced
-from diffpolicy.settings import check_range
+from diffpolicy.settings import ranged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +37,14 @@ class Distillation(Method):
     command: ClassVar[str] = "distill"
     items: ClassVar[str] = "plans"
 
-    draws: int = 1
-
-    def __post_init__(self) -> None:
-        check_range("[1, inf)", draws=self.draws)
+    draws: int = ranged("[1, inf)", 1)
 
     def reads(self) -> frozenset[str]:
         return frozenset({"demonstrations"})
+
+    def teacher_sampler(self) -> Sampler:
+        """The steps of the teacher that students learn from."""
+        raise NotImplementedError(f"{type(self).__name__} defines no teacher_sampler()")
 
     def student_sampler(self) -> Mapping[str, Any]:
         """How students draw their plans: entries of :class:`~diffpolicy.core.Sampler`."""
@@ -64,6 +67,9 @@ class Taught(Referenced):
         settings: ``draws``.
         guidance_scale: of the teacher's classifier-free guidance; 1: none.
         mask_padding: leave edge-padded positions out.
+
+    Raises:
+        ValueError: more steps of the teacher than a discrete process has levels.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class Taught(Referenced):
         self.denoiser: Denoiser
         self.settings, self.guidance_scale = settings, guidance_scale
         self.mask_padding = mask_padding
+        self.grid = settings.teacher_sampler().grid(denoiser.process)
 
     @classmethod
     def of(cls, denoiser: Any, settings: Any, material: Any) -> Any:
@@ -117,6 +124,17 @@ class Taught(Referenced):
     def mean_of_draws(self, loss: Tensor) -> Tensor:
         """``[B]`` of losses ``[B * draws]``."""
         return loss.view(-1, self.settings.draws).mean(1)
+
+
+def warn_of_eps(denoiser: Denoiser) -> None:
+    """Say so where estimates at the first step, of which a student is made, are ill-conditioned."""
+    if denoiser.prediction == "eps":
+        warnings.warn(
+            "a student of prediction 'eps' divides its error by alpha, which is next to nothing "
+            "where its first step begins, and may draw worse plans than its teacher in one step; "
+            "use method=rectified, or a teacher of prediction 'v' or 'x0'",
+            stacklevel=3,
+        )
 
 
 def drawn_step(grid: Tensor, stride: int, like: Tensor, generator: torch.Generator) -> list[Tensor]:

@@ -74,9 +74,10 @@ def make_simulator(name: str, **settings: Any) -> tuple[Any, int]:
 
         def close(self) -> None:
             # The wheel leaves its renderer to the end of the process, which is too late to free it.
-            if self._renderer is not None:
-                self._renderer.close()
-                self._renderer = None
+            renderer: Any = self._renderer
+            if renderer is not None:
+                renderer.close()
+            self._renderer: Any = None
             super().close()
 
     return Seeded(**{**spec.kwargs, **settings}), limit
