@@ -37,8 +37,9 @@ def open_store(config: TrainConfig) -> EpisodeStore:
         if not path.exists():
             raise ConfigError(
                 f"no episode store at {path}. Make one with `diffpolicy data convert SOURCE "
-                f"{path}` or `diffpolicy data collect {path} env={config.env.id}`, "
-                "or give data.path=..."
+                f"{path}` or `diffpolicy data make NAME out={path}` (`diffpolicy data make --list` "
+                f"has the names), by `diffpolicy data collect {path} env={config.env.id}`, or give "
+                "data.path=..."
             )
         return EpisodeStore.open(path)
     from diffpolicy.rollout.pool.supervisor import Workers

@@ -90,12 +90,17 @@ def make_set(
         UnknownSetError: no recipe has this name.
         AllFailedError: too few episodes could be kept.
         EnvSpecError: the environment cannot be made; says how to install its package.
-        ValueError: something else is at ``path``, or what :func:`record_experts` refuses.
+        ValueError: ``base`` for a set that is not derived, episodes that
+            are no number, something else at ``path``, or what :func:`record_experts` refuses.
 
     Example:
         >>> make_set("fetch/push", episodes=50)
     """
     recipe = find_recipe(name)
+    if base is not None and recipe.derived is None:
+        raise ValueError(f"{name} is recorded, not made from another set: leave out base={base}")
+    if episodes is not None and type(episodes) is not int:
+        raise ValueError(f"episodes must be a whole number, got {episodes!r}")
     recipe = replace(
         recipe,
         episodes=recipe.episodes if episodes is None else episodes,
