@@ -27,7 +27,7 @@ MAKE = {
     "cameras": Option(
         None, "images beside the vector: {front: 84}, or names of the model's cameras, [corner2]"
     ),
-    "size": Option(96, "pixels a side, for a list of cameras"),
+    "size": Option(None, "pixels a side, for a list of cameras; null: 96"),
     "kwargs": Option({}, "of the environment, beside those of the recipe"),
     "base": Option(None, "of a derived set: the store that it is made from"),
 }
@@ -70,11 +70,14 @@ def _with_cameras(options: dict[str, Any]) -> dict[str, Any]:
     kwargs, cameras = options["kwargs"], options["cameras"]
     if not isinstance(kwargs, dict):
         raise ConfigError(f"kwargs is a table: kwargs={{NAME: VALUE}}; got {kwargs!r}")
+    if options["size"] is not None and not isinstance(cameras, list):
+        raise ConfigError("size is of a list of cameras, cameras=[corner2]; leave it out")
     if cameras is None:
         return kwargs
     if isinstance(cameras, list):
-        cameras = dict.fromkeys(cameras, options["size"])
-    if not isinstance(cameras, dict):
+        size = 96 if options["size"] is None else options["size"]
+        cameras = {name: {"size": size, "view": name} for name in cameras}
+    if not isinstance(cameras, dict) or not cameras:
         raise ConfigError(
             "cameras is a table or a list: cameras={front: 84}, cameras=[corner2]; "
             f"got {cameras!r}"
@@ -100,7 +103,8 @@ def _list(arguments: Sequence[str]) -> int:
         lacks = _missing(known, name)
         for command in lacks:
             missing[command] = missing.get(command, 0) + 1
-        note = " (to be installed)" if lacks else ""
+        base = "" if recipe.derived is None else f", made of {recipe.derived} (not counted here)"
+        note = f"{base}{' (to be installed)' if lacks else ''}"
         size = f"{recipe.episodes:>8}  {recipe.minutes:>7g}  {recipe.megabytes:>6g}"
         print(f"{name:<{width}}  {size}  {recipe.about}{note}")
     print(f"{len(chosen)} sets; minutes are of one core")

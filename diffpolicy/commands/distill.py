@@ -7,8 +7,8 @@ The policy of a run (or pretrained=RUN) is the teacher; the student begins with 
 from the teacher's demonstrations or plans, and is a policy like any other: `eval`, `rti`, `export`,
 `serve`. Both are scored on the same episodes with each of nfe=[1,2,4,10] steps.
 
-    diffpolicy distill runs/demo                       # consistency: one evaluation, or more
-    diffpolicy distill runs/demo method=rectified run_dir=runs/rectified
+    diffpolicy distill runs/demo                       # rectified: one evaluation, or more
+    diffpolicy distill runs/demo method=consistency run_dir=runs/consistent
     diffpolicy distill runs/demo method=halving method.num_steps=4 run_dir=runs/four
     diffpolicy distill runs/four method=halving method.num_steps=2 run_dir=runs/two
 

@@ -126,12 +126,9 @@ class Trainer:
         if config.compile:
             self._forward.compile()
         self.parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+        groups = by_learning_rate(self.parameters, config)
         self.optimizer = torch.optim.AdamW(
-            by_learning_rate(self.parameters, config),
-            config.lr,
-            config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
+            groups, config.lr, config.betas, weight_decay=config.weight_decay, fused=True
         )
         self.ema = EMA(objective, power=config.ema_power, max_decay=config.ema_max)
         self.step, self.train_s = 0, 0.0
@@ -148,7 +145,8 @@ class Trainer:
         """Refuse settings that do not fit the source, the processes or the device."""
         size, parts = self.config.batch_size, self.group.size * self.config.accumulate
         if size > len(self.source):
-            raise ValueError(f"batch_size={size} is more than the {len(self.source)} examples")
+            given = f"batch_size={size} is more than the {len(self.source)} examples"
+            raise ValueError(f"{given}; make it smaller (trainer.batch_size=N), or give more data")
         if size % parts:
             raise ValueError(
                 f"batch_size={size} must divide over {self.group.size} processes and "

@@ -58,11 +58,16 @@ def test_arguments(capsys):
     assert "did you mean 'episodes'?" in capsys.readouterr().err
     assert cli.main(["data", "make", "fetch/push", "cameras=front"]) == 1
     assert "cameras is a table or a list" in capsys.readouterr().err
-    for wrong, why in (("episodes=two", "a whole number"), ("base=x.zarr", "leave out base")):
+    wrongs = {"episodes=two": "a whole number", "base=x.zarr": "leave out base"}
+    wrongs |= {"size=64": "leave it out", "cameras=[]": "cameras is a table or a list"}
+    for wrong, why in wrongs.items():
         assert cli.main(["data", "make", "fetch/push", wrong]) == 1
         assert why in capsys.readouterr().err
     of = {"kwargs": {"speed": 2}, "cameras": ["corner2"], "size": 64}
-    assert _with_cameras(of) == {"speed": 2, "cameras": {"corner2": 64}}
+    assert _with_cameras(of) == {
+        "speed": 2,
+        "cameras": {"corner2": {"size": 64, "view": "corner2"}},
+    }
 
 
 @pytest.mark.mujoco

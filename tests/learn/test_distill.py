@@ -207,7 +207,9 @@ def near_a_mode(policy, store, steps):
 
 
 @pytest.mark.parametrize(
-    "method", [Consistency(num_steps=8), Rectified(num_steps=6)], ids=["consistency", "rectified"]
+    "method",
+    [Consistency(num_steps=8), Rectified(num_steps=6, draws=4)],
+    ids=["consistency", "rectified"],
 )
 def test_a_student_finds_both_modes_at_once(method, two_modes, tmp_path):
     teacher, store = two_modes
@@ -233,6 +235,7 @@ def test_the_guidance_of_the_teacher_becomes_the_students_own(two_modes, tmp_pat
     data = TuningData(demonstrations=store)
     student = guided.distill(data, Halving(num_steps=2), config, tmp_path / "student")
     assert student.spec.sampler.guidance_scale == 1
+    assert student.spec.cond_dropout == 0
     assert student.spec.sampler.num_steps == 2
     loss = HalvingLoss(guided.denoiser, Halving(), guidance_scale=2.0)
     x, t, cond = torch.randn(4, 2, 1), torch.full((4, 1, 1), 0.7), torch.randn(4, 1)

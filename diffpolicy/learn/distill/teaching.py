@@ -55,6 +55,8 @@ class Distillation(Method):
         sampler = {**self.student_sampler(), "t_min": None, "guidance_scale": 1.0}
         sampler = replace(policy.spec.sampler, **sampler)
         spec = replace(policy.spec, sampler=sampler, rti=None, truncated=None)
+        if policy.spec.sampler.guidance_scale != 1:  # what guides once must not guide again
+            spec = replace(spec, cond_dropout=0.0)
         weights = copy.deepcopy(policy.denoiser), policy.normalizer, None
         return type(policy)(spec, *weights, copy.deepcopy(policy.heads))
 
