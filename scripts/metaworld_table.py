@@ -1,12 +1,12 @@
 """Meta-World: a policy for each task from 50 scripted demonstrations, beside the expert itself.
 
-    python scripts/metaworld_table.py [tasks=[pick-place, door-open, ...]] [seed=0]
+    python scripts/metaworld_table.py [tasks=[pick-place, door-open, ...]] [seed=0] [steps=null]
                 [data=data/metaworld] [runs=runs/metaworld] [output=metaworld.json]
 
 For each task: ``diffpolicy data make metaworld/TASK``, ``diffpolicy train experiment=metaworld
-env.kwargs.task=TASK threads=1``, and the expert without noise on the seeds of the policy's 50
-episodes (300,000 and up). What is there is not made again, and the table is written after every
-task, so that a run that was stopped goes on.
+env.kwargs.task=TASK threads=1`` (and ``trainer.steps=STEPS``), and the expert without noise on the
+seeds of the policy's 50 episodes (300,000 and up). What is there is not made again, and the table
+is written after every task, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ SCORES = range(300_000, 300_050)
 DEFAULTS: dict[str, Any] = {
     "tasks": list(TASKS),
     "seed": 0,
+    "steps": None,
     "data": "data/metaworld",
     "runs": "runs/metaworld",
     "output": "metaworld.json",
@@ -67,7 +68,7 @@ def expert_rate(task: str, store: Path) -> dict[str, Any]:
     return wilson_interval(successes, episodes.num_episodes)._asdict()
 
 
-def row(task: str, seed: int, data: Path, runs: Path) -> dict[str, Any]:
+def row(task: str, seed: int, steps: int | None, data: Path, runs: Path) -> dict[str, Any]:
     """Make, train and score one task, or read what is there.
 
     Raises:
@@ -75,11 +76,12 @@ def row(task: str, seed: int, data: Path, runs: Path) -> dict[str, Any]:
     """
     store, run = data / f"{task}.zarr", runs / f"{task}_seed{seed}"
     settings = [f"env.kwargs.task={task}", f"data.path={store}", f"seed={seed}", "threads=1"]
+    settings += [] if steps is None else [f"trainer.steps={steps}"]
     train = ["train", "experiment=metaworld", *settings, f"run_dir={run}"]
-    steps = [["data", "make", f"metaworld/{task}", f"out={store}"]]
+    todo = [["data", "make", f"metaworld/{task}", f"out={store}"]]
     if not (run / "eval.json").is_file():
-        steps.append([*train, "overwrite=true", "trainer.progress=false"])
-    for arguments in steps:
+        todo.append([*train, "overwrite=true", "trainer.progress=false"])
+    for arguments in todo:
         if diffpolicy(arguments) != 0:
             raise RuntimeError(f"diffpolicy {' '.join(arguments)} failed")
     result = json.loads((run / "eval.json").read_text())
@@ -87,6 +89,7 @@ def row(task: str, seed: int, data: Path, runs: Path) -> dict[str, Any]:
     return {
         "task": task,
         "command": f"diffpolicy train experiment=metaworld env.kwargs.task={task} seed={seed}",
+        "training_steps": steps,
         "success": summary["success"],
         "expert": expert_rate(task, runs / "expert" / f"{task}.zarr"),
         "steps_per_episode": summary["length"]["value"],
@@ -100,10 +103,11 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments, [], DEFAULTS)
     output = Path(options["output"])
     table = json.loads(output.read_text()) if output.is_file() else {"rows": []}
-    rows = {(one["task"], one["seed"]): one for one in table["rows"]}
+    rows = {(one["task"], one["seed"], one["training_steps"]): one for one in table["rows"]}
     for task in options["tasks"]:
-        found = row(task, options["seed"], Path(options["data"]), Path(options["runs"]))
-        rows[task, options["seed"]] = {**found, "seed": options["seed"]}
+        places = Path(options["data"]), Path(options["runs"])
+        found = row(task, options["seed"], options["steps"], *places)
+        rows[task, options["seed"], options["steps"]] = {**found, "seed": options["seed"]}
         write_json(output, {"machine": machine(torch.device("cpu")), "rows": list(rows.values())})
         ours, expert = found["success"], found["expert"]
         print(

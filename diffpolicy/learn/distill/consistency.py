@@ -25,7 +25,6 @@ from diffpolicy.learn.distill.teaching import (
     ddim_move,
     drawn_step,
     unclipped,
-    warn_of_eps,
 )
 from diffpolicy.learn.method import Batch
 from diffpolicy.settings import ranged
@@ -66,7 +65,6 @@ class Consistency(Distillation):
 
     def objective(self, denoiser: Any, material: Any) -> nn.Module:
         """See :class:`ConsistencyLoss`."""
-        warn_of_eps(denoiser)
         return ConsistencyLoss.of(denoiser, self, material)  # type: ignore[no-any-return]
 
 

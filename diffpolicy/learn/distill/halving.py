@@ -25,7 +25,6 @@ from diffpolicy.learn.distill.teaching import (
     Taught,
     ddim_move,
     drawn_step,
-    warn_of_eps,
 )
 from diffpolicy.learn.method import Batch
 from diffpolicy.settings import ranged
@@ -59,7 +58,6 @@ class Halving(Distillation):
 
     def objective(self, denoiser: Any, material: Any) -> nn.Module:
         """See :class:`HalvingLoss`."""
-        warn_of_eps(denoiser)
         return HalvingLoss.of(denoiser, self, material)  # type: ignore[no-any-return]
 
 

@@ -91,6 +91,7 @@ class Taught(Referenced):
     @classmethod
     def of(cls, denoiser: Any, settings: Any, material: Any) -> Any:
         """The objective for what there is to learn from."""
+        warn_of_eps(denoiser)
         scale = material.spec.sampler.guidance_scale
         return cls(
             denoiser, settings, guidance_scale=scale, mask_padding=material.data.mask_padding
@@ -133,9 +134,9 @@ def warn_of_eps(denoiser: Denoiser) -> None:
     if denoiser.prediction == "eps":
         warnings.warn(
             "a student of prediction 'eps' divides its error by alpha, which is next to nothing "
-            "where its first step begins, and may draw worse plans than its teacher in one step; "
-            "use method=rectified, or a teacher of prediction 'v' or 'x0'",
-            stacklevel=3,
+            "where its first step begins, and may draw plans in one step that are no better than "
+            "its teacher's; train a teacher of prediction 'v' or 'x0' (policy.prediction=v)",
+            stacklevel=4,
         )
 
 
