@@ -15,6 +15,7 @@ import pytest
 
 from diffpolicy import cli
 from diffpolicy.data import EpisodeStore
+from diffpolicy.rollout.video import choose_gl_backend
 from generators.command import run as generate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,7 +187,10 @@ def test_commands(tmp_path, monkeypatch):
     longer = ["trainer.steps=3000", "trainer.steps=6"]
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
     write_hopper(tmp_path / "hopper_medium_expert-v2.hdf5")
+    drawn = choose_gl_backend().backend is not None
     for command in found:
+        if not drawn and any("camera" in argument for argument in command):
+            continue
         if command[:2] == [
             "train",
             "experiment=demo",
