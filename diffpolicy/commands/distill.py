@@ -5,7 +5,8 @@ usage: diffpolicy distill [RUN] [group=choice] [key=value] ...
 
 The policy of a run (or pretrained=RUN) is the teacher; the student begins with its weights, learns
 from the teacher's demonstrations or plans, and is a policy like any other: `eval`, `rti`, `export`,
-`serve`. Both are scored on the same episodes with each of nfe=[1,2,4,10] steps.
+`serve`. Warm starts and truncated starts of the teacher are not the student's (`rti` and `anchors`
+choose them anew). Both are scored on the same episodes with each of nfe=[1,2,4,10] steps.
 
     diffpolicy distill runs/demo                       # rectified: one evaluation, or more
     diffpolicy distill runs/demo method=consistency run_dir=runs/consistent

@@ -244,3 +244,26 @@ def test_the_guidance_of_the_teacher_becomes_the_students_own(two_modes, tmp_pat
         told = guided.denoiser(x, t, cond).x0_hat
         wanted = (free + 2 * (told - free)).clamp(-1, 1)
         torch.testing.assert_close(loss.teacher(x, t, cond).x0_hat, wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        (ConsistencyLoss, Consistency(draws=3)),
+        (HalvingLoss, Halving(draws=3)),
+        (RectifiedLoss, Rectified(draws=3, num_steps=2)),
+    ],
+    ids=["consistency", "halving", "rectified"],
+)
+def test_observations_are_encoded_once_whatever_is_drawn(kind, method, two_modes):
+    loss = kind(two_modes[0].denoiser, method)
+    calls = []
+    hooks = [
+        one.encoder.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, one in (("student", loss.denoiser), ("teacher", loss.reference))
+    ]
+    batch = {"obs": torch.randn(4, 1, 1), "action": torch.randn(4, 2, 1)}
+    loss(batch, torch.Generator().manual_seed(0))
+    for hook in hooks:
+        hook.remove()
+    assert sorted(calls) == ["student", "teacher"]

@@ -13,17 +13,11 @@ import torch
 from torch import nn
 
 from diffpolicy.core.sampler import Sampler
-from diffpolicy.learn.cloning.denoising import (
-    LossOutput,
-    clean_plan,
-    mean_over_plan,
-    standard_normal,
-)
+from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.distill.teaching import (
     Distillation,
     Taught,
     ddim_move,
-    drawn_step,
     unclipped,
 )
 from diffpolicy.learn.method import Batch
@@ -78,15 +72,10 @@ class ConsistencyLoss(Taught):
     settings: Consistency
 
     def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
-        x0, _ = clean_plan(batch, None, self.denoiser)
-        x0 = self.repeated(x0)
-        cond, told = self.conditions(batch)
         process = self.denoiser.process
-        t, s = drawn_step(self.grid, 1, x0, generator)
-        x_t = process.add_noise(x0, t, standard_normal(x0.shape, x0, generator))
+        x_t, (t, s), cond, told = self.noised(batch, generator, 1)
         with torch.no_grad():
             x_s = ddim_move(process, x_t, self.teacher(x_t, t, told).x0_hat, t, s)
             target = torch.where(s > 0, self.denoiser(x_s, s, cond).x0_hat, x_s)
         error = (unclipped(self.denoiser, x_t, t, cond) - target).square()
-        loss = mean_over_plan(error.mean(-1), self.valid(batch))
-        return LossOutput(self.mean_of_draws(loss), {})
+        return self.output(error, batch)

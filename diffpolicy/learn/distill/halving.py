@@ -14,17 +14,11 @@ import torch
 from torch import nn
 
 from diffpolicy.core.sampler import Sampler
-from diffpolicy.learn.cloning.denoising import (
-    LossOutput,
-    clean_plan,
-    mean_over_plan,
-    standard_normal,
-)
+from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.distill.teaching import (
     Distillation,
     Taught,
     ddim_move,
-    drawn_step,
 )
 from diffpolicy.learn.method import Batch
 from diffpolicy.settings import ranged
@@ -64,6 +58,9 @@ class Halving(Distillation):
 class HalvingLoss(Taught):
     """Squared error ``[B]`` of the network's output to that which is worth two steps.
 
+    The error is that of what the network predicts: of ``v`` the clean estimate's with the weight
+    SNR + 1, which the paper offers beside max(SNR, 1); of ``x0`` its own, with the weight 1.
+
     ``forward(batch, generator)`` takes ``obs`` and ``action [B, H, A]``, normalised, and with
     ``mask_padding`` also ``valid [B, H]``.
     """
@@ -71,12 +68,8 @@ class HalvingLoss(Taught):
     settings: Halving
 
     def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
-        x0, _ = clean_plan(batch, None, self.denoiser)
-        x0 = self.repeated(x0)
-        cond, told = self.conditions(batch)
         process = self.denoiser.process
-        t, between, s = drawn_step(self.grid, 2, x0, generator)
-        x_t = process.add_noise(x0, t, standard_normal(x0.shape, x0, generator))
+        x_t, (t, between, s), cond, told = self.noised(batch, generator, 2)
         with torch.no_grad():
             half = ddim_move(process, x_t, self.teacher(x_t, t, told).x0_hat, t, between)
             x_s = ddim_move(process, half, self.teacher(half, between, told).x0_hat, between, s)
@@ -85,6 +78,4 @@ class HalvingLoss(Taught):
             wanted = (x_s - ratio * x_t) / (process.alpha(s) - ratio * process.alpha(t))
             noise = (x_t - process.alpha(t) * wanted) / process.sigma(t)
             target = self.denoiser.target(wanted, noise, t)
-        error = (self.denoiser.raw(x_t, t, cond) - target).square()
-        loss = mean_over_plan(error.mean(-1), self.valid(batch))
-        return LossOutput(self.mean_of_draws(loss), {})
+        return self.output((self.denoiser.raw(x_t, t, cond) - target).square(), batch)

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from diffpolicy.core.denoiser import BaseDenoiser, Denoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.guidance.cfg import ClassifierFreeGuidance
-from diffpolicy.learn.method import Method, encoded
+from diffpolicy.learn.cloning.denoising import LossOutput, mean_over_plan, standard_normal
+from diffpolicy.learn.method import Batch, Method, encoded
 from diffpolicy.learn.reference import Referenced
 from diffpolicy.settings import ranged
 
@@ -24,7 +25,9 @@ from diffpolicy.settings import ranged
 class Distillation(Method):
     """Settings of all distillations; the student begins with the weights of its teacher.
 
-    Classifier-free guidance of the teacher becomes the student's own, which is then unguided.
+    Classifier-free guidance of the teacher becomes the student's own, which is then unguided. Its
+    warm starts and truncated starts (``rti``, ``truncated``) are not the student's: their levels
+    were chosen for the teacher.
 
     Args:
         draws: levels (and noises) per example, over which its loss is the mean. Observations are
@@ -59,6 +62,22 @@ class Distillation(Method):
             spec = replace(spec, cond_dropout=0.0)
         weights = copy.deepcopy(policy.denoiser), policy.normalizer, None
         return type(policy)(spec, *weights, copy.deepcopy(policy.heads))
+
+
+class Noised(NamedTuple):
+    """Where steps of a teacher begin.
+
+    Attributes:
+        x_t: states ``[B, H, D]``.
+        levels: theirs, and those after each step, ``[B, 1, 1]``, falling.
+        cond: what the student sees, ``[B, C]``.
+        told: what the teacher sees.
+    """
+
+    x_t: Tensor
+    levels: list[Tensor]
+    cond: Tensor | None
+    told: Tensor | None
 
 
 class Taught(Referenced):
@@ -105,6 +124,19 @@ class Taught(Referenced):
             return self.reference
         clip = getattr(self.reference, "clip", False)
         return ClassifierFreeGuidance(self.reference, self.guidance_scale, clip=clip)
+
+    def noised(self, batch: Batch, generator: torch.Generator, stride: int) -> Noised:
+        """Demonstrations at levels of the teacher's grid, with the next ``stride`` levels."""
+        x0 = self.repeated(batch["action"])
+        levels = drawn_step(self.grid, stride, x0, generator)
+        noise = standard_normal(x0.shape, x0, generator)
+        x_t = self.denoiser.process.add_noise(x0, levels[0], noise)
+        return Noised(x_t, levels, *self.conditions(batch))
+
+    def output(self, error: Tensor, batch: Batch) -> LossOutput:
+        """What an objective returns, of squared errors ``[B * draws, H, D]``."""
+        loss = mean_over_plan(error.mean(-1), self.valid(batch))
+        return LossOutput(self.mean_of_draws(loss), {})
 
     def conditions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """What the student and the teacher see, ``[B * draws, C]``, each by its own encoder."""
