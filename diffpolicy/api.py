@@ -86,7 +86,9 @@ class DiffusionPolicy(DiffusionPlanner):
             torch.manual_seed(seed)
             denoiser, heads = full.make_denoiser(), full.make_heads()
         fit = {"seed": seed, **(anchors or {})}
-        fitted = None if anchors is None else fit_anchors(full, opened, normalizer, **fit)
+        fitted = None
+        if anchors is not None:
+            fitted = fit_anchors(full, opened, normalizer, denoiser, trained=False, **fit)
         return cls(full, denoiser.to(device), normalizer, fitted, heads.to(device))
 
     def learn(
@@ -306,7 +308,7 @@ class DiffusionPolicy(DiffusionPlanner):
             fit: ``count``, ``relative_to``, ``top_m`` and ``seed`` of ``Anchors.fit``.
         """
         spec = replace(self.spec, rti=None, truncated=truncated or Truncated())
-        anchors = fit_anchors(spec, open_store(store), self.normalizer, **fit)
+        anchors = fit_anchors(spec, open_store(store), self.normalizer, self.denoiser, **fit)
         return type(self)(spec, self.denoiser, self.normalizer, anchors, self.heads)
 
     def compile(

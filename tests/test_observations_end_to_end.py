@@ -221,7 +221,6 @@ def test_by_name_is_the_same_as_one_vector():
     [
         ({"layout": "trajectory"}, "layout"),
         ({"rti": {"t_start": 0.3, "innovation": 3.0}}, "innovation"),
-        ({"truncated": {"t_start": 0.3}}, "anchors"),
     ],
 )
 def test_what_takes_one_vector_is_refused(spec, said):

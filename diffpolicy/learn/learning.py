@@ -314,7 +314,7 @@ def _anchored(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
     t_start = policy.spec.truncated.t_start
     return AnchoredLoss(
         policy.denoiser,
-        lambda obs: anchors.guesses_normalised(obs, normalizer)[0],
+        lambda obs, cond: anchors.guesses_normalised(obs, normalizer, cond)[0],
         t_max=anchors.default_t_start(policy.denoiser.process) if t_start is None else t_start,
         mask_padding=learning.mask_padding,
     )

@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.data.fields import check_vector
 from diffpolicy.data.joined import Joined
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.data.observation import ObsField, by_store_field, obs_fields, of_store, store_field
+from diffpolicy.data.observation import (
+    ObsField,
+    by_store_field,
+    each,
+    obs_fields,
+    of_store,
+    store_field,
+)
 from diffpolicy.data.returns import returns_to_go
 from diffpolicy.data.statistics import action_statistics
 from diffpolicy.data.store import EpisodeStore
@@ -81,8 +89,8 @@ def fitted_spec(
         if not isinstance(store, Joined):
             raise ValueError("a normaliser for each store needs several: give a list of stores")
         parts = cast("dict[str, EpisodeStore]", store.parts)
-        each = {name: _fitted_normalizer(full, part, modes) for name, part in parts.items()}
-        return full, Normalizer.of_each(each)
+        fitted = {name: _fitted_normalizer(full, part, modes) for name, part in parts.items()}
+        return full, Normalizer.of_each(fitted)
     return full, _fitted_normalizer(full, store, modes)
 
 
@@ -140,9 +148,35 @@ def fitted_returns(returns: Returns, store: EpisodeStore) -> Returns:
 
 
 def fit_anchors(
-    spec: PolicySpec, store: EpisodeStore, normalizer: Normalizer, **options: Any
+    spec: PolicySpec,
+    store: EpisodeStore,
+    normalizer: Normalizer,
+    denoiser: Denoiser,
+    *,
+    trained: bool = True,
+    **options: Any,
 ) -> Anchors:
-    """Anchors over the windows of a store, for plans of the shape that ``spec`` says."""
+    """Anchors over the windows of a store, for plans of the shape that ``spec`` says.
+
+    Args:
+        spec: of the policy.
+        store: demonstrations.
+        normalizer: the policy's.
+        denoiser: the policy's, whose encoder says what a state is.
+        trained: its weights stay as they are.
+        options: of ``Anchors.fit``.
+
+    Raises:
+        ValueError: settings that do not fit, such as the most probable anchors (``top_m``) of
+            states that an encoder is still to learn.
+    """
+    learned = any(True for _ in denoiser.encoder.parameters())
+    if learned and not trained and options.get("top_m") is not None:
+        raise ValueError(
+            f"top_m={options['top_m']} asks which anchors are probable where the encoder "
+            f"{spec.encoder['type']!r} sees something, and that is not trained yet: leave it out "
+            "(all anchors compete), or train first and then `diffpolicy anchors RUN OUTPUT top_m=`"
+        )
     if normalizer.others:
         raise ValueError("anchors are plans in one normaliser's units; this policy has several")
     if spec.actions and options.get("relative_to") is not None:
@@ -151,7 +185,18 @@ def fit_anchors(
             "its plans, and so its anchors, are relative to: leave it out"
         )
     how = {"normalizer": normalizer.to("cpu"), "episodes": np.flatnonzero(store.has_actions)}
-    return Anchors.fit(_windows(spec, store, **how), normalizer, **options)
+    encoder, where = denoiser.encoder, next(denoiser.parameters()).device
+
+    @torch.no_grad()
+    def encode(obs: Any) -> Tensor:
+        told: Tensor = encoder(each(lambda one: one.to(where), obs))
+        return told.cpu()
+
+    was = encoder.training
+    encoder.eval()  # images are cut in the middle
+    anchors = Anchors.fit(_windows(spec, store, **how), normalizer, encode=encode, **options)
+    encoder.train(was)
+    return anchors
 
 
 def _windows(spec: PolicySpec, store: EpisodeStore, **how: Any) -> Windows:

@@ -8,7 +8,7 @@ that covers its distance to the plans it stands for, it is a start like any othe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.processes import DiscreteVP
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.data.observation import each, from_fields
 from diffpolicy.data.windows import Windows
 from diffpolicy.policies.clusters import ClusterClassifier, clusters
 from diffpolicy.settings import check_range, check_shape
@@ -25,6 +26,11 @@ from diffpolicy.settings import check_range, check_shape
 _MOST_WINDOWS = 20_000  # k-means learns nothing from more
 _HELD_OUT = 0.1
 _TENSORS = ("plans", "frequency", "position_error")
+
+
+def _flat(obs: Tensor) -> Tensor:
+    """One vector ``[n, To, O]`` as a condition."""
+    return obs.flatten(1)
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class Anchors:
         count: int = 20,
         relative_to: Sequence[int | None] | None = None,
         top_m: int | None = None,
+        encode: Callable[[Any], Tensor] = _flat,
         seed: int = 0,
     ) -> Anchors:
         """Cluster the plans of demonstrations.
@@ -91,8 +98,10 @@ class Anchors:
             relative_to: make anchors relative to the current state: per action dimension the index
                 of the observation in the same unit and frame (a position command and the position),
                 None where there is none. Demonstrated plans that start anywhere then share anchors.
-            top_m: also fit a classifier of the normalised observations, and offer only the
-                ``top_m`` most probable anchors of a state. ``count`` can then be larger.
+            top_m: also fit a classifier of the encoded observations, and offer only the ``top_m``
+                most probable anchors of a state. ``count`` can then be larger.
+            encode: the policy's encoder, from normalised observations ``[n, To, ...]`` (or such
+                by name, images too) to ``[n, C]``; default: one vector, flattened.
             seed: of the windows drawn, the clusters and the classifier.
 
         Raises:
@@ -101,34 +110,37 @@ class Anchors:
         check_range(f"[1, {count}]", top_m=top_m)
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(windows), generator=generator)[:_MOST_WINDOWS].sort().values
-        parts = [windows.gather(rows) for rows in torch.split(chosen, 4096)]
-        obs = torch.cat([part["obs"] for part in parts]).cpu()
-        plans = torch.cat([part["action"] for part in parts]).cpu()
         indices = None if relative_to is None else tuple(relative_to)
-        _check_relative(indices, plans.shape[-1], obs.shape[-1])
         normalizer = normalizer.to("cpu")
-        base = _reference(normalizer.unnormalize("obs", obs[:, -1]), normalizer, indices, plans)
-        local = (plans - base).flatten(1)
+        conds, locals_ = [], []  # by parts: images of all windows would not fit into memory
+        for rows in torch.split(chosen, 1024):
+            part = windows.gather(rows)
+            obs, plans = each(Tensor.cpu, from_fields(part)), part["action"].cpu()
+            _check_relative(indices, plans.shape[-1], obs)
+            base = _reference(_now(obs, normalizer, indices), normalizer, indices, plans)
+            conds.append(encode(obs))
+            locals_.append((plans - base).flatten(1))
+        cond, local = torch.cat(conds), torch.cat(locals_)
         held_out = _held_out(windows, chosen, generator)
         fitted = ~held_out
         centres, label = clusters(local[fitted], count, seed=seed)
         classifier = None
         if top_m is not None:
-            classifier = ClusterClassifier.fit(obs.flatten(1)[fitted], label, count, seed=seed)
+            classifier = ClusterClassifier.fit(cond[fitted], label, count, seed=seed)
         centres = centres.view(count, *plans.shape[1:])
         frequency = torch.bincount(label, minlength=count) / len(label)
         unknown = torch.zeros(plans.shape[1])
         anchors = cls(centres, frequency, 0.0, unknown, indices, top_m, classifier)
         judged = held_out if bool(held_out.any()) else fitted
-        square = anchors._residual(obs[judged], local[judged])
+        square = anchors._residual(cond[judged], local[judged])
         error, position_error = float(square.mean().sqrt()), square.mean(dim=(0, 2)).sqrt()
         return replace(anchors, error=error, position_error=position_error)
 
-    def _residual(self, obs: Tensor, local: Tensor) -> Tensor:
+    def _residual(self, cond: Tensor, local: Tensor) -> Tensor:
         """Squared distance ``[N, H, A]`` of plans to the nearest anchor offered for them."""
-        best, parts = [], (torch.split(value, 1024) for value in (obs.flatten(1), local))
-        for cond, plan in zip(*parts, strict=True):
-            offered = self.plans.flatten(1)[self.offered(cond)[0]]
+        best, parts = [], (torch.split(value, 1024) for value in (cond, local))
+        for told, plan in zip(*parts, strict=True):
+            offered = self.plans.flatten(1)[self.offered(told)[0]]
             square = (plan[:, None] - offered).square()
             nearest = square.sum(-1).argmin(1)
             best.append(square[torch.arange(len(plan)), nearest])
@@ -145,7 +157,7 @@ class Anchors:
         """Which anchors a state gets, the most probable first, and their log-probability.
 
         Args:
-            cond: ``[n, To * O]`` the normalised, flattened observations.
+            cond: ``[n, C]`` the encoded observations.
 
         Returns:
             Index ``[n, m]`` and log-probability ``[n, m]`` (over all M anchors, so those of
@@ -159,24 +171,34 @@ class Anchors:
         log_prob, index = self.classifier.log_prob(cond).topk(self.top_m, dim=-1)
         return index, log_prob
 
-    def guesses(self, history: Tensor, normalizer: Normalizer) -> tuple[Tensor, Tensor]:
+    def guesses(
+        self, history: Any, normalizer: Normalizer, cond: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The anchors of a state as whole plans.
 
         Args:
-            history: ``[n, To, O]`` raw observations, oldest first.
+            history: ``[n, To, O]`` raw observations, oldest first, or such by name.
             normalizer: the policy's, on the device of ``history``.
+            cond: ``[n, C]``, the same as the policy's encoder says it; default: one vector,
+                normalised and flattened.
 
         Returns:
             Plans ``[n, m, H, A]`` normalised and log-probabilities ``[n, m]``.
         """
-        return self._place(history[:, -1], normalizer.normalize("obs", history), normalizer)
+        cond = _flat(normalizer.normalize("obs", history)) if cond is None else cond
+        return self._place(None if self.relative_to is None else history[:, -1], cond, normalizer)
 
-    def guesses_normalised(self, obs: Tensor, normalizer: Normalizer) -> tuple[Tensor, Tensor]:
+    def guesses_normalised(
+        self, obs: Any, normalizer: Normalizer, cond: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The same from normalised observations ``[n, To, O]``, as training batches hold them."""
-        return self._place(normalizer.unnormalize("obs", obs[:, -1]), obs, normalizer)
+        now = _now(obs, normalizer, self.relative_to)
+        return self._place(now, _flat(obs) if cond is None else cond, normalizer)
 
-    def _place(self, now: Tensor, obs: Tensor, normalizer: Normalizer) -> tuple[Tensor, Tensor]:
-        index, log_prob = self.offered(obs.flatten(1))
+    def _place(
+        self, now: Tensor | None, cond: Tensor, normalizer: Normalizer
+    ) -> tuple[Tensor, Tensor]:
+        index, log_prob = self.offered(cond)
         local = self.plans[index]
         base = _reference(now, normalizer, self.relative_to, local[:, 0])
         return local + base[:, None], log_prob
@@ -250,22 +272,39 @@ class Anchors:
 
 
 def _check_relative(
-    relative_to: tuple[int | None, ...] | None, action_dim: int, obs_dim: int | None = None
+    relative_to: tuple[int | None, ...] | None, action_dim: int, obs: Any = None
 ) -> None:
-    given = [] if relative_to is None else list(relative_to)
-    if obs_dim is not None and any(i is not None and not 0 <= i < obs_dim for i in given):
-        raise ValueError(f"relative_to indexes observations 0..{obs_dim - 1}, got {given}")
-    if relative_to is not None and len(given) != action_dim:
+    if relative_to is None:
+        return
+    given = list(relative_to)
+    if isinstance(obs, Mapping):
+        raise ValueError(
+            f"relative_to={given} indexes one vector, the observations are {sorted(obs)}: leave it "
+            "out, or declare relative actions (policy.actions): they name what they are relative to"
+        )
+    if obs is not None and any(i is not None and not 0 <= i < obs.shape[-1] for i in given):
+        raise ValueError(f"relative_to indexes observations 0..{obs.shape[-1] - 1}, got {given}")
+    if len(given) != action_dim:
         wanted = f"({action_dim}, None where the action is absolute)"
         raise ValueError(f"relative_to has an index per action dimension {wanted}, got {given}")
 
 
+def _now(
+    obs: Any, normalizer: Normalizer, relative_to: tuple[int | None, ...] | None
+) -> Tensor | None:
+    """The raw current state ``[n, O]`` of normalised observations, where anchors look at it."""
+    return None if relative_to is None else normalizer.unnormalize("obs", obs[:, -1])
+
+
 def _reference(
-    now: Tensor, normalizer: Normalizer, relative_to: tuple[int | None, ...] | None, like: Tensor
+    now: Tensor | None,
+    normalizer: Normalizer,
+    relative_to: tuple[int | None, ...] | None,
+    like: Tensor,
 ) -> Tensor:
     """The current state as a normalised action, ``[n, 1, A]``; 0 where anchors are absolute."""
-    if relative_to is None:
-        return like.new_zeros(len(now), 1, like.shape[-1])
+    if relative_to is None or now is None:
+        return like.new_zeros(len(like), 1, like.shape[-1])
     kept = torch.tensor([i is not None for i in relative_to], device=now.device)
     state = now[:, [i or 0 for i in relative_to]]
     return (normalizer.normalize("action", state) * kept)[:, None]

@@ -166,17 +166,13 @@ class PolicySpec:
         total = sum(field.size for field in self.observations.values() if not field.is_image)
         if self.observations and self.obs_dim != total:
             raise ValueError(f"obs_dim must be {total}, all observations, got {self.obs_dim}")
-        sources = () if self.truncated is None else self.truncated.sources
         needed = {
             f"layout={self.layout!r}": self.plan_layout.pinned,
             "rti.innovation": self.rti is not None and self.rti.innovation is not None,
             "observation_step": self.observation_step is not None,
-            "truncated with anchors": "anchors" in sources,
         }
         found = [name for name, used in needed.items() if used]
-        other = self.encoder["type"] != "state" and (
-            self.plan_layout.pinned or "anchors" in sources
-        )
+        other = self.encoder["type"] != "state" and self.plan_layout.pinned
         if found and (self.observations or other):
             names = ", ".join(name or "an image" for name in self.observations) or "one vector"
             raise ValueError(

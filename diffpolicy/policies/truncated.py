@@ -260,7 +260,9 @@ class Candidates:
         parts, log_prob = [], noise.new_zeros(noise.shape[1], 0)
         if self.anchor_count:
             assert self.anchors is not None
-            placed, log_prob = self.anchors.guesses(history, self.normalizer)
+            seen = isinstance(told, Encoded)
+            cond = told.cond if seen else self.loops["guesses"].condition(history)
+            placed, log_prob = self.anchors.guesses(history, self.normalizer, cond)
             parts.append(placed)
         if "previous" in self.settings.sources:
             parts.append(previous[:, None])

@@ -143,7 +143,7 @@ def train_truncated(data: Trajectories, settings: Settings, seed: int) -> dict[s
     network = make_network({"type": "anchored", **sizes, "base": mlp})
     denoiser = Denoiser(network, process, "x0")
 
-    def guesses(obs: Tensor) -> Tensor:
+    def guesses(obs: Tensor, cond: Tensor | None) -> Tensor:
         return anchors.guesses_normalised(obs, normalizer)[0]
 
     loss = AnchoredLoss(

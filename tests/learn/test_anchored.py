@@ -196,7 +196,7 @@ def test_guesses_may_depend_on_the_state():
     denoiser = Denoiser(network, make_process("vp_cosine"), "x0")
     loss = AnchoredLoss(
         denoiser,
-        lambda obs: ANCHORS + obs[:, -1].view(-1, 1, 1, 2),
+        lambda obs, cond: ANCHORS + obs[:, -1].view(-1, 1, 1, 2),
         t_max=1e-9,
         class_weight=0.0,
         recon_weight=1.0,

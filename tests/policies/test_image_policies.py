@@ -17,6 +17,7 @@ from diffpolicy.learn.methods import make_method
 from diffpolicy.networks import make_network
 from diffpolicy.networks.encoders import encoder_class
 from diffpolicy.networks.registry import check_stored_code
+from diffpolicy.policies.truncated import Truncated
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 
 NETWORK = {"type": "mlp", "width": 16, "depth": 1}
@@ -190,12 +191,46 @@ def test_two_tasks_and_one_policy(tmp_path):
     ids = np.array([0, 1, 1, 0, 1, 0])[:, None]
     action, _ = policy.predict({"joints": joints, "task": ids}, deterministic=True)
     assert np.abs(action - np.where(ids == 1, [[0.8, -0.4]], [[-0.8, 0.4]])).max() < 0.2
+    anchored = policy.with_anchors(
+        store, truncated=Truncated(num_steps=1, rank="prior"), count=2, top_m=1
+    )  # the anchor of the task, as the learned encoding of its number tells
+    action, _ = anchored.predict({"joints": joints, "task": ids}, deterministic=True)
+    assert np.abs(action - np.where(ids == 1, [[0.8, -0.4]], [[-0.8, 0.4]])).max() < 0.1
     with pytest.raises(ValueError, match=r"'task' must be in 0 \.\. 1"):
         policy.predict({"joints": joints, "task": ids + 1})
     told = DiffusionPolicy.from_dataset(
         store, spec={**SMALL, "encoder": {"tasks": {"count": 9, "dim": 3}}}
     )
     assert told.denoiser.encoder.cond_dim == 2 * 2 + 3
+
+
+def test_anchors_of_what_is_seen_are_offered_encoded_once_and_kept(tmp_path):
+    """The most probable anchors of a picture: the side that is bright says which way to go."""
+    rng = np.random.default_rng(0)
+    bright = np.tile(np.repeat([0, 1], 8), 50)[:, None]
+    arrays = {
+        "obs.camera": rng.integers(0, 40, (800, 10, 10, 3), dtype=np.uint8)
+        + 200 * ((np.arange(10) < 5) == bright)[:, None, :, None].astype(np.uint8),
+        "obs.joints": rng.normal(size=(800, 2)).astype(np.float32),
+        "action": np.where(bright == 1, [[0.8, -0.4]], [[-0.8, 0.4]]).astype(np.float32),
+    }
+    store = EpisodeStore.from_arrays(arrays, np.arange(8, 801, 8))
+    truncated = Truncated(t_start=0.01, num_steps=1, rank="prior")
+    policy = policy_of(store).with_anchors(store, truncated=truncated, count=2, top_m=1)
+    assert policy.anchors.error < 1e-3  # of held-out pictures too
+    obs = {"camera": arrays["obs.camera"][[0, 8]], "joints": arrays["obs.joints"][[0, 8]]}
+    rows = counted(policy)
+    action, _ = policy.predict(obs, deterministic=True)
+    assert np.sign(action).tolist() == [[-1, 1], [1, -1]]
+    assert rows == [2]
+    policy.save(tmp_path / "policy")
+    again = DiffusionPolicy.load(tmp_path / "policy")
+    assert np.array_equal(again.predict(obs, deterministic=True)[0], action)
+    how = {"spec": {**SMALL, "encoder": SIGHT, "truncated": {"rank": "prior"}}}
+    with pytest.raises(ValueError, match=r"top_m=1 .*not trained yet.*diffpolicy anchors"):
+        DiffusionPolicy.from_dataset(store, **how, anchors={"count": 2, "top_m": 1})
+    with pytest.raises(ValueError, match=r"relative_to=.*one vector.*camera.*policy.actions"):
+        policy.with_anchors(store, count=2, relative_to=[0, 1])
 
 
 # --- code of one's own ----------------------------------------------------------------------------

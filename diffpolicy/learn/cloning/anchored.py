@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import stratified
+from diffpolicy.data.observation import from_fields
 from diffpolicy.learn.cloning.denoising import LossOutput, standard_normal
 from diffpolicy.learn.method import Batch, encoded
 from diffpolicy.settings import check_choice, check_range
 
-Guesses = Callable[[Tensor], Tensor]
+Guesses = Callable[[Any, Tensor | None], Tensor]
 
 
 class AnchoredLoss(nn.Module):
@@ -32,8 +33,8 @@ class AnchoredLoss(nn.Module):
 
     Args:
         denoiser: with a network of type ``anchored``.
-        guesses: the anchors, ``[M, H, A]`` normalised, or a function from ``obs`` to
-            ``[B, M, H, A]`` for anchors that depend on the state.
+        guesses: the anchors, ``[M, H, A]`` normalised, or for anchors that depend on the state a
+            function to ``[B, M, H, A]`` from ``obs`` and the condition that it is encoded to.
         t_max: highest level trained, in (0, 1]; at least the level that sampling starts at.
         class_weight: of the classification loss, a mean over the anchors.
         recon_weight: of the reconstruction loss, a mean over the coordinates.
@@ -85,10 +86,11 @@ class AnchoredLoss(nn.Module):
         masked = self.mask_padding and "valid" in batch
         weight = batch["valid"].to(plan.dtype) if masked else plan.new_ones(count, horizon)
         weight = weight / weight.sum(1, keepdim=True).clamp_min(1)
-        guess = self._guess(batch)
+        cond = encoded(self.denoiser, batch)
+        guess = self._guess(batch, cond)
         distance = (guess - plan[:, None]).square().mean(-1).mul(weight[:, None]).sum(-1)
         guess, scale = self._chosen(guess, distance.argmin(1), generator)  # the positive is first
-        answers = self._answers(guess, batch, generator)
+        answers = self._answers(guess, cond, generator)
         target = torch.zeros(guess.shape[:2], device=plan.device, dtype=plan.dtype)
         target[:, 0] = 1
         wrong, away = plan.new_zeros(count), plan.new_zeros(count)
@@ -102,11 +104,11 @@ class AnchoredLoss(nn.Module):
         metrics = {"classification": wrong.mean(), "reconstruction": away.mean(), "found": found}
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
-    def _guess(self, batch: Batch) -> Tensor:
+    def _guess(self, batch: Batch, cond: Tensor | None) -> Tensor:
         plan = batch["action"]
         if self._guesses is not None:
             with torch.no_grad():
-                return self._guesses(batch["obs"])
+                return self._guesses(from_fields(batch), cond)
         assert self.anchors is not None  # one of the two is there
         return self.anchors.expand(len(plan), *self.anchors.shape)
 
@@ -126,7 +128,7 @@ class AnchoredLoss(nn.Module):
         return guess.gather(1, index), scale * (kept + 1) / many
 
     def _answers(
-        self, guess: Tensor, batch: Batch, generator: torch.Generator
+        self, guess: Tensor, cond: Tensor | None, generator: torch.Generator
     ) -> list[tuple[Tensor, Tensor]]:
         """Per stage the denoised positive ``[B, H, A]`` and the logits ``[B, 1 + k]``."""
         denoiser, (count, many) = self.denoiser, guess.shape[:2]
@@ -134,7 +136,6 @@ class AnchoredLoss(nn.Module):
         noise = standard_normal(guess.shape, guess, generator)
         x_t = denoiser.process.add_noise(guess, t[..., None], noise).flatten(0, 1)
         rows = t.repeat_interleave(many, dim=0)
-        cond = encoded(denoiser, batch)
         if cond is not None:
             cond = cond.repeat_interleave(many, dim=0)
         c_x, c_out, c_in, time = denoiser.coefficients(rows)
