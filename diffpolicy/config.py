@@ -19,6 +19,7 @@ from diffpolicy.config_compose import (
     experiment_values,
     given_text,
     keys_given,
+    quoted,
     read_yaml,
     seeded_run_dir,
 )
@@ -156,10 +157,15 @@ class TrainConfig(RunConfig):
 
 @dataclass
 class TaskConfig:
-    """A sequence task beside the environments."""
+    """A sequence task beside the environments, or of a file of one's own.
 
-    id: str
-    name: str
+    Without an ``id``, ``kwargs`` are the settings of a
+    :class:`~diffpolicy.sequences.own.FileTask`. What stands beside ``kwargs`` in a configuration is
+    among them (``task.sequences=FILE``).
+    """
+
+    id: str | None = None
+    name: str = "custom"
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -187,6 +193,7 @@ class SequenceTrainConfig(RunConfig):
     cond_dropout: float = 0.0
     val_fraction: float = 0.02
     draws: int = 640
+    report: dict[str, Any] = field(default_factory=dict)
     run: str = "train sequences"
 
     def __post_init__(self) -> None:
@@ -201,6 +208,9 @@ class SequenceTuningConfig(RunConfig):
     guidance: dict[str, Any]
     trainer: dict[str, Any]
     pretrained: str
+    task: TaskConfig | None = None
+    pretrain: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
     label: str | None = None
     kl_weight: float = 0.1
     draws: int = 640
@@ -323,11 +333,31 @@ def run_kind(command: str, overrides: Sequence[str]) -> str:
                 f"experiment={name}`"
             )
         return kind
-    if command == "train":
-        sequences = any(key.split(".")[0] == "task" for key in given)
-    else:
-        sequences = _of_sequences(given)
+    sequences = _of_task(given) or (command != "train" and _of_sequences(given))
     return f"{command} sequences" if sequences else command
+
+
+def _of_task(given: Mapping[str, str]) -> bool:
+    """Whether a task of sequences was named."""
+    return any(key.split(".")[0] == "task" for key in given)
+
+
+def named_task(overrides: Sequence[str]) -> list[str]:
+    """Overrides in which a task of a file has a name: that of the file, unless one was given."""
+    given = keys_given(overrides)
+    if "task.sequences" not in given or "task.name" in given:
+        return list(overrides)
+    name = Path(given_text(given["task.sequences"])).name.split(".")[0]
+    return [*overrides, f"task.name={quoted(name)}"]
+
+
+def _with_kwargs(task: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A task whose settings are all in its ``kwargs``, wherever they were given."""
+    if task is None:
+        return None
+    known = {key: task[key] for key in ("id", "name") if key in task}
+    beside = {key: value for key, value in task.items() if key not in ("id", "name", "kwargs")}
+    return {**known, "kwargs": {**(task.get("kwargs") or {}), **beside}}
 
 
 def _of_sequences(given: Mapping[str, str]) -> bool:
@@ -350,7 +380,11 @@ def load_run(command: str, overrides: Sequence[str]) -> RunConfig:
             another command.
     """
     kind = run_kind(command, overrides)
+    if kind.endswith("sequences"):
+        overrides = named_task(overrides)
     values = compose(kind.replace(" ", "_"), overrides)
+    if "task" in values:
+        values["task"] = _with_kwargs(values["task"])
     if values.get("preferences") is not None and "preferences" in keys_given(overrides):
         _compared_already(values, overrides)
     if (values.get("data") or {}).get("mix"):  # in place of what a group says of one store

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
-from diffpolicy.core.reveal import Scheduled, reveals
+from diffpolicy.core.reveal import Scheduled, blank_start, reveals
 from diffpolicy.core.sampling import Trajectory, sample
-from diffpolicy.core.starts import prior_start, truncated_start
+from diffpolicy.core.starts import truncated_start
 from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.learn.cloning.masked import MaskedDenoisingLoss, elbo
 from diffpolicy.networks.base import described
@@ -90,6 +90,8 @@ class SequenceModel(Letters, Saved):
             ValueError: settings that do not fit together.
         """
         sizes = {"alphabet": task.alphabet, "length": task.length}
+        if getattr(task, "lengths", ()):
+            sizes["lengths"] = task.lengths
         given = sorted(set(sizes) & set(spec or {}))
         if given:
             raise ValueError(f"the task says {', '.join(given)}: leave out of spec")
@@ -100,6 +102,27 @@ class SequenceModel(Letters, Saved):
     def device(self) -> torch.device:
         """Where the weights live."""
         return next(self.denoiser.parameters(), torch.zeros(())).device
+
+    def pinned(self, fixed: Mapping[int, str] | str) -> Self:
+        """The same model with letters that every draw, edit and tuning of it holds.
+
+        Exact conditioning: what is fixed is revealed before anything else, and never changes. The
+        weights are shared; ``pinned({})`` takes the fixed letters away.
+
+        Args:
+            fixed: letters by their position from 0, negative from the end, a ``.`` for a free one;
+                or one text of all L positions.
+
+        Example:
+            >>> model.pinned({0: "GGATCC", 30: "TATAAT"}).draw(16)
+
+        Raises:
+            ValueError: letters outside the alphabet, or positions outside the sequence.
+        """
+        spec = self.spec.pinned(fixed)
+        denoiser = copy.copy(self.denoiser)
+        denoiser.process = spec.make_process()
+        return type(self)(spec, denoiser, device=self.device)
 
     def copy(self) -> Self:
         """The same model with weights of its own, e.g. to be tuned beside its reference."""
@@ -257,7 +280,7 @@ class SequenceModel(Letters, Saved):
         for part in torch.split(torch.arange(len(tokens), device=self.device), rows):
             x = one_hot(tokens[part], self.spec.vocab_size)
             if t_start is None:
-                start = prior_start(process, x)
+                start = blank_start(process, x, generator)
             else:
                 noise = process.draw_noise(x.shape, generator, x)
                 start = truncated_start(process, x, t_start, noise)
