@@ -81,10 +81,13 @@ def begin(config: SequenceTuningConfig, overrides: Sequence[str]) -> int:
         ConfigError: the directory holds a run of other settings or data.
     """
     from diffpolicy.commands.train_sequences import train_sequences
+    from diffpolicy.commands.tune_sequences import check_black_box
 
     training = load_run("train", training_overrides(overrides))
     assert isinstance(training, SequenceTrainConfig)
     config.pretrained = training.run_dir
+    task = open_task(training.task)
+    check_black_box(config, task)  # before a generator is trained in vain
     file = Path(training.run_dir) / "config.yaml"
     if training.overwrite or not file.is_file():
         return train_sequences(training)
@@ -93,7 +96,7 @@ def begin(config: SequenceTuningConfig, overrides: Sequence[str]) -> int:
     report = Path(training.run_dir) / "report.json"
     if report.is_file() and not changed:
         was = json.loads(report.read_text()).get("sequences") or {}
-        now = getattr(open_task(training.task), "read", {})
+        now = getattr(task, "read", {})
         changed = ["the sequences"] if was.get("sha256") != now.get("sha256") else []
     if changed:
         raise ConfigError(
@@ -128,7 +131,7 @@ def _changed(stored: SequenceTrainConfig, training: SequenceTrainConfig) -> list
         kwargs = {k: v for k, v in config.task.kwargs.items() if k not in _JUDGES}
         values["task"] = {"id": config.task.id, **kwargs}
         found = flatten(json.loads(json.dumps(values)))
-        return {k: v for k, v in found.items() if k.removeprefix("trainer.") not in MAY_CHANGE[2:]}
+        return {k: v for k, v in found.items() if k.rpartition("trainer.")[2] not in MAY_CHANGE[2:]}
 
     before, now = plain(stored), plain(training)
     return [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,8 @@ def tune_sequences(config: SequenceTuningConfig, *, resume: bool = False) -> int
         if tuned.interrupted:
             return stopped(run_dir)
         model = tuned.model
-    result = evaluated(config, (pretrained, model), task, oracles, tuned)
+    with counted(config, (pretrained, model)):
+        result = evaluated(config, (pretrained, model), task, oracles, tuned)
     report = write_report(run_dir, result)
     if report["note"]:
         print(f"note: {report['note']}")
@@ -149,6 +151,32 @@ def check_black_box(config: SequenceTuningConfig, task: SequenceTask) -> None:
         raise ConfigError(f"{task.name} rewards hard sequences: set guidance.estimate=hard")
     if tuning.get("target") == "soft_value" and tuning.get("value", "mean") == "mean":
         raise ConfigError(f"{task.name} rewards hard sequences: set method.value=mode")
+
+
+@contextmanager
+def counted(
+    config: SequenceTuningConfig, models: tuple[SequenceModel, SequenceModel]
+) -> Iterator[None]:
+    """Show a bar of the sequences that networks look at for the report, and of how many it takes.
+
+    They are counted by the networks themselves; draws under guidance are taken to cost as much as
+    others, so that the bar is longer than it says with them.
+    """
+    from tqdm import tqdm
+
+    spec, how = models[0].spec, _evaluation(config)
+    steps = spec.length if config.num_steps is None else config.num_steps
+    steps = min(steps, spec.length) if spec.time_free else steps
+    total = config.draws * (2 * steps + 3 * how.elbo_draws) + 2 * steps * how.chains
+    shown = bool(config.trainer.get("progress", True))
+    networks = {id(n): n for n in (model.denoiser.network for model in models)}.values()
+    with tqdm(total=total, desc="report", unit="seq", unit_scale=True, disable=not shown) as bar:
+        hooks = [n.register_forward_hook(lambda _, x, y: bar.update(len(y))) for n in networks]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _evaluation(config: SequenceTuningConfig, **said: Any) -> Evaluation:

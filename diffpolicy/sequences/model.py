@@ -28,6 +28,7 @@ from diffpolicy.sequences.spec import (
     Letters,
     SequenceExamples,
     SequenceSpec,
+    at_most,
     tokens_of,
 )
 from diffpolicy.sequences.task import SequenceTask, check_tokens
@@ -145,7 +146,7 @@ class SequenceModel(Letters, Saved):
 
         Args:
             tokens: integers ``[N, L]``, array or tensor.
-            config: steps, batch size, learning rate, ...
+            config: steps, batch size (at most the number of sequences), learning rate, ...
             run_dir: where metrics and checkpoints go.
             labels: ``[N]``, from which ``spec.label_quantiles`` make the condition.
             cond: the condition ``[N, C]`` itself.
@@ -170,7 +171,7 @@ class SequenceModel(Letters, Saved):
         )
         objective = MaskedDenoisingLoss(self.denoiser, cond_dropout=self.spec.cond_dropout)
         run["val_source"] = held_out if val_count else None
-        return self.fit(objective, training, config, run_dir, **run)
+        return self.fit(objective, training, at_most(config, training), run_dir, **run)
 
     def fit(
         self,

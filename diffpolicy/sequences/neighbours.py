@@ -71,7 +71,8 @@ class Compared:
         """
         shared = np.rint(self.features @ other.features.T).astype(np.int64)
         if self.pad is None:
-            return self.tokens.shape[1] - shared
+            substituted: Ints = self.tokens.shape[1] - shared
+            return substituted
         # An edit takes away at most k of the k-mers that occur: a bound that spares many pairs.
         counts = [x.features.sum(1).astype(np.int64) for x in (self, other)]
         gone = np.maximum(counts[0][:, None], counts[1][None]) - shared

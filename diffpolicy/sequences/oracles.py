@@ -22,7 +22,7 @@ from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import Batch
 from diffpolicy.networks.heads import make_head
 from diffpolicy.sequences.metrics import pearson, spearman
-from diffpolicy.sequences.spec import SequenceExamples
+from diffpolicy.sequences.spec import SequenceExamples, at_most
 from diffpolicy.sequences.task import SequenceTask, check_tokens, measured, reward_of
 from diffpolicy.settings import check_range
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
@@ -221,10 +221,11 @@ def _settle(
     oracle = made.to(device)
     order = np.random.default_rng(config.seed).permutation(len(labels))
     val, rest = ([part[rows] for part in known] for rows in np.split(order, [len(labels) // 20]))
+    examples = _examples(*rest)
     result = train(
         RegressionLoss(oracle),
-        _examples(*rest),
-        config,
+        examples,
+        at_most(config, examples),
         folder,
         export=lambda state: oracle._files(part_of(state, "oracle"), digest=digest),
         val_source=_examples(*val) if len(val[0]) else None,

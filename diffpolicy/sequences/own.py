@@ -88,34 +88,38 @@ class FileTask:
         columns = {"column": self.column, "value": self.value, "group": self.group}
         records = read_sequences(path, **columns)
         letters = alphabet_of(self.alphabet, records.texts)
-        count = len(records.texts)
+        self.read = {"file": path.name, "rows": len(records.texts)}
         records, changed = clean(records, letters, ambiguous=self.ambiguous, seed=self.seed)
         records = self._of_length(records, changed)
-        self.alphabet, self.lengths = letters.letters, ()
+        self._hold(records, letters.letters)
+        self._values, self._groups = records.values, records.groups
+        self._measured = np.flatnonzero(np.isfinite(self._all_values()))
+        missing = len(records.texts) - len(self._measured)
+        if self.value is not None and missing:
+            changed["without a value: they train the generator alone"] = missing
+        self._open_oracles()
+        digest = hashlib.sha256("\n".join(records.texts).encode()).hexdigest()[:16]
+        self.read |= {"sequences": len(records.texts), "alphabet": self.alphabet}
+        self.read |= {"length": self.length, "sha256": digest, "left out or changed": changed}
+
+    def _hold(self, records: Records, letters: str) -> None:
+        """Keep the sequences as tokens, with a pad where they differ in length."""
         sizes = Counter(map(len, records.texts))
+        self.alphabet, self.lengths, self.length = letters, (), max(sizes)
         if len(sizes) > 1:
-            if PAD in self.alphabet:
-                raise ValueError(
-                    f"{PAD!r} fills up sequences of different lengths: it is no letter"
-                )
+            if PAD in letters:
+                raise ValueError(f"{PAD!r} fills up shorter sequences, so it can be no letter")
             self.alphabet += PAD
             self.lengths = tuple((n, sizes[n] / len(records.texts)) for n in sorted(sizes))
         check_alphabet(self.alphabet)
-        self._tokens = as_tokens([t.ljust(max(sizes), PAD) for t in records.texts], self.alphabet)
-        self.length = self._tokens.shape[1]
-        self.template = template(self.fixed, self.length, self.alphabet)
-        self._values, self._groups = records.values, records.groups
-        self._measured = np.flatnonzero(np.isfinite(self._all_values()))
-        if self.value is not None and len(self._measured) < count:
-            missing = len(records.texts) - len(self._measured)
-            changed |= (
-                {"without a value: they train the generator alone": missing} if missing else {}
+        self._tokens = as_tokens([t.ljust(self.length, PAD) for t in records.texts], self.alphabet)
+        self.template = template(self.fixed, self.length, letters)
+        last = max(fixed_letters(self.template), default=-1)
+        if last >= min(sizes):
+            raise ValueError(
+                f"position {last} is fixed, and sequences of {min(sizes)} letters lack it: fix "
+                "positions that all have (counted from the beginning), or say length="
             )
-        self._open_oracles()
-        digest = hashlib.sha256("\n".join(records.texts).encode()).hexdigest()[:16]
-        self.read = {"file": path.name, "rows": count, "sequences": len(records.texts)}
-        self.read |= {"alphabet": self.alphabet, "length": self.length, "sha256": digest}
-        self.read |= {"left out or changed": changed}
 
     def _of_length(self, records: Records, changed: dict[str, int]) -> Records:
         """The rows of the length that was asked for, if one was."""
@@ -158,10 +162,6 @@ class FileTask:
         self._rewards = made
         self.held_out = made[1]
 
-    @property
-    def wild_type(self) -> None:
-        """No sequence of a file is the one that all others come from."""
-
     def training_data(self) -> tuple[Tokens, Labels | None]:
         """All sequences ``[N, L]``, and their values if all have one."""
         whole = len(self._measured) == len(self._tokens)
@@ -195,7 +195,7 @@ class FileTask:
         try:
             return split_groups(group, seed)
         except ValueError as error:
-            raise ValueError(f"{self.name}: {error}; {advice}, or give held_out=") from None
+            raise ValueError(f"{self.name}: {error}; {advice}") from None
 
     def reward(self, x: Tensor) -> Tensor:
         """What the oracle says of one-hot sequences ``[B, L, V]``, ``[B]``."""
@@ -210,7 +210,7 @@ class FileTask:
         held = fixed_letters(self.template).items()
         good = [
             all(text[i] == letter for i, letter in held)
-            and not any(m in text for m in self.forbidden)
+            and not any(motif in text for motif in self.forbidden)
             for text in texts
         ]
         found = np.array(good, dtype=bool)

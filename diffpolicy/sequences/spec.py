@@ -19,6 +19,7 @@ from diffpolicy.networks.base import check_positive
 from diffpolicy.networks.registry import sized_network
 from diffpolicy.sequences.task import MASK_LETTER, check_alphabet
 from diffpolicy.settings import check_choice, check_range, check_settings, check_shape, ranged
+from diffpolicy.training.settings import TrainerConfig
 
 FREE = "."  # a position of a template that is not fixed
 
@@ -272,6 +273,11 @@ class SequenceExamples:
         """A batch."""
         known = {name: value[indices] for name, value in self.known.items()}
         return {"tokens": self.tokens[indices].long(), **known}
+
+
+def at_most(config: TrainerConfig, examples: SequenceExamples) -> TrainerConfig:
+    """Settings with batches of no more examples than there are: files may be small."""
+    return replace(config, batch_size=min(config.batch_size, len(examples)))
 
 
 class Draws:
