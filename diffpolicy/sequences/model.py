@@ -90,9 +90,10 @@ class SequenceModel(Letters, Saved):
         Raises:
             ValueError: settings that do not fit together.
         """
-        sizes = {"alphabet": task.alphabet, "length": task.length}
-        if getattr(task, "lengths", ()):
-            sizes["lengths"] = task.lengths
+        sizes: dict[str, Any] = {"alphabet": task.alphabet, "length": task.length}
+        lengths = getattr(task, "lengths", ())
+        if lengths:
+            sizes["lengths"] = lengths
         given = sorted(set(sizes) & set(spec or {}))
         if given:
             raise ValueError(f"the task says {', '.join(given)}: leave out of spec")

@@ -192,7 +192,8 @@ def judge_note(oracles: Oracles) -> str:
 def known_rewards(task: SequenceTask, *, surrogate: bool = False) -> dict[str, Any]:
     """The rewards of a task that are not learned from its measurements, by their names."""
     if task.kind == "measured":
-        return {} if getattr(task, "held_out", None) is None else {"held_out": task.held_out}
+        given = getattr(task, "held_out", None)
+        return {} if given is None else {"held_out": given}
     truth = reward_of(task)
     own = {} if surrogate else {"reward": truth}
     judge = getattr(task, "held_out", truth)

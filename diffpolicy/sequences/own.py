@@ -105,7 +105,8 @@ class FileTask:
     def _hold(self, records: Records, letters: str) -> None:
         """Keep the sequences as tokens, with a pad where they differ in length."""
         sizes = Counter(map(len, records.texts))
-        self.alphabet, self.lengths, self.length = letters, (), max(sizes)
+        self.alphabet, self.length = letters, max(sizes)
+        self.lengths: tuple[tuple[int, float], ...] = ()
         if len(sizes) > 1:
             if PAD in letters:
                 raise ValueError(f"{PAD!r} fills up shorter sequences, so it can be no letter")
