@@ -342,13 +342,19 @@ def _of_task(given: Mapping[str, str]) -> bool:
     return any(key.split(".")[0] == "task" for key in given)
 
 
-def named_task(overrides: Sequence[str]) -> list[str]:
-    """Overrides in which a task of a file has a name: that of the file, unless one was given."""
-    given = keys_given(overrides)
-    if "task.sequences" not in given or "task.name" in given:
-        return list(overrides)
-    name = Path(given_text(given["task.sequences"])).name.split(".")[0]
-    return [*overrides, f"task.name={quoted(name)}"]
+def _of_file(kind: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides with what is different for a task of a file, unless it was said otherwise.
+
+    The task has the file's name, and its generator is a ``sequence_cnn``.
+    """
+    given, more = keys_given(overrides), []
+    if "task.sequences" in given:
+        if kind == "train sequences" and not {"network", "experiment"} & set(given):
+            more.append("network=sequence_cnn")
+        if "task.name" not in given:
+            name = Path(given_text(given["task.sequences"])).name.split(".")[0]
+            more.append(f"task.name={quoted(name)}")
+    return [*overrides, *more]
 
 
 def _with_kwargs(task: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -381,7 +387,7 @@ def load_run(command: str, overrides: Sequence[str]) -> RunConfig:
     """
     kind = run_kind(command, overrides)
     if kind.endswith("sequences"):
-        overrides = named_task(overrides)
+        overrides = _of_file(kind, overrides)
     values = compose(kind.replace(" ", "_"), overrides)
     if "task" in values:
         values["task"] = _with_kwargs(values["task"])

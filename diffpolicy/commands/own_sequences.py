@@ -13,7 +13,6 @@ from diffpolicy.config import (
     SequenceTuningConfig,
     TaskConfig,
     load_run,
-    named_task,
     read_run,
 )
 from diffpolicy.config_compose import keys_given
@@ -114,11 +113,8 @@ def training_overrides(overrides: Sequence[str]) -> list[str]:
     inner = [o.removeprefix("--") for o in overrides]
     inner = [o.removeprefix("pretrain.") for o in inner if o.startswith("pretrain.")]
     shared = [f"{key}={given[key]}" for key in ("device", "threads") if key in given]
-    own = named_task([*kept, *inner])
-    network = ["network=sequence_cnn"] if "task.sequences" in given else []
-    said = keys_given(own)
-    network = [] if "network" in said or "experiment" in said else network
-    return [*network, *(one for one in shared if one.split("=")[0] not in said), *own]
+    said = keys_given([*kept, *inner])
+    return [*(one for one in shared if one.split("=")[0] not in said), *kept, *inner]
 
 
 def _changed(stored: SequenceTrainConfig, training: SequenceTrainConfig) -> list[str]:

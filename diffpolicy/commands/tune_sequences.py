@@ -171,7 +171,11 @@ def counted(
     shown = bool(config.trainer.get("progress", True))
     networks = {id(n): n for n in (model.denoiser.network for model in models)}.values()
     with tqdm(total=total, desc="report", unit="seq", unit_scale=True, disable=not shown) as bar:
-        hooks = [n.register_forward_hook(lambda _, x, y: bar.update(len(y))) for n in networks]
+
+        def count(network: Any, inputs: Any, output: Any) -> None:
+            bar.update(len(output))  # what a hook returned would replace the output
+
+        hooks = [network.register_forward_hook(count) for network in networks]
         try:
             yield
         finally:
