@@ -19,10 +19,10 @@ from diffpolicy.config_compose import (
     experiment_values,
     given_text,
     keys_given,
-    quoted,
     read_yaml,
     seeded_run_dir,
 )
+from diffpolicy.config_tasks import of_file, of_task, with_kwargs
 from diffpolicy.settings import ConfigError, check_choice, check_range
 from diffpolicy.settings import from_values as build
 
@@ -157,12 +157,7 @@ class TrainConfig(RunConfig):
 
 @dataclass
 class TaskConfig:
-    """A sequence task beside the environments, or of a file of one's own.
-
-    Without an ``id``, ``kwargs`` are the settings of a
-    :class:`~diffpolicy.sequences.own.FileTask`. What stands beside ``kwargs`` in a configuration is
-    among them (``task.sequences=FILE``).
-    """
+    """A sequence task behind an environment's id; without one, ``kwargs`` are a ``FileTask``'s."""
 
     id: str | None = None
     name: str = "custom"
@@ -333,37 +328,8 @@ def run_kind(command: str, overrides: Sequence[str]) -> str:
                 f"experiment={name}`"
             )
         return kind
-    sequences = _of_task(given) or (command != "train" and _of_sequences(given))
+    sequences = of_task(given) or (command != "train" and _of_sequences(given))
     return f"{command} sequences" if sequences else command
-
-
-def _of_task(given: Mapping[str, str]) -> bool:
-    """Whether a task of sequences was named."""
-    return any(key.split(".")[0] == "task" for key in given)
-
-
-def _of_file(kind: str, overrides: Sequence[str]) -> list[str]:
-    """Overrides with what is different for a task of a file, unless it was said otherwise.
-
-    The task has the file's name, and its generator is a ``sequence_cnn``.
-    """
-    given, more = keys_given(overrides), []
-    if "task.sequences" in given:
-        if kind == "train sequences" and not {"network", "experiment"} & set(given):
-            more.append("network=sequence_cnn")
-        if "task.name" not in given:
-            name = Path(given_text(given["task.sequences"])).name.split(".")[0]
-            more.append(f"task.name={quoted(name)}")
-    return [*overrides, *more]
-
-
-def _with_kwargs(task: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A task whose settings are all in its ``kwargs``, wherever they were given."""
-    if task is None:
-        return None
-    known = {key: task[key] for key in ("id", "name") if key in task}
-    beside = {key: value for key, value in task.items() if key not in ("id", "name", "kwargs")}
-    return {**known, "kwargs": {**(task.get("kwargs") or {}), **beside}}
 
 
 def _of_sequences(given: Mapping[str, str]) -> bool:
@@ -386,11 +352,7 @@ def load_run(command: str, overrides: Sequence[str]) -> RunConfig:
             another command.
     """
     kind = run_kind(command, overrides)
-    if kind.endswith("sequences"):
-        overrides = _of_file(kind, overrides)
-    values = compose(kind.replace(" ", "_"), overrides)
-    if "task" in values:
-        values["task"] = _with_kwargs(values["task"])
+    values = with_kwargs(compose(kind.replace(" ", "_"), of_file(kind, overrides)))
     if values.get("preferences") is not None and "preferences" in keys_given(overrides):
         _compared_already(values, overrides)
     if (values.get("data") or {}).get("mix"):  # in place of what a group says of one store
