@@ -22,6 +22,7 @@ from diffpolicy.config_compose import (
     read_yaml,
     seeded_run_dir,
 )
+from diffpolicy.config_tasks import of_file, of_task, with_kwargs
 from diffpolicy.settings import ConfigError, check_choice, check_range
 from diffpolicy.settings import from_values as build
 
@@ -156,10 +157,10 @@ class TrainConfig(RunConfig):
 
 @dataclass
 class TaskConfig:
-    """A sequence task beside the environments."""
+    """A sequence task behind an environment's id; without one, ``kwargs`` are a ``FileTask``'s."""
 
-    id: str
-    name: str
+    id: str | None = None
+    name: str = "custom"
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -187,6 +188,7 @@ class SequenceTrainConfig(RunConfig):
     cond_dropout: float = 0.0
     val_fraction: float = 0.02
     draws: int = 640
+    report: dict[str, Any] = field(default_factory=dict)
     run: str = "train sequences"
 
     def __post_init__(self) -> None:
@@ -201,6 +203,9 @@ class SequenceTuningConfig(RunConfig):
     guidance: dict[str, Any]
     trainer: dict[str, Any]
     pretrained: str
+    task: TaskConfig | None = None
+    pretrain: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
     label: str | None = None
     kl_weight: float = 0.1
     draws: int = 640
@@ -323,10 +328,7 @@ def run_kind(command: str, overrides: Sequence[str]) -> str:
                 f"experiment={name}`"
             )
         return kind
-    if command == "train":
-        sequences = any(key.split(".")[0] == "task" for key in given)
-    else:
-        sequences = _of_sequences(given)
+    sequences = of_task(given) or (command != "train" and _of_sequences(given))
     return f"{command} sequences" if sequences else command
 
 
@@ -350,7 +352,7 @@ def load_run(command: str, overrides: Sequence[str]) -> RunConfig:
             another command.
     """
     kind = run_kind(command, overrides)
-    values = compose(kind.replace(" ", "_"), overrides)
+    values = with_kwargs(compose(kind.replace(" ", "_"), of_file(kind, overrides)))
     if values.get("preferences") is not None and "preferences" in keys_given(overrides):
         _compared_already(values, overrides)
     if (values.get("data") or {}).get("mix"):  # in place of what a group says of one store

@@ -21,6 +21,7 @@ from generators.command import run as generate
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 FORMATS = "Data as people keep it"
+OWN = "Sequences of your own"
 STORES = "Data: some episodes, several stores"
 PUSHT = DATA / "pusht" / "pusht_lowdim.zarr.zip"
 DOOR = [
@@ -174,6 +175,7 @@ def test_commands(tmp_path, monkeypatch):
         FORMATS,
         "Push-T with the human demonstrations",
         "Sequences, tuned by a reward",
+        OWN,
         "Preferences",
         CAMERAS,
     )
@@ -249,6 +251,26 @@ def test_sequence_commands(tmp_path, monkeypatch):
     tuned_by_labels = next(c for c in commands("docs/guide.md") if "experiment=tfbind8_dpo" in c)
     for command in [*found, tuned_by_labels]:
         assert cli.main(tiny(command)) == 0, command
+
+
+def test_commands_of_own_sequences(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("ACGT"), n)) for n in (6, 8) * 40]
+    Path("mine.fasta").write_text("".join(f">{i}\n{t}\n" for i, t in enumerate(texts)))
+    rows = [f"{t},{t.count('G')},{i % 8}\n" for i, t in enumerate(texts)]
+    Path("measured.csv").write_text("sequence,activity,plate\n" + "".join(rows))
+    module = types.ModuleType("my_oracles")
+    module.score = lambda texts: [text.count("G") for text in texts]
+    monkeypatch.setitem(sys.modules, "my_oracles", module)
+    found = commands("docs/guide.md", OWN)
+    assert len(found) == 3
+    small = [f"pretrain.{one}" for one in ("trainer.steps=4", "network.width=8", "draws=16")]
+    small += ["pretrain.oracles.trainer.steps=4", "report.chains=8", "draws=32"]
+    for command in found:
+        training = [] if "method=none" in command else [*TUNE, "trainer.steps=2", "eval_draws=16"]
+        assert cli.main([*command, *small, *training, "threads=1"]) == 0, command
+    assert Path("runs/measured_tuned/designs.fasta").is_file()
 
 
 def test_pusht_commands(tmp_path, monkeypatch):

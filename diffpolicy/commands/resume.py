@@ -27,6 +27,7 @@ from diffpolicy.config import (
     PolicyTuningConfig,
     SequenceTrainConfig,
     SequenceTuningConfig,
+    TaskConfig,
     read_run,
 )
 from diffpolicy.config_compose import keys_given
@@ -44,6 +45,7 @@ def help_text() -> str:
 
 def run(arguments: Sequence[str]) -> int:
     """Load the run's configuration, with what is to change, and go on."""
+    from diffpolicy.commands.own_sequences import typed_over
     from diffpolicy.networks.registry import check_stored_code
     from diffpolicy.policies.spec import upgraded
     from diffpolicy.rollout.env_spec import stored_env_id
@@ -54,9 +56,10 @@ def run(arguments: Sequence[str]) -> int:
     if not file.is_file():
         raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml")
     plain = upgraded(read_run(file))
-    for section in ("env", "task"):
-        if isinstance(plain.get(section), dict):
-            stored_env_id(str(plain[section].get("id")), file, instead="")
+    if isinstance(plain.get("env"), dict):
+        stored_env_id(str(plain["env"].get("id")), file, instead="")
+    if isinstance(plain.get("task"), dict):
+        typed_over(build(TaskConfig, plain["task"]), None, file)
     check_stored_code(plain, file)
     if {"preference", "finetune"} & set(plain):
         raise ConfigError(

@@ -19,6 +19,7 @@ from diffpolicy.commands.runs import (
 from diffpolicy.config import SequenceTrainConfig
 from diffpolicy.files import write_atomic
 from diffpolicy.settings import ConfigError
+from diffpolicy.settings import from_values as build
 
 if TYPE_CHECKING:
     from diffpolicy.sequences.model import SequenceModel
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 @one_writer
 def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int:
     """Run one pre-training, from the task's data to a report."""
+    from diffpolicy.sequences.evaluate import Evaluation
     from diffpolicy.sequences.model import SequenceModel
     from diffpolicy.training.run_files import has_run
 
@@ -38,6 +40,7 @@ def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int
     device = pick_device(config.device, config.threads)
     trainer = trainer_settings(config.trainer, config.seed)
     trainer_settings(config.oracles.trainer, config.oracles.seed, "oracles.trainer.")
+    build(Evaluation, config.report, "report.")
     if trainer.tensorboard:
         check_installed(("tensorboard",), "trainer.tensorboard=true")
     task = open_configured(config)
@@ -61,6 +64,7 @@ def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int
         return stopped(run_dir, training.step)
     oracles = configured_oracles(config, task, run_dir, device, overwrite=config.overwrite)
     row = _report(config, model, task, oracles)
+    row["sequences"] = getattr(task, "read", None)
     write_atomic(run_dir / "report.json", json.dumps(row, indent=1) + "\n")
     short = {
         "task": config.name,
@@ -72,10 +76,23 @@ def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int
 
 
 def open_configured(config: SequenceTrainConfig) -> SequenceTask:
-    """The task of a configuration."""
-    from diffpolicy.sequences.task import open_task
+    """The task of a configuration; what was read of a file is said."""
+    from diffpolicy.commands.own_sequences import open_task
 
-    return open_task(config.task.id, **config.task.kwargs)
+    task = open_task(config.task)
+    read = getattr(task, "read", None)
+    if read is not None:
+        print(_said(read))
+    return task
+
+
+def _said(read: dict[str, Any]) -> str:
+    """What was read of a file of sequences, in a line."""
+    changed = "".join(f"; {count} {why}" for why, count in read["left out or changed"].items())
+    return (
+        f"{read['file']}: {read['sequences']} of {read['rows']} sequences, {read['length']} of "
+        f"{read['alphabet']}{changed}"
+    )
 
 
 def configured_oracles(
@@ -106,7 +123,7 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
     """The figures of an evaluation that a RESULT line shows."""
     out: dict[str, Any] = {}
     for name in ("reward", "held_out", "log_likelihood"):
-        out[name] = _rounded(row[name]["median"])
+        out[name] = None if row[name] is None else _rounded(row[name]["median"])
     for name in ("kl", "kmer_correlation", "profile_correlation", "diversity", "valid"):
         out[name] = _rounded(row[name])
     return out
@@ -132,9 +149,11 @@ def _report(
 ) -> dict[str, Any]:
     import torch
 
-    from diffpolicy.sequences.evaluate import evaluate_sequences
+    from diffpolicy.sequences.evaluate import Evaluation, evaluate_sequences
 
+    settings = build(Evaluation, config.report, "report.")
     generator = torch.Generator(model.device).manual_seed(config.seed)
     tokens = model.draw(config.draws, generator=generator).cpu()
-    row = evaluate_sequences(None, task, tokens, oracles=oracles, reference=model)
+    judged: dict[str, Any] = {"oracles": oracles, "reference": model, "settings": settings}
+    row = evaluate_sequences(None, task, tokens, **judged)
     return {"name": config.name, "metrics": row, "oracles": dict(oracles.report)}

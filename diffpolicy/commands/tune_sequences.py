@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.commands.lineage import how_to_make
+from diffpolicy.commands.own_sequences import typed_over
 from diffpolicy.commands.preflight import check_writable, pick_device
 from diffpolicy.commands.runs import (
     check_new,
@@ -19,12 +21,13 @@ from diffpolicy.commands.runs import (
     write_config,
 )
 from diffpolicy.commands.train_sequences import configured_oracles, open_configured, summary
-from diffpolicy.config import SequenceTrainConfig, SequenceTuningConfig, read_run
+from diffpolicy.config import SequenceTrainConfig, SequenceTuningConfig, TaskConfig, read_run
 from diffpolicy.settings import ConfigError
 from diffpolicy.settings import from_values as build
 
 if TYPE_CHECKING:
     from diffpolicy.report.sequences import TuningResult
+    from diffpolicy.sequences.evaluate import Evaluation
     from diffpolicy.sequences.guided import GuidedDraws
     from diffpolicy.sequences.model import SequenceModel
     from diffpolicy.sequences.oracles import Oracles
@@ -41,10 +44,11 @@ def tune_sequences(config: SequenceTuningConfig, *, resume: bool = False) -> int
     run_dir = check_new(config, resume=resume)
     check_writable(run_dir)
     device = pick_device(config.device, config.threads)
-    base = pretraining(config.pretrained)
+    base = pretraining(config.pretrained, config.task)
     pretrained = _pretrained(config.pretrained, device)
     _check(config, pretrained)
     task = open_configured(base)
+    pretrained = pretrained.pinned(getattr(task, "fixed", ""))
     check_black_box(config, task)
     oracles = configured_oracles(base, task, Path(config.pretrained), device)
     write_config(config)
@@ -67,13 +71,17 @@ def tune_sequences(config: SequenceTuningConfig, *, resume: bool = False) -> int
         if tuned.interrupted:
             return stopped(run_dir)
         model = tuned.model
-    result = evaluated(config, (pretrained, model), task, oracles, tuned)
+    with counted(config, (pretrained, model)):
+        result = evaluated(config, (pretrained, model), task, oracles, tuned)
     report = write_report(run_dir, result)
+    if report["note"]:
+        print(f"note: {report['note']}")
     if report["warning"]:
         print(f"warning: since update {report['warning']['step']}: {report['warning']['message']}")
     exact = result.exact or {}
     short = {
         "task": config.name,
+        "designs": result.designs,
         "train_s": round(result.cost["train_s"], 1),
         **summary(dict(result.after)),
         **{k: round(v, 4) for k, v in exact.items() if k in ("progress", "objective")},
@@ -83,10 +91,8 @@ def tune_sequences(config: SequenceTuningConfig, *, resume: bool = False) -> int
     return 0
 
 
-def pretraining(run_dir: str) -> SequenceTrainConfig:
-    """The configuration that a pre-trained run was made with."""
-    from diffpolicy.rollout.env_spec import stored_env_id
-
+def pretraining(run_dir: str, task: TaskConfig | None) -> SequenceTrainConfig:
+    """The configuration that a pre-trained run was made with, with what was said of its task."""
     file = Path(run_dir) / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"no pre-trained model in {run_dir}: {how_to_make(Path(run_dir))}")
@@ -94,7 +100,7 @@ def pretraining(run_dir: str) -> SequenceTrainConfig:
     if values["run"] != "train sequences":
         raise ConfigError(f"{run_dir} is no run of a sequence task; set pretrained=RUN")
     config = build(SequenceTrainConfig, values)
-    stored_env_id(config.task.id, file, instead="")
+    config.task = typed_over(config.task, task, file)
     return config
 
 
@@ -111,6 +117,7 @@ def _check(config: SequenceTuningConfig, model: SequenceModel) -> None:
     from diffpolicy.sequences.guided import check_guidance
 
     trainer = trainer_settings(config.trainer, config.seed)
+    _evaluation(config)
     check_guidance(config.guidance, model)
     if config.method["type"] != "none":
         values = {**config.method, "kl_weight": config.kl_weight}
@@ -146,6 +153,44 @@ def check_black_box(config: SequenceTuningConfig, task: SequenceTask) -> None:
         raise ConfigError(f"{task.name} rewards hard sequences: set method.value=mode")
 
 
+@contextmanager
+def counted(
+    config: SequenceTuningConfig, models: tuple[SequenceModel, SequenceModel]
+) -> Iterator[None]:
+    """Show a bar of the sequences that networks look at for the report, and of how many it takes.
+
+    They are counted by the networks themselves; draws under guidance are taken to cost as much as
+    others, so that the bar is longer than it says with them.
+    """
+    from tqdm import tqdm
+
+    spec, how = models[0].spec, _evaluation(config)
+    steps = spec.length if config.num_steps is None else config.num_steps
+    steps = min(steps, spec.length) if spec.time_free else steps
+    total = config.draws * (2 * steps + 3 * how.elbo_draws) + 2 * steps * how.chains
+    shown = bool(config.trainer.get("progress", True))
+    networks = {id(n): n for n in (model.denoiser.network for model in models)}.values()
+    with tqdm(total=total, desc="report", unit="seq", unit_scale=True, disable=not shown) as bar:
+
+        def count(network: Any, inputs: Any, output: Any) -> None:
+            bar.update(len(output))  # what a hook returned would replace the output
+
+        hooks = [network.register_forward_hook(count) for network in networks]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _evaluation(config: SequenceTuningConfig, **said: Any) -> Evaluation:
+    """How the report judges sequences."""
+    from diffpolicy.sequences.evaluate import Evaluation
+
+    values = {"seed": config.seed, "num_steps": config.num_steps, **config.report, **said}
+    return build(Evaluation, values, "report.")
+
+
 def evaluated(
     config: SequenceTuningConfig,
     models: tuple[SequenceModel, SequenceModel],
@@ -154,15 +199,18 @@ def evaluated(
     training: Tuned | None,
 ) -> TuningResult:
     """Every figure of the pre-trained model's and the tuned model's sequences."""
-    from diffpolicy.report.sequences import TuningResult, best_sequences
-    from diffpolicy.sequences.evaluate import Evaluation, can_be_exact, evaluate_sequences, exactly
+    from diffpolicy.report.sequences import TuningResult
+    from diffpolicy.sequences.designs import designs, write_designs
+    from diffpolicy.sequences.evaluate import can_be_exact, evaluate_sequences, exactly
+    from diffpolicy.sequences.oracles import judge_note
 
     pretrained, model = models
     plain = config.guidance["type"] == "none"
     one_by_one = config.num_steps is None  # the law that is known
     known = plain and one_by_one and can_be_exact(model, task) and config.kl_weight > 0
+    known = known and _evaluation(config).exact
     exact = exactly(model, pretrained, task, config.kl_weight) if known else None
-    settings = Evaluation(seed=config.seed, num_steps=config.num_steps, exact=not known)
+    settings = _evaluation(config, **({"exact": False} if known else {}))
     before = _draw(config, pretrained, {"type": "none"}, oracles)
     began = time.perf_counter()
     after = _draw(config, model, config.guidance, oracles)
@@ -175,6 +223,8 @@ def evaluated(
     if exact is not None:
         rows[1] |= {"kl": exact.scores.kl, "kl_kind": "exact", "kl_standard_error": 0.0}
     trained = config.method["type"] != "none"
+    found = designs(after.tokens, task, oracles, pretrained, elbo_draws=settings.elbo_draws)
+    write_designs(config.run_dir, found)
     return TuningResult(
         task=task.name,
         method=_method(config),
@@ -185,6 +235,7 @@ def evaluated(
         profiles=_profiles(task, before.tokens, after.tokens, settings.top_fraction),
         setting=f"kl_weight={config.kl_weight}" if trained else "",
         settings=asdict(config),
+        designs=len(found),
         cost={
             "nfe": after.nfe,
             "reward_calls": after.reward_calls,
@@ -194,7 +245,8 @@ def evaluated(
             "train_reward_calls": training.reward_calls if training else 0,
         },
         exact=None if exact is None else exact.scores._asdict(),
-        best=best_sequences(after.tokens, oracles, task.alphabet, valid=task.valid),
+        best=found[:10],
+        note=judge_note(oracles),
         optimum=() if exact is None else exact.front,
     )
 
@@ -223,9 +275,10 @@ def _draw(
 def _profiles(task: SequenceTask, before: Any, after: Any, fraction: float) -> dict[str, Any]:
     from diffpolicy.report.sequences import PRETRAINED, TOP, TUNED
     from diffpolicy.sequences.metrics import profile, top_sequences
+    from diffpolicy.sequences.task import measured
 
     size = len(task.alphabet)
-    top = top_sequences(*task.measurements(), fraction)
+    top = top_sequences(*measured(task), fraction)
     return {
         PRETRAINED: profile(before.cpu().numpy(), size),
         TUNED: profile(after.cpu().numpy(), size),

@@ -6,6 +6,16 @@ $plans
 settings of sequence models (also method.KEY, guidance.KEY, trainer.KEY):
 $sequences
 
+Sequences of your own, in one command: task=custom task.sequences=FILE (FASTA, CSV or TSV, perhaps
+.gz) with task.oracle=package.module:Name, or task.value=COLUMN of measured values, from which
+oracles are then learned. The generator is trained first, as pretrain.KEY say (what `diffpolicy
+train` takes: pretrain.trainer.steps=2000, pretrain.network=mlp), or once with `diffpolicy train
+task=custom ...`; designs are in RUN/designs.fasta and RUN/designs.csv. Also task.held_out, .value,
+.column, .group, .identity, .alphabet, .length, .ambiguous, .fixed={0: GGATCC, -6: GAATTC} and
+.forbidden=[GAATTC]; with pretrained=RUN, task.KEY stand in place of what that run was told.
+report.KEY is what the report costs: chains=512 for the divergence, elbo_draws=16 for likelihoods,
+exact=true, kmer=3, top_fraction=0.01.
+
 $groups
 
 collect.KEY: kind, episodes, seed, noise_seed, repeats, points, every, branches, lookahead,
@@ -23,7 +33,8 @@ With preferences=FILE nothing is collected, and judge and plans of an experiment
 some judge.KEY or plans.KEY is given: the judge then learns from the rollouts of that file.
 
 --print-config shows the composed configuration and stops; --multirun seed=0,1,2 runs them all.
-Results: RUN/report.md with pictures, report.json, metrics.csv, checkpoints/; of policies also
+Results: RUN/report.md with pictures, report.json, metrics.csv, checkpoints/; of sequence models
+also designs.fasta and designs.csv; of policies also
 policy/, rollouts.zarr and preferences.jsonl (pairs of rollouts) where there were collected, value/
 of a judge, and plans.zarr and plans.jsonl (with rounds=N, what is of one round in RUN/round_K).
 The last line printed is `RESULT {json}`.
@@ -72,6 +83,12 @@ def run(command: str, arguments: Sequence[str]) -> int:
     from diffpolicy.commands.tune_sequences import tune_sequences
 
     assert isinstance(config, SequenceTuningConfig)
+    if config.task is not None and "pretrained" not in keys_given(overrides):
+        from diffpolicy.commands.own_sequences import begin
+
+        status = begin(config, overrides)
+        if status:
+            return status
     return tune_sequences(config)
 
 

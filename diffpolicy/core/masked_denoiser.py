@@ -112,7 +112,7 @@ class MaskedDenoiser(BaseDenoiser):
         x = x.to(dtype) if x.is_floating_point() else x
         cond = None if cond is None else cond.to(dtype)
         output: Tensor = self.network(x, time.to(dtype), cond, **known)
-        return output[..., : self.vocab_size].log_softmax(-1)
+        return self.process.constrained(x, output[..., : self.vocab_size]).log_softmax(-1)
 
 
 def masked_answer(x_t: Tensor, log_p: Tensor) -> Denoised:

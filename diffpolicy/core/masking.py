@@ -35,6 +35,27 @@ class MaskingProcess(NoiseProcess):
         """``m'_t / m_t``: of the masked cross-entropy in the continuous-time bound."""
         raise TypeError(f"{type(self).__name__} must define weight")
 
+    @property
+    def random_prior(self) -> bool:
+        """Whether :meth:`prior` looks at the values of its noise, and not at its shape alone."""
+        return False
+
+    def free(self, masked: Tensor, tokens: Tensor) -> Tensor:
+        """``masked`` bool ``[B, L]`` without those positions of tokens that are never masked."""
+        return masked
+
+    def filled(self, known: Tensor, like: Tensor) -> Tensor:
+        """Make states of masks as ``like [B, L, D]``, with what is known ``[B, L]`` in place."""
+        return self.prior(like)
+
+    def constrained(self, x: Tensor, logits: Tensor) -> Tensor:
+        """The logits ``[B, L, V]`` of clean tokens at ``x``, without what cannot be."""
+        return logits
+
+    def log_length(self, tokens: Tensor) -> Tensor:
+        """Log-probability of the lengths of tokens ``[N, L]``, ``[N]``: 0 where there is one."""
+        return torch.zeros(len(tokens), device=tokens.device)
+
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - self.mask_probability(t)
 

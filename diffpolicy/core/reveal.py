@@ -18,11 +18,12 @@ from torch.nn.functional import pad
 
 from diffpolicy.core.denoiser import Denoised
 from diffpolicy.core.masking import MaskingProcess, hard_one_hot
-from diffpolicy.core.starts import Start, levels
+from diffpolicy.core.starts import Start, levels, prior_start
 from diffpolicy.core.steps import Memory, Solver
 from diffpolicy.settings import check_choice, check_range
 
 BACKWARDS = ("gumbel", "probabilities", "reinmax")
+KNOWN = -1  # the group of positions that no step reveals, because they are not masked
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ def reveals(
         generator: on the state's device, which is read for the number of evaluations.
 
     Returns:
-        Groups ``[B, L]`` and the host grid ``[K + 1, ...]``.
+        Groups ``[B, L]``, ``KNOWN`` where nothing is masked, and the host grid ``[K + 1, ...]``.
 
     Raises:
         ValueError: ``num_steps=None`` with a denoiser that depends on the level.
@@ -280,11 +281,23 @@ def reveals(
     if num_steps is None:
         if not time_free:
             raise ValueError("num_steps=None is for time_free denoisers; give one, such as 128")
-        count = max(1, int(masked.sum(1).max().item()))
-        return one_by_one(masked, generator), levels(start, count)
+        left = masked.sum(1, keepdim=True)
+        count = max(1, int(left.max().item()))
+        # Rows with fewer masks wait at first, so that all are done at the same step.
+        groups = one_by_one(masked, generator) + (count - left)
+        return torch.where(masked, groups, KNOWN), levels(start, count)
     grid = levels(start, num_steps)
     groups, count = reveal_schedule(process, grid, masked, generator, compact=time_free)
-    return groups, levels(start, count)
+    return torch.where(masked, groups, KNOWN), levels(start, count)
+
+
+def blank_start(
+    process: MaskingProcess, like: Tensor, generator: torch.Generator | None = None
+) -> Start:
+    """Where chains of masked sequences ``like [B, L, V + 1]`` begin: masks, and what is known."""
+    if process.random_prior:
+        like = process.draw_noise(like.shape, generator, like)
+    return prior_start(process, like)
 
 
 def one_by_one(masked: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -12,14 +12,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from diffpolicy.report import sequence_figures as plots
 from diffpolicy.report import tables
 from diffpolicy.report.figures import draw_pictures, read_metrics
 from diffpolicy.report.tables import Row
-from diffpolicy.sequences.oracles import Oracles, score
 
 FORMAT = "diffpolicy-finetune-report"
 PRETRAINED, TUNED, TOP = "pre-trained", "tuned", "top of the data"
@@ -43,7 +39,9 @@ class TuningResult:
         cost: numbers; ``nfe`` (network evaluations per sequence), ``reward_calls`` and ``wall_s``
             stand in tables.
         exact: figures of the whole law (``ExactScores._asdict()``), where they are known.
-        best: sequences as :func:`best_sequences` gives them.
+        best: the first of the :func:`~diffpolicy.sequences.designs.designs`.
+        designs: how many different valid ones there are.
+        note: what a reader must know beside the figures.
         optimum: ``(kl, reward)`` of the best laws, where they are known.
 
     Raises:
@@ -63,43 +61,11 @@ class TuningResult:
     exact: Row | None = None
     best: Sequence[Row] = ()
     optimum: Sequence[Sequence[float]] = ()
+    designs: int = 0
+    note: str = ""
 
     def __post_init__(self) -> None:
         plots.check_profiles(self.profiles, self.alphabet)
-
-
-def best_sequences(
-    tokens: Any,
-    oracles: Oracles,
-    alphabet: str,
-    *,
-    count: int = 10,
-    valid: Callable[[Any], Any] | None = None,
-) -> list[dict[str, Any]]:
-    """Find the different valid sequences of highest training reward, best first.
-
-    Args:
-        tokens: ``[N, L]``.
-        oracles: the rewards.
-        alphabet: one letter per token.
-        count: at most so many.
-        valid: a task's ``valid``, which says of ``[M, L]`` which may be proposed; None: all.
-
-    Returns:
-        Each with ``sequence`` (letters), ``reward`` and ``held_out``.
-    """
-    held = np.unique(torch.as_tensor(tokens).cpu().numpy(), axis=0)
-    if valid is not None:
-        held = held[np.asarray(valid(held), bool)]
-    if not len(held):
-        return []
-    reward = score(oracles.reward, held, len(alphabet))
-    best = held[np.argsort(-reward, kind="stable")[:count]]
-    columns = [score(oracle, best, len(alphabet)) for oracle in oracles[:2]]
-    return [
-        {"sequence": "".join(alphabet[i] for i in row), "reward": float(r), "held_out": float(h)}
-        for row, r, h in zip(best, *columns, strict=True)
-    ]
 
 
 def write_report(run_dir: str | Path, result: TuningResult) -> dict[str, Any]:
@@ -149,6 +115,8 @@ def _words(report: Row, title: str) -> list[str]:
     parts = [f"# {title}\n"]
     if warning:
         parts.append(f"**Since update {warning['step']}**: {warning['message']}.\n")
+    if report["note"]:
+        parts.append(f"{report['note']}\n")
     table = tables.markdown(["figure", "before", "after"], lines)
     parts += ["Median [quartiles] over sequences; correlations with the top of the data.\n", table]
     for head, values in (("Exact law", report["exact"]), ("Cost", report["cost"])):

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,14 @@ from diffpolicy.sequences.exact import ExactLaw, StateSpace
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, score
 from diffpolicy.sequences.spec import Chain, Drawing
-from diffpolicy.sequences.task import SequenceTask, check_tokens
+from diffpolicy.sequences.task import (
+    SequenceTask,
+    check_tokens,
+    measured,
+    pad_of,
+    reward_of,
+    valid_rows,
+)
 from diffpolicy.settings import check_range, check_settings, ranged
 
 ROWS = 256
@@ -90,7 +96,8 @@ def evaluate_sequences(
         ``kl_standard_error``; ``entropy`` per position in nats; ``diversity`` (mean Hamming
         distance of two sequences); ``unique`` and ``valid`` fractions; ``kmer_correlation`` and
         ``profile_correlation`` with the top of the data; ``wild_type_distance`` where the task
-        names a wild type. Undefined figures are null.
+        names a wild type. ``mean_length`` where lengths differ. Undefined figures are null, and so
+        is ``held_out`` where nothing judges the reward.
 
     Raises:
         ValueError: sequences of another size.
@@ -104,13 +111,15 @@ def evaluate_sequences(
     bound = reference.log_likelihood(given, draws=how.elbo_draws, generator=masks)
     row = {
         "count": len(held),
-        "reward": metrics.quartiles(score(oracles.reward, held, vocab_size)),
-        "held_out": metrics.quartiles(score(oracles.held_out, held, vocab_size)),
+        **{
+            name: None if oracle is None else metrics.quartiles(score(oracle, held, vocab_size))
+            for name, oracle in oracles.columns.items()
+        },
         "log_likelihood": metrics.quartiles(bound.double().cpu().numpy()),
         "entropy": float(metrics.position_entropy(held, vocab_size).mean()),
         "diversity": metrics.mean_pairwise_hamming(held, vocab_size),
         "unique": metrics.unique_fraction(held),
-        "valid": float(np.asarray(task.valid(held)).mean()),
+        "valid": float(valid_rows(task, held).mean()),
         **_closeness(task, held, how),
         **_divergence(model, reference, task, how),
     }
@@ -119,12 +128,15 @@ def evaluate_sequences(
 
 def _closeness(task: SequenceTask, held: Any, how: Evaluation) -> dict[str, Any]:
     vocab_size = len(task.alphabet)
-    top = metrics.top_sequences(*task.measurements(), how.top_fraction)
+    top = metrics.top_sequences(*measured(task), how.top_fraction)
     kmer = min(how.kmer, task.length)
+    pad = pad_of(task)
     found: dict[str, Any] = {
-        "kmer_correlation": metrics.kmer_correlation(held, top, kmer, vocab_size),
+        "kmer_correlation": metrics.kmer_correlation(held, top, kmer, vocab_size, pad=pad),
         "profile_correlation": metrics.profile_correlation(held, top, vocab_size),
     }
+    if pad is not None:
+        found["mean_length"] = float((held != pad).sum(1).mean())
     wild_type = getattr(task, "wild_type", None)
     if wild_type is not None:
         letters = [task.alphabet.index(letter) for letter in wild_type]
@@ -161,7 +173,9 @@ class Exact(NamedTuple):
 def can_be_exact(model: SequenceModel, task: SequenceTask) -> bool:
     """Whether the law of ``model`` and its reward can be computed for every sequence."""
     states = (len(task.alphabet) + 1) ** task.length
-    return task.kind == "table" and model.spec.time_free and states <= Evaluation.EXACT_STATES
+    alike = not model.spec.lengths  # the best law would move lengths, which tuning does not
+    small = alike and states <= Evaluation.EXACT_STATES
+    return task.kind == "table" and model.spec.time_free and small
 
 
 @torch.no_grad()
@@ -171,7 +185,7 @@ def exactly(
     """Compute exact figures of a tuned model (see :func:`can_be_exact`)."""
     space, p, q = _laws(model, reference)
     tokens = space.states[space.sequences]
-    reward = torch.from_numpy(score(task.reward, tokens, space.vocab_size))
+    reward = torch.from_numpy(score(reward_of(task), tokens, space.vocab_size))
     laws = [exact.optimum(q, reward, float(weight)) for weight in torch.logspace(0, -2, 24)]
     front = [(exact.divergence(law, q), float((law * reward).sum())) for law in laws]
     return Exact(exact.exact_scores(p, q, reward, kl_weight), front)

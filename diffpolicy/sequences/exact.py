@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.core.templated import Templated
 from diffpolicy.learn.method import check_sizes
 from diffpolicy.learn.reward.chains import categorical_kl
 
@@ -122,14 +123,24 @@ class ExactLaw:
         """The law of a denoiser; differentiable if gradients are enabled."""
         if space is None:
             space = StateSpace(denoiser.vocab_size, denoiser.length)
-        return cls.from_log_probs(space, space.log_probs(denoiser, cond=cond))
+        starts = denoiser.process.starts() if isinstance(denoiser.process, Templated) else None
+        return cls.from_log_probs(space, space.log_probs(denoiser, cond=cond), starts)
 
     @classmethod
-    def from_log_probs(cls, space: StateSpace, log_p: Tensor) -> ExactLaw:
-        """The law of given log-probabilities ``[S, L, V]``."""
+    def from_log_probs(
+        cls, space: StateSpace, log_p: Tensor, starts: tuple[Tensor, Tensor] | None = None
+    ) -> ExactLaw:
+        """The law of given log-probabilities ``[S, L, V]``.
+
+        ``starts`` are the states ``[N, L]`` that chains begin with and their probabilities ``[N]``;
+        None: all masks.
+        """
         flat = log_p.double().flatten().exp()
         visits = torch.zeros(space.count, dtype=torch.float64)
-        visits[-1] = 1.0  # all masked: every digit is V
+        if starts is None:
+            visits[-1] = 1.0  # all masked: every digit is V
+        else:
+            visits[(starts[0] * space.place).sum(1)] = starts[1]
         for edges in space.edges:
             flow = visits[edges.source] * flat[edges.entry] * edges.chance
             visits = visits.index_add(0, edges.target, flow)

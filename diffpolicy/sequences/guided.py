@@ -13,7 +13,7 @@ from diffpolicy.guidance.particles import PARTICLE_METHODS, make_particle_method
 from diffpolicy.guidance.reward import RewardGuidance
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Reward
-from diffpolicy.sequences.spec import ROWS, tokens_of
+from diffpolicy.sequences.spec import ROWS, fixed_letters, tokens_of
 from diffpolicy.settings import check_choice, check_known
 
 _SETTINGS = {"none": (), "cfg": ("scale", "class_index"), "reward": ("scale", "mode")}
@@ -78,9 +78,10 @@ def draw_guided(
     """
     kind, values = check_guidance(config, model)
     spec = model.spec
-    evaluations = spec.length if num_steps is None else num_steps
+    free = spec.length - len(fixed_letters(spec.fixed))
+    evaluations = free if num_steps is None else num_steps
     if spec.time_free:
-        evaluations = min(evaluations, spec.length)
+        evaluations = min(evaluations, free)
     how: dict[str, Any] = {"num_steps": num_steps, "generator": generator}
     if kind == "none":
         return GuidedDraws(model.draw(size, **how), evaluations, 0)

@@ -57,13 +57,16 @@ def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     return pearson(rankdata(a), rankdata(b))
 
 
-def kmer_counts(tokens: Tokens, k: int, vocab_size: int) -> npt.NDArray[np.int64]:
+def kmer_counts(
+    tokens: Tokens, k: int, vocab_size: int, *, pad: int | None = None
+) -> npt.NDArray[np.int64]:
     """How often each k-mer occurs in all sequences together.
 
     Args:
         tokens: ``[N, L]`` in 0..V-1.
         k: letters per k-mer, 1..L.
         vocab_size: V.
+        pad: a token that fills up shorter sequences: k-mers with it do not count.
 
     Returns:
         ``[V^k]``, in lexicographic order.
@@ -75,27 +78,34 @@ def kmer_counts(tokens: Tokens, k: int, vocab_size: int) -> npt.NDArray[np.int64
     check_range(f"[1, {length}]", k=k)
     place = vocab_size ** np.arange(k - 1, -1, -1)
     windows = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.int64), k, axis=1)
-    return np.bincount((windows @ place).reshape(-1), minlength=vocab_size**k)
+    index = windows @ place
+    index = index.reshape(-1) if pad is None else index[(windows != pad).all(-1)]
+    return np.bincount(index, minlength=vocab_size**k)
 
 
-def kmer_correlation(tokens: Tokens, top: Tokens, k: int, vocab_size: int) -> float:
+def kmer_correlation(
+    tokens: Tokens, top: Tokens, k: int, vocab_size: int, *, pad: int | None = None
+) -> float:
     """Pearson's correlation of the pooled k-mer counts of two sets of sequences (DRAKES)."""
-    return pearson(kmer_counts(tokens, k, vocab_size), kmer_counts(top, k, vocab_size))
+    counts = [kmer_counts(x, k, vocab_size, pad=pad) for x in (tokens, top)]
+    return pearson(*counts)
 
 
-def top_sequences(tokens: Tokens, labels: npt.ArrayLike, fraction: float) -> Tokens:
-    """The sequences of the highest labels, at least one.
+def top_sequences(tokens: Tokens, labels: npt.ArrayLike | None, fraction: float) -> Tokens:
+    """The sequences of the highest labels, at least one; all of them where there are no labels.
 
     Args:
         tokens: ``[N, L]``.
-        labels: ``[N]``.
+        labels: ``[N]``, or None.
         fraction: of N, in (0, 1].
 
     Raises:
         ValueError: a fraction out of range, or labels of another size.
     """
-    values = np.asarray(labels)
     check_range("(0, 1]", fraction=fraction)
+    if labels is None:
+        return tokens
+    values = np.asarray(labels)
     check_shape("labels", values.shape, (len(tokens),))
     count = max(1, round(fraction * len(values)))
     found: Tokens = tokens[np.argsort(-values, kind="stable")[:count]]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import one_hot
-from diffpolicy.core.reveal import Scheduled, reveals
+from diffpolicy.core.reveal import Scheduled, blank_start, reveals
 from diffpolicy.core.sampling import Trajectory, sample
-from diffpolicy.core.starts import prior_start, truncated_start
+from diffpolicy.core.starts import truncated_start
 from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.learn.cloning.masked import MaskedDenoisingLoss, elbo
 from diffpolicy.networks.base import described
@@ -28,6 +28,7 @@ from diffpolicy.sequences.spec import (
     Letters,
     SequenceExamples,
     SequenceSpec,
+    at_most,
     tokens_of,
 )
 from diffpolicy.sequences.task import SequenceTask, check_tokens
@@ -89,7 +90,10 @@ class SequenceModel(Letters, Saved):
         Raises:
             ValueError: settings that do not fit together.
         """
-        sizes = {"alphabet": task.alphabet, "length": task.length}
+        sizes: dict[str, Any] = {"alphabet": task.alphabet, "length": task.length}
+        lengths = getattr(task, "lengths", ())
+        if lengths:
+            sizes["lengths"] = lengths
         given = sorted(set(sizes) & set(spec or {}))
         if given:
             raise ValueError(f"the task says {', '.join(given)}: leave out of spec")
@@ -100,6 +104,27 @@ class SequenceModel(Letters, Saved):
     def device(self) -> torch.device:
         """Where the weights live."""
         return next(self.denoiser.parameters(), torch.zeros(())).device
+
+    def pinned(self, fixed: Mapping[int, str] | str) -> Self:
+        """The same model with letters that every draw, edit and tuning of it holds.
+
+        Exact conditioning: what is fixed is revealed before anything else, and never changes. The
+        weights are shared; ``pinned({})`` takes the fixed letters away.
+
+        Args:
+            fixed: letters by their position from 0, negative from the end, a ``.`` for a free one;
+                or one text of all L positions.
+
+        Example:
+            >>> model.pinned({0: "GGATCC", 30: "TATAAT"}).draw(16)
+
+        Raises:
+            ValueError: letters outside the alphabet, or positions outside the sequence.
+        """
+        spec = self.spec.pinned(fixed)
+        denoiser = copy.copy(self.denoiser)
+        denoiser.process = spec.make_process()
+        return type(self)(spec, denoiser, device=self.device)
 
     def copy(self) -> Self:
         """The same model with weights of its own, e.g. to be tuned beside its reference."""
@@ -122,7 +147,7 @@ class SequenceModel(Letters, Saved):
 
         Args:
             tokens: integers ``[N, L]``, array or tensor.
-            config: steps, batch size, learning rate, ...
+            config: steps, batch size (at most the number of sequences), learning rate, ...
             run_dir: where metrics and checkpoints go.
             labels: ``[N]``, from which ``spec.label_quantiles`` make the condition.
             cond: the condition ``[N, C]`` itself.
@@ -147,7 +172,7 @@ class SequenceModel(Letters, Saved):
         )
         objective = MaskedDenoisingLoss(self.denoiser, cond_dropout=self.spec.cond_dropout)
         run["val_source"] = held_out if val_count else None
-        return self.fit(objective, training, config, run_dir, **run)
+        return self.fit(objective, training, at_most(config, training), run_dir, **run)
 
     def fit(
         self,
@@ -257,7 +282,7 @@ class SequenceModel(Letters, Saved):
         for part in torch.split(torch.arange(len(tokens), device=self.device), rows):
             x = one_hot(tokens[part], self.spec.vocab_size)
             if t_start is None:
-                start = prior_start(process, x)
+                start = blank_start(process, x, generator)
             else:
                 noise = process.draw_noise(x.shape, generator, x)
                 start = truncated_start(process, x, t_start, noise)

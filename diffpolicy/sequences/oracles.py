@@ -22,8 +22,8 @@ from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import Batch
 from diffpolicy.networks.heads import make_head
 from diffpolicy.sequences.metrics import pearson, spearman
-from diffpolicy.sequences.spec import SequenceExamples
-from diffpolicy.sequences.task import SequenceTask, check_tokens
+from diffpolicy.sequences.spec import SequenceExamples, at_most
+from diffpolicy.sequences.task import SequenceTask, check_tokens, measured, reward_of
 from diffpolicy.settings import check_range
 from diffpolicy.training.checkpoint import read_bundle, write_bundle
 from diffpolicy.training.process import seeded
@@ -106,13 +106,19 @@ class Oracles(NamedTuple):
 
     Attributes:
         reward: ``[B, L, V] -> [B]``.
-        held_out: the same, learned from other measurements, or the truth.
+        held_out: the same, learned from other measurements, or the truth; None: there is nothing
+            that the reward could be judged by.
         report: per learned oracle its correlations on the half it has not seen (plain values).
     """
 
     reward: Reward
-    held_out: Reward
+    held_out: Reward | None
     report: Mapping[str, Any]
+
+    @property
+    def columns(self) -> dict[str, Reward | None]:
+        """Both by their names in reports."""
+        return {"reward": self.reward, "held_out": self.held_out}
 
 
 def train_oracles(
@@ -130,8 +136,10 @@ def train_oracles(
 
     A ``"measured"`` task gets two oracles from disjoint halves. Other tasks know the truth, which
     is then both rewards, or with ``surrogate`` the held-out one beside an oracle learned on half of
-    the measurements. Oracles are kept in ``run_dir/reward`` and ``run_dir/held_out``: those that
-    are there with the same settings and data are loaded, an interrupted training goes on.
+    the measurements. A task whose reward is an oracle itself (it has ``held_out``) is judged by
+    that, by an oracle learned from half of its measurements, or by nothing. Oracles are kept in
+    ``run_dir/reward`` and ``run_dir/held_out``: those that are there with the same settings and
+    data are loaded, an interrupted training goes on.
 
     Args:
         task: what the measurements are from.
@@ -147,22 +155,50 @@ def train_oracles(
         ValueError: ``run_dir`` holds oracles of other settings.
         KeyboardInterrupt: the training was interrupted; run it again to go on.
     """
-    if task.kind != "measured" and not surrogate:
-        return Oracles(task.reward, task.reward, {})
-    tokens, labels = task.measurements()
+    found = known_rewards(task, surrogate=surrogate)
+    names = [name for name in ("reward", "held_out") if name not in found]
+    if not names:
+        return Oracles(**found, report={})
+    tokens, labels = measured(task)
+    if labels is None:
+        raise ValueError(f"{task.name} has no measured values that oracles could be learned from")
     check_tokens(tokens, task.alphabet, task.length, "measurements()")
     parts = [(tokens[rows], labels[rows]) for rows in split_measurements(task, seed)]
     sizes = {"length": task.length, "vocab_size": len(task.alphabet)}
     head = {**({"type": "sequence_regressor"} if network is None else network), **sizes}
-    found: dict[str, Reward] = {"held_out": task.reward}
     report: dict[str, Any] = {}
-    for i, name in enumerate(("reward", "held_out") if task.kind == "measured" else ("reward",)):
+    for i, name in enumerate(("reward", "held_out")):
+        if name not in names:
+            continue
         folder = Path(run_dir) / name
         own = replace(config, seed=mix_seed(seed, i, 0x0A) >> 1)
         _settle(head, own, folder, parts[i], parts[1 - i], overwrite, device)
         found[name] = Oracle.load(folder / "oracle", device=device)
         report[name] = read_bundle(folder / "oracle")["config.json"]["report"]
     return Oracles(**found, report=report)
+
+
+def judge_note(oracles: Oracles) -> str:
+    """What a report says where nothing judges the reward; else empty."""
+    if oracles.held_out is not None:
+        return ""
+    return (
+        "There is no held-out oracle, so reward hacking cannot be seen: give a second one "
+        "(task.held_out=package.module:Name), or measured values (task.value=COLUMN), from which "
+        "one is learned."
+    )
+
+
+def known_rewards(task: SequenceTask, *, surrogate: bool = False) -> dict[str, Any]:
+    """The rewards of a task that are not learned from its measurements, by their names."""
+    if task.kind == "measured":
+        given = getattr(task, "held_out", None)
+        return {} if given is None else {"held_out": given}
+    truth = reward_of(task)
+    own = {} if surrogate else {"reward": truth}
+    judge = getattr(task, "held_out", truth)
+    learnable = judge is None and measured(task)[1] is not None
+    return own if learnable else {**own, "held_out": judge}
 
 
 def _settle(
@@ -186,10 +222,11 @@ def _settle(
     oracle = made.to(device)
     order = np.random.default_rng(config.seed).permutation(len(labels))
     val, rest = ([part[rows] for part in known] for rows in np.split(order, [len(labels) // 20]))
+    examples = _examples(*rest)
     result = train(
         RegressionLoss(oracle),
-        _examples(*rest),
-        config,
+        examples,
+        at_most(config, examples),
         folder,
         export=lambda state: oracle._files(part_of(state, "oracle"), digest=digest),
         val_source=_examples(*val) if len(val[0]) else None,
@@ -266,7 +303,7 @@ def split_measurements(task: SequenceTask, seed: int) -> tuple[Any, Any]:
     elif hasattr(task, "split_pairs"):
         parts = own.split_pairs(0.5, seed)
     else:
-        _, group = np.unique(task.measurements()[0], axis=0, return_inverse=True)
+        _, group = np.unique(measured(task)[0], axis=0, return_inverse=True)
         group = group.reshape(-1)
         order = np.random.default_rng(seed).permutation(int(group.max()) + 1)
         first = np.isin(group, order[: len(order) // 2])

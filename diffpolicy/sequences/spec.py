@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, TypedDict
 
@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
-from diffpolicy.core.masking import make_masking, to_tokens
+from diffpolicy.core.masking import MaskingProcess, make_masking, to_tokens
 from diffpolicy.core.sampling import Transition
+from diffpolicy.core.templated import Templated
 from diffpolicy.networks.base import check_positive
 from diffpolicy.networks.registry import sized_network
 from diffpolicy.sequences.task import MASK_LETTER, check_alphabet
 from diffpolicy.settings import check_choice, check_range, check_settings, check_shape, ranged
+from diffpolicy.training.settings import TrainerConfig
+
+FREE = "."  # a position of a template that is not fixed
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class SequenceSpec:
         label_quantiles: rising quantiles in (0, 1) of the labels, which divide training sequences
             into classes; the condition is then the one-hot class.
         env_id: the task it was trained for, if known.
+        fixed: letters that every sequence has, ``.`` where it is free, ``[L]``; empty: none.
+        lengths: ``(length, weight)`` of the lengths that sequences have; empty: all have L. With
+            them the last letter of the alphabet is a pad, which fills up what is shorter.
 
     Raises:
         ValueError: values out of range, or that do not fit together.
@@ -50,11 +57,16 @@ class SequenceSpec:
     cond_dropout: float = ranged("[0, 1)", 0.0)
     label_quantiles: tuple[float, ...] = ()
     env_id: str | None = None
+    fixed: str = ""
+    lengths: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         check_settings(self)
         check_alphabet(self.alphabet)
         check_positive(length=self.length)
+        object.__setattr__(self, "fixed", template(self.fixed, self.length, self.alphabet))
+        pairs = tuple((int(n), float(weight)) for n, weight in self.lengths)
+        object.__setattr__(self, "lengths", pairs)
         object.__setattr__(self, "label_quantiles", tuple(self.label_quantiles))
         if self.label_quantiles:
             check_quantiles(self.label_quantiles)
@@ -95,8 +107,66 @@ class SequenceSpec:
     def make_denoiser(self) -> MaskedDenoiser:
         """A denoiser with freshly initialised weights."""
         network = sized_network(self.network, self.length, self.vocab_size + 1, self.cond_dim)
-        process = make_masking(self.process)
+        process = self.make_process()
         return MaskedDenoiser(network, process, self.vocab_size, time_free=self.time_free)
+
+    def make_process(self) -> MaskingProcess:
+        """The masking process, which leaves alone what is fixed, and what is behind an end."""
+        process = make_masking(self.process)
+        if not self.fixed and not self.lengths:
+            return process
+        tokens = dict(zip(self.alphabet, range(self.vocab_size), strict=True))
+        text = self.fixed or FREE * self.length
+        fixed = tuple(tokens.get(letter, self.vocab_size) for letter in text)
+        law = [0.0] * (self.length + 1) if self.lengths else []
+        for n, weight in self.lengths:
+            check_range(f"[1, {self.length}]", length=n)
+            law[n] += weight
+        return Templated(process, self.vocab_size, fixed, tuple(law))
+
+    def pinned(self, fixed: Mapping[int, str] | str) -> SequenceSpec:
+        """The same with other fixed letters, see :func:`template`."""
+        return replace(self, fixed=template(fixed, self.length, self.alphabet))
+
+
+def template(fixed: Mapping[int, str] | str, length: int, alphabet: str) -> str:
+    """Letters that are fixed, as a text of all positions with ``.`` where one is free.
+
+    Args:
+        fixed: such a text; or letters by the position that they begin at, from 0, negative from the
+            end, ``.`` among them for a free position.
+        length: L.
+        alphabet: the letters that there are.
+
+    Returns:
+        A text of L, or an empty one where nothing is fixed.
+
+    Example:
+        >>> template({1: "AC", -1: "G"}, 6, "ACGT")
+        '.AC..G'
+
+    Raises:
+        ValueError: letters outside the alphabet or the sequence, or two for one position.
+    """
+    parts = {0: fixed} if isinstance(fixed, str) else dict(fixed)
+    if isinstance(fixed, str) and fixed and len(fixed) != length:
+        raise ValueError(f"fixed={fixed!r} has {len(fixed)} positions, expected {length}")
+    found = [FREE] * length
+    for begin, text in parts.items():
+        first = begin + length if begin < 0 else begin
+        if not 0 <= first <= length - len(text):
+            raise ValueError(f"fixed {text!r} at {begin} does not fit into {length} positions")
+        for i, letter in enumerate(text, first):
+            check_choice(f"letter in fixed {text!r}:", letter, (*alphabet, FREE))
+            if FREE not in (letter, found[i]) and letter != found[i]:
+                raise ValueError(f"position {i} is fixed twice, as {found[i]!r} and {letter!r}")
+            found[i] = letter if letter != FREE else found[i]
+    return "" if found == [FREE] * length else "".join(found)
+
+
+def fixed_letters(text: str) -> dict[int, str]:
+    """The letters of a :func:`template` by their positions."""
+    return {i: letter for i, letter in enumerate(text) if letter != FREE}
 
 
 # ------------------------------------------------------------------ drawing
@@ -157,18 +227,22 @@ class Letters:
             ValueError: a letter outside the alphabet, or a string of another length.
         """
         token = {letter: i for i, letter in enumerate(self.spec.alphabet)}
+        length, fewer = self.spec.length, bool(self.spec.lengths)
         for text in sequences:
-            if len(text) != self.spec.length:
-                raise ValueError(f"{text!r} has {len(text)} letters, expected {self.spec.length}")
+            if not (0 < len(text) <= length if fewer else len(text) == length):
+                most = "at most " * fewer
+                raise ValueError(f"{text!r} has {len(text)} letters, expected {most}{length}")
             for letter in text:
                 check_choice(f"letter in {text!r}:", letter, token)
-        rows = [[token[letter] for letter in text] for text in sequences]
+        pad = self.spec.alphabet[-1]
+        rows = [[token[letter] for letter in text.ljust(length, pad)] for text in sequences]
         return torch.tensor(rows, dtype=torch.int64).view(-1, self.spec.length)
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Strings of tokens ``[N, L]``; masks become ``_``."""
+        """Strings of tokens ``[N, L]``; masks become ``_``, pads are left out."""
         letters = self.spec.alphabet + MASK_LETTER
-        return ["".join(letters[i] for i in row) for row in torch.as_tensor(tokens).tolist()]
+        texts = ["".join(letters[i] for i in row) for row in torch.as_tensor(tokens).tolist()]
+        return [text.rstrip(letters[-2]) for text in texts] if self.spec.lengths else texts
 
 
 class SequenceExamples:
@@ -199,6 +273,11 @@ class SequenceExamples:
         """A batch."""
         known = {name: value[indices] for name, value in self.known.items()}
         return {"tokens": self.tokens[indices].long(), **known}
+
+
+def at_most(config: TrainerConfig, examples: SequenceExamples) -> TrainerConfig:
+    """Settings with batches of no more examples than there are: files may be small."""
+    return replace(config, batch_size=min(config.batch_size, len(examples)))
 
 
 class Draws:

@@ -6,6 +6,7 @@ A task is reached through the id of a one-step Gymnasium environment, ``gymnasiu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import gymnasium
@@ -17,8 +18,8 @@ from diffpolicy.networks.base import check_positive
 from diffpolicy.settings import check_choice
 
 KINDS = ("table", "measured", "black_box")
-_SAYS = ("name", "alphabet", "length", "kind")
-_DOES = ("training_data", "measurements", "reward", "valid")
+_NEEDED = ("name", "alphabet", "length", "kind", "training_data")
+_OF_KIND = {"table": ("reward",), "measured": ("measurements",), "black_box": ("reward",)}
 MASK_LETTER = "_"
 
 Tokens = npt.NDArray[Any]  # integers [N, L]
@@ -27,11 +28,25 @@ Labels = npt.NDArray[np.float32]  # [N]
 
 @runtime_checkable
 class SequenceTask(Protocol):
-    """A task on sequences of ``length`` tokens out of ``alphabet``.
+    """A task on sequences of ``length`` tokens out of ``alphabet``: all that one may have.
 
-    Optional beside these: ``halves(seed)``, the row numbers of two disjoint halves of
-    ``measurements()`` that share nothing, or ``split_pairs(fraction, seed)`` likewise; and
-    ``wild_type``, a sequence as a string.
+    Needed are the attributes below and ``training_data()``; ``reward(x)`` unless the kind is
+    ``"measured"``, and ``measurements()`` if it is. What else may be there:
+
+    - ``measurements()``: of other kinds; the top of them is what designs are compared with
+      (otherwise the training data).
+    - ``valid(tokens)``: which sequences may be proposed (otherwise all).
+    - ``halves(seed)``: row numbers of two halves of the measurements that share nothing, or
+      ``split_pairs(fraction, seed)`` likewise (otherwise halves that share no sequence).
+    - ``held_out``: a second reward ``[B, L, V] -> [B]``, which only judges; None: ``reward`` is an
+      oracle that may be wrong and there is nothing to judge it by, but for an oracle learned from
+      ``measurements()`` if they hold labels (otherwise ``reward`` is the truth and judges itself).
+    - ``fixed``: letters that every design has (see :func:`~diffpolicy.sequences.spec.template`).
+    - ``lengths``: ``(length, weight)`` pairs, of sequences that differ in length: the last letter
+      of the alphabet is then a pad, which fills up to ``length``.
+    - ``wild_type``: a sequence as a string; designs are compared with it.
+
+    :class:`~diffpolicy.sequences.own.FileTask` is such a task made of a file.
 
     Attributes:
         name: for reports.
@@ -57,14 +72,30 @@ class SequenceTask(Protocol):
     def training_data(self) -> tuple[Tokens, Labels | None]:
         """What a generator is trained on: int8 ``[N, L]``, and labels ``[N]`` if there are any."""
 
-    def measurements(self) -> tuple[Tokens, Labels]:
-        """Sequences int8 ``[N, L]`` with their measured activity ``[N]``."""
 
-    def reward(self, x: Tensor) -> Tensor:
-        """The reward ``[B]`` of one-hot sequences ``[B, L, V]``."""
+def measured(task: SequenceTask) -> tuple[Tokens, Labels | None]:
+    """The measurements of a task ``[N, L]`` with their labels, or else what it is trained on."""
+    known: tuple[Tokens, Labels | None]
+    known = getattr(task, "measurements", task.training_data)()
+    return known
 
-    def valid(self, tokens: Tokens) -> npt.NDArray[np.bool_]:
-        """Which sequences ``[N, L]`` obey the rules of the task, ``[N]``."""
+
+def valid_rows(task: SequenceTask, tokens: Tokens) -> npt.NDArray[np.bool_]:
+    """Which of the sequences ``[N, L]`` a task lets be proposed, bool ``[N]``."""
+    if not hasattr(task, "valid"):
+        return np.ones(len(tokens), dtype=bool)
+    return np.asarray(task.valid(tokens), dtype=bool)
+
+
+def reward_of(task: SequenceTask) -> Callable[[Tensor], Tensor]:
+    """The reward ``[B, L, V] -> [B]`` of a task that has one."""
+    found: Callable[[Tensor], Tensor] = task.reward  # type: ignore[attr-defined]
+    return found
+
+
+def pad_of(task: SequenceTask) -> int | None:
+    """The token that fills up sequences of different lengths; None: all have the same."""
+    return len(task.alphabet) - 1 if getattr(task, "lengths", ()) else None
 
 
 def open_task(env_id: str, **options: Any) -> SequenceTask:
@@ -85,10 +116,21 @@ def open_task(env_id: str, **options: Any) -> SequenceTask:
         raise ValueError(f"cannot open the task {env_id!r}: {error}{hint}") from error
     task: Any = getattr(env.unwrapped, "task", None)
     env.close()
-    missing = [name for name in (*_SAYS, *_DOES) if not hasattr(task, name)]
+    if task is None:
+        raise ValueError(f"{env_id!r} is no task on sequences: its environment lacks task")
+    return check_task(task, repr(env_id))
+
+
+def check_task(task: Any, what: str) -> SequenceTask:
+    """The task, if it has all that a :class:`SequenceTask` needs.
+
+    Raises:
+        ValueError: it lacks something, or what it says cannot be.
+    """
+    needed = [*_NEEDED, *_OF_KIND.get(getattr(task, "kind", ""), ())]
+    missing = [name for name in needed if not hasattr(task, name)]
     if missing:
-        lacks = "task" if task is None else ", ".join(missing)
-        raise ValueError(f"{env_id!r} is no task on sequences: its environment lacks {lacks}")
+        raise ValueError(f"{what} is no task on sequences: it lacks {', '.join(missing)}")
     check_alphabet(task.alphabet)
     check_positive(length=task.length)
     check_choice("kind of task", task.kind, KINDS)

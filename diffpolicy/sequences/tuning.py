@@ -90,11 +90,12 @@ def _watch(
         how: Drawing = {"num_steps": num_steps, "generator": generator}
         tokens, vocab_size = model.draw(draws, **how).cpu(), model.spec.vocab_size
         kl = path_kl(model, pretrained, draws, **how)
-        return {
-            "eval/reward": float(score(oracles.reward, tokens, vocab_size).mean()),
-            "eval/held_out": float(score(oracles.held_out, tokens, vocab_size).mean()),
-            "eval/kl": float(kl.mean()),
+        rewards = {
+            f"eval/{name}": float(score(oracle, tokens, vocab_size).mean())
+            for name, oracle in oracles.columns.items()
+            if oracle is not None
         }
+        return {**rewards, "eval/kl": float(kl.mean())}
 
     return watch
 

@@ -37,7 +37,13 @@ RESULTS = (
     "contact_sheet.png",
     "report.json",
 )
-_REPORT = ("report.md", "score_by_nfe.png")  # written with report.json, under common names
+# Written with report.json, under common names.
+_REPORT = (
+    "report.md",
+    "score_by_nfe.png",
+    "designs.fasta",
+    "designs.csv",
+)
 _EVALUATION = re.compile(r"eval(_\d+)?")
 
 

@@ -26,7 +26,6 @@ from diffpolicy_envs.sequences import (
 )
 from diffpolicy_envs.sequences import rna as rna_module
 from diffpolicy_envs.sequences.promoter import DATA as LAC_DATA
-from diffpolicy_envs.sequences.task import SequenceTask
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 HAIRPIN = "((((....))))"
@@ -505,7 +504,7 @@ class TestEnvironment:
         assert count_t.step(np.full(75, 3))[1] == 75.0
 
     def test_a_task_of_ones_own(self) -> None:
-        task: SequenceTask = TableTask("own", "ab", [[0.0, 1.0], [2.0, 3.0]])
+        task = TableTask("own", "ab", [[0.0, 1.0], [2.0, 3.0]])
         assert isinstance(task, TableTask)
         assert SequenceDesignEnv(task).step(np.array([1, 0]))[1] == 2.0
 

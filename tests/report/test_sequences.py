@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from diffpolicy.report.compare import compare_report
-from diffpolicy.report.sequences import FORMAT, TuningResult, best_sequences, write_report
+from diffpolicy.report.sequences import FORMAT, TuningResult, write_report
 from diffpolicy.report.tables import method_statistics, method_table, plain, read_report, text
 from diffpolicy.sequences.exact import exact_scores
-from diffpolicy.sequences.oracles import Oracles
 
 
 def spread(median: float) -> dict[str, float]:
@@ -149,19 +148,6 @@ def test_numbers_in_cells(value, expected):
 
 
 # ------------------------------------------------------------------ one run
-
-
-def test_best_sequences_are_different_and_in_order():
-    oracles = Oracles(lambda x: x[..., 1].sum(1) + 10 * x[:, 0, 1], lambda x: -x[..., 1].sum(1), {})
-    tokens = torch.tensor([[0, 1], [1, 0], [1, 1], [1, 1], [0, 0]])
-    assert best_sequences(tokens, oracles, "AB", count=3) == [
-        {"sequence": "BB", "reward": 12.0, "held_out": -2.0},
-        {"sequence": "BA", "reward": 11.0, "held_out": -1.0},
-        {"sequence": "AB", "reward": 1.0, "held_out": -1.0},
-    ]
-    starts_low = best_sequences(tokens, oracles, "AB", valid=lambda t: t[:, 0] == 0)
-    assert [row["sequence"] for row in starts_low] == ["AB", "AA"]
-    assert best_sequences(tokens, oracles, "AB", valid=lambda t: t[:, 0] > 1) == []
 
 
 def test_a_report_says_what_was_reached(no_pictures, tmp_path):

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from diffpolicy.sequences import SequenceTask, open_task
+from diffpolicy.sequences.task import valid_rows
 
 
 class OneStep(gymnasium.Env):
@@ -46,8 +47,21 @@ def test_a_task_that_lacks_something(register):
     class Half:
         name, alphabet, length, kind = "half", "AB", 3, "table"
 
-    with pytest.raises(ValueError, match="lacks training_data, measurements, reward, valid"):
+    with pytest.raises(ValueError, match=r"lacks training_data, reward$"):
         open_task(register(Half()))
+
+
+def test_a_measured_task_needs_measurements_and_no_reward(register, measured_task):
+    class Least:
+        name, alphabet, length, kind = "least", "ACGT", 6, "measured"
+        training_data = measured_task.training_data
+        measurements = measured_task.measurements
+
+    task = open_task(register(Least()))
+    assert valid_rows(task, task.training_data()[0]).all()
+    del Least.measurements
+    with pytest.raises(ValueError, match=r"lacks measurements$"):
+        open_task(register(Least()))
 
 
 def test_unknown_ids_and_modules():

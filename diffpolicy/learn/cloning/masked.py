@@ -28,13 +28,14 @@ def masked_cross_entropy(
         denoiser: whose probabilities.
         tokens: clean ``[B, L]``.
         t: levels ``[B, 1, 1]`` that the denoiser is told.
-        masked: bool ``[B, L]``.
+        masked: bool ``[B, L]``; what the process never masks counts as not masked.
         cond: ``[B, C]``.
         scored: bool ``[B, L]``, which of them count; None: all.
 
     Returns:
         ``[B]``.
     """
+    masked = denoiser.process.free(masked, tokens)
     state = torch.where(masked, denoiser.mask_id, tokens)
     log_p = denoiser.log_probs(state, t, cond).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return -(log_p * (masked if scored is None else masked & scored)).sum(-1)
@@ -84,6 +85,7 @@ class MaskedDenoisingLoss(nn.Module):
         tokens, cond = batch["tokens"].long(), batch.get("cond")
         t = antithetic_levels(len(tokens), generator).to(tokens.device)
         masked = draw_masks(self.denoiser, tokens, t, generator)
+        masked = self.denoiser.process.free(masked, tokens)
         cond = drop_cond(cond, self.cond_dropout, generator)
         error = masked_cross_entropy(self.denoiser, tokens, t, masked, cond=cond)
         loss = self.denoiser.process.weight(t).view(-1) * error
@@ -123,7 +125,7 @@ def elbo(
         u = torch.rand(len(tokens), generator=generator, device=tokens.device)
         masked, t, weight = random_masks(denoiser, (draw + u) / draws, generator)
         total -= weight * masked_cross_entropy(denoiser, tokens, t, masked, cond=cond)
-    return total / draws
+    return total / draws + denoiser.process.log_length(tokens)
 
 
 def random_masks(

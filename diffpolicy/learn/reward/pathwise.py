@@ -23,7 +23,7 @@ from diffpolicy.learn.cloning.denoising import LossOutput
 from diffpolicy.learn.method import Batch, Reward, judged, rows_and_cond
 from diffpolicy.learn.reference import Referenced, check_no_dropout
 from diffpolicy.learn.reward.chains import chain_with_kl, masked_step_kl, released_step_kl
-from diffpolicy.learn.reward.rollouts import all_masked, check_steps, draw_order
+from diffpolicy.learn.reward.rollouts import all_masked, check_steps, draw_order, start_of
 from diffpolicy.learn.reward.sequence_tuning import SequenceMethod
 from diffpolicy.settings import check_range, check_settings, one_of, ranged
 
@@ -175,13 +175,15 @@ class MaskedChain:
     ) -> Finished:
         """Sample ``size`` sequences ``[size, L, V]``, one-hot or relaxed."""
         assert isinstance(denoiser, MaskedDenoiser)
-        process, start = denoiser.process, all_masked(denoiser, size)
+        process = denoiser.process
         solver: Ancestral | Scheduled
         if self.joint:
             assert self.num_steps is not None
+            start = all_masked(denoiser, size, generator)
             solver, grid = Ancestral(self.relaxation), levels(start, self.num_steps)
         else:
             groups, grid = draw_order(denoiser, size, self.num_steps, generator)
+            start = start_of(denoiser, groups)
             solver = Scheduled(groups, self.relaxation)
         count = len(grid) - 1
         chain = denoiser, reference, solver, start, grid

@@ -269,6 +269,7 @@ def judge(
         reward = reward / spread.repeat_interleave(rows)
     zeros = reward.new_zeros(size, count)
     own, later, kl = zeros.new_zeros(rollout.tokens.shape), zeros, reward.new_zeros(size)
+    revealed = rollout.groups.clamp_min(0)  # what is known costs nothing, at any step
     at_step = zeros  # cost that each evaluation adds to its own return
     if settings.kl_weight > 0:
         assert rollout.log_reference is not None
@@ -278,7 +279,7 @@ def judge(
         if settings.kl == "reward":
             own = settings.kl_weight * (rollout.log_p.detach() - rollout.log_reference)
             own = own.to(zeros.dtype)
-            costs = at_step = zeros.scatter_add(1, rollout.groups, own)
+            costs = at_step = zeros.scatter_add(1, revealed, own)
         later = costs.flip(1).cumsum(1).flip(1) - costs
         total = reward - costs.sum(1)
     else:
@@ -288,7 +289,7 @@ def judge(
         return (total - _baseline(total, settings)).expand_as(own), kl
     steps = reward.unsqueeze(1) - later
     base = _baseline(steps - at_step, settings)
-    return (steps - base).gather(1, rollout.groups) - own, kl
+    return (steps - base).gather(1, revealed) - own, kl
 
 
 def _baseline(returns: Tensor, settings: PolicyGradient) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
 from diffpolicy.core.masking import to_tokens
-from diffpolicy.core.reveal import Scheduled, reveals
+from diffpolicy.core.reveal import KNOWN, Scheduled, blank_start, reveals
 from diffpolicy.core.sampling import Trajectory, sample
-from diffpolicy.core.starts import Start, prior_start
+from diffpolicy.core.starts import Start, level
 from diffpolicy.learn.reward.chains import categorical_kl
 
 MAX_STATES = 4096  # evaluated at a time: larger batches leave the cache and gain nothing
@@ -127,10 +127,24 @@ def check_steps(denoiser: MaskedDenoiser, num_steps: int | None) -> None:
         raise ValueError("a denoiser that depends on the level (not time_free) needs num_steps=K")
 
 
-def all_masked(denoiser: MaskedDenoiser, size: int) -> Start:
-    """The start of ``size`` sequences that are masks alone."""
-    like = denoiser.weight.new_zeros((size, denoiser.length, denoiser.vocab_size + 1))
-    return prior_start(denoiser.process, like)
+def all_masked(
+    denoiser: MaskedDenoiser, size: int, generator: torch.Generator | None = None
+) -> Start:
+    """The start of ``size`` sequences: masks, and what is known (a drawn length, for instance)."""
+    return blank_start(denoiser.process, _zeros(denoiser, size), generator)
+
+
+def start_of(denoiser: MaskedDenoiser, groups: Tensor) -> Start:
+    """The start whose positions are revealed in an order ``groups [B, L]`` of :func:`draw_order`.
+
+    What it does not reveal is known from the beginning.
+    """
+    like = _zeros(denoiser, len(groups))
+    return Start(denoiser.process.filled(groups == KNOWN, like), level(1.0, like))
+
+
+def _zeros(denoiser: MaskedDenoiser, size: int) -> Tensor:
+    return denoiser.weight.new_zeros((size, denoiser.length, denoiser.vocab_size + 1))
 
 
 def draw_order(
@@ -138,10 +152,12 @@ def draw_order(
 ) -> tuple[Tensor, Tensor]:
     """When each position of sequences is revealed, int64 ``[size, L]``, and the grid that takes.
 
+    Positions that are known from the beginning are in the group ``KNOWN``.
+
     Raises:
         ValueError: ``num_steps=None`` for a denoiser that depends on the level.
     """
-    start, how = all_masked(denoiser, size), {"generator": generator}
+    start, how = all_masked(denoiser, size, generator), {"generator": generator}
     return reveals(denoiser.process, start, num_steps, time_free=denoiser.time_free, **how)
 
 
@@ -164,7 +180,7 @@ def run_order(
         The rollout, and log-probabilities ``[B, K, L, V]`` at all its states.
     """
     groups, grid = order
-    chain = denoiser, Scheduled(groups), all_masked(denoiser, len(groups)), grid
+    chain = denoiser, Scheduled(groups), start_of(denoiser, groups), grid
     path = sample(*chain, cond=cond, generator=generator, record=True)
     assert isinstance(path, Trajectory)
     log_p = torch.stack([row.denoised.aux["log_p"] for row in path.transitions], 1)
@@ -204,7 +220,8 @@ def state_log_probs(
 def at_reveal(log_p: Tensor, rollout: MaskedRollout) -> Tensor:
     """Of log-probabilities ``[B, K, L, V]`` at all states, those of the reveals, ``[B, L]``."""
     _, _, length, vocab = log_p.shape
-    when = rollout.groups.view(-1, 1, length, 1).expand(-1, 1, length, vocab)
+    # What is known has probability one in every state, the first among them.
+    when = rollout.groups.clamp_min(0).view(-1, 1, length, 1).expand(-1, 1, length, vocab)
     rows = log_p.gather(1, when).squeeze(1)
     return rows.gather(-1, rollout.tokens.unsqueeze(-1)).squeeze(-1)
 

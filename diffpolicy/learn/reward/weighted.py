@@ -166,13 +166,14 @@ class WeightedDenoisingLoss(ReplayTuning):
         settings = self.settings
         values = torch.cat([self._values(rollout, generator), reward.unsqueeze(1)], 1)
         weight = values.diff(dim=1) / settings.kl_weight
-        ones = torch.ones_like(rollout.log_p)
+        groups = rollout.groups.clamp_min(0)
+        ones = (rollout.groups >= 0).to(rollout.log_p.dtype)  # what is known is revealed by no step
         empty = torch.zeros_like(weight)
         if settings.anchored:
             assert rollout.log_reference is not None
             ratio = rollout.log_reference - rollout.log_p
-            weight = weight + empty.scatter_add(1, rollout.groups, ratio)
-        weight = weight.masked_fill(empty.scatter_add(1, rollout.groups, ones) == 0, -math.inf)
+            weight = weight + empty.scatter_add(1, groups, ratio)
+        weight = weight.masked_fill(empty.scatter_add(1, groups, ones) == 0, -math.inf)
         missing = self.replay["log_weight"].shape[1] - rollout.nfe
         return torch.nn.functional.pad(weight, (0, missing), value=-math.inf)
 

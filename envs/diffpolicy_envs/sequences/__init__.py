@@ -5,7 +5,7 @@ A task by its id, and the same one directly::
     task = gymnasium.make("diffpolicy_envs:diffpolicy/TFBind8-v0").unwrapped.task
     task = TFBind8()
 
-`SequenceTask` says what a task of your own must have.
+`diffpolicy.sequences.SequenceTask` says what a task of your own must have.
 """
 
 from diffpolicy_envs.sequences.env import SequenceDesignEnv
@@ -13,7 +13,7 @@ from diffpolicy_envs.sequences.multilinear import TableTask
 from diffpolicy_envs.sequences.promoter import LacPromoter
 from diffpolicy_envs.sequences.rna import RNAFolding
 from diffpolicy_envs.sequences.tables import GB1, SpliceSite, TFBind8
-from diffpolicy_envs.sequences.task import BaseTask, SequenceTask
+from diffpolicy_envs.sequences.task import BaseTask
 
 __all__ = [
     "GB1",
@@ -21,7 +21,6 @@ __all__ = [
     "LacPromoter",
     "RNAFolding",
     "SequenceDesignEnv",
-    "SequenceTask",
     "SpliceSite",
     "TFBind8",
     "TableTask",

@@ -22,7 +22,7 @@ class TableTask(BaseTask):
     gradient with respect to x_i[v] is the table's value with letter v put at position i.
 
     Args:
-        name: see `SequenceTask`.
+        name: for tables and file names.
         alphabet: V distinct letters.
         table: rewards [V, ..., V] with L axes, finite.
         pretrain_fraction: `training_data` holds the sequences with a reward at or below this

@@ -1,15 +1,15 @@
 """What a sequence design task is: an alphabet, a length, data to learn from and a reward.
 
-A task of your own needs the members of `SequenceTask` and nothing of this package; `BaseTask`
-brings the parts that are the same everywhere. Tasks need numpy alone: torch is imported when a
-reward of tensors is asked for, and by nothing else.
+What a task of your own needs is said by `diffpolicy.sequences.SequenceTask`, and nothing of this
+package is among it; `BaseTask` brings the parts that are the same everywhere. Tasks need numpy
+alone: torch is imported when a reward of tensors is asked for, and by nothing else.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,59 +22,17 @@ Values = NDArray[np.float32]
 Kind = Literal["table", "measured", "black_box"]
 
 
-class SequenceTask(Protocol):
-    """A design problem over sequences of a fixed length.
-
-    Tokens are integers 0..V-1 in the order of the alphabet, V its length; a mask token never occurs
-    here.
-
-    Attributes:
-        name: a short name for tables and file names.
-        alphabet: one letter for each token, such as ``"ACGT"``.
-        length: letters L in a sequence.
-        kind: ``"table"``: every sequence has a known value, and `reward` is exact and
-            differentiable; ``"measured"``: some sequences were measured, there is no reward, and
-            oracles are learned from `measurements`; ``"black_box"``: `reward` answers for one-hot
-            rows and has no gradient.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def alphabet(self) -> str: ...
-
-    @property
-    def length(self) -> int: ...
-
-    @property
-    def kind(self) -> Kind: ...
-
-    def training_data(self) -> tuple[Tokens, Values | None]:
-        """Sequences [N, L] that a generator is trained on, and their values [N] where known."""
-        ...
-
-    def measurements(self) -> tuple[Tokens, Values]:
-        """Sequences [N, L] with a value [N] each, for learning an oracle."""
-        ...
-
-    def reward(self, x: Tensor) -> Tensor:
-        """Reward [B] of hard or soft one-hot rows [B, L, V]."""
-        ...
-
-    def valid(self, tokens: ArrayLike) -> NDArray[np.bool_]:
-        """Which of the sequences [N, L] are admissible, [N]."""
-        ...
-
-
 class BaseTask(ABC):
     """The parts that every task shares: letters and tokens, and checks of both.
 
     Args:
-        name: see `SequenceTask`.
-        alphabet: distinct letters, at most 127.
+        name: a short name for tables and file names.
+        alphabet: distinct letters, at most 127; tokens are their places 0..V-1.
         length: letters L in a sequence, at least 1.
-        kind: see `SequenceTask`.
+        kind: ``"table"``: every sequence has a known value, and `reward` is exact and
+            differentiable; ``"measured"``: some sequences were measured, there is no reward, and
+            oracles are learned from `measurements`; ``"black_box"``: `reward` answers for one-hot
+            rows and has no gradient.
 
     Raises:
         ValueError: a letter is there twice, there are fewer than two, or `length` is below 1.
@@ -105,7 +63,7 @@ class BaseTask(ABC):
 
     @abstractmethod
     def reward(self, x: Tensor) -> Tensor:
-        """Reward [B] of one-hot rows [B, L, V]; see `SequenceTask.kind` for what it means."""
+        """Reward [B] of one-hot rows [B, L, V]; see ``kind`` for what it means."""
 
     def scores(self, tokens: ArrayLike) -> Values:
         """Reward of integer sequences, through `reward` unless a task knows a shorter way.
