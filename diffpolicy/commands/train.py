@@ -189,11 +189,11 @@ def _of_actions(config: TrainConfig, store: EpisodeStore) -> dict[str, Any]:
             f"{store.name} stores {held}, but {config.env.id} has {shapes} and actions of "
             f"{info.action_dim} entries; convert or collect the data for this one"
         )
-    groups = config.policy.get("actions") or info.action_groups
+    groups = config.policy.get("actions")
     return {
         "action_low": list(info.action_low),
         "action_high": list(info.action_high),
-        "actions": groups,
+        "actions": info.action_groups if groups is None else groups,
     }
 
 

@@ -59,7 +59,8 @@ def fitted_spec(
         how = "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
         raise ValueError(f"store {store.name} has {has}; {how}")
     known = {**spec, **_observed(store), "action_dim": store.fields["action"].shape[0]}
-    known["actions"] = known.get("actions") or store.attrs.get("action_groups", ())
+    if known.get("actions") is None:
+        known["actions"] = store.attrs.get("action_groups", ())
     if not known["observations"]:
         known.setdefault("observation_step", observation_step(store))
     if known.get("level_law") == "position":
@@ -145,7 +146,7 @@ def fit_anchors(
     """Anchors over the windows of a store, for plans of the shape that ``spec`` says."""
     if normalizer.others:
         raise ValueError("anchors are plans in one normaliser's units; this policy has several")
-    if spec.actions and options.get("relative_to") is not None:
+    if spec.representation is not None and options.get("relative_to") is not None:
         raise ValueError(
             "relative_to is for plans of actions as they are; this policy's action groups say what "
             "its plans, and so its anchors, are relative to: leave it out"

@@ -186,6 +186,7 @@ class EnvInfo:
         action_high: ``[A]`` float32, rounded inwards; may hold inf.
         chooses: whether actions are whole numbers that choose, from ``action_low`` to
             ``action_high``.
+        whole: NumPy's type of actions that are whole numbers and do not choose; else None.
         max_episode_steps: the step limit.
         has_expert: whether it ships a scripted expert (``expert_action(rng)``).
         versions: versions of the packages that can change a score.
@@ -197,6 +198,7 @@ class EnvInfo:
     action_low: np.ndarray
     action_high: np.ndarray
     chooses: bool
+    whole: str | None
     max_episode_steps: int
     has_expert: bool
     versions: dict[str, str]
@@ -209,7 +211,9 @@ class EnvInfo:
 
     @property
     def action_groups(self) -> list[dict[str, Any]]:
-        """A policy's ``actions``, where those of the environment choose; else empty."""
+        """A policy's ``actions``, where those of the environment are whole numbers; else empty."""
+        if self.whole is not None:
+            return [{"dims": list(range(self.action_dim)), "whole": self.whole}]
         ends = np.stack([self.action_low, self.action_high], 1).astype(int) if self.chooses else ()
         return [
             {"dims": [dim], "choices": int(high - low + 1), "first": int(low)}
@@ -257,13 +261,15 @@ def inspect_env(spec: EnvSpec, env: gym.Env[Any, Any]) -> EnvInfo:
     """:func:`describe` for an environment that was made already."""
     limit = step_limit(env)
     assert limit is not None
-    low, high = inward_bounds(*action_ends(env.action_space))
+    space: Any = env.action_space
+    low, high = inward_bounds(*action_ends(space))
     return EnvInfo(
         spec=spec,
         obs=obs_fields(env.observation_space),
         action_low=low,
         action_high=high,
-        chooses=not isinstance(env.action_space, spaces.Box),
+        chooses=not isinstance(space, spaces.Box),
+        whole=space.dtype.name if isinstance(space, spaces.Box) and space.dtype.kind in "iu" else None,
         max_episode_steps=limit,
         has_expert=env.has_wrapper_attr("expert_action"),
         versions=_versions(spec, env),

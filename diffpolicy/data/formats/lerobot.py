@@ -93,11 +93,9 @@ class LeRobotDirectory(EpisodeSource):
             there = [*self.fields, _TASK]
             self._notes, why = read_notes(self._root, there, len(self._episodes))
         self.unread |= {FILE: why} if why else {}
-        known = self._notes.episodes or [{}] * len(self._episodes)
-        self.episode_attrs = [
-            {**own, "episode_index": e.number, "tasks": e.tasks}
-            for own, e in zip(known, self._episodes, strict=True)
-        ]
+        noted = zip(self._episodes, self._notes.episodes or [{}] * len(self._episodes), strict=True)
+        told = [({"episode_index": e.number, "tasks": e.tasks}, own) for e, own in noted]
+        self.episode_attrs = [{**own, **known} for known, own in told]
 
     @staticmethod
     def matches(path: Path) -> bool:
