@@ -6,7 +6,6 @@ Only gymnasium and numpy are imported here, because every worker process imports
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import importlib.metadata
 import itertools
@@ -23,8 +22,9 @@ from gymnasium import spaces
 
 from diffpolicy.data.fields import inward_bounds
 from diffpolicy.data.observation import ObsField, ObsFields, by_store_field, of_space
-from diffpolicy.extras import TRUST_VARIABLE, pip_hint, trusts
-from diffpolicy.rollout.declared import declared, install_hint
+from diffpolicy.extras import TRUST_VARIABLE, trusts
+from diffpolicy.rollout.declared import declared
+from diffpolicy.rollout.env_advice import how_to_install, refused, unknown_id
 from diffpolicy.settings import check_range
 
 # Distributions whose version can change any score; MuJoCo's simulator is part of Gymnasium's own
@@ -95,17 +95,17 @@ class EnvSpec:
         _import_home(self.id)
         name = self.id.split(":", 1)[-1]
         if name not in gym.registry:
-            raise EnvSpecError(_unknown_id(self.id, name))
+            raise EnvSpecError(unknown_id(self.id, name))
         limit = {"max_episode_steps": self.max_episode_steps, "render_mode": render_mode}
         kwargs = {**self.kwargs, **{k: v for k, v in limit.items() if v is not None}}
         try:
             env: gym.Env[Any, Any] = gym.make(name, disable_env_checker=True, **kwargs)
         except (ImportError, gym.error.DependencyNotInstalled) as error:
             raise EnvSpecError(
-                f"{self.id!r} cannot be made: {error}.{_hint(str(error))}"
+                f"{self.id!r} cannot be made: {error}.{how_to_install(str(error))}"
             ) from error
         except (TypeError, gym.error.Error) as error:
-            raise EnvSpecError(f"{self.id!r} cannot be made with {kwargs}: {error}") from error
+            raise EnvSpecError(f"{self.id!r} {refused(name, kwargs, error)}") from error
         try:
             _check(env)
         except ValueError as error:
@@ -316,27 +316,8 @@ def _import_home(env_id: str) -> None:
     except ImportError as error:
         raise EnvSpecError(
             f"{env_id!r} needs the module {module!r}, which cannot be imported: {error}."
-            f"{_hint(f'{module} {error}')}"
+            f"{how_to_install(f'{module} {error}')}"
         ) from error
-
-
-def _hint(text: str) -> str:
-    """How to install what a message names, unless the message says it itself."""
-    return "" if "pip install" in text else pip_hint(text) or install_hint(text)
-
-
-def _unknown_id(env_id: str, name: str) -> str:
-    close = difflib.get_close_matches(name, list(gym.registry), n=4, cutoff=0.6)
-    near = f" Close matches: {', '.join(close)}." if close else ""
-    message = f"No environment {env_id!r} is registered.{near}"
-    if ":" in env_id:
-        return message
-    space, known = name.split("/")[0], declared().homes
-    homes = [home for home in known if home.startswith(space)] if "/" in name else []
-    return (
-        f"{message} If a package registers it on import, write '{(homes or ['package'])[0]}:{name}'"
-        f" (packages that do: {', '.join(known)}).{install_hint(homes[0]) if homes else ''}"
-    )
 
 
 def as_spec(env: EnvSpec | str | Callable[..., gym.Env[Any, Any]]) -> EnvSpec:
