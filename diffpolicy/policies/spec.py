@@ -316,7 +316,8 @@ class PolicySpec:
             ValueError: unknown or missing entries, or values of a wrong type.
         """
         process = explicit_process(config.get("process", "vp_cosine"))  # a name is enough
-        return from_values(cls, {**config, "process": process})
+        actions = config.get("actions") or ()  # null, where nothing says of them
+        return from_values(cls, {**config, "process": process, "actions": actions})
 
     def summary(self) -> str:
         """What a policy is in a line: shapes, network, how plans are drawn."""
