@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from image_latency import DEFAULTS, policy_of
 from torch import nn
 
 from diffpolicy.commands.options import parse
 from diffpolicy.runtime.backends import _feed, _graph, _openvino_core
 from diffpolicy.runtime.compile import CompiledLoop
+from image_latency import DEFAULTS, policy_of
 
 HINTS: dict[str, dict[str, Any]] = {
     "latency": {},  # what policies are compiled with

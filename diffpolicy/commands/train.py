@@ -37,6 +37,7 @@ from diffpolicy.commands import sweep
 from diffpolicy.commands.options import groups_help, helped, indented
 from diffpolicy.commands.preflight import (
     check_environment,
+    check_policy,
     check_training,
     check_writable,
     choose_rendering,
@@ -115,6 +116,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> int:
     choose_rendering(config.evaluation.video_episodes)
     check_training(config)
     check_environment(config.env, config.evaluation)
+    check_policy(config)
     group = _group()
     if not group.first:
         group.barrier()  # the first process collects

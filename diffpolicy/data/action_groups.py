@@ -91,16 +91,20 @@ class ActionGroup:
             raise ValueError("choices are of one dimension, absolute and no rotation")
         if self.first and self.choices is None:
             raise ValueError(f"first={self.first} needs choices=, how many there are from there on")
-        if self.whole is not None:
-            known = [np.dtype(code).name for code in np.typecodes["AllInteger"]]
-            check_choice("type of whole numbers", self.whole, list(dict.fromkeys(known)))
-            if self.rotation or self.choices is not None:
-                raise ValueError("whole numbers are no rotation, and choices are whole as it is")
+        self._check_whole()
         if not moves and (self.of or self.obs):
             raise ValueError("of and obs say what a group is relative to; this one is absolute")
         self._check_length("dims", self.dims, self.rotation)
         if moves:
             self._check_length("of", self.of, self.obs_rotation or self.rotation)
+
+    def _check_whole(self) -> None:
+        if self.whole is None:
+            return
+        known = [np.dtype(code).name for code in np.typecodes["AllInteger"]]
+        check_choice("type of whole numbers", self.whole, list(dict.fromkeys(known)))
+        if self.rotation or self.choices is not None:
+            raise ValueError("whole numbers are no rotation, and choices are whole as it is")
 
     def _check_length(self, name: str, given: tuple[int, ...], form: str | None) -> None:
         if len(given) != (size := self._numbers(form)):

@@ -66,7 +66,9 @@ def _arguments(spec: Any) -> list[str]:
             if function is None or one is object:
                 continue
             given = inspect.signature(function).parameters.values()
-            found |= {p.name: None for p in given if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+            found |= {
+                p.name: None for p in given if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+            }
             if all(p.kind is not p.VAR_KEYWORD for p in given):
                 break
     return [key for key in found if key not in (*_NOT_SAID, *spec.kwargs)]

@@ -269,7 +269,9 @@ def inspect_env(spec: EnvSpec, env: gym.Env[Any, Any]) -> EnvInfo:
         action_low=low,
         action_high=high,
         chooses=not isinstance(space, spaces.Box),
-        whole=space.dtype.name if isinstance(space, spaces.Box) and space.dtype.kind in "iu" else None,
+        whole=space.dtype.name
+        if isinstance(space, spaces.Box) and space.dtype.kind in "iu"
+        else None,
         max_episode_steps=limit,
         has_expert=env.has_wrapper_attr("expert_action"),
         versions=_versions(spec, env),

@@ -82,7 +82,9 @@ def test_whole_numbers_that_do_not_choose(tmp_path):
     store = EpisodeStore.from_arrays(rows, [20, 40], attrs={"action_groups": groups})
     small = {"network": {"type": "mlp", "width": 8}}
     policy = DiffusionPolicy.from_dataset(store, spec=small)
-    assert policy.spec.representation is None  # plans, and what is learned of them, are as they were
+    assert (
+        policy.spec.representation is None
+    )  # plans, and what is learned of them, are as they were
     action, _ = policy.predict(np.zeros(1, np.float32))
     assert gym.make(spec.id).action_space.contains(action)
     plan = torch.randn(3, 2)

@@ -89,7 +89,10 @@ def test_any_environment_with_mujoco_inside_may_have_cameras():
         ({"cameras": {"front": {"size": 8, "view": "moon"}}}, "the model has .*head_camera_rgb"),
         ({"cameras": {"frnt": 8}}, r"got 'frnt'; did you mean 'front'\?"),
         ({"cameras": {"head_camera": 8}}, r"did you mean 'head_camera_rgb'\?"),
-        ({"cameras": {"top": {"size": 8, "view": "front", "distance": 1}}}, r"leave \['distance'\]"),
+        (
+            {"cameras": {"top": {"size": 8, "view": "front", "distance": 1}}},
+            r"leave \['distance'\]",
+        ),
         ({"cameras": 8}, r"sizes by name, .*got 8"),
         ({"cameras": ["front"]}, r"sizes by name, .*got \['front'\]"),
         ({"cameras": {"front": 8}, "entries": [99]}, "entries must be"),

@@ -526,7 +526,10 @@ def test_notes_of_a_dataset_that_was_changed_are_not_used(own, tmp_path, caplog)
     back = convert(tmp_path / "d", None)
     assert "the dataset has 3 episodes, not 1" in back.attrs["unread"]["meta/diffpolicy.json"]
     notes.write_text(json.dumps(said | {"fields": {"obs.arm": "observation.arm"}}))
-    assert "has no ['observation.arm']" in LeRobotDirectory(tmp_path / "d").unread["meta/diffpolicy.json"]
+    assert (
+        "has no ['observation.arm']"
+        in LeRobotDirectory(tmp_path / "d").unread["meta/diffpolicy.json"]
+    )
     notes.write_text("[]")
     with pytest.raises(ValueError, match=r"meta/diffpolicy\.json cannot be read, so it is damaged"):
         LeRobotDirectory(tmp_path / "d")
