@@ -13,6 +13,7 @@ import torch
 from diffpolicy import ActionGroup, DiffusionPolicy, EnvSpec, Workers, cli, collect
 from diffpolicy.data import EpisodeStore
 from diffpolicy.rollout.env_spec import describe
+from diffpolicy.training.identity import ResumeWarning
 
 HERE = Path(__file__).parent
 KEYS = "cli_fake_env:cli_fake/Keys-v0"
@@ -61,6 +62,12 @@ def test_trained_and_evaluated_by_the_command_line(tmp_path, monkeypatch, capsys
     assert env.action_space.contains(action)
     actions, _ = policy.predict(np.stack([obs, obs]))
     assert actions.shape == (2,)
+    config = Path("run/config.yaml")  # older ones say that there are no groups, and mean null
+    config.write_text(config.read_text().replace("  actions: null", "  actions: []"))
+    assert "  actions: []" in config.read_text()
+    with pytest.warns(ResumeWarning, match="steps=302"):
+        assert cli.main(["resume", "run", "trainer.steps=302", "trust_env=true"]) == 0
+    assert DiffusionPolicy.from_pretrained("run").spec.actions == policy.spec.actions
     code = cli.main(["train", "--config-dir=own", *arguments, "run_dir=other",
                      "policy.actions=[{dims: [0], choises: 3}]"])  # fmt: skip
     assert code == 1

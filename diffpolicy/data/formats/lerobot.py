@@ -92,7 +92,7 @@ class LeRobotDirectory(EpisodeSource):
         with self._reading(FILE):
             there = [*self.fields, _TASK]
             self._notes, why = read_notes(self._root, there, len(self._episodes))
-        self.unread |= {FILE: why} if why else {}
+        self.unread = {**self.unread, **({FILE: why} if why else {})}
         noted = zip(self._episodes, self._notes.episodes or [{}] * len(self._episodes), strict=True)
         told = [({"episode_index": e.number, "tasks": e.tasks}, own) for e, own in noted]
         self.episode_attrs = [{**own, **known} for known, own in told]
