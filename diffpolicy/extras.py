@@ -49,13 +49,14 @@ def need(module: str) -> Any:
     """Import a module of an optional package.
 
     Raises:
-        ImportError: it is not installed; says how to install it.
+        ImportError: it is not installed, or does not fit what is; says how to install it.
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # the last of parts of other releases
         package = module.partition(".")[0]
-        missing = (error.name or package).partition(".")[0]
+        missing = (getattr(error, "name", None) or "").partition(".")[0]
+        missing = package if not missing and isinstance(error, ImportError) else missing
         why = "is not installed" if missing == package else f"cannot be imported: {error}"
         raise ImportError(
             f"this needs the package {package!r}, which {why}; "

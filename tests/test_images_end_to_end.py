@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import gymnasium as gym
 import numpy as np
@@ -49,6 +50,26 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def policy(run):
     return DiffusionPolicy.from_pretrained(run)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("policy.encoder.croop=0.9", "did you mean 'crop'"),
+        ("policy.encoder={type: state}", "the encoder 'state' takes vectors"),
+        ("policy.encoder.crop=[64,64]", r"crop must be a share, or within \[16, 16\]"),
+        ("policy.encoder.tasks={dim: 4}", "whose role is task"),
+        ("policy.layout=trajectory", "needs one vector as observation"),
+    ],
+)
+def test_what_does_not_see_is_told_before_anything_is_recorded(
+    setting, said, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    of = (f"env.id={CAMERAS}", "env.name=cameras", "env.score=return", "env.kwargs={size: 16}")
+    assert cli.main(["train", *of, "run_dir=run", "device=cpu", setting]) == 1
+    assert re.search(said, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -179,7 +179,7 @@ def rank_candidates(policy: DiffusionPolicy, config: EvalConfig) -> None:
     check_range("[0, inf)", **{"judge.pessimism": pessimism})
     if path is None:
         raise ConfigError("judge is a value of plans: give judge.path=RUN/value")
-    other = policy.spec.layout != "action" or policy.spec.observations or policy.spec.actions
+    other = policy.spec.layout != "action" or policy.spec.observations or policy.spec.representation
     if config.streaming or other:
         raise ConfigError(
             "judge chooses among plans of actions that are made at once, for one vector observed; "

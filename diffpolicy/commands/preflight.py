@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from diffpolicy.config import EnvConfig, EvaluationConfig, TrainConfig
@@ -150,3 +151,31 @@ def check_training(config: TrainConfig) -> None:
     plain.make_heads()
     check_learning(spec, learning)
     spec.sampler.make().rows(denoiser.process, spec.sampler.grid(denoiser.process))
+
+
+def check_policy(config: TrainConfig) -> None:
+    """Build what will be trained for what the environment observes, before that is recorded.
+
+    Where the data are there already they say it themselves, and at once.
+
+    Raises:
+        ImportError: a package that a part of the policy needs.
+        ValueError: settings that do not go together.
+    """
+    from diffpolicy.data.observation import by_store_field
+    from diffpolicy.learn.making import observed, with_task_count
+    from diffpolicy.policies.spec import PolicySpec
+    from diffpolicy.rollout.env_spec import EnvSpec, describe
+
+    data, env = config.data, config.env
+    there = data.path is None or Path(data.path).exists()
+    if there or data.mix or data.collect is None or config.policy.get("imagined"):
+        return
+    info = describe(EnvSpec(env.id, env.kwargs, env.max_episode_steps))
+    seen = SimpleNamespace(fields=by_store_field(info.obs), name=env.id)
+    actions = config.policy.get("actions")
+    spec = {**config.spec(), **observed(seen), "action_dim": info.action_dim, "rti": None}
+    spec["actions"] = info.action_groups if actions is None else actions
+    told = any(field.is_id for field in seen.fields.values())
+    spec["encoder"] = with_task_count(spec.get("encoder"), int(told))
+    PolicySpec.from_config(spec).make_denoiser()

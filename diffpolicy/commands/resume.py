@@ -16,6 +16,7 @@ had the new value from its beginning, a ResumeWarning says so. Anything else is 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def run(arguments: Sequence[str]) -> int:
             "what it has made can be evaluated, and tuned on (pretrained=RUN)"
         )
     plain["run_dir"] = str(run_dir)  # a run may have been moved
+    _say_actions(plain, run_dir)
     _change(plain, options, run_dir)
     go_on = _command(plain)
     recorded, trained = file.read_text(encoding="utf-8"), _trained(run_dir)
@@ -76,6 +78,20 @@ def run(arguments: Sequence[str]) -> int:
         if options and _trained(run_dir) == trained:
             write_atomic(file, recorded)
         raise
+
+
+def _say_actions(plain: dict[str, Any], run_dir: Path) -> None:
+    """Put in how plans say actions where the run's configuration names no group.
+
+    It then follows from environment and data as they were understood when the run began, in older
+    runs also where the configuration says ``[]``; the policy of its checkpoint knows.
+    """
+    from diffpolicy.training.checkpoint import read_pointer
+
+    policy, folder = plain.get("policy"), run_dir / "checkpoints"
+    file = folder / str(read_pointer(folder / "last")) / "policy/config.json"
+    if isinstance(policy, dict) and not policy.get("actions") and file.is_file():
+        policy["actions"] = json.loads(file.read_text(encoding="utf-8")).get("actions")
 
 
 def _options(arguments: Sequence[str]) -> dict[str, Any]:

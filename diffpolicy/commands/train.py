@@ -37,6 +37,7 @@ from diffpolicy.commands import sweep
 from diffpolicy.commands.options import groups_help, helped, indented
 from diffpolicy.commands.preflight import (
     check_environment,
+    check_policy,
     check_training,
     check_writable,
     choose_rendering,
@@ -115,6 +116,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> int:
     choose_rendering(config.evaluation.video_episodes)
     check_training(config)
     check_environment(config.env, config.evaluation)
+    check_policy(config)
     group = _group()
     if not group.first:
         group.barrier()  # the first process collects
@@ -189,11 +191,11 @@ def _of_actions(config: TrainConfig, store: EpisodeStore) -> dict[str, Any]:
             f"{store.name} stores {held}, but {config.env.id} has {shapes} and actions of "
             f"{info.action_dim} entries; convert or collect the data for this one"
         )
-    groups = config.policy.get("actions") or info.action_groups
+    groups = config.policy.get("actions")
     return {
         "action_low": list(info.action_low),
         "action_high": list(info.action_high),
-        "actions": groups,
+        "actions": info.action_groups if groups is None else groups,
     }
 
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,8 @@ class ActionGroup:
         choices: n: the dimension is a whole number, one of n, and plans hold n numbers, of which
             the largest is executed.
         first: the lowest of these whole numbers.
+        whole: NumPy's integer type of dimensions that are whole numbers and no choice, such as
+            ``"int32"``: plans say them as they are, what is executed is rounded.
 
     Raises:
         ValueError: settings that do not belong together, or of wrong lengths.
@@ -70,6 +73,7 @@ class ActionGroup:
     pose: bool = False
     choices: int | None = None
     first: int = 0
+    whole: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("kind of action group", self.kind, KINDS)
@@ -87,17 +91,31 @@ class ActionGroup:
             raise ValueError("choices are of one dimension, absolute and no rotation")
         if self.first and self.choices is None:
             raise ValueError(f"first={self.first} needs choices=, how many there are from there on")
+        self._check_whole()
         if not moves and (self.of or self.obs):
             raise ValueError("of and obs say what a group is relative to; this one is absolute")
         self._check_length("dims", self.dims, self.rotation)
         if moves:
             self._check_length("of", self.of, self.obs_rotation or self.rotation)
 
+    def _check_whole(self) -> None:
+        if self.whole is None:
+            return
+        known = [np.dtype(code).name for code in np.typecodes["AllInteger"]]
+        check_choice("type of whole numbers", self.whole, list(dict.fromkeys(known)))
+        if self.rotation or self.choices is not None:
+            raise ValueError("whole numbers are no rotation, and choices are whole as it is")
+
     def _check_length(self, name: str, given: tuple[int, ...], form: str | None) -> None:
         if len(given) != (size := self._numbers(form)):
             what = "as many entries as dims" if form is None else f"the {size} entries of {form}"
             what += " after those of a position" if self.pose else ""
             raise ValueError(f"{name} must name {what}, got {given}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether plans say these dimensions as they are."""
+        return self.kind == "absolute" and self.rotation is None and self.choices is None
 
     @property
     def size(self) -> int:
@@ -221,6 +239,7 @@ class Representation:
     Attributes:
         dim: P, entries of a plan per step.
         moves: whether entries depend on the state in which a plan is made.
+        plain: whether plans hold actions as they are.
 
     Raises:
         ValueError: dimensions that are named twice or do not exist, or an ``of`` that does not.
@@ -246,6 +265,7 @@ class Representation:
         self.moves = any(group.kind != "absolute" for group in self.groups)
         order = [dim for group in self.groups for dim in group.dims]
         self._back = sorted(range(action_dim), key=order.__getitem__)
+        self.plain = all(group.plain for group in self.groups) and order == self._back
 
     def entry(self, dim: int) -> int:
         """The entry of a plan that is a dimension of the action as it is.
@@ -256,7 +276,7 @@ class Representation:
         before = 0
         for group in self.groups:
             if dim in group.dims:
-                if group.kind == "absolute" and group.rotation is None and group.choices is None:
+                if group.plain:
                     return before + group.dims.index(dim)
                 raise ValueError(f"dimension {dim} is not said as it is in plans: {group}")
             before += group.size

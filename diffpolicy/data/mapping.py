@@ -38,7 +38,7 @@ def mapping_of(
         ValueError: No observation or action, no such field, or an image within a vector.
     """
     default = {name: _listed(made_of) for name, made_of in source.default_fields().items()}
-    if any(name.startswith("obs.") for name in fields):
+    if any(map(is_obs, fields)):
         default = {name: made_of for name, made_of in default.items() if not is_obs(name)}
     elif flat and len(default.get("obs", [])) > 1:
         default["obs"] = [n for n in default["obs"] if not is_picture(source.fields[n])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -122,12 +122,26 @@ def counts_tasks(store: Any) -> bool:
     return FIELD in store.fields and store.fields[FIELD].dtype.startswith("int")
 
 
+def told(known: Mapping[str, Any]) -> list[str]:
+    """The instructions in the attributes of an episode: ``tasks``, or the one ``task``."""
+    return [str(text) for text in known.get("tasks") or [known[k] for k in ("task",) if k in known]]
+
+
 def instructions(store: Any) -> list[str]:
     """The instructions of a store by their ids; one at least, if need be without words."""
     known = store.attrs.get("tasks")
     texts = [str(text) for text in known] if isinstance(known, list) else []
     if counts_tasks(store):
         ids = range(len(texts), int(np.max(store.statistics[FIELD]["max"])) + 1)
-        return texts + [str(i) for i in ids]
-    of_episodes = {str(t) for known in store.episode_attrs for t in known.get("tasks") or []}
+        named = _named_ids(store) if ids else {}
+        return texts + [named.get(i, str(i)) for i in ids]
+    of_episodes = {text for known in store.episode_attrs for text in told(known)}
     return texts + sorted(of_episodes - set(texts)) or [str(store.attrs.get("task", ""))]
+
+
+def _named_ids(store: Any) -> dict[int, str]:
+    """What ids are called, as far as all episodes that begin with one were told the same."""
+    said: dict[int, set[str]] = {}
+    for start, known in zip([0, *store.episode_ends], store.episode_attrs, strict=False):
+        said.setdefault(int(store.read(FIELD, start, start + 1)[0, 0]), set()).update(told(known))
+    return {i: texts.pop() for i, texts in said.items() if len(texts) == 1}

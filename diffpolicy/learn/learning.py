@@ -100,7 +100,7 @@ def check_learning(spec: PolicySpec, learning: Learning) -> None:
     critics = {"critic", "state_value"} & set(spec.heads)
     if learning.actor_critic is None and critics:
         raise ValueError(f"learning.actor_critic trains the heads {sorted(critics)}; set it")
-    if learning.actor_critic is not None and spec.actions:
+    if learning.actor_critic is not None and spec.representation is not None:
         raise ValueError(
             "actor-critics learn actions as data hold them, without action groups (policy.actions, "
             "or those of a store whose actions choose)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -66,14 +66,17 @@ def fitted_spec(
         has = f"no field {absent[0]!r} (it has {sorted(store.fields)})"
         how = "convert it with `diffpolicy data convert ... obs=FIELD action=FIELD`"
         raise ValueError(f"store {store.name} has {has}; {how}")
-    known = {**spec, **_observed(store), "action_dim": store.fields["action"].shape[0]}
-    known["actions"] = known.get("actions") or store.attrs.get("action_groups", ())
+    known = {**spec, **observed(store), "action_dim": store.fields["action"].shape[0]}
+    if known.get("actions") is None:
+        known["actions"] = store.attrs.get("action_groups", ())
     if not known["observations"]:
         known.setdefault("observation_step", observation_step(store))
     if known.get("level_law") == "position":
         known["trained_action_steps"] = known.get("n_action_steps", PolicySpec.n_action_steps)
     ids = [name for name, field in by_store_field(of_store(store)).items() if field.is_id]
-    known["encoder"] = _with_task_count(known.get("encoder") or {}, store, ids)
+    counts = [int(store.statistics[name]["max"][0]) + 1 for name in ids]
+    count = max(counts[0], len(store.attrs.get("tasks") or ())) if ids else 0
+    known["encoder"] = with_task_count(known.get("encoder"), count)
     if known.get("imagined") is not None:
         known["imagined"] = shaped(known["imagined"], store)
     full = PolicySpec.from_config(known)
@@ -111,20 +114,17 @@ def _fitted_normalizer(
     return normalizer
 
 
-def _with_task_count(
-    encoder: Mapping[str, Any], store: EpisodeStore, ids: Sequence[str]
-) -> dict[str, Any]:
+def with_task_count(encoder: Mapping[str, Any] | None, count: int) -> dict[str, Any]:
     """The encoder's settings with how many tasks there are, if it asks and they do not say."""
-    kind = encoder_class(encoder.get("type", "state"))
-    if not ids or "tasks" not in inspect.signature(kind).parameters:
-        return dict(encoder)
-    named = store.attrs.get("tasks") or ()
-    count = max(len(named), int(store.statistics[ids[0]]["max"][0]) + 1)
-    return {**encoder, "tasks": {"count": count, **(encoder.get("tasks") or {})}}
+    given = dict(encoder or {})
+    kind = encoder_class(given.get("type", "state"))
+    if count == 0 or "tasks" not in inspect.signature(kind).parameters:
+        return given
+    return {**given, "tasks": {"count": count, **(given.get("tasks") or {})}}
 
 
-def _observed(store: EpisodeStore) -> dict[str, Any]:
-    """Entries of the spec that say what is observed."""
+def observed(store: Any) -> dict[str, Any]:
+    """Entries of the spec that say what is observed, of a store or what has ``fields`` like one."""
     fields = of_store(store)
     if isinstance(fields, ObsField) and fields.is_image:
         fields = {"": fields}
@@ -179,7 +179,7 @@ def fit_anchors(
         )
     if normalizer.others:
         raise ValueError("anchors are plans in one normaliser's units; this policy has several")
-    if spec.actions and options.get("relative_to") is not None:
+    if spec.representation is not None and options.get("relative_to") is not None:
         raise ValueError(
             "relative_to is for plans of actions as they are; this policy's action groups say what "
             "its plans, and so its anchors, are relative to: leave it out"

@@ -225,7 +225,7 @@ def check_policy(spec: PolicySpec, method: Method) -> None:
         ValueError: plans that hold observations or are conditioned on a return, or a policy trained
             at other levels, or from other starts, than losses of comparisons look at.
     """
-    said_otherwise = spec.actions and method.command != "distill"
+    said_otherwise = spec.representation is not None and method.command != "distill"
     if spec.layout != "action" or spec.returns is not None or said_otherwise:
         got = f"layout={spec.layout!r}, returns={spec.returns}, actions={spec.actions}"
         raise ValueError(f"tuning takes plans of actions as they are, given no more, not {got}")

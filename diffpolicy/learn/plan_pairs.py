@@ -153,7 +153,7 @@ def check_plain(spec: PolicySpec) -> None:
     """Raise ``ValueError`` if a policy acts with guidance, or at another temperature than 1."""
     if spec.encoder["type"] != "state":
         raise ValueError(f"plans are judged by what is observed, not by {spec.encoder['type']!r}")
-    if spec.actions:
+    if spec.representation is not None:
         raise ValueError("own plans are judged as actions: the policy must have no action groups")
     guidance, value, temperature = spec.sampler.guidance_scale, spec.value_scale, spec.temperature
     if guidance != 1 or value != 0 or temperature != 1:

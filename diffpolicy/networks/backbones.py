@@ -142,7 +142,7 @@ class Timm(nn.Module):
         frozen: keep these weights, and batch statistics, as they are.
 
     Raises:
-        ImportError: timm is not installed.
+        ImportError: timm, or a torchvision that fits this torch, is not installed.
         ValueError: no such model, or one that has no maps of features.
     """
 
@@ -150,7 +150,15 @@ class Timm(nn.Module):
         self, channels: int, name: str, pretrained: bool = False, frozen: bool = False
     ) -> None:
         super().__init__()
-        own, timm = pretrained and _own_weights.get(), need("timm")
+        own = pretrained and _own_weights.get()
+        try:
+            timm = need("timm")
+        except ImportError as error:
+            raise ImportError(
+                f"{error}. It needs torchvision as it was built beside torch {torch.__version__}: "
+                "of the same release, from the same place. Without it encoder=resnet18 and "
+                "encoder=cnn work"
+            ) from error
         try:
             self.network = timm.create_model(
                 name, pretrained=own, in_chans=channels, features_only=True

@@ -117,8 +117,9 @@ class ChunkedPolicy(abc.ABC):
         observed: what a step's observation is made of.
         plan_dim: P, entries of a plan per step: A, unless a subclass says otherwise; the last A
             are the action.
-        chooses: actions are whole numbers that choose, as ``Discrete`` and ``MultiDiscrete`` spaces
-            hold them.
+        action_dtype: NumPy's type of the actions that :meth:`predict` returns; an integer's where
+            all dimensions are whole numbers.
+        chooses: an action is one whole number that chooses, as a ``Discrete`` space holds it.
         selector: chooses among several plans per decision; ``None``: one plan is made.
         plan_batch: rows that plan at once, see :meth:`with_plan_batch`; ``None``: all that are due.
 
@@ -126,6 +127,7 @@ class ChunkedPolicy(abc.ABC):
         ValueError: a horizon too short for To and Ta.
     """
 
+    action_dtype = "float32"
     chooses = False
     selector: Selector | None = None
     plan_batch: int | None = None
@@ -345,8 +347,8 @@ class ChunkedPolicy(abc.ABC):
             deterministic: as in :meth:`act`.
 
         Returns:
-            Action ``[A]`` or ``[N, A]``, and the new state. Actions that choose are int64, and of a
-            ``Discrete`` space (A = 1) without their last dimension.
+            Action ``[A]`` or ``[N, A]``, and the new state. Whole numbers have the integer type of
+            their space; those of a ``Discrete`` one (A = 1) come without their last dimension.
         """
         obs = each(np.asarray, observation)
         name, field = next(iter(by_store_field(self.observed).items()))
@@ -360,9 +362,8 @@ class ChunkedPolicy(abc.ABC):
                 state, np.broadcast_to(np.asarray(episode_start, bool), (len(state),))
             )
         actions, state = self.act(batched, state, deterministic=deterministic)
-        if self.chooses:
-            actions = actions.astype(np.int64)
-            actions = actions[:, 0] if self.action_dim == 1 else actions
+        actions = actions.astype(self.action_dtype, copy=False)
+        actions = actions[:, 0] if self.chooses else actions
         return (actions[0] if single else actions), state
 
     def _checked(self, obs: Obs, rows: int) -> Obs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,7 @@ class Boundary:
         grippers: by entries of plans.
         low: lower bounds of actions ``[A]`` in environment units; ``None``: unbounded.
         high: upper bounds.
+        whole: dimensions of actions that are rounded.
     """
 
     def __init__(
@@ -93,7 +94,9 @@ class Boundary:
         grippers: Sequence[Gripper],
         low: Sequence[float] | None,
         high: Sequence[float] | None,
+        whole: Iterable[int] = (),
     ) -> None:
+        self._whole = sorted(whole)
         self.representation, self.grippers = representation, tuple(grippers)
         # On the host, where executed actions are; without groups its copies there are enough.
         self.normalizer = normalizer if representation is None else normalizer.to("cpu")
@@ -103,12 +106,6 @@ class Boundary:
     def moves(self) -> bool:
         """Whether what a network says depends on the state."""
         return self.representation is not None and self.representation.moves
-
-    @property
-    def chooses(self) -> bool:
-        """Whether every dimension of an action is a whole number that chooses."""
-        groups = () if self.representation is None else self.representation.groups
-        return bool(groups) and all(group.choices is not None for group in groups)
 
     def relative(self, plan: Tensor, obs: Any) -> Tensor:
         """Absolute plans ``[n, H, P]`` on the host as the network says them.
@@ -152,6 +149,13 @@ class Boundary:
         if self.representation is not None:
             out = self.representation.actions(torch.as_tensor(out))
             out = out if isinstance(plan, Tensor) else out.numpy()
+        if len(self._whole) == out.shape[-1]:
+            out = out.round()
+        elif self._whole:
+            marked = np.isin(np.arange(out.shape[-1]), self._whole)
+            tensors = isinstance(out, Tensor)
+            which = torch.from_numpy(marked).to(out.device) if tensors else marked
+            out = (torch if tensors else np).where(which, out.round(), out)
         low, high = self._bounds
         if isinstance(out, Tensor):
             out = out if low is None else torch.maximum(out, torch.from_numpy(low))

@@ -80,9 +80,12 @@ class DiffusionPlanner(ChunkedPolicy):
             )
         self.denoiser = denoiser.eval()
         self.normalizer, self.anchors = normalizer, anchors
-        bounds = spec.action_low, spec.action_high
-        self.boundary = Boundary(spec.representation, normalizer, spec.planned_grippers, *bounds)
-        self.chooses = self.boundary.chooses
+        ends = spec.action_low, spec.action_high, spec.whole
+        self.boundary = Boundary(spec.representation, normalizer, spec.planned_grippers, *ends)
+        self.action_dtype = "float32"
+        if len(spec.whole) == spec.action_dim:
+            self.action_dtype = np.result_type(*spec.whole.values()).name
+        self.chooses = len(spec.actions) == 1 and spec.actions[0].choices is not None
         self._unusual: Array | None = None  # changes of the observation that make a row cold
         if spec.rti is not None and spec.rti.innovation is not None:
             usual = np.asarray(spec.observation_step, np.float64)

@@ -28,7 +28,8 @@ class WrappedPolicy(ChunkedPolicy):
         sizes = {name: getattr(policy, name) for name in names}
         steps = n_action_steps or policy.n_action_steps
         super().__init__(**sizes, n_action_steps=steps, observations=policy.observed)
-        self.policy, self.plan_dim, self.chooses = policy, policy.plan_dim, policy.chooses
+        self.policy, self.plan_dim = policy, policy.plan_dim
+        self.action_dtype, self.chooses = policy.action_dtype, policy.chooses
 
     def initial_state(self, seeds: Sequence[int]) -> PolicyState:
         return self.policy.initial_state(seeds)

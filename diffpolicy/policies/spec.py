@@ -199,7 +199,7 @@ class PolicySpec:
     def _check_sizes(self) -> None:
         """Refuse what says something per action or per observation entry, but not of each."""
         t_start = None if self.rti is None else self.rti.t_start
-        planned = "planned_dim" if self.actions else "action_dim"
+        planned = "action_dim" if self.representation is None else "planned_dim"
         per_entry = {
             "action_low": (self.action_low, "action_dim"),
             "action_high": (self.action_high, "action_dim"),
@@ -213,7 +213,7 @@ class PolicySpec:
                 )
         for gripper in self.grippers:
             check_range(f"[0, {self.action_dim})", **{"gripper.dim": gripper.dim})
-        if self.actions and (self.plan_layout.pinned or self.heads):
+        if self.representation is not None and (self.plan_layout.pinned or self.heads):
             raise ValueError(
                 f"action groups (policy.actions, or those of a store whose actions choose) go with "
                 f"layout 'action' or 'joint', and heads judge actions as data hold them; this "
@@ -239,7 +239,15 @@ class PolicySpec:
         if not self.actions:
             return None
         sizes = self.action_dim, self.observed, self.n_obs_steps - 1
-        return Representation(self.actions, *sizes)
+        made = Representation(self.actions, *sizes)
+        return None if made.plain else made
+
+    @property
+    def whole(self) -> dict[int, str]:
+        """NumPy's integer types of the action's dimensions that are whole numbers."""
+        types = [g.whole or ("int64" if g.choices is not None else None) for g in self.actions]
+        pairs = zip(self.actions, types, strict=True)
+        return {dim: kind for group, kind in pairs if kind is not None for dim in group.dims}
 
     @property
     def planned_dim(self) -> int:
@@ -304,7 +312,8 @@ class PolicySpec:
             ValueError: unknown or missing entries, or values of a wrong type.
         """
         process = explicit_process(config.get("process", "vp_cosine"))  # a name is enough
-        return from_values(cls, {**config, "process": process})
+        actions = config.get("actions") or ()  # null, where nothing says of them
+        return from_values(cls, {**config, "process": process, "actions": actions})
 
     def summary(self) -> str:
         """What a policy is in a line: shapes, network, how plans are drawn."""

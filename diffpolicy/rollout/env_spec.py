@@ -6,7 +6,6 @@ Only gymnasium and numpy are imported here, because every worker process imports
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import importlib.metadata
 import itertools
@@ -23,8 +22,9 @@ from gymnasium import spaces
 
 from diffpolicy.data.fields import inward_bounds
 from diffpolicy.data.observation import ObsField, ObsFields, by_store_field, of_space
-from diffpolicy.extras import TRUST_VARIABLE, pip_hint, trusts
-from diffpolicy.rollout.declared import declared, install_hint
+from diffpolicy.extras import TRUST_VARIABLE, trusts
+from diffpolicy.rollout.declared import declared
+from diffpolicy.rollout.env_advice import how_to_install, refused, unknown_id
 from diffpolicy.settings import check_range
 
 # Distributions whose version can change any score; MuJoCo's simulator is part of Gymnasium's own
@@ -95,17 +95,17 @@ class EnvSpec:
         _import_home(self.id)
         name = self.id.split(":", 1)[-1]
         if name not in gym.registry:
-            raise EnvSpecError(_unknown_id(self.id, name))
+            raise EnvSpecError(unknown_id(self.id, name))
         limit = {"max_episode_steps": self.max_episode_steps, "render_mode": render_mode}
         kwargs = {**self.kwargs, **{k: v for k, v in limit.items() if v is not None}}
         try:
             env: gym.Env[Any, Any] = gym.make(name, disable_env_checker=True, **kwargs)
         except (ImportError, gym.error.DependencyNotInstalled) as error:
             raise EnvSpecError(
-                f"{self.id!r} cannot be made: {error}.{_hint(str(error))}"
+                f"{self.id!r} cannot be made: {error}.{how_to_install(str(error))}"
             ) from error
         except (TypeError, gym.error.Error) as error:
-            raise EnvSpecError(f"{self.id!r} cannot be made with {kwargs}: {error}") from error
+            raise EnvSpecError(f"{self.id!r} {refused(name, kwargs, error)}") from error
         try:
             _check(env)
         except ValueError as error:
@@ -186,6 +186,7 @@ class EnvInfo:
         action_high: ``[A]`` float32, rounded inwards; may hold inf.
         chooses: whether actions are whole numbers that choose, from ``action_low`` to
             ``action_high``.
+        whole: NumPy's type of actions that are whole numbers and do not choose; else None.
         max_episode_steps: the step limit.
         has_expert: whether it ships a scripted expert (``expert_action(rng)``).
         versions: versions of the packages that can change a score.
@@ -197,6 +198,7 @@ class EnvInfo:
     action_low: np.ndarray
     action_high: np.ndarray
     chooses: bool
+    whole: str | None
     max_episode_steps: int
     has_expert: bool
     versions: dict[str, str]
@@ -209,7 +211,9 @@ class EnvInfo:
 
     @property
     def action_groups(self) -> list[dict[str, Any]]:
-        """A policy's ``actions``, where those of the environment choose; else empty."""
+        """A policy's ``actions``, where those of the environment are whole numbers; else empty."""
+        if self.whole is not None:
+            return [{"dims": list(range(self.action_dim)), "whole": self.whole}]
         ends = np.stack([self.action_low, self.action_high], 1).astype(int) if self.chooses else ()
         return [
             {"dims": [dim], "choices": int(high - low + 1), "first": int(low)}
@@ -257,13 +261,17 @@ def inspect_env(spec: EnvSpec, env: gym.Env[Any, Any]) -> EnvInfo:
     """:func:`describe` for an environment that was made already."""
     limit = step_limit(env)
     assert limit is not None
-    low, high = inward_bounds(*action_ends(env.action_space))
+    space: Any = env.action_space
+    low, high = inward_bounds(*action_ends(space))
     return EnvInfo(
         spec=spec,
         obs=obs_fields(env.observation_space),
         action_low=low,
         action_high=high,
-        chooses=not isinstance(env.action_space, spaces.Box),
+        chooses=not isinstance(space, spaces.Box),
+        whole=space.dtype.name
+        if isinstance(space, spaces.Box) and space.dtype.kind in "iu"
+        else None,
         max_episode_steps=limit,
         has_expert=env.has_wrapper_attr("expert_action"),
         versions=_versions(spec, env),
@@ -310,27 +318,8 @@ def _import_home(env_id: str) -> None:
     except ImportError as error:
         raise EnvSpecError(
             f"{env_id!r} needs the module {module!r}, which cannot be imported: {error}."
-            f"{_hint(f'{module} {error}')}"
+            f"{how_to_install(f'{module} {error}')}"
         ) from error
-
-
-def _hint(text: str) -> str:
-    """How to install what a message names, unless the message says it itself."""
-    return "" if "pip install" in text else pip_hint(text) or install_hint(text)
-
-
-def _unknown_id(env_id: str, name: str) -> str:
-    close = difflib.get_close_matches(name, list(gym.registry), n=4, cutoff=0.6)
-    near = f" Close matches: {', '.join(close)}." if close else ""
-    message = f"No environment {env_id!r} is registered.{near}"
-    if ":" in env_id:
-        return message
-    space, known = name.split("/")[0], declared().homes
-    homes = [home for home in known if home.startswith(space)] if "/" in name else []
-    return (
-        f"{message} If a package registers it on import, write '{(homes or ['package'])[0]}:{name}'"
-        f" (packages that do: {', '.join(known)}).{install_hint(homes[0]) if homes else ''}"
-    )
 
 
 def as_spec(env: EnvSpec | str | Callable[..., gym.Env[Any, Any]]) -> EnvSpec:

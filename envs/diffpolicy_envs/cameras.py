@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from gymnasium.envs.registration import load_env_creator
 
 VIEW = ("distance", "azimuth", "elevation", "lookat")
 """Entries of MuJoCo's free camera."""
+FRONT = "front"
+"""The camera that looks as the environment's own pictures do, unless the model has one so named."""
 
 
 def make(
@@ -79,8 +82,9 @@ class CameraEnv(gym.ObservationWrapper[Any, Any, Any]):
         env: the environment.
         cameras: by name a size: pixels a side, ``[height, width]``, or a mapping with ``size`` and,
             to look from elsewhere, ``view`` (a camera of the model) or any of ``distance``,
-            ``azimuth``, ``elevation`` and ``lookat`` (of a free one). A camera with the name of one
-            of the model's looks from there, others as the environment's own pictures.
+            ``azimuth``, ``elevation`` and ``lookat`` (of a free one). Of size alone, a camera with
+            the name of one of the model's looks from there, ``front`` as the environment's own
+            pictures.
         entries: of the vector that is still observed, those that stay; None: all; empty: no vector.
             What a camera is to show, a policy should not be told.
 
@@ -96,6 +100,8 @@ class CameraEnv(gym.ObservationWrapper[Any, Any, Any]):
         entries: Sequence[int] | None = None,
     ) -> None:
         super().__init__(env)
+        if not isinstance(cameras, Mapping):
+            raise ValueError(f'cameras are sizes by name, {{"front": 84}}; got {cameras!r}')
         if not cameras:
             raise ValueError('entries are chosen beside cameras: give cameras={"front": 84}')
         self.simulator: Any = _simulator(env)
@@ -172,18 +178,14 @@ class CameraEnv(gym.ObservationWrapper[Any, Any, Any]):
         if "size" not in settings or set(settings) - set(known):
             raise ValueError(f"camera {name!r} takes a size and any of {known[1:]}; got {value!r}")
         size = settings.pop("size")
-        sides = (size, size) if isinstance(size, int) else tuple(size)
+        sides = tuple(size) if isinstance(size, Sequence) else (size, size)
         if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
             raise ValueError(f"camera {name!r} needs a size of pixels or [height, width]: {size!r}")
         model = self.simulator.model
         there = {model.camera(i).name: i for i in range(model.ncam)}
-        view = settings.pop("view", name if name in there and not settings else None)
-        if view is not None and (view not in there or settings):
-            raise ValueError(
-                f"camera {name!r}: the model has {sorted(there)}, got view={view!r} and {settings}"
-            )
+        view = _view(name, settings, there)
         if view is not None:
-            return sides, there[view]
+            return sides, view
         camera = mujoco.MjvCamera()
         mujoco.mjv_defaultFreeCamera(model, camera)
         renderer = getattr(self.simulator, "mujoco_renderer", None)
@@ -194,6 +196,25 @@ class CameraEnv(gym.ObservationWrapper[Any, Any, Any]):
             else:
                 setattr(camera, key, entry)
         return sides, camera
+
+
+def _view(name: str, settings: dict[str, Any], there: Mapping[str, int]) -> int | None:
+    """The camera of the model that is meant; None: a free one."""
+    view = settings.pop("view", None)
+    if view is not None and settings:
+        raise ValueError(f"camera {name!r} looks from {view!r}: leave {sorted(settings)} out")
+    view = view or (None if settings else name)
+    if view is None or (view == FRONT and FRONT not in there):
+        return None
+    if view not in there:
+        known = [*sorted(filter(None, there)), FRONT]
+        close = difflib.get_close_matches(str(view), known, n=1)
+        near = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"camera {name!r}: the model has the views {known}, got {view!r}{near} A camera with a "
+            "name of your own says its view, or any of " + ", ".join(VIEW)
+        )
+    return there[view]
 
 
 def _simulator(env: gym.Env[Any, Any]) -> Any:

@@ -26,6 +26,7 @@ def made(name=PUSH, **kwargs):
 
 def test_images_stand_beside_the_vector_and_leave_its_course_alone():
     views = {"front": 32, "top": {"size": [24, 40], "elevation": -85.0}}
+    views["again"] = {"size": 32, "view": "front"}
     seeing, blind = made(cameras=views, entries=[0, 1, 2]), made()
     obs, _ = seeing.reset(seed=3)
     other, _ = blind.reset(seed=3)
@@ -33,6 +34,7 @@ def test_images_stand_beside_the_vector_and_leave_its_course_alone():
     for _ in range(3):
         assert seeing.observation_space.contains(obs)
         assert obs["top"].shape == (24, 40, 3)
+        assert np.array_equal(obs["again"], obs["front"])
         assert np.array_equal(obs["observation"], other[:3])
         seen.append(obs["front"])
         action = seeing.get_wrapper_attr("expert_action")(np.random.default_rng(0))
@@ -85,6 +87,14 @@ def test_any_environment_with_mujoco_inside_may_have_cameras():
         ({"cameras": {"front": {"side": 8}}}, "takes a size and any of"),
         ({"cameras": {"front": [8, 0]}}, r"needs a size of pixels"),
         ({"cameras": {"front": {"size": 8, "view": "moon"}}}, "the model has .*head_camera_rgb"),
+        ({"cameras": {"frnt": 8}}, r"got 'frnt'; did you mean 'front'\?"),
+        ({"cameras": {"head_camera": 8}}, r"did you mean 'head_camera_rgb'\?"),
+        (
+            {"cameras": {"top": {"size": 8, "view": "front", "distance": 1}}},
+            r"leave \['distance'\]",
+        ),
+        ({"cameras": 8}, r"sizes by name, .*got 8"),
+        ({"cameras": ["front"]}, r"sizes by name, .*got \['front'\]"),
         ({"cameras": {"front": 8}, "entries": [99]}, "entries must be"),
         ({"cameras": {"front": 8}, "entries": [-1]}, "entries must be"),
         ({"entries": [1]}, "give cameras="),

@@ -275,6 +275,18 @@ def test_without_timm_the_message_says_what_to_install(monkeypatch):
         make_encoder({**IMAGES, "backbone": {"type": "timm", "name": "tiny"}}, CAMERA, 1)
 
 
+def test_where_timm_does_not_fit_the_message_says_what_works(monkeypatch, tmp_path):
+    import sys
+
+    # So it is where torchvision is of another release than torch, or of another place.
+    fault = "operator torchvision::nms does not exist"
+    (tmp_path / "timm.py").write_text(f"raise RuntimeError({fault!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    with pytest.raises(ImportError, match=rf"cannot be imported: {fault}.*encoder=resnet18"):
+        make_encoder({**IMAGES, "backbone": {"type": "timm", "name": "tiny"}}, CAMERA, 1)
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "efficientnet_lite0"])
 def test_timm_itself(name):
     pytest.importorskip("timm", exc_type=ImportError, reason="needs the timm extra")

@@ -34,7 +34,9 @@ from numpy.typing import NDArray
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.formats import EpisodeSource
 from diffpolicy.data.formats.images import decoded, hwc
+from diffpolicy.data.formats.lerobot_store import FILE, read_notes
 from diffpolicy.data.formats.video import read_frames
+from diffpolicy.data.tasks import FIELD as OBSERVED
 from diffpolicy.extras import need
 
 _INFO = "meta/info.json"
@@ -82,12 +84,18 @@ class LeRobotDirectory(EpisodeSource):
         self.name = str(self._root)
         self._info = self._read_info()
         self._episodes = self._list()
-        self.episode_attrs = [{"episode_index": e.number, "tasks": e.tasks} for e in self._episodes]
         with self._reading("the data"):
             self._table = self._arrow.dataset(self._root / "data", format="parquet")
         self._loaded: dict[str, NDArray[Any]] = {}
         self.masks = self._splits()
         self._look()
+        with self._reading(FILE):
+            there = [*self.fields, _TASK]
+            self._notes, why = read_notes(self._root, there, len(self._episodes))
+        self.unread = {**self.unread, **({FILE: why} if why else {})}
+        noted = zip(self._episodes, self._notes.episodes or [{}] * len(self._episodes), strict=True)
+        told = [({"episode_index": e.number, "tasks": e.tasks}, own) for e, own in noted]
+        self.episode_attrs = [{**own, **known} for known, own in told]
 
     @staticmethod
     def matches(path: Path) -> bool:
@@ -95,8 +103,15 @@ class LeRobotDirectory(EpisodeSource):
         return (path / _INFO).is_file()
 
     def default_fields(self) -> dict[str, str | list[str]]:
-        """Name cameras, state, environment state; action; with rewards also the ends."""
-        obs = self.with_cameras(n for n in _STATES if n in self.fields)
+        """Name cameras, state, environment state; action; with rewards also the ends.
+
+        Of a store that was written all that was; without a state all vectors that are observed.
+        """
+        if self._notes.fields:
+            return dict(self._notes.fields)
+        vectors = [n for n, spec in self.fields.items() if len(spec.shape) < 2]
+        states = [n for n in _STATES if n in vectors]
+        obs = self.with_cameras(states or [n for n in vectors if n.startswith("observation.")])
         chosen: dict[str, str | list[str]] = {"obs": obs} if obs else {}
         if "action" in self.fields:
             chosen["action"] = "action"
@@ -118,14 +133,17 @@ class LeRobotDirectory(EpisodeSource):
 
     @property
     def task_field(self) -> str | None:
-        """``task_index``, where there is more than one task to tell apart."""
-        return _TASK if len(self.tasks) > 1 and _TASK in self.fields else None
+        """``task_index``, where there is more than one task to tell apart, or a store has ids."""
+        own = self._notes.fields
+        several = own.get(OBSERVED) == _TASK if own else len(self.tasks) > 1
+        return _TASK if several and _TASK in self.fields else None
 
     @cached_property
     def attrs(self) -> dict[str, Any]:
         """Version, rate in Hz, robot, tasks by their ids, and the names of the columns' entries."""
         features = self._info["features"]
         return {
+            **self._notes.attrs,
             "dataset": _id_of(self._root),
             "lerobot_version": self._info["codebase_version"],
             "fps": self._info.get("fps"),
@@ -217,7 +235,6 @@ class LeRobotDirectory(EpisodeSource):
                 continue
             if kind in _CAMERAS and len(shape) == 3 and not _is_depth(feature):
                 self._cameras.add(name)
-
                 fields[name] = FieldSpec(hwc(shape), "uint8")
             elif _is_number(kind):
                 fields[name] = FieldSpec(() if shape == (1,) else shape, kind)
@@ -226,7 +243,6 @@ class LeRobotDirectory(EpisodeSource):
                 unread[name] = f"{what}: only numbers and colours are read"
         there = self._table.schema.names
         films = {n for n in self._cameras if self._info["features"][n]["dtype"] == "video"}
-
         if films and "timestamp" not in fields:
             raise ValueError(f"{self.name}: {_INFO} has films, but no timestamps of rows. {_AGAIN}")
         if lacks := sorted({"episode_index", *fields} - films - set(there)):

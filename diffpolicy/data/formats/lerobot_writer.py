@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from diffpolicy.data.blocks import spans
 from diffpolicy.data.fields import FieldSpec
 from diffpolicy.data.formats.lerobot import LeRobotDirectory
+from diffpolicy.data.formats.lerobot_store import StoreNotes
 from diffpolicy.data.formats.video import FilmWriter, decibels
 from diffpolicy.data.observation import is_obs
 from diffpolicy.data.statistics import RunningStatistics, has_statistics
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.tasks import FIELD as TASK
-from diffpolicy.data.tasks import counts_tasks, instructions
+from diffpolicy.data.tasks import counts_tasks, instructions, told
 from diffpolicy.extras import need
 from diffpolicy.files import replaced_directory
 from diffpolicy.settings import check_range
@@ -75,7 +76,9 @@ def write_lerobot(
 
     ``obs`` or ``obs.state`` becomes ``observation.state``, ``obs.NAME`` ``observation.NAME``,
     images ``observation.images.NAME``; reward and ends ``next.reward``, ``next.done`` and
-    ``next.truncated``; other numbers keep their names.
+    ``next.truncated``; other numbers keep their names. Instructions are the episodes' ``tasks``, or
+    their ``task``. What LeRobot has no place for, such as seeds of episodes and the store's
+    attributes, stands in ``meta/diffpolicy.json``, by which ``convert`` makes the store again.
 
     Args:
         store: An open store with observations and actions.
@@ -172,7 +175,7 @@ class _Writer:
             why = _no_place(name, spec) or (other in found and f"{other} is {found[other]}")
             if why:
                 self.left_out[name] = why
-            elif name != TASK:
+            elif name != TASK or not counts_tasks(self.store):
                 found[other] = name
         kinds = {name.partition(".")[0] for name in found}
         if lacks := [name for name in ("observation", "action") if name not in kinds]:
@@ -183,7 +186,7 @@ class _Writer:
         return found
 
     def _say_episodes(self) -> None:
-        """See what is known of episodes, of which LeRobot keeps the tasks alone.
+        """See what episodes were told, of which LeRobot keeps one instruction a step.
 
         Raises:
             ValueError: Some have no actions, which would be written as zeros.
@@ -194,10 +197,7 @@ class _Writer:
                 f"cannot say: leave them out by `diffpolicy data filter {self.store.name} "
                 "OTHER.zarr exclude=actions=false`"
             )
-        names = {name for known in self._known for name in known} - {"tasks", "episode_index"}
-        for name in sorted(names):
-            self.left_out[f"{name} of each episode"] = "LeRobot keeps its tasks alone"
-        several = [i for i, known in enumerate(self._known) if len(known.get("tasks") or ()) > 1]
+        several = [i for i, known in enumerate(self._known) if len(told(known)) > 1]
         if several and not counts_tasks(self.store):
             self.left_out["tasks"] = f"of the several of each of {several} the first stands for all"
 
@@ -217,6 +217,12 @@ class _Writer:
         for name, value in {"info": self._info(), "stats": stats}.items():
             text = json.dumps(value, indent=1, allow_nan=False)
             (self.root / f"meta/{name}.json").write_text(text + "\n")
+        StoreNotes(self._read_again(), self.store.attrs, self._known).write(self.root)
+
+    def _read_again(self) -> dict[str, str]:
+        """Of the store's fields, what our reader has them as."""
+        found = {own: own if own == "terminated" else name for name, own in self.names.items()}
+        return found | ({TASK: "task_index"} if counts_tasks(self.store) else {})
 
     def _write_episode(self, index: int, start: int, stop: int) -> None:
         columns = {n: self.store.read(f, start, stop) for n, f in self.names.items()}
@@ -249,7 +255,7 @@ class _Writer:
         if counts_tasks(self.store):
             ids = self.store.read(TASK, start, stop).reshape(-1)
         else:
-            said = self._known[index].get("tasks") or self._tasks
+            said = told(self._known[index]) or self._tasks
             ids = np.full(len(frames), self._tasks.index(said[0]))
         return {
             "timestamp": (frames / float(self.fps)).astype(np.float32),
@@ -373,8 +379,6 @@ def _no_place(name: str, spec: FieldSpec) -> str | None:
         return f"films show pictures of three colours, not {list(spec.shape)}"
     if is_obs(name.removeprefix("next_")) and not is_obs(name):
         return "nothing is kept of what follows the last action"
-    if name == TASK and not spec.dtype.startswith("int"):
-        return "vectors of instructions, which are written as text"
     return "LeRobot counts this itself" if name in (*_INDICES, "task") else None
 
 

@@ -145,7 +145,7 @@ class PlanValue(LearnedJudge):
         Raises:
             ValueError: settings that are unknown or out of range.
         """
-        if policy.spec.actions:
+        if policy.spec.representation is not None:
             raise ValueError(
                 "values are of actions as data hold them: no policy with action groups"
             )

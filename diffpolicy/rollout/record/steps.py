@@ -55,7 +55,7 @@ def open_record(
             **(beside or {}),
         }
         made = {"rollouts": {**settings, "failed": {}, "env_steps": 0}} if rollouts else settings
-        said = {"action_groups": info.action_groups} if info.chooses else {}
+        said = {"action_groups": info.action_groups} if info.action_groups else {}
         attrs = {**env, **made, **said, "versions": info.versions}
         return EpisodeStore.create(path, fields, attrs=attrs)
     store = EpisodeStore.open(path, "a")
