@@ -15,6 +15,7 @@ from diffpolicy.settings import ConfigError
 
 if TYPE_CHECKING:
     from diffpolicy.data.d4rl.transforms import Transform
+    from diffpolicy.data.hindsight import Hindsight
     from diffpolicy.data.store import EpisodeStore
     from diffpolicy.rollout.env_spec import EnvSpec
     from diffpolicy.rollout.results import EvalResult
@@ -23,6 +24,30 @@ _log = logging.getLogger("diffpolicy.data")
 
 
 def open_store(config: TrainConfig) -> EpisodeStore:
+    """Open the demonstrations, with goals where the config says so; see :func:`_opened`."""
+    from diffpolicy.data.hindsight import relabelled
+
+    store, goals = _opened(config), hindsight(config)
+    return store if goals is None else relabelled(store, goals)
+
+
+def hindsight(config: TrainConfig) -> Hindsight | None:
+    """The goals that a run's windows have.
+
+    Raises:
+        ConfigError: a setting that there is not.
+        ValueError: shares that do not add up to 1.
+    """
+    from diffpolicy.data.hindsight import Hindsight
+    from diffpolicy.settings import settings_of
+
+    if config.data.goals is None:
+        return None
+    values = {name: value for name, value in config.data.goals.items() if name != "type"}
+    return settings_of(Hindsight, values, "data.goals")
+
+
+def _opened(config: TrainConfig) -> EpisodeStore:
     """Open the demonstrations, collected first when the config says how and they are not there."""
     from diffpolicy.data.store import EpisodeStore
 
