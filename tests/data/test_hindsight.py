@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from diffpolicy import DiffusionPolicy, TrainerConfig
+from diffpolicy.commands.preflight import check_training
+from diffpolicy.commands.stores import hindsight
+from diffpolicy.config import load_train
 from diffpolicy.data import EpisodeStore
 from diffpolicy.data.hindsight import GOAL, STATE, Hindsight, HindsightWindows, relabelled
 from diffpolicy.data.joined import Joined
 from diffpolicy.data.windows import Windows
 from diffpolicy.learn.learning import Learning, examples
+from diffpolicy.settings import ConfigError
 from diffpolicy.training.sources import Weighted
 
 LENGTHS = (5, 1, 9)
@@ -112,6 +116,26 @@ def test_read_as_it_is_a_goal_is_the_end_of_its_episode():
                 {"obs.hand": np.zeros((2, 2)), "action": np.zeros((2, 1))}, [2]
             )
         )
+
+
+def test_settings_on_the_command_line():
+    goals = load_train(["experiment=ogbench_goals", "data.goals={type: hindsight, flat: true}"])
+    assert hindsight(goals) == Hindsight(flat=True)
+    assert hindsight(load_train(["experiment=ogbench_goals"])) == Hindsight()
+    assert hindsight(load_train(["experiment=ogbench_scene"])) is None
+    for wrong, message in (
+        (["data.goals=hindsigt"], "did you mean 'hindsight'"),
+        (["data.goals={flat: true}"], r"\{type: hindsight\} with its settings"),
+        (["data.goals=true"], r"\{type: hindsight\} with its settings"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_train(["experiment=ogbench_goals", *wrong])
+    config = load_train(["experiment=ogbench_goals", "data.goals={type: hindsight, geom: true}"])
+    with pytest.raises(ConfigError, match=r"no setting 'geom'.*did you mean 'geom_sample'"):
+        hindsight(config)
+    critic = load_train(["experiment=ogbench_scene_iql", "data.goals=hindsight"])
+    with pytest.raises(ConfigError, match="for cloning and planners"):
+        check_training(critic)
 
 
 def test_a_policy_learns_to_go_where_it_is_shown(tmp_path):
