@@ -131,10 +131,13 @@ def row(task: str, seed: int, steps: int | None, data: Path, runs: Path) -> dict
     train("experiment=metaworld", task, store, run, seed, settings)
     result = json.loads((run / "eval.json").read_text())
     summary = result["summary"]
+    done = yaml.safe_load((run / "config.yaml").read_text())["trainer"]["steps"]
+    said = f"env.kwargs.task={task} seed={seed} trainer.steps={done}"
     return {
         "task": task,
-        "command": f"diffpolicy train experiment=metaworld env.kwargs.task={task} seed={seed}",
-        "training_steps": steps,
+        "command": f"diffpolicy train experiment=metaworld {said}",
+        "seed": seed,
+        "training_steps": done,
         "success": summary["success"],
         "expert": expert_rate(task, runs / "expert" / f"{task}.zarr"),
         "steps_per_episode": summary["length"]["value"],
@@ -152,7 +155,7 @@ def main(arguments: list[str]) -> int:
     for task in options["tasks"]:
         places = Path(options["data"]), Path(options["runs"])
         found = row(task, options["seed"], options["steps"], *places)
-        rows[task, options["seed"], options["steps"]] = {**found, "seed": options["seed"]}
+        rows[task, found["seed"], found["training_steps"]] = found
         write_json(output, {"machine": machine(torch.device("cpu")), "rows": list(rows.values())})
         ours, expert = found["success"], found["expert"]
         print(

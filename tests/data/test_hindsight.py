@@ -130,7 +130,9 @@ def test_settings_on_the_command_line():
     ):
         with pytest.raises(ValueError, match=message):
             load_train(["experiment=ogbench_goals", *wrong])
-    config = load_train(["experiment=ogbench_goals", "data.goals={type: hindsight, geom_sampl: true}"])
+    config = load_train(
+        ["experiment=ogbench_goals", "data.goals={type: hindsight, geom_sampl: true}"]
+    )
     with pytest.raises(ConfigError, match=r"no setting 'geom_sampl'.*did you mean 'geom_sample'"):
         hindsight(config)
     critic = load_train(["experiment=ogbench_scene_iql", "data.goals=hindsight"])
