@@ -104,7 +104,7 @@ class EnvSpec:
             raise EnvSpecError(
                 f"{self.id!r} cannot be made: {error}.{_hint(str(error))}"
             ) from error
-        except (TypeError, gym.error.Error) as error:
+        except (TypeError, ValueError, gym.error.Error) as error:  # arguments that are refused
             raise EnvSpecError(f"{self.id!r} cannot be made with {kwargs}: {error}") from error
         try:
             _check(env)

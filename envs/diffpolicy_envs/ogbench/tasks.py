@@ -131,7 +131,7 @@ class OGBenchGoalsEnv(ManipulationEnv):
         self._flat, self._task = flat, ""
         self._goal: NDArray[np.float32] = np.zeros(one.shape or (), np.float32)
         both = {"observation": one, "desired_goal": one}
-        space = gym.spaces.Dict(both)
+        space: gym.Space[Any] = gym.spaces.Dict(both)
         if flat:
             space = gym.spaces.Box(-np.inf, np.inf, (2 * len(self._goal),), np.float32)
         self.observation_space = space  # type: ignore[assignment]
