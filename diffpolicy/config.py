@@ -63,18 +63,9 @@ class DataConfig:
     normalize: dict[str, str] = field(default_factory=dict)
     mix: list[Any] = field(default_factory=list)
     normalizer: str = "shared"
-    goals: Any = None  # None, "hindsight", or {"type": "hindsight"} with settings of Hindsight
+    goals: Any = None
 
     def __post_init__(self) -> None:
-        self.goals = {"type": self.goals} if isinstance(self.goals, str) else self.goals
-        if self.goals is not None:
-            if not isinstance(self.goals, Mapping) or "type" not in self.goals:
-                raise ConfigError(
-                    "data.goals is hindsight, or {type: hindsight} with its settings: "
-                    f"'data.goals={{type: hindsight, geom_sample: true}}'; got {self.goals!r}"
-                )
-            kind = self.goals["type"]
-            check_choice("data.goals", kind, ("hindsight",))
         beside = [name for name in _ONE_STORE if getattr(self, name)]
         if self.mix and beside:
             raise ConfigError(f"data.mix names its stores itself; leave out data.{beside[0]}")

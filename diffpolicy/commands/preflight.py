@@ -140,7 +140,7 @@ def check_training(config: TrainConfig) -> None:
     if trainer_settings(config.trainer, config.seed).tensorboard:
         check_installed(("tensorboard",), "trainer.tensorboard=true")
     learning = Learning.from_config(config.learning)
-    if hindsight(config) is not None and learning.actor_critic is not None:
+    if hindsight(config.data.goals) is not None and learning.actor_critic is not None:
         raise ConfigError(
             "data.goals is for cloning and planners; an actor-critic learns from the rewards that "
             "its data have: data.goals=null"

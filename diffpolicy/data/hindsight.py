@@ -109,6 +109,10 @@ class Relabelled(EpisodeReader):
         """Those of the store."""
         return self.store.attrs
 
+    def close(self) -> None:
+        """Let go of the files."""
+        cast("EpisodeStore", self.store).close()
+
     @property
     def statistics(self) -> dict[str, dict[str, Any]]:
         """Those of the store; goals have those of states, which they are."""

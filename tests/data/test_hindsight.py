@@ -119,22 +119,18 @@ def test_read_as_it_is_a_goal_is_the_end_of_its_episode():
 
 
 def test_settings_on_the_command_line():
-    goals = load_train(["experiment=ogbench_goals", "data.goals={type: hindsight, flat: true}"])
-    assert hindsight(goals) == Hindsight(flat=True)
-    assert hindsight(load_train(["experiment=ogbench_goals"])) == Hindsight()
-    assert hindsight(load_train(["experiment=ogbench_scene"])) is None
+    config = load_train(["experiment=ogbench_goals", "data.goals={type: hindsight, flat: true}"])
+    assert hindsight(config.data.goals) == Hindsight(flat=True)
+    assert hindsight(load_train(["experiment=ogbench_goals"]).data.goals) == Hindsight()
+    assert hindsight(load_train(["experiment=ogbench_scene"]).data.goals) is None
     for wrong, message in (
-        (["data.goals=hindsigt"], "did you mean 'hindsight'"),
-        (["data.goals={flat: true}"], r"\{type: hindsight\} with its settings"),
-        (["data.goals=true"], r"\{type: hindsight\} with its settings"),
+        ("hindsigt", "did you mean 'hindsight'"),
+        ({"flat": True}, r"\{type: hindsight\} with its settings"),
+        (True, r"\{type: hindsight\} with its settings"),
+        ({"type": "hindsight", "geom_sampl": True}, r"no setting 'geom_sampl'.*'geom_sample'"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_train(["experiment=ogbench_goals", *wrong])
-    config = load_train(
-        ["experiment=ogbench_goals", "data.goals={type: hindsight, geom_sampl: true}"]
-    )
-    with pytest.raises(ConfigError, match=r"no setting 'geom_sampl'.*did you mean 'geom_sample'"):
-        hindsight(config)
+            hindsight(wrong)
     critic = load_train(["experiment=ogbench_scene_iql", "data.goals=hindsight"])
     with pytest.raises(ConfigError, match="for cloning and planners"):
         check_training(critic)

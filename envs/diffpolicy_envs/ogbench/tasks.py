@@ -134,7 +134,7 @@ class OGBenchGoalsEnv(ManipulationEnv):
         space: gym.Space[Any] = gym.spaces.Dict(both)
         if flat:
             space = gym.spaces.Box(-np.inf, np.inf, (2 * len(self._goal),), np.float32)
-        self.observation_space = space  # type: ignore[assignment]
+        self.observation_space = space
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
