@@ -123,7 +123,7 @@ class DiffusionPolicy(DiffusionPlanner):
         training, val = split_store(episodes, usable, val_fraction, config.seed)
         how = Learning() if learning is None else learning
         shared = self.spec, self.normalizer.to("cpu"), episodes, how
-        run["val_source"] = examples(*shared, val.tolist()) if len(val) else None
+        run["val_source"] = examples(*shared, val.tolist(), draws=1) if len(val) else None
         source = examples(*shared, training.tolist())
         return self.fit(
             objective(self, how), source, config, run_dir, about={"learning": how}, **run

@@ -210,7 +210,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
         return 2
     command = importlib.import_module(f"diffpolicy.commands.{name.replace('-', '_')}")
     if any(a in ("-h", "--help") for a in rest):
-        print(command.help_text())
+        of_part = getattr(command, "help_for", None)  # where a subcommand has help of its own
+        print(command.help_text() if of_part is None else of_part(rest))
         return 0
     return int(command.run(rest) or 0)
 

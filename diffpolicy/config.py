@@ -64,6 +64,7 @@ class DataConfig:
     normalize: dict[str, str] = field(default_factory=dict)
     mix: list[Any] = field(default_factory=list)
     normalizer: str = "shared"
+    goals: Any = None
 
     def __post_init__(self) -> None:
         beside = [name for name in _ONE_STORE if getattr(self, name)]

@@ -22,7 +22,7 @@ from diffpolicy.commands.rti import derive
 from diffpolicy.settings import from_values
 
 if TYPE_CHECKING:
-    from diffpolicy.api import DiffusionPolicy
+    from diffpolicy.api import DiffusionPolicy, Stored
     from diffpolicy.commands.rti import Derived
 
 OPTIONS = {
@@ -65,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
     return derive(arguments, OPTIONS, _truncated_starts)
 
 
-def _truncated_starts(policy: DiffusionPolicy, data: str, options: dict[str, Any]) -> Derived:
+def _truncated_starts(policy: DiffusionPolicy, data: Stored, options: dict[str, Any]) -> Derived:
     from diffpolicy.policies.truncated import Truncated
 
     names = ("num_steps", "sources", "rank", "rank_t", "continuity", "choose")

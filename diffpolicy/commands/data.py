@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import fnmatch
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,21 @@ prefs    preferences between stored segments: pairs from rollouts, labels of peo
          clips, and a page to label on.
 
 {prefs.help_text()}"""
+
+
+def help_for(arguments: Sequence[str]) -> str:
+    """Return what the help says of the subcommand that ``arguments`` begin with, or all of it."""
+    name, text = arguments[0], help_text()
+    if name == "prefs":
+        return prefs.help_text()
+    usage, _, rest = text.partition("\n\n")
+    ways = [
+        line[7:] for line in usage.split("\n") if line[7:].startswith(f"diffpolicy data {name} ")
+    ]
+    # A part begins with its name; what follows is indented.
+    parts = re.split(r"\n(?=\S)", rest)
+    found = [part for part in parts if part.split(maxsplit=1)[:1] == [name]]
+    return "usage: " + "\n       ".join(ways) + "\n\n" + found[0] if found else text
 
 
 def run(arguments: Sequence[str]) -> int:

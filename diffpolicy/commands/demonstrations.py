@@ -48,8 +48,8 @@ collect  records demonstrations of the environment's scripted expert; continues 
 
 def make(arguments: Sequence[str]) -> int:
     """Make a data set, or list those that there are."""
-    if arguments and arguments[0] == "--list":
-        return _list(arguments[1:])
+    if "--list" in arguments:
+        return _list([one for one in arguments if one != "--list"])
     from diffpolicy.rollout.record.datasheet import sheet_path
     from diffpolicy.rollout.record.making import default_path, make_set
 

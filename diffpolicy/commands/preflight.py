@@ -133,6 +133,7 @@ def check_training(config: TrainConfig) -> None:
         ValueError: likewise.
     """
     from diffpolicy.commands.runs import trainer_settings
+    from diffpolicy.commands.stores import hindsight
     from diffpolicy.data.action_groups import ActionGroup
     from diffpolicy.learn.learning import Learning, check_learning
     from diffpolicy.policies.spec import PolicySpec
@@ -140,6 +141,11 @@ def check_training(config: TrainConfig) -> None:
     if trainer_settings(config.trainer, config.seed).tensorboard:
         check_installed(("tensorboard",), "trainer.tensorboard=true")
     learning = Learning.from_config(config.learning)
+    if hindsight(config.data.goals) is not None and learning.actor_critic is not None:
+        raise ConfigError(
+            "data.goals is for cloning and planners; an actor-critic learns from the rewards that "
+            "its data have: data.goals=null"
+        )
     # What is left out needs the dimensions of the data.
     unknown = {"rti": None, **dict.fromkeys(("actions", "grippers", "goal", "constant"), ())}
     shape = {**config.spec(), **unknown}

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from diffpolicy.files import write_atomic, write_json
 from diffpolicy.settings import ConfigError
 
 if TYPE_CHECKING:
-    from diffpolicy.api import DiffusionPolicy
+    from diffpolicy.api import DiffusionPolicy, Stored
 
     Derived = tuple[DiffusionPolicy, dict[str, Any], dict[str, Any]]
 
@@ -57,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     return derive(arguments, OPTIONS, _warm_starts)
 
 
-def _warm_starts(policy: DiffusionPolicy, data: str, options: dict[str, Any]) -> Derived:
+def _warm_starts(policy: DiffusionPolicy, data: Stored, options: dict[str, Any]) -> Derived:
     chosen, report = policy.choose_rti(data, **options)
     print(report.table())
     result = {"t_start": report.t_start, "shift_error": report.shift_error}
@@ -67,14 +68,14 @@ def _warm_starts(policy: DiffusionPolicy, data: str, options: dict[str, Any]) ->
 def derive(
     arguments: Sequence[str],
     options: Mapping[str, Option],
-    change: Callable[[DiffusionPolicy, str, dict[str, Any]], Derived],
+    change: Callable[[DiffusionPolicy, Stored, dict[str, Any]], Derived],
 ) -> int:
     """Make a policy of a trained one and demonstrations, and write a run directory with it.
 
     Args:
         arguments: of the command: RUN, OUTPUT and its options.
         options: of the command, ``data`` and ``threads`` among them.
-        change: the policy, the path of the demonstrations and the other options into the new
+        change: the policy, the demonstrations (or their path) and the other options into the new
             policy, what is written beside it (JSON values by file name) and what is printed.
 
     Returns:
@@ -102,17 +103,26 @@ def derive(
     return 0
 
 
-def demonstrations_of(checkpoint: str | Path, data: str | None) -> str:
-    """Return the store to learn from: ``data``, or what the configuration of the run names."""
-    if data is not None:
-        return str(data)
+def demonstrations_of(checkpoint: str | Path, data: str | None) -> Stored:
+    """Return the store to learn from: ``data``, or what the configuration of the run names.
+
+    It has goals in hindsight where those that the policy was trained on had.
+    """
     file = Path(checkpoint) / "config.yaml"
     own = read_yaml(file).get("demonstrations") if file.is_file() else None
-    # A tuned run says which run it was tuned from, and that one its data.
-    path = own or (recorded(checkpoint, "data") or {}).get("path")
-    if path is None or not Path(path).exists():
+    told: dict[str, Any] = {}
+    # A tuned run says which run it was tuned from, and that one its data; it may be gone.
+    with suppress(*([ConfigError] if data or own else [])):
+        told = recorded(checkpoint, "data") or {}
+    path = data or own or told.get("path")
+    if path is None or not (data or Path(path).exists()):
         raise ConfigError(
             f"{checkpoint} does not say where its demonstrations are (or they are gone); "
             "give data=STORE"
         )
-    return str(path)
+    if told.get("goals") is None:
+        return str(path)
+    from diffpolicy.commands.stores import with_goals
+    from diffpolicy.data.store import EpisodeStore
+
+    return with_goals(EpisodeStore.open(path), told["goals"])

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from diffpolicy.config import TrainConfig
 from diffpolicy.files import write_json
-from diffpolicy.settings import ConfigError
+from diffpolicy.settings import ConfigError, check_choice, settings_of
 
 if TYPE_CHECKING:
     from diffpolicy.data.d4rl.transforms import Transform
+    from diffpolicy.data.hindsight import Hindsight
     from diffpolicy.data.store import EpisodeStore
     from diffpolicy.rollout.env_spec import EnvSpec
     from diffpolicy.rollout.results import EvalResult
@@ -23,6 +24,44 @@ _log = logging.getLogger("diffpolicy.data")
 
 
 def open_store(config: TrainConfig) -> EpisodeStore:
+    """Open the demonstrations, with goals where the config says so; see :func:`_opened`."""
+    return with_goals(_opened(config), config.data.goals)
+
+
+def with_goals(store: EpisodeStore, goals: Any) -> EpisodeStore:
+    """Return a store as ``data.goals`` says that it is observed; see :func:`hindsight`."""
+    from diffpolicy.data.hindsight import relabelled
+
+    made = hindsight(goals)
+    return store if made is None else relabelled(store, made)
+
+
+def hindsight(goals: Any) -> Hindsight | None:
+    """The goals that ``data.goals`` asks for.
+
+    Args:
+        goals: None, ``"hindsight"``, or ``{"type": "hindsight"}`` with its settings.
+
+    Raises:
+        ConfigError: something else, or a setting that there is not.
+        ValueError: shares that do not add up to 1.
+    """
+    from diffpolicy.data.hindsight import Hindsight
+
+    if goals is None:
+        return None
+    values = {"type": goals} if isinstance(goals, str) else goals
+    if not isinstance(values, Mapping) or "type" not in values:
+        raise ConfigError(
+            "data.goals is hindsight, or {type: hindsight} with its settings: "
+            f"'data.goals={{type: hindsight, geom_sample: true}}'; got {goals!r}"
+        )
+    check_choice("data.goals", values["type"], ("hindsight",))
+    given = {name: value for name, value in values.items() if name != "type"}
+    return settings_of(Hindsight, given, "data.goals")
+
+
+def _opened(config: TrainConfig) -> EpisodeStore:
     """Open the demonstrations, collected first when the config says how and they are not there."""
     from diffpolicy.data.store import EpisodeStore
 

@@ -21,7 +21,7 @@ from diffpolicy.commands.runs import (
     trainer_settings,
     write_config,
 )
-from diffpolicy.commands.stores import env_spec, mixed_store
+from diffpolicy.commands.stores import env_spec, mixed_store, with_goals
 from diffpolicy.commands.train import make_workers, validator
 from diffpolicy.commands.tuning_folder import check_free, clear, trained_policy
 from diffpolicy.config import PolicyTuningConfig, TrainConfig
@@ -272,11 +272,11 @@ def _demonstrations(config: PolicyTuningConfig, base: TrainConfig) -> EpisodeSto
 
     if config.demonstrations is None and base.data.mix:
         with suppress(FileNotFoundError):  # they may be gone, and not be needed
-            return mixed_store(base.data.mix)
+            return with_goals(mixed_store(base.data.mix), base.data.goals)
         return None
     path = Path(config.demonstrations or str(base.data.path))
     if path.exists():
-        return EpisodeStore.open(path)
+        return with_goals(EpisodeStore.open(path), base.data.goals)
     if config.demonstrations is not None:
         raise ConfigError(f"no episode store at {path}; give demonstrations=STORE")
     return None

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from diffpolicy.data.d4rl.views import qlearning_dataset as qlearning_dataset
     from diffpolicy.data.d4rl.views import sequence_dataset as sequence_dataset
     from diffpolicy.data.fields import FieldSpec as FieldSpec
+    from diffpolicy.data.hindsight import Hindsight as Hindsight
+    from diffpolicy.data.hindsight import relabelled as relabelled
     from diffpolicy.data.normalize import Normalizer as Normalizer
     from diffpolicy.data.opening import StoreDamagedError as StoreDamagedError
     from diffpolicy.data.preferences.check import check_preferences as check_preferences
@@ -47,6 +49,7 @@ _NAMES = {
     "d4rl.file": ["D4RLFile", "load_d4rl"],
     "d4rl.views": ["qlearning_dataset", "sequence_dataset"],
     "fields": ["FieldSpec"],
+    "hindsight": ["Hindsight", "relabelled"],
     "normalize": ["Normalizer"],
     "opening": ["StoreDamagedError"],
     "preferences.check": ["check_preferences"],

@@ -137,6 +137,9 @@ class Windows:
         # Window k of an episode begins at place k of its padded rows.
         offsets = np.cumsum(sizes) - sizes
         self._starts = torch.from_numpy(np.repeat(offsets, self._counts) + ranges(self._counts))
+        # Of each episode the place of its last step, and how many windows there are up to its end.
+        self._finals = torch.from_numpy(offsets + front + self._lengths - 1)
+        self._through = torch.from_numpy(np.cumsum(self._counts))
         step = ranges(sizes) - front
         length = np.repeat(self._lengths, sizes)
         first = np.repeat(np.cumsum(self._lengths) - self._lengths, sizes)
@@ -184,6 +187,34 @@ class Windows:
             now = each(lambda obs: obs[:, self.n_obs_steps - 1], from_fields(batch))
             plan = actions.relative(plan, now if known is None else known.unnormalize_obs(now))
         return plan if known is None else known.normalize("action", plan)
+
+    def left(self, indices: Tensor) -> Tensor:
+        """Return how many steps follow the now of each window in its episode, ``[B]`` int64."""
+        now = self._starts.index_select(0, indices.to(self._starts.device)) + self.n_obs_steps - 1
+        episode = torch.searchsorted(
+            self._through.to(now.device), indices.to(now.device), right=True
+        )
+        return self._finals.to(now.device)[episode] - now
+
+    def later(self, field: str, indices: Tensor, steps: Tensor) -> Tensor:
+        """Return rows of a field so many steps after the now of each window.
+
+        Args:
+            field: one of a batch.
+            indices: ``[B]`` of windows.
+            steps: ``[B]``, 0 to what is :meth:`left`.
+
+        Returns:
+            ``[B, *shape]``, as a batch has them.
+        """
+        starts = self._starts.index_select(0, indices.to(self._starts.device))
+        places = starts + self.n_obs_steps - 1 + steps.to(starts.device)
+        if field in self._runs:
+            rows = _rows(self._runs[field]).index_select(0, places)
+        else:
+            frames = self._frames[field]
+            rows = frames.index_select(0, self._used.index_select(0, places).to(frames.device))
+        return rows.view(-1, *self._shapes[field][1:]).to(self._device)
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return where window ``index`` is: its episode, and its now, a step of that episode.

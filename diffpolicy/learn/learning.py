@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.starts import Ramp
 from diffpolicy.data.blocks import Ints
+from diffpolicy.data.hindsight import HindsightWindows, hindsight_of
 from diffpolicy.data.joined import Joined, apart, each_part
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import by_store_field
@@ -128,7 +129,11 @@ class PlanExamples:
     """
 
     def __init__(
-        self, windows: Windows, *, conditioned: bool = False, imagined: Imagined | None = None
+        self,
+        windows: Windows | HindsightWindows,
+        *,
+        conditioned: bool = False,
+        imagined: Imagined | None = None,
     ) -> None:
         self.windows, self.conditioned, self.imagined = windows, conditioned, imagined
 
@@ -155,13 +160,19 @@ def examples(
     store: EpisodeStore,
     learning: Learning,
     episodes: Sequence[int],
+    *,
+    draws: int | None = None,
 ) -> Source:
-    """What the trainer draws its batches from; of joined stores, each by its weight."""
+    """What the trainer draws its batches from; of joined stores, each by its weight.
+
+    ``draws`` is how many goals in hindsight a window has, see
+    :class:`~diffpolicy.data.hindsight.HindsightWindows`; other examples do not depend on it.
+    """
     if not isinstance(store, Joined):
-        return _examples(spec, normalizer, store, learning, episodes)
+        return _examples(spec, normalizer, store, learning, episodes, draws)
     each = {n: normalizer.named(n) if normalizer.others else normalizer for n in store.parts}
     parts = {
-        name: _examples(spec, each[name], store, learning, own.tolist())
+        name: _examples(spec, each[name], store, learning, own.tolist(), draws)
         for name, own in apart(store, episodes).items()
     }
     return Weighted(parts, store.weights)
@@ -173,10 +184,16 @@ def _examples(
     store: EpisodeStore,
     learning: Learning,
     episodes: Sequence[int],
+    draws: int | None,
 ) -> Source:
     how: dict[str, Any] = {"horizon": spec.horizon, "n_obs_steps": spec.n_obs_steps}
     how |= {"normalizer": normalizer, "episodes": episodes}
     if learning.actor_critic is not None:
+        if hindsight_of(store) is not None:
+            raise ValueError(
+                "goals in hindsight are for cloning and planners; an actor-critic learns from the "
+                "rewards that its data have"
+            )
         return Transitions(
             store,
             **how,
@@ -189,18 +206,27 @@ def _examples(
         names: tuple[str, ...] = (*by_store_field(spec.observed), "action")
         how["actions"] = spec.representation
         if spec.imagined is None:
-            return Windows(store, **how, fields=names)
+            return _windows(store, draws, fields=names, **how)
         acts = np.repeat(store.has_actions, store.episode_lengths).astype(np.float32)
         found = {"imagined": spec.imagined.rows(store, normalizer)} | {"has_action": acts}
         names, store = (*names, *found), with_fields(store, found)
-        return PlanExamples(Windows(store, **how, fields=names), imagined=spec.imagined)
+        windows = _windows(store, draws, fields=names, **how)
+        return PlanExamples(windows, imagined=spec.imagined)
     fields: tuple[str, ...] = ("obs", "action")
     check_constant(spec, store)
     if spec.returns is not None or "value" in spec.heads:
         store = with_fields(store, {"return_to_go": _normalised_returns(spec, store, learning)})
         fields = (*fields, "return_to_go")
-    windows = Windows(store, **how, fields=fields, whole=True)
+    windows = _windows(store, draws, fields=fields, whole=True, **how)
     return PlanExamples(windows, conditioned=spec.returns is not None)
+
+
+def _windows(
+    store: EpisodeStore, draws: int | None, *, whole: bool = False, **how: Any
+) -> Windows | HindsightWindows:
+    """The windows of a store; where it has goals in hindsight, with these."""
+    windows, goals = Windows(store, whole=whole, **how), hindsight_of(store)
+    return windows if goals is None else HindsightWindows(windows, goals, whole=whole, draws=draws)
 
 
 def usable_episodes(spec: PolicySpec, store: EpisodeStore, most: int | None) -> Ints:

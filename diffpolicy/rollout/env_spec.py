@@ -104,7 +104,7 @@ class EnvSpec:
             raise EnvSpecError(
                 f"{self.id!r} cannot be made: {error}.{how_to_install(str(error))}"
             ) from error
-        except (TypeError, gym.error.Error) as error:
+        except (TypeError, ValueError, gym.error.Error) as error:
             raise EnvSpecError(f"{self.id!r} {refused(name, kwargs, error)}") from error
         try:
             _check(env)

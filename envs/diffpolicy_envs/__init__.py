@@ -17,6 +17,7 @@ from diffpolicy_envs.pusht_features import observation_from_state
 __all__ = ["ENV_IDS", "observation_from_state"]
 
 ENV_IDS = (
+    "diffpolicy/Agent-v0",
     "diffpolicy/AntMazeLarge-v0",
     "diffpolicy/AntMazeMedium-v0",
     "diffpolicy/AntMazeUMaze-v0",
@@ -49,6 +50,7 @@ ENV_IDS = (
 
 def _register() -> None:
     """Register every id once; importing the package again in the same process changes nothing."""
+    agent = "diffpolicy_envs.agents:AgentEnv"
     fetch = "diffpolicy_envs.fetch:FetchEnv"
     moving = "diffpolicy_envs.fetch_moving:FetchReachMovingEnv"
     maze = "diffpolicy_envs.pointmaze:PointMazeEnv"
@@ -63,6 +65,7 @@ def _register() -> None:
     recorded = f"{ogbench}.collecting:OGBenchCollectEnv"
     entries: tuple[tuple[str, str | None, int | None, dict[str, object]], ...] = (
         ("Cameras", None, None, {}),  # in an environment of another package, which knows its limit
+        ("Agent", agent, None, {}),  # likewise
         ("AntMazeLarge", ant, 1000, {"simulator_id": "AntMaze_Large-v4", "goal_cell": [7, 10]}),
         ("AntMazeMedium", ant, 1000, {"simulator_id": "AntMaze_Medium-v4", "goal_cell": [6, 6]}),
         ("AntMazeUMaze", ant, 700, {"simulator_id": "AntMaze_UMaze-v4", "goal_cell": [3, 1]}),

@@ -12,6 +12,7 @@ No simulator is imported here.
 from __future__ import annotations
 
 from diffpolicy_envs import (
+    agents,
     fetch,
     fetch_moving,
     metaworld,
@@ -25,6 +26,7 @@ from diffpolicy_envs.recipes import Recipe
 
 # A new family is one line: its module has RECIPES, by names such as "family/task".
 FAMILIES = (
+    agents,
     fetch,
     fetch_moving,
     metaworld,

@@ -102,14 +102,17 @@ class MetaWorldEnv(gym.Env[Any, NDArray[np.float32]]):
         task: a name in `TASKS`, with or without ``-v3``; default, without ``tasks``:
             ``"pick-place"``.
         tasks: instead, several: ``"MT10"``, ``"MT50"`` or names.
+        task_vectors: of several tasks a vector for each in place of its number, such as the
+            embedding of a sentence: an ``.npy`` file [tasks, D] in the order of the numbers. What
+            is observed as ``task`` is then [D].
         after_success: steps that an episode goes on for after its first success.
         render_mode: None or ``"rgb_array"``.
         width: width of the image in pixels.
         height: height of the image in pixels.
 
     Raises:
-        ValueError: an unknown or repeated task, both or none of ``task`` and ``tasks``, or a
-            negative ``after_success``.
+        ValueError: an unknown or repeated task, both of ``task`` and ``tasks``, vectors that are
+            not one for each of several tasks, or a negative ``after_success``.
         gymnasium.error.DependencyNotInstalled: Meta-World is missing.
 
     Example:
@@ -131,6 +134,7 @@ class MetaWorldEnv(gym.Env[Any, NDArray[np.float32]]):
         render_mode: str | None = None,
         *,
         tasks: str | Sequence[str] | None = None,
+        task_vectors: str | None = None,
         after_success: int = 10,
         width: int = 480,
         height: int = 480,
@@ -150,9 +154,12 @@ class MetaWorldEnv(gym.Env[Any, NDArray[np.float32]]):
         vector = gym.spaces.Box(-np.inf, np.inf, (39,), np.float32)
         self.observation_space: gym.Space[Any] = vector
         self._several = tasks is not None
+        self._vectors = None if task_vectors is None else _read_vectors(task_vectors, tasks, chosen)
         if self._several:
-            number = gym.spaces.Box(0, len(chosen) - 1, (1,), np.int64)
-            self.observation_space = gym.spaces.Dict({"observation": vector, "task": number})
+            said: gym.Space[Any] = gym.spaces.Box(0, len(chosen) - 1, (1,), np.int64)
+            if self._vectors is not None:
+                said = gym.spaces.Box(-np.inf, np.inf, self._vectors.shape[1:], np.float32)
+            self.observation_space = gym.spaces.Dict({"observation": vector, "task": said})
         self.action_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
         self._start(0)
 
@@ -264,7 +271,24 @@ class MetaWorldEnv(gym.Env[Any, NDArray[np.float32]]):
         vector = self._raw.astype(np.float32)
         if not self._several:
             return vector
+        if self._vectors is not None:
+            return {"observation": vector, "task": self._vectors[self._number].copy()}
         return {"observation": vector, "task": np.array([self._number], np.int64)}
+
+
+def _read_vectors(path: str, tasks: object, names: Sequence[str]) -> NDArray[np.float32]:
+    """A vector for each task [tasks, D]."""
+    if tasks is None:
+        raise ValueError(f"task_vectors={path!r} tell several tasks apart: give tasks, not task")
+    try:
+        found = np.load(path, allow_pickle=False).astype(np.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"task_vectors={path!r} is no .npy of numbers: {error}") from None
+    if found.ndim != 2 or len(found) != len(names):
+        want = f"[{len(names)}, D], one row for each of {', '.join(names[:3])}, ..."
+        raise ValueError(f"task_vectors={path!r} has the shape {list(found.shape)}, not {want}")
+    vectors: NDArray[np.float32] = found
+    return vectors
 
 
 def _names(tasks: str | Sequence[str]) -> tuple[str, ...]:

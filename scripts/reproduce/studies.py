@@ -66,6 +66,8 @@ class Row:
         at: path to it (:data:`reproduce.figures.Path`); ``{row}`` is the row's name, ``{0}`` and
             ``{1}`` its parts between ``/``.
         recorded_at: path in the recorded file, where that differs.
+        over: path to what the figure is divided by, in the same file: of times the ratio of two
+            rows of one run is recorded, as that is what another machine shares.
         tolerance: rule, see :func:`reproduce.figures.tolerance_of`.
         why: what the tolerance is, unless the rule says it.
         reduce: ``mean`` or ``median`` of several numbers.
@@ -74,6 +76,7 @@ class Row:
     recorded: float
     at: tuple[Any, ...]
     recorded_at: tuple[Any, ...] = ()
+    over: tuple[Any, ...] = ()
     tolerance: Any = "episodes"
     why: str = ""
     reduce: str = "mean"
@@ -145,11 +148,20 @@ class Study:
 
     def figure(self, name: str, folder: Path) -> float | None:
         """A row's figure in the results below a folder; None while there is none."""
-        tree, row = read_results(self.results, folder), self.rows[name]
         try:
-            return figure_at(tree, _filled(row.at, name), row.reduce)
+            return self.figure_in(read_results(self.results, folder), name, self.rows[name].at)
         except LookupError:
             return None
+
+    def figure_in(self, tree: Any, name: str, path: Any) -> float:
+        """A row's figure in a file, at a path; divided where the row says by what.
+
+        Raises:
+            LookupError: it is not there.
+        """
+        row = self.rows[name]
+        found = figure_at(tree, _filled(path, name), row.reduce)
+        return found / figure_at(tree, _filled(row.over, name), row.reduce) if row.over else found
 
 
 def read_results(files: Any, folder: Path) -> Any:

@@ -51,6 +51,18 @@ def test_every_recipe_names_an_environment_and_an_extra_that_there_are():
         assert recipe.episodes + recipe.seeds_from < 100_000, name
 
 
+def test_help_and_list_are_of_what_was_asked_for(capsys):
+    assert cli.main(["data", "make", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: diffpolicy data make NAME")
+    assert "cameras=null" in out
+    assert "convert" not in out
+    assert cli.main(["data", "make", "fetch/push", "--list"]) == 0
+    assert "1 sets" in capsys.readouterr().out
+    assert cli.main(["data", "--help"]) == 0
+    assert "diffpolicy data convert" in capsys.readouterr().out
+
+
 def test_arguments(capsys):
     assert cli.main(["data", "make", "fetch/pusch"]) == 1
     assert "did you mean 'fetch/push'?" in capsys.readouterr().err

@@ -147,6 +147,26 @@ def test_several_tasks_take_turns_and_say_so() -> None:
     alone.close()
 
 
+def test_tasks_are_told_by_vectors_of_a_file(tmp_path: Any) -> None:
+    file = str(tmp_path / "sentences.npy")
+    vectors = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    np.save(file, vectors)
+    env = made(tasks=["door-close", "reach"], task_vectors=file)
+    for seed in (4, 5):
+        obs, _ = env.reset(seed=seed)
+        assert env.observation_space.contains(obs)
+        np.testing.assert_array_equal(obs["task"], vectors[seed % 2])
+    env.close()
+    for kwargs, message in (
+        ({"task": "reach"}, "give tasks, not task"),
+        ({"tasks": ["reach", "push", "hammer"]}, r"shape \[2, 5\], not \[3, D\].*reach, push"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made(**kwargs, task_vectors=file)
+    with pytest.raises(ValueError, match=r"none.npy' is no .npy of numbers"):
+        made(tasks=["reach", "push"], task_vectors="none.npy")
+
+
 @pytest.mark.mujoco
 def test_cameras_see_the_task_of_the_episode() -> None:
     kwargs = {"cameras": {"front": 32, "corner2": 32}, "entries": [0, 1, 2, 3]}

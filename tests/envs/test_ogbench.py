@@ -336,3 +336,12 @@ class TestTasks:
             warnings.simplefilter("ignore")
             check_env(env.unwrapped, skip_render_check=True)
         env.close()
+
+    def test_goals_behind_the_state_in_one_vector(self) -> None:
+        env, flat = (make(GOALS, name="cube-single", flat=one) for one in (False, True))
+        observation, vector = (one.reset(seed=2)[0] for one in (env, flat))
+        assert flat.observation_space.contains(vector)
+        both = [observation["observation"], observation["desired_goal"]]
+        np.testing.assert_array_equal(vector, np.concatenate(both))
+        env.close()
+        flat.close()

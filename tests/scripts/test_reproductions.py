@@ -81,7 +81,7 @@ def test_recorded_figures_are_those_of_the_files(name):
         assert study.tolerance(row) > 0, row
         if tree is None:
             continue
-        found = figure_at(tree, study.recorded_path(row), one.reduce)
+        found = study.figure_in(tree, row, study.recorded_path(row))
         assert found == pytest.approx(one.recorded, abs=0.5001 * 10**-study.digits), row
     if tree is None:  # docs/results.md alone has them
         for row, one in study.rows.items():

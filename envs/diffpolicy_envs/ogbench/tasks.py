@@ -104,6 +104,7 @@ class OGBenchGoalsEnv(ManipulationEnv):
     Args:
         name: such as ``"cube-single"``, ``"scene"`` or ``"puzzle-3x3"``.
         task: 1 to 5: every episode is this task; None: the seed says which.
+        flat: the observation is one vector [2 O], the state and behind it the goal.
         render_mode: None or ``"rgb_array"``.
 
     Raises:
@@ -118,15 +119,22 @@ class OGBenchGoalsEnv(ManipulationEnv):
     """
 
     def __init__(
-        self, name: str = "cube-single", task: int | None = None, render_mode: str | None = None
+        self,
+        name: str = "cube-single",
+        task: int | None = None,
+        flat: bool = False,
+        render_mode: str | None = None,
     ) -> None:
         self._fixed = None if task is None else task_number(name, task)
         super().__init__(*make_simulator(name), render_mode, first={"task_id": 1})
         one: gym.Space[Any] = self.observation_space
-        both = {"observation": one, "desired_goal": one}
-        self.observation_space = gym.spaces.Dict(both)  # type: ignore[assignment]
+        self._flat, self._task = flat, ""
         self._goal: NDArray[np.float32] = np.zeros(one.shape or (), np.float32)
-        self._task = ""
+        both = {"observation": one, "desired_goal": one}
+        space: gym.Space[Any] = gym.spaces.Dict(both)
+        if flat:
+            space = gym.spaces.Box(-np.inf, np.inf, (2 * len(self._goal),), np.float32)
+        self.observation_space = space
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -145,7 +153,9 @@ class OGBenchGoalsEnv(ManipulationEnv):
         observation, reward, terminated, truncated, info = super().step(action)
         return self._seen(observation), reward, terminated, truncated, self._told(info)
 
-    def _seen(self, observation: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    def _seen(self, observation: NDArray[np.float32]) -> Any:
+        if self._flat:
+            return np.concatenate([observation, self._goal])
         return {"observation": observation, "desired_goal": self._goal.copy()}
 
     def _told(self, info: Info) -> Info:
