@@ -55,6 +55,12 @@ class DDIM(Solver):
     def stochastic(self) -> bool:  # type: ignore[override]
         return self.eta > 0
 
+    @property
+    def quiet(self) -> Solver:
+        # Estimates of where a path ends are noised anew, or there is one step: DDIM would take the
+        # line to the end for the path.
+        return self if self.variance == "renoise" else replace(self, eta=0.0)
+
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
         return [self._row(step) for step in steps_of(process, levels)]
 
@@ -71,7 +77,14 @@ class DDIM(Solver):
             forward = step.sigma_t.square() - (step.alpha_t / step.alpha_s * step.sigma_s).square()
             large = self.eta**2 * torch.where(step.sigma_s > 0, forward, 0.0)
             g = (large if self.variance == "large" else small).clamp_min(0).sqrt()
-        return Row(step.t, a, b, g)
+        return Row(step.t, a, b, g, s=self._end(step))
+
+    def _end(self, step: Step) -> Tensor | None:
+        """Where a network of steps is to lead; an ancestral step is of the mean of all ends."""
+        if self.eta == 0:
+            return step.s
+        renoised = self.eta == 1 and self.variance == "renoise"
+        return torch.zeros_like(step.s) if renoised else None
 
 
 @dataclass(frozen=True)
@@ -142,6 +155,10 @@ class DPMSolverPP(Solver):
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
         return self.eta > 0
+
+    @property
+    def quiet(self) -> Solver:
+        return replace(self, eta=0.0)
 
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
         steps = steps_of(process, levels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -60,12 +61,15 @@ class PolicySpec:
         n_action_steps: Ta.
         network: ``{"type": ..., sizes}`` for :func:`diffpolicy.networks.make_network`.
         process: for :func:`diffpolicy.core.make_process`.
-        prediction: what the network outputs.
+        prediction: what the network outputs, see :class:`diffpolicy.core.Denoiser`; of
+            ``"mean_velocity"`` it is wrapped so that it is told where a step leads.
         clip: clamp clean estimates to [-1, 1].
         cond_dropout: fraction of examples trained without their condition.
         level_law: noise levels of the training, see
             :class:`diffpolicy.learn.cloning.denoising.DenoisingLoss`.
         trained_action_steps: Ta of the training where the noise levels depended on it.
+        trained_steps: the one number of steps that a student of progressive distillation draws
+            plans in; None: any.
         sampler: how plans are drawn.
         truncated: draw every plan from guesses (anchors, ...) in place of pure noise.
         rti: how rows that have a plan of their episode are planned; ``None``: like the first one.
@@ -114,6 +118,7 @@ class PolicySpec:
     cond_dropout: float = 0.0
     level_law: str = "row"
     trained_action_steps: int | None = None
+    trained_steps: int | None = None
     sampler: PolicySampler = field(default_factory=PolicySampler)
     truncated: Truncated | None = None
     rti: RTI | None = None
@@ -284,6 +289,15 @@ class PolicySpec:
                 "a network of type 'anchored' is trained with its condition and one level per "
                 "plan; cond_dropout must be 0 and level_law 'row'"
             )
+        if self.prediction == "mean_velocity":
+            self._check_steps()
+        if self.trained_steps not in (None, self.sampler.num_steps):
+            warnings.warn(
+                f"this policy is a student of {self.trained_steps} steps, whose estimates are for "
+                f"no other number, and draws plans in {self.sampler.num_steps}: "
+                f"sampler.num_steps={self.trained_steps}",
+                stacklevel=4,
+            )
         if self.rti is not None and self.truncated is not None:
             raise ValueError(
                 "rti and truncated are two ways to start a plan; to combine them, set truncated "
@@ -294,6 +308,23 @@ class PolicySpec:
                 "rti.innovation compares observations with the demonstrations' steps, which this "
                 "policy does not hold; train it anew, or measure them with "
                 "diffpolicy.policies.recorded.observation_step"
+            )
+
+    def _check_steps(self) -> None:
+        """Refuse what a network of steps is not trained for."""
+        foreign = {
+            "clip=True": self.clip,
+            f"process={self.process.get('type')!r}": self.process.get("type") != "flow",
+            f"layout={self.layout!r}": self.layout != "action",
+            f"level_law={self.level_law!r}": self.level_law != "row",
+            f"value_scale={self.value_scale}": self.value_scale != 0,
+        }
+        found = [name for name, used in foreign.items() if used]
+        if found:
+            raise ValueError(
+                "prediction 'mean_velocity' is of steps along straight paths, whose estimates are "
+                "no clean plans: it needs process='flow', clip=False, layout='action', "
+                f"level_law='row' and value_scale=0; got {', '.join(found)}"
             )
 
     def to_config(self) -> dict[str, Any]:
@@ -335,7 +366,10 @@ class PolicySpec:
         shape["cond_dim"] = told + returns
         if self.network.get("type") == "modalities":
             shape["sizes"] = [size for size in layout.parts if size]
-        network, process = make_network({**self.network, **shape}), make_process(self.process)
+        config = {**self.network, **shape}
+        if self.prediction == "mean_velocity":
+            config = {"type": "flow_map", "base": self.network, **shape}
+        network, process = make_network(config), make_process(self.process)
         data_std = getattr(process, "data_std", 0.5)
         return Denoiser(
             network, process, self.prediction, clip=self.clip, data_std=data_std, encoder=encoder
