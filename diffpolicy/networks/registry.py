@@ -22,7 +22,7 @@ from diffpolicy.networks.transformer import Transformer
 from diffpolicy.networks.unet1d import UNet1D
 from diffpolicy.settings import check_choice, check_known, near_miss
 
-_DENOISING = (Anchored, FlowMap, MLP, Modalities, SequenceCNN, Transformer, UNet1D)
+_DENOISING = (Anchored, MLP, Modalities, SequenceCNN, Transformer, UNet1D, FlowMap)
 _IN_ONE_CALL = (BCMLP, BCGMM, ACT)
 _KINDS: tuple[type[Network], ...] = (*_DENOISING, *_IN_ONE_CALL)
 NETWORKS: Mapping[str, type[Network]] = {kind.TYPE: kind for kind in _KINDS}

@@ -44,6 +44,7 @@ class MeanFlow(FlowMapObjective):
         levels = (self.level_mean + self.level_std * drawn).sigmoid()
         return levels.amax(0), levels.amin(0)
 
+    @torch.compiler.disable  # which cannot trace layer normalisation in forward mode
     def target(
         self,
         denoiser: Denoiser,

@@ -21,6 +21,7 @@ from diffpolicy.learn.distill.teaching import (
     unclipped,
 )
 from diffpolicy.learn.method import Batch
+from diffpolicy.learn.reference import check_no_dropout
 from diffpolicy.settings import ranged
 
 
@@ -68,6 +69,7 @@ class Consistency(Distillation):
 
     def objective(self, denoiser: Any, material: Any) -> nn.Module:
         """See :class:`ConsistencyLoss`."""
+        check_no_dropout(denoiser)  # the two estimates that are compared would drop other units
         return ConsistencyLoss.of(denoiser, self, material)  # type: ignore[no-any-return]
 
 
