@@ -67,9 +67,10 @@ class Grid:
         self.process: NoiseProcess = denoise.process
 
     def _on_grid(self, denoise: BaseDenoiser) -> GridDenoise:
+        t = [row.t for row in self.rows]
         ends = [getattr(row, "s", None) for row in self.rows]  # rows that reveal tokens have none
-        ends = [row.t if s is None else s for row, s in zip(self.rows, ends, strict=True)]
-        return denoise.on_grid(torch.stack([row.t for row in self.rows]), torch.stack(ends))
+        s = [level if end is None else end for level, end in zip(t, ends, strict=True)]
+        return denoise.on_grid(torch.stack(t), torch.stack(s))
 
     @property
     def nfe(self) -> int:

@@ -62,7 +62,12 @@ class DDIM(Solver):
         return self if self.variance == "renoise" else replace(self, eta=0.0)
 
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
-        return [self._row(step) for step in steps_of(process, levels)]
+        rows = [self._row(step) for step in steps_of(process, levels)]
+        if self.variance == "renoise" and not any(
+            row.g is not None and bool(row.g.any()) for row in rows
+        ):
+            return [replace(row, g=None) for row in rows]  # one step to the end draws no noise
+        return rows
 
     def _row(self, step: Step) -> Row:
         small = self.eta**2 * step.sigma_s.square()

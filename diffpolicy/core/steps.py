@@ -62,8 +62,8 @@ class Row:
 
     @property
     def stochastic(self) -> bool:
-        """Whether the step adds noise; a step to clean data has ``g = 0``. Of host constants."""
-        return self.g is not None and bool(self.g.any())
+        """Whether the step adds noise."""
+        return self.g is not None
 
     def advance(
         self, memory: Memory, out: Denoised, noise: Tensor | None

@@ -75,8 +75,8 @@ class _WrapperOnGrid:
 
     def __init__(self, wrapper: Wrapper, t: Tensor, s: Tensor | None) -> None:
         self._wrapper = wrapper
-        inside = [None if levels is None else wrapper.inside_levels(levels) for levels in (t, s)]
-        self._inner = wrapper.denoiser.on_grid(*inside)
+        end = None if s is None else wrapper.inside_levels(s)
+        self._inner = wrapper.denoiser.on_grid(wrapper.inside_levels(t), end)
         self._columns = [wrapper.placed(c).unbind(0) for c in wrapper.constants(t)]
 
     def modulations(self, x: Tensor, cond: Any) -> Sequence[Tensor] | None:

@@ -95,7 +95,8 @@ class FlowMapLoss(DenoisingLoss):
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         count = max(1, round(self.settings.share * len(x0)))
         order = torch.randperm(len(x0), generator=generator, device=generator.device)
-        rows, others = order.to(x0.device).split([count, len(x0) - count])
+        order = order.to(x0.device)
+        rows, others = order[:count], order[count:]
         start, end = (v.to(x0) for v in self.settings.draw_steps(count, generator))
         t, s = t.index_copy(0, rows, start), t.index_copy(0, rows, end)
         x_t, velocity = self.denoiser.process.add_noise(x0, t, noise), noise - x0

@@ -21,15 +21,15 @@ class MeanFlow(FlowMapObjective):
     """``u = v - (t - s) du/dt`` (its eq. 6), where ``u`` is the mean velocity from ``t`` to ``s``.
 
     The derivative is that along the path, ``v`` times the network's slope in the state plus its
-    slope in the level, by forward-mode differentiation of the network as it is; the right side is a
-    target whose gradient is not followed (its eq. 9 to 11).
+    slope in the level (eq. 8), by forward-mode differentiation of the network as it is. ``v`` is
+    ``noise - x0`` of the example, and the right side a target whose gradient is not followed.
 
     Args:
         share: of the examples that are asked for a step; see :class:`FlowMapObjective`.
         level_mean: of the logit-normal law of both levels, whose larger is ``t``.
         level_std: likewise.
-        power: p of the weight ``1 / (error + 1e-3)^p`` of an example's squared error (its section
-            4.3), which is not differentiated; 0: all count alike.
+        power: p of the weight ``1 / (error + 1e-3)^p`` of an example's squared error, which is not
+            differentiated; 0: all count alike.
 
     Raises:
         ValueError: a value out of range.
@@ -44,7 +44,8 @@ class MeanFlow(FlowMapObjective):
         levels = (self.level_mean + self.level_std * drawn).sigmoid()
         return levels.amax(0), levels.amin(0)
 
-    @torch.compiler.disable  # which cannot trace layer normalisation in forward mode
+    # Compilers cannot trace layer normalisation in forward mode.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def target(
         self,
         denoiser: Denoiser,
@@ -60,7 +61,7 @@ class MeanFlow(FlowMapObjective):
         # Of the kernels of attention only the plain one has a derivative in forward mode.
         with sdpa_kernel(SDPBackend.MATH):
             along = (velocity, torch.ones_like(t))
-            _, slope = torch.func.jvp(mean_velocity, (x_t, t), along)
+            slope: Tensor = torch.func.jvp(mean_velocity, (x_t, t), along)[1]
         return velocity - (t - s) * slope
 
     def weighted(self, error: Tensor) -> Tensor:

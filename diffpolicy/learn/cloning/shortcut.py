@@ -17,7 +17,7 @@ from diffpolicy.settings import ranged
 
 @dataclass(frozen=True, kw_only=True)
 class Shortcut(FlowMapObjective):
-    """The mean velocity of a step is the mean of those of its halves (its eq. 4 and 5).
+    """The mean velocity of a step is the mean of those of its two halves (self-consistency).
 
     Lengths are powers of a half. Halves of the shortest take the velocity for their mean. A step
     begins at any level from its length up to 1, rather than at multiples of its length, so that

@@ -133,12 +133,13 @@ class Taught(Referenced):
             ValueError: a teacher that is for another number of steps than it would take.
         """
         spec, steps = material.spec, settings.teacher_sampler().num_steps
-        if spec.trained_steps not in (None, steps):
+        own = spec.trained_steps
+        if own not in (None, steps):
+            half = f"halve it once (method=halving method.num_steps={own // 2}), or "
             raise ValueError(
                 f"{type(settings).__name__} lets its teacher take {steps} steps with these "
-                f"settings, but this one is a student of {spec.trained_steps} steps and of no "
-                "other number: halve it once at a time (method=halving method.num_steps="
-                f"{spec.trained_steps // 2}), or distill the policy that it was made of"
+                f"settings, but this one is a student of {own} steps and of no other number: "
+                f"{half * (own % 2 == 0)}distill the policy that it was made of"
             )
         if cls.warns:
             warn_of_eps(denoiser)
