@@ -57,17 +57,14 @@ class DDIM(Solver):
 
     @property
     def quiet(self) -> Solver:
-        # Estimates of where a path ends are noised anew, or there is one step: DDIM would take the
-        # line to the end for the path.
+        # With estimates of where a path ends DDIM would take the line to it for the path.
         return self if self.variance == "renoise" else replace(self, eta=0.0)
 
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
         rows = [self._row(step) for step in steps_of(process, levels)]
-        if self.variance == "renoise" and not any(
-            row.g is not None and bool(row.g.any()) for row in rows
-        ):
-            return [replace(row, g=None) for row in rows]  # one step to the end draws no noise
-        return rows
+        silent = not any(row.g is not None and bool(row.g.any()) for row in rows)
+        # Students by consistency that go to the end in one step draw no noise beside the start's.
+        return [replace(r, g=None) for r in rows] if self.variance == "renoise" and silent else rows
 
     def _row(self, step: Step) -> Row:
         small = self.eta**2 * step.sigma_s.square()

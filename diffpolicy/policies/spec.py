@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -25,6 +24,7 @@ from diffpolicy.policies.base import check_horizon
 from diffpolicy.policies.best_of_n import Selection
 from diffpolicy.policies.boundary import Gripper
 from diffpolicy.policies.direct import check_direct, direct_class
+from diffpolicy.policies.few_steps import check_steps
 from diffpolicy.policies.imagined import Imagined, check_imagined
 from diffpolicy.policies.planners import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
@@ -160,6 +160,7 @@ class PolicySpec:
         self._check_parts()
         check_planning(self)
         check_direct(self)
+        check_steps(self)
 
     def _check_observations(self) -> None:
         """Refuse what takes the observation as one vector where it has names or an encoder."""
@@ -289,15 +290,6 @@ class PolicySpec:
                 "a network of type 'anchored' is trained with its condition and one level per "
                 "plan; cond_dropout must be 0 and level_law 'row'"
             )
-        if self.prediction == "mean_velocity":
-            self._check_steps()
-        if self.trained_steps not in (None, self.sampler.num_steps):
-            warnings.warn(
-                f"this policy is a student of {self.trained_steps} steps, whose estimates are for "
-                f"no other number, and draws plans in {self.sampler.num_steps}: "
-                f"sampler.num_steps={self.trained_steps}",
-                stacklevel=4,
-            )
         if self.rti is not None and self.truncated is not None:
             raise ValueError(
                 "rti and truncated are two ways to start a plan; to combine them, set truncated "
@@ -308,23 +300,6 @@ class PolicySpec:
                 "rti.innovation compares observations with the demonstrations' steps, which this "
                 "policy does not hold; train it anew, or measure them with "
                 "diffpolicy.policies.recorded.observation_step"
-            )
-
-    def _check_steps(self) -> None:
-        """Refuse what a network of steps is not trained for."""
-        foreign = {
-            "clip=True": self.clip,
-            f"process={self.process.get('type')!r}": self.process.get("type") != "flow",
-            f"layout={self.layout!r}": self.layout != "action",
-            f"level_law={self.level_law!r}": self.level_law != "row",
-            f"value_scale={self.value_scale}": self.value_scale != 0,
-        }
-        found = [name for name, used in foreign.items() if used]
-        if found:
-            raise ValueError(
-                "prediction 'mean_velocity' is of steps along straight paths, whose estimates are "
-                "no clean plans: it needs process='flow', clip=False, layout='action', "
-                f"level_law='row' and value_scale=0; got {', '.join(found)}"
             )
 
     def to_config(self) -> dict[str, Any]:
