@@ -1,8 +1,8 @@
 """What one, two, four or ten evaluations buy: plain policies, students, and one-step objectives.
 
     python scripts/few_evaluations.py [env=diffpolicy_envs:diffpolicy/FetchPush-v0] [demos=60]
-                  [steps=1200] [seeds=1] [episodes=40] [nfe=[1,2,4,10]] [runs=runs/few_evaluations]
-                  [output=few_evaluations.json]
+                  [steps=1200] [seeds=1] [episodes=40] [nfe=[1,2,4,10]] [arms=[plain, ...]]
+                  [runs=runs/few_evaluations] [output=few_evaluations.json]
 
 Every policy has as many training steps of 128 examples: `plain` (flow matching), `plain_v`
 (prediction v of a cosine schedule), `meanflow` and `shortcut` all of them; the students `rectified`
@@ -39,7 +39,7 @@ from diffpolicy.rollout.pool.supervisor import Workers
 from diffpolicy.rollout.record.experts import collect
 from diffpolicy.runtime.export import export_policy
 from diffpolicy.runtime.exported import load_exported
-from diffpolicy.settings import ConfigError
+from diffpolicy.settings import ConfigError, check_choice
 from diffpolicy.training.identity import machine
 
 DEFAULTS: dict[str, Any] = {
@@ -49,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "seeds": 1,
     "episodes": 40,
     "nfe": [1, 2, 4, 10],
+    "arms": ["plain", "plain_v", "meanflow", "shortcut", "rectified", "consistency"],
     "runs": "runs/few_evaluations",
     "output": "few_evaluations.json",
 }
@@ -181,12 +182,16 @@ def tables(cells: dict[str, list[dict[str, Any]]], nfe: list[int]) -> dict[str, 
 def main(arguments: list[str]) -> None:
     settings = parse(arguments, (), DEFAULTS)
     torch.set_num_threads(1)
+    for arm in settings["arms"]:
+        check_choice("arm", arm, DEFAULTS["arms"])
+    if settings["arms"][:1] != ["plain"]:
+        raise ConfigError("the first of arms must be plain, which the others are compared with")
     runs, spec = Path(settings["runs"]), EnvSpec(settings["env"])
     tries = range(settings["demos"] + settings["demos"] // 3)  # some fail
     store = collect(spec, tries, runs / "demos.zarr", noise=0.15, progress=False, workers=WORKERS)
     cells: dict[str, list[dict[str, Any]]] = {}
     for seed in range(settings["seeds"]):
-        for arm in (*FROM_SCRATCH, *STUDENTS):
+        for arm in settings["arms"]:
             found = cell(store, arm, seed, settings, runs)
             cells.setdefault(arm, []).append(found)
             rates = {key: float(np.mean(values)) for key, values in found["success"].items()}
