@@ -235,11 +235,12 @@ class PolicyTuningConfig(RunConfig):
     rounds: int = 1
     demonstrations: str | None = None
     adapters: dict[str, Any] | None = None
-    nfe: list[Any] = field(default_factory=lambda: [10])
+    nfe: list[Any] | None = None
 
     def __post_init__(self) -> None:
         check_range("[1, inf)", rounds=self.rounds)
-        if not self.nfe or not all(type(n) is int and n >= 1 for n in self.nfe):
+        given = [1] if self.nfe is None else self.nfe
+        if not given or not all(type(n) is int and n >= 1 for n in given):
             raise ConfigError(f"nfe must be a list of numbers of steps, got {self.nfe}")
 
     @property

@@ -162,6 +162,7 @@ def write_hopper(path: Path) -> None:
 @pytest.mark.mujoco
 @pytest.mark.filterwarnings("ignore::diffpolicy.training.identity.ResumeWarning")
 @pytest.mark.filterwarnings("ignore:a student of prediction:UserWarning")
+@pytest.mark.filterwarnings("ignore:this policy is a student:UserWarning")
 def test_commands(tmp_path, monkeypatch):
     pytest.importorskip("gymnasium_robotics", reason="needs the robotics extra")
     pytest.importorskip("metaworld", reason="needs the metaworld extra")

@@ -6,12 +6,14 @@ usage: diffpolicy distill [RUN] [group=choice] [key=value] ...
 The policy of a run (or pretrained=RUN) is the teacher; the student begins with its weights, learns
 from the teacher's demonstrations or plans, and is a policy like any other: `eval`, `rti`, `export`,
 `serve`. Warm starts and truncated starts of the teacher are not the student's (`rti` and `anchors`
-choose them anew). Both are scored on the same episodes with each of nfe=[1,2,4,10] steps.
+choose them anew). Both are scored on the same episodes with each of nfe=[1,2,4,10] steps, a student
+of method=halving with its own number alone.
 
     diffpolicy distill runs/demo                       # rectified: one evaluation, or more
     diffpolicy distill runs/demo method=consistency run_dir=runs/consistent
     diffpolicy distill runs/demo method=halving method.num_steps=4 run_dir=runs/four
     diffpolicy distill runs/four method=halving method.num_steps=2 run_dir=runs/two
+    diffpolicy distill runs/cfg method=guided method.guidance_scale=2 run_dir=runs/one_call
 
 settings (also method, trainer and evaluation.KEY; collect, judge, plans and rounds are of `tune`):
 $plans
@@ -40,7 +42,8 @@ def help_text() -> str:
 
 def run(arguments: Sequence[str]) -> int:
     """Distill the policy of a run."""
-    first = arguments[0] if arguments else "compare"
-    if first != "compare" and not first.startswith("-") and not is_setting(first):
-        arguments = [f"pretrained={first}", *arguments[1:]]
+    named = [i for i, one in enumerate(arguments) if one[:1] != "-" and not is_setting(one)]
+    if named and arguments[0] != "compare":
+        arguments = list(arguments)
+        arguments[named[0]] = f"pretrained={arguments[named[0]]}"
     return tuning.run("distill", arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -76,9 +77,10 @@ def tune_plans(config: PolicyTuningConfig, *, resume: bool = False) -> int:
             policy, training = finished
             trained.append(training)
     policy.save(run_dir / "policy")
+    nfe = config.nfe or run.method.scored_steps
     scores = {
-        "before": _scores(config, base, config.pretrained, device),
-        "after": _scores(config, base, str(run_dir / "policy"), device),
+        "before": _scores(config, base, config.pretrained, device, nfe),
+        "after": _scores(config, base, str(run_dir / "policy"), device, nfe),
     }
     _report(config, base, trained, scores, began)
     return 0
@@ -301,7 +303,7 @@ def _inputs(config: PolicyTuningConfig, demonstrations: EpisodeStore | None) -> 
 
 
 def _scores(
-    config: PolicyTuningConfig, base: TrainConfig, path: str, device: Any
+    config: PolicyTuningConfig, base: TrainConfig, path: str, device: Any, nfe: Sequence[int]
 ) -> dict[str, EvalResult]:
     """The policy scored on the test seeds, by number of sampling steps."""
     from diffpolicy.rollout.evaluate import evaluate
@@ -316,5 +318,5 @@ def _scores(
             plan_batch=settings.plan_batch,
             success_threshold=base.env.success_threshold,
         )
-        for num_steps in (config.nfe if settings.episodes else ())
+        for num_steps in (nfe if settings.episodes else ())
     }

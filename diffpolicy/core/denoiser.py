@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.settings import check_choice
 
-PREDICTIONS = ("eps", "v", "x0", "edm", "velocity")
+PREDICTIONS = ("eps", "v", "x0", "edm", "velocity", "mean_velocity")
 MAX_SIGNAL = 0.2  # alpha / sigma at t = 1 above which a start from pure noise is noticeably wrong
 
 
@@ -39,7 +39,7 @@ class DenoiserNetwork(Protocol):
 
     t_kinds: frozenset[str]
 
-    def embed_time(self, t: Tensor) -> Tensor: ...
+    def embed_time(self, t: Tensor, *s: Tensor) -> Tensor: ...
 
     def __call__(
         self, x: Tensor, t: Tensor, cond: Tensor | None = None, *, time_emb: Tensor | None = None
@@ -57,10 +57,11 @@ class BaseDenoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
         raise TypeError(f"{type(self).__name__} must define forward")
 
-    def on_grid(self, t: Tensor) -> GridDenoise:
+    def on_grid(self, t: Tensor, s: Tensor | None = None) -> GridDenoise:
         """A function ``(row, x, cond) -> Denoised`` for host levels ``t [R, ...]``.
 
-        All that does not depend on the state is computed once.
+        All that does not depend on the state is computed once. ``s``, of the same shape, are the
+        levels that steps lead to, which denoisers of steps look at (see :class:`Denoiser`).
         """
         rows = t.unbind(0)
         return lambda row, x, cond: self.forward(x, rows[row].to(x, non_blocking=True), cond)
@@ -99,12 +100,18 @@ class AnalyticDenoiser(BaseDenoiser):
 class Denoiser(BaseDenoiser):
     """A network with a parameterisation.
 
+    A network of ``mean_velocity`` is also told the level ``s`` that a step leads to (it is a
+    :class:`~diffpolicy.networks.flow_map.FlowMap`). Its ``x0_hat`` is then not clean data: it is
+    the estimate with which one step of DDIM, which is Euler's here, goes from ``x_t`` to where the
+    path is at ``s``. With ``s = 0`` it is the end of the path, and with ``s = t``, which is meant
+    where ``s`` is left out, the usual clean estimate.
+
     Args:
         network: ``F(x, t, cond)``.
         process: noise process it is trained under.
         prediction: what ``F`` outputs: ``eps`` noise, ``v = (alpha eps - sigma x0)`` (Salimans & Ho
             2022), ``x0`` the clean sample, ``edm`` Karras et al. 2022 eq. 7, ``velocity = noise -
-            x0`` of flow matching.
+            x0`` of flow matching, ``mean_velocity`` its mean over a step (Geng et al. 2025, eq. 3).
         clip: clamp ``x0_hat`` to [-1, 1]; only right when the data are normalised to that range.
         data_std: standard deviation of the normalised data, used by ``edm``.
         encoder: from observations to ``cond``; default: one array, flattened.
@@ -125,9 +132,17 @@ class Denoiser(BaseDenoiser):
     ) -> None:
         super().__init__()
         check_choice("prediction", prediction, PREDICTIONS)
-        if prediction == "velocity" and process.type != "flow":
+        of_steps = prediction == "mean_velocity"
+        if (of_steps or prediction == "velocity") and process.type != "flow":
             raise ValueError(
-                f"prediction 'velocity' needs process 'flow', got {process.type!r}; use 'v'"
+                f"prediction {prediction!r} needs process 'flow', got {process.type!r}; use "
+                + ("process=flow" if of_steps else "'v'")
+            )
+        if of_steps and (clip or not getattr(network, "takes_steps", False)):
+            raise ValueError(
+                "prediction 'mean_velocity' needs clip=False, because estimates of a step are no "
+                "clean data, and a network of type 'flow_map', which is told where a step leads; "
+                f"got clip={clip} and {type(network).__name__}"
             )
         if prediction in ("eps", "edm") and process.alpha(torch.ones(1)).item() <= 0:
             raise ValueError(
@@ -158,7 +173,7 @@ class Denoiser(BaseDenoiser):
             return alpha / norm, -sigma / norm, c_in, time
         if self.prediction == "x0":
             return torch.zeros_like(t), torch.ones_like(t), c_in, time
-        if self.prediction == "velocity":
+        if self.prediction in ("velocity", "mean_velocity"):
             return torch.ones_like(t), -sigma, c_in, time
         ratio, sd = sigma / alpha, self.data_std
         total = ratio.square() + sd**2
@@ -178,7 +193,7 @@ class Denoiser(BaseDenoiser):
             return noise
         if self.prediction == "x0":
             return x0
-        if self.prediction == "velocity":
+        if self.prediction in ("velocity", "mean_velocity"):
             return noise - x0
         if self.prediction == "v":
             return self.process.alpha(t) * noise - self.process.sigma(t) * x0
@@ -186,15 +201,30 @@ class Denoiser(BaseDenoiser):
         ratio, sd = self.process.sigma(t) / self.process.alpha(t), self.data_std
         return (ratio / sd * x0 - sd * noise) * (ratio.square() + sd**2).rsqrt()
 
-    def raw(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """The network's own output ``[B, H, D]`` at ``x_t``: what the denoising loss regresses."""
+    def raw(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None
+    ) -> Tensor:
+        """The network's own output ``[B, H, D]`` at ``x_t``: what the denoising loss regresses.
+
+        ``s`` is the level that a step leads to, of prediction ``mean_velocity``; None: ``t``.
+        """
         _, _, c_in, time = self.coefficients(t)
-        output: Tensor = self.network(c_in * x_t, time, cond)
+        output: Tensor = self.network(c_in * x_t, time, cond, **self._told(time, s))
         return output
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
+    def forward(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None
+    ) -> Denoised:
         c_x, c_out, c_in, time = (c.to(x_t.dtype) for c in self.coefficients(t))
-        return self._finish(x_t, c_x, c_out, self._run(c_in * x_t, time, cond))
+        output = self._run(c_in * x_t, time, cond, **self._told(time, s))
+        return self._finish(x_t, c_x, c_out, output)
+
+    def _told(self, time: Tensor, s: Tensor | None) -> dict[str, Tensor]:
+        """What a network is told of a step beside its own time."""
+        if s is None or self.prediction != "mean_velocity":
+            return {}
+        network: Any = self.network
+        return {"time_emb": network.embed_time(time, self.process.network_time(s).to(time))}
 
     @property
     def _run(self) -> Callable[..., Tensor | tuple[Tensor, Mapping[str, Tensor]]]:
@@ -214,14 +244,17 @@ class Denoiser(BaseDenoiser):
         x0_hat = torch.addcmul(c_x * x_t, c_out, output)
         return Denoised(x0_hat.clamp(-1, 1) if self.clip else x0_hat, aux)
 
-    def on_grid(self, t: Tensor) -> GridDenoise:
+    def on_grid(self, t: Tensor, s: Tensor | None = None) -> GridDenoise:
         network: DenoiserNetwork = self.network  # type: ignore[assignment]
         like = next(self.network.parameters())
-        host = torch.stack(self.coefficients(t))
+        host = torch.stack(
+            [*self.coefficients(t), self.process.network_time(t if s is None else s)]
+        )
         scaled = bool((host[2] != 1).any())  # most processes leave the network's input alone
         constants = host.to(like.device, like.dtype, non_blocking=True)
-        c_x, c_out, c_in, time = constants.unbind(0)
-        embedded = network.embed_time(time.flatten(0, 1))
+        c_x, c_out, c_in, time, end = constants.unbind(0)
+        steps = () if self.prediction != "mean_velocity" else (end.flatten(0, 1),)
+        embedded = network.embed_time(time.flatten(0, 1), *steps)
         embedded = embedded.view(*t.shape[:2], *embedded.shape[1:])
         return _NetworkOnGrid(self, (c_x, c_out, c_in, time, embedded), scaled=scaled)
 

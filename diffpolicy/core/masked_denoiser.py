@@ -86,7 +86,7 @@ class MaskedDenoiser(BaseDenoiser):
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
         return masked_answer(x_t, self.log_probs(x_t, t, cond))
 
-    def on_grid(self, t: Tensor) -> GridDenoise:
+    def on_grid(self, t: Tensor, s: Tensor | None = None) -> GridDenoise:
         network: DenoiserNetwork = self.network  # type: ignore[assignment]
         like = self.weight
         rows = t[:1, :1, :1, :1] * 0 if self.time_free else t

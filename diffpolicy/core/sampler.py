@@ -55,11 +55,9 @@ class Sampler:
         self.make()
 
     def make(self, *, deterministic: bool = False) -> Solver:
-        """The solver; ``deterministic`` takes its noise-free form."""
+        """The solver; ``deterministic`` takes its noise-free form, if it has one."""
         solver = make_solver(self.solver, **self.options)
-        if deterministic and solver.stochastic:
-            return make_solver(self.solver, **{**self.options, "eta": 0.0})
-        return solver
+        return solver.quiet if deterministic else solver
 
     def grid(
         self,

@@ -58,13 +58,19 @@ class Grid:
         flat = torch.stack([v.broadcast_to(shape) for row in rows for v in row.constants()])
         values = iter(flat.to(like.device, like.dtype, non_blocking=True).unbind(0))
         self.rows = [row.with_constants([next(values) for _ in row.constants()]) for row in rows]
-        self.denoise = denoise.on_grid(torch.stack([row.t for row in rows]))
+        self.denoise = self._on_grid(denoise)
         self._denoiser, self._weights = denoise, list(denoise.parameters())
         self._made_of = self.weight_versions()
         self.levels = levels
         self.has_graph = torch.is_grad_enabled()
         self.stochastic = any(row.stochastic for row in rows)
         self.process: NoiseProcess = denoise.process
+
+    def _on_grid(self, denoise: BaseDenoiser) -> GridDenoise:
+        t = [row.t for row in self.rows]
+        ends = [getattr(row, "s", None) for row in self.rows]  # rows that reveal tokens have none
+        s = [level if end is None else end for level, end in zip(t, ends, strict=True)]
+        return denoise.on_grid(torch.stack(t), torch.stack(s))
 
     @property
     def nfe(self) -> int:
@@ -92,7 +98,7 @@ class Grid:
         if torch.compiler.is_compiling() or self._made_of == (made_of := self.weight_versions()):
             return
         with torch.inference_mode(mode=False), torch.set_grad_enabled(self.has_graph):
-            self.denoise = self._denoiser.on_grid(torch.stack([row.t for row in self.rows]))
+            self.denoise = self._on_grid(self._denoiser)
         self._made_of = made_of
 
     def weight_versions(self) -> tuple[tuple[int, int], ...]:

@@ -55,8 +55,16 @@ class DDIM(Solver):
     def stochastic(self) -> bool:  # type: ignore[override]
         return self.eta > 0
 
+    @property
+    def quiet(self) -> Solver:
+        # With estimates of where a path ends DDIM would take the line to it for the path.
+        return self if self.variance == "renoise" else replace(self, eta=0.0)
+
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
-        return [self._row(step) for step in steps_of(process, levels)]
+        rows = [self._row(step) for step in steps_of(process, levels)]
+        silent = not any(row.g is not None and bool(row.g.any()) for row in rows)
+        # Students by consistency that go to the end in one step draw no noise beside the start's.
+        return [replace(r, g=None) for r in rows] if self.variance == "renoise" and silent else rows
 
     def _row(self, step: Step) -> Row:
         small = self.eta**2 * step.sigma_s.square()
@@ -71,7 +79,14 @@ class DDIM(Solver):
             forward = step.sigma_t.square() - (step.alpha_t / step.alpha_s * step.sigma_s).square()
             large = self.eta**2 * torch.where(step.sigma_s > 0, forward, 0.0)
             g = (large if self.variance == "large" else small).clamp_min(0).sqrt()
-        return Row(step.t, a, b, g)
+        return Row(step.t, a, b, g, s=self._end(step))
+
+    def _end(self, step: Step) -> Tensor | None:
+        """Where a network of steps is to lead; an ancestral step is of the mean of all ends."""
+        if self.eta == 0:
+            return step.s
+        renoised = self.eta == 1 and self.variance == "renoise"
+        return torch.zeros_like(step.s) if renoised else None
 
 
 @dataclass(frozen=True)
@@ -142,6 +157,10 @@ class DPMSolverPP(Solver):
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
         return self.eta > 0
+
+    @property
+    def quiet(self) -> Solver:
+        return replace(self, eta=0.0)
 
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
         steps = steps_of(process, levels)

@@ -27,7 +27,11 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """Constants of one network evaluation at level ``t``; each broadcasts to the state."""
+    """Constants of one network evaluation at level ``t``; each broadcasts to the state.
+
+    ``s`` is the level to which a network of steps is to lead (prediction ``mean_velocity``), where
+    the update is DDIM's from ``t`` to ``s``; None: the update wants the clean estimate at ``t``.
+    """
 
     t: Tensor
     a: Tensor
@@ -36,9 +40,10 @@ class Row:
     c: Tensor | None = None
     d: tuple[Tensor, ...] = ()
     to_eps: tuple[Tensor, Tensor] | None = None  # m = p x + q x0_hat
+    s: Tensor | None = None
 
     def constants(self) -> list[Tensor]:
-        """Every constant but ``t``, in a fixed order."""
+        """Every constant but the levels, in a fixed order."""
         optional = [v for v in (self.g, self.c) if v is not None]
         return [self.a, *self.b, *optional, *self.d, *(self.to_eps or ())]
 
@@ -124,6 +129,14 @@ class Solver:
 
     name: ClassVar[str]
     stochastic: bool = False
+
+    @property
+    def quiet(self) -> Solver:
+        """The noise-free form, where there is one; a solver without draws its noise all the same.
+
+        What acts deterministically gives such a solver the same noise every time.
+        """
+        return self
 
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
         """One :class:`Row` per network evaluation."""

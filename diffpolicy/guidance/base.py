@@ -66,16 +66,17 @@ class Wrapper(BaseDenoiser):
 
         return self.guide(run, x_t, cond, *self.constants(t))
 
-    def on_grid(self, t: Tensor) -> GridDenoise:
-        return _WrapperOnGrid(self, t)
+    def on_grid(self, t: Tensor, s: Tensor | None = None) -> GridDenoise:
+        return _WrapperOnGrid(self, t, s)
 
 
 class _WrapperOnGrid:
     """A wrapper at the levels of a grid; precomputed modulations pass through."""
 
-    def __init__(self, wrapper: Wrapper, t: Tensor) -> None:
+    def __init__(self, wrapper: Wrapper, t: Tensor, s: Tensor | None) -> None:
         self._wrapper = wrapper
-        self._inner = wrapper.denoiser.on_grid(wrapper.inside_levels(t))
+        end = None if s is None else wrapper.inside_levels(s)
+        self._inner = wrapper.denoiser.on_grid(wrapper.inside_levels(t), end)
         self._columns = [wrapper.placed(c).unbind(0) for c in wrapper.constants(t)]
 
     def modulations(self, x: Tensor, cond: Any) -> Sequence[Tensor] | None:

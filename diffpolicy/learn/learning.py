@@ -28,14 +28,27 @@ from diffpolicy.learn.actor_critic.loss import ActorCriticLoss
 from diffpolicy.learn.cloning.anchored import AnchoredLoss
 from diffpolicy.learn.cloning.denoising import DenoisingLoss
 from diffpolicy.learn.cloning.direct import DirectLoss
+from diffpolicy.learn.cloning.flow_map import FlowMapLoss, FlowMapObjective
+from diffpolicy.learn.cloning.meanflow import MeanFlow
 from diffpolicy.learn.cloning.pad import JointLoss
 from diffpolicy.learn.cloning.planners import DraftLoss, InverseDynamicsLoss, SumOfLosses, ValueLoss
+from diffpolicy.learn.cloning.shortcut import Shortcut
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.direct import direct_class
 from diffpolicy.policies.imagined import Imagined
 from diffpolicy.policies.spec import PolicySpec
-from diffpolicy.settings import check_settings, named_settings, ranged, settings_of
+from diffpolicy.settings import (
+    check_choice,
+    check_settings,
+    from_values,
+    named_settings,
+    ranged,
+    settings_of,
+)
 from diffpolicy.training.sources import Source, Weighted
+
+OBJECTIVES: dict[str, type[FlowMapObjective]] = {"meanflow": MeanFlow, "shortcut": Shortcut}
+"""What networks of steps are trained by, by the name that configurations give as ``type``."""
 
 
 @named_settings
@@ -60,6 +73,10 @@ class Learning:
         mask_padding: leave edge-padded positions out of the losses (an actor-critic has a setting
             of its own for that).
         draws: noises per example in the denoising loss, for one encoding of its observation.
+        objective: of policies of prediction ``mean_velocity``, what replaces the denoising loss:
+            ``{"type": "meanflow"}`` or ``{"type": "shortcut"}`` with the settings of
+            :class:`~diffpolicy.learn.cloning.meanflow.MeanFlow` or
+            :class:`~diffpolicy.learn.cloning.shortcut.Shortcut`.
 
     Raises:
         ValueError: values out of range.
@@ -75,12 +92,19 @@ class Learning:
     value_levels: str = "all"
     mask_padding: bool = False
     draws: int = 1
+    objective: FlowMapObjective | None = None  # or its plain values
 
     def __post_init__(self) -> None:
         given: Any = self.actor_critic
         if isinstance(given, Mapping):
             made = settings_of(ActorCritic, given, "actor_critic")
             object.__setattr__(self, "actor_critic", made)
+        given = self.objective
+        if isinstance(given, Mapping):
+            values = dict(given)
+            check_choice("learning.objective.type", kind := values.pop("type", None), OBJECTIVES)
+            made_of = from_values(OBJECTIVES[kind], values, "learning.objective.")
+            object.__setattr__(self, "objective", made_of)
         check_settings(self)
         scale = self.reward_scale
         if isinstance(scale, str) and scale != "return_range":
@@ -111,6 +135,15 @@ def check_learning(spec: PolicySpec, learning: Learning) -> None:
             f"learning.draws={learning.draws} is of the noise of denoisers; a network of type "
             f"{spec.network['type']!r} answers in one call: leave it at 1"
         )
+    if (spec.prediction == "mean_velocity") != (learning.objective is not None):
+        raise ValueError(
+            "a policy of prediction 'mean_velocity', and no other, is trained by "
+            "learning.objective, {type: meanflow} or {type: shortcut} (algorithm=meanflow and "
+            f"algorithm=shortcut say both); got prediction={spec.prediction!r} and "
+            f"objective={learning.objective}"
+        )
+    if learning.actor_critic is not None and learning.objective is not None:
+        raise ValueError("learning.actor_critic trains velocities, not steps: leave out objective")
     told = spec.layout, spec.level_law, spec.cond_dropout
     if learning.actor_critic is not None and told != ("action", "row", 0):
         raise ValueError(
@@ -299,18 +332,7 @@ def objective(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
     own = _of_network(policy, learning)
     if own is not None:
         return own
-    how: dict[str, Any] = {"cond_dropout": spec.cond_dropout, "draws": learning.draws}
-    how["mask_padding"] = learning.mask_padding
-    if spec.imagined is not None:
-        weight = learning.imagined_weight
-        return JointLoss(denoiser, policy.layout, imagined_weight=weight, **how)
-    if spec.layout != "action":
-        first = {} if spec.layout == "state" else {"first_action": learning.first_action_weight}
-        how["weights"] = policy.layout.weights(**first, next_obs=learning.next_obs_weight)
-        how["layout"] = policy.layout
-    if spec.level_law == "position":
-        how["ramp"] = Ramp(**spec.sizes)
-    denoising = DenoisingLoss(denoiser, level_law=spec.level_law, **how)
+    denoising = _denoising(policy, learning)
     if not len(heads):
         return denoising
     losses: dict[str, nn.Module] = {"denoising": denoising}
@@ -322,6 +344,25 @@ def objective(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
     if "draft" in heads:
         losses["draft"] = DraftLoss(heads["draft"], policy.layout)
     return SumOfLosses(denoiser, heads, losses)
+
+
+def _denoising(policy: DiffusionPlanner, learning: Learning) -> nn.Module:
+    """The loss of the denoiser, whose heads have losses of their own."""
+    spec, denoiser = policy.spec, policy.denoiser
+    how: dict[str, Any] = {"cond_dropout": spec.cond_dropout, "draws": learning.draws}
+    how["mask_padding"] = learning.mask_padding
+    if learning.objective is not None:
+        return FlowMapLoss(denoiser, learning.objective, **how)
+    if spec.imagined is not None:
+        weight = learning.imagined_weight
+        return JointLoss(denoiser, policy.layout, imagined_weight=weight, **how)
+    if spec.layout != "action":
+        first = {} if spec.layout == "state" else {"first_action": learning.first_action_weight}
+        how["weights"] = policy.layout.weights(**first, next_obs=learning.next_obs_weight)
+        how["layout"] = policy.layout
+    if spec.level_law == "position":
+        how["ramp"] = Ramp(**spec.sizes)
+    return DenoisingLoss(denoiser, level_law=spec.level_law, **how)
 
 
 def _of_network(policy: DiffusionPlanner, learning: Learning) -> nn.Module | None:

@@ -235,6 +235,12 @@ def check_policy(spec: PolicySpec, method: Method) -> None:
             f"rewards judge states, which the encoder {spec.encoder['type']!r} does not tell; tune "
             "this policy by preferences"
         )
+    if spec.prediction == "mean_velocity":
+        raise ValueError(
+            f"{type(method).__name__} trains estimates of single levels; this policy learned whole "
+            "steps (prediction 'mean_velocity'), which would stay as they are. It draws plans in "
+            "one evaluation without a student; to be tuned, train one of prediction 'velocity'"
+        )
     law, network = spec.level_law, spec.network.get("type")
     if method.command != "tune" and (law != "row" or network == "anchored"):
         raise ValueError(

@@ -122,6 +122,11 @@ class Method:
         """Whether behaviour cloning of demonstrations is added, where there are some."""
         return False
 
+    @property
+    def scored_steps(self) -> tuple[int, ...]:
+        """Numbers of sampling steps that policies are scored with before and after."""
+        return (1, 2, 4, 10)
+
     def begin(self, policy: Any) -> Any:
         """What is tuned: the policy itself, unless the method makes another one of it."""
         return policy

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffpolicy.learn.cloning.denoising import Cloning
 from diffpolicy.learn.distill.consistency import Consistency
+from diffpolicy.learn.distill.guided import Guided
 from diffpolicy.learn.distill.halving import Halving
 from diffpolicy.learn.distill.rectified import Rectified
 from diffpolicy.learn.method import Method
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     "stepwise": Stepwise,
     "cloning": Cloning,
     "consistency": Consistency,
+    "guided": Guided,
     "halving": Halving,
     "rectified": Rectified,
     "dpo": DPO,

@@ -14,6 +14,7 @@ from diffpolicy.networks.critics import QEnsemble, StateValue
 from diffpolicy.networks.direct import Direct
 from diffpolicy.networks.draft import Draft
 from diffpolicy.networks.embeddings import sinusoidal
+from diffpolicy.networks.flow_map import FlowMap
 from diffpolicy.networks.heads import HEADS, InverseDynamics, TrajectoryValue, make_head
 from diffpolicy.networks.mlp import MLP
 from diffpolicy.networks.modalities import Modalities
@@ -32,6 +33,7 @@ __all__ = [
     "Anchored",
     "Direct",
     "Draft",
+    "FlowMap",
     "InverseDynamics",
     "Modalities",
     "Network",

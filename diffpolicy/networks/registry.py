@@ -14,6 +14,7 @@ from diffpolicy.networks.anchored import Anchored
 from diffpolicy.networks.base import Network
 from diffpolicy.networks.bc_gmm import BCGMM
 from diffpolicy.networks.bc_mlp import BCMLP
+from diffpolicy.networks.flow_map import FlowMap
 from diffpolicy.networks.mlp import MLP
 from diffpolicy.networks.modalities import Modalities
 from diffpolicy.networks.sequence import SequenceCNN
@@ -21,7 +22,7 @@ from diffpolicy.networks.transformer import Transformer
 from diffpolicy.networks.unet1d import UNet1D
 from diffpolicy.settings import check_choice, check_known, near_miss
 
-_DENOISING = (Anchored, MLP, Modalities, SequenceCNN, Transformer, UNet1D)
+_DENOISING = (Anchored, MLP, Modalities, SequenceCNN, Transformer, UNet1D, FlowMap)
 _IN_ONE_CALL = (BCMLP, BCGMM, ACT)
 _KINDS: tuple[type[Network], ...] = (*_DENOISING, *_IN_ONE_CALL)
 NETWORKS: Mapping[str, type[Network]] = {kind.TYPE: kind for kind in _KINDS}

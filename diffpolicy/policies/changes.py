@@ -10,8 +10,8 @@ from diffpolicy.policies.spec import PolicySpec
 
 OF_WEIGHTS = (
     *("obs_dim", "action_dim", "horizon", "n_obs_steps", "network", "process", "prediction"),
-    *("cond_dropout", "level_law", "trained_action_steps", "layout", "goal", "constant", "heads"),
-    *("observations", "encoder", "actions"),
+    *("cond_dropout", "level_law", "trained_action_steps", "trained_steps", "layout", "goal"),
+    *("constant", "heads", "observations", "encoder", "actions"),
 )
 """Entries of a policy's spec that its weights were made or trained for."""
 

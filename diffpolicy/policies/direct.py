@@ -99,7 +99,7 @@ class OneCall(BaseDenoiser):
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Denoised:
         return self._answer(x_t, cond)
 
-    def on_grid(self, t: Tensor) -> GridDenoise:
+    def on_grid(self, t: Tensor, s: Tensor | None = None) -> GridDenoise:
         return lambda row, x, cond: self._answer(x, cond)
 
     def _answer(self, noise: Tensor, cond: Tensor | None) -> Denoised:

@@ -24,6 +24,7 @@ from diffpolicy.policies.base import check_horizon
 from diffpolicy.policies.best_of_n import Selection
 from diffpolicy.policies.boundary import Gripper
 from diffpolicy.policies.direct import check_direct, direct_class
+from diffpolicy.policies.few_steps import check_steps
 from diffpolicy.policies.imagined import Imagined, check_imagined
 from diffpolicy.policies.planners import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
@@ -60,12 +61,15 @@ class PolicySpec:
         n_action_steps: Ta.
         network: ``{"type": ..., sizes}`` for :func:`diffpolicy.networks.make_network`.
         process: for :func:`diffpolicy.core.make_process`.
-        prediction: what the network outputs.
+        prediction: what the network outputs, see :class:`diffpolicy.core.Denoiser`; of
+            ``"mean_velocity"`` it is wrapped so that it is told where a step leads.
         clip: clamp clean estimates to [-1, 1].
         cond_dropout: fraction of examples trained without their condition.
         level_law: noise levels of the training, see
             :class:`diffpolicy.learn.cloning.denoising.DenoisingLoss`.
         trained_action_steps: Ta of the training where the noise levels depended on it.
+        trained_steps: the one number of steps that a student of progressive distillation draws
+            plans in; None: any.
         sampler: how plans are drawn.
         truncated: draw every plan from guesses (anchors, ...) in place of pure noise.
         rti: how rows that have a plan of their episode are planned; ``None``: like the first one.
@@ -114,6 +118,7 @@ class PolicySpec:
     cond_dropout: float = 0.0
     level_law: str = "row"
     trained_action_steps: int | None = None
+    trained_steps: int | None = None
     sampler: PolicySampler = field(default_factory=PolicySampler)
     truncated: Truncated | None = None
     rti: RTI | None = None
@@ -155,6 +160,7 @@ class PolicySpec:
         self._check_parts()
         check_planning(self)
         check_direct(self)
+        check_steps(self)
 
     def _check_observations(self) -> None:
         """Refuse what takes the observation as one vector where it has names or an encoder."""
@@ -340,7 +346,10 @@ class PolicySpec:
         shape["cond_dim"] = told + returns
         if self.network.get("type") == "modalities":
             shape["sizes"] = [size for size in layout.parts if size]
-        network, process = make_network({**self.network, **shape}), make_process(self.process)
+        config = {**self.network, **shape}
+        if self.prediction == "mean_velocity":
+            config = {"type": "flow_map", "base": self.network, **shape}
+        network, process = make_network(config), make_process(self.process)
         data_std = getattr(process, "data_std", 0.5)
         return Denoiser(
             network, process, self.prediction, clip=self.clip, data_std=data_std, encoder=encoder

@@ -530,6 +530,8 @@ def test_a_policy_is_distilled(method, trained, tmp_path, capsys):
     again = ["method=halving", "method.num_steps=2", "trainer.steps=2", f"run_dir={tmp_path / 'h'}"]
     assert cli.main(["distill", str(run), *again, *QUICK, *UNSCORED]) == 0
     assert DiffusionPolicy.from_pretrained(tmp_path / "h").spec.sampler.num_steps == 2
+    assert cli.main(["distill", "--print-config", str(run), "seed=3"]) == 0
+    assert f"pretrained: {run}" in capsys.readouterr().out
 
 
 def test_a_distillation_says_what_it_needs(trained, tmp_path, capsys):

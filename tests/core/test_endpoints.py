@@ -33,10 +33,11 @@ PROCESSES = [
     FlowMatching(),
 ]
 NETWORK = {"type": "mlp", "horizon": 3, "dim": 2, "width": 16, "depth": 1}
+OF_STEPS = {"type": "flow_map", "horizon": 3, "dim": 2, "base": {"type": "mlp", "width": 16}}
 
 
 def refused(process, prediction):
-    if prediction == "velocity":
+    if prediction in ("velocity", "mean_velocity"):
         return process.type != "flow"
     return process.type == "flow" and prediction in ("eps", "edm")
 
@@ -46,11 +47,12 @@ def refused(process, prediction):
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.type)
 def test_no_pair_of_prediction_and_process_is_singular(process, prediction, dtype):
     """The loss at both ends is finite, with its gradient, and the target has no jump there."""
+    network = make_network(OF_STEPS if prediction == "mean_velocity" else NETWORK)
     if refused(process, prediction):
         with pytest.raises(ValueError, match="prediction"):
-            Denoiser(make_network(NETWORK), process, prediction)
+            Denoiser(network, process, prediction)
         return
-    denoiser = Denoiser(make_network(NETWORK), process, prediction).to(dtype)
+    denoiser = Denoiser(network, process, prediction).to(dtype)
     generator = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(6, 3, 2, generator=generator, dtype=dtype) for _ in range(2))
     t = torch.tensor([0, 6e-8, 1e-3, 0.5, 1 - 6e-8, 1], dtype=dtype).view(-1, 1, 1)

@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from two_modes import TWO_MODES_SPEC, near_a_mode, two_modes_store
 
 from diffpolicy import DiffusionPolicy, TrainerConfig
-from diffpolicy.core import AnalyticDenoiser, make_process, make_solver, prior_start, sample
+from diffpolicy.core import AnalyticDenoiser, Grid, make_process, make_solver, prior_start, sample
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.starts import Start
 from diffpolicy.core.steps import Step
-from diffpolicy.data.store import EpisodeStore
 from diffpolicy.learn.distill.consistency import Consistency, ConsistencyLoss
+from diffpolicy.learn.distill.guided import Guided, GuidedLoss
 from diffpolicy.learn.distill.halving import Halving, HalvingLoss
 from diffpolicy.learn.distill.rectified import Rectified, RectifiedLoss
-from diffpolicy.learn.material import TuningData
+from diffpolicy.learn.material import TuningData, tuned
+from diffpolicy.policies.plan_loop import PlanLoop
 
 MEAN, STD = 0.3, 0.4
 PROCESS = make_process("vp_cosine")
@@ -71,6 +73,31 @@ def test_the_end_of_the_path_is_consistent():
     )
     assert fine < coarse / 50  # the teacher's steps are of second order, their squares of fourth
     assert coarse < 0.05 * loss_of(ConsistencyLoss, Consistency(num_steps=20), posterior_mean)
+
+
+def test_a_sub_path_is_learned_between_the_ends_of_a_step(monkeypatch):
+    coarse, fine = (
+        loss_of(ConsistencyLoss, Consistency(num_steps=k, sub_path=True), end_of_path)
+        for k in (20, 80)
+    )
+    assert fine < coarse / 50  # a line within the teacher's step, as far from the path as its end
+    whole = loss_of(ConsistencyLoss, Consistency(num_steps=20), posterior_mean)
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.ones(shape))
+    sub_path = Consistency(num_steps=20, sub_path=True)
+    assert loss_of(ConsistencyLoss, sub_path, posterior_mean) == pytest.approx(whole, rel=1e-12)
+
+
+def test_guidance_becomes_the_students_own_clean_estimate():
+    def guided(x, t):
+        free = 0.5 * posterior_mean(x, t)
+        return free + 3.0 * (posterior_mean(x, t) - free)
+
+    loss = GuidedLoss(Denoiser(Exact(guided), PROCESS, "v"), Guided(), guidance_scale=3.0)
+    told = lambda x, t, cond: posterior_mean(x, t) * (0.5 + 0.5 * cond[:, :, None])  # noqa: E731
+    loss.reference = AnalyticDenoiser(PROCESS, told)
+    generator = torch.Generator().manual_seed(0)
+    batch = {"action": torch.randn(64, 3, 2, dtype=torch.float64), "obs": torch.ones(64, 1, 1)}
+    assert loss(batch, generator).loss.mean().item() < 1e-20
 
 
 def test_one_step_of_the_student_is_two_of_the_teacher():
@@ -139,6 +166,20 @@ def test_a_consistent_student_may_renoise_and_estimate_in_turns():
         assert torch.equal(a.b[0], b.b[0])
 
 
+def test_a_consistent_student_is_deterministic_by_its_noise_alone():
+    options = {"eta": 1.0, "variance": "renoise"}
+    several = Sampler(num_steps=3, options=options).make(deterministic=True)
+    assert several.stochastic  # plain DDIM would leave the path: its estimates are ends
+    assert not Sampler(num_steps=3, solver="ddpm").make(deterministic=True).stochastic
+    for num_steps, draws in ((1, 1), (3, 4)):
+        sampler = Sampler(num_steps=num_steps, options=options)
+        grid = Grid(TEACHER, sampler.make(), sampler.grid(PROCESS), torch.zeros(1))
+        assert grid.stochastic == (num_steps > 1)
+        shape = {"start": "prior", "plan_shape": (1, 1, 3, 2)}
+        loop = PlanLoop(TEACHER, None, sampler.make(), sampler.grid(PROCESS), **shape)
+        assert loop.draws == draws
+
+
 def test_what_rests_is_not_noised_anew():
     held = torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64).view(3, 1, 1, 1)
     rest, moves = make_solver("ddim", eta=1.0, variance="renoise").rows(PROCESS, held)
@@ -180,30 +221,11 @@ def test_a_solver_that_adds_noise_has_no_pairs():
 def two_modes(tmp_path_factory):
     """Actions near -0.6 or 0.6, whatever is observed, and a teacher that knows them."""
     folder = tmp_path_factory.mktemp("modes")
-    rng = np.random.default_rng(0)
-    obs = rng.uniform(-1, 1, (2000, 1)).astype(np.float32)
-    side = np.repeat(rng.choice([-0.6, 0.6], 200), 10)[:, None]
-    action = (side + 0.05 * rng.standard_normal((2000, 1))).astype(np.float32)
-    ends = np.arange(10, 2001, 10)
-    store = EpisodeStore.from_arrays({"obs": obs, "action": action}, ends, path=folder / "s.zarr")
-    spec = {
-        "horizon": 2,
-        "n_obs_steps": 1,
-        "n_action_steps": 1,
-        "prediction": "v",
-        "cond_dropout": 0.1,
-        "network": {"type": "mlp", "width": 64, "depth": 1},
-    }
+    store, spec = two_modes_store(folder), {"prediction": "v", "cond_dropout": 0.1}
+    spec |= TWO_MODES_SPEC
     policy = DiffusionPolicy.from_dataset(store, spec=spec)
     config = TrainerConfig(steps=400, batch_size=128, lr=3e-3, progress=False)
     return policy.learn(store, config, folder / "teacher"), store
-
-
-def near_a_mode(policy, store, steps):
-    """The share of actions within 0.2 of a mode."""
-    policy = policy.with_settings(sampler=replace(policy.spec.sampler, num_steps=steps))
-    actions = policy.predict(store.read("obs", 0, 400))[0]
-    return (np.abs(np.abs(actions) - 0.6) < 0.2).mean()
 
 
 @pytest.mark.parametrize(
@@ -237,6 +259,11 @@ def test_the_guidance_of_the_teacher_becomes_the_students_own(two_modes, tmp_pat
     assert student.spec.sampler.guidance_scale == 1
     assert student.spec.cond_dropout == 0
     assert student.spec.sampler.num_steps == 2
+    own = teacher.distill(data, Guided(guidance_scale=2.0), config, tmp_path / "own")
+    assert own.spec.sampler == teacher.spec.sampler
+    assert own.spec.cond_dropout == 0
+    with pytest.raises(ValueError, match=r"got cond_dropout=0.0 and the scale 2"):
+        own.distill(data, Guided(guidance_scale=2.0), config, tmp_path / "again")
     loss = HalvingLoss(guided.denoiser, Halving(), guidance_scale=2.0)
     x, t, cond = torch.randn(4, 2, 1), torch.full((4, 1, 1), 0.7), torch.randn(4, 1)
     with torch.no_grad():
@@ -267,3 +294,30 @@ def test_observations_are_encoded_once_whatever_is_drawn(kind, method, two_modes
     for hook in hooks:
         hook.remove()
     assert sorted(calls) == ["student", "teacher"]
+
+
+@pytest.mark.filterwarnings("ignore:this policy is a student:UserWarning")
+def test_a_student_of_four_steps_is_halved_once_at_a_time(two_modes, tmp_path):
+    teacher, store = two_modes
+    data, config = TuningData(demonstrations=store), TrainerConfig(steps=1, progress=False)
+    four = teacher.distill(data, Halving(num_steps=4), config, tmp_path / "four")
+    loaded = DiffusionPolicy.from_pretrained(tmp_path / "four")
+    assert loaded.spec.trained_steps == 4
+    with pytest.raises(ValueError, match=r"method=halving method\.num_steps=2"):
+        loaded.distill(data, Halving(num_steps=1), config, tmp_path / "one")
+    two = four.distill(data, Halving(num_steps=2), config, tmp_path / "two")
+    assert two.spec.trained_steps == 2
+    assert Halving(num_steps=2).scored_steps == (2,)
+    assert Consistency().scored_steps == (1, 2, 4, 10)
+    with pytest.warns(UserWarning, match="draws plans in 8: sampler.num_steps=4"):
+        loaded.with_settings(sampler=replace(loaded.spec.sampler, num_steps=8))
+
+
+def test_adapters_alone_are_distilled_and_merged(two_modes, tmp_path):
+    teacher, store = two_modes
+    data, config = TuningData(demonstrations=store), TrainerConfig(steps=3, progress=False)
+    how = Consistency(num_steps=4), data, config, tmp_path / "student"
+    student = tuned(teacher, "distill", *how, {"type": "lora", "rank": 2})
+    before, after = teacher.denoiser.state_dict(), student.denoiser.state_dict()
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)

@@ -24,6 +24,7 @@ SMALL_NETWORKS = {
         "width": 8,
     },
     "transformer": {"type": "transformer", "width": 32, "depth": 2, "heads": 2},
+    "flow_map": {"type": "flow_map", "base": {"type": "mlp", "width": 16, "depth": 1}},
     "sequence_cnn": {"type": "sequence_cnn", "width": 16, "dilations": [1, 4], "stacks": 2},
 }
 

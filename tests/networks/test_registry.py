@@ -8,7 +8,10 @@ SHAPE = {"horizon": 8, "dim": 2, "cond_dim": 4}
 
 
 def test_types():
-    names = {"anchored", "mlp", "modalities", "sequence_cnn", "transformer", "unet1d"}
+    names = {"anchored", "flow_map", "mlp", "modalities", "sequence_cnn"} | {
+        "transformer",
+        "unet1d",
+    }
     in_one_call = {"act", "bc_gmm", "bc_mlp"}
     assert set(NETWORKS) == names | in_one_call
     assert isinstance(make_network({"type": "mlp", **SHAPE}), MLP)

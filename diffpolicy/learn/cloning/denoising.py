@@ -212,9 +212,21 @@ class DenoisingLoss(nn.Module):
         t = self.draw_levels(x0.shape[0], x0.shape[2], generator).to(x0.device, x0.dtype)
         noise = standard_normal(x0.shape, x0, generator)
         cond = drop_cond(cond, self.cond_dropout, generator)
+        loss, metrics = self.errors(x0, t, noise, cond, valid, generator)
+        return LossOutput(self.mean_of_draws(loss), metrics)
+
+    def errors(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        cond: Tensor | None,
+        valid: Tensor | None,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss ``[B]`` of every plan, and what to log; see :func:`denoising_error`."""
         seen = {"valid": valid, "known": self.known, "weights": self.weights}
-        loss = denoising_error(self.denoiser, x0, t, noise, cond=cond, **seen)
-        return LossOutput(self.mean_of_draws(loss), {})
+        return denoising_error(self.denoiser, x0, t, noise, cond=cond, **seen), {}
 
     def repeated(self, rows: X) -> X:
         """Every row ``draws`` times in a row; None stays None."""

@@ -47,6 +47,10 @@ class Halving(Distillation):
     def teacher_sampler(self) -> Sampler:
         return Sampler(num_steps=2 * self.num_steps)
 
+    @property
+    def student_steps(self) -> int:
+        return self.num_steps
+
     def student_sampler(self) -> Mapping[str, Any]:
         return {"solver": "ddim", "num_steps": self.num_steps, "spacing": "t", "options": {}}
 

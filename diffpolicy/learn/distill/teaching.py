@@ -53,12 +53,28 @@ class Distillation(Method):
         """How students draw their plans: entries of :class:`~diffpolicy.core.Sampler`."""
         raise NotImplementedError(f"{type(self).__name__} defines no student_sampler()")
 
+    @property
+    def student_steps(self) -> int | None:
+        """The one number of steps that students are for; None: any."""
+        return None
+
+    @property
+    def scored_steps(self) -> tuple[int, ...]:
+        own = self.student_steps
+        return super().scored_steps if own is None else (own,)
+
+    def guidance_of(self, spec: Any) -> float:
+        """The scale of the teacher's classifier-free guidance."""
+        return float(spec.sampler.guidance_scale)
+
     def begin(self, policy: Any) -> Any:
         """The student: a copy of its teacher that draws plans in its own way, from pure noise."""
-        sampler = {**self.student_sampler(), "t_min": None, "guidance_scale": 1.0}
+        own = self.student_sampler()
+        sampler = {**({"t_min": None} if own else {}), **own, "guidance_scale": 1.0}
         sampler = replace(policy.spec.sampler, **sampler)
-        spec = replace(policy.spec, sampler=sampler, rti=None, truncated=None)
-        if policy.spec.sampler.guidance_scale != 1:  # what guides once must not guide again
+        how = {"rti": None, "truncated": None, "trained_steps": self.student_steps}
+        spec = replace(policy.spec, sampler=sampler, **how)
+        if self.guidance_of(policy.spec) != 1:  # what guides once must not guide again
             spec = replace(spec, cond_dropout=0.0)
         weights = copy.deepcopy(policy.denoiser), policy.normalizer, None
         return type(policy)(spec, *weights, copy.deepcopy(policy.heads))
@@ -93,6 +109,8 @@ class Taught(Referenced):
         ValueError: more steps of the teacher than a discrete process has levels.
     """
 
+    warns: ClassVar[bool] = True  # of teachers whose first estimate is ill-conditioned
+
     def __init__(
         self,
         denoiser: Denoiser,
@@ -109,12 +127,24 @@ class Taught(Referenced):
 
     @classmethod
     def of(cls, denoiser: Any, settings: Any, material: Any) -> Any:
-        """The objective for what there is to learn from."""
-        warn_of_eps(denoiser)
-        scale = material.spec.sampler.guidance_scale
-        return cls(
-            denoiser, settings, guidance_scale=scale, mask_padding=material.data.mask_padding
-        )
+        """The objective for what there is to learn from.
+
+        Raises:
+            ValueError: a teacher that is for another number of steps than it would take.
+        """
+        spec, steps = material.spec, settings.teacher_sampler().num_steps
+        own = spec.trained_steps
+        if own not in (None, steps):
+            half = f"halve it once (method=halving method.num_steps={own // 2}), or "
+            raise ValueError(
+                f"{type(settings).__name__} lets its teacher take {steps} steps with these "
+                f"settings, but this one is a student of {own} steps and of no other number: "
+                f"{half * (own % 2 == 0)}distill the policy that it was made of"
+            )
+        if cls.warns:
+            warn_of_eps(denoiser)
+        scale, mask = settings.guidance_of(spec), material.data.mask_padding
+        return cls(denoiser, settings, guidance_scale=scale, mask_padding=mask)
 
     @property
     def teacher(self) -> BaseDenoiser:
