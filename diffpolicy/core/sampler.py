@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampling import sample
 from diffpolicy.core.solvers import make_solver
-from diffpolicy.core.starts import SPACINGS, Start, levels, trained_level
+from diffpolicy.core.starts import SPACINGS, Start, explicit_levels, levels, trained_level
 from diffpolicy.core.steps import Solver
 from diffpolicy.settings import check_range, check_settings, named_settings, one_of, ranged
 
@@ -34,6 +35,8 @@ class Sampler:
         spacing: of the grid, ``"t"``, ``"log_snr"`` or ``"karras"``.
         options: options of the solver, e.g. ``{"eta": 0.5}``.
         t_min: of these grids but ``"t"``, see :func:`diffpolicy.core.starts.levels`.
+        levels: the levels after the start by hand, strictly descending to 0, in place of such a
+            grid; they say ``num_steps``.
 
     Raises:
         ValueError: an unknown solver, option or spacing, or a value out of range.
@@ -48,10 +51,17 @@ class Sampler:
     spacing: str = one_of(*SPACINGS, default="t")
     options: Mapping[str, Any] = field(default_factory=dict)
     t_min: float | None = ranged("(0, 1)", None)
+    levels: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
         check_range("[1, inf)", num_steps=self.num_steps)  # whatever default a subclass gives it
+        if self.levels is not None:
+            down = tuple(float(v) for v in self.levels)
+            if not down or down[-1] != 0 or any(a <= b for a, b in pairwise(down)):
+                raise ValueError(f"levels must be strictly descending to 0, got {self.levels}")
+            object.__setattr__(self, "levels", down)
+            object.__setattr__(self, "num_steps", len(down))
         self.make()
 
     def make(self, *, deterministic: bool = False) -> Solver:
@@ -84,6 +94,13 @@ class Sampler:
             t = trained_level(process, level)
             start = Start(t, t)
         count = self.num_steps if num_steps is None else num_steps
+        if self.levels is not None and count == self.num_steps:
+            if self.levels[0] >= float(start.t.min()):
+                raise ValueError(
+                    f"levels follow the start, which is at {float(start.t.min()):.4g}; they begin "
+                    f"at {self.levels[0]:.4g}"
+                )
+            return explicit_levels(start, self.levels)
         return levels(start, count, spacing=self.spacing, process=process, t_min=self.t_min)
 
     def draw(

@@ -40,9 +40,13 @@ class PolicySampler(Sampler):
 
     Args:
         guidance_scale: classifier-free guidance; 1 is the conditional model alone.
+        start_seed: the random stream whose first draw every full solve starts from, in place of
+            fresh noise (calibrated start noise, ``diffpolicy autotune start_noise=64``). The policy
+            becomes deterministic by it: one plan for each observation.
     """
 
     guidance_scale: float = 1.0
+    start_seed: int | None = None
 
 
 @named_settings

@@ -55,7 +55,8 @@ class Distillation(Method):
 
     def begin(self, policy: Any) -> Any:
         """The student: a copy of its teacher that draws plans in its own way, from pure noise."""
-        sampler = {**self.student_sampler(), "t_min": None, "guidance_scale": 1.0}
+        own = {"t_min": None, "levels": None, "start_seed": None, "guidance_scale": 1.0}
+        sampler = {**self.student_sampler(), **own}
         sampler = replace(policy.spec.sampler, **sampler)
         spec = replace(policy.spec, sampler=sampler, rti=None, truncated=None)
         if policy.spec.sampler.guidance_scale != 1:  # what guides once must not guide again

@@ -1,0 +1,210 @@
+"""Search for a sampler: levels and weights of a few steps that come closest to many steps.
+
+A sampler of K steps is K - 1 levels between its ends and the weights of its steps
+(:class:`~diffpolicy.core.bespoke.Bespoke`), a handful of numbers. They are fitted to a teacher's
+samples from the same noise: Liu et al. 2024, Unified Sampling Framework (arXiv 2312.07243), search
+order, history and corrector of each step; here these are weights, found by least squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffpolicy.core.bespoke import bespoke_weights
+from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.sampler import Sampler
+from diffpolicy.core.solvers import SOLVERS
+from diffpolicy.core.starts import SPACINGS
+from diffpolicy.core.steps import HISTORY
+from diffpolicy.settings import check_range
+
+Plans = Callable[[Sampler], Tensor]
+
+SWEEPS, FIRST_ROUNDS, ROUNDS = 4, 3, 16
+_STEP = 0.05  # of finite differences, in half log SNR and in weights
+_DAMPINGS = (1e-4, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+
+
+def distances(plans: Tensor, target: Tensor) -> Tensor:
+    """Root mean square difference ``[B]`` of samples ``[B, H, D]``."""
+    return (plans - target).flatten(1).square().mean(1).sqrt()
+
+
+def named_samplers(nfe: int) -> list[Sampler]:
+    """Every deterministic solver with a name, on every kind of grid, with ``nfe`` evaluations."""
+    check_range("[1, inf)", nfe=nfe)
+    further = [
+        ("dpmpp_2m", {"midpoint": False}),
+        ("dpmpp_3m", {"damped": True}),
+        ("deis", {"order": 2}),
+        ("ipndm", {"order": 2}),
+        ("unipc", {"variant": "bh1"}),
+        ("unipc", {"order": 3}),
+    ]
+    found = []
+    for name, options in [*((n, {}) for n in SOLVERS if n not in ("euler", "bespoke")), *further]:
+        sampler = Sampler(solver=name, options=options)
+        steps = [k for k in range(1, nfe + 1) if sampler.make().nfe(k) == nfe]
+        if not sampler.make().stochastic and steps:
+            found += [replace(sampler, spacing=one, num_steps=steps[0]) for one in SPACINGS]
+    return found
+
+
+@dataclass(frozen=True)
+class Space:
+    """Samplers of ``num_steps`` steps from one level, as points: interior levels, then weights.
+
+    A level is said by its half log SNR, ``lambda = log(alpha / sigma)``.
+
+    Args:
+        process: the noise process.
+        t_start: level that sampling begins at.
+        num_steps: K.
+        variance: ``[H][D]``; with it the first step is a teleport, see
+            :class:`~diffpolicy.core.bespoke.Bespoke`.
+    """
+
+    process: GaussianProcess
+    t_start: float
+    num_steps: int
+    variance: Sequence[Sequence[float]] | None = None
+
+    def sizes(self) -> list[int]:
+        """Weights of each step."""
+        return [min(i, HISTORY) for i in range(self.num_steps)]
+
+    def point(self, sampler: Sampler) -> Tensor:
+        """The point of a sampler.
+
+        Raises:
+            ValueError: it is outside the space.
+        """
+        grid = sampler.grid(self.process, self.t_start)
+        given = bespoke_weights(sampler.make(), self.process, grid)
+        weights = [(*w, *[0.0] * (n - len(w))) for w, n in zip(given, self.sizes(), strict=True)]
+        inner = 0.5 * self.process.log_snr(grid[1:-1].flatten(1)[:, 0])
+        flat = torch.tensor([v for step in weights for v in step], dtype=torch.float64)
+        return torch.cat([inner, flat])
+
+    def sampler(self, point: Tensor) -> Sampler | None:
+        """The sampler of a point; None where its levels do not descend."""
+        inner = self.process.t_from_log_snr(2 * point[: self.num_steps - 1])
+        levels = (*inner.tolist(), 0.0)
+        if any(a <= b for a, b in zip((self.t_start, *levels), levels, strict=False)):
+            return None
+        parts = torch.split(point[self.num_steps - 1 :], self.sizes())
+        options: dict[str, Any] = {"weights": [part.tolist() for part in parts]}
+        if self.variance is not None:
+            options["variance"] = self.variance
+        return Sampler(solver="bespoke", levels=levels, options=options)
+
+
+def search(plans: Plans, target: Tensor, space: Space, begin: Sequence[Sampler]) -> Sampler:
+    """The sampler of a space whose samples are nearest to the teacher's.
+
+    Args:
+        plans: the samples ``[B, H, D]`` of a sampler, from the same noise every time.
+        target: the teacher's, from that noise.
+        space: where to search.
+        begin: samplers to begin at; those outside the space are left out. There must be one.
+
+    Returns:
+        The best found: by coordinate descent over the levels, then least squares over levels and
+        weights, and by the latter alone, from every beginning; the best goes on. None of those that
+        it began at is better.
+
+    Example:
+        >>> plans = lambda sampler: sampler.draw(denoiser, start)
+        >>> search(plans, plans(many), Space(process, 1.0, 4), named_samplers(4))
+    """
+    fit, ends = _Fit(space, plans, target), list[tuple[Tensor, float]]()
+    for sampler in begin:
+        try:
+            point = space.point(sampler)
+        except ValueError:  # Heun, or a grid that this process does not have
+            continue
+        cost = fit.cost(point)
+        for first in ((point, cost), fit.coordinates(point, cost)):
+            ends.append(fit.least_squares(*first, FIRST_ROUNDS))
+    point, _ = fit.least_squares(*min(ends, key=lambda end: end[1]), ROUNDS)
+    best = space.sampler(point)
+    assert best is not None  # points outside the space cost more than any within
+    return best
+
+
+@dataclass
+class _Fit:
+    """Mean distance to the teacher as a function of a point, and how it is made less."""
+
+    space: Space
+    plans: Plans
+    target: Tensor
+
+    def residuals(self, point: Tensor) -> Tensor | None:
+        """Differences ``[B, H D]`` to the teacher's samples; None outside the space."""
+        sampler = self.space.sampler(point)
+        if sampler is None:
+            return None
+        return (self.plans(sampler) - self.target).flatten(1).double()
+
+    def cost(self, point: Tensor) -> float:
+        found = self.residuals(point)
+        cost = float("inf") if found is None else float(found.square().mean(1).sqrt().mean())
+        return cost if cost == cost else float("inf")  # weights that overflow
+
+    def coordinates(self, point: Tensor, cost: float) -> tuple[Tensor, float]:
+        """Coordinate descent over the levels, by steps that shrink."""
+        step = 0.6
+        for _ in range(SWEEPS):
+            for i in range(self.space.num_steps - 1):
+                for way in (step, -step):
+                    moved = point.clone()
+                    moved[i] += way
+                    if (new := self.cost(moved)) < cost:
+                        point, cost = moved, new
+                        break
+            step *= 0.6
+        return point, cost
+
+    def least_squares(self, point: Tensor, cost: float, rounds: int) -> tuple[Tensor, float]:
+        """Levenberg and Marquardt's method on all numbers.
+
+        Squares are divided by their pair's distance (iteratively reweighted), so that what falls is
+        the mean distance: a pair that ends in another mode would else decide alone.
+        """
+        for _ in range(rounds if len(point) else 0):
+            here = self.residuals(point)
+            assert here is not None
+            share = 1 / here.square().mean(1).sqrt().clamp_min(0.1 * cost)
+            jacobian = self._jacobian(point, here)
+            normal = torch.einsum("bni,bnj,b->ij", jacobian, jacobian, share)
+            slope = torch.einsum("bni,bn,b->i", jacobian, here, share)
+            scale = torch.diag(normal.diagonal().clamp_min(1e-12))
+            steps = [torch.linalg.solve(normal + by * scale, slope) for by in _DAMPINGS]
+            tried = [(self.cost(point - step), point - step) for step in steps]
+            new, moved = min(tried, key=lambda one: one[0])
+            if new < cost:
+                point = moved
+            if new > 0.995 * cost:
+                return point, min(new, cost)
+            cost = new
+        return point, cost
+
+    def _jacobian(self, point: Tensor, here: Tensor) -> Tensor:
+        """Finite differences ``[B, H D, P]``, downwards where a level has no room above."""
+        columns = []
+        for i in range(len(point)):
+            moved = point.clone()
+            for way in (_STEP, -_STEP, 0.1 * _STEP):
+                moved[i] = point[i] + way
+                if (there := self.residuals(moved)) is not None:
+                    columns.append((there - here) / way)
+                    break
+            else:
+                columns.append(torch.zeros_like(here))
+        return torch.stack(columns, -1)
