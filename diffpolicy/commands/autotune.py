@@ -32,7 +32,7 @@ OPTIONS = {
     "nfe": Option(4, "network evaluations per plan"),
     "data": Option(None, "store of demonstrations; null: the run's own"),
     "episodes": Option(60, "demonstrations used, half for the search and half to judge"),
-    "pairs": Option(256, "observations with noise in each half"),
+    "pairs": Option(128, "observations with noise in each half"),
     "teacher_steps": Option(100, "steps of the teacher, DPM-Solver++ 2M; no more than levels"),
     "start_noise": Option(
         0,
@@ -60,9 +60,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _searched(policy: DiffusionPolicy, data: str, options: dict[str, Any]) -> Derived:
-    from diffpolicy.core.sampler import Sampler
+    from diffpolicy.core.sampler import PriorSampler
 
-    teacher = Sampler(solver="dpmpp_2m", num_steps=options.pop("teacher_steps"))
+    teacher = PriorSampler(solver="dpmpp_2m", num_steps=options.pop("teacher_steps"))
     tuned, report = policy.autotune(data, teacher=teacher, **options)
     print(report.table())
     found = {"nfe": report.nfe, "ratio": round(report.ratio, 3)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from diffpolicy.core.bespoke import bespoke_weights
 from diffpolicy.core.noise import GaussianProcess
-from diffpolicy.core.sampler import Sampler
+from diffpolicy.core.sampler import PriorSampler, Teleport
 from diffpolicy.core.solvers import SOLVERS
 from diffpolicy.core.starts import SPACINGS
 from diffpolicy.core.steps import HISTORY
 from diffpolicy.settings import check_range
 
-Plans = Callable[[Sampler], Tensor]
+Plans = Callable[[PriorSampler], Tensor]
+Rows = tuple[tuple[float, ...], ...]
 
 SWEEPS, FIRST_ROUNDS, ROUNDS = 4, 3, 16
 _STEP = 0.05  # of finite differences, in half log SNR and in weights
@@ -35,7 +37,7 @@ def distances(plans: Tensor, target: Tensor) -> Tensor:
     return (plans - target).flatten(1).square().mean(1).sqrt()
 
 
-def named_samplers(nfe: int) -> list[Sampler]:
+def named_samplers(nfe: int) -> list[PriorSampler]:
     """Every deterministic solver with a name, on every kind of grid, with ``nfe`` evaluations."""
     check_range("[1, inf)", nfe=nfe)
     further = [
@@ -48,7 +50,7 @@ def named_samplers(nfe: int) -> list[Sampler]:
     ]
     found = []
     for name, options in [*((n, {}) for n in SOLVERS if n not in ("euler", "bespoke")), *further]:
-        sampler = Sampler(solver=name, options=options)
+        sampler = PriorSampler(solver=name, options=options)
         steps = [k for k in range(1, nfe + 1) if sampler.make().nfe(k) == nfe]
         if not sampler.make().stochastic and steps:
             found += [replace(sampler, spacing=one, num_steps=steps[0]) for one in SPACINGS]
@@ -57,54 +59,62 @@ def named_samplers(nfe: int) -> list[Sampler]:
 
 @dataclass(frozen=True)
 class Space:
-    """Samplers of ``num_steps`` steps from one level, as points: interior levels, then weights.
+    """Samplers of ``num_steps`` steps from pure noise, as points: levels, then weights.
 
     A level is said by its half log SNR, ``lambda = log(alpha / sigma)``.
 
     Args:
         process: the noise process.
-        t_start: level that sampling begins at.
         num_steps: K.
-        variance: ``[H][D]``; with it the first step is a teleport, see
-            :class:`~diffpolicy.core.bespoke.Bespoke`.
+        moments: mean and variance ``[H][D]`` of samples. With them the first evaluation is below
+            pure noise, where a teleport leads, and its level is part of a point.
     """
 
     process: GaussianProcess
-    t_start: float
     num_steps: int
-    variance: Sequence[Sequence[float]] | None = None
+    moments: tuple[Rows, Rows] | None = None
+
+    @property
+    def inner(self) -> int:
+        """Levels of a point."""
+        return self.num_steps - (self.moments is None)
 
     def sizes(self) -> list[int]:
         """Weights of each step."""
         return [min(i, HISTORY) for i in range(self.num_steps)]
 
-    def point(self, sampler: Sampler) -> Tensor:
-        """The point of a sampler.
+    def point(self, sampler: PriorSampler) -> Tensor:
+        """The point of a sampler; where there are moments, of one that begins just below level 1.
 
         Raises:
             ValueError: it is outside the space.
         """
-        grid = sampler.grid(self.process, self.t_start)
+        grid = sampler.grid(self.process)
         given = bespoke_weights(sampler.make(), self.process, grid)
         weights = [(*w, *[0.0] * (n - len(w))) for w, n in zip(given, self.sizes(), strict=True)]
-        inner = 0.5 * self.process.log_snr(grid[1:-1].flatten(1)[:, 0])
+        levels = grid[-1 - self.inner : -1].flatten(1)[:, 0]
+        if self.moments is not None:
+            levels = torch.cat([levels[:1].clamp(max=0.99), levels[1:]])
         flat = torch.tensor([v for step in weights for v in step], dtype=torch.float64)
-        return torch.cat([inner, flat])
+        return torch.cat([0.5 * self.process.log_snr(levels), flat])
 
-    def sampler(self, point: Tensor) -> Sampler | None:
+    def sampler(self, point: Tensor) -> PriorSampler | None:
         """The sampler of a point; None where its levels do not descend."""
-        inner = self.process.t_from_log_snr(2 * point[: self.num_steps - 1])
-        levels = (*inner.tolist(), 0.0)
-        if any(a <= b for a, b in zip((self.t_start, *levels), levels, strict=False)):
+        levels = [*self.process.t_from_log_snr(2 * point[: self.inner]).tolist(), 0.0]
+        if any(a <= b for a, b in pairwise([1.0, *levels])):
             return None
-        parts = torch.split(point[self.num_steps - 1 :], self.sizes())
-        options: dict[str, Any] = {"weights": [part.tolist() for part in parts]}
-        if self.variance is not None:
-            options["variance"] = self.variance
-        return Sampler(solver="bespoke", levels=levels, options=options)
+        parts = torch.split(point[self.inner :], self.sizes())
+        teleport = None
+        if self.moments is not None:
+            teleport = Teleport(levels.pop(0), *self.moments)
+        options = {"weights": [part.tolist() for part in parts]}
+        how: dict[str, Any] = {"solver": "bespoke", "options": options, "teleport": teleport}
+        return PriorSampler(levels=tuple(levels), **how)
 
 
-def search(plans: Plans, target: Tensor, space: Space, begin: Sequence[Sampler]) -> Sampler:
+def search(
+    plans: Plans, target: Tensor, space: Space, begin: Sequence[PriorSampler]
+) -> PriorSampler:
     """The sampler of a space whose samples are nearest to the teacher's.
 
     Args:
@@ -119,8 +129,8 @@ def search(plans: Plans, target: Tensor, space: Space, begin: Sequence[Sampler])
         it began at is better.
 
     Example:
-        >>> plans = lambda sampler: sampler.draw(denoiser, start)
-        >>> search(plans, plans(many), Space(process, 1.0, 4), named_samplers(4))
+        >>> plans = lambda sampler: sampler.draw(denoiser, sampler.start(process, noise))
+        >>> search(plans, plans(many), Space(process, 4), named_samplers(4))
     """
     fit, ends = _Fit(space, plans, target), list[tuple[Tensor, float]]()
     for sampler in begin:
@@ -161,7 +171,7 @@ class _Fit:
         """Coordinate descent over the levels, by steps that shrink."""
         step = 0.6
         for _ in range(SWEEPS):
-            for i in range(self.space.num_steps - 1):
+            for i in range(self.space.inner):
                 for way in (step, -step):
                     moved = point.clone()
                     moved[i] += way

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from diffpolicy.core.denoiser import Denoised
 from diffpolicy.core.noise import GaussianProcess
-from diffpolicy.core.steps import HISTORY, Memory, Row, Solver, Step, steps_of
+from diffpolicy.core.steps import HISTORY, Memory, Row, Solver, steps_of
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,16 @@ class Bespoke(Solver):
     """
 
     weights: tuple[tuple[float, ...], ...]
-    variance: tuple[tuple[float, ...], ...] | None = None
     name: ClassVar[str] = "bespoke"
 
     def __post_init__(self) -> None:
-        steps = _numbers("weights", "step, such as [[], [-0.5]]", self.weights)
+        try:
+            steps = tuple(tuple(float(w) for w in step) for step in self.weights)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"weights is a list of numbers for each step, such as [[], [-0.5]]; got "
+                f"{self.weights!r}"
+            ) from None
         for i, step in enumerate(steps):
             if len(step) > min(i, HISTORY):
                 raise ValueError(
@@ -56,12 +61,6 @@ class Bespoke(Solver):
                     f"{len(step)} weights: {step}"
                 )
         object.__setattr__(self, "weights", steps)
-        if self.variance is not None:
-            variance = _numbers("variance", "position of a plan", self.variance)
-            sizes = {len(row) for row in variance}
-            if len(sizes) != 1 or min(min(row, default=-1.0) for row in variance) < 0:
-                raise ValueError("variance holds as many numbers for each position, none below 0")
-            object.__setattr__(self, "variance", variance)
 
     def rows(self, process: GaussianProcess, levels: Tensor) -> list[Row]:
         steps = steps_of(process, levels)
@@ -77,31 +76,7 @@ class Bespoke(Solver):
             shares = [1 - sum(weights), *weights]
             a, b = step.freeze(ratio, [gain * share for share in shares])
             rows.append(Row(step.t, a, b))
-        if self.variance is not None:
-            rows[0] = _gaussian(steps[0], torch.tensor(self.variance, dtype=torch.float64))
         return rows
-
-
-def _gaussian(step: Step, variance: Tensor) -> Row:
-    """The step that is exact for independent Gaussians of a variance ``[H, D]``.
-
-    For mean m and variance C, ``V_t = alpha_t^2 C + sigma_t^2`` is that of the state; the ODE keeps
-    ``(x - alpha m) / sqrt(V)``, and the estimate ``m_0 = (sigma_t^2 m + alpha_t C x) / V_t`` is
-    solved for m.
-    """
-    before = step.alpha_t.square() * variance + step.sigma_t.square()
-    after = step.alpha_s.square() * variance + step.sigma_s.square()
-    scale = (after / before).sqrt()
-    of_mean = (step.alpha_s - step.alpha_t * scale) / step.sigma_t.square()
-    return Row(step.t, scale - of_mean * step.alpha_t * variance, (of_mean * before,))
-
-
-def _numbers(name: str, each: str, values: Any) -> tuple[tuple[float, ...], ...]:
-    """Lists of numbers as tuples of floats."""
-    try:
-        return tuple(tuple(float(w) for w in row) for row in values)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is a list of numbers for each {each}; got {values!r}") from None
 
 
 def bespoke_weights(

@@ -54,8 +54,8 @@ class Grid:
     def __init__(self, denoise: BaseDenoiser, solver: Solver, levels: Tensor, like: Tensor) -> None:
         denoise.check_t(levels[0])
         rows = solver.rows(denoise.process, levels)
-        constants = [v for row in rows for v in row.constants()]
-        flat = torch.stack(torch.broadcast_tensors(levels[0], *constants)[1:])
+        shape = levels.shape[1:]
+        flat = torch.stack([v.broadcast_to(shape) for row in rows for v in row.constants()])
         values = iter(flat.to(like.device, like.dtype, non_blocking=True).unbind(0))
         self.rows = [row.with_constants([next(values) for _ in row.constants()]) for row in rows]
         self.denoise = denoise.on_grid(torch.stack([row.t for row in rows]))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.autotune import Space, distances, named_samplers, search
-from diffpolicy.core.sampler import Sampler
+from diffpolicy.core.sampler import PriorSampler
 from diffpolicy.data.observation import take
 from diffpolicy.policies.base import Array, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
@@ -35,24 +35,22 @@ class Measured:
     """Mean distance of a sampler's plans to the teacher's from the same noise.
 
     Attributes:
-        sampler: its settings.
+        sampler: itself.
         train: on the episodes that were searched on; normalised units, root mean square a plan.
         held_out: on the others.
     """
 
-    sampler: dict[str, Any]
+    sampler: PriorSampler
     train: float
     held_out: float
 
     @property
     def name(self) -> str:
         """Solver, options and grid in a few words."""
-        if self.sampler["solver"] == "bespoke":
-            return (
-                "searched, with a teleport" if "variance" in self.sampler["options"] else "searched"
-            )
-        options = "".join(f" {k}={v}" for k, v in self.sampler["options"].items())
-        return f"{self.sampler['solver']}{options}, {self.sampler['spacing']}"
+        if self.sampler.solver == "bespoke":
+            return "searched" + (", with a teleport" if self.sampler.teleport else "")
+        options = "".join(f" {k}={v}" for k, v in self.sampler.options.items())
+        return f"{self.sampler.solver}{options}, {self.sampler.spacing}"
 
 
 @dataclass(frozen=True)
@@ -80,21 +78,20 @@ class AutotuneReport:
 
     Attributes:
         nfe: network evaluations of a plan.
-        teacher: settings of the many steps.
+        teacher: the many steps.
         named: every solver with a name, the nearest to the teacher on held-out episodes first.
         searched: the result of the search.
         pairs: of observation and noise, for the search and for the judgement each.
-        teleport: distance on the searched episodes of the best sampler whose first step is a
-            teleport; it is ``searched`` if that is the least.
+        without_teleport: held-out distance of the best sampler that begins at pure noise.
         start_noise: the calibrated start, if it was asked for.
     """
 
     nfe: int
-    teacher: dict[str, Any]
+    teacher: PriorSampler
     named: tuple[Measured, ...]
     searched: Measured
     pairs: int
-    teleport: float
+    without_teleport: float
     start_noise: StartNoise | None = None
 
     @property
@@ -109,7 +106,7 @@ class AutotuneReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self) | {"kept": self.kept.sampler, "ratio": self.ratio}
+        return asdict(self) | {"kept": self.kept.name, "ratio": self.ratio}
 
     def table(self) -> str:
         """The nearest named solvers and the searched sampler as text, and what was gained."""
@@ -138,8 +135,8 @@ def autotune(
     demos: Demonstrations,
     nfe: int,
     *,
-    teacher: Sampler | None = None,
-    pairs: int = 256,
+    teacher: PriorSampler | None = None,
+    pairs: int = 128,
     start_noise: int = 0,
     seed: int = 0,
 ) -> tuple[PolicySampler, AutotuneReport]:
@@ -173,7 +170,7 @@ def autotune(
             "autotune searches the steps from pure noise, which this policy does not take: its "
             "plans start from guesses (truncated), or are made in one call"
         )
-    many = Sampler(solver="dpmpp_2m", num_steps=100) if teacher is None else teacher
+    many = PriorSampler(solver="dpmpp_2m", num_steps=100) if teacher is None else teacher
     if many.make().stochastic:
         raise ValueError(f"the teacher must not add noise; {many.solver!r} does: use dpmpp_2m")
     order = np.random.default_rng(seed).permutation(len(demos.action))
@@ -183,34 +180,33 @@ def autotune(
     )
     targets = train.plans(many), held_out.plans(many)
 
-    def measured(sampler: Sampler) -> Measured:
+    def measured(sampler: PriorSampler) -> Measured:
         found = (p.plans(sampler) for p in (train, held_out))
         away = (distances(a, b).mean().item() for a, b in zip(found, targets, strict=True))
-        return Measured(asdict(sampler), *away)
+        return Measured(sampler, *away)
 
     named, usable = _named(nfe, measured)
-    # What the first estimate leaves open, for a teleport instead of the first step.
-    spread = (targets[0] - train.plans(Sampler(num_steps=1))).square().mean(0).tolist()
+    moments = (targets[0].mean(0), targets[0].var(0))
+    rows = tuple(tuple(map(tuple, value.tolist())) for value in moments)
     found = []
-    for variance in (None, spread):
-        space = Space(planner.denoiser.process, 1.0, nfe, variance)
+    for given in (None, (rows[0], rows[1])):  # from pure noise, and from where a teleport leads
+        space = Space(planner.denoiser.process, nfe, given)
         found.append(measured(search(train.plans, targets[0], space, usable[:BEGINNINGS])))
     ranked = tuple(sorted(named, key=lambda one: one.held_out))
     searched = min(found, key=lambda one: one.train)
-    report = AutotuneReport(nfe, asdict(many), ranked, searched, pairs, found[1].train)
+    report = AutotuneReport(nfe, many, ranked, searched, pairs, found[0].held_out)
     guidance = planner.spec.sampler.guidance_scale
-    sampler = PolicySampler(**report.kept.sampler, guidance_scale=guidance)
+    sampler = PolicySampler(**vars(report.kept.sampler), guidance_scale=guidance)
     if start_noise:
-        few = Sampler(**report.kept.sampler)
-        noise = _calibrated(train, held_out, many, few, start_noise)
+        noise = _calibrated(train, held_out, many, report.kept.sampler, start_noise)
         report = replace(report, start_noise=noise)
         sampler = replace(sampler, start_seed=noise.seed)
     return sampler, report
 
 
 def _named(
-    nfe: int, measured: Callable[[Sampler], Measured]
-) -> tuple[list[Measured], list[Sampler]]:
+    nfe: int, measured: Callable[[PriorSampler], Measured]
+) -> tuple[list[Measured], list[PriorSampler]]:
     """Solvers with a name that this process can take, the nearest on the searched half first."""
     found = []
     for sampler in named_samplers(nfe):
@@ -257,7 +253,7 @@ class Pairs:
             state = planner.observe(seen, state)
         return cls(planner, planner.encoded_once(state))
 
-    def plans(self, sampler: Sampler, start_seed: int | None = None) -> Tensor:
+    def plans(self, sampler: PriorSampler, start_seed: int | None = None) -> Tensor:
         """Normalised plans ``[count, H, D]``; from one draw of noise for all if that is given."""
         planner, state = self.planner, self.state
         if start_seed is not None:
@@ -275,7 +271,7 @@ class Pairs:
 
 
 def _calibrated(
-    train: Pairs, held_out: Pairs, many: Sampler, few: Sampler, pool: int
+    train: Pairs, held_out: Pairs, many: PriorSampler, few: PriorSampler, pool: int
 ) -> StartNoise:
     """The draw of start noise from which few steps come nearest to many, on average."""
 

@@ -57,6 +57,7 @@ def merged_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
             kept["options"] = {}  # they belong to the old solver
         if any(value.get(n, kept.get(n)) != kept.get(n) for n in _OF_GRID):
             kept.pop("levels", None)  # of another grid
+            kept.pop("teleport", None)
         merged[name] = {**kept, **value}
         if name in ("rti", "truncated"):  # a plan begins in one way or the other
             merged["truncated" if name == "rti" else "rti"] = None

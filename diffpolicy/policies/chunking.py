@@ -167,6 +167,7 @@ def following(loop: PlanLoop, settings: Chunking) -> PlanLoop:
         condition=PrefixCondition(loop.normalizer, told.encoder, told.fields),
         temperature=loop.temperature,
         start_noise=loop.start_noise,
+        teleport=loop.teleport,
     )
 
 

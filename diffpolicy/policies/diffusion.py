@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
-from diffpolicy.core.sampler import Sampler
+from diffpolicy.core.sampler import PriorSampler
 from diffpolicy.core.solvers import make_solver
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.data.normalize import Normalizer
@@ -136,7 +136,7 @@ class DiffusionPlanner(ChunkedPolicy):
         kind: str = "cold",
         *,
         deterministic: bool = False,
-        sampler: Sampler | None = None,
+        sampler: PriorSampler | None = None,
     ) -> PlanLoop:
         """One of the policy's sampling loops, made anew.
 
@@ -152,8 +152,8 @@ class DiffusionPlanner(ChunkedPolicy):
         if kind not in self.kinds:
             raise ValueError(f"this policy runs the loops {self.kinds}, not {kind!r}")
         spec, process = self.spec, self.denoiser.process
+        sampler = spec.sampler if sampler is None else sampler
         if kind == "cold":
-            sampler = spec.sampler if sampler is None else sampler
             grid, start = sampler.grid(process), "prior"
             solver = sampler.make(deterministic=deterministic)
         elif kind == "warm":
@@ -175,9 +175,10 @@ class DiffusionPlanner(ChunkedPolicy):
             condition=self._condition(),
             temperature=noise_factor(spec, kind),
             start_noise=self._start_noise(sampler) if kind == "cold" else None,
+            teleport=sampler.teleport if kind == "cold" else None,
         )
 
-    def _start_noise(self, sampler: Sampler | None) -> Tensor | None:
+    def _start_noise(self, sampler: PriorSampler) -> Tensor | None:
         """The calibrated start noise ``[H, D]`` of a sampler, if it has one."""
         if not isinstance(sampler, PolicySampler) or sampler.start_seed is None:
             return None

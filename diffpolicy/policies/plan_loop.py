@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.noise import AtLevel
+from diffpolicy.core.sampler import Teleport
 from diffpolicy.core.sampling import Trajectory, prepare, sample
 from diffpolicy.core.starts import Start, warm_start
 from diffpolicy.core.steps import Solver
@@ -21,7 +22,7 @@ from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import ObsField, ObsFields, each
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.guidance.pinned import PinCond
-from diffpolicy.settings import check_choice
+from diffpolicy.settings import check_choice, check_shape
 
 
 class Loop(Protocol):
@@ -156,6 +157,7 @@ class PlanLoop(nn.Module):
         temperature: factor of all noise.
         start_noise: standard normal ``[H, D]`` that a prior start always begins with, in place of
             the noise it is given.
+        teleport: where a prior start leads at no cost; its level is the first.
         condition: from raw observations to what the denoiser takes; default :class:`Condition`.
 
     Attributes:
@@ -181,6 +183,7 @@ class PlanLoop(nn.Module):
         condition: Condition | None = None,
         temperature: float = 1.0,
         start_noise: Tensor | None = None,
+        teleport: Teleport | None = None,
     ) -> None:
         super().__init__()
         check_choice("start", start, STARTS)
@@ -199,6 +202,10 @@ class PlanLoop(nn.Module):
             self.noising = AtLevel(denoiser.process, levels[0], like)
         self.nfe = self.grid.nfe
         self.start_noise = None if start_noise is None else start_noise.to(like)
+        self.teleport, self.jump = teleport, None
+        if teleport is not None:
+            check_shape("teleport.mean", (len(teleport.mean), len(teleport.mean[0])), shape[1:])
+            self.jump = [v.to(like) for v in teleport.map(denoiser.process)]
         drawn = start != "given" and start_noise is None
         self.draws = drawn + (self.nfe if self.grid.stochastic else 0)
         self.uses_guess = start != "prior"
@@ -264,6 +271,8 @@ class PlanLoop(nn.Module):
         if self.start == "prior":
             own = self.start_noise  # the same for each row, of which there are as many as guesses
             first = noise[0] if own is None else self.tempered(own).expand(len(guess), -1, -1)
+            if self.jump is not None:
+                return Start(torch.addcmul(self.jump[1], self.jump[0], first), t)
             return Start(self.noising.prior(first), t)
         if self.start == "given":
             return warm_start(self.noising, guess, t, guess, shift=0, renoise=False)

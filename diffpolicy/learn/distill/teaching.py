@@ -55,7 +55,8 @@ class Distillation(Method):
 
     def begin(self, policy: Any) -> Any:
         """The student: a copy of its teacher that draws plans in its own way, from pure noise."""
-        own = {"t_min": None, "levels": None, "start_seed": None, "guidance_scale": 1.0}
+        own = {"t_min": None, "levels": None, "teleport": None, "start_seed": None}
+        own |= {"guidance_scale": 1.0}
         sampler = {**self.student_sampler(), **own}
         sampler = replace(policy.spec.sampler, **sampler)
         spec = replace(policy.spec, sampler=sampler, rti=None, truncated=None)
