@@ -26,6 +26,7 @@ from diffpolicy.policies.changes import check_same_weights
 from diffpolicy.policies.choose_level import choose_level
 from diffpolicy.policies.chunking import Chunking, RealTimeChunking
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.invert import invert, restore
 from diffpolicy.policies.level_report import LevelReport
 from diffpolicy.policies.recorded import demonstrations, observation_step
 from diffpolicy.policies.rti import RTI
@@ -52,6 +53,7 @@ class DiffusionPolicy(DiffusionPlanner):
     """
 
     last_training: TrainResult | None = None
+    invert, restore = invert, restore
 
     @classmethod
     def from_dataset(

@@ -68,13 +68,14 @@ def main(arguments: list[str]) -> None:
             "ratio": report.ratio,
             "search_cpu_s": time.process_time() - began,
         }
-        for way, acting in ways.items():
-            found = successes(acting, settings)
+        found = {way: successes(acting, settings) for way, acting in ways.items()}
+        for way, values in found.items():
             row[way] = {
-                "success": mean_interval(found)[:3],
-                "minus_full": paired_difference(found, reference)[:3],
+                "success": mean_interval(values)[:3],
+                "minus_full": paired_difference(values, reference)[:3],
             }
-            print(nfe, way, row[way], flush=True)
+        row["minus_named"] = paired_difference(found["searched"], found["named"])[:3]
+        print(nfe, row, flush=True)
         table[str(nfe)] = row
         answer = {
             "command": " ".join(["python scripts/autotune_table.py", *arguments]),
