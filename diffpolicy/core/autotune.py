@@ -40,7 +40,7 @@ def distances(plans: Tensor, target: Tensor) -> Tensor:
 def named_samplers(nfe: int) -> list[PriorSampler]:
     """Every deterministic solver with a name, on every kind of grid, with ``nfe`` evaluations."""
     check_range("[1, inf)", nfe=nfe)
-    further = [
+    further: list[tuple[str, dict[str, Any]]] = [
         ("dpmpp_2m", {"midpoint": False}),
         ("dpmpp_3m", {"damped": True}),
         ("deis", {"order": 2}),
@@ -49,7 +49,8 @@ def named_samplers(nfe: int) -> list[PriorSampler]:
         ("unipc", {"order": 3}),
     ]
     found = []
-    for name, options in [*((n, {}) for n in SOLVERS if n not in ("euler", "bespoke")), *further]:
+    plain = [(name, {}) for name in SOLVERS if name not in ("euler", "bespoke")]  # euler is ddim
+    for name, options in [*plain, *further]:
         sampler = PriorSampler(solver=name, options=options)
         steps = [k for k in range(1, nfe + 1) if sampler.make().nfe(k) == nfe]
         if not sampler.make().stochastic and steps:

@@ -55,9 +55,8 @@ class Distillation(Method):
 
     def begin(self, policy: Any) -> Any:
         """The student: a copy of its teacher that draws plans in its own way, from pure noise."""
-        own = {"t_min": None, "levels": None, "teleport": None, "start_seed": None}
-        own |= {"guidance_scale": 1.0}
-        sampler = {**self.student_sampler(), **own}
+        unset = dict.fromkeys(("t_min", "levels", "teleport", "start_seed"))
+        sampler = {**unset, **self.student_sampler(), "guidance_scale": 1.0}
         sampler = replace(policy.spec.sampler, **sampler)
         spec = replace(policy.spec, sampler=sampler, rti=None, truncated=None)
         if policy.spec.sampler.guidance_scale != 1:  # what guides once must not guide again
