@@ -49,6 +49,7 @@ def named_samplers(nfe: int) -> list[PriorSampler]:
         ("unipc", {"order": 3}),
     ]
     found = []
+    plain: list[tuple[str, dict[str, Any]]]
     plain = [(name, {}) for name in SOLVERS if name not in ("euler", "bespoke")]  # euler is ddim
     for name, options in [*plain, *further]:
         sampler = PriorSampler(solver=name, options=options)
