@@ -27,6 +27,7 @@ from diffpolicy.settings import check_range
 Plans = Callable[[PriorSampler], Tensor]
 Rows = tuple[tuple[float, ...], ...]
 
+BEGINNINGS = 3
 SWEEPS, FIRST_ROUNDS, ROUNDS = 4, 3, 16
 _STEP = 0.05  # of finite differences, in half log SNR and in weights
 _DAMPINGS = (1e-4, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -123,12 +124,14 @@ def search(
         plans: the samples ``[B, H, D]`` of a sampler, from the same noise every time.
         target: the teacher's, from that noise.
         space: where to search.
-        begin: samplers to begin at; those outside the space are left out. There must be one.
+        begin: samplers to begin at, the most promising first: the first three in the space are.
 
     Returns:
         The best found: by coordinate descent over the levels, then least squares over levels and
-        weights, and by the latter alone, from every beginning; the best goes on. None of those that
-        it began at is better.
+        weights, and by the latter alone, from every beginning; the best goes on.
+
+    Raises:
+        ValueError: no beginning is in the space.
 
     Example:
         >>> plans = lambda sampler: sampler.draw(denoiser, sampler.start(process, noise))
@@ -140,9 +143,12 @@ def search(
             point = space.point(sampler)
         except ValueError:  # Heun, or a grid that this process does not have
             continue
-        cost = fit.cost(point)
+        if len(ends) == 2 * BEGINNINGS or (cost := fit.cost(point)) == float("inf"):
+            continue
         for first in ((point, cost), fit.coordinates(point, cost)):
             ends.append(fit.least_squares(*first, FIRST_ROUNDS))
+    if not ends:
+        raise ValueError(f"none of the samplers is one of {space.num_steps} steps to begin at")
     point, _ = fit.least_squares(*min(ends, key=lambda end: end[1]), ROUNDS)
     best = space.sampler(point)
     assert best is not None  # points outside the space cost more than any within

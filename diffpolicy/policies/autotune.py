@@ -26,7 +26,6 @@ from diffpolicy.policies.recorded import Demonstrations
 from diffpolicy.policies.spec import PolicySampler
 from diffpolicy.settings import check_range
 
-BEGINNINGS = 3  # named solvers that the search begins at
 NOISE_OBSERVATIONS = 32  # on which a draw of start noise is judged
 
 
@@ -191,7 +190,7 @@ def autotune(
     found = []
     for given in (None, (rows[0], rows[1])):  # from pure noise, and from where a teleport leads
         space = Space(planner.denoiser.process, nfe, given)
-        found.append(measured(search(train.plans, targets[0], space, usable[:BEGINNINGS])))
+        found.append(measured(search(train.plans, targets[0], space, usable)))
     ranked = tuple(sorted(named, key=lambda one: one.held_out))
     searched = min(found, key=lambda one: one.train)
     report = AutotuneReport(nfe, many, ranked, searched, pairs, found[0].held_out)
