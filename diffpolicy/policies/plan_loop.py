@@ -270,7 +270,7 @@ class PlanLoop(nn.Module):
         t = self.levels[0]
         if self.start == "prior":
             own = self.start_noise  # the same for each row, of which there are as many as guesses
-            first = noise[0] if own is None else self.tempered(own).expand(len(guess), -1, -1)
+            first = noise[0] if own is None else self.tempered(own).expand(guess.shape[0], -1, -1)
             if self.jump is not None:
                 return Start(torch.addcmul(self.jump[1], self.jump[0], first), t)
             return Start(self.noising.prior(first), t)
