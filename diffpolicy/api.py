@@ -20,11 +20,13 @@ from diffpolicy.learn.learning import Learning, examples, objective, usable_epis
 from diffpolicy.learn.making import fit_anchors, fitted_spec, read_policy
 from diffpolicy.learn.material import TuningData, tuned
 from diffpolicy.learn.method import Method
+from diffpolicy.policies.autotune import AutotuneReport, autotune
 from diffpolicy.policies.base import Array
 from diffpolicy.policies.changes import check_same_weights
 from diffpolicy.policies.choose_level import choose_level
 from diffpolicy.policies.chunking import Chunking, RealTimeChunking
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.invert import invert, restore
 from diffpolicy.policies.level_report import LevelReport
 from diffpolicy.policies.recorded import demonstrations, observation_step
 from diffpolicy.policies.rti import RTI
@@ -51,6 +53,7 @@ class DiffusionPolicy(DiffusionPlanner):
     """
 
     last_training: TrainResult | None = None
+    invert, restore = invert, restore
 
     @classmethod
     def from_dataset(
@@ -296,6 +299,21 @@ class DiffusionPolicy(DiffusionPlanner):
         report = choose_level(self, demos, settings, seed=seed)
         assert isinstance(report.t_start, float)  # one for all dimensions
         return self.with_settings(truncated=replace(settings, t_start=report.t_start)), report
+
+    def autotune(
+        self, store: Stored, nfe: int, *, episodes: int = 60, seed: int = 0, **settings: Any
+    ) -> tuple[Self, AutotuneReport]:
+        """The policy with a sampler of ``nfe`` evaluations, searched on recorded observations.
+
+        See :func:`diffpolicy.policies.autotune.autotune`, which ``settings`` are of.
+
+        Example:
+            >>> quick, report = policy.autotune("data/demos.zarr", 4)
+            >>> print(report.table())
+        """
+        demos = demonstrations(open_store(store), episodes, seed=seed)
+        sampler, report = autotune(self, demos, nfe, seed=seed, **settings)
+        return self.with_settings(sampler=sampler), report
 
     def with_anchors(
         self, store: Stored, *, truncated: Truncated | None = None, **fit: Any

@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "roll a trained policy out and score it",
     "resume": "continue an interrupted run exactly where it stopped, or train one for longer",
     "rti": "give a policy warm starts (real-time iteration), their level chosen from data",
+    "autotune": "search a sampler of a few evaluations for a policy, from recorded observations",
     "anchors": "give a policy truncated starts from anchors of the demonstrations",
     "data": "make, check, convert or collect episode stores",
     "export": "write a policy as ONNX files with a contract, for deployment",

@@ -113,6 +113,7 @@ SMALL = {
     "resume": [],
     "rti": ["episodes=2", "num_steps=1"],
     "anchors": ["count=4"],
+    "autotune": ["episodes=2", "pairs=8", "teacher_steps=10"],
     "export": [],
     "fetch/push": ["episodes=2", "workers=0"],
     "metaworld/mt10": ["episodes=2", "workers=0"],

@@ -23,7 +23,7 @@ from diffpolicy.core.processes import (
     make_process,
 )
 from diffpolicy.core.reveal import Ancestral, Relaxation, Scheduled, one_by_one, reveal_schedule
-from diffpolicy.core.sampler import Sampler
+from diffpolicy.core.sampler import PriorSampler, Sampler, Teleport
 from diffpolicy.core.sampling import Grid, Trajectory, Transition, prepare, sample
 from diffpolicy.core.solvers import DDIM, DEIS, SOLVERS, DPMSolverPP, Heun, UniPC, make_solver
 from diffpolicy.core.starts import (
@@ -60,12 +60,14 @@ __all__ = [
     "MaskedDenoiser",
     "MaskingProcess",
     "NoiseProcess",
+    "PriorSampler",
     "Ramp",
     "Relaxation",
     "Sampler",
     "Scheduled",
     "Solver",
     "Start",
+    "Teleport",
     "Trajectory",
     "Transition",
     "UniPC",

@@ -175,7 +175,7 @@ def sample(
     with torch.set_grad_enabled(wants_graph):
         films = None if modulations is None else modulations(start.x, cond)
     recompute: Callable[..., Denoised] = checkpointed
-    memory = Memory(start.x, start.x, ())
+    memory = Memory(start.x, start.x if start.before is None else start.before, ())
     transitions: list[Transition] = []
     for i, row in enumerate(grid.rows):
         x = memory.x

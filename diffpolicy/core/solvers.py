@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffpolicy.core.bespoke import Bespoke
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.steps import Row, Solver, Step, orders_of, safe_ratio, steps_of
 from diffpolicy.settings import check_choice, check_known, check_range, setting_names
@@ -385,6 +386,7 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "deis": (DEIS, {}),
     "ipndm": (DEIS, {"mode": "ipndm"}),
     "unipc": (UniPC, {}),
+    "bespoke": (Bespoke, {}),
 }
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from diffpolicy.core.denoiser import Denoised
 from diffpolicy.core.noise import GaussianProcess
 
+HISTORY = 7  # estimates before the newest that a chain remembers
+
 
 class Memory(NamedTuple):
     """What a chain carries from step to step: its state, UniPC's corrected one, old estimates."""
@@ -73,7 +75,7 @@ class Row:
         m = out.x0_hat
         if self.to_eps is not None:
             m = torch.addcmul(self.to_eps[0] * x, self.to_eps[1], m)
-        history = (m, *history[:3])
+        history = (m, *history[:HISTORY])
         y = x if self.c is None else _combine(self.c, y, self.d, history)
         mean = _combine(self.a, y, self.b, history)
         moved = mean if self.g is None or noise is None else torch.addcmul(mean, self.g, noise)

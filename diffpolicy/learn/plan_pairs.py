@@ -69,7 +69,8 @@ class PlanPairs(DrawnPlans):
     def from_config(cls, config: Mapping[str, Any], spec: PolicySpec) -> Self:
         """From plain values.
 
-        What is not given is the policy's sampler's: solver, steps and spacing. Plans are full
+        What is not given is the policy's sampler's: solver, steps and spacing (the defaults where
+        that one was searched: its weights are for levels and a start of its own). Plans are full
         solves from noise, also of a policy that acts from warm starts or anchors.
 
         Raises:
@@ -78,8 +79,9 @@ class PlanPairs(DrawnPlans):
         """
         check_plain(spec)
         given = ("num_steps", "solver", "spacing", "options")
-        values = {name: getattr(spec.sampler, name) for name in given}
-        if config.get("solver", values["solver"]) != values["solver"]:
+        searched = spec.sampler.solver == "bespoke"
+        values = {} if searched else {name: getattr(spec.sampler, name) for name in given}
+        if not searched and config.get("solver", values["solver"]) != values["solver"]:
             values["options"] = {}
         return from_values(cls, {**values, **config}, "plans.")
 

@@ -40,6 +40,9 @@ def check_same_weights(spec: PolicySpec, changes: Mapping[str, Any]) -> None:
         raise ValueError(f"{wrong[0]} belongs to the weights; train a policy with another one")
 
 
+_OF_GRID = ("solver", "num_steps", "spacing", "t_min")
+
+
 def merged_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Stored values with others; groups of settings are merged."""
     merged = dict(config)
@@ -52,6 +55,9 @@ def merged_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
         kept = dict(config.get(name) or {})
         if name == "sampler" and "solver" in value:
             kept["options"] = {}  # they belong to the old solver
+        if any(value.get(n, kept.get(n)) != kept.get(n) for n in _OF_GRID):
+            kept.pop("levels", None)  # of another grid
+            kept.pop("teleport", None)
         merged[name] = {**kept, **value}
         if name in ("rti", "truncated"):  # a plan begins in one way or the other
             merged["truncated" if name == "rti" else "rti"] = None

@@ -166,6 +166,8 @@ def following(loop: PlanLoop, settings: Chunking) -> PlanLoop:
         plan_shape=(*loop.obs_shape, loop.horizon, loop.action_dim),
         condition=PrefixCondition(loop.normalizer, told.encoder, told.fields),
         temperature=loop.temperature,
+        start_noise=loop.start_noise,
+        teleport=loop.teleport,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
+from diffpolicy.core.sampler import PriorSampler
 from diffpolicy.core.solvers import make_solver
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.data.normalize import Normalizer
@@ -28,7 +29,7 @@ from diffpolicy.policies.direct import draws_in_one_call
 from diffpolicy.policies.plan_loop import Condition, Encoded, Loop, PinnedCondition, PlanLoop
 from diffpolicy.policies.planners import check_anchors, guided, noise_factor, with_actions, written
 from diffpolicy.policies.rows import kind_by_kind, row_noise
-from diffpolicy.policies.spec import PolicySpec, check_normalizer
+from diffpolicy.policies.spec import PolicySampler, PolicySpec, check_normalizer
 from diffpolicy.policies.truncated import Candidates, ScoredPlans
 
 
@@ -133,13 +134,20 @@ class DiffusionPlanner(ChunkedPolicy):
             return self.spec.truncated.loops
         return ("cold",) if self.spec.rti is None else ("cold", "warm")
 
-    def loop(self, kind: str = "cold", *, deterministic: bool = False) -> PlanLoop:
+    def loop(
+        self,
+        kind: str = "cold",
+        *,
+        deterministic: bool = False,
+        sampler: PriorSampler | None = None,
+    ) -> PlanLoop:
         """One of the policy's sampling loops, made anew.
 
         Args:
             kind: ``"cold"`` or ``"warm"``; of a truncated policy ``"guesses"``, ``"draft"``,
                 ``"rank"``.
             deterministic: with the noise-free form of the solver.
+            sampler: of a cold loop, in place of the policy's own.
 
         Raises:
             ValueError: a loop that this policy does not run.
@@ -147,9 +155,10 @@ class DiffusionPlanner(ChunkedPolicy):
         if kind not in self.kinds:
             raise ValueError(f"this policy runs the loops {self.kinds}, not {kind!r}")
         spec, process = self.spec, self.denoiser.process
+        sampler = spec.sampler if sampler is None else sampler
         if kind == "cold":
-            grid, start = spec.sampler.grid(process), "prior"
-            solver = spec.sampler.make(deterministic=deterministic)
+            grid, start = sampler.grid(process), "prior"
+            solver = sampler.make(deterministic=deterministic)
         elif kind == "warm":
             assert spec.rti is not None
             grid, start = spec.rti.grid(process), "noised" if spec.rti.renoise else "given"
@@ -168,7 +177,17 @@ class DiffusionPlanner(ChunkedPolicy):
             plan_shape=(self.n_obs_steps, self.obs_dim, self.horizon, self.layout.dim),
             condition=self._condition(),
             temperature=noise_factor(spec, kind),
+            start_noise=self._start_noise(sampler) if kind == "cold" else None,
+            teleport=sampler.teleport if kind == "cold" else None,
         )
+
+    def _start_noise(self, sampler: PriorSampler) -> Tensor | None:
+        """The calibrated start noise ``[H, D]`` of a sampler, if it has one."""
+        if not isinstance(sampler, PolicySampler) or sampler.start_seed is None:
+            return None
+        shape = (self.horizon, self.layout.dim)
+        first = np.array([sampler.start_seed]), np.zeros(1, np.int64)
+        return torch.from_numpy(row_noise(*first, (1, *shape))[0, 0])
 
     def _condition(self) -> Condition:
         if not self.layout.pinned:

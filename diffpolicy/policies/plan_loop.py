@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.noise import AtLevel
+from diffpolicy.core.sampler import Teleport
 from diffpolicy.core.sampling import Trajectory, prepare, sample
 from diffpolicy.core.starts import Start, warm_start
 from diffpolicy.core.steps import Solver
@@ -21,7 +22,7 @@ from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import ObsField, ObsFields, each
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.guidance.pinned import PinCond
-from diffpolicy.settings import check_choice
+from diffpolicy.settings import check_choice, check_shape
 
 
 class Loop(Protocol):
@@ -154,6 +155,9 @@ class PlanLoop(nn.Module):
             noised to the first level (truncated, warm), ``"given"`` from the guess as it is.
         plan_shape: ``(To, O, H, D)``; D = A unless ``condition`` says that plans hold more.
         temperature: factor of all noise.
+        start_noise: standard normal ``[H, D]`` that a prior start always begins with, in place of
+            the noise it is given.
+        teleport: where a prior start leads at no cost; its level is the first.
         condition: from raw observations to what the denoiser takes; default :class:`Condition`.
 
     Attributes:
@@ -178,6 +182,8 @@ class PlanLoop(nn.Module):
         plan_shape: tuple[int, int, int, int],
         condition: Condition | None = None,
         temperature: float = 1.0,
+        start_noise: Tensor | None = None,
+        teleport: Teleport | None = None,
     ) -> None:
         super().__init__()
         check_choice("start", start, STARTS)
@@ -195,7 +201,13 @@ class PlanLoop(nn.Module):
             self.grid = prepare(denoiser, solver, levels, like)
             self.noising = AtLevel(denoiser.process, levels[0], like)
         self.nfe = self.grid.nfe
-        self.draws = (start != "given") + (self.nfe if self.grid.stochastic else 0)
+        self.start_noise = None if start_noise is None else start_noise.to(like)
+        self.teleport, self.jump = teleport, None
+        if teleport is not None:
+            check_shape("teleport.mean", (len(teleport.mean), len(teleport.mean[0])), shape[1:])
+            self.jump = [v.to(like) for v in teleport.map(denoiser.process)]
+        drawn = start != "given" and start_noise is None
+        self.draws = drawn + (self.nfe if self.grid.stochastic else 0)
         self.uses_guess = start != "prior"
 
     @property
@@ -257,7 +269,11 @@ class PlanLoop(nn.Module):
         """The start made of a guess and the first slice of noise."""
         t = self.levels[0]
         if self.start == "prior":
-            return Start(self.noising.prior(noise[0]), t)
+            own = self.start_noise  # the same for each row, of which there are as many as guesses
+            first = noise[0] if own is None else self.tempered(own).expand(guess.shape[0], -1, -1)
+            if self.jump is not None:
+                return Start(torch.addcmul(self.jump[1], self.jump[0], first), t)
+            return Start(self.noising.prior(first), t)
         if self.start == "given":
             return warm_start(self.noising, guess, t, guess, shift=0, renoise=False)
         return warm_start(self.noising, guess, t, noise[0], shift=0)  # shifted by its policy

@@ -87,6 +87,8 @@ def _check_heads(spec: PolicySpec) -> None:
     many = spec.selection is not None and spec.selection.num_candidates > 1
     if many and spec.rti is not None and not spec.rti.renoise:
         raise ValueError("without rti.renoise all warm candidates are the same plan: set it")
+    if many and spec.sampler.start_seed is not None:
+        raise ValueError("with sampler.start_seed all candidates are the same plan: set it to null")
     sources = () if spec.truncated is None else spec.truncated.sources
     written = "autoregressive" in sources
     needs = {

@@ -18,7 +18,7 @@ from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.processes import DiscreteVP
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.core.solvers import DDIM
-from diffpolicy.core.starts import TAILS, Start, check_snapped, explicit_levels, trained_level
+from diffpolicy.core.starts import TAILS, Start, check_snapped
 from diffpolicy.core.steps import Row, Solver
 from diffpolicy.settings import check_range, named_settings, one_of, ranged
 
@@ -32,8 +32,8 @@ class RTI(Sampler):
         t_start: noise level in (0, 1] that the shifted plan is taken to; one for all, or one per
             action dimension (then the network must take levels per dimension).
         num_steps: solver steps from there, usually 1 to 3.
-        levels: the levels after ``t_start`` by hand, strictly descending to 0, in place of an even
-            grid of ``num_steps``.
+        levels: the levels after ``t_start`` by hand, in place of an even grid of ``num_steps``; the
+            nearest that networks are trained on are taken.
         renoise: noise the plan to ``t_start`` (on the marginal of the process); False takes it as
             if it were there already, as published.
         tail: what fills the end of the shifted plan, ``"hold"`` or ``"extrapolate"``.
@@ -52,7 +52,6 @@ class RTI(Sampler):
 
     t_start: float | tuple[float, ...] = field(kw_only=False)
     num_steps: int = 3
-    levels: tuple[float, ...] | None = None
     renoise: bool = True
     tail: str = one_of(*TAILS)
     innovation: float | None = ranged("(0, inf)", None)
@@ -86,11 +85,9 @@ class RTI(Sampler):
         num_steps: int | None = None,
     ) -> Tensor:
         """Host levels ``[K + 1, 1, 1, 1 or A]`` that begin at ``t_start``."""
-        if self.levels is None:
-            first = self.t_start if start is None else start
-            return super().grid(process, first, num_steps=num_steps)
-        t = trained_level(process, torch.tensor(self.t_start, dtype=torch.float64).view(1, 1, -1))
-        return check_snapped(process.snap(explicit_levels(Start(t, t), self.levels)), process)
+        first = self.t_start if start is None else start
+        grid = super().grid(process, first, num_steps=num_steps)
+        return grid if self.levels is None else check_snapped(process.snap(grid), process)
 
 
 @dataclass(frozen=True)

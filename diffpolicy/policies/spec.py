@@ -11,7 +11,7 @@ from torch import nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.processes import explicit_process, make_process
-from diffpolicy.core.sampler import Sampler
+from diffpolicy.core.sampler import PriorSampler, Sampler
 from diffpolicy.data.action_groups import ActionGroup, Representation
 from diffpolicy.data.fields import checked_bounds, inward_bounds
 from diffpolicy.data.normalize import Normalizer
@@ -36,14 +36,18 @@ SIZES = ("horizon", "n_obs_steps", "n_action_steps")
 
 @named_settings
 @dataclass(frozen=True, kw_only=True)
-class PolicySampler(Sampler):
-    """How a policy draws plans from pure noise.
+class PolicySampler(PriorSampler):
+    """How a policy draws plans from pure noise; a :class:`~diffpolicy.core.sampler.PriorSampler`.
 
     Args:
         guidance_scale: classifier-free guidance; 1 is the conditional model alone.
+        start_seed: the random stream whose first draw every full solve starts from, in place of
+            fresh noise (calibrated start noise, ``diffpolicy autotune start_noise=64``). The policy
+            becomes deterministic by it: one plan for each observation.
     """
 
     guidance_scale: float = 1.0
+    start_seed: int | None = None
 
 
 @named_settings

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.noise import GaussianProcess
+from diffpolicy.core.sampler import PriorSampler
 from diffpolicy.core.sampling import Trajectory
 from diffpolicy.core.starts import Ramp, ramp_start, shift_plan
 from diffpolicy.data.normalize import Normalizer
@@ -155,10 +156,16 @@ class StreamingPlanner(DiffusionPlanner):
     def kinds(self) -> tuple[str, ...]:
         return ("cold", "warm")
 
-    def loop(self, kind: str = "cold", *, deterministic: bool = False) -> PlanLoop:
+    def loop(
+        self,
+        kind: str = "cold",
+        *,
+        deterministic: bool = False,
+        sampler: PriorSampler | None = None,
+    ) -> PlanLoop:
         """The full sample (``"cold"``) or the tick (``"warm"``, a :class:`StreamingLoop`)."""
         if kind != "warm":
-            return super().loop(kind, deterministic=deterministic)
+            return super().loop(kind, deterministic=deterministic, sampler=sampler)
         base = super().loop("cold", deterministic=deterministic)
         return StreamingLoop(
             base.denoiser,

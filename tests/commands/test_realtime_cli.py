@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from diffpolicy import RTI, DiffusionPolicy, Gripper, Truncated, cli
 from diffpolicy.data.store import EpisodeStore
+from diffpolicy.runtime.export import export_policy
 
 ENV = "diffpolicy_envs:diffpolicy/PointMazeUMaze-v0"
 
@@ -96,10 +98,33 @@ def test_anchors_choose_their_level_on_request(trained, tmp_path, capsys):
     assert policy.spec.truncated.t_start == result_of(printed)["t_start"]
 
 
+def test_autotune_writes_a_policy_that_is_served_as_any_other(trained, tmp_path, capsys):
+    """Its sampler is stored, exported, and kept by warm starts; another solver replaces it."""
+    run_folder = shutil.copytree(trained / "run", tmp_path / "run")
+    small = ["episodes=4", "pairs=8", "teacher_steps=20", "start_noise=4"]
+    assert run("autotune", str(run_folder), "nfe=2", *small) == 0
+    printed = capsys.readouterr().out
+    assert "deterministic" in printed
+    output = tmp_path / "run_nfe2"
+    report = json.loads((output / "autotune.json").read_text())
+    assert result_of(printed)["ratio"] == pytest.approx(report["ratio"], abs=1e-3)
+    policy = DiffusionPolicy.from_pretrained(output)
+    assert policy.nfe == 2
+    assert policy.spec.sampler.start_seed == report["start_noise"]["seed"]
+    assert run("autotune", str(run_folder), "nfe=2", *small) == 1
+    assert "exists" in capsys.readouterr().err
+    warm = policy.with_settings(rti=RTI(t_start=0.3, num_steps=1))
+    contract = export_policy(warm, tmp_path / "exported").contract
+    assert contract["loops"]["cold"]["draws"] == 0  # the start noise is in the file
+    other = DiffusionPolicy.from_pretrained(output, sampler={"solver": "unipc", "num_steps": 3})
+    assert other.spec.sampler.levels is other.spec.sampler.teleport is None
+    assert other.nfe == 3
+
+
 def test_data_must_be_known(trained, tmp_path, capsys):
     policy = DiffusionPolicy.from_pretrained(trained / "run")
     policy.save(tmp_path / "alone")
-    for command in ("rti", "anchors"):
+    for command in ("rti", "anchors", "autotune"):
         assert run(command, str(tmp_path / "alone"), str(tmp_path / "out")) == 1
         assert "give data=STORE" in capsys.readouterr().err
 

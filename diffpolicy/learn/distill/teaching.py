@@ -70,7 +70,8 @@ class Distillation(Method):
     def begin(self, policy: Any) -> Any:
         """The student: a copy of its teacher that draws plans in its own way, from pure noise."""
         own = self.student_sampler()
-        sampler = {**({"t_min": None} if own else {}), **own, "guidance_scale": 1.0}
+        unset = dict.fromkeys(("t_min", "levels", "teleport", "start_seed")) if own else {}
+        sampler = {**unset, **own, "guidance_scale": 1.0}
         sampler = replace(policy.spec.sampler, **sampler)
         how = {"rti": None, "truncated": None, "trained_steps": self.student_steps}
         spec = replace(policy.spec, sampler=sampler, **how)
