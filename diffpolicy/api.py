@@ -25,6 +25,7 @@ from diffpolicy.policies.changes import check_same_weights
 from diffpolicy.policies.choose_level import choose_level
 from diffpolicy.policies.chunking import Chunking, RealTimeChunking
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.guided import Costs
 from diffpolicy.policies.level_report import LevelReport
 from diffpolicy.policies.recorded import demonstrations, observation_step
 from diffpolicy.policies.rti import RTI
@@ -242,6 +243,19 @@ class DiffusionPolicy(DiffusionPlanner):
         check_same_weights(self.spec, changes)
         spec = replace(self.spec, **changes)
         return type(self)(spec, self.denoiser, self.normalizer, self.anchors, self.heads)
+
+    def with_guidance(self, *costs: Mapping[str, Any], **settings: Any) -> Self:
+        """The same weights, with plans kept from costs that training knew nothing of.
+
+        Args:
+            costs: each ``{"type": ..., settings}``, see :mod:`diffpolicy.guidance.costs`; none:
+                the guidance is taken away.
+            settings: of :class:`~diffpolicy.policies.guided.Costs`.
+
+        Example:
+            >>> low = policy.with_guidance({"type": "limits", "dims": [0], "high": [0.5]})
+        """
+        return self.with_settings(guidance=Costs(costs, **settings) if costs else None)
 
     def choose_rti(
         self,

@@ -5,6 +5,8 @@ Needs torch and numpy alone.
 
 from diffpolicy.guidance.base import Guidance, Wrapper
 from diffpolicy.guidance.cfg import ClassifierFreeGuidance
+from diffpolicy.guidance.cost_guidance import CostCond, CostGuidance
+from diffpolicy.guidance.costs import COSTS, Cost, Dynamics, Limits, Obstacle, Smoothness
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.guidance.particles import (
     PARTICLE_METHODS,
@@ -20,20 +22,28 @@ from diffpolicy.guidance.reward import RewardGuidance
 from diffpolicy.guidance.value import ValueGuidance, head_value
 
 __all__ = [
+    "COSTS",
     "PARTICLE_METHODS",
     "SMC",
     "SVDD",
     "TDS",
     "BestOfN",
     "ClassifierFreeGuidance",
+    "Cost",
+    "CostCond",
+    "CostGuidance",
     "Drawn",
+    "Dynamics",
     "Guidance",
     "Layout",
+    "Limits",
+    "Obstacle",
     "PinCond",
     "Pinned",
     "PrefixCond",
     "PrefixGuidance",
     "RewardGuidance",
+    "Smoothness",
     "ValueGuidance",
     "Wrapper",
     "head_value",

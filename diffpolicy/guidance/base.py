@@ -29,14 +29,14 @@ class Wrapper(BaseDenoiser):
         self.denoiser = denoiser
         self.process = denoiser.process
 
-    def guide(self, run: Run, x_t: Tensor, cond: Any, *constants: Tensor) -> Denoised:
+    def guide(self, run: Run, x_t: Tensor, cond: Any, *constants: Any) -> Denoised:
         """The guided answer at ``x_t``.
 
         Args:
             run: the answer of the denoiser inside for a state, under its part of ``cond``.
             x_t: ``[B, H, D]``.
             cond: what the wrapper was given.
-            constants: those of the level.
+            constants: those of the level, then its host constants.
         """
         raise TypeError(f"{type(self).__name__} must define guide")
 
@@ -52,6 +52,10 @@ class Wrapper(BaseDenoiser):
         """What :meth:`guide` needs of levels ``t``, computed once for a grid."""
         return ()
 
+    def host_constants(self, t: Tensor) -> list[tuple[Any, ...]]:
+        """What :meth:`guide` needs beside them of each level of a host grid ``[R, ...]``."""
+        return [()] * len(t)
+
     def encode(self, obs: Any) -> Tensor:
         return self.denoiser.encode(obs)
 
@@ -64,7 +68,7 @@ class Wrapper(BaseDenoiser):
             out: Denoised = self.denoiser(state, self.inside_levels(t), told)
             return out
 
-        return self.guide(run, x_t, cond, *self.constants(t))
+        return self.guide(run, x_t, cond, *self.constants(t), *self.host_constants(t[None])[0])
 
     def on_grid(self, t: Tensor) -> GridDenoise:
         return _WrapperOnGrid(self, t)
@@ -77,6 +81,7 @@ class _WrapperOnGrid:
         self._wrapper = wrapper
         self._inner = wrapper.denoiser.on_grid(wrapper.inside_levels(t))
         self._columns = [wrapper.placed(c).unbind(0) for c in wrapper.constants(t)]
+        self._host = wrapper.host_constants(t)
 
     def modulations(self, x: Tensor, cond: Any) -> Sequence[Tensor] | None:
         inner: Callable[..., Sequence[Tensor]] | None = getattr(self._inner, "modulations", None)
@@ -89,7 +94,8 @@ class _WrapperOnGrid:
             state, told = self._wrapper.inside(state, cond)
             return self._inner(row, state, told, *extra)
 
-        return self._wrapper.guide(run, x, cond, *(column[row] for column in self._columns))
+        constants = [column[row] for column in self._columns]
+        return self._wrapper.guide(run, x, cond, *constants, *self._host[row])
 
 
 class Guidance(Wrapper):

@@ -24,6 +24,7 @@ from diffpolicy.policies.base import check_horizon
 from diffpolicy.policies.best_of_n import Selection
 from diffpolicy.policies.boundary import Gripper
 from diffpolicy.policies.direct import check_direct, direct_class
+from diffpolicy.policies.guided import Costs
 from diffpolicy.policies.imagined import Imagined, check_imagined
 from diffpolicy.policies.planners import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
@@ -89,6 +90,7 @@ class PolicySpec:
             every position of a plan.
         returns: condition plans on a return; not for layout ``"action"``.
         value_scale: guidance by the gradient of the head ``value``; 0: none.
+        guidance: keep plans from costs; ``None``: there are none.
         temperature: factor of all noise, the prior's and the solver's; low-temperature sampling of
             Decision Diffuser.
         heads: further networks by name, as :func:`diffpolicy.networks.heads.make_head` takes them:
@@ -128,6 +130,7 @@ class PolicySpec:
     constant: tuple[int, ...] = ()
     returns: Returns | None = None
     value_scale: float = 0.0
+    guidance: Costs | None = None
     temperature: float = 1.0
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     selection: Selection | None = None

@@ -26,9 +26,10 @@ ROLL_FROM = 6
 def rolled(loop: nn.Module) -> nn.Module:
     """The loop in its rolled form where that pays, else as it is.
 
-    All but plain loops (a tick of a streaming policy, say) stay as they are.
+    All but plain loops (a tick of a streaming policy, plans under costs) stay as they are.
     """
-    return RolledLoop(loop) if type(loop) is PlanLoop and loop.nfe >= ROLL_FROM else loop
+    alike = type(loop) is PlanLoop and not loop.condition.guided  # costs act in some steps only
+    return RolledLoop(loop) if alike and loop.nfe >= ROLL_FROM else loop
 
 
 class RolledLoop(nn.Module):

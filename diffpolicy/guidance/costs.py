@@ -1,0 +1,398 @@
+"""Costs of plans, ready to be steered by: obstacles, limits, smoothness, consistency with dynamics.
+
+A cost takes plans in physical units and raw observations, so that it can be written down by someone
+who knows the robot and not the network. Those here say their slope in closed form, so that steering
+by them needs no automatic differentiation and goes into compiled loops and exported files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffpolicy.settings import check_choice, check_range
+
+STEPS = ("polyak", "unit", "gradient")
+TINY = 1e-12
+
+
+class Cost(nn.Module):
+    """What is wrong with a plan: 0 or more, the higher the worse.
+
+    A cost of your own defines ``forward`` and is named ``package.module:Class`` in settings; its
+    slope is then found by automatic differentiation, unless it defines :meth:`slope` as well.
+
+    Args:
+        weight: factor of the cost among others that take steps of the same kind.
+        step: how far a plan is moved against the slope g of the cost L, see
+            :class:`~diffpolicy.guidance.cost_guidance.CostGuidance`. ``"polyak"``: ``2 L / |g|^2``,
+            for constraints, whose least value is 0 and which are squares: one step mends a
+            linearised violation, whatever its units. ``"unit"``: g scaled to a root mean square of
+            1, times the noise of the level. ``"gradient"``: g itself, times the variance of the
+            level. Default: the class's.
+
+    Raises:
+        ValueError: a weight that is not positive, or an unknown step.
+
+    Example:
+        >>> class Effort(Cost):
+        ...     def forward(self, plan, obs):
+        ...         return plan.square().sum((1, 2))
+    """
+
+    STEP: ClassVar[str] = "unit"
+
+    def __init__(self, *, weight: float = 1.0, step: str | None = None) -> None:
+        super().__init__()
+        check_range("(0, inf)", weight=weight)
+        self.weight, self.step = float(weight), self.STEP if step is None else step
+        check_choice("step", self.step, STEPS)
+
+    def forward(self, plan: Tensor, obs: Any) -> Tensor:
+        """The cost ``[n]``.
+
+        Args:
+            plan: ``[n, H, D]`` in the units of the data. Entry ``To - 1`` is the current step.
+            obs: raw observations up to the current step ``[n, To, O]``, or such tensors by name.
+        """
+        return self.slope(plan, obs)[0]
+
+    def slope(self, plan: Tensor, obs: Any) -> tuple[Tensor, Tensor]:
+        """The cost ``[n]``, and its slope with respect to the plan ``[n, H, D]``."""
+        if type(self).forward is Cost.forward:
+            raise TypeError(f"{type(self).__name__} must define forward(plan, obs) -> [n]")
+        with torch.enable_grad():
+            at = plan.detach().requires_grad_()
+            cost = self(at, obs)
+            if not isinstance(cost, Tensor) or cost.shape != plan.shape[:1]:
+                got = tuple(cost.shape) if isinstance(cost, Tensor) else type(cost).__name__
+                raise ValueError(f"a cost gives one number per plan, [{len(plan)}]; got {got}")
+            (slope,) = torch.autograd.grad(cost.sum(), at)
+        return cost.detach(), slope
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether its slope is plain arithmetic."""
+        return type(self).slope is not Cost.slope
+
+
+class _OfPositions(Cost):
+    """A cost of the positions that a plan leads through.
+
+    Args:
+        dims: entries of a plan's step: the position itself, or with ``gain`` the move of a step.
+        gain: what an entry of 1 moves the position by in one step, one number or one per entry;
+            positions are then the sum of the moves from the current one on.
+        start: with ``gain``, the entries of the observation that hold the current position.
+        field: the name of the observation that holds it, where observations have names.
+        how: of :class:`Cost`.
+
+    Raises:
+        ValueError: ``gain`` without ``start``, or numbers of entries that differ.
+    """
+
+    STEP = "polyak"
+    gains: Tensor
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        *,
+        gain: float | Sequence[float] | None = None,
+        start: Sequence[int] = (),
+        field: str | None = None,
+        **how: Any,
+    ) -> None:
+        super().__init__(**how)
+        self.dims, self.start, self.field = tuple(dims), tuple(start), field
+        self.moves = gain is not None
+        if not self.dims or (self.moves and len(self.start) != len(self.dims)):
+            raise ValueError(
+                f"positions are the entries dims={list(dims)} of a plan; if these are moves, give "
+                f"gain and one entry of the observation for each in start; got {list(start)}"
+            )
+        gains = torch.tensor(1.0 if gain is None else gain, dtype=torch.float64)
+        self.register_buffer("gains", gains.expand(len(self.dims)).clone(), persistent=False)
+
+    def positions(self, plan: Tensor, obs: Any) -> tuple[Tensor, Tensor]:
+        """Where the plan is now ``[n, d]``, and after each step from now on ``[n, F, d]``."""
+        now = _steps(obs) - 1
+        part = torch.stack([plan[:, now:, dim] for dim in self.dims], -1)
+        if not self.moves:
+            return part[:, 0], part
+        seen = obs[self.field] if isinstance(obs, Mapping) else obs
+        here = torch.stack([seen[:, -1, entry] for entry in self.start], -1).to(part)
+        moves = part * self.gains.to(part)
+        return here, here[:, None] + self._summed(part.shape[1], part) @ moves
+
+    def pulled(self, slope: Tensor, plan: Tensor) -> Tensor:
+        """A slope ``[n, F, d]`` with respect to positions as one with respect to the plan."""
+        if self.moves:  # the transposed sum: a move counts in all later positions
+            slope = self._summed(slope.shape[1], slope).T @ slope * self.gains.to(slope)
+        columns = dict(zip(self.dims, slope.unbind(-1), strict=True))
+        none = torch.zeros_like(slope[..., 0])
+        full = torch.stack([columns.get(i, none) for i in range(plan.shape[-1])], -1)
+        past = torch.zeros_like(plan[:, : plan.shape[1] - slope.shape[1]])
+        return torch.cat([past, full], 1)
+
+    @staticmethod
+    def _summed(count: int, like: Tensor) -> Tensor:
+        return torch.ones(count, count, dtype=like.dtype, device=like.device).tril()
+
+
+class Obstacle(_OfPositions):
+    """Half the squared depth of every position in a sphere or a box, summed over the plan.
+
+    Args:
+        dims: see ``gain``.
+        center: of the obstacle, in the units of positions.
+        radius: of a sphere.
+        half_size: half the edges of a box along the axes, in place of ``radius``.
+        margin: positions are kept this far away.
+        push: ``"normal"``: out of the obstacle the shortest way, the gradient. ``"lateral"``
+            (spheres): sideways, orthogonal to the way from here to the plan's end, on the side
+            where that way passes the center; the gradient projected so that it does not brake
+            (the functional gradient of CHOMP, Zucker et al. 2013, is projected likewise). In front
+            of an obstacle a plan that is only pushed back waits there for ever.
+        gain: plans hold moves, not positions: what an entry of 1 moves by in one step.
+        how: ``start``, ``field`` (see :class:`Limits`), ``weight`` and ``step`` (:class:`Cost`).
+
+    Raises:
+        ValueError: not exactly one of ``radius`` and ``half_size``, or sizes that do not fit.
+
+    Example:
+        >>> Obstacle((0, 1, 2), center=(1.3, 0.7, 0.5), radius=0.05, gain=0.031, start=(0, 1, 2))
+    """
+
+    center: Tensor
+    half_size: Tensor | None
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        *,
+        center: Sequence[float],
+        radius: float | None = None,
+        half_size: Sequence[float] | None = None,
+        margin: float = 0.0,
+        push: str = "normal",
+        gain: float | Sequence[float] | None = None,
+        **how: Any,
+    ) -> None:
+        super().__init__(dims, gain=gain, **how)
+        if (radius is None) == (half_size is None):
+            raise ValueError(
+                "an obstacle is a sphere (radius=R) or a box (half_size=(x, y, z)): one"
+            )
+        for name, given in (("center", center), ("half_size", half_size)):
+            if given is not None and len(given) != len(self.dims):
+                count = len(self.dims)
+                raise ValueError(f"{name} must have {count} numbers, as dims has; got {given}")
+        check_range("[0, inf)", margin=margin)
+        check_range("(0, inf)", radius=radius)
+        check_choice("push", push, ("normal", "lateral"))
+        if push == "lateral" and radius is None:
+            raise ValueError("push='lateral' goes round spheres; give radius in place of half_size")
+        self.push, self.margin, self.radius = push, float(margin), radius
+        self.register_buffer("center", torch.tensor(center, dtype=torch.float64), persistent=False)
+        box = None if half_size is None else torch.tensor(half_size, dtype=torch.float64)
+        self.register_buffer("half_size", box, persistent=False)
+
+    def slope(self, plan: Tensor, obs: Any) -> tuple[Tensor, Tensor]:
+        here, path = self.positions(plan, obs)
+        center = self.center.to(path)
+        if self.push == "lateral":
+            depth, out = self._sideways(here - center, path - center)
+        else:
+            away, out = self._distance(path - center)
+            depth = (self.margin - away).clamp_min(0)
+        return 0.5 * depth.square().sum(1), self.pulled(-depth[..., None] * out, plan)
+
+    def _distance(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Signed distance ``[n, F]`` of positions from the surface, and its gradient."""
+        if self.radius is not None:
+            far = q.norm(dim=-1)
+            return far - self.radius, q / far.clamp_min(TINY)[..., None]
+        assert self.half_size is not None
+        beyond = q.abs() - self.half_size.to(q)  # below 0 on every axis: inside
+        nearest = beyond == beyond.amax(-1, keepdim=True)
+        outside = beyond.clamp_min(0)
+        far = outside.norm(dim=-1)
+        normal = torch.where(far[..., None] > 0, outside / far.clamp_min(TINY)[..., None], nearest)
+        return far + beyond.amax(-1).clamp_max(0), normal * torch.where(q < 0, -1.0, 1.0)
+
+    def _sideways(self, here: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """How far ``[n, F]`` positions must move sideways to be out, and that direction."""
+        assert self.radius is not None
+        way = q[:, -1] - here
+        way = way / way.norm(dim=-1, keepdim=True).clamp_min(TINY)
+        side = here - (here * way).sum(-1, keepdim=True) * way
+        far = side.norm(dim=-1, keepdim=True)
+        # A way through the very center has no side; any direction orthogonal to it will do.
+        axis = (way.abs() == way.abs().amin(-1, keepdim=True)).to(way)
+        other = axis - (axis * way).sum(-1, keepdim=True) * way
+        side = torch.where(far > 1e-6, side, other)
+        side = side / side.norm(dim=-1, keepdim=True).clamp_min(TINY)
+        along = (q * side[:, None]).sum(-1)
+        # Along the side the sphere begins where along^2 + rest^2 = radius^2.
+        room = (self.radius + self.margin) ** 2 - (q.square().sum(-1) - along.square())
+        depth = (room.clamp_min(0).sqrt() - along).clamp_min(0)
+        inside = q.square().sum(-1) < (self.radius + self.margin) ** 2
+        return torch.where(inside, depth, 0.0), side[:, None].expand_as(q)
+
+
+class Limits(_OfPositions):
+    """Half the squared excess over lower and upper bounds, of joints or of a workspace.
+
+    Args:
+        dims: entries of a plan's step that are bounded; with ``gain`` their running sum is.
+        low: one bound for each of ``dims``, in data units; ``None``: none.
+        high: likewise.
+        gain: plans hold moves: what an entry of 1 moves by in one step.
+        how: ``start``, the entries of the observation that hold the current position, and
+            ``field``, its name, both for ``gain``; ``weight`` and ``step`` of :class:`Cost`.
+
+    Raises:
+        ValueError: no bound, or one that does not fit ``dims``.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        *,
+        low: Sequence[float] | None = None,
+        high: Sequence[float] | None = None,
+        gain: float | Sequence[float] | None = None,
+        **how: Any,
+    ) -> None:
+        super().__init__(dims, gain=gain, **how)
+        bounds = {"low": (low, -torch.inf), "high": (high, torch.inf)}
+        if low is None and high is None:
+            raise ValueError("limits need low, high or both, one number for each of dims")
+        for name, (given, none) in bounds.items():
+            values = [none] * len(self.dims) if given is None else list(given)
+            if len(values) != len(self.dims):
+                count = len(self.dims)
+                raise ValueError(f"{name} must have {count} numbers, as dims has; got {given}")
+            bound = torch.tensor(values, dtype=torch.float64)
+            self.register_buffer(name, bound, persistent=False)
+
+    def slope(self, plan: Tensor, obs: Any) -> tuple[Tensor, Tensor]:
+        _, path = self.positions(plan, obs)
+        over = (path - self.high.to(path)).clamp_min(0) - (self.low.to(path) - path).clamp_min(0)
+        return 0.5 * over.square().sum((1, 2)), self.pulled(over, plan)
+
+
+class Smoothness(Cost):
+    """How much a plan changes from step to step, from the current one on.
+
+    Args:
+        dims: entries of a plan's step that are to be smooth; empty: all.
+        order: of the differences: 1 changes of the entries, 2 changes of these.
+        kind: ``"squared"``: half the sum of their squares; ``"tv"``: the total variation, the sum
+            of their absolute values (rounded off below ``corner``), which leaves a few large jumps.
+        corner: in data units.
+        how: ``weight`` and ``step`` of :class:`Cost`.
+
+    Raises:
+        ValueError: an unknown kind or values out of range.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (),
+        *,
+        order: int = 1,
+        kind: str = "squared",
+        corner: float = 1e-3,
+        **how: Any,
+    ) -> None:
+        super().__init__(**how)
+        check_range("[1, inf)", order=order)
+        check_range("(0, inf)", corner=corner)
+        check_choice("kind of smoothness", kind, ("squared", "tv"))
+        self.dims, self.order, self.kind, self.corner = tuple(dims), order, kind, float(corner)
+
+    def slope(self, plan: Tensor, obs: Any) -> tuple[Tensor, Tensor]:
+        now, horizon = _steps(obs) - 1, plan.shape[1]
+        differences = torch.eye(horizon, dtype=plan.dtype, device=plan.device)[now:]
+        for _ in range(self.order):
+            differences = differences[1:] - differences[:-1]
+        change = differences @ plan
+        if self.dims:
+            kept = [float(i in self.dims) for i in range(plan.shape[-1])]
+            change = change * torch.tensor(kept, dtype=plan.dtype, device=plan.device)
+        if self.kind == "squared":
+            return 0.5 * change.square().sum((1, 2)), differences.T @ change
+        size = (change.square() + self.corner**2).sqrt()
+        return (size - self.corner).sum((1, 2)), differences.T @ (change / size)
+
+
+class Dynamics(Cost):
+    """Half the squared residual of ``state[h + 1] = state[h] + gain action[h]``, of whole plans.
+
+    For plans that hold both, observations and actions, and must not promise what the actions do not
+    do; a model of another form is a cost of your own.
+
+    Args:
+        state: entries of a plan's step that are the state.
+        action: one entry for each, the action that moves it.
+        gain: what an action of 1 moves the state by in one step, one number or one per entry.
+        how: ``weight`` and ``step`` of :class:`Cost`.
+
+    Raises:
+        ValueError: numbers of entries that differ.
+    """
+
+    STEP = "polyak"
+    gains: Tensor
+
+    def __init__(
+        self,
+        state: Sequence[int],
+        action: Sequence[int],
+        *,
+        gain: float | Sequence[float],
+        **how: Any,
+    ) -> None:
+        super().__init__(**how)
+        if not state or len(state) != len(action):
+            got = f"{list(state)} and {list(action)}"
+            raise ValueError(f"dynamics need one entry of action for each of state; got {got}")
+        self.state, self.action = tuple(state), tuple(action)
+        gains = torch.tensor(gain, dtype=torch.float64).expand(len(self.state)).clone()
+        self.register_buffer("gains", gains, persistent=False)
+
+    def slope(self, plan: Tensor, obs: Any) -> tuple[Tensor, Tensor]:
+        state = torch.stack([plan[..., i] for i in self.state], -1)
+        action = torch.stack([plan[..., i] for i in self.action], -1)
+        gains = self.gains.to(plan)
+        residual = state[:, 1:] - state[:, :-1] - gains * action[:, :-1]
+        none = torch.zeros_like(residual[:, :1])
+        later, earlier = torch.cat([none, residual], 1), torch.cat([residual, none], 1)
+        zeros = torch.zeros_like(plan[..., 0])
+        columns = dict(zip(self.state, (later - earlier).unbind(-1), strict=True))
+        for i, moved in zip(self.action, (-gains * earlier).unbind(-1), strict=True):
+            columns[i] = columns.get(i, zeros) + moved
+        slope = torch.stack([columns.get(i, zeros) for i in range(plan.shape[-1])], -1)
+        return 0.5 * residual.square().sum((1, 2)), slope
+
+
+def _steps(obs: Any) -> int:
+    """To of raw observations ``[n, To, ...]``, one or by name."""
+    array = next(iter(obs.values())) if isinstance(obs, Mapping) else obs
+    return int(array.shape[1])
+
+
+COSTS: Mapping[str, type[Cost]] = {
+    "obstacle": Obstacle,
+    "limits": Limits,
+    "smoothness": Smoothness,
+    "dynamics": Dynamics,
+}
