@@ -71,17 +71,25 @@ class Wrapper(BaseDenoiser):
         return self.guide(run, x_t, cond, *self.constants(t), *self.host_constants(t[None])[0])
 
     def on_grid(self, t: Tensor) -> GridDenoise:
-        return _WrapperOnGrid(self, t)
+        return WrapperOnGrid(self, t)
 
 
-class _WrapperOnGrid:
-    """A wrapper at the levels of a grid; precomputed modulations pass through."""
+class WrapperOnGrid:
+    """A wrapper at the levels of a grid; precomputed modulations pass through.
+
+    Attributes:
+        alike: all levels have the same arithmetic, with other constants.
+    """
+
+    alike = True
 
     def __init__(self, wrapper: Wrapper, t: Tensor) -> None:
         self._wrapper = wrapper
         self._inner = wrapper.denoiser.on_grid(wrapper.inside_levels(t))
         self._columns = [wrapper.placed(c).unbind(0) for c in wrapper.constants(t)]
         self._host = wrapper.host_constants(t)
+        self.alike = type(self).alike and getattr(self._inner, "alike", True)
+        self.alike &= all(host == self._host[0] for host in self._host)
 
     def modulations(self, x: Tensor, cond: Any) -> Sequence[Tensor] | None:
         inner: Callable[..., Sequence[Tensor]] | None = getattr(self._inner, "modulations", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,10 @@ from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import each, zeros
 from diffpolicy.guidance.cost_guidance import COST_MODES, CostGuidance
 from diffpolicy.guidance.costs import COSTS, Cost
-from diffpolicy.networks.registry import construct
+from diffpolicy.networks.registry import class_of, construct
 from diffpolicy.policies.base import Array
 from diffpolicy.policies.boundary import now_of
-from diffpolicy.settings import check_settings, named_settings, one_of, ranged
+from diffpolicy.settings import check_known, check_settings, named_settings, one_of, ranged
 
 if TYPE_CHECKING:
     from diffpolicy.policies.diffusion import DiffusionPlanner
@@ -74,6 +75,11 @@ class Costs:
             raise ValueError(
                 "guidance needs costs, such as costs=[{type: limits, dims: [0], high: [0.5]}]"
             )
+        for config in self.costs:
+            kind = class_of(COSTS, config.get("type"), "cost type", Cost)
+            bases = (base for base in kind.__mro__ if issubclass(base, Cost))
+            known = {name for base in bases for name in inspect.signature(base).parameters}
+            check_known(set(config) - {"type"}, sorted(known - {"how"}), f"cost {config['type']!r}")
         return [construct(COSTS, config, "cost", Cost) for config in self.costs]
 
     @property

@@ -29,7 +29,7 @@ from diffpolicy.policies.imagined import Imagined, check_imagined
 from diffpolicy.policies.planners import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.truncated import Truncated
-from diffpolicy.settings import check_range, check_shape, from_values, named_settings
+from diffpolicy.settings import check_range, check_shape, from_values, named_settings, ranged
 
 SIZES = ("horizon", "n_obs_steps", "n_action_steps")
 
@@ -41,9 +41,11 @@ class PolicySampler(Sampler):
 
     Args:
         guidance_scale: classifier-free guidance; 1 is the conditional model alone.
+        guidance_t_min: at this level and below, the conditional model is asked alone.
     """
 
     guidance_scale: float = 1.0
+    guidance_t_min: float = ranged("[0, 1]", 0.0)
 
 
 @named_settings

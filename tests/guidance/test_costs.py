@@ -18,7 +18,7 @@ COSTS = {
         (0, 1, 2), center=(0.2, -0.1, 0.4), half_size=(0.6, 0.9, 0.7), margin=0.2, **MOVES
     ),
     "limits": Limits((3, 1), low=(-0.3, -0.2), high=(0.5, 0.1)),
-    "limits of moves": Limits((0, 1, 2), high=(0.5, 0.1, 0.2), gain=(0.2, 0.3, 0.4), start=(0, 1, 2)),
+    "limits of moves": Limits((0, 1), high=(0.5, 0.1), gain=(0.2, 0.3), start=(0, 2)),
     "smooth": Smoothness((0, 3), order=2),
     "total variation": Smoothness(kind="tv", corner=0.05),
     "dynamics": Dynamics((0, 1), (2, 3), gain=(0.3, 0.7)),
