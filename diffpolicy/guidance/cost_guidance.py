@@ -155,21 +155,29 @@ class CostGuidance(Wrapper):
             out = run(x_t)
             for _ in range(moves):
                 out = self._moved(out, cond.obs, lengths)
-        whole = [torch.ones_like(lengths[0]), *lengths[1:]]
         for _ in range(projections):
-            out = self._moved(out, cond.obs, whole, only="polyak")
+            out = self._moved(out, cond.obs, lengths, project=True)
         return out
 
-    def sloped(self, x0_hat: Tensor, obs: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """Weighted costs ``[B]`` and slopes ``[B, H, D]`` of normalised plans, by kind of step."""
+    def sloped(
+        self, x0_hat: Tensor, obs: Any, only: str | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Weighted costs ``[B]`` and slopes ``[B, H, D]`` of normalised plans, by kind of step.
+
+        ``only`` one kind, if given.
+        """
         raw, found = self.physical.raw(x0_hat, obs), {}
         for cost in self.costs:
             assert isinstance(cost, Cost)
-            value, slope = cost.slope(raw, obs)
-            value, slope = cost.weight * value, cost.weight * slope
+            if only not in (None, cost.step):
+                continue
+            part = cost.slope(raw, obs)
+            if cost.weight != 1:
+                part = cost.weight * part[0], cost.weight * part[1]
             if cost.step in found:
-                value, slope = value + found[cost.step][0], slope + found[cost.step][1]
-            found[cost.step] = value, slope
+                value, slope = found[cost.step]
+                part = value + part[0], slope + part[1]
+            found[cost.step] = part
         pulled = {
             step: (value, self.physical.pulled(slope, x0_hat, obs))
             for step, (value, slope) in found.items()
@@ -179,9 +187,10 @@ class CostGuidance(Wrapper):
         return {s: (v, torch.where(self.free, slope, 0.0)) for s, (v, slope) in pulled.items()}
 
     def _moved(
-        self, out: Denoised, obs: Any, lengths: Sequence[Tensor], only: str | None = None
+        self, out: Denoised, obs: Any, lengths: Sequence[Tensor], *, project: bool = False
     ) -> Denoised:
-        return self._against(out, self.sloped(out.x0_hat, obs), lambda g: g, lengths, only)
+        slopes = self.sloped(out.x0_hat, obs, only="polyak" if project else None)
+        return self._against(out, slopes, lambda g: g, lengths, project=project)
 
     def _against(
         self,
@@ -189,23 +198,22 @@ class CostGuidance(Wrapper):
         slopes: dict[str, tuple[Tensor, Tensor]],
         direction: Callable[[Tensor], Tensor],
         lengths: Sequence[Tensor],
-        only: str | None = None,
+        *,
+        project: bool = False,
     ) -> Denoised:
         scale, spread, gain = lengths
         x0_hat = out.x0_hat
         for step, (value, slope) in slopes.items():
-            if only not in (None, step):
-                continue
-            d = direction(slope)
-            length = gain
+            d, length = direction(slope), gain
             if step == "polyak":
                 along = (slope * d).sum((1, 2))
-                # 0 / 0 where nothing is violated; a direction that climbs is not taken.
-                length = torch.where(along > TINY, 2 * value / along.clamp_min(TINY), 0.0)
+                length = 2 * value / along.clamp_min(TINY)  # where nothing is violated: 0 / TINY
+                if self.mode == "network":  # a direction that climbs is not taken
+                    length = torch.where(along > TINY, length, 0.0)
                 length = length[:, None, None]
             elif step == "unit":
                 length = spread / d.square().mean((1, 2), keepdim=True).sqrt().clamp_min(TINY)
-            x0_hat = x0_hat - scale * length * d
+            x0_hat = torch.addcmul(x0_hat, length if project else scale * length, d, value=-1)
         return Denoised(x0_hat.clamp(-1, 1) if self.clip else x0_hat, out.aux)
 
     def _through(

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from diffpolicy.settings import check_choice, check_range
 
@@ -50,6 +51,11 @@ class Cost(nn.Module):
         check_range("(0, inf)", weight=weight)
         self.weight, self.step = float(weight), self.STEP if step is None else step
         check_choice("step", self.step, STEPS)
+
+    def _keep(self, name: str, numbers: Any) -> None:
+        """Constants that go where the weights go."""
+        value = None if numbers is None else torch.tensor(numbers, dtype=torch.float64)
+        self.register_buffer(name, value, persistent=False)
 
     def forward(self, plan: Tensor, obs: Any) -> Tensor:
         """The cost ``[n]``.
@@ -95,7 +101,6 @@ class _OfPositions(Cost):
     """
 
     STEP = "polyak"
-    gains: Tensor
 
     def __init__(
         self,
@@ -114,33 +119,40 @@ class _OfPositions(Cost):
                 f"positions are the entries dims={list(dims)} of a plan; if these are moves, give "
                 f"gain and one entry of the observation for each in start; got {list(start)}"
             )
-        gains = torch.tensor(1.0 if gain is None else gain, dtype=torch.float64)
-        self.register_buffer("gains", gains.expand(len(self.dims)).clone(), persistent=False)
+        self.gains = torch.tensor(1.0 if gain is None else gain).expand(len(self.dims))
+        self._made: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def positions(self, plan: Tensor, obs: Any) -> tuple[Tensor, Tensor]:
         """Where the plan is now ``[n, d]``, and after each step from now on ``[n, F, d]``."""
-        now = _steps(obs) - 1
-        part = torch.stack([plan[:, now:, dim] for dim in self.dims], -1)
+        sums, picks = self._maps(plan, _steps(obs) - 1)
+        path = sums @ (plan @ picks)
         if not self.moves:
-            return part[:, 0], part
+            return path[:, 0], path
         seen = obs[self.field] if isinstance(obs, Mapping) else obs
-        here = torch.stack([seen[:, -1, entry] for entry in self.start], -1).to(part)
-        moves = part * self.gains.to(part)
-        return here, here[:, None] + self._summed(part.shape[1], part) @ moves
+        here = _entries(seen[:, -1], self.start).to(path)
+        return here, path + here[:, None]
 
     def pulled(self, slope: Tensor, plan: Tensor) -> Tensor:
         """A slope ``[n, F, d]`` with respect to positions as one with respect to the plan."""
-        if self.moves:  # the transposed sum: a move counts in all later positions
-            slope = self._summed(slope.shape[1], slope).T @ slope * self.gains.to(slope)
-        columns = dict(zip(self.dims, slope.unbind(-1), strict=True))
-        none = torch.zeros_like(slope[..., 0])
-        full = torch.stack([columns.get(i, none) for i in range(plan.shape[-1])], -1)
-        past = torch.zeros_like(plan[:, : plan.shape[1] - slope.shape[1]])
-        return torch.cat([past, full], 1)
+        sums, picks = self._maps(plan, plan.shape[1] - slope.shape[1])
+        return sums.T @ (slope @ picks.T)  # a move counts in all later positions
 
-    @staticmethod
-    def _summed(count: int, like: Tensor) -> Tensor:
-        return torch.ones(count, count, dtype=like.dtype, device=like.device).tril()
+    def _maps(self, plan: Tensor, now: int) -> tuple[Tensor, Tensor]:
+        """Matrices ``[F, H]`` over steps and ``[D, d]`` over entries: positions are both applied.
+
+        Kept, because a loop asks for them in every step.
+        """
+        key = (*plan.shape[1:], now, plan.dtype, plan.device)
+        if key not in self._made:
+            horizon, entries = plan.shape[1:]
+            if max(self.dims) >= entries:
+                raise IndexError(f"dims={list(self.dims)} of plans of {entries} entries")
+            sums = torch.ones(horizon, horizon).tril() if self.moves else torch.eye(horizon)
+            sums[:, :now] = 0  # what is past moves nothing
+            picks = torch.zeros(entries, len(self.dims))
+            picks[list(self.dims), range(len(self.dims))] = self.gains
+            self._made[key] = sums[now:].to(plan), picks.to(plan)
+        return self._made[key]
 
 
 class Obstacle(_OfPositions):
@@ -197,9 +209,12 @@ class Obstacle(_OfPositions):
         if push == "lateral" and radius is None:
             raise ValueError("push='lateral' goes round spheres; give radius in place of half_size")
         self.push, self.margin, self.radius = push, float(margin), radius
-        self.register_buffer("center", torch.tensor(center, dtype=torch.float64), persistent=False)
-        box = None if half_size is None else torch.tensor(half_size, dtype=torch.float64)
-        self.register_buffer("half_size", box, persistent=False)
+        if radius is not None and push == "lateral":
+            # A way through the very center has no side: no way is.
+            odd = (0.53, 0.31, 0.79)
+            center = [x + 1e-4 * radius * odd[i % 3] for i, x in enumerate(center)]
+        self._keep("center", center)
+        self._keep("half_size", half_size)
 
     def slope(self, plan: Tensor, obs: Any) -> tuple[Tensor, Tensor]:
         here, path = self.positions(plan, obs)
@@ -227,21 +242,13 @@ class Obstacle(_OfPositions):
     def _sideways(self, here: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """How far ``[n, F]`` positions must move sideways to be out, and that direction."""
         assert self.radius is not None
-        way = q[:, -1] - here
-        way = way / way.norm(dim=-1, keepdim=True).clamp_min(TINY)
-        side = here - (here * way).sum(-1, keepdim=True) * way
-        far = side.norm(dim=-1, keepdim=True)
-        # A way through the very center has no side; any direction orthogonal to it will do.
-        axis = (way.abs() == way.abs().amin(-1, keepdim=True)).to(way)
-        other = axis - (axis * way).sum(-1, keepdim=True) * way
-        side = torch.where(far > 1e-6, side, other)
-        side = side / side.norm(dim=-1, keepdim=True).clamp_min(TINY)
-        along = (q * side[:, None]).sum(-1)
+        reach = (self.radius + self.margin) ** 2
+        way = normalize(q[:, -1] - here, dim=-1)
+        side = normalize(here - (here * way).sum(-1, keepdim=True) * way, dim=-1)[:, None]
+        along, far = (q * side).sum(-1), q.square().sum(-1)
         # Along the side the sphere begins where along^2 + rest^2 = radius^2.
-        room = (self.radius + self.margin) ** 2 - (q.square().sum(-1) - along.square())
-        depth = (room.clamp_min(0).sqrt() - along).clamp_min(0)
-        inside = q.square().sum(-1) < (self.radius + self.margin) ** 2
-        return torch.where(inside, depth, 0.0), side[:, None].expand_as(q)
+        depth = (reach - far + along.square()).clamp_min(0).sqrt() - along
+        return depth * (far < reach), side
 
 
 class Limits(_OfPositions):
@@ -272,20 +279,18 @@ class Limits(_OfPositions):
         **how: Any,
     ) -> None:
         super().__init__(dims, gain=gain, **how)
-        bounds = {"low": (low, -torch.inf), "high": (high, torch.inf)}
         if low is None and high is None:
             raise ValueError("limits need low, high or both, one number for each of dims")
-        for name, (given, none) in bounds.items():
-            values = [none] * len(self.dims) if given is None else list(given)
-            if len(values) != len(self.dims):
-                count = len(self.dims)
+        count = len(self.dims)
+        for name, given in (("low", low), ("high", high)):
+            if given is not None and len(given) != count:
                 raise ValueError(f"{name} must have {count} numbers, as dims has; got {given}")
-            bound = torch.tensor(values, dtype=torch.float64)
-            self.register_buffer(name, bound, persistent=False)
+        self._keep("low", [-torch.inf] * count if low is None else low)
+        self._keep("high", [torch.inf] * count if high is None else high)
 
     def slope(self, plan: Tensor, obs: Any) -> tuple[Tensor, Tensor]:
         _, path = self.positions(plan, obs)
-        over = (path - self.high.to(path)).clamp_min(0) - (self.low.to(path) - path).clamp_min(0)
+        over = path - path.clamp(self.low.to(path), self.high.to(path))
         return 0.5 * over.square().sum((1, 2)), self.pulled(over, plan)
 
 
@@ -366,12 +371,10 @@ class Dynamics(Cost):
             got = f"{list(state)} and {list(action)}"
             raise ValueError(f"dynamics need one entry of action for each of state; got {got}")
         self.state, self.action = tuple(state), tuple(action)
-        gains = torch.tensor(gain, dtype=torch.float64).expand(len(self.state)).clone()
-        self.register_buffer("gains", gains, persistent=False)
+        self._keep("gains", gain)
 
     def slope(self, plan: Tensor, obs: Any) -> tuple[Tensor, Tensor]:
-        state = torch.stack([plan[..., i] for i in self.state], -1)
-        action = torch.stack([plan[..., i] for i in self.action], -1)
+        state, action = _entries(plan, self.state), _entries(plan, self.action)
         gains = self.gains.to(plan)
         residual = state[:, 1:] - state[:, :-1] - gains * action[:, :-1]
         none = torch.zeros_like(residual[:, :1])
@@ -382,6 +385,13 @@ class Dynamics(Cost):
             columns[i] = columns.get(i, zeros) + moved
         slope = torch.stack([columns.get(i, zeros) for i in range(plan.shape[-1])], -1)
         return 0.5 * residual.square().sum((1, 2)), slope
+
+
+def _entries(values: Tensor, which: Sequence[int]) -> Tensor:
+    """``values[..., which]``; a list as index would be copied to the device in every call."""
+    if list(which) == list(range(which[0], which[-1] + 1)):
+        return values[..., which[0] : which[-1] + 1]
+    return torch.stack([values[..., entry] for entry in which], -1)
 
 
 def _steps(obs: Any) -> int:

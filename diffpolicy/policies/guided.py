@@ -154,9 +154,10 @@ def kept_from_costs(planner: DiffusionPlanner, denoiser: BaseDenoiser) -> CostGu
     """A policy's denoiser, with its other guidance, under the costs of ``spec.guidance``."""
     spec, settings = planner.spec, planner.spec.guidance
     assert settings is not None
+    like = next(planner.denoiser.parameters())
     guidance = CostGuidance(
         denoiser,
-        [cost.to(planner.device) for cost in settings.make()],
+        [cost.to(like.device, like.dtype) for cost in settings.make()],
         PhysicalPlans(spec, planner.normalizer, planner.device),
         scale=settings.scale,
         mode=settings.mode,
