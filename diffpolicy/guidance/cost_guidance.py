@@ -166,7 +166,8 @@ class CostGuidance(Wrapper):
 
         ``only`` one kind, if given.
         """
-        raw, found = self.physical.raw(x0_hat, obs), {}
+        raw = self.physical.raw(x0_hat, obs)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
         for cost in self.costs:
             assert isinstance(cost, Cost)
             if only not in (None, cost.step):

@@ -18,6 +18,7 @@ from diffpolicy.settings import check_choice, check_range
 
 STEPS = ("polyak", "unit", "gradient")
 TINY = 1e-12
+RIM = 0.02  # of a sphere's radius: how far plans that are pushed sideways may stay inside it
 
 
 class Cost(nn.Module):
@@ -134,7 +135,7 @@ class _OfPositions(Cost):
 
     def pulled(self, slope: Tensor, plan: Tensor) -> Tensor:
         """A slope ``[n, F, d]`` with respect to positions as one with respect to the plan."""
-        sums, picks = self._maps(plan, plan.shape[1] - slope.shape[1])
+        sums, picks = self._maps(plan, int(plan.shape[1]) - int(slope.shape[1]))
         return sums.T @ (slope @ picks.T)  # a move counts in all later positions
 
     def _maps(self, plan: Tensor, now: int) -> tuple[Tensor, Tensor]:
@@ -142,9 +143,9 @@ class _OfPositions(Cost):
 
         Kept, because a loop asks for them in every step.
         """
-        key = (*plan.shape[1:], now, plan.dtype, plan.device)
+        horizon, entries = int(plan.shape[1]), int(plan.shape[2])  # numbers, also while traced
+        key = (horizon, entries, now, plan.dtype, plan.device)
         if key not in self._made:
-            horizon, entries = plan.shape[1:]
             if max(self.dims) >= entries:
                 raise IndexError(f"dims={list(self.dims)} of plans of {entries} entries")
             sums = torch.ones(horizon, horizon).tril() if self.moves else torch.eye(horizon)
@@ -166,9 +167,10 @@ class Obstacle(_OfPositions):
         margin: positions are kept this far away.
         push: ``"normal"``: out of the obstacle the shortest way, the gradient. ``"lateral"``
             (spheres): sideways, orthogonal to the way from here to the plan's end, on the side
-            where that way passes the center; the gradient projected so that it does not brake
-            (the functional gradient of CHOMP, Zucker et al. 2013, is projected likewise). In front
-            of an obstacle a plan that is only pushed back waits there for ever.
+            where that way passes the center, out to within 2 % of the radius and margin; the
+            gradient projected so that it does not brake (the functional gradient of CHOMP, Zucker
+            et al. 2013, is projected likewise). In front of an obstacle a plan that is only pushed
+            back may wait for ever.
         gain: plans hold moves, not positions: what an entry of 1 moves by in one step.
         how: ``start``, ``field`` (see :class:`Limits`), ``weight`` and ``step`` (:class:`Cost`).
 
@@ -246,8 +248,11 @@ class Obstacle(_OfPositions):
         way = normalize(q[:, -1] - here, dim=-1)
         side = normalize(here - (here * way).sum(-1, keepdim=True) * way, dim=-1)[:, None]
         along, far = (q * side).sum(-1), q.square().sum(-1)
-        # Along the side the sphere begins where along^2 + rest^2 = radius^2.
-        depth = (reach - far + along.square()).clamp_min(0).sqrt() - along
+        # Along the side the sphere begins where along^2 + rest^2 = radius^2. At its rim the root is
+        # infinitely steep and would make much of rounding: it is rounded off there.
+        soft = RIM * reach**0.5
+        room = (reach - far + along.square()).clamp_min(0)
+        depth = ((room + soft**2).sqrt() - soft - along).clamp_min(0)
         return depth * (far < reach), side
 
 
@@ -302,7 +307,7 @@ class Smoothness(Cost):
         order: of the differences: 1 changes of the entries, 2 changes of these.
         kind: ``"squared"``: half the sum of their squares; ``"tv"``: the total variation, the sum
             of their absolute values (rounded off below ``corner``), which leaves a few large jumps.
-        corner: in data units.
+        corner: in data units; the smaller, the more a plan's last bits count.
         how: ``weight`` and ``step`` of :class:`Cost`.
 
     Raises:
@@ -315,7 +320,7 @@ class Smoothness(Cost):
         *,
         order: int = 1,
         kind: str = "squared",
-        corner: float = 1e-3,
+        corner: float = 0.02,
         **how: Any,
     ) -> None:
         super().__init__(**how)

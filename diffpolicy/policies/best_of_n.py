@@ -144,7 +144,8 @@ class Selector:
         expanded = state.take(np.repeat(np.arange(count), many))
         expanded = expanded.remember(candidate=lines.reshape(count * many, -1))
         plans, nfe = make_plans(expanded, deterministic=deterministic)
-        cond, seen = expanded.memory.get("cond") if self.reads_cond else None, expanded.history
+        cond = expanded.memory.get("cond") if self.reads_cond else None
+        seen: Any = expanded.history
         if cond is not None:
             seen = Encoded(torch.from_numpy(cond), each(torch.from_numpy, expanded.history))
         scores = self.score(seen, plans).reshape(count, many).astype(np.float64)

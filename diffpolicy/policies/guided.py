@@ -201,7 +201,7 @@ def plan_costs(planner: DiffusionPlanner, history: Any, plans: Array) -> Array:
     said = planner.boundary.relative(plan, each(lambda one: one.cpu(), now_of(seen)))
     guidance = kept_from_costs(planner, planner.denoiser)
     raw = guidance.physical.raw(said.to(planner.device), seen)
-    costs = [cost.weight * cost(raw, seen) for cost in guidance.costs]  # type: ignore[operator]
+    costs = [cost.weight * cost(raw, seen) for cost in guidance.costs]
     out: Array = torch.stack(costs).sum(0).cpu().numpy()
     return out
 

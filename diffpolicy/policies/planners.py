@@ -166,9 +166,8 @@ def guided(
     if direct_class(spec) is not None:
         return OneCall(denoiser, spec.temperature, likeliest=quiet)
     if spec.sampler.guidance_scale != 1:
-        drawn = spec.sampler
-        how = {"clip": spec.clip, "t_min": drawn.guidance_t_min}
-        inner = ClassifierFreeGuidance(inner, drawn.guidance_scale, **how)
+        scale, t_min = spec.sampler.guidance_scale, spec.sampler.guidance_t_min
+        inner = ClassifierFreeGuidance(inner, scale, clip=spec.clip, t_min=t_min)
     if spec.value_scale > 0:
         value = head_value(heads["value"], denoiser.process)
         inner = ValueGuidance(inner, value, spec.value_scale, clip=spec.clip)

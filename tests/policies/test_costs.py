@@ -18,6 +18,7 @@ from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.streaming import StreamingPlanner
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.runtime.compile import compile_planner
+from diffpolicy.runtime.export import export_policy
 
 OBS = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
 HIGH = {"type": "limits", "dims": [0], "high": [-0.3]}  # normalised as it is: data are in [-1, 1]
@@ -110,6 +111,13 @@ def test_costs_in_closed_form_are_compiled(make_planner, backend):
     fast = compile_planner(policy, backend=backend, batch_size=5)
     pairs = zip(states_of(policy), states_of(fast), strict=True)
     assert all(np.abs(a.plan - b.plan).max() < 1e-4 for a, b in pairs)
+
+
+def test_costs_in_closed_form_are_exported(make_planner, tmp_path):
+    pytest.importorskip("onnx")
+    wall = {"type": "limits", "dims": [0], "high": [0.3], "gain": 0.1, "start": [0]}
+    policy = make_planner(guidance=Costs((HIGH, wall), project=1), rti=RTI(0.4, num_steps=2))
+    assert export_policy(policy, tmp_path / "file").max_error < 1e-4
 
 
 class Effort(Cost):
