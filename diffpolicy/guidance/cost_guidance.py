@@ -111,6 +111,8 @@ class CostGuidance(Wrapper):
         check_range("[1, inf)", iterations=iterations)
         if not costs:
             raise ValueError("guidance by costs needs at least one cost")
+        if project and all(cost.step != "polyak" for cost in costs):
+            raise ValueError("project mends costs of step 'polyak'; leave it out, there is none")
         if mode == "network" and iterations != 1:
             raise ValueError("mode='network' back-propagates once an evaluation: iterations=1")
         self.costs, self.physical = nn.ModuleList(costs), physical
@@ -132,7 +134,7 @@ class CostGuidance(Wrapper):
         gain = variance if self.mode == "estimate" else sigma.square() / alpha.clamp_min(1e-3)
         return self.scale * ((t >= low) & (t <= high)).to(t), variance.sqrt(), gain
 
-    def counts(self, t: Tensor) -> list[tuple[int, int]]:
+    def host_constants(self, t: Tensor) -> list[tuple[Any, ...]]:
         """Moves and projections at every level of a host grid ``[R, ...]``."""
         low, high = self.window
         inside = ((t >= low) & (t <= high)).flatten(1).any(1).tolist()
@@ -142,9 +144,6 @@ class CostGuidance(Wrapper):
             (self.iterations * (steers and moved), self.project * (row >= first))
             for row, moved in enumerate(inside)
         ]
-
-    def host_constants(self, t: Tensor) -> list[tuple[Any, ...]]:
-        return self.counts(t)
 
     def guide(self, run: Run, x_t: Tensor, cond: Any, *constants: Any) -> Denoised:
         scale, spread, gain, moves, projections = constants

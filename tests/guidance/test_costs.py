@@ -175,6 +175,7 @@ def test_projected_samples_obey_and_windows_and_known_entries_are_kept():
         (lambda: Dynamics((0,), (1, 2), gain=1.0), "one entry of action"),
         (lambda: guided([]), "at least one cost"),
         (lambda: guided([Quadratic()], mode="network", iterations=2), "iterations=1"),
+        (lambda: guided([Smoothness()], project=2), "there is none"),
         (lambda: guided([Quadratic()])(*[torch.zeros(1, 2, 1)] * 3), "CostCond"),
     ],
 )
