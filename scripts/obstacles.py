@@ -69,6 +69,7 @@ ARMS: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "steered": ("lateral", {"window": (0.0, 0.3), "project": 1}, {}),
     "rti": (None, {}, {"rti": RTI3}),
     "rti_projected": ("lateral", {"scale": 0.0, "project": 1}, {"rti": RTI3}),
+    "rti_projected_3": ("lateral", {"scale": 0.0, "project": 3}, {"rti": RTI3}),
 }
 
 

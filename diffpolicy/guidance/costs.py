@@ -1,8 +1,8 @@
 """Costs of plans, ready to be steered by: obstacles, limits, smoothness, consistency with dynamics.
 
-A cost takes plans in physical units and raw observations, so that it can be written down by someone
-who knows the robot and not the network. Those here say their slope in closed form, so that steering
-by them needs no automatic differentiation and goes into compiled loops and exported files.
+A cost takes plans in physical units and raw observations: who knows the robot can write it down.
+Those here say their slope in closed form, so that guidance by them needs no automatic
+differentiation and goes into compiled loops and exported files.
 """
 
 from __future__ import annotations
@@ -29,12 +29,10 @@ class Cost(nn.Module):
 
     Args:
         weight: factor of the cost among others that take steps of the same kind.
-        step: how far a plan is moved against the slope g of the cost L, see
-            :class:`~diffpolicy.guidance.cost_guidance.CostGuidance`. ``"polyak"``: ``2 L / |g|^2``,
-            for constraints, whose least value is 0 and which are squares: one step mends a
-            linearised violation, whatever its units. ``"unit"``: g scaled to a root mean square of
-            1, times the noise of the level. ``"gradient"``: g itself, times the variance of the
-            level. Default: the class's.
+        step: how far a plan is moved against the slope, see
+            :class:`~diffpolicy.guidance.cost_guidance.CostGuidance`: ``"polyak"`` for constraints,
+            squares whose least value is 0, so that one step mends a linear violation in whatever
+            units; ``"unit"`` or ``"gradient"`` for others. Default: the class's.
 
     Raises:
         ValueError: a weight that is not positive, or an unknown step.
@@ -62,8 +60,8 @@ class Cost(nn.Module):
         """The cost ``[n]``.
 
         Args:
-            plan: ``[n, H, D]`` in the units of the data. Entry ``To - 1`` is the current step.
-            obs: raw observations up to the current step ``[n, To, O]``, or such tensors by name.
+            plan: ``[n, H, D]`` in the units of the data; step ``To - 1`` is the current one.
+            obs: raw observations up to then ``[n, To, O]``, or such tensors by name.
         """
         return self.slope(plan, obs)[0]
 
@@ -91,8 +89,7 @@ class _OfPositions(Cost):
 
     Args:
         dims: entries of a plan's step: the position itself, or with ``gain`` the move of a step.
-        gain: what an entry of 1 moves the position by in one step, one number or one per entry;
-            positions are then the sum of the moves from the current one on.
+        gain: what an entry of 1 moves the position by in one step, one number or one per entry.
         start: with ``gain``, the entries of the observation that hold the current position.
         field: the name of the observation that holds it, where observations have names.
         how: of :class:`Cost`.
@@ -123,6 +120,13 @@ class _OfPositions(Cost):
         self.gains = torch.tensor(1.0 if gain is None else gain).expand(len(self.dims))
         self._made: dict[Any, tuple[Tensor, Tensor]] = {}
 
+    def _keep_each(self, name: str, numbers: Sequence[float] | None) -> None:
+        """Constants of which each of ``dims`` has one."""
+        count = len(self.dims)
+        if numbers is not None and len(numbers) != count:
+            raise ValueError(f"{name} must have {count} numbers, as dims has; got {list(numbers)}")
+        self._keep(name, numbers)
+
     def positions(self, plan: Tensor, obs: Any) -> tuple[Tensor, Tensor]:
         """Where the plan is now ``[n, d]``, and after each step from now on ``[n, F, d]``."""
         sums, picks = self._maps(plan, _steps(obs) - 1)
@@ -139,13 +143,9 @@ class _OfPositions(Cost):
         return sums.T @ (slope @ picks.T)  # a move counts in all later positions
 
     def _maps(self, plan: Tensor, now: int) -> tuple[Tensor, Tensor]:
-        """Matrices ``[F, H]`` over steps and ``[D, d]`` over entries: positions are both applied.
-
-        Kept, because a loop asks for them in every step.
-        """
+        """Matrices ``[F, H]`` over steps and ``[D, d]`` over entries, kept for the next call."""
         horizon, entries = int(plan.shape[1]), int(plan.shape[2])  # numbers, also while traced
-        key = (horizon, entries, now, plan.dtype, plan.device)
-        if key not in self._made:
+        if (key := (horizon, entries, now, plan.dtype, plan.device)) not in self._made:
             if max(self.dims) >= entries:
                 raise IndexError(f"dims={list(self.dims)} of plans of {entries} entries")
             sums = torch.ones(horizon, horizon).tril() if self.moves else torch.eye(horizon)
@@ -163,19 +163,18 @@ class Obstacle(_OfPositions):
         dims: see ``gain``.
         center: of the obstacle, in the units of positions.
         radius: of a sphere.
-        half_size: half the edges of a box along the axes, in place of ``radius``.
+        half_size: half the edges of a box, in place of ``radius``.
         margin: positions are kept this far away.
         push: ``"normal"``: out of the obstacle the shortest way, the gradient. ``"lateral"``
             (spheres): sideways, orthogonal to the way from here to the plan's end, on the side
-            where that way passes the center, out to within 2 % of the radius and margin; the
-            gradient projected so that it does not brake (the functional gradient of CHOMP, Zucker
-            et al. 2013, is projected likewise). In front of an obstacle a plan that is only pushed
-            back may wait for ever.
+            where that way passes the center, to within 2 % of radius and margin: the gradient
+            projected so that it does not brake, as in CHOMP (Zucker et al. 2013). A plan that is
+            only pushed back may wait in front of an obstacle for ever.
         gain: plans hold moves, not positions: what an entry of 1 moves by in one step.
         how: ``start``, ``field`` (see :class:`Limits`), ``weight`` and ``step`` (:class:`Cost`).
 
     Raises:
-        ValueError: not exactly one of ``radius`` and ``half_size``, or sizes that do not fit.
+        ValueError: not one of ``radius`` and ``half_size``, or sizes that do not fit.
 
     Example:
         >>> Obstacle((0, 1, 2), center=(1.3, 0.7, 0.5), radius=0.05, gain=0.031, start=(0, 1, 2))
@@ -198,13 +197,7 @@ class Obstacle(_OfPositions):
     ) -> None:
         super().__init__(dims, gain=gain, **how)
         if (radius is None) == (half_size is None):
-            raise ValueError(
-                "an obstacle is a sphere (radius=R) or a box (half_size=(x, y, z)): one"
-            )
-        for name, given in (("center", center), ("half_size", half_size)):
-            if given is not None and len(given) != len(self.dims):
-                count = len(self.dims)
-                raise ValueError(f"{name} must have {count} numbers, as dims has; got {given}")
+            raise ValueError("an obstacle is either a sphere, radius=R, or a box, half_size=...")
         check_range("[0, inf)", margin=margin)
         check_range("(0, inf)", radius=radius)
         check_choice("push", push, ("normal", "lateral"))
@@ -212,11 +205,10 @@ class Obstacle(_OfPositions):
             raise ValueError("push='lateral' goes round spheres; give radius in place of half_size")
         self.push, self.margin, self.radius = push, float(margin), radius
         if radius is not None and push == "lateral":
-            # A way through the very center has no side: no way is.
-            odd = (0.53, 0.31, 0.79)
+            odd = (0.53, 0.31, 0.79)  # a way through the very center has no side: no way is
             center = [x + 1e-4 * radius * odd[i % 3] for i, x in enumerate(center)]
-        self._keep("center", center)
-        self._keep("half_size", half_size)
+        self._keep_each("center", center)
+        self._keep_each("half_size", half_size)
 
     def slope(self, plan: Tensor, obs: Any) -> tuple[Tensor, Tensor]:
         here, path = self.positions(plan, obs)
@@ -286,12 +278,8 @@ class Limits(_OfPositions):
         super().__init__(dims, gain=gain, **how)
         if low is None and high is None:
             raise ValueError("limits need low, high or both, one number for each of dims")
-        count = len(self.dims)
-        for name, given in (("low", low), ("high", high)):
-            if given is not None and len(given) != count:
-                raise ValueError(f"{name} must have {count} numbers, as dims has; got {given}")
-        self._keep("low", [-torch.inf] * count if low is None else low)
-        self._keep("high", [torch.inf] * count if high is None else high)
+        self._keep_each("low", [-torch.inf] * len(self.dims) if low is None else low)
+        self._keep_each("high", [torch.inf] * len(self.dims) if high is None else high)
 
     def slope(self, plan: Tensor, obs: Any) -> tuple[Tensor, Tensor]:
         _, path = self.positions(plan, obs)
@@ -336,8 +324,7 @@ class Smoothness(Cost):
             differences = differences[1:] - differences[:-1]
         change = differences @ plan
         if self.dims:
-            kept = [float(i in self.dims) for i in range(plan.shape[-1])]
-            change = change * torch.tensor(kept, dtype=plan.dtype, device=plan.device)
+            change = change * change.new_tensor([i in self.dims for i in range(plan.shape[-1])])
         if self.kind == "squared":
             return 0.5 * change.square().sum((1, 2)), differences.T @ change
         size = (change.square() + self.corner**2).sqrt()
@@ -347,12 +334,12 @@ class Smoothness(Cost):
 class Dynamics(Cost):
     """Half the squared residual of ``state[h + 1] = state[h] + gain action[h]``, of whole plans.
 
-    For plans that hold both, observations and actions, and must not promise what the actions do not
-    do; a model of another form is a cost of your own.
+    For plans that hold both and must not promise what the actions do not do. A model of another
+    form is a cost of your own.
 
     Args:
         state: entries of a plan's step that are the state.
-        action: one entry for each, the action that moves it.
+        action: for each the entry that moves it.
         gain: what an action of 1 moves the state by in one step, one number or one per entry.
         how: ``weight`` and ``step`` of :class:`Cost`.
 

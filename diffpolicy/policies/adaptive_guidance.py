@@ -92,8 +92,8 @@ def switching_level(
             for one in (cond, torch.zeros_like(cond))
         ]
         alpha, sigma = process.alpha(step.t).to(step.x), process.sigma(step.t).to(step.x)
-        noises = [((step.x - alpha * x0_hat) / sigma).flatten(1) for x0_hat in answers]
-        cosine = torch.cosine_similarity(*noises, dim=1)
+        first, second = (((step.x - alpha * x0_hat) / sigma).flatten(1) for x0_hat in answers)
+        cosine = torch.cosine_similarity(first, second, dim=1)
         found.append(float(cosine.double().quantile(quantile)))
     visited = [float(step.t.max()) for step in run.transitions]
     # At high noise both predict little but the noise that they see: agreement must last.

@@ -165,7 +165,7 @@ def test_projected_samples_obey_and_windows_and_known_entries_are_kept():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Obstacle((0,), center=(0.0,)), "radius=R"),
+        (lambda: Obstacle((0,), center=(0.0,)), "either a sphere"),
         (lambda: Obstacle((0,), center=(0.0, 1.0), radius=1.0), "center must have 1"),
         (lambda: Obstacle((0,), center=(0.0,), half_size=(1.0,), push="lateral"), "spheres"),
         (lambda: Obstacle((0, 1), center=(0.0, 0.0), radius=1.0, gain=0.1), "start"),
