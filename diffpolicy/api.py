@@ -20,12 +20,14 @@ from diffpolicy.learn.learning import Learning, examples, objective, usable_epis
 from diffpolicy.learn.making import fit_anchors, fitted_spec, read_policy
 from diffpolicy.learn.material import TuningData, tuned
 from diffpolicy.learn.method import Method
+from diffpolicy.policies.adaptive_guidance import SwitchReport, observed, switching_level
 from diffpolicy.policies.autotune import AutotuneReport, autotune
 from diffpolicy.policies.base import Array
 from diffpolicy.policies.changes import check_same_weights
 from diffpolicy.policies.choose_level import choose_level
 from diffpolicy.policies.chunking import Chunking, RealTimeChunking
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.guided import Costs
 from diffpolicy.policies.invert import invert, restore
 from diffpolicy.policies.level_report import LevelReport
 from diffpolicy.policies.recorded import demonstrations, observation_step
@@ -248,6 +250,16 @@ class DiffusionPolicy(DiffusionPlanner):
         spec = replace(self.spec, **changes)
         return type(self)(spec, self.denoiser, self.normalizer, self.anchors, self.heads)
 
+    def with_guidance(self, *costs: Mapping[str, Any], **settings: Any) -> Self:
+        """The same weights, with plans kept from costs that training knew nothing of.
+
+        See :class:`~diffpolicy.policies.guided.Costs`; without costs guidance is taken away.
+
+        Example:
+            >>> low = policy.with_guidance({"type": "limits", "dims": [0], "high": [0.5]})
+        """
+        return self.with_settings(guidance=Costs(costs, **settings) if costs else None)
+
     def choose_rti(
         self,
         store: Stored,
@@ -278,6 +290,18 @@ class DiffusionPolicy(DiffusionPlanner):
         rti = RTI(t_start=1.0, num_steps=num_steps, **settings)
         report = choose_level(base, demonstrations(opened, episodes, seed=seed), rti, seed=seed)
         return base.with_settings(rti=replace(rti, t_start=report.t_start)), report
+
+    def choose_guidance(
+        self, store: Stored, *, threshold: float = 0.991, episodes: int = 60, seed: int = 0
+    ) -> tuple[Self, SwitchReport]:
+        """Classifier-free guidance that ends where both branches agree on demonstrations.
+
+        ``threshold``: the agreement from which on one is asked. The rest is as in `choose_rti`.
+        """
+        demos = demonstrations(open_store(store), episodes, length=self.n_obs_steps, seed=seed)
+        report = switching_level(self, observed(self, demos, seed), threshold=threshold)
+        sampler = replace(self.spec.sampler, guidance_t_min=report.t_min)
+        return self.with_settings(sampler=sampler), report
 
     def choose_truncated(
         self, store: Stored, *, episodes: int = 60, seed: int = 0

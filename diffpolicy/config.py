@@ -266,6 +266,7 @@ class EvalConfig:
     selection: dict[str, Any] = field(default_factory=dict)
     returns: dict[str, Any] = field(default_factory=dict)
     imagined: dict[str, Any] = field(default_factory=dict)
+    guidance: dict[str, Any] = field(default_factory=dict)
     temperature: float | None = None
     value_scale: float | None = None
     n_action_steps: int | None = None
@@ -291,7 +292,7 @@ class EvalConfig:
 
     def of_policy(self) -> dict[str, Any]:
         """The entries of the spec that were given."""
-        names = "sampler rti truncated selection returns imagined temperature value_scale"
+        names = "sampler rti truncated selection returns imagined guidance temperature value_scale"
         given = {
             name: getattr(self, name) for name in [*names.split(), "n_action_steps", "normalizer"]
         }

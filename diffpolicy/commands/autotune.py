@@ -25,7 +25,7 @@ from diffpolicy.commands.rti import derive
 from diffpolicy.config_compose import is_setting
 
 if TYPE_CHECKING:
-    from diffpolicy.api import DiffusionPolicy
+    from diffpolicy.api import DiffusionPolicy, Stored
     from diffpolicy.commands.rti import Derived
 
 OPTIONS = {
@@ -59,7 +59,7 @@ def run(arguments: Sequence[str]) -> int:
     return derive(arguments, OPTIONS, _searched)
 
 
-def _searched(policy: DiffusionPolicy, data: str, options: dict[str, Any]) -> Derived:
+def _searched(policy: DiffusionPolicy, data: Stored, options: dict[str, Any]) -> Derived:
     from diffpolicy.core.sampler import PriorSampler
 
     teacher = PriorSampler(solver="dpmpp_2m", num_steps=options.pop("teacher_steps"))

@@ -179,6 +179,8 @@ def rank_candidates(policy: DiffusionPolicy, config: EvalConfig) -> None:
     check_range("[0, inf)", **{"judge.pessimism": pessimism})
     if path is None:
         raise ConfigError("judge is a value of plans: give judge.path=RUN/value")
+    if "verifier" in config.selection:
+        raise ConfigError("judge is the verifier of plans: leave out selection.verifier")
     other = policy.spec.layout != "action" or policy.spec.observations or policy.spec.representation
     if config.streaming or other:
         raise ConfigError(

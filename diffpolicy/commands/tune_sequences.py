@@ -145,9 +145,12 @@ def check_black_box(config: SequenceTuningConfig, task: SequenceTask) -> None:
             raise ConfigError(
                 f"{task.name} has a reward of hard sequences without gradient, which {name} "
                 "cannot use; choose policy_gradient, wdce, vidd, sdpo, dpo or pso, or best_of_n, "
-                "smc or svdd"
+                "smc, svdd or rollover"
             )
-    if guidance["type"] in ("smc", "svdd") and guidance.get("estimate", "soft") != "hard":
+    if (
+        guidance["type"] in ("smc", "svdd", "rollover")
+        and guidance.get("estimate", "soft") != "hard"
+    ):
         raise ConfigError(f"{task.name} rewards hard sequences: set guidance.estimate=hard")
     if tuning.get("target") == "soft_value" and tuning.get("value", "mean") == "mean":
         raise ConfigError(f"{task.name} rewards hard sequences: set method.value=mode")

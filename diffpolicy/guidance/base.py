@@ -29,14 +29,14 @@ class Wrapper(BaseDenoiser):
         self.denoiser = denoiser
         self.process = denoiser.process
 
-    def guide(self, run: Run, x_t: Tensor, cond: Any, *constants: Tensor) -> Denoised:
+    def guide(self, run: Run, x_t: Tensor, cond: Any, *constants: Any) -> Denoised:
         """The guided answer at ``x_t``.
 
         Args:
             run: the answer of the denoiser inside for a state, under its part of ``cond``.
             x_t: ``[B, H, D]``.
             cond: what the wrapper was given.
-            constants: those of the level.
+            constants: those of the level, then its host constants.
         """
         raise TypeError(f"{type(self).__name__} must define guide")
 
@@ -52,6 +52,10 @@ class Wrapper(BaseDenoiser):
         """What :meth:`guide` needs of levels ``t``, computed once for a grid."""
         return ()
 
+    def host_constants(self, t: Tensor) -> list[tuple[Any, ...]]:
+        """What :meth:`guide` needs beside them of each level of a host grid ``[R, ...]``."""
+        return [()] * len(t)
+
     def encode(self, obs: Any) -> Tensor:
         return self.denoiser.encode(obs)
 
@@ -64,20 +68,29 @@ class Wrapper(BaseDenoiser):
             out: Denoised = self.denoiser(state, self.inside_levels(t), told)
             return out
 
-        return self.guide(run, x_t, cond, *self.constants(t))
+        return self.guide(run, x_t, cond, *self.constants(t), *self.host_constants(t[None])[0])
 
     def on_grid(self, t: Tensor, s: Tensor | None = None) -> GridDenoise:
-        return _WrapperOnGrid(self, t, s)
+        return WrapperOnGrid(self, t, s)
 
 
-class _WrapperOnGrid:
-    """A wrapper at the levels of a grid; precomputed modulations pass through."""
+class WrapperOnGrid:
+    """A wrapper at the levels of a grid; precomputed modulations pass through.
+
+    Attributes:
+        alike: all levels have the same arithmetic, with other constants.
+    """
+
+    alike = True
 
     def __init__(self, wrapper: Wrapper, t: Tensor, s: Tensor | None) -> None:
         self._wrapper = wrapper
         end = None if s is None else wrapper.inside_levels(s)
         self._inner = wrapper.denoiser.on_grid(wrapper.inside_levels(t), end)
         self._columns = [wrapper.placed(c).unbind(0) for c in wrapper.constants(t)]
+        self._host = wrapper.host_constants(t)
+        self.alike = type(self).alike and getattr(self._inner, "alike", True)
+        self.alike &= all(host == self._host[0] for host in self._host)
 
     def modulations(self, x: Tensor, cond: Any) -> Sequence[Tensor] | None:
         inner: Callable[..., Sequence[Tensor]] | None = getattr(self._inner, "modulations", None)
@@ -90,7 +103,8 @@ class _WrapperOnGrid:
             state, told = self._wrapper.inside(state, cond)
             return self._inner(row, state, told, *extra)
 
-        return self._wrapper.guide(run, x, cond, *(column[row] for column in self._columns))
+        constants = [column[row] for column in self._columns]
+        return self._wrapper.guide(run, x, cond, *constants, *self._host[row])
 
 
 class Guidance(Wrapper):

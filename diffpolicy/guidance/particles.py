@@ -7,7 +7,7 @@ between its calls, on sub-grids of one step. A reward is weighed, so it may be a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,7 +30,7 @@ from diffpolicy.guidance.stepped_chain import (
     started,
     systematic,
 )
-from diffpolicy.settings import check_choice, check_range, settings_of
+from diffpolicy.settings import check_choice, check_range
 
 ESTIMATES = ("soft", "hard")
 
@@ -369,17 +369,3 @@ def _selected(
     first = torch.arange(len(parents), device=x.device)[:, None] * parents.shape[1]
     index = (first + parents).flatten()
     return x[index], rows(out, index), twist.gather(1, parents)
-
-
-PARTICLE_METHODS: Mapping[str, type[Any]] = {m.name: m for m in (BestOfN, SMC, TDS, SVDD)}
-
-
-def make_particle_method(name: str, **settings: Any) -> ParticleMethod:
-    """A particle method by its name, e.g. ``make_particle_method("smc", particles=32)``.
-
-    Raises:
-        ValueError: unknown name or setting, with the valid ones.
-    """
-    check_choice("particle method", name, sorted(PARTICLE_METHODS))
-    method: ParticleMethod = settings_of(PARTICLE_METHODS[name], settings, repr(name))
-    return method

@@ -122,7 +122,11 @@ class Chain:
 
     def whole(self, x: Tensor, cond: Tensor | None) -> Tensor:
         """All steps at once."""
-        return self._moved(self.denoise, x, self.levels, cond)
+        return self.between(0, self.num_steps, x, cond)
+
+    def between(self, first: int, last: int, x: Tensor, cond: Tensor | None) -> Tensor:
+        """From level ``first`` of the grid to level ``last`` at once."""
+        return self._moved(self.denoise, x, self.levels[first : last + 1], cond)
 
     def rewards(self, x0: Tensor, cond: Tensor | None) -> Tensor:
         """The rewards ``[B]`` of clean states."""

@@ -158,8 +158,9 @@ def check_plain(spec: PolicySpec) -> None:
     if spec.representation is not None:
         raise ValueError("own plans are judged as actions: the policy must have no action groups")
     guidance, value, temperature = spec.sampler.guidance_scale, spec.value_scale, spec.temperature
-    if guidance != 1 or value != 0 or temperature != 1:
+    if guidance != 1 or value != 0 or temperature != 1 or spec.guidance is not None:
         how = f"guidance_scale={guidance}, value_scale={value}, temperature={temperature}"
+        how += "" if spec.guidance is None else ", guidance by costs"
         raise ValueError(f"own plans are drawn without guidance at temperature 1, not with {how}")
 
 

@@ -143,11 +143,18 @@ class PrefixCondition(Condition):
     Its loop takes, beside history, guess and noise, ``prefix``: the last plan, shifted to the
     present ``[n, H, A]``, normalised; and ``weight`` ``[n, H, 1]``. Plans are exactly ``prefix``
     where ``weight`` is 1.
+
+    Args:
+        told: what the denoiser is told without it.
     """
+
+    def __init__(self, told: Condition) -> None:
+        super().__init__(told.normalizer, told.encoder, told.fields)
+        self.told, self.guided = told, told.guided
 
     def forward(self, history: Any, *known: Tensor) -> PrefixCond:
         prefix, weight = known
-        return PrefixCond(super().forward(history), prefix, weight)
+        return PrefixCond(self.told(history), prefix, weight)
 
     def settled(self, plan: Tensor, given: PrefixCond) -> Tensor:
         # Solvers in noise form arrive within rounding.
@@ -156,7 +163,6 @@ class PrefixCondition(Condition):
 
 def following(loop: PlanLoop, settings: Chunking) -> PlanLoop:
     """The loop of a policy without chunking as one whose plans follow a prefix."""
-    told = loop.condition
     return PlanLoop(
         PrefixGuidance(loop.denoiser, settings.mode, max_weight=settings.max_weight),
         loop.normalizer,
@@ -164,7 +170,7 @@ def following(loop: PlanLoop, settings: Chunking) -> PlanLoop:
         loop.levels,
         start=loop.start,
         plan_shape=(*loop.obs_shape, loop.horizon, loop.action_dim),
-        condition=PrefixCondition(loop.normalizer, told.encoder, told.fields),
+        condition=PrefixCondition(loop.condition),
         temperature=loop.temperature,
         start_noise=loop.start_noise,
         teleport=loop.teleport,

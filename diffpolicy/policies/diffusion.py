@@ -20,13 +20,22 @@ from diffpolicy.core.solvers import make_solver
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import Obs, each
+from diffpolicy.guidance.cost_guidance import CostCond
 from diffpolicy.networks.base import described
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.best_of_n import Selector
 from diffpolicy.policies.boundary import Boundary, now_of
 from diffpolicy.policies.direct import draws_in_one_call
-from diffpolicy.policies.plan_loop import Condition, Encoded, Loop, PinnedCondition, PlanLoop
+from diffpolicy.policies.guided import kept_from_costs, plan_costs
+from diffpolicy.policies.plan_loop import (
+    Condition,
+    Encoded,
+    GuidedCondition,
+    Loop,
+    PinnedCondition,
+    PlanLoop,
+)
 from diffpolicy.policies.planners import check_anchors, guided, noise_factor, with_actions, written
 from diffpolicy.policies.rows import kind_by_kind, row_noise
 from diffpolicy.policies.spec import PolicySampler, PolicySpec, check_normalizer
@@ -94,7 +103,7 @@ class DiffusionPlanner(ChunkedPolicy):
             self._unusual = np.minimum(spec.rti.innovation * usual, largest).astype(np.float32)
         check_anchors(spec, anchors)
         if spec.selection is not None:
-            self.selector = Selector(spec.selection, self.score, reads_cond=True)
+            self.selector = Selector(spec.selection, self.verified, reads_cond=True)
         self._place()
 
     def to(self, device: str | torch.device) -> Self:
@@ -168,8 +177,9 @@ class DiffusionPlanner(ChunkedPolicy):
             grid, start = spec.truncated.loop_grid(kind, process, self.anchors)
             solver = spec.truncated.make() if kind == "guesses" else make_solver("ddim")
         grid = grid if spec.imagined is None else spec.imagined.held(grid, self.layout)
+        denoiser = guided(spec, self.denoiser, self.heads, self._known, quiet=deterministic)
         return PlanLoop(
-            guided(self.spec, self.denoiser, self.heads, self._known, quiet=deterministic),
+            denoiser if spec.guidance is None else kept_from_costs(self, denoiser),
             self.normalizer,
             solver,
             grid,
@@ -190,11 +200,12 @@ class DiffusionPlanner(ChunkedPolicy):
         return torch.from_numpy(row_noise(*first, (1, *shape))[0, 0])
 
     def _condition(self) -> Condition:
-        if not self.layout.pinned:
-            return Condition(self.normalizer, self.denoiser.encoder, self.observed)
-        returns = self.spec.returns
-        wanted = () if returns is None else (1.0, returns.target)
-        return PinnedCondition(self.normalizer, self.layout, wanted).to(self.device)
+        told = Condition(self.normalizer, self.denoiser.encoder, self.observed)
+        if self.layout.pinned:
+            returns = self.spec.returns
+            wanted = () if returns is None else (1.0, returns.target)
+            told = PinnedCondition(self.normalizer, self.layout, wanted).to(self.device)
+        return told if self.spec.guidance is None else GuidedCondition(told)
 
     def with_spec(self, spec: PolicySpec) -> DiffusionPlanner:
         """The same weights under other settings, as a plain planner."""
@@ -248,8 +259,9 @@ class DiffusionPlanner(ChunkedPolicy):
             return self._complete(plans, state.history), nfe
 
     def _no_graph(self) -> Any:
-        """Inference mode, unless guidance differentiates the value head."""
-        return torch.no_grad() if self.spec.value_scale > 0 else torch.inference_mode()
+        """Inference mode, unless guidance may differentiate."""
+        slopes = self.spec.value_scale > 0 or self.spec.guidance is not None
+        return torch.no_grad() if slopes else torch.inference_mode()
 
     def _make_plans(self, state: PolicyState, deterministic: bool) -> tuple[Array, ...]:
         if self.spec.truncated is not None:
@@ -294,6 +306,15 @@ class DiffusionPlanner(ChunkedPolicy):
         out: Array = self.heads[found[0]].score(cond, judged).cpu().numpy()  # type: ignore[operator]
         return out
 
+    def verified(self, history: Obs | Encoded, plans: Array) -> Array:
+        """What selection goes by: :meth:`score`, whose arguments it takes, or minus the costs."""
+        verifier = "head" if self.spec.selection is None else self.spec.selection.verifier
+        if verifier == "none":
+            return np.zeros(len(plans))
+        return (
+            -plan_costs(self, history, plans) if verifier == "cost" else self.score(history, plans)
+        )
+
     def propose(self, state: PolicyState, *, deterministic: bool = False) -> ScoredPlans:
         """Every candidate plan for the observations in ``state``, with its score.
 
@@ -328,13 +349,15 @@ class DiffusionPlanner(ChunkedPolicy):
         if self.layout.pinned or not all(loop.takes_encoded for loop in self._loops.values()):
             return state
         with torch.inference_mode():
-            encode = self._loops[self.kinds[0], False].condition
-            return state.remember(cond=encode(self.on_device(state.history)).cpu().numpy())
+            told = self._loops[self.kinds[0], False].condition(self.on_device(state.history))
+            cond = told.cond if isinstance(told, CostCond) else told
+            return state.remember(cond=cond.cpu().numpy())
 
     def told(self, loop: Loop, state: PolicyState) -> Any:
         """What a loop is told of rows: their observations, or what these were encoded to."""
         if "cond" in state.memory and loop.takes_encoded:
-            return Encoded(self.on_device(state.memory["cond"]))
+            seen = None if self.spec.guidance is None else self.on_device(state.history)
+            return Encoded(self.on_device(state.memory["cond"]), seen)
         return self.on_device(state.history)
 
     def on_device(self, array: Any) -> Any:

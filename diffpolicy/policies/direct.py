@@ -62,6 +62,7 @@ def check_direct(spec: PolicySpec) -> None:
         "cond_dropout": spec.cond_dropout > 0,
         f"layout={spec.layout!r}": spec.layout != "action",
         "heads": bool(spec.heads),
+        "guidance": spec.guidance is not None,
         f"temperature={spec.temperature}": spec.temperature != 1 and not kind.DRAWS,
     }
     found = [name for name, used in foreign.items() if used]

@@ -20,6 +20,7 @@ from diffpolicy.core.starts import Start, warm_start
 from diffpolicy.core.steps import Solver
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import ObsField, ObsFields, each
+from diffpolicy.guidance.cost_guidance import CostCond
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.guidance.pinned import PinCond
 from diffpolicy.settings import check_choice, check_shape
@@ -54,15 +55,18 @@ class Encoded(NamedTuple):
 
     Attributes:
         cond: ``[n, C]``.
+        seen: what costs look at, raw observations ``[n, To, ...]``; ``None``: there are none.
     """
 
     cond: Tensor
+    seen: Any = None
 
 
 def repeated(history: Any, many: int) -> Any:
     """Every row of observations, encoded or not, ``many`` times in a row."""
     if isinstance(history, Encoded):
-        return Encoded(history.cond.repeat_interleave(many, 0))
+        seen = None if history.seen is None else repeated(history.seen, many)
+        return Encoded(history.cond.repeat_interleave(many, 0), seen)
     return each(lambda one: one.repeat_interleave(many, 0), history)
 
 
@@ -76,9 +80,10 @@ class Condition(nn.Module):
 
     Attributes:
         pinned: it also tells what is known of the plan, as a ``PinCond``.
+        guided: it also tells what costs look at, as a ``CostCond``.
     """
 
-    pinned = False
+    pinned = guided = False
 
     def __init__(
         self,
@@ -99,6 +104,28 @@ class Condition(nn.Module):
     def settled(self, plan: Tensor, given: Any) -> Tensor:
         """The plan ``[n, H, D]`` with what is known of it set exactly."""
         return plan
+
+
+class GuidedCondition(Condition):
+    """What another condition tells, and the raw observations that costs look at.
+
+    Args:
+        told: the other one.
+    """
+
+    guided = True
+
+    def __init__(self, told: Condition) -> None:
+        super().__init__(told.normalizer, told.encoder, told.fields)
+        self.told, self.pinned = told, told.pinned
+
+    def forward(self, history: Any, *known: Tensor) -> CostCond:
+        """The other's condition, and what is observed."""
+        seen = history.seen if isinstance(history, Encoded) else history
+        return CostCond(self.told(history, *known), seen)
+
+    def settled(self, plan: Tensor, given: CostCond) -> Tensor:
+        return self.told.settled(plan, given.cond)
 
 
 class PinnedCondition(Condition):

@@ -84,6 +84,8 @@ def _check_heads(spec: PolicySpec) -> None:
             raise ValueError("a head draft is told of returns exactly if the policy is: leave out")
         if config.get("type") == "value" and config.get("cond_dim", 0):
             raise ValueError(f"the head {name} judges plans alone: leave out cond_dim")
+    if spec.selection is not None and spec.selection.verifier == "cost" and spec.guidance is None:
+        raise ValueError("selection.verifier='cost' needs guidance.costs; their scale may be 0")
     many = spec.selection is not None and spec.selection.num_candidates > 1
     if many and spec.rti is not None and not spec.rti.renoise:
         raise ValueError("without rti.renoise all warm candidates are the same plan: set it")
@@ -95,7 +97,10 @@ def _check_heads(spec: PolicySpec) -> None:
         "inverse": (spec.layout == "state" or written, "actions between states come from"),
         "value": (spec.value_scale > 0, "value_scale > 0 is the gradient of"),
         "draft": (written, "the source 'autoregressive' is"),
-        "critic or value": (spec.selection is not None, "selection scores plans with"),
+        "critic or value": (
+            spec.selection is not None and spec.selection.verifier == "head",
+            "selection scores plans with",
+        ),
     }
     for name, (needed, why) in needs.items():
         if needed and not set(name.split(" or ")) & set(spec.heads):
@@ -163,7 +168,8 @@ def guided(
     if direct_class(spec) is not None:
         return OneCall(denoiser, spec.temperature, likeliest=quiet)
     if spec.sampler.guidance_scale != 1:
-        inner = ClassifierFreeGuidance(inner, spec.sampler.guidance_scale, clip=spec.clip)
+        scale, t_min = spec.sampler.guidance_scale, spec.sampler.guidance_t_min
+        inner = ClassifierFreeGuidance(inner, scale, clip=spec.clip, t_min=t_min)
     if spec.value_scale > 0:
         value = head_value(heads["value"], denoiser.process)
         inner = ValueGuidance(inner, value, spec.value_scale, clip=spec.clip)

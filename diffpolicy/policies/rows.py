@@ -113,12 +113,38 @@ def row_noise(
         counters: ``[n]``.
         shape: of each row.
         streams: ``[n]``, told apart for one seed and counter (candidates of a plan); default 0.
+            Or ``[n, L]``, lines of streams (-1: ended) in which every one is a neighbour of the
+            noise before it: see :func:`neighbour`.
     """
+    if streams is not None and streams.ndim == 2:
+        out = row_noise(seeds, counters, shape, streams[:, 0])
+        for step in streams.T[1:]:
+            going = np.flatnonzero(step >= 0)
+            if len(going):
+                fresh = row_noise(seeds[going], counters[going], shape, step[going])
+                out[going] = neighbour(out[going], fresh)
+        return out
     out = np.empty((len(seeds), *shape), np.float32)
     kinds = [0] * len(seeds) if streams is None else streams.tolist()
     for i, key in enumerate(zip(seeds.tolist(), counters.tolist(), kinds, strict=True)):
         _REUSED.at(*key).standard_normal(out=out[i], dtype=np.float32)
     return out
+
+
+def neighbour(pivot: Array, fresh: Array, cosine: float = 0.95) -> Array:
+    """Noise ``[n, ...]`` at a fixed angle from ``pivot``, in a direction that ``fresh`` gives.
+
+    ``|pivot| (cosine u + sqrt(1 - cosine^2) w)`` with u the direction of the pivot and w that of
+    ``fresh`` orthogonal to it (zero-order search of Ma et al. 2025, arXiv 2501.09732). If both are
+    standard normal, so is the neighbour.
+    """
+    flat, other = pivot.reshape(len(pivot), -1), fresh.reshape(len(fresh), -1)
+    norm = np.linalg.norm(flat, axis=1, keepdims=True)
+    unit = flat / norm
+    side = other - (other * unit).sum(1, keepdims=True) * unit
+    side /= np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-12)
+    out: Array = (norm * (cosine * unit + (1 - cosine**2) ** 0.5 * side)).reshape(pivot.shape)
+    return out.astype(pivot.dtype)
 
 
 class _Reused(threading.local):

@@ -25,11 +25,12 @@ from diffpolicy.policies.best_of_n import Selection
 from diffpolicy.policies.boundary import Gripper
 from diffpolicy.policies.direct import check_direct, direct_class
 from diffpolicy.policies.few_steps import check_steps
+from diffpolicy.policies.guided import Costs
 from diffpolicy.policies.imagined import Imagined, check_imagined
 from diffpolicy.policies.planners import Returns, check_planning, head_config
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.truncated import Truncated
-from diffpolicy.settings import check_range, check_shape, from_values, named_settings
+from diffpolicy.settings import check_range, check_shape, from_values, named_settings, ranged
 
 SIZES = ("horizon", "n_obs_steps", "n_action_steps")
 
@@ -41,12 +42,14 @@ class PolicySampler(PriorSampler):
 
     Args:
         guidance_scale: classifier-free guidance; 1 is the conditional model alone.
+        guidance_t_min: at this level and below, the conditional model is asked alone.
         start_seed: the random stream whose first draw every full solve starts from, in place of
             fresh noise (calibrated start noise, ``diffpolicy autotune start_noise=64``). The policy
             becomes deterministic by it: one plan for each observation.
     """
 
     guidance_scale: float = 1.0
+    guidance_t_min: float = ranged("[0, 1]", 0.0)
     start_seed: int | None = None
 
 
@@ -97,6 +100,7 @@ class PolicySpec:
             every position of a plan.
         returns: condition plans on a return; not for layout ``"action"``.
         value_scale: guidance by the gradient of the head ``value``; 0: none.
+        guidance: keep plans from costs; ``None``: there are none.
         temperature: factor of all noise, the prior's and the solver's; low-temperature sampling of
             Decision Diffuser.
         heads: further networks by name, as :func:`diffpolicy.networks.heads.make_head` takes them:
@@ -137,6 +141,7 @@ class PolicySpec:
     constant: tuple[int, ...] = ()
     returns: Returns | None = None
     value_scale: float = 0.0
+    guidance: Costs | None = None
     temperature: float = 1.0
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     selection: Selection | None = None

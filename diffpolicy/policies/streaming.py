@@ -198,7 +198,6 @@ class StreamingPlanner(DiffusionPlanner):
         rolled: Array = ~self._cold(state) | (self.streaming.fill != "denoise")
         return rolled
 
-    @torch.inference_mode()
     def make_plans(self, state: PolicyState, *, deterministic: bool) -> tuple[Array, ...]:
         """One tick of every row: plans, network evaluations and buffers ``[n, H, A]``."""
 
@@ -207,7 +206,8 @@ class StreamingPlanner(DiffusionPlanner):
             nfe = self._loops["warm" if rolls else "cold", deterministic].nfe
             return plan, np.full(len(rows), nfe), buffer
 
-        return kind_by_kind(tick, state, self.plan_kinds(state))
+        with self._no_graph():
+            return kind_by_kind(tick, state, self.plan_kinds(state))
 
     def _sampled(self, state: PolicyState, deterministic: bool) -> tuple[Array, Array]:
         """A full sample, as a policy without streaming draws it, and a buffer made of it."""

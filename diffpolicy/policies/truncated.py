@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.guidance.cost_guidance import CostCond
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.plan_loop import Encoded, Loop, PlanLoop, repeated
 from diffpolicy.settings import check_choice, named_settings, one_of, ranged
@@ -223,7 +224,8 @@ class Candidates:
         loop = self.loops["guesses"]
         told = history if told is None else told
         if loop.takes_encoded and not isinstance(told, Encoded):  # once for all candidates
-            told = Encoded(loop.condition(told))
+            cond = loop.condition(told)
+            told = Encoded(*cond) if isinstance(cond, CostCond) else Encoded(cond)
         guess, log_prob = self._guesses(history, told, previous, noise)
         count, many = guess.shape[:2]
         slices = noise[:many].transpose(0, 1).flatten(0, 1)[None]

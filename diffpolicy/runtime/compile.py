@@ -18,6 +18,7 @@ from torch import Tensor
 from diffpolicy.data.observation import to_fields
 from diffpolicy.extras import need
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.guided import check_closed_form
 from diffpolicy.policies.plan_loop import Encoded, PlanLoop
 from diffpolicy.runtime.backends import BUILDERS, REQUIRES, Run, eager, missing
 from diffpolicy.runtime.graph import LoopGraph
@@ -288,6 +289,7 @@ def compile_planner(
         )
     if spec.value_scale > 0:
         raise ValueError("guidance by a value differentiates its network, compiled loops cannot")
+    check_closed_form(planner)
     # The plans of one row that compete are solved in one batch.
     many = 1 if truncated is None else planner._candidates(deterministic=False).guess_count
     encoded_rows = batch_size

@@ -23,6 +23,7 @@ from diffpolicy.extras import need
 from diffpolicy.files import foreign_files, replaced_directory
 from diffpolicy.policies.base import Array
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.guided import check_closed_form
 from diffpolicy.runtime.backends import OPSET, to_onnx
 from diffpolicy.runtime.compile import TOLERANCE, check_close
 from diffpolicy.runtime.deployed import DeployedLoop, deployed_kinds, deployed_loop
@@ -121,6 +122,7 @@ def _check_exportable(planner: DiffusionPlanner) -> None:
             "an exported file makes one plan given observations; plans that begin with them or are "
             "chosen by a critic run from the policy's directory (`diffpolicy serve`, compile())"
         )
+    check_closed_form(planner)
     if planner.device.type != "cpu":
         raise ValueError(f"export from the CPU (device='cpu'), not from {planner.device}")
 

@@ -26,9 +26,12 @@ ROLL_FROM = 6
 def rolled(loop: nn.Module) -> nn.Module:
     """The loop in its rolled form where that pays, else as it is.
 
-    All but plain loops (a tick of a streaming policy, say) stay as they are.
+    All but plain loops (a tick of a streaming policy, plans under costs, guidance that is dropped
+    on the way) stay as they are.
     """
-    return RolledLoop(loop) if type(loop) is PlanLoop and loop.nfe >= ROLL_FROM else loop
+    if type(loop) is not PlanLoop or loop.nfe < ROLL_FROM or loop.condition.guided:
+        return loop
+    return RolledLoop(loop) if getattr(loop.grid.denoise, "alike", True) else loop
 
 
 class RolledLoop(nn.Module):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from diffpolicy.core.masking import to_tokens
-from diffpolicy.guidance.particles import PARTICLE_METHODS, make_particle_method
 from diffpolicy.guidance.reward import RewardGuidance
+from diffpolicy.guidance.search import PARTICLE_METHODS, make_particle_method
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Reward
 from diffpolicy.sequences.spec import ROWS, fixed_letters, tokens_of

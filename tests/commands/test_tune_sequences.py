@@ -85,7 +85,7 @@ def test_every_method_runs_from_the_command_line(method, pretrained, tmp_path, c
     assert any(not torch.equal(before[k], after[k]) for k in before)
 
 
-@pytest.mark.parametrize("guidance", ["reward", "best_of_n", "smc", "tds", "svdd"])
+@pytest.mark.parametrize("guidance", ["reward", "best_of_n", "smc", "tds", "svdd", "rollover"])
 def test_every_guidance_runs_and_raises_the_reward(guidance, pretrained, tmp_path, capsys):
     extra = ["method=none", f"guidance={guidance}", "draws=256"]
     assert tuned(pretrained, tmp_path / "run", *extra) == 0

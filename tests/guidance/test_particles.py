@@ -27,15 +27,14 @@ from diffpolicy.core import (
     truncated_start,
 )
 from diffpolicy.guidance import ClassifierFreeGuidance
-from diffpolicy.guidance.particles import (
+from diffpolicy.guidance.particles import SMC, SVDD, TDS, BestOfN
+from diffpolicy.guidance.reward import RewardGuidance
+from diffpolicy.guidance.search import (
     PARTICLE_METHODS,
-    SMC,
-    SVDD,
-    TDS,
-    BestOfN,
+    PathSearch,
+    RolloverBudget,
     make_particle_method,
 )
-from diffpolicy.guidance.reward import RewardGuidance
 from diffpolicy.guidance.stepped_chain import (
     choose,
     effective_size,
@@ -501,6 +500,7 @@ def test_refused_settings(name, settings, message):
 def test_all_methods_are_made_by_name():
     assert {name: type(make_particle_method(name)) for name in PARTICLE_METHODS} == {
         "best_of_n": BestOfN, "smc": SMC, "svdd": SVDD, "tds": TDS,
+        "path_search": PathSearch, "rollover": RolloverBudget,
     }  # fmt: skip
 
 
