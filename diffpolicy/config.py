@@ -201,6 +201,7 @@ class SequenceTuningConfig(RunConfig):
     guidance: dict[str, Any]
     trainer: dict[str, Any]
     pretrained: str
+    base: dict[str, Any] = field(default_factory=lambda: {"type": "none"})
     label: str | None = None
     kl_weight: float = 0.1
     draws: int = 640

@@ -22,6 +22,7 @@ MAX_BYTES, MAX_NODES = 1_000_000, 100_000  # of a YAML file, and of what its ali
 
 OPEN = (
     *("env.", "data.", "policy.", "sampler.", "evaluation.", "learning.", "method.", "guidance."),
+    "base.",
     *("task.kwargs.", "collect.", "judge.", "plans.", "adapters."),
     *("oracles.network.", "oracles.trainer."),
     *("rti.", "truncated.", "selection.", "returns.", "imagined."),  # these, and below, of eval

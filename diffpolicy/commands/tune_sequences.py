@@ -20,7 +20,7 @@ from diffpolicy.commands.runs import (
 )
 from diffpolicy.commands.train_sequences import configured_oracles, open_configured, summary
 from diffpolicy.config import SequenceTrainConfig, SequenceTuningConfig, read_run
-from diffpolicy.settings import ConfigError
+from diffpolicy.settings import ConfigError, check_choice
 from diffpolicy.settings import from_values as build
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def tune_sequences(config: SequenceTuningConfig, *, resume: bool = False) -> int
             {**config.method, "kl_weight": config.kl_weight},
             trainer_settings(config.trainer, config.seed),
             run_dir,
+            base=tuning_base(config, task, base),
             eval_draws=config.eval_draws,
             num_steps=config.num_steps,
             resume=resume and has_run(run_dir),
@@ -146,6 +147,28 @@ def check_black_box(config: SequenceTuningConfig, task: SequenceTask) -> None:
         raise ConfigError(f"{task.name} rewards hard sequences: set method.value=mode")
 
 
+def tuning_base(
+    config: SequenceTuningConfig, task: SequenceTask, pretraining: SequenceTrainConfig
+) -> dict[str, Any] | None:
+    """The base that tuning starts from, with how its reward is made again; ``None``: none.
+
+    Raises:
+        ConfigError: an unknown type, or guidance by a reward without gradient.
+    """
+    settings = dict(config.base)
+    kind = settings.pop("type", None)
+    check_choice("base.type", kind, ("auto", "none", "reward_guidance"))
+    black_box = task.kind == "black_box"
+    if kind == "none" or (kind == "auto" and (black_box or config.kl_weight == 0)):
+        return None
+    if black_box:
+        raise ConfigError(
+            f"{task.name} has a reward of hard sequences without gradient: set base=none"
+        )
+    named = {"type": "task", "id": pretraining.task.id, "kwargs": dict(pretraining.task.kwargs)}
+    return {**settings, "stored": named}
+
+
 def evaluated(
     config: SequenceTuningConfig,
     models: tuple[SequenceModel, SequenceModel],
@@ -156,12 +179,16 @@ def evaluated(
     """Every figure of the pre-trained model's and the tuned model's sequences."""
     from diffpolicy.report.sequences import TuningResult, best_sequences
     from diffpolicy.sequences.evaluate import Evaluation, can_be_exact, evaluate_sequences, exactly
+    from diffpolicy.sequences.guided import STEERED, steered
 
     pretrained, model = models
     plain = config.guidance["type"] == "none"
-    one_by_one = config.num_steps is None  # the law that is known
-    known = plain and one_by_one and can_be_exact(model, task) and config.kl_weight > 0
-    exact = exactly(model, pretrained, task, config.kl_weight) if known else None
+    one_by_one = config.num_steps is None and config.guidance["type"] in STEERED  # a known law
+    known = one_by_one and can_be_exact(model, task) and config.kl_weight > 0
+    exact = None
+    if known:
+        guided = steered(model, config.guidance, oracles.reward)
+        exact = exactly(model, pretrained, task, config.kl_weight, guided=guided)
     settings = Evaluation(seed=config.seed, num_steps=config.num_steps, exact=not known)
     before = _draw(config, pretrained, {"type": "none"}, oracles)
     began = time.perf_counter()

@@ -16,6 +16,7 @@ from diffpolicy.guidance.particles import (
     make_particle_method,
 )
 from diffpolicy.guidance.pinned import PinCond, Pinned, PrefixCond, PrefixGuidance
+from diffpolicy.guidance.residual import ResidualDenoiser
 from diffpolicy.guidance.reward import RewardGuidance
 from diffpolicy.guidance.value import ValueGuidance, head_value
 
@@ -33,6 +34,7 @@ __all__ = [
     "Pinned",
     "PrefixCond",
     "PrefixGuidance",
+    "ResidualDenoiser",
     "RewardGuidance",
     "ValueGuidance",
     "Wrapper",

@@ -36,6 +36,8 @@ class SequenceSpec:
         label_quantiles: rising quantiles in (0, 1) of the labels, which divide training sequences
             into classes; the condition is then the one-hot class.
         env_id: the task it was trained for, if known.
+        base: what its logits stand on beside the network, the values of a
+            :class:`~diffpolicy.sequences.base.Base`; :meth:`SequenceModel.with_base` makes them.
 
     Raises:
         ValueError: values out of range, or that do not fit together.
@@ -50,6 +52,7 @@ class SequenceSpec:
     cond_dropout: float = ranged("[0, 1)", 0.0)
     label_quantiles: tuple[float, ...] = ()
     env_id: str | None = None
+    base: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -93,7 +96,13 @@ class SequenceSpec:
         return cond.float()
 
     def make_denoiser(self) -> MaskedDenoiser:
-        """A denoiser with freshly initialised weights."""
+        """A denoiser with freshly initialised weights.
+
+        Raises:
+            ValueError: with a base, which is a trained model.
+        """
+        if self.base is not None:
+            raise ValueError("a base is a trained model: train one without, then with_base(reward)")
         network = sized_network(self.network, self.length, self.vocab_size + 1, self.cond_dim)
         process = make_masking(self.process)
         return MaskedDenoiser(network, process, self.vocab_size, time_free=self.time_free)

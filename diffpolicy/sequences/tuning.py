@@ -28,7 +28,8 @@ class Tuned(NamedTuple):
         model: with the last (averaged) weights.
         interrupted: whether it was stopped before its last step.
         train_s: seconds.
-        reward_calls: sequences that were given to the reward, in this process.
+        reward_calls: sequences that were given to the reward, in this process, those of the base
+            among them.
     """
 
     model: SequenceModel
@@ -44,6 +45,7 @@ def tune(
     config: TrainerConfig,
     run_dir: str | os.PathLike[str],
     *,
+    base: Mapping[str, Any] | None = None,
     eval_draws: int = 256,
     num_steps: int | None = None,
     **run: Unpack[Running],
@@ -59,6 +61,10 @@ def tune(
             :func:`diffpolicy.learn.methods.make_method`.
         config: of the trainer; ``batch_size`` is how many sequences an update draws.
         run_dir: metrics and checkpoints.
+        base: tune from ``pretrained`` guided by the reward instead of from itself: settings of
+            :class:`~diffpolicy.sequences.base.Base`, whose ``scale`` is 1 / kl_weight of the method
+            unless given. The reward must have a gradient at soft sequences (but for
+            ``mode="exact"``). None: no base.
         eval_draws: sequences of an evaluation.
         num_steps: of their chains; ``None``: one position at a time.
         **run: ``resume`` and ``overwrite`` of :class:`~diffpolicy.training.trainer.Trainer`.
@@ -66,8 +72,8 @@ def tune(
     Raises:
         ValueError: unknown settings, or ones that do not fit.
     """
-    model, reward = pretrained.copy(), _Counted(oracles.reward)
     made = method_of(method, items="sequences")
+    model, reward = _begun(pretrained, oracles, made, base), _Counted(oracles.reward)
     material = SequenceMaterial(reward, pretrained.copy().denoiser, config.batch_size)
     objective = made.objective(model.denoiser, material).to(model.device)
     blank = model.expand_cond(None, 1)
@@ -76,7 +82,23 @@ def tune(
     model.fit(objective, source, config, run_dir, **run)
     training = model.last_training
     assert training is not None
-    return Tuned(model, training.interrupted, training.train_s, reward.calls)
+    calls = reward.calls + getattr(model.denoiser, "reward_calls", 0)
+    return Tuned(model, training.interrupted, training.train_s, calls)
+
+
+def _begun(
+    pretrained: SequenceModel, oracles: Oracles, method: Method, base: Mapping[str, Any] | None
+) -> SequenceModel:
+    """What is tuned, as it is before the first update."""
+    if base is None:
+        return pretrained.copy()
+    settings = {key: value for key, value in base.items() if value is not None}
+    kl_weight = getattr(method, "kl_weight", 0.0)
+    if "scale" not in settings:
+        if not kl_weight > 0:
+            raise ValueError(f"kl_weight={kl_weight} says no scale of the base: give base.scale")
+        settings["scale"] = 1 / kl_weight
+    return pretrained.with_base(oracles.reward, **settings)
 
 
 def _watch(
@@ -86,6 +108,8 @@ def _watch(
 
     def watch(path: Path, step: int) -> Mapping[str, float]:
         model = SequenceModel.load(path, device=pretrained.device)
+        if model.spec.base is not None:
+            model = model.with_reward(oracles.reward)
         generator = torch.Generator(model.device).manual_seed(mix_seed(seed, 0xE7A1))
         how: Drawing = {"num_steps": num_steps, "generator": generator}
         tokens, vocab_size = model.draw(draws, **how).cpu(), model.spec.vocab_size
