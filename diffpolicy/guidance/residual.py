@@ -91,5 +91,6 @@ class ResidualDenoiser(MaskedDenoiser):
         return (log_p + tilt).log_softmax(-1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.base._apply(fn, recurse)  # to another device or type together
-        return super()._apply(fn, recurse)
+        self.base._apply(fn, recurse)  # type: ignore[no-untyped-call]  # both move together
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved

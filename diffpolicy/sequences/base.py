@@ -180,8 +180,8 @@ def _made(config: Mapping[str, Any] | None) -> Reward:
 
 def _missing(x: Tensor) -> Tensor:
     raise ValueError(
-        "the reward that this model stands on is a function, which files cannot hold: give it again: "
-        "again, model.with_reward(reward), or save model.distilled(...) in its place"
+        "the reward that this model stands on is a function, which files cannot hold: give it "
+        "again by model = model.with_reward(reward), or save model.distilled(...) in its place"
     )
 
 
@@ -189,7 +189,8 @@ class _OfTask:
     """The reward of a task, opened when it is first asked for."""
 
     def __init__(self, env_id: str, kwargs: Mapping[str, Any]) -> None:
-        self.env_id, self.kwargs, self.task = env_id, kwargs, None
+        self.env_id, self.kwargs = env_id, kwargs
+        self.task: Any = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.task is None:

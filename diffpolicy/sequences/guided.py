@@ -87,8 +87,8 @@ def draw_guided(
     if kind in STEERED:
         denoiser, cond = steered(model, config, reward)
         with torch.no_grad():
-            given = {"denoiser": denoiser, "cond": cond, **how}
-            tokens = tokens_of(model.chains(model.masked(size), **given))
+            steering: dict[str, Any] = {"denoiser": denoiser, "cond": cond, **how}
+            tokens = tokens_of(model.chains(model.masked(size), **steering))
         branches = 2 if kind == "cfg" and values.get("scale") not in (None, 1) else 1
         calls = _reward_calls(denoiser, spec) * evaluations
         return GuidedDraws(tokens, evaluations * branches, calls)
@@ -123,7 +123,8 @@ def steered(
 
 def _reward_calls(denoiser: BaseDenoiser, spec: SequenceSpec) -> int:
     """Rewards per sequence in one evaluation of a denoiser, its base's among them."""
-    total, at = 0, denoiser
+    total = 0
+    at: Any = denoiser
     while at is not None:
         guide = at if isinstance(at, RewardGuidance) else getattr(at, "base", None)
         total += 0 if guide is None else guide.reward_calls(spec.length, spec.vocab_size)
