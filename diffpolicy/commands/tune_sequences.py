@@ -46,6 +46,7 @@ def tune_sequences(config: SequenceTuningConfig, *, resume: bool = False) -> int
     _check(config, pretrained)
     task = open_configured(base)
     check_black_box(config, task)
+    begin = tuning_base(config, task, base)
     oracles = configured_oracles(base, task, Path(config.pretrained), device)
     write_config(config)
     model, tuned = pretrained, None
@@ -59,7 +60,7 @@ def tune_sequences(config: SequenceTuningConfig, *, resume: bool = False) -> int
             {**config.method, "kl_weight": config.kl_weight},
             trainer_settings(config.trainer, config.seed),
             run_dir,
-            base=tuning_base(config, task, base),
+            base=begin,
             eval_draws=config.eval_draws,
             num_steps=config.num_steps,
             resume=resume and has_run(run_dir),
@@ -165,6 +166,9 @@ def tuning_base(
         raise ConfigError(
             f"{task.name} has a reward of hard sequences without gradient: set base=none"
         )
+    from diffpolicy.sequences.tuning import base_settings
+
+    base_settings(settings, config.kl_weight)
     named = {"type": "task", "id": pretraining.task.id, "kwargs": dict(pretraining.task.kwargs)}
     return {**settings, "stored": named}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -13,10 +14,12 @@ from torch import Tensor
 from diffpolicy.learn.material import SequenceMaterial
 from diffpolicy.learn.method import Method
 from diffpolicy.learn.methods import method_of
+from diffpolicy.sequences.base import Base
 from diffpolicy.sequences.evaluate import path_kl
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, Reward, score
 from diffpolicy.sequences.spec import Drawing, Draws
+from diffpolicy.settings import settings_of
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.trainer import Evaluate, Running
 
@@ -92,13 +95,22 @@ def _begun(
     """What is tuned, as it is before the first update."""
     if base is None:
         return pretrained.copy()
+    settings = base_settings(base, getattr(method, "kl_weight", 0.0))
+    return pretrained.with_base(oracles.reward, **asdict(settings))
+
+
+def base_settings(base: Mapping[str, Any], kl_weight: float) -> Base:
+    """The settings of a base; a ``scale`` that is missing or None is ``1 / kl_weight``.
+
+    Raises:
+        ValueError: unknown settings or ones out of range, or a weight of 0 that says no scale.
+    """
     settings = {key: value for key, value in base.items() if value is not None}
-    kl_weight = getattr(method, "kl_weight", 0.0)
     if "scale" not in settings:
         if not kl_weight > 0:
             raise ValueError(f"kl_weight={kl_weight} says no scale of the base: give base.scale")
         settings["scale"] = 1 / kl_weight
-    return pretrained.with_base(oracles.reward, **settings)
+    return settings_of(Base, settings, "base")
 
 
 def _watch(
