@@ -61,6 +61,7 @@ def tune_sequences(config: SequenceTuningConfig, *, resume: bool = False) -> int
             trainer_settings(config.trainer, config.seed),
             run_dir,
             base=begin,
+            hacking=config.hacking,
             eval_draws=config.eval_draws,
             num_steps=config.num_steps,
             resume=resume and has_run(run_dir),

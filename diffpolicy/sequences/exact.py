@@ -103,8 +103,12 @@ class StateSpace:
         parts = []
         for states in torch.split(self.states, batch_size):
             given = None if cond is None else cond.to(device).expand(len(states), -1)
-            x = one_hot(states.to(device), self.vocab_size)
-            parts.append(denoiser(x, zero, given).aux["log_p"].cpu())
+            states = states.to(device)
+            if isinstance(denoiser, MaskedDenoiser):
+                log_p = denoiser.log_probs(states, zero, given)
+            else:
+                log_p = denoiser(one_hot(states, self.vocab_size), zero, given).aux["log_p"]
+            parts.append(log_p.cpu())
         return torch.cat(parts)
 
 

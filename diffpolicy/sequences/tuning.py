@@ -16,12 +16,15 @@ from diffpolicy.learn.method import Method
 from diffpolicy.learn.methods import method_of
 from diffpolicy.sequences.base import Base
 from diffpolicy.sequences.evaluate import path_kl
+from diffpolicy.sequences.metrics import hacking_warning
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Oracles, Reward, score
 from diffpolicy.sequences.spec import Drawing, Draws
-from diffpolicy.settings import settings_of
+from diffpolicy.settings import check_choice, settings_of
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.trainer import Evaluate, Running
+
+HACKING = ("warn", "stop")  # what to do when the training reward rises and the held-out one falls
 
 
 class Tuned(NamedTuple):
@@ -49,6 +52,7 @@ def tune(
     run_dir: str | os.PathLike[str],
     *,
     base: Mapping[str, Any] | None = None,
+    hacking: str = "warn",
     eval_draws: int = 256,
     num_steps: int | None = None,
     **run: Unpack[Running],
@@ -68,6 +72,9 @@ def tune(
             :class:`~diffpolicy.sequences.base.Base`, whose ``scale`` is 1 / kl_weight of the method
             unless given. The reward must have a gradient at soft sequences (but for
             ``mode="exact"``). None: no base.
+        hacking: ``"stop"``: end the run at the evaluation from which on the reward rises while the
+            held-out one falls (:func:`~diffpolicy.sequences.metrics.hacking_warning`; of a reward
+            that is held out itself it never does). ``"warn"``: go on; reports tell.
         eval_draws: sequences of an evaluation.
         num_steps: of their chains; ``None``: one position at a time.
         **run: ``resume`` and ``overwrite`` of :class:`~diffpolicy.training.trainer.Trainer`.
@@ -75,13 +82,15 @@ def tune(
     Raises:
         ValueError: unknown settings, or ones that do not fit.
     """
+    check_choice("hacking", hacking, HACKING)
     made = method_of(method, items="sequences")
     model, reward = _begun(pretrained, oracles, made, base), _Counted(oracles.reward)
     material = SequenceMaterial(reward, pretrained.copy().denoiser, config.batch_size)
     objective = made.objective(model.denoiser, material).to(model.device)
     blank = model.expand_cond(None, 1)
     source = Draws(max(65_536, config.batch_size), None if blank is None else blank[0].cpu())
-    run["evaluate"] = _watch(pretrained, oracles, eval_draws, num_steps, config.seed)
+    watch = _watch(pretrained, oracles, eval_draws, num_steps, config.seed)
+    run["evaluate"] = watch if hacking == "warn" else _alarmed(watch)
     model.fit(objective, source, config, run_dir, **run)
     training = model.last_training
     assert training is not None
@@ -133,6 +142,20 @@ def _watch(
         }
 
     return watch
+
+
+def _alarmed(watch: Evaluate) -> Evaluate:
+    """The same evaluation, which ends the run when the reward is being hacked."""
+    rewards: list[float] = []
+    held_out: list[float] = []
+
+    def evaluate(path: Path, step: int) -> Mapping[str, float]:
+        row = watch(path, step)
+        rewards.append(row["eval/reward"])
+        held_out.append(row["eval/held_out"])
+        return {**row, "stop": float(hacking_warning(rewards, held_out) is not None)}
+
+    return evaluate
 
 
 class _Counted:

@@ -156,3 +156,17 @@ def test_a_plain_network_learns_its_law(pretrained, quick, tmp_path):
     p = law(based)
     left, before = (float((p * (p / law(m)).log()).sum()) for m in (plain, pretrained))
     assert left < 0.02 < 0.2 * before
+
+
+@pytest.mark.parametrize("hacking", ["warn", "stop"])
+def test_the_alarm_ends_a_run_that_hacks_its_reward(
+    hacking, table_task, pretrained, quick, tmp_path
+):
+    """The held-out reward is the opposite: all that is gained is lost."""
+    oracles = Oracles(table_task.reward, lambda x: -table_task.reward(x), {})
+    method = {"type": "policy_gradient", "kl_weight": 0.01}
+    config = quick(60, lr=5e-3, eval_every=5)
+    tuned = tune(pretrained, oracles, method, config, tmp_path, hacking=hacking, eval_draws=64)
+    assert not tuned.interrupted
+    steps = tuned.model.last_training.step
+    assert steps == 60 if hacking == "warn" else 10 <= steps <= 40
