@@ -68,9 +68,8 @@ class OnBase:
 
         Untuned it is the guided model exactly. It is saved with its reward where that is an
         :class:`~diffpolicy.sequences.oracles.Oracle`, the reward of a task that the setting
-        ``stored`` names, or a ``torch.nn.Module`` of a package, whose attribute ``config`` holds
-        its arguments (without one it has none). Another function is given again after loading:
-        :meth:`with_reward`.
+        ``stored`` names, or a ``torch.nn.Module`` of a package, whose attribute ``config`` is
+        the mapping of its arguments. Any other is given again after loading: :meth:`with_reward`.
 
         Args:
             reward: ``[B, L, V] -> [B]`` of soft one-hots, with gradient unless ``mode="exact"``.
@@ -134,11 +133,13 @@ class OnBase:
         return done
 
 
-def base_files(denoiser: MaskedDenoiser) -> dict[str, Any]:
-    """What a model's files hold of its base."""
-    if not isinstance(denoiser, ResidualDenoiser):
+def base_files(spec: SequenceSpec, denoiser: MaskedDenoiser) -> dict[str, Any]:
+    """What a model's files hold of its base: the frozen model, and a reward that is named."""
+    if spec.base is None or not isinstance(denoiser, ResidualDenoiser):
         return {}
-    return {FILE: denoiser.base.state_dict()}
+    held = denoiser.base.state_dict()
+    unnamed = spec.base["stored"] is None
+    return {FILE: {k: v for k, v in held.items() if not (unnamed and k.startswith("reward."))}}
 
 
 def made_denoiser(spec: SequenceSpec, files: Mapping[str, Any]) -> MaskedDenoiser:
@@ -163,9 +164,10 @@ def _named(reward: Reward) -> dict[str, Any] | None:
         return {"type": "oracle", "network": reward.config}
     kind = type(reward)
     found = getattr(sys.modules.get(kind.__module__), kind.__qualname__, None)
-    if not isinstance(reward, nn.Module) or found is not kind or kind.__module__ == "__main__":
+    config: Any = getattr(reward, "config", None)
+    here = found is kind and kind.__module__ != "__main__"
+    if not (isinstance(reward, nn.Module) and isinstance(config, Mapping) and here):
         return None
-    config = getattr(reward, "config", {})
     return {"type": f"{kind.__module__}:{kind.__qualname__}", **config}
 
 

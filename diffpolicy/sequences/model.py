@@ -344,7 +344,7 @@ class SequenceModel(Letters, OnBase, Saved):
         return {
             "config.json": self._config(**asdict(self.spec)),
             "model.safetensors": dict(weights or self.denoiser.state_dict()),
-            **base_files(self.denoiser),
+            **base_files(self.spec, self.denoiser),
         }
 
     @classmethod
