@@ -207,13 +207,16 @@ class SequenceTuningConfig(RunConfig):
     task: TaskConfig | None = None
     pretrain: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=lambda: {"type": "none"})
     label: str | None = None
     kl_weight: float = 0.1
     draws: int = 640
     num_steps: int | None = None
     eval_draws: int = 256
+    hacking: str = "warn"
 
     def __post_init__(self) -> None:
+        check_choice("hacking", self.hacking, ("warn", "stop"))
         check_range("[0, inf)", kl_weight=self.kl_weight)
         check_range("[2, inf)", draws=self.draws, eval_draws=self.eval_draws)
 

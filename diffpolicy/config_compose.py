@@ -22,7 +22,7 @@ MAX_BYTES, MAX_NODES = 1_000_000, 100_000  # of a YAML file, and of what its ali
 
 OPEN = (
     *("env.", "data.", "policy.", "sampler.", "evaluation.", "learning.", "method.", "guidance."),
-    *("task.", "pretrain.", "report.", "collect.", "judge.", "plans.", "adapters."),
+    *("base.", "task.", "pretrain.", "report.", "collect.", "judge.", "plans.", "adapters."),
     *("oracles.network.", "oracles.trainer."),
     *("rti.", "truncated.", "selection.", "returns.", "imagined."),  # these, and below, of eval
     *("streaming.", "chunking."),

@@ -169,8 +169,8 @@ def sequences(folder: Path) -> Hashes:
     few, quiet = ["draws=64", "threads=1"], "trainer.progress=false"
     base, tuned, smc = (folder / name for name in ("base", "drakes", "smc"))
     command("train", "experiment=tfbind8", "trainer.steps=150", quiet, *few, f"run_dir={base}")
-    short = ["trainer.steps=10", "trainer.batch_size=32", "eval_draws=16"]
-    where = [f"pretrained={base}", "experiment=tfbind8_drakes"]
+    short = ["trainer.steps=10", "trainer.batch_size=32", "trainer.lr=1e-3", "eval_draws=16"]
+    where = [f"pretrained={base}", "experiment=tfbind8_drakes", "base=none"]
     command("tune", *where, quiet, *few, *short, f"run_dir={tuned}")
     command("tune", *where, "method=none", "guidance=smc", *few, f"run_dir={smc}")
     found: Hashes = {}

@@ -3,19 +3,22 @@
     python scripts/tfbind8_table.py phase=tune file=path/to/tfbind8.npz
     python scripts/tfbind8_table.py phase=test
     python scripts/tfbind8_table.py phase=gradients
-    python scripts/tfbind8_table.py phase=guidance
+    python scripts/tfbind8_table.py phase=guidance order=2
 
 `phase=tune` tries the candidates of every method on two other transcription factors, CRX and PAX6
 (one seed), and keeps the best mean progress; `phase=test` runs the kept ones on SIX6, which ships,
-with new seeds, at the same number of updates and (within a tenth) of rewards. Both continue where
-they stopped; cells are in `work`. `phase=gradients` compares gradient estimators with the exact
-gradient of J. `phase=guidance` scores the untuned model under reward guidance at scale
-1 / kl_weight, whose law is known exactly too. Progress is (J - J_pre) / (J* - J_pre) with J = E[r]
-- kl_weight KL, all exact.
+or on `tables` of your file, with new seeds, at (within a tenth) as many rewards: those that tune
+from a model guided by the reward (`base`) ask for more in an update and make as many fewer. Both
+continue where they stopped; cells are in `work`. `phase=gradients` compares gradient estimators
+with the exact gradient of J. `phase=guidance` scores the untuned model under reward guidance at
+scale 1 / kl_weight, and `phase=cfg` a model of two classes under classifier-free guidance: their
+laws are known exactly too. Progress is (J - J_pre) / (J* - J_pre) with J = E[r] - kl_weight KL,
+all exact.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import statistics
@@ -23,7 +26,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +34,11 @@ from torch import Tensor
 from diffpolicy.commands.options import parse
 from diffpolicy.config import KINDS
 from diffpolicy.config_compose import compose
-from diffpolicy.core import one_hot
-from diffpolicy.guidance import RewardGuidance
 from diffpolicy.learn.material import SequenceMaterial
 from diffpolicy.learn.methods import make_method
 from diffpolicy.sequences.evaluate import exactly
-from diffpolicy.sequences.exact import ExactLaw, StateSpace, exact_scores
+from diffpolicy.sequences.exact import ExactLaw, StateSpace
+from diffpolicy.sequences.guided import steered
 from diffpolicy.sequences.metrics import quartiles
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import score, train_oracles
@@ -44,6 +46,7 @@ from diffpolicy.sequences.task import open_task
 from diffpolicy.sequences.tuning import tune
 from diffpolicy.settings import from_values as build
 from diffpolicy.training.settings import TrainerConfig
+from tfbind8_candidates import Candidate, candidates
 
 DEFAULTS: dict[str, Any] = {
     "phase": "test",
@@ -57,74 +60,12 @@ DEFAULTS: dict[str, Any] = {
     "seeds": 3,
     "output": None,
     "threads": 1,
+    "tables": None,
+    "order": 1,
 }
 TASK = "diffpolicy_envs:diffpolicy/TFBind8-v0"
-RELAXED = "method.relaxation.relaxed_steps=4"
 TUNING_TABLES = ("CRX_REF_R1", "PAX6_REF_R1")
 TEST_TABLE = "SIX6_REF_R1"
-
-
-class Candidate(NamedTuple):
-    """One way to run a method; ``kl_factor`` times the weight that is scored is trained with."""
-
-    method: str
-    label: str
-    overrides: tuple[str, ...]
-    kl_factor: float = 1.0
-
-
-def candidates() -> list[Candidate]:
-    """What is tried per method: four ways each, one of them at 1.15 times the KL weight."""
-    soft = (
-        "method=drakes",
-        "method.relaxation.straight_through=false",
-        "method.relaxation.backward=gumbel",
-    )
-    reinmax = ("method=drakes", "method.relaxation.backward=reinmax")
-    probabilities = ("method=drakes", "method.relaxation.backward=probabilities")
-    gumbel = "method.relaxation.gumbel_temperature"
-    ess, group = "method.min_ess", "method.group_size"
-    fast, slow = "trainer.lr=5e-3", "trainer.lr=2e-3"
-    gradient = ("method=policy_gradient",)
-    # An intermediate value costs a reward each: fewer sequences for as many rewards.
-    vidd = ("method=vidd", "method.buffer=1008", "method.refresh=28")
-    # Comparisons alone, labelled by chance as the reward says. PSO draws two chains for each row.
-    dpo = ("method=sequence_dpo",)
-    pso = ("method=sequence_pso",)
-    return [
-        Candidate("drakes", "probabilities", (*probabilities, fast)),
-        Candidate("drakes", "probabilities-kl1.15", (*probabilities, fast), 1.15),
-        Candidate("drakes", "reinmax", (*reinmax, fast)),
-        Candidate("drakes", "reinmax-kl1.15", (*reinmax, fast), 1.15),
-        Candidate("wdce", "ess0.1", ("method=wdce", f"{ess}=0.1", fast)),
-        Candidate("wdce", "ess0.1-kl1.15", ("method=wdce", f"{ess}=0.1", fast), 1.15),
-        Candidate("wdce", "ess0.3", ("method=wdce", f"{ess}=0.3", fast)),
-        Candidate("wdce", "ess0.1-slow", ("method=wdce", f"{ess}=0.1", slow)),
-        Candidate("policy_gradient", "fast", (*gradient, fast)),
-        Candidate("policy_gradient", "fast-kl1.15", (*gradient, fast), 1.15),
-        Candidate("policy_gradient", "faster", (*gradient, "trainer.lr=1e-2")),
-        Candidate("policy_gradient", "slow", (*gradient, slow)),
-        Candidate("sdpo", "8", ("method=sdpo", f"{group}=8", fast)),
-        Candidate("sdpo", "8-kl1.15", ("method=sdpo", f"{group}=8", fast), 1.15),
-        Candidate("sdpo", "32", ("method=sdpo", f"{group}=32", fast)),
-        Candidate("sdpo", "32-slow", ("method=sdpo", f"{group}=32", slow)),
-        Candidate("drakes_gumbel", "0.3", (*soft, f"{gumbel}=0.3", fast)),
-        Candidate("drakes_gumbel", "0.3-kl1.15", (*soft, f"{gumbel}=0.3", fast), 1.15),
-        Candidate("drakes_gumbel", "0.6", (*soft, f"{gumbel}=0.6", fast)),
-        Candidate("drakes_gumbel", "0.3-last4", (*soft, f"{gumbel}=0.3", RELAXED, fast)),
-        Candidate("vidd", "all", (*vidd, fast)),
-        Candidate("vidd", "all-kl1.15", (*vidd, fast), 1.15),
-        Candidate("vidd", "ess0.3", (*vidd, f"{ess}=0.3", fast)),
-        Candidate("vidd", "all-slow", (*vidd, slow)),
-        Candidate("dpo", "own", (*dpo, fast)),
-        Candidate("dpo", "own-draws8", (*dpo, "method.draws=8", fast)),
-        Candidate("dpo", "own-beta0.3", (*dpo, "method.kl_beta=0.3", fast)),
-        Candidate("dpo", "own-slow", (*dpo, slow)),
-        Candidate("pso", "path", (*pso, fast)),
-        Candidate("pso", "path-beta0.3", (*pso, "method.kl_beta=0.3", fast)),
-        Candidate("pso", "step", (*pso, "method.compare=step", fast)),
-        Candidate("pso", "path-slow", (*pso, slow)),
-    ]
 
 
 class Bench:
@@ -141,9 +82,9 @@ class Bench:
             raise SystemExit(f"{table} does not ship: give file=path/to/tfbind8.npz")
         return open_task(TASK, table=table, file=str(self.options["file"]))
 
-    def pretrained(self, table: str, seed: int) -> SequenceModel:
-        """The model that is tuned, with the settings of experiment=tfbind8."""
-        run = self.work / "pretrained" / f"{table}_{seed}"
+    def pretrained(self, table: str, seed: int, *, classes: bool = False) -> SequenceModel:
+        """The model that is tuned, with the settings of experiment=tfbind8, or one of classes."""
+        run = self.work / "pretrained" / f"{table}_{seed}{'_classes' if classes else ''}"
         if (run / "done").is_file():
             return SequenceModel.from_pretrained(run)
         config = build(KINDS["train sequences"], compose("train_sequences", ["experiment=tfbind8"]))
@@ -152,10 +93,13 @@ class Bench:
             "process": config.process,
             "time_free": config.time_free,
         }
+        if classes:
+            spec |= {"label_quantiles": (0.9,), "cond_dropout": 0.2}
         task = self.task(table)
         found = SequenceModel.for_task(task, spec=spec, seed=seed)
         trainer = TrainerConfig(**{**config.trainer, "seed": seed, "progress": False})
-        found.learn(task.training_data()[0], trainer, run, overwrite=True)
+        tokens, labels = task.training_data()
+        found.learn(tokens, trainer, run, labels=labels if classes else None, overwrite=True)
         (run / "done").write_text("")
         return found
 
@@ -168,12 +112,12 @@ class Bench:
         if file.is_file():
             return dict(json.loads(file.read_text()))
         size = int(self.options["batch_size"])
-        config = build(
-            KINDS["tune sequences"], compose("tune_sequences", list(candidate.overrides))
-        )
+        overrides = ["base=none", *candidate.overrides]
+        config = build(KINDS["tune sequences"], compose("tune_sequences", overrides))
+        base = {key: value for key, value in config.base.items() if key != "type"}
         trainer = {
             **config.trainer,
-            "steps": updates,
+            "steps": updates // candidate.share,
             "batch_size": size if config.method["type"] != "sequence_pso" else size // 2,
             "seed": 300_000 + seed,
             "eval_every": None,
@@ -189,6 +133,7 @@ class Bench:
             {**config.method, "kl_weight": kl_weight * candidate.kl_factor},
             TrainerConfig(**trainer),
             self.work / "runs" / name,
+            base=base or None,
             eval_draws=16,
             overwrite=True,
         )
@@ -202,7 +147,7 @@ class Bench:
             "label": candidate.label,
             "overrides": list(candidate.overrides),
             "kl_factor": candidate.kl_factor,
-            "updates": updates,
+            "updates": updates // candidate.share,
             "reward_evaluations": tuned.reward_calls,
             "wall_s": time.perf_counter() - began,
             "cpu_s": time.process_time() - cpu,
@@ -241,13 +186,13 @@ def tuning(bench: Bench, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def testing(bench: Bench, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The chosen candidates on the test table."""
+    """The chosen candidates on the test table, or others."""
     choices = json.loads((bench.work / "tuning.json").read_text())["chosen"]
     chosen = [c for c in wanted(options) if choices.get(c.method) == c.label]
     for kl_weight in options["kl_weights"]:
-        for candidate in chosen:
+        for name, candidate in itertools.product(options["tables"] or [TEST_TABLE], chosen):
             for seed in range(1, 1 + int(options["seeds"])):
-                yield bench.cell(TEST_TABLE, seed, kl_weight, candidate, options["updates"])
+                yield bench.cell(name, seed, kl_weight, candidate, options["updates"])
 
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
@@ -322,20 +267,35 @@ def gradients(bench: Bench, options: dict[str, Any], *, batches: int = 40) -> li
 
 
 def guidance(bench: Bench, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The exact law of the untuned model under reward guidance, two minutes each."""
-    task, space = bench.task(TEST_TABLE), StateSpace(4, 8)
-    rewards = torch.from_numpy(score(task.reward, space.states[space.sequences], 4))
-    for kl_weight in options["kl_weights"]:
-        for seed in range(1, 1 + int(options["seeds"])):
-            began, denoiser = time.time(), bench.pretrained(TEST_TABLE, seed).denoiser
-            guided, t = RewardGuidance(denoiser, task.reward, 1 / kl_weight), torch.zeros(1, 1, 1)
-            with torch.no_grad():
-                parts = [guided(one_hot(s, 4), t).aux["log_p"] for s in space.states.split(16384)]
-                before = ExactLaw.of(denoiser, space).p
-                after = ExactLaw.from_log_probs(space, torch.cat(parts)).p
-                found = exact_scores(after, before, rewards, kl_weight)._asdict()
-            row = {"method": "guidance", "kl_weight": kl_weight, "seed": seed, **found}
-            yield {**row, "wall_s": round(time.time() - began)}
+    """The exact law of the untuned model under reward guidance."""
+    names = options["tables"] or [TEST_TABLE]
+    seeds = range(1, 1 + int(options["seeds"]))
+    for name, kl_weight, seed in itertools.product(names, options["kl_weights"], seeds):
+        task, model = bench.task(name), bench.pretrained(name, seed)
+        config = {"type": "reward", "scale": 1 / kl_weight, "order": int(options["order"])}
+        known = {"method": "guidance", "table": name, "kl_weight": kl_weight, "seed": seed}
+        yield {**known, "order": config["order"], **scored(model, task, kl_weight, config)}
+
+
+def cfg(bench: Bench, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The exact law of a model of two classes, the upper tenth one of them, under CFG."""
+    task, seeds = bench.task(TEST_TABLE), range(1, 1 + int(options["seeds"]))
+    for seed in seeds:
+        model = bench.pretrained(TEST_TABLE, seed, classes=True)
+        for scale, kl_weight in itertools.product((1.0, 2.0, 3.0, 5.0), options["kl_weights"]):
+            config = {"type": "cfg", "scale": scale}
+            known = {"method": "cfg", "scale": scale, "kl_weight": kl_weight, "seed": seed}
+            yield {**known, **scored(model, task, kl_weight, config)}
+
+
+def scored(
+    model: SequenceModel, task: Any, kl_weight: float, config: dict[str, Any]
+) -> dict[str, Any]:
+    """Exact scores of a model under guidance, and the CPU seconds that they took."""
+    began = time.process_time()
+    guided = steered(model, config, task.reward)
+    found = exactly(model, model, task, kl_weight, guided=guided).scores._asdict()
+    return {**found, "cpu_s": round(time.process_time() - began, 1)}
 
 
 def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
@@ -344,12 +304,12 @@ def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> T
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one line per method and weight, median [quartiles] over seeds."""
-    head = ["method", "kl_weight", "progress", "E[r]", "KL", "J", "rewards", "CPU s"]
+    """Markdown: one line per factor, method and weight, median [quartiles] over seeds."""
+    head = ["factor", "method", "kl_weight", "progress", "E[r]", "KL", "J", "rewards", "CPU s"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for method, weight in dict.fromkeys((r["method"], r["kl_weight"]) for r in rows):
-        group = [r for r in rows if (r["method"], r["kl_weight"]) == (method, weight)]
-        cells = [method, str(weight)]
+    for which in dict.fromkeys((r["table"], r["method"], r["kl_weight"]) for r in rows):
+        group = [r for r in rows if (r["table"], r["method"], r["kl_weight"]) == which]
+        cells = [str(part) for part in which]
         for key in ("progress", "reward", "kl", "objective"):
             found = quartiles([r[key] for r in group])
             cells.append("{median:.3f} [{q25:.3f}, {q75:.3f}]".format(**found))
@@ -381,7 +341,7 @@ def main(arguments: list[str]) -> int:
         write_json(old, result)
         print(json.dumps(result, indent=1))
         return 0
-    phases = {"test": testing, "gradients": gradients, "guidance": guidance}
+    phases = {"test": testing, "gradients": gradients, "guidance": guidance, "cfg": cfg}
     if options["phase"] not in phases:
         raise SystemExit(f"phase must be tune or one of {[*phases]}, got {options['phase']!r}")
     test = options["phase"] == "test"

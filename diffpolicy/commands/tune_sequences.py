@@ -22,7 +22,7 @@ from diffpolicy.commands.runs import (
 )
 from diffpolicy.commands.train_sequences import configured_oracles, open_configured, summary
 from diffpolicy.config import SequenceTrainConfig, SequenceTuningConfig, TaskConfig, read_run
-from diffpolicy.settings import ConfigError
+from diffpolicy.settings import ConfigError, check_choice
 from diffpolicy.settings import from_values as build
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def tune_sequences(config: SequenceTuningConfig, *, resume: bool = False) -> int
     task = open_configured(base)
     pretrained = pretrained.pinned(getattr(task, "fixed", ""))
     check_black_box(config, task)
+    begin = tuning_base(config, task, base)
     oracles = configured_oracles(base, task, Path(config.pretrained), device)
     write_config(config)
     model, tuned = pretrained, None
@@ -63,6 +64,8 @@ def tune_sequences(config: SequenceTuningConfig, *, resume: bool = False) -> int
             {**config.method, "kl_weight": config.kl_weight},
             trainer_settings(config.trainer, config.seed),
             run_dir,
+            base=begin,
+            hacking=config.hacking,
             eval_draws=config.eval_draws,
             num_steps=config.num_steps,
             resume=resume and has_run(run_dir),
@@ -194,6 +197,32 @@ def _evaluation(config: SequenceTuningConfig, **said: Any) -> Evaluation:
     return build(Evaluation, values, "report.")
 
 
+def tuning_base(
+    config: SequenceTuningConfig, task: SequenceTask, pretraining: SequenceTrainConfig
+) -> dict[str, Any] | None:
+    """The base that tuning starts from, with how its reward is made again; ``None``: none.
+
+    Raises:
+        ConfigError: an unknown type, or guidance by a reward without gradient.
+    """
+    settings = dict(config.base)
+    kind = settings.pop("type", None)
+    check_choice("base.type", kind, ("auto", "none", "reward_guidance"))
+    black_box = task.kind == "black_box"
+    if kind == "none" or (kind == "auto" and (black_box or config.kl_weight == 0)):
+        return None
+    if black_box:
+        raise ConfigError(
+            f"{task.name} has a reward of hard sequences without gradient: set base=none"
+        )
+    from diffpolicy.sequences.tuning import base_settings
+
+    base_settings(settings, config.kl_weight)
+    known = pretraining.task
+    named = {"type": "task", "id": known.id, "kwargs": dict(known.kwargs)} if known.id else None
+    return {**settings, "stored": named}
+
+
 def evaluated(
     config: SequenceTuningConfig,
     models: tuple[SequenceModel, SequenceModel],
@@ -205,14 +234,18 @@ def evaluated(
     from diffpolicy.report.sequences import TuningResult
     from diffpolicy.sequences.designs import designs, write_designs
     from diffpolicy.sequences.evaluate import can_be_exact, evaluate_sequences, exactly
+    from diffpolicy.sequences.guided import STEERED, steered
     from diffpolicy.sequences.oracles import judge_note
 
     pretrained, model = models
     plain = config.guidance["type"] == "none"
-    one_by_one = config.num_steps is None  # the law that is known
-    known = plain and one_by_one and can_be_exact(model, task) and config.kl_weight > 0
+    one_by_one = config.num_steps is None and config.guidance["type"] in STEERED  # a known law
+    known = one_by_one and can_be_exact(model, task) and config.kl_weight > 0
     known = known and _evaluation(config).exact
-    exact = exactly(model, pretrained, task, config.kl_weight) if known else None
+    exact = None
+    if known:
+        guided = steered(model, config.guidance, oracles.reward)
+        exact = exactly(model, pretrained, task, config.kl_weight, guided=guided)
     settings = _evaluation(config, **({"exact": False} if known else {}))
     before = _draw(config, pretrained, {"type": "none"}, oracles)
     began = time.perf_counter()

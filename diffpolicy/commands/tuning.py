@@ -3,7 +3,7 @@
 settings of policies (also method, collect, judge, plans, trainer and evaluation.KEY):
 $plans
 
-settings of sequence models (also method.KEY, guidance.KEY, trainer.KEY):
+settings of sequence models (also method.KEY, base.KEY, guidance.KEY, trainer.KEY):
 $sequences
 
 Sequences of your own, in one command: task=custom task.sequences=FILE (FASTA, CSV or TSV, perhaps
@@ -58,7 +58,9 @@ def help_of(intro: str | None) -> str:
     """The help of a tuning command: what it is for, then what both have in common."""
     settings = {name: settings_of(name) for name in ("plans", "sequences")}
     shared = str(__doc__).split("\n\n", 1)[1]
-    return helped(f"{intro}\n{shared}", **settings, groups=groups_help(("method", "guidance")))
+    return helped(
+        f"{intro}\n{shared}", **settings, groups=groups_help(("method", "base", "guidance"))
+    )
 
 
 def settings_of(kind: str) -> str:

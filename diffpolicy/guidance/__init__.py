@@ -10,6 +10,7 @@ from diffpolicy.guidance.costs import COSTS, Cost, Dynamics, Limits, Obstacle, S
 from diffpolicy.guidance.layout import Layout
 from diffpolicy.guidance.particles import SMC, SVDD, TDS, BestOfN, Drawn
 from diffpolicy.guidance.pinned import PinCond, Pinned, PrefixCond, PrefixGuidance
+from diffpolicy.guidance.residual import ResidualDenoiser
 from diffpolicy.guidance.reward import RewardGuidance
 from diffpolicy.guidance.search import (
     PARTICLE_METHODS,
@@ -41,6 +42,7 @@ __all__ = [
     "Pinned",
     "PrefixCond",
     "PrefixGuidance",
+    "ResidualDenoiser",
     "RewardGuidance",
     "RolloverBudget",
     "Smoothness",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import diffpolicy.sequences.exact as exact
 import diffpolicy.sequences.metrics as metrics
+from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.learn.method import check_sizes
 from diffpolicy.learn.reward.chains import categorical_kl
 from diffpolicy.sequences.exact import ExactLaw, StateSpace
@@ -180,10 +181,24 @@ def can_be_exact(model: SequenceModel, task: SequenceTask) -> bool:
 
 @torch.no_grad()
 def exactly(
-    model: SequenceModel, reference: SequenceModel, task: SequenceTask, kl_weight: float
+    model: SequenceModel,
+    reference: SequenceModel,
+    task: SequenceTask,
+    kl_weight: float,
+    *,
+    guided: tuple[BaseDenoiser, Tensor | None] | None = None,
 ) -> Exact:
-    """Compute exact figures of a tuned model (see :func:`can_be_exact`)."""
-    space, p, q = _laws(model, reference)
+    """Compute exact figures of a tuned or guided model (see :func:`can_be_exact`).
+
+    Args:
+        model: tuned.
+        reference: the pre-trained model.
+        task: whose reward it is.
+        kl_weight: of the divergence, positive.
+        guided: ``model`` under guidance and its condition, see
+            :func:`~diffpolicy.sequences.guided.steered`; ``None``: ``model`` itself.
+    """
+    space, p, q = _laws(model, reference, guided)
     tokens = space.states[space.sequences]
     reward = torch.from_numpy(score(reward_of(task), tokens, space.vocab_size))
     laws = [exact.optimum(q, reward, float(weight)) for weight in torch.logspace(0, -2, 24)]
@@ -204,11 +219,18 @@ def exact_kl(model: SequenceModel, reference: SequenceModel) -> float:
     return exact.divergence(p, q)
 
 
-def _laws(model: SequenceModel, reference: SequenceModel) -> tuple[StateSpace, Tensor, Tensor]:
-    """The unconditional laws ``[V^L]`` of two models, and what they are over."""
+def _laws(
+    model: SequenceModel,
+    reference: SequenceModel,
+    guided: tuple[BaseDenoiser, Tensor | None] | None = None,
+) -> tuple[StateSpace, Tensor, Tensor]:
+    """The laws ``[V^L]`` of two models, unconditional unless guided, and what they are over."""
     space = StateSpace(model.spec.vocab_size, model.spec.length)
-    laws = [ExactLaw.of(m.denoiser, space, cond=m.expand_cond(None, 1)) for m in (model, reference)]
-    return space, laws[0].p, laws[1].p
+    own, cond = (model.denoiser, None) if guided is None else guided
+    given = model.expand_cond(cond, 1)
+    law = ExactLaw.of(own, space, cond=given)
+    theirs = ExactLaw.of(reference.denoiser, space, cond=reference.expand_cond(None, 1))
+    return space, law.p, theirs.p
 
 
 @torch.no_grad()

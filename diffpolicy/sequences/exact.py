@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masked_denoiser import MaskedDenoiser
+from diffpolicy.core.masking import one_hot
 from diffpolicy.core.templated import Templated
 from diffpolicy.learn.method import check_sizes
 from diffpolicy.learn.reward.chains import categorical_kl
@@ -81,24 +83,33 @@ class StateSpace:
         return (tokens.cpu() * place).sum(-1)
 
     def log_probs(
-        self, denoiser: MaskedDenoiser, *, cond: Tensor | None = None, batch_size: int = 32_768
+        self, denoiser: BaseDenoiser, *, cond: Tensor | None = None, batch_size: int = 32_768
     ) -> Tensor:
         """``log p(x0_i | state)`` of every state, ``[S, L, V]`` on the host, float32.
 
-        Carries a graph if gradients are enabled.
+        Carries a graph if gradients are enabled. The denoiser may be guided: any that answers
+        ``aux["log_p"]``.
 
         Raises:
             ValueError: a denoiser of another size, or one that depends on the noise level.
         """
-        check_sizes("the denoiser", denoiser, "the state space", vocab_size=self.vocab_size)
-        if not denoiser.time_free:
+        masked: Any = denoiser
+        while not isinstance(masked, MaskedDenoiser):
+            masked = masked.denoiser
+        check_sizes("the denoiser", masked, "the state space", vocab_size=self.vocab_size)
+        if not masked.time_free:
             raise ValueError("the law of one token at a time is defined for time_free denoisers")
-        device = next(denoiser.parameters(), torch.zeros(())).device
+        device = masked.weight.device
         zero = torch.zeros((1, 1, 1), device=device)
         parts = []
         for states in torch.split(self.states, batch_size):
             given = None if cond is None else cond.to(device).expand(len(states), -1)
-            parts.append(denoiser.log_probs(states.to(device), zero, given).cpu())
+            states = states.to(device)
+            if isinstance(denoiser, MaskedDenoiser):
+                log_p = denoiser.log_probs(states, zero, given)
+            else:
+                log_p = denoiser(one_hot(states, self.vocab_size), zero, given).aux["log_p"]
+            parts.append(log_p.cpu())
         return torch.cat(parts)
 
 
@@ -118,11 +129,15 @@ class ExactLaw:
 
     @classmethod
     def of(
-        cls, denoiser: MaskedDenoiser, space: StateSpace | None = None, *, cond: Any = None
+        cls, denoiser: BaseDenoiser, space: StateSpace | None = None, *, cond: Any = None
     ) -> ExactLaw:
-        """The law of a denoiser; differentiable if gradients are enabled."""
+        """The law of a denoiser, guided or not; differentiable if gradients are enabled.
+
+        Without ``space`` it must be a :class:`~diffpolicy.core.MaskedDenoiser` itself.
+        """
         if space is None:
-            space = StateSpace(denoiser.vocab_size, denoiser.length)
+            plain: Any = denoiser
+            space = StateSpace(plain.vocab_size, plain.length)
         starts = denoiser.process.starts() if isinstance(denoiser.process, Templated) else None
         return cls.from_log_probs(space, space.log_probs(denoiser, cond=cond), starts)
 

@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffpolicy.core.denoiser import BaseDenoiser
 from diffpolicy.core.masking import to_tokens
 from diffpolicy.guidance.reward import RewardGuidance
 from diffpolicy.guidance.search import PARTICLE_METHODS, make_particle_method
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.oracles import Reward
-from diffpolicy.sequences.spec import ROWS, fixed_letters, tokens_of
+from diffpolicy.sequences.spec import ROWS, SequenceSpec, fixed_letters, tokens_of
 from diffpolicy.settings import check_choice, check_known
 
-_SETTINGS = {"none": (), "cfg": ("scale", "class_index"), "reward": ("scale", "mode")}
+_SETTINGS = {"none": (), "cfg": ("scale", "class_index"), "reward": ("scale", "mode", "order")}
+STEERED = tuple(_SETTINGS)
 GUIDANCE = (*_SETTINGS, *PARTICLE_METHODS)
 
 
@@ -83,19 +85,14 @@ def draw_guided(
     if spec.time_free:
         evaluations = min(evaluations, free)
     how: dict[str, Any] = {"num_steps": num_steps, "generator": generator}
-    if kind == "none":
-        return GuidedDraws(model.draw(size, **how), evaluations, 0)
-    if kind == "cfg":
-        scale, cond = values.get("scale"), model.class_cond(_class(values, model))
-        tokens = model.draw(size, cond=cond, guidance=scale, **how)
-        branches = 1 if scale in (None, 1) else 2
-        return GuidedDraws(tokens, evaluations * branches, 0)
-    if kind == "reward":
-        guided = RewardGuidance(model.denoiser, reward, **values)
-        calls = guided.reward_calls(spec.length, spec.vocab_size)
+    if kind in STEERED:
+        denoiser, cond = steered(model, config, reward)
         with torch.no_grad():
-            tokens = tokens_of(model.chains(model.masked(size), denoiser=guided, **how))
-        return GuidedDraws(tokens, evaluations, calls * evaluations)
+            steering: dict[str, Any] = {"denoiser": denoiser, "cond": cond, **how}
+            tokens = tokens_of(model.chains(model.masked(size), **steering))
+        branches = 2 if kind == "cfg" and values.get("scale") not in (None, 1) else 1
+        calls = _reward_calls(denoiser, spec) * evaluations
+        return GuidedDraws(tokens, evaluations * branches, calls)
     method = make_particle_method(kind, **values)
     parts, rows = [], max(1, ROWS // method.chains)
     for first in range(0, size, rows):
@@ -104,6 +101,36 @@ def draw_guided(
         parts.append(method.draw(model.denoiser, reward, shape, cond=given, **how))
     tokens = torch.cat([to_tokens(part.x0) for part in parts])
     return GuidedDraws(tokens, parts[0].nfe, parts[0].reward_calls)
+
+
+def steered(
+    model: SequenceModel, config: Mapping[str, Any], reward: Reward
+) -> tuple[BaseDenoiser, Tensor | None]:
+    """The denoiser under a guidance of ``STEERED``, and the condition ``[C]`` of its sequences.
+
+    It has conditionals at every state, so that its law is known where the model's is
+    (:func:`~diffpolicy.sequences.evaluate.exactly`).
+
+    Raises:
+        ValueError: as :func:`check_guidance`.
+    """
+    kind, values = check_guidance(config, model)
+    if kind == "cfg":
+        return model.guided(values.get("scale")), model.class_cond(_class(values, model))
+    if kind == "reward":
+        return RewardGuidance(model.denoiser, reward, **values), None
+    return model.denoiser, None
+
+
+def _reward_calls(denoiser: BaseDenoiser, spec: SequenceSpec) -> int:
+    """Rewards per sequence in one evaluation of a denoiser, its base's among them."""
+    total = 0
+    at: Any = denoiser
+    while at is not None:
+        guide = at if isinstance(at, RewardGuidance) else getattr(at, "base", None)
+        total += 0 if guide is None else guide.reward_calls(spec.length, spec.vocab_size)
+        at = getattr(at, "denoiser", None)
+    return total
 
 
 def _class(values: Mapping[str, Any], model: SequenceModel) -> int:

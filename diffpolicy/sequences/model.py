@@ -21,6 +21,7 @@ from diffpolicy.core.starts import truncated_start
 from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.learn.cloning.masked import MaskedDenoisingLoss, elbo
 from diffpolicy.networks.base import described
+from diffpolicy.sequences.base import OnBase, base_files, made_denoiser
 from diffpolicy.sequences.spec import (
     ROWS,
     Chain,
@@ -41,7 +42,7 @@ from diffpolicy.training.train import train
 from diffpolicy.training.trainer import Running, TrainResult
 
 
-class SequenceModel(Letters, Saved):
+class SequenceModel(Letters, OnBase, Saved):
     """A masked diffusion model of sequences (MDLM, Sahoo et al. 2024).
 
     Example:
@@ -368,11 +369,10 @@ class SequenceModel(Letters, Saved):
         return {
             "config.json": self._config(**asdict(self.spec)),
             "model.safetensors": dict(weights or self.denoiser.state_dict()),
+            **base_files(self.spec, self.denoiser),
         }
 
     @classmethod
     def _made_of(cls, config: dict[str, Any], files: Mapping[str, Any], device: Device) -> Self:
         spec = settings_of(SequenceSpec, config, cls.WHAT)
-        denoiser = spec.make_denoiser()
-        denoiser.load_state_dict(files["model.safetensors"])
-        return cls(spec, denoiser, device=device)
+        return cls(spec, made_denoiser(spec, files), device=device)

@@ -43,6 +43,8 @@ class SequenceSpec:
         fixed: letters that every sequence has, ``.`` where it is free, ``[L]``; empty: none.
         lengths: ``(length, weight)`` of the lengths that sequences have; empty: all have L. With
             them the last letter of the alphabet is a pad, which fills up what is shorter.
+        base: what its logits stand on beside the network, the values of a
+            :class:`~diffpolicy.sequences.base.Base`; :meth:`SequenceModel.with_base` makes them.
 
     Raises:
         ValueError: values out of range, or that do not fit together.
@@ -59,6 +61,7 @@ class SequenceSpec:
     env_id: str | None = None
     fixed: str = ""
     lengths: tuple[tuple[int, float], ...] = ()
+    base: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -105,7 +108,13 @@ class SequenceSpec:
         return cond.float()
 
     def make_denoiser(self) -> MaskedDenoiser:
-        """A denoiser with freshly initialised weights."""
+        """A denoiser with freshly initialised weights.
+
+        Raises:
+            ValueError: with a base, which is a trained model.
+        """
+        if self.base is not None:
+            raise ValueError("a base is a trained model: train one without, then with_base(reward)")
         network = sized_network(self.network, self.length, self.vocab_size + 1, self.cond_dim)
         process = self.make_process()
         return MaskedDenoiser(network, process, self.vocab_size, time_free=self.time_free)

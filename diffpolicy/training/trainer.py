@@ -87,7 +87,7 @@ class Trainer:
         val_source: held-out examples; their loss is logged at every evaluation, with the same noise
             every time.
         evaluate: called with a policy directory and the step; its metrics are logged, and ``score``
-            decides the best checkpoint.
+            decides the best checkpoint; ``stop``, if it is not 0, ends the training there.
         identity: what else the result depends on, beside objective, source and settings, by name:
             the policy's spec, its normaliser.
         resume: continue the run in ``run_dir``. It must be the same run: only more steps and
@@ -209,7 +209,8 @@ class Trainer:
         shown = config.progress and self.group.first
         look = {"desc": "train", "unit": "step", "mininterval": 1.0, "disable": not shown}
         with tqdm(total=config.steps, initial=self.step, **look) as bar:
-            while self.step < config.steps and not self.group.any(self._stop.asked):
+            ended = False
+            while self.step < config.steps and not self.group.any(self._stop.asked or ended):
                 self._writer.check()
                 self._train_step()
                 bar.update()
@@ -226,6 +227,7 @@ class Trainer:
                         self._log(row)
                         self._save(alone=True)
                         raise
+                    ended = bool(row.pop("stop", 0))
                     self._log(row)
                     began = time.perf_counter()
                 if due or self._due(config.checkpoint_every):

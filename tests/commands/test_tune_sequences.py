@@ -81,8 +81,11 @@ def test_every_method_runs_from_the_command_line(method, pretrained, tmp_path, c
     assert report["cost"]["updates"] == 4
     assert report["exact"]["kl"] >= 0
     before = SequenceModel.from_pretrained(pretrained).denoiser.state_dict()
-    after = SequenceModel.from_pretrained(tmp_path / "run").denoiser.state_dict()
+    model = SequenceModel.from_pretrained(tmp_path / "run")
+    after = model.denoiser.state_dict()
     assert any(not torch.equal(before[k], after[k]) for k in before)
+    assert model.spec.base["scale"] == pytest.approx(10)  # 1 / kl_weight, the default
+    assert model.draw(2).shape == (2, 3)  # its task is opened again
 
 
 @pytest.mark.parametrize("guidance", ["reward", "best_of_n", "smc", "tds", "svdd", "rollover"])
@@ -92,7 +95,11 @@ def test_every_guidance_runs_and_raises_the_reward(guidance, pretrained, tmp_pat
     result = result_of(capsys.readouterr().out)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert result["reward"] > report["before"]["reward"]["median"]
-    assert result["kl"] is None
+    if guidance == "reward":  # its law is known
+        assert 0 < result["progress"] < 1
+        assert report["after"]["kl_kind"] == "exact"
+    else:
+        assert result["kl"] is None
     assert result["reward_calls"] > 0
 
 
@@ -120,11 +127,14 @@ def test_a_black_box_refuses_what_needs_gradients(pretrained, tmp_path, monkeypa
         (["method=drakes"], "without gradient"),
         (["method=none", "guidance=smc"], "guidance.estimate=hard"),
         (["method=vidd"], "method.value=mode"),
+        (["method=policy_gradient", "base=reward_guidance"], "set base=none"),
     ):
         assert tuned(pretrained, tmp_path / "run", *arguments) == 1
         assert message in capsys.readouterr().err
     hard = ["method=none", "guidance=smc", "guidance.estimate=hard"]
     assert tuned(pretrained, tmp_path / "run", *hard) == 0
+    assert tuned(pretrained, tmp_path / "tuned", "method=policy_gradient") == 0
+    assert SequenceModel.from_pretrained(tmp_path / "tuned").spec.base is None
 
 
 def test_classes_and_classifier_free_guidance(tmp_path, pretrained, capsys):
@@ -192,6 +202,8 @@ def test_runs_compare_in_one_table(pretrained, tmp_path, capsys):
         (["method.type=magic"], "unknown method 'magic'"),
         (["guidance=cfg"], "cond_dropout"),
         (["kl_weight=-1"], "kl_weight"),
+        (["base.type=guidance"], "base.type"),
+        (["base.ordr=1"], "ordr"),
         (["guidance=smc", "guidance.particle=3"], "particle"),
         (["trainer.step=3"], "trainer.step"),
     ],
