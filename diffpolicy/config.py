@@ -93,16 +93,12 @@ class EvaluationConfig:
     video_cameras: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("val_episodes", "episodes", "video_episodes", "num_workers"):
-            check_range("[0, inf)", **{f"evaluation.{name}": getattr(self, name)})
-        for name in ("num_envs", "plan_batch"):
-            check_range("[1, inf)", **{f"evaluation.{name}": getattr(self, name)})
+        counts = dict.fromkeys(("val_episodes", "episodes", "video_episodes", "num_workers"), 0)
+        for name, least in (counts | {"num_envs": 1, "plan_batch": 1}).items():
+            check_range(f"[{least}, inf)", **{f"evaluation.{name}": getattr(self, name)})
         check_range("(0, inf)", **{"evaluation.timeout": self.timeout})
         if self.val_seed < 100_000 or self.seed < 100_000:
-            raise ConfigError(
-                "evaluation seeds start at 100,000 (below are the demonstrations'); "
-                f"got val_seed={self.val_seed}, seed={self.seed}"
-            )
+            raise ConfigError(f"evaluation seeds start at 100,000, got {self.val_seed}, {self.seed}")
 
     def check_protocol(self) -> None:
         """Raise unless choices and final scores use seeds of their own."""
@@ -114,10 +110,8 @@ class EvaluationConfig:
             raise ConfigError(f"validation seeds lie in 200,000..299,999, got {val}")
         published = test.start >= 100_000 and test.stop <= 100_050
         if test and not published and test.start < 300_000:
-            raise ConfigError(
-                "test seeds start at 300,000 (or are Push-T's published 100,000..100,049), "
-                f"got {test}"
-            )
+            published_ones = "Push-T's published 100,000..100,049"
+            raise ConfigError(f"test seeds start at 300,000 (or are {published_ones}), got {test}")
 
 
 @dataclass(kw_only=True)
@@ -242,7 +236,7 @@ class PolicyTuningConfig(RunConfig):
 
     def __post_init__(self) -> None:
         check_range("[1, inf)", rounds=self.rounds)
-        given = [1] if self.nfe is None else self.nfe
+        given = (1,) if self.nfe is None else self.nfe
         if not given or not all(type(n) is int and n >= 1 for n in given):
             raise ConfigError(f"nfe must be a list of numbers of steps, got {self.nfe}")
 

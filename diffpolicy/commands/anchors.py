@@ -22,8 +22,9 @@ from diffpolicy.commands.rti import derive
 from diffpolicy.settings import from_values
 
 if TYPE_CHECKING:
-    from diffpolicy.api import DiffusionPolicy, Stored
+    from diffpolicy.api import DiffusionPolicy
     from diffpolicy.commands.rti import Derived
+    from diffpolicy.data.joined import Stored
 
 OPTIONS = {
     "data": Option(None, "store of demonstrations; null: the run's own"),

@@ -25,8 +25,9 @@ from diffpolicy.commands.rti import derive
 from diffpolicy.config_compose import is_setting
 
 if TYPE_CHECKING:
-    from diffpolicy.api import DiffusionPolicy, Stored
+    from diffpolicy.api import DiffusionPolicy
     from diffpolicy.commands.rti import Derived
+    from diffpolicy.data.joined import Stored
 
 OPTIONS = {
     "nfe": Option(4, "network evaluations per plan"),

@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     """Load the run's configuration, with what is to change, and go on."""
     from diffpolicy.commands.own_sequences import typed_over
     from diffpolicy.networks.registry import check_stored_code
-    from diffpolicy.policies.spec import upgraded
+    from diffpolicy.policies.changes import upgraded
     from diffpolicy.rollout.env_spec import stored_env_id
 
     options = _options(arguments)

@@ -29,7 +29,8 @@ from diffpolicy.files import write_atomic, write_json
 from diffpolicy.settings import ConfigError
 
 if TYPE_CHECKING:
-    from diffpolicy.api import DiffusionPolicy, Stored
+    from diffpolicy.api import DiffusionPolicy
+    from diffpolicy.data.joined import Stored
 
     Derived = tuple[DiffusionPolicy, dict[str, Any], dict[str, Any]]
 

@@ -241,8 +241,7 @@ def evaluated(
     plain = config.guidance["type"] == "none"
     one_by_one = config.num_steps is None and config.guidance["type"] in STEERED  # a known law
     known = one_by_one and can_be_exact(model, task) and config.kl_weight > 0
-    known = known and _evaluation(config).exact
-    exact = None
+    known, exact = known and _evaluation(config).exact, None
     if known:
         guided = steered(model, config.guidance, oracles.reward)
         exact = exactly(model, pretrained, task, config.kl_weight, guided=guided)

@@ -377,8 +377,7 @@ def _lagrange_integrals(
 
 SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "ddpm": (DDIM, {"eta": 1.0}),
-    "ddim": (DDIM, {}),
-    "euler": (DDIM, {}),
+    **dict.fromkeys(("ddim", "euler"), (DDIM, {})),
     "heun": (Heun, {}),
     "dpmpp_2m": (DPMSolverPP, {"order": 2}),
     "dpmpp_2m_sde": (DPMSolverPP, {"order": 2, "eta": 1.0}),
@@ -393,8 +392,7 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
 def make_solver(name: str, **options: Any) -> Solver:
     """A solver by its field name, e.g. ``make_solver("ddim", eta=0.5)``.
 
-    Raises:
-        ValueError: unknown name or option, with the valid ones.
+    Raises ``ValueError`` for an unknown name or option, with the valid ones.
     """
     check_choice("solver", name, sorted(SOLVERS))
     kind, defaults = SOLVERS[name]

@@ -26,6 +26,10 @@ from diffpolicy.data.store import EpisodeStore
 from diffpolicy.data.tasks import FIELD as TASK
 from diffpolicy.settings import check_range, named_settings, settings_of
 
+Place = str | os.PathLike[str]
+Stored = EpisodeStore | Place | Sequence[Place | Mapping[str, Any]]
+"""A store, its path, or several: what :func:`open_store` opens."""
+
 TASKS = "tasks"  # the attribute whose places ``obs.task`` counts, where it is whole numbers
 _MEANT = ("action_groups",)  # attributes that say what rows mean
 

@@ -8,7 +8,6 @@ and ``left_out_episodes``.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,14 +18,12 @@ from diffpolicy.data import store_layout as layout
 from diffpolicy.data.blocks import content_digest
 from diffpolicy.data.check import check_store
 from diffpolicy.data.fields import check_has
-from diffpolicy.data.joined import Joined, open_store
+from diffpolicy.data.joined import Joined, Place, open_store
 from diffpolicy.data.reader import EpisodeReader
 from diffpolicy.data.selection import OF_MAKING, Choice, Selection, announce, left_out, select
 from diffpolicy.data.store import EpisodeStore
 from diffpolicy.locks import WriterLock
 from diffpolicy.settings import check_range
-
-Place = str | os.PathLike[str]
 
 
 def filtered(

@@ -31,11 +31,11 @@ from diffpolicy.data.windows import Windows, said_statistics
 from diffpolicy.networks.backbones import weights_follow
 from diffpolicy.networks.encoders import encoder_class
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.changes import check_same_weights, merged_config
+from diffpolicy.policies.changes import check_same_weights, merged_config, upgraded
 from diffpolicy.policies.imagined import shaped
 from diffpolicy.policies.planners import Returns
 from diffpolicy.policies.recorded import observation_step
-from diffpolicy.policies.spec import PolicySpec, upgraded
+from diffpolicy.policies.spec import PolicySpec
 from diffpolicy.training.checkpoint import read_bundle
 from diffpolicy.training.saved import FORMAT, VERSION
 

@@ -27,15 +27,8 @@ from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
 from diffpolicy.policies.best_of_n import Selector
 from diffpolicy.policies.boundary import Boundary, now_of
 from diffpolicy.policies.direct import draws_in_one_call
-from diffpolicy.policies.guided import kept_from_costs, plan_costs
-from diffpolicy.policies.plan_loop import (
-    Condition,
-    Encoded,
-    GuidedCondition,
-    Loop,
-    PinnedCondition,
-    PlanLoop,
-)
+from diffpolicy.policies.guided import condition_of, kept_from_costs, plan_costs
+from diffpolicy.policies.plan_loop import Encoded, Loop, PlanLoop
 from diffpolicy.policies.planners import check_anchors, guided, noise_factor, with_actions, written
 from diffpolicy.policies.rows import kind_by_kind, row_noise
 from diffpolicy.policies.spec import PolicySampler, PolicySpec, check_normalizer
@@ -163,10 +156,12 @@ class DiffusionPlanner(ChunkedPolicy):
         """
         if kind not in self.kinds:
             raise ValueError(f"this policy runs the loops {self.kinds}, not {kind!r}")
-        spec, process = self.spec, self.denoiser.process
+        spec, process, first = self.spec, self.denoiser.process, None
         sampler = spec.sampler if sampler is None else sampler
         if kind == "cold":
             grid, start = sampler.grid(process), "prior"
+            if isinstance(sampler, PolicySampler):
+                first = sampler.start_noise(self.horizon, self.layout.dim)
             solver = sampler.make(deterministic=deterministic)
         elif kind == "warm":
             assert spec.rti is not None
@@ -185,27 +180,11 @@ class DiffusionPlanner(ChunkedPolicy):
             grid,
             start=start,
             plan_shape=(self.n_obs_steps, self.obs_dim, self.horizon, self.layout.dim),
-            condition=self._condition(),
+            condition=condition_of(self),
             temperature=noise_factor(spec, kind),
-            start_noise=self._start_noise(sampler) if kind == "cold" else None,
+            start_noise=first,
             teleport=sampler.teleport if kind == "cold" else None,
         )
-
-    def _start_noise(self, sampler: PriorSampler) -> Tensor | None:
-        """The calibrated start noise ``[H, D]`` of a sampler, if it has one."""
-        if not isinstance(sampler, PolicySampler) or sampler.start_seed is None:
-            return None
-        shape = (self.horizon, self.layout.dim)
-        first = np.array([sampler.start_seed]), np.zeros(1, np.int64)
-        return torch.from_numpy(row_noise(*first, (1, *shape))[0, 0])
-
-    def _condition(self) -> Condition:
-        told = Condition(self.normalizer, self.denoiser.encoder, self.observed)
-        if self.layout.pinned:
-            returns = self.spec.returns
-            wanted = () if returns is None else (1.0, returns.target)
-            told = PinnedCondition(self.normalizer, self.layout, wanted).to(self.device)
-        return told if self.spec.guidance is None else GuidedCondition(told)
 
     def with_spec(self, spec: PolicySpec) -> DiffusionPlanner:
         """The same weights under other settings, as a plain planner."""

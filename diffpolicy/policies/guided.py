@@ -19,6 +19,7 @@ from diffpolicy.guidance.costs import COSTS, Cost
 from diffpolicy.networks.registry import class_of, construct
 from diffpolicy.policies.base import Array
 from diffpolicy.policies.boundary import now_of
+from diffpolicy.policies.plan_loop import Condition, GuidedCondition, PinnedCondition
 from diffpolicy.settings import check_known, check_settings, named_settings, one_of, ranged
 
 if TYPE_CHECKING:
@@ -221,3 +222,13 @@ def check_closed_form(planner: DiffusionPlanner) -> None:
             "costs look at raw observations and an encoder with weights is compiled apart from "
             "them: run guidance of such a policy on backend='eager'"
         )
+
+
+def condition_of(planner: DiffusionPlanner) -> Condition:
+    """What a planner's denoiser is told, the raw observations beside it where costs read them."""
+    told = Condition(planner.normalizer, planner.denoiser.encoder, planner.observed)
+    if planner.layout.pinned:
+        returns = planner.spec.returns
+        wanted = () if returns is None else (1.0, returns.target)
+        told = PinnedCondition(planner.normalizer, planner.layout, wanted).to(planner.device)
+    return told if planner.spec.guidance is None else GuidedCondition(told)

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from diffpolicy.core.denoiser import Denoiser
 from diffpolicy.core.processes import explicit_process, make_process
@@ -28,6 +29,7 @@ from diffpolicy.policies.few_steps import check_steps
 from diffpolicy.policies.guided import Costs
 from diffpolicy.policies.imagined import Imagined, check_imagined
 from diffpolicy.policies.planners import Returns, check_planning, head_config
+from diffpolicy.policies.rows import row_noise
 from diffpolicy.policies.rti import RTI
 from diffpolicy.policies.truncated import Truncated
 from diffpolicy.settings import check_range, check_shape, from_values, named_settings, ranged
@@ -51,6 +53,13 @@ class PolicySampler(PriorSampler):
     guidance_scale: float = 1.0
     guidance_t_min: float = ranged("[0, 1]", 0.0)
     start_seed: int | None = None
+
+    def start_noise(self, horizon: int, dim: int) -> Tensor | None:
+        """The calibrated start noise ``[H, D]``, if there is one."""
+        if self.start_seed is None:
+            return None
+        first = np.array([self.start_seed]), np.zeros(1, np.int64)
+        return torch.from_numpy(row_noise(*first, (1, horizon, dim))[0, 0])
 
 
 @named_settings
@@ -382,33 +391,3 @@ def check_normalizer(spec: PolicySpec, normalizer: Normalizer) -> None:
                 f"clip=True clamps clean plans to [-1, 1], but the normaliser of {name!r} does not "
                 f"map the data into that range; use the 'minmax' mode for {name!r}, or clip=False"
             )
-
-
-def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a policy with what older files leave out filled in as it was meant.
-
-    A default that has changed since must not change a policy whose file left it out. What is
-    written now says such settings in full, so a file that lacks them is older.
-
-    Args:
-        config: entries of a ``config.json``, or of a run's ``config.yaml``.
-
-    Returns:
-        A copy that says the betas of ``ddpm_linear``, which were Ho et al.'s for any number of
-        steps, and where the grids of ``log_snr`` and ``karras`` have their last level, which was at
-        1e-3 also with two steps and with training levels further apart.
-    """
-    values = dict(config)
-    process = values.get("process")
-    if isinstance(process, Mapping) and process.get("type") == "ddpm_linear":
-        values["process"] = {"beta_start": 1e-4, "beta_end": 0.02, **process}
-    for name in ("sampler", "rti", "truncated"):
-        part = values.get(name)
-        if not isinstance(part, Mapping) or "t_min" in part or part.get("spacing", "t") == "t":
-            continue
-        if (
-            part.get("num_steps") == 2
-            or make_process(values.get("process", "vp_cosine")).first_level > 1e-3
-        ):
-            values[name] = {**part, "t_min": 1e-3}
-    return values

@@ -11,7 +11,8 @@ import torch
 
 from diffpolicy import DiffusionPolicy
 from diffpolicy.core.processes import make_process
-from diffpolicy.policies.spec import PolicySpec, upgraded
+from diffpolicy.policies.changes import upgraded
+from diffpolicy.policies.spec import PolicySpec
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LINEAR = {"type": "ddpm_linear", "num_steps": 100}
