@@ -98,7 +98,7 @@ class EvaluationConfig:
             check_range(f"[{least}, inf)", **{f"evaluation.{name}": getattr(self, name)})
         check_range("(0, inf)", **{"evaluation.timeout": self.timeout})
         if self.val_seed < 100_000 or self.seed < 100_000:
-            raise ConfigError(f"evaluation seeds start at 100,000, got {self.val_seed}, {self.seed}")
+            raise ConfigError(f"evaluation seeds start at 100,000: {self.val_seed}, {self.seed}")
 
     def check_protocol(self) -> None:
         """Raise unless choices and final scores use seeds of their own."""
