@@ -137,7 +137,7 @@ def restore(
     With another ``cond`` it is that sample edited. Arguments are those of :func:`invert`.
     """
     grid = prepare(denoise, BDIA(gamma), levels, start.second).part(1, len(levels) - 1)
-    first = Start(start.second, levels[1], start.noise)
-    x = sample(denoise, BDIA(gamma), first, grid, cond=cond)
+    first = Start(start.second, levels[1])
+    x = sample(denoise, BDIA(gamma), first, grid, cond=cond, before=start.noise)
     assert isinstance(x, Tensor)
     return x

@@ -127,6 +127,7 @@ def sample(
     cond: Tensor | None = None,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
+    before: Tensor | None = None,
     grad_steps: int | None = None,
     checkpoint: bool = False,
     record: bool = False,
@@ -143,6 +144,8 @@ def sample(
         noise: ``[R, B, H, D]`` standard normal (of masked sequences: Gumbel), one slice per network
             evaluation, for stochastic solvers; drawn from ``generator`` when absent.
         generator: source of that noise (the global one when absent).
+        before: the state before the start's ``[B, H, D]``, of a chain that goes on and whose solver
+            looks back at it.
         grad_steps: build a graph for the last ``grad_steps`` evaluations only (0: none); ``None``
             leaves the caller's gradient mode alone.
         checkpoint: recompute each evaluation with a graph in the backward pass instead of storing
@@ -175,7 +178,7 @@ def sample(
     with torch.set_grad_enabled(wants_graph):
         films = None if modulations is None else modulations(start.x, cond)
     recompute: Callable[..., Denoised] = checkpointed
-    memory = Memory(start.x, start.x if start.before is None else start.before, ())
+    memory = Memory(start.x, start.x if before is None else before, ())
     transitions: list[Transition] = []
     for i, row in enumerate(grid.rows):
         x = memory.x

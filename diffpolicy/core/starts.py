@@ -31,12 +31,10 @@ class Start(NamedTuple):
             or ``[B, 1, 1]`` (per row), ``[B, H, 1]`` (per position), ``[B, 1, D]`` (per dimension).
             Levels are decided before the loop; only the constants computed from them travel to the
             device.
-        before: the state before it, of a chain that goes on and whose solver looks back at it.
     """
 
     x: Tensor
     t: Tensor
-    before: Tensor | None = None
 
 
 def level(value: float | Tensor, like: Tensor) -> Tensor:

@@ -455,6 +455,6 @@ def test_levels_are_those_a_discrete_process_is_trained_at():
     seen = []
     denoiser = Denoiser(made, make_process("ddpm_cosine"), "eps")
     on_grid = denoiser.on_grid
-    denoiser.on_grid = lambda t: seen.append(t.flatten().clone()) or on_grid(t)  # type: ignore
+    denoiser.on_grid = lambda t, s: seen.append(t.flatten().clone()) or on_grid(t, s)  # type: ignore
     PlanChain(num_steps=7).run(denoiser, None, 2, None, seeded())
     torch.testing.assert_close(denoiser.process.snap(seen[0]), seen[0])
