@@ -7,7 +7,8 @@
 One run per training seed, all of one task. The levels of the warm starts are chosen by the library
 from the demonstrations that the run names; no environment takes part in it. Every cell (run,
 method) is one evaluation on the same environment seeds; cells that the output holds already are
-skipped. A method is NAME + network evaluations; @n executes n actions of each plan. Planners with a
+skipped. A method is NAME + network evaluations; @n executes n actions of each plan; `drawn` is
+`truncated` with an anchor drawn by its probability, not always the most probable. Planners with a
 head of type draft take `draft`, Trajectory Diffuser's start, at the level draft_t (chosen like the
 others unless given). `timing=true` measures what a decision
 of each method takes for one environment, all methods in turn in one process. With
@@ -87,8 +88,9 @@ def make(
         each = int(executed or 1)
         t_start = levels_of(run, policy, store, steps, each)["t_start"]
         return policy.with_settings(rti=RTI(t_start, num_steps=steps), n_action_steps=each)
-    if kind == "truncated":
-        settings = Truncated(num_steps=steps, rank="prior")
+    if kind in ("truncated", "drawn"):
+        how = "draw" if kind == "drawn" else "best"
+        settings = Truncated(num_steps=steps, rank="prior", choose=how)
         truncated = policy.with_anchors(store, truncated=settings, count=256, top_m=8)
         return truncated.with_settings(**changes).choose_truncated(store, episodes=30)[0]
     if kind == "draft":
