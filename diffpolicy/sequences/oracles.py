@@ -35,6 +35,12 @@ ROWS = 1024
 # Settings of the trainer that do not change the weights.
 _FREE = ("progress", "tensorboard", "log_every", "keep_last", "checkpoint_every", "compile")
 
+UNJUDGED = (
+    "There is no held-out oracle, so reward hacking cannot be seen: give a second one "
+    "(task.held_out=package.module:Name), or measured values (task.value=COLUMN), from which "
+    "one is learned."
+)
+
 Reward = Callable[[Tensor], Tensor]  # [B, L, V] -> [B]
 
 
@@ -180,13 +186,7 @@ def train_oracles(
 
 def judge_note(oracles: Oracles) -> str:
     """What a report says where nothing judges the reward; else empty."""
-    if oracles.held_out is not None:
-        return ""
-    return (
-        "There is no held-out oracle, so reward hacking cannot be seen: give a second one "
-        "(task.held_out=package.module:Name), or measured values (task.value=COLUMN), from which "
-        "one is learned."
-    )
+    return UNJUDGED if oracles.held_out is None else ""
 
 
 def known_rewards(task: SequenceTask, *, surrogate: bool = False) -> dict[str, Any]:
