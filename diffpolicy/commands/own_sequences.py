@@ -86,6 +86,11 @@ def begin(config: SequenceTuningConfig, overrides: Sequence[str]) -> int:
     training = load_run("train", training_overrides(overrides))
     assert isinstance(training, SequenceTrainConfig)
     config.pretrained = training.run_dir
+    if Path(config.run_dir).resolve() == Path(training.run_dir).resolve():
+        raise ConfigError(
+            f"{training.run_dir} is where the generator is kept: choose another run_dir, or "
+            "another pretrain.run_dir"
+        )
     task = open_task(training.task)
     untrained = SequenceModel.for_task(task, spec=model_spec(training))
     check(config, untrained, task, training)  # before a generator is trained in vain

@@ -32,6 +32,7 @@ def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int
     """Run one pre-training, from the task's data to a report."""
     from diffpolicy.sequences.evaluate import Evaluation
     from diffpolicy.sequences.model import SequenceModel
+    from diffpolicy.sequences.oracles import material
     from diffpolicy.training.run_files import has_run
 
     began = time.perf_counter()
@@ -48,6 +49,7 @@ def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int
     tokens, labels = task.training_data()
     if config.label_quantiles and labels is None:
         raise ConfigError(f"{config.task.name} has no labels, so label_quantiles has no effect")
+    material(task, seed=config.oracles.seed, surrogate=config.oracles.surrogate)
     write_config(config)
     model.learn(
         tokens,

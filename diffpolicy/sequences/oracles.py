@@ -163,13 +163,9 @@ def train_oracles(
     """
     found = known_rewards(task, surrogate=surrogate)
     names = [name for name in ("reward", "held_out") if name not in found]
-    if not names:
+    parts = material(task, seed=seed, surrogate=surrogate)
+    if not parts:
         return Oracles(**found, report={})
-    tokens, labels = measured(task)
-    if labels is None:
-        raise ValueError(f"{task.name} has no measured values that oracles could be learned from")
-    check_tokens(tokens, task.alphabet, task.length, "measurements()")
-    parts = [(tokens[rows], labels[rows]) for rows in split_measurements(task, seed)]
     sizes = {"length": task.length, "vocab_size": len(task.alphabet)}
     head = {**({"type": "sequence_regressor"} if network is None else network), **sizes}
     report: dict[str, Any] = {}
@@ -182,6 +178,26 @@ def train_oracles(
         found[name] = Oracle.load(folder / "oracle", device=device)
         report[name] = read_bundle(folder / "oracle")["config.json"]["report"]
     return Oracles(**found, report=report)
+
+
+def material(
+    task: SequenceTask, *, seed: int = 0, surrogate: bool = False
+) -> list[tuple[Any, Any]]:
+    """The two halves of the measurements that oracles are learned from; none if none is.
+
+    Raises:
+        ValueError: there are no values, no two halves, or values that are all equal.
+    """
+    if len(known_rewards(task, surrogate=surrogate)) == 2:
+        return []
+    tokens, labels = measured(task)
+    if labels is None:
+        raise ValueError(f"{task.name} has no measured values that oracles could be learned from")
+    check_tokens(tokens, task.alphabet, task.length, "measurements()")
+    parts = [(tokens[rows], labels[rows]) for rows in split_measurements(task, seed)]
+    if any(len(np.unique(values)) < 2 for _, values in parts):
+        raise ValueError(f"{task.name} has measured values that are all equal: nothing to learn")
+    return parts
 
 
 def judge_note(oracles: Oracles) -> str:

@@ -99,6 +99,7 @@ class FileTask:
         missing = len(records.texts) - len(self._measured)
         if self.value is not None and missing:
             changed["without a value: they train the generator alone"] = missing
+        self._split: dict[int, tuple[Any, Any]] = {}  # minutes, of a large file
         self._open_oracles()
         digest = hashlib.sha256("\n".join(records.texts).encode()).hexdigest()[:16]
         self.read |= {"sequences": len(records.texts), "alphabet": self.alphabet}
@@ -184,6 +185,11 @@ class FileTask:
         Raises:
             ValueError: too few groups or clusters for two halves.
         """
+        if seed not in self._split:
+            self._split[seed] = self._halved(seed)
+        return self._split[seed]
+
+    def _halved(self, seed: int) -> tuple[Any, Any]:
         rows = self._measured
         if self._groups is not None:
             group = np.unique([self._groups[i] for i in rows], return_inverse=True)[1].reshape(-1)
