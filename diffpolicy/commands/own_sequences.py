@@ -79,14 +79,21 @@ def begin(config: SequenceTuningConfig, overrides: Sequence[str]) -> int:
     Raises:
         ConfigError: the directory holds a run of other settings or data.
     """
-    from diffpolicy.commands.train_sequences import train_sequences
-    from diffpolicy.commands.tune_sequences import check_black_box
+    from diffpolicy.commands.train_sequences import model_spec, train_sequences
+    from diffpolicy.commands.tune_sequences import check
+    from diffpolicy.sequences.model import SequenceModel
 
     training = load_run("train", training_overrides(overrides))
     assert isinstance(training, SequenceTrainConfig)
     config.pretrained = training.run_dir
+    if Path(config.run_dir).resolve() == Path(training.run_dir).resolve():
+        raise ConfigError(
+            f"{training.run_dir} is where the generator is kept: choose another run_dir, or "
+            "another pretrain.run_dir"
+        )
     task = open_task(training.task)
-    check_black_box(config, task)  # before a generator is trained in vain
+    untrained = SequenceModel.for_task(task, spec=model_spec(training))
+    check(config, untrained, task, training)  # before a generator is trained in vain
     file = Path(training.run_dir) / "config.yaml"
     if training.overwrite or not file.is_file():
         return train_sequences(training)

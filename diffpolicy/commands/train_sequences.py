@@ -32,6 +32,7 @@ def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int
     """Run one pre-training, from the task's data to a report."""
     from diffpolicy.sequences.evaluate import Evaluation
     from diffpolicy.sequences.model import SequenceModel
+    from diffpolicy.sequences.oracles import material
     from diffpolicy.training.run_files import has_run
 
     began = time.perf_counter()
@@ -44,10 +45,11 @@ def train_sequences(config: SequenceTrainConfig, *, resume: bool = False) -> int
     if trainer.tensorboard:
         check_installed(("tensorboard",), "trainer.tensorboard=true")
     task = open_configured(config)
-    model = SequenceModel.for_task(task, spec=_spec(config), seed=config.seed, device=device)
+    model = SequenceModel.for_task(task, spec=model_spec(config), seed=config.seed, device=device)
     tokens, labels = task.training_data()
     if config.label_quantiles and labels is None:
         raise ConfigError(f"{config.task.name} has no labels, so label_quantiles has no effect")
+    material(task, seed=config.oracles.seed, surrogate=config.oracles.surrogate)
     write_config(config)
     model.learn(
         tokens,
@@ -89,9 +91,10 @@ def open_configured(config: SequenceTrainConfig) -> SequenceTask:
 def _said(read: dict[str, Any]) -> str:
     """What was read of a file of sequences, in a line."""
     changed = "".join(f"; {count} {why}" for why, count in read["left out or changed"].items())
+    shorter = f"{read['shortest']} to " if read["shortest"] < read["length"] else ""
     return (
-        f"{read['file']}: {read['sequences']} of {read['rows']} sequences, {read['length']} of "
-        f"{read['alphabet']}{changed}"
+        f"{read['file']}: {read['sequences']} of {read['rows']} sequences, "
+        f"{shorter}{read['length']} of {read['alphabet']}{changed}"
     )
 
 
@@ -133,7 +136,8 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def _spec(config: SequenceTrainConfig) -> dict[str, Any]:
+def model_spec(config: SequenceTrainConfig) -> dict[str, Any]:
+    """What a configuration says of its model beside the task's sizes."""
     return {
         "network": config.network,
         "process": config.process,

@@ -22,7 +22,7 @@ from diffpolicy.commands.runs import (
 )
 from diffpolicy.commands.train_sequences import configured_oracles, open_configured, summary
 from diffpolicy.config import SequenceTrainConfig, SequenceTuningConfig, TaskConfig, read_run
-from diffpolicy.settings import ConfigError, check_choice
+from diffpolicy.settings import ConfigError
 from diffpolicy.settings import from_values as build
 
 if TYPE_CHECKING:
@@ -46,11 +46,9 @@ def tune_sequences(config: SequenceTuningConfig, *, resume: bool = False) -> int
     device = pick_device(config.device, config.threads)
     base = pretraining(config.pretrained, config.task)
     pretrained = _pretrained(config.pretrained, device)
-    _check(config, pretrained)
     task = open_configured(base)
+    begin = check(config, pretrained, task, base)
     pretrained = pretrained.pinned(getattr(task, "fixed", ""))
-    check_black_box(config, task)
-    begin = tuning_base(config, task, base)
     oracles = configured_oracles(base, task, Path(config.pretrained), device)
     write_config(config)
     model, tuned = pretrained, None
@@ -113,11 +111,21 @@ def _pretrained(run_dir: str, device: Any) -> SequenceModel:
     return SequenceModel.from_pretrained(run_dir, device=device)
 
 
-def _check(config: SequenceTuningConfig, model: SequenceModel) -> None:
-    """Find what is wrong with the settings before anything runs."""
+def check(
+    config: SequenceTuningConfig,
+    model: SequenceModel,
+    task: SequenceTask,
+    pretraining: SequenceTrainConfig,
+) -> dict[str, Any] | None:
+    """Find what is wrong with the settings before anything runs; the base that tuning starts from.
+
+    ``model`` may be untrained: nothing but its sizes matters.
+    """
     from diffpolicy.learn.material import SequenceMaterial
     from diffpolicy.learn.methods import method_of
     from diffpolicy.sequences.guided import check_guidance
+    from diffpolicy.sequences.oracles import known_rewards
+    from diffpolicy.sequences.tuning import check_hacking
 
     trainer = trainer_settings(config.trainer, config.seed)
     _evaluation(config)
@@ -131,9 +139,13 @@ def _check(config: SequenceTuningConfig, model: SequenceModel) -> None:
         raise ConfigError("method=none and guidance=none leave nothing to do; choose one")
     if config.num_steps is None and not model.spec.time_free:
         raise ConfigError("this model sees the noise level: set num_steps=K")
+    _check_black_box(config, task)
+    rewards = known_rewards(task, surrogate=pretraining.oracles.surrogate)
+    check_hacking(config.hacking, rewards.get("held_out", "learned"))
+    return tuning_base(config, task, pretraining)
 
 
-def check_black_box(config: SequenceTuningConfig, task: SequenceTask) -> None:
+def _check_black_box(config: SequenceTuningConfig, task: SequenceTask) -> None:
     """Raise unless a reward that takes hard sequences alone is asked for nothing else."""
     if task.kind != "black_box":
         return
@@ -203,24 +215,18 @@ def tuning_base(
     """The base that tuning starts from, with how its reward is made again; ``None``: none.
 
     Raises:
-        ConfigError: an unknown type, or guidance by a reward without gradient.
+        ConfigError: a base that nothing tunes, of an unknown type, or by a reward without gradient.
     """
-    settings = dict(config.base)
-    kind = settings.pop("type", None)
-    check_choice("base.type", kind, ("auto", "none", "reward_guidance"))
-    black_box = task.kind == "black_box"
-    if kind == "none" or (kind == "auto" and (black_box or config.kl_weight == 0)):
-        return None
-    if black_box:
-        raise ConfigError(
-            f"{task.name} has a reward of hard sequences without gradient: set base=none"
-        )
-    from diffpolicy.sequences.tuning import base_settings
+    from diffpolicy.sequences.tuning import base_of
 
-    base_settings(settings, config.kl_weight)
-    known = pretraining.task
-    named = {"type": "task", "id": known.id, "kwargs": dict(known.kwargs)} if known.id else None
-    return {**settings, "stored": named}
+    if config.method["type"] == "none":
+        if config.base["type"] == "reward_guidance":
+            raise ConfigError("a base is tuned from, and method=none tunes not: guidance=reward")
+        return None
+    settings, known = base_of(config.base, task, config.kl_weight), pretraining.task
+    if settings is not None and known.id:
+        settings["stored"] = {"type": "task", "id": known.id, "kwargs": dict(known.kwargs)}
+    return settings
 
 
 def evaluated(

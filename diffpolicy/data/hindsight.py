@@ -106,8 +106,13 @@ class Relabelled(EpisodeReader):
 
     @property
     def attrs(self) -> dict[str, Any]:
-        """Those of the store."""
-        return self.store.attrs
+        """Those of the store; what actions are relative to has the name that it has here."""
+        known = self.store.attrs
+        if self.hindsight.flat or self._of != "obs" or "action_groups" not in known:
+            return known
+        of_state = {"obs": STATE.removeprefix("obs.")}
+        groups = [{**g, **(of_state if g.get("of") else {})} for g in known["action_groups"]]
+        return {**known, "action_groups": groups}
 
     def close(self) -> None:
         """Let go of the files."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self, Unpack, cast
 
@@ -16,11 +16,12 @@ from diffpolicy.guidance.reward import RewardGuidance
 from diffpolicy.learn.distill.path import PathDistillation
 from diffpolicy.learn.material import SequenceMaterial
 from diffpolicy.learn.reference import frozen_copy
-from diffpolicy.networks.registry import construct
+from diffpolicy.networks.registry import check_stored_code, construct
 from diffpolicy.rollout.env_spec import stored_env_id
 from diffpolicy.sequences.oracles import Oracle, Reward
+from diffpolicy.sequences.own import FileTask, as_reward, open_oracle
 from diffpolicy.sequences.spec import Draws, SequenceSpec
-from diffpolicy.sequences.task import open_task
+from diffpolicy.sequences.task import open_task, reward_of
 from diffpolicy.settings import check_settings, ranged, settings_of
 from diffpolicy.training.settings import TrainerConfig
 from diffpolicy.training.trainer import Running
@@ -37,7 +38,8 @@ class Base:
         mode: of :class:`~diffpolicy.guidance.RewardGuidance`.
         order: 2 asks for twice the rewards and is closer to the optimum.
         stored: how the reward is made again when a model is loaded: ``{"type": "oracle",
-            "network": ...}``, ``{"type": "task", "id": ..., "kwargs": ...}`` or ``{"type":
+            "network": ...}``, ``{"type": "task", "id": ..., "kwargs": ...}``, ``{"type": "own",
+            "oracle": "package.module:Name"}`` (of a task of a file) or ``{"type":
             "package.module:Class", **its arguments}``; ``None``: it cannot be.
 
     Raises:
@@ -159,9 +161,12 @@ def made_denoiser(spec: SequenceSpec, files: Mapping[str, Any]) -> MaskedDenoise
 
 
 def _named(reward: Reward) -> dict[str, Any] | None:
-    """How a reward that is a module is made again; ``None`` of other rewards."""
+    """How a reward that is a module, or what a file's task names, is made again; else ``None``."""
     if isinstance(reward, Oracle):
         return {"type": "oracle", "network": reward.config}
+    task = getattr(reward, "__self__", None)
+    if isinstance(task, FileTask) and isinstance(task.oracle, str):
+        return {"type": "own", "oracle": task.oracle}
     kind = type(reward)
     found = getattr(sys.modules.get(kind.__module__), kind.__qualname__, None)
     config: Any = getattr(reward, "config", None)
@@ -175,7 +180,9 @@ def _made(config: Mapping[str, Any] | None) -> Reward:
     if config is None:
         return _missing
     if config.get("type") == "task":
-        return _OfTask(str(config["id"]), config.get("kwargs", {}))
+        return _Later(lambda: _of_task(str(config["id"]), config.get("kwargs", {})))
+    if config.get("type") == "own":
+        return _Later(lambda: _of_oracle(str(config["oracle"])))
     made: Any = construct({"oracle": Oracle}, config, "reward", nn.Module)
     return made  # type: ignore[no-any-return]
 
@@ -187,16 +194,25 @@ def _missing(x: Tensor) -> Tensor:
     )
 
 
-class _OfTask:
-    """The reward of a task, opened when it is first asked for."""
+def _of_task(env_id: str, kwargs: Mapping[str, Any]) -> Reward:
+    return reward_of(open_task(stored_env_id(env_id, "the model's base", instead=""), **kwargs))
 
-    def __init__(self, env_id: str, kwargs: Mapping[str, Any]) -> None:
-        self.env_id, self.kwargs = env_id, kwargs
-        self.task: Any = None
+
+def _of_oracle(name: str) -> Reward:
+    check_stored_code({"type": name}, "the model's base")
+    found = as_reward(open_oracle(name, "oracle"), "")  # a module: it takes no letters
+    assert found is not None
+    return found
+
+
+class _Later:
+    """A reward that is made when it is first asked for."""
+
+    def __init__(self, make: Callable[[], Reward]) -> None:
+        self.make = make
+        self.reward: Reward | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.task is None:
-            env_id = stored_env_id(self.env_id, "the model's base", instead="")
-            self.task = open_task(env_id, **self.kwargs)
-        value: Tensor = self.task.reward(x)
-        return value
+        if self.reward is None:
+            self.reward = self.make()
+        return self.reward(x)

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from diffpolicy.learn.method import Method
+from diffpolicy.learn.methods import method_of
 from diffpolicy.sequences.files import write_fasta, write_table
 from diffpolicy.sequences.model import SequenceModel
 from diffpolicy.sequences.neighbours import Compared, nearest
 from diffpolicy.sequences.oracles import Oracles, score, train_oracles
 from diffpolicy.sequences.own import FileTask
 from diffpolicy.sequences.task import SequenceTask, pad_of, valid_rows
-from diffpolicy.sequences.tuning import tune
+from diffpolicy.sequences.tuning import base_of, tune
 from diffpolicy.training.settings import TrainerConfig
 
 FILES = ("designs.fasta", "designs.csv")
@@ -106,6 +107,7 @@ def tune_sequences(
     method: Method | Mapping[str, Any] | None = None,
     pretraining: TrainerConfig | None = None,
     tuning: TrainerConfig | None = None,
+    base: str = "auto",
     draws: int = 640,
     **task: Any,
 ) -> Designed:
@@ -128,6 +130,8 @@ def tune_sequences(
             be used with.
         pretraining: of the generator; None: 4000 steps.
         tuning: of the tuning; None: 500 steps.
+        base: what tuning starts from: ``"auto"`` (the model guided by the reward where that has a
+            gradient), ``"reward_guidance"`` or ``"none"``.
         draws: sequences drawn, of which the valid ones are the designs.
         **task: further settings of :class:`~diffpolicy.sequences.own.FileTask`.
 
@@ -137,6 +141,8 @@ def tune_sequences(
     """
     folder = Path(run_dir)
     own = FileTask(sequences, oracle, held_out=held_out, **task)
+    way = method_of({"type": "policy_gradient"} if method is None else method, items="sequences")
+    begin = base_of({"type": base}, own, getattr(way, "kl_weight", 0.0))
     spec = {"network": {"type": "sequence_cnn"}}
     pretrained = SequenceModel.for_task(own, spec=spec)
     how = TrainerConfig(steps=4000, lr=2e-3) if pretraining is None else pretraining
@@ -145,8 +151,7 @@ def tune_sequences(
     oracles = train_oracles(own, folder / "oracles", learned)
     pretrained = pretrained.pinned(own.fixed)
     trainer = TrainerConfig(steps=500, lr=1e-3, ema_power=None) if tuning is None else tuning
-    way = {"type": "policy_gradient"} if method is None else method
-    tuned = tune(pretrained, oracles, way, trainer, folder / "tuned")
+    tuned = tune(pretrained, oracles, way, trainer, folder / "tuned", base=begin)
     if tuned.interrupted:
         raise KeyboardInterrupt("the tuning was interrupted")
     generator = torch.Generator().manual_seed(trainer.seed)

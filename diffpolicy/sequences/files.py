@@ -46,6 +46,11 @@ class Letters(NamedTuple):
     codes: Mapping[str, str] = {}
     same: Mapping[str, str] = {}
 
+    def folded(self, text: str) -> str:
+        """A text in this alphabet's own case and letters, as far as it has them."""
+        text = text.upper() if self.letters == self.letters.upper() else text
+        return "".join(self.same.get(letter, letter) for letter in text)
+
 
 ALPHABETS = {
     "dna": Letters("ACGT", _NUCLEIC, {"U": "T"}),
@@ -144,6 +149,8 @@ def _table(
 ) -> Records:
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
     heads = [head.strip() for head in reader.fieldnames or ()]
+    if not heads:
+        raise ValueError(f"{file} is empty; a table begins with the names of its columns")
     reader.fieldnames = heads
     column = columns[0] or next((h for h in heads if h.lower() in ("sequence", "seq")), None)
     if column is None:
@@ -210,15 +217,14 @@ def clean(
     """
     check_choice("ambiguous", ambiguous, AMBIGUOUS)
     rng = np.random.default_rng(seed)
-    fold = str.upper if alphabet.letters == alphabet.letters.upper() else str
     known, texts, kept = set(alphabet.letters), [], []
     counts: Counter[str] = Counter()
     for row, text in enumerate(records.texts):
-        plain = "".join(alphabet.same.get(c, c) for c in fold(text).removesuffix("*"))
+        plain = alphabet.folded(text.removesuffix("*"))
         strange = set(plain) - known
         unknown = strange - set(alphabet.codes)
         if unknown or not plain or (strange and ambiguous == "refuse"):
-            raise ValueError(_refused(records.names[row], plain, strange, alphabet))
+            raise ValueError(_refused(records.names[row], plain, unknown or strange, alphabet))
         if strange:
             counts[f"with ambiguity codes, {'drawn' if ambiguous == 'draw' else 'left out'}"] += 1
             if ambiguous == "drop":

@@ -35,6 +35,12 @@ ROWS = 1024
 # Settings of the trainer that do not change the weights.
 _FREE = ("progress", "tensorboard", "log_every", "keep_last", "checkpoint_every", "compile")
 
+UNJUDGED = (
+    "There is no held-out oracle, so reward hacking cannot be seen: give a second one "
+    "(task.held_out=package.module:Name), or measured values (task.value=COLUMN), from which "
+    "one is learned."
+)
+
 Reward = Callable[[Tensor], Tensor]  # [B, L, V] -> [B]
 
 
@@ -157,13 +163,9 @@ def train_oracles(
     """
     found = known_rewards(task, surrogate=surrogate)
     names = [name for name in ("reward", "held_out") if name not in found]
-    if not names:
+    parts = material(task, seed=seed, surrogate=surrogate)
+    if not parts:
         return Oracles(**found, report={})
-    tokens, labels = measured(task)
-    if labels is None:
-        raise ValueError(f"{task.name} has no measured values that oracles could be learned from")
-    check_tokens(tokens, task.alphabet, task.length, "measurements()")
-    parts = [(tokens[rows], labels[rows]) for rows in split_measurements(task, seed)]
     sizes = {"length": task.length, "vocab_size": len(task.alphabet)}
     head = {**({"type": "sequence_regressor"} if network is None else network), **sizes}
     report: dict[str, Any] = {}
@@ -178,15 +180,29 @@ def train_oracles(
     return Oracles(**found, report=report)
 
 
+def material(
+    task: SequenceTask, *, seed: int = 0, surrogate: bool = False
+) -> list[tuple[Any, Any]]:
+    """The two halves of the measurements that oracles are learned from; none if none is.
+
+    Raises:
+        ValueError: there are no values, no two halves, or values that are all equal.
+    """
+    if len(known_rewards(task, surrogate=surrogate)) == 2:
+        return []
+    tokens, labels = measured(task)
+    if labels is None:
+        raise ValueError(f"{task.name} has no measured values that oracles could be learned from")
+    check_tokens(tokens, task.alphabet, task.length, "measurements()")
+    parts = [(tokens[rows], labels[rows]) for rows in split_measurements(task, seed)]
+    if any(len(np.unique(values)) < 2 for _, values in parts):
+        raise ValueError(f"{task.name} has measured values that are all equal: nothing to learn")
+    return parts
+
+
 def judge_note(oracles: Oracles) -> str:
     """What a report says where nothing judges the reward; else empty."""
-    if oracles.held_out is not None:
-        return ""
-    return (
-        "There is no held-out oracle, so reward hacking cannot be seen: give a second one "
-        "(task.held_out=package.module:Name), or measured values (task.value=COLUMN), from which "
-        "one is learned."
-    )
+    return UNJUDGED if oracles.held_out is None else ""
 
 
 def known_rewards(task: SequenceTask, *, surrogate: bool = False) -> dict[str, Any]:

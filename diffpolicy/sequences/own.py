@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpolicy.core.masking import one_hot
-from diffpolicy.sequences.files import Records, alphabet_of, clean, read_sequences
+from diffpolicy.sequences.files import Letters, Records, alphabet_of, clean, read_sequences
 from diffpolicy.sequences.neighbours import Compared, clusters, split_groups
 from diffpolicy.sequences.spec import fixed_letters, template
 from diffpolicy.sequences.task import Labels, Tokens, check_alphabet, pad_of
@@ -58,7 +58,7 @@ class FileTask:
             :mod:`~diffpolicy.sequences.files`.
         fixed: letters that every design has, by their position from 0, negative from the end:
             ``{0: "GGATCC", -6: "GAATTC"}``; a ``.`` in them is free.
-        forbidden: motifs that no valid design has, such as restriction sites.
+        forbidden: motifs that no valid design has, such as restriction sites; one, or a list.
         name: for reports; None: that of the file.
         seed: of letters that are drawn for ambiguity codes.
 
@@ -77,7 +77,7 @@ class FileTask:
     identity: float = ranged("(0, 1]", 0.8)
     ambiguous: str = one_of("drop", "refuse", "draw")
     fixed: Mapping[int, str] = field(default_factory=dict)
-    forbidden: tuple[str, ...] = ()
+    forbidden: Any = ()
     name: Any = None
     seed: int = 0
 
@@ -91,16 +91,20 @@ class FileTask:
         self.read = {"file": path.name, "rows": len(records.texts)}
         records, changed = clean(records, letters, ambiguous=self.ambiguous, seed=self.seed)
         records = self._of_length(records, changed)
+        self.fixed = {at: letters.folded(text) for at, text in self.fixed.items()}
+        self.forbidden = motifs(self.forbidden, letters)
         self._hold(records, letters.letters)
         self._values, self._groups = records.values, records.groups
         self._measured = np.flatnonzero(np.isfinite(self._all_values()))
         missing = len(records.texts) - len(self._measured)
         if self.value is not None and missing:
             changed["without a value: they train the generator alone"] = missing
+        self._split: dict[int, tuple[Any, Any]] = {}  # minutes, of a large file
         self._open_oracles()
         digest = hashlib.sha256("\n".join(records.texts).encode()).hexdigest()[:16]
         self.read |= {"sequences": len(records.texts), "alphabet": self.alphabet}
-        self.read |= {"length": self.length, "sha256": digest, "left out or changed": changed}
+        self.read |= {"length": self.length, "shortest": min(map(len, records.texts))}
+        self.read |= {"sha256": digest, "left out or changed": changed}
 
     def _hold(self, records: Records, letters: str) -> None:
         """Keep the sequences as tokens, with a pad where they differ in length."""
@@ -159,7 +163,7 @@ class FileTask:
         rows = one_hot(torch.from_numpy(self._tokens[:2]).long(), len(self.alphabet))[..., :-1]
         for name, reward in zip(("oracle", "held_out"), made, strict=True):
             if reward is not None:
-                check_answer(name, reward, rows)
+                check_answer(name, reward, rows, sloped=name == "oracle" and self.kind == "table")
         self._rewards = made
         self.held_out = made[1]
 
@@ -181,6 +185,11 @@ class FileTask:
         Raises:
             ValueError: too few groups or clusters for two halves.
         """
+        if seed not in self._split:
+            self._split[seed] = self._halved(seed)
+        return self._split[seed]
+
+    def _halved(self, seed: int) -> tuple[Any, Any]:
         rows = self._measured
         if self._groups is not None:
             group = np.unique([self._groups[i] for i in rows], return_inverse=True)[1].reshape(-1)
@@ -263,15 +272,50 @@ def as_reward(oracle: Any, alphabet: str) -> Callable[[Tensor], Tensor] | None:
     return asked
 
 
-def check_answer(option: str, reward: Callable[[Tensor], Tensor], rows: Tensor) -> None:
-    """Raise ``ValueError`` unless a reward answers with one finite number for each of ``rows``."""
-    answer = reward(rows)
+def check_answer(
+    option: str, reward: Callable[[Tensor], Tensor], rows: Tensor, *, sloped: bool = False
+) -> None:
+    """Raise ``ValueError`` unless a reward answers with one finite number for each of ``rows``.
+
+    Args:
+        option: the setting that names it, for messages.
+        reward: what is asked.
+        rows: one-hot ``[B, L, V]``.
+        sloped: it must have a gradient by them, too.
+    """
+    at = rows.clone().requires_grad_(sloped)
+    try:
+        answer = reward(at)
+    except Exception as error:
+        raise ValueError(
+            f"{option} failed when it was asked about {len(rows)} sequences (a torch module is "
+            f"given one-hot {list(rows.shape)}, anything else a list of strings): "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if answer.shape != rows.shape[:1] or not bool(torch.isfinite(answer).all()):
         got = f"{list(answer.shape)}: {answer.flatten()[:4].tolist()}"
         raise ValueError(
             f"{option} must answer with one finite number per sequence, [{len(rows)}]; got {got}. "
             "A torch module is given one-hot [B, L, V], anything else a list of strings"
         )
+    if sloped and not answer.requires_grad:
+        raise ValueError(
+            f"{option} is a torch module without a gradient by the one-hot sequences that it is "
+            "given; wrap it in a function of a list of strings, which needs none"
+        )
+
+
+def motifs(given: Any, letters: Letters) -> tuple[str, ...]:
+    """Motifs in an alphabet's own letters; a text is one motif.
+
+    Raises:
+        ValueError: an empty one, or a letter that no sequence has, so that it would never be found.
+    """
+    found = tuple(letters.folded(motif) for motif in ([given] if isinstance(given, str) else given))
+    for motif in found:
+        if not motif or set(motif) - set(letters.letters):
+            raise ValueError(f"forbidden {motif!r} must be letters of {letters.letters!r}")
+    return found
 
 
 def as_tokens(texts: list[str], alphabet: str) -> Tokens:

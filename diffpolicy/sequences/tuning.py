@@ -18,9 +18,10 @@ from diffpolicy.sequences.base import Base
 from diffpolicy.sequences.evaluate import path_kl
 from diffpolicy.sequences.metrics import hacking_warning
 from diffpolicy.sequences.model import SequenceModel
-from diffpolicy.sequences.oracles import Oracles, Reward, score
+from diffpolicy.sequences.oracles import UNJUDGED, Oracles, Reward, score
 from diffpolicy.sequences.spec import Drawing, Draws
-from diffpolicy.settings import check_choice, settings_of
+from diffpolicy.sequences.task import SequenceTask
+from diffpolicy.settings import ConfigError, check_choice, settings_of
 from diffpolicy.training.settings import TrainerConfig, mix_seed
 from diffpolicy.training.trainer import Evaluate, Running
 
@@ -82,7 +83,7 @@ def tune(
     Raises:
         ValueError: unknown settings, or ones that do not fit.
     """
-    check_choice("hacking", hacking, HACKING)
+    check_hacking(hacking, oracles.held_out)
     made = method_of(method, items="sequences")
     model, reward = _begun(pretrained, oracles, made, base), _Counted(oracles.reward)
     material = SequenceMaterial(reward, pretrained.copy().denoiser, config.batch_size)
@@ -106,6 +107,39 @@ def _begun(
         return pretrained.copy()
     settings = base_settings(base, getattr(method, "kl_weight", 0.0))
     return pretrained.with_base(oracles.reward, **asdict(settings))
+
+
+def check_hacking(hacking: str, judge: object) -> None:
+    """Raise unless there is a judge, the held-out reward, of hacking that is to stop a run."""
+    check_choice("hacking", hacking, HACKING)
+    if hacking == "stop" and judge is None:
+        raise ConfigError(f"hacking=stop cannot be: {UNJUDGED}")
+
+
+def base_of(base: Mapping[str, Any], task: SequenceTask, kl_weight: float) -> dict[str, Any] | None:
+    """The settings of the base that tuning for a task starts from; ``None``: there is none.
+
+    Args:
+        base: ``type``, and settings of :class:`~diffpolicy.sequences.base.Base`: ``"none"``,
+            ``"reward_guidance"``, or ``"auto"``, which is that wherever it can be.
+        task: whether its reward has a gradient.
+        kl_weight: of the method; 0 says no scale.
+
+    Raises:
+        ValueError: an unknown type, or guidance by a reward without gradient.
+    """
+    settings = dict(base)
+    kind = settings.pop("type", None)
+    check_choice("base.type", kind, ("auto", "none", "reward_guidance"))
+    black_box = task.kind == "black_box"
+    if kind == "none" or (kind == "auto" and (black_box or kl_weight == 0)):
+        return None
+    if black_box:
+        raise ConfigError(
+            f"{task.name} has a reward of hard sequences without gradient: set base=none"
+        )
+    base_settings(settings, kl_weight)
+    return settings
 
 
 def base_settings(base: Mapping[str, Any], kl_weight: float) -> Base:

@@ -100,10 +100,27 @@ def test_measured_values_make_oracles_and_stored_code_is_not_run(own, capsys):
 
 
 def test_a_task_that_is_not_said(own, capsys):
+    (own / "prot.fa").write_text(">p\nHEAGAWGHEE\n")
+    (own / "none.csv").write_text("")
+    (own / "one.csv").write_text("seq,y\n" + "ACGT,1\n" * 9)
+    (own / "flat.csv").write_text("seq,y\n" + "ACGT,1\nTTTT,1\nGGGG,1\nCCCC,1\n")
+    box = ["task.sequences=mine.fasta", "task.oracle=own_oracle:count_g"]
+    any_box = [*box, "method=policy_gradient"]
     for arguments, message in (
+        ([*any_box, "method.bogus=1"], "unknown key 'policy_gradient.bogus'"),
+        ([*any_box, "run_dir=runs/mine"], "runs/mine is where the generator is kept"),
+        ([*any_box, "report.chain=8"], "did you mean 'report.chains'"),
+        ([*any_box, "base=reward_guidance"], "set base=none"),
+        ([*any_box, "hacking=stop"], "hacking=stop cannot be: There is no held-out oracle"),
+        ([*box, "method=none", "guidance=best_of_n", "base=reward_guidance"], "method=none"),
+        (["task.sequences=prot.fa", "task.alphabet=dna", *any_box[1:]], "'E' at position 2"),
+        (["task.sequences=one.csv", "task.value=y"], "two halves that share nothing"),
+        (["task.sequences=flat.csv", "task.value=y"], "values that are all equal"),
+        (["task.sequences=none.csv", "task.value=y"], "is empty"),
         ([], "task.sequences=FILE"),
         (["task.sequences=nowhere.fa", "task.oracle=own_oracle:count_g"], "nowhere.fa"),
         (["task.sequences=mine.fasta", "task.orcale=own_oracle:count_g"], "did you mean 'oracle'"),
     ):
         assert tune(*arguments) == 1
         assert message in capsys.readouterr().err
+        assert not (own / "runs").exists()  # before anything was trained

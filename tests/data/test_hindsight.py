@@ -118,6 +118,19 @@ def test_read_as_it_is_a_goal_is_the_end_of_its_episode():
         )
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_actions_stay_relative_to_the_state(flat):
+    groups = [{"dims": [0], "kind": "relative", "of": [1], "whole": "int64"}]
+    arrays = {"obs": store().read("obs"), "action": store().read("action")}
+    own = EpisodeStore.from_arrays(arrays, np.cumsum(LENGTHS), attrs={"action_groups": groups})
+    policy = DiffusionPolicy.from_dataset(relabelled(own, {"flat": flat}), spec={})
+    assert policy.spec.actions[0].obs == ("" if flat else "observation")
+    assert own.attrs["action_groups"] == groups
+    state = np.array([0.0, 3.0], np.float32)
+    seen = np.tile(state, 2) if flat else {"observation": state, "desired_goal": state}
+    assert policy.predict(seen)[0].dtype == np.int64
+
+
 def test_settings_on_the_command_line():
     config = load_train(["experiment=ogbench_goals", "data.goals={type: hindsight, flat: true}"])
     assert hindsight(config.data.goals) == Hindsight(flat=True)

@@ -1,6 +1,7 @@
 """From a file of one's own to designs: the task, its oracles, and what is written."""
 
 import csv
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +20,11 @@ LETTERS = np.array(list("ACGT"))
 class CountG(nn.Module):
     def forward(self, x):
         return x[..., 2].sum(1)
+
+
+class Flat(nn.Module):
+    def forward(self, x):
+        return x.argmax(-1).float().sum(1)
 
 
 def count_g(texts):
@@ -123,6 +129,12 @@ def test_designs_are_valid_different_sorted_and_read_back(table, tmp_path):
         ({"oracle": count_g, "length": 11}, "no sequence of length=11.*are 12"),
         ({"value": "y", "identity": 0.1, "oracle": count_g}, None),
         ({"value": "Y"}, "did you mean|has no column"),
+        ({"oracle": Flat()}, "oracle is a torch module without a gradient.*wrap it"),
+        ({"oracle": nn.Linear(5, 1)}, r"oracle failed.*\[2, 12, 4\].*RuntimeError"),
+        (
+            {"oracle": count_g, "forbidden": ["GAXTC"]},
+            "forbidden 'GAXTC' must be letters of 'ACGT'",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(table, settings, message):
@@ -133,6 +145,32 @@ def test_what_is_wrong_is_said(table, settings, message):
         return
     with pytest.raises(ValueError, match=message):
         FileTask(table, **settings)
+
+
+def test_what_is_fixed_and_forbidden_is_read_like_the_sequences(table):
+    task = FileTask(table, count_g, fixed={0: "gu"}, forbidden="ccc")
+    assert (task.template, task.forbidden) == ("GT" + 10 * ".", ("CCC",))
+    assert task.valid(np.array([[2, 3] * 6, [2, 3] + [1] * 10, [0] * 12])).tolist() == [1, 0, 0]
+
+
+def test_tuning_starts_from_guidance_and_is_saved_with_an_oracle_that_is_named(
+    table, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "own_oracles", sys.modules[__name__])
+    quick = TrainerConfig(steps=2, batch_size=16, progress=False)
+    how = {"pretraining": quick, "tuning": quick, "draws": 16, "fixed": {0: "AC"}}
+    found = tune_sequences(table, "own_oracles:CountG", run_dir=tmp_path / "a", **how)
+    assert found.model.spec.base["stored"] == {"type": "own", "oracle": "own_oracles:CountG"}
+    loaded = SequenceModel.from_pretrained(tmp_path / "a" / "tuned")
+    drawn = [m.draw(8, generator=torch.Generator().manual_seed(0)) for m in (loaded, found.model)]
+    assert torch.equal(*drawn)
+    monkeypatch.delitem(sys.modules, "own_oracles")  # what files name is not what a user chose
+    with pytest.raises(ValueError, match="trust_env=own_oracles"):
+        SequenceModel.from_pretrained(tmp_path / "a" / "tuned").draw(1)
+    plain = tune_sequences(table, CountG(), run_dir=tmp_path / "b", base="none", **how)
+    assert plain.model.spec.base is None
+    with pytest.raises(ValueError, match="set base=none"):
+        tune_sequences(table, count_g, run_dir=tmp_path / "c", base="reward_guidance", **how)
 
 
 def test_from_python_with_sequences_of_different_lengths(tmp_path):
