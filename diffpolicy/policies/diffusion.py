@@ -119,6 +119,7 @@ class DiffusionPlanner(ChunkedPolicy):
         self.normalizer = self.normalizer.to(self.device)
         self.anchors = None if self.anchors is None else self.anchors.to(self.device)
         self._known = self.layout.known.to(self.device)
+        self.costs = None if self.spec.guidance is None else kept_from_costs(self, self.denoiser)
         self._loops: dict[tuple[str, bool], Loop] = self._made_loops()
 
     def _made_loops(self) -> dict[tuple[str, bool], Loop]:

@@ -18,6 +18,7 @@ from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.learn.cloning.denoising import LossOutput, mean_over_plan, standard_normal
 from diffpolicy.learn.method import Batch, Method, encoded
 from diffpolicy.learn.reference import Referenced
+from diffpolicy.policies.few_steps import check_ends
 from diffpolicy.settings import ranged
 
 
@@ -104,13 +105,14 @@ class Taught(Referenced):
         denoiser: the student.
         settings: ``draws``.
         guidance_scale: of the teacher's classifier-free guidance; 1: none.
+        guidance_t_min: the level at which it ends.
         mask_padding: leave edge-padded positions out.
 
     Raises:
         ValueError: more steps of the teacher than a discrete process has levels.
     """
 
-    warns: ClassVar[bool] = True  # of teachers whose first estimate is ill-conditioned
+    takes_steps: ClassVar[bool] = True  # the teacher, along its paths
 
     def __init__(
         self,
@@ -118,11 +120,13 @@ class Taught(Referenced):
         settings: Distillation,
         *,
         guidance_scale: float = 1.0,
+        guidance_t_min: float = 0.0,
         mask_padding: bool = False,
     ) -> None:
         super().__init__(denoiser, None, apart=True)
         self.denoiser: Denoiser
         self.settings, self.guidance_scale = settings, guidance_scale
+        self.guidance_t_min = guidance_t_min
         self.mask_padding = mask_padding
         self.grid = settings.teacher_sampler().grid(denoiser.process)
 
@@ -142,10 +146,16 @@ class Taught(Referenced):
                 f"settings, but this one is a student of {own} steps and of no other number: "
                 f"{half * (own % 2 == 0)}distill the policy that it was made of"
             )
-        if cls.warns:
+        if cls.takes_steps:
+            check_ends(spec, f"{type(settings).__name__} lets its teacher take steps along")
             warn_of_eps(denoiser)
-        scale, mask = settings.guidance_of(spec), material.data.mask_padding
-        return cls(denoiser, settings, guidance_scale=scale, mask_padding=mask)
+        return cls(
+            denoiser,
+            settings,
+            guidance_scale=settings.guidance_of(spec),
+            guidance_t_min=spec.sampler.guidance_t_min,
+            mask_padding=material.data.mask_padding,
+        )
 
     @property
     def teacher(self) -> BaseDenoiser:
@@ -154,7 +164,8 @@ class Taught(Referenced):
         if self.guidance_scale == 1:
             return self.reference
         clip = getattr(self.reference, "clip", False)
-        return ClassifierFreeGuidance(self.reference, self.guidance_scale, clip=clip)
+        how = {"clip": clip, "t_min": self.guidance_t_min}
+        return ClassifierFreeGuidance(self.reference, self.guidance_scale, **how)
 
     def noised(self, batch: Batch, generator: torch.Generator, stride: int) -> Noised:
         """Demonstrations at levels of the teacher's grid, with the next ``stride`` levels."""
