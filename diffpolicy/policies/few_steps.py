@@ -92,18 +92,9 @@ def check_follows_paths(spec: PolicySpec, what: str) -> None:
     Raises:
         ValueError: a student of one number of steps, or by consistency.
     """
-    check_ends(spec, what)
-    if spec.trained_steps is not None:
-        raise ValueError(_OTHER.format(what=what, known=f"its {spec.trained_steps} steps"))
-
-
-def check_ends(spec: PolicySpec, what: str) -> None:
-    """Refuse students by consistency alone; see :func:`check_follows_paths`."""
-    if renoises(spec):
-        raise ValueError(_OTHER.format(what=what, known="where paths end"))
-
-
-_OTHER = (
-    "{what} the paths of a denoiser, and this policy is a student whose estimates are of {known} "
-    "alone: take the policy that it was distilled from"
-)
+    known = "where paths end" if renoises(spec) else f"its {spec.trained_steps} steps"
+    if renoises(spec) or spec.trained_steps is not None:
+        raise ValueError(
+            f"{what} the paths of a denoiser, and this policy is a student whose estimates are of "
+            f"{known} alone: take the policy that it was distilled from"
+        )

@@ -18,7 +18,6 @@ from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.learn.cloning.denoising import LossOutput, mean_over_plan, standard_normal
 from diffpolicy.learn.method import Batch, Method, encoded
 from diffpolicy.learn.reference import Referenced
-from diffpolicy.policies.few_steps import check_ends
 from diffpolicy.settings import ranged
 
 
@@ -147,7 +146,12 @@ class Taught(Referenced):
                 f"{half * (own % 2 == 0)}distill the policy that it was made of"
             )
         if cls.takes_steps:
-            check_ends(spec, f"{type(settings).__name__} lets its teacher take steps along")
+            if spec.sampler.options.get("variance") == "renoise":
+                raise ValueError(
+                    f"{type(settings).__name__} lets its teacher take steps along its paths, and "
+                    "this one is a student by consistency, which knows where they end alone: "
+                    "distill the policy that it was made of"
+                )
             warn_of_eps(denoiser)
         return cls(
             denoiser,
@@ -163,8 +167,8 @@ class Taught(Referenced):
         assert self.reference is not None
         if self.guidance_scale == 1:
             return self.reference
-        clip = getattr(self.reference, "clip", False)
-        how = {"clip": clip, "t_min": self.guidance_t_min}
+        how: dict[str, Any] = {"clip": getattr(self.reference, "clip", False)}
+        how["t_min"] = self.guidance_t_min
         return ClassifierFreeGuidance(self.reference, self.guidance_scale, **how)
 
     def noised(self, batch: Batch, generator: torch.Generator, stride: int) -> Noised:
