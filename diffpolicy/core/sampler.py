@@ -68,6 +68,12 @@ class Sampler:
             down = tuple(float(v) for v in self.levels)
             if not down or down[-1] != 0 or any(a <= b for a, b in pairwise(down)):
                 raise ValueError(f"levels must be strictly descending to 0, got {self.levels}")
+            usual = type(self).__dataclass_fields__["num_steps"].default
+            if self.num_steps not in (usual, len(down)):
+                raise ValueError(
+                    f"levels say the steps, {len(down)}, and num_steps={self.num_steps} another "
+                    "number; give one of the two (levels=None for a grid)"
+                )
             object.__setattr__(self, "levels", down)
             object.__setattr__(self, "num_steps", len(down))
         self.make()

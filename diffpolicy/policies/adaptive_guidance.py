@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from diffpolicy.core.sampling import Trajectory, sample
-from diffpolicy.core.starts import Start
 from diffpolicy.data.observation import take
 from diffpolicy.guidance.cfg import ClassifierFreeGuidance
 from diffpolicy.policies.base import PolicyState
@@ -77,13 +76,13 @@ def switching_level(
             "adaptive guidance needs a policy of plans of actions that are drawn from pure noise "
             f"with sampler.guidance_scale other than 1; this one has {scale}"
         )
-    process, solver = planner.denoiser.process, planner.spec.sampler.make(deterministic=True)
-    grid = planner.spec.sampler.grid(process)
-    noise = planner.draw_noise(state, 1, deterministic=False)[0]
+    process, loop = planner.denoiser.process, planner.loop("cold", deterministic=True)
+    noise = loop.tempered(planner.draw_noise(state, max(loop.draws, 1), deterministic=False))
     cond = planner.encoded(state.history)
     guided = ClassifierFreeGuidance(planner.denoiser, scale, clip=planner.spec.clip)
-    start = Start(process.prior(noise), grid[0])
-    run = sample(guided, solver, start, grid, cond=cond, record=True)
+    own = noise[loop.draws - loop.nfe :] if loop.grid.stochastic else None
+    start = loop.begin(noise[0], noise)
+    run = sample(guided, loop.solver, start, loop.levels, cond=cond, noise=own, record=True)
     assert isinstance(run, Trajectory)
     found = []
     for step in run.transitions:

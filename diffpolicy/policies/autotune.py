@@ -22,6 +22,7 @@ from diffpolicy.data.observation import take
 from diffpolicy.policies.base import Array, PolicyState
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.direct import direct_class
+from diffpolicy.policies.few_steps import check_follows_paths
 from diffpolicy.policies.recorded import Demonstrations
 from diffpolicy.policies.spec import PolicySampler
 from diffpolicy.settings import check_range
@@ -155,8 +156,9 @@ def autotune(
         The sampler to use, and the report.
 
     Raises:
-        ValueError: a policy without full solves (truncated, or that answers in one call), a teacher
-            that adds noise, fewer than two episodes, or numbers out of range.
+        ValueError: a policy without full solves (truncated, or that answers in one call), a student
+            of few steps, a teacher that adds noise, fewer than two episodes, or numbers out of
+            range.
 
     Example:
         >>> sampler, report = autotune(policy, demonstrations(store), 4)
@@ -169,6 +171,7 @@ def autotune(
             "autotune searches the steps from pure noise, which this policy does not take: its "
             "plans start from guesses (truncated), or are made in one call"
         )
+    check_follows_paths(planner.spec, "autotune searches the steps of")
     many = PriorSampler(solver="dpmpp_2m", num_steps=100) if teacher is None else teacher
     if many.make().stochastic:
         raise ValueError(f"the teacher must not add noise; {many.solver!r} does: use dpmpp_2m")
@@ -194,8 +197,7 @@ def autotune(
     ranked = tuple(sorted(named, key=lambda one: one.held_out))
     searched = min(found, key=lambda one: one.train)
     report = AutotuneReport(nfe, many, ranked, searched, pairs, found[0].held_out)
-    guidance = planner.spec.sampler.guidance_scale
-    sampler = PolicySampler(**vars(report.kept.sampler), guidance_scale=guidance)
+    sampler = replace(planner.spec.sampler, start_seed=None, **vars(report.kept.sampler))
     if start_noise:
         noise = _calibrated(train, held_out, many, report.kept.sampler, start_noise)
         report = replace(report, start_noise=noise)

@@ -59,6 +59,9 @@ def merged_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
         if any(value.get(n, kept.get(n)) != kept.get(n) for n in _OF_GRID):
             kept.pop("levels", None)  # of another grid
             kept.pop("teleport", None)
+            if kept.get("solver") == "bespoke":  # weights of a searched sampler are for its grid
+                kept.pop("solver")
+                kept["options"] = {}
         merged[name] = {**kept, **value}
         if name in ("rti", "truncated"):  # a plan begins in one way or the other
             merged["truncated" if name == "rti" else "rti"] = None

@@ -248,7 +248,7 @@ class _Study:
         loop = warm.loop("warm")
         noise = warm.draw_noise(probe.state, loop.draws, False)
         told = warm.told(loop, probe.state)
-        with torch.inference_mode():
+        with warm._no_graph():
             ends = [
                 loop(told, torch.from_numpy(g).to(warm.device), noise).cpu().numpy()
                 for g in probe.guesses

@@ -11,6 +11,7 @@ from diffpolicy.policies.autotune import AutotuneReport, autotune
 from diffpolicy.policies.changes import check_same_weights
 from diffpolicy.policies.choose_level import choose_level
 from diffpolicy.policies.diffusion import DiffusionPlanner
+from diffpolicy.policies.few_steps import own_levels, renoises
 from diffpolicy.policies.level_report import LevelReport
 from diffpolicy.policies.recorded import demonstrations, observation_step
 from diffpolicy.policies.rti import RTI
@@ -53,14 +54,21 @@ class Choosing(DiffusionPlanner):
             settings: other entries of :class:`~diffpolicy.policies.rti.RTI`.
 
         Returns:
-            The policy with these settings, and why the level was chosen.
+            The policy with these settings, and why the level was chosen. A student of K steps has
+            one level for ``num_steps`` of them, and one by consistency noises between its steps.
         """
-        opened, base = open_store(store), self
+        opened, base, how = open_store(store), self, dict[str, Any]()
+        if self.spec.trained_steps is not None:
+            num_steps = min(num_steps, self.spec.trained_steps)
+            how["candidates"] = [float(own_levels(self.spec)[-1 - num_steps])]
+        if renoises(self.spec) and settings.get("solver") in (None, "ddim"):
+            settings = {"options": self.spec.sampler.options, **settings}
         if settings.get("innovation") is not None and self.spec.observation_step is None:
             base = self.with_settings(observation_step=observation_step(opened))
         base = base.with_settings(rti=None, truncated=None, n_action_steps=n_action_steps)
-        rti = RTI(t_start=1.0, num_steps=num_steps, **settings)
-        report = choose_level(base, demonstrations(opened, episodes, seed=seed), rti, seed=seed)
+        rti = RTI(t_start=how.get("candidates", [1.0])[0], num_steps=num_steps, **settings)
+        demos = demonstrations(opened, episodes, seed=seed)
+        report = choose_level(base, demos, rti, seed=seed, **how)
         return base.with_settings(rti=replace(rti, t_start=report.t_start)), report
 
     def choose_guidance(

@@ -20,7 +20,6 @@ from diffpolicy.core.solvers import make_solver
 from diffpolicy.core.starts import shift_plan
 from diffpolicy.data.normalize import Normalizer
 from diffpolicy.data.observation import Obs, each
-from diffpolicy.guidance.cost_guidance import CostCond
 from diffpolicy.networks.base import described
 from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.base import Array, ChunkedPolicy, PolicyState
@@ -28,7 +27,7 @@ from diffpolicy.policies.best_of_n import Selector
 from diffpolicy.policies.boundary import Boundary, now_of
 from diffpolicy.policies.direct import draws_in_one_call
 from diffpolicy.policies.guided import condition_of, kept_from_costs, plan_costs
-from diffpolicy.policies.plan_loop import Encoded, Loop, PlanLoop
+from diffpolicy.policies.plan_loop import Encoded, Loop, PlanLoop, encoded
 from diffpolicy.policies.planners import check_anchors, guided, noise_factor, with_actions, written
 from diffpolicy.policies.rows import kind_by_kind, row_noise
 from diffpolicy.policies.spec import PolicySampler, PolicySpec, check_normalizer
@@ -119,6 +118,7 @@ class DiffusionPlanner(ChunkedPolicy):
         self.normalizer = self.normalizer.to(self.device)
         self.anchors = None if self.anchors is None else self.anchors.to(self.device)
         self._known = self.layout.known.to(self.device)
+        self.costs = None if self.spec.guidance is None else kept_from_costs(self, self.denoiser)
         self._loops: dict[tuple[str, bool], Loop] = self._made_loops()
 
     def _made_loops(self) -> dict[tuple[str, bool], Loop]:
@@ -328,9 +328,9 @@ class DiffusionPlanner(ChunkedPolicy):
         if self.layout.pinned or not all(loop.takes_encoded for loop in self._loops.values()):
             return state
         with torch.inference_mode():
-            told = self._loops[self.kinds[0], False].condition(self.on_device(state.history))
-            cond = told.cond if isinstance(told, CostCond) else told
-            return state.remember(cond=cond.cpu().numpy())
+            condition = self._loops[self.kinds[0], False].condition
+            told = encoded(condition, self.on_device(state.history))
+            return state.remember(cond=told.cond.cpu().numpy())
 
     def told(self, loop: Loop, state: PolicyState) -> Any:
         """What a loop is told of rows: their observations, or what these were encoded to."""

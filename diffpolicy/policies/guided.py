@@ -200,7 +200,8 @@ def plan_costs(planner: DiffusionPlanner, history: Any, plans: Array) -> Array:
     seen = planner.on_device(history) if not hasattr(history, "seen") else history.seen
     plan = torch.from_numpy(plans[..., : planner.layout.dim])
     said = planner.boundary.relative(plan, each(lambda one: one.cpu(), now_of(seen)))
-    guidance = kept_from_costs(planner, planner.denoiser)
+    guidance = planner.costs
+    assert guidance is not None
     raw = guidance.physical.raw(said.to(planner.device), seen)
     costs = [cost.weight * cost(raw, seen) for cost in guidance.costs]
     out: Array = torch.stack(costs).sum(0).cpu().numpy()

@@ -15,6 +15,7 @@ from diffpolicy.data.observation import Obs, count
 from diffpolicy.policies.base import Array
 from diffpolicy.policies.boundary import now_of
 from diffpolicy.policies.direct import direct_class
+from diffpolicy.policies.few_steps import check_follows_paths
 from diffpolicy.settings import check_range, check_shape
 
 if TYPE_CHECKING:
@@ -42,15 +43,15 @@ def invert(
     """The noise that a policy makes given actions of, by BDIA (:mod:`diffpolicy.core.bdia`).
 
     Args:
-        policy: whose plans; guidance is part of it.
+        policy: whose plans; classifier-free guidance is part of it.
         history: raw observations ``[N, To, ...]``, oldest first, one or by name.
         actions: whole plans ``[N, H, A]`` in environment units; position ``To - 1`` is the step of
             the newest observation.
         num_steps: evaluations, at least 2. More: the noise is nearer to that of the exact flow.
 
     Raises:
-        ValueError: a policy whose plans hold observations or are made in one call, fewer than two
-            steps, or actions of another shape.
+        ValueError: a policy whose plans hold observations or are made in one call, a student of few
+            steps, guidance by costs, fewer than two steps, or actions of another shape.
 
     Example:
         >>> found = policy.invert(history, actions)
@@ -66,7 +67,7 @@ def invert(
     with torch.no_grad():
         cond = loop.condition(policy.on_device(history))
         grid = _levels(policy.denoiser.process, num_steps)
-        states = bdia.invert(loop.denoiser, plan.to(cond), grid, cond=cond)
+        states = bdia.invert(loop.denoiser, policy.on_device(plan.numpy()), grid, cond=cond)
     return Inversion(*states, grid)
 
 
@@ -90,6 +91,12 @@ def _loop(policy: DiffusionPlanner) -> PlanLoop:
         raise ValueError(
             "inversion is of plans of actions that are drawn from noise; this policy has layout="
             f"{policy.spec.layout!r} and network {policy.spec.network.get('type')!r}"
+        )
+    check_follows_paths(policy.spec, "inversion follows")
+    if policy.spec.guidance is not None:
+        raise ValueError(
+            "plans that a cost forbids come from no noise: invert without guidance by costs "
+            "(policy.with_guidance())"
         )
     return policy.loop(policy.kinds[0])
 

@@ -62,6 +62,12 @@ class Encoded(NamedTuple):
     seen: Any = None
 
 
+def encoded(condition: Callable[..., Any], history: Any) -> Encoded:
+    """Raw observations as what a loop's :class:`Condition` makes of them, without a plan's pins."""
+    given = condition(history)
+    return Encoded(*given) if isinstance(given, CostCond) else Encoded(given)
+
+
 def repeated(history: Any, many: int) -> Any:
     """Every row of observations, encoded or not, ``many`` times in a row."""
     if isinstance(history, Encoded):

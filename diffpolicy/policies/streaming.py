@@ -121,6 +121,11 @@ class StreamingPlanner(DiffusionPlanner):
         if spec.layout != "action" or spec.selection is not None or spec.temperature != 1:
             none = "no other layout, selection or temperature"
             raise ValueError(f"a streaming policy rolls one plan of actions; it takes {none}")
+        if spec.sampler.solver == "bespoke":
+            raise ValueError(
+                "a searched sampler is for full solves, and ticks are steps between other levels: "
+                "name another solver (sampler.solver='ddim')"
+            )
         if spec.level_law != "position":
             law = f"level_law='position', and this one was trained with {spec.level_law!r}"
             raise ValueError(f"streaming needs a policy of {law}")

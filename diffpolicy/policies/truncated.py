@@ -17,9 +17,8 @@ from torch.nn.functional import logsigmoid
 from diffpolicy.core.noise import GaussianProcess
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
-from diffpolicy.guidance.cost_guidance import CostCond
 from diffpolicy.policies.anchors import Anchors
-from diffpolicy.policies.plan_loop import Encoded, Loop, PlanLoop, repeated
+from diffpolicy.policies.plan_loop import Encoded, Loop, PlanLoop, encoded, repeated
 from diffpolicy.settings import check_choice, named_settings, one_of, ranged
 
 SOURCES = ("anchors", "previous", "draft", "autoregressive")
@@ -224,8 +223,7 @@ class Candidates:
         loop = self.loops["guesses"]
         told = history if told is None else told
         if loop.takes_encoded and not isinstance(told, Encoded):  # once for all candidates
-            cond = loop.condition(told)
-            told = Encoded(*cond) if isinstance(cond, CostCond) else Encoded(cond)
+            told = encoded(loop.condition, told)
         guess, log_prob = self._guesses(history, told, previous, noise)
         count, many = guess.shape[:2]
         slices = noise[:many].transpose(0, 1).flatten(0, 1)[None]
@@ -262,9 +260,9 @@ class Candidates:
         parts, log_prob = [], noise.new_zeros(noise.shape[1], 0)
         if self.anchor_count:
             assert self.anchors is not None
-            seen = isinstance(told, Encoded)
-            cond = told.cond if seen else self.loops["guesses"].condition(history)
-            placed, log_prob = self.anchors.guesses(history, self.normalizer, cond)
+            ready = isinstance(told, Encoded)
+            state = told if ready else encoded(self.loops["guesses"].condition, history)
+            placed, log_prob = self.anchors.guesses(history, self.normalizer, state.cond)
             parts.append(placed)
         if "previous" in self.settings.sources:
             parts.append(previous[:, None])

@@ -22,6 +22,7 @@ from diffpolicy.learn.distill.halving import Halving, HalvingLoss
 from diffpolicy.learn.distill.rectified import Rectified, RectifiedLoss
 from diffpolicy.learn.material import TuningData, tuned
 from diffpolicy.policies.plan_loop import PlanLoop
+from diffpolicy.policies.rti import RTI
 
 MEAN, STD = 0.3, 0.4
 PROCESS = make_process("vp_cosine")
@@ -311,6 +312,20 @@ def test_a_student_of_four_steps_is_halved_once_at_a_time(two_modes, tmp_path):
     assert Consistency().scored_steps == (1, 2, 4, 10)
     with pytest.warns(UserWarning, match="draws plans in 8: sampler.num_steps=4"):
         loaded.with_settings(sampler=replace(loaded.spec.sampler, num_steps=8))
+    with pytest.raises(ValueError, match=r"rti takes ddim and t_start=0\.25 num_steps=1 or"):
+        loaded.with_settings(rti=RTI(0.3, num_steps=2))
+    warm, _ = loaded.choose_rti(store, num_steps=3, episodes=4)
+    assert (warm.spec.rti.t_start, warm.spec.rti.num_steps) == (0.75, 3)
+
+
+def test_a_student_by_consistency_is_warm_started_in_its_own_way(two_modes, tmp_path):
+    teacher, store = two_modes
+    data, config = TuningData(demonstrations=store), TrainerConfig(steps=1, progress=False)
+    student = teacher.distill(data, Consistency(num_steps=4), config, tmp_path / "student")
+    warm, _ = student.choose_rti(store, num_steps=2, episodes=4)
+    assert warm.spec.rti.options == {"eta": 1.0, "variance": "renoise"}
+    with pytest.raises(ValueError, match="Halving lets its teacher take steps along"):
+        student.distill(data, Halving(num_steps=2), config, tmp_path / "two")
 
 
 def test_adapters_alone_are_distilled_and_merged(two_modes, tmp_path):

@@ -11,6 +11,7 @@ import torch
 
 from diffpolicy.core.sampler import Sampler
 from diffpolicy.data.normalize import Normalizer
+from diffpolicy.policies.anchors import Anchors
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.spec import PolicySpec
 
@@ -55,6 +56,10 @@ def make_planner() -> Callable[..., DiffusionPlanner]:
             for parameter in [*denoiser.parameters(), *heads.parameters()]:
                 parameter.add_(0.2 * torch.randn_like(parameter))
         normalizer = Normalizer.fit(statistics(), {"obs": "minmax", "action": "minmax"})
-        return DiffusionPlanner(spec, denoiser, normalizer, heads=heads)
+        anchors = None
+        if spec.truncated is not None and "anchors" in spec.truncated.sources:
+            sizes = 3, spec.horizon, spec.planned_dim
+            anchors = Anchors(torch.randn(sizes), torch.ones(3) / 3, 0.3, torch.zeros(spec.horizon))
+        return DiffusionPlanner(spec, denoiser, normalizer, anchors, heads)
 
     return make

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffpolicy.core import AnalyticDenoiser, VPCosine, levels, make_solver, prior_start, sample
+from diffpolicy.core.sampler import Teleport
 from diffpolicy.guidance import ClassifierFreeGuidance
 from diffpolicy.policies.adaptive_guidance import switching_level
 from diffpolicy.policies.spec import PolicySampler
@@ -86,6 +87,19 @@ def test_a_switch_on_the_way_is_compiled(make_planner, backend):
     acts = [p.act(OBS, p.initial_state(range(5)))[0] for p in (planner, early, fast)]
     assert np.abs(acts[1] - acts[2]).max() < 1e-4
     assert not np.allclose(acts[0], acts[1])
+
+
+def test_plans_are_followed_from_where_the_policy_begins(make_planner):
+    planner = make_planner(**GUIDED)
+    rows = ((0.2,) * planner.action_dim,) * planner.horizon
+    own = replace(planner.spec.sampler, teleport=Teleport(0.8, rows, rows), start_seed=3)
+    planner, seen = make_planner(**{**GUIDED, "sampler": own}), []
+    hook = planner.denoiser.network.register_forward_pre_hook(lambda _, told: seen.append(told[0]))
+    report = switching_level(planner, planner.observe(OBS, planner.initial_state(range(5))))
+    hook.remove()
+    loop, guess = planner.loop(), torch.zeros(5, planner.horizon, planner.action_dim)
+    torch.testing.assert_close(seen[0][:5], loop.begin(guess, guess[:0]).x)
+    assert report.levels[0] == 0.8
 
 
 def test_what_is_not_guided_is_refused(make_planner):

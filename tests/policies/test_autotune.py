@@ -12,6 +12,7 @@ from diffpolicy.core import PriorSampler
 from diffpolicy.policies.autotune import AutotuneReport, Measured, autotune
 from diffpolicy.policies.best_of_n import Selection
 from diffpolicy.policies.changes import merged_config
+from diffpolicy.policies.recorded import Demonstrations
 from diffpolicy.policies.spec import PolicySampler, PolicySpec
 
 WORLD = World(modes=(-0.5, 0.2, 0.6), step=0.05, gain=0.3, noise=0.05)
@@ -91,9 +92,30 @@ def test_what_it_cannot_tune_is_said():
         )
 
 
+def test_what_its_search_ran_with_is_kept(make_planner):
+    planner = make_planner(
+        cond_dropout=0.1, sampler=PolicySampler(guidance_scale=2.0, guidance_t_min=0.4)
+    )
+    rng = np.random.default_rng(0)
+    obs, action = (rng.uniform(-0.5, 0.5, (4, 6, n)).astype(np.float32) for n in (3, 2))
+    demos = Demonstrations(obs, action, np.ones((4, 6), bool))
+    sampler, _ = autotune(planner, demos, 1, pairs=4)
+    assert (sampler.num_steps, sampler.guidance_scale, sampler.guidance_t_min) == (1, 2.0, 0.4)
+    with pytest.raises(ValueError, match="its 4 steps alone"):
+        autotune(make_planner(trained_steps=4), demos, 1)
+
+
+def test_levels_and_another_number_of_steps_are_not_both_right():
+    assert PolicySampler(levels=(0.5, 0.0)).num_steps == 2
+    with pytest.raises(ValueError, match="levels say the steps, 2, and num_steps=7"):
+        replace(PolicySampler(levels=(0.5, 0.0)), num_steps=7)
+
+
 def test_another_number_of_steps_drops_the_levels():
     stored = {"sampler": {"solver": "bespoke", "levels": [0.5, 0.0], "num_steps": 2, "options": {}}}
-    assert "levels" not in merged_config(stored, {"sampler": {"num_steps": 4}})["sampler"]
+    stored["sampler"]["options"] = {"weights": [[], [-0.5]]}
+    plain = merged_config(stored, {"sampler": {"num_steps": 4}})["sampler"]
+    assert plain == {"num_steps": 4, "options": {}}  # its weights are for two steps
     other = merged_config(stored, {"sampler": {"solver": "unipc"}})["sampler"]
     assert "levels" not in other
     same = merged_config(stored, {"sampler": {"num_steps": 2, "start_seed": 1}})["sampler"]

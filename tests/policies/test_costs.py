@@ -102,12 +102,13 @@ def test_an_observation_is_encoded_once_for_all_guided_candidates(make_planner):
 
 
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
-def test_costs_in_closed_form_are_compiled(make_planner, backend):
+@pytest.mark.parametrize("start", [None, Truncated(t_start=0.5)], ids=["noise", "anchors"])
+def test_costs_in_closed_form_are_compiled(make_planner, backend, start):
     pytest.importorskip("onnxruntime")
     ball = {"type": "obstacle", "dims": [0, 1], "center": [0.4, 0.3], "radius": 0.6, "margin": 0.1}
     rough = {"type": "smoothness", "kind": "tv", "weight": 0.2}
     costs = Costs((HIGH, {**ball, **FROM_HERE, "push": "lateral"}, rough), project=1)
-    policy = make_planner(guidance=costs)
+    policy = make_planner(guidance=costs, truncated=start)
     fast = compile_planner(policy, backend=backend, batch_size=5)
     pairs = zip(states_of(policy), states_of(fast), strict=True)
     assert all(np.abs(a.plan - b.plan).max() < 1e-4 for a, b in pairs)

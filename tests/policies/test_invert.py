@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from diffpolicy.data.action_groups import ActionGroup
+from diffpolicy.policies.guided import Costs
 from diffpolicy.policies.invert import invert, restore
+from diffpolicy.policies.spec import PolicySampler
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,23 @@ def test_what_cannot_be_inverted_is_refused(make_planner):
     actions = np.zeros((2, policy.horizon, policy.action_dim), np.float32)
     with pytest.raises(ValueError, match="num_steps must be at least 2"):
         invert(policy, history, actions, num_steps=1)
+
+
+HIGH = {"type": "limits", "dims": [0], "high": [0.3]}
+BY_ENDS = {"solver": "ddim", "num_steps": 1, "options": {"eta": 1.0, "variance": "renoise"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance": Costs((HIGH,))}, "invert without guidance by costs"),
+        ({"trained_steps": 4}, "estimates are of its 4 steps alone"),
+        ({"sampler": PolicySampler(**BY_ENDS)}, "estimates are of where paths end alone"),
+    ],
+    ids=["costs", "halving", "consistency"],
+)
+def test_policies_whose_chains_have_no_way_back_are_refused(make_planner, changes, message):
+    policy = make_planner(**changes)
+    history = np.zeros((2, policy.n_obs_steps, policy.obs_dim), np.float32)
+    with pytest.raises(ValueError, match=message):
+        invert(policy, history, np.zeros((2, policy.horizon, policy.action_dim), np.float32))

@@ -17,7 +17,7 @@ from diffpolicy.data.normalize import Normalizer
 from diffpolicy.policies.diffusion import DiffusionPlanner
 from diffpolicy.policies.ensemble import TemporalEnsemble
 from diffpolicy.policies.rti import RTI
-from diffpolicy.policies.spec import PolicySpec
+from diffpolicy.policies.spec import PolicySampler, PolicySpec
 from diffpolicy.policies.streaming import Streaming, StreamingPlanner, renoise_tables
 from diffpolicy.settings import from_values
 
@@ -323,6 +323,9 @@ def test_errors(make_planner):
         policy.loop("hot")
     with pytest.raises(ValueError, match=r"level_law='position'.*trained with 'row'"):
         streaming_planner(make_planner, level_law="row")
+    searched = {"solver": "bespoke", "levels": (0.5, 0.0), "options": {"weights": [[], [-0.5]]}}
+    with pytest.raises(ValueError, match="a searched sampler is for full solves"):
+        streaming_planner(make_planner, Streaming(2), sampler=PolicySampler(**searched))
     with pytest.raises(ValueError, match="neither rti nor truncated"):
         streaming_planner(make_planner, rti=RTI(t_start=0.3))
     assert from_values(Streaming, {"fill": "constant", "constant": [0, 1]}).constant == (0.0, 1.0)

@@ -68,7 +68,7 @@ class GuidedLoss(Taught):
     ``mask_padding`` also ``valid [B, H]``.
     """
 
-    warns = False  # of one level, errors are not divided by its alpha
+    takes_steps = False  # nor are errors of one level divided by its alpha
 
     def forward(self, batch: Batch, generator: torch.Generator) -> LossOutput:
         denoiser, process = self.denoiser, self.denoiser.process

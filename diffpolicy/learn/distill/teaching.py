@@ -104,13 +104,14 @@ class Taught(Referenced):
         denoiser: the student.
         settings: ``draws``.
         guidance_scale: of the teacher's classifier-free guidance; 1: none.
+        guidance_t_min: the level at which it ends.
         mask_padding: leave edge-padded positions out.
 
     Raises:
         ValueError: more steps of the teacher than a discrete process has levels.
     """
 
-    warns: ClassVar[bool] = True  # of teachers whose first estimate is ill-conditioned
+    takes_steps: ClassVar[bool] = True  # the teacher, along its paths
 
     def __init__(
         self,
@@ -118,11 +119,13 @@ class Taught(Referenced):
         settings: Distillation,
         *,
         guidance_scale: float = 1.0,
+        guidance_t_min: float = 0.0,
         mask_padding: bool = False,
     ) -> None:
         super().__init__(denoiser, None, apart=True)
         self.denoiser: Denoiser
         self.settings, self.guidance_scale = settings, guidance_scale
+        self.guidance_t_min = guidance_t_min
         self.mask_padding = mask_padding
         self.grid = settings.teacher_sampler().grid(denoiser.process)
 
@@ -142,10 +145,21 @@ class Taught(Referenced):
                 f"settings, but this one is a student of {own} steps and of no other number: "
                 f"{half * (own % 2 == 0)}distill the policy that it was made of"
             )
-        if cls.warns:
+        if cls.takes_steps:
+            if spec.sampler.options.get("variance") == "renoise":
+                raise ValueError(
+                    f"{type(settings).__name__} lets its teacher take steps along its paths, and "
+                    "this one is a student by consistency, which knows where they end alone: "
+                    "distill the policy that it was made of"
+                )
             warn_of_eps(denoiser)
-        scale, mask = settings.guidance_of(spec), material.data.mask_padding
-        return cls(denoiser, settings, guidance_scale=scale, mask_padding=mask)
+        return cls(
+            denoiser,
+            settings,
+            guidance_scale=settings.guidance_of(spec),
+            guidance_t_min=spec.sampler.guidance_t_min,
+            mask_padding=material.data.mask_padding,
+        )
 
     @property
     def teacher(self) -> BaseDenoiser:
@@ -153,8 +167,9 @@ class Taught(Referenced):
         assert self.reference is not None
         if self.guidance_scale == 1:
             return self.reference
-        clip = getattr(self.reference, "clip", False)
-        return ClassifierFreeGuidance(self.reference, self.guidance_scale, clip=clip)
+        how: dict[str, Any] = {"clip": getattr(self.reference, "clip", False)}
+        how["t_min"] = self.guidance_t_min
+        return ClassifierFreeGuidance(self.reference, self.guidance_scale, **how)
 
     def noised(self, batch: Batch, generator: torch.Generator, stride: int) -> Noised:
         """Demonstrations at levels of the teacher's grid, with the next ``stride`` levels."""
